@@ -1,0 +1,56 @@
+"""Package nnU-Net with native federated learning."""
+from setuptools import find_packages, setup
+
+COMMANDS = {
+    "nnUNetv2_plan_and_preprocess": "experiment_planning.plan_and_preprocess_entrypoints:plan_and_preprocess_entry",
+    "nnUNetv2_extract_fingerprint": "experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
+    "nnUNetv2_plan_experiment": "experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
+    "nnUNetv2_preprocess": "experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry",
+    "nnUNetv2_train": "run.run_training:run_training_entry",
+    "nnUNetv2_predict": "inference.predict_from_raw_data:predict_entry_point",
+    "nnUNetv2_predict_from_modelfolder": "inference.predict_from_raw_data:predict_entry_point_modelfolder",
+    "nnUNetv2_evaluate_folder": "evaluation.evaluate_predictions:evaluate_folder_entry_point",
+    "nnUNetv2_evaluate_simple": "evaluation.evaluate_predictions:evaluate_simple_entry_point",
+    "nnUNetv2_fed_coordinator": "federated.coordinator.cli:coordinator_entry",
+    "nnUNetv2_fed_join": "federated.site:join_entry",
+    "nnUNetv2_fed_simulate": "federated.simulate:simulate_entry",
+}
+
+setup(
+    name="nnunetv2",
+    version="2.8.1+fed.1",
+    description="nnU-Net v2 with native federated learning: several sites train one network, no scan leaves its site.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["nnunetv2", "nnunetv2.*"]),
+    include_package_data=True,
+    install_requires=[
+        "torch>=2.1.2",
+        "dynamic-network-architectures>=0.4.4",
+        "batchgenerators>=0.25.4",
+        "batchgeneratorsv2>=0.3.2",
+        "acvl-utils>=0.2.6",
+        "blosc2>=3.3.2",
+        "numpy>=1.24",
+        "scipy",
+        "scikit-image>=0.20",
+        "scikit-learn",
+        "threadpoolctl",
+        "SimpleITK>=2.2.1",
+        "nibabel",
+        "tifffile",
+        "imagecodecs",
+        "matplotlib",
+        "tqdm",
+        # the federation; the coordinator alone needs these and numpy only
+        "pydantic>=2.5",
+        "requests>=2.31",
+        "safetensors>=0.4.2",
+        "starlette>=0.37",
+        "uvicorn>=0.29",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "httpx"]},
+    entry_points={"console_scripts": [f"{name} = nnunetv2.{target}" for name, target in COMMANDS.items()]},
+)
