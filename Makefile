@@ -1,0 +1,44 @@
+# Two commands set up everything they need in a fresh clone:
+#   make demo    three sites plan, train and predict with one model, on phantom scans
+#   make test    the test suite
+# PYTHON picks the interpreter (3.10 to 3.13), VENV the folder of the virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+REFERENCE ?= .venv-reference
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test quick parity reference lint clean
+
+# torch comes first: with its CPU build in place nothing asks for the CUDA packages.
+$(VENV)/.installed: setup.py constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[dev]"
+	touch $@
+
+$(REFERENCE)/.installed: constraints-cpu.txt
+	$(PYTHON) -m venv $(REFERENCE)
+	$(REFERENCE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch nnunetv2==2.8.1
+	touch $@
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m demo
+
+# Everything, the comparison with the reference release included.
+test: $(VENV)/.installed $(REFERENCE)/.installed lint
+	$(VENV)/bin/python -m pytest
+
+# What a change should pass while it is being made.
+quick: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m "not slow and not parity"
+
+parity: $(VENV)/.installed $(REFERENCE)/.installed
+	$(VENV)/bin/python -m pytest tests/parity
+
+reference: $(REFERENCE)/.installed
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check nnunetv2 tests benchmarks demo setup.py
+
+clean:
+	rm -rf $(VENV) $(REFERENCE) demo-output build *.egg-info
