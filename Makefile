@@ -5,7 +5,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 REFERENCE ?= .venv-reference
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test quick parity reference lint clean
 

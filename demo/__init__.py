@@ -1,0 +1,1 @@
+"""Three sites train one model on phantom scans: `python -m demo`."""
