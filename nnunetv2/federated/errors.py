@@ -1,0 +1,54 @@
+"""The errors of the federation: one root, and a child per kind of trouble."""
+from __future__ import annotations
+
+
+class FederationError(Exception):
+    """Something about the federation went wrong. Its text is meant for the person at the keyboard."""
+
+
+class WireError(FederationError, ValueError):
+    """Bytes from the network, or a file of them, are not what the protocol allows."""
+
+
+class StatisticsError(FederationError, ValueError):
+    """Summaries of intensities cannot be built or cannot be pooled."""
+
+
+class MatchingError(FederationError, ValueError):
+    """The networks of the sites share nothing, or suspiciously little."""
+
+
+class AggregationError(FederationError, ValueError):
+    """Updates cannot be averaged."""
+
+
+class NotJoinedError(FederationError):
+    """This machine holds no credential of a federation, or one that the coordinator does not know."""
+
+
+class CoordinatorUnreachable(FederationError, ConnectionError):  # noqa: N818 - a state of affairs, and a public name
+    """The coordinator did not answer for as long as the site was willing to wait."""
+
+
+class RefusedError(FederationError):
+    """The coordinator, or the rules of the federation, refuse a request.
+
+    Args:
+        message: What was refused, and why.
+        remedy: What the person who reads it can do about it.
+        code: Short name of the reason, the same for every refusal of its kind.
+    """
+
+    def __init__(self, message: str, remedy: str = "", *, code: str = "refused") -> None:
+        super().__init__(f"{message} {remedy}".rstrip())
+        self.message = message
+        self.remedy = remedy
+        self.code = code
+
+    def __reduce__(self) -> tuple:
+        """Keep all three parts when the error crosses a process boundary."""
+        return _rebuild_refusal, (type(self), self.message, self.remedy, self.code)
+
+
+def _rebuild_refusal(kind: type[RefusedError], message: str, remedy: str, code: str) -> RefusedError:
+    return kind(message, remedy, code=code)

@@ -1,0 +1,272 @@
+"""Every message that travels in a document, as models of protocol 1 that check themselves.
+
+Each model is frozen, refuses unknown fields, and bounds every list and text, so that what has been parsed is
+small and finite. `bodies.py` has the messages that travel as plain JSON, `wire.py` the bytes.
+"""
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+PROTOCOL = 1
+MAX_SITES = 1000
+MAX_CASES = 100_000
+MAX_CHANNELS = 256
+MAX_LABELS = 10_000
+MAX_TENSORS = 20_000
+MAX_METRICS = 1000
+MAX_DOCUMENT_JSON = 32 << 20
+"""Characters of plans or of a pooled fingerprint, written as JSON."""
+
+SITE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+TENSOR_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.#-]{0,254}$"
+SEGMENT_PATTERN = r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,127}$"
+DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+
+
+# ---------------------------------------------------------------------------------------------- building blocks
+def _null_unless_finite(value: Any) -> Any:
+    """Turn NaN and infinities, which JSON cannot carry, into None; inside lists too."""
+    if isinstance(value, list | tuple):
+        return [_null_unless_finite(item) for item in value]
+    if hasattr(value, "item") and not getattr(value, "shape", ()):
+        value = value.item()  # a numpy scalar
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Refuse JSON that is not finite or that is larger than any plans file."""
+    text = json.dumps(value, allow_nan=False)
+    if len(text) > MAX_DOCUMENT_JSON:
+        raise ValueError(f"holds {len(text)} characters of JSON, at most {MAX_DOCUMENT_JSON} are allowed")
+    return value
+
+
+def _check_unique(names: tuple) -> tuple:
+    if len(set(names)) != len(names):
+        raise ValueError("names are repeated")
+    return names
+
+
+SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
+TensorName = Annotated[str, Field(pattern=TENSOR_NAME_PATTERN)]
+Segment = Annotated[str, Field(pattern=SEGMENT_PATTERN)]
+Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+Text = Annotated[str, Field(max_length=500)]
+LongText = Annotated[str, Field(max_length=8000)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Label = Annotated[int, Field(ge=-(2**31), le=2**31)]
+LabelList = Annotated[tuple[Label, ...], Field(min_length=1, max_length=MAX_LABELS)]
+Labels = Annotated[dict[Text, Label | LabelList], Field(min_length=1, max_length=MAX_LABELS)]
+ChannelNames = Annotated[dict[Text, Text], Field(min_length=1, max_length=MAX_CHANNELS)]
+Spacing = tuple[Positive, Positive, Positive]
+Shape = tuple[Annotated[int, Field(ge=1, le=2**31)], Annotated[int, Field(ge=1, le=2**31)],
+              Annotated[int, Field(ge=1, le=2**31)]]
+JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_check_json)]
+Metric = Annotated[
+    Finite | Annotated[list[Finite | None], Field(max_length=MAX_METRICS)] | None, BeforeValidator(_null_unless_finite)]
+Metrics = Annotated[dict[Text, Metric], Field(max_length=MAX_METRICS)]
+SiteNames = Annotated[tuple[SiteName, ...], Field(max_length=MAX_SITES), AfterValidator(_check_unique)]
+WeightOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
+BinList = Annotated[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], Field(max_length=6)]
+
+
+class Part(BaseModel):
+    """Base of everything here: frozen, and without room for fields nobody knows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Message(Part):
+    """Base of what a document can carry. Children add a `kind` of their own."""
+
+    protocol: Literal[1] = PROTOCOL
+
+
+# ---------------------------------------------------------------------------------------- fingerprint and plans
+class Census(Message):
+    """What must agree between the sites before anything is pooled, and how many cases one of them has."""
+
+    kind: Literal["census"] = "census"
+    num_cases: Annotated[int, Field(ge=1, le=MAX_CASES)]
+    channel_names: ChannelNames
+    labels: Labels
+    regions_class_order: LabelList | None = None
+    share_extrema: bool = False
+
+
+class PooledCensus(Message):
+    """The number of cases of all sites together; the number of sampled voxels per case follows from it."""
+
+    kind: Literal["pooled_census"] = "pooled_census"
+    num_cases: Annotated[int, Field(ge=1, le=MAX_CASES * MAX_SITES)]
+
+
+class ChannelMoments(Part):
+    """Number of voxels, their mean, and the sum of their squared deviations from it."""
+
+    count: Count
+    mean: Finite
+    m2: Annotated[Finite, Field(ge=0)]
+
+
+class CoarseSummary(Message):
+    """One site's geometry and moments; its tensors `coarse.<channel>` are int64 histograms of shape (65536,)."""
+
+    kind: Literal["coarse_summary"] = "coarse_summary"
+    spacings: Annotated[tuple[Spacing, ...], Field(min_length=1, max_length=MAX_CASES)]
+    shapes: Annotated[tuple[Shape, ...], Field(min_length=1, max_length=MAX_CASES)]
+    """Sorted together with `spacings`: entry i of both belongs to one case, but not to the i-th of the site."""
+    relative_sizes: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=MAX_CASES)]
+    moments: Annotated[tuple[ChannelMoments, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
+    promotes_to_float64: bool
+    """Whether some case has no foreground: then nnU-Net computes in float64 (specification 01, 4.2)."""
+    extrema: Annotated[tuple[tuple[Finite, Finite], ...], Field(max_length=MAX_CHANNELS)] | None = None
+    """(smallest, largest) voxel per channel, only where the site chose to share them."""
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> CoarseSummary:
+        if not len(self.spacings) == len(self.shapes) == len(self.relative_sizes):
+            raise ValueError("spacings, shapes and relative_sizes must have one entry per case")
+        if self.extrema is not None and len(self.extrema) != len(self.moments):
+            raise ValueError("extrema and moments must have one entry per channel")
+        return self
+
+
+class WantedBins(Message):
+    """Per channel, the bins of the pooled coarse histogram whose insides decide the percentiles."""
+
+    kind: Literal["wanted_bins"] = "wanted_bins"
+    bins: Annotated[tuple[BinList, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
+
+
+class FineSummary(Message):
+    """The bins a site looked into; its tensors `fine.<channel>` are int64 of shape (number of bins, 65536)."""
+
+    kind: Literal["fine_summary"] = "fine_summary"
+    bins: Annotated[tuple[BinList, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
+
+
+class PooledFingerprint(Message):
+    """The content of dataset_fingerprint.json that one centre holding all cases would have written."""
+
+    kind: Literal["pooled_fingerprint"] = "pooled_fingerprint"
+    num_cases: Annotated[int, Field(ge=1, le=MAX_CASES * MAX_SITES)]
+    fingerprint: JsonObject
+
+
+class PlansReport(Message):
+    """The plans that a site arrived at."""
+
+    kind: Literal["plans_report"] = "plans_report"
+    plans: JsonObject
+
+
+class PlansAgreement(Message):
+    """All sites hold the same plans: their digest."""
+
+    kind: Literal["plans_agreement"] = "plans_agreement"
+    digest: Digest
+
+
+# ---------------------------------------------------------------------------------------------------- training
+class TensorEntry(Part):
+    """One tensor of a site's network, by its own name there."""
+
+    name: TensorName
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=8)]
+
+
+class TrainingData(Part):
+    """The parts of dataset.json that must agree, or that are needed to use the model."""
+
+    channel_names: ChannelNames
+    labels: Labels
+    regions_class_order: LabelList | None = None
+    file_ending: Annotated[str, Field(max_length=32)]
+
+
+class Registration(Message):
+    """What a site is about to train."""
+
+    kind: Literal["registration"] = "registration"
+    configuration: Segment
+    fold: Annotated[str, Field(pattern=r"^(all|[0-9]{1,4})$")]
+    trainer: Segment
+    num_training_cases: Annotated[int, Field(ge=1, le=MAX_CASES)]
+    plans: JsonObject
+    dataset_json: TrainingData
+    mirroring_axes: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)] | None = None
+    requires_equal_plans: bool
+    tensors: Annotated[tuple[TensorEntry, ...], Field(min_length=1, max_length=MAX_TENSORS)]
+    """The distinct tensors of the network, under the first of their names."""
+    aliases: Annotated[dict[TensorName, TensorName], Field(max_length=4 * MAX_TENSORS)] = {}
+    """Further names of these tensors: alias -> name in `tensors`."""
+
+    @model_validator(mode="after")
+    def _names_are_consistent(self) -> Registration:
+        names = {entry.name for entry in self.tensors}
+        if len(names) != len(self.tensors):
+            raise ValueError("tensors: names are repeated")
+        if names & self.aliases.keys() or not set(self.aliases.values()) <= names:
+            raise ValueError("aliases must lead from further names to names in tensors")
+        return self
+
+
+class Match(Message):
+    """What the sites of a run share, decided once when all have registered."""
+
+    kind: Literal["match"] = "match"
+    rule: Literal["name", "resolution"]
+    weighting: Literal["cases", "uniform"]
+    weights: WeightOfSite
+    num_epochs: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    """None here and below: each site's trainer keeps its own value."""
+    num_iterations_per_epoch: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    num_val_iterations_per_epoch: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    shared: Annotated[dict[TensorName, dict[SiteName, TensorName]], Field(min_length=1, max_length=MAX_TENSORS)]
+    """Canonical name -> site -> the site's own name."""
+    initial_owner: Annotated[dict[TensorName, SiteName], Field(max_length=MAX_TENSORS)]
+    """Canonical name -> the site whose initial values all start from."""
+    coverage: Annotated[dict[SiteName, tuple[Count, Count]], Field(max_length=MAX_SITES)]
+    """Site -> (parameters it shares, parameters it has)."""
+
+    @model_validator(mode="after")
+    def _owners_share(self) -> Match:
+        if self.initial_owner.keys() != self.shared.keys():
+            raise ValueError("initial_owner must name one owner for every shared tensor")
+        if any(owner not in self.shared[name] for name, owner in self.initial_owner.items()):
+            raise ValueError("an owner must be among the sites that have the tensor")
+        return self
+
+
+class Update(Message):
+    """One site's share of a round, or of the initial weights; tensors travel under canonical names."""
+
+    kind: Literal["update"] = "update"
+    metrics: Metrics = {}
+    """What the site measured. NaN becomes null."""
+
+
+class Aggregate(Message):
+    """What became of the updates; tensors travel under canonical names."""
+
+    kind: Literal["aggregate"] = "aggregate"
+    round: Annotated[int, Field(ge=0, le=10**7)] | None
+    """None for the initial weights."""
+    contributors: WeightOfSite
+    missing: SiteNames = ()
+    metrics: Annotated[dict[SiteName, Metrics], Field(max_length=MAX_SITES)] = {}
+
+
+DocumentMessage = Annotated[
+    Census | PooledCensus | CoarseSummary | WantedBins | FineSummary | PooledFingerprint | PlansReport | PlansAgreement
+    | Registration | Match | Update | Aggregate,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,332 @@
+"""Turn a message and tensors into a document and back: one safetensors file that is safe to open.
+
+    8 bytes      length n of the header, little-endian
+    n bytes      JSON: {"__metadata__": {"message": <JSON text>}, <name>: {"dtype", "shape", "data_offsets"}, ...}
+    the rest     tensor data, little-endian, C order, in the order of the header, without gaps
+
+The writer streams: it holds one tensor at a time, where the library's own function wants all of them at once.
+The reader trusts nobody: it checks size, names, shapes, dtypes and offsets before it builds anything.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from nnunetv2.federated.errors import WireError
+from nnunetv2.federated.messages import MAX_TENSORS, PROTOCOL, TENSOR_NAME_PATTERN, DocumentMessage, Message
+from nnunetv2.federated.strict_json import parse_json, validated
+from nnunetv2.utilities.atomic_write import replacing
+
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
+"""What may travel: safetensors' name -> numpy dtype."""
+MAX_DIMENSIONS = 8
+_PIECE_BYTES = 4 << 20
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(DocumentMessage)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before its values: `dtype` by its name in safetensors, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise WireError(f"dtype {self.dtype!r} does not travel; allowed are {', '.join(DTYPES)}")
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        if len(self.shape) > MAX_DIMENSIONS or any(not 0 <= size <= 2**40 for size in self.shape):
+            raise WireError(f"shape {self.shape} is not allowed")
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> TensorSpec:
+        """Describe `array`."""
+        for name, dtype in DTYPES.items():
+            if array.dtype == dtype:
+                return cls(name, array.shape)
+        raise WireError(f"dtype {array.dtype} does not travel; allowed are {', '.join(DTYPES)}")
+
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the number of bytes of the values."""
+        return self.size * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much a document may hold. Bytes, and a number of tensors."""
+
+    file_bytes: int = 8 << 30
+    header_bytes: int = 64 << 20
+    tensors: int = MAX_TENSORS
+
+
+class Document:
+    """An open document: its message is parsed, its tensors are read one by one through a memory map.
+
+    Arrays that `read` has returned stay valid after `close`.
+    """
+
+    def __init__(self, path: Path, message: Message, specs: dict[str, TensorSpec], offsets: dict[str, int],
+                 content: mmap.mmap) -> None:
+        self.path = path
+        self.message = message
+        self.specs = specs
+        self._offsets = offsets
+        self._content: mmap.mmap | None = content
+
+    def read(self, name: str) -> np.ndarray:
+        """Return tensor `name` as a read-only array that is a view of the file."""
+        if name not in self.specs:
+            raise WireError(f"{self.path.name} holds no tensor {name!r}")
+        spec = self.specs[name]
+        if spec.size == 0:
+            return np.empty(spec.shape, DTYPES[spec.dtype])
+        return np.frombuffer(self._open_map(), DTYPES[spec.dtype], spec.size, self._offsets[name]).reshape(spec.shape)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of tensor `name` in pieces of a few MiB."""
+        start, stop = self._offsets[name], self._offsets[name] + self.specs[name].nbytes
+        view = memoryview(self._open_map())
+        for begin in range(start, stop, _PIECE_BYTES):
+            yield view[begin:min(begin + _PIECE_BYTES, stop)]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._content = None  # unmapped as soon as no array looks at it any more
+
+    def _open_map(self) -> mmap.mmap:
+        if self._content is None:
+            raise ValueError(f"document {self.path.name} is closed")
+        return self._content
+
+    def __enter__(self) -> Document:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec],
+                   tensors: Iterable[np.ndarray]) -> str:
+    """Write a document atomically, holding one tensor at a time, and return its SHA-256.
+
+    Args:
+        path: Where the document appears once it is complete and on the disk.
+        message: What it says.
+        specs: Name -> dtype and shape of every tensor, in the order of `tensors`.
+        tensors: The values, as many as specs; each is used before the next is asked for.
+
+    Raises:
+        WireError: A name, dtype or shape is not allowed, or the tensors are not what specs announces.
+    """
+    def pieces() -> Iterator[bytes | memoryview]:
+        remaining = iter(tensors)
+        for name, spec in specs.items():
+            values = next(remaining, None)
+            if values is None:
+                raise WireError(f"tensor {name} is announced but not there")
+            _check_spec(name, TensorSpec.of(np.asarray(values)), spec)
+            yield _bytes_of(np.asarray(values), DTYPES[spec.dtype])
+        if next(remaining, None) is not None:
+            raise WireError("there are more tensors than announced")
+
+    return _write(path, encode_header(message, specs), pieces())
+
+
+def write_subset(source: Document, path: Path, names: Iterable[str]) -> str:
+    """Write a document with the message and some tensors of `source`, copying bytes, and return its SHA-256."""
+    chosen = sorted(names, key=source._offsets.__getitem__)
+    specs = {name: source.specs[name] for name in chosen}
+    pieces = (piece for name in chosen for piece in source.pieces(name))
+    return _write(path, encode_header(source.message, specs), pieces)
+
+
+def encode_header(message: Message, specs: Mapping[str, TensorSpec]) -> bytes:
+    """Return all bytes of a document that come before its tensors."""
+    text = message.model_dump_json()
+    entries: dict[str, Any] = {"__metadata__": {"message": text}}
+    offset = 0
+    for name, spec in specs.items():
+        _check_name(name)
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+    header = json.dumps(entries, separators=(",", ":"), allow_nan=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def document_size(message: Message, specs: Mapping[str, TensorSpec]) -> int:
+    """Return how many bytes the document will have."""
+    return len(encode_header(message, specs)) + sum(spec.nbytes for spec in specs.values())
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write(path: Path, header: bytes, pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256(header)
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(header)
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+    return digest.hexdigest()
+
+
+def _bytes_of(values: np.ndarray, dtype: np.dtype) -> memoryview:
+    """Return the bytes of an array as they travel, without a copy where it already has that form."""
+    return memoryview(np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+def open_document(path: Path, *, limits: Limits = Limits()) -> Document:  # noqa: B008 - frozen
+    """Check the whole header of a document and return it open.
+
+    Raises:
+        WireError: The file is larger than `limits`, or anything in it is not as this module would write it.
+    """
+    content = _map_file(path, limits)
+    header = _read_header(content, limits)
+    entries = parse_json(header, what="the header")
+    if not isinstance(entries, dict):
+        raise WireError("the header is not a JSON object")
+    message = _decode_message(entries.pop("__metadata__", None))
+    if len(entries) > limits.tensors:
+        raise WireError(f"the document has {len(entries)} tensors, at most {limits.tensors} are allowed")
+    specs, offsets = _decode_entries(entries, data_begin=8 + len(header), file_size=len(content))
+    return Document(path, message, specs, offsets, content)
+
+
+def _map_file(path: Path, limits: Limits) -> mmap.mmap:
+    """Map a file whose size is within the limits; what happens to its name later does not matter."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limits.file_bytes:
+            raise WireError(f"the document has {size} bytes, at most {limits.file_bytes} are allowed")
+        if size < 8:
+            raise WireError(f"a file of {size} bytes is no document")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read_header(content: mmap.mmap, limits: Limits) -> bytes:
+    length = int.from_bytes(content[:8], "little")
+    if length > len(content) - 8:
+        raise WireError(f"a file of {len(content)} bytes is cut off or no document")
+    if length > limits.header_bytes:
+        raise WireError(f"the header has {length} bytes, at most {limits.header_bytes} are allowed")
+    return content[8:8 + length]
+
+
+def _decode_message(metadata: Any) -> Message:
+    if not isinstance(metadata, dict) or metadata.keys() != {"message"} or not isinstance(metadata["message"], str):
+        raise WireError("__metadata__ must hold one text named message")
+    text = metadata["message"]
+    content = parse_json(text, what="the message")
+    if not isinstance(content, dict) or content.get("protocol") != PROTOCOL:
+        spoken = content.get("protocol") if isinstance(content, dict) else None
+        raise WireError(f"the message is of protocol {spoken!r:.40}, this program speaks {PROTOCOL}: "
+                        "all sites and the coordinator need matching versions")
+    return validated(lambda: _MESSAGES.validate_json(text, strict=True), "the message")
+
+
+def _decode_entries(entries: dict[str, Any], *, data_begin: int,
+                    file_size: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+    """Return specs and absolute offsets of the tensors, which must lie one after another and fill the file."""
+    begins: list[tuple[int, int, str, TensorSpec]] = []
+    for name, entry in entries.items():
+        _check_name(name)
+        begin, end, spec = _decode_entry(name, entry)
+        begins.append((begin, end, name, spec))
+    begins.sort(key=lambda item: item[:2])
+    position = 0
+    for begin, end, name, _ in begins:
+        if begin != position:
+            raise WireError(f"tensor {name} begins at byte {begin}, the data before it end at {position}")
+        position = end
+    if data_begin + position != file_size:
+        raise WireError(f"the tensors need {position} bytes, the document holds {file_size - data_begin}")
+    return ({name: spec for _, _, name, spec in begins}, {name: data_begin + begin for begin, _, name, _ in begins})
+
+
+def _decode_entry(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise WireError(f"tensor {name}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise WireError(f"tensor {name}: dtype, shape or data_offsets are malformed")
+    try:
+        spec = TensorSpec(dtype, tuple(shape))
+    except WireError as error:
+        raise WireError(f"tensor {name}: {error}") from None
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise WireError(f"tensor {name}: {spec} needs {spec.nbytes} bytes, its offsets span {offsets[1] - offsets[0]}")
+    return offsets[0], offsets[1], spec
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and len(values) <= MAX_DIMENSIONS and all(
+        type(value) is int and 0 <= value < 2**62 for value in values)
+
+
+# ----------------------------------------------------------------------------------------------------- checking
+def check_tensors(document: Document, expected: Mapping[str, TensorSpec]) -> None:
+    """Raise WireError, naming the tensor, unless the document holds exactly `expected`, finite throughout."""
+    missing, unexpected = expected.keys() - document.specs.keys(), document.specs.keys() - expected.keys()
+    if missing:
+        raise WireError(f"tensor {min(missing)} is missing ({len(missing)} in all)")
+    if unexpected:
+        raise WireError(f"tensor {min(unexpected)} is not expected ({len(unexpected)} in all)")
+    for name, spec in document.specs.items():
+        _check_spec(name, spec, expected[name])
+    check_finite(document)
+
+
+def check_finite(document: Document) -> None:
+    """Raise WireError, naming the tensor, if any value of the document is NaN or infinite."""
+    for name, spec in document.specs.items():
+        if spec.dtype == "I64":
+            continue
+        values = document.read(name).reshape(-1)
+        for begin in range(0, values.size, _PIECE_BYTES):
+            if not np.isfinite(values[begin:begin + _PIECE_BYTES]).all():
+                raise WireError(f"tensor {name} holds NaN or infinite values")
+
+
+def _check_spec(name: str, found: TensorSpec, expected: TensorSpec) -> None:
+    if found != expected:
+        raise WireError(f"tensor {name} is {found}, expected {expected}")
+
+
+def _check_name(name: str) -> None:
+    if not _TENSOR_NAME.fullmatch(name):
+        raise WireError(f"{name!r:.80} is no name for a tensor: use at most 255 letters, digits, '_', '.', '-' and '#'")
+
+
+_TENSOR_NAME = re.compile(TENSOR_NAME_PATTERN)
