@@ -1,0 +1,53 @@
+"""Write files so that a reader sees either the old content or the complete new one."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path to write to; it takes the place of `path` once the block has succeeded.
+
+    The yielded file has the name of `path`, in a fresh folder beside it, because image libraries choose the format by
+    the ending. If the block raises, what it wrote is removed and `path` stays as it was. A symbolic link keeps
+    pointing where it did, and its target is replaced.
+
+    Raises:
+        FileNotFoundError: The folder of `path` does not exist, or the block wrote no file.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} does not exist")
+    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+    try:
+        written = scratch / target.name
+        yield written
+        if not written.is_file():
+            raise FileNotFoundError(f"nothing was written for {path}")
+        _flush_to_disk(written)
+        written.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_json_atomically(obj: object, path: str | os.PathLike[str], *, sort_keys: bool = True) -> None:
+    """Write `obj` as JSON with an indent of 4, the layout of all JSON files of nnU-Net."""
+    text = json.dumps(obj, indent=4, sort_keys=sort_keys)
+    with replacing(path) as written:
+        written.write_text(text, encoding="utf-8")
+
+
+def _flush_to_disk(path: Path) -> None:
+    # Without this a power failure after the rename can leave a complete name with empty content. Windows refuses to
+    # flush a descriptor that is open for reading only.
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

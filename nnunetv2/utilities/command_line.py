@@ -1,0 +1,76 @@
+"""What all commands share: options, logging, and how an error reaches the person at the terminal."""
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+DEVICES = ("cuda", "cpu", "mps")
+_EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, AssertionError, ImportError)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `-device` to a parser. Its value stays text; `utilities.device.resolve_device` makes it a device."""
+    parser.add_argument("-device", default="cuda", choices=DEVICES,
+                        help="Where the network runs: cuda (default), cpu or mps. To pick one of several GPUs, set "
+                             "CUDA_VISIBLE_DEVICES, for example CUDA_VISIBLE_DEVICES=1.")
+
+
+def run_command(function: Callable[[], int | None]) -> None:
+    """Run the body of a command line program and turn its failure into one line and an exit status.
+
+    Returns normally on success, because some programs fill `sys.argv`, call our entry points and go on afterwards.
+    Set the environment variable nnUNet_debug to see the traceback of an error.
+
+    Raises:
+        SystemExit: The function returned a status above 0, failed with one of the errors that bad input causes
+            (status 1), or was interrupted (status 130).
+    """
+    _set_up_logging()
+    try:
+        status = function()
+    except KeyboardInterrupt:
+        print(f"{_program()}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        if _wants_traceback():
+            traceback.print_exc()
+        print(f"{_program()}: error: {describe_error(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if status:
+        raise SystemExit(status)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error as one line; an error without a message is given by its type and place."""
+    message = " ".join(str(error).split())
+    if message:
+        return message
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
+
+
+def _is_expected(error: Exception) -> bool:
+    """Tell errors with a message for the user from programming errors, whose traceback is the message."""
+    return isinstance(error, _EXPECTED_ERRORS) or type(error).__module__.split(".")[0] == "nnunetv2"
+
+
+def _wants_traceback() -> bool:
+    return bool(os.environ.get("nnUNet_debug"))
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name or "nnunetv2"
+
+
+def _set_up_logging() -> None:
+    """Show warnings of all libraries and the progress messages of ours on stderr, unless logging is set up already."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("nnunetv2").setLevel(logging.DEBUG if _wants_traceback() else logging.INFO)

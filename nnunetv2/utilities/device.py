@@ -1,0 +1,142 @@
+"""Decide how a network runs on a device: precision, memory layout and threads.
+
+On a CPU, networks run in bfloat16 where the processor multiplies bfloat16 matrices in hardware (AMX-BF16 or
+AVX512-BF16), and in float32 elsewhere. The environment variable nnUNet_cpu_autocast decides otherwise: 0, false, f, no
+or off keep float32 everywhere; 1, true, t, yes or on ask for bfloat16 even where it is emulated and slow.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import re
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    NetworkOrTensor = TypeVar("NetworkOrTensor", torch.nn.Module, torch.Tensor)
+
+logger = logging.getLogger(__name__)
+
+CPU_AUTOCAST_VARIABLE = "nnUNet_cpu_autocast"
+_NO = ("0", "false", "f", "no", "off")
+_YES = ("1", "true", "t", "yes", "on")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn the value of `-device` into a device that exists.
+
+    Raises:
+        ValueError: The name is unknown, or torch sees no such device on this machine.
+    """
+    import torch
+
+    is_available = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name not in is_available:
+        raise ValueError(f"unknown device {name!r}: use one of {', '.join(is_available)}")
+    if not is_available[name]():
+        raise ValueError(f"device {name} was asked for, but torch {torch.__version__} finds none on this machine; "
+                         "pass -device cpu to run without it")
+    return torch.device(name)
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bf16() -> bool:
+    """Tell whether this processor multiplies bfloat16 matrices in hardware (AMX-BF16 or AVX512-BF16)."""
+    import torch
+
+    # These queries are not public and come and go between versions of torch.
+    queries = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    if any(query is not None and query() for query in queries):
+        return True
+    return _cpu_flags_name_bf16(_read_cpu_info())
+
+
+def wants_cpu_autocast() -> bool:
+    """Tell whether networks run in bfloat16 on the CPU: what the environment says, else what the processor can.
+
+    Raises:
+        ValueError: nnUNet_cpu_autocast is set to something that is neither yes nor no.
+    """
+    choice = os.environ.get(CPU_AUTOCAST_VARIABLE, "").strip().lower()
+    if choice in _NO:
+        return False
+    if choice in _YES:
+        return True
+    if choice:
+        raise ValueError(f"{CPU_AUTOCAST_VARIABLE} is {choice!r}: set it to 1 or 0, or unset it")
+    return cpu_has_bf16()
+
+
+def autocast_context(device: torch.device | str) -> AbstractContextManager:
+    """Return the context in which networks run on a device: float16 on CUDA, bfloat16 on capable CPUs, else float32."""
+    import torch
+
+    device_type = torch.device(device).type
+    if device_type == "cuda":
+        return torch.autocast("cuda", enabled=True)
+    if device_type == "cpu" and wants_cpu_autocast():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def to_fast_memory_format_(network_or_tensor: NetworkOrTensor, device: torch.device | str) -> NetworkOrTensor:
+    """Lay out 4-D and 5-D tensors channels-last on a CPU, where convolutions need no reordering then.
+
+    A network is changed in place and returned. A tensor is returned in the new layout, its values and shape unchanged.
+    On other devices nothing happens.
+    """
+    import torch
+
+    if torch.device(device).type != "cpu":
+        return network_or_tensor
+    if isinstance(network_or_tensor, torch.Tensor):
+        return _channels_last(network_or_tensor)
+    # Parameter by parameter, since Module.to() takes a single format and fails on weights of the other rank.
+    for parameter in network_or_tensor.parameters():
+        parameter.data = _channels_last(parameter.data)
+    return network_or_tensor
+
+
+def set_torch_threads(device_type: str) -> None:
+    """Give torch all cores that this process may use on `cpu`, and one on `cuda`, where cores feed the GPU."""
+    import torch
+
+    if device_type == "cpu":
+        torch.set_num_threads(usable_cpu_count())
+    elif device_type == "cuda":
+        torch.set_num_threads(1)
+        try:
+            torch.set_num_interop_threads(1)
+        except RuntimeError as error:  # can be set once only, before any parallel work
+            logger.debug("inter-op threads stay at %d: %s", torch.get_num_interop_threads(), error)
+
+
+def usable_cpu_count() -> int:
+    """Count the cores that this process may use, which can be fewer than the machine has (containers, schedulers)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.ndim not in formats:
+        return tensor
+    return tensor.contiguous(memory_format=formats[tensor.ndim])
+
+
+def _read_cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ""
+
+
+def _cpu_flags_name_bf16(cpu_info: str) -> bool:
+    return re.search(r"^flags\s*:.*\b(amx_bf16|avx512_bf16)\b", cpu_info, re.MULTILINE) is not None

@@ -1,0 +1,25 @@
+"""Take file names apart. An ending such as `.nii.gz` is two suffixes, so pathlib's own notion of one does not fit."""
+from __future__ import annotations
+
+import re
+
+
+def strip_ending(name: str, ending: str) -> str:
+    """Return `name` without `ending`: strip_ending("liver_1.nii.gz", ".nii.gz") is "liver_1".
+
+    Raises:
+        ValueError: The name does not end so.
+    """
+    if not ending or not name.endswith(ending):
+        raise ValueError(f"file name {name!r} does not end in {ending!r}")
+    return name[: -len(ending)]
+
+
+def split_channel(name: str, ending: str) -> tuple[str, int] | None:
+    """Split an image file name into case and channel: "liver_1_0002.nii.gz" gives ("liver_1", 2).
+
+    Returns:
+        None if the name does not end in an underscore, four digits and the ending.
+    """
+    match = re.fullmatch(rf"(.+)_([0-9]{{4}}){re.escape(ending)}", name, re.DOTALL)
+    return (match[1], int(match[2])) if match else None

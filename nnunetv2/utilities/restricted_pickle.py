@@ -1,0 +1,69 @@
+"""Read the pickles of nnU-Net (properties of cases) without running whatever a pickle may ask for.
+
+A pickle is a program. The files that nnU-Net exchanges need containers, numbers, text and NumPy arrays only, so the
+reader admits just the callables that rebuild these and refuses everything else before it is imported.
+"""
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+from typing import BinaryIO
+
+from nnunetv2.utilities.atomic_write import replacing
+
+_HARMLESS = {
+    "builtins": {"bytearray", "complex", "frozenset", "list", "dict", "tuple", "set", "int", "float", "bool", "str",
+                 "bytes", "range", "slice"},
+    "collections": {"OrderedDict"},
+    "_codecs": {"encode"},  # how old protocols spell bytes
+    "numpy": {"ndarray", "dtype"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.numeric": {"_frombuffer"},
+}
+_OLD_MODULE_NAMES = {
+    "__builtin__": "builtins",  # Python 2
+    "numpy.core.multiarray": "numpy._core.multiarray",  # NumPy 1
+    "numpy.core.numeric": "numpy._core.numeric",
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        module = _OLD_MODULE_NAMES.get(module, module)
+        is_dtype_class = module == "numpy.dtypes" and name.endswith("DType") and name.isidentifier()
+        if name not in _HARMLESS.get(module, ()) and not is_dtype_class:
+            raise pickle.UnpicklingError(
+                f"it refers to {module}.{name}; only containers, numbers, text and NumPy arrays are admitted")
+        return getattr(_import_numpy_core(module), name)
+
+
+def load_pickle_safely(path: str | os.PathLike[str]) -> object:
+    """Read a pickle that holds nothing but builtin containers, numbers, text and NumPy scalars, arrays and dtypes.
+
+    Raises:
+        pickle.UnpicklingError: The file is no pickle, is truncated, or holds anything else. The message names the file.
+    """
+    with open(path, "rb") as file:
+        return load_stream_safely(file, name=os.fspath(path))
+
+
+def load_stream_safely(file: BinaryIO, *, name: str) -> object:
+    """Read a pickle from an open file; `name` is how error messages call it. See `load_pickle_safely`."""
+    try:
+        return _RestrictedUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, ValueError, TypeError) as error:
+        raise pickle.UnpicklingError(f"cannot read {name}: {error}") from error
+
+
+def save_pickle(obj: object, path: str | os.PathLike[str]) -> None:
+    """Write a pickle in one step, so that no reader finds half of it."""
+    with replacing(path) as written:
+        written.write_bytes(pickle.dumps(obj))
+
+
+def _import_numpy_core(module: str):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:  # NumPy below 1.26 has these functions in numpy.core only
+        return importlib.import_module(module.replace("numpy._core", "numpy.core"))
