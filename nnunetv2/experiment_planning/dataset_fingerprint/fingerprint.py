@@ -1,0 +1,58 @@
+"""Turn samples of all cases into the fingerprint of the dataset, a plain dict that JSON can hold."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
+from nnunetv2.experiment_planning.dataset_fingerprint.weighted_statistics import (
+    WeightedValues,
+    mean_and_std_of,
+    percentiles_of,
+    range_of,
+)
+
+
+def compute_fingerprint(samples: Sequence[CaseSample]) -> dict:
+    """Compute the content of dataset_fingerprint.json; channels are numbered with ints.
+
+    Raises:
+        ValueError: No case has foreground, or cases differ in their number of channels.
+    """
+    channel_counts = {len(sample.intensities) for sample in samples}
+    if len(channel_counts) != 1:
+        raise ValueError(f"cases differ in their number of channels: {sorted(channel_counts)}")
+    if not any(sample.has_foreground for sample in samples):
+        raise ValueError("no case has foreground (a label above 0), so there are no intensities to describe")
+    return {
+        "spacings": [sample.spacing for sample in samples],
+        "shapes_after_crop": [sample.shape_after_crop for sample in samples],
+        "foreground_intensity_properties_per_channel": {
+            channel: describe_intensities([sample.intensities[channel] for sample in samples])
+            for channel in range(channel_counts.pop())
+        },
+        "median_relative_size_after_cropping": float(np.median([sample.relative_size for sample in samples])),
+    }
+
+
+def describe_intensities(samples: Sequence[WeightedValues]) -> Mapping[str, float]:
+    """Describe one channel of all cases by mean, median, std, min, max and the outer half percents.
+
+    The numbers have the precision of the expanded sample as the reference release would concatenate it: float32,
+    but float64 as soon as one case has no foreground, since its empty list promotes the others.
+    """
+    dtype = np.float32 if all(len(values) for values, _ in samples) else np.float64
+    samples = [sample for sample in samples if len(sample[0])]
+    low, median, high = percentiles_of(samples, [0.5, 50, 99.5], dtype)
+    mean, std = mean_and_std_of(samples)
+    minimum, maximum = range_of(samples)
+    return {
+        "mean": float(dtype(mean)),
+        "median": float(median),
+        "std": float(dtype(std)),
+        "min": minimum,
+        "max": maximum,
+        "percentile_99_5": float(high),
+        "percentile_00_5": float(low),
+    }
