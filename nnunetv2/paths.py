@@ -7,8 +7,8 @@ import os
 class EnvironmentPath(os.PathLike):
     """A folder that an environment variable names.
 
-    Importing nnunetv2 needs no variable. Using the path (`str`, `os.path.join`, `open`, ...) while the variable is unset
-    raises an error that says which one to set.
+    Importing nnunetv2 needs no variable. Using the path (`str`, `os.path.join`, `open`, ...) while its variable is
+    unset raises an error that says which one to set.
     """
 
     # Its value may change between two uses, so it must not become a key.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+from pathlib import Path
 from typing import BinaryIO
 
 from nnunetv2.utilities.atomic_write import replacing
@@ -44,7 +45,7 @@ def load_pickle_safely(path: str | os.PathLike[str]) -> object:
     Raises:
         pickle.UnpicklingError: The file is no pickle, is truncated, or holds anything else. The message names the file.
     """
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return load_stream_safely(file, name=os.fspath(path))
 
 
