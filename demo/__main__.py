@@ -62,7 +62,8 @@ def find_model(folder: Path) -> Path:
     return found[0]
 
 
-def everywhere(step: str, sites: Sequence[LocalSite], folder: Path, command_of: Callable[[LocalSite], list[str]]) -> None:
+def everywhere(step: str, sites: Sequence[LocalSite], folder: Path,
+               command_of: Callable[[LocalSite], list[str]]) -> None:
     """Run a command at all sites at once and say how long it took."""
     print(f"\n--- {step} ---", flush=True)
     start = time.monotonic()

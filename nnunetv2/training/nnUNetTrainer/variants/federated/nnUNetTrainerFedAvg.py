@@ -1,0 +1,15 @@
+"""Trainers for several sites: nnUNetTrainerAsymFedAvg shares what matches, nnUNetTrainerFedAvg wants equal plans."""
+from __future__ import annotations
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import FederatedTraining
+
+
+class nnUNetTrainerAsymFedAvg(FederatedTraining, nnUNetTrainer):
+    """Average the parameters that several sites have in common; what only one site has stays its own (AsymFedAvg)."""
+
+
+class nnUNetTrainerFedAvg(FederatedTraining, nnUNetTrainer):
+    """Average whole networks (McMahan et al., AISTATS 2017); sites whose plans differ are refused, field by field."""
+
+    requires_equal_plans = True
