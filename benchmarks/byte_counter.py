@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 PIECE_BYTES = 1 << 16
@@ -57,16 +58,13 @@ class ByteCounter:
 
     def _relay(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
         try:
-            while piece := source.recv(PIECE_BYTES):
-                with self.traffic.lock:
-                    setattr(self.traffic, direction, getattr(self.traffic, direction) + len(piece))
-                sink.sendall(piece)
-        except OSError:
-            pass
+            with suppress(OSError):
+                while piece := source.recv(PIECE_BYTES):
+                    with self.traffic.lock:
+                        setattr(self.traffic, direction, getattr(self.traffic, direction) + len(piece))
+                    sink.sendall(piece)
         finally:
             for end in (source, sink):
-                try:
+                with suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
                 end.close()
