@@ -156,9 +156,11 @@ def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec]
 
 def write_subset(source: Document, path: Path, names: Iterable[str]) -> str:
     """Write a document with the message and some tensors of `source`, copying bytes, and return its SHA-256."""
-    chosen = sorted(names, key=source._offsets.__getitem__)
-    specs = {name: source.specs[name] for name in chosen}
-    pieces = (piece for name in chosen for piece in source.pieces(name))
+    wanted = set(names)
+    if unknown := wanted - source.specs.keys():
+        raise WireError(f"{source.path.name} holds no tensor {min(unknown)!r}")
+    specs = {name: spec for name, spec in source.specs.items() if name in wanted}
+    pieces = (piece for name in specs for piece in source.pieces(name))
     return _write(path, encode_header(source.message, specs), pieces)
 
 
@@ -325,7 +327,7 @@ def _check_spec(name: str, found: TensorSpec, expected: TensorSpec) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not _TENSOR_NAME.fullmatch(name):
+    if not _TENSOR_NAME.fullmatch(name) or name == "__metadata__":
         raise WireError(f"{name!r:.80} is no name for a tensor: use at most 255 letters, digits, '_', '.', '-' and '#'")
 
 
