@@ -32,13 +32,14 @@ LOCAL_FINGERPRINT = "dataset_fingerprint_local.json"
 
 def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | None = None, num_processes: int = 8,
                    share_extrema: bool = False, show_progress_bar: bool = True, verbose: bool = False,
-                   **planning: Any) -> str:
+                   credential_file: Path | None = None, **planning: Any) -> str:
     """Plan one dataset as a member of a federation.
 
     Args:
         mode: "ffe" plans from the pooled fingerprint, so that all sites hold the same plans; "asym" plans from the
             local one, so that the sites' networks may differ.
         share_extrema: Let the smallest and largest voxel leave the site too. Nothing in nnU-Net needs them.
+        credential_file: The site's credential; the one that `nnUNet_fed_site` names, if None.
         planning: Keywords of `plan_experiment_dataset`.
 
     Returns:
@@ -51,7 +52,7 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 
-    credential = load_credential()
+    credential = load_credential(credential_file)
     extractor = (extractor_class or DatasetFingerprintExtractor)(dataset_id, num_processes, verbose=verbose)
     extractor.show_progress_bar = show_progress_bar
     if mode == "asym":

@@ -52,7 +52,7 @@ def import_weights_(network: torch.nn.Module, weights: Mapping[str, np.ndarray])
 def describe_match(match: messages.Match, site: str) -> list[str]:
     """Say in a few lines what this site shares with whom."""
     shared, total = match.coverage[site]
-    lines = [f"Shared with other sites (matched by {match.rule}): {shared:,} of {total:,} parameters, {shared / total:.1%}"]
+    lines = [f"Shared, matched by {match.rule}: {shared:,} of {total:,} parameters ({shared / total:.1%})"]
     partners: dict[tuple[str, ...], int] = {}
     for sites in match.shared.values():
         if site in sites:

@@ -1,0 +1,93 @@
+"""A site's way through a run, with a coordinator of a few lines."""
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nnunetv2.federated import messages
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.session import RunSession
+
+SHARED = {"w": {"a": "w.local", "b": "w"}, "v": {"a": "v", "b": "v"}, "x": {"b": "x", "c": "x"}}
+
+
+class FakeTransport:
+    """Answers from a dict; remembers what was sent."""
+
+    def __init__(self, state: dict, results: dict) -> None:
+        self.state, self.results, self.sent = state, results, {}
+
+    def exchange(self, key, message, tensors=None):
+        self.sent[key] = dict(tensors or {})
+        return self.results[key]
+
+    def result(self, key):
+        return self.results[key]
+
+    def run_state(self, run):
+        return SimpleNamespace(**{"open_round": None, "num_rounds": 4, "closed": False, **self.state})
+
+
+def document(message=None, **tensors):
+    return SimpleNamespace(message=message, specs=tensors, read=tensors.__getitem__)
+
+
+def make_session(state, results, site="a") -> RunSession:
+    session = RunSession(FakeTransport(state, results), site=site, run="run")
+    owners = {"w": "a", "v": "b", "x": "b"}
+    session.match = SimpleNamespace(shared=SHARED, initial_owner=owners, coverage={})
+    return session
+
+
+def test_a_site_sends_only_the_initial_weights_it_owns_and_takes_the_rest():
+    answer = document(w=np.ones(2), v=np.zeros(3), x=np.ones(1))
+    session = make_session({}, {"runs/run/initial": answer})
+    position = session.start(0, {"w.local": np.full(2, 7.0), "v": np.full(3, 7.0), "own": np.ones(1)})
+    assert session.transport.sent["runs/run/initial"].keys() == {"w"}
+    assert position.epoch == 0
+    assert position.weights.keys() == {"w.local", "v"}
+    np.testing.assert_array_equal(position.weights["w.local"], 1)
+
+
+def test_weights_travel_under_canonical_names_and_return_under_local_ones():
+    answer = document("message", w=np.zeros(2), v=np.ones(3))
+    session = make_session({"open_round": 1}, {"runs/run/rounds/1": answer})
+    weights, message = session.exchange(1, {"w.local": np.ones(2), "v": np.ones(3), "own": np.ones(1)}, {"loss": 1.0})
+    assert session.transport.sent["runs/run/rounds/1"].keys() == {"w", "v"}
+    assert weights.keys() == {"w.local", "v"}
+    assert message == "message"
+
+
+@pytest.mark.parametrize(("epoch", "state", "expected"), [
+    (0, {"open_round": 2}, (2, "runs/run/rounds/1")),
+    (2, {"open_round": 2}, (2, "runs/run/rounds/1")),
+    (1, {"open_round": None, "closed": True}, (4, "runs/run/rounds/3")),
+    (0, {"open_round": 0}, (0, "runs/run/initial")),
+])
+def test_a_returning_site_goes_on_where_the_others_are(epoch, state, expected):
+    results = {expected[1]: document(w=np.ones(2), v=np.ones(3))}
+    assert make_session(state, results).start(epoch, {}).epoch == expected[0]
+
+
+def test_a_checkpoint_ahead_of_the_run_is_refused():
+    with pytest.raises(FederationError, match="another federation"):
+        make_session({"open_round": 2}, {}).start(3, {})
+
+
+def test_an_aggregate_that_lacks_a_tensor_is_refused():
+    session = make_session({"open_round": 0}, {"runs/run/initial": document(w=np.ones(2))})
+    with pytest.raises(FederationError, match="lacks tensor v"):
+        session.start(0, {})
+
+
+def test_what_is_shared_is_unknown_before_registration():
+    session = RunSession(FakeTransport({}, {}), site="a", run="run")
+    with pytest.raises(FederationError, match="register first"):
+        session.exchange(0, {}, {})
+
+
+def test_run_names_reject_what_cannot_be_part_of_a_key():
+    with pytest.raises(ValueError):
+        messages.run_name("3d/../x", 0, "t")
