@@ -1,0 +1,247 @@
+"""Turn an invitation into a site's credential, and keep that credential on the site's disk.
+
+    invitation   nnunet-fed:<base64url of JSON {v, url, federation, site, secret}>, printed by the coordinator, used once
+    credential   ~/.config/nnunet/federated_site.json, or the file that nnUNet_fed_site names; only its owner can read it
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import json
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
+
+INVITATION_PREFIX = "nnunet-fed:"
+INVITATION_VERSION = 1
+CREDENTIAL_VERSION = 1
+CREDENTIAL_VARIABLE = "nnUNet_fed_site"
+TOKEN_BYTES = 32
+_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What a site needs to join, from the coordinator to one site."""
+
+    url: str
+    federation: str
+    site: str
+    secret: str
+
+
+@dataclass(frozen=True)
+class SiteCredential:
+    """What a site proves its identity with."""
+
+    url: str
+    """Where the coordinator is, such as https://coordinator.example:8750."""
+    federation: str
+    site: str
+    token: str
+    """The bearer token `<site>.<secret>`. Whoever has it is the site."""
+    insecure: bool = False
+    """Whether someone has allowed plain HTTP beyond this machine."""
+
+    def __repr__(self) -> str:
+        return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"
+
+
+# ------------------------------------------------------------------------------------------------------ invitation
+def encode_invitation(invitation: Invitation) -> str:
+    """Return the invitation as one word that survives a mail."""
+    content = json.dumps({"v": INVITATION_VERSION, **asdict(invitation)}, separators=(",", ":"))
+    return INVITATION_PREFIX + base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
+
+
+def decode_invitation(text: str) -> Invitation:
+    """Read an invitation.
+
+    Raises:
+        WireError: It is damaged, or of another version.
+    """
+    word = text.strip()
+    if not word.startswith(INVITATION_PREFIX):
+        raise WireError(f"an invitation starts with {INVITATION_PREFIX!r}, this is {word[:20]!r}: copy the whole word")
+    encoded = word[len(INVITATION_PREFIX):]
+    try:
+        content = json.loads(base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True))
+    except (ValueError, binascii.Error) as error:
+        raise WireError("the invitation is damaged or cut off: copy the whole word again") from error
+    if not isinstance(content, dict) or content.pop("v", None) != INVITATION_VERSION:
+        raise WireError(f"the invitation is not of version {INVITATION_VERSION}: use matching versions of the software")
+    is_text = all(isinstance(value, str) for value in content.values())
+    if content.keys() != {"url", "federation", "site", "secret"} or not is_text:
+        raise WireError("the invitation is incomplete: ask the coordinating site for a new one")
+    check_site_name(content["site"])
+    check_url(content["url"])
+    return Invitation(**content)
+
+
+def check_site_name(name: str) -> str:
+    """Return a site's name, or raise WireError if it is none."""
+    if not _SITE_NAME.fullmatch(name):
+        raise WireError(f"{name[:80]!r} is no name for a site: use up to 64 letters, digits, '-' and '_', "
+                        "the first one a letter or digit")
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------ addresses
+def check_url(url: str) -> str:
+    """Return the address of a coordinator without a slash at its end, or raise WireError if it is none."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or parts.query or parts.fragment or parts.username:
+        raise WireError(f"{url[:200]!r} is no address of a coordinator: expected http(s)://host:port")
+    return url.rstrip("/")
+
+
+def is_loopback(host: str | None) -> bool:
+    """Tell whether a host is this machine itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def check_transport_is_safe(url: str, *, insecure: bool) -> None:
+    """Raise FederationError if the token would cross a network in plain text without anyone having allowed it."""
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(parts.hostname) and not insecure:
+        raise FederationError(f"{url} is plain HTTP: tokens and weights could be read on the way. Use an https "
+                              "address, or --insecure where the network itself is protected (a VPN, for example)")
+
+
+# ------------------------------------------------------------------------------------------------------ credential
+def credential_path() -> Path:
+    """Return where the credential of this site is kept."""
+    chosen = os.environ.get(CREDENTIAL_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path.home() / ".config" / "nnunet" / "federated_site.json"
+
+
+def load_credential(path: Path | None = None) -> SiteCredential:
+    """Read the credential of this site.
+
+    Raises:
+        NotJoinedError: There is none, or it cannot be read.
+    """
+    path = path or credential_path()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotJoinedError(f"this site has not joined a federation: {path} does not exist. Run nnUNetv2_fed_join "
+                             "with the invitation from the coordinating site, or let the environment variable "
+                             f"{CREDENTIAL_VARIABLE} name the credential") from None
+    except (OSError, ValueError) as error:
+        raise NotJoinedError(f"the credential {path} cannot be read: {error}") from error
+    fields = {"url", "federation", "site", "token", "insecure"}
+    if not isinstance(content, dict) or content.pop("version", None) != CREDENTIAL_VERSION or content.keys() != fields:
+        raise NotJoinedError(f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
+                             "join again with a new invitation")
+    return SiteCredential(**content)
+
+
+def save_credential(credential: SiteCredential, path: Path | None = None) -> Path:
+    """Write the credential atomically, readable by its owner only, and return its path."""
+    from nnunetv2.utilities.atomic_write import replacing
+
+    path = path or credential_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"version": CREDENTIAL_VERSION, **asdict(credential)}, file, indent=4)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- join
+def join(invitation: Invitation, *, replace: bool = False, insecure: bool = False, path: Path | None = None) -> str:
+    """Accept an invitation and keep the credential; say in one line what happened.
+
+    The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated.
+
+    Raises:
+        RefusedError: The coordinator does not accept the invitation.
+        FederationError: The credential of another federation is in the way.
+    """
+    from nnunetv2.federated.client import request_to_join
+
+    path = path or credential_path()
+    check_transport_is_safe(invitation.url, insecure=insecure)
+    known = _credential_in_the_way(invitation, path, replace=replace)
+    pending = path.with_name(path.name + ".joining")
+    credential = SiteCredential(check_url(invitation.url), invitation.federation, invitation.site,
+                                known or _pending_token(invitation, pending) or new_token(invitation.site), insecure)
+    save_credential(credential, pending)
+    try:
+        answer = request_to_join(credential, invitation.secret)
+    except RefusedError:
+        pending.unlink()
+        raise
+    pending.replace(path)
+    others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
+    return (f"Site {answer.site} has joined {answer.federation} at {credential.url}; other sites: {others}. "
+            f"Credential: {path}")
+
+
+def new_token(site: str) -> str:
+    """Make the secret token of a site."""
+    return f"{site}.{secrets.token_urlsafe(TOKEN_BYTES)}"
+
+
+def _credential_in_the_way(invitation: Invitation, path: Path, *, replace: bool) -> str | None:
+    """Return the token of an earlier join with this invitation; raise FederationError if another one would be lost."""
+    if not path.exists() or replace:
+        return None
+    present = load_credential(path)
+    if (present.federation, present.site) != (invitation.federation, invitation.site):
+        raise FederationError(f"{path} holds the credential of site {present.site} of {present.federation}; add "
+                              f"--replace to give it up, or let {CREDENTIAL_VARIABLE} name another file")
+    return present.token
+
+
+def _pending_token(invitation: Invitation, pending: Path) -> str | None:
+    """Return the token of an attempt to join that was interrupted."""
+    if not pending.exists():
+        return None
+    attempt = load_credential(pending)
+    same = (attempt.federation, attempt.site) == (invitation.federation, invitation.site)
+    return attempt.token if same else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_fed_join`."""
+    parser = argparse.ArgumentParser(description="Join a federation as one of its sites.")
+    parser.add_argument("invitation", metavar="INVITE", help="the word nnunet-fed:... from the coordinating site")
+    parser.add_argument("--replace", action="store_true",
+                        help="give up the credential of another federation that this site holds")
+    parser.add_argument("--insecure", action="store_true",
+                        help="allow plain HTTP to another machine; only where the network itself is protected")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `nnUNetv2_fed_join`."""
+    arguments = build_parser().parse_args(argv)
+    print(join(decode_invitation(arguments.invitation), replace=arguments.replace, insecure=arguments.insecure))
+    return 0
+
+
+def join_entry() -> None:
+    """Entry point of the console script."""
+    from nnunetv2.utilities.command_line import run_command
+
+    run_command(main)

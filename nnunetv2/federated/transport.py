@@ -1,0 +1,52 @@
+"""The seam between a site and the rest of its federation: HTTP is one transport, an engine's own is another."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nnunetv2.federated.bodies import FederationSettings, RunState
+    from nnunetv2.federated.messages import Message
+    from nnunetv2.federated.wire import Document, TensorSpec
+
+
+class Transport(Protocol):
+    """What a site needs of whatever connects it to the coordinator. `FederationClient` is the transport over HTTP."""
+
+    def settings(self) -> FederationSettings:
+        """Return what holds for all sites of the federation."""
+        ...
+
+    def exchange(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+                 specs: Mapping[str, TensorSpec] | None = None) -> Document:
+        """Contribute to a gathering, wait until it is closed, and return its result.
+
+        Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
+
+        Raises:
+            RefusedError: The contribution is not accepted, or the contributions do not go together.
+            CoordinatorUnreachable: The coordinator did not answer for too long.
+        """
+        ...
+
+    def result(self, key: str) -> Document:
+        """Wait until a gathering is closed and return its result, without contributing."""
+        ...
+
+    def run_state(self, run: str) -> RunState:
+        """Return how far a training run is."""
+        ...
+
+    def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
+        """Tell the coordinator, if it can be reached at once, that this site cannot go on. Never raises."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections and temporary files."""
+        ...
+
+    def __enter__(self) -> Transport: ...
+
+    def __exit__(self, *_: object) -> None: ...
