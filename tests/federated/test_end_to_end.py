@@ -89,7 +89,8 @@ def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
     images = Path(sites[0].environment["nnUNet_raw"]) / f"Dataset{sites[0].dataset}_Phantom" / "imagesTs"
     run_everywhere(sites[:1], lambda _: [
         "nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", "0", "-i", str(images), "-o",
-        str(tmp_path / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"], step="predict", log_folder=tmp_path / "logs")
+        str(tmp_path / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"],
+        step="predict", log_folder=tmp_path / "logs")
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["phantom_005.nii.gz"]
 
 
