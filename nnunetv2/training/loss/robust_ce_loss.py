@@ -1,0 +1,42 @@
+"""Turn logits and label maps into cross entropies that take the targets our loaders make."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
+    """Accept targets of any number type, with or without an axis for their single channel."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compare logits `(b, c, *spatial)` with a label map `(b, *spatial)` or `(b, 1, *spatial)`."""
+        if target.ndim == input.ndim:
+            assert target.shape[1] == 1, f"a label map has one channel, this one has {target.shape[1]}"
+            target = target[:, 0]
+        return super().forward(input, target.long())
+
+
+class TopKLoss(RobustCrossEntropyLoss):
+    """Average the cross entropy over the hardest `k` percent of the voxels, at least one of them.
+
+    Voxels with the label `ignore_index` are not counted; without any other voxel the loss is 0.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        k: float = 10,
+        label_smoothing: float = 0,
+    ) -> None:
+        super().__init__(weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+        self.k = k
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compare logits `(b, c, *spatial)` with a label map `(b, 1, *spatial)` or `(b, *spatial)`."""
+        losses = super().forward(input, target).flatten()
+        counted = losses[target.flatten() != self.ignore_index]
+        if counted.numel() == 0:
+            return losses.sum()  # of zeros, and differentiable
+        hardest = max(1, int(counted.numel() * self.k / 100))
+        return torch.topk(counted, hardest, sorted=False).values.mean()
