@@ -1,0 +1,106 @@
+"""List the cases of a raw dataset and the files that belong to them."""
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2.utilities.file_endings import split_channel
+from nnunetv2.utilities.legacy_names import file_helpers_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__getattr__ = file_helpers_of(__name__)
+logger = logging.getLogger(__name__)
+
+
+def get_identifiers_from_splitted_dataset_folder(folder: str, file_ending: str) -> np.ndarray:
+    """Return the sorted, distinct case identifiers of a folder of images CASE_XXXX.ENDING.
+
+    Files that have the ending but no underscore and four digits before it belong to no case; a warning names them.
+    """
+    import numpy as np
+
+    names = _list_names(folder, file_ending)
+    split_names = {name: split_channel(name, file_ending) for name in names}
+    strangers = [name for name, parts in split_names.items() if parts is None]
+    if strangers:
+        logger.warning("%s: %d files are ignored because their name does not end in _0000%s, _0001%s, ...: %s%s",
+                       folder, len(strangers), file_ending, file_ending, ", ".join(strangers[:5]),
+                       ", ..." if len(strangers) > 5 else "")
+    return np.array(sorted({parts[0] for parts in split_names.values() if parts is not None}), dtype=str)
+
+
+def create_paths_fn(folder: str, files: Iterable[str], file_ending: str, f: str) -> list[str]:
+    """Return the paths of those `files` in `folder` that are channels of case `f`, in the order of `files`."""
+    return [os.path.join(folder, name) for name in files if (split_channel(name, file_ending) or ("",))[0] == f]
+
+
+def create_lists_from_splitted_dataset_folder(folder: str, file_ending: str, identifiers: Sequence[str] | None = None,
+                                              num_processes: int = 12) -> list[list[str]]:
+    """Return one sorted list of channel files per case.
+
+    Args:
+        folder: Folder of images CASE_XXXX.ENDING.
+        file_ending: With dot.
+        identifiers: The cases wanted, in this order; all of the folder by default. A case without files gets an empty
+            list.
+        num_processes: Not needed; kept because callers pass it.
+    """
+    if identifiers is None:
+        identifiers = get_identifiers_from_splitted_dataset_folder(folder, file_ending)
+    files_by_case = defaultdict(list)
+    for name in _list_names(folder, file_ending):
+        parts = split_channel(name, file_ending)
+        if parts is not None:
+            files_by_case[parts[0]].append(os.path.join(folder, name))
+    # str(): identifiers may be NumPy strings; get(): a defaultdict would grow by each case without files
+    return [files_by_case.get(str(case), []) for case in identifiers]
+
+
+def get_filenames_of_train_images_and_targets(raw_dataset_folder: str, dataset_json: dict | None = None
+                                              ) -> dict[str, dict]:
+    """Return the files of all training cases: {case: {"images": [one per channel], "label": file}}.
+
+    They are listed by `dataset` in dataset.json, where relative paths start at the dataset's folder and environment
+    variables are expanded; without that key they are found in imagesTr and labelsTr. Whether they exist is not checked.
+
+    Raises:
+        ValueError: An entry of `dataset` lacks its images or its label.
+    """
+    if dataset_json is None:
+        dataset_json = json.loads(Path(raw_dataset_folder, "dataset.json").read_text(encoding="utf-8"))
+    if "dataset" in dataset_json:
+        return {case: _resolve_entry(raw_dataset_folder, case, entry)
+                for case, entry in dataset_json["dataset"].items()}
+    images_folder, labels_folder = (os.path.join(raw_dataset_folder, name) for name in ("imagesTr", "labelsTr"))
+    ending = dataset_json["file_ending"]
+    cases = get_identifiers_from_splitted_dataset_folder(images_folder, ending)
+    images = create_lists_from_splitted_dataset_folder(images_folder, ending, cases)
+    return {str(case): {"images": files, "label": os.path.join(labels_folder, f"{case}{ending}")}
+            for case, files in zip(cases, images)}
+
+
+def _resolve_entry(folder: str, case: str, entry: dict) -> dict:
+    if "images" not in entry or "label" not in entry:
+        raise ValueError(f"dataset.json in {folder}: case {case} needs the keys 'images' (a list) and 'label', "
+                         f"it has {sorted(entry)}")
+    return {**entry, "images": [_resolve_path(folder, image) for image in entry["images"]],
+            "label": _resolve_path(folder, entry["label"])}
+
+
+def _resolve_path(folder: str, path: str) -> str:
+    path = os.path.expandvars(path)
+    # abspath also removes the `..` with which entries reach files of other datasets; links stay what they are
+    return path if os.path.isabs(path) else os.path.abspath(os.path.join(folder, path))  # noqa: PTH100
+
+
+def _list_names(folder: str, file_ending: str) -> list[str]:
+    """Return the sorted names of all files with an ending in a folder."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.name.endswith(file_ending) and entry.is_file())
