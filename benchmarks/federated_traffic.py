@@ -23,7 +23,6 @@ import numpy as np
 from benchmarks.byte_counter import ByteCounter
 from nnunetv2.federated import matching, messages
 from nnunetv2.federated.client import FederationClient
-from nnunetv2.federated.keys import run_name
 from nnunetv2.federated.session import RunSession
 from nnunetv2.federated.simulate import LocalSite, running_coordinator
 from nnunetv2.federated.site import load_credential
@@ -37,8 +36,9 @@ def build_network(num_stages: int):
     import torch
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
+    features = [min(320, 32 * 2**stage) for stage in range(num_stages)]
     return PlainConvUNet(
-        1, num_stages, [min(320, 32 * 2**stage) for stage in range(num_stages)], torch.nn.Conv3d, [[3] * 3] * num_stages,
+        1, num_stages, features, torch.nn.Conv3d, [[3] * 3] * num_stages,
         [[1] * 3, *[[2] * 3] * (num_stages - 1)], [2] * num_stages, 3, [2] * (num_stages - 1), conv_bias=True,
         norm_op=torch.nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=torch.nn.LeakyReLU,
         nonlin_kwargs={"inplace": True}, deep_supervision=True)
@@ -51,7 +51,8 @@ def describe(network) -> messages.Registration:
                                  file_ending=".nii.gz")
     return messages.Registration(
         configuration="3d_fullres", fold="0", trainer="nnUNetTrainerAsymFedAvg", num_training_cases=10, plans=PLANS,
-        dataset_json=data, requires_equal_plans=False, tensors=tuple(matching.describe_tensors(distinct)), aliases=aliases)
+        dataset_json=data, requires_equal_plans=False, tensors=tuple(matching.describe_tensors(distinct)),
+        aliases=aliases)
 
 
 class MeasuredSite(threading.Thread):
@@ -79,7 +80,7 @@ class MeasuredSite(threading.Thread):
         with ByteCounter((address.hostname, address.port)) as counter:
             through_counter = replace(credential, url=f"http://127.0.0.1:{counter.port}")
             with FederationClient(through_counter, report=lambda line: None) as client:
-                run = run_name("3d_fullres", "0", self.registration.trainer)
+                run = messages.run_name("3d_fullres", "0", self.registration.trainer)
                 session = RunSession(client, site=self.site.name, run=run)
                 session.register(self.registration)
                 session.start(0, self.weights)
