@@ -11,16 +11,16 @@ class Topology(NamedTuple):
     """The shape of a U-Net. Number of stages = number of strides; strides and kernels have one entry per axis."""
 
     num_pool_per_axis: list[int]
-    strides: list[list[int]]
-    kernel_sizes: list[list[int]]
-    patch_size: list[int]
+    strides: tuple[tuple[int, ...], ...]
+    kernel_sizes: tuple[tuple[int, ...], ...]
+    patch_size: tuple[int, ...]
     """The patch, padded so that every axis can be halved as often as `num_pool_per_axis` says."""
-    must_be_divisible_by: list[int]
+    must_be_divisible_by: np.ndarray
 
 
-def get_shape_must_be_divisible_by(num_pool_per_axis: Sequence[int]) -> np.ndarray:
-    """Return 2 to the power of the number of poolings, per axis."""
-    return 2 ** np.asarray(num_pool_per_axis)
+def get_shape_must_be_divisible_by(net_numpool_per_axis: Sequence[int]) -> np.ndarray:
+    """Return 2 to the power of the number of halvings, per axis."""
+    return 2 ** np.asarray(net_numpool_per_axis)
 
 
 def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int]) -> np.ndarray:
@@ -50,20 +50,21 @@ def get_pool_and_conv_props(spacing: Sequence[float], patch_size: Sequence[float
     """
     dim = len(spacing)
     spacing, size = [float(s) for s in spacing], [float(s) for s in patch_size]
-    num_pool, kernel = [0] * dim, [1] * dim
-    strides, kernel_sizes = [[1] * dim], []
+    num_pool, kernel = [0] * dim, (1,) * dim
+    strides, kernel_sizes = [(1,) * dim], []
     while axes := _axes_to_halve(spacing, size, num_pool, min_feature_map_size, max_numpool):
         finest = min(spacing)
-        kernel = [3 if k == 3 or s / finest < 2 else 1 for k, s in zip(kernel, spacing)]
+        kernel = tuple(3 if k == 3 or s / finest < 2 else 1 for k, s in zip(kernel, spacing))
         kernel_sizes.append(kernel)
-        strides.append([2 if axis in axes else 1 for axis in range(dim)])
+        strides.append(tuple(2 if axis in axes else 1 for axis in range(dim)))
         for axis in axes:
             num_pool[axis] += 1
             spacing[axis] *= 2
             size[axis] = float(np.ceil(size[axis] / 2))
-    kernel_sizes.append([3] * dim)  # at the bottom all axes are mixed
+    kernel_sizes.append((3,) * dim)  # at the bottom all axes are mixed
     divisor = get_shape_must_be_divisible_by(num_pool)
-    return Topology(num_pool, strides, kernel_sizes, pad_shape(patch_size, divisor).tolist(), divisor.tolist())
+    padded = tuple(pad_shape(patch_size, divisor).tolist())
+    return Topology(num_pool, tuple(strides), tuple(kernel_sizes), padded, divisor)
 
 
 def _axes_to_halve(spacing: list[float], size: list[float], num_pool: list[int], min_size: int,

@@ -44,7 +44,7 @@ def count_plain_unet(patch_size: Sequence[int], output_channels: int, arch_kwarg
     """Count for a PlainConvUNet: each convolution of a stage leaves one feature map of the stage's size."""
     maps = _values_per_map(patch_size, arch_kwargs)
     encoder = sum(n * values for n, values in zip(arch_kwargs["n_conv_per_stage"], maps))
-    return encoder + _count_decoder(maps, output_channels, patch_size, arch_kwargs)
+    return encoder + _count_decoder(maps, output_channels, arch_kwargs)
 
 
 def count_residual_encoder_unet(patch_size: Sequence[int], output_channels: int,
@@ -59,11 +59,10 @@ def count_residual_encoder_unet(patch_size: Sequence[int], output_channels: int,
         before = features[max(stage - 1, 0)]
         has_projection = features[stage] != before or any(stride != 1 for stride in strides[stage])
         encoder += (2 * num_blocks + has_projection) * values
-    return stem + encoder + _count_decoder(maps, output_channels, patch_size, arch_kwargs)
+    return stem + encoder + _count_decoder(maps, output_channels, arch_kwargs)
 
 
-def _count_decoder(maps: Sequence[int], output_channels: int, patch_size: Sequence[int],
-                   arch_kwargs: Mapping[str, Any]) -> int:
+def _count_decoder(maps: Sequence[int], output_channels: int, arch_kwargs: Mapping[str, Any]) -> int:
     """A decoder stage holds its upsampled input and its convolutions; the last one also the logits."""
     num_convs_top_down = list(arch_kwargs["n_conv_per_stage_decoder"])[::-1]
     stages = sum((num_convs + 1) * values for num_convs, values in zip(num_convs_top_down, maps))

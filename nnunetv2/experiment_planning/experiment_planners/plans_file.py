@@ -1,0 +1,74 @@
+"""Write plans beside those that exist, and warn where the two would get in each other's way."""
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.atomic_write import save_json_atomically
+
+logger = logging.getLogger(__name__)
+
+_STANDARD_CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
+# Two configurations that agree in these make the same preprocessed files.
+_DECIDES_DATA = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data",
+                 "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
+
+
+def write_plans(plans: dict[str, Any], file: Path) -> None:
+    """Write plans, keeping the configurations of an existing file of that name which the new plans do not have.
+
+    People add configurations of their own to plans files, and planning again must not lose them.
+    """
+    plans = {**plans, "configurations": {**plans["configurations"], **_configurations_to_keep(plans, file)}}
+    warn_of_shared_folders(plans, file)
+    save_json_atomically(plans, file, sort_keys=False)
+
+
+def _configurations_to_keep(plans: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    existing = json.loads(file.read_text(encoding="utf-8"))["configurations"]
+    kept = {name: content for name, content in existing.items() if name not in plans["configurations"]}
+    stale = [name for name in kept if name in _STANDARD_CONFIGURATIONS]
+    if stale:
+        logger.warning("%s keeps %s from an earlier planning, although the dataset as it is now needs none. Remove the "
+                       "file and plan again to drop it.", file, ", ".join(stale))
+    return kept
+
+
+def warn_of_shared_folders(plans: Mapping[str, Any], file: Path) -> None:
+    """Warn if another plans file names the same folder of preprocessed data but would fill it differently."""
+    for other_file, name, other_name, differences in _find_conflicts(plans, file):
+        logger.warning(
+            "configuration %s of %s and %s of %s share the folder %s but differ in %s. Preprocessing one replaces the "
+            "data of the other; give one a plans name and data identifier of its own.", name, file.name, other_name,
+            other_file.name, plans["configurations"][name]["data_identifier"], ", ".join(differences))
+
+
+def _find_conflicts(plans: Mapping[str, Any], file: Path) -> Iterator[tuple[Path, str, str, list[str]]]:
+    for other_file in sorted(file.parent.glob("*.json")):
+        others = _read_plans(other_file)
+        if others is None or other_file.name == file.name:
+            continue
+        for name, ours in plans["configurations"].items():
+            for other_name, theirs in others["configurations"].items():
+                if ours.get("data_identifier") != theirs.get("data_identifier") or "data_identifier" not in ours:
+                    continue
+                differences = [key for key in _DECIDES_DATA if _plain(ours.get(key)) != _plain(theirs.get(key))]
+                if plans["transpose_forward"] != others["transpose_forward"]:
+                    differences.append("transpose_forward")
+                if differences:
+                    yield other_file, name, other_name, differences
+
+
+def _read_plans(file: Path) -> dict[str, Any] | None:
+    """Return the content of a plans file, None for another kind of JSON file."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) and {"configurations", "transpose_forward"} <= set(content) else None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,32 @@
+"""Carry the splits that come with a raw dataset over to its preprocessed folder."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from nnunetv2.experiment_planning.errors import InvalidInputError
+
+SPLITS_FILE = "splits_final.json"
+
+
+def adopt_splits(raw_folder: Path, preprocessed_folder: Path) -> None:
+    """Copy splits_final.json of the raw dataset, or check that the one in place has the same folds.
+
+    Folds are compared as sets; the file in place may have further folds.
+
+    Raises:
+        InvalidInputError: A fold differs.
+    """
+    source, target = raw_folder / SPLITS_FILE, preprocessed_folder / SPLITS_FILE
+    if not source.is_file():
+        return
+    if not target.is_file():
+        preprocessed_folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+        return
+    wanted, present = (json.loads(file.read_text(encoding="utf-8")) for file in (source, target))
+    for fold, split in enumerate(wanted):
+        if fold >= len(present) or any(set(split[part]) != set(present[fold][part]) for part in ("train", "val")):
+            raise InvalidInputError(f"fold {fold} of {source} differs from {target}. Remove the latter if the former "
+                                    f"is to be used; models trained so far keep to the latter")

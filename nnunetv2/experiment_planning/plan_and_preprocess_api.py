@@ -1,0 +1,235 @@
+"""Fingerprint, plan and preprocess datasets: what the commands do, as functions."""
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nnunetv2
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+logger = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------------ fingerprint
+
+
+def extract_fingerprint_dataset(dataset_id: int | str,
+                                fingerprint_extractor_class: type = DatasetFingerprintExtractor,
+                                num_processes: int = default_num_processes, check_dataset_integrity: bool = False,
+                                clean: bool = True, verbose: bool = True, show_progress_bar: bool = True) -> dict:
+    """Return the fingerprint of a dataset; `clean` computes it anew even if there is one.
+
+    Args:
+        dataset_id: The number of the dataset or its name.
+    """
+    dataset_name = maybe_convert_to_dataset_name(dataset_id)
+    print(dataset_name)
+    if check_dataset_integrity:
+        verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes)
+    extractor = fingerprint_extractor_class(dataset_id, num_processes, verbose=verbose)
+    if hasattr(extractor, "show_progress_bar"):
+        extractor.show_progress_bar = show_progress_bar
+    return extractor.run(overwrite_existing=clean)
+
+
+def extract_fingerprints(dataset_ids: Iterable[int | str],
+                         fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
+                         num_processes: int = default_num_processes, check_dataset_integrity: bool = False,
+                         clean: bool = True, verbose: bool = True, show_progress_bar: bool = True) -> None:
+    """Extract the fingerprints of several datasets, with an extractor given by its class name."""
+    extractor_class = find_planning_class(fingerprint_extractor_class_name)
+    for dataset_id in dataset_ids:
+        extract_fingerprint_dataset(dataset_id, extractor_class, num_processes, check_dataset_integrity, clean,
+                                    verbose, show_progress_bar)
+
+
+# ------------------------------------------------------------------------------------------------ planning
+
+
+def plan_experiment_dataset(dataset_id: int | str,
+                            experiment_planner_class: type[ExperimentPlanner] = ExperimentPlanner,
+                            gpu_memory_target_in_gb: float | None = None,
+                            preprocess_class_name: str = "DefaultPreprocessor",
+                            overwrite_target_spacing: Sequence[float] | None = None,
+                            overwrite_plans_name: str | None = None, *,
+                            num_training_cases: int | None = None) -> tuple[dict[str, Any], str]:
+    """Plan a dataset from its fingerprint.
+
+    Args:
+        gpu_memory_target_in_gb: None leaves it to the planner, as does None for `overwrite_plans_name`.
+        overwrite_target_spacing: Array order, before transposition.
+        num_training_cases: Counts for the planner instead of numTraining of dataset.json. In a federation that is the
+            number of cases of all sites.
+
+    Returns:
+        The plans and their name.
+    """
+    chosen = {}
+    if gpu_memory_target_in_gb is not None:
+        chosen["gpu_memory_target_in_gb"] = gpu_memory_target_in_gb
+    if overwrite_plans_name is not None:
+        chosen["plans_name"] = overwrite_plans_name
+    if overwrite_target_spacing is not None:
+        overwrite_target_spacing = [float(spacing) for spacing in overwrite_target_spacing]
+    planner = experiment_planner_class(dataset_id, preprocessor_name=preprocess_class_name,
+                                       overwrite_target_spacing=overwrite_target_spacing, suppress_transpose=False,
+                                       **chosen)
+    if num_training_cases is not None:
+        planner.num_training_cases = num_training_cases
+    return planner.plan_experiment(), planner.plans_identifier
+
+
+def plan_experiments(dataset_ids: Iterable[int | str], experiment_planner_class_name: str = "ExperimentPlanner",
+                     gpu_memory_target_in_gb: float | None = None, preprocess_class_name: str = "DefaultPreprocessor",
+                     overwrite_target_spacing: Sequence[float] | None = None,
+                     overwrite_plans_name: str | None = None) -> str | None:
+    """Plan several datasets and return the name of the plans of the last one."""
+    planner_class = find_planner_class(experiment_planner_class_name)
+    plans_identifier = None
+    for dataset_id in dataset_ids:
+        _, plans_identifier = plan_experiment_dataset(dataset_id, planner_class, gpu_memory_target_in_gb,
+                                                      preprocess_class_name, overwrite_target_spacing,
+                                                      overwrite_plans_name)
+    return plans_identifier
+
+
+def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
+                               fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
+                               experiment_planner_class_name: str = "ExperimentPlanner", *,
+                               num_processes: int = default_num_processes, check_dataset_integrity: bool = False,
+                               verbose: bool = True, show_progress_bar: bool = True,
+                               **planning: Any) -> str | None:
+    """Fingerprint and plan datasets together with the other sites of the federation that this site has joined.
+
+    Args:
+        mode: "ffe" plans from the pooled fingerprint, "asym" lets every site plan for itself.
+        planning: Further keywords of `plan_experiment_dataset`.
+
+    Returns:
+        The name of the plans of the last dataset.
+    """
+    from nnunetv2.experiment_planning.federated_planning import plan_federated
+    extractor_class = find_planning_class(fingerprint_extractor_class_name)
+    planner_class = find_planner_class(experiment_planner_class_name)
+    plans_identifier = None
+    for dataset_id in dataset_ids:
+        if check_dataset_integrity:
+            folder = Path(nnUNet_raw) / maybe_convert_to_dataset_name(dataset_id)
+            verify_dataset_integrity(str(folder), num_processes)
+        plans_identifier = plan_federated(dataset_id, mode=mode, fingerprint_extractor_class=extractor_class,
+                                          experiment_planner_class=planner_class, num_processes=num_processes,
+                                          verbose=verbose, show_progress_bar=show_progress_bar, **planning)
+    return plans_identifier
+
+
+def find_planner_class(name: str) -> type[ExperimentPlanner]:
+    """Find a planner by name, and point out the stronger presets to those who take the default."""
+    if name == ExperimentPlanner.__name__:
+        logger.info("The residual encoder presets train better networks than the default planner: try -pl "
+                    "nnUNetPlannerResEncM, nnUNetPlannerResEncL or nnUNetPlannerResEncXL, the largest that your GPU "
+                    "holds (about 10, 24 and 40 GB).")
+    return find_planning_class(name)
+
+
+def find_planning_class(name: str) -> type:
+    """Find a fingerprint extractor or planner, ours or one that a user has put below experiment_planning.
+
+    Raises:
+        RuntimeError: There is no class of that name.
+    """
+    for standard in (DatasetFingerprintExtractor, ExperimentPlanner):
+        if name == standard.__name__:
+            return standard  # without importing every module on the way
+    folder = Path(nnunetv2.__path__[0]) / "experiment_planning"
+    found = recursive_find_python_class(str(folder), name, current_module="nnunetv2.experiment_planning")
+    if found is None:
+        raise RuntimeError(f"there is no class {name} in {folder} or below. Check its spelling, or put the module that "
+                           f"defines it there")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+
+def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPlans",
+                       configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
+                       num_processes: int | Sequence[int] = (8, 4, 8), verbose: bool = False,
+                       show_progress_bar: bool = True) -> None:
+    """Preprocess a dataset for the given configurations; one that the plans do not have is passed over.
+
+    Args:
+        num_processes: One number for all configurations, or one for each.
+
+    Raises:
+        RuntimeError: The numbers of processes and configurations differ.
+        FileNotFoundError: There are no such plans.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    processes = _one_per_configuration(num_processes, configurations)
+    dataset_name = maybe_convert_to_dataset_name(dataset_id)
+    preprocessed = Path(nnUNet_preprocessed) / dataset_name
+    plans_file = preprocessed / f"{plans_identifier}.json"
+    if not plans_file.is_file():
+        raise FileNotFoundError(f"{plans_file} is missing: plan {dataset_name} first, or check the name of the plans")
+    _warn_if_dataset_json_changed(dataset_name)
+    plans_manager = PlansManager(str(plans_file))
+    print(f"Preprocessing {dataset_name} with {plans_identifier}")
+    for configuration, count in zip(configurations, processes):
+        if configuration not in plans_manager.available_configurations:
+            print(f"INFO: {plans_file.name} has no configuration {configuration}, which is therefore passed over.")
+            continue
+        print(f"Configuration {configuration}")
+        preprocessor = plans_manager.get_configuration(configuration).preprocessor_class(verbose=verbose)
+        if hasattr(preprocessor, "show_progress_bar"):
+            preprocessor.show_progress_bar = show_progress_bar
+        preprocessor.run(dataset_id, configuration, plans_identifier, num_processes=count)
+    copy_labels(dataset_name)
+
+
+def preprocess(dataset_ids: Iterable[int | str], plans_identifier: str = "nnUNetPlans",
+               configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
+               num_processes: int | Sequence[int] = (8, 4, 8), verbose: bool = False,
+               show_progress_bar: bool = True) -> None:
+    """Preprocess several datasets."""
+    for dataset_id in dataset_ids:
+        preprocess_dataset(dataset_id, plans_identifier, configurations, num_processes, verbose, show_progress_bar)
+
+
+def copy_labels(dataset_name: str) -> None:
+    """Copy the labels of a dataset to gt_segmentations, those that are newer than a copy made earlier."""
+    raw, target = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name / "gt_segmentations"
+    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
+    target.mkdir(parents=True, exist_ok=True)
+    for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items():
+        source, copy = Path(files["label"]), target / f"{case}{dataset_json['file_ending']}"
+        if not copy.is_file() or source.stat().st_mtime > copy.stat().st_mtime:
+            with replacing(copy) as written:
+                shutil.copy2(source, written)
+
+
+def _one_per_configuration(num_processes: int | Sequence[int], configurations: Sequence[str]) -> list[int]:
+    counts = [num_processes] if isinstance(num_processes, int) else list(num_processes)
+    if len(counts) == 1:
+        counts *= len(configurations)
+    if len(counts) != len(configurations):
+        raise RuntimeError(f"num_processes needs one number, or one for each of the configurations "
+                           f"{', '.join(configurations)}; got {counts}")
+    return counts
+
+
+def _warn_if_dataset_json_changed(dataset_name: str) -> None:
+    files = [Path(root) / dataset_name / "dataset.json" for root in (nnUNet_raw, nnUNet_preprocessed)]
+    if all(file.is_file() for file in files) and len({file.read_bytes() for file in files}) > 1:
+        logger.warning("%s has changed since %s was planned. Preprocessing goes by the copy made then, %s; plan again "
+                       "for the change to take effect.", files[0], dataset_name, files[1])

@@ -1,0 +1,188 @@
+"""The commands nnUNetv2_plan_and_preprocess, nnUNetv2_extract_fingerprint, nnUNetv2_plan_experiment and
+nnUNetv2_preprocess."""
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.utilities.command_line import run_command
+
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+# 3d_fullres takes the most memory per process.
+PREPROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+PREPROCESSES_OTHERWISE = 4
+
+
+def plan_and_preprocess_entry() -> None:
+    run_command(plan_and_preprocess_main)
+
+
+def extract_fingerprint_entry() -> None:
+    run_command(extract_fingerprint_main)
+
+
+def plan_experiment_entry() -> None:
+    run_command(plan_experiment_main)
+
+
+def preprocess_entry() -> None:
+    run_command(preprocess_main)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def plan_and_preprocess_main(argv: Sequence[str] | None = None) -> None:
+    arguments = build_plan_and_preprocess_parser().parse_args(argv)
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+        plan_federated_experiments,
+    )
+    checks = {"num_processes": arguments.npfp, "check_dataset_integrity": arguments.verify_dataset_integrity,
+              "verbose": arguments.verbose, "show_progress_bar": not arguments.no_pbar}
+    if arguments.federated is None:
+        extract_fingerprints(arguments.d, arguments.fpe, clean=arguments.clean, **checks)
+        plans_identifier = plan_experiments(arguments.d, arguments.pl, **_planning_keywords(arguments))
+    else:
+        plans_identifier = plan_federated_experiments(arguments.d, arguments.federated, arguments.fpe, arguments.pl,
+                                                      **checks, **_planning_keywords(arguments))
+    if not arguments.no_pp:
+        _preprocess(arguments, plans_identifier)
+
+
+def extract_fingerprint_main(argv: Sequence[str] | None = None) -> None:
+    arguments = build_extract_fingerprint_parser().parse_args(argv)
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
+    extract_fingerprints(arguments.d, arguments.fpe, arguments.np, arguments.verify_dataset_integrity,
+                         arguments.clean, arguments.verbose, not arguments.no_pbar)
+
+
+def plan_experiment_main(argv: Sequence[str] | None = None) -> None:
+    arguments = build_plan_experiment_parser().parse_args(argv)
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+    plan_experiments(arguments.d, arguments.pl, **_planning_keywords(arguments))
+
+
+def preprocess_main(argv: Sequence[str] | None = None) -> None:
+    arguments = build_preprocess_parser().parse_args(argv)
+    _preprocess(arguments, arguments.plans_name)
+
+
+def _planning_keywords(arguments: Namespace) -> dict:
+    return {"gpu_memory_target_in_gb": arguments.gpu_memory_target,
+            "preprocess_class_name": arguments.preprocessor_name,
+            "overwrite_target_spacing": arguments.overwrite_target_spacing,
+            "overwrite_plans_name": arguments.overwrite_plans_name}
+
+
+def _preprocess(arguments: Namespace, plans_identifier: str) -> None:
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
+    num_processes = arguments.np or [PREPROCESSES.get(name, PREPROCESSES_OTHERWISE) for name in arguments.c]
+    preprocess(arguments.d, plans_identifier, arguments.c, num_processes, arguments.verbose, not arguments.no_pbar)
+
+
+# ------------------------------------------------------------------------------------------------ parsers
+
+
+def build_plan_and_preprocess_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Fingerprint datasets, plan networks for them and preprocess their cases.")
+    _add_dataset_option(parser)
+    _add_fingerprint_options(parser)
+    parser.add_argument("-npfp", type=_at_least_one, default=8, metavar="N",
+                        help="Processes that extract the fingerprint. Default: 8")
+    _add_planning_options(parser)
+    parser.add_argument("--no_pp", action="store_true", help="Stop after planning.")
+    _add_preprocessing_options(parser)
+    _add_output_options(parser)
+    parser.add_argument("--federated", nargs="?", choices=("ffe", "asym"), const="ffe", default=None,
+                        help="Plan as a member of the federation joined with nnUNetv2_fed_join. ffe (the default): all "
+                             "sites plan alike, from the pooled fingerprint of their data; no image leaves the site. "
+                             "asym: this site plans for itself, networks may differ.")
+    return parser
+
+
+def build_extract_fingerprint_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Extract the fingerprint of datasets: shapes, spacings and intensities.")
+    _add_dataset_option(parser)
+    _add_fingerprint_options(parser)
+    parser.add_argument("-np", type=_at_least_one, default=default_num_processes, metavar="N",
+                        help=f"Number of processes. Default: {default_num_processes}")
+    _add_output_options(parser)
+    return parser
+
+
+def build_plan_experiment_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Plan networks for datasets whose fingerprint has been extracted.")
+    _add_dataset_option(parser)
+    _add_planning_options(parser)
+    return parser
+
+
+def build_preprocess_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Preprocess datasets that have been planned.")
+    _add_dataset_option(parser)
+    parser.add_argument("-plans_name", default="nnUNetPlans", help="Name of the plans. Default: nnUNetPlans")
+    _add_preprocessing_options(parser)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_dataset_option(parser: ArgumentParser) -> None:
+    parser.add_argument("-d", nargs="+", type=_dataset, required=True, metavar="DATASET",
+                        help="Numbers of the datasets, such as 4, or their names, such as Dataset004_Hippocampus.")
+
+
+def _add_fingerprint_options(parser: ArgumentParser) -> None:
+    parser.add_argument("-fpe", default="DatasetFingerprintExtractor", metavar="CLASS",
+                        help="Class that extracts the fingerprint. Default: DatasetFingerprintExtractor")
+    parser.add_argument("--verify_dataset_integrity", action="store_true",
+                        help="Check all files first. Do this once for every new dataset.")
+    parser.add_argument("--clean", action="store_true",
+                        help="Extract the fingerprint even if there is one from an earlier run.")
+
+
+def _add_planning_options(parser: ArgumentParser) -> None:
+    parser.add_argument("-pl", default="ExperimentPlanner", metavar="CLASS",
+                        help="Class that plans. Default: ExperimentPlanner; nnUNetPlannerResEncM, L and XL are "
+                             "stronger.")
+    parser.add_argument("-gpu_memory_target", type=float, default=None, metavar="GB",
+                        help="GPU memory to plan for. Default: what the planner is made for. Give the plans another "
+                             "name if you change it.")
+    parser.add_argument("-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS",
+                        help="Class that preprocesses, noted in the plans. Default: DefaultPreprocessor")
+    parser.add_argument("-overwrite_target_spacing", nargs=3, type=float, default=None, metavar="MM",
+                        help="Spacing of 3d_fullres in the order of the array axes (slices first). Also changes the "
+                             "order of axes, 3d_lowres and the spacing of 2d. Give the plans another name.")
+    parser.add_argument("-overwrite_plans_name", default=None, metavar="NAME",
+                        help="Name of the plans instead of the planner's own.")
+
+
+def _add_preprocessing_options(parser: ArgumentParser) -> None:
+    parser.add_argument("-c", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIGURATION",
+                        help=f"Configurations to preprocess. Default: {' '.join(CONFIGURATIONS)}; those that the plans "
+                             f"do not have are passed over.")
+    defaults = ", ".join(f"{count} for {name}" for name, count in PREPROCESSES.items())
+    parser.add_argument("-np", nargs="+", type=_at_least_one, default=None, metavar="N",
+                        help=f"Processes that preprocess: one number, or one for each configuration. Fewer need less "
+                             f"memory. Default: {defaults}, {PREPROCESSES_OTHERWISE} otherwise.")
+
+
+def _add_output_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="Say more about what is done.")
+    parser.add_argument("--no_pbar", action="store_true", help="Show no progress bars.")
+
+
+def _dataset(text: str) -> int | str:
+    if text.isdecimal():
+        return int(text)
+    if text.startswith("Dataset"):
+        return text
+    raise ArgumentTypeError(f"{text!r} is neither the number of a dataset nor a name that starts with Dataset")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a number of processes; it must be 1 or more")
+    return int(text)
