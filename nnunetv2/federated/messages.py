@@ -24,6 +24,8 @@ MAX_DOCUMENT_JSON = 32 << 20
 
 SITE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 TENSOR_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.#-]{0,254}$"
+LOCAL_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,159}$"
+"""A site's own name of a tensor. Canonical names may be longer: matching appends "#" and a shape."""
 SEGMENT_PATTERN = r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,127}$"
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
@@ -53,6 +55,7 @@ def _check_unique(names: tuple) -> tuple:
 
 
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
+LocalName = Annotated[str, Field(pattern=LOCAL_NAME_PATTERN)]
 TensorName = Annotated[str, Field(pattern=TENSOR_NAME_PATTERN)]
 Segment = Annotated[str, Field(pattern=SEGMENT_PATTERN)]
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
@@ -179,7 +182,7 @@ class PlansAgreement(Message):
 class TensorEntry(Part):
     """One tensor of a site's network, by its own name there."""
 
-    name: TensorName
+    name: LocalName
     dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=8)]
 
@@ -207,7 +210,7 @@ class Registration(Message):
     requires_equal_plans: bool
     tensors: Annotated[tuple[TensorEntry, ...], Field(min_length=1, max_length=MAX_TENSORS)]
     """The distinct tensors of the network, under the first of their names."""
-    aliases: Annotated[dict[TensorName, TensorName], Field(max_length=4 * MAX_TENSORS)] = {}
+    aliases: Annotated[dict[LocalName, LocalName], Field(max_length=4 * MAX_TENSORS)] = {}
     """Further names of these tensors: alias -> name in `tensors`."""
 
     @model_validator(mode="after")
@@ -231,7 +234,7 @@ class Match(Message):
     """None here and below: each site's trainer keeps its own value."""
     num_iterations_per_epoch: Annotated[int, Field(ge=1, le=10**7)] | None = None
     num_val_iterations_per_epoch: Annotated[int, Field(ge=1, le=10**7)] | None = None
-    shared: Annotated[dict[TensorName, dict[SiteName, TensorName]], Field(min_length=1, max_length=MAX_TENSORS)]
+    shared: Annotated[dict[TensorName, dict[SiteName, LocalName]], Field(min_length=1, max_length=MAX_TENSORS)]
     """Canonical name -> site -> the site's own name."""
     initial_owner: Annotated[dict[TensorName, SiteName], Field(max_length=MAX_TENSORS)]
     """Canonical name -> the site whose initial values all start from."""

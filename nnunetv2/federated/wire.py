@@ -94,11 +94,15 @@ class Document:
         self._offsets = offsets
         self._content: mmap.mmap | None = content
 
-    def read(self, name: str) -> np.ndarray:
-        """Return tensor `name` as a read-only array that is a view of the file."""
+    def spec(self, name: str) -> TensorSpec:
+        """Return dtype and shape of tensor `name`, or raise WireError if the document does not hold it."""
         if name not in self.specs:
             raise WireError(f"{self.path.name} holds no tensor {name!r}")
-        spec = self.specs[name]
+        return self.specs[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """Return tensor `name` as a read-only array that is a view of the file."""
+        spec = self.spec(name)
         if spec.size == 0:
             return np.empty(spec.shape, DTYPES[spec.dtype])
         return np.frombuffer(self._open_map(), DTYPES[spec.dtype], spec.size, self._offsets[name]).reshape(spec.shape)
@@ -157,8 +161,8 @@ def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec]
 def write_subset(source: Document, path: Path, names: Iterable[str]) -> str:
     """Write a document with the message and some tensors of `source`, copying bytes, and return its SHA-256."""
     wanted = set(names)
-    if unknown := wanted - source.specs.keys():
-        raise WireError(f"{source.path.name} holds no tensor {min(unknown)!r}")
+    for name in sorted(wanted):
+        source.spec(name)  # raises WireError unless the tensor is there
     specs = {name: spec for name, spec in source.specs.items() if name in wanted}
     pieces = (piece for name in specs for piece in source.pieces(name))
     return _write(path, encode_header(source.message, specs), pieces)
