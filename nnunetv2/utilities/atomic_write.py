@@ -15,8 +15,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path to write to; it takes the place of `path` once the block has succeeded.
 
     The yielded file has the name of `path`, in a fresh folder beside it, because image libraries choose the format by
-    the ending. If the block raises, what it wrote is removed and `path` stays as it was. A symbolic link keeps
-    pointing where it did, and its target is replaced.
+    the ending. Further files that the block writes into that folder (raw data next to a header) go along, first. If the
+    block raises, what it wrote is removed and `path` stays as it was. A symbolic link keeps pointing where it did, and
+    its target is replaced.
 
     Raises:
         FileNotFoundError: The folder of `path` does not exist, or the block wrote no file.
@@ -30,8 +31,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield written
         if not written.is_file():
             raise FileNotFoundError(f"nothing was written for {path}")
-        _flush_to_disk(written)
-        written.replace(target)
+        companions = [file for file in scratch.iterdir() if file != written]
+        for file in (*companions, written):
+            _flush_to_disk(file)
+            file.replace(target.parent / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -28,7 +28,7 @@ def convert_trainer_plans_config_to_identifier(trainer_name: str, plans_identifi
 
 def convert_identifier_to_trainer_plans_config(identifier: str) -> list[str]:
     """Return trainer, plans and configuration of a model's folder, which may be given with its path."""
-    return os.path.basename(identifier).split(_BETWEEN_PARTS)
+    return Path(identifier).name.split(_BETWEEN_PARTS)
 
 
 def get_output_folder(dataset_name_or_id: str | int, trainer_name: str = "nnUNetTrainer",
@@ -73,7 +73,7 @@ def _bad_model_path(path: str) -> str:
 
 def get_ensemble_name(model1_folder: str, model2_folder: str, folds: Sequence[int | str]) -> str:
     """Return the folder name of an ensemble of two models: ensemble___MODEL1___MODEL2___FOLDS."""
-    models = (os.path.basename(folder) for folder in (model1_folder, model2_folder))
+    models = (Path(folder).name for folder in (model1_folder, model2_folder))
     return _BETWEEN_MODELS.join((_ENSEMBLE, *models, folds_tuple_to_string(folds)))
 
 
@@ -89,7 +89,7 @@ def convert_ensemble_folder_to_model_identifiers_and_folds(ensemble_folder: str)
     Raises:
         ValueError: The name has another form.
     """
-    prefix, *models, folds = os.path.basename(os.path.normpath(ensemble_folder)).split(_BETWEEN_MODELS)
+    prefix, *models, folds = Path(ensemble_folder).name.split(_BETWEEN_MODELS)
     if prefix != _ENSEMBLE or not models:
         raise ValueError(f"{ensemble_folder} is no ensemble folder: expected ensemble___MODEL1___MODEL2___FOLDS")
     return models, folds

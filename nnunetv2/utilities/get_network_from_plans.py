@@ -71,8 +71,8 @@ def _find_moved_class(arch_class_name: str) -> object:
     folder = os.path.join(dynamic_network_architectures.__path__[0], "architectures")
     network_class = recursive_find_python_class(folder, name, package)
     if network_class is None:
-        raise ImportError(f"network class {arch_class_name} not found, and {package} has no {name}. Install the package "
-                          "that it comes from, or plan the dataset again")
+        raise ImportError(f"network class {arch_class_name} not found, and {package} has no {name}. Install the "
+                          "package that it comes from, or plan the dataset again")
     return network_class
 
 

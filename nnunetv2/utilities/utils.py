@@ -97,7 +97,7 @@ def _resolve_entry(folder: str, case: str, entry: dict) -> dict:
 def _resolve_path(folder: str, path: str) -> str:
     path = os.path.expandvars(path)
     # abspath also removes the `..` with which entries reach files of other datasets; links stay what they are
-    return path if os.path.isabs(path) else os.path.abspath(os.path.join(folder, path))  # noqa: PTH100
+    return path if Path(path).is_absolute() else os.path.abspath(os.path.join(folder, path))  # noqa: PTH100
 
 
 def _list_names(folder: str, file_ending: str) -> list[str]:

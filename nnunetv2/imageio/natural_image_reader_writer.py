@@ -1,0 +1,67 @@
+"""Read and write 2D images: png, bmp, tif."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter, FilePath
+from nnunetv2.imageio.channels import as_labels, list_files, require_single_channel, stack_channels
+from nnunetv2.utilities.atomic_write import replacing
+
+logger = logging.getLogger(__name__)
+
+
+class NaturalImage2DIO(BaseReaderWriter):
+    """Gray and colour images. Colours become channels, red first; the missing first axis gets a spacing of 999."""
+
+    supported_file_endings = [".png", ".bmp", ".tif"]
+
+    def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
+        """Read gray images `(x, y)` as one channel and colour images `(x, y, 3 or 4)` as three or four.
+
+        Raises:
+            AssertionError: An image has another shape.
+            RuntimeError: The images have different sizes.
+        """
+        from skimage import io
+
+        files = list_files(image_fnames)
+        images = [_channels_first(io.imread(file), file) for file in files]
+        return stack_channels(images, files), {"spacing": (999, 1, 1)}
+
+    def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
+        """Read a label map stored as gray values.
+
+        Raises:
+            RuntimeError: It has colours.
+        """
+        seg, properties = self.read_images((seg_fname,))
+        require_single_channel(seg, seg_fname)
+        return seg, properties
+
+    def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
+        """Write a label map `(1, x, y)` as gray values."""
+        from skimage import io
+
+        with replacing(output_fname) as file:
+            io.imsave(str(file), as_labels(seg[0]), check_contrast=False)
+
+
+def _channels_first(image: np.ndarray, file: str) -> np.ndarray:
+    """Turn `(x, y)` or `(x, y, c)` into `(c, 1, x, y)`."""
+    if image.ndim == 2:
+        return image[None, None]
+    assert image.ndim == 3 and image.shape[-1] in (3, 4), \
+        f"{file} has shape {image.shape}; expected a gray image (x, y) or colours (x, y, 3 or 4)"
+    if image.shape[-1] == 4:
+        _warn_of_alpha_once()
+    return np.moveaxis(image, -1, 0)[:, None]
+
+
+@lru_cache(maxsize=1)
+def _warn_of_alpha_once() -> None:
+    logger.warning("images with an alpha channel are read as four channels. If alpha means nothing, remove it from "
+                   "the files and from channel_names in dataset.json")

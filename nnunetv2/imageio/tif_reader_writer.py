@@ -1,0 +1,87 @@
+"""Read and write 3D tif stacks, with their spacing in a JSON file beside them.
+
+`CASE_0000.tif`, `CASE_0001.tif` and the label map `CASE.tif` share the layout of `CASE.json`: {"spacing": [a, b, c]},
+in the order of the array's axes, that of the pages first.
+"""
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from os import fspath
+from pathlib import Path
+
+import numpy as np
+
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter, FilePath
+from nnunetv2.imageio.channels import as_labels, list_files, stack_channels
+from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.file_endings import strip_ending
+from nnunetv2.utilities.json_export import fix_types_iterable
+
+logger = logging.getLogger(__name__)
+
+_LENGTH_OF_CHANNEL = len("_0000")
+
+
+class Tiff3DIO(BaseReaderWriter):
+    """3D stacks. Without a JSON file beside it, an image has spacing (1, 1, 1)."""
+
+    supported_file_endings = [".tif", ".tiff"]
+
+    def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
+        """Read the channels of a case, and its spacing from the JSON file named like the case.
+
+        Raises:
+            AssertionError: A file ends otherwise, or the JSON file has no valid spacing.
+            RuntimeError: An image does not have three axes, or shapes differ.
+        """
+        files = list_files(image_fnames)
+        images = [_read(file) for file in files]
+        case = _strip_tif(files[0])[:-_LENGTH_OF_CHANNEL]
+        return stack_channels(images, files), {"spacing": _read_spacing(f"{case}.json", files[0])}
+
+    def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
+        """Read a label map as float32 `(1, x, y, z)`, and its spacing from the JSON file named like it."""
+        (file,) = list_files((seg_fname,))
+        spacing = _read_spacing(f"{_strip_tif(file)}.json", file)
+        assert all(entry > 0 for entry in spacing), f"the spacing {spacing} of {file} must be above 0"
+        return _read(file).astype(np.float32), {"spacing": spacing}
+
+    def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
+        """Write a label map `(x, y, z)`, compressed, and its spacing beside it."""
+        import tifffile
+
+        spacing = fix_types_iterable(properties["spacing"], list)
+        with replacing(output_fname) as file:
+            Path(f"{_strip_tif(fspath(file))}.json").write_text(json.dumps({"spacing": spacing}, indent=4))
+            # without a photometric, three or four columns would be taken for colours
+            tifffile.imwrite(file, as_labels(seg), compression="zlib", photometric="minisblack")
+
+
+def _read(file: str) -> np.ndarray:
+    """Read a stack as `(1, x, y, z)`."""
+    import tifffile
+
+    _strip_tif(file)
+    image = tifffile.imread(file)
+    if image.ndim != 3:
+        raise RuntimeError(f"{file} has {image.ndim} axes, shape {image.shape}; this reader takes 3D stacks only")
+    return image[None]
+
+
+def _strip_tif(file: str) -> str:
+    ending = file[file.rfind("."):]
+    assert ending.lower() in Tiff3DIO.supported_file_endings, \
+        f"{file} must end in {' or '.join(Tiff3DIO.supported_file_endings)}"
+    return strip_ending(file, ending)
+
+
+def _read_spacing(json_file: str, image_file: str) -> Sequence[float]:
+    if not Path(json_file).is_file():
+        logger.warning("%s: there is no %s, so the spacing is taken to be (1, 1, 1)", image_file, json_file)
+        return (1, 1, 1)
+    content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    assert "spacing" in content and len(content["spacing"]) == 3, \
+        f'{json_file} must hold {{"spacing": [a, b, c]}}, three numbers, first that of the pages; it holds {content}'
+    return content["spacing"]
