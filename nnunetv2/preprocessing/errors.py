@@ -1,5 +1,5 @@
 """What this package raises when it is given something that it cannot work with."""
 
 
-class InvalidInput(ValueError, AssertionError):
+class InvalidInputError(ValueError, AssertionError):
     """Shapes, settings or folders that do not fit. Also an AssertionError, which scripts for nnU-Net 2 may expect."""

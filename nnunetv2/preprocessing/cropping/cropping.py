@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nnunetv2.preprocessing.errors import InvalidInput
+from nnunetv2.preprocessing.errors import InvalidInputError
 
 BoundingBox = list[list[int]]
 """`[start, end)` for each spatial axis."""
@@ -46,7 +46,7 @@ def crop_to_nonzero(data: np.ndarray, seg: np.ndarray | None = None,
         seg[0, outside] = nonzero_label
     else:
         if seg.shape[1:] != data.shape[1:]:
-            raise InvalidInput(f"image and segmentation differ in shape: {data.shape[1:]} and {seg.shape[1:]}")
+            raise InvalidInputError(f"image and segmentation differ in shape: {data.shape[1:]} and {seg.shape[1:]}")
         seg = seg[(slice(None), *box)].copy()
         seg[(seg == 0) & outside] = nonzero_label
     return data[(slice(None), *box)], seg, bbox
@@ -54,7 +54,7 @@ def crop_to_nonzero(data: np.ndarray, seg: np.ndarray | None = None,
 
 def _any_channel_nonzero(data: np.ndarray) -> np.ndarray:
     if data.ndim not in (3, 4):
-        raise InvalidInput(f"expected an image (c, x, y, z) or (c, y, x), got shape {data.shape}")
+        raise InvalidInputError(f"expected an image (c, x, y, z) or (c, y, x), got shape {data.shape}")
     mask = data[0] != 0
     for channel in data[1:]:
         mask |= channel != 0

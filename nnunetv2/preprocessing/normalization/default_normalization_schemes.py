@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from nnunetv2.preprocessing.errors import InvalidInput
+from nnunetv2.preprocessing.errors import InvalidInputError
 
 
 class ImageNormalization(ABC):
@@ -23,9 +23,9 @@ class ImageNormalization(ABC):
     def __init__(self, use_mask_for_norm: bool | None = None, intensityproperties: dict | None = None,
                  target_dtype: type[np.number] = np.float32):
         if not (use_mask_for_norm is None or isinstance(use_mask_for_norm, (bool, np.bool_))):
-            raise InvalidInput(f"use_mask_for_norm must be true, false or absent, got {use_mask_for_norm!r}")
+            raise InvalidInputError(f"use_mask_for_norm must be true, false or absent, got {use_mask_for_norm!r}")
         if not (intensityproperties is None or isinstance(intensityproperties, dict)):
-            raise InvalidInput(f"intensityproperties must be a dict, got {type(intensityproperties).__name__}")
+            raise InvalidInputError(f"intensityproperties must be a dict, got {type(intensityproperties).__name__}")
         self.use_mask_for_norm = use_mask_for_norm
         self.intensityproperties = {} if intensityproperties is None else intensityproperties
         self.target_dtype = target_dtype
@@ -58,7 +58,7 @@ class ZScoreNormalization(ImageNormalization):
         if not self.use_mask_for_norm:
             return self._standardize_(image)
         if seg is None:
-            raise InvalidInput("normalization within the non-zero mask needs the segmentation that holds it")
+            raise InvalidInputError("normalization within the non-zero mask needs the segmentation that holds it")
         inside = seg >= 0
         if inside.any():
             image[inside] = self._standardize_(image[inside])
@@ -81,7 +81,7 @@ class CTNormalization(ImageNormalization):
         """Normalize with `intensityproperties`."""
         missing = {"mean", "std", "percentile_00_5", "percentile_99_5"} - self.intensityproperties.keys()
         if missing:
-            raise InvalidInput(f"CTNormalization needs the intensity properties {sorted(missing)} of the plans, "
+            raise InvalidInputError(f"CTNormalization needs the intensity properties {sorted(missing)} of the plans, "
                                "which are missing for this channel")
         image = self._cast(image)
         properties = self.intensityproperties
@@ -117,7 +117,7 @@ class RGBTo01Normalization(ImageNormalization):
         """Divide by 255, after a check that the values are those of 8-bit images."""
         lowest, highest = image.min(), image.max()
         if lowest < 0 or highest > 255:
-            raise InvalidInput(f"RGB images must have values between 0 and 255, got {lowest} to {highest}; "
+            raise InvalidInputError(f"RGB images must have values between 0 and 255, got {lowest} to {highest}; "
                                "another channel name in dataset.json chooses another normalization")
         image = self._cast(image)
         image /= 255.0

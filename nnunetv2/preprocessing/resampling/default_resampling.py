@@ -6,20 +6,20 @@ invent anatomy between them. The slices are then resampled in plane, and along t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
-from nnunetv2.preprocessing.errors import InvalidInput
+from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.resampling.label_resampling import resample_labels
 from nnunetv2.preprocessing.resampling.separable import nearest_indices, resample_axis, resample_image
 
 if TYPE_CHECKING:
     import torch
 
-Spacing = Union[Sequence[float], np.ndarray]
-Shape = Union[Sequence[int], np.ndarray]
+Spacing = Sequence[float] | np.ndarray
+Shape = Sequence[int] | np.ndarray
 
 
 def get_do_separate_z(spacing: Spacing, anisotropy_threshold: float = ANISO_THRESHOLD) -> bool:
@@ -35,7 +35,7 @@ def get_lowres_axis(new_spacing: Spacing) -> np.ndarray:
 def compute_new_shape(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) -> np.ndarray:
     """Return how many voxels of `new_spacing` cover the image, rounded half to even, per axis."""
     if not len(old_shape) == len(old_spacing) == len(new_spacing):
-        raise InvalidInput(f"shape {tuple(old_shape)}, spacing {tuple(old_spacing)} and new spacing "
+        raise InvalidInputError(f"shape {tuple(old_shape)}, spacing {tuple(old_spacing)} and new spacing "
                            f"{tuple(new_spacing)} must have the same length")
     # This order of operations decides on which side of .5 a quotient falls.
     return np.array([int(round(old / new * n)) for old, new, n in zip(old_spacing, new_spacing, old_shape)])
@@ -106,9 +106,9 @@ def resample_data_or_seg(data: np.ndarray, new_shape: Shape, is_seg: bool = Fals
     """
     new_shape = tuple(int(n) for n in new_shape)
     if data.ndim != 4 or len(new_shape) != 3:
-        raise InvalidInput(f"expected data (c, x, y, z) and three new sizes, got {data.shape} and {new_shape}")
+        raise InvalidInputError(f"expected data (c, x, y, z) and three new sizes, got {data.shape} and {new_shape}")
     if do_separate_z and axis is None:
-        raise InvalidInput("separate z needs to know the axis")
+        raise InvalidInputError("separate z needs to know the axis")
     if data.shape[1:] == new_shape:
         return data
     resampled = np.empty((len(data), *new_shape), dtype_out or data.dtype)

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 
-@lru_cache(maxsize=None)
+@cache
 def recursive_find_resampling_fn_by_name(resampling_fn: str) -> Callable:
     """Return the function of that name from the modules in this folder, to which users may add their own.
 

@@ -1,0 +1,152 @@
+"""Work on cases in several processes, and say which case it was when something goes wrong.
+
+`multiprocessing.Pool` waits for ever when the system kills one of its workers; `concurrent.futures` notices, but cannot
+tell what the worker was at. Here each worker has a pipe of its own and one case at a time: a closed pipe is a dead
+worker, and its case is known. Nothing is polled.
+"""
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+
+_SECONDS_TO_EXIT = 10
+
+
+class CaseFailedError(RuntimeError):
+    """A case could not be processed. The message names it; the cause is the error of the worker."""
+
+
+class _ErrorInWorker(Exception):
+    """Carries the traceback of another process as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def process_cases(function: Callable[..., object], cases: Mapping[str, tuple], num_processes: int) -> Iterator[str]:
+    """Call `function(*arguments)` for each case and yield the case's name when it is done.
+
+    Args:
+        function: Picklable, for it is sent to each worker once. Its results are dropped.
+        cases: Name -> arguments.
+        num_processes: 1 works in this process.
+
+    Raises:
+        CaseFailedError: `function` raised, or a worker died. The other workers are stopped at once.
+        ValueError: `num_processes` is below 1.
+    """
+    if num_processes < 1:
+        raise ValueError(f"num_processes must be at least 1, got {num_processes}")
+    if min(num_processes, len(cases)) <= 1:
+        yield from _process_here(function, cases)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(cases.items())
+    workers: dict[Connection, _Worker] = {}
+    try:
+        for _ in range(min(num_processes, len(cases))):
+            worker = _Worker(context, function)
+            workers[worker.connection] = worker
+            worker.begin(*next(waiting))
+        while busy := [worker.connection for worker in workers.values() if worker.case is not None]:
+            for connection in wait(busy):
+                yield workers[connection].finish()
+                following = next(waiting, None)
+                if following is not None:
+                    workers[connection].begin(*following)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _process_here(function: Callable[..., object], cases: Mapping[str, tuple]) -> Iterator[str]:
+    for name, arguments in cases.items():
+        try:
+            function(*arguments)
+        except Exception as error:
+            raise CaseFailedError(f"case {name}: {_in_words(error)}") from error
+        yield name
+
+
+class _Worker:
+    """A process that works on one case at a time."""
+
+    def __init__(self, context: multiprocessing.context.BaseContext, function: Callable[..., object]):
+        self.connection, other_end = context.Pipe()
+        self.case: str | None = None
+        self.has_answered = False
+        self.process = context.Process(target=_serve, args=(function, other_end), daemon=True)
+        self.process.start()
+        other_end.close()  # only the worker holds it now, so its death closes the pipe
+
+    def begin(self, case: str, arguments: tuple) -> None:
+        self.case = case
+        try:
+            self.connection.send(arguments)
+        except OSError as error:
+            raise self._describe_death() from error
+
+    def finish(self) -> str:
+        """Wait for the current case and return its name."""
+        try:
+            failure = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._describe_death() from error
+        case, self.case, self.has_answered = self.case, None, True
+        if failure is not None:
+            in_words, trace = failure
+            raise CaseFailedError(f"case {case}: {in_words}") from _ErrorInWorker(trace)
+        return case
+
+    def stop(self) -> None:
+        if self.case is not None:
+            self.process.terminate()
+        self.connection.close()  # an idle worker ends when it sees this
+        self.process.join(_SECONDS_TO_EXIT)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+    def _describe_death(self) -> CaseFailedError:
+        self.process.join(_SECONDS_TO_EXIT)
+        code = self.process.exitcode
+        if code == -getattr(signal, "SIGKILL", 9):
+            reason = ("was killed by the system, most likely because memory ran out. Use fewer processes (-np), "
+                      "or a machine with more memory")
+        elif not self.has_answered and code == 1:
+            reason = ("could not start; its error is printed above. If this was called from a script, put the call "
+                      'below `if __name__ == "__main__":`')
+        else:
+            reason = f"ended unexpectedly (exit code {code}). Memory may have run out: try fewer processes (-np)"
+        return CaseFailedError(f"case {self.case}: the worker process {reason}")
+
+
+def _serve(function: Callable[..., object], connection: Connection) -> None:
+    """Run in the worker: take arguments from the pipe, answer None or a description of the error."""
+    from threadpoolctl import threadpool_limits
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
+    with threadpool_limits(1):  # as many processes as wanted work already
+        while True:
+            try:
+                arguments = connection.recv()
+            except (EOFError, OSError):  # the parent is done, or gone
+                return
+            failure = None
+            try:
+                function(*arguments)
+            except Exception as error:
+                failure = (_in_words(error), traceback.format_exc())
+            try:
+                connection.send(failure)
+            except OSError:
+                sys.exit(0)
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"memory ran out ({error}). Use fewer processes (-np)"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
