@@ -1,0 +1,300 @@
+"""Train one fold of a configuration: the command nnUNetv2_train and the functions behind it.
+
+Set the environment variable nnUNet_seed to a whole number to seed all generators; see `training/seeding.py`.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.seeding import seed_everything, seed_from_environment
+from nnunetv2.utilities.command_line import add_device_option, run_command
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+PRESETS_HINT = """
+####################################################################################
+You are training with the default plans. The residual encoder presets (nnUNetResEncUNetMPlans,
+...LPlans, ...XLPlans; see documentation/resenc_presets.md) segment better on most datasets.
+####################################################################################
+"""
+
+
+def run_training_entry() -> None:
+    """Run `nnUNetv2_train`."""
+    # One thread per process: augmentation workers would otherwise start a team of threads each. This must be set
+    # before NumPy and torch are imported. Training on a CPU sets its own number.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    run_command(lambda: _train(build_parser().parse_args()))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_train`."""
+    parser = argparse.ArgumentParser(
+        description="Train one fold of a configuration, then predict its validation cases.")
+    parser.add_argument("dataset_name_or_id", help="Dataset: its name or id.")
+    parser.add_argument("configuration", help="Configuration, for example 2d or 3d_fullres.")
+    parser.add_argument("fold", help="Fold of the cross-validation: 0, 1, ... or 'all' to train with all cases.")
+    parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer class name. Default: nnUNetTrainer")
+    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
+    parser.add_argument("-pretrained_weights", help="Checkpoint to start from. Not with --c.")
+    parser.add_argument("-num_gpus", type=int, default=1, help="Number of GPUs to train on. Default: 1")
+    parser.add_argument("--npz", action="store_true",
+                        help="Also save the probabilities of the final validation, for ensembling.")
+    parser.add_argument("--c", action="store_true",
+                        help="Continue: go on from the checkpoint with most epochs behind it.")
+    parser.add_argument("--val", action="store_true", help="Only validate; the training must be finished.")
+    parser.add_argument("--val_best", action="store_true",
+                        help="Validate with checkpoint_best instead of checkpoint_final. Writes into the same folder "
+                             "'validation'.")
+    parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
+    add_device_option(parser)
+    return parser
+
+
+def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | str,
+                 trainer_class_name: str = "nnUNetTrainer", plans_identifier: str = "nnUNetPlans",
+                 pretrained_weights: str | None = None, num_gpus: int = 1,
+                 export_validation_probabilities: bool = False, continue_training: bool = False,
+                 only_run_validation: bool = False, disable_checkpointing: bool = False, val_with_best: bool = False,
+                 device: torch.device | None = None) -> None:
+    """Train a fold, unless only its validation is asked for, and predict its validation cases.
+
+    Args:
+        fold: Its number, also as text, or 'all'.
+        pretrained_weights: Checkpoint whose weights the network starts from.
+        num_gpus: With more than one, a process per GPU trains.
+        export_validation_probabilities: Store probabilities beside the predicted segmentations.
+        continue_training: Go on from the latest checkpoint.
+        val_with_best: Validate with checkpoint_best.
+        device: Where to train. Default: CUDA.
+
+    Raises:
+        AssertionError: Two options exclude each other.
+        ValueError: The fold is neither a number nor 'all'.
+        RuntimeError: A checkpoint is missing, or pretrained weights are to be loaded into a continued training.
+    """
+    import torch
+
+    device = torch.device("cuda") if device is None else device
+    fold = parse_fold(fold)
+    _check_options(continue_training=continue_training, only_run_validation=only_run_validation,
+                   disable_checkpointing=disable_checkpointing, val_with_best=val_with_best,
+                   pretrained_weights=pretrained_weights)
+    if plans_identifier == "nnUNetPlans":
+        print(PRESETS_HINT)
+    if num_gpus > 1:
+        assert device.type == "cuda", f"-num_gpus {num_gpus} needs -device cuda, got {device.type}"
+        os.environ["MASTER_ADDR"] = "localhost"
+        os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
+        torch.multiprocessing.spawn(
+            run_ddp, nprocs=num_gpus, join=True,
+            args=(dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier, disable_checkpointing,
+                  continue_training, only_run_validation, pretrained_weights, export_validation_probabilities,
+                  val_with_best, num_gpus))
+        return
+    _seed(rank=0)
+    trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier,
+                                    continue_training, device)
+    _run(trainer, disable_checkpointing=disable_checkpointing, continue_training=continue_training,
+         only_run_validation=only_run_validation, pretrained_weights=pretrained_weights,
+         export_validation_probabilities=export_validation_probabilities, val_with_best=val_with_best)
+
+
+def run_ddp(rank: int, dataset_name_or_id: str | int, configuration: str, fold: int | str, tr: str, p: str,
+            disable_checkpointing: bool, c: bool, val: bool, pretrained_weights: str | None, npz: bool,
+            val_with_best: bool, world_size: int) -> None:
+    """Be one of several processes, each with a GPU, that train together."""
+    import torch
+
+    setup_ddp(rank, world_size)
+    try:
+        torch.cuda.set_device(torch.device("cuda", rank))
+        _seed(rank)
+        trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, tr, p, c)
+        _run(trainer, disable_checkpointing=disable_checkpointing, continue_training=c, only_run_validation=val,
+             pretrained_weights=pretrained_weights, export_validation_probabilities=npz, val_with_best=val_with_best)
+    finally:
+        cleanup_ddp()
+
+
+def get_trainer_from_args(dataset_name_or_id: str | int, configuration: str, fold: int | str,
+                          trainer_name: str = "nnUNetTrainer", plans_identifier: str = "nnUNetPlans",
+                          continue_training: bool = False, device: torch.device | None = None) -> nnUNetTrainer:
+    """Construct the trainer of this name for a preprocessed dataset.
+
+    Raises:
+        ValueError: The dataset is neither a name nor an id.
+        FileNotFoundError: Its plans or its dataset.json are not in nnUNet_preprocessed.
+        RuntimeError: There is no such trainer or dataset.
+    """
+    import torch
+
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    trainer_class = recursive_find_trainer_class_by_name(trainer_name)
+    folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
+    plans = _read_json(folder / f"{plans_identifier}.json")
+    dataset_json = _read_json(folder / "dataset.json")
+    return trainer_class(plans={**plans, "continue_training": continue_training}, configuration=configuration,
+                         fold=fold, dataset_json=dataset_json,
+                         device=torch.device("cuda") if device is None else device)
+
+
+def maybe_load_checkpoint(nnunet_trainer: nnUNetTrainer, continue_training: bool, validation_only: bool,
+                          pretrained_weights_file: str | None = None) -> None:
+    """Bring a trainer to where it shall start: the latest checkpoint, the final one, or pretrained weights.
+
+    Raises:
+        RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without
+            a final checkpoint.
+    """
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    from nnunetv2.training.checkpoint import FINAL
+
+    if continue_training and pretrained_weights_file is not None:
+        raise RuntimeError("-pretrained_weights are for the start of a training; --c goes on with the weights of an "
+                           "earlier start. Use one of them")
+    if continue_training:
+        _load_most_advanced_checkpoint(nnunet_trainer)
+    elif validation_only:
+        _load_checkpoint_named(nnunet_trainer, FINAL)
+    elif pretrained_weights_file is not None:
+        if not nnunet_trainer.was_initialized:
+            nnunet_trainer.initialize()
+        load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
+
+
+def parse_fold(fold: int | str) -> int | str:
+    """Return the number of a fold, or 'all'.
+
+    Raises:
+        ValueError: It is neither, or negative.
+    """
+    if fold == "all":
+        return fold
+    try:
+        number = int(fold)
+    except ValueError as error:
+        raise ValueError(f"fold is {fold!r}: expected a whole number such as 0, or 'all'") from error
+    if number < 0:
+        raise ValueError(f"fold is {number}: folds are counted from 0")
+    return number
+
+
+def find_free_network_port() -> int:
+    """Return a TCP port of this machine that nobody listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def setup_ddp(rank: int, world_size: int) -> None:
+    """Join the processes of a distributed training."""
+    from torch import distributed
+
+    distributed.init_process_group("nccl", rank=rank, world_size=world_size)
+
+
+def cleanup_ddp() -> None:
+    """Leave the processes of a distributed training."""
+    from torch import distributed
+
+    distributed.destroy_process_group()
+
+
+def _train(args: argparse.Namespace) -> None:
+    from nnunetv2.utilities.device import resolve_device, set_torch_threads
+
+    device = resolve_device(args.device)
+    set_torch_threads(device.type)
+    run_training(args.dataset_name_or_id, args.configuration, args.fold, args.tr, args.p, args.pretrained_weights,
+                 args.num_gpus, args.npz, args.c, args.val, args.disable_checkpointing, args.val_best, device=device)
+
+
+def _check_options(*, continue_training: bool, only_run_validation: bool, disable_checkpointing: bool,
+                   val_with_best: bool, pretrained_weights: str | None) -> None:
+    """Refuse options that exclude each other before anything is written."""
+    assert not (val_with_best and disable_checkpointing), \
+        "--val_best needs checkpoint_best, which --disable_checkpointing does not save"
+    assert not (continue_training and only_run_validation), \
+        "--c goes on training, --val only validates: use one of them"
+    if pretrained_weights is not None:
+        if continue_training:
+            raise RuntimeError("-pretrained_weights are for the start of a training, --c goes on with an earlier one: "
+                               "use one of them")
+        if not Path(pretrained_weights).is_file():
+            raise FileNotFoundError(f"there are no pretrained weights {pretrained_weights}")
+
+
+def _run(trainer: nnUNetTrainer, *, disable_checkpointing: bool, continue_training: bool, only_run_validation: bool,
+         pretrained_weights: str | None, export_validation_probabilities: bool, val_with_best: bool) -> None:
+    """Load what is to be loaded, train, validate."""
+    from nnunetv2.training.checkpoint import BEST
+
+    trainer.disable_checkpointing = disable_checkpointing
+    if not (only_run_validation and val_with_best):
+        maybe_load_checkpoint(trainer, continue_training, only_run_validation, pretrained_weights)
+    _let_cudnn_choose_fast_algorithms()
+    if not only_run_validation:
+        trainer.run_training()
+    if val_with_best:
+        _load_checkpoint_named(trainer, BEST)
+    trainer.perform_actual_validation(export_validation_probabilities)
+
+
+def _load_most_advanced_checkpoint(trainer: nnUNetTrainer) -> None:
+    from nnunetv2.training.checkpoint import DamagedCheckpointError, rank_checkpoints
+
+    for path in rank_checkpoints(trainer.output_folder):
+        try:
+            trainer.load_checkpoint(str(path))
+        except DamagedCheckpointError as error:
+            trainer.print_to_log_file(f"WARNING: {error}. Trying the next checkpoint")
+            continue
+        trainer.print_to_log_file(f"Going on from {path.name} at epoch {trainer.current_epoch}")
+        return
+    print(f"WARNING: no checkpoint in {trainer.output_folder} to continue from: the training starts anew")
+
+
+def _load_checkpoint_named(trainer: nnUNetTrainer, name: str) -> None:
+    path = Path(trainer.output_folder, name)
+    if not path.is_file():
+        raise RuntimeError(f"cannot validate: there is no {path}. Finish the training first (--c goes on with it)")
+    trainer.load_checkpoint(str(path))
+
+
+def _let_cudnn_choose_fast_algorithms() -> None:
+    import torch
+
+    if torch.cuda.is_available() and seed_from_environment() is None:
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.benchmark = True
+
+
+def _seed(rank: int) -> None:
+    """Seed this process if the user wants that; every process draws other samples."""
+    seed = seed_from_environment()
+    if seed is not None:
+        seed_everything(seed + rank)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: plan and preprocess the dataset first "
+                                "(nnUNetv2_plan_and_preprocess), or check -p and the dataset")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_training_entry()

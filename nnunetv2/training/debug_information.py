@@ -1,0 +1,44 @@
+"""Describe a trainer and the machine it runs on, for debug.json."""
+from __future__ import annotations
+
+import socket
+
+import torch
+
+_LOADER_PARTS = ("generator", "generator.transforms", "num_processes", "transform")
+
+
+def describe_trainer(trainer: object) -> dict[str, str | int]:
+    """Return every attribute of a trainer as text: name -> value; no methods, and of the network only its class."""
+    described = {}
+    for name in dir(trainer):
+        if name.startswith("__"):
+            continue
+        try:
+            value = getattr(trainer, name)
+        except Exception as error:  # a property of somebody's trainer may fail before training
+            value = f"unavailable: {error!r}"
+        if not callable(value) or name == "loss":
+            described[name] = str(value)
+    described["network"] = type(getattr(trainer, "network", None)).__name__
+    for name in ("dataloader_train", "dataloader_val"):
+        described.update(_describe_loader(name, getattr(trainer, name, None)))
+    return {**described, **_describe_machine(trainer.device)}
+
+
+def _describe_loader(name: str, loader: object) -> dict[str, str]:
+    described = {}
+    for part in _LOADER_PARTS:
+        value = loader
+        for attribute in part.split("."):
+            value = getattr(value, attribute, None)
+        if value is not None:
+            described[f"{name}.{part}"] = str(value)
+    return described
+
+
+def _describe_machine(device: torch.device) -> dict[str, str | int]:
+    described = {"hostname": socket.gethostname(), "torch_version": torch.__version__, "device": str(device)}
+    if device.type != "cuda":
+        return {**described, "cudnn_version": "None"}
+    return {**described, "cudnn_version": torch.backends.cudnn.version(), "gpu_name": torch.cuda.get_device_name()}

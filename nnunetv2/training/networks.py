@@ -1,0 +1,76 @@
+"""Build networks with the builders of trainers of all generations, and reach them inside their wrappers."""
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+
+def build_network(builder: Callable[..., nn.Module], *, plans_manager: PlansManager,
+                  configuration_manager: ConfigurationManager, dataset_json: dict, num_input_channels: int,
+                  num_output_channels: int, enable_deep_supervision: bool) -> nn.Module:
+    """Call a trainer's `build_network_architecture`, whose parameters tell which generation it is of."""
+    names = inspect.signature(builder).parameters
+    if "plans_manager" in names and "dataset_json" in names:  # before 2.3; finds the number of outputs by itself
+        return builder(plans_manager, dataset_json, configuration_manager, num_input_channels, enable_deep_supervision)
+    if "plans_manager" in names:
+        return builder(plans_manager, configuration_manager, num_input_channels, num_output_channels,
+                       enable_deep_supervision)
+    warnings.warn(
+        "build_network_architecture(architecture_class_name, arch_init_kwargs, ...) is deprecated; use the signature "
+        "(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)",
+        DeprecationWarning, stacklevel=2)
+    return builder(configuration_manager.network_arch_class_name, configuration_manager.network_arch_init_kwargs,
+                   configuration_manager.network_arch_init_kwargs_req_import, num_input_channels, num_output_channels,
+                   enable_deep_supervision)
+
+
+def bare_network(network: nn.Module) -> nn.Module:
+    """Return the network inside the wrappers of DDP and of torch.compile."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def portable_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights under their bare names, in the plain memory layout; aliases go on sharing memory."""
+    state = bare_network(network).state_dict()
+    plain: dict[tuple, torch.Tensor] = {}
+    for name, tensor in state.items():
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        state[name] = plain.setdefault(identity, tensor if tensor.is_contiguous() else tensor.contiguous())
+    return state
+
+
+def adapt_weight_names(weights: Mapping[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """Remove the prefixes of DDP and torch.compile from names that the bare network does not have."""
+    adapted = {}
+    for name, tensor in weights.items():
+        if name not in expected:
+            name = name.removeprefix("module.").removeprefix("_orig_mod.")
+        adapted[name] = tensor
+    return adapted
+
+
+def deep_supervision_scales(strides: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Return the size of each output relative to the input, highest resolution first.
+
+    The network has no output at its lowest resolution. [[1, 1], [2, 2], [2, 2]] -> [[1., 1.], [.5, .5]]
+    """
+    return (1 / np.cumprod(np.vstack(strides), axis=0)).tolist()[:-1]
+
+
+def is_deeply_supervised(network: nn.Module, *, otherwise: bool) -> bool:
+    """Tell whether the network returns the outputs of several resolutions now; `otherwise` if it cannot say."""
+    decoder = getattr(bare_network(network), "decoder", None)
+    return getattr(decoder, "deep_supervision", otherwise)

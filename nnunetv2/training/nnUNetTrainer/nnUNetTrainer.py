@@ -1,0 +1,649 @@
+"""Train a network as its plans say: the class whose methods and attributes third-party trainers override.
+
+The methods are hooks. What they do lives in modules of its own, beside the package of trainers.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from time import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training import checkpoint as checkpoint_files
+from nnunetv2.training import log_file as log_files
+from nnunetv2.training import splits, steps
+from nnunetv2.training.batch_shares import oversampling_of_rank, split_batch_size
+from nnunetv2.training.data_augmentation.augmenters import build_augmenters, shut_down_augmenter
+from nnunetv2.training.data_augmentation.default_transforms import (
+    build_training_transforms,
+    build_validation_transforms,
+    default_augmentation_geometry,
+)
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.debug_information import describe_trainer
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.training.loss.default_loss import build_default_loss
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.networks import (
+    adapt_weight_names,
+    bare_network,
+    build_network,
+    deep_supervision_scales,
+    portable_state,
+)
+from nnunetv2.training.nnUNetTrainer.reexports import look_up
+from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.device import autocast_context, to_fast_memory_format_
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.helpers import empty_cache
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+if TYPE_CHECKING:
+    from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+__getattr__ = look_up
+
+HYPERPARAMETERS = ("initial_lr", "weight_decay", "oversample_foreground_percent", "probabilistic_oversampling",
+                   "num_iterations_per_epoch", "num_val_iterations_per_epoch", "num_epochs",
+                   "enable_deep_supervision")
+
+
+CUDA = torch.device("cuda")
+
+
+class nnUNetTrainer:
+    """Train one fold of one configuration of a dataset.
+
+    A subclass calls this constructor and then changes attributes, or overrides hooks; nothing is built before
+    `initialize`. Constructing needs no environment variable: without nnUNet_results there is no output folder, and
+    writing into it fails.
+
+    Args:
+        plans: Content of the plans file, not changed. The key `continue_training`, if there, tells that an earlier
+            training goes on; it is no part of what is stored.
+        configuration: Name of a configuration in the plans, such as 3d_fullres.
+        fold: Number of the fold, or 'all'.
+        dataset_json: Content of dataset.json.
+        device: Where to train. With distributed training every process takes the GPU of its rank.
+        unpack_dataset: Not used. Trainers written for releases before 2.4 pass it, some of them by position, before
+            the device.
+    """
+
+    def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
+                 device: torch.device = CUDA, unpack_dataset: bool | torch.device | None = None):
+        if isinstance(device, bool):
+            device = unpack_dataset if isinstance(unpack_dataset, torch.device) else CUDA
+        self.is_ddp = distributed.is_available() and distributed.is_initialized()
+        self.local_rank = distributed.get_rank() if self.is_ddp else 0
+        self.device = _device_of_rank(device, self.local_rank)
+        print(f"Training on {self.device}" + (f" (process {self.local_rank})" if self.is_ddp else ""))
+
+        continue_training = plans.get("continue_training", False)
+        plans = {key: value for key, value in plans.items() if key != "continue_training"}
+        self.my_init_kwargs: dict[str, Any] = {"plans": plans, "configuration": configuration, "fold": fold,
+                                               "dataset_json": dataset_json, "device": self.device}
+        self.plans_manager = PlansManager(plans)
+        self.configuration_manager: ConfigurationManager = self.plans_manager.get_configuration(configuration)
+        self.configuration_name = configuration
+        self.dataset_json = dataset_json
+        self.fold = fold
+        self._set_folders()
+
+        self.initial_lr = 1e-2
+        self.weight_decay = 3e-5
+        self.oversample_foreground_percent = 0.33
+        self.probabilistic_oversampling = False
+        self.num_iterations_per_epoch = 250
+        self.num_val_iterations_per_epoch = 50
+        self.num_epochs = 1000
+        self.current_epoch = 0
+        self.enable_deep_supervision = True
+
+        # What initialize() and on_train_start() fill in.
+        self.dataset_class: type[nnUNetBaseDataset] | None = None
+        self.label_manager = self.plans_manager.get_label_manager(dataset_json)
+        self.num_input_channels: int | None = None
+        self.network: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.lr_scheduler: Any = None
+        self.loss: nn.Module | None = None
+        self.grad_scaler = _build_grad_scaler(self.device)
+        self.dataloader_train: Iterator[dict] | None = None
+        self.dataloader_val: Iterator[dict] | None = None
+
+        self._best_ema: float | None = None
+        self.inference_allowed_mirroring_axes: tuple[int, ...] | None = None
+        self.save_every = 50
+        self.disable_checkpointing = False
+        self.was_initialized = False
+
+        self._open_output_folder(continue_training)
+        self._greet()
+
+    # ---------------------------------------------------------------- construction
+
+    def _set_folders(self) -> None:
+        """Derive the folders of this training; those below a root that is not set are None."""
+        dataset, configuration = self.plans_manager.dataset_name, self.configuration_manager
+        preprocessed, results = nnUNet_preprocessed.get(), nnUNet_results.get()
+        model = f"{type(self).__name__}__{self.plans_manager.plans_name}__"
+
+        self.preprocessed_dataset_folder_base = os.path.join(preprocessed, dataset) if preprocessed else None
+        self.preprocessed_dataset_folder = (
+            os.path.join(preprocessed, dataset, configuration.data_identifier) if preprocessed else None)
+        self.output_folder_base = (
+            os.path.join(results, dataset, model + self.configuration_name) if results else None)
+        self.output_folder = os.path.join(self.output_folder_base, f"fold_{self.fold}") if results else None
+
+        self.is_cascaded = configuration.previous_stage_name is not None
+        self.folder_with_segs_from_previous_stage = os.path.join(
+            results, dataset, model + configuration.previous_stage_name, "predicted_next_stage",
+            self.configuration_name) if results and self.is_cascaded else None
+
+    def _open_output_folder(self, continue_training: bool) -> None:
+        """Create the output folder and the logger. The log file appears with the first line after construction."""
+        self.log_file = None
+        if self.output_folder is not None:
+            Path(self.output_folder).mkdir(parents=True, exist_ok=True)
+            self.log_file = os.path.join(self.output_folder, log_files.log_file_name(datetime.now()))
+        self.logger = MetaLogger(self.output_folder, continue_training)
+        self.logger.update_config({"plans": self.plans_manager.plans, "configuration": self.configuration_name,
+                                   "fold": self.fold, "dataset": self.dataset_json})
+
+    def _greet(self) -> None:
+        if self.local_rank == 0:
+            print(log_files.CITATION)
+
+    # ---------------------------------------------------------------- initialization
+
+    def initialize(self) -> None:
+        """Build network, optimizer, schedule and loss.
+
+        Raises:
+            RuntimeError: Called a second time.
+        """
+        if self.was_initialized:
+            raise RuntimeError("initialize() was called twice; a trainer builds its network once")
+        self._set_batch_size_and_oversample()
+        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
+                                                               self.dataset_json)
+        self.network = self._build_network().to(self.device)
+        to_fast_memory_format_(self.network, self.device)
+        if self._do_i_compile():
+            self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
+            self.network = torch.compile(self.network)
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        if self.is_ddp:
+            self.network = _distribute(self.network, self.device)
+        self.loss = self._build_loss()
+        self.dataset_class = infer_dataset_class(self._require(self.preprocessed_dataset_folder))
+        self.was_initialized = True
+        self.logger.update_config({"hparas": {
+            **{name: getattr(self, name) for name in HYPERPARAMETERS},
+            "batch_size": self.configuration_manager.batch_size}})
+
+    def _build_network(self) -> nn.Module:
+        return build_network(
+            self.build_network_architecture, plans_manager=self.plans_manager,
+            configuration_manager=self.configuration_manager, dataset_json=self.dataset_json,
+            num_input_channels=self.num_input_channels,
+            num_output_channels=self.label_manager.num_segmentation_heads,
+            enable_deep_supervision=self.enable_deep_supervision)
+
+    @staticmethod
+    def build_network_architecture(plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                                   num_input_channels: int, num_output_channels: int,
+                                   enable_deep_supervision: bool = True) -> nn.Module:
+        """Build the network of a configuration, initialised, without a final non-linearity.
+
+        Inference calls this on the class. With deep supervision the network returns a list of outputs, highest
+        resolution first.
+        """
+        return get_network_from_plans(
+            configuration_manager.network_arch_class_name, configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import, num_input_channels, num_output_channels,
+            allow_init=True, deep_supervision=enable_deep_supervision)
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """Set the batch size of this process, and how many of its samples must show foreground."""
+        batch_size = self.configuration_manager.batch_size
+        if self.is_ddp:
+            world_size = distributed.get_world_size()
+            self.oversample_foreground_percent = oversampling_of_rank(
+                batch_size, world_size, self.local_rank, self.oversample_foreground_percent)
+            batch_size = split_batch_size(batch_size, world_size)[self.local_rank]
+            print(f"Process {self.local_rank}: batch size {batch_size}, "
+                  f"foreground oversampling {self.oversample_foreground_percent}")
+        self.batch_size = batch_size
+
+    def _do_i_compile(self) -> bool:
+        """Tell whether to use torch.compile: on CUDA, unless the environment variable nnUNet_compile says no."""
+        choice = os.environ.get("nnUNet_compile")
+        wanted = choice is None or choice.lower() in ("true", "1", "t")
+        if self.device in (torch.device("cpu"), torch.device("mps")) or os.name == "nt":
+            if choice is not None and wanted:
+                place = "Windows" if os.name == "nt" else f"device {self.device}"
+                self.print_to_log_file(f"INFO: nnUNet_compile is set, but there is no compiling on {place}")
+            return False
+        return wanted
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Return SGD with Nesterov momentum, and a learning rate that falls polynomially over the epochs."""
+        optimizer = torch.optim.SGD(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay,
+                                    momentum=0.99, nesterov=True)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def _build_loss(self) -> nn.Module:
+        """Return Dice plus cross entropy, added up over the outputs of deep supervision."""
+        return build_default_loss(
+            self.label_manager, self.configuration_manager, is_ddp=self.is_ddp, compile_dice=self._do_i_compile(),
+            deep_supervision_scales=self._get_deep_supervision_scales() if self.enable_deep_supervision else None)
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        """Return the size of each output relative to the input; None without deep supervision."""
+        if not self.enable_deep_supervision:
+            return None
+        return deep_supervision_scales(self.configuration_manager.pool_op_kernel_sizes)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch the network between returning all outputs and only the one of highest resolution."""
+        bare_network(self.network).decoder.deep_supervision = enabled
+
+    # ---------------------------------------------------------------- data
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
+            self) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...] | None]:
+        """Decide rotation (radians), dummy 2D augmentation, size of the patch to augment from, and mirror axes."""
+        geometry = default_augmentation_geometry(self.configuration_manager.patch_size)
+        rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size, mirror_axes = geometry
+        self.print_to_log_file(f"do_dummy_2d_data_aug: {do_dummy_2d_data_aug}")
+        self.inference_allowed_mirroring_axes = mirror_axes
+        return rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size, mirror_axes
+
+    @staticmethod
+    def get_training_transforms(patch_size: Sequence[int], rotation_for_DA: Any,
+                                deep_supervision_scales: Sequence | None, mirror_axes: tuple[int, ...] | None,
+                                do_dummy_2d_data_aug: bool, use_mask_for_norm: Sequence[bool] | None = None,
+                                is_cascaded: bool = False, foreground_labels: Sequence[int] | None = None,
+                                regions: Sequence | None = None, ignore_label: int | None = None) -> BasicTransform:
+        """Build the augmentation; its attribute `transforms` is a list that may be edited."""
+        return build_training_transforms(
+            patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug,
+            use_mask_for_norm=use_mask_for_norm, is_cascaded=is_cascaded, foreground_labels=foreground_labels,
+            regions=regions, ignore_label=ignore_label)
+
+    @staticmethod
+    def get_validation_transforms(deep_supervision_scales: Sequence | None, is_cascaded: bool = False,
+                                  foreground_labels: Sequence[int] | None = None, regions: Sequence | None = None,
+                                  ignore_label: int | None = None) -> BasicTransform:
+        """Build what turns validation patches into network inputs and targets, without augmentation."""
+        return build_validation_transforms(
+            deep_supervision_scales, is_cascaded=is_cascaded, foreground_labels=foreground_labels, regions=regions,
+            ignore_label=ignore_label)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return the training and the validation cases of the fold; write splits_final.json if there is none.
+
+        Raises:
+            FileNotFoundError: Cases of the split are not preprocessed.
+        """
+        folder = self._require(self.preprocessed_dataset_folder)
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(folder)
+
+        def identifiers() -> list[str]:
+            return list(self.dataset_class.get_identifiers(folder))
+
+        if self.fold == "all":
+            everything = identifiers()
+            return everything, everything
+        path = Path(self.preprocessed_dataset_folder_base, splits.SPLITS_FILE)
+        folds = splits.load_or_create_splits(path, identifiers, self.print_to_log_file)
+        train, val = splits.choose_fold(folds, int(self.fold), identifiers, self.print_to_log_file)
+        splits.require_preprocessed([*train, *val], identifiers(), folder)
+        return train, val
+
+    def get_tr_and_val_datasets(self) -> tuple[nnUNetBaseDataset, nnUNetBaseDataset]:
+        """Return the datasets of the training and of the validation cases."""
+        return tuple(self.dataset_class(
+            self.preprocessed_dataset_folder, keys,
+            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
+            for keys in self.do_split())
+
+    def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
+        """Return endless batches of training and validation data, whose workers are running already."""
+        patch_size = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size())
+        labels = self.label_manager
+        shared = {"is_cascaded": self.is_cascaded, "foreground_labels": labels.foreground_labels,
+                  "regions": labels.foreground_regions if labels.has_regions else None,
+                  "ignore_label": labels.ignore_label}
+        train_transforms = self.get_training_transforms(
+            patch_size, rotation, scales, mirror_axes, dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **shared)
+        val_transforms = self.get_validation_transforms(scales, **shared)
+        train_set, val_set = self.get_tr_and_val_datasets()
+        loaders = [
+            nnUNetDataLoader(dataset, self.batch_size, size, patch_size, labels,
+                             oversample_foreground_percent=self.oversample_foreground_percent,
+                             sampling_probabilities=None, pad_sides=None, transforms=transforms,
+                             probabilistic_oversampling=self.probabilistic_oversampling)
+            for dataset, size, transforms in ((train_set, initial_patch_size, train_transforms),
+                                              (val_set, patch_size, val_transforms))]
+        return build_augmenters(*loaders, num_processes=get_allowed_n_proc_DA(), device=self.device)
+
+    # ---------------------------------------------------------------- training
+
+    def run_training(self) -> None:
+        """Train from the current epoch to the last one."""
+        try:
+            self.on_train_start()
+            while self.current_epoch < self.num_epochs:  # on_epoch_end moves on, and may skip epochs
+                self._run_epoch()
+            self.on_train_end()
+        except BaseException:
+            self._shut_down_dataloaders()
+            raise
+
+    def _run_epoch(self) -> None:
+        self.on_epoch_start()
+        self.on_train_epoch_start()
+        train_outputs = [self.train_step(next(self.dataloader_train)) for _ in range(self.num_iterations_per_epoch)]
+        self.on_train_epoch_end(train_outputs)
+        with torch.no_grad():
+            self.on_validation_epoch_start()
+            val_outputs = [self.validation_step(next(self.dataloader_val))
+                           for _ in range(self.num_val_iterations_per_epoch)]
+            self.on_validation_epoch_end(val_outputs)
+        self.on_epoch_end()
+
+    def on_train_start(self) -> None:
+        """Initialise, start the data loaders, and write what the trained model needs besides its weights."""
+        if not self.was_initialized:
+            self.initialize()
+        Path(self._require(self.output_folder)).mkdir(parents=True, exist_ok=True)
+        self._unpack_dataset()  # before workers open its files
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        self.print_plans()
+        empty_cache(self.device)
+        self._save_model_description()
+        self.plot_network_architecture()
+        self._save_debug_information()
+
+    def on_train_end(self) -> None:
+        """Save the final checkpoint and stop the data loaders."""
+        self.save_checkpoint_between_epochs(checkpoint_files.FINAL)
+        if self.local_rank == 0:
+            Path(self.output_folder, checkpoint_files.LATEST).unlink(missing_ok=True)
+        self._shut_down_dataloaders()
+        self.logger.local_logger.wait_for_plot()
+        empty_cache(self.device)
+        self.print_to_log_file("Training done.")
+
+    def on_epoch_start(self) -> None:
+        """Note when the epoch began."""
+        self.logger.log("epoch_start_timestamps", time(), self.current_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        """Set the learning rate of the epoch."""
+        self.network.train()
+        self.lr_scheduler.step(self.current_epoch)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.print_to_log_file("")
+        self.print_to_log_file(f"Epoch {self.current_epoch}")
+        self.print_to_log_file(f"Current learning rate: {round(float(learning_rate), 5)}")
+        self.logger.log("lrs", learning_rate, self.current_epoch)
+
+    def train_step(self, batch: dict) -> dict:
+        """Learn from one batch `{'data', 'target', 'keys'}` and return its loss."""
+        data, target = steps.move_batch(batch, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._forward(data, target)[1]
+        steps.update_weights_(loss, self.network, self.optimizer, self.grad_scaler)
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the mean training loss of the epoch, over all processes."""
+        losses = _gather(collate_outputs(train_outputs)["loss"], self.is_ddp)
+        self.logger.log("train_losses", np.vstack(losses).mean(), self.current_epoch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Switch the network to evaluation."""
+        self.network.eval()
+
+    def validation_step(self, batch: dict) -> dict:
+        """Return the loss of one batch, and its true positives, false positives and false negatives per class."""
+        data, target = steps.move_batch(batch, self.device)
+        output, loss = self._forward(data, target)
+        if self.enable_deep_supervision:
+            output, target = output[0], target[0]
+        tp, fp, fn = steps.count_hits(output, target, self.label_manager)
+        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Log the mean validation loss, and the Dice per class of all validation voxels of the epoch together."""
+        collated = collate_outputs(val_outputs)
+        counts = np.stack([np.sum(collated[name], axis=0, dtype=np.float64)
+                           for name in ("tp_hard", "fp_hard", "fn_hard")])
+        dice = steps.dice_from_counts(*np.sum(_gather(counts, self.is_ddp), axis=0))
+        losses = _gather(collated["loss"], self.is_ddp)
+        self.logger.log("mean_fg_dice", steps.mean_of_known(dice), self.current_epoch)
+        self.logger.log("dice_per_class_or_region", dice, self.current_epoch)
+        self.logger.log("val_losses", np.vstack(losses).mean(), self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        """Report the epoch, save checkpoints, draw the curves, and move on to the next epoch."""
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        self._report_epoch()
+        self._save_epoch_checkpoints(self.current_epoch)
+        if self.local_rank == 0:
+            self.logger.plot_progress_png(self.output_folder)
+        self.current_epoch += 1
+
+    def _forward(self, data: torch.Tensor, target: steps.TensorOrList) -> tuple[steps.TensorOrList, torch.Tensor]:
+        """Return output and loss of a batch, in the precision of the device."""
+        with autocast_context(self.device):
+            output = self.network(data)
+            return output, self.loss(steps.as_loss_input(output), target)
+
+    def _report_epoch(self) -> None:
+        def latest(key: str) -> Any:
+            return self.logger.get_value(key, step=-1)
+
+        duration = latest("epoch_end_timestamps") - latest("epoch_start_timestamps")
+        self.print_to_log_file("train_loss", round(float(latest("train_losses")), 4))
+        self.print_to_log_file("val_loss", round(float(latest("val_losses")), 4))
+        self.print_to_log_file("Pseudo dice", [round(float(dice), 4) for dice in latest("dice_per_class_or_region")])
+        self.print_to_log_file(f"Epoch time: {duration:.2f} s")
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save_epoch_checkpoints(self, epoch: int) -> None:
+        """Save checkpoint_latest every `save_every` epochs, and checkpoint_best if the epoch was the best so far."""
+        if (epoch + 1) % self.save_every == 0 and epoch != self.num_epochs - 1:
+            self.save_checkpoint(self._in_output_folder(checkpoint_files.LATEST))
+        ema = self.logger.get_value("ema_fg_dice", step=-1)
+        if _is_better(ema, self._best_ema):
+            self._best_ema = ema
+            self.print_to_log_file(f"New best EMA pseudo Dice: {round(float(ema), 4)}")
+            self.save_checkpoint(self._in_output_folder(checkpoint_files.BEST))
+
+    def save_latest_checkpoint(self) -> None:
+        """Save checkpoint_latest between two epochs, after `on_epoch_end` has moved on."""
+        self.save_checkpoint_between_epochs(checkpoint_files.LATEST)
+
+    def save_checkpoint_between_epochs(self, name: str) -> None:
+        """Save a checkpoint that goes on with `current_epoch`; `save_checkpoint` is for within an epoch."""
+        self.current_epoch -= 1
+        try:
+            self.save_checkpoint(self._in_output_folder(name))
+        finally:
+            self.current_epoch += 1
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Save everything needed to go on with the next epoch, or to predict."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file(f"Checkpointing is disabled: {Path(filename).name} is not written")
+            return
+        checkpoint_files.save_checkpoint_file({
+            "network_weights": portable_state(self.network),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }, filename)
+
+    def load_checkpoint(self, checkpoint: dict | str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint, given as its content or as a file."""
+        if not self.was_initialized:
+            self.initialize()
+        if not isinstance(checkpoint, dict):
+            checkpoint = checkpoint_files.load_checkpoint_file(checkpoint, map_location=self.device)
+        network = bare_network(self.network)
+        network.load_state_dict(adapt_weight_names(checkpoint["network_weights"], network.state_dict()))
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.inference_allowed_mirroring_axes = checkpoint.get("inference_allowed_mirroring_axes",
+                                                               self.inference_allowed_mirroring_axes)
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint.get("grad_scaler_state") is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+
+    # ---------------------------------------------------------------- final validation
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict all validation cases as in inference, and write their segmentations and summary.json."""
+        from nnunetv2.training.validation import validate
+
+        validate(self, save_probabilities=save_probabilities)
+
+    # ---------------------------------------------------------------- files and reports
+
+    def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """Append a line to the log of the training, and print it. Only the first process writes the file."""
+        now = datetime.fromtimestamp(time()) if add_timestamp and self.local_rank == 0 else None
+        line = log_files.format_log_line(args, now)
+        if self.local_rank == 0 and self.log_file is not None:
+            log_files.append_to_log(Path(self.log_file), line, header=log_files.CITATION)
+        if also_print_to_console:
+            print(line, flush=True)
+
+    def print_plans(self) -> None:
+        """Log the configuration and the rest of the plans."""
+        if self.local_rank != 0:
+            return
+        general = {key: value for key, value in self.plans_manager.plans.items() if key != "configurations"}
+        self.print_to_log_file(f"\nConfiguration {self.configuration_name}:\n{self.configuration_manager}\n",
+                               add_timestamp=False)
+        self.print_to_log_file(f"Plans:\n{general}\n", add_timestamp=False)
+
+    def plot_network_architecture(self) -> None:
+        """Draw the network; does nothing here, a hook for trainers that bring a tool for it."""
+
+    def _save_debug_information(self) -> None:
+        """Write debug.json: the attributes of this trainer and the machine, as text."""
+        if self.local_rank == 0:
+            save_json_atomically(describe_trainer(self), self._in_output_folder("debug.json"))
+
+    def _save_model_description(self) -> None:
+        """Write plans, dataset description and fingerprint beside the folds; the other processes wait for it."""
+        if self.local_rank == 0:
+            base = Path(self.output_folder_base)
+            save_json_atomically(self.plans_manager.plans, base / "plans.json", sort_keys=False)
+            save_json_atomically(self.dataset_json, base / "dataset.json", sort_keys=False)
+            fingerprint = Path(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
+            if not fingerprint.is_file():
+                raise FileNotFoundError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint for this dataset")
+            with replacing(base / fingerprint.name) as written:
+                shutil.copy(fingerprint, written)
+        self._wait_for_all_processes()
+
+    def _unpack_dataset(self) -> None:
+        """Let the dataset class prepare its files for fast reading; the other processes wait for it."""
+        if self.local_rank == 0:
+            self.dataset_class.unpack_dataset(
+                self.preprocessed_dataset_folder, overwrite_existing=False,
+                num_processes=max(1, get_allowed_n_proc_DA() // 2), verify=True)
+        self._wait_for_all_processes()
+
+    def _wait_for_all_processes(self) -> None:
+        if self.is_ddp:
+            distributed.barrier()
+
+    def _shut_down_dataloaders(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            for loader in (self.dataloader_train, self.dataloader_val):
+                shut_down_augmenter(loader)
+
+    def _in_output_folder(self, name: str) -> str:
+        return os.path.join(self._require(self.output_folder), name)
+
+    def _require(self, folder: str | None) -> str:
+        if folder is None:
+            unset = [root.env_var_name for root in (nnUNet_preprocessed, nnUNet_results) if not root.is_set()]
+            raise RuntimeError(f"{' and '.join(unset) or 'a folder'} was not set when {type(self).__name__} was "
+                               "constructed: it can build networks, but not train")
+        return folder
+
+
+def _device_of_rank(device: torch.device, rank: int) -> torch.device:
+    """Return the GPU of a process; devices of other types are as given."""
+    return torch.device("cuda", rank) if device.type == "cuda" else device
+
+
+def _build_grad_scaler(device: torch.device) -> torch.amp.GradScaler | None:
+    """Return what keeps small float16 gradients from vanishing; only CUDA trains in float16."""
+    if device.type != "cuda":
+        return None
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler("cuda")
+    return torch.cuda.amp.GradScaler()  # torch before 2.3
+
+
+def _distribute(network: nn.Module, device: torch.device) -> nn.Module:
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _gather(values: np.ndarray, is_ddp: bool) -> list[np.ndarray]:
+    """Return the values of all processes."""
+    if not is_ddp:
+        return [values]
+    gathered = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, values)
+    return gathered
+
+
+def _is_better(ema: float, best: float | None) -> bool:
+    """Tell whether a score is the best so far; NaN is worse than any number."""
+    if best is None:
+        return True
+    return bool(ema > best) or bool(np.isnan(best) and not np.isnan(ema))

@@ -1,0 +1,68 @@
+"""Names that trainers of third parties import from the module of nnUNetTrainer, looked up when asked for.
+
+Such trainers start as a copy of one of its methods, together with the imports of the module it came from.
+"""
+from __future__ import annotations
+
+from importlib import import_module
+
+_TRANSFORMS = "batchgeneratorsv2.transforms"
+_FILES = "batchgenerators.utilities.file_and_folder_operations"
+_OF_MODULE = {
+    _FILES: "join load_json isfile isdir save_json maybe_mkdir_p subfiles subdirs",
+    f"{_TRANSFORMS}.base.basic_transform": "BasicTransform",
+    f"{_TRANSFORMS}.intensity.brightness": "MultiplicativeBrightnessTransform",
+    f"{_TRANSFORMS}.intensity.contrast": "BGContrast ContrastTransform",
+    f"{_TRANSFORMS}.intensity.gamma": "GammaTransform",
+    f"{_TRANSFORMS}.intensity.gaussian_noise": "GaussianNoiseTransform",
+    f"{_TRANSFORMS}.noise.gaussian_blur": "GaussianBlurTransform",
+    f"{_TRANSFORMS}.nnunet.random_binary_operator": "ApplyRandomBinaryOperatorTransform",
+    f"{_TRANSFORMS}.nnunet.remove_connected_components": "RemoveRandomConnectedComponentFromOneHotEncodingTransform",
+    f"{_TRANSFORMS}.nnunet.seg_to_onehot": "MoveSegAsOneHotToDataTransform",
+    f"{_TRANSFORMS}.spatial.low_resolution": "SimulateLowResolutionTransform",
+    f"{_TRANSFORMS}.spatial.mirroring": "MirrorTransform",
+    f"{_TRANSFORMS}.spatial.spatial": "SpatialTransform",
+    f"{_TRANSFORMS}.utils.compose": "ComposeTransforms",
+    f"{_TRANSFORMS}.utils.deep_supervision_downsampling": "DownsampleSegForDSTransform",
+    f"{_TRANSFORMS}.utils.nnunet_masking": "MaskImageTransform",
+    f"{_TRANSFORMS}.utils.pseudo2d": "Convert2DTo3DTransform Convert3DTo2DTransform",
+    f"{_TRANSFORMS}.utils.random": "RandomTransform",
+    f"{_TRANSFORMS}.utils.remove_label": "RemoveLabelTansform",
+    f"{_TRANSFORMS}.utils.seg_to_regions": "ConvertSegmentationToRegionsTransform",
+    "batchgenerators.dataloading.multi_threaded_augmenter": "MultiThreadedAugmenter",
+    "batchgenerators.dataloading.nondet_multi_threaded_augmenter": "NonDetMultiThreadedAugmenter",
+    "batchgenerators.dataloading.single_threaded_augmenter": "SingleThreadedAugmenter",
+    "torch": "autocast",
+    "torch._dynamo": "OptimizedModule",
+    "nnunetv2.configuration": "ANISO_THRESHOLD default_num_processes",
+    "nnunetv2.evaluation.evaluate_predictions": "compute_metrics_on_folder",
+    "nnunetv2.inference.export_prediction": "export_prediction_from_logits resample_and_save",
+    "nnunetv2.inference.predict_from_raw_data": "nnUNetPredictor",
+    "nnunetv2.inference.sliding_window_prediction": "compute_gaussian",
+    "nnunetv2.training.data_augmentation.compute_initial_patch_size": "get_patch_size",
+    "nnunetv2.training.dataloading.nnunet_dataset": "nnUNetDatasetNumpy nnUNetDatasetBlosc2",
+    "nnunetv2.training.loss.compound_losses": "DC_and_CE_loss DC_and_BCE_loss",
+    "nnunetv2.training.loss.deep_supervision": "DeepSupervisionWrapper",
+    "nnunetv2.training.loss.dice": "get_tp_fp_fn_tn MemoryEfficientSoftDiceLoss",
+    "nnunetv2.utilities.crossval_split": "generate_crossval_split",
+    "nnunetv2.utilities.file_path_utilities": "check_workers_alive_and_busy",
+    "nnunetv2.utilities.helpers": "dummy_context",
+    "nnunetv2.utilities.label_handling.label_handling": "convert_labelmap_to_one_hot",
+}
+_HOME = {name: module for module, names in _OF_MODULE.items() for name in names.split()}
+_ALIASES = {"dist": "torch.distributed", "DDP": "torch.nn.parallel:DistributedDataParallel",
+            "GradScaler": "torch.amp:GradScaler"}
+
+
+def look_up(name: str) -> object:
+    """Return what a name of this table stands for; serves as `__getattr__` of the trainer's module.
+
+    Raises:
+        AttributeError: The name is not in the table.
+    """
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _ALIASES:
+        module, _, attribute = _ALIASES[name].partition(":")
+        return getattr(import_module(module), attribute) if attribute else import_module(module)
+    raise AttributeError(f"module 'nnunetv2.training.nnUNetTrainer.nnUNetTrainer' has no attribute {name!r}")

@@ -1,0 +1,38 @@
+"""Make trainings repeat: the environment variable nnUNet_seed, an extension of this package."""
+from __future__ import annotations
+
+import os
+
+SEED_VARIABLE = "nnUNet_seed"
+
+
+def seed_from_environment() -> int | None:
+    """Return the seed that the user asked for, or None.
+
+    Raises:
+        ValueError: It is no whole number from 0 to 4294967295.
+    """
+    text = os.environ.get(SEED_VARIABLE)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) >= 2 ** 32:
+        raise ValueError(f"{SEED_VARIABLE} is {text!r}: set it to a whole number from 0 to {2 ** 32 - 1}, or unset it")
+    return int(text)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch, and choose deterministic algorithms on a GPU.
+
+    With nnUNet_n_proc_DA=0 two runs of one training then give the same weights: augmentation happens in this process.
+    Worker processes deliver batches in the order they finish them, so with them runs differ in spite of the seed.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,91 @@
+"""Choose the training and validation cases of a fold."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+Report = Callable[..., None]
+Split = tuple[list[str], list[str]]
+
+SPLITS_FILE = "splits_final.json"
+SEED = 12345
+
+
+def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], report: Report) -> list[dict]:
+    """Read the splits of a dataset, or write those of a five-fold cross-validation if there are none.
+
+    Args:
+        path: The file splits_final.json.
+        identifiers: Gives all preprocessed cases; called only if the file is missing.
+        report: Takes lines for the training log.
+
+    Raises:
+        ValueError: There are fewer than five cases to split, or the file is not a list of train and val lists.
+    """
+    if path.is_file():
+        splits = _read_splits(path)
+        report(f"Splits: {len(splits)}, read from {path}")
+        return splits
+    report(f"Splits: five folds, written to {path}")
+    splits = generate_crossval_split(sorted(identifiers()), seed=SEED, n_splits=5)
+    splits = [{part: [str(key) for key in keys] for part, keys in split.items()} for split in splits]
+    save_json_atomically(splits, path)
+    return splits
+
+
+def choose_fold(splits: Sequence[dict], fold: int, identifiers: Callable[[], Iterable[str]], report: Report) -> Split:
+    """Return the training and validation cases of a fold; a fold beyond the splits is a random 80:20 split.
+
+    Raises:
+        ValueError: The fold is negative.
+    """
+    if fold < 0:
+        raise ValueError(f"fold {fold}: folds are counted from 0 (or 'all')")
+    report(f"Wanted fold: {fold}")
+    if fold < len(splits):
+        train, val = list(splits[fold]["train"]), list(splits[fold]["val"])
+    else:
+        report(f"INFO: fold {fold} is not among the {len(splits)} splits of the dataset: splitting its cases 80:20 at "
+               f"random, with seed {SEED + fold}. Such folds overlap with each other.")
+        train, val = split_randomly(identifiers(), fold)
+    report(f"Cases: {len(train)} for training, {len(val)} for validation")
+    both = sorted(set(train) & set(val))
+    if both:
+        report(f"WARNING: {len(both)} cases are in both the training and the validation set: {', '.join(both)}. "
+               "Validation scores will be too good.")
+    return train, val
+
+
+def split_randomly(identifiers: Iterable[str], fold: int) -> Split:
+    """Draw 80 % of the cases for training (in the order drawn); the rest is for validation."""
+    keys = sorted(identifiers)
+    drawn = np.random.RandomState(SEED + fold).choice(len(keys), int(len(keys) * 0.8), replace=False)
+    chosen = set(drawn.tolist())
+    return [keys[i] for i in drawn], [key for i, key in enumerate(keys) if i not in chosen]
+
+
+def require_preprocessed(keys: Iterable[str], available: Iterable[str], folder: str) -> None:
+    """Check that all cases of a split are there.
+
+    Raises:
+        FileNotFoundError: Some are not preprocessed; the message names them.
+    """
+    missing = sorted(set(keys) - set(available))
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise FileNotFoundError(f"{len(missing)} cases of {SPLITS_FILE} are not in {folder}: {shown}. Preprocess them, "
+                                "or remove them from the splits")
+
+
+def _read_splits(path: Path) -> list[dict]:
+    splits = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(splits, list) or not all(isinstance(split, dict) and {"train", "val"} <= set(split)
+                                               for split in splits):
+        raise ValueError(f"{path} must hold a list with one entry {{\"train\": [...], \"val\": [...]}} per fold")
+    return splits

@@ -1,0 +1,153 @@
+"""Predict the validation cases of a fold with the trained network, and score them."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import distributed
+
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.export_queue import ExportQueue
+from nnunetv2.training.networks import is_deeply_supervised
+from nnunetv2.utilities.device import usable_cpu_count
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+
+if TYPE_CHECKING:
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+SMALL_EXPORT = 2 ** 24
+"""Probabilities (classes times voxels) that are resampled and written faster than a worker process starts."""
+
+CASES_BETWEEN_BARRIERS = 20
+
+
+def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
+    """Write segmentations of all validation cases and summary.json into the folder `validation` of the fold.
+
+    Leaves the network in the mode in which it was.
+    """
+    _warn_of_slow_compilation(trainer)
+    network = trainer.network
+    was_training = network.training
+    was_supervised = is_deeply_supervised(network, otherwise=trainer.enable_deep_supervision)
+    trainer.set_deep_supervision_enabled(False)
+    network.eval()
+    try:
+        folder = Path(trainer.output_folder, "validation")
+        folder.mkdir(parents=True, exist_ok=True)
+        _predict_cases(trainer, folder, save_probabilities=save_probabilities)
+        if trainer.is_ddp:
+            distributed.barrier()
+        if trainer.local_rank == 0:
+            _score(trainer, folder)
+    finally:
+        trainer.set_deep_supervision_enabled(was_supervised)
+        network.train(was_training)
+        compute_gaussian.cache_clear()
+
+
+def _predict_cases(trainer: nnUNetTrainer, folder: Path, *, save_probabilities: bool) -> None:
+    """Predict this process's share of the validation cases, here and for the next stages of a cascade."""
+    predictor = build_predictor(trainer)
+    all_keys = trainer.do_split()[1]
+    world_size = distributed.get_world_size() if trainer.is_ddp else 1
+    dataset = trainer.dataset_class(
+        trainer.preprocessed_dataset_folder, list(all_keys[trainer.local_rank::world_size]),
+        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage)
+    num_workers = max(1, min(default_num_processes, usable_cpu_count(), len(dataset.identifiers)))
+    with ExportQueue(num_workers) as queue:
+        for i, case in enumerate(dataset.identifiers):
+            trainer.print_to_log_file(f"predicting {case}")
+            data, properties = load_network_input(trainer, dataset, case)
+            trainer.print_to_log_file(f"{case}, shape {tuple(data.shape)}, rank {trainer.local_rank}")
+            logits = predictor.predict_sliding_window_return_logits(data).cpu().numpy()
+            in_background = _export_size(logits, properties) > SMALL_EXPORT
+            queue.submit(
+                f"the export of {case}", export_prediction_from_logits, logits, properties,
+                trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json, str(folder / case),
+                save_probabilities, in_background=in_background)
+            for next_stage, target_shape, dataset_class in _next_stages(trainer, case):
+                target_folder = Path(trainer.output_folder_base, "predicted_next_stage", next_stage)
+                target_folder.mkdir(parents=True, exist_ok=True)
+                queue.submit(
+                    f"the export of {case} for {next_stage}", resample_and_save, logits, target_shape,
+                    str(target_folder / case), trainer.plans_manager, trainer.configuration_manager, properties,
+                    trainer.dataset_json, default_num_processes, dataset_class, in_background=in_background)
+            # So that no process waits for the others longer than the time limit of their network.
+            if trainer.is_ddp and i < len(all_keys) // world_size - 1 and (i + 1) % CASES_BETWEEN_BARRIERS == 0:
+                distributed.barrier()
+
+
+def build_predictor(trainer: nnUNetTrainer) -> nnUNetPredictor:
+    """Return a predictor that uses the network as it is now, with the settings of inference."""
+    predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
+                                perform_everything_on_device=True, device=trainer.device, verbose=False,
+                                verbose_preprocessing=False, allow_tqdm=False)
+    predictor.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
+                                    trainer.dataset_json, type(trainer).__name__,
+                                    trainer.inference_allowed_mirroring_axes)
+    return predictor
+
+
+def load_network_input(trainer: nnUNetTrainer, dataset: nnUNetBaseDataset, case: str) -> tuple[torch.Tensor, dict]:
+    """Read a case `(c, *spatial)` and its properties; a cascade gets the previous stage's labels as channels."""
+    data, _, previous, properties = dataset.load_case(case)
+    data = data[:]
+    if trainer.is_cascaded:
+        one_hot = convert_labelmap_to_one_hot(previous[:], trainer.label_manager.foreground_labels,
+                                              output_dtype=data.dtype)
+        data = np.vstack((data, one_hot))
+    return torch.from_numpy(np.ascontiguousarray(data)), properties
+
+
+def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[tuple[str, tuple[int, ...], type]]:
+    """Yield name, preprocessed shape of the case and dataset class of each stage that needs this prediction."""
+    for name in trainer.configuration_manager.next_stage_names or []:
+        identifier = trainer.plans_manager.get_configuration(name).data_identifier
+        folder = str(Path(trainer.preprocessed_dataset_folder_base, identifier))
+        dataset_class = infer_dataset_class(folder)
+        try:
+            data, *_ = dataset_class(folder, [case]).load_case(case)
+        except FileNotFoundError:
+            trainer.print_to_log_file(f"{case} is not preprocessed for {name}: its prediction is not passed on")
+            continue
+        yield name, tuple(data.shape[1:]), dataset_class
+
+
+def _export_size(logits: np.ndarray, properties: Mapping) -> int:
+    """Return how many probabilities the export of a case computes."""
+    shape = properties.get("shape_after_cropping_and_before_resampling", logits.shape[1:])
+    return len(logits) * int(np.prod(shape))
+
+
+def _score(trainer: nnUNetTrainer, folder: Path) -> None:
+    """Compare all predictions with the references and log the result."""
+    labels = trainer.label_manager
+    world_size = distributed.get_world_size() if trainer.is_ddp else 1
+    metrics = compute_metrics_on_folder(
+        str(Path(trainer.preprocessed_dataset_folder_base, "gt_segmentations")), str(folder),
+        str(folder / "summary.json"), trainer.plans_manager.image_reader_writer_class(),
+        trainer.dataset_json["file_ending"],
+        labels.foreground_regions if labels.has_regions else labels.foreground_labels, labels.ignore_label,
+        chill=True, num_processes=default_num_processes * world_size)
+    for label, values in metrics["mean"].items():
+        trainer.logger.log_summary(f"final_val/class_{label}_dice", values["Dice"])
+    mean_dice = metrics["foreground_mean"]["Dice"]
+    trainer.logger.log_summary("final_val/foreground_dice", mean_dice)
+    trainer.print_to_log_file("Validation complete", also_print_to_console=True)
+    trainer.print_to_log_file("Mean Validation Dice: ", mean_dice, also_print_to_console=True)
+
+
+def _warn_of_slow_compilation(trainer: nnUNetTrainer) -> None:
+    if trainer.is_ddp and trainer.batch_size == 1 and trainer.enable_deep_supervision and trainer._do_i_compile():
+        trainer.print_to_log_file("WARNING: validation of a compiled network with batch size 1 per GPU in distributed "
+                                  "training can fail. If it does, validate with --val on one GPU")
