@@ -89,10 +89,10 @@ def convert_ensemble_folder_to_model_identifiers_and_folds(ensemble_folder: str)
     Raises:
         ValueError: The name has another form.
     """
-    prefix, *models, folds = Path(ensemble_folder).name.split(_BETWEEN_MODELS)
-    if prefix != _ENSEMBLE or not models:
+    parts = Path(ensemble_folder).name.split(_BETWEEN_MODELS)
+    if len(parts) < 3 or parts[0] != _ENSEMBLE:
         raise ValueError(f"{ensemble_folder} is no ensemble folder: expected ensemble___MODEL1___MODEL2___FOLDS")
-    return models, folds
+    return parts[1:-1], parts[-1]
 
 
 def folds_tuple_to_string(folds: Iterable[int | str]) -> str:

@@ -121,9 +121,8 @@ def test_changed_file_is_read_again(tmp_path, write):
 
 
 def test_search_in_the_package_does_not_hide_the_library_imageio(tmp_path, write):
-    from nnunetv2.preprocessing import __path__ as folder
-
     from nnunetv2 import __path__ as root
+    from nnunetv2.preprocessing import __path__ as folder
     recursive_find_python_class(folder[0], "NoSuchThing", "nnunetv2.preprocessing", base_folder=root[0])
     import imageio
     assert "nnunetv2" not in imageio.__file__
@@ -139,7 +138,8 @@ def test_binding_statements(source):
 
 
 @pytest.mark.parametrize("source", [
-    "'A'", "A", "x.A = 1", "def f():\n    A = 1", "class B:\n    A = 1", "[A for A in x]", "lambda A: 1", "from A import b",
+    "'A'", "A", "x.A = 1", "def f():\n    A = 1", "class B:\n    A = 1", "[A for A in x]", "lambda A: 1",
+    "from A import b",
 ])
 def test_other_statements(source):
     names = read_module_names(source)

@@ -1,0 +1,69 @@
+"""Files appear complete or not at all."""
+import json
+
+import pytest
+
+from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_appears_when_the_block_ends(tmp_path):
+    with replacing(tmp_path / "scan.nii.gz") as file:
+        assert file.name == "scan.nii.gz"
+        file.write_text("new")
+        assert not (tmp_path / "scan.nii.gz").exists()
+    assert (tmp_path / "scan.nii.gz").read_text() == "new"
+    assert names_in(tmp_path) == ["scan.nii.gz"]
+
+
+def test_failure_keeps_the_old_content(tmp_path):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(target) as file:
+        file.write_text("half")
+        raise ZeroDivisionError
+    assert target.read_text() == "old"
+    assert names_in(tmp_path) == ["a.json"]
+
+
+def test_writing_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing was written"), replacing(tmp_path / "a"):
+        pass
+    assert names_in(tmp_path) == []
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no/such"), replacing(tmp_path / "no" / "such" / "a"):
+        pass
+
+
+def test_companions_go_along(tmp_path):
+    with replacing(tmp_path / "a.mhd") as file:
+        file.write_text("header")
+        file.with_suffix(".raw").write_text("voxels")
+    assert names_in(tmp_path) == ["a.mhd", "a.raw"]
+
+
+def test_symbolic_link_keeps_its_target(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    with replacing(tmp_path / "link") as file:
+        file.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "new"
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_text("")
+    save_json_atomically({}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_json_layout(tmp_path):
+    save_json_atomically({"b": 1, "a": [2]}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == '{\n    "a": [\n        2\n    ],\n    "b": 1\n}'
+    save_json_atomically({"b": 1, "a": 2}, tmp_path / "a.json", sort_keys=False)
+    assert list(json.loads((tmp_path / "a.json").read_text())) == ["b", "a"]

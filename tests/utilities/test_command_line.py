@@ -1,0 +1,73 @@
+"""What a person at the terminal sees when a command fails."""
+import argparse
+import sys
+
+import pytest
+
+from nnunetv2.utilities.command_line import add_device_option, run_command
+
+
+class OwnError(Exception):
+    __module__ = "nnunetv2.somewhere"
+
+
+@pytest.fixture(autouse=True)
+def _program_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/nnUNetv2_train"])
+
+
+def fail_with(error):
+    def function():
+        raise error
+    return function
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\n  input"), FileNotFoundError("bad input"),
+                                   RuntimeError("bad input"), AssertionError("bad input"), OwnError("bad input")])
+def test_expected_errors_become_one_line(error, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(fail_with(error))
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "nnUNetv2_train: error: bad input\n"
+
+
+def test_error_without_message_is_located(capsys):
+    with pytest.raises(SystemExit):
+        run_command(fail_with(AssertionError()))
+    assert "AssertionError in" in capsys.readouterr().err
+
+
+def test_programming_errors_keep_their_traceback():
+    with pytest.raises(KeyError):
+        run_command(fail_with(KeyError("x")))
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_debug", "1")
+    with pytest.raises(SystemExit):
+        run_command(fail_with(ValueError("bad input")))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_is_130(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(fail_with(KeyboardInterrupt()))
+    assert caught.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_success_returns_and_failure_status_is_passed_on():
+    assert run_command(lambda: None) is None
+    assert run_command(lambda: 0) is None
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: 3)
+    assert caught.value.code == 3
+
+
+def test_device_option():
+    parser = argparse.ArgumentParser()
+    add_device_option(parser)
+    assert parser.parse_args([]).device == "cuda"
+    assert parser.parse_args(["-device", "cpu"]).device == "cpu"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-device", "gpu:1"])
