@@ -1,12 +1,7 @@
 """What planning raises for bad input."""
 
-
-class InvalidInputError(ValueError, AssertionError):
-    """An argument or a dataset is not as expected.
-
-    Also an AssertionError, because the reference release checks with assertions and callers catch those.
-    """
+from nnunetv2.preprocessing.errors import InvalidInputError
 
 
 class InvalidDatasetError(InvalidInputError, RuntimeError):
-    """A dataset failed the integrity check. The findings have been printed."""
+    """A dataset failed the integrity check. Its cases' faults have been printed."""

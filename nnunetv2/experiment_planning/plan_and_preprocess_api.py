@@ -127,7 +127,7 @@ def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
         if check_dataset_integrity:
             folder = Path(nnUNet_raw) / maybe_convert_to_dataset_name(dataset_id)
             verify_dataset_integrity(str(folder), num_processes)
-        plans_identifier = plan_federated(dataset_id, mode=mode, fingerprint_extractor_class=extractor_class,
+        plans_identifier = plan_federated(dataset_id, mode=mode, extractor_class=extractor_class,
                                           experiment_planner_class=planner_class, num_processes=num_processes,
                                           verbose=verbose, show_progress_bar=show_progress_bar, **planning)
     return plans_identifier

@@ -49,8 +49,7 @@ def sample_case(image_files: Sequence[str], segmentation_file: str, reader_write
     images, segmentation, spacing, relative_size = read_cropped_case(image_files, segmentation_file,
                                                                      reader_writer_class)
     if num_channels is not None and len(images) != num_channels:
-        raise ValueError(f"the image has {len(images)} channel(s), dataset.json names {num_channels}. "
-                         f"Files: {', '.join(map(str, image_files))}")
+        raise ValueError(f"the image has {len(images)} channel(s), dataset.json names {num_channels}")
     raise_if_nan(images, segmentation)
     intensities = draw_foreground(segmentation, images, num_samples=num_samples)
     return CaseSample(tuple(images.shape[1:]), tuple(map(_as_number, spacing)), relative_size, intensities)

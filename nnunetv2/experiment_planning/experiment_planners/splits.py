@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from nnunetv2.experiment_planning.errors import InvalidInputError
+from nnunetv2.preprocessing.errors import InvalidInputError
 
 SPLITS_FILE = "splits_final.json"
 
