@@ -28,7 +28,7 @@ from nnunetv2.training.data_augmentation.augmenters import build_augmenters, shu
 from nnunetv2.training.data_augmentation.default_transforms import (
     build_training_transforms,
     build_validation_transforms,
-    default_augmentation_geometry,
+    rotation_and_patch_size,
 )
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -271,11 +271,10 @@ class nnUNetTrainer:
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
             self) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...] | None]:
         """Decide rotation (radians), dummy 2D augmentation, size of the patch to augment from, and mirror axes."""
-        geometry = default_augmentation_geometry(self.configuration_manager.patch_size)
-        rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size, mirror_axes = geometry
-        self.print_to_log_file(f"do_dummy_2d_data_aug: {do_dummy_2d_data_aug}")
-        self.inference_allowed_mirroring_axes = mirror_axes
-        return rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size, mirror_axes
+        geometry = rotation_and_patch_size(self.configuration_manager.patch_size)
+        self.print_to_log_file(f"do_dummy_2d_data_aug: {geometry.do_dummy_2d_data_aug}")
+        self.inference_allowed_mirroring_axes = geometry.mirror_axes
+        return geometry
 
     @staticmethod
     def get_training_transforms(patch_size: Sequence[int], rotation_for_DA: Any,
