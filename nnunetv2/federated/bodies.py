@@ -50,6 +50,14 @@ class JoinAnswer(Part):
     settings: FederationSettings
 
 
+class Offer(Part):
+    """What a site is about to contribute. The answer may spare it the upload."""
+
+    digest: Digest
+    size: Count
+    """Bytes."""
+
+
 class Receipt(Part):
     """A contribution is durably stored."""
 
@@ -115,6 +123,16 @@ class FailureStatus(Part):
     time: Finite
 
 
+class TrafficStatus(Part):
+    """What one site and the coordinator have sent each other for one gathering."""
+
+    site: SiteName
+    key: Text
+    bytes_received: Count
+    """Bytes that the coordinator received."""
+    bytes_sent: Count
+
+
 class Status(Part):
     """What the federation is doing, for people to look at."""
 
@@ -123,3 +141,5 @@ class Status(Part):
     waiting: Annotated[tuple[GatheringStatus, ...], Field(max_length=10_000)] = ()
     runs: Annotated[tuple[RunState, ...], Field(max_length=10_000)] = ()
     failures: Annotated[tuple[FailureStatus, ...], Field(max_length=10_000)] = ()
+    traffic: Annotated[tuple[TrafficStatus, ...], Field(max_length=10_000)] = ()
+    """Of the gatherings that were busy last."""

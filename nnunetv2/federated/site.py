@@ -1,7 +1,7 @@
 """Turn an invitation into a site's credential, and keep that credential on the site's disk.
 
-    invitation   nnunet-fed:<base64url of JSON {v, url, federation, site, secret}>, printed by the coordinator, used once
-    credential   ~/.config/nnunet/federated_site.json, or the file that nnUNet_fed_site names; only its owner can read it
+    invitation   nnunet-fed:<base64url of JSON {v, url, federation, site, secret}>, from the coordinator, used once
+    credential   ~/.config/nnunet/federated_site.json, or the file in nnUNet_fed_site; only its owner can read it
 """
 from __future__ import annotations
 

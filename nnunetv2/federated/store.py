@@ -280,6 +280,8 @@ class Store:
     def delete_results(self, key: GatheringKey | str) -> None:
         """Delete the results of a gathering: first the rows, so that none speaks of a file that is gone."""
         subsets = [row[0] for row in self._rows("SELECT subset FROM results WHERE key = ?", str(key))]
+        if not subsets:
+            return
         with self._transaction() as database:
             database.execute("DELETE FROM results WHERE key = ?", (str(key),))
         for subset in subsets:
@@ -319,8 +321,8 @@ class Store:
 
     def load_events(self, kind: str | None = None) -> list[Event]:
         """Return the audit log, oldest first; only one kind of event if asked for."""
-        rows = self._rows("SELECT time, kind, site, key, detail FROM events WHERE ?1 IS NULL OR kind = ?1 ORDER BY number",
-                          kind)
+        rows = self._rows(
+            "SELECT time, kind, site, key, detail FROM events WHERE ?1 IS NULL OR kind = ?1 ORDER BY number", kind)
         return [Event(*row[:4], detail=json.loads(row[4])) for row in rows]
 
     def save_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:

@@ -1,0 +1,385 @@
+"""Connect a site to its coordinator over HTTP: contribute, wait, download, and outlast what networks do.
+
+The site only ever asks; nobody calls it. Every request may be repeated, so a broken connection, a coordinator that is
+down for hours and a site that was killed have one remedy: ask again.
+"""
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import numpy as np
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
+
+from nnunetv2.federated import bodies
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url, is_loopback
+from nnunetv2.federated.strict_json import decode_json, encode_json
+from nnunetv2.federated.wire import Document, TensorSpec, file_digest, open_document, write_document
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from nnunetv2.federated.messages import Message
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+GIVE_UP_AFTER_S = 86_400.0
+TIMEOUT_S = 60.0
+POLL_S = 25.0
+"""How long the coordinator may hold an answer back while it waits for other sites."""
+CONNECT_TIMEOUT_S = 10.0
+LONGEST_PAUSE_S = 60.0
+OFFER_FROM_BYTES = 64 << 10
+"""From this size on, a document is announced before it is sent."""
+PIECE_BYTES = 1 << 20
+LARGEST_ANSWER = 32 << 20
+"""Bytes of an answer that is no file."""
+
+
+class NoAnswerError(FederationError):
+    """The coordinator did not answer properly this time, but may the next time; the text says why."""
+
+
+class RangeError(NoAnswerError):
+    """The rest of a result was asked for, and there is none."""
+
+
+def show_progress(text: str) -> None:
+    """Show a line of progress to the person at the terminal."""
+    print(text, flush=True)
+
+
+class FederationClient:
+    """A site's connection to its coordinator; a `Transport`. For one thread at a time.
+
+    Args:
+        credential: Who the site is, and where the coordinator.
+        report: Told in one line what the site waits for, whenever that changes.
+        give_up_after_s: How long the coordinator may be away before `CoordinatorUnreachable` is raised.
+        timeout_s: How long a connection may be silent before it counts as broken.
+        pause_s: First pause before asking again; it doubles up to a minute.
+    """
+
+    def __init__(self, credential: SiteCredential, *, report: Callable[[str], object] = logger.info,
+                 give_up_after_s: float = GIVE_UP_AFTER_S, timeout_s: float = TIMEOUT_S, pause_s: float = 1.0) -> None:
+        check_transport_is_safe(credential.url, insecure=credential.insecure)
+        self.credential = credential
+        self.give_up_after_s = give_up_after_s
+        self.timeout_s = timeout_s
+        self.pause_s = pause_s
+        self._report = report
+        self._last_line: str | None = None
+        self._session = open_session(credential.url, token=credential.token)
+        self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-")
+        self._document: Document | None = None
+        self._number = 0
+
+    def close(self) -> None:
+        """Close connections and remove temporary files. The last result cannot be read any more."""
+        self._forget_document()
+        self._session.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> FederationClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------- exchanges
+    def exchange(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+                 specs: Mapping[str, TensorSpec] | None = None) -> Document:
+        """Contribute to a gathering, wait until it is closed, and return its result.
+
+        Args:
+            tensors: Name -> array of a dtype that travels.
+            specs: Dtype and shape of the tensors, where they are not to be taken from the arrays.
+
+        Returns:
+            The result. It stays open until the next call of `exchange` or `result`. A round that took place without
+            this site gives the aggregate of the last round; its message says which.
+
+        Raises:
+            RefusedError: The contribution is not accepted, or the contributions do not go together.
+            NotJoinedError: The coordinator does not know this site.
+            CoordinatorUnreachable: It did not answer for `give_up_after_s`.
+        """
+        self.contribute(key, message, tensors, specs=specs)
+        return self.result(key)
+
+    def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+                   specs: Mapping[str, TensorSpec] | None = None) -> bodies.Receipt:
+        """Send this site's part of a gathering. Doing so again changes nothing."""
+        tensors = tensors or {}
+        specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
+        with self._temporary_file() as path:
+            digest = write_document(path, message, specs, (tensors[name] for name in specs))
+            offer = bodies.Offer(digest=digest, size=path.stat().st_size)
+            attempts = 0
+
+            def send() -> bodies.Receipt:
+                nonlocal attempts
+                attempts += 1
+                # What is large, or may have arrived although its receipt did not, is announced before it is sent.
+                receipt = self._offer(key, offer) if offer.size >= OFFER_FROM_BYTES or attempts > 1 else None
+                return receipt or self._upload(key, path, digest)
+
+            return self._persist(send)
+
+    def result(self, key: str) -> Document:
+        """Wait until a gathering is closed and return its result; see `exchange`."""
+        self._forget_document()
+        path = self._new_path()
+        while True:
+            waiting = self._persist(lambda: self._poll(key, path))
+            if waiting is None:
+                break
+            self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}" if waiting.waiting_for
+                      else f"{key}: all sites have contributed, the coordinator is computing the result")
+        self._document = open_document(path)
+        return self._document
+
+    # ------------------------------------------------------------------------------------------------- questions
+    def settings(self) -> bodies.FederationSettings:
+        """Return what holds for all sites of the federation."""
+        return self._persist(lambda: self._ask("GET", "settings", bodies.FederationSettings))
+
+    def run_state(self, run: str) -> bodies.RunState:
+        """Return how far a training run is."""
+        return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}", bodies.RunState))
+
+    def status(self) -> bodies.Status:
+        """Return what the federation is doing."""
+        return self._persist(lambda: self._ask("GET", "status", bodies.Status))
+
+    def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
+        """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises."""
+        report = bodies.FailureReport(run=run, round=round_number, reason=reason[:8000])
+        try:
+            self._ask("POST", "failures", None, json_body=report)
+        except FederationError as error:
+            logger.warning("the coordinator could not be told of the failure: %s", error)
+
+    # -------------------------------------------------------------------------------------------------- requests
+    def _ask(self, method: str, path: str, model: type[BaseModel] | None, *, json_body: BaseModel | None = None) -> Any:
+        """Send one request with a small answer; None if the answer has no body."""
+        with self._request(method, path, data=None if json_body is None else encode_json(json_body)) as response:
+            content = _read_small(response)
+        return decode_json(model, content) if model is not None and content else None
+
+    def _offer(self, key: str, offer: bodies.Offer) -> bodies.Receipt | None:
+        return self._ask("POST", f"offers/{quote(key)}", bodies.Receipt, json_body=offer)
+
+    def _upload(self, key: str, path: Path, digest: str) -> bodies.Receipt:
+        with path.open("rb") as file, self._request("PUT", f"gatherings/{quote(key)}", data=file,
+                                                    headers={"X-Content-SHA256": digest}) as response:
+            return decode_json(bodies.Receipt, _read_small(response))
+
+    def _poll(self, key: str, path: Path) -> bodies.Waiting | None:
+        """Ask once for a result, going on behind what `path` holds of it; None once it is there completely."""
+        digest_path = path.with_suffix(".digest")
+        headers = {}
+        if path.exists() and path.stat().st_size:
+            known_digest = digest_path.read_text(encoding="ascii")
+            headers = {"Range": f"bytes={path.stat().st_size}-", "If-Range": f'"{known_digest}"'}
+        try:
+            with self._request("GET", f"gatherings/{quote(key)}?wait={POLL_S:.0f}", headers=headers) as response:
+                if response.status_code == 202:
+                    return decode_json(bodies.Waiting, _read_small(response))
+                digest_path.write_text(response.headers.get("X-Content-SHA256", ""), encoding="ascii")
+                _save_body(response, path, append=response.status_code == 206)
+        except RangeError:
+            path.unlink()
+            raise
+        if file_digest(path) != digest_path.read_text(encoding="ascii"):
+            path.unlink()
+            raise NoAnswerError("the result was damaged on its way")
+        return None
+
+    @contextmanager
+    def _request(self, method: str, path: str, *, data: Any = None,
+                 headers: Mapping[str, str] | None = None) -> Iterator[requests.Response]:
+        """Send one request and yield the answer if it is a good one.
+
+        Raises:
+            NoAnswerError: Asking again may help.
+            RefusedError: The coordinator says no.
+            NotJoinedError: It does not know this site.
+        """
+        with _translated_errors():
+            response = self._session.request(method, f"{self.credential.url}/v1/{path}", data=data, headers=headers,
+                                             stream=True, allow_redirects=False,
+                                             timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s))
+            with response:
+                _check_status(response)
+                yield response
+
+    def _persist(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask until there is an answer, with growing pauses, for as long as the site is willing to wait."""
+        pause = self.pause_s
+        first_failure: float | None = None
+        while True:
+            try:
+                answer = ask()
+            except NoAnswerError as error:
+                now = time.monotonic()
+                first_failure = first_failure or now
+                remaining = first_failure + self.give_up_after_s - now
+                if remaining <= 0:
+                    raise CoordinatorUnreachable(f"the coordinator at {self.credential.url} has not answered for "
+                                                 f"{self.give_up_after_s:g} s: {error}") from error
+                self._say(f"{error}; trying again")
+                time.sleep(min(pause * random.uniform(0.5, 1.0), remaining))  # sites do not come back all at once
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                if first_failure is not None:
+                    self._say("the coordinator answers again")
+                return answer
+
+    def _say(self, line: str) -> None:
+        """Report a line unless it is what was reported last."""
+        if line != self._last_line:
+            self._last_line = line
+            self._report(line)
+
+    # ----------------------------------------------------------------------------------------------------- files
+    def _new_path(self) -> Path:
+        self._number += 1
+        return Path(self._folder.name) / f"{self._number}.safetensors"
+
+    @contextmanager
+    def _temporary_file(self) -> Iterator[Path]:
+        path = self._new_path()
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _forget_document(self) -> None:
+        """Close and delete the last result, so that files do not pile up over a thousand rounds."""
+        if self._document is not None:
+            self._document.close()
+            self._document.path.unlink(missing_ok=True)
+            self._document.path.with_suffix(".digest").unlink(missing_ok=True)
+            self._document = None
+
+
+# -------------------------------------------------------------------------------------------------------- functions
+def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinAnswer:
+    """Ask the coordinator once to let a site join with the secret of its invitation."""
+    request = bodies.JoinRequest(invitation=invitation, token=credential.token)
+    with open_session(credential.url) as session, _translated_errors(), session.post(
+            f"{check_url(credential.url)}/v1/join", data=encode_json(request), timeout=CONNECT_TIMEOUT_S, stream=True,
+            allow_redirects=False) as response:
+        _check_status(response)
+        return decode_json(bodies.JoinAnswer, _read_small(response))
+
+
+class BearerToken(requests.auth.AuthBase):
+    """Put a token into every request. As `auth`, because a plain header gives way to a ~/.netrc."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
+
+
+def open_session(url: str, *, token: str | None = None) -> requests.Session:
+    """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine."""
+    session = requests.Session()
+    adapter = _Adapter(max_retries=Retry(total=3, connect=3, read=0, redirect=0, status=0, other=0, backoff_factor=0.2))
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    session.trust_env = not is_loopback(urlsplit(url).hostname)
+    session.auth = None if token is None else BearerToken(token)
+    return session
+
+
+class _Adapter(HTTPAdapter):
+    """Send files in larger blocks than the 16 KiB of the standard library: less work per megabyte."""
+
+    def init_poolmanager(self, *args: Any, **keywords: Any) -> None:
+        super().init_poolmanager(*args, **keywords, blocksize=PIECE_BYTES)
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """Turn what the network does into NoAnswerError, and let everything else pass."""
+    try:
+        yield
+    except requests.exceptions.SSLError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise FederationError("the coordinator's certificate is not trusted: set REQUESTS_CA_BUNDLE to the file of "
+                                  f"the authority that issued it ({error})") from error
+        raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
+    except requests.Timeout as error:
+        raise NoAnswerError("the coordinator does not answer in time") from error
+    except requests.RequestException as error:
+        raise NoAnswerError(f"the coordinator cannot be reached ({_cause_of(error)})") from error
+
+
+def _cause_of(error: BaseException) -> str:
+    """Return the system's own words for a network error, without the layers around them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return (cause.strerror or errno.errorcode.get(cause.errno, str(cause.errno))).lower()
+        reason = getattr(cause, "reason", None)
+        inner = next((part for part in cause.args if isinstance(part, BaseException)), None)
+        cause = reason if isinstance(reason, BaseException) else cause.__cause__ or inner or cause.__context__
+    return type(error).__name__
+
+
+def _check_status(response: requests.Response) -> None:
+    """Return if an answer is a good one, else raise what its problem says."""
+    status = response.status_code
+    if status in (200, 202, 204, 206):
+        return
+    problem = _problem_of(response)
+    if status in (408, 425, 429) or status >= 500 or problem.code == "damaged_in_transit":
+        raise NoAnswerError(problem.message)
+    if status == 416:
+        raise RangeError("the coordinator has another result now than before")
+    if status == 401:
+        raise NotJoinedError(f"{problem.message} {problem.remedy}".rstrip())
+    raise RefusedError(problem.message, problem.remedy, code=problem.code)
+
+
+def _problem_of(response: requests.Response) -> bodies.Problem:
+    """Return the problem in an answer; a proxy in between sends pages that are none."""
+    try:
+        return decode_json(bodies.Problem, _read_small(response))
+    except WireError:
+        return bodies.Problem(code="unexpected_answer", message=f"{response.url} answers with status "
+                              f"{response.status_code} ({response.reason}), not as a coordinator would")
+
+
+def _read_small(response: requests.Response) -> bytes:
+    """Read an answer that must not be large."""
+    content = bytearray()
+    for piece in response.iter_content(PIECE_BYTES):
+        content += piece
+        if len(content) > LARGEST_ANSWER:
+            raise WireError(f"the coordinator's answer has more than {LARGEST_ANSWER} bytes")
+    return bytes(content)
+
+
+def _save_body(response: requests.Response, path: Path, *, append: bool) -> None:
+    """Write an answer to a file, piece by piece; what has arrived stays if the connection breaks."""
+    with path.open("ab" if append else "wb") as file:
+        for piece in response.iter_content(PIECE_BYTES):
+            file.write(piece)

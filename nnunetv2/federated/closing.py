@@ -1,0 +1,323 @@
+"""Turn the contributions of a gathering into its result, or into the reason why there is none.
+
+Three questions per kind of gathering: how large may a contribution be, is it what it should be, and what follows from
+all of them. Documents come from an `Archive` and results go to it; nothing here knows of sockets, clocks or databases.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.federated import aggregation, matching, messages, statistics
+from nnunetv2.federated.bodies import FederationSettings
+from nnunetv2.federated.comparing import first_difference
+from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
+from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.rounds import Closed, Gathering, GatheringKey, Kind
+from nnunetv2.federated.strict_json import json_digest
+from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, open_document, write_document
+
+MAX_DOCUMENT_BYTES = 256 << 20
+"""Bound of everything that is not a set of weights."""
+MESSAGE_ALLOWANCE = 4 << 20
+"""Bytes beside its tensors that a set of weights may have: names, shapes and metrics."""
+PLANS_OF_A_SITE = ("dataset_name", "image_reader_writer")
+"""Fields of plans that say nothing about the network, and may differ."""
+
+MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
+    "census": messages.Census,
+    "coarse": messages.CoarseSummary,
+    "fine": messages.FineSummary,
+    "plans": messages.PlansReport,
+    "registration": messages.Registration,
+    "initial": messages.Update,
+    "round": messages.Update,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- archive
+@dataclass(frozen=True)
+class Agreement:
+    """What the sites of a run agreed on when they registered."""
+
+    match: messages.Match
+    specs: Mapping[str, TensorSpec]
+    """Canonical name -> dtype and shape of every shared tensor."""
+
+    def specs_for(self, site: str) -> dict[str, TensorSpec]:
+        """Return the tensors that a site sends and receives in every round."""
+        return {name: spec for name, spec in self.specs.items() if site in self.match.shared[name]}
+
+    def specs_owned_by(self, site: str) -> dict[str, TensorSpec]:
+        """Return the tensors whose initial values a site sends."""
+        return {name: spec for name, spec in self.specs.items() if self.match.initial_owner[name] == site}
+
+
+class Archive:
+    """Open documents that were contributed or computed earlier.
+
+    Args:
+        contribution_path: (key, site, digest) -> file.
+        result_path: Key -> file.
+        find: Key -> its gathering, or None.
+    """
+
+    def __init__(self, contribution_path: Callable[[str, str, str], Path], result_path: Callable[[str], Path],
+                 find: Callable[[str], Gathering | None]) -> None:
+        self._contribution_path = contribution_path
+        self.result_path = result_path
+        self._find = find
+        self._agreements: dict[str, Agreement] = {}
+
+    def is_closed(self, key: str) -> bool:
+        """Tell whether a gathering has its result."""
+        gathering = self._find(key)
+        return gathering is not None and gathering.is_closed
+
+    def contribution(self, key: str, site: str) -> Document:
+        """Open what a site contributed to a gathering that has begun."""
+        return open_document(self._contribution_path(key, site, self._find(key).contributions[site].digest))
+
+    def result(self, key: str) -> Document:
+        """Open the result of a closed gathering."""
+        return open_document(self.result_path(key))
+
+    @contextmanager
+    def contributions(self, gathering: Gathering) -> Iterator[dict[str, Document]]:
+        """Open everything that counts in a gathering: site -> document, in the order of the sites' names."""
+        key = str(gathering.key)
+        with ExitStack() as stack:
+            yield {site: stack.enter_context(open_document(
+                       self._contribution_path(key, site, gathering.contributions[site].digest)))
+                   for site in gathering.outcome.contributors}
+
+    def messages(self, key: str) -> dict[str, Any]:
+        """Return the messages of a closed gathering's contributions: site -> message."""
+        with self.contributions(self._find(key)) as documents:
+            return {site: document.message for site, document in documents.items()}
+
+    def agreement(self, run: str) -> Agreement:
+        """Return what the sites of a run agreed on. Its registration is closed."""
+        if run not in self._agreements:
+            with self.result(registration_key(run)) as document:
+                match = document.message
+            entries = {site: {entry.name: entry for entry in message.tensors}
+                       for site, message in self.messages(registration_key(run)).items()}
+            self._agreements[run] = Agreement(match, {
+                name: _spec_of(entries, sites) for name, sites in match.shared.items()})
+        return self._agreements[run]
+
+
+def _spec_of(entries: Mapping[str, Mapping[str, messages.TensorEntry]], sites: Mapping[str, str]) -> TensorSpec:
+    """Return dtype and shape of a shared tensor, which are the same at all its sites."""
+    site, local_name = next(iter(sites.items()))
+    entry = entries[site][local_name]
+    return TensorSpec(entry.dtype, entry.shape)
+
+
+def names_for_site(key: GatheringKey, site: str, archive: Archive) -> tuple[str, ...] | None:
+    """Return the tensors of a result that concern a site, sorted; None if that is all of them."""
+    if key.kind not in ("initial", "round"):
+        return None
+    agreement = archive.agreement(key.run)
+    names = tuple(sorted(agreement.specs_for(site)))
+    return None if len(names) == len(agreement.specs) else names
+
+
+# ---------------------------------------------------------------------------------------- checking a contribution
+def size_limit(key: GatheringKey, site: str, archive: Archive) -> int:
+    """Return how many bytes a site may send to a gathering that has begun."""
+    if key.kind not in ("initial", "round"):
+        return MAX_DOCUMENT_BYTES
+    return sum(spec.nbytes for spec in _expected_weights(key, site, archive).values()) + MESSAGE_ALLOWANCE
+
+
+def check_contribution(key: GatheringKey, site: str, document: Document, archive: Archive) -> None:
+    """Raise WireError unless a document is what its gathering expects of a site: kind, names, shapes, finite values."""
+    expected = MESSAGE_OF_KIND[key.kind]
+    if not isinstance(document.message, expected):
+        raise WireError(f"{key} takes messages of kind {expected.model_fields['kind'].default}, "
+                        f"this one is of kind {document.message.kind}")
+    check_tensors(document, _expected_tensors(key, site, document.message, archive))
+    if key.kind == "coarse":
+        _check_coarse(site, document, archive)
+    elif key.kind == "fine":
+        _check_fine(site, document, archive)
+    elif key.kind == "registration":
+        _check_registration(key, document.message)
+
+
+def _expected_tensors(key: GatheringKey, site: str, message: Any, archive: Archive) -> Mapping[str, TensorSpec]:
+    if key.kind == "coarse":
+        return {f"coarse.{c}": TensorSpec("I64", (statistics.NUM_BINS,)) for c in range(len(message.moments))}
+    if key.kind == "fine":
+        return {f"fine.{c}": TensorSpec("I64", (len(bins), statistics.NUM_BINS)) for c, bins in enumerate(message.bins)}
+    if key.kind in ("initial", "round"):
+        return _expected_weights(key, site, archive)
+    return {}
+
+
+def _expected_weights(key: GatheringKey, site: str, archive: Archive) -> dict[str, TensorSpec]:
+    agreement = archive.agreement(key.run)
+    return agreement.specs_owned_by(site) if key.kind == "initial" else agreement.specs_for(site)
+
+
+def _check_coarse(site: str, document: Document, archive: Archive) -> None:
+    with archive.contribution(CENSUS_KEY, site) as earlier:
+        census = earlier.message
+    summary = document.message
+    if (len(summary.spacings), len(summary.moments)) != (census.num_cases, len(census.channel_names)):
+        raise WireError(f"the summary has {len(summary.spacings)} cases and {len(summary.moments)} channels, the "
+                        f"census of site {site} {census.num_cases} and {len(census.channel_names)}")
+    for channel, moments in enumerate(summary.moments):
+        histogram = statistics.pool_histograms([document.read(f"coarse.{channel}")])
+        if int(histogram.sum()) != moments.count:
+            raise WireError(f"channel {channel}: moments and histogram count different numbers of voxels")
+
+
+def _check_fine(site: str, document: Document, archive: Archive) -> None:
+    with archive.result(COARSE_KEY) as wanted:
+        if document.message.bins != wanted.message.bins:
+            raise WireError("the bins are not those that were asked for")
+    with archive.contribution(COARSE_KEY, site) as coarse:
+        for channel, bins in enumerate(document.message.bins):
+            fine = statistics.pool_histograms([document.read(f"fine.{channel}")])
+            if (fine.sum(axis=1) != coarse.read(f"coarse.{channel}")[list(bins)]).any():
+                raise WireError(f"channel {channel}: fine and coarse histograms of site {site} count different voxels")
+
+
+def _check_registration(key: GatheringKey, message: messages.Registration) -> None:
+    named = messages.run_name(message.configuration, message.fold, message.trainer)
+    if named != key.run:
+        raise WireError(f"a registration for {named} was sent to the run {key.run}")
+    plans_name = message.plans.get("plans_name")
+    if not isinstance(plans_name, str) or not re.fullmatch(messages.SEGMENT_PATTERN.strip("^$"), plans_name):
+        raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
+
+
+# ------------------------------------------------------------------------------------------------------------ closing
+def close(gathering: Gathering, settings: FederationSettings, archive: Archive) -> str:
+    """Compute the result of a gathering, write it to its place, and return its SHA-256.
+
+    Args:
+        gathering: With the outcome that it will have; its contributors are those that count.
+
+    Raises:
+        FederationError: The contributions do not go together; the text is meant for all sites.
+    """
+    assert isinstance(gathering.outcome, Closed)
+    with archive.contributions(gathering) as documents:
+        if gathering.key.kind == "initial":
+            return _close_initial(gathering, documents, archive)
+        if gathering.key.kind == "round":
+            return _close_round(gathering, documents, archive)
+        result = _compute_message(gathering.key, documents, settings, archive)
+    return write_document(archive.result_path(str(gathering.key)), result, {}, [])
+
+
+def _compute_message(key: GatheringKey, documents: Mapping[str, Document], settings: FederationSettings,
+                     archive: Archive) -> messages.Message:
+    """Compute the result of a gathering whose result has no tensors."""
+    contributed = {site: document.message for site, document in documents.items()}
+    if key.kind == "census":
+        return pool_census(contributed)
+    if key.kind == "coarse":
+        return messages.WantedBins(bins=tuple(
+            statistics.wanted_bins(histogram) for histogram in _pool_channels(documents.values(), "coarse")))
+    if key.kind == "fine":
+        return _pool_fingerprint(documents, archive)
+    if key.kind == "plans":
+        return agree_on_plans({site: message.plans for site, message in contributed.items()})
+    return match_registrations(contributed, settings)
+
+
+def pool_census(contributed: Mapping[str, messages.Census]) -> messages.PooledCensus:
+    """Add up the cases, if channels and labels agree."""
+    check_same_dataset(contributed)
+    return messages.PooledCensus(num_cases=sum(census.num_cases for census in contributed.values()))
+
+
+def _pool_fingerprint(documents: Mapping[str, Document], archive: Archive) -> messages.PooledFingerprint:
+    with ExitStack() as stack:
+        coarse = [stack.enter_context(archive.contribution(COARSE_KEY, site)) for site in documents]
+        summaries = [document.message for document in coarse]
+        fingerprint = statistics.pool_fingerprint(
+            summaries, _pool_channels(coarse, "coarse"), _pool_channels(documents.values(), "fine"))
+    return messages.PooledFingerprint(num_cases=sum(len(summary.spacings) for summary in summaries),
+                                      fingerprint=fingerprint)
+
+
+def _pool_channels(documents: Iterable[Document], name: str) -> list[Any]:
+    """Add up the histograms `<name>.<channel>` of all sites, channel by channel."""
+    documents = list(documents)
+    return [statistics.pool_histograms(document.read(f"{name}.{channel}") for document in documents)
+            for channel in range(len(documents[0].specs))]
+
+
+def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgreement:
+    """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference."""
+    comparable = {site: {name: value for name, value in content.items() if name not in PLANS_OF_A_SITE}
+                  for site, content in plans.items()}
+    difference = first_difference(comparable, "plans")
+    if difference:
+        raise RefusedError(f"the plans differ: {difference}.", "Plan again at all sites, with the same options and the "
+                           "same version: nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
+    return messages.PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
+
+
+def match_registrations(contributed: Mapping[str, messages.Registration],
+                        settings: FederationSettings) -> messages.Match:
+    """Decide what the sites of a run share."""
+    check_same_dataset({site: message.dataset_json for site, message in contributed.items()})
+    if any(message.requires_equal_plans for message in contributed.values()):
+        agree_on_plans({site: message.plans for site, message in contributed.items()})
+    cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
+    try:
+        matched = matching.match_tensors({site: message.tensors for site, message in contributed.items()},
+                                         rule=settings.matching)
+    except MatchingError as error:
+        raise RefusedError(str(error), code="nothing_shared") from error
+    return messages.Match(
+        rule=settings.matching, weighting=settings.weighting,
+        weights=cases if settings.weighting == "cases" else dict.fromkeys(cases, 1.0),
+        num_epochs=settings.num_epochs, num_iterations_per_epoch=settings.num_iterations_per_epoch,
+        num_val_iterations_per_epoch=settings.num_val_iterations_per_epoch,
+        shared=matched.shared, initial_owner=matching.choose_owners(matched.shared, cases), coverage=matched.coverage)
+
+
+def check_same_dataset(described: Mapping[str, messages.Census | messages.TrainingData]) -> None:
+    """Raise RefusedError, naming the difference, unless all sites have the same channels and labels."""
+    for field in ("channel_names", "labels", "regions_class_order"):
+        values = {site: message.model_dump(mode="json")[field] for site, message in described.items()}
+        difference = first_difference(values, field)
+        if difference is None and field == "labels" and any(m.regions_class_order for m in described.values()):
+            # Regions are numbered by their place in the file.
+            difference = first_difference({site: list(labels) for site, labels in values.items()}, "order of labels")
+        if difference:
+            raise RefusedError(f"the sites' datasets do not go together: {difference}.",
+                               "Make dataset.json (and the segmentations) agree, then run the command again.",
+                               code="datasets_differ")
+
+
+def _close_initial(gathering: Gathering, documents: Mapping[str, Document], archive: Archive) -> str:
+    match = archive.agreement(gathering.key.run).match
+    owners = set(match.initial_owner.values())
+    message = messages.Aggregate(round=None, missing=gathering.outcome.missing,
+                                 contributors={site: match.weights[site] for site in documents if site in owners})
+    return aggregation.collect_from_owners(documents, match.initial_owner, message=message,
+                                           out_path=archive.result_path(str(gathering.key)))
+
+
+def _close_round(gathering: Gathering, documents: Mapping[str, Document], archive: Archive) -> str:
+    key, weights = gathering.key, archive.agreement(gathering.key.run).match.weights
+    message = messages.Aggregate(round=key.number, missing=gathering.outcome.missing,
+                                 contributors={site: weights[site] for site in documents},
+                                 metrics={site: document.message.metrics for site, document in documents.items()})
+    before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
+    with archive.result(before) as previous:
+        return aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
+                                               out_path=archive.result_path(str(key)))

@@ -1,0 +1,367 @@
+"""Serve a coordinator over HTTP: routes, bodies, waiting, and the status code of every error.
+
+    POST /v1/join                    {invitation, token} -> {federation, site, settings}; all others need the token
+    GET  /v1/settings                what holds for all sites
+    GET  /v1/status                  what the federation is doing
+    GET  /v1/runs/<run>              how far a run of training is
+    POST /v1/failures                {run, round, reason}: a site cannot go on
+    POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202: send it, or why not
+    PUT  /v1/gatherings/<key>        contribute a document -> receipt
+    GET  /v1/gatherings/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
+
+An offer spares a site the upload of what is held already or would be refused. Errors are JSON {code, message, remedy}.
+"""
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nnunetv2.federated import bodies
+from nnunetv2.federated.coordinator.service import Coordinator, Result
+from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.store import Traffic
+from nnunetv2.federated.strict_json import decode_json, encode_json
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=BaseModel)
+
+LONGEST_WAIT_S = 55.0
+"""Below the minute after which many proxies give up on an answer."""
+SMALL_BODY = 64 << 10
+"""Bytes that a plain JSON body may have."""
+DRAINED_BYTES = 4 << 20
+"""A body up to this size is read to its end before it is refused, so that the refusal can be read."""
+PIECE_BYTES = 2 << 20
+
+STATUS_OF_CODE = {
+    "unauthorized": 401,
+    "invitation_unknown": 403,
+    "invitation_used": 403,
+    "not_expected": 403,
+    "unknown_gathering": 404,
+    "length_required": 411,
+    "too_large": 413,
+    "damaged_in_transit": 400,
+    "incomplete_request": 400,
+}
+"""Status of a refusal by its code; 409 for all others."""
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+def problem_of(error: Exception) -> tuple[int, bodies.Problem]:
+    """Turn an error into a status code and its description: the one table for all requests."""
+    if isinstance(error, RefusedError):
+        status = STATUS_OF_CODE.get(error.code, 409)
+        return status, bodies.Problem(code=error.code, message=error.message[:8000], remedy=error.remedy[:8000])
+    if isinstance(error, FederationError):
+        return 400, bodies.Problem(code="invalid", message=str(error)[:8000])
+    if isinstance(error, OSError):
+        return 503, bodies.Problem(code="coordinator_trouble", message=f"trouble at the coordinator: {error}"[:8000])
+    return 500, bodies.Problem(code="internal_error", message="an error of the coordinator itself; its log says more")
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """Answer with the problem that an error describes."""
+    status, problem = problem_of(error)
+    if status >= 500:
+        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return json_response(problem, status, headers)
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """End a request whose sender has gone."""
+    return Response(status_code=400)
+
+
+def json_response(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Answer with a message."""
+    return Response(encode_json(model), status, headers, media_type="application/json")
+
+
+# --------------------------------------------------------------------------------------------------------- waiting
+class Changes:
+    """Wake the requests that wait for a gathering to change."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._events: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
+
+    def bind(self) -> None:
+        """Belong to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def expect(self, key: str) -> asyncio.Event:
+        """Return the event of the next change. Ask for it before looking at the gathering, so that none is missed."""
+        event = self._events.get(key)
+        if event is None:
+            event = self._events[key] = asyncio.Event()
+        return event
+
+    def notify(self, key: str) -> None:
+        """Wake those who wait for a gathering; from any thread."""
+        self._call(lambda: self._wake([key]))
+
+    def stop(self) -> None:
+        """Wake everybody, for good: the coordinator is about to stop. From any thread."""
+        self.stopping = True
+        self._call(lambda: self._wake(list(self._events)))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+    def _wake(self, keys: list[str]) -> None:
+        for key in keys:
+            event = self._events.pop(key, None)
+            if event is not None:
+                event.set()
+
+
+# ---------------------------------------------------------------------------------------------------------- bodies
+async def read_json(request: Request, model: type[Model]) -> Model:
+    """Read a small JSON body."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > SMALL_BODY:
+            raise RefusedError(f"the body has more than {SMALL_BODY} bytes", code="too_large")
+    return decode_json(model, bytes(body))
+
+
+def announced_size(request: Request) -> int:
+    """Return the Content-Length of a request."""
+    text = request.headers.get("content-length", "")
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise RefusedError("an upload must announce its length (Content-Length)", code="length_required")
+    return int(text)
+
+
+def announced_digest(request: Request) -> str:
+    """Return the SHA-256 that the sender of a body has computed."""
+    digest = request.headers.get("x-content-sha256", "")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise RefusedError("an upload must announce its SHA-256 (X-Content-SHA256)", code="incomplete_request")
+    return digest
+
+
+async def receive_file(request: Request, path: Path, *, size: int) -> str:
+    """Stream a body into a file without ever holding much of it, and return its SHA-256."""
+    digest = hashlib.sha256()
+    received = 0
+    pending = bytearray()
+    with path.open("wb", buffering=0) as file:
+        def keep(piece: bytearray) -> None:
+            digest.update(piece)
+            file.write(piece)
+
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > size:
+                raise RefusedError(f"the body is longer than the {size} bytes announced", code="too_large")
+            pending += chunk
+            if len(pending) >= PIECE_BYTES:
+                await run_in_threadpool(keep, pending)
+                pending = bytearray()
+        await run_in_threadpool(keep, pending)
+    if received != size:
+        raise RefusedError(f"the body has {received} bytes, {size} were announced", code="damaged_in_transit")
+    return digest.hexdigest()
+
+
+async def drain(request: Request) -> None:
+    """Read what is left of a small body: a client that is still sending would miss the answer."""
+    if int(request.headers.get("content-length") or 0) <= DRAINED_BYTES and not request._stream_consumed:
+        async for _ in request.stream():
+            pass
+
+
+# -------------------------------------------------------------------------------------------------------- handlers
+def coordinator_of(request: Request) -> Coordinator:
+    """Return the coordinator that a request is for."""
+    return request.app.state.coordinator
+
+
+def site_of(request: Request) -> str:
+    """Return the site that sends a request, by its bearer token."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    site = coordinator_of(request).authenticate(token if kind.lower() == "bearer" else "")
+    request.scope["site"] = site  # for TrafficMeter
+    return site
+
+
+async def post_join(request: Request) -> Response:
+    """Let a site join."""
+    join = await read_json(request, bodies.JoinRequest)
+    return json_response(await run_in_threadpool(coordinator_of(request).join, join))
+
+
+async def get_settings(request: Request) -> Response:
+    """Tell a site the settings of the federation."""
+    site_of(request)
+    return json_response(coordinator_of(request).settings)
+
+
+async def get_status(request: Request) -> Response:
+    """Tell a site what the federation is doing."""
+    site_of(request)
+    return json_response(await run_in_threadpool(coordinator_of(request).status))
+
+
+async def get_run(request: Request) -> Response:
+    """Tell a site how far a run is."""
+    site_of(request)
+    return json_response(coordinator_of(request).run_state(request.path_params["run"]))
+
+
+async def post_failure(request: Request) -> Response:
+    """Take a site's report that it cannot go on."""
+    site = site_of(request)
+    report = await read_json(request, bodies.FailureReport)
+    await run_in_threadpool(coordinator_of(request).report_failure, site, report)
+    return Response(status_code=204)
+
+
+async def post_offer(request: Request) -> Response:
+    """Say whether a document is wanted."""
+    site = site_of(request)
+    offer = await read_json(request, bodies.Offer)
+    receipt = await run_in_threadpool(
+        coordinator_of(request).offer, request.path_params["key"], site, offer.digest, offer.size)
+    return Response(status_code=202) if receipt is None else json_response(receipt)
+
+
+async def put_contribution(request: Request) -> Response:
+    """Receive a document. A request that dies on the way leaves nothing behind."""
+    coordinator = coordinator_of(request)
+    site, key = site_of(request), request.path_params["key"]
+    try:
+        size, digest = announced_size(request), announced_digest(request)
+        receipt = await run_in_threadpool(coordinator.offer, key, site, digest, size)
+    except FederationError:
+        await drain(request)
+        raise
+    if receipt is not None:
+        await drain(request)
+        return json_response(receipt)
+    incoming = coordinator.store.incoming_path()
+    try:
+        if await receive_file(request, incoming, size=size) != digest:
+            raise RefusedError("the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit")
+        return json_response(await run_in_threadpool(coordinator.contribute, key, site, incoming, digest, size))
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+async def get_result(request: Request) -> Response:
+    """Send a result, or wait for it for as long as the site asks."""
+    coordinator, changes = coordinator_of(request), request.app.state.changes
+    site, key = site_of(request), request.path_params["key"]
+    change = changes.expect(key)
+    outcome = await run_in_threadpool(coordinator.result, key, site)
+    wait_s = wanted_wait(request)
+    if not isinstance(outcome, Result) and wait_s > 0 and not changes.stopping:
+        try:
+            await asyncio.wait_for(change.wait(), wait_s)
+        except asyncio.TimeoutError:
+            pass
+        else:
+            outcome = await run_in_threadpool(coordinator.result, key, site)
+    if isinstance(outcome, Result):
+        return ResultResponse(outcome)
+    return json_response(bodies.Waiting(waiting_for=outcome), 202)
+
+
+def wanted_wait(request: Request) -> float:
+    """Return how many seconds a site wants to wait for a result."""
+    text = request.query_params.get("wait", "0")
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+        raise RefusedError(f"wait must be a number of seconds, not {text[:40]!r}", code="incomplete_request")
+    return min(float(text), LONGEST_WAIT_S)
+
+
+class ResultResponse(FileResponse):
+    """Send a result file, or the range of it that is asked for."""
+
+    chunk_size = 1 << 20
+
+    def __init__(self, result: Result) -> None:
+        headers = {"X-Content-SHA256": result.digest, "X-Gathering": result.key, "ETag": f'"{result.digest}"',
+                   "Cache-Control": "no-store"}
+        super().__init__(result.path, headers=headers, media_type="application/octet-stream")
+
+
+# ------------------------------------------------------------------------------------------------------------- app
+class TrafficMeter:
+    """Count the bytes of every request and its answer for the site that sent it."""
+
+    def __init__(self, app: ASGIApp, coordinator: Coordinator) -> None:
+        self.app = app
+        self.coordinator = coordinator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = sent = 0
+
+        async def counting_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
+
+        async def counting_send(message: Message) -> None:
+            nonlocal sent
+            sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, counting_receive, counting_send)
+        finally:
+            if "site" in scope:
+                key = scope.get("path_params", {}).get("key", "")
+                self.coordinator.count(scope["site"], key, Traffic(received, sent, self.coordinator.clock()))
+
+
+def build_app(coordinator: Coordinator) -> Starlette:
+    """Build the application that serves a coordinator; it starts and stops it too."""
+    changes = Changes()
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        changes.bind()
+        coordinator.on_change = changes.notify
+        coordinator.start()
+        yield
+        await run_in_threadpool(coordinator.stop)
+
+    handlers: dict[Any, Any] = {FederationError: answer_error, OSError: answer_error, ClientDisconnect: answer_nobody,
+                                Exception: answer_error}
+    app = Starlette(lifespan=lifespan, exception_handlers=handlers, routes=[
+        Route("/v1/join", post_join, methods=["POST"]),
+        Route("/v1/settings", get_settings),
+        Route("/v1/status", get_status),
+        Route("/v1/runs/{run}", get_run),
+        Route("/v1/failures", post_failure, methods=["POST"]),
+        Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
+        Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),
+        Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
+    ])
+    app.state.coordinator = coordinator
+    app.state.changes = changes
+    app.add_middleware(TrafficMeter, coordinator=coordinator)
+    return app

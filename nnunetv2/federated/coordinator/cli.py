@@ -1,0 +1,254 @@
+"""Start a coordinator from the command line: create or reopen a federation's folder and serve it."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.site import Invitation, check_site_name, check_url, encode_invitation, is_loopback
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.bodies import FederationSettings
+    from nnunetv2.federated.store import Store
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8750
+DEFAULT_EPOCHS = 1000
+STATE_FILE = "coordinator.json"
+STOP_TIMEOUT_S = 5
+"""Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
+
+SETTINGS_OF_OPTIONS = {
+    "sites": "sites",
+    "epochs": "num_epochs",
+    "iterations": "num_iterations_per_epoch",
+    "val_iterations": "num_val_iterations_per_epoch",
+    "matching": "matching",
+    "weighting": "weighting",
+    "quorum": "quorum",
+    "deadline": "deadline_s",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_fed_coordinator`."""
+    parser = argparse.ArgumentParser(description="Coordinate a federation. The first start creates it and prints one "
+                                     "invitation per site; later starts go on where the federation was.")
+    where = parser.add_argument_group("where")
+    where.add_argument("--folder", type=Path, default=Path("nnUNet_federation"), metavar="F",
+                       help="folder of the federation (default: ./%(default)s)")
+    where.add_argument("--host", help=f"address to listen on (default: as before, at first {DEFAULT_HOST})")
+    where.add_argument("--port", type=int,
+                       help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})")
+    where.add_argument("--url", metavar="PUBLIC_URL", help="address at which sites reach this coordinator, if it is "
+                       "not http://HOST:PORT, for example that of a proxy that adds TLS (default: as before)")
+    where.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS; only where the "
+                       "network itself is protected")
+    what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
+    what.add_argument("--sites", nargs="+", metavar="NAME", help="names of the sites; asked for if not given")
+    what.add_argument("--epochs", type=int, metavar="N",
+                      help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})")
+    what.add_argument("--iterations", type=int, metavar="N",
+                      help="training iterations per epoch (default: the trainer's)")
+    what.add_argument("--val-iterations", type=int, metavar="N",
+                      help="validation iterations per epoch (default: the trainer's)")
+    what.add_argument("--matching", choices=("name", "resolution"),
+                      help="how tensors of different networks are recognised as the same (default: name)")
+    what.add_argument("--weighting", choices=("cases", "uniform"),
+                      help="sites count by their training cases, or all the same (default: cases)")
+    what.add_argument("--quorum", type=int, metavar="N",
+                      help="sites that suffice to close a round at its deadline (default: all)")
+    what.add_argument("--deadline", type=float, metavar="S",
+                      help="seconds after its first update at which a round closes with its quorum (default: none)")
+    return parser
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the settings that were given on the command line, by their names in FederationSettings."""
+    given = {name: getattr(arguments, option) for option, name in SETTINGS_OF_OPTIONS.items()
+             if getattr(arguments, option) is not None}
+    if "sites" in given:
+        given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))
+    return given
+
+
+def new_settings(given: dict[str, object]) -> FederationSettings:
+    """Return the settings of a new federation."""
+    from nnunetv2.federated.bodies import FederationSettings
+    from nnunetv2.federated.strict_json import validated
+
+    if "sites" not in given:
+        given = {**given, "sites": ask_for_sites()}
+    values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
+    settings = validated(lambda: FederationSettings(**values), "the command line")
+    check_settings(settings)
+    return settings
+
+
+def ask_for_sites() -> tuple[str, ...]:
+    """Ask the person at the terminal for the sites' names."""
+    if not sys.stdin.isatty():
+        raise FederationError("a new federation needs the names of its sites: --sites NAME NAME ...")
+    words = input("Names of the sites, with blanks between them: ").replace(",", " ").split()
+    return tuple(sorted(check_site_name(word) for word in words))
+
+
+def check_settings(settings: FederationSettings) -> None:
+    """Raise FederationError if the settings contradict each other."""
+    num_sites = len(settings.sites)
+    if num_sites < 2:
+        raise FederationError(f"a federation has at least two sites, got {', '.join(settings.sites) or 'none'}")
+    if len({site.lower() for site in settings.sites}) != num_sites:
+        raise FederationError("names of sites must differ in more than upper and lower case")
+    if settings.quorum is not None and settings.quorum > num_sites:
+        raise FederationError(f"--quorum {settings.quorum} is more than the {num_sites} sites")
+    if settings.quorum is not None and settings.deadline_s is None:
+        raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
+
+
+def check_unchanged(stored: FederationSettings, given: dict[str, object], folder: Path) -> None:
+    """Raise FederationError, naming the difference, if the command line contradicts an existing federation."""
+    options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
+    for name, value in given.items():
+        present = getattr(stored, name)
+        if present != value:
+            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            raise FederationError(f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
+                                  f"{wanted}: leave the option out, or start a new federation in another --folder")
+
+
+def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
+    """Return the settings of the federation in a folder, which is created if there is none."""
+    from nnunetv2.federated.coordinator.service import create_federation
+
+    settings = store.load_settings()
+    if settings is None:
+        settings = new_settings(given)
+        create_federation(store, settings, now=time.time())
+    check_unchanged(settings, given, store.folder)
+    return settings
+
+
+# ----------------------------------------------------------------------------------------------------- addresses
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise FederationError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port") from error
+    return listener
+
+
+def public_url(host: str, port: int, given: str | None) -> str:
+    """Return the address that goes into invitations."""
+    if given is not None:
+        return check_url(given)
+    if host in ("0.0.0.0", "::", ""):
+        raise FederationError(f"--host {host} listens everywhere: say with --url how sites reach this coordinator")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def check_host(host: str, *, insecure: bool) -> None:
+    """Raise FederationError if the coordinator would listen beyond this machine without anyone having allowed it."""
+    if not is_loopback(host) and not insecure:
+        raise FederationError(f"--host {host} is reachable from other machines, without TLS: keep {DEFAULT_HOST} and "
+                              "put a proxy with TLS in front (--url https://...), or add --insecure where the network "
+                              "itself is protected")
+
+
+# ----------------------------------------------------------------------------------------------------------- serve
+def say(line: str) -> None:
+    """Show a line to the person at the coordinator, with the time."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
+
+
+def print_invitations(invitations: dict[str, str], settings: FederationSettings, url: str) -> None:
+    """Print what every site that has not joined has to type."""
+    if invitations:
+        print("Send each site its own line; a line is good for one site, once:")
+    for site, secret in sorted(invitations.items()):
+        invitation = encode_invitation(Invitation(url, settings.federation, site, secret))
+        print(f"  {site}:  nnUNetv2_fed_join {invitation}")
+    sys.stdout.flush()
+
+
+def serve(store: Store, settings: FederationSettings, listener: socket.socket, url: str) -> None:
+    """Serve a federation until a signal says to stop."""
+    import uvicorn
+
+    from nnunetv2.federated.coordinator.app import build_app
+    from nnunetv2.federated.coordinator.service import Coordinator
+
+    coordinator = Coordinator(store, announce=say)
+    app = build_app(coordinator)
+
+    class Server(uvicorn.Server):
+        """Let waiting requests go at once when a signal comes, and say where the server is once it is up."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            write_state_file(store.folder, url)
+            print_invitations(coordinator.open_invitations(), settings, url)
+            say(f"{settings.federation} with {', '.join(settings.sites)} is served at {url}; folder {store.folder}")
+
+        def handle_exit(self, sig: int, frame: object) -> None:
+            app.state.changes.stop()
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(app, access_log=False, log_config=None, lifespan="on", ws="none", server_header=False,
+                            timeout_keep_alive=75, timeout_graceful_shutdown=STOP_TIMEOUT_S)
+    try:
+        Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # uvicorn has stopped cleanly, and raises the signal once more
+    finally:
+        (store.folder / STATE_FILE).unlink(missing_ok=True)
+        say("the coordinator has stopped")
+
+
+def write_state_file(folder: Path, url: str) -> None:
+    """Let other programs on this machine know where the coordinator is."""
+    from nnunetv2.utilities.atomic_write import replacing
+
+    with replacing(folder / STATE_FILE) as partial:
+        partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `nnUNetv2_fed_coordinator`."""
+    arguments = build_parser().parse_args(argv)
+    from nnunetv2.federated.store import Store
+
+    with Store(arguments.folder.resolve()) as store:
+        settings = open_federation(store, given_settings(arguments))
+        address = store.load_meta("address") or {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "url": None}
+        address.update({name: getattr(arguments, name) for name in address if getattr(arguments, name) is not None})
+        check_host(address["host"], insecure=arguments.insecure)
+        with open_socket(address["host"], address["port"]) as listener:
+            address["port"] = listener.getsockname()[1]
+            url = public_url(address["host"], address["port"], address["url"])
+            store.save_meta("address", address)
+            serve(store, settings, listener, url)
+    return 0
+
+
+def coordinator_entry() -> None:
+    """Entry point of the console script."""
+    from nnunetv2.utilities.command_line import run_command
+
+    run_command(main)
