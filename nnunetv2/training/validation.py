@@ -1,7 +1,7 @@
 """Predict the validation cases of a fold with the trained network, and score them."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ from torch import distributed
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.export_queue import ExportQueue
+from nnunetv2.inference.predictor import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.export_queue import ExportQueue
 from nnunetv2.training.networks import is_deeply_supervised
 from nnunetv2.utilities.device import usable_cpu_count
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -23,9 +23,6 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 if TYPE_CHECKING:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-SMALL_EXPORT = 2 ** 24
-"""Probabilities (classes times voxels) that are resampled and written faster than a worker process starts."""
 
 CASES_BETWEEN_BARRIERS = 20
 
@@ -70,21 +67,20 @@ def _predict_cases(trainer: nnUNetTrainer, folder: Path, *, save_probabilities: 
             data, properties = load_network_input(trainer, dataset, case)
             trainer.print_to_log_file(f"{case}, shape {tuple(data.shape)}, rank {trainer.local_rank}")
             logits = predictor.predict_sliding_window_return_logits(data).cpu().numpy()
-            in_background = _export_size(logits, properties) > SMALL_EXPORT
             queue.submit(
-                f"the export of {case}", export_prediction_from_logits, logits, properties,
-                trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json, str(folder / case),
-                save_probabilities, in_background=in_background)
+                case, logits.nbytes, export_prediction_from_logits, logits, properties, trainer.configuration_manager,
+                trainer.plans_manager, trainer.dataset_json, str(folder / case), save_probabilities)
             for next_stage, target_shape, dataset_class in _next_stages(trainer, case):
                 target_folder = Path(trainer.output_folder_base, "predicted_next_stage", next_stage)
                 target_folder.mkdir(parents=True, exist_ok=True)
                 queue.submit(
-                    f"the export of {case} for {next_stage}", resample_and_save, logits, target_shape,
+                    f"{case} for {next_stage}", logits.nbytes, resample_and_save, logits, target_shape,
                     str(target_folder / case), trainer.plans_manager, trainer.configuration_manager, properties,
-                    trainer.dataset_json, default_num_processes, dataset_class, in_background=in_background)
+                    trainer.dataset_json, default_num_processes, dataset_class)
             # So that no process waits for the others longer than the time limit of their network.
             if trainer.is_ddp and i < len(all_keys) // world_size - 1 and (i + 1) % CASES_BETWEEN_BARRIERS == 0:
                 distributed.barrier()
+        queue.results()
 
 
 def build_predictor(trainer: nnUNetTrainer) -> nnUNetPredictor:
@@ -121,12 +117,6 @@ def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[tuple[str, tuple
             trainer.print_to_log_file(f"{case} is not preprocessed for {name}: its prediction is not passed on")
             continue
         yield name, tuple(data.shape[1:]), dataset_class
-
-
-def _export_size(logits: np.ndarray, properties: Mapping) -> int:
-    """Return how many probabilities the export of a case computes."""
-    shape = properties.get("shape_after_cropping_and_before_resampling", logits.shape[1:])
-    return len(logits) * int(np.prod(shape))
 
 
 def _score(trainer: nnUNetTrainer, folder: Path) -> None:
