@@ -13,6 +13,7 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), with exact pooling 
 """
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
     with FederationClient(credential, report=show_progress) as client:
         num_cases = pool_fingerprint(client, extractor, share_extrema=share_extrema)
         plans, plans_name = plan_experiment_dataset(dataset_id, num_training_cases=num_cases, **planning)
-        client.exchange(messages.plans_key(plans_name), messages.PlansReport(plans=plans))
+        report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
+        client.exchange(messages.plans_key(plans_name), report)
         print(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
     return plans_name
 
@@ -77,6 +79,7 @@ def pool_fingerprint(client: FederationClient, extractor: Any, *, share_extrema:
     num_cases = client.exchange(messages.CENSUS_KEY, make_census(extractor, share_extrema)).message.num_cases
     samples = extractor.sample_cases(extractor.num_samples_per_case(num_cases))
     folder = Path(extractor.output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_json_atomically(extractor.compute_fingerprint(samples), folder / LOCAL_FINGERPRINT)
 
     values = intensities_per_channel(samples)

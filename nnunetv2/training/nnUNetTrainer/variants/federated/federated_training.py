@@ -21,17 +21,13 @@ import numpy as np
 import torch
 
 from nnunetv2.federated import matching, messages
+from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.session import RunSession
 from nnunetv2.federated.site import load_credential
+from nnunetv2.training.networks import bare_network
 
 METRICS = ("train_losses", "val_losses", "mean_fg_dice", "dice_per_class_or_region")
-
-
-def bare_network(network: torch.nn.Module) -> torch.nn.Module:
-    """Return the network inside the wrappers of DDP and of torch.compile."""
-    network = getattr(network, "module", network)
-    return getattr(network, "_orig_mod", network)
 
 
 def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -98,7 +94,7 @@ class FederatedTraining:
         import_weights_(self.network, position.weights)
         self.skip_to(position.epoch)
 
-    def apply_settings(self, settings: messages.FederationSettings) -> None:
+    def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
