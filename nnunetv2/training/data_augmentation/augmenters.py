@@ -1,0 +1,245 @@
+"""Run data loaders in worker processes, or in this one, and notice at once when a worker fails.
+
+What flows:
+
+    workers --- process queue ---> forwarding thread (pins memory) --- short thread queue ---> next()
+
+batchgenerators offers the same. These workers differ in that each draws random numbers of its own, from numpy, torch
+and Python, in that a failure is raised with its cause where the batch was asked for, and in that nobody polls fast.
+"""
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import random
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import (
+    NonDetMultiThreadedAugmenter,
+    pin_memory_of_all_eligible_items_in_dict,
+)
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+
+logger = logging.getLogger(__name__)
+
+REACTION_TIME_S = 0.2
+"""How long anyone waits before looking whether the others still live. Batches are handed over without this delay."""
+NUM_READY_BATCHES = 2
+MAX_REPORT_LENGTH = 8000  # well below what a pipe takes without a reader
+
+FAILURE_HINT = (
+    "If memory ran out, use fewer workers (environment variable nnUNet_n_proc_DA, 0 for none). In a container, allow "
+    "more shared memory, say docker run --ipc=host or --shm-size=8g. After 'Too many open files', raise `ulimit -n`."
+)
+SIGNALS = {
+    -9: "killed by the system, usually because memory ran out",
+    -7: "bus error, usually because shared memory (/dev/shm) is full",
+    -11: "segmentation fault",
+    -15: "terminated",
+}
+
+
+def build_augmenters(
+    train_loader: Iterator[dict], val_loader: Iterator[dict], *, num_processes: int, pin_memory: bool
+) -> tuple[Iterator[dict], Iterator[dict]]:
+    """Build the iterators of training and validation batches; validation gets half as many workers.
+
+    Args:
+        num_processes: Workers for training. With 0 both loaders run in this process, where seeds set by the caller
+            make the batches repeat exactly.
+        pin_memory: Put batches into page-locked memory, for a GPU.
+    """
+    if num_processes == 0:
+        return SingleThreadedAugmenter(train_loader, None), SingleThreadedAugmenter(val_loader, None)
+    return (
+        WorkerAugmenter(
+            train_loader, None, num_processes, num_cached=max(6, num_processes // 2), pin_memory=pin_memory,
+            wait_time=0.002,
+        ),
+        WorkerAugmenter(
+            val_loader, None, max(1, num_processes // 2), num_cached=max(3, num_processes // 4),
+            pin_memory=pin_memory, wait_time=0.002,
+        ),
+    )
+
+
+class _Channels(NamedTuple):
+    """What a worker shares with the process that started it."""
+
+    batches: Any
+    failures: Any
+    abort: Any
+    pause: Any
+
+
+class WorkerAugmenter(NonDetMultiThreadedAugmenter):
+    """Draw batches in worker processes, in no particular order.
+
+    Workers start when the first batch is asked for, and end with `_finish()` or with the process that started them.
+
+    Args:
+        data_loader: Anything that yields batches forever. Where processes are not forked (Windows, macOS) it is
+            pickled.
+        transform: Called as `transform(**batch)`; usually None, as loaders transform their samples themselves.
+        num_processes: Number of workers.
+        num_cached: Batches that may wait for this process.
+        seeds: One per worker, to repeat its batches. By default each takes its numbers from the system's entropy.
+        pin_memory: Put batches into page-locked memory, for a GPU.
+        wait_time: As in batchgenerators; only its shutdown uses it.
+    """
+
+    def _start(self) -> None:
+        """Start workers and the thread that fetches their batches."""
+        if self.initialized:
+            return
+        context = multiprocessing.get_context(choose_start_method())
+        self.abort_event, self.pause_event = context.Event(), context.Event()
+        self._queue, self._failures = context.Queue(self.num_cached), context.SimpleQueue()
+        self.results_loop_queue = queue.Queue(NUM_READY_BATCHES)
+        channels = _Channels(self._queue, self._failures, self.abort_event, self.pause_event)
+        entropies = [np.random.SeedSequence(seed).entropy for seed in self.seeds]
+        self._processes = [
+            context.Process(
+                target=_produce, args=(channels, self.generator, self.transform, worker, entropy), daemon=True,
+                name=f"augmentation-{worker}",
+            )
+            for worker, entropy in enumerate(entropies)
+        ]
+        with warnings.catch_warnings():
+            # Python 3.12 and later warn of forks beside threads. The workers use one thread and none of ours.
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            for process in self._processes:
+                process.start()
+        gpu = torch.cuda.current_device() if self.pin_memory and torch.cuda.is_available() else None
+        self.results_loop_thread = threading.Thread(
+            target=_forward, args=(self._queue, self.results_loop_queue, self.abort_event, gpu), daemon=True,
+            name="augmentation-results",
+        )
+        self.results_loop_thread.start()
+        self.initialized = True
+
+    def __next__(self) -> dict:
+        """Return a batch.
+
+        Raises:
+            RuntimeError: A worker failed or died. The workers are shut down; the message says what happened.
+        """
+        if not self.initialized:
+            self._start()
+        while True:
+            # Looked at before each batch: while the other workers deliver, a dead one would go unnoticed for long.
+            if self.abort_event.is_set() or self._wait_for_exit(timeout_s=0):
+                raise RuntimeError(self._shut_down_after_failure())
+            try:
+                return self.results_loop_queue.get(timeout=REACTION_TIME_S)
+            except queue.Empty:
+                continue
+
+    def _wait_for_exit(self, timeout_s: float) -> bool:
+        """Wait until some worker has ended; return whether one has."""
+        return bool(multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout_s))
+
+    def _shut_down_after_failure(self) -> str:
+        """End all workers; return what is known about why one of them failed."""
+        self._wait_for_exit(REACTION_TIME_S)  # one that has just reported may still be on its way out
+        reports = []
+        while not self._failures.empty():
+            reports.append(self._failures.get())
+        dead = [process for process in self._processes if process.exitcode not in (None, 0)]
+        reports += [f"{process.name} {_describe_exit(process.exitcode)}" for process in dead]
+        self._finish(force=True)
+        lines = reports or ["No cause was reported; see the messages above."]
+        return "\n".join(["One or more background workers are no longer alive.", *lines, FAILURE_HINT])
+
+
+def choose_start_method() -> str:
+    """Return how workers are started: by fork where that is safe, which is fast and shares memory; else by spawn."""
+    return "fork" if sys.platform.startswith("linux") else "spawn"
+
+
+def seed_everything(entropy: int | Sequence[int]) -> None:
+    """Seed the global generators of numpy, torch and Python, each differently, from one number of any size."""
+    for_numpy, for_torch, for_python = np.random.SeedSequence(entropy).generate_state(3)
+    np.random.seed(int(for_numpy))
+    torch.manual_seed(int(for_torch))
+    random.seed(int(for_python))
+
+
+def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker: int, entropy: int) -> None:
+    """Draw batches in a worker until told to stop, or until the process that started it is gone."""
+    try:
+        torch.set_num_threads(1)
+        _limit_native_threads()
+        seed_everything([entropy, worker])
+        if hasattr(loader, "set_thread_id"):
+            loader.set_thread_id(worker)
+        while not channels.abort.is_set():
+            batch = next(loader)
+            if transform is not None:
+                batch = transform(**batch)
+            if not _put(channels, batch):
+                return
+    except KeyboardInterrupt:
+        channels.abort.set()
+    except Exception:  # reported, whatever it is: here nobody else would see it
+        channels.failures.put(f"augmentation-{worker} failed:\n{traceback.format_exc()[-MAX_REPORT_LENGTH:]}")
+        channels.abort.set()
+
+
+def _limit_native_threads() -> None:
+    """Keep numerical libraries to one thread each: the workers together fill the processor already."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+
+
+def _put(channels: _Channels, batch: dict) -> bool:
+    """Hand a batch over as soon as there is room; return whether the worker should go on."""
+    starter = multiprocessing.parent_process()
+    while not channels.abort.is_set():
+        if channels.pause.is_set():
+            channels.abort.wait(REACTION_TIME_S)
+            continue
+        try:
+            channels.batches.put(batch, timeout=REACTION_TIME_S)
+            return True
+        except queue.Full:
+            if starter is not None and not starter.is_alive():
+                os._exit(1)  # nobody reads the queue any more, so its own thread could never end
+    return False
+
+
+def _forward(batches: Any, ready: queue.Queue, abort: Any, gpu: int | None) -> None:
+    """Carry batches from the process queue to the thread queue, pinned if there is a GPU, until told to stop."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    batch = None
+    while not abort.is_set():
+        try:
+            if batch is None:
+                batch = batches.get(timeout=REACTION_TIME_S)
+                if gpu is not None:
+                    batch = pin_memory_of_all_eligible_items_in_dict(batch)
+            ready.put(batch, timeout=REACTION_TIME_S)
+            batch = None
+        except (queue.Empty, queue.Full):
+            continue
+        except (OSError, EOFError, RuntimeError, ConnectionError) as error:
+            # A worker died while its batch was on the way, or a batch could not be pinned.
+            logger.error("a batch could not be received: %s: %s", type(error).__name__, error)
+            abort.set()
+
+
+def _describe_exit(exit_code: int) -> str:
+    meaning = SIGNALS.get(exit_code, "see the messages above")
+    return f"ended with exit status {exit_code} ({meaning})"
