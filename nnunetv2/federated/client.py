@@ -142,12 +142,12 @@ class FederationClient:
         """Wait until a gathering is closed and return its result; see `exchange`."""
         self._forget_document()
         path = self._new_path()
-        while True:
-            waiting = self._persist(lambda: self._poll(key, path))
-            if waiting is None:
-                break
-            self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}" if waiting.waiting_for
-                      else f"{key}: all sites have contributed, the coordinator is computing the result")
+        # The first answer comes at once, so that people see whom they wait for.
+        waiting = self._persist(lambda: self._poll(key, path, wait_s=0))
+        while waiting is not None:
+            if waiting.waiting_for:
+                self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
+            waiting = self._persist(lambda: self._poll(key, path, wait_s=POLL_S))
         self._document = open_document(path)
         return self._document
 
@@ -187,7 +187,7 @@ class FederationClient:
                                                     headers={"X-Content-SHA256": digest}) as response:
             return decode_json(bodies.Receipt, _read_small(response))
 
-    def _poll(self, key: str, path: Path) -> bodies.Waiting | None:
+    def _poll(self, key: str, path: Path, *, wait_s: float) -> bodies.Waiting | None:
         """Ask once for a result, going on behind what `path` holds of it; None once it is there completely."""
         digest_path = path.with_suffix(".digest")
         headers = {}
@@ -195,7 +195,7 @@ class FederationClient:
             known_digest = digest_path.read_text(encoding="ascii")
             headers = {"Range": f"bytes={path.stat().st_size}-", "If-Range": f'"{known_digest}"'}
         try:
-            with self._request("GET", f"gatherings/{quote(key)}?wait={POLL_S:.0f}", headers=headers) as response:
+            with self._request("GET", f"gatherings/{quote(key)}?wait={wait_s:g}", headers=headers) as response:
                 if response.status_code == 202:
                     return decode_json(bodies.Waiting, _read_small(response))
                 digest_path.write_text(response.headers.get("X-Content-SHA256", ""), encoding="ascii")

@@ -5,10 +5,12 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,12 +215,23 @@ def serve(store: Store, settings: FederationSettings, listener: socket.socket, u
     config = uvicorn.Config(app, access_log=False, log_config=None, lifespan="on", ws="none", server_header=False,
                             timeout_keep_alive=75, timeout_graceful_shutdown=STOP_TIMEOUT_S)
     try:
-        Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn has stopped cleanly, and raises the signal once more
+        with harmless_signals():
+            Server(config).run(sockets=[listener])
     finally:
         (store.folder / STATE_FILE).unlink(missing_ok=True)
         say("the coordinator has stopped")
+
+
+@contextmanager
+def harmless_signals() -> Iterator[None]:
+    """Make SIGINT and SIGTERM do nothing: uvicorn acts on them itself, stops, and then raises them once more."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    earlier = [signal.signal(number, lambda *_: None) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, earlier):
+            signal.signal(number, handler)
 
 
 def write_state_file(folder: Path, url: str) -> None:

@@ -208,7 +208,8 @@ class Coordinator:
                 self.store.save_contribution(gathering, site, incoming)
                 self.book.put(gathering)
         if verdict is Verdict.STORE:
-            self.on_change(key)
+            if gathering.waiting_for:  # else the closing, which comes at once, is what the others want to hear of
+                self.on_change(key)
             with self._wake:
                 self._wake.notify_all()
         return _receipt(gathering, site, digest, verdict)
