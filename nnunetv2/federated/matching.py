@@ -116,8 +116,9 @@ def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule) -> Matching:
     matching = {"name": match_by_name, "resolution": match_by_resolution}[rule](manifests)
     for site, (shared, total) in matching.coverage.items():
         if shared < MIN_COVERAGE * total or shared == 0:
-            raise MatchingError(f"site {site} shares only {shared} of its {total} parameters "
-                                f"({shared / max(total, 1):.1%}) with the others. {_likely_cause(site, manifests, rule)}")
+            share = f"{shared} of its {total} parameters ({shared / max(total, 1):.1%})"
+            cause = _likely_cause(site, manifests, rule)
+            raise MatchingError(f"site {site} shares only {share} with the others. {cause}")
     return matching
 
 
@@ -225,8 +226,9 @@ def _likely_cause(site: str, manifests: Mapping[str, Manifest], rule: Rule) -> s
     if _dimensions(own.values()) != _dimensions(theirs.values()):
         return (f"Its network has {_dimensions(own.values())}-dimensional weights, that of site {nearest} "
                 f"{_dimensions(theirs.values())}-dimensional ones. Train the same configuration at all sites.")
-    if not {entry.dtype for entry in manifests[site]} & _SHAREABLE:
-        return "Its weights are not single or half precision."
+    for each in (site, nearest):
+        if not {entry.dtype for entry in manifests[each]} & _SHAREABLE:
+            return f"The weights of site {each} are neither float32 nor float16. Keep its network in float32."
     if rule == "name" and _decoder_stages(own) != _decoder_stages(theirs):
         return (f"Its network and that of site {nearest} differ in depth. Start the coordinator with "
                 "--matching resolution, or plan with --federated at all sites.")

@@ -1,0 +1,154 @@
+"""The aggregate is the weighted mean, whatever the order of arrival, in the memory of one tensor."""
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from nnunetv2.federated.aggregation import aggregate_documents, collect_from_owners, weighted_mean
+from nnunetv2.federated.errors import AggregationError
+from nnunetv2.federated.messages import Aggregate, Update
+from nnunetv2.federated.wire import TensorSpec, open_document, write_document
+
+MESSAGE = Aggregate(round=0, contributors={"A": 1})
+
+
+def make_document(path, tensors):
+    tensors = {name: np.asarray(values) for name, values in tensors.items()}
+    write_document(path, Update(), {name: TensorSpec.of(values) for name, values in tensors.items()}, tensors.values())
+    return open_document(path)
+
+
+def make_documents(folder, **sites):
+    return {site: make_document(folder / site, tensors) for site, tensors in sites.items()}
+
+
+def aggregate(folder, documents, weights, **keywords):
+    digest = aggregate_documents(documents, weights, out_path=folder / "result", message=MESSAGE, **keywords)
+    return open_document(folder / "result"), digest
+
+
+@pytest.mark.parametrize(("weights", "expected"), [((1, 1), 2.0), ((3, 1), 1.0), ((1, 3), 3.0), ((0.5, 0.5), 2.0)])
+def test_mean_counts_cases(tmp_path, weights, expected):
+    documents = make_documents(tmp_path, A={"w": np.float32([0, 4])}, B={"w": np.float32([4, 0])})
+    result, _ = aggregate(tmp_path, documents, dict(zip("AB", weights)))
+    assert result.read("w").tolist() == [expected, 4 - expected]
+    assert result.message == MESSAGE
+
+
+def test_a_tensor_is_averaged_over_the_sites_that_have_it(tmp_path):
+    documents = make_documents(
+        tmp_path, A={"all": np.float32([3]), "two": np.float32([1])}, B={"all": np.float32([6])},
+        C={"two": np.float32([5]), "all": np.float32([9]), "one": np.float32([7])})
+    result, _ = aggregate(tmp_path, documents, {"A": 3, "B": 1, "C": 1, "absent": 9})
+    means = {name: float(result.read(name)[0]) for name in result.specs}
+    assert means == {"all": pytest.approx(4.8), "one": 7, "two": 2}
+
+
+def test_a_tensor_that_no_site_sent_keeps_its_previous_value(tmp_path):
+    documents = make_documents(tmp_path, A={"w": np.float32([1])})
+    previous = make_document(tmp_path / "before", {"v": np.float32([8]), "w": np.float32([9])})
+    result, _ = aggregate(tmp_path, documents, {"A": 1}, previous=previous)
+    assert (result.read("v").tolist(), result.read("w").tolist()) == ([8], [1])
+
+
+def test_any_order_of_arrival_gives_identical_bytes(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {site: {name: rng.normal(size=(5, 7)).astype(np.float32) * 10.0**index for name in "zyx"}
+               for index, site in enumerate("ABCD")}
+    documents = make_documents(tmp_path, **tensors)
+    weights = {"A": 7, "B": 1, "C": 22, "D": 3}
+    digests = {aggregate(tmp_path, {site: documents[site] for site in order}, weights)[1]
+               for order in itertools.permutations("ABCD")}
+    assert len(digests) == 1
+    reordered = make_documents(tmp_path, **{site: dict(reversed(values.items())) for site, values in tensors.items()})
+    assert aggregate(tmp_path, reordered, dict(reversed(weights.items())))[1] in digests
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from([np.float32, np.float16]), number=st.integers(1, 5))
+def test_mean_lies_between_the_extremes(data, dtype, number):
+    width = 32 if dtype == np.float32 else 16
+    elements = st.floats(width=width, allow_nan=False, allow_infinity=False)
+    values = [data.draw(arrays(dtype, 6, elements=elements)) for _ in range(number)]
+    weights = data.draw(st.lists(st.floats(1e-3, 1e6), min_size=number, max_size=number))
+    mean = weighted_mean(values, weights)
+    assert mean.dtype == dtype
+    assert (np.min(values, axis=0) <= mean).all() and (mean <= np.max(values, axis=0)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(values=arrays(np.float32, 9, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+       weights=st.lists(st.integers(1, 1000), min_size=1, max_size=6))
+def test_equal_updates_come_back_unchanged(values, weights):
+    assert (weighted_mean([values] * len(weights), weights) == values).all()
+
+
+def test_sums_are_float64():
+    # in float32 the small addends would be lost one by one
+    values = [np.float32([2.0**24])] + [np.float32([1])] * 1000
+    assert weighted_mean(values, [1] * 1001)[0] == np.float32((2**24 + 1000) / 1001)
+
+
+def test_shape_and_blocks_do_not_show():
+    values = np.random.default_rng(1).normal(size=(3, 50_001)).astype(np.float32)
+    expected = ((values.astype(np.float64) * 2 + values[::-1].astype(np.float64) * 5) / 7).astype(np.float32)
+    np.testing.assert_array_equal(weighted_mean([values, values[::-1]], [2, 5]), expected)
+
+
+@pytest.mark.parametrize(("sites", "message"), [
+    ({}, "no update"),
+    ({"A": {"w": np.float32([1])}, "X": {"w": np.float32([1])}}, "site X has no weight"),
+    ({"A": {"w": np.float32([1])}, "B": {"w": np.float32([1, 2])}}, r"w is F32\[2\] at site B, F32\[1\] at site A"),
+    ({"A": {"w": np.float32([1])}, "B": {"w": np.float16([1])}}, r"tensor w is F16\[1\] at site B"),
+    ({"A": {"n": np.int64([1])}}, r"tensor n is I64\[1\]: integers are not averaged"),
+    ({"A": {"w": np.float32([np.nan])}, "B": {"w": np.float32([1])}}, "tensor w: the mean is not finite"),
+    ({"C": {"w": np.float32([1])}}, "tensor w: a weight must be positive"),
+])
+def test_what_cannot_be_averaged_is_refused_by_name(tmp_path, sites, message):
+    with pytest.raises(AggregationError, match=message):
+        aggregate(tmp_path, make_documents(tmp_path, **sites), {"A": 1, "B": 1, "C": 0})
+    assert not (tmp_path / "result").exists()
+
+
+def test_initial_values_are_those_of_the_owners(tmp_path):
+    documents = make_documents(tmp_path, A={"v": np.float32([1])}, B={"w": np.float32([2]), "v": np.float32([3])}, C={})
+    digests = set()
+    for order in itertools.permutations("ABC"):
+        digests.add(collect_from_owners({site: documents[site] for site in order}, {"w": "B", "v": "A"},
+                                        out_path=tmp_path / "result", message=MESSAGE))
+    result = open_document(tmp_path / "result")
+    assert {name: result.read(name).tolist() for name in result.specs} == {"v": [1], "w": [2]}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("owners", [{"v": "B"}, {"v": "nobody"}, {"u": "A"}])
+def test_an_owner_that_does_not_deliver_is_named(tmp_path, owners):
+    documents = make_documents(tmp_path, A={"v": np.float32([1])}, B={})
+    with pytest.raises(AggregationError, match=f"site {[*owners.values()][0]} has not contributed tensor"):
+        collect_from_owners(documents, owners, out_path=tmp_path / "result", message=MESSAGE)
+
+
+def test_memory_does_not_grow_with_sites_or_tensors(tmp_path):
+    size, tensors = 500_000, 4
+
+    def peak_with(sites):
+        documents = {}
+        for site in range(sites):
+            specs = {f"w{index}": TensorSpec("F32", (size,)) for index in range(tensors)}
+            values = (np.full(size, site, np.float32) for _ in range(tensors))
+            write_document(tmp_path / f"s{site}", Update(), specs, values)
+            documents[f"s{site}"] = open_document(tmp_path / f"s{site}")
+        tracemalloc.start()
+        aggregate(tmp_path, documents, dict.fromkeys(documents, 1))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak_with(2) < 1.8 * 4 * size + 4e6  # one tensor of 2 MB, and blocks
+    assert peak_with(8) < 1.1 * peak_with(2)
