@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +26,7 @@ from nnunetv2.training import checkpoint as checkpoint_files
 from nnunetv2.training import log_file as log_files
 from nnunetv2.training import splits, steps
 from nnunetv2.training.batch_shares import oversampling_of_rank, split_batch_size
-from nnunetv2.training.data_augmentation.augmenters import build_augmenters, shut_down_augmenter
+from nnunetv2.training.data_augmentation.augmenters import build_augmenters
 from nnunetv2.training.data_augmentation.default_transforms import (
     build_training_transforms,
     build_validation_transforms,
@@ -348,7 +350,11 @@ class nnUNetTrainer:
                              probabilistic_oversampling=self.probabilistic_oversampling)
             for dataset, size, transforms in ((train_set, initial_patch_size, train_transforms),
                                               (val_set, patch_size, val_transforms))]
-        return build_augmenters(*loaders, num_processes=get_allowed_n_proc_DA(), device=self.device)
+        augmenters = build_augmenters(*loaders, num_processes=get_allowed_n_proc_DA(),
+                                      pin_memory=self.device.type == "cuda")
+        for augmenter in augmenters:
+            next(augmenter)  # starts the workers
+        return augmenters
 
     # ---------------------------------------------------------------- training
 
@@ -478,14 +484,15 @@ class nnUNetTrainer:
     # ---------------------------------------------------------------- checkpoints
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
-        """Save checkpoint_latest every `save_every` epochs, and checkpoint_best if the epoch was the best so far."""
-        if (epoch + 1) % self.save_every == 0 and epoch != self.num_epochs - 1:
-            self.save_checkpoint(self._in_output_folder(checkpoint_files.LATEST))
+        """Save checkpoint_best if the epoch was the best so far, and checkpoint_latest every `save_every` epochs."""
         ema = self.logger.get_value("ema_fg_dice", step=-1)
         if _is_better(ema, self._best_ema):
             self._best_ema = ema
             self.print_to_log_file(f"New best EMA pseudo Dice: {round(float(ema), 4)}")
             self.save_checkpoint(self._in_output_folder(checkpoint_files.BEST))
+        # After the best, so that it knows how good that was.
+        if (epoch + 1) % self.save_every == 0 and epoch != self.num_epochs - 1:
+            self.save_checkpoint(self._in_output_folder(checkpoint_files.LATEST))
 
     def save_latest_checkpoint(self) -> None:
         """Save checkpoint_latest between two epochs, after `on_epoch_end` has moved on."""
@@ -600,7 +607,8 @@ class nnUNetTrainer:
     def _shut_down_dataloaders(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             for loader in (self.dataloader_train, self.dataloader_val):
-                shut_down_augmenter(loader)
+                if isinstance(loader, (NonDetMultiThreadedAugmenter, MultiThreadedAugmenter)):
+                    loader._finish()
 
     def _in_output_folder(self, name: str) -> str:
         return os.path.join(self._require(self.output_folder), name)

@@ -29,8 +29,6 @@ _OF_MODULE = {
     f"{_TRANSFORMS}.utils.random": "RandomTransform",
     f"{_TRANSFORMS}.utils.remove_label": "RemoveLabelTansform",
     f"{_TRANSFORMS}.utils.seg_to_regions": "ConvertSegmentationToRegionsTransform",
-    "batchgenerators.dataloading.multi_threaded_augmenter": "MultiThreadedAugmenter",
-    "batchgenerators.dataloading.nondet_multi_threaded_augmenter": "NonDetMultiThreadedAugmenter",
     "batchgenerators.dataloading.single_threaded_augmenter": "SingleThreadedAugmenter",
     "torch": "autocast",
     "torch._dynamo": "OptimizedModule",
