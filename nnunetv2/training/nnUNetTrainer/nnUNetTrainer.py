@@ -273,10 +273,11 @@ class nnUNetTrainer:
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
             self) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...] | None]:
         """Decide rotation (radians), dummy 2D augmentation, size of the patch to augment from, and mirror axes."""
-        geometry = rotation_and_patch_size(self.configuration_manager.patch_size)
-        self.print_to_log_file(f"do_dummy_2d_data_aug: {geometry.do_dummy_2d_data_aug}")
-        self.inference_allowed_mirroring_axes = geometry.mirror_axes
-        return geometry
+        rotation, dummy_2d, initial_patch_size, mirror_axes = rotation_and_patch_size(
+            self.configuration_manager.patch_size)
+        self.print_to_log_file(f"do_dummy_2d_data_aug: {dummy_2d}")
+        self.inference_allowed_mirroring_axes = mirror_axes
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
 
     @staticmethod
     def get_training_transforms(patch_size: Sequence[int], rotation_for_DA: Any,
