@@ -1,0 +1,136 @@
+"""Decide which cases to predict and where their results go."""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PathOrText = str | os.PathLike
+Inputs = PathOrText | Sequence[Sequence[PathOrText]]
+Outputs = PathOrText | Sequence[PathOrText] | None
+
+
+@dataclass(frozen=True)
+class CaseLists:
+    """Parallel lists, one entry per case."""
+
+    images: list[list[str]]
+    """Image files, one per channel."""
+    outputs: list[str] | None
+    """Where the result goes, without ending. None: results are returned."""
+    previous_stage: list[str | None]
+    """The label map of a cascade's previous stage."""
+
+
+def is_path(value: object) -> bool:
+    """Tell one path from a list of paths."""
+    return isinstance(value, (str, os.PathLike))
+
+
+def list_folder(folder: PathOrText, dataset_json: Mapping[str, Any],
+                create_lists: Callable[[str, str], list[list[str]]]) -> list[list[str]]:
+    """Return the image files of each case in a folder.
+
+    Args:
+        create_lists: (folder, file ending) -> lists of files; files that belong to no case are its to report.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no case in it.
+        ValueError: A case has too many files, too few, or a gap among them.
+    """
+    folder, ending = os.fspath(folder), dataset_json["file_ending"]
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no input folder {folder}")
+    cases = create_lists(folder, ending)
+    if not cases:
+        raise FileNotFoundError(f"no case found in {folder}: the model expects files named CASE_0000{ending}, with one "
+                                f"number per channel ({_describe_channels(dataset_json)})")
+    for files in cases:
+        _check_channels(files, cases, dataset_json)
+    return cases
+
+
+def case_id(file: PathOrText, ending: str) -> str:
+    """Return the name of a case from its first file: without folder, ending and, if there is one, channel number."""
+    name = Path(file).name
+    name = name[:-len(ending)] if name.endswith(ending) else Path(name).stem
+    return re.sub(r"_[0-9]{4}$", "", name)
+
+
+def list_cases(images: Sequence[Sequence[PathOrText]], outputs: Outputs, ending: str, *,
+               previous_stage_folder: PathOrText | None, part_id: int, num_parts: int) -> CaseLists:
+    """Take this part's share of the cases and find their outputs and previous stages.
+
+    Args:
+        outputs: A folder, one path without ending per case, or None.
+
+    Raises:
+        ValueError: The part does not exist, there is no output for each case, or two cases share one.
+    """
+    if not 0 <= part_id < num_parts:
+        raise ValueError(f"part_id must be 0 to num_parts - 1, got part {part_id} of {num_parts}")
+    if outputs is not None and not is_path(outputs) and len(outputs) != len(images):
+        raise ValueError(f"there are {len(images)} cases, but {len(outputs)} output file names")
+    images = [[os.fspath(file) for file in files] for files in images[part_id::num_parts]]
+    names = [case_id(files[0], ending) for files in images]
+    if is_path(outputs):
+        outputs = [os.path.join(outputs, name) for name in names]
+    elif outputs is not None:
+        outputs = [os.fspath(output) for output in outputs[part_id::num_parts]]
+    _require_distinct(outputs or [])
+    previous = [None if previous_stage_folder is None else os.path.join(previous_stage_folder, f"{name}{ending}")
+                for name in names]
+    return CaseLists(images, outputs, previous)
+
+
+def without_finished(cases: CaseLists, ending: str, save_probabilities: bool) -> CaseLists:
+    """Drop the cases whose results are all there."""
+    endings = [ending, *((".npz", ".pkl") if save_probabilities else ())]
+    left = [i for i, output in enumerate(cases.outputs)
+            if not all(Path(f"{output}{kind}").is_file() for kind in endings)]
+    return CaseLists(*([values[i] for i in left] for values in (cases.images, cases.outputs, cases.previous_stage)))
+
+
+def require_previous_stage(cases: CaseLists) -> None:
+    """Check that the previous stage of every case is there.
+
+    Raises:
+        FileNotFoundError: Label maps are missing; the message names some.
+    """
+    missing = [file for file in cases.previous_stage if file is not None and not Path(file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(cases.previous_stage)} cases have no prediction of the "
+                                f"previous stage: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+
+
+def _check_channels(files: Sequence[str], cases: Sequence[Sequence[str]], dataset_json: Mapping[str, Any]) -> None:
+    ending = dataset_json["file_ending"]
+    numbers = [int(file[-len(ending) - 4:-len(ending)]) for file in files]
+    expected = len(_channel_names(dataset_json))
+    # One file may hold all channels (colour photographs, 4D images), if it does so for every case.
+    holds_all = numbers == [0] and all(len(other) == 1 for other in cases)
+    if numbers != list(range(expected)) and not holds_all:
+        raise ValueError(
+            f"case {case_id(files[0], ending)}: found channels {', '.join(f'{n:04d}' for n in numbers)}, but the model "
+            f"expects {_describe_channels(dataset_json)}")
+
+
+def _channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
+    return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+
+
+def _describe_channels(dataset_json: Mapping[str, Any]) -> str:
+    names = _channel_names(dataset_json)
+    return ", ".join(f"{int(number):04d} = {name}" for number, name in names.items())
+
+
+def _require_distinct(outputs: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for output in outputs:
+        if output in seen:
+            raise ValueError(f"two cases would be written to {output}: give their images different names, or list the "
+                             "output files")
+        seen.add(output)

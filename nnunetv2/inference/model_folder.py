@@ -1,0 +1,109 @@
+"""Read a trained model folder: plans.json, dataset.json and a checkpoint per fold become a network and its weights."""
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nnunetv2.training.checkpoint import load_checkpoint_file
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a model folder holds. The network has the parameters of the first fold."""
+
+    network: nn.Module
+    parameters: list[Parameters]
+    """One state dict per fold."""
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict[str, Any]
+    trainer_name: str
+    mirroring_axes: tuple[int, ...] | None
+
+
+def find_folds(folder: str | os.PathLike[str], checkpoint_name: str) -> list[int]:
+    """Return the numbers of the folds that have this checkpoint, ordered by folder name; `fold_all` does not count."""
+    names = sorted(entry.name for entry in Path(folder).iterdir() if entry.name.startswith("fold_"))
+    return [int(name.split("_")[-1]) for name in names
+            if name != "fold_all" and (Path(folder) / name / checkpoint_name).is_file()]
+
+
+def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str] | int | str | None,
+                      checkpoint_name: str, find_trainer: Callable[[str], type]) -> TrainedModel:
+    """Read a model folder.
+
+    Args:
+        folds: Fold numbers or "all", one or several. None: all that have the checkpoint.
+        find_trainer: Trainer name -> class. Only its `build_network_architecture` is used.
+
+    Raises:
+        FileNotFoundError: The folder, plans.json, dataset.json or a checkpoint is missing.
+        RuntimeError: A checkpoint does not fit the network that the plans describe.
+    """
+    folder = Path(folder)
+    dataset_json, plans = (_read_json(folder / name) for name in ("dataset.json", "plans.json"))
+    checkpoints = [load_checkpoint_file(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)]
+    plans_manager = PlansManager(plans)
+    configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
+    trainer_name = checkpoints[0]["trainer_name"]
+    network = build_network(find_trainer(trainer_name), plans_manager, configuration_manager, dataset_json)
+    parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
+    network.load_state_dict(parameters[0])
+    return TrainedModel(network, parameters, plans_manager, configuration_manager, dataset_json, trainer_name,
+                        checkpoints[0].get("inference_allowed_mirroring_axes"))
+
+
+def build_network(trainer_class: type, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                  dataset_json: dict[str, Any]) -> nn.Module:
+    """Build a trainer's network without deep supervision, with freshly initialised weights."""
+    channels_in = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
+    channels_out = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    build = trainer_class.build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        return build(plans_manager, configuration_manager, channels_in, channels_out, enable_deep_supervision=False)
+    warnings.warn(f"{trainer_class.__name__}.build_network_architecture has the signature of nnU-Net 2.3 to 2.6; its "
+                  "first two parameters should be plans_manager and configuration_manager", DeprecationWarning,
+                  stacklevel=2)
+    return build(configuration_manager.network_arch_class_name, configuration_manager.network_arch_init_kwargs,
+                 configuration_manager.network_arch_init_kwargs_req_import, channels_in, channels_out,
+                 enable_deep_supervision=False)
+
+
+def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | None, checkpoint_name: str) -> list[Path]:
+    if folds is None:
+        folds = find_folds(folder, checkpoint_name)
+    elif isinstance(folds, (str, int)):
+        folds = [folds]
+    paths = [folder / f"fold_{fold if fold == 'all' else int(fold)}" / checkpoint_name for fold in folds]
+    if not paths:
+        raise FileNotFoundError(f"no fold in {folder} has a checkpoint named {checkpoint_name}")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"missing checkpoints: {', '.join(map(str, missing))}. Folds with a {checkpoint_name} in {folder}: "
+            f"{_describe_folds(folder, checkpoint_name)}; name those you want (-f, or use_folds)")
+    return paths
+
+
+def _describe_folds(folder: Path, checkpoint_name: str) -> str:
+    names = sorted(path.parent.name for path in folder.glob(f"fold_*/{checkpoint_name}"))
+    return ", ".join(name.removeprefix("fold_") for name in names) or "none"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a trained model: it has no {path.name}")
+    with path.open(encoding="utf-8") as file:
+        return json.load(file)

@@ -1,0 +1,180 @@
+"""Preprocess cases for prediction ahead of the network, in threads or processes, and hand them out in order.
+
+A case leaves here as a dict: `data` (float32 `(c, *spatial)`, in cascades with the one-hot previous stage stacked
+below the image's channels), `data_properties` and `ofile` (output path without ending, or None).
+"""
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+# A process needs seconds to start and copies each case. Reading, resampling and compressing release the interpreter
+# lock, so threads serve as well, until there is so much to do that Python's own work would slow the network down.
+_CASES_WORTH_PROCESSES = 8
+_BYTES_WORTH_PROCESSES = 2**30
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What preprocessing needs to know of the model."""
+
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FileCase:
+    """A case in image files."""
+
+    files: Sequence[str]
+    previous_stage_file: str | None
+    output: str | None
+
+    @property
+    def name(self) -> str:
+        """How messages call the case."""
+        return Path(self.output or self.files[0]).name
+
+    @property
+    def input_bytes(self) -> int:
+        """Size of the image files on disk."""
+        return sum(Path(file).stat().st_size for file in self.files if Path(file).is_file())
+
+    def preprocess(self, preprocessor: DefaultPreprocessor, model: Model) -> Item:
+        """Read and preprocess the case."""
+        data, seg, properties = preprocessor.run_case(
+            list(self.files), self.previous_stage_file, model.plans_manager, model.configuration_manager,
+            model.dataset_json)
+        return _as_item(data, seg if self.previous_stage_file is not None else None, properties, self.output, model)
+
+
+@dataclass(frozen=True)
+class ArrayCase:
+    """A case in memory: an image `(c, *spatial)` and its properties, of which only `spacing` is needed."""
+
+    image: np.ndarray
+    previous_stage: np.ndarray | None
+    properties: Mapping[str, Any]
+    output: str | None
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """How messages call the case."""
+        return Path(self.output).name if self.output else f"number {self.number}, shape {np.shape(self.image)}"
+
+    @property
+    def input_bytes(self) -> int:
+        """Size of the image in memory."""
+        return self.image.nbytes
+
+    def preprocess(self, preprocessor: DefaultPreprocessor, model: Model) -> Item:
+        """Preprocess the case. Preprocessors add entries to the properties: ours is a copy."""
+        data, seg, properties = preprocessor.run_case_npy(
+            self.image, self.previous_stage, dict(self.properties), model.plans_manager, model.configuration_manager,
+            model.dataset_json)
+        return _as_item(data, seg if self.previous_stage is not None else None, properties, self.output, model)
+
+
+Case = FileCase | ArrayCase
+
+
+def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
+    """Preprocess a case with the configuration's preprocessor.
+
+    Raises:
+        RuntimeError: Whatever went wrong, with the name of the case.
+    """
+    try:
+        return case.preprocess(model.configuration_manager.preprocessor_class(verbose=verbose), model)
+    except Exception as error:
+        raise RuntimeError(f"case {case.name}: {type(error).__name__}: {error}") from error
+
+
+def preprocessed_in_order(cases: Sequence[Case], model: Model, num_workers: int, verbose: bool) -> Iterator[Item]:
+    """Yield the cases preprocessed, in their order, up to `num_workers` of them being worked on ahead.
+
+    Args:
+        num_workers: 0 preprocesses each case when it is asked for.
+
+    Raises:
+        RuntimeError: A case failed or a worker process died; the text begins with "Background workers died.".
+    """
+    if num_workers == 0:
+        for case in cases:
+            yield preprocess_case(case, model, verbose)
+        return
+    executor = _open_executor(cases, num_workers)
+    waiting: deque[Future] = deque()
+    ahead = num_workers + 1  # one is ready while the others are made
+    try:
+        for case in cases:
+            waiting.append(executor.submit(preprocess_case, case, model, verbose))
+            if len(waiting) > ahead:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _open_executor(cases: Sequence[Case], num_workers: int) -> Executor:
+    num_workers = min(num_workers, len(cases))
+    is_much = len(cases) >= _CASES_WORTH_PROCESSES and sum(case.input_bytes for case in cases) > _BYTES_WORTH_PROCESSES
+    if num_workers > 1 and is_much:
+        return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    return ThreadPoolExecutor(num_workers, thread_name_prefix="preprocessing")
+
+
+def _result(future: Future) -> Item:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "Background workers died. A preprocessing process was killed, most often for lack of memory: use fewer "
+            "(-npp). If none could start, a script that predicts needs `if __name__ == '__main__':` around its own "
+            "code.") from error
+    except Exception as error:
+        raise RuntimeError(f"Background workers died. {error}") from error
+
+
+def _as_item(data: np.ndarray, previous_stage: np.ndarray | None, properties: Mapping[str, Any], output: str | None,
+             model: Model) -> Item:
+    if previous_stage is not None:
+        data = np.vstack((data, _one_hot(previous_stage[0], model, data.dtype)))
+    return {"data": np.ascontiguousarray(data, dtype=np.float32), "data_properties": properties, "ofile": output}
+
+
+def _one_hot(labels: np.ndarray, model: Model, dtype: np.dtype) -> np.ndarray:
+    from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+
+    foreground = model.plans_manager.get_label_manager(model.dataset_json).foreground_labels
+    return convert_labelmap_to_one_hot(labels, foreground, dtype)
+
+
+def offer(item: Item, put: Callable[..., None], is_aborted: Callable[[], bool]) -> bool:
+    """Put an item into a bounded queue; give up and return False once the consumer has stopped."""
+    from queue import Full
+
+    while not is_aborted():
+        try:
+            put(item, timeout=0.1)
+        except Full:
+            continue
+        return True
+    return False
