@@ -16,14 +16,8 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = str(Path(__file__).parent)
 
-LIST_OF_IO_CLASSES = [
-    NaturalImage2DIO,
-    SimpleITKIO,
-    Tiff3DIO,
-    NibabelIO,
-    NibabelIOWithReorient,
-    SimpleITKIOWithReorient,
-]
+LIST_OF_IO_CLASSES = [NaturalImage2DIO, SimpleITKIO, Tiff3DIO,
+                      NibabelIO, NibabelIOWithReorient, SimpleITKIOWithReorient]
 """In the order in which they are tried."""
 
 
