@@ -20,7 +20,7 @@ class CaseFailedError(RuntimeError):
     """A case could not be processed. The message names it; the cause is the error of the worker."""
 
 
-class _ErrorInWorker(Exception):
+class _WorkerTracebackError(Exception):
     """Carries the traceback of another process as text."""
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class _Worker:
         case, self.case, self.has_answered = self.case, None, True
         if failure is not None:
             in_words, trace = failure
-            raise CaseFailedError(f"case {case}: {in_words}") from _ErrorInWorker(trace)
+            raise CaseFailedError(f"case {case}: {in_words}") from _WorkerTracebackError(trace)
         return case
 
     def stop(self) -> None:

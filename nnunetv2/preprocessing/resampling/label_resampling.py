@@ -18,7 +18,7 @@ from math import prod
 
 import numpy as np
 
-from nnunetv2.preprocessing.resampling.separable import gather, nearest_indices, resampled_slabs
+from nnunetv2.preprocessing.resampling.separable import gather, nearest_indices, resampled_slabs, sample_positions
 
 # Voxels gathered or voted on at a time. Small enough for the caches, and it bounds the memory on noisy maps.
 _SLAB_VOXELS = 2**21
@@ -27,10 +27,7 @@ _VOTERS = 2**16
 
 @dataclass(frozen=True)
 class _LinearAxis:
-    """How each output position of an axis mixes two neighbouring inputs.
-
-    Weights are integers (in float64): the exact weights times 2 * new. So ties are ties, whatever the rounding.
-    """
+    """How each output position of an axis mixes two neighbouring inputs."""
 
     lower: np.ndarray
     weights: tuple[np.ndarray, np.ndarray]
@@ -97,21 +94,19 @@ def find_mixed_cells(labels: np.ndarray) -> np.ndarray:
 
 
 def _linear_axis(old: int, new: int) -> _LinearAxis:
-    # Position (old / new) * (i + 0.5) - 0.5 times 2 * new, clamped to the grid.
-    scaled = np.clip(old * (2 * np.arange(new, dtype=np.int64) + 1) - new, 0, (old - 1) * 2 * new)
-    lower = np.minimum(scaled // (2 * new), max(old - 2, 0))
-    upper_weight = scaled - lower * (2 * new)
-    weights = ((2 * new - upper_weight).astype(np.float64), upper_weight.astype(np.float64))
-    return _LinearAxis(lower.astype(np.intp), weights, step=int(old > 1))
+    positions = np.clip(sample_positions(old, new), 0, old - 1)
+    lower = np.minimum(np.floor(positions), max(old - 2, 0))
+    upper_weight = positions - lower
+    return _LinearAxis(lower.astype(np.intp), (1 - upper_weight, upper_weight), step=int(old > 1))
 
 
 def _vote(labels: np.ndarray, axes: Sequence[_LinearAxis], where: tuple[np.ndarray, ...],
           nearest: np.ndarray) -> np.ndarray:
     """Decide the labels of the output voxels at `where`, whose nearest input voxels hold `nearest`."""
     corner_labels, corner_weights = _corners(labels, axes, where)
-    for_nearest = sum(weight * (label == nearest) for label, weight in zip(corner_labels, corner_weights))
-    # Half of all votes cannot be beaten, and this settles nearly every voxel.
-    open_votes = np.flatnonzero(2 * for_nearest < sum(corner_weights))
+    for_nearest = _add_votes(corner_labels, corner_weights, nearest)
+    # More than half cannot be beaten, and this settles nearly every voxel.
+    open_votes = np.flatnonzero(for_nearest < 0.5 + 1e-9)
     winners = nearest.copy()
     if open_votes.size:
         winners[open_votes] = _count([label[open_votes] for label in corner_labels],
@@ -139,11 +134,17 @@ def _count(labels: Sequence[np.ndarray], weights: Sequence[np.ndarray], nearest:
            for_nearest: np.ndarray) -> np.ndarray:
     winners, most = nearest.copy(), for_nearest.copy()
     for candidate in labels:
-        votes = sum(weight * (label == candidate) for label, weight in zip(labels, weights))
+        votes = _add_votes(labels, weights, candidate)
         # Smaller labels win ties among each other, but never against the nearest, which keeps `for_nearest`.
         better = (votes > most) | ((votes == most) & (votes > for_nearest) & (candidate < winners))
         winners[better], most[better] = candidate[better], votes[better]
     return winners
+
+
+def _add_votes(labels: Sequence[np.ndarray], weights: Sequence[np.ndarray], candidate: np.ndarray) -> np.ndarray:
+    # Whether labels tie is up to the last bit at most ratios of voxel sizes. So that the same ones win as in scipy,
+    # products and sums are taken in its order: axes from the first to the last, corners likewise, then clipping.
+    return np.minimum(sum(weight * (label == candidate) for label, weight in zip(labels, weights)), 1)
 
 
 def _compare_indicators(labels: np.ndarray, new_shape: tuple[int, ...], order: int, nearest: np.ndarray) -> np.ndarray:

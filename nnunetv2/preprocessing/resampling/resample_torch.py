@@ -12,6 +12,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 
+_CPU = torch.device("cpu")
 # An interpolated indicator above this fraction decides at once; the remaining voxels go to the largest.
 _CLEAR_MAJORITY = 0.7
 # Half precision resolves large numbers as finely as small ones, but has few of them below 1.
@@ -19,7 +20,7 @@ _INDICATOR_SCALE = 1000
 
 
 def resample_torch_simple(data: torch.Tensor | np.ndarray, new_shape: Sequence[int] | np.ndarray,
-                          is_seg: bool = False, num_threads: int = 4, device: torch.device = torch.device("cpu"),
+                          is_seg: bool = False, num_threads: int = 4, device: torch.device = _CPU,
                           memefficient_seg_resampling: bool = False, mode: str = "linear") -> torch.Tensor | np.ndarray:
     """Resample `(c, x, y, z)` or `(c, x, y)` data to a new spatial shape.
 
@@ -57,7 +58,7 @@ def resample_torch_simple(data: torch.Tensor | np.ndarray, new_shape: Sequence[i
 
 def resample_torch_fornnunet(data: torch.Tensor | np.ndarray, new_shape: Sequence[int] | np.ndarray,
                              current_spacing: Sequence[float], new_spacing: Sequence[float], is_seg: bool = False,
-                             num_threads: int = 4, device: torch.device = torch.device("cpu"),
+                             num_threads: int = 4, device: torch.device = _CPU,
                              memefficient_seg_resampling: bool = False, force_separate_z: bool | None = None,
                              separate_z_anisotropy_threshold: float = ANISO_THRESHOLD, mode: str = "linear",
                              aniso_axis_mode: str = "nearest-exact") -> torch.Tensor | np.ndarray:

@@ -1,7 +1,7 @@
 """Choose how Blosc2 cuts a stored image into chunks and blocks, so that reading one patch reads little else.
 
-A block is what Blosc2 decompresses at once and should fit a CPU's L2 cache; a chunk, a stack of blocks, is what it finds
-in the file and should fit the L3 cache.
+A block is what Blosc2 decompresses at once and should fit a CPU's L2 cache; a chunk, a stack of blocks, is what it
+finds in the file and should fit the L3 cache.
 """
 from __future__ import annotations
 

@@ -1,0 +1,66 @@
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from nnunetv2.preprocessing.case_workers import CaseFailedError, process_cases
+
+
+def write(folder: Path, name: str) -> None:
+    (folder / name).write_text(str(os.getpid()))
+
+
+def fail(name: str) -> None:
+    raise KeyError(f"no voxel in {name}")
+
+
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_silently() -> None:
+    os._exit(3)
+
+
+def act(action: str, folder: Path) -> None:
+    {"write": partial(write, folder, "done"), "fail": partial(fail, "it"), "kill": be_killed,
+     "exit": exit_silently}[action]()
+
+
+def test_one_process_works_here(tmp_path):
+    cases = {name: (tmp_path, name) for name in "ab"}
+    assert list(process_cases(write, cases, 1)) == ["a", "b"]
+    assert (tmp_path / "a").read_text() == str(os.getpid())
+
+
+def test_workers_share_the_cases(tmp_path):
+    cases = {name: (tmp_path, name) for name in "abcde"}
+    assert sorted(process_cases(write, cases, 2)) == list("abcde")
+    processes = {(tmp_path / name).read_text() for name in cases}
+    assert str(os.getpid()) not in processes
+    assert len(processes) <= 2
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_an_error_names_its_case(num_processes):
+    with pytest.raises(CaseFailedError, match="case patient_[78]: KeyError: 'no voxel in it'") as caught:
+        list(process_cases(fail, {"patient_7": ("it",), "patient_8": ("it",)}, num_processes))
+    assert "no voxel in it" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(("action", "reason"), [("kill", "memory ran out"), ("exit", "exit code 3")])
+def test_a_dead_worker_is_noticed_and_its_case_named(tmp_path, action, reason):
+    cases = {"large": (action, tmp_path), "small": ("write", tmp_path)}
+    with pytest.raises(CaseFailedError, match=rf"case large: the worker process .*{reason}"):
+        list(process_cases(act, cases, 2))
+
+
+def test_nonsense_numbers_of_processes_are_refused():
+    with pytest.raises(ValueError, match="got 0"):
+        list(process_cases(write, {}, 0))
+
+
+def test_no_cases_are_done_at_once():
+    assert list(process_cases(write, {}, 4)) == []
