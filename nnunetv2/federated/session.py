@@ -66,7 +66,8 @@ class RunSession:
         """Find out where to go on, and with which weights.
 
         Args:
-            epoch: The epoch that the site would train next on its own.
+            epoch: The epoch that the site would train next on its own. It may be one ahead of the run: a site that
+                saved its best weights and was killed before the exchange trains that epoch again.
             weights: Its present weights. Where the run has not begun, those that this site owns become everybody's.
 
         Raises:
@@ -76,7 +77,7 @@ class RunSession:
         if not state.closed and state.open_round is None:
             return Position(0, self._exchange_initial(weights))
         open_round = state.num_rounds if state.closed else state.open_round
-        if epoch > open_round:
+        if epoch > open_round + 1:
             raise FederationError(
                 f"run {self.run} is at round {open_round}, this site's checkpoint at epoch {epoch}: it comes from "
                 "another federation. Start without --c to join this one, or use the credential of the other.")

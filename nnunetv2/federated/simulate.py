@@ -65,6 +65,7 @@ def site_environment(site: LocalSite, *, num_sites: int) -> dict[str, str]:
     environment.update(site.environment)
     environment["nnUNet_fed_site"] = str(site.credential)
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["TQDM_DISABLE"] = "1"  # the bars of several sites on one terminal are noise
     return environment
 
 

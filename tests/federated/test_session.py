@@ -62,6 +62,7 @@ def test_weights_travel_under_canonical_names_and_return_under_local_ones():
 
 @pytest.mark.parametrize(("epoch", "state", "expected"), [
     (0, {"open_round": 2}, (2, "runs/run/rounds/1")),
+    (3, {"open_round": 2}, (2, "runs/run/rounds/1")),
     (2, {"open_round": 2}, (2, "runs/run/rounds/1")),
     (1, {"open_round": None, "closed": True}, (4, "runs/run/rounds/3")),
     (0, {"open_round": 0}, (0, "runs/run/initial")),
@@ -73,7 +74,7 @@ def test_a_returning_site_goes_on_where_the_others_are(epoch, state, expected):
 
 def test_a_checkpoint_ahead_of_the_run_is_refused():
     with pytest.raises(FederationError, match="another federation"):
-        make_session({"open_round": 2}, {}).start(3, {})
+        make_session({"open_round": 2}, {}).start(4, {})
 
 
 def test_an_aggregate_that_lacks_a_tensor_is_refused():

@@ -486,14 +486,17 @@ class nnUNetTrainer:
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
         """Save checkpoint_best if the epoch was the best so far, and checkpoint_latest every `save_every` epochs."""
+        self._save_checkpoint_if_best()
+        # After the best, so that it knows how good that was.
+        if (epoch + 1) % self.save_every == 0 and epoch != self.num_epochs - 1:
+            self.save_checkpoint(self._in_output_folder(checkpoint_files.LATEST))
+
+    def _save_checkpoint_if_best(self) -> None:
         ema = self.logger.get_value("ema_fg_dice", step=-1)
         if _is_better(ema, self._best_ema):
             self._best_ema = ema
             self.print_to_log_file(f"New best EMA pseudo Dice: {round(float(ema), 4)}")
             self.save_checkpoint(self._in_output_folder(checkpoint_files.BEST))
-        # After the best, so that it knows how good that was.
-        if (epoch + 1) % self.save_every == 0 and epoch != self.num_epochs - 1:
-            self.save_checkpoint(self._in_output_folder(checkpoint_files.LATEST))
 
     def save_latest_checkpoint(self) -> None:
         """Save checkpoint_latest between two epochs, after `on_epoch_end` has moved on."""

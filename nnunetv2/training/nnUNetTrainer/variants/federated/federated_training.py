@@ -92,7 +92,7 @@ class FederatedTraining:
             self.print_to_log_file(line, add_timestamp=False)
         position = self.session.start(self.current_epoch, export_weights(self.network))
         import_weights_(self.network, position.weights)
-        self.skip_to(position.epoch)
+        self.go_on_at(position.epoch)
 
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
@@ -119,18 +119,20 @@ class FederatedTraining:
             mirroring_axes=None if axes is None else tuple(axes),
             tensors=tuple(matching.describe_tensors(distinct)), aliases=aliases)
 
-    def skip_to(self, epoch: int) -> None:
-        """Go on at a later epoch, where the others are; the curves show the epochs that were missed as gaps."""
-        curves = self.logger.local_logger.my_fantastic_logging
-        missed = epoch - self.current_epoch
-        if missed <= 0:
+    def go_on_at(self, epoch: int) -> None:
+        """Move to the epoch at which the run is; the curves show epochs that were missed as gaps."""
+        if epoch == self.current_epoch:
             return
-        self.print_to_log_file(f"The run is at round {epoch}: going on there, {missed} epochs were missed")
+        self.print_to_log_file(f"The run is at round {epoch}, this site was at epoch {self.current_epoch}: going on there")
         now = time.time()
-        for name, values in curves.items():
-            filler = now if name.endswith("timestamps") else float("nan")
-            values.extend([[float("nan")] if name == "dice_per_class_or_region" else filler] * (epoch - len(values)))
+        for name, values in self.logger.local_logger.my_fantastic_logging.items():
+            gap = now if name.endswith("timestamps") else float("nan")
+            values.extend([[gap] if name == "dice_per_class_or_region" else gap] * (epoch - len(values)))
         self.current_epoch = epoch
+
+    def _save_epoch_checkpoints(self, epoch: int) -> None:
+        """Save checkpoint_best only: checkpoint_latest waits for what the exchange brings."""
+        self._save_checkpoint_if_best()
 
     def on_epoch_end(self) -> None:
         """Let the trainer end its epoch, then exchange, then save what came back."""
