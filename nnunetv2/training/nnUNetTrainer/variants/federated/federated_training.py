@@ -112,6 +112,7 @@ class FederatedTraining:
         axes = self.inference_allowed_mirroring_axes
         known = messages.TrainingData.model_fields
         description = {key: value for key, value in self.dataset_json.items() if key in known}
+        description.setdefault("channel_names", self.dataset_json.get("modality"))  # the name in old datasets
         return messages.Registration(
             configuration=self.configuration_name, fold=str(self.fold), trainer=type(self).__name__,
             num_training_cases=len(self.do_split()[0]), plans=self.plans_manager.plans,
@@ -123,7 +124,7 @@ class FederatedTraining:
         """Move to the epoch at which the run is; the curves show epochs that were missed as gaps."""
         if epoch == self.current_epoch:
             return
-        self.print_to_log_file(f"The run is at round {epoch}, this site was at epoch {self.current_epoch}: going on there")
+        self.print_to_log_file(f"The run is at round {epoch}, this site at epoch {self.current_epoch}: going on there")
         now = time.time()
         for name, values in self.logger.local_logger.my_fantastic_logging.items():
             gap = now if name.endswith("timestamps") else float("nan")
