@@ -35,7 +35,7 @@ class EnvironmentPath(os.PathLike):
         folder = self.get()
         if folder is None:
             raise RuntimeError(f"The environment variable {self.env_var_name} is not set. {self.missing_message} "
-                               "documentation/setting_up_paths.md explains how to set it.")
+                               "documentation/getting-started.md explains how to set it.")
         return folder
 
     def __bool__(self) -> bool:
