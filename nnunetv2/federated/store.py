@@ -136,7 +136,7 @@ class Store:
         self.close()
 
     def _prepare(self) -> None:
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"):
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", "busy_timeout = 10000"):
             self._database.execute(f"PRAGMA {pragma}")
         version = self._database.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:

@@ -1,0 +1,238 @@
+"""Coordinators in threads and processes, and sites that train a few numbers instead of a network."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+
+from nnunetv2.federated import messages
+from nnunetv2.federated.bodies import FederationSettings
+from nnunetv2.federated.client import FederationClient
+from nnunetv2.federated.coordinator.app import build_app
+from nnunetv2.federated.coordinator.service import Coordinator, create_federation
+from nnunetv2.federated.messages import initial_key, registration_key, round_key
+from nnunetv2.federated.site import Invitation, SiteCredential, decode_invitation, join, load_credential
+from nnunetv2.federated.store import Store
+from nnunetv2.federated.wire import file_digest
+
+PROJECT = Path(__file__).resolve().parents[2]
+LABELS = {"background": 0, "liver": 1}
+RUN = "3d_fullres.fold_0.nnUNetTrainerFake"
+SHAPES = {"encoder.weight": (4, 3), "encoder.bias": (4,), "head.weight": (2, 4)}
+ALIASES = {"decoder.encoder.weight": "encoder.weight"}
+
+
+# --------------------------------------------------------------------------------------------------------- messages
+def make_settings(*, sites=("A", "B"), num_epochs=3, **others) -> FederationSettings:
+    return FederationSettings(federation="test", sites=sites, num_epochs=num_epochs, **others)
+
+
+def make_census(num_cases=3, labels=LABELS) -> messages.Census:
+    return messages.Census(num_cases=num_cases, channel_names={"0": "CT"}, labels=labels)
+
+
+def make_plans(**others) -> dict:
+    return {"dataset_name": "Dataset001_Fake", "plans_name": "nnUNetPlans", "configurations": {"3d_fullres": {
+        "patch_size": [16, 16, 16]}}, **others}
+
+
+def make_registration(num_cases=3, shapes=SHAPES, aliases=ALIASES, labels=LABELS, plans=None, equal=False,
+                      **others) -> messages.Registration:
+    return messages.Registration(
+        configuration="3d_fullres", fold="0", trainer="nnUNetTrainerFake", num_training_cases=num_cases,
+        plans=plans or make_plans(), mirroring_axes=(0, 1, 2), requires_equal_plans=equal, aliases=aliases,
+        dataset_json=messages.TrainingData(channel_names={"0": "CT"}, labels=labels, file_ending=".nii.gz"),
+        tensors=tuple(messages.TensorEntry(name=name, dtype="F32", shape=shape) for name, shape in shapes.items()),
+        **others)
+
+
+def make_weights(seed: int, shapes=SHAPES) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ sites
+def train(client: FederationClient, *, seed: int, num_rounds: int, run: str = RUN, num_cases: int = 3,
+          pause_s: float = 0.0, on_round: Callable[[int], None] = lambda number: None) -> str:
+    """Take part in a run from wherever it is; return the digest of its last aggregate."""
+    site = client.credential.site
+    match = client.exchange(registration_key(run), make_registration(num_cases)).message
+    local_names = {name: sites[site] for name, sites in match.shared.items() if site in sites}
+    own = {name for name, owner in match.initial_owner.items() if owner == site}
+    initial = make_weights(seed)
+    client.exchange(initial_key(run), messages.Update(), {name: initial[local_names[name]] for name in own})
+    state = client.run_state(run)
+    number = num_rounds if state.closed else state.open_round or 0
+    document = client.result(round_key(run, number - 1) if number else initial_key(run))
+    while number < num_rounds:
+        time.sleep(pause_s)
+        shift = np.float32(seed + number)
+        update = {name: document.read(name) * np.float32(0.5) + shift for name in local_names}
+        document = client.exchange(round_key(run, number), messages.Update(metrics={"loss": float(shift)}), update)
+        number = document.message.round + 1
+        on_round(number)
+    return file_digest(document.path)
+
+
+def in_threads(*functions: Callable[[], object]) -> list[object]:
+    """Run functions at the same time and return what they return, or raise what the first of them raised."""
+    results: list[object] = [None] * len(functions)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = functions[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a fake site hangs"
+    return results
+
+
+def make_client(credential: SiteCredential, lines: list[str] | None = None, **options) -> FederationClient:
+    """Return a client that is quick to ask again."""
+    options = {"give_up_after_s": 30.0, "pause_s": 0.05, **options}
+    return FederationClient(credential, report=(lambda line: None) if lines is None else lines.append, **options)
+
+
+# ----------------------------------------------------------------------------------------- coordinator in a thread
+class LocalFederation:
+    """A coordinator that is served by a thread of this process."""
+
+    def __init__(self, coordinator: Coordinator, url: str, lines: list[str]) -> None:
+        self.coordinator = coordinator
+        self.url = url
+        self.lines = lines
+        self._credentials: dict[str, SiteCredential] = {}
+
+    def credential(self, site: str) -> SiteCredential:
+        """Let a site join, the first time, and return its credential."""
+        if site not in self._credentials:
+            secret = self.coordinator.open_invitations()[site]
+            path = self.coordinator.store.folder / f"credential.{site}.json"
+            join(Invitation(self.url, self.coordinator.settings.federation, site, secret), path=path)
+            self._credentials[site] = load_credential(path)
+        return self._credentials[site]
+
+    def client(self, site: str, lines: list[str] | None = None, **options) -> FederationClient:
+        return make_client(self.credential(site), lines, **options)
+
+
+@contextmanager
+def served(folder: Path, settings: FederationSettings) -> Iterator[LocalFederation]:
+    """Serve a federation, made if there is none in the folder, on a free port."""
+    lines: list[str] = []
+    with Store(folder) as store:
+        if store.load_settings() is None:
+            create_federation(store, settings, now=time.time())
+        coordinator = Coordinator(store, announce=lines.append)
+        app = build_app(coordinator)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none",
+                                               timeout_graceful_shutdown=2))
+        listener = socket.create_server(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            yield LocalFederation(coordinator, f"http://127.0.0.1:{listener.getsockname()[1]}", lines)
+        finally:
+            app.state.changes.stop()
+            server.should_exit = True
+            thread.join(10)
+            listener.close()
+            assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Wait until a condition holds; fail if it never does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------- coordinator in a process
+class CoordinatorProcess:
+    """The command nnUNetv2_fed_coordinator in a process of its own, which can be killed."""
+
+    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+        self.folder = folder
+        self.options = options
+        self.port = port
+        self.output = ""
+        self.start()
+
+    def start(self) -> None:
+        (self.folder / "coordinator.json").unlink(missing_ok=True)
+        code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+        self.log = self.folder.parent / f"{self.folder.name}.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, "--folder", str(self.folder), "--port", str(self.port), *self.options],
+                cwd=PROJECT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        wait_until(lambda: (self.folder / "coordinator.json").exists() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.text()
+        self.url = json.loads((self.folder / "coordinator.json").read_text())["url"]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def credentials(self) -> dict[str, SiteCredential]:
+        """Let all sites join."""
+        wait_until(lambda: "is served at" in self.text())
+        words = [line.split()[2] for line in self.text().splitlines() if "nnUNetv2_fed_join" in line]
+        result = {}
+        for word in words:
+            invitation = decode_invitation(word)
+            path = self.folder.parent / f"{invitation.site}.json"
+            if not path.exists():
+                join(invitation, path=path)
+            result[invitation.site] = load_credential(path)
+        return result
+
+    def kill(self) -> None:
+        """End the process as a power failure would."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask the process to stop and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+@contextmanager
+def coordinator_process(folder: Path, *options: str) -> Iterator[CoordinatorProcess]:
+    process = CoordinatorProcess(folder, *options)
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def start_site_process(credential: Path, *, seed: int, num_rounds: int, pause_s: float) -> subprocess.Popen:
+    """Start a fake site in a process of its own; it prints every round it finishes, and the last digest."""
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import fake_federation as f\n"
+            "from pathlib import Path\n"
+            f"with f.make_client(f.load_credential(Path({str(credential)!r}))) as client:\n"
+            f"    print(f.train(client, seed={seed}, num_rounds={num_rounds}, pause_s={pause_s},\n"
+            "                  on_round=lambda number: print('round', number, flush=True)), flush=True)\n")
+    return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": str(PROJECT)})

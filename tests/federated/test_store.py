@@ -1,0 +1,141 @@
+"""The coordinator's disk."""
+import sqlite3
+from dataclasses import replace
+
+import pytest
+from fake_federation import make_settings
+
+from nnunetv2.federated.coordinator.service import create_federation
+from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.rounds import Contribution, closed, fresh_gathering, parse_key, refused, with_contribution
+from nnunetv2.federated.store import Event, Store, Traffic
+
+KEY = parse_key("runs/r/rounds/0")
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "federation") as store:
+        create_federation(store, make_settings(deadline_s=5.0, quorum=1), now=1.0)
+        yield store
+
+
+def contribute(store: Store, gathering, site: str, content: bytes, now=2.0):
+    incoming = store.incoming_path()
+    incoming.write_bytes(content)
+    gathering = with_contribution(gathering, site, Contribution(content.hex().ljust(64, "0"), len(content), now))
+    store.save_contribution(gathering, site, incoming)
+    return gathering
+
+
+def files(store: Store) -> list[str]:
+    return sorted(path.name for path in (store.folder / "gatherings").rglob("*.safetensors"))
+
+
+def reopened(store: Store) -> Store:
+    store.close()
+    return Store(store.folder)
+
+
+def test_everything_comes_back_after_a_restart(store):
+    state = contribute(store, fresh_gathering(KEY, make_settings(deadline_s=5.0, quorum=1), required=["A"]), "A", b"a")
+    other = fresh_gathering(parse_key("fingerprint/census"), make_settings(deadline_s=5.0, quorum=1))
+    other = refused(contribute(store, other, "B", b"b"), RefusedError("no", "do", code="datasets_differ"), now=3.0)
+    store.save_refusal(other)
+    done = fresh_gathering(parse_key("runs/r/initial"), make_settings(deadline_s=5.0, quorum=1))
+    done = closed(contribute(store, done, "A", b"c"), now=4.0)
+    store.save_closing(done, "d" * 64)
+    store.save_traffic({("A", ""): Traffic(1, 2, 3.0)})
+    store.save_token("A", "hash", now=5.0)
+    with reopened(store) as again:
+        settings = again.load_settings()
+        assert settings == make_settings(deadline_s=5.0, quorum=1)
+        assert {str(g.key): g for g in again.load_gatherings(settings)} == {str(g.key): g for g in (state, other, done)}
+        assert again.load_result_digest("runs/r/initial") == "d" * 64
+        assert again.load_traffic() == {("A", ""): Traffic(1, 2, 3.0)}
+        sites = again.load_sites()
+        assert sites["A"].token_hash == "hash" and sites["A"].invitation is None
+        assert sites["B"].token_hash is None and sites["B"].invitation
+
+
+def test_a_replaced_contribution_leaves_no_file(store):
+    state = contribute(store, fresh_gathering(KEY, make_settings()), "A", b"first")
+    state = contribute(store, state, "A", b"second")
+    assert len(files(store)) == 1
+    assert store.contribution_path(KEY, "A", state.contributions["A"].digest).read_bytes() == b"second"
+
+
+def test_leftovers_of_a_crash_are_removed_at_the_next_start(store):
+    state = contribute(store, fresh_gathering(KEY, make_settings()), "A", b"kept")
+    (store.folder / "incoming" / "half").write_bytes(b"half an upload")
+    store.contribution_path(KEY, "B", "f" * 64).write_bytes(b"renamed, but its row was never written")
+    store.result_path(KEY).write_bytes(b"computed, but never recorded")
+    with reopened(store) as again:
+        assert files(again) == [again.contribution_path(KEY, "A", state.contributions["A"].digest).name]
+        assert list((again.folder / "incoming").iterdir()) == []
+
+
+def test_results_and_contributions_can_be_deleted(store):
+    state = closed(contribute(store, fresh_gathering(KEY, make_settings()), "A", b"a"), now=4.0)
+    store.result_path(KEY).write_bytes(b"result")
+    store.save_closing(state, "d" * 64)
+    store.result_path(KEY, "part").write_bytes(b"part")
+    store.save_subset(KEY, "part", "e" * 64)
+    store.delete_contributions(KEY)
+    store.delete_results(KEY)
+    assert files(store) == []
+    assert store.load_result_digest(KEY) is None
+    assert store.load_gatherings(make_settings())[0].contributions == state.contributions  # digests stay known
+
+
+def test_the_log_of_events_only_grows(store):
+    store.add_event(Event(7.0, "failure", "A", "runs/r/rounds/0", {"reason": "out of memory"}))
+    contribute(store, fresh_gathering(KEY, make_settings()), "A", b"a")
+    assert [event.kind for event in store.load_events()] == ["creation", "failure", "contribution"]
+    assert store.load_events("failure")[0].detail == {"reason": "out of memory"}
+    for statement in ("DELETE FROM events", "UPDATE events SET kind = 'nothing'"):
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"), store._transaction() as database:
+            database.execute(statement)
+
+
+def test_no_secret_is_kept_in_plain_once_it_is_used(store):
+    invitation = store.load_sites()["A"].invitation
+    store.save_token("A", "hash", now=2.0)
+    store._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert invitation.encode() not in (store.folder / "coordinator.sqlite").read_bytes()
+
+
+def test_a_folder_has_one_coordinator(store):
+    with pytest.raises(FederationError, match="served by another coordinator"):
+        Store(store.folder)
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path):
+    (tmp_path / "gatherings").mkdir()
+    (tmp_path / "gatherings" / "precious.safetensors").write_bytes(b"photos")
+    with pytest.raises(FederationError, match="is no folder of a federation"):
+        Store(tmp_path)
+    assert (tmp_path / "gatherings" / "precious.safetensors").exists()
+
+
+def test_another_schema_version_is_refused(store):
+    store._database.execute("PRAGMA user_version = 99")
+    with pytest.raises(FederationError, match="another version of the coordinator \\(schema 99"):
+        reopened(store)
+
+
+def test_the_folder_is_private(store):
+    assert store.folder.stat().st_mode & 0o077 == 0
+
+
+def test_acknowledged_means_full_durability(store):
+    assert store._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert store._database.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_a_failing_transaction_leaves_the_old_state(store):
+    state = contribute(store, fresh_gathering(KEY, make_settings()), "A", b"a")
+    broken = replace(state, opened=None)  # violates NOT NULL
+    with pytest.raises(sqlite3.IntegrityError):
+        contribute(store, broken, "A", b"b")
+    assert store.load_gatherings(make_settings())[0].contributions == state.contributions
