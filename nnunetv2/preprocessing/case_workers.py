@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 _SECONDS_TO_EXIT = 10
 
@@ -27,11 +28,12 @@ class _WorkerTracebackError(Exception):
         return f"\n{self.args[0]}"
 
 
-def process_cases(function: Callable[..., object], cases: Mapping[str, tuple], num_processes: int) -> Iterator[str]:
-    """Call `function(*arguments)` for each case and yield the case's name when it is done.
+def process_cases(function: Callable[..., object], cases: Mapping[str, tuple],
+                  num_processes: int) -> Iterator[tuple[str, Any]]:
+    """Call `function(*arguments)` for each case and yield the case's name and result when it is done.
 
     Args:
-        function: Picklable, for it is sent to each worker once. Its results are dropped.
+        function: Picklable, for it is sent to each worker once. What it returns is sent back.
         cases: Name -> arguments.
         num_processes: 1 works in this process.
 
@@ -63,13 +65,13 @@ def process_cases(function: Callable[..., object], cases: Mapping[str, tuple], n
             worker.stop()
 
 
-def _process_here(function: Callable[..., object], cases: Mapping[str, tuple]) -> Iterator[str]:
+def _process_here(function: Callable[..., object], cases: Mapping[str, tuple]) -> Iterator[tuple[str, Any]]:
     for name, arguments in cases.items():
         try:
-            function(*arguments)
+            result = function(*arguments)
         except Exception as error:
             raise CaseFailedError(f"case {name}: {_in_words(error)}") from error
-        yield name
+        yield name, result
 
 
 class _Worker:
@@ -90,17 +92,17 @@ class _Worker:
         except OSError as error:
             raise self._describe_death() from error
 
-    def finish(self) -> str:
-        """Wait for the current case and return its name."""
+    def finish(self) -> tuple[str, Any]:
+        """Wait for the current case and return its name and result."""
         try:
-            failure = self.connection.recv()
+            result, failure = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._describe_death() from error
         case, self.case, self.has_answered = self.case, None, True
         if failure is not None:
             in_words, trace = failure
             raise CaseFailedError(f"case {case}: {in_words}") from _WorkerTracebackError(trace)
-        return case
+        return case, result
 
     def stop(self) -> None:
         if self.case is not None:
@@ -126,7 +128,7 @@ class _Worker:
 
 
 def _serve(function: Callable[..., object], connection: Connection) -> None:
-    """Run in the worker: take arguments from the pipe, answer None or a description of the error."""
+    """Run in the worker: take arguments from the pipe, answer the result and None, or None and the error."""
     from threadpoolctl import threadpool_limits
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     with threadpool_limits(1):  # as many processes as wanted work already
@@ -135,13 +137,13 @@ def _serve(function: Callable[..., object], connection: Connection) -> None:
                 arguments = connection.recv()
             except (EOFError, OSError):  # the parent is done, or gone
                 return
-            failure = None
+            result, failure = None, None
             try:
-                function(*arguments)
+                result = function(*arguments)
             except Exception as error:
                 failure = (_in_words(error), traceback.format_exc())
             try:
-                connection.send(failure)
+                connection.send((result, failure))
             except OSError:
                 sys.exit(0)
 

@@ -1,3 +1,4 @@
+import operator
 import os
 import signal
 from functools import partial
@@ -31,16 +32,22 @@ def act(action: str, folder: Path) -> None:
 
 def test_one_process_works_here(tmp_path):
     cases = {name: (tmp_path, name) for name in "ab"}
-    assert list(process_cases(write, cases, 1)) == ["a", "b"]
+    assert list(process_cases(write, cases, 1)) == [("a", None), ("b", None)]
     assert (tmp_path / "a").read_text() == str(os.getpid())
 
 
 def test_workers_share_the_cases(tmp_path):
     cases = {name: (tmp_path, name) for name in "abcde"}
-    assert sorted(process_cases(write, cases, 2)) == list("abcde")
+    assert sorted(name for name, _ in process_cases(write, cases, 2)) == list("abcde")
     processes = {(tmp_path / name).read_text() for name in cases}
     assert str(os.getpid()) not in processes
     assert len(processes) <= 2
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_results_come_with_their_case(num_processes):
+    cases = {name: (name, 2) for name in "abc"}
+    assert dict(process_cases(operator.mul, cases, num_processes)) == {"a": "aa", "b": "bb", "c": "cc"}
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -77,7 +77,7 @@ class DatasetFingerprintExtractor:
         """Sample all cases, in their order, with `num_processes` workers (1: in this process).
 
         Raises:
-            CaseError: A case cannot be read, its image and label do not fit, or its worker died.
+            CaseFailedError: A case cannot be read, its image and label do not fit, or its worker died.
         """
         reader = self._determine_reader()
         num_channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])

@@ -23,8 +23,9 @@ def median_target_spacing(spacings: np.ndarray, shapes: np.ndarray, anisotropy_t
         spacings: `(cases, axes)`, mm.
         shapes: `(cases, axes)`, voxels after cropping.
     """
-    target = np.median(spacings, axis=0)
-    median_shape = np.median(shapes, axis=0)
+    # Not np.median, which rounds differently in the last digit when the number of cases is even.
+    target = np.percentile(spacings, 50, axis=0)
+    median_shape = np.percentile(shapes, 50, axis=0)
     worst = int(np.argmax(target))
     others = [axis for axis in range(len(target)) if axis != worst]
     coarsest_other = max(target[others])
