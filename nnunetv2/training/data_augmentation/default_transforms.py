@@ -45,9 +45,9 @@ ELONGATED_2D_PATCH = 1.5
 class PatchGeometry(NamedTuple):
     """How patches are loaded and turned; in the order in which the trainer's hook returns it."""
 
-    rotation_for_DA: tuple[float, float]
+    rotation: tuple[float, float]
     """Range of rotations about each axis, in radians."""
-    do_dummy_2d_data_aug: bool
+    dummy_2d: bool
     """Turn and scale within slices only: across them the patch is too thin."""
     initial_patch_size: np.ndarray
     """What is loaded, int, so that a turned patch lies within it."""

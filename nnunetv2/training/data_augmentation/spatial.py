@@ -18,8 +18,8 @@ class BoundarySpatialTransform(SpatialTransform):
     """Give the labels that `SpatialTransform` gives, in a time that does not grow with their number.
 
     The library interpolates the indicator of every label at every voxel. Here a point is looked up where the voxels
-    around it agree, and interpolated only where they do not, which is a few percent of a patch. Measured on one core for
-    128³ out of 205³ voxels, image included: 170 ms instead of 470 with 3 labels, 200 ms instead of 1600 with 20.
+    around it agree, and interpolated only where they do not, which is a few percent of a patch. Measured on one core
+    for 128³ out of 205³ voxels, image included: 170 ms instead of 470 with 3 labels, 200 instead of 1600 with 20.
 
     Other settings than linear interpolation and constant padding are left to the library, and so are images.
     """

@@ -32,8 +32,9 @@ def read_box(
     whole = (slice(None),) * num_leading
     inside = array[(*whole, *map(slice, first, last))]
     if inside.shape == size:
-        # a slice of an array or a memory map is a view, one of a blosc2 array is not
-        return np.array(inside, dtype) if isinstance(array, np.ndarray) else np.asarray(inside, dtype)
+        # A slice of an array or a memory map is a view of it, which transforms would write into; blosc2's is fresh.
+        inside = np.asarray(inside)
+        return inside.astype(dtype, copy=not inside.flags.owndata)
     box = np.full(size, pad_value, dtype)
     box[(*whole, *(slice(a - low, b - low) for a, b, low in zip(first, last, lower)))] = inside
     return box
