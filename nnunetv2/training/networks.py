@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -39,7 +38,8 @@ def bare_network(network: nn.Module) -> nn.Module:
     """Return the network inside the wrappers of DDP and of torch.compile."""
     if isinstance(network, DistributedDataParallel):
         network = network.module
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
+    # Not by class: importing torch._dynamo takes a second, and only compiled networks have loaded it.
+    return getattr(network, "_orig_mod", network)
 
 
 def portable_state(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -75,17 +75,20 @@ def test_help_answers_at_once_without_torch():
     assert time.perf_counter() - start < 2
 
 
-def test_the_command_trains_validates_and_reports_errors_in_one_line(dataset):
-    command = [sys.executable, "-m", "nnunetv2.run.run_training", "998", "3d_fullres", "0", "-tr", "ShortTrainer",
-               "-device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=dataset.parents[2], env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "Mean Validation Dice: " in done.stdout
+def test_the_command_trains_validates_and_reports_errors_in_one_line(dataset, monkeypatch, capsys):
+    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # the command sets these, the test takes them back
+    monkeypatch.setattr("nnunetv2.utilities.device.set_torch_threads", lambda device_type: None)
+    command = ["nnUNetv2_train", "998", "3d_fullres", "0", "-tr", "ShortTrainer", "-device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    module.run_training_entry()
+    assert "Mean Validation Dice: " in capsys.readouterr().out
     assert (dataset / "validation" / "summary.json").is_file() and (dataset / "checkpoint_final.pth").is_file()
-    failed = subprocess.run([*command, "--c", "--val"], capture_output=True, text=True, cwd=dataset.parents[2],
-                            env=environment)
-    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "use one of them" in failed.stderr
+    monkeypatch.setattr(sys, "argv", [*command, "--c", "--val"])
+    with pytest.raises(SystemExit) as stopped:
+        module.run_training_entry()
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 1 and errors.count("\n") == 1 and "use one of them" in errors
 
 
 # ----------------------------------------------------------------------------------------------------- options

@@ -35,6 +35,7 @@ from nnunetv2.training.data_augmentation.default_transforms import (
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.debug_information import describe_trainer
+from nnunetv2.training.folder_lock import training_in
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -360,15 +361,19 @@ class nnUNetTrainer:
     # ---------------------------------------------------------------- training
 
     def run_training(self) -> None:
-        """Train from the current epoch to the last one."""
-        try:
-            self.on_train_start()
-            while self.current_epoch < self.num_epochs:  # on_epoch_end moves on, and may skip epochs
-                self._run_epoch()
-            self.on_train_end()
-        except BaseException:
-            self._shut_down_dataloaders()
-            raise
+        """Train from the current epoch to the last one.
+
+        Raises:
+            RuntimeError: Another process trains this fold.
+        """
+        with self._hold_output_folder():
+            try:
+                self.on_train_start()
+                while self.current_epoch < self.num_epochs:  # on_epoch_end moves on, and may skip epochs
+                    self._run_epoch()
+                self.on_train_end()
+            finally:
+                self._shut_down_dataloaders()
 
     def _run_epoch(self) -> None:
         self.on_epoch_start()
@@ -607,6 +612,9 @@ class nnUNetTrainer:
     def _wait_for_all_processes(self) -> None:
         if self.is_ddp:
             distributed.barrier()
+
+    def _hold_output_folder(self) -> contextlib.AbstractContextManager[None]:
+        return training_in(self._require(self.output_folder)) if self.local_rank == 0 else contextlib.nullcontext()
 
     def _shut_down_dataloaders(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,0 +1,65 @@
+"""Keep two trainings from writing into one folder."""
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".training.lock"
+
+
+@contextmanager
+def training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder while training into it. The lock ends with the process, however that ends.
+
+    Where the operating system or the file system knows no locks, nothing is held.
+
+    Raises:
+        RuntimeError: Another process trains there; the message says which.
+    """
+    path = Path(folder) / LOCK_FILE
+    descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Create and lock the file; return its descriptor, or None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RuntimeError(f"another training writes into {path.parent} already ({holder or 'unknown process'}); "
+                               "two would overwrite each other's checkpoints. Stop one of them") from error
+        except OSError as error:  # some network file systems
+            logger.debug("cannot lock %s: %s", path, error)
+            os.close(descriptor)
+            return None
+        if _is_still(path, descriptor):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return descriptor
+        os.close(descriptor)  # its holder has removed the file between our opening and our locking it
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
