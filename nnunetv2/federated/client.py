@@ -43,7 +43,10 @@ CONNECT_TIMEOUT_S = 10.0
 LONGEST_PAUSE_S = 60.0
 OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
-PIECE_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
+"""Bytes that are sent at a time."""
+PIECE_BYTES = 256 << 10
+"""Bytes that are received at a time; less than that is lost when a connection breaks."""
 LARGEST_ANSWER = 32 << 20
 """Bytes of an answer that is no file."""
 
@@ -81,7 +84,7 @@ class FederationClient:
         self.pause_s = pause_s
         self._report = report
         self._last_line: str | None = None
-        self._session = open_session(credential.url, token=credential.token)
+        self._session = open_session(credential.url, token=credential.token, pause_s=min(pause_s, 0.2))
         self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-")
         self._document: Document | None = None
         self._number = 0
@@ -298,10 +301,13 @@ class BearerToken(requests.auth.AuthBase):
         return request
 
 
-def open_session(url: str, *, token: str | None = None) -> requests.Session:
-    """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine."""
+def open_session(url: str, *, token: str | None = None, pause_s: float = 0.2) -> requests.Session:
+    """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine.
+
+    It tries three times to connect, with a pause that doubles; what breaks later is the caller's to repeat.
+    """
     session = requests.Session()
-    adapter = _Adapter(max_retries=Retry(total=3, connect=3, read=0, redirect=0, status=0, other=0, backoff_factor=0.2))
+    adapter = _Adapter(max_retries=Retry(total=3, read=False, redirect=0, status=0, other=0, backoff_factor=pause_s))
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     session.trust_env = not is_loopback(urlsplit(url).hostname)
@@ -313,7 +319,7 @@ class _Adapter(HTTPAdapter):
     """Send files in larger blocks than the 16 KiB of the standard library: less work per megabyte."""
 
     def init_poolmanager(self, *args: Any, **keywords: Any) -> None:
-        super().init_poolmanager(*args, **keywords, blocksize=PIECE_BYTES)
+        super().init_poolmanager(*args, **keywords, blocksize=BLOCK_BYTES)
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def incoming(federation) -> list:
 
 
 # ------------------------------------------------------------------------------------------------- who may do what
-@pytest.mark.parametrize("authorization", ["", "Bearer ", "Bearer A", "Bearer A.wrong", "Bearer nobody.x", "Basic QTpi"])
+@pytest.mark.parametrize("authorization", ["", "Bearer ", "Bearer A", "Bearer A.wrong", "Bearer nobody.x", "Basic QTp"])
 @pytest.mark.parametrize(("method", "path"), [
     ("GET", "settings"), ("GET", "status"), ("GET", "runs/r"), ("POST", "failures"), ("POST", "offers/plans/p"),
     ("PUT", "gatherings/plans/p"), ("GET", "gatherings/plans/p")])

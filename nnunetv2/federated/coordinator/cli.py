@@ -204,9 +204,9 @@ def serve(store: Store, settings: FederationSettings, listener: socket.socket, u
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            write_state_file(store.folder, url)
             print_invitations(coordinator.open_invitations(), settings, url)
             say(f"{settings.federation} with {', '.join(settings.sites)} is served at {url}; folder {store.folder}")
+            write_state_file(store.folder, url)
 
         def handle_exit(self, sig: int, frame: object) -> None:
             app.state.changes.stop()

@@ -1,0 +1,359 @@
+"""A site's connection: what it says while it waits, and what it outlasts."""
+import re
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_federation import (
+    LABELS,
+    RUN,
+    in_threads,
+    make_census,
+    make_client,
+    make_registration,
+    make_settings,
+    make_weights,
+    served,
+    train,
+    wait_until,
+)
+
+from nnunetv2.federated import messages
+from nnunetv2.federated.client import BearerToken, FederationClient, open_session
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
+from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.site import SiteCredential
+from nnunetv2.federated.transport import Transport
+from nnunetv2.federated.wire import TensorSpec
+
+BIG = {"encoder.weight": (512, 1024), "encoder.bias": (512,)}  # 2 MiB
+
+
+@pytest.fixture
+def federation(tmp_path):
+    with served(tmp_path / "federation", make_settings()) as federation:
+        yield federation
+
+
+class Cutter:
+    """A connection to a coordinator that breaks after so many bytes, a few times, then works."""
+
+    def __init__(self, url: str, *, upload: list[int] = (), download: list[int] = ()) -> None:
+        self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self._budgets = {"upload": list(upload), "download": list(download)}
+        self.carried = {"upload": 0, "download": 0}
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            for direction, source, sink in (("upload", near, far), ("download", far, near)):
+                threading.Thread(target=self._carry, args=(direction, source, sink), daemon=True).start()
+
+    def _carry(self, direction: str, source: socket.socket, sink: socket.socket) -> None:
+        carried_here = 0
+        try:
+            while data := source.recv(16384):
+                carried_here += len(data)
+                self.carried[direction] += len(data)
+                if self._budgets[direction] and carried_here > self._budgets[direction][0]:
+                    self._budgets[direction].pop(0)
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._listener.close()
+
+
+def moved(credential: SiteCredential, url: str) -> SiteCredential:
+    return SiteCredential(url, credential.federation, credential.site, credential.token)
+
+
+# ----------------------------------------------------------------------------------------------------- the usual way
+def test_two_sites_exchange_and_get_the_same_result(federation):
+    def take_part(site, cases):
+        with federation.client(site) as client:
+            return client.exchange(CENSUS_KEY, make_census(cases)).message.num_cases
+
+    assert in_threads(lambda: take_part("A", 3), lambda: take_part("B", 4)) == [7, 7]
+
+
+def test_the_client_is_a_transport(federation):
+    with federation.client("A") as client:
+        used: Transport = client
+        assert used.settings() == federation.coordinator.settings
+        state = used.run_state("nobody-has-registered-for-this")
+        assert (state.registered, state.open_round, state.closed) == ((), None, False)
+        assert client.status().federation == "test"
+
+
+def test_the_progress_line_names_who_is_missing_and_only_when_that_changes(tmp_path):
+    with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"))) as federation:
+        lines: list[str] = []
+
+        def first():
+            with federation.client("A", lines) as client:
+                return client.exchange(CENSUS_KEY, make_census()).message.num_cases
+
+        def later(site, condition):
+            wait_until(condition)
+            with federation.client(site) as client:
+                client.exchange(CENSUS_KEY, make_census())
+
+        federation.credential("A"), federation.credential("B"), federation.credential("C")
+        results = in_threads(first, lambda: later("C", lambda: len(lines) == 1),
+                             lambda: later("B", lambda: len(lines) == 2))
+        assert results[0] == 9
+        assert lines == ["fingerprint/census: waiting for B, C", "fingerprint/census: waiting for B"]
+
+
+def test_results_do_not_pile_up_on_the_sites_disk(federation):
+    with federation.client("A") as client:
+        folder = client._folder.name
+
+        def count_files(number: int) -> None:
+            files = sorted(Path(folder).iterdir())
+            assert len(files) <= 2, files  # the present result, and its digest
+
+        with federation.client("B") as other:
+            results = in_threads(lambda: train(client, seed=1, num_rounds=3, on_round=count_files),
+                                 lambda: train(other, seed=2, num_rounds=3))
+    assert results[0] == results[1]
+    assert not Path(folder).exists()
+
+
+def test_specs_decide_how_tensors_travel(federation):
+    with federation.client("A") as client:
+        with pytest.raises(FederationError, match="float64"):
+            client.contribute(CENSUS_KEY, make_census(), {"x": np.zeros(3)})
+        with pytest.raises(RefusedError, match="x is not expected"):
+            client.contribute(CENSUS_KEY, make_census(), {"x": np.zeros(3, np.float32)},
+                              specs={"x": TensorSpec("F32", (3,))})
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+def test_a_failed_closing_reaches_every_site_as_one_readable_line(federation):
+    def take_part(site, labels):
+        with federation.client(site) as client:
+            client.exchange(CENSUS_KEY, make_census(labels=labels))
+
+    errors = in_threads(lambda: take_part("A", LABELS), lambda: take_part("B", {"background": 0, "tumour": 1}))
+    for error in errors:
+        assert isinstance(error, RefusedError)
+        assert str(error) == ("the sites' datasets do not go together: labels.liver is 1 at A and absent at B. Make "
+                              "dataset.json (and the segmentations) agree, then run the command again.")
+    assert errors[0].code == "datasets_differ"
+    assert any("fingerprint/census is refused: the sites' datasets" in line for line in federation.lines)
+
+
+def test_a_site_whose_token_is_not_known_has_not_joined(federation):
+    credential = federation.credential("A")
+    with make_client(SiteCredential(credential.url, "test", "A", "A.wrong")) as client, pytest.raises(NotJoinedError):
+        client.settings()
+
+
+def test_what_is_no_coordinator_is_reported_and_asked_again():
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        for _ in range(100):
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
+
+    threading.Thread(target=answer, daemon=True).start()
+    lines: list[str] = []
+    credential = SiteCredential(f"http://127.0.0.1:{listener.getsockname()[1]}", "test", "A", "A.x")
+    with (make_client(credential, lines, give_up_after_s=0.3) as client,
+          pytest.raises(CoordinatorUnreachable, match="answers with status 502")):
+        client.settings()
+    listener.close()
+    assert len(lines) == 1 and "not as a coordinator would; trying again" in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------------ broken lines
+def test_giving_up_takes_as_long_as_was_asked_for_and_says_so_once():
+    lines: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    client = make_client(SiteCredential(f"http://127.0.0.1:{port}", "test", "A", "A.x"), lines, give_up_after_s=0.4)
+    begin = time.monotonic()
+    with client, pytest.raises(CoordinatorUnreachable, match="has not answered for 0.4 s.*refused"):
+        client.settings()
+    assert time.monotonic() - begin >= 0.4
+    assert lines == ["the coordinator cannot be reached (connection refused); trying again"]
+
+
+def test_a_silent_coordinator_is_noticed():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        credential = SiteCredential(f"http://127.0.0.1:{listener.getsockname()[1]}", "test", "A", "A.x")
+        with (make_client(credential, timeout_s=0.2, give_up_after_s=0.3) as client,
+              pytest.raises(CoordinatorUnreachable, match="does not answer in time")):
+            client.settings()
+
+
+def test_a_failure_report_never_raises_and_never_waits(federation):
+    with federation.client("A") as client:
+        client.report_failure(RUN, 2, "out of memory")
+    assert federation.coordinator.status().failures[0].reason == "out of memory"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with make_client(SiteCredential(f"http://127.0.0.1:{port}", "test", "A", "A.x")) as client:
+        begin = time.monotonic()
+        client.report_failure(RUN, 2, "out of memory")
+        assert time.monotonic() - begin < 5
+
+
+def start_big_run(federation) -> None:
+    """Bring a run with tensors of 2 MiB to the point where round 0 takes updates."""
+    def take_part(site, own):
+        with federation.client(site) as client:
+            client.exchange(registration_key(RUN), make_registration(2 if own else 1, BIG, aliases={}))
+            client.exchange(initial_key(RUN), messages.Update(), make_weights(0, BIG) if own else {})
+
+    assert in_threads(lambda: take_part("A", True), lambda: take_part("B", False)) == [None, None]
+
+
+def test_an_upload_that_breaks_is_repeated_and_counts_once(federation):
+    start_big_run(federation)
+    with Cutter(federation.url, upload=[700_000, 1_500_000]) as cutter:
+        with make_client(moved(federation.credential("A"), cutter.url)) as client:
+            receipt = client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, BIG))
+        assert receipt.waiting_for == ("B",)
+    events = [event for event in federation.coordinator.store.load_events("contribution")
+              if event.key == round_key(RUN, 0)]
+    assert len(events) == 1
+
+
+def test_a_receipt_that_gets_lost_costs_no_second_upload(federation):
+    start_big_run(federation)
+    size = sum(4 * int(np.prod(shape)) for shape in BIG.values())
+    # The answer to the offer has about 100 bytes; the receipt for the upload is what exceeds 300.
+    with Cutter(federation.url, download=[300]) as cutter:
+        with make_client(moved(federation.credential("A"), cutter.url)) as client:
+            client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, BIG))
+        assert size < cutter.carried["upload"] < 1.2 * size
+
+
+def test_a_download_goes_on_where_it_broke(federation):
+    start_big_run(federation)
+    size = sum(4 * int(np.prod(shape)) for shape in BIG.values())
+    with Cutter(federation.url, download=[900_000, 700_000]) as cutter:
+        lines: list[str] = []
+        with make_client(moved(federation.credential("A"), cutter.url), lines) as client:
+            document = client.result(initial_key(RUN))
+            expected = make_weights(0, BIG)
+            for name in BIG:
+                np.testing.assert_array_equal(document.read(name), expected[name])
+        assert size < cutter.carried["download"] < 1.4 * size
+        assert lines[-1] == "the coordinator answers again"
+
+
+def test_waiting_outlasts_a_restart_of_the_coordinator(tmp_path):
+    settings = make_settings()
+    with served(tmp_path / "federation", settings) as federation:
+        a, b = federation.credential("A"), federation.credential("B")
+        with make_client(a) as client:
+            client.contribute(CENSUS_KEY, make_census(1))
+    with served(tmp_path / "federation", settings) as federation:
+        with make_client(moved(b, federation.url)) as client:
+            assert client.exchange(CENSUS_KEY, make_census(2)).message.num_cases == 3
+        with make_client(moved(a, federation.url)) as client:
+            assert client.exchange(CENSUS_KEY, make_census(1)).message.num_cases == 3
+
+
+# ---------------------------------------------------------------------------------------------------- asymmetric runs
+def test_a_site_receives_only_the_tensors_that_it_shares(tmp_path):
+    shapes = {"A": {"deep.weight": (3, 3), "stem.weight": (2, 2)}, "B": {"deep.weight": (3, 3), "stem.weight": (2, 2)},
+              "C": {"stem.weight": (2, 2), "own.weight": (5,)}}
+    with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"), num_epochs=None)) as federation:
+        def take_part(site):
+            with federation.client(site) as client:
+                match = client.exchange(registration_key(RUN), make_registration(3, shapes[site], aliases={})).message
+                own = {name for name, owner in match.initial_owner.items() if owner == site}
+                values = {name: np.full(shape, ord(site), np.float32) for name, shape in shapes[site].items()}
+                client.exchange(initial_key(RUN), messages.Update(), {name: values[name] for name in own})
+                shared = {name: values[name] for name, sites in match.shared.items() if site in sites}
+                document = client.exchange(round_key(RUN, 0), messages.Update(), shared)
+                return {name: float(document.read(name).max()) for name in sorted(document.specs)}
+
+        results = in_threads(*(lambda site=site: take_part(site) for site in "ABC"))
+    assert results == [{"deep.weight": 65.5, "stem.weight": 66.0}, {"deep.weight": 65.5, "stem.weight": 66.0},
+                       {"stem.weight": 66.0}]
+
+
+def test_who_misses_a_round_gets_the_latest_aggregate(tmp_path):
+    settings = make_settings(sites=("A", "B", "C"), num_epochs=4, quorum=2, deadline_s=0.1)
+    with served(tmp_path / "federation", settings) as federation:
+        clients = {site: federation.client(site) for site in "ABC"}
+
+        def begin(site):
+            match = clients[site].exchange(registration_key(RUN), make_registration()).message
+            own = [name for name, owner in match.initial_owner.items() if owner == site]
+            clients[site].exchange(initial_key(RUN), messages.Update(), {name: make_weights(0)[name] for name in own})
+
+        def play(site, number):
+            return clients[site].exchange(round_key(RUN, number), messages.Update(), make_weights(number)).message
+
+        assert in_threads(*(lambda site=site: begin(site) for site in "ABC")) == [None] * 3
+        for number in range(3):
+            for aggregate in in_threads(lambda: play("A", number), lambda: play("B", number)):  # noqa: B023
+                assert (aggregate.round, aggregate.missing) == (number, ("C",))
+        late = play("C", 0)  # not counted, and told where the others are
+        assert (late.round, sorted(late.contributors)) == (2, ["A", "B"])
+        last = in_threads(lambda: play("A", 3), lambda: play("B", 3), lambda: play("C", 3))
+        assert all(aggregate.round == 3 for aggregate in last)
+        for client in clients.values():
+            client.close()
+        assert any("round 0 is closed: A, B, missing C" in line for line in federation.lines)
+
+
+# -------------------------------------------------------------------------------------------------------- the session
+def test_proxies_are_used_except_for_this_machine(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    with open_session("http://127.0.0.1:1") as session:
+        assert session.trust_env is False
+    with open_session("https://hospital.example") as session:
+        settings = session.merge_environment_settings("https://hospital.example", {}, None, None, None)
+        assert settings["proxies"]["https"] == "http://proxy.example:3128"
+
+
+def test_a_netrc_does_not_replace_the_token(tmp_path, monkeypatch):
+    import requests
+
+    (tmp_path / ".netrc").write_text("machine hospital.example login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    with open_session("https://hospital.example", token="A.token") as session:
+        prepared = session.prepare_request(requests.Request("GET", "https://hospital.example/v1/status"))
+    assert prepared.headers["Authorization"] == "Bearer A.token"
+    assert isinstance(session.auth, BearerToken)
+
+
+def test_plain_http_beyond_this_machine_must_be_allowed():
+    with pytest.raises(FederationError, match=re.escape("http://hospital.example is plain HTTP")):
+        FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x"))
+    FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x", insecure=True)).close()

@@ -1,0 +1,176 @@
+"""The command nnUNetv2_fed_coordinator."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from fake_federation import PROJECT, CoordinatorProcess, coordinator_process, make_census, make_client, wait_until
+
+from nnunetv2.federated.coordinator import cli
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
+from nnunetv2.federated.messages import CENSUS_KEY
+from nnunetv2.federated.site import decode_invitation, join
+from nnunetv2.federated.store import Store
+
+
+def open_folder(folder, *options):
+    """Do what a start does before it listens."""
+    arguments = cli.build_parser().parse_args(["--folder", str(folder), *options])
+    with Store(arguments.folder) as store:
+        return cli.open_federation(store, cli.given_settings(arguments))
+
+
+def test_the_first_start_fixes_the_settings(tmp_path):
+    settings = open_folder(tmp_path / "f", "--sites", "south", "north", "--epochs", "20", "--iterations", "5",
+                           "--quorum", "2", "--deadline", "90", "--matching", "resolution", "--weighting", "uniform")
+    assert settings.sites == ("north", "south")
+    assert (settings.num_epochs, settings.num_iterations_per_epoch) == (20, 5)
+    assert settings.num_val_iterations_per_epoch is None
+    assert (settings.quorum, settings.deadline_s, settings.matching, settings.weighting) == (
+        2, 90.0, "resolution", "uniform")
+    assert open_folder(tmp_path / "f") == settings
+    assert open_folder(tmp_path / "f", "--epochs", "20", "--sites", "north", "south") == settings
+
+
+def test_defaults_are_those_of_nnunet(tmp_path):
+    settings = open_folder(tmp_path / "f", "--sites", "A", "B")
+    assert (settings.num_epochs, settings.quorum) == (1000, None)
+    assert (settings.matching, settings.weighting) == ("name", "cases")
+
+
+@pytest.mark.parametrize(("options", "complaint"), [
+    (["--epochs", "30"], "with --epochs 20, not 30"), (["--sites", "A", "B", "C"], "with --sites A B, not A B C"),
+    (["--val-iterations", "3"], "with --val-iterations None, not 3"),
+    (["--matching", "resolution"], "with --matching name, not resolution")])
+def test_settings_that_differ_later_are_refused_with_the_difference(tmp_path, options, complaint):
+    open_folder(tmp_path / "f", "--sites", "A", "B", "--epochs", "20")
+    with pytest.raises(FederationError, match=complaint):
+        open_folder(tmp_path / "f", *options)
+
+
+@pytest.mark.parametrize(("options", "complaint"), [
+    (["--sites", "A"], "at least two sites"), (["--sites", "A", "a"], "upper and lower case"),
+    (["--sites", "A", "A"], "names are repeated"), (["--sites", "A", "../B"], "no name for a site"),
+    (["--sites", "A", "B.C"], "no name for a site"), (["--sites", "A", "B", "--epochs", "0"], "num_epochs"),
+    (["--sites", "A", "B", "--quorum", "3", "--deadline", "1"], "--quorum 3 is more than the 2 sites"),
+    (["--sites", "A", "B", "--quorum", "1"], "--quorum needs --deadline"),
+    (["--sites", "A", "B", "--deadline", "-1"], "deadline_s")])
+def test_settings_that_make_no_sense_are_refused(tmp_path, options, complaint):
+    with pytest.raises(FederationError, match=complaint):
+        open_folder(tmp_path / "f", *options)
+    assert open_folder(tmp_path / "f", "--sites", "A", "B").sites == ("A", "B")  # nothing was created
+
+
+def test_the_names_of_the_sites_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with pytest.raises(FederationError, match="--sites NAME NAME"):
+        open_folder(tmp_path / "f")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: "north, south west")
+    assert open_folder(tmp_path / "f").sites == ("north", "south", "west")
+
+
+def test_other_machines_are_not_served_without_tls():
+    cli.check_host("127.0.0.1", insecure=False)
+    cli.check_host("0.0.0.0", insecure=True)
+    with pytest.raises(FederationError, match="reachable from other machines, without TLS"):
+        cli.check_host("0.0.0.0", insecure=False)
+
+
+@pytest.mark.parametrize(("host", "given", "expected"), [
+    ("127.0.0.1", None, "http://127.0.0.1:1"), ("::1", None, "http://[::1]:1"),
+    ("0.0.0.0", "https://hospital.example/fed/", "https://hospital.example/fed")])
+def test_invitations_carry_the_public_address(host, given, expected):
+    assert cli.public_url(host, 1, given) == expected
+
+
+def test_listening_everywhere_needs_an_address():
+    with pytest.raises(FederationError, match="--url"):
+        cli.public_url("0.0.0.0", 1, None)
+
+
+def test_help_answers_at_once_without_torch():
+    begin = time.perf_counter()
+    code = "import sys; sys.modules['torch'] = None; from nnunetv2.federated.coordinator.cli import main; main(['-h'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0 and "--deadline S" in done.stdout
+    assert time.perf_counter() - begin < 2  # about 0.15 s on an idle machine
+
+
+def test_errors_are_one_line(tmp_path):
+    code = "from nnunetv2.federated.coordinator.cli import coordinator_entry; coordinator_entry()"
+    done = subprocess.run([sys.executable, "-c", code, "--folder", str(tmp_path / "f"), "--sites", "A"],
+                          capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "a federation has at least two sites, got A" in done.stderr
+
+
+@pytest.fixture
+def without_torch(tmp_path, monkeypatch):
+    """Let child processes fail to import torch and whatever only training needs."""
+    folder = tmp_path / "blocked"
+    folder.mkdir()
+    for name in ("torch", "scipy", "SimpleITK", "skimage", "nibabel", "blosc2", "batchgenerators", "matplotlib"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} is blocked')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(PROJECT)]))
+
+
+def test_serves_without_torch_and_stops_cleanly(tmp_path, without_torch):
+    folder = tmp_path / "federation"
+    with coordinator_process(folder, "--sites", "A", "B") as process:
+        invitations = [line.split()[2] for line in process.text().splitlines() if "nnUNetv2_fed_join" in line]
+        assert [decode_invitation(word).site for word in invitations] == ["A", "B"]
+        assert {decode_invitation(word).url for word in invitations} == {process.url}
+        credentials = process.credentials()
+        with make_client(credentials["A"]) as a, make_client(credentials["B"]) as b:
+            a.contribute(CENSUS_KEY, make_census(1))
+            assert b.exchange(CENSUS_KEY, make_census(2)).message.num_cases == 3
+        assert process.stop(signal.SIGTERM) == 0
+        assert "fingerprint/census is closed: A, B" in process.text()
+        assert process.text().rstrip().endswith("the coordinator has stopped")
+        assert not (folder / "coordinator.json").exists()
+        assert "GET" not in process.text()  # no line per request
+
+
+def test_later_starts_go_on_at_the_same_port_and_invite_who_has_not_joined(tmp_path):
+    folder = tmp_path / "federation"
+    with coordinator_process(folder, "--sites", "A", "B") as first:
+        words = [line.split()[2] for line in first.text().splitlines() if "nnUNetv2_fed_join" in line]
+        join(decode_invitation(words[0]), path=tmp_path / "A.json")
+        assert first.stop(signal.SIGINT) == 0
+        again = CoordinatorProcess(folder, port=first.port)
+        try:
+            assert again.port == first.port
+            wait_until(lambda: again.text().count("is served at") == 2)
+            assert again.text().count(words[0]) == 1 and again.text().count(words[1]) == 2
+            second = subprocess.run(
+                [sys.executable, "-c", "from nnunetv2.federated.coordinator.cli import coordinator_entry as e; e()",
+                 "--folder", str(folder)], capture_output=True, text=True, cwd=PROJECT)
+            assert second.returncode == 1 and "served by another coordinator" in second.stderr
+        finally:
+            again.stop()
+
+
+def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
+    with coordinator_process(tmp_path / "federation", "--sites", "A", "B") as process:
+        credential = process.credentials()["A"]
+        errors = []
+
+        def wait():
+            with make_client(credential, give_up_after_s=0.5) as client:
+                try:
+                    client.exchange(CENSUS_KEY, make_census())
+                except CoordinatorUnreachable as error:
+                    errors.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        time.sleep(0.5)
+        begin = time.monotonic()
+        assert process.stop() == 0
+        assert time.monotonic() - begin < 4
+        thread.join(10)
+        assert errors
