@@ -1,0 +1,168 @@
+"""Workers that draw batches."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+
+from nnunetv2.training.data_augmentation import augmenters
+from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters, seed_everything
+
+
+class Draws:
+    """Yields one number of each generator and the process it was drawn in."""
+
+    def __next__(self) -> dict:
+        time.sleep(0.005)  # so that every worker gets a turn
+        draws = [np.random.uniform(), torch.rand(1).item(), random.random()]
+        return {"draws": torch.tensor(draws, dtype=torch.float64), "worker": os.getpid(),
+                "threads": torch.get_num_threads(), "target": [torch.zeros(2), torch.zeros(1)]}
+
+
+class Fails:
+    def __next__(self) -> dict:
+        raise ValueError("the third slice is upside down")
+
+
+class Dies:
+    def __next__(self) -> dict:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def start():
+    """Build augmenters and shut them down in the end."""
+    started = []
+
+    def build(loader, num_processes=2, **options) -> WorkerAugmenter:
+        started.append(WorkerAugmenter(loader, None, num_processes, num_cached=4, **options))
+        return started[-1]
+
+    yield build
+    for augmenter in started:
+        augmenter._finish()
+
+
+def first_of_each_worker(augmenter, number: int) -> list[dict]:
+    firsts = {}
+    deadline = time.monotonic() + 30
+    while len(firsts) < number and time.monotonic() < deadline:
+        batch = next(augmenter)
+        firsts.setdefault(batch["worker"], batch)
+    return list(firsts.values())
+
+
+def test_workers_draw_different_numbers_from_every_generator(start):
+    first, second = first_of_each_worker(start(Draws()), 2)
+    assert (first["draws"] != second["draws"]).all()
+    assert len(set(first["draws"].tolist())) == 3
+    assert first["threads"] == 1
+
+
+def test_seeds_repeat_what_a_worker_draws(start):
+    draws = [next(start(Draws(), num_processes=1, seeds=[7]))["draws"] for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+def test_seeding_reaches_all_generators():
+    def draw():
+        seed_everything([3, 1])
+        return np.random.uniform(), torch.rand(1).item(), random.random()
+
+    assert draw() == draw()
+
+
+def test_an_error_in_a_worker_arrives_with_its_text_and_a_hint(start):
+    augmenter = start(Fails())
+    with pytest.raises(RuntimeError, match="(?s)upside down.*nnUNet_n_proc_DA.*shm-size"):
+        next(augmenter)
+    assert not augmenter.initialized
+
+
+def test_a_dead_worker_is_noticed_and_explained(start):
+    start_time = time.monotonic()
+    with pytest.raises(RuntimeError, match="memory ran out"):
+        next(start(Dies()))
+    assert time.monotonic() - start_time < 10
+
+
+def test_a_worker_that_dies_is_noticed_while_others_go_on(start):
+    augmenter = start(Draws())
+    next(augmenter)
+    os.kill(augmenter._processes[0].pid, signal.SIGKILL)
+    augmenter._processes[0].join(5)
+    with pytest.raises(RuntimeError, match="augmentation-0 ended with exit status -9"):
+        next(augmenter)
+
+
+def test_shutdown_leaves_no_process_and_a_restart_works(start):
+    augmenter = start(Draws())
+    next(augmenter)
+    processes = augmenter._processes
+    augmenter._finish()
+    assert not any(process.is_alive() for process in processes)
+    assert "draws" in next(augmenter)
+
+
+def test_without_workers_batches_are_drawn_here():
+    train, val = build_augmenters(Draws(), Draws(), num_processes=0, pin_memory=False)
+    assert isinstance(train, SingleThreadedAugmenter) and isinstance(val, SingleThreadedAugmenter)
+    seed_everything(1)
+    first = next(train)["draws"]
+    seed_everything(1)
+    assert torch.equal(next(train)["draws"], first)
+
+
+@pytest.mark.parametrize(
+    ("number", "train", "val"), [(1, (1, 6), (1, 3)), (12, (12, 6), (6, 3)), (28, (28, 14), (14, 7))]
+)
+def test_validation_gets_half_as_many_workers(number, train, val):
+    built = build_augmenters(Draws(), Draws(), num_processes=number, pin_memory=False)
+    assert [(a.num_processes, a.num_cached) for a in built] == [train, val]
+    assert all(isinstance(a, NonDetMultiThreadedAugmenter) for a in built)
+
+
+def test_workers_can_be_spawned(start, monkeypatch):
+    """As on Windows and macOS: the loader travels as a pickle."""
+    monkeypatch.setattr(augmenters, "choose_start_method", lambda: "spawn")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    batch = next(start(Draws(), num_processes=1))
+    assert batch["worker"] != os.getpid()
+
+
+def _ask_and_wait(connection) -> None:
+    augmenter = WorkerAugmenter(Draws(), None, 1, num_cached=1)
+    next(augmenter)
+    connection.send(augmenter._processes[0].pid)
+    time.sleep(60)
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed():
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    starter = context.Process(target=_ask_and_wait, args=(there,))
+    starter.start()
+    assert here.poll(20)
+    worker = here.recv()
+    os.kill(starter.pid, signal.SIGKILL)
+    starter.join(5)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _is_running(worker):
+        time.sleep(0.05)
+    assert not _is_running(worker)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
