@@ -35,7 +35,7 @@ def write_labels_near_predictions(logits: np.ndarray, new_shape: Sequence[int], 
         return
     best = np.array(resampling_fn(logits[:1], new_shape, current_spacing, new_spacing)[0], dtype=np.float32)
     winners = logits.argmax(0)
-    for label in np.unique(winners[winners > 0]):
+    for label in np.unique(winners[winners > 0]).tolist():
         for box, values in _near(logits[label], winners == label, new_shape):
             wins = values > best[box]
             np.copyto(labels[box], label, where=wins)

@@ -17,6 +17,7 @@ from math import prod
 
 import numpy as np
 
+from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.preprocessing.resampling.default_resampling import (
     determine_do_sep_z_and_axis,
     resample_data_or_seg_to_shape,
@@ -30,10 +31,9 @@ _SLAB_VOXELS = 2**19
 
 @dataclass(frozen=True)
 class GridChange:
-    """Linear interpolation (nearest neighbour with order 0) to a shape, then nearest neighbour along one axis."""
+    """Linear interpolation to a shape, then nearest neighbour along one axis."""
 
     linear_shape: tuple[int, ...]
-    order: int
     nearest_axis: int = 0
     nearest: np.ndarray | None = None
     """Per position of the final grid along `nearest_axis`, the position of the linear grid; None changes nothing."""
@@ -43,24 +43,24 @@ def find_grid_change(resampling_fn: Callable, old_shape: Sequence[int], new_shap
                      current_spacing: Sequence[float], new_spacing: Sequence[float]) -> GridChange | None:
     """Express a plan's `resampling_fn_probabilities` as a grid change; None if it is anything else.
 
-    Known are the default function up to order 1 and the linear one on torch; both put voxel centres at half positions
+    Known are the default function of order 1 and the linear one on torch; both put voxel centres at half positions
     and repeat edge voxels.
     """
     if tuple(old_shape) == tuple(new_shape):
-        return GridChange(tuple(new_shape), 1)
-    options = _linear_options(resampling_fn)
+        return GridChange(tuple(new_shape))
+    options = _anisotropy_options(resampling_fn)
     if options is None or len(old_shape) != 3:
         return None
     separate, axis = determine_do_sep_z_and_axis(options["force_separate_z"], current_spacing, new_spacing,
                                                  options["separate_z_anisotropy_threshold"])
     if not separate:
-        return GridChange(tuple(new_shape), options["order"])
+        return GridChange(tuple(new_shape))
     linear_shape = tuple(old_shape[i] if i == axis else n for i, n in enumerate(new_shape))
-    return GridChange(linear_shape, options["order"], axis, nearest_indices(old_shape[axis], new_shape[axis]))
+    return GridChange(linear_shape, axis, nearest_indices(old_shape[axis], new_shape[axis]))
 
 
-def _linear_options(resampling_fn: Callable) -> dict | None:
-    """Return order and separate-z options of a partial function that interpolates linearly, else None."""
+def _anisotropy_options(resampling_fn: Callable) -> dict | None:
+    """Return what decides on separate z in a partial function that interpolates linearly, else None."""
     from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
 
     if not isinstance(resampling_fn, partial) or resampling_fn.args:
@@ -68,16 +68,15 @@ def _linear_options(resampling_fn: Callable) -> dict | None:
     given = resampling_fn.keywords
     if given.get("is_seg", False):
         return None
-    anisotropy = {"separate_z_anisotropy_threshold": given.get("separate_z_anisotropy_threshold", 3)}
+    threshold = {"separate_z_anisotropy_threshold": given.get("separate_z_anisotropy_threshold", ANISO_THRESHOLD)}
     if resampling_fn.func is resample_data_or_seg_to_shape:
-        order = given.get("order", 3)
-        if order > 1 or given.get("order_z", 0) != 0:
+        if given.get("order", 3) != 1 or given.get("order_z", 0) != 0:
             return None
-        return {"order": order, "force_separate_z": given.get("force_separate_z", False), **anisotropy}
+        return {"force_separate_z": given.get("force_separate_z", False), **threshold}
     if resampling_fn.func is resample_torch_fornnunet:
         if given.get("mode", "linear") != "linear" or given.get("aniso_axis_mode", "nearest-exact") != "nearest-exact":
             return None
-        return {"order": 1, "force_separate_z": given.get("force_separate_z"), **anisotropy}
+        return {"force_separate_z": given.get("force_separate_z"), **threshold}
     return None
 
 
@@ -115,7 +114,7 @@ def write_labels_and_probabilities(logits: np.ndarray, change: GridChange, label
 
 def _for_all_bands(write: Callable[[Band], None], logits: np.ndarray, change: GridChange, num_threads: int) -> None:
     rows = max(1, _SLAB_VOXELS // max(1, prod(change.linear_shape[1:])))
-    bands = axis_bands(logits.shape[1], change.linear_shape[0], change.order, np.dtype(np.float32), rows)
+    bands = axis_bands(logits.shape[1], change.linear_shape[0], 1, np.dtype(np.float32), rows)
     if num_threads < 2 or len(bands) < 2:
         for band in bands:
             write(band)
@@ -131,7 +130,7 @@ def _resample_slab(channel: np.ndarray, band: Band, change: GridChange) -> np.nd
     if band.weights is not None:
         planes = np.tensordot(band.weights, planes, axes=1)
     for axis, new in enumerate(change.linear_shape[1:], start=1):
-        planes = resample_axis(planes, axis, new, change.order)
+        planes = resample_axis(planes, axis, new, order=1)
     return planes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from nnunetv2.inference.forward_budget import ForwardBudget, is_out_of_memory
 from nnunetv2.inference.mirroring import mirror_combinations, mirrored_mean
 from nnunetv2.inference.sliding_window_prediction import (
