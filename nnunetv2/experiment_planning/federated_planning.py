@@ -112,7 +112,9 @@ def summarise(samples: Sequence[CaseSample], intensities: Sequence[tuple[np.ndar
     spacings, shapes = statistics.sorted_geometry([sample.spacing for sample in samples],
                                                   [sample.shape_after_crop for sample in samples])
     moments = [statistics.Moments.of(values, counts) for values, counts in intensities]
-    extrema = tuple((float(values.min()), float(values.max())) for values, _ in intensities) if share_extrema else None
+    has_foreground = all(len(values) for values, _ in intensities)
+    extrema = tuple((float(values.min()), float(values.max())) for values, _ in intensities) \
+        if share_extrema and has_foreground else None
     return messages.CoarseSummary(
         spacings=spacings, shapes=shapes, relative_sizes=tuple(sorted(sample.relative_size for sample in samples)),
         moments=tuple(messages.ChannelMoments(count=m.count, mean=m.mean, m2=m.m2) for m in moments),

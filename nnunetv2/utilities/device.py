@@ -102,11 +102,16 @@ def to_fast_memory_format_(network_or_tensor: NetworkOrTensor, device: torch.dev
 
 
 def set_torch_threads(device_type: str) -> None:
-    """Give torch all cores that this process may use on `cpu`, and one on `cuda`, where cores feed the GPU."""
+    """Give torch all cores that this process may use on `cpu`, and one on `cuda`, where cores feed the GPU.
+
+    OMP_NUM_THREADS, if set, is the number on `cpu`: several trainings on one machine share its cores that way, where
+    each with a thread per core would run many times slower.
+    """
     import torch
 
     if device_type == "cpu":
-        torch.set_num_threads(usable_cpu_count())
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        torch.set_num_threads(int(wanted) if wanted.isdecimal() and int(wanted) > 0 else usable_cpu_count())
     elif device_type == "cuda":
         torch.set_num_threads(1)
         try:

@@ -85,7 +85,7 @@ def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
     assert first.keys() == second.keys()
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name], err_msg=name)
-    model = tmp_path / "coordinator" / "models" / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+    model = tmp_path / "coordinator" / "models" / f"nnUNetTrainerAsymFedAvg__nnUNetPlans__{CONFIGURATION}"
     images = Path(sites[0].environment["nnUNet_raw"]) / f"Dataset{sites[0].dataset}_Phantom" / "imagesTs"
     run_everywhere(sites[:1], lambda _: [
         "nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", "0", "-i", str(images), "-o",
