@@ -57,27 +57,24 @@ class DefaultPreprocessor:
         has_seg = seg is not None
         if has_seg:
             seg = seg.transpose(axes)
-        original_spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
+        spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
 
         properties["shape_before_cropping"] = data.shape[1:]
-        data, seg, bbox = crop_to_nonzero(data, seg)
-        properties["bbox_used_for_cropping"] = bbox
-        properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
+        data, seg, properties["bbox_used_for_cropping"] = crop_to_nonzero(data, seg)
+        old_shape = properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
 
-        target_spacing = list(configuration_manager.spacing)
-        if len(target_spacing) < len(data.shape[1:]):  # 2d: slices stay where they are
-            target_spacing = [original_spacing[0], *target_spacing]
-        new_shape = compute_new_shape(data.shape[1:], original_spacing, target_spacing)
+        wanted = list(configuration_manager.spacing)
+        wanted = spacing[:len(spacing) - len(wanted)] + wanted  # 2d: slices stay as far apart as they are
+        grid = (compute_new_shape(old_shape, spacing, wanted), spacing, wanted)
 
         # Before resampling, which blurs the border of the mask that some normalizations work within.
         data = self._normalize(data, seg, configuration_manager,
                                plans_manager.foreground_intensity_properties_per_channel)
-        old_shape = data.shape[1:]
-        data = configuration_manager.resampling_fn_data(data, new_shape, original_spacing, target_spacing)
-        seg = configuration_manager.resampling_fn_seg(seg, new_shape, original_spacing, target_spacing)
+        data = configuration_manager.resampling_fn_data(data, *grid)
+        seg = configuration_manager.resampling_fn_seg(seg, *grid)
         if self.verbose:
-            logger.info("shape %s with spacing %s became shape %s with spacing %s", old_shape, original_spacing,
-                        data.shape[1:], target_spacing)
+            logger.info("shape %s with spacing %s became shape %s with spacing %s", old_shape, spacing,
+                        data.shape[1:], wanted)
 
         if has_seg:
             label_manager = plans_manager.get_label_manager(_read_if_path(dataset_json))

@@ -45,12 +45,10 @@ class nnUNetBaseDataset(ABC):
 
     def __init__(self, folder: str, identifiers: list[str] | None = None,
                  folder_with_segs_from_previous_stage: str | None = None):
-        if identifiers is None:
-            identifiers = self.get_identifiers(folder)
-        identifiers.sort()
         self.source_folder = folder
         self.folder_with_segs_from_previous_stage = folder_with_segs_from_previous_stage
-        self.identifiers = identifiers
+        self.identifiers = self.get_identifiers(folder) if identifiers is None else identifiers
+        self.identifiers.sort()
 
     def __getitem__(self, identifier: str) -> Case:
         return self.load_case(identifier)
