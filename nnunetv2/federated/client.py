@@ -40,6 +40,7 @@ TIMEOUT_S = 60.0
 POLL_S = 25.0
 """How long the coordinator may hold an answer back while it waits for other sites."""
 CONNECT_TIMEOUT_S = 10.0
+FAILURE_TIMEOUT_S = 3.0
 LONGEST_PAUSE_S = 60.0
 OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
@@ -169,16 +170,18 @@ class FederationClient:
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
         """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises."""
-        report = bodies.FailureReport(run=run, round=round_number, reason=reason[:8000])
         try:
-            self._ask("POST", "failures", None, json_body=report)
-        except FederationError as error:
+            report = bodies.FailureReport(run=run, round=round_number, reason=reason[:8000])
+            self._ask("POST", "failures", None, json_body=report, timeout_s=min(FAILURE_TIMEOUT_S, self.timeout_s))
+        except (FederationError, ValueError) as error:
             logger.warning("the coordinator could not be told of the failure: %s", error)
 
     # -------------------------------------------------------------------------------------------------- requests
-    def _ask(self, method: str, path: str, model: type[BaseModel] | None, *, json_body: BaseModel | None = None) -> Any:
+    def _ask(self, method: str, path: str, model: type[BaseModel] | None, *, json_body: BaseModel | None = None,
+             timeout_s: float | None = None) -> Any:
         """Send one request with a small answer; None if the answer has no body."""
-        with self._request(method, path, data=None if json_body is None else encode_json(json_body)) as response:
+        data = None if json_body is None else encode_json(json_body)
+        with self._request(method, path, data=data, timeout_s=timeout_s) as response:
             content = _read_small(response)
         return decode_json(model, content) if model is not None and content else None
 
@@ -212,8 +215,8 @@ class FederationClient:
         return None
 
     @contextmanager
-    def _request(self, method: str, path: str, *, data: Any = None,
-                 headers: Mapping[str, str] | None = None) -> Iterator[requests.Response]:
+    def _request(self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] | None = None,
+                 timeout_s: float | None = None) -> Iterator[requests.Response]:
         """Send one request and yield the answer if it is a good one.
 
         Raises:
@@ -221,10 +224,11 @@ class FederationClient:
             RefusedError: The coordinator says no.
             NotJoinedError: It does not know this site.
         """
+        timeout_s = timeout_s or self.timeout_s
         with _translated_errors():
             response = self._session.request(method, f"{self.credential.url}/v1/{path}", data=data, headers=headers,
                                              stream=True, allow_redirects=False,
-                                             timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s))
+                                             timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s))
             with response:
                 _check_status(response)
                 yield response

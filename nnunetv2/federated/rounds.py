@@ -180,7 +180,8 @@ def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
         raise RefusedError(
             f"{gathering.key} is closed, and what site {site} sends now differs from what it sent before",
             "Its data, plans or network have changed since: undo the change, or start a new federation "
-            "(nnUNetv2_fed_coordinator --folder NEW).", code="already_closed")
+            "(nnUNetv2_fed_coordinator --folder NEW). Changed plans can also go by another name "
+            "(-overwrite_plans_name).", code="already_closed")
     return Verdict.STORE
 
 

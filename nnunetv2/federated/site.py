@@ -150,7 +150,7 @@ def load_credential(path: Path | None = None) -> SiteCredential:
     fields = {"url", "federation", "site", "token", "insecure"}
     if not isinstance(content, dict) or content.pop("version", None) != CREDENTIAL_VERSION or content.keys() != fields:
         raise NotJoinedError(f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
-                             "join again with a new invitation")
+                             "join again with a new invitation and --replace")
     return SiteCredential(**content)
 
 

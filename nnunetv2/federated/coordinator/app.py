@@ -186,8 +186,8 @@ async def receive_file(request: Request, path: Path, *, size: int) -> str:
 
 
 async def drain(request: Request) -> None:
-    """Read what is left of a small body: a client that is still sending would miss the answer."""
-    if int(request.headers.get("content-length") or 0) <= DRAINED_BYTES and not request._stream_consumed:
+    """Read a small body that nobody wants: a client that is still sending would miss the answer."""
+    if int(request.headers.get("content-length") or 0) <= DRAINED_BYTES:
         async for _ in request.stream():
             pass
 

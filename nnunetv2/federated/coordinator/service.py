@@ -94,6 +94,7 @@ class Coordinator:
         """Called with a key whenever its gathering has changed, on any thread."""
         self._sites = store.load_sites()
         self._traffic = defaultdict(Traffic, store.load_traffic())
+        self._unsaved_traffic: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
         self._gathering_locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
         self._wake = threading.Condition()
@@ -396,10 +397,12 @@ class Coordinator:
         """Add to the counters of a site; the key "" is for everything but gatherings."""
         with self._lock:
             self._traffic[site, key] += traffic
+            self._unsaved_traffic.add((site, key))
 
     def _save_traffic(self) -> None:
         with self._lock:
-            counters = dict(self._traffic)
+            counters = {place: self._traffic[place] for place in self._unsaved_traffic}
+            self._unsaved_traffic.clear()
         self.store.save_traffic(counters)
 
 
