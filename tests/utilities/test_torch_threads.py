@@ -14,7 +14,10 @@ def _restore_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("wanted", "expected"), [("1", 1), ("3", 3), ("", usable_cpu_count()), ("0", usable_cpu_count())])
+ALL_CORES = usable_cpu_count()
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("1", 1), ("3", 3), ("", ALL_CORES), ("0", ALL_CORES)])
 def test_the_variable_of_openmp_decides_on_a_cpu(wanted, expected, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     set_torch_threads("cpu")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8750
 DEFAULT_EPOCHS = 1000
+DEFAULT_SITES = ("site1", "site2", "site3")
 STATE_FILE = "coordinator.json"
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
@@ -55,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS; only where the "
                        "network itself is protected")
     what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
-    what.add_argument("--sites", nargs="+", metavar="NAME", help="names of the sites; asked for if not given")
+    what.add_argument("--sites", nargs="+", metavar="NAME",
+                      help=f"names of the sites (default: {' '.join(DEFAULT_SITES)})")
     what.add_argument("--epochs", type=int, metavar="N",
                       help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})")
     what.add_argument("--iterations", type=int, metavar="N",
@@ -97,11 +99,12 @@ def new_settings(given: dict[str, object]) -> FederationSettings:
 
 
 def ask_for_sites() -> tuple[str, ...]:
-    """Ask the person at the terminal for the sites' names."""
-    if not sys.stdin.isatty():
-        raise FederationError("a new federation needs the names of its sites: --sites NAME NAME ...")
-    words = input("Names of the sites, with blanks between them: ").replace(",", " ").split()
-    return tuple(sorted(check_site_name(word) for word in words))
+    """Ask the person at the terminal for the sites' names; without a terminal or an answer, use the default."""
+    question = f"Names of the sites, with blanks between them [{' '.join(DEFAULT_SITES)}]: "
+    words = input(question).replace(",", " ").split() if sys.stdin.isatty() else []
+    if not words:
+        say(f"the sites are called {', '.join(DEFAULT_SITES)}; choose other names with --sites and another --folder")
+    return tuple(sorted(check_site_name(word) for word in words or DEFAULT_SITES))
 
 
 def check_settings(settings: FederationSettings) -> None:
