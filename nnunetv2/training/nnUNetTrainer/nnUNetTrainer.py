@@ -85,7 +85,7 @@ class nnUNetTrainer:
         fold: Number of the fold, or 'all'.
         dataset_json: Content of dataset.json.
         device: Where to train. With distributed training every process takes the GPU of its rank.
-        unpack_dataset: Not used. Trainers written for releases before 2.4 pass it, some of them by position, before
+        unpack_dataset: Not used. Trainers written for earlier releases pass it, some of them by position, before
             the device.
     """
 
@@ -109,15 +109,11 @@ class nnUNetTrainer:
         self.fold = fold
         self._set_folders()
 
-        self.initial_lr = 1e-2
-        self.weight_decay = 3e-5
-        self.oversample_foreground_percent = 0.33
-        self.probabilistic_oversampling = False
-        self.num_iterations_per_epoch = 250
-        self.num_val_iterations_per_epoch = 50
-        self.num_epochs = 1000
-        self.current_epoch = 0
+        self.num_epochs, self.current_epoch = 1000, 0
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 250, 50
+        self.initial_lr, self.weight_decay = 0.01, 3e-5
         self.enable_deep_supervision = True
+        self.oversample_foreground_percent, self.probabilistic_oversampling = 0.33, False
 
         # What initialize() and on_train_start() fill in.
         self.dataset_class: type[nnUNetBaseDataset] | None = None
@@ -542,10 +538,9 @@ class nnUNetTrainer:
             checkpoint = checkpoint_files.load_checkpoint_file(checkpoint, map_location=self.device)
         network = bare_network(self.network)
         network.load_state_dict(adapt_weight_names(checkpoint["network_weights"], network.state_dict()))
+        self.current_epoch, self._best_ema = checkpoint["current_epoch"], checkpoint["_best_ema"]
         self.my_init_kwargs = checkpoint["init_args"]
-        self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
-        self._best_ema = checkpoint["_best_ema"]
         self.inference_allowed_mirroring_axes = checkpoint.get("inference_allowed_mirroring_axes",
                                                                self.inference_allowed_mirroring_axes)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
