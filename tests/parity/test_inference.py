@@ -21,7 +21,7 @@ MODELS = {
                                lessons=LESSONS),
     "transposed": TinyModel(patch_size=(24, 32, 24), spacing=(1.2, 0.8, 1.0), transpose_forward=(2, 0, 1),
                               lessons=LESSONS),
-    "spinalcord": TinyModel(patch_size=(8, 48, 48), spacing=(4.0, 0.4, 0.4), mirroring_axes=(1, 2), lessons=LESSONS),
+    "spinalcord": TinyModel(patch_size=(8, 64, 64), spacing=(4.0, 0.7, 0.7), mirroring_axes=(1, 2), lessons=LESSONS),
     "regions": TinyModel(patch_size=(24, 32, 24), spacing=(1.2, 0.8, 1.0), regions_class_order=(1, 2),
                          labels={"background": 0, "whole": [1, 2], "core": [2]}, lessons=LESSONS),
     "slices": TinyModel(patch_size=(32, 40), spacing=(0.9, 0.8), mirroring_axes=(0, 1), lessons=LESSONS),

@@ -1,0 +1,353 @@
+"""Tests of the predictor: files in, files out, arrays in, arrays out."""
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import write_model
+
+from nnunetv2.inference import predict_from_raw_data as public
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+MODEL_FILES = ["dataset.json", "plans.json", "predict_from_raw_data_args.json"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def read(path):
+    import SimpleITK as sitk
+
+    return sitk.ReadImage(str(path))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predictions_have_the_geometry_of_their_images(make_predictor, write_images, tmp_path, workers):
+    images = write_images()
+    results = make_predictor().predict_from_files(str(images), str(tmp_path / "out"),
+                                                  num_processes_preprocessing=workers,
+                                                  num_processes_segmentation_export=workers)
+    assert results == [None, None]
+    assert names_in(tmp_path / "out") == [MODEL_FILES[0], "liver_1.nii.gz", "liver_2.nii.gz", *MODEL_FILES[1:]]
+    for case in ("liver_1", "liver_2"):
+        image, labels = read(images / f"{case}_0000.nii.gz"), read(tmp_path / "out" / f"{case}.nii.gz")
+        assert labels.GetSize() == image.GetSize()
+        for what in ("Spacing", "Origin", "Direction"):
+            np.testing.assert_allclose(getattr(labels, f"Get{what}")(), getattr(image, f"Get{what}")(), atol=1e-6)
+
+
+def test_probabilities_come_with_properties_and_arguments_are_noted(make_predictor, write_images, tmp_path):
+    predictor = make_predictor(folds=(0, 1), use_folds=None)
+    predictor.predict_from_files(write_images(["a"]), tmp_path / "out", save_probabilities=True)
+    assert names_in(tmp_path / "out") == ["a.nii.gz", "a.npz", "a.pkl", *MODEL_FILES]
+    arguments = json.loads((tmp_path / "out" / "predict_from_raw_data_args.json").read_text())
+    assert list(arguments) == [
+        "folder_with_segs_from_prev_stage", "list_of_lists_or_source_folder", "num_parts",
+        "num_processes_preprocessing", "num_processes_segmentation_export",
+        "output_folder_or_list_of_truncated_output_files", "overwrite", "part_id", "save_probabilities"]
+    assert json.loads((tmp_path / "out" / "plans.json").read_text()) == predictor.plans_manager.plans
+
+
+def test_results_are_returned_where_no_output_is_named(make_predictor, write_images):
+    results = make_predictor().predict_from_files(str(write_images()), None)
+    assert [result.shape for result in results] == [(14, 18, 22)] * 2
+    assert all(result.dtype == np.uint8 for result in results)
+
+
+def test_sequential_prediction_returns_an_empty_list_for_files(make_predictor, write_images, tmp_path):
+    predictor, images = make_predictor(), write_images()
+    assert predictor.predict_from_files_sequential(str(images), str(tmp_path / "out")) == []
+    assert len(json.loads((tmp_path / "out" / "predict_from_raw_data_args.json").read_text())) == 5
+    sequential = predictor.predict_from_files_sequential(str(images), None, save_probabilities=True)
+    parallel = predictor.predict_from_files(str(images), None, save_probabilities=True)
+    for (mine, my_probabilities), (theirs, their_probabilities) in zip(sequential, parallel):
+        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_array_equal(my_probabilities, their_probabilities)
+
+
+def test_nothing_left_to_do_returns_none(make_predictor, write_images, tmp_path):
+    predictor, images = make_predictor(), str(write_images())
+    predictor.predict_from_files(images, str(tmp_path / "out"))
+    assert predictor.predict_from_files(images, str(tmp_path / "out"), overwrite=False) is None
+    assert predictor.predict_from_files_sequential(images, str(tmp_path / "out"), overwrite=False) is None
+
+
+def test_lists_of_files_go_to_the_outputs_named_for_them(make_predictor, write_images, tmp_path):
+    images = write_images(["x", "y"])
+    make_predictor().predict_from_files([[images / "y_0000.nii.gz"], [str(images / "x_0000.nii.gz")]],
+                                        [tmp_path / "out" / "first", str(tmp_path / "out" / "second")])
+    assert {"first.nii.gz", "second.nii.gz", *MODEL_FILES} == set(names_in(tmp_path / "out"))
+    assert read(tmp_path / "out" / "first.nii.gz").GetOrigin()[2] == 104  # y is the second image
+
+
+def test_parts_share_the_cases(make_predictor, write_images, tmp_path):
+    predictor, images = make_predictor(), str(write_images(["a", "b", "c"]))
+    assert predictor.predict_from_files(images, str(tmp_path / "out"), num_parts=2, part_id=1) == [None]
+    assert predictor.predict_from_files(images, str(tmp_path / "out"), num_parts=2, part_id=0) == [None] * 2
+    assert {"a.nii.gz", "b.nii.gz", "c.nii.gz"} < set(names_in(tmp_path / "out"))
+    with pytest.raises(ValueError, match="part 2 of 2"):
+        predictor.predict_from_files(images, str(tmp_path / "out"), num_parts=2, part_id=2)
+
+
+def test_a_damaged_image_is_named(make_predictor, write_images, tmp_path):
+    images = write_images()
+    (images / "liver_2_0000.nii.gz").write_bytes(b"no image")
+    with pytest.raises(RuntimeError, match=r"^Background workers died\. case liver_2"):
+        make_predictor().predict_from_files(str(images), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "liver_1.nii.gz").exists()  # what was predicted before is kept
+
+
+def test_a_failed_export_does_not_stop_the_others(make_predictor, write_images, tmp_path):
+    predictor, out = make_predictor(), tmp_path / "out"
+    (out / "liver_1.nii.gz").mkdir(parents=True)  # cannot be replaced by a file
+    with pytest.raises(RuntimeError, match="1 of 2 cases could not be exported: liver_1"):
+        predictor.predict_from_files(str(write_images()), str(out))
+    assert (out / "liver_2.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("changes", [{}, {"transpose_forward": (2, 0, 1)}, {"patch_size": (12, 16), "spacing": (1, 1)}])
+def test_arrays_are_predicted_as_files_are(make_predictor, write_images, changes):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    changes = {**changes, "mirroring_axes": (0, 1)}
+    images = write_images(["a"])
+    predictor = make_predictor(**changes)
+    image, properties = SimpleITKIO().read_images([str(images / "a_0000.nii.gz")])
+    before = json.dumps({key: str(value) for key, value in properties.items()})
+    single = predictor.predict_single_npy_array(image, properties)
+    assert json.dumps({key: str(value) for key, value in properties.items()}) == before
+    assert single.shape == image.shape[1:]
+    np.testing.assert_array_equal(single, predictor.predict_from_files([[str(images / "a_0000.nii.gz")]], None)[0])
+    listed = predictor.predict_from_list_of_npy_arrays([image, image], None, [properties] * 2, None, 2)
+    assert all(np.array_equal(single, labels) for labels in listed)
+    alone = predictor.predict_from_list_of_npy_arrays(image, None, properties, None, save_probabilities=True)
+    assert alone[0][1].shape == (3, *single.shape)
+
+
+def test_an_array_is_written_where_asked(make_predictor, write_images, tmp_path):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    image, properties = SimpleITKIO().read_images([str(write_images(["a"]) / "a_0000.nii.gz")])
+    assert make_predictor().predict_single_npy_array(image, properties, None, str(tmp_path / "case"), True) is None
+    assert {"case.nii.gz", "case.npz", "case.pkl"} < set(names_in(tmp_path))
+
+
+def test_preprocessed_data_may_come_from_a_file(make_predictor, write_images, tmp_path):
+    predictor, images = make_predictor(), write_images(["a"])
+    files = [[str(images / "a_0000.nii.gz")]]
+    item, = predictor._internal_get_data_iterator_from_lists_of_filenames(files, [None], None, 1)
+    np.save(tmp_path / "data.npy", item["data"].numpy())
+    result, = predictor.predict_from_data_iterator([{**item, "data": str(tmp_path / "data.npy")}])
+    assert not (tmp_path / "data.npy").exists()
+    np.testing.assert_array_equal(result, predictor.predict_from_files(files, None)[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7), (16, 12, 20), (21, 13, 33)])
+def test_logits_are_half_precision_in_main_memory_and_have_the_shape_of_the_image(make_predictor, shape):
+    predictor = make_predictor()
+    logits = predictor.predict_logits_from_preprocessed_data(torch.randn(1, *shape))
+    assert logits.dtype == torch.float16
+    assert logits.device.type == "cpu"
+    assert logits.shape == (3, *shape)
+
+
+def test_folds_are_averaged(make_predictor):
+    image = torch.randn(1, 16, 14, 21)
+    both = make_predictor(folds=(0, 1), use_folds=[0, 1]).predict_logits_from_preprocessed_data(image).float()
+    single = [make_predictor(use_folds=fold).predict_logits_from_preprocessed_data(image).float() for fold in ("0", 1)]
+    torch.testing.assert_close(both, (single[0] + single[1]) / 2, atol=2e-3, rtol=2e-3)
+
+
+def test_batches_of_tiles_and_copies_change_nothing(make_predictor):
+    predictor, image = make_predictor(), torch.randn(1, 20, 18, 31)
+    batched = predictor.predict_sliding_window_return_logits(image)
+    predictor._budget.voxels = 0
+    torch.testing.assert_close(predictor.predict_sliding_window_return_logits(image), batched, atol=2e-3, rtol=2e-3)
+
+
+def test_without_gaussian_and_mirroring_a_single_tile_is_the_networks_answer(make_predictor):
+    predictor = make_predictor(options={"use_gaussian": False, "use_mirroring": False})
+    image = torch.randn(1, 16, 12, 20)
+    logits = predictor.predict_logits_from_preprocessed_data(image)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits.float(), predictor.network(image[None])[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("axes", [None, ()])
+def test_no_axes_mean_no_mirroring(make_predictor, axes):
+    predictor = make_predictor(mirroring_axes=axes)
+    tile = torch.randn(1, 1, 16, 12, 20)
+    with torch.inference_mode():
+        torch.testing.assert_close(predictor._internal_maybe_mirror_and_predict(tile), predictor.network(tile))
+
+
+def test_mirroring_along_a_missing_axis_is_refused(make_predictor):
+    predictor = make_predictor(patch_size=(16, 16), spacing=(1.0, 1.0), mirroring_axes=(0, 1, 2))
+    with pytest.raises(AssertionError, match="cannot mirror"):
+        predictor.predict_logits_from_preprocessed_data(torch.randn(1, 3, 16, 16))
+
+
+def test_an_overridden_tile_method_sees_one_tile_at_a_time(make_predictor):
+    class Own(nnUNetPredictor):
+        def _internal_maybe_mirror_and_predict(self, x):
+            assert x.shape == (1, 1, 16, 12, 20)
+            return torch.cat((x, -x, 2 * x), dim=1)
+
+    image = torch.randn(1, 20, 18, 31)
+    logits = make_predictor(predictor_class=Own).predict_logits_from_preprocessed_data(image)
+    torch.testing.assert_close(logits.float(), torch.cat((image, -image, 2 * image)), atol=5e-3, rtol=2e-3)
+
+
+def test_a_network_put_in_the_place_of_ours_gets_batches_of_one(make_predictor):
+    class Exported(torch.nn.Module):
+        def forward(self, x):
+            assert len(x) == 1
+            return x.expand(-1, 3, -1, -1, -1)
+
+    predictor, image = make_predictor(), torch.randn(1, 20, 18, 31)
+    predictor.network = Exported()
+    logits = predictor.predict_sliding_window_return_logits(image)
+    torch.testing.assert_close(logits[0].float(), image[0], atol=5e-3, rtol=2e-3)
+
+
+def test_the_patch_size_may_be_edited(make_predictor):
+    predictor = make_predictor()
+    predictor.configuration_manager.configuration["patch_size"] = [8, 8, 8]
+    assert predictor._internal_get_sliding_window_slicers((8, 8, 12))[1] == (
+        slice(None), slice(0, 8), slice(0, 8), slice(4, 12))
+
+
+def test_a_trainer_lookup_put_in_the_place_of_ours_is_used(make_predictor, monkeypatch):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    asked = []
+    monkeypatch.setattr(public, "recursive_find_trainer_class_by_name", lambda name: asked.append(name) or nnUNetTrainer)
+    make_predictor(trainer="nnUNetTrainerOfSomebodyElse")
+    assert asked == ["nnUNetTrainerOfSomebodyElse"]
+
+
+def test_a_trainer_class_may_be_handed_in(tmp_path):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    folder = write_model(tmp_path / "model", trainer="Unknown", folds=("all",))
+    predictor.initialize_from_trained_model_folder(str(folder), "all", trainer_class=nnUNetTrainer)
+    assert predictor.trainer_name == "Unknown"
+
+
+def test_trainers_of_the_older_kind_are_built_with_a_warning(tmp_path):
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    class Old:
+        @staticmethod
+        def build_network_architecture(architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import,
+                                       num_input_channels, num_output_channels, enable_deep_supervision=True):
+            return get_network_from_plans(architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import,
+                                          num_input_channels, num_output_channels, True, enable_deep_supervision)
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    with pytest.warns(DeprecationWarning, match="build_network_architecture"):
+        predictor.initialize_from_trained_model_folder(str(write_model(tmp_path / "model")), (0,), trainer_class=Old)
+
+
+def test_exports_put_in_the_place_of_ours_are_used(make_predictor, write_images, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(public, "export_prediction_from_logits", lambda *arguments: seen.append(arguments))
+    make_predictor().predict_from_files(str(write_images(["a"])), str(tmp_path / "out"))
+    (logits, properties, _, _, dataset_json, output, save_probabilities), = seen
+    assert logits.shape[0] == 3
+    assert dataset_json["file_ending"] == ".nii.gz"
+    assert (output, save_probabilities) == (str(tmp_path / "out" / "a"), False)
+    assert "bbox_used_for_cropping" in properties
+
+
+def test_folds_are_found_by_their_checkpoint(tmp_path):
+    folder = write_model(tmp_path / "model", folds=(0, 3, 10, "all"))
+    (folder / "fold_3" / "checkpoint_final.pth").rename(folder / "fold_3" / "checkpoint_best.pth")
+    assert nnUNetPredictor.auto_detect_available_folds(str(folder), "checkpoint_final.pth") == [0, 10]
+
+
+@pytest.mark.parametrize(("folds", "message"), [([0, 4], "fold_4.*in .*: 0; name those"), ([], "no fold in")])
+def test_missing_folds_are_named(tmp_path, folds, message):
+    folder = write_model(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=message):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(str(folder), folds)
+
+
+def test_a_folder_without_plans_is_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no dataset.json"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(str(tmp_path), (0,))
+
+
+def test_a_cascade_needs_its_previous_stage(make_predictor, write_images, tmp_path):
+    predictor = make_predictor(previous_stage="3d_lowres")
+    images = write_images()
+    with pytest.raises(AssertionError, match="3d_lowres"):
+        predictor.predict_from_files(str(images), str(tmp_path / "out"))
+    previous = tmp_path / "previous"
+    previous.mkdir()
+    with pytest.raises(FileNotFoundError, match="2 of 2 cases have no prediction of the previous stage"):
+        predictor.predict_from_files(str(images), str(tmp_path / "out"), folder_with_segs_from_prev_stage=str(previous))
+    for name in ("liver_1", "liver_2"):
+        shutil.copy(images / f"{name}_0000.nii.gz", previous / f"{name}.nii.gz")
+    iterator = predictor._internal_get_data_iterator_from_lists_of_filenames(
+        [[str(images / "liver_1_0000.nii.gz")]], [str(previous / "liver_1.nii.gz")], None, 1)
+    assert next(iterator)["data"].shape[0] == 3  # one image channel, two foreground labels
+    results = predictor.predict_from_files(str(images), None, folder_with_segs_from_prev_stage=previous)
+    assert len(results) == 2
+
+
+def test_a_previous_stage_for_a_model_without_one_is_refused(make_predictor, write_images, tmp_path):
+    with pytest.raises(ValueError, match="no previous stage"):
+        make_predictor().predict_from_files(str(write_images()), None, folder_with_segs_from_prev_stage=str(tmp_path))
+
+
+def test_a_predictor_without_parameters_says_so(make_predictor):
+    predictor = make_predictor()
+    predictor.manual_initialization(predictor.network, predictor.plans_manager, predictor.configuration_manager, None,
+                                    predictor.dataset_json, "nnUNetTrainer", (0,))
+    assert predictor.predict_sliding_window_return_logits(torch.randn(1, 9, 9, 9)).shape == (3, 9, 9, 9)
+    with pytest.raises(RuntimeError, match="no parameters"):
+        predictor.predict_logits_from_preprocessed_data(torch.randn(1, 9, 9, 9))
+
+
+def test_images_without_channel_axis_are_refused(make_predictor):
+    with pytest.raises(ValueError, match=r"\(c, x, y, z\)"):
+        make_predictor().predict_sliding_window_return_logits(torch.randn(9, 9, 9))
+
+
+def test_the_constructor_has_the_parameters_programs_look_for():
+    parameters = inspect.signature(nnUNetPredictor).parameters
+    assert list(parameters) == ["tile_step_size", "use_gaussian", "use_mirroring", "perform_everything_on_device",
+                                "device", "verbose", "verbose_preprocessing", "allow_tqdm"]
+    assert "perform_everything_on_gpu" not in parameters
+    assert parameters["device"].default == torch.device("cuda")
+    assert not nnUNetPredictor(device=torch.device("cpu")).perform_everything_on_device
+    assert nnUNetPredictor(perform_everything_on_device=False).plans_manager is None
+
+
+@pytest.mark.parametrize("method", ["predict_from_files", "predict_from_data_iterator", "predict_single_npy_array",
+                                    "predict_from_list_of_npy_arrays", "predict_from_files_sequential"])
+def test_cropped_resampling_is_offered_last(method):
+    assert list(inspect.signature(getattr(nnUNetPredictor, method)).parameters)[-1] == "use_cropped_logits_resampling"
+
+
+def test_cropped_resampling_reaches_the_export(make_predictor, write_images):
+    assert len(make_predictor().predict_from_files(str(write_images()), None, use_cropped_logits_resampling=True)) == 2
+
+
+@pytest.mark.parametrize("name", sorted(public._ORIGINS))
+def test_every_promised_name_is_there(name):
+    assert getattr(public, name) is not None
+    assert name in dir(public)
+
+
+def test_unknown_names_are_unknown():
+    with pytest.raises(AttributeError, match="predict_from_raw"):
+        public.predict_from_raw  # noqa: B018
