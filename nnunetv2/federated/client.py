@@ -5,7 +5,6 @@ down for hours and a site that was killed have one remedy: ask again.
 """
 from __future__ import annotations
 
-import errno
 import logging
 import random
 import tempfile
@@ -14,16 +13,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import numpy as np
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util.retry import Retry
 
 from nnunetv2.federated import bodies
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
-from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url, is_loopback
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
+from nnunetv2.federated.http_session import (
+    PIECE_BYTES,
+    NoAnswerError,
+    RangeError,
+    check_status,
+    open_session,
+    read_small,
+    translated_errors,
+)
+from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url
 from nnunetv2.federated.strict_json import decode_json, encode_json
 from nnunetv2.federated.wire import Document, TensorSpec, file_digest, open_document, write_document
 
@@ -44,20 +50,6 @@ FAILURE_TIMEOUT_S = 3.0
 LONGEST_PAUSE_S = 60.0
 OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
-BLOCK_BYTES = 1 << 20
-"""Bytes that are sent at a time."""
-PIECE_BYTES = 256 << 10
-"""Bytes that are received at a time; less than that is lost when a connection breaks."""
-LARGEST_ANSWER = 32 << 20
-"""Bytes of an answer that is no file."""
-
-
-class NoAnswerError(FederationError):
-    """The coordinator did not answer properly this time, but may the next time; the text says why."""
-
-
-class RangeError(NoAnswerError):
-    """The rest of a result was asked for, and there is none."""
 
 
 def show_progress(text: str) -> None:
@@ -182,7 +174,7 @@ class FederationClient:
         """Send one request with a small answer; None if the answer has no body."""
         data = None if json_body is None else encode_json(json_body)
         with self._request(method, path, data=data, timeout_s=timeout_s) as response:
-            content = _read_small(response)
+            content = read_small(response)
         return decode_json(model, content) if model is not None and content else None
 
     def _offer(self, key: str, offer: bodies.Offer) -> bodies.Receipt | None:
@@ -191,7 +183,7 @@ class FederationClient:
     def _upload(self, key: str, path: Path, digest: str) -> bodies.Receipt:
         with path.open("rb") as file, self._request("PUT", f"gatherings/{quote(key)}", data=file,
                                                     headers={"X-Content-SHA256": digest}) as response:
-            return decode_json(bodies.Receipt, _read_small(response))
+            return decode_json(bodies.Receipt, read_small(response))
 
     def _poll(self, key: str, path: Path, *, wait_s: float) -> bodies.Waiting | None:
         """Ask once for a result, going on behind what `path` holds of it; None once it is there completely."""
@@ -203,7 +195,7 @@ class FederationClient:
         try:
             with self._request("GET", f"gatherings/{quote(key)}?wait={wait_s:g}", headers=headers) as response:
                 if response.status_code == 202:
-                    return decode_json(bodies.Waiting, _read_small(response))
+                    return decode_json(bodies.Waiting, read_small(response))
                 digest_path.write_text(response.headers.get("X-Content-SHA256", ""), encoding="ascii")
                 _save_body(response, path, append=response.status_code == 206)
         except RangeError:
@@ -225,12 +217,12 @@ class FederationClient:
             NotJoinedError: It does not know this site.
         """
         timeout_s = timeout_s or self.timeout_s
-        with _translated_errors():
+        with translated_errors():
             response = self._session.request(method, f"{self.credential.url}/v1/{path}", data=data, headers=headers,
                                              stream=True, allow_redirects=False,
                                              timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s))
             with response:
-                _check_status(response)
+                check_status(response)
                 yield response
 
     def _persist(self, ask: Callable[[], Answer]) -> Answer:
@@ -287,105 +279,11 @@ class FederationClient:
 def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinAnswer:
     """Ask the coordinator once to let a site join with the secret of its invitation."""
     request = bodies.JoinRequest(invitation=invitation, token=credential.token)
-    with open_session(credential.url) as session, _translated_errors(), session.post(
+    with open_session(credential.url) as session, translated_errors(), session.post(
             f"{check_url(credential.url)}/v1/join", data=encode_json(request), timeout=CONNECT_TIMEOUT_S, stream=True,
             allow_redirects=False) as response:
-        _check_status(response)
-        return decode_json(bodies.JoinAnswer, _read_small(response))
-
-
-class BearerToken(requests.auth.AuthBase):
-    """Put a token into every request. As `auth`, because a plain header gives way to a ~/.netrc."""
-
-    def __init__(self, token: str) -> None:
-        self.token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
-
-
-def open_session(url: str, *, token: str | None = None, pause_s: float = 0.2) -> requests.Session:
-    """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine.
-
-    It tries three times to connect, with a pause that doubles; what breaks later is the caller's to repeat.
-    """
-    session = requests.Session()
-    adapter = _Adapter(max_retries=Retry(total=3, read=False, redirect=0, status=0, other=0, backoff_factor=pause_s))
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    session.trust_env = not is_loopback(urlsplit(url).hostname)
-    session.auth = None if token is None else BearerToken(token)
-    return session
-
-
-class _Adapter(HTTPAdapter):
-    """Send files in larger blocks than the 16 KiB of the standard library: less work per megabyte."""
-
-    def init_poolmanager(self, *args: Any, **keywords: Any) -> None:
-        super().init_poolmanager(*args, **keywords, blocksize=BLOCK_BYTES)
-
-
-@contextmanager
-def _translated_errors() -> Iterator[None]:
-    """Turn what the network does into NoAnswerError, and let everything else pass."""
-    try:
-        yield
-    except requests.exceptions.SSLError as error:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise FederationError("the coordinator's certificate is not trusted: set REQUESTS_CA_BUNDLE to the file of "
-                                  f"the authority that issued it ({error})") from error
-        raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
-    except requests.Timeout as error:
-        raise NoAnswerError("the coordinator does not answer in time") from error
-    except requests.RequestException as error:
-        raise NoAnswerError(f"the coordinator cannot be reached ({_cause_of(error)})") from error
-
-
-def _cause_of(error: BaseException) -> str:
-    """Return the system's own words for a network error, without the layers around them."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return (cause.strerror or errno.errorcode.get(cause.errno, str(cause.errno))).lower()
-        reason = getattr(cause, "reason", None)
-        inner = next((part for part in cause.args if isinstance(part, BaseException)), None)
-        cause = reason if isinstance(reason, BaseException) else cause.__cause__ or inner or cause.__context__
-    return type(error).__name__
-
-
-def _check_status(response: requests.Response) -> None:
-    """Return if an answer is a good one, else raise what its problem says."""
-    status = response.status_code
-    if status in (200, 202, 204, 206):
-        return
-    problem = _problem_of(response)
-    if status in (408, 425, 429) or status >= 500 or problem.code == "damaged_in_transit":
-        raise NoAnswerError(problem.message)
-    if status == 416:
-        raise RangeError("the coordinator has another result now than before")
-    if status == 401:
-        raise NotJoinedError(f"{problem.message} {problem.remedy}".rstrip())
-    raise RefusedError(problem.message, problem.remedy, code=problem.code)
-
-
-def _problem_of(response: requests.Response) -> bodies.Problem:
-    """Return the problem in an answer; a proxy in between sends pages that are none."""
-    try:
-        return decode_json(bodies.Problem, _read_small(response))
-    except WireError:
-        return bodies.Problem(code="unexpected_answer", message=f"{response.url} answers with status "
-                              f"{response.status_code} ({response.reason}), not as a coordinator would")
-
-
-def _read_small(response: requests.Response) -> bytes:
-    """Read an answer that must not be large."""
-    content = bytearray()
-    for piece in response.iter_content(PIECE_BYTES):
-        content += piece
-        if len(content) > LARGEST_ANSWER:
-            raise WireError(f"the coordinator's answer has more than {LARGEST_ANSWER} bytes")
-    return bytes(content)
+        check_status(response)
+        return decode_json(bodies.JoinAnswer, read_small(response))
 
 
 def _save_body(response: requests.Response, path: Path, *, append: bool) -> None:

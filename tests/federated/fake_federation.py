@@ -20,7 +20,8 @@ from nnunetv2.federated import messages
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.coordinator.app import build_app
-from nnunetv2.federated.coordinator.service import Coordinator, create_federation
+from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.messages import initial_key, registration_key, round_key
 from nnunetv2.federated.site import Invitation, SiteCredential, decode_invitation, join, load_credential
 from nnunetv2.federated.store import Store
@@ -123,7 +124,7 @@ class LocalFederation:
     def credential(self, site: str) -> SiteCredential:
         """Let a site join, the first time, and return its credential."""
         if site not in self._credentials:
-            secret = self.coordinator.open_invitations()[site]
+            secret = self.coordinator.members.open_invitations()[site]
             path = self.coordinator.store.folder / f"credential.{site}.json"
             join(Invitation(self.url, self.coordinator.settings.federation, site, secret), path=path)
             self._credentials[site] = load_credential(path)

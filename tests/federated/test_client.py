@@ -23,8 +23,9 @@ from fake_federation import (
 )
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.client import BearerToken, FederationClient, open_session
+from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
+from nnunetv2.federated.http_session import BearerToken, open_session
 from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
 from nnunetv2.federated.site import SiteCredential
 from nnunetv2.federated.transport import Transport

@@ -64,13 +64,12 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, options, complaint):
     assert open_folder(tmp_path / "f", "--sites", "A", "B").sites == ("A", "B")  # nothing was created
 
 
-def test_the_names_of_the_sites_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    with pytest.raises(FederationError, match="--sites NAME NAME"):
-        open_folder(tmp_path / "f")
+def test_the_names_of_the_sites_are_asked_for_where_somebody_can_answer(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda prompt: "north, south west")
-    assert open_folder(tmp_path / "f").sites == ("north", "south", "west")
+    assert open_folder(tmp_path / "asked").sites == ("north", "south", "west")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    assert open_folder(tmp_path / "default").sites == cli.DEFAULT_SITES
 
 
 def test_other_machines_are_not_served_without_tls():

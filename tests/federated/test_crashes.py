@@ -20,7 +20,8 @@ from fake_federation import (
 )
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.coordinator.service import Coordinator, create_federation
+from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
 from nnunetv2.federated.store import Store
 from nnunetv2.federated.wire import TensorSpec, file_digest, write_document

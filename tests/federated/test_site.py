@@ -32,7 +32,7 @@ def federation(tmp_path_factory):
 
 
 def invitation_for(federation, invited: str, **changes) -> Invitation:
-    secret = federation.coordinator.open_invitations()[invited]
+    secret = federation.coordinator.members.open_invitations()[invited]
     return Invitation(**{"url": federation.url, "federation": "test", "site": invited, "secret": secret, **changes})
 
 
@@ -149,7 +149,7 @@ def test_an_interrupted_join_goes_on_with_the_token_that_was_sent(federation, tm
     assert not path.exists()
     monkeypatch.undo()
     join(invitation, path=path)
-    federation.coordinator.authenticate(load_credential(path).token)
+    federation.coordinator.members.authenticate(load_credential(path).token)
 
 
 def test_the_credential_of_another_federation_is_not_overwritten(federation, tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from fake_federation import make_settings
 
-from nnunetv2.federated.coordinator.service import create_federation
+from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.rounds import Contribution, closed, fresh_gathering, parse_key, refused, with_contribution
 from nnunetv2.federated.store import Event, Store, Traffic

@@ -1,4 +1,4 @@
-"""Serve a coordinator over HTTP: routes, bodies, waiting, and the status code of every error.
+"""Serve a coordinator over HTTP: routes, waiting, and the status code of every error.
 
     POST /v1/join                    {invitation, token} -> {federation, site, settings}; all others need the token
     GET  /v1/settings                what holds for all sites
@@ -14,14 +14,11 @@ An offer spares a site the upload of what is held already or would be refused. E
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import re
-import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -32,21 +29,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nnunetv2.federated import bodies
+from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.service import Coordinator, Result
+from nnunetv2.federated.coordinator.uploads import announced_digest, announced_size, drain, read_json, receive_file
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.store import Traffic
-from nnunetv2.federated.strict_json import decode_json, encode_json
+from nnunetv2.federated.strict_json import encode_json
 
 logger = logging.getLogger(__name__)
-Model = TypeVar("Model", bound=BaseModel)
 
 LONGEST_WAIT_S = 55.0
 """Below the minute after which many proxies give up on an answer."""
-SMALL_BODY = 64 << 10
-"""Bytes that a plain JSON body may have."""
-DRAINED_BYTES = 4 << 20
-"""A body up to this size is read to its end before it is refused, so that the refusal can be read."""
-PIECE_BYTES = 2 << 20
 
 STATUS_OF_CODE = {
     "unauthorized": 401,
@@ -94,104 +87,6 @@ def json_response(model: BaseModel, status: int = 200, headers: dict[str, str] |
     return Response(encode_json(model), status, headers, media_type="application/json")
 
 
-# --------------------------------------------------------------------------------------------------------- waiting
-class Changes:
-    """Wake the requests that wait for a gathering to change."""
-
-    def __init__(self) -> None:
-        self.stopping = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._events: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
-
-    def bind(self) -> None:
-        """Belong to the running event loop."""
-        self._loop = asyncio.get_running_loop()
-
-    def expect(self, key: str) -> asyncio.Event:
-        """Return the event of the next change. Ask for it before looking at the gathering, so that none is missed."""
-        event = self._events.get(key)
-        if event is None:
-            event = self._events[key] = asyncio.Event()
-        return event
-
-    def notify(self, key: str) -> None:
-        """Wake those who wait for a gathering; from any thread."""
-        self._call(lambda: self._wake([key]))
-
-    def stop(self) -> None:
-        """Wake everybody, for good: the coordinator is about to stop. From any thread."""
-        self.stopping = True
-        self._call(lambda: self._wake(list(self._events)))
-
-    def _call(self, function: Callable[[], None]) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function)
-
-    def _wake(self, keys: list[str]) -> None:
-        for key in keys:
-            event = self._events.pop(key, None)
-            if event is not None:
-                event.set()
-
-
-# ---------------------------------------------------------------------------------------------------------- bodies
-async def read_json(request: Request, model: type[Model]) -> Model:
-    """Read a small JSON body."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > SMALL_BODY:
-            raise RefusedError(f"the body has more than {SMALL_BODY} bytes", code="too_large")
-    return decode_json(model, bytes(body))
-
-
-def announced_size(request: Request) -> int:
-    """Return the Content-Length of a request."""
-    text = request.headers.get("content-length", "")
-    if not re.fullmatch("[0-9]{1,15}", text):
-        raise RefusedError("an upload must announce its length (Content-Length)", code="length_required")
-    return int(text)
-
-
-def announced_digest(request: Request) -> str:
-    """Return the SHA-256 that the sender of a body has computed."""
-    digest = request.headers.get("x-content-sha256", "")
-    if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise RefusedError("an upload must announce its SHA-256 (X-Content-SHA256)", code="incomplete_request")
-    return digest
-
-
-async def receive_file(request: Request, path: Path, *, size: int) -> str:
-    """Stream a body into a file without ever holding much of it, and return its SHA-256."""
-    digest = hashlib.sha256()
-    received = 0
-    pending = bytearray()
-    with path.open("wb", buffering=0) as file:
-        def keep(piece: bytearray) -> None:
-            digest.update(piece)
-            file.write(piece)
-
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received > size:
-                raise RefusedError(f"the body is longer than the {size} bytes announced", code="too_large")
-            pending += chunk
-            if len(pending) >= PIECE_BYTES:
-                await run_in_threadpool(keep, pending)
-                pending = bytearray()
-        await run_in_threadpool(keep, pending)
-    if received != size:
-        raise RefusedError(f"the body has {received} bytes, {size} were announced", code="damaged_in_transit")
-    return digest.hexdigest()
-
-
-async def drain(request: Request) -> None:
-    """Read a small body that nobody wants: a client that is still sending would miss the answer."""
-    if int(request.headers.get("content-length") or 0) <= DRAINED_BYTES:
-        async for _ in request.stream():
-            pass
-
-
 # -------------------------------------------------------------------------------------------------------- handlers
 def coordinator_of(request: Request) -> Coordinator:
     """Return the coordinator that a request is for."""
@@ -201,7 +96,7 @@ def coordinator_of(request: Request) -> Coordinator:
 def site_of(request: Request) -> str:
     """Return the site that sends a request, by its bearer token."""
     kind, _, token = request.headers.get("authorization", "").partition(" ")
-    site = coordinator_of(request).authenticate(token if kind.lower() == "bearer" else "")
+    site = coordinator_of(request).members.authenticate(token if kind.lower() == "bearer" else "")
     request.scope["site"] = site  # for TrafficMeter
     return site
 
@@ -334,7 +229,7 @@ class TrafficMeter:
         finally:
             if "site" in scope:
                 key = scope.get("path_params", {}).get("key", "")
-                self.coordinator.count(scope["site"], key, Traffic(received, sent, self.coordinator.clock()))
+                self.coordinator.members.count(scope["site"], key, Traffic(received, sent, self.coordinator.clock()))
 
 
 def build_app(coordinator: Coordinator) -> Starlette:

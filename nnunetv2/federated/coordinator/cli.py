@@ -133,7 +133,7 @@ def check_unchanged(stored: FederationSettings, given: dict[str, object], folder
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
     """Return the settings of the federation in a folder, which is created if there is none."""
-    from nnunetv2.federated.coordinator.service import create_federation
+    from nnunetv2.federated.coordinator.members import create_federation
 
     settings = store.load_settings()
     if settings is None:
@@ -207,7 +207,7 @@ def serve(store: Store, settings: FederationSettings, listener: socket.socket, u
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print_invitations(coordinator.open_invitations(), settings, url)
+            print_invitations(coordinator.members.open_invitations(), settings, url)
             say(f"{settings.federation} with {', '.join(settings.sites)} is served at {url}; folder {store.folder}")
             write_state_file(store.folder, url)
 

@@ -6,9 +6,7 @@ immutable. One more thread, the closer, computes the results, one gathering at a
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
-import secrets
 import threading
 import time
 from collections import defaultdict
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
+from nnunetv2.federated.coordinator.members import Members
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import initial_key, registration_key, round_key
 from nnunetv2.federated.model_keeping import keep_model
@@ -36,7 +35,7 @@ from nnunetv2.federated.rounds import (
     refused,
     with_contribution,
 )
-from nnunetv2.federated.store import Event, SiteRecord, Store, Traffic
+from nnunetv2.federated.store import Event, Store
 from nnunetv2.federated.wire import open_document, write_subset
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ logger = logging.getLogger(__name__)
 RETRY_CLOSING_S = 15.0
 """Pause after a closing that failed for a reason of the machine, such as a full disk."""
 SHOWN_FAILURES = 100
-SHOWN_TRAFFIC = 1000
 
 
 @dataclass(frozen=True)
@@ -55,18 +53,6 @@ class Result:
     """The gathering it comes from: a later round than asked for, where that one took place without the site."""
     path: Path
     digest: str
-
-
-def hash_secret(secret: str) -> str:
-    """Return the form in which a secret of 32 random bytes is kept. No salt: nobody can guess 2**256 values."""
-    return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def create_federation(store: Store, settings: bodies.FederationSettings, *, now: float) -> None:
-    """Write a new federation, with one invitation per site."""
-    secrets_of_sites = {site: secrets.token_urlsafe(32) for site in settings.sites}
-    records = [SiteRecord(site, secret, hash_secret(secret), None) for site, secret in secrets_of_sites.items()]
-    store.create(settings, records, now)
 
 
 class Coordinator:
@@ -85,6 +71,7 @@ class Coordinator:
             raise FederationError(f"{store.folder} holds no federation yet")
         self.store = store
         self.settings = settings
+        self.members = Members(store)
         self.announce = announce
         self.clock = clock
         self.book = RoundBook(settings, store.load_gatherings(settings))
@@ -92,10 +79,6 @@ class Coordinator:
         self.archive = closing.Archive(store.contribution_path, store.result_path, self.book.get)
         self.on_change: Callable[[str], None] = lambda key: None
         """Called with a key whenever its gathering has changed, on any thread."""
-        self._sites = store.load_sites()
-        self._traffic = defaultdict(Traffic, store.load_traffic())
-        self._unsaved_traffic: set[tuple[str, str]] = set()
-        self._lock = threading.Lock()
         self._gathering_locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
         self._wake = threading.Condition()
         self._stopping = False
@@ -116,49 +99,15 @@ class Coordinator:
             self._wake.notify_all()
         if self._closer.is_alive():
             self._closer.join()
-        self._save_traffic()
+        self.members.save_traffic()
 
     # ---------------------------------------------------------------------------------------------------- sites
     def join(self, request: bodies.JoinRequest) -> bodies.JoinAnswer:
-        """Let a site join with its invitation. Repeating it with the same token changes nothing.
-
-        Raises:
-            RefusedError: The invitation is not known, or was used with another token.
-        """
-        site = request.token.partition(".")[0]
-        with self._lock:
-            record = self._sites.get(site)
-            if record is None or not hmac.compare_digest(record.invitation_hash, hash_secret(request.invitation)):
-                raise RefusedError("this invitation is not known here", "Ask the coordinating site for a new one.",
-                                   code="invitation_unknown")
-            token_hash = hash_secret(request.token)
-            if record.token_hash is None:
-                self.store.save_token(site, token_hash, self.clock())
-                self._sites[site] = SiteRecord(site, None, record.invitation_hash, token_hash)
-                self.announce(f"site {site} has joined")
-            elif not hmac.compare_digest(record.token_hash, token_hash):
-                raise RefusedError(f"the invitation of site {site} has been used already",
-                                   "If that was not you, tell the coordinating site at once.", code="invitation_used")
+        """Let a site join; see `Members.join`."""
+        site, is_new = self.members.join(request.invitation, request.token, now=self.clock())
+        if is_new:
+            self.announce(f"site {site} has joined")
         return bodies.JoinAnswer(federation=self.settings.federation, site=site, settings=self.settings)
-
-    def authenticate(self, token: str) -> str:
-        """Return the site that a bearer token belongs to.
-
-        Raises:
-            RefusedError: It belongs to none; the code is `unauthorized`.
-        """
-        site = token.partition(".")[0]
-        record = self._sites.get(site)
-        expected = record.token_hash if record is not None and record.token_hash is not None else ""
-        if not hmac.compare_digest(expected, hash_secret(token)):
-            raise RefusedError("the coordinator does not know this site's credential",
-                               "Join with a new invitation: nnUNetv2_fed_join INVITE.", code="unauthorized")
-        self.count(site, "", Traffic(last_seen=self.clock()))
-        return site
-
-    def open_invitations(self) -> dict[str, str]:
-        """Return the secrets of the invitations that nobody has used: site -> secret."""
-        return {site.name: site.invitation for site in self._sites.values() if site.invitation is not None}
 
     def report_failure(self, site: str, report: bodies.FailureReport) -> None:
         """Remember that a site cannot go on."""
@@ -311,7 +260,7 @@ class Coordinator:
             self.announce(_describe_outcome(gathering, time.perf_counter() - begin))
             if key.run is not None and gathering.is_closed:
                 self._tidy_up(key.run)
-            self._save_traffic()
+            self.members.save_traffic()
         except Exception as error:  # whatever it is, the other gatherings go on
             logger.exception("closing %s", key)
             self._trouble[str(key)] = (self.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
@@ -370,40 +319,14 @@ class Coordinator:
         failures = self.store.load_events("failure")[-SHOWN_FAILURES:]
         return bodies.Status(
             federation=self.settings.federation,
-            sites=tuple(self._site_status(site) for site in self._sites.values()),
+            sites=self.members.status(),
             waiting=tuple(bodies.GatheringStatus(
                 key=str(gathering.key), contributed=tuple(sorted(gathering.contributions)),
                 waiting_for=gathering.waiting_for, opened=gathering.opened) for gathering in open_gatherings),
             runs=tuple(self.book.run_state(run) for run in self.book.runs()),
             failures=tuple(bodies.FailureStatus(site=event.site, time=event.time, **dict(event.detail))
                            for event in failures),
-            traffic=self._traffic_status())
-
-    def _traffic_status(self) -> tuple[bodies.TrafficStatus, ...]:
-        with self._lock:
-            counters = [(count.last_seen, site, key, count) for (site, key), count in self._traffic.items() if key]
-        latest = sorted(counters, key=lambda entry: entry[:3])[-SHOWN_TRAFFIC:]
-        return tuple(bodies.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
-                     for _, site, key, count in latest)
-
-    def _site_status(self, record: SiteRecord) -> bodies.SiteStatus:
-        with self._lock:
-            total = sum((count for (site, _), count in self._traffic.items() if site == record.name), Traffic())
-        return bodies.SiteStatus(site=record.name, joined=record.token_hash is not None,
-                                 last_seen=total.last_seen or None,
-                                 bytes_received=total.received, bytes_sent=total.sent)
-
-    def count(self, site: str, key: str, traffic: Traffic) -> None:
-        """Add to the counters of a site; the key "" is for everything but gatherings."""
-        with self._lock:
-            self._traffic[site, key] += traffic
-            self._unsaved_traffic.add((site, key))
-
-    def _save_traffic(self) -> None:
-        with self._lock:
-            counters = {place: self._traffic[place] for place in self._unsaved_traffic}
-            self._unsaved_traffic.clear()
-        self.store.save_traffic(counters)
+            traffic=self.members.traffic_status())
 
 
 # --------------------------------------------------------------------------------------------------------- helpers

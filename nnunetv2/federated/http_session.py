@@ -1,0 +1,131 @@
+"""Send one HTTP request to a coordinator, and turn whatever goes wrong into one of three errors.
+
+    NoAnswerError     nobody answered properly: asking again may help
+    NotJoinedError    the coordinator does not know this site
+    RefusedError      the coordinator says no, and why
+"""
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
+
+from nnunetv2.federated import bodies
+from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.federated.site import is_loopback
+from nnunetv2.federated.strict_json import decode_json
+
+BLOCK_BYTES = 1 << 20
+"""Bytes that are sent at a time."""
+PIECE_BYTES = 256 << 10
+"""Bytes that are received at a time; less than that is lost when a connection breaks."""
+LARGEST_ANSWER = 32 << 20
+"""Bytes of an answer that is no file."""
+
+
+class NoAnswerError(FederationError):
+    """The coordinator did not answer properly this time, but may the next time; the text says why."""
+
+
+class RangeError(NoAnswerError):
+    """The rest of a result was asked for, and there is none."""
+
+
+class BearerToken(requests.auth.AuthBase):
+    """Put a token into every request. As `auth`, because a plain header gives way to a ~/.netrc."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
+
+
+def open_session(url: str, *, token: str | None = None, pause_s: float = 0.2) -> requests.Session:
+    """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine.
+
+    It tries three times to connect, with a pause that doubles; what breaks later is the caller's to repeat.
+    """
+    session = requests.Session()
+    adapter = _Adapter(max_retries=Retry(total=3, read=False, redirect=0, status=0, other=0, backoff_factor=pause_s))
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    session.trust_env = not is_loopback(urlsplit(url).hostname)
+    session.auth = None if token is None else BearerToken(token)
+    return session
+
+
+class _Adapter(HTTPAdapter):
+    """Send files in larger blocks than the 16 KiB of the standard library: less work per megabyte."""
+
+    def init_poolmanager(self, *args: Any, **keywords: Any) -> None:
+        super().init_poolmanager(*args, **keywords, blocksize=BLOCK_BYTES)
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn what the network does into NoAnswerError, and let everything else pass."""
+    try:
+        yield
+    except requests.exceptions.SSLError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise FederationError("the coordinator's certificate is not trusted: set REQUESTS_CA_BUNDLE to the file of "
+                                  f"the authority that issued it ({error})") from error
+        raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
+    except requests.Timeout as error:
+        raise NoAnswerError("the coordinator does not answer in time") from error
+    except requests.RequestException as error:
+        raise NoAnswerError(f"the coordinator cannot be reached ({_cause_of(error)})") from error
+
+
+def _cause_of(error: BaseException) -> str:
+    """Return the system's own words for a network error, without the layers around them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return (cause.strerror or errno.errorcode.get(cause.errno, str(cause.errno))).lower()
+        reason = getattr(cause, "reason", None)
+        inner = next((part for part in cause.args if isinstance(part, BaseException)), None)
+        cause = reason if isinstance(reason, BaseException) else cause.__cause__ or inner or cause.__context__
+    return type(error).__name__
+
+
+def check_status(response: requests.Response) -> None:
+    """Return if an answer is a good one, else raise what its problem says."""
+    status = response.status_code
+    if status in (200, 202, 204, 206):
+        return
+    problem = _problem_of(response)
+    if status in (408, 425, 429) or status >= 500 or problem.code == "damaged_in_transit":
+        raise NoAnswerError(problem.message)
+    if status == 416:
+        raise RangeError("the coordinator has another result now than before")
+    if status == 401:
+        raise NotJoinedError(f"{problem.message} {problem.remedy}".rstrip())
+    raise RefusedError(problem.message, problem.remedy, code=problem.code)
+
+
+def _problem_of(response: requests.Response) -> bodies.Problem:
+    """Return the problem in an answer; a proxy in between sends pages that are none."""
+    try:
+        return decode_json(bodies.Problem, read_small(response))
+    except WireError:
+        return bodies.Problem(code="unexpected_answer", message=f"{response.url} answers with status "
+                              f"{response.status_code} ({response.reason}), not as a coordinator would")
+
+
+def read_small(response: requests.Response) -> bytes:
+    """Read an answer that must not be large."""
+    content = bytearray()
+    for piece in response.iter_content(PIECE_BYTES):
+        content += piece
+        if len(content) > LARGEST_ANSWER:
+            raise WireError(f"the coordinator's answer has more than {LARGEST_ANSWER} bytes")
+    return bytes(content)
