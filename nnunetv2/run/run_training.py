@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-PRESETS_HINT = """
-####################################################################################
-You are training with the default plans. The residual encoder presets (nnUNetResEncUNetMPlans,
-...LPlans, ...XLPlans; see documentation/resenc_presets.md) segment better on most datasets.
-####################################################################################
+_RULE = 88 * "#"
+PRESETS_HINT = f"""
+{_RULE}
+You are training with the default plans. The residual encoder presets segment better on most
+datasets: plan with -pl nnUNetPlannerResEncM (L, XL), then train with -p nnUNetResEncUNetMPlans.
+{_RULE}
 """
 
 
