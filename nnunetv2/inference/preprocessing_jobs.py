@@ -101,7 +101,10 @@ def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
         RuntimeError: Whatever went wrong, with the name of the case.
     """
     try:
-        return case.preprocess(model.configuration_manager.preprocessor_class(verbose=verbose), model)
+        preprocessor = model.configuration_manager.preprocessor_class(verbose=verbose)
+        item = case.preprocess(preprocessor, model)
+        _check_channels(item["data"], preprocessor, model)
+        return item
     except Exception as error:
         raise RuntimeError(f"case {case.name}: {type(error).__name__}: {error}") from error
 
@@ -158,6 +161,17 @@ def _as_item(data: np.ndarray, previous_stage: np.ndarray | None, properties: Ma
     if previous_stage is not None:
         data = np.vstack((data, _one_hot(previous_stage[0], model, data.dtype)))
     return {"data": np.ascontiguousarray(data, dtype=np.float32), "data_properties": properties, "ofile": output}
+
+
+def _check_channels(data: np.ndarray, preprocessor: DefaultPreprocessor, model: Model) -> None:
+    """Check that a case has as many channels as the network; preprocessors of others may make their own."""
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    expected = determine_num_input_channels(model.plans_manager, model.configuration_manager, model.dataset_json)
+    if type(preprocessor) is DefaultPreprocessor and len(data) != expected:
+        names = (model.dataset_json.get("channel_names") or model.dataset_json.get("modality", {})).values()
+        raise ValueError(f"it has {len(data)} channels, but the model expects {expected} ({', '.join(names)})")
 
 
 def _one_hot(labels: np.ndarray, model: Model, dtype: np.dtype) -> np.ndarray:

@@ -227,7 +227,8 @@ def test_a_trainer_lookup_put_in_the_place_of_ours_is_used(make_predictor, monke
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     asked = []
-    monkeypatch.setattr(public, "recursive_find_trainer_class_by_name", lambda name: asked.append(name) or nnUNetTrainer)
+    monkeypatch.setattr(public, "recursive_find_trainer_class_by_name",
+                        lambda name: asked.append(name) or nnUNetTrainer)
     make_predictor(trainer="nnUNetTrainerOfSomebodyElse")
     assert asked == ["nnUNetTrainerOfSomebodyElse"]
 
