@@ -63,7 +63,7 @@ def compute_confusion(reference: np.ndarray, prediction: np.ndarray) -> Confusio
 def _choose_code(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, Callable]:
     """Return the values that occur, and what turns an array of them into their numbers."""
     lowest, highest = min(reference.min(), prediction.min()), max(reference.max(), prediction.max())
-    is_dense = highest - lowest < _DENSE_VALUES and _are_whole(reference) and _are_whole(prediction)
+    is_dense = float(highest) - float(lowest) < _DENSE_VALUES and _are_whole(reference) and _are_whole(prediction)
     if is_dense:
         offset = int(lowest)
         return np.arange(offset, int(highest) + 1), lambda array: array.astype(np.intp) - offset

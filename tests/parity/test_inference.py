@@ -43,7 +43,7 @@ predictor.predict_from_files(value["images"], value["output"], save_probabilitie
 @pytest.fixture
 def images(shared_data, tmp_path):
     """Return a function that lays out a few scans as a folder of cases."""
-    def lay_out(kind: str, count: int = 2) -> Path:
+    def lay_out(kind: str, count: int = 1) -> Path:
         folder = tmp_path / "images"
         folder.mkdir()
         source, ending = {
