@@ -167,7 +167,7 @@ def inspect_case(case: str, image_files: Sequence[str], label_file: str, readerc
         images, image_properties = reader.read_images(image_files)
         label, label_properties = reader.read_seg(label_file)
     except Exception as error:  # readers raise whatever their library raises; all of it belongs in the table
-        return Findings(errors=[(case, f"cannot be read: {type(error).__name__}: {error}")])
+        return Findings(errors=[(case, f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")])
     errors = find_label_errors(label, expected_labels)
     errors += find_mismatches(images, image_properties, label, label_properties, expected_num_channels)
     warnings = find_geometry_warnings(image_properties, label_properties)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planning_scans import write_nifti
 
 
 @pytest.fixture
@@ -71,14 +72,6 @@ def make_scans(roots) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-def write_nifti(array: np.ndarray, file: Path, spacing: Sequence[float] = (3.0, 1.5, 1.0)) -> None:
-    """Write an array (z, y, x) with its spacing in the same order."""
-    import SimpleITK
-    image = SimpleITK.GetImageFromArray(array)
-    image.SetSpacing([float(s) for s in spacing][::-1])
-    SimpleITK.WriteImage(image, str(file))
 
 
 @pytest.fixture

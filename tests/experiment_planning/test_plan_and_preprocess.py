@@ -1,0 +1,175 @@
+"""The functions and commands from raw data to preprocessed data."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as entrypoints
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncM,
+)
+
+COMMANDS = {
+    "plan_and_preprocess": entrypoints.build_plan_and_preprocess_parser,
+    "extract_fingerprint": entrypoints.build_extract_fingerprint_parser,
+    "plan_experiment": entrypoints.build_plan_experiment_parser,
+    "preprocess": entrypoints.build_preprocess_parser,
+}
+
+
+@pytest.fixture
+def folder(make_scans, make_case, monkeypatch):
+    monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", _with_few_voxels(DatasetFingerprintExtractor.__init__))
+    return make_scans({f"case_{i}": make_case(i, shape=(10, 20, 24)) for i in range(3)})
+
+
+def _with_few_voxels(constructor):
+    def construct(self, *args, **kwargs):
+        constructor(self, *args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 3000
+
+    return construct
+
+
+def test_command_goes_from_raw_to_preprocessed_data(folder, roots, capsys):
+    entrypoints.plan_and_preprocess_main(["-d", "2", "-npfp", "1", "-np", "1", "--verify_dataset_integrity",
+                                          "--no_pbar"])
+    preprocessed = roots["nnUNet_preprocessed"] / folder.name
+    assert {file.name for file in preprocessed.iterdir()} == {
+        "dataset.json", "dataset_fingerprint.json", "nnUNetPlans.json", "nnUNetPlans_2d", "nnUNetPlans_3d_fullres",
+        "gt_segmentations"}
+    assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.b2nd"))) == 6
+    assert "INFO: nnUNetPlans.json has no configuration 3d_lowres" in capsys.readouterr().out
+
+
+def test_labels_are_copied_when_newer(folder, roots):
+    copies = roots["nnUNet_preprocessed"] / folder.name / "gt_segmentations"
+    api.copy_labels(folder.name)
+    source, copy = folder / "labelsTr" / "case_1.nii.gz", copies / "case_1.nii.gz"
+    assert sorted(file.name for file in copies.iterdir()) == [f"case_{i}.nii.gz" for i in range(3)]
+    assert copy.stat().st_mtime == pytest.approx(source.stat().st_mtime)
+    copy.write_bytes(b"edited by hand")
+    api.copy_labels(folder.name)
+    assert copy.read_bytes() == b"edited by hand"
+    os.utime(source, (copy.stat().st_mtime + 10,) * 2)
+    api.copy_labels(folder.name)
+    assert copy.read_bytes() == source.read_bytes()
+
+
+def test_planner_is_found_by_name_and_its_plans_named(folder):
+    api.extract_fingerprints([2], num_processes=1, show_progress_bar=False)
+    assert api.plan_experiments([2], "nnUNetPlannerResEncM") == "nnUNetResEncUNetMPlans"
+    plans, name = api.plan_experiment_dataset(folder.name, nnUNetPlannerResEncM, overwrite_plans_name="mine",
+                                              overwrite_target_spacing=(1, 2, 1), num_training_cases=3000)
+    assert name == plans["plans_name"] == "mine"
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [2, 1, 1]
+
+
+def test_number_of_training_cases_of_a_federation_counts(folder):
+    api.extract_fingerprint_dataset(2, num_processes=1, show_progress_bar=False)
+    alone, _ = api.plan_experiment_dataset(2)
+    together, _ = api.plan_experiment_dataset(2, num_training_cases=3000)
+    assert alone["configurations"]["2d"]["batch_size"] < together["configurations"]["2d"]["batch_size"]
+
+
+def test_federated_command_plans_with_the_other_sites(folder, monkeypatch):
+    calls = []
+
+    def plan_federated(dataset_id, **keywords):
+        calls.append((dataset_id, keywords))
+        return "nnUNetPlans"
+
+    from nnunetv2.experiment_planning import federated_planning
+    monkeypatch.setattr(federated_planning, "plan_federated", plan_federated)
+    entrypoints.plan_and_preprocess_main(["-d", "2", "--federated", "asym", "--no_pp", "-gpu_memory_target", "11",
+                                          "-pl", "nnUNetPlannerResEncM", "-npfp", "3", "--no_pbar"])
+    (dataset, keywords), = calls
+    assert dataset == 2
+    assert keywords == {
+        "mode": "asym", "extractor_class": DatasetFingerprintExtractor, "num_processes": 3, "verbose": False,
+        "show_progress_bar": False, "experiment_planner_class": nnUNetPlannerResEncM, "gpu_memory_target_in_gb": 11,
+        "preprocess_class_name": "DefaultPreprocessor", "overwrite_target_spacing": None, "overwrite_plans_name": None}
+
+
+def test_unknown_class_is_named():
+    with pytest.raises(RuntimeError, match="no class NoSuchPlanner in .*experiment_planning"):
+        api.find_planning_class("NoSuchPlanner")
+
+
+def test_missing_plans_are_named(folder):
+    with pytest.raises(FileNotFoundError, match="absent.json is missing: plan Dataset002_Scans first"):
+        api.preprocess_dataset(2, "absent")
+
+
+def test_numbers_of_processes_must_fit_the_configurations(folder):
+    with pytest.raises(RuntimeError, match="2d, 3d_fullres; got .1, 2, 3"):
+        api.preprocess_dataset(2, configurations=("2d", "3d_fullres"), num_processes=(1, 2, 3))
+
+
+def test_changed_dataset_json_is_pointed_out(folder, roots, caplog):
+    api.extract_fingerprint_dataset(2, num_processes=1, show_progress_bar=False)
+    api.plan_experiment_dataset(2)
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "labels": {"background": 0, "a": 1}}))
+    api.preprocess_dataset(2, configurations=(), num_processes=1)
+    assert "has changed since Dataset002_Scans was planned" in caplog.text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_unknown_flags_and_missing_datasets_are_refused(name, capsys):
+    parser = COMMANDS[name]()
+    for arguments in (["-d", "4", "--misspelled"], []):
+        with pytest.raises(SystemExit):
+            parser.parse_args(arguments)
+    assert "-d" in capsys.readouterr().err
+
+
+def test_datasets_are_numbers_or_names(capsys):
+    parser = COMMANDS["preprocess"]()
+    assert parser.parse_args(["-d", "4", "Dataset005_Prostate"]).d == [4, "Dataset005_Prostate"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-d", "four"])
+    assert "'four' is neither the number of a dataset nor a name" in capsys.readouterr().err
+
+
+def test_flags_have_their_defaults():
+    arguments = vars(COMMANDS["plan_and_preprocess"]().parse_args(["-d", "1"]))
+    assert arguments == {
+        "d": [1], "fpe": "DatasetFingerprintExtractor", "npfp": 8, "verify_dataset_integrity": False, "no_pp": False,
+        "clean": False, "pl": "ExperimentPlanner", "gpu_memory_target": None,
+        "preprocessor_name": "DefaultPreprocessor", "overwrite_target_spacing": None, "overwrite_plans_name": None,
+        "c": ["2d", "3d_fullres", "3d_lowres"], "np": None, "verbose": False, "no_pbar": False, "federated": None}
+    assert COMMANDS["plan_and_preprocess"]().parse_args(["-d", "1", "--federated"]).federated == "ffe"
+    assert COMMANDS["preprocess"]().parse_args(["-d", "1"]).plans_name == "nnUNetPlans"
+
+
+@pytest.mark.parametrize(("configurations", "expected"), [
+    (["2d", "3d_fullres", "3d_lowres"], [8, 4, 8]), (["3d_fullres", "mine"], [4, 4]),
+])
+def test_processes_default_by_configuration(monkeypatch, configurations, expected):
+    seen = []
+    monkeypatch.setattr(api, "preprocess", lambda *args: seen.append(args))
+    entrypoints.preprocess_main(["-d", "1", "-c", *configurations])
+    assert seen[0][:4] == ([1], "nnUNetPlans", configurations, expected)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_torch(name):
+    code = ("import sys; from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as e\n"
+            f"try: e.{name}_main(['-h'])\n"
+            "finally: assert not {'torch', 'numpy', 'scipy', 'SimpleITK'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "-d DATASET" in done.stdout
+
+
+def test_error_is_one_line_for_the_person_at_the_terminal(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_plan_experiment", "-d", "2"])
+    with pytest.raises(SystemExit) as caught:
+        entrypoints.plan_experiment_entry()
+    assert caught.value.code == 1
+    assert "dataset_fingerprint.json is missing" in capsys.readouterr().err
