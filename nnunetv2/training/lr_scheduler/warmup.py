@@ -40,12 +40,7 @@ class PolyLRScheduler_offset(StepwiseLRScheduler):
     """Stay at initial_lr until `start_step`, then fall to 0 at `max_steps` along a polynomial."""
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        initial_lr: float,
-        max_steps: int,
-        start_step: int,
-        exponent: float = 0.9,
+        self, optimizer: Optimizer, initial_lr: float, max_steps: int, start_step: int, exponent: float = 0.9,
         current_step: int | None = None,
     ) -> None:
         require_positive_length(max_steps - start_step, "max_steps - start_step")
