@@ -229,3 +229,21 @@ def test_blosc2_needs_no_unpacking(tmp_path):
 def test_the_base_class_is_abstract():
     with pytest.raises(TypeError):
         nnUNetBaseDataset("anywhere")
+
+
+def test_a_dataset_class_of_a_user_needs_three_methods():
+    class Minimal(nnUNetBaseDataset):
+        def load_case(self, identifier):
+            return identifier, None, None, {}
+
+        @staticmethod
+        def save_seg(seg, output_filename_truncated):
+            pass
+
+        @staticmethod
+        def unpack_dataset(folder, overwrite_existing=False, num_processes=1, verify=True):
+            pass
+
+    assert Minimal("folder", ["b", "a"]).identifiers == ["a", "b"]
+    with pytest.raises(NotImplementedError):
+        Minimal("folder")

@@ -60,10 +60,12 @@ class nnUNetBaseDataset(ABC):
         Arrays are opened, not read: index them to get values.
         """
 
+    # Training, validation and cascades need the three abstract methods; a format of a user may leave out the others.
+
     @staticmethod
-    @abstractmethod
     def save_case(data: np.ndarray, seg: np.ndarray, properties: dict, output_filename_truncated: str) -> None:
-        """Write a case to files that start with `output_filename_truncated`."""
+        """Write a case to files that start with `output_filename_truncated`; needed to preprocess into the format."""
+        raise NotImplementedError("this dataset class cannot write cases")
 
     @staticmethod
     @abstractmethod
@@ -71,9 +73,9 @@ class nnUNetBaseDataset(ABC):
         """Write labels `(x, y, z)` on their own, for the next stage of a cascade."""
 
     @staticmethod
-    @abstractmethod
     def get_identifiers(folder: str) -> list[str]:
-        """Return the sorted names of all cases in a folder."""
+        """Return the sorted names of all cases in a folder; needed where no identifiers are given."""
+        raise NotImplementedError("this dataset class cannot list the cases of a folder")
 
     @staticmethod
     @abstractmethod
