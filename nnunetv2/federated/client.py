@@ -47,6 +47,7 @@ POLL_S = 25.0
 """How long the coordinator may hold an answer back while it waits for other sites."""
 CONNECT_TIMEOUT_S = 10.0
 FAILURE_TIMEOUT_S = 3.0
+TRYING_AGAIN = "; trying again"
 LONGEST_PAUSE_S = 60.0
 OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
@@ -77,7 +78,7 @@ class FederationClient:
         self.pause_s = pause_s
         self._report = report
         self._last_line: str | None = None
-        self._session = open_session(credential.url, token=credential.token, pause_s=min(pause_s, 0.2))
+        self._session = open_session(credential.url, token=credential.token)
         self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-")
         self._document: Document | None = None
         self._number = 0
@@ -234,16 +235,18 @@ class FederationClient:
                 answer = ask()
             except NoAnswerError as error:
                 now = time.monotonic()
-                first_failure = first_failure or now
+                if first_failure is None:
+                    first_failure = now  # most likely a connection that was idle for too long: not worth a line
+                else:
+                    self._say(f"{error}{TRYING_AGAIN}")
                 remaining = first_failure + self.give_up_after_s - now
                 if remaining <= 0:
                     raise CoordinatorUnreachable(f"the coordinator at {self.credential.url} has not answered for "
                                                  f"{self.give_up_after_s:g} s: {error}") from error
-                self._say(f"{error}; trying again")
                 time.sleep(min(pause * random.uniform(0.5, 1.0), remaining))  # sites do not come back all at once
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
-                if first_failure is not None:
+                if first_failure is not None and self._last_line is not None and self._last_line.endswith(TRYING_AGAIN):
                     self._say("the coordinator answers again")
                 return answer
 
