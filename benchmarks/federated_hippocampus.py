@@ -25,7 +25,7 @@ SITES = ("A", "B", "C", "D", "E")
 POOLED = "all"
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 CONFIGURATION, FOLD = "3d_fullres", "all"
-FEATURES, BATCH_SIZE = (16, 32, 64, 128), 2
+FEATURES, BATCH_SIZE = (8, 16, 32, 64), 2
 ARMS = ("ffe", "asym", "alone", "pooled")
 
 SHORT_TRAINER = '''
