@@ -111,15 +111,14 @@ class nnUNetPredictor:
             parameters: One state dict per fold. With None, the network's own weights serve, and only
                 `predict_sliding_window_return_logits` can be used.
         """
-        self.plans_manager = plans_manager
-        self.configuration_manager = configuration_manager
+        self.network = self._batched_network = _compiled(network) if _wants_compilation() else network
         self.list_of_parameters = parameters
-        self.network = _compiled(network) if _wants_compilation() else network
-        self.dataset_json = dataset_json
-        self.trainer_name = trainer_name
         self.allowed_mirroring_axes = inference_allowed_mirroring_axes
+        self.trainer_name = trainer_name
+        self.dataset_json = dataset_json
         self.label_manager = plans_manager.get_label_manager(dataset_json)
-        self._batched_network = self.network
+        self.configuration_manager = configuration_manager
+        self.plans_manager = plans_manager
 
     @staticmethod
     def auto_detect_available_folds(model_training_output_dir: PathOrText, checkpoint_name: str) -> list[int]:
