@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunetv2.experiment_planning.dataset_fingerprint.weighted_statistics import WeightedValues
+WeightedValues = tuple[np.ndarray, np.ndarray]
+"""Values (float32) and how often each was drawn (int64)."""
 
 SEED = 1234
 # Draws per call of the generator. It bounds memory; the stream is the same however it is cut.

@@ -2,16 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 
-from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
-from nnunetv2.experiment_planning.dataset_fingerprint.weighted_statistics import (
-    WeightedValues,
-    mean_and_std_of,
-    percentiles_of,
-    range_of,
-)
+from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample, WeightedValues
+from nnunetv2.federated import statistics  # one centre is pooled like several: by counts, exactly
 
 
 def compute_fingerprint(samples: Sequence[CaseSample]) -> dict:
@@ -43,16 +39,18 @@ def describe_intensities(samples: Sequence[WeightedValues]) -> Mapping[str, floa
     but float64 as soon as one case has no foreground, since its empty list promotes the others.
     """
     dtype = np.float32 if all(len(values) for values, _ in samples) else np.float64
-    samples = [sample for sample in samples if len(sample[0])]
-    low, median, high = percentiles_of(samples, [0.5, 50, 99.5], dtype)
-    mean, std = mean_and_std_of(samples)
-    minimum, maximum = range_of(samples)
+    drawn = [sample for sample in samples if len(sample[0])]
+    coarse = statistics.pool_histograms(statistics.coarse_histogram(values, counts) for values, counts in drawn)
+    bins = statistics.wanted_bins(coarse)
+    fine = statistics.pool_histograms(statistics.fine_histogram(values, bins, counts) for values, counts in drawn)
+    low, median, high = statistics.pooled_percentiles(coarse, fine, promotes_to_float64=dtype is np.float64)
+    moments = reduce(statistics.Moments.merge, (statistics.Moments.of(values, counts) for values, counts in drawn))
     return {
-        "mean": float(dtype(mean)),
-        "median": float(median),
-        "std": float(dtype(std)),
-        "min": minimum,
-        "max": maximum,
-        "percentile_99_5": float(high),
-        "percentile_00_5": float(low),
+        "mean": float(dtype(moments.mean)),
+        "median": median,
+        "std": float(dtype(moments.std)),
+        "min": float(min(values.min() for values, _ in drawn)),
+        "max": float(max(values.max() for values, _ in drawn)),
+        "percentile_99_5": high,
+        "percentile_00_5": low,
     }
