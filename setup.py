@@ -1,4 +1,6 @@
 """Package nnU-Net with native federated learning."""
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 COMMANDS = {
@@ -20,7 +22,7 @@ setup(
     name="nnunetv2",
     version="2.8.1+fed.1",
     description="nnU-Net v2 with native federated learning: several sites train one network, no scan leaves its site.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -48,7 +50,7 @@ setup(
         "pydantic>=2.5",
         "requests>=2.31",
         "safetensors>=0.4.2",
-        "starlette>=0.37",
+        "starlette>=0.39",
         "uvicorn>=0.29",
     ],
     extras_require={"dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "httpx"]},

@@ -28,6 +28,7 @@ from nnunetv2.federated.errors import FederationError
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 INVITATION = "nnUNetv2_fed_join "
+SERVED = "is served at"
 
 
 class SimulationError(FederationError):
@@ -187,7 +188,7 @@ def running_coordinator(folder: Path, sites: Sequence[LocalSite], options: Seque
     process = RunningProcess("coordinator", [find_command("nnUNetv2_fed_coordinator"), *arguments], show=remember,
                              environment={**os.environ, "PYTHONUNBUFFERED": "1"}, log_file=folder / "coordinator.log")
     try:
-        url = wait_until_served(process, folder / "coordinator.json")
+        url = wait_until_served(process, folder / "coordinator.json", lines)
         join_sites(sites, invitations=find_invitations(lines, sites), show=show)
         yield url
     finally:
@@ -209,16 +210,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until_served(process: RunningProcess, state_file: Path) -> str:
-    """Wait until the coordinator has written where it listens; return its address."""
+def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence[str]) -> str:
+    """Wait until the coordinator has printed its invitations and written where it listens; return its address."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             process.finish_reading()
             raise SimulationError(process.describe_failure())
-        if state_file.exists():
+        if state_file.exists() and any(SERVED in line for line in lines):
             state = json.loads(state_file.read_text(encoding="utf-8"))
-            if state["pid"] == process.pid:
+            if state["pid"] == process.pid:  # not that of a coordinator that was killed
                 return state["url"]
         time.sleep(0.05)
     raise SimulationError(f"the coordinator did not start within {START_TIMEOUT_S:.0f} s; see {process.log_file}")

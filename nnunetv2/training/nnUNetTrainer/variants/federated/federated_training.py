@@ -143,10 +143,15 @@ class FederatedTraining:
         metrics = {name: self.logger.get_value(name, step=-1) for name in METRICS}
         weights, aggregate = self.session.exchange(epoch, export_weights(self.network), metrics)
         import_weights_(self.network, weights)
-        megabytes = sum(values.nbytes for values in weights.values()) / 1e6
-        contributors = ", ".join(sorted(aggregate.contributors))
-        missing = f"; missing: {', '.join(aggregate.missing)}" if aggregate.missing else ""
-        self.print_to_log_file(f"Round {epoch}: {megabytes:.1f} MB each way, {time.monotonic() - start:.1f} s; "
-                               f"sites: {contributors}{missing}")
+        self.report_round(aggregate, weights, seconds=time.monotonic() - start)
+        # A site that was so late that the run went on without it gets a later aggregate.
+        self.go_on_at(max(self.current_epoch, aggregate.round + 1))
         if self.current_epoch < self.num_epochs:
             self.save_latest_checkpoint()
+
+    def report_round(self, aggregate: messages.Aggregate, weights: Mapping[str, np.ndarray], *, seconds: float) -> None:
+        """Log what a round moved, how long it took and who took part."""
+        megabytes = sum(values.nbytes for values in weights.values()) / 1e6
+        missing = f"; missing: {', '.join(aggregate.missing)}" if aggregate.missing else ""
+        self.print_to_log_file(f"Round {aggregate.round}: {megabytes:.1f} MB each way, {seconds:.1f} s; "
+                               f"sites: {', '.join(sorted(aggregate.contributors))}{missing}")
