@@ -26,7 +26,7 @@ from nnunetv2.preprocessing.resampling.separable import Band, axis_bands, neares
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 # Output voxels per slab and class: a few copies of it stay in the cache of a core.
-_SLAB_VOXELS = 2**19
+_SLAB_VOXELS = 2**18
 
 
 @dataclass(frozen=True)
