@@ -186,7 +186,8 @@ def running_coordinator(folder: Path, sites: Sequence[LocalSite], options: Seque
         show(line)
 
     process = RunningProcess("coordinator", [find_command("nnUNetv2_fed_coordinator"), *arguments], show=remember,
-                             environment={**os.environ, "PYTHONUNBUFFERED": "1"}, log_file=folder / "coordinator.log")
+                             environment={**os.environ, "PYTHONUNBUFFERED": "1"},
+                             log_file=folder.parent / "logs" / "coordinator.log")
     try:
         url = wait_until_served(process, folder / "coordinator.json", lines)
         join_sites(sites, invitations=find_invitations(lines, sites), show=show)
