@@ -12,7 +12,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nnunetv2.utilities.module_names import may_bind
@@ -60,7 +60,7 @@ def temporarily_extend_syspath(path: str, at_end: bool = False) -> Iterator[None
     try:
         yield
     finally:
-        if path in sys.path:
+        with suppress(ValueError):  # another thread's search may have removed it
             sys.path.remove(path)
 
 

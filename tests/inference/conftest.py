@@ -24,7 +24,7 @@ def make_predictor(tmp_path):
         folder = tmp_path / "model"
         if not folder.exists():
             write_model(folder, TinyModel(**changes))
-        predictor = predictor_class(device=torch.device("cpu"), allow_tqdm=False, **(options or {}))
+        predictor = predictor_class(**{"device": torch.device("cpu"), "allow_tqdm": False, **(options or {})})
         predictor.initialize_from_trained_model_folder(folder, use_folds)
         return predictor
     return make

@@ -171,6 +171,20 @@ def test_batches_of_tiles_and_copies_change_nothing(make_predictor):
     torch.testing.assert_close(predictor.predict_sliding_window_return_logits(image), batched, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("perform_everything_on_device", [True, False])
+def test_a_gpu_predicts_what_a_cpu_predicts(make_predictor, perform_everything_on_device):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    image = torch.randn(1, 40, 38, 51)
+    expected = make_predictor().predict_logits_from_preprocessed_data(image)
+    predictor = make_predictor(options={"device": torch.device("cuda"),
+                                        "perform_everything_on_device": perform_everything_on_device})
+    logits = predictor.predict_logits_from_preprocessed_data(image)
+    assert logits.dtype == torch.float16 and logits.device.type == "cpu"
+    torch.testing.assert_close(logits, expected, atol=2e-2, rtol=2e-2)
+
+
 def test_without_gaussian_and_mirroring_a_single_tile_is_the_networks_answer(make_predictor):
     predictor = make_predictor(options={"use_gaussian": False, "use_mirroring": False})
     image = torch.randn(1, 16, 12, 20)
