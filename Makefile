@@ -25,11 +25,11 @@ demo: $(VENV)/.installed
 
 # Everything, the comparison with the reference release included.
 test: $(VENV)/.installed $(REFERENCE)/.installed lint
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # What a change should pass while it is being made.
 quick: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m "not slow and not parity"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
 
 parity: $(VENV)/.installed $(REFERENCE)/.installed
 	$(VENV)/bin/python -m pytest tests/parity

@@ -53,6 +53,6 @@ setup(
         "starlette>=0.39",
         "uvicorn>=0.29",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "httpx"]},
+    extras_require={"dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx"]},
     entry_points={"console_scripts": [f"{name} = nnunetv2.{target}" for name, target in COMMANDS.items()]},
 )
