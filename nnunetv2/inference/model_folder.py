@@ -1,10 +1,8 @@
 """Read a trained model folder: plans.json, dataset.json and a checkpoint per fold become a network and its weights."""
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from nnunetv2.training import networks
 from nnunetv2.training.checkpoint import load_checkpoint_file
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -68,17 +67,12 @@ def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str]
 def build_network(trainer_class: type, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
                   dataset_json: dict[str, Any]) -> nn.Module:
     """Build a trainer's network without deep supervision, with freshly initialised weights."""
-    channels_in = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
-    channels_out = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
-    build = trainer_class.build_network_architecture
-    if "plans_manager" in inspect.signature(build).parameters:
-        return build(plans_manager, configuration_manager, channels_in, channels_out, enable_deep_supervision=False)
-    warnings.warn(f"{trainer_class.__name__}.build_network_architecture has the signature of nnU-Net 2.3 to 2.6; its "
-                  "first two parameters should be plans_manager and configuration_manager", DeprecationWarning,
-                  stacklevel=2)
-    return build(configuration_manager.network_arch_class_name, configuration_manager.network_arch_init_kwargs,
-                 configuration_manager.network_arch_init_kwargs_req_import, channels_in, channels_out,
-                 enable_deep_supervision=False)
+    return networks.build_network(
+        trainer_class.build_network_architecture, plans_manager=plans_manager,
+        configuration_manager=configuration_manager, dataset_json=dataset_json,
+        num_input_channels=determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
+        num_output_channels=plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False)
 
 
 def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | None, checkpoint_name: str) -> list[Path]:
