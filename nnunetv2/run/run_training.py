@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,25 @@ datasets: plan with -pl nnUNetPlannerResEncM (L, XL), then train with -p nnUNetR
 
 def run_training_entry() -> None:
     """Run `nnUNetv2_train`."""
-    # One thread per process: augmentation workers would otherwise start a team of threads each. This must be set
-    # before NumPy and torch are imported. Training on a CPU sets its own number.
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    run_command(main)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    arguments = build_parser().parse_args(argv)
+    limit_threads(arguments.device)
+    _train(arguments)
+
+
+def limit_threads(device_type: str) -> None:
+    """Give every library one thread, unless the user chose another number; before NumPy and torch are imported.
+
+    Augmentation workers would otherwise start a team of threads each. On a CPU the training itself needs the team, so
+    the number for OpenMP stays as it is (see `set_torch_threads`), and workers limit themselves.
+    """
+    libraries = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    for name in libraries if device_type == "cpu" else ("OMP_NUM_THREADS", *libraries):
         os.environ.setdefault(name, "1")
-    run_command(lambda: _train(build_parser().parse_args()))
 
 
 def build_parser() -> argparse.ArgumentParser:

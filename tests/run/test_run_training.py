@@ -290,3 +290,13 @@ def test_two_processes_train_one_network_and_write_one_set_of_files(dataset, roo
     assert {path.name for path in dataset.parent.iterdir()} == {"fold_0", "plans.json", "dataset.json",
                                                                 "dataset_fingerprint.json"}
     assert (dataset / "validation" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", None), ("cuda", "1")])
+def test_only_a_training_on_a_cpu_keeps_its_threads(device, expected, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    module.limit_threads(device)
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+    assert os.environ["MKL_NUM_THREADS"] == "1"
