@@ -19,7 +19,7 @@ from nnunetv2.federated.simulate import LocalSite, run_everywhere, running_coord
 CONFIGURATION, FOLD, TRAINER = "3d_fullres", "0", "nnUNetTrainerAsymFedAvg"
 PLANS, SMALL_PLANS = "nnUNetPlans", "nnUNetPlansSmall"
 NUM_TRAIN, NUM_TEST = 10, 4
-COORDINATOR_OPTIONS = ("--epochs", "16", "--iterations", "30", "--val-iterations", "4")
+COORDINATOR_OPTIONS = ("--epochs", "20", "--iterations", "36", "--val-iterations", "4")
 WANTED_DICE = 0.85
 
 SITES = {
