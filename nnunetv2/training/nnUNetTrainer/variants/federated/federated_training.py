@@ -33,7 +33,7 @@ METRICS = ("train_losses", "val_losses", "mean_fg_dice", "dice_per_class_or_regi
 def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
     """Copy every distinct floating-point tensor of the network: first of its names -> float32 array."""
     distinct, _ = matching.distinct_tensors(bare_network(network).state_dict())
-    return {name: tensor.detach().float().cpu().contiguous().numpy()
+    return {name: tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
             for name, tensor in distinct.items() if tensor.is_floating_point()}
 
 
