@@ -1,8 +1,6 @@
 """Take file names apart. An ending such as `.nii.gz` is two suffixes, so pathlib's own notion of one does not fit."""
 from __future__ import annotations
 
-import re
-
 
 def strip_ending(name: str, ending: str) -> str:
     """Return `name` without `ending`: strip_ending("liver_1.nii.gz", ".nii.gz") is "liver_1".
@@ -21,5 +19,8 @@ def split_channel(name: str, ending: str) -> tuple[str, int] | None:
     Returns:
         None if the name does not end in an underscore, four digits and the ending.
     """
-    match = re.fullmatch(rf"(.+)_([0-9]{{4}}){re.escape(ending)}", name, re.DOTALL)
-    return (match[1], int(match[2])) if match else None
+    stem = name[:-len(ending)] if ending and name.endswith(ending) else ""
+    # Not a regular expression: this runs once per file of a dataset, of which there may be tens of thousands.
+    case, underscore, channel = stem[:-5], stem[-5:-4], stem[-4:]
+    is_image = case and underscore == "_" and channel.isascii() and channel.isdecimal()
+    return (case, int(channel)) if is_image else None

@@ -26,14 +26,7 @@ def get_identifiers_from_splitted_dataset_folder(folder: str, file_ending: str) 
     """
     import numpy as np
 
-    names = _list_names(folder, file_ending)
-    split_names = {name: split_channel(name, file_ending) for name in names}
-    strangers = [name for name, parts in split_names.items() if parts is None]
-    if strangers:
-        logger.warning("%s: %d files are ignored because their name does not end in _0000%s, _0001%s, ...: %s%s",
-                       folder, len(strangers), file_ending, file_ending, ", ".join(strangers[:5]),
-                       ", ..." if len(strangers) > 5 else "")
-    return np.array(sorted({parts[0] for parts in split_names.values() if parts is not None}), dtype=str)
+    return np.array(sorted(_list_cases(folder, file_ending)), dtype=str)
 
 
 def create_paths_fn(folder: str, files: Iterable[str], file_ending: str, f: str) -> list[str]:
@@ -52,15 +45,9 @@ def create_lists_from_splitted_dataset_folder(folder: str, file_ending: str, ide
             list.
         num_processes: Not needed; kept because callers pass it.
     """
-    if identifiers is None:
-        identifiers = get_identifiers_from_splitted_dataset_folder(folder, file_ending)
-    files_by_case = defaultdict(list)
-    for name in _list_names(folder, file_ending):
-        parts = split_channel(name, file_ending)
-        if parts is not None:
-            files_by_case[parts[0]].append(os.path.join(folder, name))
-    # str(): identifiers may be NumPy strings; get(): a defaultdict would grow by each case without files
-    return [files_by_case.get(str(case), []) for case in identifiers]
+    cases = _list_cases(folder, file_ending, warn=identifiers is None)
+    identifiers = sorted(cases) if identifiers is None else identifiers
+    return [cases.get(str(case), []) for case in identifiers]  # str(): identifiers may be NumPy strings
 
 
 def get_filenames_of_train_images_and_targets(raw_dataset_folder: str, dataset_json: dict | None = None
@@ -78,12 +65,10 @@ def get_filenames_of_train_images_and_targets(raw_dataset_folder: str, dataset_j
     if "dataset" in dataset_json:
         return {case: _resolve_entry(raw_dataset_folder, case, entry)
                 for case, entry in dataset_json["dataset"].items()}
-    images_folder, labels_folder = (os.path.join(raw_dataset_folder, name) for name in ("imagesTr", "labelsTr"))
-    ending = dataset_json["file_ending"]
-    cases = get_identifiers_from_splitted_dataset_folder(images_folder, ending)
-    images = create_lists_from_splitted_dataset_folder(images_folder, ending, cases)
-    return {str(case): {"images": files, "label": os.path.join(labels_folder, f"{case}{ending}")}
-            for case, files in zip(cases, images)}
+    labels_folder, ending = os.path.join(raw_dataset_folder, "labelsTr"), dataset_json["file_ending"]
+    cases = _list_cases(os.path.join(raw_dataset_folder, "imagesTr"), ending)
+    return {case: {"images": cases[case], "label": os.path.join(labels_folder, f"{case}{ending}")}
+            for case in sorted(cases)}
 
 
 def _resolve_entry(folder: str, case: str, entry: dict) -> dict:
@@ -98,6 +83,22 @@ def _resolve_path(folder: str, path: str) -> str:
     path = os.path.expandvars(path)
     # abspath also removes the `..` with which entries reach files of other datasets; links stay what they are
     return path if Path(path).is_absolute() else os.path.abspath(os.path.join(folder, path))  # noqa: PTH100
+
+
+def _list_cases(folder: str, file_ending: str, *, warn: bool = True) -> dict[str, list[str]]:
+    """Return the images of a folder by case, channels in order, in one pass over the folder."""
+    cases, strangers = defaultdict(list), []
+    for name in _list_names(folder, file_ending):
+        parts = split_channel(name, file_ending)
+        if parts is None:
+            strangers.append(name)
+        else:
+            cases[parts[0]].append(os.path.join(folder, name))
+    if strangers and warn:
+        logger.warning("%s: %d files are ignored because their name does not end in _0000%s, _0001%s, ...: %s%s",
+                       folder, len(strangers), file_ending, file_ending, ", ".join(strangers[:5]),
+                       ", ..." if len(strangers) > 5 else "")
+    return dict(cases)
 
 
 def _list_names(folder: str, file_ending: str) -> list[str]:
