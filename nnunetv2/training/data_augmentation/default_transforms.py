@@ -105,11 +105,9 @@ def build_training_transforms(
     transforms += _intensity_transforms(ignore_axes=(0,) if do_dummy_2d_data_aug else None)
     if mirror_axes is not None and len(mirror_axes) > 0:
         transforms.append(MirrorTransform(allowed_axes=mirror_axes))
-    if use_mask_for_norm is not None and any(use_mask_for_norm):
-        masked_channels = [channel for channel, is_masked in enumerate(use_mask_for_norm) if is_masked]
-        transforms.append(MaskImageTransform(masked_channels, channel_idx_in_seg=0, set_outside_to=0))
-    transforms += _previous_stage_transforms(is_cascaded, foreground_labels, augment=True)
-    transforms += _target_transforms(deep_supervision_scales, regions, ignore_label)
+    transforms += mask_transforms(use_mask_for_norm)
+    transforms += previous_stage_transforms(is_cascaded, foreground_labels, augment=True)
+    transforms += target_transforms(deep_supervision_scales, regions, ignore_label)
     return ComposeTransforms(transforms)
 
 
@@ -121,8 +119,8 @@ def build_validation_transforms(
     ignore_label: int | None = None,
 ) -> ComposeTransforms:
     """Build what turns a validation patch into input and targets, without any augmentation."""
-    transforms = _previous_stage_transforms(is_cascaded, foreground_labels, augment=False)
-    return ComposeTransforms(transforms + _target_transforms(deep_supervision_scales, regions, ignore_label))
+    transforms = previous_stage_transforms(is_cascaded, foreground_labels, augment=False)
+    return ComposeTransforms(transforms + target_transforms(deep_supervision_scales, regions, ignore_label))
 
 
 def _spatial_transforms(
@@ -189,10 +187,21 @@ def _gamma(p_invert_image: float) -> GammaTransform:
     )
 
 
-def _previous_stage_transforms(
-    is_cascaded: bool, foreground_labels: Sequence[int] | None, *, augment: bool
+def mask_transforms(use_mask_for_norm: Sequence[bool] | None) -> list[BasicTransform]:
+    """Set the voxels outside the image's own content to 0, in the channels that are normalised within it alone."""
+    channels = [channel for channel, is_masked in enumerate(use_mask_for_norm or ()) if is_masked]
+    return [MaskImageTransform(channels, channel_idx_in_seg=0, set_outside_to=0)] if channels else []
+
+
+def previous_stage_transforms(
+    is_cascaded: bool, foreground_labels: Sequence[int] | None, *, augment: bool, p_per_label: float = 0.5
 ) -> list[BasicTransform]:
-    """Turn -1 into background, and for a cascade the previous stage's labels into channels of the image."""
+    """Turn -1 into background, and for a cascade the previous stage's labels into channels of the image.
+
+    Args:
+        augment: Imitate the mistakes of a previous stage.
+        p_per_label: How often a label is concerned by a mistake that is made at all.
+    """
     transforms: list[BasicTransform] = [RemoveLabelTansform(-1, 0)]
     if not is_cascaded:
         return transforms
@@ -208,19 +217,20 @@ def _previous_stage_transforms(
     label_channels = list(range(-len(foreground_labels), 0))
     return transforms + [
         RandomTransform(
-            ApplyRandomBinaryOperatorTransform(channel_idx=list(label_channels), strel_size=(1, 8), p_per_label=0.5),
+            ApplyRandomBinaryOperatorTransform(channel_idx=list(label_channels), strel_size=(1, 8),
+                                               p_per_label=p_per_label),
             0.4,
         ),
         RandomTransform(
             RemoveRandomConnectedComponentFromOneHotEncodingTransform(
                 channel_idx=list(label_channels), fill_with_other_class_p=0,
-                dont_do_if_covers_more_than_x_percent=0.15, p_per_label=0.5,
+                dont_do_if_covers_more_than_x_percent=0.15, p_per_label=p_per_label,
             ), 0.2,
         ),
     ]
 
 
-def _target_transforms(
+def target_transforms(
     deep_supervision_scales: DeepSupervisionScales | None, regions: Regions | None, ignore_label: int | None
 ) -> list[BasicTransform]:
     """Turn labels into regions (the ignore label becomes the last one), and into one target per resolution."""
