@@ -16,9 +16,9 @@ from nnunetv2.inference.preprocessing_jobs import (
     FileCase,
     Item,
     Model,
+    PreprocessedCases,
     offer,
     preprocess_case,
-    preprocessed_in_order,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def preprocessing_iterator_fromfiles(
         pin_memory: Return tensors in pinned memory, if there is a GPU.
 
     Raises:
-        RuntimeError: A case failed or a worker died.
+        RuntimeError: A case failed or a worker died. After a failed case, `next()` goes on with the one behind it.
     """
     cases = _file_cases(list_of_lists, list_of_segs_from_prev_stage_files, output_filenames_truncated)
     model = Model(plans_manager, configuration_manager, dataset_json)
@@ -132,8 +132,7 @@ def _iterate(cases: Sequence[Case], model: Model, num_workers: int, pin_memory: 
     if num_workers < 0:
         raise ValueError(f"num_processes must be at least 0, got {num_workers}")
     pin_memory = pin_memory and torch.cuda.is_available()
-    for item in preprocessed_in_order(cases, model, min(num_workers, len(cases)), verbose):
-        yield _with_tensor(item, pin_memory)
+    return PreprocessedCases(cases, model, num_workers, verbose, lambda item: _with_tensor(item, pin_memory))
 
 
 def _with_tensor(item: Item, pin_memory: bool = False) -> Item:

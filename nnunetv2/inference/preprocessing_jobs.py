@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,11 +95,30 @@ class ArrayCase:
 Case = FileCase | ArrayCase
 
 
+class UnpreparedCaseError(RuntimeError):
+    """A case could not be prepared. The iterator that raised this goes on with the next one."""
+
+    def __init__(self, case: str, reason: str) -> None:
+        super().__init__(case, reason)  # both are `args`, so that the error survives the way out of a process
+        self.case = case
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"case {self.case}: {self.reason}"
+
+
+class _WorkerFailedError(UnpreparedCaseError):
+    """The same from a worker; programs look for how this message begins."""
+
+    def __str__(self) -> str:
+        return f"Background workers died. {super().__str__()}"
+
+
 def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
     """Preprocess a case with the configuration's preprocessor.
 
     Raises:
-        RuntimeError: Whatever went wrong, with the name of the case.
+        UnpreparedCaseError: Whatever went wrong, with the name of the case.
     """
     try:
         preprocessor = model.configuration_manager.preprocessor_class(verbose=verbose)
@@ -106,54 +126,74 @@ def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
         _check_channels(item["data"], preprocessor, model)
         return item
     except Exception as error:
-        raise RuntimeError(f"case {case.name}: {type(error).__name__}: {error}") from error
+        raise UnpreparedCaseError(case.name, f"{type(error).__name__}: {error}") from error
 
 
-def preprocessed_in_order(cases: Sequence[Case], model: Model, num_workers: int, verbose: bool) -> Iterator[Item]:
-    """Yield the cases preprocessed, in their order, up to `num_workers` of them being worked on ahead.
+class PreprocessedCases(Iterator[Item]):
+    """Hands out cases preprocessed, in their order; workers prepare those that come next.
+
+    A case that fails raises when it is its turn, and does not end the iteration: whoever catches the error can ask for
+    the next case.
 
     Args:
-        num_workers: 0 preprocesses each case when it is asked for.
-
-    Raises:
-        RuntimeError: A case failed or a worker process died; the text begins with "Background workers died.".
+        num_workers: How many cases are worked on ahead; 0 prepares each case when it is asked for.
+        finish: Applied to each item in the calling thread.
     """
-    if num_workers == 0:
-        for case in cases:
-            yield preprocess_case(case, model, verbose)
-        return
-    executor = _open_executor(cases, num_workers)
-    waiting: deque[Future] = deque()
-    ahead = num_workers + 1  # one is ready while the others are made
-    try:
-        for case in cases:
-            waiting.append(executor.submit(preprocess_case, case, model, verbose))
-            if len(waiting) > ahead:
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+
+    def __init__(self, cases: Sequence[Case], model: Model, num_workers: int, verbose: bool,
+                 finish: Callable[[Item], Item] = lambda item: item) -> None:
+        self._cases, self._to_do = cases, iter(cases)
+        self._model, self._verbose, self._finish = model, verbose, finish
+        self._num_workers = min(num_workers, len(cases))
+        self._executor: Executor | None = None
+        self._waiting: deque[Future] = deque()
+
+    def __next__(self) -> Item:
+        """Return the next case.
+
+        Raises:
+            UnpreparedCaseError: It failed. From workers, the text begins with "Background workers died.".
+            RuntimeError: A worker process died, and the iteration is over. The text begins in the same way.
+        """
+        if self._num_workers == 0:
+            return self._finish(preprocess_case(next(self._to_do), self._model, self._verbose))
+        self._submit_ahead()
+        if not self._waiting:
+            self.close()
+            raise StopIteration
+        return self._finish(self._result(self._waiting.popleft()))
+
+    def close(self) -> None:
+        """Stop the workers; a case that one of them is at is not waited for."""
+        self._to_do = iter(())
+        self._waiting.clear()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
+
+    def _submit_ahead(self) -> None:
+        for case in islice(self._to_do, self._num_workers + 1 - len(self._waiting)):  # one is ready, others are made
+            self._executor = self._executor or _open_executor(self._cases, self._num_workers)
+            self._waiting.append(self._executor.submit(preprocess_case, case, self._model, self._verbose))
+
+    def _result(self, future: Future) -> Item:
+        try:
+            return future.result()
+        except UnpreparedCaseError as error:
+            raise _WorkerFailedError(error.case, error.reason) from error
+        except BrokenProcessPool as error:
+            self.close()
+            raise RuntimeError(
+                "Background workers died. A preprocessing process was killed, most often for lack of memory: use "
+                "fewer (-npp). If none could start, a script that predicts needs `if __name__ == '__main__':` around "
+                "its own code.") from error
 
 
 def _open_executor(cases: Sequence[Case], num_workers: int) -> Executor:
-    num_workers = min(num_workers, len(cases))
     is_much = len(cases) >= _CASES_WORTH_PROCESSES and sum(case.input_bytes for case in cases) > _BYTES_WORTH_PROCESSES
     if num_workers > 1 and is_much:
         return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
     return ThreadPoolExecutor(num_workers, thread_name_prefix="preprocessing")
-
-
-def _result(future: Future) -> Item:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "Background workers died. A preprocessing process was killed, most often for lack of memory: use fewer "
-            "(-npp). If none could start, a script that predicts needs `if __name__ == '__main__':` around its own "
-            "code.") from error
-    except Exception as error:
-        raise RuntimeError(f"Background workers died. {error}") from error
 
 
 def _as_item(data: np.ndarray, previous_stage: np.ndarray | None, properties: Mapping[str, Any], output: str | None,
