@@ -37,6 +37,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.debug_information import describe_trainer
 from nnunetv2.training.folder_lock import training_in
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.networks import (
@@ -251,9 +252,20 @@ class nnUNetTrainer:
 
     def _build_loss(self) -> nn.Module:
         """Return Dice plus cross entropy, added up over the outputs of deep supervision."""
-        return build_default_loss(
-            self.label_manager, self.configuration_manager, is_ddp=self.is_ddp, compile_dice=self._do_i_compile(),
-            deep_supervision_scales=self._get_deep_supervision_scales() if self.enable_deep_supervision else None)
+        loss = build_default_loss(self.label_manager, batch_dice=self.configuration_manager.batch_dice,
+                                  ddp=self.is_ddp)
+        if self._do_i_compile():
+            loss.dc = torch.compile(loss.dc)
+        return self._over_all_outputs(loss)
+
+    def _over_all_outputs(self, loss: nn.Module) -> nn.Module:
+        """Add a loss up over the outputs of deep supervision; without it, return the loss as it is."""
+        if not self.enable_deep_supervision:
+            return loss
+        # DDP fails on parameters without a gradient, unless the network is compiled.
+        weights = deep_supervision_weights(len(self._get_deep_supervision_scales()),
+                                           keep_last_tiny=self.is_ddp and not self._do_i_compile())
+        return DeepSupervisionWrapper(loss, weights)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """Return the size of each output relative to the input; None without deep supervision."""

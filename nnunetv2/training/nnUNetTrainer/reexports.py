@@ -40,7 +40,6 @@ _OF_MODULE = {
     "nnunetv2.training.data_augmentation.compute_initial_patch_size": "get_patch_size",
     "nnunetv2.training.dataloading.nnunet_dataset": "nnUNetDatasetNumpy nnUNetDatasetBlosc2",
     "nnunetv2.training.loss.compound_losses": "DC_and_CE_loss DC_and_BCE_loss",
-    "nnunetv2.training.loss.deep_supervision": "DeepSupervisionWrapper",
     "nnunetv2.training.loss.dice": "get_tp_fp_fn_tn MemoryEfficientSoftDiceLoss",
     "nnunetv2.utilities.crossval_split": "generate_crossval_split",
     "nnunetv2.utilities.file_path_utilities": "check_workers_alive_and_busy",

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_dataset import make_dataset_json, make_plans
 from torch import nn
 
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class Difference(nn.Module):
@@ -71,13 +73,8 @@ def labels(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{"has_regions": False, "has_ignore_label": False, "ignore_label": None, **changes})
 
 
-def build(label_manager, *, scales, is_ddp=False, compile_dice=False, batch_dice=True):
-    return build_default_loss(label_manager, SimpleNamespace(batch_dice=batch_dice), deep_supervision_scales=scales,
-                              is_ddp=is_ddp, compile_dice=compile_dice)
-
-
 def test_labels_get_dice_and_cross_entropy():
-    loss = build(labels(has_ignore_label=True, ignore_label=4), scales=None)
+    loss = build_default_loss(labels(has_ignore_label=True, ignore_label=4), batch_dice=True, ddp=False)
     assert isinstance(loss, DC_and_CE_loss)
     assert isinstance(loss.dc, MemoryEfficientSoftDiceLoss)
     assert (loss.dc.batch_dice, loss.dc.do_bg, loss.dc.smooth, loss.dc.ddp) == (True, False, 1e-5, False)
@@ -85,15 +82,10 @@ def test_labels_get_dice_and_cross_entropy():
 
 
 def test_regions_get_dice_and_binary_cross_entropy():
-    loss = build(labels(has_regions=True, has_ignore_label=True, ignore_label=4), scales=None, is_ddp=True)
+    loss = build_default_loss(labels(has_regions=True, has_ignore_label=True, ignore_label=4), batch_dice=True,
+                              ddp=True)
     assert isinstance(loss, DC_and_BCE_loss)
     assert (loss.use_ignore_label, loss.dc.do_bg, loss.dc.ddp) == (True, True, True)
-
-
-def test_deep_supervision_wraps_the_loss():
-    loss = build(labels(), scales=[[1, 1], [0.5, 0.5], [0.25, 0.25]])
-    assert loss.weight_factors == pytest.approx((2 / 3, 1 / 3, 0))
-    assert isinstance(loss.loss, DC_and_CE_loss)
 
 
 class Compiled(nn.Module):
@@ -104,14 +96,31 @@ class Compiled(nn.Module):
         self.original = module
 
 
+def make_trainer(*, stages=3, compiles=False, **attributes):
+    trainer = nnUNetTrainer(make_plans(stages=stages), "3d_fullres", 0, make_dataset_json(), torch.device("cpu"))
+    vars(trainer).update(attributes, _do_i_compile=lambda: compiles)
+    return trainer
+
+
+def test_deep_supervision_wraps_the_loss():
+    loss = make_trainer(stages=4)._build_loss()
+    assert loss.weight_factors == pytest.approx((2 / 3, 1 / 3, 0))
+    assert isinstance(loss.loss, DC_and_CE_loss)
+    assert isinstance(make_trainer(enable_deep_supervision=False)._build_loss(), DC_and_CE_loss)
+
+
+def test_the_only_output_of_a_network_with_two_stages_counts():
+    assert make_trainer(stages=2)._build_loss().weight_factors == (1,)
+
+
 def test_processes_without_compilation_keep_all_outputs_in_use(monkeypatch):
     monkeypatch.setattr(torch, "compile", Compiled)
-    assert build(labels(), scales=[[1], [1]], is_ddp=True).weight_factors[-1] > 0
-    assert build(labels(), scales=[[1], [1]], is_ddp=True, compile_dice=True).weight_factors[-1] == 0
+    assert make_trainer(is_ddp=True)._build_loss().weight_factors[-1] > 0
+    assert make_trainer(is_ddp=True, compiles=True)._build_loss().weight_factors[-1] == 0
 
 
 def test_only_the_dice_term_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", Compiled)
-    loss = build(labels(), scales=None, compile_dice=True)
+    loss = make_trainer(compiles=True, enable_deep_supervision=False)._build_loss()
     assert isinstance(loss, DC_and_CE_loss)
     assert isinstance(loss.dc.original, MemoryEfficientSoftDiceLoss)
