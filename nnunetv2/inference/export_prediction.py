@@ -7,6 +7,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,12 @@ def resample_and_save(predicted: ArrayOrTensor, target_shape: Sequence[int], out
             resampled = resampling_fn(logits, target_shape, spacing, spacing)
             labels[...] = _as_array(label_manager.convert_logits_to_segmentation(resampled))
     _save_stage_labels(labels, output_file, configuration_manager.patch_size, dataset_class or nnUNetDatasetBlosc2)
+
+
+def estimate_export_bytes(logits: np.ndarray, properties: Mapping[str, Any], with_probabilities: bool) -> int:
+    """Estimate the memory that an export takes, logits included: labels, and if asked for float32 probabilities."""
+    voxels = prod(int(n) for n in properties.get("shape_before_cropping", logits.shape[1:]))
+    return logits.nbytes + voxels * (2 + (4 * len(logits) if with_probabilities else 0))
 
 
 def save_probabilities_file(probabilities: np.ndarray, path: str | os.PathLike[str]) -> None:

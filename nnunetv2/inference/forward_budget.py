@@ -5,6 +5,8 @@ import logging
 
 import torch
 
+from nnunetv2.utilities.free_memory import free_memory_bytes
+
 logger = logging.getLogger(__name__)
 
 # Small tiles cost more in calls than in arithmetic: 20 times less CPU time for 2D tiles of 64 x 64 voxels (measured).
@@ -39,9 +41,15 @@ def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
         return ForwardBudget(_CPU_VOXELS)
     if device.type != "cuda":
         return ForwardBudget(0)
-    free_bytes, _ = torch.cuda.mem_get_info(device)
     per_voxel = _GPU_BYTES_PER_VOXEL + _GPU_BYTES_PER_VOXEL_AND_CLASS * num_classes
-    return ForwardBudget(min(_GPU_VOXELS, free_bytes // 2 // per_voxel))
+    return ForwardBudget(min(_GPU_VOXELS, free_bytes(device) // 2 // per_voxel))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on a CUDA device now; on any other, that of the machine."""
+    if device.type != "cuda":
+        return free_memory_bytes()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,9 +18,12 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference import case_lists, model_folder
 from nnunetv2.inference import predict_from_raw_data as public
 from nnunetv2.inference.case_lists import Inputs, Outputs, PathOrText
+from nnunetv2.inference.export_prediction import estimate_export_bytes
 from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.forward_budget import ForwardBudget, budget_for
+from nnunetv2.inference.logit_sums import NonFiniteLogitsError
 from nnunetv2.inference.mirroring import mirrored_mean
+from nnunetv2.inference.preprocessing_jobs import PreprocessedCases, without_unprepared
 from nnunetv2.inference.sliding_window_prediction import Slicer, compute_tile_slicers
 from nnunetv2.inference.tile_accumulation import predict_tiles
 from nnunetv2.utilities.atomic_write import save_json_atomically
@@ -202,31 +205,26 @@ class nnUNetPredictor:
         """Predict preprocessed cases: dicts of `data` (tensor, or the path of a `.npy` that is read and deleted),
         `data_properties` and `ofile` (path without ending; None returns the result).
 
-        A case that cannot be exported does not stop the others.
+        A case that cannot be prepared or exported, or whose logits are not finite, does not stop the others.
 
         Raises:
-            RuntimeError: At the end, if some cases could not be exported; the message lists them.
+            RuntimeError: At the end, if cases failed; the message lists them. At once, if a worker process died, the
+                disk is full, or the network fails in any other way.
         """
         options = _if_set(use_cropped_logits_resampling)
         try:
             with ExportQueue(num_processes_segmentation_export) as exports:
-                for number, item in enumerate(data_iterator):
-                    data, properties, output = item["data"], item["data_properties"], item["ofile"]
-                    data = _load_and_delete(data) if isinstance(data, (str, os.PathLike)) else data
-                    name = Path(output).name if output is not None else f"number {number}"
-                    logger.info("predicting case %s, shape %s", name, tuple(data.shape[1:]))
-                    logits = self.predict_logits_from_preprocessed_data(data).cpu().detach().numpy()
-                    if output is not None:
-                        exports.submit(name, logits.nbytes, _with_options, options,
-                                       public.export_prediction_from_logits, logits, properties,
-                                       self.configuration_manager, self.plans_manager, self.dataset_json, output,
-                                       save_probabilities)
-                    else:
-                        exports.submit(name, logits.nbytes, _with_options, options,
-                                       public.convert_predicted_logits_to_segmentation_with_correct_shape, logits,
-                                       self.plans_manager, self.configuration_manager, self.label_manager, properties,
-                                       save_probabilities)
-                    del item, data, logits
+                for number, item in enumerate(without_unprepared(data_iterator, exports.fail)):
+                    name = Path(item["ofile"]).name if item["ofile"] is not None else f"number {number}"
+                    try:
+                        logits = self._predict_item(name, item)
+                    except NonFiniteLogitsError as error:
+                        exports.fail(name, error)
+                        continue
+                    num_bytes = estimate_export_bytes(logits, item["data_properties"], save_probabilities)
+                    exports.submit(name, num_bytes, _with_options, options,
+                                   *self._export_call(logits, item, save_probabilities))
+                    del item, logits
                 return exports.results()
         finally:
             _stop_workers(data_iterator)
@@ -354,6 +352,22 @@ class nnUNetPredictor:
         return self._manage_input_and_output_lists(
             arguments["list_of_lists_or_source_folder"], output, previous_stage, arguments["overwrite"],
             arguments.get("part_id", 0), arguments.get("num_parts", 1), arguments["save_probabilities"])
+
+    def _predict_item(self, name: str, item: Item) -> np.ndarray:
+        """Return the logits of a preprocessed case."""
+        data = item["data"]
+        data = _load_and_delete(data) if isinstance(data, (str, os.PathLike)) else data
+        logger.info("predicting case %s, shape %s", name, tuple(data.shape[1:]))
+        return self.predict_logits_from_preprocessed_data(data).cpu().detach().numpy()
+
+    def _export_call(self, logits: np.ndarray, item: Item, save_probabilities: bool) -> tuple:
+        """Return the function that exports a case and its arguments; it writes files where an output is named."""
+        properties, output = item["data_properties"], item["ofile"]
+        if output is not None:
+            return (public.export_prediction_from_logits, logits, properties, self.configuration_manager,
+                    self.plans_manager, self.dataset_json, output, save_probabilities)
+        return (public.convert_predicted_logits_to_segmentation_with_correct_shape, logits, self.plans_manager,
+                self.configuration_manager, self.label_manager, properties, save_probabilities)
 
     def _write_provenance(self, folder: Path, arguments: Mapping[str, Any]) -> None:
         plain = dict(arguments)
@@ -499,5 +513,5 @@ def _stop_workers(iterator: Iterable[Item]) -> None:
     """End what prepares the cases of an iterator: batchgenerators' workers, or those of our generators."""
     if isinstance(iterator, public.MultiThreadedAugmenter):
         iterator._finish()
-    elif isinstance(iterator, GeneratorType):
+    elif isinstance(iterator, (PreprocessedCases, GeneratorType)):
         iterator.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -187,6 +187,21 @@ class PreprocessedCases(Iterator[Item]):
                 "Background workers died. A preprocessing process was killed, most often for lack of memory: use "
                 "fewer (-npp). If none could start, a script that predicts needs `if __name__ == '__main__':` around "
                 "its own code.") from error
+
+
+def without_unprepared(items: Iterable[Item], on_failure: Callable[[str, UnpreparedCaseError], object]
+                       ) -> Iterator[Item]:
+    """Yield the items that can be prepared; call `on_failure` with the name and error of each case that cannot."""
+    items = iter(items)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except UnpreparedCaseError as error:
+            on_failure(error.case, error)
+            continue
+        yield item
 
 
 def _open_executor(cases: Sequence[Case], num_workers: int) -> Executor:

@@ -1,12 +1,13 @@
 """Tests of exporting in the background."""
 from __future__ import annotations
 
+import errno
 import threading
 
 import pytest
 
-from nnunetv2.inference import export_queue
 from nnunetv2.inference.export_queue import ExportQueue
+from nnunetv2.inference.preprocessing_jobs import UnpreparedCaseError
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
@@ -28,7 +29,7 @@ def test_a_failure_is_named_and_spares_the_other_cases(caplog):
     with ExportQueue(1) as queue:
         for number in range(4):
             queue.submit(f"liver_{number}", 1, export, number)
-        with pytest.raises(RuntimeError, match="1 of 4 cases could not be exported: liver_1: OSError: disk full"):
+        with pytest.raises(RuntimeError, match="1 of 4 cases could not be predicted: liver_1: OSError: disk full"):
             queue.results()
     assert done == [0, 2, 3]
     assert "liver_1" in caplog.text
@@ -44,6 +45,33 @@ def test_lack_of_memory_is_called_by_its_old_name():
             queue.results()
 
 
+def test_a_full_disk_ends_the_run():
+    def export():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ExportQueue(0) as queue:
+        queue.submit("liver_1", 1, export)
+        with pytest.raises(RuntimeError, match="liver_1: OSError: .*No space left"):
+            queue.submit("liver_2", 1, export)
+
+
+def test_cases_that_were_never_prepared_are_listed_with_the_others():
+    with ExportQueue(1) as queue:
+        queue.submit("liver_1", 1, lambda: 1)
+        queue.fail("liver_2", UnpreparedCaseError("liver_2", "ValueError: no image"))
+        with pytest.raises(RuntimeError, match=r"^Background workers died\. 1 of 2 cases .*: liver_2: ValueError: no"):
+            queue.results()
+
+
+def test_after_ctrl_c_nothing_is_waited_for():
+    release = threading.Event()
+    with pytest.raises(KeyboardInterrupt), ExportQueue(1) as queue:
+        queue.submit("running", 1, release.wait)
+        queue.submit("waiting", 1, release.wait)
+        raise KeyboardInterrupt
+    release.set()
+
+
 def test_without_workers_an_export_is_done_when_submit_returns():
     done = []
     with ExportQueue(0) as queue:
@@ -52,8 +80,7 @@ def test_without_workers_an_export_is_done_when_submit_returns():
 
 
 @pytest.mark.parametrize(("num_bytes", "at_once"), [(1, 3), (3, 1)])
-def test_waiting_logits_are_bounded_in_number_and_bytes(num_bytes, at_once, monkeypatch):
-    monkeypatch.setattr(export_queue, "_MOST_WAITING_BYTES", 5)
+def test_waiting_logits_are_bounded_in_number_and_bytes(num_bytes, at_once):
     release, submitted = threading.Event(), []
 
     def submit_all(queue):
@@ -61,7 +88,7 @@ def test_waiting_logits_are_bounded_in_number_and_bytes(num_bytes, at_once, monk
             queue.submit("case", num_bytes, release.wait)
             submitted.append(number)
 
-    with ExportQueue(1) as queue:
+    with ExportQueue(1, most_bytes=5) as queue:
         producer = threading.Thread(target=submit_all, args=(queue,))
         producer.start()
         producer.join(0.3)

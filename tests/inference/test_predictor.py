@@ -98,7 +98,7 @@ def test_parts_share_the_cases(make_predictor, write_images, tmp_path):
 def test_a_damaged_image_is_named(make_predictor, write_images, tmp_path):
     images = write_images()
     (images / "liver_2_0000.nii.gz").write_bytes(b"no image")
-    with pytest.raises(RuntimeError, match=r"^Background workers died\. case liver_2"):
+    with pytest.raises(RuntimeError, match=r"^Background workers died\. 1 of 2 cases .*: liver_2: "):
         make_predictor().predict_from_files(str(images), str(tmp_path / "out"))
     assert (tmp_path / "out" / "liver_1.nii.gz").exists()  # what was predicted before is kept
 
@@ -106,7 +106,7 @@ def test_a_damaged_image_is_named(make_predictor, write_images, tmp_path):
 def test_a_failed_export_does_not_stop_the_others(make_predictor, write_images, tmp_path):
     predictor, out = make_predictor(), tmp_path / "out"
     (out / "liver_1.nii.gz").mkdir(parents=True)  # cannot be replaced by a file
-    with pytest.raises(RuntimeError, match="1 of 2 cases could not be exported: liver_1"):
+    with pytest.raises(RuntimeError, match="1 of 2 cases could not be predicted: liver_1"):
         predictor.predict_from_files(str(write_images()), str(out))
     assert (out / "liver_2.nii.gz").is_file()
 

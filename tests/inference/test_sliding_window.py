@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2.inference import logit_sums
 from nnunetv2.inference.forward_budget import ForwardBudget, is_out_of_memory
+from nnunetv2.inference.logit_sums import HalfSums, WindowedSums, allocate_sums
 from nnunetv2.inference.mirroring import mirror_combinations, mirrored_mean
 from nnunetv2.inference.sliding_window_prediction import (
     compute_gaussian,
     compute_steps_for_sliding_window,
     compute_tile_slicers,
 )
-from nnunetv2.inference.tile_accumulation import TileAccumulator, predict_tiles
+from nnunetv2.inference.tile_accumulation import predict_tiles
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,30 @@ def test_blending_equals_the_weighted_mean_over_all_tiles():
     torch.testing.assert_close(logits.double(), sums / weights, atol=1e-6, rtol=1e-3)
 
 
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Leave too little for sums in float32."""
+    monkeypatch.setattr(logit_sums, "free_bytes", lambda device: 1000)
+
+
+@pytest.mark.parametrize("is_weighted", [True, False])
+@pytest.mark.parametrize("tile_size", [(6, 5, 4), (5, 4)])
+def test_with_little_memory_tiles_are_added_in_half_precision(little_memory, is_weighted, tile_size, caplog):
+    image = torch.randn(1, 9, 11, 13)
+    weight = compute_gaussian(tile_size, value_scaling_factor=10, dtype=torch.float32, device=CPU)
+    logits = blend(image, tile_size, weight=weight if is_weighted else 1.0)
+    torch.testing.assert_close(logits.float(), torch.cat((image, -image)), atol=5e-3, rtol=5e-3)
+    assert "adding tiles in float16" in caplog.text
+
+
+def test_the_memory_decides_on_the_precision_of_sums(monkeypatch):
+    wanted = WindowedSums.num_bytes(3, (10, 5, 5), 4)
+    assert wanted == 2 * 3 * 250 + 4 * (3 + 1) * 100
+    for free, kind in ((2 * wanted, WindowedSums), (wanted, HalfSums)):
+        monkeypatch.setattr(logit_sums, "free_bytes", lambda device, free=free: free)
+        assert isinstance(allocate_sums(3, (10, 5, 5), 4, CPU), kind)
+
+
 def test_tiles_may_come_in_any_order():
     image = torch.randn(1, 12, 9, 10)
     slicers = compute_tile_slicers(image.shape[1:], (5, 4, 6), 0.5)
@@ -116,12 +142,21 @@ def test_voxels_without_a_tile_are_zero():
     assert logits[0, :, 0, 0].tolist() == [0] * 8 + [1] * 3 + [0]
 
 
-def test_a_rim_weight_below_half_precision_does_not_round_logits():
+@pytest.mark.parametrize("sums", [WindowedSums(1, (1, 1, 2), 1, CPU), HalfSums(1, (1, 1, 2), CPU)])
+def test_a_rim_weight_below_half_precision_does_not_round_logits(sums):
     # In the reference such voxels are rounded to whole numbers.
-    accumulator = TileAccumulator(1, (1, 1, 1), 1, CPU)
-    accumulator.add(torch.full((1, 1, 1, 1), 0.4), (slice(None), slice(0, 1), slice(0, 1), slice(0, 1)),
-                    torch.full((1, 1, 1), 6e-8))
-    assert float(accumulator.finish()) == pytest.approx(0.4, rel=1e-3)
+    sums.add(torch.full((1, 1, 1, 2), 0.4), (slice(None), slice(0, 1), slice(0, 1), slice(0, 2)),
+             torch.tensor([[[6e-8, 10]]]))
+    np.testing.assert_allclose(sums.finish().float().numpy(), 0.4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sums", [WindowedSums(2, (4, 3, 2), 4, CPU), HalfSums(2, (4, 3, 2), CPU)])
+def test_sums_go_on_after_a_move(sums):
+    whole = (slice(None), slice(0, 4), slice(0, 3), slice(0, 2))
+    sums.add(torch.ones(2, 4, 3, 2), whole, 1.0)
+    sums.move_to_(CPU)
+    sums.add(3 * torch.ones(2, 4, 3, 2), whole, 1.0)
+    assert (sums.finish() == 2).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
