@@ -19,6 +19,7 @@ from nnunetv2.imageio.channels import (
     stack_channels,
     warn_unless_same,
 )
+from nnunetv2.imageio.complete_file import require_complete_nifti
 from nnunetv2.utilities.atomic_write import replacing
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def _write(image: sitk.Image, output_fname: FilePath) -> None:
 
     with replacing(output_fname) as file:
         sitk.WriteImage(image, str(file), True)
+        require_complete_nifti(file)
 
 
 def _orientation_code(image: sitk.Image) -> str | None:

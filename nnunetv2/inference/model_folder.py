@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from nnunetv2.training import networks
 from nnunetv2.training.checkpoint import load_checkpoint_file
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+logger = logging.getLogger(__name__)
 
 Parameters = dict[str, Any]
 
@@ -57,7 +60,8 @@ def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str]
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
     trainer_name = checkpoints[0]["trainer_name"]
-    network = build_network(find_trainer(trainer_name), plans_manager, configuration_manager, dataset_json)
+    trainer_class = _find_trainer(find_trainer, trainer_name)
+    network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
     parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
     network.load_state_dict(parameters[0])
     return TrainedModel(network, parameters, plans_manager, configuration_manager, dataset_json, trainer_name,
@@ -73,6 +77,18 @@ def build_network(trainer_class: type, plans_manager: PlansManager, configuratio
         num_input_channels=determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
         num_output_channels=plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
         enable_deep_supervision=False)
+
+
+def _find_trainer(find_trainer: Callable[[str], type], name: str) -> type:
+    """Find a trainer's class; if there is none, take the standard one, whose network most custom trainers keep."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    try:
+        return find_trainer(name)
+    except RuntimeError as error:
+        logger.warning("%s. Building the network of nnUNetTrainer instead; if the weights do not fit it, prediction "
+                       "needs the code of %s (a folder named by nnUNet_extTrainer may hold it)", error, name)
+        return nnUNetTrainer
 
 
 def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | None, checkpoint_name: str) -> list[Path]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+
+_SECONDS_TO_FINISH_CASES = 5
 
 CITATION = ("If you publish results, please cite: Isensee, Jaeger, Kohl, Petersen, Maier-Hein. nnU-Net: a "
             "self-configuring method for deep learning-based biomedical image segmentation. Nature Methods 18, 203-211 "
@@ -89,12 +93,12 @@ def __dir__() -> list[str]:
 
 def predict_entry_point() -> None:
     """Run `nnUNetv2_predict`."""
-    run_command(lambda: _predict(build_parser().parse_args()))
+    run_command(lambda: _leaving_soon(lambda: _predict(build_parser().parse_args())))
 
 
 def predict_entry_point_modelfolder() -> None:
     """Run `nnUNetv2_predict_from_modelfolder`."""
-    run_command(lambda: _predict_from_model_folder(build_model_folder_parser().parse_args()))
+    run_command(lambda: _leaving_soon(lambda: _predict_from_model_folder(build_model_folder_parser().parse_args())))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -186,6 +190,26 @@ def _predict_folder(args: argparse.Namespace, model_folder: str, *, part_id: int
         return
     predictor.predict_from_files(args.i, args.o, **common, num_processes_preprocessing=args.npp,
                                  num_processes_segmentation_export=args.nps, num_parts=num_parts, part_id=part_id)
+
+
+def _leaving_soon(command: Callable[[], None]) -> None:
+    """Run a command so that, after Ctrl-C, its process ends within seconds.
+
+    Python waits for threads before it ends, and one that resamples a large image may take long. Each file is written
+    beside its name, so a thread that is cut short leaves nothing that looks like a result.
+    """
+    try:
+        command()
+    except KeyboardInterrupt:
+        threading.Thread(target=_end_after_main_thread, args=(_SECONDS_TO_FINISH_CASES,), daemon=True).start()
+        raise
+
+
+def _end_after_main_thread(grace_s: float) -> None:
+    """End the process a while after its main thread, which a program that called us may keep alive for long."""
+    threading.main_thread().join()
+    time.sleep(grace_s)
+    os._exit(130)
 
 
 def _build_predictor(args: argparse.Namespace) -> nnUNetPredictor:
