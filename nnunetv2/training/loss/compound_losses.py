@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss
+from nnunetv2.training.loss.ignored_voxels import hide_label, split_off_last_region
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss, TopKLoss
 from nnunetv2.utilities.helpers import softmax_helper_dim1
 
@@ -29,17 +30,16 @@ class _LabelMapLoss(nn.Module):
         """Return the loss of logits `(b, c, *spatial)` against a label map `(b, 1, *spatial)`, a scalar."""
         if target.shape[1] != 1:
             raise ValueError(f"expected a label map of 1 channel, got {target.shape[1]} (regions need DC_and_BCE_loss)")
-        mask, dice_target, has_voxels = None, target, True
+        mask, dice_target = None, target
         if self.ignore_label is not None:
-            mask = target != self.ignore_label
-            # A label of its own would be out of range of the one-hot encoding; the mask hides what is written here.
-            dice_target = torch.where(mask, target, 0)
-            has_voxels = bool(mask.any())
+            dice_target, mask = hide_label(target, self.ignore_label)
         loss = 0
         if self.weight_dice != 0:
             loss = loss + self.weight_dice * self.dc(net_output, dice_target, loss_mask=mask)
-        if self.weight_ce != 0 and has_voxels:
-            loss = loss + self.weight_ce * self.ce(net_output, self._cross_entropy_target(target))
+        if self.weight_ce != 0:
+            ce = self.ce(net_output, self._cross_entropy_target(target))
+            # Without any voxel the mean is NaN. Chosen on the device: asking for `mask.any()` would wait for the GPU.
+            loss = loss + self.weight_ce * (ce if mask is None else torch.where(mask.any(), ce, 0.0))
         return loss
 
     def _cross_entropy_target(self, target: Tensor) -> Tensor:
@@ -123,9 +123,7 @@ class DC_and_BCE_loss(nn.Module):
         """Return the loss of logits `(b, regions, *spatial)` against `(b, regions (+1 ignore), *spatial)`, a scalar."""
         mask = None
         if self.use_ignore_label:
-            ignored = target[:, -1:]
-            mask = ~ignored if ignored.dtype == torch.bool else 1 - ignored
-            target = target[:, :-1]
+            target, mask = split_off_last_region(target)
         bce = self.ce(net_output, target.float())
         if mask is not None:
             bce = self._mean_where_counted(bce, mask)

@@ -1,4 +1,4 @@
-"""Choose the loss of a training from its labels."""
+"""Choose the loss of a training, and what it leaves out, from the labels."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -29,3 +29,16 @@ def build_default_loss(
     return DC_and_CE_loss(
         {**dice, "do_bg": False}, {}, ignore_label=label_manager.ignore_label, dice_class=MemoryEfficientSoftDiceLoss
     )
+
+
+def require_ignore_index(label_manager: LabelManager) -> int:
+    """Return the label that a cross entropy shall ignore; -100, which nothing has, if there is none.
+
+    Raises:
+        AssertionError: The dataset has regions, which overlap: no voxel has one label.
+    """
+    assert not label_manager.has_regions, (
+        "this loss compares each voxel with one label and cannot train regions; choose a trainer with a Dice loss or "
+        "with the default loss"
+    )
+    return label_manager.ignore_label if label_manager.has_ignore_label else -100

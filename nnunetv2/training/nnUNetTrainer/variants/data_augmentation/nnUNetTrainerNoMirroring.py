@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import CUDA, nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.settings import with_settings
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDAOrd0 import nnUNetTrainer_DASegOrd0
 
 AugmentationGeometry = tuple[tuple[float, float], bool, Sequence[int], "tuple[int, ...] | None"]
 
@@ -33,10 +33,12 @@ class nnUNetTrainer_onlyMirror01(nnUNetTrainer):
         return rotation, dummy_2d, initial_patch_size, mirror_axes
 
 
+@with_settings(num_epochs=1500)
 class nnUNetTrainer_onlyMirror01_1500ep(nnUNetTrainer_onlyMirror01):
     """Train for 1500 epochs and do not mirror along the last axis."""
 
-    def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
-                 device: torch.device = CUDA):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 1500
+
+class nnUNetTrainer_onlyMirror01_DASegOrd0(nnUNetTrainer_onlyMirror01):
+    """Sample labels at the nearest voxel, and do not mirror along the last axis."""
+
+    get_training_transforms = staticmethod(nnUNetTrainer_DASegOrd0.get_training_transforms)

@@ -1,0 +1,21 @@
+"""A trainer for regions with an ignore label, whose two losses have the weights that they have without it."""
+from __future__ import annotations
+
+from torch import nn
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class nnUNetTrainerMeanBCELoss(nnUNetTrainer):
+    """Average the binary cross entropy over regions also where an ignore label is used.
+
+    By default it is then their sum, as it always was, so that trainings compare: with many regions it outweighs the
+    Dice.
+    """
+
+    def _build_loss(self) -> nn.Module:
+        """Return the default loss with this average."""
+        assert self.label_manager.has_regions, "nnUNetTrainerMeanBCELoss is for regions; this dataset has labels"
+        loss = super()._build_loss()
+        (loss.loss if self.enable_deep_supervision else loss).average_over_channels = True
+        return loss
