@@ -11,6 +11,8 @@ from os import PathLike
 
 import numpy as np
 
+from nnunetv2.imageio.faults import Fault
+
 FilePath = str | PathLike[str]
 
 
@@ -40,6 +42,10 @@ class BaseReaderWriter(ABC):
     @abstractmethod
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
         """Write a label map `(x, y, z)` with the geometry in `properties`, as `read_images` returned them."""
+
+    def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
+        """Find what is wrong with a file although it can be read. The integrity check calls this; it may take time."""
+        return []
 
     @staticmethod
     def _check_all_same(input_list: Sequence) -> bool:

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,23 @@ def list_files(image_fnames: Sequence[FilePath]) -> list[str]:
         if not Path(file).is_file():
             raise FileNotFoundError(f"image file {file} does not exist")
     return files
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Let whatever a library raises while it reads a file name the file.
+
+    Raises:
+        RuntimeError: The library raised an error, which is the cause.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # each library has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RuntimeError(f"{file} cannot be read. It is damaged, or of another format than its name says "
+                           f"({reason})") from error
 
 
 def stack_channels(images: Sequence[np.ndarray], files: Sequence[str]) -> np.ndarray:

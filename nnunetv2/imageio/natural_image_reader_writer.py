@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter, FilePath
-from nnunetv2.imageio.channels import as_labels, list_files, require_single_channel, stack_channels
+from nnunetv2.imageio.channels import as_labels, list_files, naming, require_single_channel, stack_channels
 from nnunetv2.utilities.atomic_write import replacing
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,8 @@ class NaturalImage2DIO(BaseReaderWriter):
             AssertionError: An image has another shape.
             RuntimeError: The images have different sizes.
         """
-        from skimage import io
-
         files = list_files(image_fnames)
-        images = [_channels_first(io.imread(file), file) for file in files]
+        images = [_channels_first(_read(file), file) for file in files]
         return stack_channels(images, files), {"spacing": (999, 1, 1)}
 
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
@@ -50,12 +48,20 @@ class NaturalImage2DIO(BaseReaderWriter):
             io.imsave(str(file), as_labels(seg[0]), check_contrast=False)
 
 
+def _read(file: str) -> np.ndarray:
+    from skimage import io
+
+    with naming(file):
+        return io.imread(file)
+
+
 def _channels_first(image: np.ndarray, file: str) -> np.ndarray:
     """Turn `(x, y)` or `(x, y, c)` into `(c, 1, x, y)`."""
     if image.ndim == 2:
         return image[None, None]
     assert image.ndim == 3 and image.shape[-1] in (3, 4), \
-        f"{file} has shape {image.shape}; expected a gray image (x, y) or colours (x, y, 3 or 4)"
+        f"{file} has shape {image.shape}; expected a gray image (x, y) or colours (x, y, 3 or 4). Convert it, for " \
+        "example to gray; 3D stacks need another reader"
     if image.shape[-1] == 4:
         _warn_of_alpha_once()
     return np.moveaxis(image, -1, 0)[:, None]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter, FilePath
-from nnunetv2.imageio.channels import as_labels, list_files, require_same, stack_channels, warn_unless_same
+from nnunetv2.imageio.channels import as_labels, list_files, naming, require_same, stack_channels, warn_unless_same
+from nnunetv2.imageio.faults import Fault, find_damage
 from nnunetv2.utilities.atomic_write import replacing
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class NibabelIO(BaseReaderWriter):
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
         """Write a label map `(z, y, x)` with the affine of the image."""
         _save(_to_image(seg, properties["nibabel_stuff"]["original_affine"]), output_fname)
+
+    def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
+        """Find damage, since nibabel does not look at checksums."""
+        return find_damage(fspath(fname))
 
 
 class NibabelIOWithReorient(NibabelIO):
@@ -85,16 +90,27 @@ class NibabelIOWithReorient(NibabelIO):
 def _load(file: str) -> nibabel.Nifti1Image:
     import nibabel
 
-    image = nibabel.load(file)
-    assert image.ndim == 3, f"{file} has {image.ndim} dimensions; this reader takes 3D images only"
+    with naming(file):
+        image = nibabel.load(file)
+    assert image.ndim == 3, \
+        f"{file} has {image.ndim} dimensions, shape {image.shape}; the nibabel readers take 3D images only. Store " \
+        "each channel in a 3D file of its own; 2D images are read by SimpleITKIO"
+    if image.get_data_dtype().fields is not None:
+        raise RuntimeError(f"{file} holds colours ({image.get_data_dtype()}). Store each as a channel in a file of its "
+                           "own: CASE_0000, CASE_0001, ...")
     return image
 
 
 def _stack(images: Sequence[nibabel.Nifti1Image], files: Sequence[str]) -> np.ndarray:
-    # dataobj is scaled like get_fdata(), without its detour through float64 where nothing is to be scaled
-    data = stack_channels([np.asarray(image.dataobj).transpose(2, 1, 0)[None] for image in images], files)
+    data = stack_channels([_voxels(image, file) for image, file in zip(images, files)], files)
     require_same(BaseReaderWriter._check_all_same, "spacing", [_spacing(image) for image in images], files)
     return data
+
+
+def _voxels(image: nibabel.Nifti1Image, file: str) -> np.ndarray:
+    """Return `(1, z, y, x)`, scaled like get_fdata(), without its detour through float64 where nothing is scaled."""
+    with naming(file):
+        return np.asarray(image.dataobj).transpose(2, 1, 0)[None]
 
 
 def _spacing(image: nibabel.Nifti1Image) -> list[float]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from os import fspath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,12 +21,15 @@ from nnunetv2.imageio.channels import (
     warn_unless_same,
 )
 from nnunetv2.imageio.complete_file import require_complete_nifti
+from nnunetv2.imageio.faults import Fault, find_damage, find_faults_in_nifti, require_complete
 from nnunetv2.utilities.atomic_write import replacing
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
 logger = logging.getLogger(__name__)
+
+_GIPL_HEADER = 256  # bytes
 
 
 class SimpleITKIO(BaseReaderWriter):
@@ -57,6 +61,11 @@ class SimpleITKIO(BaseReaderWriter):
         """
         _write(_to_image(seg, properties), output_fname)
 
+    def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
+        """Find damage, and in NIfTI files NaN and infinity, in whose place ITK puts 0."""
+        file = fspath(fname)
+        return find_faults_in_nifti(file) if _is_nifti(file) else find_damage(file)
+
 
 class SimpleITKIOWithReorient(SimpleITKIO):
     """Like SimpleITKIO, but 3D images are first brought into one orientation, and label maps back into theirs."""
@@ -85,13 +94,41 @@ class SimpleITKIOWithReorient(SimpleITKIO):
 def _read(file: str) -> sitk.Image:
     import SimpleITK as sitk
 
-    image = sitk.ReadImage(file)
+    try:
+        image = sitk.ReadImage(file)
+    except RuntimeError as error:
+        raise RuntimeError(_explain(error, file)) from error
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise RuntimeError(f"{file} has {image.GetNumberOfComponentsPerPixel()} values per voxel (a colour or vector "
                            "image). Store each component as a channel in a file of its own: CASE_0000, CASE_0001, ...")
     if image.GetDimension() not in (2, 3, 4):
         raise RuntimeError(f"{file} has {image.GetDimension()} dimensions; expected 2, 3 or 4")
+    _require_complete(image, file)
     return image
+
+
+def _explain(error: RuntimeError, file: str) -> str:
+    """Say what ITK's error means, which begins with places in its source code."""
+    text = " ".join(str(error).split())
+    if "orthonormal" in text:
+        return (f"{file} has axes that are not at right angles, or not of length 1 (shear or rounding in its header), "
+                "which SimpleITK refuses. Resample the image to a straight grid; or if the header is meant, name "
+                "NibabelIO in overwrite_image_reader_writer of dataset.json")
+    return (f"{file} cannot be read. It is empty, damaged, or of another format than its name says "
+            f"({text.rpartition('ERROR: ')[2]})")
+
+
+def _require_complete(image: sitk.Image, file: str) -> None:
+    """Check the size of files in formats for which ITK does not; it would fill up what is missing."""
+    if _is_nifti(file) and image.HasMetaDataKey("vox_offset"):
+        voxels = image.GetNumberOfPixels() * int(image.GetMetaData("bitpix")) // 8
+        require_complete(file, int(float(image.GetMetaData("vox_offset"))) + voxels)
+    elif file.lower().endswith(".gipl"):
+        require_complete(file, _GIPL_HEADER + image.GetNumberOfPixels() * image.GetSizeOfPixelComponent())
+
+
+def _is_nifti(file: str) -> bool:
+    return file.lower().endswith((".nii", ".nii.gz"))
 
 
 def _assemble(images: Sequence[sitk.Image], files: Sequence[str]) -> tuple[np.ndarray, dict]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter, FilePath
-from nnunetv2.imageio.channels import as_labels, list_files, stack_channels
+from nnunetv2.imageio.channels import as_labels, list_files, naming, stack_channels
+from nnunetv2.imageio.faults import Fault
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.file_endings import strip_ending
 from nnunetv2.utilities.json_export import fix_types_iterable
@@ -38,13 +39,12 @@ class Tiff3DIO(BaseReaderWriter):
         """
         files = list_files(image_fnames)
         images = [_read(file) for file in files]
-        case = _strip_tif(files[0])[:-_LENGTH_OF_CHANNEL]
-        return stack_channels(images, files), {"spacing": _read_spacing(f"{case}.json", files[0])}
+        return stack_channels(images, files), {"spacing": _read_spacing(_side_car(files[0]), files[0])}
 
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
         """Read a label map as float32 `(1, x, y, z)`, and its spacing from the JSON file named like it."""
         (file,) = list_files((seg_fname,))
-        spacing = _read_spacing(f"{_strip_tif(file)}.json", file)
+        spacing = _read_spacing(_side_car(file, is_label=True), file)
         assert all(entry > 0 for entry in spacing), f"the spacing {spacing} of {file} must be above 0"
         return _read(file).astype(np.float32), {"spacing": spacing}
 
@@ -59,15 +59,33 @@ class Tiff3DIO(BaseReaderWriter):
             tifffile.imwrite(file, as_labels(seg), compression="zlib", photometric="minisblack")
 
 
+    def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
+        """Find that the spacing is not given. A wrong one makes wrong plans, so it should not be taken by default."""
+        side_car = Path(_side_car(fspath(fname), is_label))
+        if side_car.is_file():
+            return []
+        return [Fault("the spacing of a tif is not given", "", side_car.name,
+                      'write {"spacing": [a, b, c]} into this file beside the tif, in mm, pages first; [1, 1, 1] if '
+                      "nothing is known")]
+
+
 def _read(file: str) -> np.ndarray:
     """Read a stack as `(1, x, y, z)`."""
     import tifffile
 
     _strip_tif(file)
-    image = tifffile.imread(file)
+    with naming(file):
+        image = tifffile.imread(file)
     if image.ndim != 3:
-        raise RuntimeError(f"{file} has {image.ndim} axes, shape {image.shape}; this reader takes 3D stacks only")
+        raise RuntimeError(f"{file} has {image.ndim} axes, shape {image.shape}; this reader takes 3D stacks only. "
+                           "Gray and colour images in 2D are read by NaturalImage2DIO")
     return image[None]
+
+
+def _side_car(file: str, is_label: bool = False) -> str:
+    """Return the JSON file of an image CASE_0000.tif or a label CASE.tif."""
+    stem = _strip_tif(file)
+    return f"{stem if is_label else stem[:-_LENGTH_OF_CHANNEL]}.json"
 
 
 def _strip_tif(file: str) -> str:
@@ -81,7 +99,15 @@ def _read_spacing(json_file: str, image_file: str) -> Sequence[float]:
     if not Path(json_file).is_file():
         logger.warning("%s: there is no %s, so the spacing is taken to be (1, 1, 1)", image_file, json_file)
         return (1, 1, 1)
-    content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    assert "spacing" in content and len(content["spacing"]) == 3, \
+    try:
+        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RuntimeError(f'{json_file} is not valid JSON ({error}); it must hold {{"spacing": [a, b, c]}}') from error
+    spacing = content.get("spacing") if isinstance(content, dict) else None
+    assert isinstance(spacing, list) and len(spacing) == 3 and all(map(_is_number, spacing)), \
         f'{json_file} must hold {{"spacing": [a, b, c]}}, three numbers, first that of the pages; it holds {content}'
-    return content["spacing"]
+    return spacing
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""The integrity check of raw datasets."""
+"""The integrity check of raw datasets: what it notices and how it tells. test_bad_input.py has the faults singly."""
 import json
 
 import numpy as np
@@ -6,15 +6,11 @@ import pytest
 from planning_scans import write_nifti
 
 from nnunetv2.experiment_planning.errors import InvalidDatasetError
-from nnunetv2.experiment_planning.verify_dataset_integrity import (
-    check_cases,
-    determine_expected_labels,
-    find_geometry_warnings,
-    find_label_errors,
-    find_mismatches,
-    verify_dataset_integrity,
-    verify_labels,
-)
+from nnunetv2.experiment_planning.integrity.cases import find_intensity_faults, find_label_faults
+from nnunetv2.experiment_planning.integrity.dataset_json import determine_expected_labels
+from nnunetv2.experiment_planning.integrity.findings import Finding, count, enumerate_some, format_findings
+from nnunetv2.experiment_planning.integrity.geometry import find_displacement, get_geometry
+from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases, verify_dataset_integrity, verify_labels
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 
@@ -32,7 +28,8 @@ def change_dataset_json(folder, *, remove=(), **changes):
 def test_sound_dataset_passes(folder, capsys):
     verify_dataset_integrity(str(folder), 1)
     printed = capsys.readouterr().out
-    assert "Dataset002_Scans passed the integrity check: 3 cases, 1 channel(s), labels 0, 1, 2" in printed
+    assert "Dataset002_Scans passed the integrity check: 3 cases, 1 channel, labels 0, 1, 2" in printed
+    assert "Warnings" not in printed
 
 
 def test_old_name_of_channels_is_accepted(folder):
@@ -40,86 +37,71 @@ def test_old_name_of_channels_is_accepted(folder):
     verify_dataset_integrity(str(folder), 1)
 
 
-def test_missing_dataset_json_is_named(tmp_path):
-    with pytest.raises(AssertionError, match="has no dataset.json"):
-        verify_dataset_integrity(str(tmp_path))
-
-
-def test_broken_dataset_json_is_named(folder):
-    (folder / "dataset.json").write_text("{")
-    with pytest.raises(InvalidDatasetError, match="dataset.json is not valid JSON"):
-        verify_dataset_integrity(str(folder))
-
-
-def test_missing_keys_are_listed(folder):
-    change_dataset_json(folder, remove=["numTraining", "channel_names"], comment="")
-    with pytest.raises(AssertionError, match="lacks channel_names, numTraining.*Not used: comment"):
-        verify_dataset_integrity(str(folder))
-
-
-def test_missing_folder_is_named(folder):
-    (folder / "labelsTr").rename(folder / "labels")
-    with pytest.raises(AssertionError, match="has no folder labelsTr"):
-        verify_dataset_integrity(str(folder))
-
-
-def test_wrong_number_and_missing_files_are_reported_together(folder, capsys):
-    change_dataset_json(folder, numTraining=4)
-    (folder / "labelsTr" / "case_1.nii.gz").unlink()
-    (folder / "imagesTr" / "case_2_0000.nii.gz").rename(folder / "imagesTr" / "case_2_0001.nii.gz")
-    with pytest.raises(AssertionError, match=r"3 error\(s\) in 3 place\(s\)"):
-        verify_dataset_integrity(str(folder), 1)
-    printed = capsys.readouterr().out
-    assert "numTraining is 4, but there are 3 cases" in printed
-    assert "case_1        has no label labelsTr/case_1.nii.gz" in printed
-    assert "case_2        has the image files case_2_0001.nii.gz; they must end in _0000.nii.gz" in printed
-
-
-def test_label_without_image_is_a_warning(folder, capsys):
-    (folder / "labelsTr" / "extra.nii.gz").write_bytes((folder / "labelsTr" / "case_0.nii.gz").read_bytes())
-    verify_dataset_integrity(str(folder), 1)
-    assert "extra.nii.gz  is a label without image" in capsys.readouterr().out
-
-
-def test_listed_files_must_exist(folder):
-    images = ["imagesTr/case_0_0000.nii.gz"]
-    change_dataset_json(folder, dataset={"a": {"images": images, "label": "labelsTr/b.nii.gz"}})
-    with pytest.raises(FileNotFoundError, match=r"1 file\(s\) that do not exist: .*b\.nii\.gz"):
-        verify_dataset_integrity(str(folder))
-
-
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_faults_of_all_cases_are_listed_before_the_check_fails(folder, make_case, num_processes, capsys):
+def test_all_that_is_wrong_is_reported_at_once(folder, make_case, capsys):
     _, label, _ = make_case(0)
-    write_nifti(np.zeros((6, 8, 11), np.uint8), folder / "labelsTr" / "case_0.nii.gz")
+    change_dataset_json(folder, numTraining=4)
+    write_nifti(np.ones((6, 8, 11), np.uint8), folder / "labelsTr" / "case_0.nii.gz")
     write_nifti(label * 3, folder / "labelsTr" / "case_1.nii.gz", (3.0, 1.5, 1.25))
-    (folder / "labelsTr" / "case_2.nii.gz").write_bytes(b"no image")
-    with pytest.raises(RuntimeError, match=r"4 error\(s\) in 3 place\(s\), listed above. The first: case_0"):
-        verify_dataset_integrity(str(folder), num_processes)
+    (folder / "labelsTr" / "case_2.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"5 errors in 3 of 3 cases, listed above\. The first: dataset\.json"):
+        verify_dataset_integrity(str(folder), 2)
     printed = capsys.readouterr().out
-    assert "  case_0  the label has shape (6, 8, 11), the image (6, 8, 10)" in printed
-    assert "  case_1  the label contains 3, 6; expected are 0, 1, 2" in printed
-    assert "  case_1  the label has spacing 3, 1.5, 1.25 mm, the image 3, 1.5, 1 mm" in printed
-    assert "  case_2  cannot be read: RuntimeError" in printed
+    for line in ("   case_0  labelsTr/case_0.nii.gz  6 x 8 x 11  6 x 8 x 10",
+                 "   case_1  labelsTr/case_1.nii.gz  3, 6   0, 1, 2",
+                 "   case_1  labelsTr/case_1.nii.gz  3, 1.5, 1.25 mm  3, 1.5, 1 mm",
+                 "   case_2  labelsTr/case_2.nii.gz  no label",
+                 "   dataset.json  3 cases, such as case_0, case_1, case_2  4 cases"):
+        assert line in printed
+    assert printed.count("   Remedy: ") == 5
 
 
-def test_number_of_channels_is_compared(folder, capsys):
-    change_dataset_json(folder, channel_names={"0": "MR", "1": "CT"})
-    with pytest.raises(RuntimeError):
-        verify_dataset_integrity(str(folder), 1)
-    assert capsys.readouterr().out.count("the image has 1 channel(s), dataset.json names 2") == 3
+def test_errors_are_of_the_expected_kinds(folder):
+    (folder / "labelsTr" / "case_0.nii.gz").write_bytes(b"")
+    for kind in (AssertionError, RuntimeError, ValueError, InvalidDatasetError):
+        with pytest.raises(kind, match="case_0"):
+            verify_dataset_integrity(str(folder), 1)
 
 
-def test_nan_in_an_image_is_an_error():
-    # given as arrays, since NIfTI files lose their NaN when SimpleITK reads them
-    image, label, spacing = np.full((1, 2, 2, 2), np.nan), np.zeros((1, 2, 2, 2)), {"spacing": (1, 1, 1)}
-    assert find_mismatches(image, spacing, label, spacing, 1) == ["the image contains NaN"]
+def test_many_faults_of_one_kind_do_not_hide_the_others():
+    findings = [Finding(f"case_{i:03}", f"labelsTr/case_{i:03}.nii.gz", "shapes differ", str(i), "0", "resample")
+                for i in range(300)]
+    table = format_findings("Errors", [*findings, Finding("", "dataset.json", "odd", "", "", "look")])
+    assert len(table.splitlines()) < 25
+    assert "1. Shapes differ (300 times)" in table and "... and 290 more" in table
+    assert table.endswith("2. Odd\n   FILE\n   dataset.json\n   Remedy: look.")
 
 
-def test_background_only_is_a_warning(make_scans, make_case, capsys):
-    folder = make_scans({"full": make_case(0), "void": make_case(1, foreground=False)})
+def test_numbers_in_words():
+    assert [count(n, "case") for n in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]
+    assert enumerate_some([1.5, "a", 2.0], 2) == "1.5, a and 1 more"
+
+
+def test_warnings_do_not_fail_the_check(make_scans, make_case, capsys):
+    images, label, spacing = make_case(1)
+    folder = make_scans({"full": make_case(0), "void": make_case(1, foreground=False),
+                         "flat": ([np.ones_like(image) for image in images], label, spacing)},
+                        labels={"background": 0, "organ": 1, "tumour": 2, "never": 3})
     verify_dataset_integrity(str(folder), 1)
-    assert "  void  the label is background only" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "   void  labelsTr/void.nii.gz" in printed
+    assert "   flat  imagesTr/flat_0000.nii.gz  1" in printed
+    assert "Labels occur in no case" in printed and "dataset.json  3" in printed
+
+
+def test_slightly_different_places_are_a_warning(folder, capsys):
+    import SimpleITK
+    file = str(folder / "labelsTr" / "case_0.nii.gz")
+    label = SimpleITK.ReadImage(file)
+    label.SetOrigin((0.01, 0.0, 0.0))
+    SimpleITK.WriteImage(label, file)
+    verify_dataset_integrity(str(folder), 1)
+    assert "Label and image differ in origin slightly" in capsys.readouterr().out
+
+
+def test_first_image_need_not_be_readable(folder, capsys):
+    (folder / "imagesTr" / "case_0_0000.nii.gz").write_bytes(b"no image")
+    with pytest.raises(InvalidDatasetError, match="1 error in 1 of 3 cases.*case_0"):
+        verify_dataset_integrity(str(folder), 1)
 
 
 @pytest.mark.parametrize(("labels", "message"), [
@@ -131,29 +113,68 @@ def test_labels_must_be_consecutive(labels, message):
         determine_expected_labels({"labels": labels})
 
 
-def test_ignore_label_is_expected():
+def test_ignore_label_and_regions_are_expected():
     assert determine_expected_labels({"labels": {"background": 0, "a": 1, "ignore": 2}}) == [0, 1, 2]
+    assert determine_expected_labels({"labels": {"background": 0, "all": [1, 2], "core": 2, "ignore": 3},
+                                      "regions_class_order": [1, 2]}) == [0, 1, 2, 3]
 
 
-def test_regions_are_taken_apart():
-    assert determine_expected_labels({"labels": {"background": 0, "all": [1, 2], "core": 2},
-                                      "regions_class_order": [1, 2]}) == [0, 1, 2]
+@pytest.mark.parametrize(("values", "found"), [
+    ([0, 1.5], "1.5"), ([0, -1], "-1"), ([0, 1e6], "1e+06"), ([0, 1, 3, 7], "3, 7"),
+    ([0, np.nan], "1 voxels"), ([np.inf, 1], "1 voxels"), ([0, 1], None), ([], None)])
+def test_label_values(values, found):
+    faults, _ = find_label_faults(np.array(values, dtype=np.float32), [0, 1])
+    assert [fault.found for fault in faults] == ([] if found is None else [found])
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ([0, 1.5], "the label contains 1.5; expected are 0, 1"),
-    ([0, np.nan], "the label contains NaN"),
-    ([], r"the label is empty"),
-])
-def test_faulty_label_values_are_shown(values, message):
-    assert find_label_errors(np.array(values, dtype=np.float32), [0, 1])[0].startswith(message)
+def test_occurring_labels_are_returned():
+    assert find_label_faults(np.array([0.0, 2.0, 2.0]), [0, 1, 2])[1] == {0, 2}
 
 
-def test_differing_places_in_space_are_warnings():
-    image, label = ({"sitk_stuff": {"origin": origin, "direction": (1.0, 0.0)}} for origin in ((0.0, 1.0), (0.0, 2.0)))
-    assert find_geometry_warnings(image, label) == ["the origin of the label is 0, 2, that of the image 0, 1"]
-    image, label = ({"nibabel_stuff": {"original_affine": np.eye(4) * s}} for s in (1, 1 + 1e-9))
-    assert find_geometry_warnings(image, label) == []
+def test_non_finite_intensities_are_counted():
+    image = np.zeros((2, 2, 2, 2))
+    assert not find_intensity_faults(image)
+    image[0, 0, 0] = np.nan, -np.inf
+    assert find_intensity_faults(image)[0].found == "2 voxels"
+
+
+def sitk_properties(origin=(1.0, 2.0, 3.0), spacing=(1.0, 1.5, 3.0), direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
+    return {"sitk_stuff": {"origin": origin, "spacing": spacing, "direction": direction}}
+
+
+def test_displacement_is_that_of_the_farthest_corner():
+    image = get_geometry(sitk_properties())
+    shifted = find_displacement(image, get_geometry(sitk_properties((1.0, 2.0, 7.0))), (4, 5, 6))
+    assert (shifted.what, shifted.millimetres, shifted.is_material) == ("origin", 4.0, True)
+    assert (shifted.found, shifted.expected) == ("1, 2, 7", "1, 2, 3")
+    mirrored = get_geometry(sitk_properties(direction=(1, 0, 0, 0, -1, 0, 0, 0, 1)))
+    turned = find_displacement(image, mirrored, (4, 5, 6))
+    assert (turned.what, turned.millimetres) == ("direction", 2 * 4 * 1.5)
+    assert find_displacement(image, image, (4, 5, 6)) is None
+    assert find_displacement(image, None, (4, 5, 6)) is None
+
+
+def test_geometry_of_nibabel_is_that_which_the_network_sees():
+    affine = np.diag([-1.0, 1.5, 3.0, 1.0])
+    towards_ras = np.diag([1.0, 1.5, 3.0, 1.0])
+    as_it_is = get_geometry({"nibabel_stuff": {"original_affine": affine}})
+    assert as_it_is.direction[0] == (-1, 0, 0) and as_it_is.spacing == (1, 1.5, 3)
+    reoriented = get_geometry({"nibabel_stuff": {"original_affine": affine, "reoriented_affine": towards_ras}})
+    assert reoriented.direction[0] == (1, 0, 0)
+    assert get_geometry({"spacing": (1, 1, 1)}) is None
+
+
+def test_users_readers_get_all_images_of_a_case_at_once(folder, capsys):
+    class Sum:
+        def read_images(self, files):
+            assert len(files) == 1
+            return np.ones((2, 2, 3, 4)) * [[[1, 2, 3, 4]]], {"spacing": (1, 1, 1)}
+
+        def read_seg(self, file):
+            return np.ones((1, 2, 3, 4)), {"spacing": (1, 1, 1)}
+
+    assert check_cases(["a"], "b", 2, Sum)
+    assert not check_cases(["a"], "b", 3, Sum)
 
 
 def test_helpers_answer_for_single_files(folder, capsys):
@@ -161,6 +182,6 @@ def test_helpers_answer_for_single_files(folder, capsys):
     images = [str(folder / "imagesTr" / "case_0_0000.nii.gz")]
     assert verify_labels(label, SimpleITKIO, [0, 1, 2])
     assert not verify_labels(label, SimpleITKIO, [0, 1])
-    assert f"Error: {label}: the label contains 2; expected are 0, 1" in capsys.readouterr().out
+    assert f"Error: {label}: a label has unexpected values (found 2, expected 0, 1)" in capsys.readouterr().out
     assert check_cases(images, label, 1, SimpleITKIO)
     assert not check_cases(images, label, 2, SimpleITKIO)

@@ -1,0 +1,219 @@
+"""Read a case and find what is wrong with its voxels, its geometry and its label values."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2.experiment_planning.integrity.findings import Finding, enumerate_some
+from nnunetv2.experiment_planning.integrity.geometry import Geometry, find_displacement, get_geometry
+from nnunetv2.imageio.faults import Fault, describe_non_finite
+
+_SHAPE_REMEDY = ("resample the file onto the first image of its case, or replace it by the right one; all files of a "
+                 "case must have the same voxels")
+_SPACING_REMEDY = ("find out which spacing is right, and write it into the other file; do not resample unless the "
+                   "volumes really differ")
+_PLACE_REMEDY = ("overlay both in a viewer. If they fit voxel by voxel, copy the header of the image into the other "
+                 "file; if they fit in space, resample the other file onto the image")
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """What there is to check about one case."""
+
+    case: str
+    images: Sequence[str]
+    label: str
+    folder: Path
+    """The dataset's, to which reported files are relative."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What dataset.json says about every case."""
+
+    reader: type
+    channels: Sequence[str]
+    labels: Sequence[int] | None
+    """With the ignore label, which comes last. None admits all values."""
+    ignore: int | None = None
+
+
+@dataclass
+class CaseReport:
+    """What one case has shown."""
+
+    findings: list[Finding] = field(default_factory=list)
+    labels: frozenset[int] = frozenset()
+    """The expected labels that occur."""
+
+
+@dataclass(frozen=True)
+class _Volume:
+    """What is compared between the files of a case. The shape is that of the voxels, without channels."""
+
+    file: str
+    num_channels: int
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    geometry: Geometry | None
+    is_series: bool
+    faults: list[Fault]
+
+
+def inspect_case(files: CaseFiles, expected: Expectation) -> CaseReport:
+    """Read one case, file by file, and report on it. Errors of readers become findings."""
+    report = CaseReport()
+    reader = expected.reader()
+    volumes = []
+    for group in _group_files(files.images, expected.reader):
+        volume = _read(lambda paths: reader.read_images(paths), group, reader, report, files)
+        if volume is not None:
+            volumes.append(volume[0])
+    label = _read(lambda paths: reader.read_seg(paths[0]), [files.label], reader, report, files, is_label=True)
+    if len(volumes) == len(_group_files(files.images, expected.reader)):
+        _add(report, files, volumes[0].file, find_channel_faults(volumes, expected.channels))
+    if label is not None:
+        faults, report.labels = find_label_faults(label[1], expected.labels)
+        _add(report, files, files.label, faults)
+        if not faults and not report.labels - {0, expected.ignore}:
+            _add(report, files, files.label, [Fault("the label is background only", "", "",
+                 "look at the case; some without foreground are fine if that is how it is")], is_error=False)
+    for other in [*volumes[1:], *([label[0]] if label is not None else [])]:
+        if volumes:
+            _compare(report, files, volumes[0], other)
+    return report
+
+
+def _group_files(images: Sequence[str], reader: type) -> list[list[str]]:
+    """Return the images to be read at once: one, so that a finding names it; all of them for readers of users."""
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+    return [[image] for image in images] if reader in LIST_OF_IO_CLASSES else [list(images)]
+
+
+def _read(read: Any, paths: list[str], reader: Any, report: CaseReport, files: CaseFiles,
+          is_label: bool = False) -> tuple[_Volume, np.ndarray] | None:
+    """Read a file, report faults of its own, and return it if it can be compared with others."""
+    find_more = getattr(reader, "find_faults", lambda path, is_label: [])  # readers need not be our subclasses
+    faults = [fault for path in paths for fault in find_more(path, is_label)]
+    _add(report, files, paths[0], faults)
+    if any(fault.what == "damaged file" for fault in faults):
+        return None
+    try:
+        array, properties = read(paths)
+    except Exception as error:  # readers raise whatever their library raises; all of it belongs in the table
+        _add(report, files, paths[0], [Fault("a file cannot be read", _in_words(error), "",
+             "open the file in a viewer; replace it if it is damaged, convert it if it is of another kind")])
+        return None
+    volume = _describe(paths[0], array, properties)
+    found = [*volume.faults, *([] if is_label or faults else find_intensity_faults(array))]
+    _add(report, files, paths[0], found)
+    if not is_label and not found and not faults and array.size and array.min() == array.max():
+        _add(report, files, paths[0], [Fault("the image has one value everywhere", f"{array.flat[0]:g}", "",
+             "look at the image; leave the case out if it shows nothing")], is_error=False)
+    return volume, array
+
+
+def _describe(file: str, array: np.ndarray, properties: Mapping[str, Any]) -> _Volume:
+    spacing = tuple(float(entry) for entry in properties["spacing"])
+    faults = []
+    if not array.size:
+        faults.append(Fault("a file has no voxels", _by(array.shape[1:]), "", "replace it, or leave the case out"))
+    if len(spacing) != 3 or not np.isfinite(spacing).all() or min(spacing) <= 0:
+        faults.append(Fault("the spacing makes no sense", enumerate_some(spacing), "three numbers above 0",
+                            "write the size of a voxel in mm into the header of the file"))
+    is_series = len(properties.get("sitk_stuff", {}).get("spacing", ())) == 4
+    return _Volume(file, len(array), array.shape[1:], spacing, get_geometry(properties), is_series, faults)
+
+
+# -------------------------------------------------------------------------------------------------- one file
+
+
+def find_intensity_faults(image: np.ndarray) -> list[Fault]:
+    """Find NaN and infinity."""
+    # minimum and maximum carry them along, and need no array of flags
+    if not image.size or np.isfinite([image.min(), image.max()]).all():
+        return []
+    return [describe_non_finite(int(image.size - np.count_nonzero(np.isfinite(image))))]
+
+
+def find_label_faults(label: np.ndarray, expected: Sequence[int] | None) -> tuple[list[Fault], frozenset[int]]:
+    """Find values of a label that are not expected (None: any may be). Also return the expected ones that occur."""
+    faults = find_intensity_faults(label)
+    if faults or not label.size:
+        return faults, frozenset()
+    present = _distinct(label)
+    if expected is None:
+        return [], frozenset(map(int, present))
+    strange = sorted(set(present) - set(expected))
+    faults = [Fault("a label has unexpected values", enumerate_some(strange), enumerate_some(expected, 30),
+                    "correct the label file, or name these values in 'labels' of dataset.json")] if strange else []
+    return faults, frozenset(int(value) for value in present if value in set(expected))
+
+
+def _distinct(label: np.ndarray) -> list[float]:
+    """Return the distinct values. Whole numbers are marked in a table, which takes a tenth of the time of sorting."""
+    low, high = float(label.min()), float(label.max())
+    if low >= 0 and high < 2 ** 16:
+        whole = label.astype(np.uint16)
+        if np.array_equal(whole, label):
+            occurs = np.zeros(int(high) + 1, dtype=bool)
+            occurs[whole.ravel()] = True
+            return [float(value) for value in np.flatnonzero(occurs)]
+    return [float(value) for value in np.unique(label)]
+
+
+# -------------------------------------------------------------------------------------------------- several files
+
+
+def find_channel_faults(volumes: Sequence[_Volume], channels: Sequence[str]) -> list[Fault]:
+    """Compare the number of channels read with those that dataset.json names."""
+    number = sum(volume.num_channels for volume in volumes)
+    if number == len(channels):
+        return []
+    expected = f"{len(channels)}: {enumerate_some(channels)}"
+    if any(volume.is_series for volume in volumes):
+        return [Fault("an image is a series (4D)", f"{number} volumes", expected,
+                      "store each volume that is a channel in a 3D file of its own, CASE_0000, CASE_0001 ...; split "
+                      "time points into cases")]
+    if any(volume.num_channels > 1 for volume in volumes):
+        return [Fault("an image has another number of colours than channels are named", f"{number} in "
+                      f"{Path(volumes[0].file).name}", expected, "name one channel per colour in channel_names (red, "
+                      "green, blue, and alpha where files have it), or convert the image")]
+    return [Fault("a case has another number of channels", str(number), expected,
+                  "add the files that are missing (CASE_0001 ...), remove those too many, or correct channel_names")]
+
+
+def _compare(report: CaseReport, files: CaseFiles, first: _Volume, other: _Volume) -> None:
+    """Report where a file differs from the first image of its case in shape, spacing, origin or direction."""
+    kind = "label and image" if other.file == files.label else "images of a case"
+    if other.shape != first.shape:
+        _add(report, files, other.file, [Fault(f"{kind} differ in shape", _by(other.shape), _by(first.shape),
+                                               _SHAPE_REMEDY)])
+        return  # nothing else can fit
+    if not (len(other.spacing) == len(first.spacing) and np.allclose(first.spacing, other.spacing)):
+        _add(report, files, other.file, [Fault(f"{kind} differ in spacing", f"{enumerate_some(other.spacing)} mm",
+                                               f"{enumerate_some(first.spacing)} mm", _SPACING_REMEDY)])
+        return  # places in space differ as a consequence
+    displacement = find_displacement(first.geometry, other.geometry, first.shape)
+    if displacement is not None:
+        _add(report, files, other.file,
+             [Fault(f"{kind} differ in {displacement.what}" + ("" if displacement.is_material else " slightly"),
+                    f"{displacement.found} (off by up to {displacement.millimetres:.3g} mm)", displacement.expected,
+                    _PLACE_REMEDY)], is_error=displacement.is_material)
+
+
+def _add(report: CaseReport, files: CaseFiles, file: str, faults: Sequence[Fault], *, is_error: bool = True) -> None:
+    from nnunetv2.experiment_planning.integrity.files import relative
+    report.findings += [Finding(files.case, relative(file, files.folder), *fault, is_error) for fault in faults]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
