@@ -1,11 +1,14 @@
 """Plans of known datasets."""
 import importlib
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 
+from nnunetv2.experiment_planning.experiment_planners.architecture import class_path
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.resampling.planners_no_resampling import (
     nnUNetPlannerResEncL_noResampling,
@@ -14,6 +17,7 @@ from nnunetv2.experiment_planning.experiment_planners.resampling.resample_with_t
     nnUNetPlanner_torchres,
     nnUNetPlannerResEncL_torchres_sepz,
 )
+from nnunetv2.experiment_planning.experiment_planners.resencUNet_planner import usual_plans_name
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     ResEncUNetPlanner,
     nnUNetPlannerResEncL,
@@ -233,6 +237,57 @@ def test_residual_plans_share_the_data_of_the_default_plans(plan):
     assert configurations["2d"]["data_identifier"] == "nnUNetPlans_2d"
     assert configurations["3d_fullres"]["data_identifier"] == "nnUNetPlans_3d_fullres"
     assert configurations["3d_lowres"]["data_identifier"] == "nnUNetResEncUNetLPlans_3d_lowres"
+
+
+def test_residual_plans_with_a_name_of_their_own_have_data_of_their_own(plan):
+    configurations = plan(LIVER, nnUNetPlannerResEncL, plans_name="mine")["configurations"]
+    assert [configurations[name]["data_identifier"] for name in ("2d", "3d_fullres", "3d_lowres")] == [
+        "mine_2d", "mine_3d_fullres", "mine_3d_lowres"]
+
+
+def test_planners_of_users_share_data_under_their_usual_name(plan):
+    class Mine(nnUNetPlannerResEncL):
+        def __init__(self, dataset, gpu_memory_target_in_gb=24, preprocessor_name="DefaultPreprocessor",
+                     plans_name="minePlans", overwrite_target_spacing=None, suppress_transpose=False):
+            super().__init__(dataset, gpu_memory_target_in_gb, preprocessor_name, plans_name,
+                             overwrite_target_spacing, suppress_transpose)
+
+    class Thin(Mine):
+        pass
+
+    for planner in (Mine, Thin):
+        assert usual_plans_name(planner) == "minePlans"
+    assert plan(HIPPOCAMPUS, Thin)["configurations"]["2d"]["data_identifier"] == "nnUNetPlans_2d"
+
+
+def test_network_class_is_given_as_class_or_path(plan):
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualUNet
+
+    class Mine(ExperimentPlanner):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            assert self.UNet_class is PlainConvUNet
+            self.UNet_class = PlainConvUNet
+            self.UNet_base_num_features = 16
+
+    configuration = plan(HIPPOCAMPUS, Mine)["configurations"]["2d"]
+    assert configuration["architecture"]["network_class_name"].endswith("unet.PlainConvUNet")
+    assert configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 16
+    assert class_path(ResidualUNet) == "dynamic_network_architectures.architectures.unet.ResidualUNet"
+
+
+def test_planning_needs_no_torch(make_planned_dataset):
+    """torch takes seconds to import, planning takes milliseconds."""
+    dataset = make_planned_dataset(number=9, **HIPPOCAMPUS)
+    code = ("import sys\n"
+            "from nnunetv2.experiment_planning.plan_and_preprocess_api import find_planner_class\n"
+            "for name in ('ExperimentPlanner', 'nnUNetPlannerResEncL'):\n"
+            "    planner = find_planner_class(name)\n"
+            "    planner.determine_reader_writer = lambda self: int\n"
+            f"    planner({dataset!r}).plan_experiment()\n"
+            "assert not {'torch', 'scipy', 'SimpleITK', 'matplotlib'} & set(sys.modules), list(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_planners_without_resampling_keep_their_data_apart(plan):

@@ -26,12 +26,23 @@ def test_configurations_of_users_survive_new_plans(tmp_path):
     assert read(file)["configurations"]["2d"]["spacing"] == [2, 1, 1]
 
 
-def test_stale_standard_configuration_is_kept_with_a_warning(tmp_path, caplog):
+def test_lowres_of_an_earlier_planning_goes(tmp_path, caplog):
     file = tmp_path / "nnUNetPlans.json"
-    write_plans(make_plans("3d_lowres", "3d_fullres"), file)
+    write_plans(make_plans("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres", "mine"), file)
+    write_plans(make_plans("2d", "3d_fullres"), file)
+    assert list(read(file)["configurations"]) == ["2d", "3d_fullres", "mine"]
+    assert "3d_lowres, 3d_cascade_fullres of an earlier planning removed" in caplog.text
+
+
+def test_lowres_stays_where_a_configuration_of_the_user_builds_on_it(tmp_path, caplog):
+    file = tmp_path / "nnUNetPlans.json"
+    plans = make_plans("3d_lowres", "3d_fullres", "3d_cascade_fullres", "mine", "mine too")
+    plans["configurations"]["mine"]["inherits_from"] = "mine too"
+    plans["configurations"]["mine too"]["previous_stage"] = "3d_lowres"
+    write_plans(plans, file)
     write_plans(make_plans("3d_fullres"), file)
-    assert "keeps 3d_lowres from an earlier planning" in caplog.text
-    assert "3d_lowres" in read(file)["configurations"]
+    assert list(read(file)["configurations"]) == ["3d_fullres", "3d_lowres", "mine", "mine too"]
+    assert "keeps 3d_lowres from an earlier planning, because" in caplog.text
 
 
 def test_shared_folder_with_other_data_is_reported(tmp_path, caplog):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.experiment_planning.experiment_planners.architecture import describe_unet, load_class
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
     coarsest_axis_first,
@@ -22,7 +23,7 @@ from nnunetv2.experiment_planning.experiment_planners.geometry import (
 from nnunetv2.experiment_planning.experiment_planners.network_topology import Topology, get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.plans_file import write_plans
 from nnunetv2.experiment_planning.experiment_planners.splits import adopt_splits
-from nnunetv2.experiment_planning.experiment_planners.vram_proxy import count_feature_map_values
+from nnunetv2.experiment_planning.experiment_planners.vram_proxy import PLAIN_UNET, count_feature_map_values
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -47,6 +48,8 @@ class ExperimentPlanner:
     encoder_depth_argument = "n_conv_per_stage"
     """Name under which `UNet_class` takes the number of convolutions or blocks of each encoder stage."""
 
+    _unet_class: type | str = PLAIN_UNET
+
     def __init__(self, dataset_name_or_id: str | int, gpu_memory_target_in_gb: float = 8,
                  preprocessor_name: str = "DefaultPreprocessor", plans_name: str = "nnUNetPlans",
                  overwrite_target_spacing: Sequence[float] | None = None, suppress_transpose: bool = False) -> None:
@@ -60,8 +63,6 @@ class ExperimentPlanner:
             RuntimeError: There is no fingerprint yet.
             InvalidInputError: `overwrite_target_spacing` is no three positive floats.
         """
-        from dynamic_network_architectures.architectures.unet import PlainConvUNet  # takes seconds to import
-
         self.dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
         self.suppress_transpose = suppress_transpose
         self.raw_dataset_folder = str(Path(nnUNet_raw) / self.dataset_name)
@@ -76,7 +77,6 @@ class ExperimentPlanner:
         adopt_splits(Path(self.raw_dataset_folder), Path(self.preprocessed_dataset_folder))
 
         self.anisotropy_threshold = ANISO_THRESHOLD
-        self.UNet_class: type = PlainConvUNet
         self.UNet_base_num_features = 32
         self.UNet_max_features_2d, self.UNet_max_features_3d = 512, 320
         self.UNet_blocks_per_stage_encoder: tuple[int, ...] = (2,) * 14
@@ -97,6 +97,15 @@ class ExperimentPlanner:
         self.plans_identifier = plans_name
         self.overwrite_target_spacing = _checked_spacing(overwrite_target_spacing)
         self.plans: dict[str, Any] | None = None
+
+    @property
+    def UNet_class(self) -> type:
+        """The network planned for. Assign a class, or its dotted path, which spares the import of torch."""
+        return load_class(self._unet_class)
+
+    @UNet_class.setter
+    def UNet_class(self, class_or_path: type | str) -> None:
+        self._unet_class = class_or_path
 
     # ---------------------------------------------------------------- decisions that subclasses may take otherwise
 
@@ -218,28 +227,11 @@ class ExperimentPlanner:
         return cache[key]
 
     def _describe_architecture(self, topology: Topology) -> dict[str, Any]:
-        num_stages, dim = len(topology.strides), len(topology.patch_size)
-        most_features = self.UNet_max_features_2d if dim == 2 else self.UNet_max_features_3d
-        features = [min(most_features, self.UNet_base_num_features * 2 ** stage) for stage in range(num_stages)]
-        return {
-            "network_class_name": f"{self.UNet_class.__module__}.{self.UNet_class.__name__}",
-            "arch_kwargs": {
-                "n_stages": num_stages,
-                "features_per_stage": features,
-                "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-                "kernel_sizes": topology.kernel_sizes,
-                "strides": topology.strides,
-                self.encoder_depth_argument: self.UNet_blocks_per_stage_encoder[:num_stages],
-                "n_conv_per_stage_decoder": self.UNet_blocks_per_stage_decoder[:num_stages - 1],
-                "conv_bias": True,
-                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
-                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                **dict.fromkeys(("dropout_op", "dropout_op_kwargs")),
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ("conv_op", "norm_op", "dropout_op", "nonlin"),
-        }
+        most_features = self.UNet_max_features_2d if len(topology.patch_size) == 2 else self.UNet_max_features_3d
+        return describe_unet(
+            self._unet_class, topology, base_features=self.UNet_base_num_features, most_features=most_features,
+            encoder_depth_argument=self.encoder_depth_argument, encoder_depths=self.UNet_blocks_per_stage_encoder,
+            decoder_depths=self.UNet_blocks_per_stage_decoder)
 
     def _describe_configuration(self, data_identifier: str, batch_size: int, topology: Topology,
                                 spacing: Sequence[float], median_shape: Sequence[float]) -> dict[str, Any]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ from nnunetv2.utilities.atomic_write import save_json_atomically
 
 logger = logging.getLogger(__name__)
 
-_STANDARD_CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
+# What a planner makes or leaves out depending on the dataset. Anything else in a file was added by a person.
+_OPTIONAL_CONFIGURATIONS = ("3d_lowres", "3d_fullres", "3d_cascade_fullres")
 # Two configurations that agree in these make the same preprocessed files.
 _DECIDES_DATA = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data",
                  "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
 
 
 def write_plans(plans: dict[str, Any], file: Path) -> None:
-    """Write plans, keeping the configurations of an existing file of that name which the new plans do not have.
+    """Write plans, keeping the configurations that people have added to an existing file of that name.
 
-    People add configurations of their own to plans files, and planning again must not lose them.
+    A 3d_lowres (or 3d configuration) that an earlier planning made and this one did not would be out of date. It goes,
+    unless one of the kept configurations builds on it.
     """
     plans = {**plans, "configurations": {**plans["configurations"], **_configurations_to_keep(plans, file)}}
     warn_of_shared_folders(plans, file)
@@ -31,12 +33,30 @@ def _configurations_to_keep(plans: Mapping[str, Any], file: Path) -> dict[str, A
     if not file.is_file():
         return {}
     existing = json.loads(file.read_text(encoding="utf-8"))["configurations"]
-    kept = {name: content for name, content in existing.items() if name not in plans["configurations"]}
-    stale = [name for name in kept if name in _STANDARD_CONFIGURATIONS]
+    earlier = {name: content for name, content in existing.items() if name not in plans["configurations"]}
+    needed = _ancestors([name for name in earlier if name not in _OPTIONAL_CONFIGURATIONS], earlier)
+    stale = [name for name in earlier if name in _OPTIONAL_CONFIGURATIONS and name not in needed]
+    outdated = [name for name in earlier if name in _OPTIONAL_CONFIGURATIONS and name in needed]
     if stale:
-        logger.warning("%s keeps %s from an earlier planning, although the dataset as it is now needs none. Remove the "
-                       "file and plan again to drop it.", file, ", ".join(stale))
-    return kept
+        logger.warning("%s: %s of an earlier planning removed, since the dataset as it is now needs none",
+                       file, ", ".join(stale))
+    if outdated:
+        logger.warning("%s keeps %s from an earlier planning, because a configuration of your own builds on it. The "
+                       "dataset as it is now needs none", file, ", ".join(outdated))
+    return {name: content for name, content in earlier.items() if name not in stale}
+
+
+def _ancestors(names: Sequence[str], configurations: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Return configurations and all those that they inherit from or start from."""
+    found, pending = set(), list(names)
+    while pending:
+        name = pending.pop()
+        if name in found or name not in configurations:
+            continue
+        found.add(name)
+        pending += [configurations[name][key] for key in ("inherits_from", "previous_stage")
+                    if isinstance(configurations[name].get(key), str)]
+    return found
 
 
 def warn_of_shared_folders(plans: Mapping[str, Any], file: Path) -> None:
