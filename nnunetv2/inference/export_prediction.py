@@ -92,20 +92,15 @@ def export_prediction_from_logits(
 
     Each file appears complete or not at all; the label map comes last, so a case that has one is complete.
     """
-    dataset_json = _read_dataset_json(dataset_json_dict_or_file)
+    dataset_json = read_dataset_json(dataset_json_dict_or_file)
     label_manager = plans_manager.get_label_manager(dataset_json)
     converted = convert_predicted_logits_to_segmentation_with_correct_shape(
         predicted_array_or_file, plans_manager, configuration_manager, label_manager, properties_dict,
         return_probabilities=save_probabilities, num_threads_torch=num_threads_torch,
         use_cropped_logits_resampling=use_cropped_logits_resampling)
-    output = os.fspath(output_file_truncated)
-    segmentation = converted
-    if save_probabilities:
-        segmentation, probabilities = converted
-        save_probabilities_file(probabilities, f"{output}.npz")
-        save_pickle(dict(properties_dict), f"{output}.pkl")
-    write_segmentation(plans_manager.image_reader_writer_class(), segmentation,
-                       f"{output}{dataset_json['file_ending']}", properties_dict)
+    segmentation, probabilities = converted if save_probabilities else (converted, None)
+    write_case(plans_manager.image_reader_writer_class(), segmentation, probabilities, properties_dict,
+               output_file_truncated, dataset_json["file_ending"])
 
 
 def resample_and_save(predicted: ArrayOrTensor, target_shape: Sequence[int], output_file: str,
@@ -122,7 +117,7 @@ def resample_and_save(predicted: ArrayOrTensor, target_shape: Sequence[int], out
     """
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-    label_manager = plans_manager.get_label_manager(_read_dataset_json(dataset_json_dict_or_file))
+    label_manager = plans_manager.get_label_manager(read_dataset_json(dataset_json_dict_or_file))
     logits, target_shape = _as_array(predicted), tuple(int(n) for n in target_shape)
     _, spacing, _ = _target_grid(plans_manager, configuration_manager, properties_dict)
     resampling_fn = configuration_manager.resampling_fn_probabilities
@@ -142,6 +137,16 @@ def estimate_export_bytes(logits: np.ndarray, properties: Mapping[str, Any], wit
     """Estimate the memory that an export takes, logits included: labels, and if asked for float32 probabilities."""
     voxels = prod(int(n) for n in properties.get("shape_before_cropping", logits.shape[1:]))
     return logits.nbytes + voxels * (2 + (4 * len(logits) if with_probabilities else 0))
+
+
+def write_case(writer: BaseReaderWriter, segmentation: np.ndarray, probabilities: np.ndarray | None,
+               properties: Mapping[str, Any], output: str | os.PathLike[str], ending: str) -> None:
+    """Write the files of a case, each in one step and the label map last; `output` is their path without ending."""
+    output = os.fspath(output)
+    if probabilities is not None:
+        save_probabilities_file(probabilities, f"{output}.npz")
+        save_pickle(dict(properties), f"{output}.pkl")
+    write_segmentation(writer, segmentation, f"{output}{ending}", properties)
 
 
 def save_probabilities_file(probabilities: np.ndarray, path: str | os.PathLike[str]) -> None:
@@ -249,7 +254,8 @@ def _label_dtype(label_manager: LabelManager) -> type:
     return np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16
 
 
-def _read_dataset_json(content_or_path: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_dataset_json(content_or_path: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return the content of a dataset.json that may be given as such or as a path."""
     if isinstance(content_or_path, Mapping):
         return content_or_path
     return json.loads(Path(content_or_path).read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ that `nnUNetv2_predict -h` answers at once. Programs replace functions of this m
 from __future__ import annotations
 
 import argparse
+import concurrent.futures.thread
 import logging
 import os
 import threading
@@ -206,8 +207,12 @@ def _leaving_soon(command: Callable[[], None]) -> None:
 
 
 def _end_after_main_thread(grace_s: float) -> None:
-    """End the process a while after its main thread, which a program that called us may keep alive for long."""
-    threading.main_thread().join()
+    """End the process a while after its main thread has begun to wait for the others, at the end of the program.
+
+    A program that called us may go on for long before; concurrent.futures notes when the end has come.
+    """
+    while threading.main_thread().is_alive() and not getattr(concurrent.futures.thread, "_shutdown", False):
+        time.sleep(0.1)
     time.sleep(grace_s)
     os._exit(130)
 

@@ -26,7 +26,7 @@ from nnunetv2.inference.mirroring import mirrored_mean
 from nnunetv2.inference.preprocessing_jobs import PreprocessedCases, without_unprepared
 from nnunetv2.inference.sliding_window_prediction import Slicer, compute_tile_slicers
 from nnunetv2.inference.tile_accumulation import predict_tiles
-from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.atomic_write import remove_leftovers, save_json_atomically
 from nnunetv2.utilities.device import autocast_context, to_fast_memory_format_
 
 if TYPE_CHECKING:
@@ -342,6 +342,7 @@ class nnUNetPredictor:
         folder = _output_folder(output)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
             self._write_provenance(folder, arguments)
         if self.configuration_manager.previous_stage_name is not None:
             assert previous_stage is not None, \

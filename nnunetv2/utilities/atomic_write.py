@@ -5,9 +5,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_PREFIX = ".partial-"
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} does not exist")
-    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
     try:
         written = scratch / target.name
         yield written
@@ -37,6 +40,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             file.replace(target.parent / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], older_than_s: float = 3600) -> None:
+    """Remove what processes that were killed while writing into `folder` have left: scratch folders of `replacing`.
+
+    Those that changed less than `older_than_s` seconds ago stay, for another process may be writing into them.
+    """
+    for scratch in Path(folder).glob(f"{_PREFIX}*"):
+        try:
+            changed = max(path.stat().st_mtime for path in (scratch, *scratch.iterdir()))
+        except OSError:  # it has just been finished
+            continue
+        if time.time() - changed > older_than_s:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save_json_atomically(obj: object, path: str | os.PathLike[str], *, sort_keys: bool = True) -> None:

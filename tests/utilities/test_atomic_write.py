@@ -1,9 +1,11 @@
 """Files appear complete or not at all."""
 import json
+import os
+import time
 
 import pytest
 
-from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+from nnunetv2.utilities.atomic_write import remove_leftovers, replacing, save_json_atomically
 
 
 def names_in(folder):
@@ -67,3 +69,15 @@ def test_json_layout(tmp_path):
     assert (tmp_path / "a.json").read_text() == '{\n    "a": [\n        2\n    ],\n    "b": 1\n}'
     save_json_atomically({"b": 1, "a": 2}, tmp_path / "a.json", sort_keys=False)
     assert list(json.loads((tmp_path / "a.json").read_text())) == ["b", "a"]
+
+
+def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
+    for name, age_s in (("old", 7200), ("young", 60)):
+        scratch = tmp_path / f".partial-{name}"
+        scratch.mkdir()
+        (scratch / "case.nii.gz").write_text("half")
+        for path in (scratch / "case.nii.gz", scratch):
+            os.utime(path, (time.time() - age_s,) * 2)
+    (tmp_path / "case.nii.gz").write_text("whole")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-young", "case.nii.gz"]
