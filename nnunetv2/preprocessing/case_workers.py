@@ -7,8 +7,10 @@ worker, and its case is known. Nothing is polled.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
@@ -131,6 +133,7 @@ def _serve(function: Callable[..., object], connection: Connection) -> None:
     """Run in the worker: take arguments from the pipe, answer the result and None, or None and the error."""
     from threadpoolctl import threadpool_limits
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with threadpool_limits(1):  # as many processes as wanted work already
         while True:
             try:
@@ -146,6 +149,14 @@ def _serve(function: Callable[..., object], connection: Connection) -> None:
                 connection.send((result, failure))
             except OSError:
                 sys.exit(0)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as its parent is gone, also in the middle of a case: another run may follow at once."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _in_words(error: BaseException) -> str:

@@ -1,11 +1,9 @@
 """Turn raw cases into what networks see: transposed, cropped, normalized and resampled arrays."""
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +13,17 @@ import numpy as np
 from nnunetv2.preprocessing.case_workers import process_cases
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.errors import InvalidInputError
-from nnunetv2.preprocessing.preprocessors.foreground_locations import sample_foreground_locations
+from nnunetv2.preprocessing.finished_cases import FinishedCases
+from nnunetv2.preprocessing.preprocessors.dataset_run import (
+    DatasetRun,
+    digest_ingredients,
+    find_run,
+    read_if_path,
+)
+from nnunetv2.preprocessing.preprocessors.foreground_locations import as_small_integers, sample_foreground_locations
+from nnunetv2.preprocessing.progress import follow
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.preprocessing.worker_count import bytes_to_preprocess, bytes_to_read, choose_num_processes
 
 if TYPE_CHECKING:
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
@@ -24,6 +31,11 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 logger = logging.getLogger(__name__)
+
+# Of LZ4HC. Level 5 makes files 3 to 9 % smaller than level 1, but takes longer than all other steps together.
+_COMPRESSION_LEVEL = 1
+_OUR_RESAMPLING = {f"nnunetv2.preprocessing.resampling.{module}"
+                   for module in ("default_resampling", "no_resampling", "resample_torch")}
 
 
 class DefaultPreprocessor:
@@ -52,17 +64,13 @@ class DefaultPreprocessor:
             segmentation they are 0 elsewhere.
         """
         _check_case(data, seg, properties)
-        axes = [0, *(axis + 1 for axis in plans_manager.transpose_forward)]
-        data = data.astype(np.float32).transpose(axes)
         has_seg = seg is not None
-        if has_seg:
-            seg = seg.transpose(axes)
-        spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
-
-        properties["shape_before_cropping"] = data.shape[1:]
-        data, seg, properties["bbox_used_for_cropping"] = crop_to_nonzero(data, seg)
-        old_shape = properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
-
+        seg_dtype = seg.dtype if has_seg else np.dtype(np.int8)
+        if has_seg and _takes_small_integers(configuration_manager.resampling_fn_seg):
+            seg = as_small_integers(seg)
+        data, seg, spacing = self._crop(data, seg, properties, plans_manager.transpose_forward)
+        _require_finite(data)
+        old_shape = data.shape[1:]
         wanted = list(configuration_manager.spacing)
         wanted = spacing[:len(spacing) - len(wanted)] + wanted  # 2d: slices stay as far apart as they are
         grid = (compute_new_shape(old_shape, spacing, wanted), spacing, wanted)
@@ -77,11 +85,30 @@ class DefaultPreprocessor:
                         data.shape[1:], wanted)
 
         if has_seg:
-            label_manager = plans_manager.get_label_manager(_read_if_path(dataset_json))
+            label_manager = plans_manager.get_label_manager(read_if_path(dataset_json))
             properties["class_locations"] = self._sample_foreground_locations(
                 seg, _classes_to_sample(label_manager), verbose=self.verbose)
+            if type(self).modify_seg_fn is not DefaultPreprocessor.modify_seg_fn:
+                seg = seg.astype(seg_dtype, copy=False)  # users' code may write any label
             seg = self.modify_seg_fn(seg, plans_manager, dataset_json, configuration_manager)
-        return data, seg.astype(np.int16 if np.max(seg) > 127 else np.int8), properties
+        return data, seg.astype(np.int16 if np.max(seg) > 127 else np.int8, copy=False), properties
+
+    @staticmethod
+    def _crop(data: np.ndarray, seg: np.ndarray | None, properties: dict,
+              transpose: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Transpose and crop a case, and note in `properties` what was done.
+
+        Returns:
+            (images as a new float32 array, new labels, spacing of the transposed axes).
+        """
+        axes = [0, *(axis + 1 for axis in transpose)]
+        data = data.transpose(axes)
+        properties["shape_before_cropping"] = data.shape[1:]
+        data, seg, bbox = crop_to_nonzero(data, None if seg is None else seg.transpose(axes))
+        properties["bbox_used_for_cropping"] = bbox
+        properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
+        # C order: a copy that keeps the order of a transposed array in memory would slow down what follows
+        return data.astype(np.float32, order="C"), seg, [properties["spacing"][axis] for axis in transpose]
 
     def run_case(self, image_files: Sequence[str], seg_file: str | None, plans_manager: PlansManager,
                  configuration_manager: ConfigurationManager,
@@ -93,19 +120,23 @@ class DefaultPreprocessor:
             seg_file: Labels, or None.
             dataset_json: The content of dataset.json, or its path.
         """
-        dataset_json = _read_if_path(dataset_json)
         reader = plans_manager.image_reader_writer_class()
         data, properties = reader.read_images(image_files)
-        seg = None
-        if seg_file is not None:
-            seg, _ = reader.read_seg(seg_file)
-            if seg.shape[1:] != data.shape[1:]:
-                raise InvalidInputError(f"{seg_file} has shape {seg.shape[1:]}, but {image_files[0]} has "
-                                        f"{data.shape[1:]}; run nnUNetv2_plan_and_preprocess with "
-                                        "--verify_dataset_integrity to find all such cases")
+        seg = None if seg_file is None else reader.read_seg(seg_file)[0]
+        if seg is not None and seg.shape[1:] != data.shape[1:]:
+            raise InvalidInputError(f"{seg_file} has shape {seg.shape[1:]}, but {image_files[0]} has "
+                                    f"{data.shape[1:]}; run nnUNetv2_plan_and_preprocess with "
+                                    "--verify_dataset_integrity to find all such cases")
         if self.verbose:
             logger.info("read %s", seg_file or image_files[0])
-        return self.run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+        # Popped, so that run_case_npy holds the only reference and can let go of the voxels once they are cropped.
+        arrays = [seg, data]
+        del seg, data
+        try:
+            return self.run_case_npy(arrays.pop(), arrays.pop(), properties, plans_manager, configuration_manager,
+                                     read_if_path(dataset_json))
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{image_files[0]}: {error}") from error
 
     def run_case_save(self, output_filename_truncated: str, image_files: Sequence[str], seg_file: str,
                       plans_manager: PlansManager, configuration_manager: ConfigurationManager,
@@ -116,13 +147,10 @@ class DefaultPreprocessor:
         data, seg, properties = self.run_case(image_files, seg_file, plans_manager, configuration_manager,
                                               dataset_json)
         data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
-        if not np.isfinite(data.sum(dtype=np.float64)):
-            logger.warning("%s: the preprocessed image holds values that are not finite numbers; does %s?",
-                           Path(output_filename_truncated).name, image_files[0])
         blocks, chunks = comp_blosc2_params(data.shape, configuration_manager.patch_size, data.itemsize)
         blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, configuration_manager.patch_size, seg.itemsize)
         nnUNetDatasetBlosc2.save_case(data, seg, properties, output_filename_truncated, chunks=chunks, blocks=blocks,
-                                      chunks_seg=chunks_seg, blocks_seg=blocks_seg)
+                                      chunks_seg=chunks_seg, blocks_seg=blocks_seg, clevel=_COMPRESSION_LEVEL)
 
     @staticmethod
     def _sample_foreground_locations(seg: np.ndarray, classes_or_regions: Sequence[int | Sequence[int]],
@@ -148,55 +176,45 @@ class DefaultPreprocessor:
                                         f"{channel}")
             normalizer = _find_normalization(schemes[channel])(
                 use_mask_for_norm=configuration_manager.use_mask_for_norm[channel], intensityproperties=statistics)
-            data[channel] = normalizer.run(data[channel], seg[0])
+            voxels = data[channel]
+            normalized = normalizer.run(voxels, seg[0])
+            if normalized is not voxels:  # ours overwrite what they are given
+                data[channel] = normalized
         return data
 
     def run(self, dataset_name_or_id: int | str, configuration_name: str, plans_identifier: str,
-            num_processes: int) -> None:
+            num_processes: int | None = None) -> None:
         """Preprocess all training cases of a dataset for one configuration.
 
-        What the output folder held before is deleted. If a case fails, the others that are done stay, each complete.
+        Cases that an earlier run has finished stay, if plans, dataset.json, code and the case's files are the same
+        still; everything else in the output folder is removed. `forget_finished_cases` makes a run do all cases.
+        If a case fails, the others that are done stay, each complete.
 
         Args:
-            num_processes: Worker processes; 1 works in this process.
+            num_processes: Worker processes; 1 works in this process. None: as many as cores and free memory allow.
 
         Raises:
             InvalidInputError: The dataset or its plans do not exist.
+            FolderInUseError: Another process preprocesses into the same folder.
             CaseFailedError: A case failed, or its worker died; the message names the case.
         """
-        from tqdm import tqdm
-
-        from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-        from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-        dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
-        raw_folder = Path(nnUNet_raw.require()) / dataset_name
-        preprocessed_folder = Path(nnUNet_preprocessed.require()) / dataset_name
-        plans_file = preprocessed_folder / f"{plans_identifier}.json"
-        _require(raw_folder.is_dir(), f"there is no raw dataset {raw_folder}")
-        _require(plans_file.is_file(), f"there is no plans file {plans_file}; run nnUNetv2_plan_experiment first")
-
-        plans_manager = PlansManager(str(plans_file))
-        configuration_manager = plans_manager.get_configuration(configuration_name)
-        dataset_json = _read_planned_dataset_json(preprocessed_folder, raw_folder)
+        run = find_run(dataset_name_or_id, configuration_name, plans_identifier)
         if self.verbose:
-            logger.info("preprocessing configuration %s: %s", configuration_name, configuration_manager)
-
-        files = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
-        _require(len(files) > 0, f"the dataset {raw_folder} has no training cases")
-        output_folder = _make_empty_folder(preprocessed_folder, configuration_manager.data_identifier)
-        cases = {case: (str(output_folder / case), case_files["images"], case_files["label"], plans_manager,
-                        configuration_manager, dataset_json) for case, case_files in files.items()}
-        done = process_cases(self.run_case_save, cases, int(num_processes))
-        try:
-            for _ in tqdm(done, desc="Preprocessing cases", total=len(cases), disable=not self.show_progress_bar):
-                pass
-        finally:
-            done.close()  # stops workers before what they were writing is removed
-            for unfinished in output_folder.glob(".partial-*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            logger.info("preprocessing configuration %s: %s", configuration_name, run.configuration_manager)
+        with FinishedCases(run.output_folder, digest_ingredients(run, self)) as finished:
+            open_cases = finished.remaining(run.sources)
+            if len(open_cases) < len(run.files):
+                logger.info("%s: %d of %d cases are finished already, from an earlier run", run.output_folder.name,
+                            len(run.files) - len(open_cases), len(run.files))
+            arguments = {case: (str(run.output_folder / case), run.files[case]["images"], run.files[case]["label"],
+                                run.plans_manager, run.configuration_manager, run.dataset_json)
+                         for case in open_cases}
+            if num_processes is None:
+                num_processes = _choose_num_processes(run, len(open_cases))
+            with closing(process_cases(self.run_case_save, arguments, int(num_processes))) as done:
+                for case, _ in follow(done, total=len(open_cases), description="Preprocessing cases",
+                                      show_bar=self.show_progress_bar, log_cases=self.verbose):
+                    finished.add(case, run.sources_of(case))
 
     def modify_seg_fn(self, seg: np.ndarray, plans_manager: PlansManager, dataset_json: dict,
                       configuration_manager: ConfigurationManager) -> np.ndarray:
@@ -235,34 +253,24 @@ def _classes_to_sample(label_manager: LabelManager) -> list:
     return classes
 
 
-def _read_if_path(dataset_json: dict | str | os.PathLike[str]) -> dict:
-    if isinstance(dataset_json, (str, os.PathLike)):
-        return json.loads(Path(dataset_json).read_text(encoding="utf-8"))
-    return dataset_json
+def _choose_num_processes(run: DatasetRun, num_cases: int) -> int:
+    fingerprint = run.fingerprint
+    if fingerprint is None:
+        case_bytes = bytes_to_read(run.sources.values()) * 2
+    else:
+        case_bytes = bytes_to_preprocess(fingerprint, run.plans_manager, run.configuration_manager)
+    return choose_num_processes(case_bytes, max(1, num_cases))
 
 
-def _read_planned_dataset_json(preprocessed_folder: Path, raw_folder: Path) -> dict:
-    """Return dataset.json as it was when the dataset was planned."""
-    planned_file = preprocessed_folder / "dataset.json"
-    _require(planned_file.is_file(), f"there is no {planned_file}; run nnUNetv2_plan_experiment first")
-    planned, raw_file = _read_if_path(planned_file), raw_folder / "dataset.json"
-    if raw_file.is_file() and _read_if_path(raw_file) != planned:
-        logger.warning("%s was changed after planning; preprocessing uses the older copy %s. Plan again to use the "
-                       "change", raw_file, planned_file)
-    return planned
+def _takes_small_integers(resampling_function: Callable) -> bool:
+    """Tell whether labels may come as int8. Functions of users expect the float32 that readers return."""
+    return getattr(getattr(resampling_function, "func", None), "__module__", None) in _OUR_RESAMPLING
 
 
-def _make_empty_folder(parent: Path, name: str) -> Path:
-    # The name comes from the plans, maybe from elsewhere, and what it names is deleted.
-    _require(Path(name).name == name and name not in (".", ".."),
-             f"the plans' data_identifier must be the name of a folder, got {name!r}")
-    folder = parent / name
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvalidInputError(message)
+def _require_finite(data: np.ndarray) -> None:
+    for channel, voxels in enumerate(data):
+        number = voxels.size - np.count_nonzero(np.isfinite(voxels))
+        if number:
+            raise InvalidInputError(f"channel {channel} has {number} voxels that are NaN or infinite, which no "
+                                    "network can learn from or predict on; replace them, for instance by the value "
+                                    "of the background")

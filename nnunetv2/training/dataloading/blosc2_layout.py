@@ -69,12 +69,16 @@ def choose_filter(array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int
 
 
 def compression(codec: blosc2.Codec, clevel: int, filter_: blosc2.Filter | Sequence[blosc2.Filter]) -> dict:
-    """Return Blosc2's compression parameters with `filter_` as the first of the pipeline, or as all of it."""
+    """Return Blosc2's compression parameters with `filter_` as the first of the pipeline, or as all of it.
+
+    One thread: several write the blocks of a chunk in the order in which they happen to finish, so that no two runs
+    give the same bytes. Other cases keep the other cores busy.
+    """
     import blosc2
 
     pipeline = list(filter_) if isinstance(filter_, (list, tuple)) else [filter_]
     pipeline += [blosc2.Filter.NOFILTER] * (6 - len(pipeline))
-    return {"codec": codec, "clevel": clevel, "filters": pipeline, "nthreads": 4}
+    return {"codec": codec, "clevel": clevel, "filters": pipeline, "nthreads": 1}
 
 
 def _check_sizes(image_size: Sequence[int], patch_size: Sequence[int], ratio: float | None) -> None:

@@ -124,7 +124,7 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
                   clevel: int = 5, codec: blosc2.Codec | None = None,
                   filters: blosc2.Filter | Sequence[blosc2.Filter] | None = None,
                   filters_seg: blosc2.Filter | Sequence[blosc2.Filter] | None = None) -> None:
-        """Write a case. The properties come last, so a case with properties is complete.
+        """Write a case. The image comes last: it is what makes a case of the files, so every case is complete.
 
         Args:
             chunks, blocks: Shapes `(1, x, y, z)`. Default: for patches of 128 voxels a side, with a warning.
@@ -142,26 +142,34 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
                            output_filename_truncated)
             default_blocks, default_chunks = comp_blosc2_params(data.shape, (128, 128, 128), data.itemsize)
             chunks, blocks = chunks or default_chunks, blocks or default_blocks
-        parts = ((Path(f"{output_filename_truncated}_seg.b2nd"), seg, chunks_seg or chunks, blocks_seg or blocks,
-                  filters_seg), (Path(f"{output_filename_truncated}.b2nd"), data, chunks, blocks, filters))
-        for path, *_ in parts:
+        image_file, seg_file, properties_file = (Path(f"{output_filename_truncated}{ending}")
+                                                 for ending in (".b2nd", "_seg.b2nd", ".pkl"))
+        for path in (image_file, seg_file):
             if path.exists():
                 raise RuntimeError(f"{path} exists already; remove it to write the case anew")
+        write = nnUNetDatasetBlosc2._write_array
         try:
-            for path, array, chunk_shape, block_shape, wanted in parts:
-                array = np.ascontiguousarray(array)
-                chunk_shape = tuple(min(n, c) for n, c in zip(array.shape, chunk_shape))
-                block_shape = tuple(min(n, b) for n, b in zip(chunk_shape, block_shape))
-                if wanted is None:
-                    wanted = nnUNetDatasetBlosc2._select_filter(array, block_shape, chunk_shape, codec, clevel)
-                with replacing(path) as written:
-                    blosc2.asarray(array, urlpath=str(written), chunks=chunk_shape, blocks=block_shape,
-                                   cparams=compression(codec, clevel, wanted))
-            save_pickle(properties, f"{output_filename_truncated}.pkl")
+            write(seg_file, seg, chunks_seg or chunks, blocks_seg or blocks, codec, clevel, filters_seg)
+            save_pickle(properties, properties_file)
+            write(image_file, data, chunks, blocks, codec, clevel, filters)
         except BaseException:  # also Ctrl-C: no half of a case may stay
-            for path, *_ in parts:
+            for path in (image_file, properties_file, seg_file):
                 path.unlink(missing_ok=True)
             raise
+
+    @staticmethod
+    def _write_array(path: Path, array: np.ndarray, chunks: Sequence[int], blocks: Sequence[int],
+                     codec: blosc2.Codec, clevel: int,
+                     filters: blosc2.Filter | Sequence[blosc2.Filter] | None) -> None:
+        import blosc2
+        array = np.ascontiguousarray(array)
+        chunks = tuple(min(n, c) for n, c in zip(array.shape, chunks))
+        blocks = tuple(min(n, b) for n, b in zip(chunks, blocks))
+        if filters is None:
+            filters = nnUNetDatasetBlosc2._select_filter(array, blocks, chunks, codec, clevel)
+        with replacing(path) as written:
+            blosc2.asarray(array, urlpath=str(written), chunks=chunks, blocks=blocks,
+                           cparams=compression(codec, clevel, filters))
 
     @staticmethod
     def save_seg(seg: np.ndarray, output_filename_truncated: str, chunks_seg: Sequence[int] | None = None,
@@ -202,10 +210,10 @@ class nnUNetDatasetNumpy(nnUNetBaseDataset):
 
     @staticmethod
     def save_case(data: np.ndarray, seg: np.ndarray, properties: dict, output_filename_truncated: str) -> None:
-        """Write a case as `.npz` with the keys `data` and `seg`, then its properties."""
+        """Write the properties of a case, then its `.npz` with the keys `data` and `seg`."""
+        save_pickle(properties, f"{output_filename_truncated}.pkl")
         with replacing(f"{output_filename_truncated}.npz") as written:
             np.savez_compressed(written, data=data, seg=seg)
-        save_pickle(properties, f"{output_filename_truncated}.pkl")
 
     @staticmethod
     def save_seg(seg: np.ndarray, output_filename_truncated: str) -> None:

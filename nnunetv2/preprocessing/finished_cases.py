@@ -1,0 +1,170 @@
+"""Remember which cases of a preprocessed folder are finished, so that an interrupted run goes on where it was.
+
+Beside a folder such as `nnUNetPlans_3d_fullres` lies the journal `.nnUNetPlans_3d_fullres.finished.jsonl`: not in the
+folder, where nnU-Net takes every file for part of a case. Its first line says what the run was made from, each further
+one names a finished case with the files it came from and the files it became:
+
+    {"format": 1, "made_from": {"plans": "9f...", "dataset.json": "c0...", "code": "11..."}}
+    {"case": "liver_0", "sources": [["/raw/imagesTr/liver_0_0000.nii.gz", 139220, 1790]], "outputs": [...]}
+
+A case counts as finished only while all of that is still so, by sizes and times of change. Lines are appended once the
+files are complete; half a line at the end, left by a killed run, is cut off.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from nnunetv2.preprocessing.errors import FolderInUseError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_OUTPUT_ENDINGS = (".b2nd", "_seg.b2nd", ".pkl", ".npz", ".npy", "_seg.npy")
+FileState = list
+"""Name, bytes, time of change in ns."""
+
+
+class FinishedCases:
+    """The journal of a folder, for the length of a run. No other run can open it meanwhile.
+
+    Args:
+        folder: Of preprocessed cases; created if it does not exist.
+        made_from: Names and digests of what the cases are made from beside their own files. If the journal says
+            otherwise, the folder is emptied.
+
+    Raises:
+        FolderInUseError: Another run is writing to the folder.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, str]):
+        self._folder = folder
+        self._made_from = dict(made_from)
+
+    def __enter__(self) -> FinishedCases:
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        self._file = journal_path(self._folder).open("a+b")
+        try:
+            _lock(self._file, self._folder)
+            self._cases = self._read_or_start_anew()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def remaining(self, sources: Mapping[str, Iterable[str]]) -> list[str]:
+        """Return the cases that are to be done, in order, and remove from the folder all that is of no finished case.
+
+        Args:
+            sources: Case -> its files.
+        """
+        finished = {case for case, files in sources.items() if self._is_finished(case, files)}
+        kept = {name for case in finished for name, *_ in self._cases[case]["outputs"]}
+        for entry in list(self._folder.iterdir()):
+            if entry.name not in kept:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        return [case for case in sources if case not in finished]
+
+    def add(self, case: str, sources: Iterable[str]) -> None:
+        """Note that all files of a case are complete."""
+        outputs = [state for ending in _OUTPUT_ENDINGS if (state := _state(self._folder / f"{case}{ending}"))]
+        entry = {"case": case, "sources": _states_of(sources),
+                 "outputs": [[Path(path).name, *rest] for path, *rest in outputs]}
+        self._append(entry)
+        self._cases[case] = entry
+
+    def _is_finished(self, case: str, sources: Iterable[str]) -> bool:
+        entry = self._cases.get(case)
+        # Cases in the format of a user are not among the outputs we know, and are done again.
+        return bool(entry and entry["outputs"]) and entry["sources"] == _states_of(sources) and all(
+            [name, *(_state(self._folder / name) or [""])[1:]] == [name, *rest] for name, *rest in entry["outputs"])
+
+    def _read_or_start_anew(self) -> dict[str, dict]:
+        self._file.seek(0)
+        header, *entries = _read_lines(self._file) or [None]
+        if header == self._header() and self._folder.is_dir():
+            return {entry["case"]: entry for entry in entries}
+        if header is not None and self._folder.is_dir():
+            logger.info("%s is made anew: %s", self._folder.name, _difference(header, self._made_from))
+        self._file.truncate(0)  # first, or a killed run would leave a journal of cases that are gone
+        os.fsync(self._file.fileno())
+        if self._folder.is_dir():
+            shutil.rmtree(self._folder)
+        self._folder.mkdir()
+        self._append(self._header())
+        return {}
+
+    def _header(self) -> dict:
+        return {"format": FORMAT, "made_from": self._made_from}
+
+    def _append(self, entry: dict) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def forget_finished_cases(folder: Path) -> None:
+    """Make the next run preprocess all cases of this folder anew, whatever is finished."""
+    journal_path(folder).unlink(missing_ok=True)
+
+
+def journal_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.finished.jsonl")
+
+
+def _read_lines(file: IO[bytes]) -> list[dict]:
+    """Return the complete lines, and cut off what comes after them."""
+    lines, end = [], 0
+    for line in file:
+        try:
+            if not line.endswith(b"\n"):
+                break
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+        end += len(line)
+    file.truncate(end)
+    return lines
+
+
+def _difference(header: dict, made_from: Mapping[str, str]) -> str:
+    before = header.get("made_from", {}) if isinstance(header, dict) else {}
+    changed = [name for name, digest in made_from.items() if before.get(name) != digest]
+    return f"{' and '.join(changed) or 'the format of the journal'} changed since the earlier run"
+
+
+def _states_of(files: Iterable[str]) -> list[FileState | None]:
+    return [_state(Path(file)) for file in files]
+
+
+def _state(file: Path) -> FileState | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return [str(file), found.st_size, found.st_mtime_ns]
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    """Keep other runs away until the file is closed, also by the death of this process. Not on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FolderInUseError(f"another process is preprocessing into {folder}; wait for it, or stop it first") \
+            from error
+    except OSError as error:  # some network file systems have no locks
+        logger.debug("cannot lock the journal of %s: %s", folder, error)

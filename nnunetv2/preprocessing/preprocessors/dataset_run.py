@@ -1,0 +1,145 @@
+"""Gather what it takes to preprocess a dataset for one configuration, and what its result depends on."""
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2.preprocessing.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+logger = logging.getLogger(__name__)
+
+# What networks and training need. All other entries of plans count, also those that only a user's preprocessor knows.
+_WITHOUT_INFLUENCE = {
+    "configurations", "plans_name", "experiment_planner_used", "original_median_spacing_after_transp",
+    "original_median_shape_after_transp", "architecture", "batch_size", "batch_dice", "median_image_size_in_voxels",
+    "next_stage", "previous_stage", "inherits_from", "resampling_fn_probabilities",
+    "resampling_fn_probabilities_kwargs",
+}
+
+
+@dataclass(frozen=True)
+class DatasetRun:
+    """One configuration of one dataset."""
+
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict
+    """As it was when the dataset was planned."""
+    files: dict[str, dict]
+    """Case -> its `images` (one per channel) and its `label`."""
+    output_folder: Path
+
+    @property
+    def sources(self) -> dict[str, list[str]]:
+        """All files of each case."""
+        return {case: self.sources_of(case) for case in self.files}
+
+    def sources_of(self, case: str) -> list[str]:
+        return [*self.files[case]["images"], self.files[case]["label"]]
+
+    @property
+    def fingerprint(self) -> dict | None:
+        """The fingerprint that was planned from, if it lies where it was made."""
+        file = self.output_folder.parent / "dataset_fingerprint.json"
+        return read_if_path(file) if file.is_file() else None
+
+
+def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_identifier: str) -> DatasetRun:
+    """Read plans and list the training cases.
+
+    Raises:
+        InvalidInputError: The dataset, its plans or its cases do not exist, or the plans name no proper folder.
+    """
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
+    raw_folder = Path(nnUNet_raw.require()) / dataset_name
+    preprocessed_folder = Path(nnUNet_preprocessed.require()) / dataset_name
+    plans_file = preprocessed_folder / f"{plans_identifier}.json"
+    _require(raw_folder.is_dir(), f"there is no raw dataset {raw_folder}")
+    _require(plans_file.is_file(), f"there is no plans file {plans_file}; run nnUNetv2_plan_experiment first")
+
+    plans_manager = PlansManager(str(plans_file))
+    configuration_manager = plans_manager.get_configuration(configuration_name)
+    dataset_json = _read_planned_dataset_json(preprocessed_folder, raw_folder)
+    files = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    _require(len(files) > 0, f"the dataset {raw_folder} has no training cases")
+    # The name comes from the plans, maybe from elsewhere, and what it names is emptied.
+    name = configuration_manager.data_identifier
+    _require(Path(name).name == name and name not in (".", ".."),
+             f"the plans' data_identifier must be the name of a folder, got {name!r}")
+    return DatasetRun(plans_manager, configuration_manager, dataset_json,
+                      {str(case): of_case for case, of_case in files.items()}, preprocessed_folder / name)
+
+
+def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
+    """Return digests of all that decides what a case becomes, beside its files: equal ones give equal results."""
+    relevant = {key: value for part in (run.plans_manager.plans, run.configuration_manager.configuration)
+                for key, value in part.items() if key not in _WITHOUT_INFLUENCE}
+    settings = {name: value for name, value in vars(preprocessor).items()
+                if name not in ("verbose", "show_progress_bar")}
+    classes = (type(preprocessor), run.plans_manager.image_reader_writer_class, run.plans_manager.label_manager_class)
+    return {
+        "plans": _digest(relevant),
+        "dataset.json": _digest(run.dataset_json),
+        "the preprocessor": _digest([type(preprocessor).__qualname__, settings]),
+        "the code": _digest_files(_code_files(classes)),
+    }
+
+
+def read_if_path(dataset_json: dict | str | os.PathLike[str]) -> dict:
+    """Return the content of a JSON file, or the dict itself."""
+    if isinstance(dataset_json, (str, os.PathLike)):
+        return json.loads(Path(dataset_json).read_text(encoding="utf-8"))
+    return dataset_json
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _code_files(classes: Iterable[type]) -> set[Path]:
+    """Return the modules of this package folder, users' own included, and those of some classes with their bases."""
+    import nnunetv2.preprocessing
+    from nnunetv2.training.dataloading import blosc2_layout, nnunet_dataset
+    files = {Path(module.__file__) for module in (blosc2_layout, nnunet_dataset)}
+    files.update(Path(nnunetv2.preprocessing.__file__).parent.rglob("*.py"))
+    for base in {base for of_class in classes for base in inspect.getmro(of_class)} - {object}:
+        try:
+            files.add(Path(inspect.getfile(base)))
+        except (TypeError, OSError):  # builtin, or typed into an interpreter
+            continue
+    return {file for file in files if file.is_file()}
+
+
+def _digest_files(files: Iterable[Path]) -> str:
+    return _digest(sorted([file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files))
+
+
+def _read_planned_dataset_json(preprocessed_folder: Path, raw_folder: Path) -> dict:
+    """Return dataset.json as it was when the dataset was planned."""
+    planned_file = preprocessed_folder / "dataset.json"
+    _require(planned_file.is_file(), f"there is no {planned_file}; run nnUNetv2_plan_experiment first")
+    planned, raw_file = read_if_path(planned_file), raw_folder / "dataset.json"
+    if raw_file.is_file() and read_if_path(raw_file) != planned:
+        logger.warning("%s was changed after planning; preprocessing uses the older copy %s. Plan again to use the "
+                       "change", raw_file, planned_file)
+    return planned
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidInputError(message)
