@@ -32,6 +32,21 @@ class Confusion:
         counts[self.values == label] = 0
         return Confusion(self.values, counts)
 
+    def moved_to(self, label: int, moved: Confusion) -> Confusion:
+        """Return the counts once the voxels that `moved` counts are predicted as `label` instead."""
+        values = np.union1d(np.union1d(self.values, moved.values), [label])
+        taken = moved._on(values)
+        counts = self._on(values) - taken
+        counts[:, values == label] += taken.sum(axis=1, keepdims=True)
+        return Confusion(values, counts)
+
+    def _on(self, values: np.ndarray) -> np.ndarray:
+        """Return the counts in a table of more values, sorted as ours are."""
+        counts = np.zeros((len(values), len(values)), dtype=np.int64)
+        places = np.searchsorted(values, self.values)
+        counts[np.ix_(places, places)] = self.counts
+        return counts
+
     def of_class(self, labels: Sequence[int]) -> tuple[int, int, int, int]:
         """Return true positives, false positives, false negatives and true negatives of the union of some labels."""
         inside = np.isin(self.values, list(labels))

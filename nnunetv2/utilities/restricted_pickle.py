@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 from nnunetv2.utilities.atomic_write import replacing
@@ -30,7 +32,13 @@ _OLD_MODULE_NAMES = {
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, admitted: Mapping[tuple[str, str], object]) -> None:
+        super().__init__(file)
+        self._admitted = admitted
+
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) in self._admitted:
+            return self._admitted[module, name]
         module = _OLD_MODULE_NAMES.get(module, module)
         is_dtype_class = module == "numpy.dtypes" and name.endswith("DType") and name.isidentifier()
         if name not in _HARMLESS.get(module, ()) and not is_dtype_class:
@@ -39,20 +47,25 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return getattr(_import_numpy_core(module), name)
 
 
-def load_pickle_safely(path: str | os.PathLike[str]) -> object:
+def load_pickle_safely(path: str | os.PathLike[str],
+                       admitted: Mapping[tuple[str, str], object] = MappingProxyType({})) -> object:
     """Read a pickle that holds nothing but builtin containers, numbers, text and NumPy scalars, arrays and dtypes.
+
+    Args:
+        admitted: What references to further (module, name) pairs yield. Nothing is imported for them.
 
     Raises:
         pickle.UnpicklingError: The file is no pickle, is truncated, or holds anything else. The message names the file.
     """
     with Path(path).open("rb") as file:
-        return load_stream_safely(file, name=os.fspath(path))
+        return load_stream_safely(file, name=os.fspath(path), admitted=admitted)
 
 
-def load_stream_safely(file: BinaryIO, *, name: str) -> object:
+def load_stream_safely(file: BinaryIO, *, name: str,
+                       admitted: Mapping[tuple[str, str], object] = MappingProxyType({})) -> object:
     """Read a pickle from an open file; `name` is how error messages call it. See `load_pickle_safely`."""
     try:
-        return _RestrictedUnpickler(file).load()
+        return _RestrictedUnpickler(file, admitted).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, ValueError, TypeError) as error:
         raise pickle.UnpicklingError(f"cannot read {name}: {error}") from error
 
