@@ -45,13 +45,14 @@ def sample_case(image_files: Sequence[str], segmentation_file: str, reader_write
         num_channels: What dataset.json says, checked if given.
 
     Raises:
-        ValueError: Shapes of image and label differ, the number of channels is unexpected, or there are NaN.
+        ValueError: Shapes of image and label differ, the number of channels is unexpected, or values are not
+            finite.
     """
     images, segmentation, spacing, relative_size = read_cropped_case(image_files, segmentation_file,
                                                                      reader_writer_class)
     if num_channels is not None and len(images) != num_channels:
         raise ValueError(f"the image has {len(images)} channel(s), dataset.json names {num_channels}")
-    raise_if_nan(images, segmentation)
+    raise_unless_finite(images, segmentation)
     intensities = draw_foreground(segmentation, images, num_samples=num_samples)
     return CaseSample(tuple(images.shape[1:]), tuple(map(_as_number, spacing)), relative_size, intensities)
 
@@ -75,11 +76,13 @@ def read_cropped_case(image_files: Sequence[str], segmentation_file: str,
     return cropped, cropped_segmentation, properties["spacing"], relative_size
 
 
-def raise_if_nan(images: np.ndarray, segmentation: np.ndarray) -> None:
-    """Refuse NaN, which would turn every statistic of the dataset into NaN."""
+def raise_unless_finite(images: np.ndarray, segmentation: np.ndarray) -> None:
+    """Refuse NaN and infinite values, which would turn every statistic of the dataset into the like."""
     for name, array in (("image", images), ("label", segmentation)):
-        if np.isnan(array).any():
-            raise ValueError(f"the {name} contains NaN; replace them by a number before training")
+        number = sum(plane.size - np.count_nonzero(np.isfinite(plane)) for channel in array for plane in channel)
+        if number:
+            raise ValueError(f"the {name} contains NaN or infinite values in {number} voxel(s); replace them by a "
+                             "number, for instance by the value of the background")
 
 
 def draw_foreground(segmentation: np.ndarray, images: np.ndarray, *, num_samples: int,

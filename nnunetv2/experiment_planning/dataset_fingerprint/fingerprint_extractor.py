@@ -12,7 +12,7 @@ from nnunetv2.experiment_planning.case_pool import map_cases
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import (
     SEED,
     CaseSample,
-    raise_if_nan,
+    raise_unless_finite,
     read_cropped_case,
     sample_case,
 )
@@ -31,9 +31,13 @@ class DatasetFingerprintExtractor:
     """Extract the fingerprint of one dataset.
 
     To extend it, override `run`, or raise or lower `num_foreground_voxels_for_intensitystats`.
+
+    Args:
+        num_processes: Workers; 1 works in this process. None: as many as cores and free memory allow.
+        verbose: Log a line per case in place of a progress bar.
     """
 
-    def __init__(self, dataset_name_or_id: str | int, num_processes: int = 8, verbose: bool = False) -> None:
+    def __init__(self, dataset_name_or_id: str | int, num_processes: int | None = 8, verbose: bool = False) -> None:
         self.dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
         self.input_folder = str(Path(nnUNet_raw) / self.dataset_name)
         self.output_folder = str(Path(nnUNet_preprocessed) / self.dataset_name)
@@ -83,8 +87,8 @@ class DatasetFingerprintExtractor:
         num_channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
         arguments = {str(case): (files["images"], files["label"], reader, num_samples_per_case, num_channels)
                      for case, files in self.dataset.items()}
-        samples = map_cases(sample_case, arguments, num_processes=self.num_processes,
-                            description="Fingerprint", show_progress=self.show_progress_bar)
+        samples = map_cases(sample_case, arguments, num_processes=self._choose_num_processes(),
+                            description="Fingerprint", show_progress=self.show_progress_bar, verbose=self.verbose)
         self._report_cases_without_foreground(samples)
         return samples
 
@@ -129,7 +133,7 @@ class DatasetFingerprintExtractor:
         """
         images, segmentation, spacing, relative_size = read_cropped_case(image_files, segmentation_file,
                                                                          reader_writer_class)
-        raise_if_nan(images, segmentation)
+        raise_unless_finite(images, segmentation)
         drawn, statistics = DatasetFingerprintExtractor.collect_foreground_intensities(segmentation, images,
                                                                                        num_samples=num_samples)
         return images.shape[1:], spacing, drawn, statistics, relative_size
@@ -140,6 +144,13 @@ class DatasetFingerprintExtractor:
             raise ValueError(f"{self.dataset_name} has no training cases in {self.input_folder}")
         example = next(iter(self.dataset.values()))["images"][0]
         return determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=self.verbose)
+
+    def _choose_num_processes(self) -> int:
+        if self.num_processes is not None:
+            return int(self.num_processes)
+        from nnunetv2.preprocessing.worker_count import bytes_to_read, choose_num_processes
+        files = [[*files["images"], files["label"]] for files in self.dataset.values()]
+        return choose_num_processes(bytes_to_read(files), len(files))
 
     def _load(self, file: Path) -> dict:
         fingerprint = json.loads(file.read_text(encoding="utf-8"))
