@@ -34,6 +34,36 @@ class FederationSettings(Part):
     """Smallest number of sites with which a round may close at its deadline. None: all of them."""
     deadline_s: Positive | None = None
     """Seconds after its first contribution at which a round closes with its quorum. None: it waits."""
+    late_updates: Literal["drop", "carry"] = "drop"
+    """An update that comes after its round was closed does not count, or counts in the round that is open then."""
+    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 1
+    """The aggregate of every so many rounds is validated at the sites. 0: never."""
+
+
+class SettingsChange(Part):
+    """What an operator may change while a federation is at work; what is not given stays."""
+
+    quorum: Annotated[int, Field(ge=1, le=MAX_SITES)] | None = None
+    deadline_s: Positive | None = None
+    late_updates: Literal["drop", "carry"] = "drop"
+    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 1
+
+
+class InviteRequest(Part):
+    """An operator invites somebody."""
+
+    name: SiteName
+    role: Literal["site", "observer", "operator"] = "site"
+    lifetime_s: Annotated[float, Field(gt=0, le=366 * 86_400)] = 14 * 86_400.0
+
+
+class InviteAnswer(Part):
+    """The secret of an invitation; the operator's command makes the word from it that the member types."""
+
+    name: SiteName
+    role: Literal["site", "observer", "operator"]
+    secret: Text
+    expires: Finite
 
 
 class JoinRequest(Part):
@@ -47,6 +77,8 @@ class JoinAnswer(Part):
     protocol: Literal[1] = PROTOCOL
     federation: Text
     site: SiteName
+    """Name of the member, which may be an observer or an operator too."""
+    role: Literal["site", "observer", "operator"] = "site"
     settings: FederationSettings
 
 
@@ -64,11 +96,16 @@ class Receipt(Part):
     digest: Digest
     """SHA-256 of the stored contribution, which is an earlier one where `already` is true."""
     already: bool = False
+    key: Text = ""
+    """The gathering in which it counts, where that is not the one it was sent to: a late update can count in the next
+    round."""
     waiting_for: SiteNames = ()
 
 
 class Waiting(Part):
     waiting_for: SiteNames
+    paused: bool = False
+    """Whether the operator has paused the run."""
 
 
 class Problem(Part):
@@ -88,6 +125,12 @@ class RunState(Part):
     """The round that takes updates now; None before the initial weights are known and after the last round."""
     num_rounds: Count | None = None
     closed: bool = False
+    """Whether there will be no more rounds: the run is complete, or the operator has stopped it."""
+    state: Literal["running", "paused", "stopped", "complete"] = "running"
+    rounds_closed: Count = 0
+    members: SiteNames = ()
+    """Sites that take part in its rounds now; empty before the registration is closed."""
+    left: SiteNames = ()
 
 
 class FailureReport(Part):
@@ -98,9 +141,18 @@ class FailureReport(Part):
     reason: LongText
 
 
+class RunAction(Part):
+    """What an operator wants of a run, or a site of its own part in it."""
+
+    action: Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
+    gathering: Text | None = None
+    """The gathering to close with what there is, for `proceed`."""
+
+
 class SiteStatus(Part):
     site: SiteName
     joined: bool
+    state: Literal["invited", "active", "revoked"] = "invited"
     last_seen: Finite | None = None
     """Seconds since 1970, by the coordinator's clock."""
     bytes_received: Count = 0

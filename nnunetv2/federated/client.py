@@ -113,8 +113,8 @@ class FederationClient:
             NotJoinedError: The coordinator does not know this site.
             CoordinatorUnreachable: It did not answer for `give_up_after_s`.
         """
-        self.contribute(key, message, tensors, specs=specs)
-        return self.result(key)
+        receipt = self.contribute(key, message, tensors, specs=specs)
+        return self.result(receipt.key or key)
 
     def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
                    specs: Mapping[str, TensorSpec] | None = None) -> bodies.Receipt:
@@ -142,7 +142,9 @@ class FederationClient:
         # The first answer comes at once, so that people see whom they wait for.
         waiting = self._persist(lambda: self._poll(key, path, wait_s=0))
         while waiting is not None:
-            if waiting.waiting_for:
+            if waiting.paused:
+                self._say(f"{key}: the operator has paused the run")
+            elif waiting.waiting_for:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
             waiting = self._persist(lambda: self._poll(key, path, wait_s=POLL_S))
         self._document = open_document(path)
@@ -156,6 +158,11 @@ class FederationClient:
     def run_state(self, run: str) -> bodies.RunState:
         """Return how far a training run is."""
         return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}", bodies.RunState))
+
+    def act(self, run: str, action: str, gathering: str | None = None) -> bodies.RunState:
+        """Steer a run, as an operator, or leave it or return to it, as a site."""
+        body = bodies.RunAction(action=action, gathering=gathering)
+        return self._persist(lambda: self._ask("POST", f"runs/{quote(run)}/actions", bodies.RunState, json_body=body))
 
     def status(self) -> bodies.Status:
         """Return what the federation is doing."""

@@ -5,6 +5,7 @@ all of them. Documents come from an `Archive` and results go to it; nothing here
 """
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,12 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.federated import aggregation, matching, messages, statistics
+from nnunetv2.federated import admission, aggregation, matching, messages, statistics, validation
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.comparing import first_difference
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
-from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, registration_key, round_key
-from nnunetv2.federated.rounds import Closed, Gathering, GatheringKey, Kind
+from nnunetv2.federated.messages import (
+    CENSUS_KEY,
+    COARSE_KEY,
+    admission_key,
+    initial_key,
+    registration_key,
+    round_key,
+)
+from nnunetv2.federated.rounds import WEIGHT_KINDS, Closed, Gathering, GatheringKey, Kind
 from nnunetv2.federated.strict_json import json_digest
 from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, open_document, write_document
 
@@ -34,8 +42,10 @@ MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
     "fine": messages.FineSummary,
     "plans": messages.PlansReport,
     "registration": messages.Registration,
+    "admission": messages.Registration,
     "initial": messages.Update,
     "round": messages.Update,
+    "validation": messages.Validation,
 }
 
 
@@ -64,14 +74,19 @@ class Archive:
         contribution_path: (key, site, digest) -> file.
         result_path: Key -> file.
         find: Key -> its gathering, or None.
+        admitted: Run -> the sites that joined it after it had begun.
+        last_validation: Run -> the record of its newest pooled validation, or None.
     """
 
     def __init__(self, contribution_path: Callable[[str, str, str], Path], result_path: Callable[[str], Path],
-                 find: Callable[[str], Gathering | None]) -> None:
+                 find: Callable[[str], Gathering | None], admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
+                 last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None) -> None:
         self._contribution_path = contribution_path
         self.result_path = result_path
         self._find = find
-        self._agreements: dict[str, Agreement] = {}
+        self._admitted = admitted
+        self._last_validation = last_validation
+        self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
 
     def is_closed(self, key: str) -> bool:
         """Tell whether a gathering has its result."""
@@ -101,15 +116,44 @@ class Archive:
             return {site: document.message for site, document in documents.items()}
 
     def agreement(self, run: str) -> Agreement:
-        """Return what the sites of a run agreed on. Its registration is closed."""
-        if run not in self._agreements:
-            with self.result(registration_key(run)) as document:
-                match = document.message
-            entries = {site: {entry.name: entry for entry in message.tensors}
-                       for site, message in self.messages(registration_key(run)).items()}
-            self._agreements[run] = Agreement(match, {
-                name: _spec_of(entries, sites) for name, sites in match.shared.items()})
-        return self._agreements[run]
+        """Return what the sites of a run agreed on, with those that were admitted later. Its registration is closed."""
+        admitted = self._admitted(run)
+        known = self._agreements.get(run)
+        if known is None or known[0] != admitted:
+            known = self._agreements[run] = (admitted, self._read_agreement(run, admitted))
+        return known[1]
+
+    def _read_agreement(self, run: str, admitted: tuple[str, ...]) -> Agreement:
+        with self.result(registration_key(run)) as document:
+            match = document.message
+        entries = {site: {entry.name: entry for entry in message.tensors}
+                   for site, message in self.messages(registration_key(run)).items()}
+        specs = {name: _spec_of(entries, sites) for name, sites in match.shared.items()}
+        for site in admitted:
+            with self.result(admission_key(run, site)) as document:
+                match = admission.with_site(match, document.message, site)
+        return Agreement(match, specs)
+
+    def registrations(self, run: str) -> dict[str, messages.Registration]:
+        """Return what every site of a run registered, in the order of their names."""
+        registered = self.messages(registration_key(run))
+        for site in self._admitted(run):
+            registered.update(self.messages(admission_key(run, site)))
+        return dict(sorted(registered.items()))
+
+    def last_validation(self, run: str) -> messages.PooledValidation | None:
+        """Return the newest pooled validation of a run, or None."""
+        record = self._last_validation(run)
+        return None if record is None else messages.PooledValidation.model_validate_json(json.dumps(record))
+
+    def best_round(self, run: str) -> int | None:
+        """Return the round whose aggregate is the best so far, or None if none was validated."""
+        last = self.last_validation(run)
+        return None if last is None else last.best_round
+
+    def forget(self, run: str) -> None:
+        """Forget what was agreed on for a run that begins anew."""
+        self._agreements.pop(run, None)
 
 
 def _spec_of(entries: Mapping[str, Mapping[str, messages.TensorEntry]], sites: Mapping[str, str]) -> TensorSpec:
@@ -121,7 +165,7 @@ def _spec_of(entries: Mapping[str, Mapping[str, messages.TensorEntry]], sites: M
 
 def names_for_site(key: GatheringKey, site: str, archive: Archive) -> tuple[str, ...] | None:
     """Return the tensors of a result that concern a site, sorted; None if that is all of them."""
-    if key.kind not in ("initial", "round"):
+    if key.kind not in WEIGHT_KINDS:
         return None
     agreement = archive.agreement(key.run)
     names = tuple(sorted(agreement.specs_for(site)))
@@ -131,7 +175,9 @@ def names_for_site(key: GatheringKey, site: str, archive: Archive) -> tuple[str,
 # ---------------------------------------------------------------------------------------- checking a contribution
 def size_limit(key: GatheringKey, site: str, archive: Archive) -> int:
     """Return how many bytes a site may send to a gathering that has begun."""
-    if key.kind not in ("initial", "round"):
+    if key.kind == "validation":
+        return MESSAGE_ALLOWANCE
+    if key.kind not in WEIGHT_KINDS:
         return MAX_DOCUMENT_BYTES
     return sum(spec.nbytes for spec in _expected_weights(key, site, archive).values()) + MESSAGE_ALLOWANCE
 
@@ -147,7 +193,7 @@ def check_contribution(key: GatheringKey, site: str, document: Document, archive
         _check_coarse(site, document, archive)
     elif key.kind == "fine":
         _check_fine(site, document, archive)
-    elif key.kind == "registration":
+    elif key.kind in ("registration", "admission"):
         _check_registration(key, document.message)
 
 
@@ -156,7 +202,7 @@ def _expected_tensors(key: GatheringKey, site: str, message: Any, archive: Archi
         return {f"coarse.{c}": TensorSpec("I64", (statistics.NUM_BINS,)) for c in range(len(message.moments))}
     if key.kind == "fine":
         return {f"fine.{c}": TensorSpec("I64", (len(bins), statistics.NUM_BINS)) for c, bins in enumerate(message.bins)}
-    if key.kind in ("initial", "round"):
+    if key.kind in WEIGHT_KINDS:
         return _expected_weights(key, site, archive)
     return {}
 
@@ -200,8 +246,18 @@ def _check_registration(key: GatheringKey, message: messages.Registration) -> No
 
 
 # ------------------------------------------------------------------------------------------------------------ closing
-def close(gathering: Gathering, settings: FederationSettings, archive: Archive) -> str:
-    """Compute the result of a gathering, write it to its place, and return its SHA-256.
+@dataclass(frozen=True)
+class Computed:
+    """The result of a gathering, which is in its place."""
+
+    digest: str
+    """Its SHA-256."""
+    record: Mapping[str, Any] | None = None
+    """What is to be remembered of a round or validation, as JSON, when its documents are gone."""
+
+
+def close(gathering: Gathering, settings: FederationSettings, archive: Archive) -> Computed:
+    """Compute the result of a gathering and write it to its place.
 
     Args:
         gathering: With the outcome that it will have; its contributors are those that count.
@@ -212,11 +268,12 @@ def close(gathering: Gathering, settings: FederationSettings, archive: Archive) 
     assert isinstance(gathering.outcome, Closed)
     with archive.contributions(gathering) as documents:
         if gathering.key.kind == "initial":
-            return _close_initial(gathering, documents, archive)
+            return Computed(_close_initial(gathering, documents, archive))
         if gathering.key.kind == "round":
-            return _close_round(gathering, documents, archive)
+            return _close_round(gathering, documents, settings, archive)
         result = _compute_message(gathering.key, documents, settings, archive)
-    return write_document(archive.result_path(str(gathering.key)), result, {}, [])
+    digest = write_document(archive.result_path(str(gathering.key)), result, {}, [])
+    return Computed(digest, result.model_dump(mode="json") if gathering.key.kind == "validation" else None)
 
 
 def _compute_message(key: GatheringKey, documents: Mapping[str, Document], settings: FederationSettings,
@@ -232,7 +289,19 @@ def _compute_message(key: GatheringKey, documents: Mapping[str, Document], setti
         return _pool_fingerprint(documents, archive)
     if key.kind == "plans":
         return agree_on_plans({site: message.plans for site, message in contributed.items()})
+    if key.kind == "validation":
+        return validation.pool(key.number, contributed, before=archive.last_validation(key.run))
+    if key.kind == "admission":
+        return _admit(key, contributed[key.site], archive)
     return match_registrations(contributed, settings)
+
+
+def _admit(key: GatheringKey, registration: messages.Registration, archive: Archive) -> messages.Match:
+    registered = archive.registrations(key.run)
+    if key.site in registered:
+        raise RefusedError(f"site {key.site} takes part in run {key.run} already", code="already_closed")
+    _check_compatible({**registered, key.site: registration})
+    return admission.admit(key.site, registration, archive.agreement(key.run).match, registered)
 
 
 def pool_census(contributed: Mapping[str, messages.Census]) -> messages.PooledCensus:
@@ -272,9 +341,7 @@ def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgre
 def match_registrations(contributed: Mapping[str, messages.Registration],
                         settings: FederationSettings) -> messages.Match:
     """Decide what the sites of a run share."""
-    check_same_dataset({site: message.dataset_json for site, message in contributed.items()})
-    if any(message.requires_equal_plans for message in contributed.values()):
-        agree_on_plans({site: message.plans for site, message in contributed.items()})
+    _check_compatible(contributed)
     cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
     try:
         matched = matching.match_tensors({site: message.tensors for site, message in contributed.items()},
@@ -287,6 +354,13 @@ def match_registrations(contributed: Mapping[str, messages.Registration],
         num_epochs=settings.num_epochs, num_iterations_per_epoch=settings.num_iterations_per_epoch,
         num_val_iterations_per_epoch=settings.num_val_iterations_per_epoch,
         shared=matched.shared, initial_owner=matching.choose_owners(matched.shared, cases), coverage=matched.coverage)
+
+
+def _check_compatible(registered: Mapping[str, messages.Registration]) -> None:
+    """Raise RefusedError unless datasets go together, and plans where a trainer wants them equal."""
+    check_same_dataset({site: message.dataset_json for site, message in registered.items()})
+    if any(message.requires_equal_plans for message in registered.values()):
+        agree_on_plans({site: message.plans for site, message in registered.items()})
 
 
 def check_same_dataset(described: Mapping[str, messages.Census | messages.TrainingData]) -> None:
@@ -312,12 +386,26 @@ def _close_initial(gathering: Gathering, documents: Mapping[str, Document], arch
                                            out_path=archive.result_path(str(gathering.key)))
 
 
-def _close_round(gathering: Gathering, documents: Mapping[str, Document], archive: Archive) -> str:
+def _close_round(gathering: Gathering, documents: Mapping[str, Document], settings: FederationSettings,
+                 archive: Archive) -> Computed:
     key, weights = gathering.key, archive.agreement(gathering.key.run).match.weights
     message = messages.Aggregate(round=key.number, missing=gathering.outcome.missing,
                                  contributors={site: weights[site] for site in documents},
                                  metrics={site: document.message.metrics for site, document in documents.items()})
     before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
     with archive.result(before) as previous:
-        return aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
-                                               out_path=archive.result_path(str(key)))
+        digest = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
+                                                 out_path=archive.result_path(str(key)))
+    return Computed(digest, record_of_round(gathering, message, settings, digest))
+
+
+def record_of_round(gathering: Gathering, message: messages.Aggregate, settings: FederationSettings,
+                    digest: str) -> dict[str, Any]:
+    """Return what is remembered of a round: who contributed what, when and with which weight, and what held then."""
+    contributed = {site: {"weight": weight, "digest": held.digest, "bytes": held.size, "received": held.received,
+                          "metrics": message.model_dump(mode="json")["metrics"][site]}
+                   for site, weight in message.contributors.items() for held in (gathering.contributions[site],)}
+    return {"round": gathering.key.number, "opened": gathering.opened, "closed": gathering.outcome.time,
+            "digest": digest, "sites": contributed, "missing": list(gathering.outcome.missing),
+            "failed": sorted(gathering.excused & set(gathering.outcome.missing)),
+            "settings": settings.model_dump(mode="json", exclude={"federation", "sites"})}

@@ -76,6 +76,7 @@ Metric = Annotated[
     Finite | Annotated[list[Finite | None], Field(max_length=MAX_METRICS)] | None, BeforeValidator(_null_unless_finite)]
 Metrics = Annotated[dict[Text, Metric], Field(max_length=MAX_METRICS)]
 SiteNames = Annotated[tuple[SiteName, ...], Field(max_length=MAX_SITES), AfterValidator(_check_unique)]
+VoxelCounts = Annotated[tuple[Annotated[Finite, Field(ge=0)], ...], Field(min_length=1, max_length=MAX_LABELS)]
 WeightOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
 BinList = Annotated[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], Field(max_length=6)]
 
@@ -258,6 +259,40 @@ class Update(Message):
     """What the site measured. NaN becomes null."""
 
 
+class Validation(Message):
+    """What a site found when it validated the aggregate of a round: voxels per class or region, summed over batches."""
+
+    kind: Literal["validation"] = "validation"
+    tp: VoxelCounts
+    fp: VoxelCounts
+    fn: VoxelCounts
+    loss: Annotated[Finite | None, BeforeValidator(_null_unless_finite)] = None
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Validation:
+        if not len(self.tp) == len(self.fp) == len(self.fn):
+            raise ValueError("tp, fp and fn must have one entry per class or region")
+        return self
+
+
+class PooledValidation(Message):
+    """How good the aggregate of a round is on the validation data of all sites that looked at it."""
+
+    kind: Literal["pooled_validation"] = "pooled_validation"
+    round: Annotated[int, Field(ge=0, le=10**7)]
+    dice: Annotated[tuple[Finite | None, ...], Field(max_length=MAX_LABELS)]
+    """Per class or region, from the sums over all sites; None where no site has any foreground of it."""
+    mean_dice: Finite | None
+    """Mean over the classes that have one."""
+    ema_dice: Finite | None
+    """Exponential moving average of the means, as nnU-Net's pseudo Dice."""
+    best_round: Annotated[int, Field(ge=0, le=10**7)] | None
+    """The round, up to this one, with the highest moving average."""
+    best_ema_dice: Finite | None
+    dice_of_site: Annotated[dict[SiteName, tuple[Finite | None, ...]], Field(max_length=MAX_SITES)]
+    loss_of_site: Annotated[dict[SiteName, Finite | None], Field(max_length=MAX_SITES)]
+
+
 class Aggregate(Message):
     """What became of the updates; tensors travel under canonical names."""
 
@@ -271,7 +306,7 @@ class Aggregate(Message):
 
 DocumentMessage = Annotated[
     Census | PooledCensus | CoarseSummary | WantedBins | FineSummary | PooledFingerprint | PlansReport | PlansAgreement
-    | Registration | Match | Update | Aggregate,
+    | Registration | Match | Update | Aggregate | Validation | PooledValidation,
     Field(discriminator="kind"),
 ]
 
@@ -297,6 +332,11 @@ def registration_key(run: str) -> str:
     return f"runs/{_segment(run)}/registration"
 
 
+def admission_key(run: str, site: str) -> str:
+    """Return the key of the gathering in which one site joins a run that has begun."""
+    return f"runs/{_segment(run)}/admissions/{_segment(site)}"
+
+
 def initial_key(run: str) -> str:
     """Return the key of the gathering that settles the weights all sites start from."""
     return f"runs/{_segment(run)}/initial"
@@ -305,6 +345,11 @@ def initial_key(run: str) -> str:
 def round_key(run: str, number: int) -> str:
     """Return the key of round `number`, counted from 0."""
     return f"runs/{_segment(run)}/rounds/{number:d}"
+
+
+def validation_key(run: str, number: int) -> str:
+    """Return the key of the validation of the aggregate of round `number`."""
+    return f"runs/{_segment(run)}/validations/{number:d}"
 
 
 def _segment(text: str) -> str:

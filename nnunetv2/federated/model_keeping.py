@@ -1,35 +1,43 @@
-"""Turn the last aggregate of a run into a model folder that `nnUNetv2_predict` loads.
+"""Turn the last and the best aggregate of a run into a model folder that `nnUNetv2_predict` loads.
 
     <folder>/<trainer>__<plans>__<configuration>/
         plans.json  dataset.json  dataset_fingerprint.json (if the sites pooled one)
-        fold_<fold>/checkpoint_final.pth
+        fold_<fold>/checkpoint_final.pth  checkpoint_best.pth (if aggregates were validated)
+    <folder>/<trainer>__<plans>__<configuration>.zip        the same, to be installed elsewhere
 
 That needs the same plans at all sites and every tensor of the network shared; else the aggregate stays what it is.
 """
 from __future__ import annotations
 
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
 from nnunetv2.federated.closing import Archive, agree_on_plans
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.messages import FINE_KEY, Registration, registration_key, round_key
-from nnunetv2.federated.wire import Document
-from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.federated.messages import FINE_KEY, Registration, round_key
+from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 TRAINER = "nnUNetTrainer"
 """Class that loads the model, also where the federated trainers are not known."""
+FALLBACK_DATASET = "Dataset999_Federated"
+"""Folder in the zip where the plans name no proper dataset."""
 
 
-def keep_model(run: str, folder: Path, settings: FederationSettings, archive: Archive) -> str:
-    """Write the model folder of a complete run, and say in one line where it is or why there is none."""
-    last = round_key(run, settings.num_epochs - 1)
-    registrations: dict[str, Registration] = archive.messages(registration_key(run))
+def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive: Archive) -> str:
+    """Write the model folder of a run that is over, and say in one line where it is or why there is none.
+
+    Args:
+        folder: Where model folders are kept.
+        final: The last round that was closed; its aggregate becomes checkpoint_final.
+        best: The round whose aggregate validated best, which becomes checkpoint_best; None if none was validated.
+    """
+    registrations = archive.registrations(run)
     site, registration = next(iter(registrations.items()))
-    unavailable = f"no model folder is written, the last aggregate is {archive.result_path(last)}: "
+    unavailable = f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
     try:
         agree_on_plans({name: message.plans for name, message in registrations.items()})
     except RefusedError as error:
@@ -40,27 +48,47 @@ def keep_model(run: str, folder: Path, settings: FederationSettings, archive: Ar
         names = parameter_names([entry.name for entry in registration.tensors], registration.aliases, canonical)
     except KeyError as error:
         return unavailable + f"tensor {error} of the network is not shared"
-    with archive.result(last) as aggregate:
-        return f"model written to {_write_model(folder, registrations, names, aggregate, archive, settings.num_epochs)}"
+    model = _write_description(folder, registrations, archive)
+    for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
+        if number is not None:
+            _write_checkpoint(model / f"fold_{registration.fold}" / name, run, number, registrations, names, archive)
+    return f"model written to {model} and {_write_zip(model, registration)}"
 
 
-def _write_model(folder: Path, registrations: Mapping[str, Registration], names: Mapping[str, str],
-                 aggregate: Document, archive: Archive, num_epochs: int) -> Path:
+def _write_description(folder: Path, registrations: Mapping[str, Registration], archive: Archive) -> Path:
+    """Write the JSON files of a model folder and return the folder."""
     registration = next(iter(registrations.values()))
     # All three are checked on receipt to be plain segments of a path.
     model = folder / f"{registration.trainer}__{registration.plans['plans_name']}__{registration.configuration}"
-    fold_folder = model / f"fold_{registration.fold}"
-    fold_folder.mkdir(parents=True, exist_ok=True)
-    dataset_json = describe_dataset(registrations)
+    (model / f"fold_{registration.fold}").mkdir(parents=True, exist_ok=True)
     save_json_atomically(registration.plans, model / "plans.json", sort_keys=False)
-    save_json_atomically(dataset_json, model / "dataset.json", sort_keys=False)
+    save_json_atomically(describe_dataset(registrations), model / "dataset.json", sort_keys=False)
     save_fingerprint(model / "dataset_fingerprint.json", archive)
+    return model
+
+
+def _write_checkpoint(path: Path, run: str, number: int, registrations: Mapping[str, Registration],
+                      names: Mapping[str, str], archive: Archive) -> None:
+    """Write the aggregate of a round as a checkpoint."""
+    registration = next(iter(registrations.values()))
+    dataset_json = describe_dataset(registrations)
     content = model_checkpoint(
         plans=registration.plans, configuration=registration.configuration, dataset_json=dataset_json,
         fold=registration.fold if registration.fold == "all" else int(registration.fold),
-        mirroring_axes=common_mirroring_axes(registrations), current_epoch=num_epochs, trainer_name=TRAINER)
-    write_checkpoint(fold_folder / "checkpoint_final.pth", aggregate, names, content)
-    return model
+        mirroring_axes=common_mirroring_axes(registrations), current_epoch=number + 1, trainer_name=TRAINER)
+    with archive.result(round_key(run, number)) as aggregate:
+        write_checkpoint(path, aggregate, names, content)
+
+
+def _write_zip(model: Path, registration: Registration) -> Path:
+    """Pack a model folder, with all its folds, for nnUNetv2_install_pretrained_model_from_zip."""
+    dataset = str(registration.plans.get("dataset_name", ""))
+    place = dataset if re.fullmatch(r"Dataset[0-9]{3,}_[A-Za-z0-9_-]{1,100}", dataset) else FALLBACK_DATASET
+    path = model.with_name(f"{model.name}.zip")
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(file for file in model.rglob("*") if file.suffix in (".json", ".pth")):
+            archive.write(file, f"{place}/{model.name}/{file.relative_to(model).as_posix()}")
+    return path
 
 
 def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any]:

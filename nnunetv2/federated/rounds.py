@@ -6,30 +6,36 @@ A gathering is one meeting of the sites: each contributes one document, then the
       ^  \\-- the contributions do not go together -----------------------------> refused
       |                                                                             |
       +------------------------------ a site contributes something else ------------+
+
+Who is expected, who has failed and whether a run is paused may change while a gathering is open: `book.py` knows, and
+hands out gatherings with what holds at the moment.
 """
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
-from nnunetv2.federated.bodies import FederationSettings, RunState
+from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import (
     CENSUS_KEY,
     COARSE_KEY,
     FINE_KEY,
     SEGMENT_PATTERN,
+    SITE_PATTERN,
     initial_key,
     registration_key,
     round_key,
 )
 
-Kind = Literal["census", "coarse", "fine", "plans", "registration", "initial", "round"]
-FINAL_KINDS: frozenset[Kind] = frozenset({"initial", "round"})
+Kind = Literal["census", "coarse", "fine", "plans", "registration", "admission", "initial", "round", "validation"]
+FINAL_KINDS: frozenset[Kind] = frozenset({"initial", "round", "validation"})
 """Where the first acknowledged contribution stays: weights are never sent twice with different values in good faith."""
+WEIGHT_KINDS: frozenset[Kind] = frozenset({"initial", "round"})
+"""Whose documents carry the tensors of a network."""
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
 
 
@@ -43,6 +49,8 @@ class GatheringKey:
     run: str | None = None
     number: int | None = None
     """The round, counted from 0."""
+    site: str | None = None
+    """The site that is to be admitted."""
 
     def __str__(self) -> str:
         return self.text
@@ -61,8 +69,10 @@ def parse_key(text: str) -> GatheringKey:
         return GatheringKey(text, "plans")
     if match := re.fullmatch(f"runs/({_SEGMENT})/(registration|initial)", text):
         return GatheringKey(text, "registration" if match[2] == "registration" else "initial", match[1])
-    if match := re.fullmatch(f"runs/({_SEGMENT})/rounds/(0|[1-9][0-9]{{0,7}})", text):
-        return GatheringKey(text, "round", match[1], int(match[2]))
+    if match := re.fullmatch(f"runs/({_SEGMENT})/(rounds|validations)/(0|[1-9][0-9]{{0,7}})", text):
+        return GatheringKey(text, "round" if match[2] == "rounds" else "validation", match[1], int(match[3]))
+    if match := re.fullmatch(f"runs/({_SEGMENT})/admissions/({SITE_PATTERN.strip('^$')})", text):
+        return GatheringKey(text, "admission", match[1], site=match[2])
     raise RefusedError(f"there is no gathering {text[:200]!r}", "Use matching versions at all sites.",
                        code="unknown_gathering")
 
@@ -73,8 +83,10 @@ def prerequisite(key: GatheringKey) -> GatheringKey | None:
         return parse_key(CENSUS_KEY)
     if key.kind == "fine":
         return parse_key(COARSE_KEY)
-    if key.kind == "initial":
+    if key.kind in ("initial", "admission"):
         return parse_key(registration_key(key.run))
+    if key.kind == "validation":
+        return parse_key(round_key(key.run, key.number))
     if key.kind == "round":
         return parse_key(round_key(key.run, key.number - 1) if key.number else initial_key(key.run))
     return None
@@ -130,6 +142,12 @@ class Gathering:
     """Seconds from `opened` to the deadline. None: there is none."""
     opened: float = 0.0
     """Time of the first contribution, or of the coordinator's last start: its absence is nobody's delay."""
+    excused: frozenset[str] = frozenset()
+    """Sites that have reported a failure: not waited for once there is a quorum."""
+    is_held: bool = False
+    """Whether the operator has paused the run: contributions are taken, nothing is closed."""
+    is_superseded: bool = False
+    """Whether what follows has happened already, so that nobody else is waited for."""
     contributions: Mapping[str, Contribution] = field(default_factory=dict)
     outcome: Closed | Refused | None = None
 
@@ -143,11 +161,18 @@ class Gathering:
         """Name the expected sites that have not contributed."""
         return tuple(sorted(self.expected - self.contributions.keys()))
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Name the expected sites that have contributed. A site that was sent away does not count any more."""
+        return tuple(sorted(self.expected & self.contributions.keys()))
 
-def fresh_gathering(key: GatheringKey, settings: FederationSettings, *, required: Iterable[str] = ()) -> Gathering:
-    """Return a gathering that nobody has contributed to."""
+
+def fresh_gathering(key: GatheringKey, settings: FederationSettings, *, expected: Iterable[str] | None = None,
+                    required: Iterable[str] = ()) -> Gathering:
+    """Return a gathering that nobody has contributed to; all sites are expected unless told otherwise."""
     by_quorum = key.kind in FINAL_KINDS  # statistics, plans and matches are about all sites or about nothing
-    return Gathering(key=key, expected=frozenset(settings.sites), required=frozenset(required),
+    return Gathering(key=key, expected=frozenset(settings.sites if expected is None else expected),
+                     required=frozenset(required),
                      quorum=settings.quorum if by_quorum else None,
                      deadline_s=settings.deadline_s if by_quorum else None)
 
@@ -169,13 +194,14 @@ def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
     Raises:
         RefusedError: The site is not expected here, or the gathering is closed and this differs from what counted.
     """
-    if site not in gathering.expected:
-        raise RefusedError(f"site {site} does not take part in {gathering.key}", code="not_expected")
     held = gathering.contributions.get(site)
     if held is not None and held.digest == digest:
         return Verdict.SAME
+    if site not in gathering.expected:
+        raise RefusedError(f"site {site} does not take part in {gathering.key}", code="not_expected")
     if gathering.key.kind in FINAL_KINDS:
-        return Verdict.KEEP_FIRST if held is not None or gathering.is_closed else Verdict.STORE
+        is_over = held is not None or gathering.is_closed or gathering.is_superseded
+        return Verdict.KEEP_FIRST if is_over else Verdict.STORE
     if gathering.is_closed:
         raise RefusedError(
             f"{gathering.key} is closed, and what site {site} sends now differs from what it sent before",
@@ -193,119 +219,34 @@ def with_contribution(gathering: Gathering, site: str, contribution: Contributio
 
 
 def may_close(gathering: Gathering, now: float) -> bool:
-    """Tell whether the gathering can be closed: it is complete, or due."""
-    if gathering.outcome is not None:
+    """Tell whether the gathering can be closed: it is complete, due, or overtaken."""
+    if gathering.outcome is not None or gathering.is_held or not gathering.counted:
         return False
     due = due_at(gathering)
-    return not gathering.waiting_for or (due is not None and now >= due)
+    return not gathering.waiting_for or gathering.is_superseded or (due is not None and now >= due)
 
 
 def due_at(gathering: Gathering) -> float | None:
     """Return when the gathering closes without those that are missing; None as long as it must wait for more."""
-    if gathering.outcome is not None or gathering.deadline_s is None or not gathering.contributions:
+    if gathering.outcome is not None or gathering.is_held or not has_quorum(gathering):
         return None
-    enough = len(gathering.contributions) >= (gathering.quorum or len(gathering.expected))
-    return gathering.opened + gathering.deadline_s if enough and has_required(gathering) else None
+    if gathering.excused.issuperset(gathering.waiting_for):
+        return gathering.opened  # nobody else is going to contribute
+    return None if gathering.deadline_s is None else gathering.opened + gathering.deadline_s
 
 
-def has_required(gathering: Gathering) -> bool:
-    """Tell whether all sites have contributed without which the gathering makes no sense."""
-    return gathering.required <= gathering.contributions.keys()
+def has_quorum(gathering: Gathering) -> bool:
+    """Tell whether enough sites have contributed to go on without the others, among them all that are needed."""
+    enough = min(gathering.quorum or len(gathering.expected), len(gathering.expected))
+    return 0 < enough <= len(gathering.counted) and gathering.required <= gathering.contributions.keys()
 
 
 def closed(gathering: Gathering, now: float) -> Gathering:
-    """Return the gathering with a result made of all its contributions."""
-    outcome = Closed(now, contributors=tuple(sorted(gathering.contributions)), missing=gathering.waiting_for)
+    """Return the gathering with a result made of the contributions that count."""
+    outcome = Closed(now, contributors=gathering.counted, missing=gathering.waiting_for)
     return replace(gathering, outcome=outcome)
 
 
 def refused(gathering: Gathering, error: RefusedError, now: float) -> Gathering:
     """Return the gathering after contributions that do not go together."""
     return replace(gathering, outcome=Refused(now, error.message, error.remedy, error.code))
-
-
-# ------------------------------------------------------------------------------------------------------------- book
-class RoundBook:
-    """Hold every gathering of a federation: what exists, what may begin, how far the runs are.
-
-    Not safe for concurrent changes: its owner sees to that. Gatherings are immutable, so what was read stays true
-    of its moment.
-    """
-
-    def __init__(self, settings: FederationSettings, gatherings: Iterable[Gathering] = ()) -> None:
-        self.settings = settings
-        self._gatherings = {gathering.key.text: gathering for gathering in gatherings}
-
-    def __iter__(self) -> Iterator[Gathering]:
-        return iter(list(self._gatherings.values()))
-
-    def get(self, key: GatheringKey | str) -> Gathering | None:
-        """Return a gathering that has begun, or None."""
-        return self._gatherings.get(str(key))
-
-    def put(self, gathering: Gathering) -> None:
-        """Remember the newest state of a gathering."""
-        self._gatherings[gathering.key.text] = gathering
-
-    def begin(self, key: GatheringKey, *, required: Iterable[str] = ()) -> Gathering:
-        """Return the gathering, or a fresh one if it may begin now.
-
-        Args:
-            required: Sites without which a fresh one cannot be closed at its deadline.
-
-        Raises:
-            RefusedError: What comes before is not closed yet, or the run has fewer rounds.
-        """
-        existing = self.get(key)
-        if existing is not None:
-            return existing
-        before = prerequisite(key)
-        if before is not None and not self.is_closed(before):
-            raise RefusedError(f"{key} cannot begin before {before} is closed", code="too_early")
-        if key.kind == "round" and self.num_rounds is not None and key.number >= self.num_rounds:
-            raise RefusedError(f"{key}: the run has {self.num_rounds} rounds, counted from 0", code="unknown_gathering")
-        return fresh_gathering(key, self.settings, required=required)
-
-    def is_closed(self, key: GatheringKey | str) -> bool:
-        """Tell whether a gathering has its result."""
-        gathering = self.get(key)
-        return gathering is not None and gathering.is_closed
-
-    @property
-    def num_rounds(self) -> int | None:
-        """Number of rounds of every run; None where the trainers decide, so that a run never counts as complete."""
-        return self.settings.num_epochs
-
-    def ready(self, now: float) -> list[Gathering]:
-        """List what can be closed now."""
-        return [gathering for gathering in self if may_close(gathering, now)]
-
-    def next_due(self) -> float | None:
-        """Return when the next gathering closes by itself."""
-        return min((due for gathering in self if (due := due_at(gathering)) is not None), default=None)
-
-    def restarted(self, now: float) -> None:
-        """Let deadlines count from the coordinator's start: nobody could contribute while it was away."""
-        for gathering in self:
-            if gathering.outcome is None:
-                self.put(replace(gathering, opened=max(gathering.opened, now)))
-
-    def runs(self) -> list[str]:
-        """Name the runs that some site has registered for."""
-        return sorted({gathering.key.run for gathering in self if gathering.key.run is not None})
-
-    def latest_round(self, run: str) -> Gathering | None:
-        """Return the last round of a run that is closed, or None."""
-        rounds = [gathering for gathering in self
-                  if gathering.key.run == run and gathering.key.kind == "round" and gathering.is_closed]
-        return max(rounds, key=lambda gathering: gathering.key.number, default=None)
-
-    def run_state(self, run: str) -> RunState:
-        """Say how far a run is. Of one that nobody has registered for, all fields are empty."""
-        registration = self.get(registration_key(run))
-        latest = self.latest_round(run)
-        next_round = 0 if latest is None else latest.key.number + 1
-        complete = self.num_rounds is not None and next_round >= self.num_rounds
-        takes_updates = self.is_closed(initial_key(run)) and not complete
-        return RunState(run=run, registered=tuple(sorted(registration.contributions)) if registration else (),
-                        open_round=next_round if takes_updates else None, num_rounds=self.num_rounds, closed=complete)

@@ -46,10 +46,19 @@ class RunSession:
     def register(self, registration: messages.Registration) -> messages.Match:
         """Say what this site trains, wait for the others, and learn what is shared.
 
+        A run that has begun without this site admits it; one that it has left takes it back.
+
         Raises:
             RefusedError: The networks, labels or channels of the sites do not go together.
         """
-        answer = self.transport.exchange(messages.registration_key(self.run), registration).message
+        state = self.transport.run_state(self.run)
+        has_begun = bool(state.members or state.left)
+        key = messages.registration_key(self.run)
+        if has_begun and self.site not in state.registered:
+            key = messages.admission_key(self.run, self.site)
+        answer = self.transport.exchange(key, registration).message
+        if self.site in state.left:
+            self.transport.act(self.run, "return")
         if self.site not in answer.coverage:
             raise MatchingError(f"site {self.site} is not among those that registered for run {self.run}")
         self.match = answer

@@ -1,6 +1,6 @@
 """Keep the state of a federation on the coordinator's disk: a SQLite database, and one file per document.
 
-    coordinator.sqlite                               settings, sites, gatherings, contributions, results, events
+    coordinator.sqlite                               settings, members, gatherings, contributions, results, events
     gatherings/<key>/<site>.<digest>.safetensors      contributions
     gatherings/<key>/result.safetensors               results, and result.<subset>.safetensors of single sites
     incoming/                                        uploads that are not complete; emptied at every start
@@ -13,77 +13,51 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sqlite3
-import threading
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from sqlite3 import Connection
+from typing import IO, Any, Literal
 
+from nnunetv2.federated.audit import Event, add_event
 from nnunetv2.federated.bodies import FederationSettings
+from nnunetv2.federated.book import RunControl
+from nnunetv2.federated.database import Database
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.rounds import Closed, Contribution, Gathering, GatheringKey, Refused, fresh_gathering, parse_key
 
-SCHEMA_VERSION = 1
 FULL_RESULT = ""
 """Name of the result that holds every tensor."""
+DATABASE_FILE = "coordinator.sqlite"
 
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE sites (
-    name TEXT PRIMARY KEY,
-    invitation TEXT,                -- in plain until it is used, then NULL
-    invitation_hash TEXT NOT NULL,
-    token_hash TEXT                 -- NULL until the site has joined
-) WITHOUT ROWID;
-CREATE TABLE gatherings (
-    key TEXT PRIMARY KEY,
-    opened REAL NOT NULL,
-    required TEXT NOT NULL,         -- JSON list of sites
-    outcome TEXT                    -- JSON; NULL while open
-) WITHOUT ROWID;
-CREATE TABLE contributions (
-    key TEXT NOT NULL, site TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, received REAL NOT NULL,
-    PRIMARY KEY (key, site)
-) WITHOUT ROWID;
-CREATE TABLE results (
-    key TEXT NOT NULL, subset TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (key, subset)
-) WITHOUT ROWID;
-CREATE TABLE traffic (
-    site TEXT NOT NULL, key TEXT NOT NULL, received INTEGER NOT NULL, sent INTEGER NOT NULL, last_seen REAL NOT NULL,
-    PRIMARY KEY (site, key)
-) WITHOUT ROWID;
-CREATE TABLE events (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    time REAL NOT NULL, kind TEXT NOT NULL, site TEXT, key TEXT, detail TEXT NOT NULL
-);
-CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
-CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
-"""
+Role = Literal["site", "observer", "operator"]
+"""A site takes part, an observer looks on, an operator decides."""
 
 
 @dataclass(frozen=True)
-class SiteRecord:
-    """What is known of a site. Secrets are kept as SHA-256, except invitations that are still to be sent out."""
+class MemberRecord:
+    """What is known of a site, an observer or an operator. Of its token, only the SHA-256."""
 
     name: str
-    invitation: str | None
-    invitation_hash: str
+    role: Role
+    state: Literal["invited", "active", "revoked"]
     token_hash: str | None
+    since: float
+    """Seconds since 1970 at which the state began."""
 
 
 @dataclass(frozen=True)
-class Event:
-    """One line of the audit log."""
+class InvitationRecord:
+    """An invitation; its secret is known in plain only as long as it may still be sent out."""
 
-    time: float
-    kind: str
-    """join, contribution, closing, failure, refusal or model."""
-    site: str | None
-    key: str | None
-    detail: Mapping[str, Any]
+    hash: str
+    member: str
+    secret: str | None
+    expires: float
+    """Seconds since 1970."""
+    token_hash: str | None = None
+    """Of the token that has used it."""
 
 
 @dataclass(frozen=True)
@@ -115,19 +89,19 @@ class Store:
         for part in (folder, folder / "gatherings", folder / "incoming"):
             part.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder_lock = _lock_folder(folder)
-        self._lock = threading.RLock()
-        self._database = sqlite3.connect(folder / "coordinator.sqlite", isolation_level=None, check_same_thread=False)
         try:
-            self._prepare()
+            self._database = Database(folder / DATABASE_FILE)
         except BaseException:
-            self.close()
+            self._folder_lock.close()
             raise
+        shutil.rmtree(folder / "incoming")
+        (folder / "incoming").mkdir(mode=0o700)
+        self._remove_orphans()
 
     def close(self) -> None:
         """Let go of the database and the folder."""
-        with self._lock:
-            self._database.close()
-            self._folder_lock.close()
+        self._database.close()
+        self._folder_lock.close()
 
     def __enter__(self) -> Store:
         return self
@@ -135,70 +109,91 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prepare(self) -> None:
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", "busy_timeout = 10000"):
-            self._database.execute(f"PRAGMA {pragma}")
-        version = self._database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
-        elif version != SCHEMA_VERSION:
-            raise FederationError(f"{self.folder} was written by another version of the coordinator (schema {version}, "
-                                  f"not {SCHEMA_VERSION}): go on with that version, or use another folder")
-        (self.folder / "coordinator.sqlite").chmod(0o600)
-        shutil.rmtree(self.folder / "incoming")
-        (self.folder / "incoming").mkdir(mode=0o700)
-        self._remove_orphans()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Do everything in the block or nothing; it is on the disk when the block has ended."""
-        with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    def _rows(self, query: str, *values: object) -> list[tuple]:
-        with self._lock:
-            return self._database.execute(query, values).fetchall()
-
-    # ------------------------------------------------------------------------------------------- meta and sites
+    # ----------------------------------------------------------------------------------------- meta and members
     def load_meta(self, name: str) -> Any:
         """Return a value kept under a name, or None."""
-        rows = self._rows("SELECT value FROM meta WHERE name = ?", name)
+        rows = self._database.rows("SELECT value FROM meta WHERE name = ?", name)
         return json.loads(rows[0][0]) if rows else None
 
     def save_meta(self, name: str, value: Any) -> None:
         """Keep a JSON value under a name."""
-        with self._transaction() as database:
-            database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
 
     def load_settings(self) -> FederationSettings | None:
         """Return the settings of the federation, or None before it is created."""
         content = self.load_meta("settings")
         return None if content is None else FederationSettings.model_validate_json(json.dumps(content))
 
-    def create(self, settings: FederationSettings, sites: list[SiteRecord], now: float) -> None:
-        """Write a new federation: its settings and sites, together."""
-        with self._transaction() as database:
-            database.execute("INSERT INTO meta VALUES ('settings', ?)", (settings.model_dump_json(),))
-            database.executemany("INSERT INTO sites VALUES (:name, :invitation, :invitation_hash, :token_hash)",
-                                 [asdict(site) for site in sites])
-            _add_event(database, Event(now, "creation", None, None, settings.model_dump(mode="json")))
+    def save_settings(self, settings: FederationSettings, event: Event) -> None:
+        """Write settings that an operator has changed."""
+        self.save_members((), (), settings=settings, event=event)
 
-    def load_sites(self) -> dict[str, SiteRecord]:
-        """Return all sites by name."""
-        return {row[0]: SiteRecord(*row) for row in self._rows(
-            "SELECT name, invitation, invitation_hash, token_hash FROM sites ORDER BY name")}
+    def create(self, settings: FederationSettings, members: Iterable[MemberRecord],
+               invitations: Iterable[InvitationRecord], now: float) -> None:
+        """Write a new federation: its settings and members, together."""
+        self.save_members(members, invitations, settings=settings,
+                          event=Event(now, "creation", None, None, settings.model_dump(mode="json")))
 
-    def save_token(self, site: str, token_hash: str, now: float) -> None:
-        """Remember the token of a site that joins; its invitation is forgotten but for its hash."""
-        with self._transaction() as database:
-            database.execute("UPDATE sites SET token_hash = ?, invitation = NULL WHERE name = ?", (token_hash, site))
-            _add_event(database, Event(now, "join", site, None, {}))
+    def load_members(self) -> dict[str, MemberRecord]:
+        """Return everybody by name."""
+        rows = self._database.rows("SELECT name, role, state, token_hash, since FROM members ORDER BY name")
+        return {row[0]: MemberRecord(*row) for row in rows}
+
+    def load_invitations(self) -> dict[str, InvitationRecord]:
+        """Return all invitations ever made, by hash."""
+        rows = self._database.rows("SELECT hash, member, secret, expires, token_hash FROM invitations")
+        return {row[0]: InvitationRecord(*row) for row in rows}
+
+    def save_members(self, members: Iterable[MemberRecord], invitations: Iterable[InvitationRecord], *, event: Event,
+                     settings: FederationSettings | None = None) -> None:
+        """Write members and invitations that have changed, and the settings if they have, together."""
+        with self._database.transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", map(astuple, members))
+            connection.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)",
+                                   map(astuple, invitations))
+            if settings is not None:
+                connection.execute("INSERT OR REPLACE INTO meta VALUES ('settings', ?)", (settings.model_dump_json(),))
+            add_event(connection, event)
+
+    # --------------------------------------------------------------------------------------------- runs and rounds
+    def load_controls(self) -> dict[str, RunControl]:
+        """Return what has been said about each run."""
+        return {run: _decode_control(text) for run, text in self._database.rows("SELECT run, control FROM runs")}
+
+    def save_control(self, run: str, control: RunControl, event: Event) -> None:
+        """Remember what has been said about a run, and who said it."""
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (run, _encode_control(control)))
+            add_event(connection, event)
+
+    def forget_run(self, run: str, event: Event) -> None:
+        """Forget the gatherings of a run in which no round has been closed; the log of events still tells of them."""
+        keys = [row[0] for row in self._database.rows(
+            "SELECT key FROM gatherings WHERE substr(key, 1, ?) = ?", len(run) + 6, f"runs/{run}/")]
+        with self._database.transaction() as connection:
+            for table in ("gatherings", "contributions", "results"):
+                connection.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in keys])  # noqa: S608
+            connection.execute("DELETE FROM runs WHERE run = ?", (run,))
+            add_event(connection, event)
+        shutil.rmtree(self.folder / "gatherings" / "runs" / run, ignore_errors=True)
+
+    def load_rounds(self, run: str, first: int = 0) -> list[dict[str, Any]]:
+        """Return the records of the closed rounds of a run, from round `first` on, in order."""
+        return self._records("rounds", run, first)
+
+    def load_validations(self, run: str, first: int = 0) -> list[dict[str, Any]]:
+        """Return the pooled validations of a run, from round `first` on, in order."""
+        return self._records("validations", run, first)
+
+    def load_last_validation(self, run: str) -> dict[str, Any] | None:
+        """Return the newest pooled validation of a run, or None."""
+        rows = self._database.rows("SELECT record FROM validations WHERE run = ? ORDER BY number DESC LIMIT 1", run)
+        return json.loads(rows[0][0]) if rows else None
+
+    def _records(self, table: Literal["rounds", "validations"], run: str, first: int) -> list[dict[str, Any]]:
+        return [json.loads(row[0]) for row in self._database.rows(
+            f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number", run, first)]  # noqa: S608
 
     # ------------------------------------------------------------------------------------------------ documents
     def incoming_path(self) -> Path:
@@ -231,25 +226,34 @@ class Store:
         _flush(incoming)
         incoming.replace(path)
         self._flush_folders(path.parent)
-        with self._transaction() as database:
-            earlier = database.execute("SELECT digest FROM contributions WHERE key = ? AND site = ?",
+        with self._database.transaction() as connection:
+            earlier = connection.execute("SELECT digest FROM contributions WHERE key = ? AND site = ?",
                                        (str(gathering.key), site)).fetchone()
-            _write_gathering(database, gathering)
-            database.execute("INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?, ?)",
+            _write_gathering(connection, gathering)
+            connection.execute("INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?, ?)",
                              (str(gathering.key), site, contribution.digest, contribution.size, contribution.received))
-            _add_event(database, Event(contribution.received, "contribution", site, str(gathering.key),
+            add_event(connection, Event(contribution.received, "contribution", site, str(gathering.key),
                                        {"digest": contribution.digest, "bytes": contribution.size}))
         if earlier is not None and earlier[0] != contribution.digest:
             self.contribution_path(gathering.key, site, earlier[0]).unlink(missing_ok=True)
 
-    def save_closing(self, gathering: Gathering, digest: str) -> None:
-        """Remember that a gathering is closed; its result, with this digest, is in `result_path` already."""
+    def save_closing(self, gathering: Gathering, digest: str, *, record: Mapping[str, Any] | None = None) -> None:
+        """Remember that a gathering is closed; its result, with this digest, is in `result_path` already.
+
+        Args:
+            record: What is to be remembered of a round or of a validation when its documents are gone.
+        """
         assert isinstance(gathering.outcome, Closed)
-        self._flush_folders(self.result_path(gathering.key).parent)
-        with self._transaction() as database:
-            _write_gathering(database, gathering)
-            _write_result(database, gathering.key, FULL_RESULT, digest)
-            _add_event(database, Event(gathering.outcome.time, "closing", None, str(gathering.key), {
+        key = gathering.key
+        self._flush_folders(self.result_path(key).parent)
+        with self._database.transaction() as connection:
+            _write_gathering(connection, gathering)
+            _write_result(connection, key, FULL_RESULT, digest)
+            if record is not None:
+                table = {"round": "rounds", "validation": "validations"}[key.kind]
+                connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)",  # noqa: S608
+                                   (key.run, key.number, json.dumps(record)))
+            add_event(connection, Event(gathering.outcome.time, "closing", None, str(key), {
                 "digest": digest, "contributions": {site: gathering.contributions[site].digest
                                                     for site in gathering.outcome.contributors},
                 "missing": list(gathering.outcome.missing)}))
@@ -257,50 +261,58 @@ class Store:
     def save_refusal(self, gathering: Gathering) -> None:
         """Remember that a gathering was refused."""
         assert isinstance(gathering.outcome, Refused)
-        with self._transaction() as database:
-            _write_gathering(database, gathering)
-            _add_event(database, Event(gathering.outcome.time, "refusal", None, str(gathering.key), {
+        with self._database.transaction() as connection:
+            _write_gathering(connection, gathering)
+            add_event(connection, Event(gathering.outcome.time, "refusal", None, str(gathering.key), {
                 "code": gathering.outcome.code, "message": gathering.outcome.message}))
 
     def load_result_digest(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> str | None:
         """Return the digest of a result that is on the disk, or None."""
-        rows = self._rows("SELECT digest FROM results WHERE key = ? AND subset = ?", str(key), subset)
+        rows = self._database.rows("SELECT digest FROM results WHERE key = ? AND subset = ?", str(key), subset)
         return rows[0][0] if rows else None
 
     def save_subset(self, key: GatheringKey | str, subset: str, digest: str) -> None:
         """Remember a part of a result, which is in `result_path` already."""
-        with self._transaction() as database:
-            _write_result(database, key, subset, digest)
+        with self._database.transaction() as connection:
+            _write_result(connection, key, subset, digest)
 
     def delete_contributions(self, key: GatheringKey | str) -> None:
         """Delete the files of a gathering's contributions; their digests stay known."""
-        for site, digest in self._rows("SELECT site, digest FROM contributions WHERE key = ?", str(key)):
+        for site, digest in self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", str(key)):
             self.contribution_path(key, site, digest).unlink(missing_ok=True)
+
+    def rounds_with_results(self, run: str) -> list[int]:
+        """List the rounds of a run whose aggregates are still there, in order."""
+        prefix = f"runs/{run}/rounds/"
+        rows = self._database.rows("SELECT DISTINCT substr(key, ?) FROM results WHERE substr(key, 1, ?) = ?",
+                                   len(prefix) + 1, len(prefix), prefix)
+        return sorted(int(row[0]) for row in rows)
 
     def delete_results(self, key: GatheringKey | str) -> None:
         """Delete the results of a gathering: first the rows, so that none speaks of a file that is gone."""
-        subsets = [row[0] for row in self._rows("SELECT subset FROM results WHERE key = ?", str(key))]
+        subsets = [row[0] for row in self._database.rows("SELECT subset FROM results WHERE key = ?", str(key))]
         if not subsets:
             return
-        with self._transaction() as database:
-            database.execute("DELETE FROM results WHERE key = ?", (str(key),))
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM results WHERE key = ?", (str(key),))
         for subset in subsets:
             self.result_path(key, subset).unlink(missing_ok=True)
 
     def load_gatherings(self, settings: FederationSettings) -> list[Gathering]:
         """Return every gathering that has begun, as it was last written."""
         contributions: dict[str, dict[str, Contribution]] = {}
-        for key, site, *rest in self._rows("SELECT key, site, digest, size, received FROM contributions"):
+        for key, site, *rest in self._database.rows("SELECT key, site, digest, size, received FROM contributions"):
             contributions.setdefault(key, {})[site] = Contribution(*rest)
-        rows = self._rows("SELECT key, opened, required, outcome FROM gatherings")
+        rows = self._database.rows("SELECT key, opened, required, outcome FROM gatherings")
         return [replace(fresh_gathering(parse_key(key), settings, required=json.loads(required)), opened=opened,
                         contributions=contributions.get(key, {}), outcome=_decode_outcome(outcome))
                 for key, opened, required, outcome in rows]
 
     def _remove_orphans(self) -> None:
         """Remove files that no row speaks of: a crash came between the two."""
-        known = {self.contribution_path(*row) for row in self._rows("SELECT key, site, digest FROM contributions")}
-        known |= {self.result_path(*row) for row in self._rows("SELECT key, subset FROM results")}
+        contributions = self._database.rows("SELECT key, site, digest FROM contributions")
+        known = {self.contribution_path(*row) for row in contributions}
+        known |= {self.result_path(*row) for row in self._database.rows("SELECT key, subset FROM results")}
         for path in sorted((self.folder / "gatherings").rglob("*"), reverse=True):
             if path.suffix == ".safetensors" and path not in known:
                 path.unlink()
@@ -316,41 +328,49 @@ class Store:
     # --------------------------------------------------------------------------------------- events and traffic
     def add_event(self, event: Event) -> None:
         """Append to the audit log."""
-        with self._transaction() as database:
-            _add_event(database, event)
+        with self._database.transaction() as connection:
+            add_event(connection, event)
 
     def load_events(self, kind: str | None = None) -> list[Event]:
         """Return the audit log, oldest first; only one kind of event if asked for."""
-        rows = self._rows(
+        rows = self._database.rows(
             "SELECT time, kind, site, key, detail FROM events WHERE ?1 IS NULL OR kind = ?1 ORDER BY number", kind)
         return [Event(*row[:4], detail=json.loads(row[4])) for row in rows]
 
+    def load_log(self) -> list[tuple]:
+        """Return the audit log with its hashes: (number, time, kind, site, key, detail as JSON, hash)."""
+        return self._database.rows("SELECT number, time, kind, site, key, detail, hash FROM events ORDER BY number")
+
     def save_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
         """Write the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""
-        with self._transaction() as database:
-            database.executemany("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?)", [
+        with self._database.transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?)", [
                 (site, key, count.received, count.sent, count.last_seen) for (site, key), count in traffic.items()])
 
     def load_traffic(self) -> dict[tuple[str, str], Traffic]:
         """Return the counters of (site, key)."""
-        return {(row[0], row[1]): Traffic(*row[2:]) for row in self._rows(
+        return {(row[0], row[1]): Traffic(*row[2:]) for row in self._database.rows(
             "SELECT site, key, received, sent, last_seen FROM traffic")}
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
-def _write_gathering(database: sqlite3.Connection, gathering: Gathering) -> None:
-    database.execute("INSERT OR REPLACE INTO gatherings VALUES (?, ?, ?, ?)",
+def _write_gathering(connection: Connection, gathering: Gathering) -> None:
+    connection.execute("INSERT OR REPLACE INTO gatherings VALUES (?, ?, ?, ?)",
                      (str(gathering.key), gathering.opened, json.dumps(sorted(gathering.required)),
                       _encode_outcome(gathering.outcome)))
 
 
-def _write_result(database: sqlite3.Connection, key: GatheringKey | str, subset: str, digest: str) -> None:
-    database.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", (str(key), subset, digest))
+def _write_result(connection: Connection, key: GatheringKey | str, subset: str, digest: str) -> None:
+    connection.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", (str(key), subset, digest))
 
 
-def _add_event(database: sqlite3.Connection, event: Event) -> None:
-    database.execute("INSERT INTO events (time, kind, site, key, detail) VALUES (?, ?, ?, ?, ?)",
-                     (event.time, event.kind, event.site, event.key, json.dumps(event.detail)))
+def _encode_control(control: RunControl) -> str:
+    return json.dumps({"state": control.state, "left": sorted(control.left), "failed": dict(control.failed)})
+
+
+def _decode_control(text: str) -> RunControl:
+    content = json.loads(text)
+    return RunControl(state=content["state"], left=frozenset(content["left"]), failed=content["failed"])
 
 
 def _encode_outcome(outcome: Closed | Refused | None) -> str | None:
@@ -380,7 +400,7 @@ def _flush(path: Path) -> None:
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that is somebody else's: what is found in ours without being known is removed."""
     ours = [folder / name for name in ("gatherings", "incoming") if (folder / name).exists()]
-    if ours and not (folder / "coordinator.sqlite").exists():
+    if ours and not (folder / DATABASE_FILE).exists():
         raise FederationError(f"{folder} is no folder of a federation, but has a folder {ours[0].name}: choose another")
 
 

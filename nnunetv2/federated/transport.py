@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from nnunetv2.federated.bodies import FederationSettings, RunState
+    from nnunetv2.federated.bodies import FederationSettings, Receipt, RunState
     from nnunetv2.federated.messages import Message
     from nnunetv2.federated.wire import Document, TensorSpec
 
@@ -37,6 +37,15 @@ class Transport(Protocol):
 
     def run_state(self, run: str) -> RunState:
         """Return how far a training run is."""
+        ...
+
+    def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+                   specs: Mapping[str, TensorSpec] | None = None) -> Receipt:
+        """Contribute to a gathering whose result this site does not wait for."""
+        ...
+
+    def act(self, run: str, action: str, gathering: str | None = None) -> RunState:
+        """Leave a run, or return to it."""
         ...
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:

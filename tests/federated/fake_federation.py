@@ -121,10 +121,14 @@ class LocalFederation:
         self.lines = lines
         self._credentials: dict[str, SiteCredential] = {}
 
+    def invitations(self) -> dict[str, str]:
+        """Return the secrets of the invitations that nobody has used."""
+        return {one.member: one.secret for one in self.coordinator.members.open_invitations(time.time())}
+
     def credential(self, site: str) -> SiteCredential:
         """Let a site join, the first time, and return its credential."""
         if site not in self._credentials:
-            secret = self.coordinator.members.open_invitations()[site]
+            secret = self.invitations()[site]
             path = self.coordinator.store.folder / f"credential.{site}.json"
             join(Invitation(self.url, self.coordinator.settings.federation, site, secret), path=path)
             self._credentials[site] = load_credential(path)

@@ -213,7 +213,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
         in_threads(lambda: train(a, seed=1, num_rounds=3), lambda: train(b, seed=2, num_rounds=3))
     wait_until(lambda: federation.coordinator.store.load_events("model"))
     model = federation.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
-    assert any(f"run {RUN} is complete: model written to {model}" in line for line in federation.lines)
+    assert any(f"run {RUN} is over: model written to {model}" in line for line in federation.lines)
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
     weights = checkpoint["network_weights"]
     assert set(weights) == {*SHAPES, "decoder.encoder.weight"}
@@ -233,7 +233,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
 
 
 def test_without_equal_plans_the_reason_is_given(tmp_path):
-    from nnunetv2.federated.model_keeping import keep_model
+    from nnunetv2.federated.model_keeping import keep_models
 
     with served(tmp_path / "federation", make_settings(num_epochs=1)) as federation:
         def register(site, plans):
@@ -243,7 +243,7 @@ def test_without_equal_plans_the_reason_is_given(tmp_path):
         other = make_plans(transpose_forward=[2, 0, 1])
         assert in_threads(lambda: register("A", make_plans()), lambda: register("B", other)) == [None, None]
         coordinator = federation.coordinator
-        text = keep_model(RUN, tmp_path / "models", coordinator.settings, coordinator.archive)
+        text = keep_models(RUN, tmp_path / "models", final=0, best=None, archive=coordinator.archive)
         assert text.startswith("no model folder is written") and "transpose_forward is absent at A" in text
         assert not (tmp_path / "models").exists()
 

@@ -124,7 +124,8 @@ def test_settings_and_status_are_messages(federation, a):
     first = status["sites"][0]
     assert (first["site"], first["joined"]) == ("A", True)
     assert first["bytes_received"] > 100 and abs(first["last_seen"] - time.time()) < 10
-    assert status["sites"][1] == {"site": "B", "joined": False, "last_seen": None, "bytes_received": 0, "bytes_sent": 0}
+    assert status["sites"][1] == {"site": "B", "joined": False, "state": "invited", "last_seen": None,
+                                  "bytes_received": 0, "bytes_sent": 0}
     assert [(g["key"], g["contributed"], g["waiting_for"]) for g in status["waiting"]] == [(CENSUS_KEY, ["A"], ["B"])]
     assert [(f["site"], f["run"], f["round"], f["reason"]) for f in status["failures"]] == [
         ("A", RUN, 3, "out of memory")]
@@ -139,7 +140,7 @@ def test_a_contribution_may_be_repeated(federation, a):
     first, second = a.put(CENSUS_KEY, body), a.put(CENSUS_KEY, body)
     assert first.status_code == second.status_code == 200
     assert first.json() == second.json() == {
-        "digest": hashlib.sha256(body).hexdigest(), "already": False, "waiting_for": ["B"]}
+        "digest": hashlib.sha256(body).hexdigest(), "already": False, "waiting_for": ["B"], "key": ""}
     assert len(federation.coordinator.store.load_events("contribution")) == 1
 
 
@@ -229,10 +230,10 @@ def test_an_offer_spares_the_upload(a, b):
 # ----------------------------------------------------------------------------------------------------------- results
 def test_an_open_gathering_says_whom_it_waits_for(a):
     response = a.get(f"gatherings/{CENSUS_KEY}")
-    assert (response.status_code, response.json()) == (202, {"waiting_for": ["A", "B"]})
+    assert (response.status_code, response.json()) == (202, {"waiting_for": ["A", "B"], "paused": False})
     a.put(CENSUS_KEY, a.document(make_census()))
     begin = time.monotonic()
-    assert a.get(f"gatherings/{CENSUS_KEY}?wait=0.2").json() == {"waiting_for": ["B"]}
+    assert a.get(f"gatherings/{CENSUS_KEY}?wait=0.2").json() == {"waiting_for": ["B"], "paused": False}
     assert 0.15 < time.monotonic() - begin < 2
 
 
@@ -307,7 +308,8 @@ def test_a_round_is_the_mean_weighted_by_cases(federation, a, b, tmp_path):
         assert result.message.contributors == {"A": 1.0, "B": 3.0}
         assert result.message.metrics == {"A": {"loss": 1.0}, "B": {"loss": 2.0}}
     assert a.get(f"runs/{RUN}").json() == {"run": RUN, "registered": ["A", "B"], "open_round": 1, "num_rounds": 3,
-                                          "closed": False}
+                                          "closed": False, "state": "running", "rounds_closed": 1,
+                                          "members": ["A", "B"], "left": []}
 
 
 def test_the_first_update_of_a_round_stays(a, b):
@@ -315,7 +317,7 @@ def test_the_first_update_of_a_round_stays(a, b):
     first = a.document(messages.Update(), make_weights(1))
     a.put(round_key(RUN, 0), first)
     receipt = a.put(round_key(RUN, 0), a.document(messages.Update(), make_weights(2))).json()
-    assert receipt == {"digest": hashlib.sha256(first).hexdigest(), "already": True, "waiting_for": ["B"]}
+    assert receipt == {"digest": hashlib.sha256(first).hexdigest(), "already": True, "waiting_for": ["B"], "key": ""}
 
 
 @pytest.mark.parametrize(("change", "complaint"), [
@@ -343,7 +345,7 @@ def test_old_weights_are_deleted_and_the_present_ones_kept(federation):
     with federation.client("A") as a, federation.client("B") as b:
         results = in_threads(lambda: train(a, seed=1, num_rounds=3), lambda: train(b, seed=2, num_rounds=3))
         assert results[0] == results[1]
-    wait_until(lambda: any("is complete" in line for line in federation.lines))
+    wait_until(lambda: any("is over" in line for line in federation.lines))
     folder = federation.coordinator.store.folder / "gatherings" / "runs" / RUN
     assert not list((folder / "initial").glob("A.*")) and not list((folder / "rounds" / "0").iterdir())
     assert [path.name for path in (folder / "rounds" / "1").iterdir()] == ["result.safetensors"]

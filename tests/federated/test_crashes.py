@@ -106,8 +106,8 @@ def fill(coordinator: Coordinator, key: str, site: str, message, tensors=None) -
 
 
 def close_what_is_ready(coordinator: Coordinator) -> None:
-    for gathering in coordinator._ready():
-        coordinator._close(gathering.key)
+    for gathering in coordinator.closer._ready():
+        coordinator.closer._close(gathering.key)
 
 
 def fill_up_to_round_0(coordinator: Coordinator) -> None:
@@ -124,13 +124,13 @@ def fill_up_to_round_0(coordinator: Coordinator) -> None:
 @pytest.fixture
 def folder(tmp_path):
     with Store(tmp_path / "federation") as store:
-        create_federation(store, make_settings(num_epochs=1), now=0.0)
+        create_federation(store, make_settings(num_epochs=1), now=time.time())
     return tmp_path / "federation"
 
 
 def expected_digest(tmp_path) -> str:
     with Store(tmp_path / "expected") as store:
-        create_federation(store, make_settings(num_epochs=1), now=0.0)
+        create_federation(store, make_settings(num_epochs=1), now=time.time())
         coordinator = Coordinator(store)
         fill_up_to_round_0(coordinator)
         close_what_is_ready(coordinator)
@@ -140,7 +140,7 @@ def expected_digest(tmp_path) -> str:
 @pytest.mark.parametrize("place", ["before the result", "after the result", "after the row", "while writing the model"])
 def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monkeypatch, place):
     from nnunetv2.federated import closing
-    from nnunetv2.federated.coordinator import service
+    from nnunetv2.federated.coordinator import closer
 
     def crash(*_, **__):
         raise Crash
@@ -155,7 +155,7 @@ def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monke
         elif place == "after the row":
             monkeypatch.setattr(coordinator.book, "put", crash)
         else:
-            monkeypatch.setattr(service, "keep_model", crash)
+            monkeypatch.setattr(closer, "keep_models", crash)
         with pytest.raises(Crash):
             close_what_is_ready(coordinator)
     monkeypatch.undo()
@@ -184,7 +184,7 @@ def test_a_crash_while_a_contribution_is_taken_over(folder, monkeypatch, place):
         if place == "before the file":
             monkeypatch.setattr(store_module, "_flush", crash)
         elif place == "after the file":
-            monkeypatch.setattr(store, "_transaction", crash)
+            monkeypatch.setattr(store._database, "transaction", crash)
         else:
             monkeypatch.setattr(coordinator.book, "put", crash)
         with pytest.raises(Crash):
@@ -205,7 +205,7 @@ def test_the_result_does_not_depend_on_the_order_of_arrival(tmp_path):
     digests = set()
     for order in ("AB", "BA"):
         with Store(tmp_path / order) as store:
-            create_federation(store, make_settings(num_epochs=1), now=0.0)
+            create_federation(store, make_settings(num_epochs=1), now=time.time())
             coordinator = Coordinator(store)
             for site in order:
                 fill(coordinator, registration_key(RUN), site, make_registration(2 if site == "A" else 1))
@@ -238,7 +238,7 @@ def test_trouble_of_the_machine_is_shown_and_outlasted(folder, monkeypatch):
         assert "fingerprint/census cannot be closed, trying again in 15 s" in lines[-1]
         with pytest.raises(OSError, match="No space left on device"):
             coordinator.result(CENSUS_KEY, "A")
-        assert coordinator._ready() == []
+        assert coordinator.closer._ready() == []
         monkeypatch.undo()
         now += 16
         close_what_is_ready(coordinator)
@@ -249,7 +249,7 @@ def test_trouble_of_the_machine_is_shown_and_outlasted(folder, monkeypatch):
 def test_a_quorum_closes_a_round_at_its_deadline_after_a_restart(tmp_path):
     settings = make_settings(sites=("A", "B", "C"), num_epochs=1, quorum=2, deadline_s=0.2)
     with Store(tmp_path / "federation") as store:
-        create_federation(store, settings, now=0.0)
+        create_federation(store, settings, now=time.time())
         coordinator = Coordinator(store)
         for site in "ABC":
             fill(coordinator, registration_key(RUN), site, make_registration(2 if site == "A" else 1))
@@ -274,7 +274,7 @@ def test_tensors_that_nobody_sends_keep_their_values(tmp_path):
     now = 0.0
     settings = make_settings(sites=tuple("ABCD"), num_epochs=2, quorum=2, deadline_s=1)
     with Store(tmp_path / "federation") as store:
-        create_federation(store, settings, now=0.0)
+        create_federation(store, settings, now=time.time())
         coordinator = Coordinator(store, clock=lambda: now)
         for site in "ABCD":
             registration = make_registration(2 if site == "A" else 1, shapes[site], aliases={})

@@ -2,11 +2,11 @@
 import pytest
 from fake_federation import make_settings
 
+from nnunetv2.federated.book import RoundBook, RunControl
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.rounds import (
     Contribution,
     Gathering,
-    RoundBook,
     Verdict,
     closed,
     due_at,
@@ -38,6 +38,8 @@ def add(state: Gathering, site: str, digest=D1, now=0.0) -> Gathering:
     ("runs/3d_fullres.fold_0.T/registration", "registration", "3d_fullres.fold_0.T", None),
     ("runs/r/initial", "initial", "r", None),
     ("runs/r/rounds/12", "round", "r", 12),
+    ("runs/r/validations/3", "validation", "r", 3),
+    ("runs/r/admissions/C", "admission", "r", None),
 ])
 def test_keys_are_taken_apart(key, kind, run, number):
     parsed = parse_key(key)
@@ -59,7 +61,8 @@ def test_other_keys_are_refused(key):
     ("fingerprint/census", None), ("fingerprint/coarse", "fingerprint/census"),
     ("fingerprint/fine", "fingerprint/coarse"), ("plans/p", None), ("runs/r/registration", None),
     ("runs/r/initial", "runs/r/registration"), ("runs/r/rounds/0", "runs/r/initial"),
-    ("runs/r/rounds/7", "runs/r/rounds/6"),
+    ("runs/r/rounds/7", "runs/r/rounds/6"), ("runs/r/validations/7", "runs/r/rounds/7"),
+    ("runs/r/admissions/C", "runs/r/registration"),
 ])
 def test_every_gathering_knows_what_comes_before(key, before):
     found = prerequisite(parse_key(key))
@@ -179,9 +182,109 @@ def test_a_run_counts_its_rounds():
 
 def test_the_coordinators_absence_does_not_count_against_the_deadline():
     book = RoundBook(make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=10))
+    finish(book, "runs/r/registration")
+    finish(book, "runs/r/initial")
     book.put(add(add(gathering(sites=("A", "B", "C"), quorum=2, deadline_s=10), "A", now=100), "B", now=101))
     assert book.next_due() == 110
     book.restarted(now=5000)
     assert book.next_due() == 5010
     assert not book.ready(now=5009)
     assert [str(ready.key) for ready in book.ready(now=5010)] == ["runs/r/rounds/0"]
+
+
+def started_book(*sites: str, **settings) -> RoundBook:
+    book = RoundBook(make_settings(sites=sites, **settings))
+    finish(book, "runs/r/registration")
+    finish(book, "runs/r/initial")
+    return book
+
+
+def contribute(book: RoundBook, key: str, site: str, now=0.0) -> None:
+    book.put(add(book.begin(parse_key(key)), site, now=now))
+
+
+def ready(book: RoundBook, now=0.0) -> list[str]:
+    return [str(one.key) for one in book.ready(now)]
+
+
+def test_a_site_that_has_left_is_not_waited_for():
+    book = started_book("A", "B", "C")
+    contribute(book, "runs/r/rounds/0", "A")
+    contribute(book, "runs/r/rounds/0", "B")
+    assert not ready(book)
+    book.controls["r"] = RunControl(left=frozenset("C"))
+    assert ready(book) == ["runs/r/rounds/0"]
+    assert book.run_state("r").members == ("A", "B")
+    book.controls["r"] = RunControl()
+    assert not ready(book)
+
+
+def test_a_revoked_site_does_not_count_any_more():
+    book = started_book("A", "B", "C")
+    for site in "AC":
+        contribute(book, "runs/r/rounds/0", site)
+    book.settings = make_settings(sites=("A", "B"))
+    assert book.get("runs/r/rounds/0").waiting_for == ("B",)
+    contribute(book, "runs/r/rounds/0", "B")
+    assert closed(book.get("runs/r/rounds/0"), 1.0).outcome.contributors == ("A", "B")
+
+
+def test_a_failed_site_is_excused_where_a_quorum_allows_it():
+    for quorum, expected in ((None, []), (2, ["runs/r/rounds/0"])):
+        book = started_book("A", "B", "C", quorum=quorum, deadline_s=None if quorum is None else 1e6)
+        contribute(book, "runs/r/rounds/0", "A")
+        contribute(book, "runs/r/rounds/0", "B")
+        book.controls["r"] = RunControl(failed={"C": 0})
+        assert ready(book) == expected
+
+
+def test_nothing_closes_in_a_paused_run():
+    book = started_book("A", "B")
+    for site in "AB":
+        contribute(book, "runs/r/rounds/0", site)
+    book.controls["r"] = RunControl(state="paused")
+    assert not ready(book) and book.next_due() is None
+    book.controls["r"] = RunControl()
+    assert ready(book) == ["runs/r/rounds/0"]
+
+
+def test_a_stopped_run_takes_no_more_rounds():
+    book = started_book("A", "B", num_epochs=9)
+    book.controls["r"] = RunControl(state="stopped")
+    state = book.run_state("r")
+    assert (state.state, state.closed, state.open_round) == ("stopped", True, None)
+
+
+def test_a_validation_is_overtaken_by_the_next_round():
+    book = started_book("A", "B")
+    finish(book, "runs/r/rounds/0")
+    contribute(book, "runs/r/validations/0", "A")
+    assert not ready(book)
+    finish(book, "runs/r/rounds/1")
+    assert ready(book) == ["runs/r/validations/0"]
+    assert judge(book.begin(parse_key("runs/r/validations/0")), "B", D1) is Verdict.KEEP_FIRST
+
+
+def test_validations_are_closed_before_rounds_and_in_order():
+    book = started_book("A", "B")
+    finish(book, "runs/r/rounds/0")
+    for key in ("runs/r/rounds/1", "runs/r/validations/0"):
+        for site in "AB":
+            contribute(book, key, site)
+    assert ready(book) == ["runs/r/validations/0", "runs/r/rounds/1"]
+
+
+def test_an_admitted_site_is_expected_in_the_open_round():
+    book = started_book("A", "B")
+    book.settings = make_settings(sites=("A", "B", "C"))
+    contribute(book, "runs/r/rounds/0", "A")
+    assert book.get("runs/r/rounds/0").waiting_for == ("B",)
+    finish(book, "runs/r/admissions/C")
+    assert book.get("runs/r/rounds/0").waiting_for == ("B", "C")
+    assert book.get("runs/r/initial").expected == {"A", "B"}
+
+
+def test_a_run_without_rounds_can_be_forgotten():
+    book = started_book("A", "B")
+    book.forget_run("r")
+    assert book.runs() == [] and book.run_state("r").registered == ()

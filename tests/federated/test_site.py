@@ -32,7 +32,7 @@ def federation(tmp_path_factory):
 
 
 def invitation_for(federation, invited: str, **changes) -> Invitation:
-    secret = federation.coordinator.members.open_invitations()[invited]
+    secret = federation.invitations()[invited]
     return Invitation(**{"url": federation.url, "federation": "test", "site": invited, "secret": secret, **changes})
 
 

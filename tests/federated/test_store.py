@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 from fake_federation import make_settings
 
-from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.audit import Event
+from nnunetv2.federated.book import RunControl
+from nnunetv2.federated.coordinator.members import Members, create_federation
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.rounds import Contribution, closed, fresh_gathering, parse_key, refused, with_contribution
-from nnunetv2.federated.store import Event, Store, Traffic
+from nnunetv2.federated.store import Store, Traffic
 
 KEY = parse_key("runs/r/rounds/0")
 
@@ -46,16 +48,20 @@ def test_everything_comes_back_after_a_restart(store):
     done = closed(contribute(store, done, "A", b"c"), now=4.0)
     store.save_closing(done, "d" * 64)
     store.save_traffic({("A", ""): Traffic(1, 2, 3.0)})
-    store.save_token("A", "hash", now=5.0)
+    joined = replace(store.load_members()["A"], state="active", token_hash="hash")
+    store.save_members([joined], [], event=Event(5.0, "join", "A", None, {}))
+    store.save_control("r", RunControl(state="paused", left=frozenset("B"), failed={"A": 3}),
+                       Event(6.0, "control", "operator", "r", {}))
     with reopened(store) as again:
         settings = again.load_settings()
         assert settings == make_settings(deadline_s=5.0, quorum=1)
         assert {str(g.key): g for g in again.load_gatherings(settings)} == {str(g.key): g for g in (state, other, done)}
         assert again.load_result_digest("runs/r/initial") == "d" * 64
         assert again.load_traffic() == {("A", ""): Traffic(1, 2, 3.0)}
-        sites = again.load_sites()
-        assert sites["A"].token_hash == "hash" and sites["A"].invitation is None
-        assert sites["B"].token_hash is None and sites["B"].invitation
+        assert again.load_members()["A"] == joined
+        assert again.load_members()["B"].state == "invited"
+        assert {one.member for one in again.load_invitations().values()} == {"A", "B"}
+        assert again.load_controls() == {"r": RunControl(state="paused", left=frozenset("B"), failed={"A": 3})}
 
 
 def test_a_replaced_contribution_leaves_no_file(store):
@@ -94,15 +100,15 @@ def test_the_log_of_events_only_grows(store):
     assert [event.kind for event in store.load_events()] == ["creation", "failure", "contribution"]
     assert store.load_events("failure")[0].detail == {"reason": "out of memory"}
     for statement in ("DELETE FROM events", "UPDATE events SET kind = 'nothing'"):
-        with pytest.raises(sqlite3.IntegrityError, match="append-only"), store._transaction() as database:
-            database.execute(statement)
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"), store._database.transaction() as connection:
+            connection.execute(statement)
 
 
 def test_no_secret_is_kept_in_plain_once_it_is_used(store):
-    invitation = store.load_sites()["A"].invitation
-    store.save_token("A", "hash", now=2.0)
-    store._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    assert invitation.encode() not in (store.folder / "coordinator.sqlite").read_bytes()
+    secret = next(one.secret for one in store.load_invitations().values() if one.member == "A")
+    Members(store).join(secret, "A.0123456789abcdef", now=2.0)
+    store._database._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert secret.encode() not in (store.folder / "coordinator.sqlite").read_bytes()
 
 
 def test_a_folder_has_one_coordinator(store):
@@ -119,7 +125,7 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
 
 
 def test_another_schema_version_is_refused(store):
-    store._database.execute("PRAGMA user_version = 99")
+    store._database._connection.execute("PRAGMA user_version = 99")
     with pytest.raises(FederationError, match="another version of the coordinator \\(schema 99"):
         reopened(store)
 
@@ -129,8 +135,8 @@ def test_the_folder_is_private(store):
 
 
 def test_acknowledged_means_full_durability(store):
-    assert store._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert store._database.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert store._database._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert store._database._connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
 def test_a_failing_transaction_leaves_the_old_state(store):

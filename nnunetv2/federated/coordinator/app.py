@@ -4,10 +4,17 @@
     GET  /v1/settings                what holds for all sites
     GET  /v1/status                  what the federation is doing
     GET  /v1/runs/<run>              how far a run of training is
+    POST /v1/runs/<run>/actions      {action, gathering}: an operator steers a run, a site leaves it or returns
     POST /v1/failures                {run, round, reason}: a site cannot go on
     POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202: send it, or why not
     PUT  /v1/gatherings/<key>        contribute a document -> receipt
     GET  /v1/gatherings/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
+
+For operators:
+
+    POST   /v1/members               {name, role, lifetime_s} -> {name, role, secret, expires}: an invitation
+    DELETE /v1/members/<name>        revoke a credential
+    PATCH  /v1/settings              change what may be changed while the federation is at work
 
 An offer spares a site the upload of what is held already or would be refused. Errors are JSON {code, message, remedy}.
 """
@@ -29,8 +36,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nnunetv2.federated import bodies
+from nnunetv2.federated.coordinator import steering
 from nnunetv2.federated.coordinator.changes import Changes
-from nnunetv2.federated.coordinator.service import Coordinator, Result
+from nnunetv2.federated.coordinator.members import Member
+from nnunetv2.federated.coordinator.service import Coordinator, Result, require_role
 from nnunetv2.federated.coordinator.uploads import announced_digest, announced_size, drain, read_json, receive_file
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.store import Traffic
@@ -45,6 +54,10 @@ STATUS_OF_CODE = {
     "unauthorized": 401,
     "invitation_unknown": 403,
     "invitation_used": 403,
+    "invitation_expired": 403,
+    "forbidden": 403,
+    "unknown_member": 404,
+    "unknown_run": 404,
     "not_expected": 403,
     "unknown_gathering": 404,
     "length_required": 411,
@@ -93,12 +106,22 @@ def coordinator_of(request: Request) -> Coordinator:
     return request.app.state.coordinator
 
 
-def site_of(request: Request) -> str:
-    """Return the site that sends a request, by its bearer token."""
+def member_of(request: Request) -> Member:
+    """Return who sends a request, by its bearer token."""
     kind, _, token = request.headers.get("authorization", "").partition(" ")
-    site = coordinator_of(request).members.authenticate(token if kind.lower() == "bearer" else "")
-    request.scope["site"] = site  # for TrafficMeter
-    return site
+    member = coordinator_of(request).members.authenticate(token if kind.lower() == "bearer" else "")
+    request.scope["member"] = member.name  # for TrafficMeter
+    return member
+
+
+def site_of(request: Request) -> str:
+    """Return the site that sends a request; refuse members in other roles."""
+    return require_role(member_of(request), "site")
+
+
+def operator_of(request: Request) -> str:
+    """Return the operator that sends a request; refuse members in other roles."""
+    return require_role(member_of(request), "operator")
 
 
 async def post_join(request: Request) -> Response:
@@ -108,28 +131,60 @@ async def post_join(request: Request) -> Response:
 
 
 async def get_settings(request: Request) -> Response:
-    """Tell a site the settings of the federation."""
-    site_of(request)
+    """Tell a member the settings of the federation."""
+    member_of(request)
     return json_response(coordinator_of(request).settings)
 
 
 async def get_status(request: Request) -> Response:
-    """Tell a site what the federation is doing."""
-    site_of(request)
+    """Tell a member what the federation is doing."""
+    member_of(request)
     return json_response(await run_in_threadpool(coordinator_of(request).status))
 
 
 async def get_run(request: Request) -> Response:
-    """Tell a site how far a run is."""
-    site_of(request)
+    """Tell a member how far a run is."""
+    member_of(request)
     return json_response(coordinator_of(request).run_state(request.path_params["run"]))
+
+
+async def post_action(request: Request) -> Response:
+    """Do what an operator wants of a run, or a site of its own part in it."""
+    member = member_of(request)
+    action = await read_json(request, bodies.RunAction)
+    return json_response(await run_in_threadpool(
+        steering.act, coordinator_of(request), request.path_params["run"], action, member))
+
+
+async def post_member(request: Request) -> Response:
+    """Invite somebody."""
+    operator, coordinator = operator_of(request), coordinator_of(request)
+    wanted = await read_json(request, bodies.InviteRequest)
+    secret = await run_in_threadpool(coordinator.invite, wanted.name, wanted.role, by=operator,
+                                     lifetime_s=wanted.lifetime_s)
+    return json_response(bodies.InviteAnswer(name=wanted.name, role=wanted.role, secret=secret,
+                                             expires=coordinator.clock() + wanted.lifetime_s))
+
+
+async def delete_member(request: Request) -> Response:
+    """Revoke a credential."""
+    operator = operator_of(request)
+    await run_in_threadpool(coordinator_of(request).revoke, request.path_params["name"], by=operator)
+    return Response(status_code=204)
+
+
+async def patch_settings(request: Request) -> Response:
+    """Change settings of a federation at work."""
+    operator = operator_of(request)
+    change = await read_json(request, bodies.SettingsChange)
+    return json_response(await run_in_threadpool(coordinator_of(request).change_settings, change, by=operator))
 
 
 async def post_failure(request: Request) -> Response:
     """Take a site's report that it cannot go on."""
     site = site_of(request)
     report = await read_json(request, bodies.FailureReport)
-    await run_in_threadpool(coordinator_of(request).report_failure, site, report)
+    await run_in_threadpool(steering.report_failure, coordinator_of(request), site, report)
     return Response(status_code=204)
 
 
@@ -180,7 +235,7 @@ async def get_result(request: Request) -> Response:
             outcome = await run_in_threadpool(coordinator.result, key, site)
     if isinstance(outcome, Result):
         return ResultResponse(outcome)
-    return json_response(bodies.Waiting(waiting_for=outcome), 202)
+    return json_response(outcome, 202)
 
 
 def wanted_wait(request: Request) -> float:
@@ -204,7 +259,7 @@ class ResultResponse(FileResponse):
 
 # ------------------------------------------------------------------------------------------------------------- app
 class TrafficMeter:
-    """Count the bytes of every request and its answer for the site that sent it."""
+    """Count the bytes of every request and its answer for the member that sent it."""
 
     def __init__(self, app: ASGIApp, coordinator: Coordinator) -> None:
         self.app = app
@@ -227,9 +282,9 @@ class TrafficMeter:
         try:
             await self.app(scope, counting_receive, counting_send)
         finally:
-            if "site" in scope:
+            if "member" in scope:
                 key = scope.get("path_params", {}).get("key", "")
-                self.coordinator.members.count(scope["site"], key, Traffic(received, sent, self.coordinator.clock()))
+                self.coordinator.members.count(scope["member"], key, Traffic(received, sent, self.coordinator.clock()))
 
 
 def build_app(coordinator: Coordinator) -> Starlette:
@@ -249,8 +304,12 @@ def build_app(coordinator: Coordinator) -> Starlette:
     app = Starlette(lifespan=lifespan, exception_handlers=handlers, routes=[
         Route("/v1/join", post_join, methods=["POST"]),
         Route("/v1/settings", get_settings),
+        Route("/v1/settings", patch_settings, methods=["PATCH"]),
+        Route("/v1/members", post_member, methods=["POST"]),
+        Route("/v1/members/{name}", delete_member, methods=["DELETE"]),
         Route("/v1/status", get_status),
         Route("/v1/runs/{run}", get_run),
+        Route("/v1/runs/{run}/actions", post_action, methods=["POST"]),
         Route("/v1/failures", post_failure, methods=["POST"]),
         Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
         Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),

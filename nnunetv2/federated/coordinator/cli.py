@@ -19,7 +19,7 @@ from nnunetv2.federated.site import Invitation, check_site_name, check_url, enco
 
 if TYPE_CHECKING:
     from nnunetv2.federated.bodies import FederationSettings
-    from nnunetv2.federated.store import Store
+    from nnunetv2.federated.store import InvitationRecord, Store
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8750
@@ -38,6 +38,8 @@ SETTINGS_OF_OPTIONS = {
     "weighting": "weighting",
     "quorum": "quorum",
     "deadline": "deadline_s",
+    "late_updates": "late_updates",
+    "validate_every": "validate_every",
 }
 
 
@@ -72,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
                       help="sites that suffice to close a round at its deadline (default: all)")
     what.add_argument("--deadline", type=float, metavar="S",
                       help="seconds after its first update at which a round closes with its quorum (default: none)")
+    what.add_argument("--late-updates", choices=("drop", "carry"), help="an update that comes after its round was "
+                      "closed is dropped, or counts in the round that is open then (default: drop)")
+    what.add_argument("--validate-every", type=int, metavar="N", help="every how many rounds the sites validate the "
+                      "aggregate, so that the best one can be kept; 0: never (default: 1)")
     return parser
 
 
@@ -182,13 +188,13 @@ def say(line: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
 
-def print_invitations(invitations: dict[str, str], settings: FederationSettings, url: str) -> None:
-    """Print what every site that has not joined has to type."""
+def print_invitations(invitations: Sequence[InvitationRecord], settings: FederationSettings, url: str) -> None:
+    """Print what every member that has not joined has to type."""
     if invitations:
-        print("Send each site its own line; a line is good for one site, once:")
-    for site, secret in sorted(invitations.items()):
-        invitation = encode_invitation(Invitation(url, settings.federation, site, secret))
-        print(f"  {site}:  nnUNetv2_fed_join {invitation}")
+        print("Send each site its own line; a line is good for one site, once, until it expires:")
+    for record in invitations:
+        invitation = encode_invitation(Invitation(url, settings.federation, record.member, record.secret))
+        print(f"  {record.member}:  nnUNetv2_fed_join {invitation}")
     sys.stdout.flush()
 
 
@@ -207,7 +213,7 @@ def serve(store: Store, settings: FederationSettings, listener: socket.socket, u
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print_invitations(coordinator.members.open_invitations(), settings, url)
+            print_invitations(coordinator.members.open_invitations(time.time()), settings, url)
             say(f"{settings.federation} with {', '.join(settings.sites)} is served at {url}; folder {store.folder}")
             write_state_file(store.folder, url)
 

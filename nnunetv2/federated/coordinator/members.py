@@ -1,4 +1,12 @@
-"""Know the sites of a federation: who has joined, whose token it is, what each has sent and when it was last seen."""
+"""Know the members of a federation: who may join, who has joined in which role, whose token it is, what each has sent.
+
+    invited --joins with the secret of an invitation, and a token of its own--> active --is revoked--> revoked
+       ^                                                                          |                       |
+       +------------------------------ is invited again --------------------------+-----------------------+
+
+An invitation is good for one member, once, until it expires. A member that is invited again keeps its old token until
+it joins with the new invitation; then only the new token counts.
+"""
 from __future__ import annotations
 
 import hashlib
@@ -6,13 +14,25 @@ import hmac
 import secrets
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from nnunetv2.federated import bodies
+from nnunetv2.federated.audit import Event
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.store import SiteRecord, Store, Traffic
+from nnunetv2.federated.store import InvitationRecord, MemberRecord, Role, Store, Traffic
 
 SHOWN_TRAFFIC = 1000
 """Entries of the status; the latest ones."""
+INVITATION_LIFETIME_S = 14 * 86_400.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """Who sends a request."""
+
+    name: str
+    role: Role
 
 
 def hash_secret(secret: str) -> str:
@@ -20,64 +40,142 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def create_federation(store: Store, settings: bodies.FederationSettings, *, now: float) -> None:
+def new_invitation(member: str, *, now: float, lifetime_s: float) -> InvitationRecord:
+    """Make an invitation with a fresh secret."""
+    secret = secrets.token_urlsafe(32)
+    return InvitationRecord(hash_secret(secret), member, secret, now + lifetime_s)
+
+
+def create_federation(store: Store, settings: bodies.FederationSettings, *, now: float,
+                      lifetime_s: float = INVITATION_LIFETIME_S) -> None:
     """Write a new federation, with one invitation per site."""
-    invitations = {site: secrets.token_urlsafe(32) for site in settings.sites}
-    records = [SiteRecord(site, secret, hash_secret(secret), None) for site, secret in invitations.items()]
-    store.create(settings, records, now)
+    store.create(settings, [MemberRecord(site, "site", "invited", None, now) for site in settings.sites],
+                 [new_invitation(site, now=now, lifetime_s=lifetime_s) for site in settings.sites], now)
 
 
 class Members:
-    """The sites of one federation. Safe for use by several threads."""
+    """The members of one federation. Safe for use by several threads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._sites = store.load_sites()
+        self._members = store.load_members()
+        self._invitations = store.load_invitations()
         self._traffic = defaultdict(Traffic, store.load_traffic())
         self._unsaved_traffic: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
-    def join(self, invitation: str, token: str, *, now: float) -> tuple[str, bool]:
-        """Let a site join with the secret of its invitation. Repeating it with the same token changes nothing.
+    # ------------------------------------------------------------------------------------------------- enrolment
+    def invite(self, name: str, role: Role, settings: bodies.FederationSettings, *, now: float, by: str,
+               lifetime_s: float = INVITATION_LIFETIME_S) -> tuple[str, bodies.FederationSettings]:
+        """Invite somebody new, or somebody again whose credential is lost or was revoked.
 
         Returns:
-            The site's name, and whether it is new.
+            The secret of the invitation, and the settings, whose sites it may have joined.
 
         Raises:
-            RefusedError: The invitation is not known, or was used with another token.
+            RefusedError: The name is taken by another role, or by a member that differs in upper and lower case only.
         """
-        site, token_hash = token.partition(".")[0], hash_secret(token)
         with self._lock:
-            record = self._sites.get(site)
-            if record is None or not hmac.compare_digest(record.invitation_hash, hash_secret(invitation)):
+            present = self._members.get(name)
+            twins = [other for other in self._members if other.lower() == name.lower() and other != name]
+            if twins or (present is not None and present.role != role):
+                taken_by = self._members[(twins or [name])[0]]
+                raise RefusedError(f"the name {name} is taken: there is {_describe(taken_by)}", "Choose another name.",
+                                   code="name_taken")
+            if present is None or present.state == "revoked":
+                present = MemberRecord(name, role, "invited", None, now)
+            invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
+            if role == "site" and name not in settings.sites:
+                settings = settings.model_copy(update={"sites": tuple(sorted((*settings.sites, name)))})
+            self._save([present], [*self._withdrawn(name), invitation], settings=settings,
+                       event=Event(now, "invitation", by, None, {"member": name, "role": role,
+                                                                 "expires": invitation.expires}))
+            return invitation.secret, settings
+
+    def revoke(self, name: str, settings: bodies.FederationSettings, *, now: float,
+               by: str) -> bodies.FederationSettings:
+        """Take a member's credential and invitations away, at once.
+
+        Returns:
+            The settings; a site that was revoked is not among the sites any more.
+
+        Raises:
+            RefusedError: There is no such member.
+        """
+        with self._lock:
+            if name not in self._members:
+                raise RefusedError(f"there is no member {name[:80]!r}", code="unknown_member")
+            settings = settings.model_copy(update={"sites": tuple(site for site in settings.sites if site != name)})
+            self._save([replace(self._members[name], state="revoked", token_hash=None, since=now)],
+                       self._withdrawn(name), settings=settings,
+                       event=Event(now, "revocation", by, None, {"member": name}))
+            return settings
+
+    def join(self, invitation: str, token: str, *, now: float) -> tuple[Member, bool]:
+        """Let a member join with the secret of its invitation. Repeating it with the same token changes nothing.
+
+        Returns:
+            Who it is, and whether it is new.
+
+        Raises:
+            RefusedError: The invitation is not known, has expired, or was used with another token.
+        """
+        name, token_hash = token.partition(".")[0], hash_secret(token)
+        with self._lock:
+            # Looked up by hash: how long that takes tells nothing about the secret.
+            record = self._invitations.get(hash_secret(invitation))
+            member = self._members.get(name)
+            if record is None or member is None or record.member != name:
                 raise RefusedError("this invitation is not known here", "Ask the coordinating site for a new one.",
                                    code="invitation_unknown")
-            if record.token_hash is None:
-                self._store.save_token(site, token_hash, now)
-                self._sites[site] = SiteRecord(site, None, record.invitation_hash, token_hash)
-                return site, True
-            if not hmac.compare_digest(record.token_hash, token_hash):
-                raise RefusedError(f"the invitation of site {site} has been used already",
+            if record.token_hash is not None:
+                if record.token_hash == token_hash and member.token_hash == token_hash:
+                    return Member(name, member.role), False
+                raise RefusedError(f"the invitation of {member.role} {name} has been used already",
                                    "If that was not you, tell the coordinating site at once.", code="invitation_used")
-            return site, False
+            if record.secret is None or now >= record.expires:
+                raise RefusedError(f"the invitation of {member.role} {name} has expired or was withdrawn",
+                                   "Ask the coordinating site for a new one.", code="invitation_expired")
+            self._save([replace(member, state="active", token_hash=token_hash, since=now)],
+                       [replace(record, secret=None, token_hash=token_hash)],
+                       event=Event(now, "join", name, None, {"role": member.role}))
+            return Member(name, member.role), True
 
-    def authenticate(self, token: str) -> str:
-        """Return the site that a bearer token belongs to.
+    def authenticate(self, token: str) -> Member:
+        """Return the member that a bearer token belongs to.
 
         Raises:
-            RefusedError: It belongs to none; the code is `unauthorized`.
+            RefusedError: It belongs to none; the code is `unauthorized`, or `revoked` for a member's old token.
         """
-        site = token.partition(".")[0]
-        record = self._sites.get(site)
+        record = self._members.get(token.partition(".")[0])
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
         if not hmac.compare_digest(expected, hash_secret(token)):
-            raise RefusedError("the coordinator does not know this site's credential",
-                               "Join with a new invitation: nnUNetv2_fed_join INVITE.", code="unauthorized")
-        return site
+            raise RefusedError("the coordinator does not know this credential, or it was revoked",
+                               "Ask the coordinating site for a new invitation, and join with it: "
+                               "nnUNetv2_fed_join INVITE.", code="unauthorized")
+        return Member(record.name, record.role)
 
-    def open_invitations(self) -> dict[str, str]:
-        """Return the secrets of the invitations that nobody has used: site -> secret."""
-        return {site.name: site.invitation for site in self._sites.values() if site.invitation is not None}
+    def open_invitations(self, now: float) -> list[InvitationRecord]:
+        """Return the invitations that may still be sent out, by member."""
+        return sorted((one for one in self._invitations.values() if one.secret is not None and now < one.expires),
+                      key=lambda one: one.member)
+
+    def role_of(self, name: str) -> Role | None:
+        """Return the role of a member that is not revoked, or None."""
+        record = self._members.get(name)
+        return None if record is None or record.state == "revoked" else record.role
+
+    def _withdrawn(self, name: str) -> list[InvitationRecord]:
+        return [replace(one, secret=None) for one in self._invitations.values()
+                if one.member == name and one.secret is not None]
+
+    def _save(self, members: Iterable[MemberRecord], invitations: Iterable[InvitationRecord], *, event: Event,
+              settings: bodies.FederationSettings | None = None) -> None:
+        """Write first, then remember: what the disk refuses has not happened."""
+        members, invitations = list(members), list(invitations)
+        self._store.save_members(members, invitations, event=event, settings=settings)
+        self._members.update((record.name, record) for record in members)
+        self._invitations.update((record.hash, record) for record in invitations)
 
     # --------------------------------------------------------------------------------------------------- traffic
     def count(self, site: str, key: str, traffic: Traffic) -> None:
@@ -94,15 +192,16 @@ class Members:
         self._store.save_traffic(counters)
 
     def status(self) -> tuple[bodies.SiteStatus, ...]:
-        """Say who has joined, and what each site has sent and been sent."""
+        """Say which sites there are, and what each has sent and been sent."""
         with self._lock:
             totals = defaultdict(Traffic)
             for (site, _), count in self._traffic.items():
                 totals[site] += count
-        return tuple(bodies.SiteStatus(
-            site=record.name, joined=record.token_hash is not None, last_seen=totals[record.name].last_seen or None,
-            bytes_received=totals[record.name].received, bytes_sent=totals[record.name].sent)
-            for record in self._sites.values())
+            return tuple(bodies.SiteStatus(
+                site=record.name, joined=record.state == "active", state=record.state,
+                last_seen=totals[record.name].last_seen or None,
+                bytes_received=totals[record.name].received, bytes_sent=totals[record.name].sent)
+                for record in self._members.values() if record.role == "site")
 
     def traffic_status(self) -> tuple[bodies.TrafficStatus, ...]:
         """Say what each site has sent and been sent for the gatherings that were busy last."""
@@ -111,3 +210,7 @@ class Members:
         latest = sorted(counters, key=lambda entry: entry[:3])[-SHOWN_TRAFFIC:]
         return tuple(bodies.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
                      for _, site, key, count in latest)
+
+
+def _describe(record: MemberRecord) -> str:
+    return f"{'an' if record.role[0] == 'o' else 'a'} {record.role} of that name ({record.name}, {record.state})"

@@ -1,7 +1,8 @@
-"""Own the state of a federation: take contributions, close gatherings, hand out results. Knows nothing of HTTP.
+"""Own the state of a federation: take contributions, hand out results, let members in and out. Knows nothing of HTTP.
 
 Requests come in on many threads. Each gathering has a lock; whoever changes a gathering holds it, and what is read is
-immutable. One more thread, the closer, computes the results, one gathering at a time, so that memory stays small.
+immutable. One more thread, the closer (`closer.py`), computes the results, one gathering at a time, so that memory
+stays small. What operators and sites say about a run is in `steering.py`.
 """
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
-from nnunetv2.federated.coordinator.members import Members
+from nnunetv2.federated.audit import Event
+from nnunetv2.federated.book import RoundBook
+from nnunetv2.federated.coordinator.closer import Closer
+from nnunetv2.federated.coordinator.members import INVITATION_LIFETIME_S, Member, Members
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.messages import initial_key, registration_key, round_key
-from nnunetv2.federated.model_keeping import keep_model
+from nnunetv2.federated.messages import registration_key, round_key
 from nnunetv2.federated.rounds import (
     FINAL_KINDS,
     Closed,
@@ -26,22 +29,16 @@ from nnunetv2.federated.rounds import (
     Gathering,
     GatheringKey,
     Refused,
-    RoundBook,
     Verdict,
-    closed,
     judge,
-    may_close,
     parse_key,
-    refused,
     with_contribution,
 )
-from nnunetv2.federated.store import Event, Store
+from nnunetv2.federated.store import Role, Store
 from nnunetv2.federated.wire import open_document, write_subset
 
 logger = logging.getLogger(__name__)
 
-RETRY_CLOSING_S = 15.0
-"""Pause after a closing that failed for a reason of the machine, such as a full disk."""
 SHOWN_FAILURES = 100
 
 
@@ -70,50 +67,78 @@ class Coordinator:
         if settings is None:
             raise FederationError(f"{store.folder} holds no federation yet")
         self.store = store
-        self.settings = settings
         self.members = Members(store)
         self.announce = announce
         self.clock = clock
-        self.book = RoundBook(settings, store.load_gatherings(settings))
+        self.book = RoundBook(settings, store.load_gatherings(settings), store.load_controls())
         self.book.restarted(clock())
-        self.archive = closing.Archive(store.contribution_path, store.result_path, self.book.get)
+        self.archive = closing.Archive(store.contribution_path, store.result_path, self.book.get, self.book.admitted,
+                                       store.load_last_validation)
         self.on_change: Callable[[str], None] = lambda key: None
         """Called with a key whenever its gathering has changed, on any thread."""
-        self._gathering_locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._trouble: dict[str, tuple[float, str]] = {}
-        self._closer = threading.Thread(target=self._close_what_is_ready, name="closer", daemon=True)
+        self.locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+        """One per gathering or run, for whoever changes it."""
+        self.closer = Closer(self)
+
+    @property
+    def settings(self) -> bodies.FederationSettings:
+        """What holds for all sites at the moment."""
+        return self.book.settings
 
     # ------------------------------------------------------------------------------------------- start and stop
     def start(self) -> None:
         """Finish what a crash may have left undone, and begin to close gatherings."""
-        for run in self.book.runs():
-            self._tidy_up(run, num_rounds=None)
-        self._closer.start()
+        self.closer.start()
 
     def stop(self) -> None:
         """Finish the closing that is being computed, if any, and write the counters."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
-        if self._closer.is_alive():
-            self._closer.join()
+        self.closer.stop()
         self.members.save_traffic()
 
-    # ---------------------------------------------------------------------------------------------------- sites
+    # -------------------------------------------------------------------------------------------------- members
     def join(self, request: bodies.JoinRequest) -> bodies.JoinAnswer:
-        """Let a site join; see `Members.join`."""
-        site, is_new = self.members.join(request.invitation, request.token, now=self.clock())
+        """Let a member join; see `Members.join`."""
+        member, is_new = self.members.join(request.invitation, request.token, now=self.clock())
         if is_new:
-            self.announce(f"site {site} has joined")
-        return bodies.JoinAnswer(federation=self.settings.federation, site=site, settings=self.settings)
+            self.announce(f"{member.role} {member.name} has joined")
+        return bodies.JoinAnswer(federation=self.settings.federation, site=member.name, role=member.role,
+                                 settings=self.settings)
 
-    def report_failure(self, site: str, report: bodies.FailureReport) -> None:
-        """Remember that a site cannot go on."""
-        self.store.add_event(Event(self.clock(), "failure", site, None, report.model_dump(mode="json")))
-        where = f"run {report.run}" + (f", round {report.round}" if report.round is not None else "")
-        self.announce(f"site {site} reports a failure in {where}: {report.reason}")
+    def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
+        """Invite a member and return the secret of its invitation; see `Members.invite`."""
+        with self.locks["settings"]:
+            secret, settings = self.members.invite(name, role, self.settings, now=self.clock(), by=by,
+                                                   lifetime_s=lifetime_s)
+            self._take_over(settings)
+        self.announce(f"{by} invites {role} {name}")
+        return secret
+
+    def revoke(self, name: str, *, by: str) -> None:
+        """Take a member's credential away. Open gatherings neither wait for a revoked site nor count it."""
+        with self.locks["settings"]:
+            self._take_over(self.members.revoke(name, self.settings, now=self.clock(), by=by))
+        self.announce(f"{by} has revoked the credential of {name}")
+
+    def change_settings(self, change: bodies.SettingsChange, *, by: str) -> bodies.FederationSettings:
+        """Change what may be changed while a federation is at work; it holds from the next closing on."""
+        with self.locks["settings"]:
+            values = {**self.settings.model_dump(), **change.model_dump(exclude_unset=True)}
+            settings = bodies.FederationSettings.model_validate(values)
+            self.store.save_settings(settings, Event(self.clock(), "settings", by, None,
+                                                     change.model_dump(mode="json", exclude_unset=True)))
+            self._take_over(settings)
+        return settings
+
+    def _take_over(self, settings: bodies.FederationSettings) -> None:
+        self.book.settings = settings
+        self.wake_everybody()
+
+    def wake_everybody(self) -> None:
+        """Let the closer and all that wait look again: who is expected has changed."""
+        self.closer.wake()
+        for gathering in self.book:
+            if not gathering.is_closed:
+                self.on_change(str(gathering.key))
 
     # --------------------------------------------------------------------------------------------- contributing
     def offer(self, key: str, site: str, digest: str, size: int) -> bodies.Receipt | None:
@@ -122,10 +147,10 @@ class Coordinator:
         Raises:
             RefusedError: It would not be accepted.
         """
-        gathering = self._begin(parse_key(key))
+        gathering = self._begin(self._place_of(parse_key(key), site, digest))
         verdict = judge(gathering, site, digest)
         if verdict is not Verdict.STORE:
-            return _receipt(gathering, site, digest, verdict)
+            return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.size_limit(gathering.key, site, self.archive)
         if size > limit:
             raise RefusedError(f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are "
@@ -142,16 +167,17 @@ class Coordinator:
             WireError: It is not what its gathering is about.
             RefusedError: It comes too early, too late or from the wrong site.
         """
-        parsed = parse_key(key)
+        sent_to = parse_key(key)
         try:
-            self._begin(parsed)
+            self._begin(sent_to)
             with open_document(incoming) as document:
-                closing.check_contribution(parsed, site, document, self.archive)
+                closing.check_contribution(sent_to, site, document, self.archive)
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
-        with self._gathering_locks[key]:
-            gathering = self._begin(parsed)
+        place = self._place_of(sent_to, site, digest)
+        with self.locks[str(place)]:
+            gathering = self._begin(place)
             verdict = judge(gathering, site, digest)
             if verdict is Verdict.STORE:
                 gathering = with_contribution(gathering, site, Contribution(digest, size, self.clock()))
@@ -159,10 +185,11 @@ class Coordinator:
                 self.book.put(gathering)
         if verdict is Verdict.STORE:
             if gathering.waiting_for:  # else the closing, which comes at once, is what the others want to hear of
-                self.on_change(key)
-            with self._wake:
-                self._wake.notify_all()
-        return _receipt(gathering, site, digest, verdict)
+                self.on_change(str(place))
+            self.closer.wake()
+        elif verdict is Verdict.KEEP_FIRST and gathering.is_closed and site in gathering.outcome.missing:
+            self._log_late(gathering, site)
+        return _receipt(gathering, site, digest, verdict, sent_to=key)
 
     def _begin(self, key: GatheringKey) -> Gathering:
         """Return a gathering; one that has not begun is not remembered before its first contribution."""
@@ -171,31 +198,59 @@ class Coordinator:
             required = set(self.archive.agreement(key.run).match.initial_owner.values())
         return self.book.begin(key, required=required)
 
+    def _place_of(self, key: GatheringKey, site: str, digest: str) -> GatheringKey:
+        """Return where a contribution counts: a late update may be carried into the round that is open now.
+
+        A document that was carried before, and whose receipt was lost, stays where it is.
+        """
+        gathering = self.book.get(key)
+        is_late = key.kind == "round" and gathering is not None and gathering.is_closed
+        if not is_late or self.settings.late_updates != "carry" or site in gathering.outcome.contributors:
+            return key
+        open_round = self.book.run_state(key.run).open_round
+        last = open_round if open_round is not None else self.book.latest_round(key.run).key.number
+        for number in range(key.number + 1, last + 1):
+            later = self.book.get(round_key(key.run, number))
+            held = later.contributions.get(site) if later is not None else None
+            if held is not None and held.digest == digest:
+                return later.key
+        return key if open_round is None else parse_key(round_key(key.run, open_round))
+
     def _log_refusal(self, key: str, site: str, error: FederationError) -> None:
         self.store.add_event(Event(self.clock(), "refusal", site, key, {"message": str(error)[:1000]}))
         self.announce(f"{key}: the contribution of site {site} is not accepted: {error}")
 
+    def _log_late(self, gathering: Gathering, site: str) -> None:
+        delay = self.clock() - gathering.outcome.time
+        self.store.add_event(Event(self.clock(), "late", site, str(gathering.key), {"seconds": delay}))
+        self.announce(f"{gathering.key}: the contribution of site {site} is {delay:.1f} s late and does not count")
+
     # --------------------------------------------------------------------------------------------------- results
-    def result(self, key: str, site: str) -> Result | tuple[str, ...]:
+    def result(self, key: str, site: str) -> Result | bodies.Waiting:
         """Return the result of a gathering for a site, or, while it is open, the sites that it waits for.
 
         Raises:
-            RefusedError: The contributions do not go together, or the gathering cannot begin yet.
+            RefusedError: The contributions do not go together, the gathering cannot begin yet, or its run was stopped.
         """
         gathering = self._begin(parse_key(key))
-        if site not in gathering.expected:
+        if site not in gathering.expected and site not in self.book.members(gathering.key.run or ""):
             raise RefusedError(f"site {site} does not take part in {key}", code="not_expected")
         if isinstance(gathering.outcome, Refused):
             raise gathering.outcome.as_error()
-        if not isinstance(gathering.outcome, Closed):
-            self._raise_trouble(key)
-            return gathering.waiting_for
-        return self._result_of_closed(gathering, site)
+        if isinstance(gathering.outcome, Closed):
+            return self._result_of_closed(gathering, site)
+        if gathering.key.kind in ("round", "initial") and self.book.control(gathering.key.run).state == "stopped":
+            return self._result_of_stopped(gathering, site)
+        self.closer.raise_trouble(key)
+        return bodies.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held)
 
-    def _raise_trouble(self, key: str) -> None:
-        """Let sites know why a complete gathering does not close. They try again: the error is not theirs."""
-        if key in self._trouble:
-            raise OSError(f"{key} cannot be closed at the moment: {self._trouble[key][1]}")
+    def _result_of_stopped(self, gathering: Gathering, site: str) -> Result:
+        """Return the last aggregate of a run that the operator has stopped."""
+        latest = self.book.latest_round(gathering.key.run)
+        if latest is None:
+            raise RefusedError(f"the operator has stopped run {gathering.key.run} before its first round was closed",
+                               "Ask the coordinating site.", code="run_stopped")
+        return self._result_of_closed(latest, site)
 
     def _result_of_closed(self, gathering: Gathering, site: str) -> Result:
         """Return the result of a closed gathering, or of the run's last round for a site that missed this one."""
@@ -212,100 +267,13 @@ class Coordinator:
         """Return the part of a result with these tensors, written when it is first asked for."""
         subset = hashlib.sha256("\n".join(names).encode()).hexdigest()
         path = self.store.result_path(key, subset)
-        with self._gathering_locks[str(key)]:
+        with self.locks[str(key)]:
             digest = self.store.load_result_digest(key, subset)
             if digest is None:
                 with open_document(self.store.result_path(key)) as whole:
                     digest = write_subset(whole, path, names)
                 self.store.save_subset(key, subset, digest)
         return Result(str(key), path, digest)
-
-    # --------------------------------------------------------------------------------------------------- closing
-    def _close_what_is_ready(self) -> None:
-        """Run the closer: sleep until a gathering is complete or due, close it, and so on until `stop`."""
-        while True:
-            with self._wake:
-                ready = self._ready()
-                while not ready and not self._stopping:
-                    self._wake.wait(self._seconds_until_next())
-                    ready = self._ready()
-                if self._stopping:
-                    return
-            for gathering in ready:
-                self._close(gathering.key)
-
-    def _ready(self) -> list[Gathering]:
-        now = self.clock()
-        return [gathering for gathering in self.book.ready(now)
-                if self._trouble.get(str(gathering.key), (0.0, ""))[0] <= now]
-
-    def _seconds_until_next(self) -> float | None:
-        moments = [retry for retry, _ in self._trouble.values()]
-        due = self.book.next_due()
-        if due is not None and due > self.clock():
-            moments.append(due)
-        return max(0.0, min(moments) - self.clock()) if moments else None
-
-    def _close(self, key: GatheringKey) -> None:
-        """Close one gathering. Trouble of this machine is shown and tried again; nobody else's gathering suffers."""
-        begin = time.perf_counter()
-        try:
-            with self._gathering_locks[str(key)]:
-                gathering = self.book.get(key)
-                if gathering is None or not may_close(gathering, self.clock()):
-                    return
-                self._trouble.pop(str(key), None)
-                gathering = self._compute_outcome(gathering)
-                self.book.put(gathering)
-            self.announce(_describe_outcome(gathering, time.perf_counter() - begin))
-            if key.run is not None and gathering.is_closed:
-                self._tidy_up(key.run)
-            self.members.save_traffic()
-        except Exception as error:  # whatever it is, the other gatherings go on
-            logger.exception("closing %s", key)
-            self._trouble[str(key)] = (self.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
-            self.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
-        self.on_change(str(key))
-
-    def _compute_outcome(self, gathering: Gathering) -> Gathering:
-        """Compute the result of a gathering and write it, or write down why there is none."""
-        self.store.result_folder(gathering.key)
-        try:
-            done = closed(gathering, self.clock())
-            digest = closing.close(done, self.settings, self.archive)
-        except FederationError as error:
-            refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")
-            failed = refused(gathering, refusal, self.clock())
-            self.store.save_refusal(failed)
-            return failed
-        self.store.save_closing(done, digest)
-        return done
-
-    def _tidy_up(self, run: str, *, num_rounds: int | None = 3) -> None:
-        """Write the model of a run that is complete, and delete the documents that nobody will ask for again.
-
-        Args:
-            num_rounds: How many of the last rounds to look at. None: all.
-        """
-        gathering = self.book.latest_round(run)
-        if gathering is None:
-            return
-        if self.book.run_state(run).closed:
-            self._keep_model(run)
-        self.store.delete_contributions(initial_key(run))
-        latest = gathering.key.number
-        for number in range(0 if num_rounds is None else max(0, latest - num_rounds), latest):
-            self.store.delete_contributions(round_key(run, number))
-            if number < latest - 1:
-                self.store.delete_results(round_key(run, number))
-
-    def _keep_model(self, run: str) -> None:
-        """Write the model folder of a complete run, once."""
-        if any(event.key == run for event in self.store.load_events("model")):
-            return
-        text = keep_model(run, self.store.folder / "models", self.settings, self.archive)
-        self.store.add_event(Event(self.clock(), "model", None, run, {"outcome": text}))
-        self.announce(f"run {run} is complete: {text}")
 
     # ---------------------------------------------------------------------------------------------------- status
     def run_state(self, run: str) -> bodies.RunState:
@@ -330,19 +298,16 @@ class Coordinator:
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
-def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict) -> bodies.Receipt:
+def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> bodies.Receipt:
     held = gathering.contributions.get(site)
     already = verdict is Verdict.KEEP_FIRST or (gathering.is_closed and gathering.key.kind in FINAL_KINDS)
-    return bodies.Receipt(digest=held.digest if held else digest, already=already, waiting_for=gathering.waiting_for)
+    return bodies.Receipt(digest=held.digest if held else digest, already=already, waiting_for=gathering.waiting_for,
+                          key="" if str(gathering.key) == sent_to else str(gathering.key))
 
 
-def _describe_outcome(gathering: Gathering, seconds: float) -> str:
-    key, outcome = gathering.key, gathering.outcome
-    name = f"run {key.run}, round {key.number}" if key.kind == "round" else str(key)
-    if isinstance(outcome, Refused):
-        return f"{name} is refused: {outcome.message} {outcome.remedy}".rstrip()
-    assert isinstance(outcome, Closed)
-    missing = f", missing {', '.join(outcome.missing)}" if outcome.missing else ""
-    waited = outcome.time - gathering.opened
-    return (f"{name} is closed: {', '.join(outcome.contributors)}{missing}; "
-            f"{waited:.1f} s from the first contribution, {seconds:.2f} s to compute")
+def require_role(member: Member, *roles: Role) -> str:
+    """Return the name of a member, or raise RefusedError if its role does not allow what it asks."""
+    if member.role not in roles:
+        raise RefusedError(f"{member.name} is {'an' if member.role[0] == 'o' else 'a'} {member.role}: this is for "
+                           f"{' and '.join(f'{role}s' for role in roles)}", code="forbidden")
+    return member.name

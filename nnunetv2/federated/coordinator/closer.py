@@ -1,0 +1,171 @@
+"""Close gatherings, one at a time, on a thread of their own: when they are complete, when they are due, after a crash.
+
+Trouble of this machine (a full disk, say) is shown to the sites that wait, and tried again; nobody else's gathering
+suffers from it.
+"""
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from nnunetv2.federated import closing
+from nnunetv2.federated.audit import Event
+from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.messages import initial_key, round_key
+from nnunetv2.federated.model_keeping import keep_models
+from nnunetv2.federated.rounds import Closed, Gathering, GatheringKey, Refused, closed, may_close, refused
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.coordinator.service import Coordinator
+
+logger = logging.getLogger(__name__)
+
+RETRY_CLOSING_S = 15.0
+"""Pause after a closing that failed for a reason of the machine, such as a full disk."""
+
+
+class Closer:
+    """The thread that closes the gatherings of a coordinator."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._trouble: dict[str, tuple[float, str]] = {}
+        self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
+
+    def start(self) -> None:
+        """Finish what a crash may have left undone, and begin to close gatherings."""
+        for run in self._coordinator.book.runs():
+            self.tidy_up(run, num_rounds=None)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the closing that is being computed, if any."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Look again: something may have become ready."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def raise_trouble(self, key: str) -> None:
+        """Let sites know why a complete gathering does not close. They try again: the error is not theirs."""
+        if key in self._trouble:
+            raise OSError(f"{key} cannot be closed at the moment: {self._trouble[key][1]}")
+
+    # ------------------------------------------------------------------------------------------------------- the thread
+    def _run(self) -> None:
+        """Sleep until a gathering is complete or due, close it, and so on until `stop`."""
+        while True:
+            with self._wake:
+                ready = self._ready()
+                while not ready and not self._stopping:
+                    self._wake.wait(self._seconds_until_next())
+                    ready = self._ready()
+                if self._stopping:
+                    return
+            for gathering in ready:
+                self._close(gathering.key)
+
+    def _ready(self) -> list[Gathering]:
+        now = self._coordinator.clock()
+        return [gathering for gathering in self._coordinator.book.ready(now)
+                if self._trouble.get(str(gathering.key), (0.0, ""))[0] <= now]
+
+    def _seconds_until_next(self) -> float | None:
+        now = self._coordinator.clock()
+        moments = [retry for retry, _ in self._trouble.values()]
+        due = self._coordinator.book.next_due()
+        if due is not None and due > now:
+            moments.append(due)
+        return max(0.0, min(moments) - now) if moments else None
+
+    def _close(self, key: GatheringKey) -> None:
+        coordinator = self._coordinator
+        begin = time.perf_counter()
+        try:
+            with coordinator.locks[str(key)]:
+                gathering = coordinator.book.get(key)
+                if gathering is None or not may_close(gathering, coordinator.clock()):
+                    return
+                self._trouble.pop(str(key), None)
+                gathering = self._compute_outcome(gathering)
+                coordinator.book.put(gathering)
+            coordinator.announce(_describe_outcome(gathering, time.perf_counter() - begin))
+            if gathering.is_closed and key.kind in ("round", "validation"):
+                self.tidy_up(key.run)
+            coordinator.members.save_traffic()
+        except Exception as error:  # whatever it is, the other gatherings go on
+            logger.exception("closing %s", key)
+            self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
+            coordinator.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
+        coordinator.on_change(str(key))
+
+    def _compute_outcome(self, gathering: Gathering) -> Gathering:
+        """Compute the result of a gathering and write it, or write down why there is none."""
+        coordinator = self._coordinator
+        coordinator.store.result_folder(gathering.key)
+        try:
+            done = closed(gathering, coordinator.clock())
+            computed = closing.close(done, coordinator.settings, coordinator.archive)
+        except FederationError as error:
+            refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")
+            failed = refused(gathering, refusal, coordinator.clock())
+            coordinator.store.save_refusal(failed)
+            return failed
+        coordinator.store.save_closing(done, computed.digest, record=computed.record)
+        return done
+
+    # ---------------------------------------------------------------------------------------------------- afterwards
+    def tidy_up(self, run: str, *, num_rounds: int | None = 3) -> None:
+        """Write the models of a run that is over, and delete the documents that nobody will ask for again.
+
+        Args:
+            num_rounds: How many of the last rounds to look at. None: all.
+        """
+        coordinator, store = self._coordinator, self._coordinator.store
+        gathering = coordinator.book.latest_round(run)
+        if gathering is None:
+            return
+        if coordinator.book.run_state(run).closed:
+            self._keep_models(run)
+        store.delete_contributions(initial_key(run))
+        latest, best = gathering.key.number, coordinator.archive.best_round(run)
+        for number in range(0 if num_rounds is None else max(0, latest - num_rounds), latest):
+            store.delete_contributions(round_key(run, number))
+        for number in store.rounds_with_results(run):
+            if number < latest - 1 and number != best:
+                store.delete_results(round_key(run, number))
+
+    def _keep_models(self, run: str) -> None:
+        """Write the model folders of a run that is over, once for what they are made of."""
+        coordinator = self._coordinator
+        latest, best = coordinator.book.latest_round(run).key.number, coordinator.archive.best_round(run)
+        made_of = {"final": latest, "best": best}
+        if any(event.key == run and event.detail.get("rounds") == made_of
+               for event in coordinator.store.load_events("model")):
+            return
+        text = keep_models(run, coordinator.store.folder / "models", final=latest, best=best,
+                           archive=coordinator.archive)
+        coordinator.store.add_event(Event(coordinator.clock(), "model", None, run,
+                                          {"outcome": text, "rounds": made_of}))
+        coordinator.announce(f"run {run} is over: {text}")
+
+
+def _describe_outcome(gathering: Gathering, seconds: float) -> str:
+    key, outcome = gathering.key, gathering.outcome
+    name = f"run {key.run}, {key.kind} {key.number}" if key.number is not None else str(key)
+    if isinstance(outcome, Refused):
+        return f"{name} is refused: {outcome.message} {outcome.remedy}".rstrip()
+    assert isinstance(outcome, Closed)
+    missing = f", missing {', '.join(outcome.missing)}" if outcome.missing else ""
+    waited = outcome.time - gathering.opened
+    return (f"{name} is closed: {', '.join(outcome.contributors)}{missing}; "
+            f"{waited:.1f} s from the first contribution, {seconds:.2f} s to compute")

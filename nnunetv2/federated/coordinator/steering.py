@@ -1,0 +1,105 @@
+"""Let operators steer runs, and sites say what becomes of their own part in one.
+
+    pause    contributions are taken, no round is closed      resume   rounds are closed again
+    stop     the run is over with its last closed round       proceed  close a gathering with what there is
+    reset    forget a run in which no round has been closed
+    leave    rounds do not wait for the site any more         return   they do again
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nnunetv2.federated import bodies
+from nnunetv2.federated.audit import Event
+from nnunetv2.federated.book import RunControl
+from nnunetv2.federated.coordinator.members import Member
+from nnunetv2.federated.coordinator.service import Coordinator, require_role
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.rounds import parse_key
+
+STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
+OF_A_SITE = ("leave", "return")
+
+
+def act(coordinator: Coordinator, run: str, action: bodies.RunAction, member: Member) -> bodies.RunState:
+    """Do what an operator wants of a run, or a site of its part in it, and return the run's state.
+
+    Raises:
+        RefusedError: The member may not, or the run is not in a state for it.
+    """
+    name = require_role(member, "site") if action.action in OF_A_SITE else require_role(member, "operator")
+    if run not in coordinator.book.runs():
+        raise RefusedError(f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.",
+                           code="unknown_run")
+    with coordinator.locks[run]:
+        if action.action == "reset":
+            _reset(coordinator, run, name)
+        elif action.action == "proceed":
+            _proceed(coordinator, run, action.gathering, name)
+        else:
+            _change(coordinator, run, action.action, name)
+    coordinator.announce(f"run {run}: {action.action} by {name}")
+    coordinator.wake_everybody()
+    if action.action == "stop":
+        coordinator.closer.tidy_up(run)
+    return coordinator.run_state(run)
+
+
+def report_failure(coordinator: Coordinator, site: str, report: bodies.FailureReport) -> None:
+    """Remember that a site cannot go on; with a quorum, the round does not wait for it."""
+    event = Event(coordinator.clock(), "failure", site, None, report.model_dump(mode="json"))
+    where = f"run {report.run}" + (f", round {report.round}" if report.round is not None else "")
+    if report.round is None or report.run not in coordinator.book.runs():
+        coordinator.store.add_event(event)
+    else:
+        with coordinator.locks[report.run]:
+            control = coordinator.book.control(report.run)
+            _save(coordinator, report.run, replace(control, failed={**control.failed, site: report.round}), event)
+        coordinator.wake_everybody()
+    coordinator.announce(f"site {site} reports a failure in {where}: {report.reason}")
+
+
+def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:
+    control = coordinator.book.control(run)
+    if action == "leave":
+        control = replace(control, left=control.left | {name})
+    elif action == "return":
+        control = replace(control, left=control.left - {name})
+    else:
+        control = replace(control, state=STATE_OF_ACTION[action])
+    _save(coordinator, run, control, _event(coordinator, run, action, name))
+
+
+def _proceed(coordinator: Coordinator, run: str, gathering: str | None, name: str) -> None:
+    """Close a gathering with the contributions that there are, whoever is missing."""
+    waiting = [one for one in coordinator.book if one.key.run == run and one.outcome is None and one.waiting_for
+               and gathering in (None, str(one.key))]
+    if len(waiting) != 1:
+        names = ", ".join(str(one.key) for one in waiting) or "none"
+        raise RefusedError(f"run {run} has no single gathering to close: {names} wait", "Name one.", code="not_open")
+    key, counted = waiting[0].key, waiting[0].counted
+    enough = 2 if key.kind == "registration" else 1
+    if len(counted) < enough or not waiting[0].required <= set(counted):
+        raise RefusedError(f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs at least {enough} "
+                           f"contribution(s), and those of {', '.join(sorted(waiting[0].required)) or 'anybody'}",
+                           code="too_early")
+    coordinator.store.add_event(_event(coordinator, str(key), "proceed", name))
+    coordinator.book.close_early(parse_key(str(key)))
+
+
+def _reset(coordinator: Coordinator, run: str, name: str) -> None:
+    """Forget a run that has not begun, so that the sites can register anew."""
+    if coordinator.book.latest_round(run) is not None:
+        raise RefusedError(f"run {run} has closed rounds: it can be stopped, not forgotten", code="has_rounds")
+    coordinator.store.forget_run(run, _event(coordinator, run, "reset", name))
+    coordinator.book.forget_run(run)
+    coordinator.archive.forget(run)
+
+
+def _save(coordinator: Coordinator, run: str, control: RunControl, event: Event) -> None:
+    coordinator.store.save_control(run, control, event)
+    coordinator.book.controls[run] = control
+
+
+def _event(coordinator: Coordinator, key: str, action: str, name: str) -> Event:
+    return Event(coordinator.clock(), "control", name, key, {"action": action})

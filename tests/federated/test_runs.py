@@ -1,0 +1,470 @@
+"""Runs that change while they are at work: late joins, leaves, failures, late updates, validation, the operator's hand.
+
+Everything happens through a coordinator without HTTP and without its thread: what is ready is closed on request.
+"""
+from __future__ import annotations
+
+import json
+import sqlite3
+import zipfile
+
+import numpy as np
+import pytest
+from fake_federation import LABELS, RUN, SHAPES, make_plans, make_registration, make_settings, make_weights
+
+from nnunetv2.federated import audit, messages
+from nnunetv2.federated.bodies import FailureReport, RunAction, SettingsChange, Waiting
+from nnunetv2.federated.coordinator import steering
+from nnunetv2.federated.coordinator.members import Member, create_federation
+from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.messages import (
+    admission_key,
+    initial_key,
+    registration_key,
+    round_key,
+    validation_key,
+)
+from nnunetv2.federated.store import Store
+from nnunetv2.federated.wire import TensorSpec, open_document, write_document
+
+OPERATOR = Member("boss", "operator")
+
+
+class Federation:
+    """A coordinator whose clock stands still and whose closer works on request."""
+
+    def __init__(self, folder, **settings) -> None:
+        self.now = 1000.0
+        self.store = Store(folder)
+        if self.store.load_settings() is None:
+            create_federation(self.store, make_settings(**settings), now=self.now)
+        self.lines: list[str] = []
+        self.coordinator = Coordinator(self.store, announce=self.lines.append, clock=lambda: self.now)
+
+    def send(self, key: str, site: str, message, tensors=None):
+        tensors = tensors or {}
+        path = self.store.incoming_path()
+        specs = {name: TensorSpec.of(values) for name, values in tensors.items()}
+        digest = write_document(path, message, specs, tensors.values())
+        receipt = self.coordinator.contribute(key, site, path, digest, path.stat().st_size)
+        self.close()
+        return receipt
+
+    def close(self) -> None:
+        closer = self.coordinator.closer
+        while ready := closer._ready():
+            for gathering in ready:
+                closer._close(gathering.key)
+
+    def start(self, *sites: str) -> None:
+        """Register sites with 1, 2, 3... cases, and let them start from the first one's weights."""
+        for number, site in enumerate(sites):
+            self.send(registration_key(RUN), site, make_registration(number + 1))
+        for site in sites:
+            owned = site == sites[-1]  # the site with most cases
+            self.send(initial_key(RUN), site, messages.Update(), make_weights(0) if owned else {})
+
+    def update(self, number: int, site: str, seed: int):
+        return self.send(round_key(RUN, number), site, messages.Update(), make_weights(seed))
+
+    def aggregate(self, number: int, site: str = "A"):
+        result = self.coordinator.result(round_key(RUN, number), site)
+        with open_document(result.path) as document:
+            return document.message, {name: document.read(name) for name in document.specs}
+
+    def act(self, action: str, member: Member = OPERATOR, **others):
+        steering.act(self.coordinator, RUN, RunAction(action=action, **others), member)
+        self.close()
+        return self.coordinator.run_state(RUN)
+
+
+@pytest.fixture
+def make_federation(tmp_path):
+    made = []
+
+    def make(*sites: str, **settings) -> Federation:
+        federation = Federation(tmp_path / f"federation{len(made)}", sites=sites, **{"num_epochs": 5, **settings})
+        made.append(federation)
+        return federation
+
+    yield make
+    for federation in made:
+        federation.store.close()
+
+
+def mean_of(*weighted: tuple[int, float]) -> dict[str, np.ndarray]:
+    total = sum(weight for _, weight in weighted)
+    return {name: (sum(make_weights(seed)[name].astype(np.float64) * weight for seed, weight in weighted)
+                   / total).astype(np.float32) for name in SHAPES}
+
+
+# ------------------------------------------------------------------------------------------------------- late joins
+def test_a_new_site_joins_a_run_that_has_begun(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    federation.coordinator.invite("C", "site", by="boss")
+    with pytest.raises(RefusedError, match="does not take part"):
+        federation.send(registration_key(RUN), "C", make_registration(7))
+    federation.send(admission_key(RUN, "C"), "C", make_registration(7))
+    with open_document(federation.coordinator.result(admission_key(RUN, "C"), "C").path) as document:
+        assert document.message.weights == {"A": 1.0, "B": 2.0, "C": 7.0}
+        assert all("C" in sites for sites in document.message.shared.values())
+    assert federation.aggregate(0, "C")[0].round == 0  # what it starts from
+    federation.update(1, "A", 3), federation.update(1, "B", 4)
+    assert federation.coordinator.result(round_key(RUN, 1), "A").waiting_for == ("C",)
+    federation.update(1, "C", 5)
+    message, weights = federation.aggregate(1)
+    assert message.contributors == {"A": 1.0, "B": 2.0, "C": 7.0}
+    for name, values in mean_of((3, 1), (4, 2), (5, 7)).items():
+        np.testing.assert_allclose(weights[name], values, rtol=1e-6)
+
+
+def test_a_late_join_outlasts_a_restart(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.coordinator.invite("C", "site", by="boss")
+    federation.send(admission_key(RUN, "C"), "C", make_registration(7))
+    federation.store.close()
+    again = Federation(federation.store.folder)
+    federation.store = again.store  # closed by the fixture
+    for seed, site in enumerate("ABC"):
+        again.update(0, site, seed)
+    assert again.aggregate(0, "C")[0].contributors == {"A": 1.0, "B": 2.0, "C": 7.0}
+
+
+def test_a_newcomer_shares_only_what_fits(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.coordinator.invite("C", "site", by="boss")
+    shapes = {**SHAPES, "head.weight": (3, 4)}
+    federation.send(admission_key(RUN, "C"), "C", make_registration(1, shapes=shapes))
+    with open_document(federation.coordinator.result(admission_key(RUN, "C"), "C").path) as document:
+        shared = [name for name, sites in document.message.shared.items() if "C" in sites]
+    assert sorted(shared) == ["encoder.bias", "encoder.weight"]
+
+
+@pytest.mark.parametrize(("registration", "complaint"), [
+    ({"labels": {"background": 0, "spleen": 1}}, "datasets do not go together"),
+    ({"shapes": {"other.weight": (2, 2)}}, "shares only 0"),
+    ({"equal": True, "plans": make_plans(transpose_forward=[2, 1, 0])}, "plans differ"),
+])
+def test_a_newcomer_that_does_not_fit_is_refused(make_federation, registration, complaint):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.coordinator.invite("C", "site", by="boss")
+    aliases = {} if "shapes" in registration else {"decoder.encoder.weight": "encoder.weight"}
+    federation.send(admission_key(RUN, "C"), "C", make_registration(1, aliases=aliases, **registration))
+    with pytest.raises(RefusedError, match=complaint):
+        federation.coordinator.result(admission_key(RUN, "C"), "C")
+    assert federation.coordinator.run_state(RUN).members == ("A", "B")
+
+
+def test_nobody_is_admitted_for_somebody_else(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    with pytest.raises(RefusedError, match="does not take part"):
+        federation.send(admission_key(RUN, "C"), "A", make_registration(1))
+
+
+# ------------------------------------------------------------------------------------------- leaving, failing, late
+def test_a_site_leaves_and_returns(make_federation):
+    federation = make_federation("A", "B", "C")
+    federation.start("A", "B", "C")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    federation.act("leave", Member("C", "site"))
+    assert federation.aggregate(0)[0].contributors == {"A": 1.0, "B": 2.0}
+    with pytest.raises(RefusedError, match="does not take part"):
+        federation.update(1, "C", 3)
+    assert federation.act("return", Member("C", "site")).members == ("A", "B", "C")
+    federation.update(1, "C", 3)
+    assert federation.coordinator.result(round_key(RUN, 1), "C") == Waiting(waiting_for=("A", "B"))
+
+
+def test_a_failure_does_not_hold_up_a_round_that_has_its_quorum(make_federation):
+    federation = make_federation("A", "B", "C", quorum=2, deadline_s=1e6)
+    federation.start("A", "B", "C")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    steering.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
+    federation.close()
+    record = federation.store.load_rounds(RUN)[0]
+    assert (record["missing"], record["failed"]) == (["C"], ["C"])
+    assert set(record["sites"]) == {"A", "B"}
+
+
+def test_a_late_update_is_dropped_and_written_down(make_federation):
+    federation = make_federation("A", "B", "C", quorum=2, deadline_s=10)
+    federation.start("A", "B", "C")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    federation.now += 11
+    federation.close()
+    federation.now += 5
+    assert federation.update(0, "C", 3).already
+    assert federation.aggregate(0, "C")[0].missing == ("C",)
+    assert [(event.site, event.detail["seconds"]) for event in federation.store.load_events("late")] == [("C", 5.0)]
+
+
+def test_a_late_update_is_carried_into_the_open_round_once(make_federation):
+    federation = make_federation("A", "B", "C", quorum=2, deadline_s=10, late_updates="carry")
+    federation.start("A", "B", "C")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    federation.now += 11
+    federation.close()
+    receipt = federation.update(0, "C", 3)
+    assert (receipt.key, receipt.already) == (round_key(RUN, 1), False)
+    assert federation.update(0, "C", 3).key == round_key(RUN, 1)  # its receipt was lost
+    federation.update(1, "A", 4), federation.update(1, "B", 5)
+    message, weights = federation.aggregate(1, "C")
+    assert message.contributors == {"A": 1.0, "B": 2.0, "C": 3.0}
+    for name, values in mean_of((4, 1), (5, 2), (3, 3)).items():
+        np.testing.assert_allclose(weights[name], values, rtol=1e-6)
+    assert federation.update(0, "C", 3).key == round_key(RUN, 1)  # even now: nothing counts twice
+    assert federation.coordinator.book.get(round_key(RUN, 2)) is None
+
+
+# ------------------------------------------------------------------------------------------------------ the operator
+def test_a_paused_run_takes_updates_and_closes_nothing(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    assert federation.act("pause").state == "paused"
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    assert federation.coordinator.result(round_key(RUN, 0), "A") == Waiting(waiting_for=(), paused=True)
+    assert federation.act("resume").state == "running"
+    assert federation.aggregate(0)[0].round == 0
+
+
+def test_a_stopped_run_ends_with_its_last_round(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    federation.update(1, "A", 1)
+    state = federation.act("stop")
+    assert (state.closed, state.state, state.rounds_closed) == (True, "stopped", 1)
+    assert federation.aggregate(1)[0].round == 0
+    folder = federation.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
+    assert (folder / "fold_0" / "checkpoint_final.pth").exists()
+
+
+def test_a_run_that_was_stopped_before_its_first_round_says_so(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.update(0, "A", 1)
+    federation.act("stop")
+    with pytest.raises(RefusedError, match="stopped run .* before its first round"):
+        federation.coordinator.result(round_key(RUN, 0), "A")
+
+
+def test_a_registration_proceeds_without_those_that_never_come(make_federation):
+    federation = make_federation("A", "B", "C")
+    for site in "AB":
+        federation.send(registration_key(RUN), site, make_registration(1))
+    assert federation.act("proceed").members == ("A", "B")
+    with open_document(federation.coordinator.result(registration_key(RUN), "A").path) as document:
+        assert set(document.message.weights) == {"A", "B"}
+    with pytest.raises(RefusedError, match="no single gathering"):
+        federation.act("proceed")
+
+
+def test_a_run_without_rounds_can_be_reset(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.act("reset")
+    assert federation.coordinator.book.runs() == []
+    federation.start("A", "B")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    with pytest.raises(RefusedError, match="can be stopped, not forgotten"):
+        federation.act("reset")
+
+
+@pytest.mark.parametrize(("action", "member"), [
+    ("pause", Member("A", "site")), ("stop", Member("eve", "observer")), ("leave", OPERATOR)])
+def test_everybody_keeps_to_their_role(make_federation, action, member):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    with pytest.raises(RefusedError, match="this is for") as info:
+        federation.act(action, member)
+    assert info.value.code == "forbidden"
+
+
+def test_settings_of_a_run_at_work_are_recorded_with_each_round(make_federation):
+    federation = make_federation("A", "B", "C")
+    federation.start("A", "B", "C")
+    for seed, site in enumerate("ABC"):
+        federation.update(0, site, seed)
+    federation.coordinator.change_settings(SettingsChange(quorum=2, deadline_s=60.0), by="boss")
+    federation.update(1, "A", 1), federation.update(1, "B", 2)
+    federation.now += 61
+    federation.close()
+    first, second = federation.store.load_rounds(RUN)
+    assert (first["settings"]["quorum"], second["settings"]["quorum"]) == (None, 2)
+    assert second["missing"] == ["C"] and second["sites"]["B"]["weight"] == 2.0
+    assert second["sites"]["A"]["digest"] and second["digest"]
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+def validation(tp, fp, fn) -> messages.Validation:
+    return messages.Validation(tp=tp, fp=fp, fn=fn, loss=0.5)
+
+
+def test_an_aggregate_is_validated_with_the_voxels_of_all_sites(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    federation.send(validation_key(RUN, 0), "A", validation([8, 0], [2, 0], [2, 0]))
+    assert federation.store.load_validations(RUN) == []
+    federation.send(validation_key(RUN, 0), "B", validation([0, 0], [0, 0], [10, 0]))
+    found = federation.store.load_validations(RUN)[0]
+    assert found["dice"] == [pytest.approx(16 / 30), None]
+    assert found["dice_of_site"] == {"A": [pytest.approx(0.8), None], "B": [0.0, None]}
+    assert found["ema_dice"] == found["mean_dice"] == pytest.approx(16 / 30)
+    assert (found["best_round"], found["loss_of_site"]) == (0, {"A": 0.5, "B": 0.5})
+
+
+def test_the_best_aggregate_stays_and_becomes_a_checkpoint(make_federation):
+    torch = pytest.importorskip("torch")
+    federation = make_federation("A", "B", num_epochs=5)
+    federation.start("A", "B")
+    for number, tp in enumerate([10, 90, 5, 5, 5]):
+        federation.update(number, "A", 10 + number), federation.update(number, "B", 10 + number)
+        for site in "AB":
+            federation.send(validation_key(RUN, number), site, validation([tp], [100 - tp], [100 - tp]))
+    # averages: 0.1, 0.18, 0.167, 0.155, 0.145
+    assert [record["best_round"] for record in federation.store.load_validations(RUN)] == [0, 1, 1, 1, 1]
+    best = 1
+    assert federation.store.rounds_with_results(RUN) == [1, 3, 4]
+    folder = federation.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
+    for name, number in (("checkpoint_best.pth", best), ("checkpoint_final.pth", 4)):
+        weights = torch.load(folder / "fold_0" / name, weights_only=True)["network_weights"]
+        np.testing.assert_allclose(weights["head.weight"].numpy(), make_weights(10 + number)["head.weight"], rtol=1e-6)
+    with zipfile.ZipFile(folder.with_suffix(".zip")) as packed:
+        names = packed.namelist()
+        assert json.loads(packed.read(names[0]))["labels"] == LABELS
+    assert names == [f"Dataset001_Fake/{folder.name}/{name}" for name in (
+        "dataset.json", "fold_0/checkpoint_best.pth", "fold_0/checkpoint_final.pth", "plans.json")]
+
+
+def test_sites_that_count_different_classes_are_told(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    federation.send(validation_key(RUN, 0), "A", validation([1], [1], [1]))
+    federation.send(validation_key(RUN, 0), "B", validation([1, 1], [1, 1], [1, 1]))
+    assert any("different numbers of classes" in line for line in federation.lines)
+    federation.update(1, "A", 1), federation.update(1, "B", 2)
+    assert federation.aggregate(1)[0].round == 1  # the rounds go on
+
+
+# ------------------------------------------------------------------------------------------------- members, migration
+def test_a_revoked_site_is_out_at_once_and_can_be_invited_again(make_federation):
+    federation = make_federation("A", "B", "C")
+    coordinator = federation.coordinator
+    invitations = {one.member: one.secret for one in coordinator.members.open_invitations(federation.now)}
+    token = "C.0123456789abcdef0123"
+    coordinator.members.join(invitations["C"], token, now=federation.now)
+    federation.start("A", "B", "C")
+    coordinator.revoke("C", by="boss")
+    with pytest.raises(RefusedError, match="revoked"):
+        coordinator.members.authenticate(token)
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    assert federation.aggregate(0)[0].contributors == {"A": 1.0, "B": 2.0}
+    secret = coordinator.invite("C", "site", by="boss")
+    coordinator.members.join(secret, "C.another-0123456789abcdef", now=federation.now)
+    with pytest.raises(RefusedError):
+        coordinator.members.authenticate(token)
+    assert coordinator.members.authenticate("C.another-0123456789abcdef") == Member("C", "site")
+
+
+def test_a_new_credential_replaces_the_old_one_when_it_is_used(make_federation):
+    federation = make_federation("A", "B")
+    members, now = federation.coordinator.members, federation.now
+    secrets = {one.member: one.secret for one in members.open_invitations(now)}
+    members.join(secrets["A"], "A.old-0123456789abcdef", now=now)
+    secret = federation.coordinator.invite("A", "site", by="boss")
+    assert members.authenticate("A.old-0123456789abcdef").name == "A"
+    members.join(secret, "A.new-0123456789abcdef", now=now)
+    with pytest.raises(RefusedError):
+        members.authenticate("A.old-0123456789abcdef")
+    with pytest.raises(RefusedError) as info:
+        members.join(secrets["A"], "A.old-0123456789abcdef", now=now)  # a replay
+    assert info.value.code == "invitation_used"
+
+
+def test_invitations_expire_and_are_withdrawn(make_federation):
+    federation = make_federation("A", "B")
+    members, now = federation.coordinator.members, federation.now
+    secrets = {one.member: one.secret for one in members.open_invitations(now)}
+    with pytest.raises(RefusedError) as info:
+        members.join(secrets["A"], "A.0123456789abcdef", now=now + 15 * 86_400)
+    assert info.value.code == "invitation_expired"
+    federation.coordinator.invite("B", "site", by="boss")
+    with pytest.raises(RefusedError) as info:
+        members.join(secrets["B"], "B.0123456789abcdef", now=now)
+    assert info.value.code == "invitation_expired"
+
+
+def test_names_are_not_taken_twice(make_federation):
+    federation = make_federation("A", "B")
+    for name, role in (("A", "observer"), ("a", "site")):
+        with pytest.raises(RefusedError, match="is taken"):
+            federation.coordinator.invite(name, role, by="boss")
+
+
+def test_the_log_of_a_federation_is_a_chain(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.act("pause")
+    rows = federation.store.load_log()
+    assert len(rows) > 5 and audit.first_break(rows) is None
+    changed = [*rows[:2], (*rows[2][:5], "{}", rows[2][6]), *rows[3:]]
+    assert audit.first_break(changed).number == 3
+    assert audit.first_break([*rows[:2], *rows[3:]]).reason == "line 3 is missing"
+
+
+def test_a_folder_of_the_first_version_is_taken_over(make_federation, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    database = sqlite3.connect(folder / "coordinator.sqlite")
+    database.executescript(FIRST_SCHEMA)
+    database.execute("INSERT INTO meta VALUES ('settings', ?)", (json.dumps({
+        "federation": "old", "sites": ["A", "B"], "matching": "name", "weighting": "cases", "num_epochs": 3,
+        "num_iterations_per_epoch": None, "num_val_iterations_per_epoch": None, "quorum": None, "deadline_s": None}),))
+    database.execute("INSERT INTO sites VALUES ('A', NULL, 'x', ?)", ("t" * 64,))
+    database.execute("INSERT INTO sites VALUES ('B', 'secret', 'y', NULL)")
+    for kind in ("creation", "join"):
+        database.execute("INSERT INTO events (time, kind, site, key, detail) VALUES (1, ?, NULL, NULL, '{}')", (kind,))
+    database.execute("PRAGMA user_version = 1")
+    database.commit()
+    database.close()
+    federation = Federation(folder)
+    try:
+        members = federation.store.load_members()
+        assert [(one.name, one.role, one.state) for one in members.values()] == [
+            ("A", "site", "active"), ("B", "site", "invited")]
+        assert [one.secret for one in federation.coordinator.members.open_invitations(federation.now)] == ["secret"]
+        federation.start("A", "B")
+        assert audit.first_break(federation.store.load_log()) is None
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"), \
+                federation.store._database.transaction() as connection:
+            connection.execute("DELETE FROM events")
+    finally:
+        federation.store.close()
+
+
+FIRST_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE sites (name TEXT PRIMARY KEY, invitation TEXT, invitation_hash TEXT NOT NULL, token_hash TEXT)
+    WITHOUT ROWID;
+CREATE TABLE gatherings (key TEXT PRIMARY KEY, opened REAL NOT NULL, required TEXT NOT NULL, outcome TEXT)
+    WITHOUT ROWID;
+CREATE TABLE contributions (key TEXT NOT NULL, site TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL,
+    received REAL NOT NULL, PRIMARY KEY (key, site)) WITHOUT ROWID;
+CREATE TABLE results (key TEXT NOT NULL, subset TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (key, subset))
+    WITHOUT ROWID;
+CREATE TABLE traffic (site TEXT NOT NULL, key TEXT NOT NULL, received INTEGER NOT NULL, sent INTEGER NOT NULL,
+    last_seen REAL NOT NULL, PRIMARY KEY (site, key)) WITHOUT ROWID;
+CREATE TABLE events (number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, site TEXT,
+    key TEXT, detail TEXT NOT NULL);
+CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+"""
