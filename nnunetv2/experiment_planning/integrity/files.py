@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.experiment_planning.integrity.dataset_json import NAME, get_channel_names
-from nnunetv2.experiment_planning.integrity.findings import Finding, enumerate_some
+from nnunetv2.experiment_planning.integrity.findings import Finding, count, enumerate_some
 from nnunetv2.utilities.file_endings import split_channel
 
 Dataset = Mapping[str, Mapping[str, Any]]
@@ -22,11 +22,13 @@ _IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", "
 
 def check_files(folder: Path, dataset_json: Mapping[str, Any], dataset: Dataset) -> list[Finding]:
     """Check the number of cases, and that each has its label and channels 0, 1, 2 and so on."""
+    if not dataset:
+        return [_describe_no_cases(folder, dataset_json)]
     findings = []
     if len(dataset) != dataset_json["numTraining"]:
-        findings.append(Finding("", NAME, "the number of cases differs from numTraining", f"{len(dataset)} cases, such "
-                                f"as {enumerate_some(dataset, 5)}" if dataset else "no case",
-                                f"{dataset_json['numTraining']} cases",
+        findings.append(Finding("", NAME, "the number of cases differs from numTraining",
+                                f"{count(len(dataset), 'case')}, such as {enumerate_some(dataset, 5)}",
+                                count(dataset_json["numTraining"], "case"),
                                 "correct numTraining, or add the cases that are missing"))
     if "dataset" in dataset_json:
         findings += _check_order_in_lists(dataset, dataset_json["file_ending"])
@@ -56,9 +58,17 @@ def _check_access(folder: Path, case: str, files: list[str]) -> Iterator[Finding
                           "if dataset.json lists files)")
         elif not Path(file).stat().st_size:
             yield Finding(case, name, "file is empty", "0 bytes", "", "copy the file again, or leave the case out")
-        elif not os.access(file, os.R_OK):
-            yield Finding(case, name, "file may not be read", "no permission", "",
+        elif (reason := _why_closed(file)) is not None:
+            yield Finding(case, name, "file may not be read", reason, "",
                           "give yourself the right to read it (chmod u+r FILE, or ask its owner)")
+
+
+def _why_closed(file: str) -> str | None:
+    try:
+        with Path(file).open("rb"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 # -------------------------------------------------------------------------------------------------- lists of files
@@ -88,11 +98,11 @@ def _check_order_in_lists(dataset: Dataset, file_ending: str) -> Iterator[Findin
 def _check_folders(folder: Path, dataset_json: Mapping[str, Any], dataset: Dataset) -> list[Finding]:
     ending = dataset_json["file_ending"]
     images, labels = (_names(folder / name) for name in ("imagesTr", "labelsTr"))
-    if not dataset:
-        return [_describe_no_cases(images, ending)]
     findings = []
+    wanted = min(len(get_channel_names(dataset_json)),
+                 max(split_channel(_name(files["images"][-1]), ending)[1] + 1 for files in dataset.values()))
     for case, files in dataset.items():
-        findings += _check_channels(folder, case, files["images"], dataset_json)
+        findings += _check_channels(case, files["images"], ending, wanted)
     for name in labels:
         if name.endswith(ending) and name.removesuffix(ending) not in dataset:
             case = name.removesuffix(ending)
@@ -103,18 +113,18 @@ def _check_folders(folder: Path, dataset_json: Mapping[str, Any], dataset: Datas
     return findings + _check_strays("labelsTr", labels, lambda name: name.endswith(ending), f"CASE{ending}")
 
 
-def _check_channels(folder: Path, case: str, images: list[str], dataset_json: Mapping[str, Any]) -> list[Finding]:
+def _check_channels(case: str, images: list[str], ending: str, wanted: int) -> list[Finding]:
     """Find gaps in the numbers of channels, and channels missing at the end.
 
-    A single file may hold several channels, as colours do; how many it holds shows when it is read.
+    Args:
+        wanted: As many files as a case of this dataset has. That may be fewer than channels, since a file of colours
+            holds several; how many shows when it is read.
     """
-    ending, wanted = dataset_json["file_ending"], len(get_channel_names(dataset_json))
     present = {split_channel(_name(image), ending)[1] for image in images}
-    last = max(present) + 1 if present == {0} else max(wanted, max(present) + 1)
     return [Finding(case, f"imagesTr/{case}_{channel:04d}{ending}", "a channel is missing",
-                    enumerate_some(map(_name, images), 4), f"{wanted} channel(s), numbered from _0000",
+                    enumerate_some(map(_name, images), 4), f"{count(wanted, 'file')}, numbered from _0000",
                     "add the file, or number the channels of the case _0000, _0001 ... without gaps")
-            for channel in range(last) if channel not in present][:3]
+            for channel in range(max(wanted, max(present) + 1)) if channel not in present][:3]
 
 
 def _check_strays(folder: str, names: list[str], is_expected: Any, pattern: str) -> list[Finding]:
@@ -131,8 +141,12 @@ def _check_strays(folder: str, names: list[str], is_expected: Any, pattern: str)
     return findings
 
 
-def _describe_no_cases(images: list[str], ending: str) -> Finding:
-    endings = Counter("".join(Path(name).suffixes[-2:]) for name in images)
+def _describe_no_cases(folder: Path, dataset_json: Mapping[str, Any]) -> Finding:
+    if "dataset" in dataset_json:
+        return Finding("", NAME, "no case is listed", "'dataset': {}", count(dataset_json["numTraining"], "case"),
+                       "list the cases under 'dataset', or remove this key to use imagesTr and labelsTr")
+    ending = dataset_json["file_ending"]
+    endings = Counter("".join(Path(name).suffixes[-2:]) for name in _names(folder / "imagesTr"))
     found = enumerate_some((f"{number} files ending in {text or 'nothing'}" for text, number in endings.items()), 4)
     return Finding("", "imagesTr", "no image belongs to the dataset", found or "an empty folder",
                    f"files named CASE_0000{ending}", "correct file_ending in dataset.json, or rename the images")

@@ -1,0 +1,55 @@
+"""Refuse to start where a run would fail after minutes: variables unset, folders missing or read-only."""
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from nnunetv2.experiment_planning.errors import InvalidDatasetError
+from nnunetv2.paths import EnvironmentPath, nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+
+def require_dataset(dataset_id: int | str) -> str:
+    """Return the name of a dataset that can be read, and whose preprocessed folder can be written.
+
+    Args:
+        dataset_id: Its number or its name.
+
+    Raises:
+        RuntimeError: A variable is unset, a folder that one names does not exist or cannot be written to, or there is
+            no such dataset.
+    """
+    raw, preprocessed = _require_root(nnUNet_raw), Path(nnUNet_preprocessed.require())
+    if not preprocessed.parent.is_dir():
+        raise _describe_missing(nnUNet_preprocessed)
+    name = maybe_convert_to_dataset_name(dataset_id)
+    if not (raw / name).is_dir():
+        raise InvalidDatasetError(f"there is no dataset {name} in nnUNet_raw={raw}. Check its name or number, or put "
+                                  "its folder there")
+    folders = [preprocessed / name, preprocessed, preprocessed.parent]
+    _require_writable(next(folder for folder in folders if folder.exists()))
+    return name
+
+
+def _require_root(variable: EnvironmentPath) -> Path:
+    root = Path(variable.require())
+    if not root.is_dir():
+        raise _describe_missing(variable)
+    return root
+
+
+def _describe_missing(variable: EnvironmentPath) -> InvalidDatasetError:
+    return InvalidDatasetError(f"the environment variable {variable.env_var_name} names the folder {variable.get()}, "
+                               "which does not exist. Correct the variable, create the folder, or mount the disk that "
+                               "it is on")
+
+
+def _require_writable(folder: Path) -> None:
+    """Try it, because permissions do not tell about read-only disks and network drives."""
+    if not folder.is_dir():
+        raise InvalidDatasetError(f"{folder} is a file, where preprocessed data need a folder. Remove or rename it")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InvalidDatasetError(f"{folder} cannot be written to ({error.strerror}). Give yourself the right to write "
+                                  "there, free some space, or let nnUNet_preprocessed name another folder") from error
