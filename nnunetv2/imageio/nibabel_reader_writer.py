@@ -63,11 +63,9 @@ class NibabelIOWithReorient(NibabelIO):
             AssertionError: An image does not have three axes.
             RuntimeError: Shapes or spacings differ after reorientation. Different affines give a warning.
         """
-        from nibabel.orientations import io_orientation
-
         files = list_files(image_fnames)
         originals = [_load(file) for file in files]
-        images = [image.as_reoriented(io_orientation(image.affine)) for image in originals]
+        images = [_reorient(image, file) for image, file in zip(originals, files)]
         affines = [image.affine for image in images]
         warn_unless_same(self._check_all_same_array, "reoriented affine", affines, files)
         stuff = {"original_affine": originals[0].affine, "reoriented_affine": affines[0]}
@@ -99,6 +97,14 @@ def _load(file: str) -> nibabel.Nifti1Image:
         raise RuntimeError(f"{file} holds colours ({image.get_data_dtype()}). Store each as a channel in a file of its "
                            "own: CASE_0000, CASE_0001, ...")
     return image
+
+
+def _reorient(image: nibabel.Nifti1Image, file: str) -> nibabel.Nifti1Image:
+    """Flip and permute axes towards RAS+, which reads the voxels."""
+    from nibabel.orientations import io_orientation
+
+    with naming(file):
+        return image.as_reoriented(io_orientation(image.affine))
 
 
 def _stack(images: Sequence[nibabel.Nifti1Image], files: Sequence[str]) -> np.ndarray:

@@ -21,7 +21,7 @@ from nnunetv2.imageio.channels import (
     warn_unless_same,
 )
 from nnunetv2.imageio.complete_file import require_complete_nifti
-from nnunetv2.imageio.faults import Fault, find_damage, find_faults_in_nifti, require_complete
+from nnunetv2.imageio.faults import DamagedFileError, Fault, find_damage, find_faults_in_nifti, require_complete
 from nnunetv2.utilities.atomic_write import replacing
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GIPL_HEADER = 256  # bytes
+# bytes
+_GIPL_HEADER = 256
+_NIFTI_HEADER = 352
 
 
 class SimpleITKIO(BaseReaderWriter):
@@ -121,10 +123,15 @@ def _explain(error: RuntimeError, file: str) -> str:
 def _require_complete(image: sitk.Image, file: str) -> None:
     """Check the size of files in formats for which ITK does not; it would fill up what is missing."""
     if _is_nifti(file) and image.HasMetaDataKey("vox_offset"):
+        # scaled types are larger in memory than in the file
         voxels = image.GetNumberOfPixels() * int(image.GetMetaData("bitpix")) // 8
         require_complete(file, int(float(image.GetMetaData("vox_offset"))) + voxels)
     elif file.lower().endswith(".gipl"):
-        require_complete(file, _GIPL_HEADER + image.GetNumberOfPixels() * image.GetSizeOfPixelComponent())
+        require_complete(file, _GIPL_HEADER + _num_bytes(image))
+
+
+def _num_bytes(image: sitk.Image) -> int:
+    return image.GetNumberOfPixels() * image.GetSizeOfPixelComponent()
 
 
 def _is_nifti(file: str) -> bool:
@@ -182,6 +189,19 @@ def _write(image: sitk.Image, output_fname: FilePath) -> None:
 
     with replacing(output_fname) as file:
         sitk.WriteImage(image, str(file), True)
+        _require_written(image, str(file), fspath(output_fname))
+
+
+def _require_written(image: sitk.Image, file: str, output_fname: str) -> None:
+    """Check the size of what was written in formats for which ITK does not, even if the disk is full."""
+    header = _NIFTI_HEADER if _is_nifti(file) else _GIPL_HEADER if file.lower().endswith(".gipl") else None
+    if header is None:
+        return
+    try:
+        require_complete(file, header + _num_bytes(image))
+    except DamagedFileError as error:
+        raise OSError(f"{output_fname} could not be written completely. The disk is probably full: free some space, or "
+                      "write elsewhere") from error
         require_complete_nifti(file)
 
 
