@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nnunetv2.training.logging.curve_files import split_entries
+
 if TYPE_CHECKING:
-    from nnunetv2.training.logging.progress_plot import BackgroundPlotter
+    from nnunetv2.training.logging.background_reports import BackgroundReporter
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +33,15 @@ def get_cluster_job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID")
 
 
-def is_wandb_enabled() -> bool:
-    """Read the switch `nnUNet_wandb_enabled`.
+def is_switched_on(variable: str) -> bool:
+    """Read an environment variable that switches a logger on, such as `nnUNet_wandb_enabled`.
 
     Raises:
         RuntimeError: Its value is neither of 0, False, false, 1, True and true.
     """
-    value = os.environ.get("nnUNet_wandb_enabled", "0")
+    value = os.environ.get(variable, "0")
     if value not in ("0", "False", "false", "1", "True", "true"):
-        raise RuntimeError(f"nnUNet_wandb_enabled is {value!r}; set it to 1 (true) or to 0 (false)")
+        raise RuntimeError(f"{variable} is {value!r}; set it to 1 (true) or to 0 (false)")
     return value in ("1", "True", "true")
 
 
@@ -51,7 +53,7 @@ def _is_first_process() -> bool:
 
 
 class ExternalLogger(Protocol):
-    """What else may listen to a training. Append such an object to `MetaLogger.loggers`."""
+    """What else may listen to a training: hand such an object to `MetaLogger.add_logger`."""
 
     def update_config(self, config: Mapping[str, Any]) -> None: ...
 
@@ -69,7 +71,7 @@ class LocalLogger:
     def __init__(self, verbose: bool = False) -> None:
         self.my_fantastic_logging: dict[str, list] = {key: [] for key in CURVES}
         self.verbose = verbose
-        self._plotter: BackgroundPlotter | None = None
+        self._reporter: BackgroundReporter | None = None
 
     def log(self, key: str, value: Any, epoch: int) -> None:
         """Store the value of an epoch: append it, or replace it if the epoch has one already.
@@ -96,17 +98,18 @@ class LocalLogger:
         return values if step is None else values[step]
 
     def plot_progress_png(self, output_folder: str | os.PathLike) -> None:
-        """Draw `progress.png` into a folder, in the background; `wait_for_plot` waits until it is written."""
-        from nnunetv2.training.logging.progress_plot import BackgroundPlotter
+        """Write `progress.png`, `progress.csv` and `progress.json` into a folder, in the background.
 
-        if self._plotter is None:
-            self._plotter = BackgroundPlotter()
-        self._plotter.draw_soon(self.my_fantastic_logging, Path(output_folder) / "progress.png")
+        `wait_for_plot` waits until they are written.
+        """
+        if self._reporter is None:
+            self._reporter = _build_reporter()
+        self._reporter.write_soon(self.my_fantastic_logging, Path(output_folder))
 
     def wait_for_plot(self) -> None:
-        """Return as soon as the latest `progress.png` asked for is written."""
-        if self._plotter is not None:
-            self._plotter.wait()
+        """Return as soon as the latest files asked for are written."""
+        if self._reporter is not None:
+            self._reporter.wait()
 
     def get_checkpoint(self) -> dict[str, list]:
         """Return the curves, to be stored in a checkpoint."""
@@ -131,19 +134,29 @@ class MetaLogger:
         self.resume = resume
         self.loggers: list[ExternalLogger] = []
         self.local_logger = LocalLogger(verbose)
-        # One run per training: further processes of it would start runs of their own, or delete the first one's files.
-        if is_wandb_enabled() and _is_first_process():
-            from nnunetv2.training.logging.wandb_logger import WandbLogger
-
-            self.loggers.append(WandbLogger(output_folder, resume))
+        self._config: dict[str, Any] = {}
+        for external in _build_external_loggers(output_folder, resume):
+            self.add_logger(external)
 
     @property
     def my_fantastic_logging(self) -> dict[str, list]:
         """The local curves, where trainers written for earlier releases look for them."""
         return self.local_logger.my_fantastic_logging
 
+    def add_logger(self, external: ExternalLogger) -> None:
+        """Let another logger hear everything from now on, and the settings known already.
+
+        Only the first process of a distributed training adds it: each figure is logged once.
+        """
+        if not _is_first_process():
+            return
+        self.loggers.append(external)
+        if self._config:
+            external.update_config(dict(self._config))
+
     def update_config(self, config: Mapping[str, Any]) -> None:
         """Tell external loggers about settings of the training."""
+        self._config.update(config)
         for external in self.loggers:
             external.update_config(config)
 
@@ -153,11 +166,8 @@ class MetaLogger:
         External loggers get a list as one curve per entry, `<key>/class_1` and so on.
         """
         self.local_logger.log(key, value, step)
-        curves = {key: value}
-        if isinstance(value, list):
-            curves = {f"{key}/class_{number}": entry for number, entry in enumerate(value, start=1)}
         for external in self.loggers:
-            for name, entry in curves.items():
+            for name, entry in split_entries(key, value).items():
                 external.log(name, entry, step)
         if key == "mean_fg_dice":
             earlier = self.local_logger.get_value("ema_fg_dice", None)[:step]
@@ -173,7 +183,7 @@ class MetaLogger:
         return self.local_logger.get_value(key, step)
 
     def plot_progress_png(self, output_folder: str | os.PathLike) -> None:
-        """Draw `progress.png` into a folder, in the background."""
+        """Write `progress.png`, `progress.csv` and `progress.json` into a folder, in the background."""
         self.local_logger.plot_progress_png(output_folder)
 
     def get_checkpoint(self) -> dict[str, list]:
@@ -195,6 +205,35 @@ def continue_ema(earlier: list, value: Any) -> Any:
     if not known:
         return value
     return known[-1] if math.isnan(value) else EMA_MEMORY * known[-1] + (1 - EMA_MEMORY) * value
+
+
+def _build_external_loggers(output_folder: str | os.PathLike | None, resume: bool) -> list[ExternalLogger]:
+    """Build the loggers that environment variables switch on, in the first process alone.
+
+    Further processes would start runs of their own, or delete the first one's files.
+    """
+    wants_wandb = is_switched_on("nnUNet_wandb_enabled")
+    wants_tensorboard = is_switched_on("nnUNet_tensorboard_enabled")
+    loggers: list[ExternalLogger] = []
+    if not _is_first_process():
+        return loggers
+    if wants_wandb:
+        from nnunetv2.training.logging.wandb_logger import WandbLogger
+
+        loggers.append(WandbLogger(output_folder, resume))
+    if wants_tensorboard:
+        from nnunetv2.training.logging.tensorboard_logger import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(output_folder, resume))
+    return loggers
+
+
+def _build_reporter() -> BackgroundReporter:
+    from nnunetv2.training.logging.background_reports import BackgroundReporter
+    from nnunetv2.training.logging.curve_files import write_csv, write_json
+    from nnunetv2.training.logging.progress_plot import draw_progress
+
+    return BackgroundReporter((write_csv, write_json, draw_progress))
 
 
 class nnUNetLogger(MetaLogger):

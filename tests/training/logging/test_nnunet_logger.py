@@ -132,3 +132,19 @@ def test_a_strange_switch_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_wandb_enabled", "maybe")
     with pytest.raises(RuntimeError, match="maybe"):
         MetaLogger(tmp_path, False)
+
+
+def test_a_logger_added_later_hears_the_settings_known_already(meta):
+    meta.update_config({"fold": 0})
+    meta.update_config({"dataset": "tiny"})
+    listener = Listener()
+    meta.add_logger(listener)
+    meta.log("lrs", 0.1, 0)
+    assert listener.heard == [("config", {"fold": 0, "dataset": "tiny"}), ("lrs", 0.1, 0)]
+
+
+def test_only_the_first_process_adds_loggers(meta, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    meta.add_logger(Listener())
+    assert meta.loggers == []
