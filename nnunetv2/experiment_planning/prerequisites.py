@@ -8,6 +8,8 @@ from nnunetv2.experiment_planning.errors import InvalidDatasetError
 from nnunetv2.paths import EnvironmentPath, nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+_TRIAL = 1 << 16  # bytes
+
 
 def require_dataset(dataset_id: int | str) -> str:
     """Return the name of a dataset that can be read, and whose preprocessed folder can be written.
@@ -45,11 +47,13 @@ def _describe_missing(variable: EnvironmentPath) -> InvalidDatasetError:
 
 
 def _require_writable(folder: Path) -> None:
-    """Try it, because permissions do not tell about read-only disks and network drives."""
+    """Try it, because permissions do not tell about full and read-only disks and network drives."""
     if not folder.is_dir():
         raise InvalidDatasetError(f"{folder} is a file, where preprocessed data need a folder. Remove or rename it")
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIAL))
+            file.flush()
     except OSError as error:
         raise InvalidDatasetError(f"{folder} cannot be written to ({error.strerror}). Give yourself the right to write "
                                   "there, free some space, or let nnUNet_preprocessed name another folder") from error

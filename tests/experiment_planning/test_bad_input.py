@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -570,3 +571,67 @@ def test_unreadable_file_is_refused(file, dataset, as_ordinary_user, refuse):
     file(dataset).chmod(0)
     message = refuse().message
     assert file(dataset).name in message and "may not be read" in message and "chmod u+r" in message
+
+
+# -------------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def full_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 300 KB, mounted where that is allowed."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], check=False,
+                           capture_output=True, text=True) if shutil.which("mount") else None
+    if mount is None or mount.returncode:
+        pytest.skip("no disk may be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_is_refused_at_the_start(dataset, full_disk, refuse, monkeypatch):
+    (full_disk / "ballast").write_bytes(bytes(290_000))
+    monkeypatch.setenv("nnUNet_preprocessed", str(full_disk))
+    message = refuse(check=False).message
+    assert str(full_disk) in message and "No space left" in message and "free some space" in message
+
+
+def run_as_process(limit: int | None, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the command in a process that may not write files above a size, the stand-in for a quota."""
+    code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else "") + (
+        "import sys; sys.argv[0] = 'nnUNetv2_plan_and_preprocess'\n"
+        "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry\n"
+        "if __name__ == '__main__': plan_and_preprocess_entry()")
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+needs_limits = pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+
+
+@needs_limits
+def test_quota_is_noticed_at_the_start(dataset, roots):
+    before = snapshot(roots)
+    done = run_as_process(10_000, "-d", "2", "-npfp", "1", "-np", "1", "--no_pbar")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "nnUNet_preprocessed cannot be written to (File too large)" in line and "free some space" in line
+    assert snapshot(roots) == before
+
+
+@needs_limits
+def test_disk_that_fills_up_leaves_no_half_written_case(make_scans, make_case, roots):
+    make_scans({f"case_{i}": make_case(i, shape=(10, 60, 64)) for i in range(2)})
+    done = run_as_process(70_000, "-d", "2", "-npfp", "1", "-np", "1", "--no_pbar", "-c", "3d_fullres")
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("nnUNetv2_plan_and_preprocess: error:") and "case_0" in message, done.stderr
+    assert not [file for file in roots["nnUNet_preprocessed"].rglob("*") if "case_" in file.name]
+
+
+def test_refusal_is_the_same_as_a_process(dataset):
+    image_of(dataset).unlink()
+    done = run_as_process(None, "-d", "2", "-npfp", "1", "--verify_dataset_integrity", "--no_pbar")
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "error:" in line] == done.stderr.splitlines()[-1:]
+    assert "imagesTr/case_1_0000.nii.gz" in done.stderr.splitlines()[-1]
+    assert "1. A channel is missing" in done.stdout
