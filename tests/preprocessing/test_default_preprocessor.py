@@ -4,51 +4,17 @@ import shutil
 
 import numpy as np
 import pytest
+from preprocessing_scans import NAME, make_case, make_dataset_json, make_plans, write_image, write_raw_dataset
 
 from nnunetv2.preprocessing.case_workers import CaseFailedError
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.preprocessing.preprocessors.foreground_locations import sample_foreground_locations
+from nnunetv2.preprocessing.preprocessors.foreground_locations import (
+    as_small_integers,
+    find_voxels,
+    sample_foreground_locations,
+)
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-NAME = "Dataset987_Blobs"
-SHAPE = (12, 16, 20)
-
-
-def make_plans(*, transpose=(0, 1, 2), spacing=(2.0, 1.0, 1.0), channels=1, **changes) -> dict:
-    def resampling(is_seg, order):
-        return {"is_seg": is_seg, "order": order, "order_z": 0, "force_separate_z": None}
-    name = "resample_data_or_seg_to_shape"
-    return {
-        "dataset_name": NAME, "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": list(transpose), "transpose_backward": list(np.argsort(transpose)),
-        "label_manager": "LabelManager", "experiment_planner_used": "ExperimentPlanner",
-        "foreground_intensity_properties_per_channel": {
-            str(channel): {"mean": 0.5, "std": 0.2, "percentile_00_5": -1.0, "percentile_99_5": 2.0}
-            for channel in range(channels)},
-        "configurations": {"3d_fullres": {
-            "data_identifier": "nnUNetPlans_3d_fullres", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
-            "patch_size": [8, 16, 16], "spacing": list(spacing),
-            "normalization_schemes": ["ZScoreNormalization"] * channels, "use_mask_for_norm": [False] * channels,
-            "resampling_fn_data": name, "resampling_fn_data_kwargs": resampling(False, 3),
-            "resampling_fn_seg": name, "resampling_fn_seg_kwargs": resampling(True, 1),
-            "resampling_fn_probabilities": name, "resampling_fn_probabilities_kwargs": resampling(False, 1),
-            "architecture": {}, **changes}}}
-
-
-def make_dataset_json(labels=None, **changes) -> dict:
-    return {"channel_names": {"0": "MRI"}, "labels": labels or {"background": 0, "blob": 1, "core": 2},
-            "numTraining": 4, "file_ending": ".nii.gz", **changes}
-
-
-def make_case(seed=0, shape=SHAPE, channels=1):
-    """A ball in noise, with a margin of zeros on the first axis."""
-    rng = np.random.default_rng(seed)
-    distance = np.sqrt(sum((axis - n / 2) ** 2 for axis, n in zip(np.indices(shape), shape)))
-    seg = ((distance < 5).astype(np.float32) + (distance < 3))[None]
-    data = rng.normal(1, 0.2, (channels, *shape)).astype(np.float32) + seg
-    data[:, :2] = 0
-    return data, seg
 
 
 def preprocess(data, seg, *, spacing=(2.0, 1.0, 1.0), target=(2.0, 1.0, 1.0), dataset_json=None, **plans):
@@ -56,23 +22,6 @@ def preprocess(data, seg, *, spacing=(2.0, 1.0, 1.0), target=(2.0, 1.0, 1.0), da
     properties = {"spacing": list(spacing)}
     return DefaultPreprocessor(verbose=False).run_case_npy(
         data, seg, properties, manager, manager.get_configuration("3d_fullres"), dataset_json or make_dataset_json())
-
-
-def write_raw_dataset(roots, cases=3):
-    import SimpleITK as sitk
-    raw, preprocessed = (roots[key] / NAME for key in ("nnUNet_raw", "nnUNet_preprocessed"))
-    for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
-        folder.mkdir(parents=True)
-    for i in range(cases):
-        data, seg = make_case(i)
-        for array, path in ((data[0], f"imagesTr/case_{i}_0000.nii.gz"), (seg[0], f"labelsTr/case_{i}.nii.gz")):
-            image = sitk.GetImageFromArray(array)
-            image.SetSpacing((1.0, 1.0, 2.0))
-            sitk.WriteImage(image, str(raw / path))
-    for folder in (raw, preprocessed):
-        (folder / "dataset.json").write_text(json.dumps(make_dataset_json()))
-    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(make_plans(spacing=(1.0, 1.0, 1.0)), default=int))
-    return preprocessed / "nnUNetPlans_3d_fullres"
 
 
 def run(num_processes, preprocessor=None):
@@ -188,7 +137,7 @@ def test_a_bad_case_is_named_and_leaves_nothing_half_written(roots, num_processe
     (raw / "labelsTr" / "case_1.nii.gz").write_bytes(b"not an image")
     with pytest.raises(CaseFailedError, match="case case_1: "):
         run(num_processes)
-    for path in folder.iterdir():
+    for path in folder.glob("*.b2nd"):
         assert (folder / f"{path.name.split('.')[0].removesuffix('_seg')}.pkl").is_file()
 
 
@@ -226,7 +175,7 @@ def test_missing_plans_and_datasets_are_explained(roots):
 def test_only_folders_of_the_dataset_are_ever_emptied(roots):
     folder = write_raw_dataset(roots)
     plans = make_plans(data_identifier="../precious")
-    (folder.parent / "nnUNetPlans.json").write_text(json.dumps(plans, default=int))
+    (folder.parent / "nnUNetPlans.json").write_text(json.dumps(plans))
     precious = folder.parent.parent / "precious"
     precious.mkdir()
     with pytest.raises(ValueError, match="data_identifier"):
@@ -245,3 +194,76 @@ def test_subclasses_may_change_labels(roots):
     _, seg, _, properties = nnUNetDatasetBlosc2(str(folder))["case_0"]
     assert np.unique(seg[:]).tolist() == [0, 5]
     assert list(properties["class_locations"]) == [1, 2]  # of the labels before
+
+
+class AddingLargeLabels(DefaultPreprocessor):
+    def modify_seg_fn(self, seg, plans_manager, dataset_json, configuration_manager):
+        assert seg.dtype == np.float32  # as the reader returned it
+        seg[seg == 2] = 300
+        return seg
+
+
+def test_subclasses_may_write_labels_that_the_data_do_not_have(roots):
+    folder = write_raw_dataset(roots, cases=1)
+    run(1, AddingLargeLabels(verbose=False))
+    assert np.unique(nnUNetDatasetBlosc2(str(folder))["case_0"][1][:]).tolist() == [0, 1, 300]
+
+
+@pytest.mark.parametrize(("value", "num_processes"), [(np.nan, 1), (np.inf, 2), (-np.inf, 1)])
+def test_voxels_that_are_no_numbers_are_refused_with_case_and_file(roots, value, num_processes):
+    folder = write_raw_dataset(roots, ending=".nrrd")  # ITK reads NaN in NIfTI files as 0
+    data, _ = make_case(1)
+    data[0, 5, 6, 7] = value
+    file = roots["nnUNet_raw"] / NAME / "imagesTr" / "case_1_0000.nrrd"
+    write_image(data[0], file)
+    with pytest.raises(CaseFailedError, match=rf"case case_1: .*{file.name}: channel 0 has 1 voxels that are NaN"):
+        run(num_processes)
+    assert not list(folder.glob("case_1*"))
+
+
+def test_labels_that_are_no_numbers_are_refused():
+    data, seg = make_case()
+    seg[0, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="segmentation has voxels that are NaN"):
+        preprocess(data, seg)
+
+
+def test_users_resampling_functions_get_labels_as_they_were_read(monkeypatch):
+    from functools import partial
+
+    from nnunetv2.utilities.plans_handling import plans_handler
+    seen = []
+
+    def no_resampling_of_a_user(data, new_shape, current_spacing, new_spacing):
+        seen.append(data.dtype)
+        return data
+    monkeypatch.setattr(plans_handler.ConfigurationManager, "_find_resampling_function",
+                        lambda self, key: partial(no_resampling_of_a_user))
+    preprocess(*make_case())
+    assert seen == [np.float32, np.float32]
+
+
+def test_fractions_in_labels_are_not_cut_off():
+    seg = np.array([[[[0, 0.5, 1]]]], np.float32)
+    assert as_small_integers(seg) is seg
+    assert as_small_integers(np.array([-1.0, 127.0])).dtype == np.int8
+    assert as_small_integers(np.array([0.0, 128.0])).dtype == np.int16
+    assert as_small_integers(np.array([0.0, 70000.0])).dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint8, np.int32, np.float32])
+def test_voxels_are_found_in_one_pass(dtype):
+    seg = np.random.default_rng(0).integers(0, 5, (1, 130, 100, 110)).astype(dtype)  # more than one slab
+    if np.issubdtype(dtype, np.signedinteger):
+        seg[0, 0] = -1
+    found = find_voxels(seg, [-1, 1, 4, 9, 1000])
+    for label, voxels in found.items():
+        np.testing.assert_array_equal(voxels, np.flatnonzero(seg == label))
+
+
+def test_verbose_runs_log_each_case(roots, caplog):
+    write_raw_dataset(roots, cases=2)
+    with caplog.at_level(logging.INFO):
+        DefaultPreprocessor(verbose=True).run(987, "3d_fullres", "nnUNetPlans", 1)
+    assert "case_1 done, 2 of 2" in caplog.text
+    assert "cases/s" in caplog.text

@@ -1,0 +1,183 @@
+import json
+from pathlib import Path
+
+import pytest
+from preprocessing_scans import NAME, make_case, write_image, write_plans, write_raw_dataset
+
+from nnunetv2.preprocessing.errors import FolderInUseError
+from nnunetv2.preprocessing.finished_cases import FinishedCases, forget_finished_cases, journal_path
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+MADE_FROM = {"plans": "a", "the code": "b"}
+
+
+@pytest.fixture
+def sources(tmp_path):
+    files = {}
+    for case in ("liver_1", "liver_10", "liver_2"):
+        file = tmp_path / f"{case}_0000.nrrd"
+        file.write_text(case)
+        files[case] = [str(file)]
+    return files
+
+
+def finish(folder: Path, case: str) -> None:
+    for ending in ("_seg.b2nd", ".pkl", ".b2nd"):
+        (folder / f"{case}{ending}").write_text(ending)
+
+
+def make_finished(folder: Path, sources, *cases: str) -> None:
+    with FinishedCases(folder, MADE_FROM) as finished:
+        for case in cases:
+            finish(folder, case)
+            finished.add(case, sources[case])
+
+
+def remaining(folder: Path, sources, made_from=MADE_FROM) -> list[str]:
+    with FinishedCases(folder, made_from) as finished:
+        return finished.remaining(sources)
+
+
+def test_finished_cases_are_not_done_again(tmp_path, sources):
+    folder = tmp_path / "data"
+    assert remaining(folder, sources) == ["liver_1", "liver_10", "liver_2"]
+    make_finished(folder, sources, "liver_10")
+    assert remaining(folder, sources) == ["liver_1", "liver_2"]
+    assert (folder / "liver_10.b2nd").is_file()
+
+
+def test_halves_of_cases_and_strangers_are_removed(tmp_path, sources):
+    folder = tmp_path / "data"
+    make_finished(folder, sources, "liver_1")
+    finish(folder, "liver_2")  # complete, but nobody said so
+    (folder / "liver_10_seg.b2nd").touch()
+    (folder / ".partial-x").mkdir()
+    (folder / "left_over.npz").touch()
+    remaining(folder, sources)
+    assert sorted(path.name for path in folder.iterdir()) == ["liver_1.b2nd", "liver_1.pkl", "liver_1_seg.b2nd"]
+
+
+@pytest.mark.parametrize("made_from", [{"plans": "z", "the code": "b"}, {"plans": "a"}, {}])
+def test_nothing_is_reused_once_plans_or_code_change(tmp_path, sources, made_from, caplog):
+    folder = tmp_path / "data"
+    make_finished(folder, sources, "liver_1")
+    caplog.set_level("INFO")
+    assert len(remaining(folder, sources, made_from)) == 3
+    assert list(folder.iterdir()) == []
+    assert "is made anew" in caplog.text
+
+
+def test_changed_source_files_are_read_again(tmp_path, sources):
+    folder = tmp_path / "data"
+    make_finished(folder, sources, "liver_1", "liver_2")
+    Path(sources["liver_2"][0]).write_text("another scan")
+    assert remaining(folder, sources) == ["liver_10", "liver_2"]
+    assert not (folder / "liver_2.b2nd").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("shorter")])
+def test_damaged_results_are_made_anew(tmp_path, sources, damage):
+    folder = tmp_path / "data"
+    make_finished(folder, sources, *sources)
+    damage(folder / "liver_2.pkl")
+    assert remaining(folder, sources) == ["liver_2"]
+
+
+def test_half_a_line_is_cut_off(tmp_path, sources):
+    folder = tmp_path / "data"
+    make_finished(folder, sources, "liver_1", "liver_2")
+    journal = journal_path(folder)
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert remaining(folder, sources) == ["liver_10", "liver_2"]
+    make_finished(folder, sources, "liver_2")
+    assert remaining(folder, sources) == ["liver_10"]
+    assert [json.loads(line).get("case") for line in journal.read_text().splitlines()] == [None, "liver_1", "liver_2"]
+
+
+@pytest.mark.parametrize("nonsense", [b"", b"{}\n", b"[1]\n", b"\xff\xfe\n"])
+def test_a_journal_of_nonsense_is_worth_nothing(tmp_path, sources, nonsense):
+    folder = tmp_path / "data"
+    make_finished(folder, sources, "liver_1")
+    journal_path(folder).write_bytes(nonsense)
+    assert len(remaining(folder, sources)) == 3
+
+
+def test_two_runs_do_not_meet_in_one_folder(tmp_path, sources):
+    folder = tmp_path / "data"
+    with FinishedCases(folder, MADE_FROM), pytest.raises(FolderInUseError, match="another process"), \
+            FinishedCases(folder, MADE_FROM):
+        pass
+    remaining(folder, sources)  # the first is over
+
+
+def test_all_is_forgotten_on_request(tmp_path, sources):
+    folder = tmp_path / "data"
+    make_finished(folder, sources, *sources)
+    forget_finished_cases(folder)
+    forget_finished_cases(folder)
+    assert len(remaining(folder, sources)) == 3
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+class Counting(DefaultPreprocessor):
+    """Notes which cases it is asked to do. The list is none of its settings, so it is kept at the class."""
+
+    done: list[str] = []
+
+    def run_case_save(self, output_filename_truncated, *arguments):
+        self.done.append(Path(output_filename_truncated).name)
+        super().run_case_save(output_filename_truncated, *arguments)
+
+
+@pytest.fixture
+def cases_done_by_run(roots, monkeypatch):
+    def run(**settings):
+        monkeypatch.setattr(Counting, "done", [])
+        preprocessor = Counting(verbose=False)
+        preprocessor.show_progress_bar = False
+        vars(preprocessor).update(settings)
+        preprocessor.run(987, "3d_fullres", "nnUNetPlans", 1)
+        return Counting.done
+    return run
+
+
+def test_a_second_run_does_what_is_new(roots, cases_done_by_run):
+    write_raw_dataset(roots)
+    assert cases_done_by_run() == ["case_0", "case_1", "case_2"]
+    assert cases_done_by_run() == []
+    write_image(make_case(9)[0][0] + 1, roots["nnUNet_raw"] / NAME / "imagesTr" / "case_1_0000.nii.gz")
+    assert cases_done_by_run() == ["case_1"]
+
+
+@pytest.mark.parametrize("change", [{"spacing": (2.0, 1.0, 1.0)}, {"use_mask_for_norm": [True]},
+                                    {"patch_size": [8, 8, 8]}, {"setting_of_a_user": 1}, {"transpose": (0, 2, 1)}])
+def test_other_plans_mean_other_cases(roots, cases_done_by_run, change):
+    write_raw_dataset(roots, cases=2)
+    cases_done_by_run()
+    write_plans(roots, **change)
+    assert cases_done_by_run() == ["case_0", "case_1"]
+
+
+def test_plans_that_differ_in_their_network_only_share_cases(roots, cases_done_by_run):
+    write_raw_dataset(roots, cases=1)
+    cases_done_by_run()
+    write_plans(roots, architecture={"network_class_name": "Another"}, batch_size=7)
+    assert cases_done_by_run() == []
+
+
+def test_settings_of_a_preprocessor_count(roots, cases_done_by_run):
+    write_raw_dataset(roots, cases=1)
+    cases_done_by_run(threshold=1)
+    assert cases_done_by_run(threshold=2) == ["case_0"]
+    assert cases_done_by_run(threshold=2) == []
+
+
+def test_another_dataset_json_means_other_cases(roots, cases_done_by_run):
+    write_raw_dataset(roots, cases=1)
+    cases_done_by_run()
+    for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
+        file = roots[folder] / NAME / "dataset.json"
+        file.write_text(file.read_text().replace('"core": 2', '"core": 2, "ignore": 3'))
+    assert cases_done_by_run() == ["case_0"]
