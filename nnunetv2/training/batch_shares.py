@@ -29,3 +29,12 @@ def oversampling_of_rank(batch_size: int, world_size: int, rank: int, oversample
     if first / batch_size > random_part:
         return 1.0
     return sum(i >= round(batch_size * random_part) for i in range(first, last)) / sizes[rank]
+
+
+def loss_weight_of_rank(batch_size: int, world_size: int, rank: int) -> float:
+    """Return by what to multiply the loss of a process, so that the mean over processes is that over all samples.
+
+    It is 1 if the processes have equally many samples. The Dice of a whole batch is the same number in all processes,
+    and the weights sum to the number of processes, so it stays what it is.
+    """
+    return split_batch_size(batch_size, world_size)[rank] * world_size / batch_size

@@ -16,12 +16,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from nnunetv2.utilities.atomic_write import replacing
+
+if TYPE_CHECKING:
+    from nnunetv2.training.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,18 @@ def save_checkpoint_file(checkpoint: Mapping[str, Any], path: str | os.PathLike[
     """Write a checkpoint; whoever stops the process meanwhile, `path` is the old file or the complete new one."""
     with replacing(path) as written:
         torch.save(dict(checkpoint), written)
+
+
+def save_snapshot_file(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint that was copied from a training."""
+    save_checkpoint_file(snapshot.state, path)
+
+
+def is_better(score: float, best: float | None) -> bool:
+    """Tell whether a score is the best so far; NaN is worse than any number."""
+    if best is None:
+        return True
+    return bool(score > best) or bool(np.isnan(best) and not np.isnan(score))
 
 
 def load_checkpoint_file(path: str | os.PathLike[str], map_location: torch.device | str = "cpu", *,

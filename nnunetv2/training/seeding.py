@@ -20,11 +20,23 @@ def seed_from_environment() -> int | None:
     return int(text)
 
 
+def seed_epoch(epoch: int, rank: int) -> None:
+    """Begin new random sequences with an epoch, if the user set a seed.
+
+    They depend on nothing but seed, epoch and process, so that a training that goes on from a checkpoint draws what it
+    would have drawn without the interruption.
+    """
+    seed = seed_from_environment()
+    if seed is not None:
+        from nnunetv2.training.data_augmentation.augmenters import seed_everything as seed_generators
+
+        seed_generators([seed, rank, epoch])
+
+
 def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch, and choose deterministic algorithms on a GPU.
 
     With nnUNet_n_proc_DA=0 two runs of one training then give the same weights: augmentation happens in this process.
-    Worker processes deliver batches in the order they finish them, so with them runs differ in spite of the seed.
     """
     import random
 

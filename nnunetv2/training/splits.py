@@ -17,6 +17,25 @@ SPLITS_FILE = "splits_final.json"
 SEED = 12345
 
 
+def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]], folder: str, report: Report) -> Split:
+    """Return the training and validation cases of a fold; write the splits of a dataset that has none.
+
+    Args:
+        path: The file splits_final.json.
+        identifiers: Gives all preprocessed cases.
+        folder: Where they are, for messages.
+        report: Takes lines for the training log.
+
+    Raises:
+        FileNotFoundError: Cases of the fold are not preprocessed.
+        ValueError: The fold is negative, the file makes no sense, or there are too few cases to split.
+    """
+    folds = load_or_create_splits(path, identifiers, report)
+    train, val = choose_fold(folds, fold, identifiers, report)
+    require_preprocessed([*train, *val], identifiers(), folder)
+    return train, val
+
+
 def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], report: Report) -> list[dict]:
     """Read the splits of a dataset, or write those of a five-fold cross-validation if there are none.
 

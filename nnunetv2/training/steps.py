@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from nnunetv2.training.networks import prefers_channels_last
+from nnunetv2.training.step_results import PendingArray, as_result
 from nnunetv2.utilities.device import to_fast_memory_format_
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ MAX_GRADIENT_NORM = 12
 def move_batch(batch: dict, device: torch.device) -> tuple[torch.Tensor, TensorOrList]:
     """Return data and target of a batch on the device; the target has an entry per resolution or is one tensor."""
     data, target = batch["data"], batch["target"]
-    data = to_fast_memory_format_(data.to(device, non_blocking=True), device)
+    data = data.to(device, non_blocking=True)
+    if prefers_channels_last(device):
+        data = to_fast_memory_format_(data, device)
     if isinstance(target, (list, tuple)):
         return data, [entry.to(device, non_blocking=True) for entry in target]
     return data, target.to(device, non_blocking=True)
@@ -53,7 +57,7 @@ def update_weights_(loss: torch.Tensor, network: nn.Module, optimizer: torch.opt
 
 
 def count_hits(output: torch.Tensor, target: torch.Tensor,
-               label_manager: LabelManager) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+               label_manager: LabelManager) -> tuple[np.ndarray | PendingArray, ...]:
     """Count voxels of hard predictions over a batch, without voxels to be ignored.
 
     Args:
@@ -61,14 +65,14 @@ def count_hits(output: torch.Tensor, target: torch.Tensor,
         target: Labels `(b, 1, *spatial)`; for regions a map each `(b, regions [+ ignored], *spatial)`.
 
     Returns:
-        True positives, false positives and false negatives per foreground class or region, float64.
+        True positives, false positives and false negatives per foreground class or region, float64. On a GPU they are
+        arrays that wait for it when they are looked at.
     """
     if label_manager.has_regions:
         counts = _count_region_hits(output, target, label_manager.has_ignore_label)
     else:
         counts = _count_label_hits(output, target, label_manager.ignore_label)
-    tp, fp, fn = (count.cpu().numpy().astype(np.float64) for count in counts)
-    return tp, fp, fn
+    return tuple(as_result((count if count.is_cuda else count.cpu()).double()) for count in counts)
 
 
 def dice_from_counts(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> list[np.float32]:
@@ -87,14 +91,22 @@ def mean_of_known(values: Sequence[float]) -> float:
 def _count_label_hits(output: torch.Tensor, target: torch.Tensor, ignore_label: int | None) -> tuple[torch.Tensor, ...]:
     num_classes = output.shape[1]
     predicted, wanted = output.argmax(1).flatten(), target[:, 0].long().flatten()
+    # One pass over the voxels gives the confusion matrix, rows: wanted, columns: predicted. One entry more takes those
+    # to be ignored.
+    index = wanted * num_classes + predicted
     if ignore_label is not None:
-        known = wanted != ignore_label
-        predicted, wanted = predicted[known], wanted[known]
-    # One pass over the voxels gives the confusion matrix, rows: wanted, columns: predicted.
-    confusion = torch.bincount(wanted * num_classes + predicted, minlength=num_classes ** 2)
-    confusion = confusion.reshape(num_classes, num_classes)
+        index = torch.where(wanted == ignore_label, num_classes ** 2, index)
+    confusion = _histogram(index, num_classes ** 2 + 1)[:-1].reshape(num_classes, num_classes)
     tp = confusion.diagonal()
     return tp[1:], (confusion.sum(0) - tp)[1:], (confusion.sum(1) - tp)[1:]
+
+
+def _histogram(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Count how often each number below `length` occurs."""
+    if not index.is_cuda:
+        return torch.bincount(index, minlength=length)
+    # On a GPU bincount would make the program wait, to look for the largest number.
+    return torch.zeros(length, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
 
 
 def _count_region_hits(output: torch.Tensor, target: torch.Tensor, has_ignore_label: bool) -> tuple[torch.Tensor, ...]:

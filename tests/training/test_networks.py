@@ -1,5 +1,4 @@
 import pytest
-import torch
 from torch import nn
 
 from nnunetv2.training import networks
@@ -47,15 +46,6 @@ class Aliased(nn.Module):
         self.conv = nn.Conv2d(2, 3, 3)
         self.again = nn.ModuleList([self.conv])
 
-
-def test_saved_weights_are_contiguous_and_aliases_stay_aliases():
-    network = Aliased().to(memory_format=torch.channels_last)
-    assert not network.conv.weight.is_contiguous()
-    state = networks.portable_state(network)
-    assert list(state) == ["conv.weight", "conv.bias", "again.0.weight", "again.0.bias"]
-    assert all(tensor.is_contiguous() for tensor in state.values())
-    assert state["conv.weight"].data_ptr() == state["again.0.weight"].data_ptr()
-    assert torch.equal(state["conv.weight"], network.conv.weight)
 
 
 def test_prefixes_of_wrappers_are_removed_only_where_they_are_foreign():

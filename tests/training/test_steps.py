@@ -52,9 +52,15 @@ def test_the_gradient_is_clipped_before_the_step():
     assert torch.allclose(network.weight, torch.tensor([[-12.0]]))
 
 
+def test_batches_of_a_bfloat16_training_are_laid_out_channels_last(monkeypatch):
+    monkeypatch.setenv("nnUNet_cpu_autocast", "1")
+    data, _ = steps.move_batch({"data": torch.zeros(1, 2, 4, 4, 4), "target": []}, torch.device("cpu"))
+    assert data.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_batches_move_with_one_target_per_resolution_or_a_single_one():
     batch = {"data": torch.zeros(1, 2, 4, 4, 4), "target": [torch.zeros(1, 1, 4, 4, 4), torch.ones(1, 1, 2, 2, 2)]}
     data, target = steps.move_batch(batch, torch.device("cpu"))
-    assert data.is_contiguous(memory_format=torch.channels_last_3d)
+    assert data.shape == (1, 2, 4, 4, 4)
     assert [tuple(entry.shape) for entry in target] == [(1, 1, 4, 4, 4), (1, 1, 2, 2, 2)]
     assert steps.move_batch({**batch, "target": target[1]}, torch.device("cpu"))[1].shape == (1, 1, 2, 2, 2)

@@ -191,7 +191,9 @@ def test_three_epochs_leave_the_files_and_figures_of_the_reference(dataset):
     fold = Path(trainer.output_folder)
     names = {path.name for path in fold.iterdir()}
     (log,) = fold.glob("training_log_*.txt")
-    assert names == {log.name, "progress.png", "debug.json", "checkpoint_best.pth", "checkpoint_final.pth"}
+    assert names >= {log.name, "progress.png", "debug.json", "checkpoint_best.pth", "checkpoint_final.pth",
+                     "augmentation_examples.png"}
+    assert "checkpoint_latest.pth" not in names and not [name for name in names if name.startswith(".")]
     assert {path.name for path in fold.parent.iterdir()} == {"plans.json", "dataset.json", "dataset_fingerprint.json",
                                                             "fold_0"}
     assert json.loads((fold.parent / "plans.json").read_text()) == dataset

@@ -7,8 +7,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import time
@@ -19,13 +19,12 @@ import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training import checkpoint as checkpoint_files
 from nnunetv2.training import log_file as log_files
-from nnunetv2.training import splits, steps
-from nnunetv2.training.batch_shares import oversampling_of_rank, split_batch_size
+from nnunetv2.training import model_folder, splits, steps
+from nnunetv2.training.background_writer import BackgroundWriter
+from nnunetv2.training.batch_shares import loss_weight_of_rank, oversampling_of_rank, split_batch_size
 from nnunetv2.training.data_augmentation.augmenters import build_augmenters
 from nnunetv2.training.data_augmentation.default_transforms import (
     build_training_transforms,
@@ -35,23 +34,25 @@ from nnunetv2.training.data_augmentation.default_transforms import (
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.debug_information import describe_trainer
+from nnunetv2.training.distributed import device_of_process, distribute, gather, is_distributed, wait_for_all
+from nnunetv2.training.first_batch import draw_first_batch
 from nnunetv2.training.folder_lock import training_in
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.networks import (
-    adapt_weight_names,
-    bare_network,
-    build_network,
-    deep_supervision_scales,
-    portable_state,
-)
+from nnunetv2.training.networks import bare_network, build_network, deep_supervision_scales, speed_up_on_cpu_
 from nnunetv2.training.nnUNetTrainer.reexports import look_up
-from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+from nnunetv2.training.optimization import build_grad_scaler, build_sgd
+from nnunetv2.training.progress_line import Position, ProgressLine
+from nnunetv2.training.seeding import seed_epoch
+from nnunetv2.training.snapshot import SnapshotTaker
+from nnunetv2.training.step_results import as_result, fetch, latest_loss
+from nnunetv2.training.training_state import describe_state, restore_state_
+from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.device import autocast_context, to_fast_memory_format_
+from nnunetv2.utilities.device import autocast_context
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -94,9 +95,9 @@ class nnUNetTrainer:
                  device: torch.device = CUDA, unpack_dataset: bool | torch.device | None = None):
         if isinstance(device, bool):
             device = unpack_dataset if isinstance(unpack_dataset, torch.device) else CUDA
-        self.is_ddp = distributed.is_available() and distributed.is_initialized()
+        self.is_ddp = is_distributed()
         self.local_rank = distributed.get_rank() if self.is_ddp else 0
-        self.device = _device_of_rank(device, self.local_rank)
+        self.device = device_of_process(device, self.local_rank)
         print(f"Training on {self.device}" + (f" (process {self.local_rank})" if self.is_ddp else ""))
 
         continue_training = plans.get("continue_training", False)
@@ -124,15 +125,22 @@ class nnUNetTrainer:
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
         self.loss: nn.Module | None = None
-        self.grad_scaler = _build_grad_scaler(self.device)
+        self.grad_scaler = build_grad_scaler(self.device)
         self.dataloader_train: Iterator[dict] | None = None
         self.dataloader_val: Iterator[dict] | None = None
 
+        self._loss_weight = 1.0  # of this process, where processes have batches of unequal size
         self._best_ema: float | None = None
         self.inference_allowed_mirroring_axes: tuple[int, ...] | None = None
         self.save_every = 50
         self.disable_checkpointing = False
         self.was_initialized = False
+
+        # What keeps files and the terminal out of the way of training.
+        self._progress = ProgressLine(sys.stdout, is_enabled=self.local_rank == 0)
+        self._writer, self._snapshots = BackgroundWriter(), SnapshotTaker()
+        self._is_writing_in_background = False
+        self._has_to_draw_examples = self.local_rank == 0
 
         self._open_output_folder(continue_training)
         self._greet()
@@ -141,21 +149,14 @@ class nnUNetTrainer:
 
     def _set_folders(self) -> None:
         """Derive the folders of this training; those below a root that is not set are None."""
-        dataset, configuration = self.plans_manager.dataset_name, self.configuration_manager
-        preprocessed, results = nnUNet_preprocessed.get(), nnUNet_results.get()
-        model = f"{type(self).__name__}__{self.plans_manager.plans_name}__"
-
-        self.preprocessed_dataset_folder_base = os.path.join(preprocessed, dataset) if preprocessed else None
-        self.preprocessed_dataset_folder = (
-            os.path.join(preprocessed, dataset, configuration.data_identifier) if preprocessed else None)
-        self.output_folder_base = (
-            os.path.join(results, dataset, model + self.configuration_name) if results else None)
-        self.output_folder = os.path.join(self.output_folder_base, f"fold_{self.fold}") if results else None
-
-        self.is_cascaded = configuration.previous_stage_name is not None
-        self.folder_with_segs_from_previous_stage = os.path.join(
-            results, dataset, model + configuration.previous_stage_name, "predicted_next_stage",
-            self.configuration_name) if results and self.is_cascaded else None
+        folders = model_folder.locate_folders(self.plans_manager, self.configuration_name, self.fold,
+                                              type(self).__name__)
+        self.preprocessed_dataset_folder_base = folders.preprocessed_dataset_folder_base
+        self.preprocessed_dataset_folder = folders.preprocessed_dataset_folder
+        self.output_folder_base = folders.output_folder_base
+        self.output_folder = folders.output_folder
+        self.is_cascaded = self.configuration_manager.previous_stage_name is not None
+        self.folder_with_segs_from_previous_stage = folders.folder_with_segs_from_previous_stage
 
     def _open_output_folder(self, continue_training: bool) -> None:
         """Create the output folder and the logger. The log file appears with the first line after construction."""
@@ -184,14 +185,14 @@ class nnUNetTrainer:
         self._set_batch_size_and_oversample()
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
                                                                self.dataset_json)
-        self.network = self._build_network().to(self.device)
-        to_fast_memory_format_(self.network, self.device)
+        self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
             self.network = torch.compile(self.network)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
-            self.network = _distribute(self.network, self.device)
+            self.network = distribute(self.network, self.device,
+                                      has_unused_parameters=not self.enable_deep_supervision)
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self._require(self.preprocessed_dataset_folder))
         self.was_initialized = True
@@ -226,6 +227,7 @@ class nnUNetTrainer:
         batch_size = self.configuration_manager.batch_size
         if self.is_ddp:
             world_size = distributed.get_world_size()
+            self._loss_weight = loss_weight_of_rank(batch_size, world_size, self.local_rank)
             self.oversample_foreground_percent = oversampling_of_rank(
                 batch_size, world_size, self.local_rank, self.oversample_foreground_percent)
             batch_size = split_batch_size(batch_size, world_size)[self.local_rank]
@@ -246,8 +248,8 @@ class nnUNetTrainer:
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return SGD with Nesterov momentum, and a learning rate that falls polynomially over the epochs."""
-        optimizer = torch.optim.SGD(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay,
-                                    momentum=0.99, nesterov=True)
+        optimizer = build_sgd(self.network, initial_lr=self.initial_lr, weight_decay=self.weight_decay,
+                              device=self.device)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def _build_loss(self) -> nn.Module:
@@ -326,10 +328,7 @@ class nnUNetTrainer:
             everything = identifiers()
             return everything, everything
         path = Path(self.preprocessed_dataset_folder_base, splits.SPLITS_FILE)
-        folds = splits.load_or_create_splits(path, identifiers, self.print_to_log_file)
-        train, val = splits.choose_fold(folds, int(self.fold), identifiers, self.print_to_log_file)
-        splits.require_preprocessed([*train, *val], identifiers(), folder)
-        return train, val
+        return splits.split_cases(path, int(self.fold), identifiers, folder, self.print_to_log_file)
 
     def get_tr_and_val_datasets(self) -> tuple[nnUNetBaseDataset, nnUNetBaseDataset]:
         """Return the datasets of the training and of the validation cases."""
@@ -381,26 +380,44 @@ class nnUNetTrainer:
                     self._run_epoch()
                 self.on_train_end()
             finally:
+                self._progress.clear()
                 self._shut_down_dataloaders()
+                self._writer.wait()
 
     def _run_epoch(self) -> None:
+        seed_epoch(self.current_epoch, self.local_rank)
+        self._progress.start_epoch()
         self.on_epoch_start()
         self.on_train_epoch_start()
-        train_outputs = [self.train_step(next(self.dataloader_train)) for _ in range(self.num_iterations_per_epoch)]
-        self.on_train_epoch_end(train_outputs)
+        self.on_train_epoch_end(self._run_steps(
+            "training", self.train_step, self.dataloader_train, self.num_iterations_per_epoch))
         with torch.no_grad():
             self.on_validation_epoch_start()
-            val_outputs = [self.validation_step(next(self.dataloader_val))
-                           for _ in range(self.num_val_iterations_per_epoch)]
-            self.on_validation_epoch_end(val_outputs)
+            self.on_validation_epoch_end(self._run_steps(
+                "validation", self.validation_step, self.dataloader_val, self.num_val_iterations_per_epoch))
         self.on_epoch_end()
+        self._progress.end_epoch()
+        self._writer.raise_failure()
+
+    def _run_steps(self, phase: str, step: Callable[[dict], dict], batches: Iterator[dict], number: int) -> list[dict]:
+        """Take steps and return what they returned; a terminal shows how far they are."""
+        outputs: list[dict] = []
+        known = self.logger.get_value("ema_fg_dice", step=None)
+        for _ in self._progress.count(Position(self.current_epoch, self.num_epochs, phase, number),
+                                      loss=lambda: latest_loss(outputs), dice=known[-1] if known else None):
+            batch = next(batches)
+            if self._has_to_draw_examples:
+                self._has_to_draw_examples = False
+                draw_first_batch(self, batch)
+            outputs.append(step(batch))
+        return fetch(outputs)
 
     def on_train_start(self) -> None:
         """Initialise, start the data loaders, and write what the trained model needs besides its weights."""
         if not self.was_initialized:
             self.initialize()
         Path(self._require(self.output_folder)).mkdir(parents=True, exist_ok=True)
-        self._unpack_dataset()  # before workers open its files
+        self._prepare_dataset()  # before workers open its files
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self.print_plans()
@@ -416,6 +433,8 @@ class nnUNetTrainer:
             Path(self.output_folder, checkpoint_files.LATEST).unlink(missing_ok=True)
         self._shut_down_dataloaders()
         self.logger.local_logger.wait_for_plot()
+        self._writer.wait()
+        self._writer.raise_failure()
         empty_cache(self.device)
         self.print_to_log_file("Training done.")
 
@@ -439,11 +458,11 @@ class nnUNetTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._forward(data, target)[1]
         steps.update_weights_(loss, self.network, self.optimizer, self.grad_scaler)
-        return {"loss": loss.detach().cpu().numpy()}
+        return {"loss": as_result(loss)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the mean training loss of the epoch, over all processes."""
-        losses = _gather(collate_outputs(train_outputs)["loss"], self.is_ddp)
+        losses = gather(collate_outputs(train_outputs)["loss"])
         self.logger.log("train_losses", np.vstack(losses).mean(), self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
@@ -457,15 +476,15 @@ class nnUNetTrainer:
         if self.enable_deep_supervision:
             output, target = output[0], target[0]
         tp, fp, fn = steps.count_hits(output, target, self.label_manager)
-        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+        return {"loss": as_result(loss), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Log the mean validation loss, and the Dice per class of all validation voxels of the epoch together."""
         collated = collate_outputs(val_outputs)
         counts = np.stack([np.sum(collated[name], axis=0, dtype=np.float64)
                            for name in ("tp_hard", "fp_hard", "fn_hard")])
-        dice = steps.dice_from_counts(*np.sum(_gather(counts, self.is_ddp), axis=0))
-        losses = _gather(collated["loss"], self.is_ddp)
+        dice = steps.dice_from_counts(*np.sum(gather(counts), axis=0))
+        losses = gather(collated["loss"])
         self.logger.log("mean_fg_dice", steps.mean_of_known(dice), self.current_epoch)
         self.logger.log("dice_per_class_or_region", dice, self.current_epoch)
         self.logger.log("val_losses", np.vstack(losses).mean(), self.current_epoch)
@@ -474,7 +493,8 @@ class nnUNetTrainer:
         """Report the epoch, save checkpoints, draw the curves, and move on to the next epoch."""
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         self._report_epoch()
-        self._save_epoch_checkpoints(self.current_epoch)
+        with self._writing_in_background():
+            self._save_epoch_checkpoints(self.current_epoch)
         if self.local_rank == 0:
             self.logger.plot_progress_png(self.output_folder)
         self.current_epoch += 1
@@ -483,7 +503,8 @@ class nnUNetTrainer:
         """Return output and loss of a batch, in the precision of the device."""
         with autocast_context(self.device):
             output = self.network(data)
-            return output, self.loss(steps.as_loss_input(output), target)
+            loss = self.loss(steps.as_loss_input(output), target)
+        return output, loss if self._loss_weight == 1 else loss * self._loss_weight
 
     def _report_epoch(self) -> None:
         def latest(key: str) -> Any:
@@ -506,7 +527,7 @@ class nnUNetTrainer:
 
     def _save_checkpoint_if_best(self) -> None:
         ema = self.logger.get_value("ema_fg_dice", step=-1)
-        if _is_better(ema, self._best_ema):
+        if checkpoint_files.is_better(ema, self._best_ema):
             self._best_ema = ema
             self.print_to_log_file(f"New best EMA pseudo Dice: {round(float(ema), 4)}")
             self.save_checkpoint(self._in_output_folder(checkpoint_files.BEST))
@@ -530,17 +551,20 @@ class nnUNetTrainer:
         if self.disable_checkpointing:
             self.print_to_log_file(f"Checkpointing is disabled: {Path(filename).name} is not written")
             return
-        checkpoint_files.save_checkpoint_file({
-            "network_weights": portable_state(self.network),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
-            "trainer_name": type(self).__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-        }, filename)
+        state = self._snapshots.take(describe_state(self))
+        self._writer.submit(filename, checkpoint_files.save_snapshot_file, state, filename)
+        if not self._is_writing_in_background:
+            self._writer.wait()
+            self._writer.raise_failure()
+
+    @contextlib.contextmanager
+    def _writing_in_background(self) -> Iterator[None]:
+        """Let `save_checkpoint` return before its file is written."""
+        self._is_writing_in_background = True
+        try:
+            yield
+        finally:
+            self._is_writing_in_background = False
 
     def load_checkpoint(self, checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, given as its content or as a file."""
@@ -548,16 +572,7 @@ class nnUNetTrainer:
             self.initialize()
         if not isinstance(checkpoint, dict):
             checkpoint = checkpoint_files.load_checkpoint_file(checkpoint, map_location=self.device)
-        network = bare_network(self.network)
-        network.load_state_dict(adapt_weight_names(checkpoint["network_weights"], network.state_dict()))
-        self.current_epoch, self._best_ema = checkpoint["current_epoch"], checkpoint["_best_ema"]
-        self.my_init_kwargs = checkpoint["init_args"]
-        self.logger.load_checkpoint(checkpoint["logging"])
-        self.inference_allowed_mirroring_axes = checkpoint.get("inference_allowed_mirroring_axes",
-                                                               self.inference_allowed_mirroring_axes)
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
-        if self.grad_scaler is not None and checkpoint.get("grad_scaler_state") is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        restore_state_(self, checkpoint)
 
     # ---------------------------------------------------------------- final validation
 
@@ -576,16 +591,14 @@ class nnUNetTrainer:
         if self.local_rank == 0 and self.log_file is not None:
             log_files.append_to_log(Path(self.log_file), line, header=log_files.CITATION)
         if also_print_to_console:
+            self._progress.clear()
             print(line, flush=True)
 
     def print_plans(self) -> None:
         """Log the configuration and the rest of the plans."""
-        if self.local_rank != 0:
-            return
-        general = {key: value for key, value in self.plans_manager.plans.items() if key != "configurations"}
-        self.print_to_log_file(f"\nConfiguration {self.configuration_name}:\n{self.configuration_manager}\n",
-                               add_timestamp=False)
-        self.print_to_log_file(f"Plans:\n{general}\n", add_timestamp=False)
+        if self.local_rank == 0:
+            model_folder.log_plans(self.print_to_log_file, self.plans_manager.plans, self.configuration_name,
+                                   self.configuration_manager)
 
     def plot_network_architecture(self) -> None:
         """Draw the network; does nothing here, a hook for trainers that bring a tool for it."""
@@ -598,27 +611,22 @@ class nnUNetTrainer:
     def _save_model_description(self) -> None:
         """Write plans, dataset description and fingerprint beside the folds; the other processes wait for it."""
         if self.local_rank == 0:
-            base = Path(self.output_folder_base)
-            save_json_atomically(self.plans_manager.plans, base / "plans.json", sort_keys=False)
-            save_json_atomically(self.dataset_json, base / "dataset.json", sort_keys=False)
-            fingerprint = Path(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
-            if not fingerprint.is_file():
-                raise FileNotFoundError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint for this dataset")
-            with replacing(base / fingerprint.name) as written:
-                shutil.copy(fingerprint, written)
-        self._wait_for_all_processes()
+            model_folder.save_model_description(self.output_folder_base, self.plans_manager.plans, self.dataset_json,
+                                                self.preprocessed_dataset_folder_base)
+        wait_for_all()
 
-    def _unpack_dataset(self) -> None:
-        """Let the dataset class prepare its files for fast reading; the other processes wait for it."""
+    def _prepare_dataset(self) -> None:
+        """Let the dataset class prepare its files for fast reading, and see to it that there are splits.
+
+        The other processes wait for it.
+        """
         if self.local_rank == 0:
             self.dataset_class.unpack_dataset(
                 self.preprocessed_dataset_folder, overwrite_existing=False,
                 num_processes=max(1, get_allowed_n_proc_DA() // 2), verify=True)
-        self._wait_for_all_processes()
-
-    def _wait_for_all_processes(self) -> None:
-        if self.is_ddp:
-            distributed.barrier()
+            if self.is_ddp:
+                self.do_split()
+        wait_for_all()
 
     def _hold_output_folder(self) -> contextlib.AbstractContextManager[None]:
         return training_in(self._require(self.output_folder)) if self.local_rank == 0 else contextlib.nullcontext()
@@ -633,43 +641,4 @@ class nnUNetTrainer:
         return os.path.join(self._require(self.output_folder), name)
 
     def _require(self, folder: str | None) -> str:
-        if folder is None:
-            unset = [root.env_var_name for root in (nnUNet_preprocessed, nnUNet_results) if not root.is_set()]
-            raise RuntimeError(f"{' and '.join(unset) or 'a folder'} was not set when {type(self).__name__} was "
-                               "constructed: it can build networks, but not train")
-        return folder
-
-
-def _device_of_rank(device: torch.device, rank: int) -> torch.device:
-    """Return the GPU of a process; devices of other types are as given."""
-    return torch.device("cuda", rank) if device.type == "cuda" else device
-
-
-def _build_grad_scaler(device: torch.device) -> torch.amp.GradScaler | None:
-    """Return what keeps small float16 gradients from vanishing; only CUDA trains in float16."""
-    if device.type != "cuda":
-        return None
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler("cuda")
-    return torch.cuda.amp.GradScaler()  # torch before 2.3
-
-
-def _distribute(network: nn.Module, device: torch.device) -> nn.Module:
-    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-
-
-def _gather(values: np.ndarray, is_ddp: bool) -> list[np.ndarray]:
-    """Return the values of all processes."""
-    if not is_ddp:
-        return [values]
-    gathered = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, values)
-    return gathered
-
-
-def _is_better(ema: float, best: float | None) -> bool:
-    """Tell whether a score is the best so far; NaN is worse than any number."""
-    if best is None:
-        return True
-    return bool(ema > best) or bool(np.isnan(best) and not np.isnan(ema))
+        return model_folder.require_folder(folder, type(self).__name__)

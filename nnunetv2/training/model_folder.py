@@ -1,0 +1,86 @@
+"""Where a training reads and writes, and what lies beside the folds of a trained model."""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of a training; those below a root that is not set are None."""
+
+    preprocessed_dataset_folder_base: str | None
+    preprocessed_dataset_folder: str | None
+    output_folder_base: str | None
+    output_folder: str | None
+    folder_with_segs_from_previous_stage: str | None
+    """Where the previous stage of a cascade left its segmentations; None without a cascade."""
+
+
+def locate_folders(plans: PlansManager, configuration: str, fold: int | str, trainer_name: str) -> Folders:
+    """Derive the folders of a training from what it trains."""
+    description = plans.get_configuration(configuration)
+    dataset, previous = plans.dataset_name, description.previous_stage_name
+
+    def below(root: str | None, *names: str) -> str | None:
+        return os.path.join(root, dataset, *names) if root else None
+
+    def model(name: str) -> str:
+        return f"{trainer_name}__{plans.plans_name}__{name}"
+
+    preprocessed, results = nnUNet_preprocessed.get(), nnUNet_results.get()
+    return Folders(
+        preprocessed_dataset_folder_base=below(preprocessed),
+        preprocessed_dataset_folder=below(preprocessed, description.data_identifier),
+        output_folder_base=below(results, model(configuration)),
+        output_folder=below(results, model(configuration), f"fold_{fold}"),
+        folder_with_segs_from_previous_stage=(
+            below(results, model(previous), "predicted_next_stage", configuration) if previous is not None else None))
+
+
+def require_folder(folder: str | None, trainer_name: str) -> str:
+    """Return a folder that must be known.
+
+    Raises:
+        RuntimeError: It is None; the message says which environment variable to set.
+    """
+    if folder is None:
+        unset = [root.env_var_name for root in (nnUNet_preprocessed, nnUNet_results) if not root.is_set()]
+        raise RuntimeError(f"{' and '.join(unset) or 'a folder'} was not set when {trainer_name} was constructed: it "
+                           "can build networks, but not train")
+    return folder
+
+
+def save_model_description(folder: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any],
+                           preprocessed_folder: str) -> None:
+    """Write plans, dataset description and fingerprint, which prediction needs besides the weights.
+
+    Raises:
+        FileNotFoundError: The dataset has no fingerprint.
+    """
+    fingerprint = Path(preprocessed_folder, "dataset_fingerprint.json")
+    if not fingerprint.is_file():
+        raise FileNotFoundError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint for this dataset")
+    base = Path(folder)
+    save_json_atomically(plans, base / "plans.json", sort_keys=False)
+    save_json_atomically(dataset_json, base / "dataset.json", sort_keys=False)
+    with replacing(base / fingerprint.name) as written:
+        shutil.copy(fingerprint, written)
+
+
+def log_plans(report: Callable[..., None], plans: Mapping[str, Any], configuration_name: str,
+              configuration: object) -> None:
+    """Log a configuration, and the plans without the others."""
+    general = {key: value for key, value in plans.items() if key != "configurations"}
+    report(f"\nConfiguration {configuration_name}:\n{configuration}\n", add_timestamp=False)
+    report(f"Plans:\n{general}\n", add_timestamp=False)

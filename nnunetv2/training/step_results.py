@@ -1,0 +1,73 @@
+"""Results of steps that stay on the GPU until somebody looks: fetching each at once would stop it in every step."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class PendingArray(np.lib.mixins.NDArrayOperatorsMixin):
+    """A NumPy array that is still on its way from a GPU. Computing with it, or printing it, waits for it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+        self._fetched: np.ndarray | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self._fetched is None:
+            self._fetched = self.tensor.cpu().numpy()
+        return self._fetched.astype(dtype) if dtype is not None else self._fetched
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = [np.asarray(value) if isinstance(value, PendingArray) else value for value in inputs]
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.asarray(self)[index]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __float__(self) -> float:
+        return float(np.asarray(self))
+
+    def __int__(self) -> int:
+        return int(np.asarray(self))
+
+    def __bool__(self) -> bool:
+        return bool(np.asarray(self))
+
+    def __format__(self, specification: str) -> str:
+        array = np.asarray(self)
+        return format(array.item() if array.ndim == 0 else array, specification)
+
+    def __repr__(self) -> str:
+        return repr(np.asarray(self))
+
+
+def as_result(tensor: torch.Tensor) -> np.ndarray | PendingArray:
+    """Return a tensor as an array; one on a GPU is fetched when somebody looks at it."""
+    return PendingArray(tensor) if tensor.is_cuda else tensor.detach().cpu().numpy()
+
+
+def latest_loss(outputs: Sequence[Any]) -> float | None:
+    """Return the loss of the latest step, None if it tells none; waits for the GPU."""
+    loss = outputs[-1].get("loss") if outputs and isinstance(outputs[-1], dict) else None
+    return None if loss is None or np.size(loss) != 1 else float(loss)
+
+
+def fetch(outputs: Sequence[Any]) -> list[Any]:
+    """Return the results of all steps of an epoch as NumPy arrays; waits for the GPU once per kind of result."""
+    outputs = list(outputs)
+    if not outputs or not isinstance(outputs[0], dict):
+        return outputs
+    names = [name for name, value in outputs[0].items() if isinstance(value, PendingArray)]
+    fetched = {name: torch.stack([output[name].tensor for output in outputs]).cpu().numpy() for name in names}
+    return [{**output, **{name: fetched[name][i] for name in names}} for i, output in enumerate(outputs)]

@@ -1,0 +1,44 @@
+"""Gather what a checkpoint holds from a trainer, and put it back."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2.training.networks import adapt_weight_names, bare_network
+from nnunetv2.training.optimization import load_optimizer_state_, portable_optimizer_state
+
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
+    """Return the content of a checkpoint, with which the next epoch can be trained. Its tensors are the trainer's own.
+
+    The names of weights are those of the bare network, without the prefixes of DDP and torch.compile.
+    """
+    scaler = trainer.grad_scaler
+    return {
+        "network_weights": bare_network(trainer.network).state_dict(),
+        "optimizer_state": portable_optimizer_state(trainer.optimizer),
+        "grad_scaler_state": None if scaler is None else scaler.state_dict(),
+        "logging": trainer.logger.get_checkpoint(),
+        "_best_ema": trainer._best_ema,
+        "current_epoch": trainer.current_epoch + 1,
+        "init_args": trainer.my_init_kwargs,
+        "trainer_name": type(trainer).__name__,
+        "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+    }
+
+
+def restore_state_(trainer: nnUNetTrainer, checkpoint: Mapping[str, Any]) -> None:
+    """Bring an initialized trainer to where it was when a checkpoint was saved, here or by the reference."""
+    network = bare_network(trainer.network)
+    network.load_state_dict(adapt_weight_names(checkpoint["network_weights"], network.state_dict()))
+    trainer.current_epoch, trainer._best_ema = checkpoint["current_epoch"], checkpoint["_best_ema"]
+    trainer.my_init_kwargs = checkpoint["init_args"]
+    trainer.logger.load_checkpoint(checkpoint["logging"])
+    trainer.inference_allowed_mirroring_axes = checkpoint.get("inference_allowed_mirroring_axes",
+                                                              trainer.inference_allowed_mirroring_axes)
+    load_optimizer_state_(trainer.optimizer, checkpoint["optimizer_state"])
+    if trainer.grad_scaler is not None and checkpoint.get("grad_scaler_state") is not None:
+        trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

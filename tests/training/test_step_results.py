@@ -1,0 +1,32 @@
+import numpy as np
+import torch
+
+from nnunetv2.training.step_results import PendingArray, as_result, fetch, latest_loss
+from nnunetv2.utilities.collate_outputs import collate_outputs
+
+
+def test_results_on_the_cpu_are_arrays_at_once():
+    loss = as_result(torch.tensor(0.5, requires_grad=True))
+    assert isinstance(loss, np.ndarray) and loss.shape == () and loss == 0.5
+
+
+def test_a_pending_array_behaves_like_the_array_it_becomes():
+    loss, counts = PendingArray(torch.tensor(0.5)), PendingArray(torch.tensor([1.0, 2.0]))
+    assert float(loss) == 0.5 and f"{loss:.2f}" == "0.50" and loss + 1 == 1.5 and loss.item() == 0.5
+    assert counts.sum() == 3 and counts[1] == 2 and len(counts) == 2 and counts.shape == (2,)
+    assert np.mean([loss, loss]) == 0.5 and np.isfinite(loss) and np.asarray(counts).dtype == np.float32
+
+
+def test_the_results_of_an_epoch_are_fetched_together():
+    outputs = [{"loss": PendingArray(torch.tensor(float(i))), "mine": i} for i in range(3)]
+    fetched = fetch(outputs)
+    assert [type(output["loss"]) for output in fetched] == [np.ndarray] * 3 or [output["loss"] for output in fetched] \
+        == [0, 1, 2]
+    assert collate_outputs(fetched)["mine"] == [0, 1, 2]
+    np.testing.assert_array_equal(collate_outputs(fetched)["loss"], [0, 1, 2])
+
+
+def test_what_a_step_of_somebody_else_returns_is_left_alone():
+    assert fetch([None, None]) == [None, None] and fetch([]) == []
+    assert latest_loss([]) is None and latest_loss([None]) is None and latest_loss([{"loss": [1, 2]}]) is None
+    assert latest_loss([{"loss": np.float32(2)}]) == 2
