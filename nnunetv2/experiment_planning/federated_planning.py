@@ -22,23 +22,25 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import FINGERPRINT_FILE
+from nnunetv2.experiment_planning.fingerprint_files import LOCAL_FINGERPRINT, forget_pooled_fingerprint
 from nnunetv2.federated import messages, statistics
 from nnunetv2.federated.client import FederationClient, show_progress
 from nnunetv2.federated.site import load_credential
 
 logger = logging.getLogger(__name__)
 
-LOCAL_FINGERPRINT = "dataset_fingerprint_local.json"
 
-
-def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | None = None, num_processes: int = 8,
-                   share_extrema: bool = False, show_progress_bar: bool = True, verbose: bool = False,
-                   credential_file: Path | None = None, **planning: Any) -> str:
+def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | None = None,
+                   num_processes: int | None = 8, clean: bool = True, share_extrema: bool = False,
+                   show_progress_bar: bool = True, verbose: bool = False, credential_file: Path | None = None,
+                   **planning: Any) -> str:
     """Plan one dataset as a member of a federation.
 
     Args:
         mode: "ffe" plans from the pooled fingerprint, so that all sites hold the same plans; "asym" plans from the
             local one, so that the sites' networks may differ.
+        clean: With "asym", extract the fingerprint even if there is one. "ffe" samples the local data in any case.
         share_extrema: Let the smallest and largest voxel leave the site too. Nothing in nnU-Net needs them.
         credential_file: The site's credential; the one that `nnUNet_fed_site` names, if None.
         planning: Keywords of `plan_experiment_dataset`.
@@ -57,7 +59,8 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
     extractor = (extractor_class or DatasetFingerprintExtractor)(dataset_id, num_processes, verbose=verbose)
     extractor.show_progress_bar = show_progress_bar
     if mode == "asym":
-        extractor.run(overwrite_existing=True)
+        extractor.run(overwrite_existing=clean)
+        forget_pooled_fingerprint(Path(extractor.output_folder))
         return plan_experiment_dataset(dataset_id, **planning)[1]
     with FederationClient(credential, report=show_progress) as client:
         num_cases = pool_fingerprint(client, extractor, share_extrema=share_extrema)
@@ -87,7 +90,7 @@ def pool_fingerprint(client: FederationClient, extractor: Any, *, share_extrema:
     bins = client.exchange(messages.COARSE_KEY, summarise(samples, values, share_extrema), coarse).message.bins
     fine = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1]) for c, channel in enumerate(values)}
     pooled = client.exchange(messages.FINE_KEY, messages.FineSummary(bins=bins), fine).message
-    save_json_atomically(pooled.fingerprint, folder / "dataset_fingerprint.json")
+    save_json_atomically(pooled.fingerprint, folder / FINGERPRINT_FILE)
     return pooled.num_cases
 
 

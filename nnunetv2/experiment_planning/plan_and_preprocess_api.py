@@ -12,6 +12,9 @@ import nnunetv2
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.plans_file import warn_of_shared_folders
+from nnunetv2.experiment_planning.fingerprint_files import find_local_fingerprint, forget_pooled_fingerprint
+from nnunetv2.experiment_planning.prerequisites import require_dataset
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.atomic_write import replacing
@@ -21,32 +24,44 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
 
+ProcessCounts = int | Sequence[int | None] | None
+# Where neither the user nor the preprocessor decides. 3d_fullres takes the most memory per process.
+PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+PROCESSES_OTHERWISE = 4
+
 # ------------------------------------------------------------------------------------------------ fingerprint
 
 
 def extract_fingerprint_dataset(dataset_id: int | str,
                                 fingerprint_extractor_class: type = DatasetFingerprintExtractor,
-                                num_processes: int = default_num_processes, check_dataset_integrity: bool = False,
-                                clean: bool = True, verbose: bool = True, show_progress_bar: bool = True) -> dict:
+                                num_processes: int | None = default_num_processes,
+                                check_dataset_integrity: bool = False, clean: bool = True, verbose: bool = True,
+                                show_progress_bar: bool = True) -> dict:
     """Return the fingerprint of a dataset; `clean` computes it anew even if there is one.
 
     Args:
         dataset_id: The number of the dataset or its name.
+        num_processes: None takes as many as the machine has cores and free memory for.
     """
-    dataset_name = maybe_convert_to_dataset_name(dataset_id)
+    dataset_name = require_dataset(dataset_id)
     print(dataset_name)
     if check_dataset_integrity:
-        verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes)
+        verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes or default_num_processes)
+    if num_processes is None and not issubclass(fingerprint_extractor_class, DatasetFingerprintExtractor):
+        num_processes = default_num_processes  # an extractor of a user's own may not know how to choose
     extractor = fingerprint_extractor_class(dataset_id, num_processes, verbose=verbose)
     if hasattr(extractor, "show_progress_bar"):
         extractor.show_progress_bar = show_progress_bar
+    if clean:
+        forget_pooled_fingerprint(Path(nnUNet_preprocessed) / dataset_name)
     return extractor.run(overwrite_existing=clean)
 
 
 def extract_fingerprints(dataset_ids: Iterable[int | str],
                          fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
-                         num_processes: int = default_num_processes, check_dataset_integrity: bool = False,
-                         clean: bool = True, verbose: bool = True, show_progress_bar: bool = True) -> None:
+                         num_processes: int | None = default_num_processes,
+                         check_dataset_integrity: bool = False, clean: bool = True, verbose: bool = True,
+                         show_progress_bar: bool = True) -> None:
     """Extract the fingerprints of several datasets, with an extractor given by its class name."""
     extractor_class = find_planning_class(fingerprint_extractor_class_name)
     for dataset_id in dataset_ids:
@@ -107,13 +122,16 @@ def plan_experiments(dataset_ids: Iterable[int | str], experiment_planner_class_
 def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
                                fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
                                experiment_planner_class_name: str = "ExperimentPlanner", *,
-                               num_processes: int = default_num_processes, check_dataset_integrity: bool = False,
-                               verbose: bool = True, show_progress_bar: bool = True,
-                               **planning: Any) -> str | None:
+                               num_processes: int | None = default_num_processes,
+                               check_dataset_integrity: bool = False, clean: bool = False,
+                               share_extrema: bool = False, verbose: bool = True,
+                               show_progress_bar: bool = True, **planning: Any) -> str | None:
     """Fingerprint and plan datasets together with the other sites of the federation that this site has joined.
 
     Args:
         mode: "ffe" plans from the pooled fingerprint, "asym" lets every site plan for itself.
+        clean: With "asym", extract the local fingerprint even if there is one; with "ffe" that is always done.
+        share_extrema: With "ffe", let the smallest and largest voxel of each channel leave the site too.
         planning: Further keywords of `plan_experiment_dataset`.
 
     Returns:
@@ -124,12 +142,13 @@ def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
     planner_class = find_planner_class(experiment_planner_class_name)
     plans_identifier = None
     for dataset_id in dataset_ids:
+        dataset_name = require_dataset(dataset_id)
         if check_dataset_integrity:
-            folder = Path(nnUNet_raw) / maybe_convert_to_dataset_name(dataset_id)
-            verify_dataset_integrity(str(folder), num_processes)
+            verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes or default_num_processes)
         plans_identifier = plan_federated(dataset_id, mode=mode, extractor_class=extractor_class,
                                           experiment_planner_class=planner_class, num_processes=num_processes,
-                                          verbose=verbose, show_progress_bar=show_progress_bar, **planning)
+                                          clean=clean, share_extrema=share_extrema, verbose=verbose,
+                                          show_progress_bar=show_progress_bar, **planning)
     return plans_identifier
 
 
@@ -164,12 +183,13 @@ def find_planning_class(name: str) -> type:
 
 def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPlans",
                        configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
-                       num_processes: int | Sequence[int] = (8, 4, 8), verbose: bool = False,
+                       num_processes: ProcessCounts = (8, 4, 8), verbose: bool = False,
                        show_progress_bar: bool = True) -> None:
     """Preprocess a dataset for the given configurations; one that the plans do not have is passed over.
 
     Args:
-        num_processes: One number for all configurations, or one for each.
+        num_processes: One number for all configurations, or one for each. None leaves it to the preprocessor, which
+            takes as many as the machine has cores and memory for.
 
     Raises:
         RuntimeError: The numbers of processes and configurations differ.
@@ -184,6 +204,7 @@ def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPla
         raise FileNotFoundError(f"{plans_file} is missing: plan {dataset_name} first, or check the name of the plans")
     _warn_if_dataset_json_changed(dataset_name)
     plans_manager = PlansManager(str(plans_file))
+    warn_of_shared_folders(plans_manager.plans, plans_file)
     print(f"Preprocessing {dataset_name} with {plans_identifier}")
     for configuration, count in zip(configurations, processes):
         if configuration not in plans_manager.available_configurations:
@@ -193,13 +214,14 @@ def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPla
         preprocessor = plans_manager.get_configuration(configuration).preprocessor_class(verbose=verbose)
         if hasattr(preprocessor, "show_progress_bar"):
             preprocessor.show_progress_bar = show_progress_bar
-        preprocessor.run(dataset_id, configuration, plans_identifier, num_processes=count)
+        preprocessor.run(dataset_id, configuration, plans_identifier,
+                         num_processes=count_for(preprocessor, configuration) if count is None else count)
     copy_labels(dataset_name)
 
 
 def preprocess(dataset_ids: Iterable[int | str], plans_identifier: str = "nnUNetPlans",
                configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
-               num_processes: int | Sequence[int] = (8, 4, 8), verbose: bool = False,
+               num_processes: ProcessCounts = (8, 4, 8), verbose: bool = False,
                show_progress_bar: bool = True) -> None:
     """Preprocess several datasets."""
     for dataset_id in dataset_ids:
@@ -218,8 +240,8 @@ def copy_labels(dataset_name: str) -> None:
                 shutil.copy2(source, written)
 
 
-def _one_per_configuration(num_processes: int | Sequence[int], configurations: Sequence[str]) -> list[int]:
-    counts = [num_processes] if isinstance(num_processes, int) else list(num_processes)
+def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequence[str]) -> list[int | None]:
+    counts = [num_processes] if num_processes is None or isinstance(num_processes, int) else list(num_processes)
     if len(counts) == 1:
         counts *= len(configurations)
     if len(counts) != len(configurations):
@@ -228,8 +250,44 @@ def _one_per_configuration(num_processes: int | Sequence[int], configurations: S
     return counts
 
 
+def count_for(preprocessor: object, configuration: str) -> int | None:
+    """Return None to a preprocessor that chooses for itself, a number to one with a `run` of its own."""
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    chooses = getattr(type(preprocessor), "run", None) is DefaultPreprocessor.run
+    return None if chooses else PROCESSES.get(configuration, PROCESSES_OTHERWISE)
+
+
 def _warn_if_dataset_json_changed(dataset_name: str) -> None:
     files = [Path(root) / dataset_name / "dataset.json" for root in (nnUNet_raw, nnUNet_preprocessed)]
     if all(file.is_file() for file in files) and len({file.read_bytes() for file in files}) > 1:
         logger.warning("%s has changed since %s was planned. Preprocessing goes by the copy made then, %s; plan again "
                        "for the change to take effect.", files[0], dataset_name, files[1])
+
+
+# ------------------------------------------------------------------------------------------------ what came out
+
+
+def print_summary(dataset_id: int | str, plans_identifier: str) -> None:
+    """Print the configurations of a dataset's plans and what preprocessing has made of them so far."""
+    from nnunetv2.experiment_planning.summary import summarise
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    dataset_name = maybe_convert_to_dataset_name(dataset_id)
+    folder = Path(nnUNet_preprocessed) / dataset_name
+    num_cases = len(get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / dataset_name)))
+    print(summarise(PlansManager(str(folder / f"{plans_identifier}.json")), folder, num_cases))
+
+
+def write_overview(dataset_id: int | str) -> None:
+    """Write `dataset_overview.png` to a dataset's preprocessed folder. It shows the cases of this site.
+
+    A picture that cannot be drawn is reported and no error: nothing else depends on it.
+    """
+    from nnunetv2.experiment_planning.dataset_overview import OVERVIEW_FILE, write_dataset_overview
+    dataset_name = maybe_convert_to_dataset_name(dataset_id)
+    folder = Path(nnUNet_preprocessed) / dataset_name
+    try:
+        write_dataset_overview(Path(nnUNet_raw) / dataset_name, find_local_fingerprint(folder), folder / OVERVIEW_FILE)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        logger.warning("%s could not be drawn: %s", folder / OVERVIEW_FILE, error)
+        return
+    print(f"Look at your data: {folder / OVERVIEW_FILE}")

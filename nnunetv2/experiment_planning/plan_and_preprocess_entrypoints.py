@@ -5,13 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.command_line import run_command
 
+_BY_MACHINE = "Default: as many as the machine has cores and free memory for."
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
-# 3d_fullres takes the most memory per process.
-PREPROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
-PREPROCESSES_OTHERWISE = 4
 
 
 def plan_and_preprocess_entry() -> None:
@@ -34,29 +31,38 @@ def preprocess_entry() -> None:
 
 
 def plan_and_preprocess_main(argv: Sequence[str] | None = None) -> None:
-    arguments = build_plan_and_preprocess_parser().parse_args(argv)
+    parser = build_plan_and_preprocess_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.share_extrema and arguments.federated != "ffe":
+        parser.error("--share_extrema needs --federated ffe: otherwise nothing is shared")
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (
         extract_fingerprints,
         plan_experiments,
         plan_federated_experiments,
+        print_summary,
+        write_overview,
     )
     checks = {"num_processes": arguments.npfp, "check_dataset_integrity": arguments.verify_dataset_integrity,
-              "verbose": arguments.verbose, "show_progress_bar": not arguments.no_pbar}
+              "clean": arguments.clean, "verbose": arguments.verbose, "show_progress_bar": _shows_bars(arguments)}
     if arguments.federated is None:
-        extract_fingerprints(arguments.d, arguments.fpe, clean=arguments.clean, **checks)
+        extract_fingerprints(arguments.d, arguments.fpe, **checks)
         plans_identifier = plan_experiments(arguments.d, arguments.pl, **_planning_keywords(arguments))
     else:
         plans_identifier = plan_federated_experiments(arguments.d, arguments.federated, arguments.fpe, arguments.pl,
-                                                      **checks, **_planning_keywords(arguments))
+                                                      share_extrema=arguments.share_extrema, **checks,
+                                                      **_planning_keywords(arguments))
     if not arguments.no_pp:
         _preprocess(arguments, plans_identifier)
+    for dataset in arguments.d:
+        print_summary(dataset, plans_identifier)
+        write_overview(dataset)
 
 
 def extract_fingerprint_main(argv: Sequence[str] | None = None) -> None:
     arguments = build_extract_fingerprint_parser().parse_args(argv)
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
     extract_fingerprints(arguments.d, arguments.fpe, arguments.np, arguments.verify_dataset_integrity,
-                         arguments.clean, arguments.verbose, not arguments.no_pbar)
+                         arguments.clean, arguments.verbose, _shows_bars(arguments))
 
 
 def plan_experiment_main(argv: Sequence[str] | None = None) -> None:
@@ -79,8 +85,12 @@ def _planning_keywords(arguments: Namespace) -> dict:
 
 def _preprocess(arguments: Namespace, plans_identifier: str) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
-    num_processes = arguments.np or [PREPROCESSES.get(name, PREPROCESSES_OTHERWISE) for name in arguments.c]
-    preprocess(arguments.d, plans_identifier, arguments.c, num_processes, arguments.verbose, not arguments.no_pbar)
+    preprocess(arguments.d, plans_identifier, arguments.c, arguments.np, arguments.verbose, _shows_bars(arguments))
+
+
+def _shows_bars(arguments: Namespace) -> bool:
+    """Tell whether there are progress bars, which lines of a log would tear apart."""
+    return not (arguments.no_pbar or arguments.verbose)
 
 
 # ------------------------------------------------------------------------------------------------ parsers
@@ -90,8 +100,8 @@ def build_plan_and_preprocess_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Fingerprint datasets, plan networks for them and preprocess their cases.")
     _add_dataset_option(parser)
     _add_fingerprint_options(parser)
-    parser.add_argument("-npfp", type=_at_least_one, default=8, metavar="N",
-                        help="Processes that extract the fingerprint. Default: 8")
+    parser.add_argument("-npfp", type=_at_least_one, default=None, metavar="N",
+                        help=f"Processes that extract the fingerprint. {_BY_MACHINE}")
     _add_planning_options(parser)
     parser.add_argument("--no_pp", action="store_true", help="Stop after planning.")
     _add_preprocessing_options(parser)
@@ -100,6 +110,10 @@ def build_plan_and_preprocess_parser() -> ArgumentParser:
                         help="Plan as a member of the federation joined with nnUNetv2_fed_join. ffe (the default): all "
                              "sites plan alike, from the pooled fingerprint of their data; no image leaves the site. "
                              "asym: this site plans for itself, networks may differ.")
+    parser.add_argument("--share_extrema", action="store_true",
+                        help="With --federated ffe: let the smallest and largest foreground voxel of each channel "
+                             "leave the site too. Nothing in nnU-Net needs them. They are in the pooled fingerprint if "
+                             "all sites share them.")
     return parser
 
 
@@ -107,8 +121,8 @@ def build_extract_fingerprint_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Extract the fingerprint of datasets: shapes, spacings and intensities.")
     _add_dataset_option(parser)
     _add_fingerprint_options(parser)
-    parser.add_argument("-np", type=_at_least_one, default=default_num_processes, metavar="N",
-                        help=f"Number of processes. Default: {default_num_processes}")
+    parser.add_argument("-np", type=_at_least_one, default=None, metavar="N",
+                        help=f"Number of processes. {_BY_MACHINE}")
     _add_output_options(parser)
     return parser
 
@@ -163,14 +177,13 @@ def _add_preprocessing_options(parser: ArgumentParser) -> None:
     parser.add_argument("-c", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIGURATION",
                         help=f"Configurations to preprocess. Default: {' '.join(CONFIGURATIONS)}; those that the plans "
                              f"do not have are passed over.")
-    defaults = ", ".join(f"{count} for {name}" for name, count in PREPROCESSES.items())
     parser.add_argument("-np", nargs="+", type=_at_least_one, default=None, metavar="N",
-                        help=f"Processes that preprocess: one number, or one for each configuration. Fewer need less "
-                             f"memory. Default: {defaults}, {PREPROCESSES_OTHERWISE} otherwise.")
+                        help="Processes that preprocess: one number, or one for each configuration. Fewer need less "
+                             f"memory. {_BY_MACHINE}")
 
 
 def _add_output_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--verbose", action="store_true", help="Say more about what is done.")
+    parser.add_argument("--verbose", action="store_true", help="Log each step instead of showing progress bars.")
     parser.add_argument("--no_pbar", action="store_true", help="Show no progress bars.")
 
 

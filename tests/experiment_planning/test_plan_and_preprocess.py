@@ -12,6 +12,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 COMMANDS = {
     "plan_and_preprocess": entrypoints.build_plan_and_preprocess_parser,
@@ -39,11 +40,16 @@ def test_command_goes_from_raw_to_preprocessed_data(folder, roots, capsys):
     entrypoints.plan_and_preprocess_main(["-d", "2", "-npfp", "1", "-np", "1", "--verify_dataset_integrity",
                                           "--no_pbar"])
     preprocessed = roots["nnUNet_preprocessed"] / folder.name
-    assert {file.name for file in preprocessed.iterdir()} == {
+    assert {file.name for file in preprocessed.glob("[!.]*")} == {
         "dataset.json", "dataset_fingerprint.json", "nnUNetPlans.json", "nnUNetPlans_2d", "nnUNetPlans_3d_fullres",
-        "gt_segmentations"}
+        "gt_segmentations", "dataset_overview.png"}
     assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.b2nd"))) == 6
-    assert "INFO: nnUNetPlans.json has no configuration 3d_lowres" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "INFO: nnUNetPlans.json has no configuration 3d_lowres" in printed
+    assert "Dataset002_Scans: 3 training cases, plans nnUNetPlans" in printed
+    assert "KB, 3 cases" in printed
+    assert "Next: nnUNetv2_train Dataset002_Scans 3d_fullres 0" in printed
+    assert (preprocessed / "dataset_overview.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_labels_are_copied_when_newer(folder, roots):
@@ -84,14 +90,17 @@ def test_federated_command_plans_with_the_other_sites(folder, monkeypatch):
         return "nnUNetPlans"
 
     from nnunetv2.experiment_planning import federated_planning
+    for shown in ("print_summary", "write_overview"):
+        monkeypatch.setattr(api, shown, lambda *args, **kwargs: None)
     monkeypatch.setattr(federated_planning, "plan_federated", plan_federated)
     entrypoints.plan_and_preprocess_main(["-d", "2", "--federated", "asym", "--no_pp", "-gpu_memory_target", "11",
-                                          "-pl", "nnUNetPlannerResEncM", "-npfp", "3", "--no_pbar"])
+                                          "-pl", "nnUNetPlannerResEncM", "-npfp", "3", "--no_pbar", "--clean"])
     (dataset, keywords), = calls
     assert dataset == 2
     assert keywords == {
         "mode": "asym", "extractor_class": DatasetFingerprintExtractor, "num_processes": 3, "verbose": False,
-        "show_progress_bar": False, "experiment_planner_class": nnUNetPlannerResEncM, "gpu_memory_target_in_gb": 11,
+        "clean": True, "share_extrema": False, "show_progress_bar": False,
+        "experiment_planner_class": nnUNetPlannerResEncM, "gpu_memory_target_in_gb": 11,
         "preprocess_class_name": "DefaultPreprocessor", "overwrite_target_spacing": None, "overwrite_plans_name": None}
 
 
@@ -139,22 +148,53 @@ def test_datasets_are_numbers_or_names(capsys):
 def test_flags_have_their_defaults():
     arguments = vars(COMMANDS["plan_and_preprocess"]().parse_args(["-d", "1"]))
     assert arguments == {
-        "d": [1], "fpe": "DatasetFingerprintExtractor", "npfp": 8, "verify_dataset_integrity": False, "no_pp": False,
+        "d": [1], "fpe": "DatasetFingerprintExtractor", "npfp": None, "verify_dataset_integrity": False, "no_pp": False,
         "clean": False, "pl": "ExperimentPlanner", "gpu_memory_target": None,
         "preprocessor_name": "DefaultPreprocessor", "overwrite_target_spacing": None, "overwrite_plans_name": None,
-        "c": ["2d", "3d_fullres", "3d_lowres"], "np": None, "verbose": False, "no_pbar": False, "federated": None}
+        "c": ["2d", "3d_fullres", "3d_lowres"], "np": None, "verbose": False, "no_pbar": False, "federated": None,
+        "share_extrema": False}
     assert COMMANDS["plan_and_preprocess"]().parse_args(["-d", "1", "--federated"]).federated == "ffe"
     assert COMMANDS["preprocess"]().parse_args(["-d", "1"]).plans_name == "nnUNetPlans"
 
 
-@pytest.mark.parametrize(("configurations", "expected"), [
-    (["2d", "3d_fullres", "3d_lowres"], [8, 4, 8]), (["3d_fullres", "mine"], [4, 4]),
-])
-def test_processes_default_by_configuration(monkeypatch, configurations, expected):
+class RecordingPreprocessor:
+    """Has a `run` of its own, as preprocessors of users may."""
+
+    def __init__(self, verbose=True):
+        self.counts = []
+
+    def run(self, dataset, configuration, plans, num_processes):
+        self.counts.append((configuration, num_processes))
+
+
+class InheritingPreprocessor(DefaultPreprocessor):
+    pass
+
+
+@pytest.mark.parametrize(("preprocessor", "expected"), [(RecordingPreprocessor, [8, 4, 8, 4]),
+                                                        (InheritingPreprocessor, [None] * 4)])
+def test_processes_are_left_to_preprocessors_that_choose_themselves(preprocessor, expected):
+    names = ["2d", "3d_fullres", "3d_lowres", "mine"]
+    assert [api.count_for(preprocessor(verbose=False), name) for name in names] == expected
+
+
+@pytest.mark.parametrize("flags", [["--verbose"], ["--no_pbar"]])
+def test_log_lines_take_the_place_of_bars(monkeypatch, flags):
     seen = []
     monkeypatch.setattr(api, "preprocess", lambda *args: seen.append(args))
-    entrypoints.preprocess_main(["-d", "1", "-c", *configurations])
-    assert seen[0][:4] == ([1], "nnUNetPlans", configurations, expected)
+    entrypoints.preprocess_main(["-d", "1", "-np", "3", *flags])
+    assert seen == [([1], "nnUNetPlans", ["2d", "3d_fullres", "3d_lowres"], [3], flags == ["--verbose"], False)]
+
+
+def test_extrema_are_shared_in_a_federation_only(capsys):
+    with pytest.raises(SystemExit):
+        entrypoints.plan_and_preprocess_main(["-d", "1", "--share_extrema"])
+    assert "--share_extrema needs --federated ffe" in capsys.readouterr().err
+
+
+def test_an_undrawable_overview_is_no_error(folder, caplog):
+    api.write_overview(2)
+    assert "dataset_overview.png could not be drawn" in caplog.text
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,0 +1,125 @@
+"""Look at the cases of a raw dataset and write `dataset_overview.png`, in which odd ones catch the eye."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+OVERVIEW_FILE = "dataset_overview.png"
+MAX_CASES = 60
+"""Cases that are read, evenly spread over the list. More would take long and change the picture little."""
+PERCENTILES = (0.5, 25, 50, 75, 99.5)
+_MAX_VOXELS = 200_000  # per case and channel; percentiles need no more
+_MAX_THREADS = 4  # each holds a case in memory
+
+
+@dataclass(frozen=True)
+class CaseLook:
+    """What the picture shows of one case. Axes in array order."""
+
+    case: str
+    intensities: np.ndarray
+    """`(channels, len(PERCENTILES))`: percentiles of foreground voxels, of all that are not 0 without foreground."""
+    label_voxels: Mapping[int, int]
+    """Label -> voxels."""
+    voxel_mm3: float
+
+
+@dataclass(frozen=True)
+class DatasetOverview:
+    """What the picture shows of a dataset."""
+
+    dataset_name: str
+    num_cases: int
+    shapes: np.ndarray
+    """`(cases, axes)`, voxels after cropping to what is not 0."""
+    spacings: np.ndarray
+    """`(cases, axes)`, mm."""
+    channel_names: Sequence[str]
+    labels: Mapping[str, Sequence[int]]
+    """Name -> its values, several for a region; without the background."""
+    looks: Sequence[CaseLook]
+    """Of all cases, or of `MAX_CASES` of them."""
+
+    @property
+    def is_2d(self) -> bool:
+        return bool((self.shapes[:, 0] == 1).all())
+
+    def label_sizes(self, name: str) -> np.ndarray:
+        """Return the size of a label in all cases looked at: ml, or pixels of 2-D images."""
+        return np.array([sum(look.label_voxels.get(value, 0) for value in self.labels[name])
+                         * (1 if self.is_2d else look.voxel_mm3 / 1000) for look in self.looks])
+
+
+def write_dataset_overview(raw_folder: Path, fingerprint_file: Path, picture: Path) -> None:
+    """Read up to `MAX_CASES` cases and draw shapes, spacings, intensities and label sizes of a dataset.
+
+    Args:
+        raw_folder: The dataset below nnUNet_raw.
+        fingerprint_file: Its fingerprint, with the shapes and spacings of all its cases.
+        picture: Where the PNG goes.
+    """
+    from nnunetv2.experiment_planning.overview_picture import draw_overview
+    overview = look_at_dataset(raw_folder, fingerprint_file)
+    with replacing(picture) as written:
+        draw_overview(overview).savefig(written, dpi=110)
+
+
+def look_at_dataset(raw_folder: Path, fingerprint_file: Path) -> DatasetOverview:
+    """Read what the picture shows."""
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+    from nnunetv2.preprocessing.worker_count import bytes_to_read, choose_num_processes
+    dataset_json = json.loads((raw_folder / "dataset.json").read_text(encoding="utf-8"))
+    fingerprint = json.loads(fingerprint_file.read_text(encoding="utf-8"))
+    dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    first = next(iter(dataset.values()))["images"][0]
+    reader = determine_reader_writer_from_dataset_json(dataset_json, first, verbose=False)
+    chosen = spread_evenly(list(dataset), MAX_CASES)
+    largest = bytes_to_read([*dataset[case]["images"], dataset[case]["label"]] for case in chosen)
+    with ThreadPoolExecutor(min(_MAX_THREADS, choose_num_processes(largest, len(chosen)))) as threads:
+        looks = list(threads.map(lambda case: look_at_case(case, dataset[case], reader), chosen))
+    channels = dataset_json["channel_names" if "channel_names" in dataset_json else "modality"]
+    return DatasetOverview(
+        dataset_name=raw_folder.name, num_cases=len(dataset), shapes=np.array(fingerprint["shapes_after_crop"]),
+        spacings=np.array(fingerprint["spacings"], dtype=float), channel_names=list(channels.values()),
+        labels=foreground_labels(dataset_json["labels"]), looks=looks)
+
+
+def look_at_case(case: str, files: Mapping[str, Any], reader_class: type) -> CaseLook:
+    """Read one case and describe it."""
+    reader = reader_class()
+    images, properties = reader.read_images(files["images"])
+    label, _ = reader.read_seg(files["label"])
+    values, counts = np.unique(label, return_counts=True)
+    return CaseLook(str(case), np.stack([describe_intensities(image, label[0]) for image in images]),
+                    {int(value): int(count) for value, count in zip(values, counts)},
+                    float(np.prod(properties["spacing"])))
+
+
+def describe_intensities(image: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return `PERCENTILES` of the foreground of an image, of all that is not 0 without foreground."""
+    foreground = label > 0
+    values = image[foreground] if foreground.any() else image[image != 0]
+    values = values[::max(1, len(values) // _MAX_VOXELS)]
+    return np.percentile(values, PERCENTILES) if len(values) else np.zeros(len(PERCENTILES))
+
+
+def foreground_labels(labels: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
+    """Return the values of each label or region of dataset.json, those that are all background left out."""
+    values = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in labels.items()}
+    return {name: list(map(int, of_name)) for name, of_name in values.items() if set(of_name) != {0}}
+
+
+def spread_evenly(items: Sequence[Any], at_most: int) -> list[Any]:
+    """Return all items, or `at_most` of them, the first and the last among them."""
+    if len(items) <= at_most:
+        return list(items)
+    return [items[position] for position in np.linspace(0, len(items) - 1, at_most).round().astype(int)]

@@ -1,0 +1,84 @@
+"""Tell in a few lines what was planned for a dataset and what preprocessing has made of it."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import log10
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+_HEADINGS = ("configuration", "spacing [mm]", "median image", "patch", "batch", "stages", "preprocessed data")
+
+
+@dataclass(frozen=True)
+class FolderUse:
+    """What a folder of preprocessed data holds."""
+
+    num_cases: int
+    num_bytes: int
+
+
+def measure_folder(folder: Path) -> FolderUse:
+    """Count the cases of a folder of preprocessed data and the bytes of all its files; a missing one is empty."""
+    if not folder.is_dir():
+        return FolderUse(0, 0)
+    files = [file for file in folder.iterdir() if file.is_file()]
+    return FolderUse(sum(file.suffix == ".pkl" for file in files), sum(file.stat().st_size for file in files))
+
+
+def summarise(plans_manager: PlansManager, dataset_folder: Path, num_cases: int) -> str:
+    """Return a table of all configurations, one per line, and how to go on.
+
+    Args:
+        dataset_folder: The dataset's folder below nnUNet_preprocessed.
+        num_cases: Training cases of the dataset.
+    """
+    rows = [_HEADINGS, *(_describe(plans_manager, name, dataset_folder, num_cases)
+                         for name in plans_manager.available_configurations)]
+    title = f"{plans_manager.dataset_name}: {num_cases} training cases, plans {plans_manager.plans_name}"
+    return "\n".join(["", title, *_lay_out(rows), "", f"Next: {_training_command(plans_manager)}"])
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return a size for people: 1500 -> "1.5 KB". Units are powers of 1000."""
+    units = ("bytes", "KB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(log10(max(num_bytes, 1))) // 3)
+    amount = num_bytes / 1000 ** power
+    return f"{amount:.0f} {units[power]}" if power == 0 or amount >= 100 else f"{amount:.1f} {units[power]}"
+
+
+def _describe(plans_manager: PlansManager, name: str, dataset_folder: Path, num_cases: int) -> tuple[str, ...]:
+    configuration = plans_manager.get_configuration(name)
+    stages = len(configuration.pool_op_kernel_sizes)
+    data = _describe_data(measure_folder(dataset_folder / configuration.data_identifier), num_cases)
+    if configuration.previous_stage_name is not None:
+        data += f"; starts from predictions of {configuration.previous_stage_name}"
+    return (name, _times(f"{s:.3g}" for s in configuration.spacing),
+            _times(f"{length:g}" for length in configuration.median_image_size_in_voxels),
+            _times(map(str, configuration.patch_size)), str(configuration.batch_size), str(stages), data)
+
+
+def _describe_data(use: FolderUse, num_cases: int) -> str:
+    if not use.num_cases:
+        return "none yet"
+    cases = f"{use.num_cases} cases" if use.num_cases == num_cases else f"{use.num_cases} of {num_cases} cases"
+    return f"{format_bytes(use.num_bytes)}, {cases}"
+
+
+def _training_command(plans_manager: PlansManager) -> str:
+    names = plans_manager.available_configurations
+    configuration = "3d_fullres" if "3d_fullres" in names else names[0]
+    plans = "" if plans_manager.plans_name == "nnUNetPlans" else f" -p {plans_manager.plans_name}"
+    return f"nnUNetv2_train {plans_manager.dataset_name} {configuration} 0{plans}"
+
+
+def _lay_out(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _times(numbers: Iterable[str]) -> str:
+    return " x ".join(numbers)
