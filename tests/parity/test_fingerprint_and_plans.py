@@ -11,32 +11,6 @@ import pytest
 
 pytestmark = pytest.mark.parity
 
-NUM_RANDOM_DATASETS = 140
-
-PLANNERS = {
-    "ExperimentPlanner": "default_experiment_planner",
-    "ResEncUNetPlanner": "residual_unets.residual_encoder_unet_planners",
-    "nnUNetPlannerResEncM": "residual_unets.residual_encoder_unet_planners",
-    "nnUNetPlannerResEncL": "residual_unets.residual_encoder_unet_planners",
-    "nnUNetPlannerResEncXL": "residual_unets.residual_encoder_unet_planners",
-    "nnUNetPlannerResEncL_noResampling": "resampling.planners_no_resampling",
-}
-
-# Plans each dataset in `value`: (name, planner, its module, keywords). Networks are built without weights, on the meta
-# device, which changes no number and saves the reference most of its time. No image exists, so none is read.
-PLAN_ALL = """
-import contextlib, importlib, io, warnings
-os.environ["nnUNet_n_proc_DA"] = "1"  # the reference sets its number of threads by it
-import torch
-warnings.simplefilter("ignore")
-base = "nnunetv2.experiment_planning.experiment_planners."
-default = importlib.import_module(base + "default_experiment_planner")
-default.ExperimentPlanner.determine_reader_writer = lambda self: type("SimpleITKIO", (), {})
-with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
-    for name, planner, module, keywords in value:
-        getattr(importlib.import_module(base + module), planner)(name, **keywords).plan_experiment()
-"""
-
 # Extracts the fingerprint of each dataset in `value` and plans it.
 EXTRACT_ALL = """
 import contextlib, io
@@ -51,76 +25,6 @@ with contextlib.redirect_stdout(io.StringIO()):
         extractor.run(overwrite_existing=True)
         ExperimentPlanner(name).plan_experiment()
 """
-
-
-# ------------------------------------------------------------------------------------------------ made fingerprints
-
-
-def make_random_dataset(rng: np.random.Generator, number: int) -> tuple[dict, dict, list]:
-    """Return dataset.json, a fingerprint, and what to plan: (name, planner, module, keywords)."""
-    num_cases = int(rng.integers(1, 12))
-    kind = rng.choice(["isotropic", "thick slices", "any", "single slices", "mixed"])
-    base = {"isotropic": np.full(3, rng.uniform(0.4, 2.5)), "any": rng.uniform(0.3, 4, 3),
-            "thick slices": np.array([rng.uniform(2, 10), *[rng.uniform(0.3, 1.6)] * 2]),
-            "single slices": np.array([999.0, 1.0, 1.0]), "mixed": rng.uniform(0.5, 1.5, 3)}[kind]
-    if kind != "single slices":
-        base = rng.permutation(base) if rng.random() < 0.3 else base
-        base = np.round(base, int(rng.integers(1, 6)))
-    spread = 0.0 if rng.random() < 0.3 or kind == "single slices" else 0.2
-    spacings = base * rng.uniform(1 - spread, 1 + spread, (num_cases, 3))
-    if kind == "mixed":
-        spacings[rng.random(num_cases) < 0.5, 0] *= rng.uniform(3, 8)
-    edge = np.exp(rng.uniform(np.log(24), np.log(700), 3))
-    shapes = np.maximum(8, edge * rng.uniform(0.9, 1.1, (num_cases, 3))).astype(int)
-    if kind == "thick slices":
-        shapes[:, int(np.argmax(base))] = rng.integers(8, 60, num_cases)
-    if kind == "single slices":
-        shapes[:, 0] = 1
-        shapes[:, 1:] = (shapes[:, 1:] * rng.uniform(1, 3)).astype(int)
-    labels = {"background": 0, **{f"label {i}": i for i in range(1, int(rng.integers(2, 8)))}}
-    name = f"Dataset{number:03d}_Random"
-    dataset_json = {
-        "channel_names": {str(i): str(rng.choice(["CT", "MR", "noNorm", "rescale_to_0_1"]))
-                          for i in range(int(rng.integers(1, 4)))},
-        "labels": labels, "numTraining": int(np.exp(rng.uniform(np.log(5), np.log(2000)))), "file_ending": ".nii.gz",
-        "dataset": {"case": {"images": ["absent"], "label": "absent"}},
-    }
-    fingerprint = {
-        "spacings": spacings.tolist(), "shapes_after_crop": shapes.tolist(),
-        "median_relative_size_after_cropping": float(rng.choice([0.5, 0.75, 1.0])),
-        "foreground_intensity_properties_per_channel": {"0": {"mean": float(rng.normal())}},
-    }
-    planner = str(rng.choice(list(PLANNERS), p=[0.5, 0.1, 0.1, 0.15, 0.1, 0.05]))
-    keywords = {}
-    if rng.random() < 0.2:
-        keywords["gpu_memory_target_in_gb"] = float(rng.choice([4, 11, 16, 24.0]))
-    if rng.random() < 0.15 and kind != "single slices":
-        keywords["overwrite_target_spacing"] = np.round(base * rng.uniform(0.7, 1.5, 3), 3).tolist()
-    if rng.random() < 0.1:
-        keywords["suppress_transpose"] = True
-    return dataset_json, fingerprint, [name, planner, PLANNERS[planner], keywords]
-
-
-@pytest.mark.slow
-def test_plans_of_random_fingerprints_are_the_same_files(roots, reference, ours, monkeypatch):
-    rng = np.random.default_rng(20240731)
-    tasks = []
-    for number in range(1, NUM_RANDOM_DATASETS + 1):
-        dataset_json, fingerprint, task = make_random_dataset(rng, number)
-        tasks.append(task)
-        for root, file, content in (("nnUNet_raw", "dataset.json", dataset_json),
-                                    ("nnUNet_preprocessed", "dataset_fingerprint.json", fingerprint)):
-            (roots[root] / task[0]).mkdir()
-            (roots[root] / task[0] / file).write_text(json.dumps(content))
-    theirs = copy_preprocessed(roots)
-    ours.run(PLAN_ALL, tasks)
-    monkeypatch.setenv("nnUNet_preprocessed", str(theirs))
-    reference.run(PLAN_ALL, tasks)
-
-    assert all(read_plans(theirs / task[0]) for task in tasks)
-    differing = [task for task in tasks
-                 if read_plans(roots["nnUNet_preprocessed"] / task[0]) != read_plans(theirs / task[0])]
-    assert not differing, f"{len(differing)} of {len(tasks)} plans differ: {differing[:5]}"
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -216,12 +120,9 @@ def copy_preprocessed(roots: dict[str, Path]) -> Path:
     return theirs
 
 
-def read_plans(folder: Path) -> dict[str, str]:
-    return {file.name: file.read_text() for file in folder.glob("*Plans*.json")}
-
-
 def compare_preprocessed(ours: Path, theirs: Path) -> None:
-    assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in theirs.iterdir())
+    names = {file.name for file in ours.iterdir()} - {"dataset_overview.png"}  # one more thing of ours
+    assert names == {file.name for file in theirs.iterdir()}
     for file in sorted(ours.glob("*.json")):
         compare_json(json.loads(file.read_text()), json.loads((theirs / file.name).read_text()), file.name)
 
