@@ -5,6 +5,12 @@ import tempfile
 from pathlib import Path
 
 from nnunetv2.experiment_planning.errors import InvalidDatasetError
+from nnunetv2.experiment_planning.integrity.dataset_json import (
+    REQUIRED_KEYS,
+    locate_dataset_json,
+    parse_dataset_json,
+    require_keys,
+)
 from nnunetv2.paths import EnvironmentPath, nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
@@ -28,9 +34,16 @@ def require_dataset(dataset_id: int | str) -> str:
     if not (raw / name).is_dir():
         raise InvalidDatasetError(f"there is no dataset {name} in nnUNet_raw={raw}. Check its name or number, or put "
                                   "its folder there")
+    _require_dataset_json(raw / name)
     folders = [preprocessed / name, preprocessed, preprocessed.parent]
     _require_writable(next(folder for folder in folders if folder.exists()))
     return name
+
+
+def _require_dataset_json(folder: Path) -> None:
+    file = locate_dataset_json(folder)
+    # without numTraining a fingerprint can be extracted, and planning tells that it is missing
+    require_keys(parse_dataset_json(file), file, [key for key in REQUIRED_KEYS if key != "numTraining"])
 
 
 def _require_root(variable: EnvironmentPath) -> Path:

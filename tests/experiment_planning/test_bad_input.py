@@ -635,3 +635,31 @@ def test_refusal_is_the_same_as_a_process(dataset):
     assert [line for line in done.stderr.splitlines() if "error:" in line] == done.stderr.splitlines()[-1:]
     assert "imagesTr/case_1_0000.nii.gz" in done.stderr.splitlines()[-1]
     assert "1. A channel is missing" in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------- without the check
+
+UNCHECKED = {
+    "broken JSON": fault(lambda d: (d / "dataset.json").write_text("{"), "dataset.json is not valid JSON",
+                         remedy="correct the file"),
+    "no dataset.json": fault(lambda d: (d / "dataset.json").unlink(), "has no dataset.json",
+                             remedy="dataset-format.md"),
+    **{f"no {key}": fault(lambda d, key=key: change_json(d, remove=key), "dataset.json", f"lacks {key}",
+                          remedy="add what is missing") for key in ("labels", "channel_names", "file_ending")},
+    "channel missing": fault(lambda d: image_of(d, channel=1).unlink(), "case_1", "1 channel",
+                             remedy="dataset.json names 2"),
+    "label missing": fault(lambda d: label_of(d).unlink(), "case_1", remedy="does not exist"),
+    "truncated image": fault(lambda d: damage(image_of(d), lambda content: content[:200]), "case_1", "damaged",
+                             remedy="copy the file again"),
+    "label of another shape": fault(lambda d: write_nifti(np.ones((7, 8, 10), np.uint8), label_of(d), SPACING),
+                                    "case_1", "(7, 8, 10)", remedy="must be equal"),
+    "no foreground": fault(make_labels_empty, "case_0, case_1, case_2", remedy="a label above 0"),
+}
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_fault_is_refused_without_the_check_too(name, dataset, roots, refuse):
+    UNCHECKED[name].spoil(dataset)
+    message = refuse(check=False).message
+    for part in (*UNCHECKED[name].names, UNCHECKED[name].remedy):
+        assert part in message, message

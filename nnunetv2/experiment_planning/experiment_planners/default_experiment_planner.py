@@ -343,7 +343,11 @@ class ExperimentPlanner:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}. Correct it with an editor that shows errors in JSON") \
+            from error
 
 
 def _read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:

@@ -21,19 +21,9 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     Raises:
         InvalidDatasetError: They are not.
     """
-    file = folder / NAME
-    if not file.is_file():
-        raise InvalidDatasetError(f"{folder} has no {NAME}. Remedy: write one, for example with "
-                                  f"nnunetv2.dataset_conversion.generate_dataset_json; documentation/dataset-format.md "
-                                  f"describes it")
-    content = parse_dataset_json(file)
-    accepted = {*content, "channel_names"} if "modality" in content else set(content)
-    missing = [key for key in REQUIRED_KEYS if key not in accepted]
-    if missing:
-        unused = [key for key in content if key not in REQUIRED_KEYS]
-        raise InvalidDatasetError(f"{file} lacks {enumerate_some(missing)}. Remedy: add what is missing. Required: "
-                                  f"{enumerate_some(REQUIRED_KEYS)}. Present: {enumerate_some(content)}. Not used: "
-                                  f"{enumerate_some(unused) or 'none'}")
+    file = locate_dataset_json(folder)
+    content = parse_dataset_json(file, refuse_duplicates=True)
+    require_keys(content, file, REQUIRED_KEYS)
     if "dataset" not in content:
         for name in ("imagesTr", "labelsTr"):
             if not (folder / name).is_dir():
@@ -42,15 +32,48 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     return content
 
 
-def parse_dataset_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object and refuse keys that occur twice, of which a parser would keep the last only.
+def locate_dataset_json(folder: Path) -> Path:
+    """Return the dataset.json of a folder.
+
+    Raises:
+        InvalidDatasetError: There is none.
+    """
+    file = folder / NAME
+    if not file.is_file():
+        raise InvalidDatasetError(f"{folder} has no {NAME}. Remedy: write one, for example with "
+                                  f"nnunetv2.dataset_conversion.generate_dataset_json; documentation/dataset-format.md "
+                                  f"describes it")
+    return file
+
+
+def require_keys(content: Mapping[str, Any], file: Path, keys: Sequence[str]) -> None:
+    """Check that dataset.json has keys; `modality`, their older name, stands for `channel_names`.
+
+    Raises:
+        InvalidDatasetError: One is missing. The message also lists the keys that nothing uses.
+    """
+    accepted = {*content, "channel_names"} if "modality" in content else set(content)
+    missing = [key for key in keys if key not in accepted]
+    if missing:
+        unused = [key for key in content if key not in REQUIRED_KEYS]
+        raise InvalidDatasetError(f"{file} lacks {enumerate_some(missing)}. Remedy: add what is missing. Required: "
+                                  f"{enumerate_some(REQUIRED_KEYS)}. Present: {enumerate_some(content)}. Not used: "
+                                  f"{enumerate_some(unused) or 'none'}")
+
+
+def parse_dataset_json(file: Path, *, refuse_duplicates: bool = False) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        refuse_duplicates: Refuse keys that occur twice in the same braces, of which a parser keeps the last only.
 
     Raises:
         InvalidDatasetError: It is no valid JSON, or no object. The message names the file.
     """
     remedy = "Remedy: correct the file with an editor that shows errors in JSON"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
+        content = json.loads(file.read_text(encoding="utf-8"),
+                             object_pairs_hook=_refuse_duplicates if refuse_duplicates else None)
     except UnicodeDecodeError as error:
         raise InvalidDatasetError(f"{file} is not encoded in UTF-8: {error}. Remedy: save it as UTF-8") from error
     except _DuplicateKeyError as error:

@@ -9,7 +9,8 @@ import logging
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,7 +168,7 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
         blocks = tuple(min(n, b) for n, b in zip(chunks, blocks))
         if filters is None:
             filters = nnUNetDatasetBlosc2._select_filter(array, blocks, chunks, codec, clevel)
-        with replacing(path) as written:
+        with replacing(path) as written, _explaining_failure_to_write(path):
             blosc2.asarray(array, urlpath=str(written), chunks=chunks, blocks=blocks,
                            cparams=compression(codec, clevel, filters))
 
@@ -176,7 +177,8 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
                  blocks_seg: Sequence[int] | None = None) -> None:
         """Write labels `(x, y, z)` to `{output_filename_truncated}.b2nd`, in the place of an older file."""
         import blosc2
-        with replacing(f"{output_filename_truncated}.b2nd") as written:
+        path = Path(f"{output_filename_truncated}.b2nd")
+        with replacing(path) as written, _explaining_failure_to_write(path):
             blosc2.asarray(np.ascontiguousarray(seg), urlpath=str(written), chunks=chunks_seg, blocks=blocks_seg)
 
     @staticmethod
@@ -232,6 +234,16 @@ class nnUNetDatasetNumpy(nnUNetBaseDataset):
         """Unpack each `.npz` to `.npy` and `_seg.npy`, which can be memory-mapped."""
         from nnunetv2.training.dataloading.utils import unpack_dataset
         unpack_dataset(folder, True, overwrite_existing, num_processes, verify)
+
+
+@contextmanager
+def _explaining_failure_to_write(path: Path) -> Iterator[None]:
+    """Say of which file blosc2 tells no more than that it could not be created."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} could not be written ({error}). The disk is probably full: free some space, or let "
+                      "nnUNet_preprocessed name another folder") from error
 
 
 file_ending_dataset_mapping: dict[str, type[nnUNetBaseDataset]] = {
