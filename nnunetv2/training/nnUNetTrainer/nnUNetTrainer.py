@@ -559,8 +559,8 @@ class nnUNetTrainer:
 
     @contextlib.contextmanager
     def _writing_in_background(self) -> Iterator[None]:
-        """Let `save_checkpoint` return before its file is written."""
-        self._is_writing_in_background = True
+        """Let `save_checkpoint` return before its file is written; a subclass that extends it finds the file there."""
+        self._is_writing_in_background = type(self).save_checkpoint is nnUNetTrainer.save_checkpoint
         try:
             yield
         finally:
