@@ -90,6 +90,13 @@ class Offer(Part):
     """Bytes."""
 
 
+class Wanted(Part):
+    """The document that was offered is wanted."""
+
+    offset: Count = 0
+    """How many bytes of it have arrived already."""
+
+
 class Receipt(Part):
     """A contribution is durably stored."""
 

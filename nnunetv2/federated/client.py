@@ -130,8 +130,10 @@ class FederationClient:
                 nonlocal attempts
                 attempts += 1
                 # What is large, or may have arrived although its receipt did not, is announced before it is sent.
-                receipt = self._offer(key, offer) if offer.size >= OFFER_FROM_BYTES or attempts > 1 else None
-                return receipt or self._upload(key, path, digest)
+                answer = bodies.Wanted()
+                if offer.size >= OFFER_FROM_BYTES or attempts > 1:
+                    answer = self._offer(key, offer)
+                return answer if isinstance(answer, bodies.Receipt) else self._upload(key, path, digest, answer.offset)
 
             return self._persist(send)
 
@@ -185,13 +187,22 @@ class FederationClient:
             content = read_small(response)
         return decode_json(model, content) if model is not None and content else None
 
-    def _offer(self, key: str, offer: bodies.Offer) -> bodies.Receipt | None:
-        return self._ask("POST", f"offers/{quote(key)}", bodies.Receipt, json_body=offer)
+    def _offer(self, key: str, offer: bodies.Offer) -> bodies.Receipt | bodies.Wanted:
+        """Ask whether a document is wanted, and from which byte on."""
+        with self._request("POST", f"offers/{quote(key)}", data=encode_json(offer)) as response:
+            content = read_small(response)
+            return decode_json(bodies.Wanted if response.status_code == 202 else bodies.Receipt, content)
 
-    def _upload(self, key: str, path: Path, digest: str) -> bodies.Receipt:
-        with path.open("rb") as file, self._request("PUT", f"gatherings/{quote(key)}", data=file,
-                                                    headers={"X-Content-SHA256": digest}) as response:
-            return decode_json(bodies.Receipt, read_small(response))
+    def _upload(self, key: str, path: Path, digest: str, offset: int) -> bodies.Receipt:
+        """Send a document from a byte on."""
+        headers = {"X-Content-SHA256": digest}
+        size = path.stat().st_size
+        if 0 < offset < size:
+            headers["Content-Range"] = f"bytes {offset}-{size - 1}/{size}"
+        with path.open("rb") as file:
+            file.seek(offset if offset < size else 0)
+            with self._request("PUT", f"gatherings/{quote(key)}", data=file, headers=headers) as response:
+                return decode_json(bodies.Receipt, read_small(response))
 
     def _poll(self, key: str, path: Path, *, wait_s: float) -> bodies.Waiting | None:
         """Ask once for a result, going on behind what `path` holds of it; None once it is there completely."""

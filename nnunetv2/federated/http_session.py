@@ -28,6 +28,10 @@ LARGEST_ANSWER = 32 << 20
 """Bytes of an answer that is no file."""
 
 
+SENT_AGAIN = ("damaged_in_transit", "wrong_offset", "taken_over")
+"""Refusals of an upload that say nothing against the document itself."""
+
+
 class NoAnswerError(FederationError):
     """The coordinator did not answer properly this time, but may the next time; the text says why."""
 
@@ -101,7 +105,7 @@ def check_status(response: requests.Response) -> None:
     if status in (200, 202, 204, 206):
         return
     problem = _problem_of(response)
-    if status in (408, 425, 429) or status >= 500 or problem.code == "damaged_in_transit":
+    if status in (408, 425, 429) or status >= 500 or problem.code in SENT_AGAIN:
         raise NoAnswerError(problem.message)
     if status == 416:
         raise RangeError("the coordinator has another result now than before")

@@ -3,7 +3,7 @@
     coordinator.sqlite                               settings, members, gatherings, contributions, results, events
     gatherings/<key>/<site>.<digest>.safetensors      contributions
     gatherings/<key>/result.safetensors               results, and result.<subset>.safetensors of single sites
-    incoming/                                        uploads that are not complete; emptied at every start
+    incoming/                                        uploads that are not complete
 
 A row is written after the file that it speaks of is on the disk, and nothing is acknowledged before its row is. Files
 without a row are leftovers of a crash and are removed at the next start.
@@ -94,8 +94,6 @@ class Store:
         except BaseException:
             self._folder_lock.close()
             raise
-        shutil.rmtree(folder / "incoming")
-        (folder / "incoming").mkdir(mode=0o700)
         self._remove_orphans()
 
     def close(self) -> None:

@@ -249,6 +249,16 @@ def test_an_upload_that_breaks_is_repeated_and_counts_once(federation):
     assert len(events) == 1
 
 
+def test_an_upload_goes_on_where_it_broke_even_after_a_restart_of_the_connection(federation):
+    start_big_run(federation)
+    size = sum(4 * int(np.prod(shape)) for shape in BIG.values())
+    with Cutter(federation.url, upload=[1_900_000, 900_000]) as cutter:
+        with make_client(moved(federation.credential("A"), cutter.url)) as client:
+            client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, BIG))
+        assert size < cutter.carried["upload"] < 1.3 * size
+    assert list((federation.coordinator.store.folder / "incoming").iterdir()) == []
+
+
 def test_a_receipt_that_gets_lost_costs_no_second_upload(federation):
     start_big_run(federation)
     size = sum(4 * int(np.prod(shape)) for shape in BIG.values())

@@ -6,8 +6,8 @@
     GET  /v1/runs/<run>              how far a run of training is
     POST /v1/runs/<run>/actions      {action, gathering}: an operator steers a run, a site leaves it or returns
     POST /v1/failures                {run, round, reason}: a site cannot go on
-    POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202: send it, or why not
-    PUT  /v1/gatherings/<key>        contribute a document -> receipt
+    POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202 {offset}: send it from there
+    PUT  /v1/gatherings/<key>        contribute a document, or the rest of it (Content-Range) -> receipt
     GET  /v1/gatherings/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
 
 For operators:
@@ -40,7 +40,7 @@ from nnunetv2.federated.coordinator import steering
 from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.service import Coordinator, Result, require_role
-from nnunetv2.federated.coordinator.uploads import announced_digest, announced_size, drain, read_json, receive_file
+from nnunetv2.federated.coordinator.uploads import announced, drain, read_json, receive
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.store import Traffic
 from nnunetv2.federated.strict_json import encode_json
@@ -64,6 +64,7 @@ STATUS_OF_CODE = {
     "too_large": 413,
     "damaged_in_transit": 400,
     "incomplete_request": 400,
+    "taken_over": 400,
 }
 """Status of a refusal by its code; 409 for all others."""
 
@@ -194,29 +195,37 @@ async def post_offer(request: Request) -> Response:
     offer = await read_json(request, bodies.Offer)
     receipt = await run_in_threadpool(
         coordinator_of(request).offer, request.path_params["key"], site, offer.digest, offer.size)
-    return Response(status_code=202) if receipt is None else json_response(receipt)
+    if receipt is not None:
+        return json_response(receipt)
+    offset = await run_in_threadpool(coordinator_of(request).uploads.offset, request.path_params["key"], site,
+                                     offer.digest)
+    return json_response(bodies.Wanted(offset=offset), 202)
 
 
 async def put_contribution(request: Request) -> Response:
-    """Receive a document. A request that dies on the way leaves nothing behind."""
+    """Receive a document, or the rest of one. What a broken connection leaves behind can be gone on with."""
     coordinator = coordinator_of(request)
     site, key = site_of(request), request.path_params["key"]
     try:
-        size, digest = announced_size(request), announced_digest(request)
-        receipt = await run_in_threadpool(coordinator.offer, key, site, digest, size)
+        announcement = announced(request)
+        receipt = await run_in_threadpool(coordinator.offer, key, site, announcement.digest, announcement.size)
     except FederationError:
         await drain(request)
         raise
     if receipt is not None:
         await drain(request)
         return json_response(receipt)
-    incoming = coordinator.store.incoming_path()
-    try:
-        if await receive_file(request, incoming, size=size) != digest:
-            raise RefusedError("the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit")
-        return json_response(await run_in_threadpool(coordinator.contribute, key, site, incoming, digest, size))
-    finally:
-        incoming.unlink(missing_ok=True)
+    digest, size = announcement.digest, announcement.size
+    with coordinator.uploads.writing(key, site, digest, offset=announcement.offset) as upload:
+        await receive(request, upload, announcement)
+        upload.close()
+        try:
+            receipt = await run_in_threadpool(coordinator.contribute, key, site, upload.path, digest, size)
+        except FederationError:
+            upload.discard()
+            raise
+        upload.discard()  # what is left of it: nothing, or what is held already
+        return json_response(receipt)
 
 
 async def get_result(request: Request) -> Response:

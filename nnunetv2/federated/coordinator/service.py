@@ -20,6 +20,7 @@ from nnunetv2.federated.audit import Event
 from nnunetv2.federated.book import RoundBook
 from nnunetv2.federated.coordinator.closer import Closer
 from nnunetv2.federated.coordinator.members import INVITATION_LIFETIME_S, Member, Members
+from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import registration_key, round_key
 from nnunetv2.federated.rounds import (
@@ -78,6 +79,7 @@ class Coordinator:
         """Called with a key whenever its gathering has changed, on any thread."""
         self.locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
         """One per gathering or run, for whoever changes it."""
+        self.uploads = PartialUploads(store.folder / "incoming")
         self.closer = Closer(self)
 
     @property
@@ -88,6 +90,7 @@ class Coordinator:
     # ------------------------------------------------------------------------------------------- start and stop
     def start(self) -> None:
         """Finish what a crash may have left undone, and begin to close gatherings."""
+        self.uploads.remove_old()
         self.closer.start()
 
     def stop(self) -> None:

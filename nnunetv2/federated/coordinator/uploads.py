@@ -1,15 +1,15 @@
 """Read the bodies of requests: small ones into messages, large ones into files, none beyond its limit."""
 from __future__ import annotations
 
-import hashlib
 import re
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from nnunetv2.federated.coordinator.partial_uploads import PartialUpload
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.strict_json import decode_json
 
@@ -32,8 +32,33 @@ async def read_json(request: Request, model: type[Model]) -> Model:
     return decode_json(model, bytes(body))
 
 
-def announced_size(request: Request) -> int:
-    """Return the Content-Length of a request."""
+@dataclass(frozen=True)
+class Announcement:
+    """What the headers of an upload say about it."""
+
+    digest: str
+    """SHA-256 of the whole document."""
+    size: int
+    """Bytes of the whole document."""
+    offset: int
+    """The byte at which this request goes on."""
+
+
+def announced(request: Request) -> Announcement:
+    """Read the headers of an upload: Content-Length, X-Content-SHA256, and Content-Range where it goes on."""
+    length = _announced_length(request)
+    text = request.headers.get("content-range")
+    if text is None:
+        return Announcement(announced_digest(request), length, 0)
+    match = re.fullmatch(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", text)
+    offset, last, size = map(int, match.groups()) if match else (0, 0, 0)
+    if match is None or last != size - 1 or size - offset != length or length == 0:
+        raise RefusedError(f"Content-Range {text[:80]!r} does not go with the length {length}",
+                           code="incomplete_request")
+    return Announcement(announced_digest(request), size, offset)
+
+
+def _announced_length(request: Request) -> int:
     text = request.headers.get("content-length", "")
     if not re.fullmatch("[0-9]{1,15}", text):
         raise RefusedError("an upload must announce its length (Content-Length)", code="length_required")
@@ -48,28 +73,30 @@ def announced_digest(request: Request) -> str:
     return digest
 
 
-async def receive_file(request: Request, path: Path, *, size: int) -> str:
-    """Stream a body into a file without ever holding much of it, and return its SHA-256."""
-    digest = hashlib.sha256()
-    received = 0
-    pending = bytearray()
-    with path.open("wb", buffering=0) as file:
-        def keep(piece: bytearray) -> None:
-            digest.update(piece)
-            file.write(piece)
+async def receive(request: Request, upload: PartialUpload, announcement: Announcement) -> None:
+    """Stream the body of a request to the end of an upload without ever holding much of it.
 
+    Raises:
+        RefusedError: It is not what was announced.
+    """
+    pending = bytearray()
+    await run_in_threadpool(upload.read_beginning)
+    try:
         async for chunk in request.stream():
-            received += len(chunk)
-            if received > size:
-                raise RefusedError(f"the body is longer than the {size} bytes announced", code="too_large")
             pending += chunk
+            if upload.size + len(pending) > announcement.size:
+                raise RefusedError(f"the body is longer than the {announcement.size} bytes announced", code="too_large")
             if len(pending) >= PIECE_BYTES:
-                await run_in_threadpool(keep, pending)
+                await run_in_threadpool(upload.append, pending)
                 pending = bytearray()
-        await run_in_threadpool(keep, pending)
-    if received != size:
-        raise RefusedError(f"the body has {received} bytes, {size} were announced", code="damaged_in_transit")
-    return digest.hexdigest()
+    finally:  # also if the connection breaks: the rest can follow on another one
+        await run_in_threadpool(upload.append, pending[:max(0, announcement.size - upload.size)])
+    if upload.size != announcement.size:
+        raise RefusedError(f"the body has {upload.size} bytes, {announcement.size} were announced",
+                           code="damaged_in_transit")
+    if upload.hexdigest() != announcement.digest:
+        upload.discard()
+        raise RefusedError("the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit")
 
 
 async def drain(request: Request) -> None:

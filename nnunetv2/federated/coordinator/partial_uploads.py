@@ -1,0 +1,133 @@
+"""Keep what has arrived of an upload when its connection breaks, so that it goes on at that byte.
+
+There is one file per gathering and site. The newest request writes it: a connection that is half dead, and whose sender
+has begun anew, finds that out at its next piece.
+"""
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from nnunetv2.federated.errors import RefusedError
+
+WORTH_KEEPING_BYTES = 1 << 20
+"""What is smaller is sent again."""
+KEPT_FOR_S = 2 * 86_400.0
+_READ_BYTES = 4 << 20
+
+
+class PartialUploads:
+    """The uploads that have begun, in a folder of their own. Safe for use by several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._writers: dict[Path, PartialUpload] = {}
+
+    def offset(self, key: str, site: str, digest: str) -> int:
+        """Return how many bytes of a document have arrived already."""
+        path = self._path(key, site, digest)
+        return path.stat().st_size if path.exists() else 0
+
+    @contextmanager
+    def writing(self, key: str, site: str, digest: str, *, offset: int) -> Iterator[PartialUpload]:
+        """Take over an upload at a byte. What has arrived stays if the block fails for want of the rest.
+
+        Raises:
+            RefusedError: Less than `offset` bytes are here; the code is `wrong_offset`.
+        """
+        path = self._path(key, site, digest)
+        with self._lock:
+            self._remove_others(path)
+            if offset > (path.stat().st_size if path.exists() else 0):
+                raise RefusedError(f"the upload cannot go on at byte {offset}: less has arrived", code="wrong_offset")
+            upload = self._writers[path] = PartialUpload(self, path, offset)
+        try:
+            yield upload
+        finally:
+            upload.close()
+            with self._lock:
+                if self._writers.get(path) is upload:
+                    del self._writers[path]
+                    if path.exists() and path.stat().st_size < WORTH_KEEPING_BYTES:
+                        path.unlink()
+
+    def is_writer(self, upload: PartialUpload) -> bool:
+        """Tell whether no newer request has taken over."""
+        return self._writers.get(upload.path) is upload
+
+    def remove_old(self, now: float | None = None) -> None:
+        """Remove what nobody has gone on with for two days."""
+        latest = (time.time() if now is None else now) - KEPT_FOR_S
+        for path in self._folder.iterdir():
+            if path.stat().st_mtime < latest:
+                path.unlink()
+
+    def _remove_others(self, path: Path) -> None:
+        """Remove what the same site began to send to the same gathering, and has made anew since."""
+        for other in self._folder.glob(f"{path.name.rsplit('.', 2)[0]}.*.part"):
+            if other != path:
+                self._writers.pop(other, None)
+                other.unlink()
+
+    def _path(self, key: str, site: str, digest: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.{site}.{digest[:24]}.part"
+
+
+class PartialUpload:
+    """One request's hold on an upload."""
+
+    def __init__(self, uploads: PartialUploads, path: Path, offset: int) -> None:
+        self.path = path
+        self.size = offset
+        """Bytes that are here."""
+        self._uploads = uploads
+        self._lock = threading.Lock()
+        self._file: BinaryIO | None = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._file.truncate(offset)
+        self._file.seek(offset)
+        self._digest = hashlib.sha256()
+
+    def read_beginning(self) -> None:
+        """Take what is here already into the digest, and go to its end."""
+        remaining = self.size
+        self._file.seek(0)
+        while remaining:
+            piece = self._file.read(min(_READ_BYTES, remaining))
+            self._digest.update(piece)
+            remaining -= len(piece)
+
+    def append(self, piece: bytes | bytearray) -> None:
+        """Write the next piece.
+
+        Raises:
+            RefusedError: A newer request has taken over; the code is `taken_over`.
+        """
+        with self._lock:
+            if self._file is None or not self._uploads.is_writer(self):
+                raise RefusedError("this upload has been begun anew on another connection", code="taken_over")
+            self._digest.update(piece)
+            self._file.write(piece)
+            self.size += len(piece)
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of everything up to here."""
+        return self._digest.hexdigest()
+
+    def discard(self) -> None:
+        """Remove the file: its content is of no use."""
+        self.close()
+        if self._uploads.is_writer(self):
+            self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the file; what is in it stays."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
