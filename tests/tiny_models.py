@@ -32,6 +32,8 @@ class TinyModel:
     seed: int = 0
     probabilities: tuple[str, dict[str, Any]] = ("resample_data_or_seg_to_shape", LINEAR)
     previous_stage: str | None = None
+    normalization: str | None = None
+    """Default: that of colours for png files, else z-scores."""
     lessons: int = 0
     """Steps of training on telling intensities apart, after which logits are decisive instead of nearly equal."""
 
@@ -70,13 +72,13 @@ class TinyModel:
 
     def _configuration(self) -> dict[str, Any]:
         resampling, resampling_options = self.probabilities
-        normalization = "RGBTo01Normalization" if self.file_ending == ".png" else "ZScoreNormalization"
+        default = "RGBTo01Normalization" if self.file_ending == ".png" else "ZScoreNormalization"
         return {
             "data_identifier": f"nnUNetPlans_{self.configuration_name}", "preprocessor_name": "DefaultPreprocessor",
             "batch_size": 2, "patch_size": list(self.patch_size),
             "median_image_size_in_voxels": [30.0, 40.0, 50.0][:len(self.patch_size)],
             "spacing": list(self.spacing),
-            "normalization_schemes": [normalization] * len(self.channels),
+            "normalization_schemes": [self.normalization or default] * len(self.channels),
             "use_mask_for_norm": [False] * len(self.channels),
             "resampling_fn_data": "resample_data_or_seg_to_shape",
             "resampling_fn_seg": "resample_data_or_seg_to_shape",
@@ -134,9 +136,10 @@ def write_model(folder: Path, model: TinyModel | None = None, **changes: Any) ->
 def _teach_intensities(network: torch.nn.Module, model: TinyModel) -> None:
     """Train a network to sort the voxels of smooth noise into as many intensity classes as it has outputs."""
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
+    channels = next(network.parameters()).shape[1]  # in cascades there are more than the image has
     blur = torch.nn.functional.avg_pool2d if len(model.patch_size) == 2 else torch.nn.functional.avg_pool3d
     for _ in range(model.lessons):
-        image = blur(torch.randn(2, len(model.channels), *model.patch_size), 5, stride=1, padding=2)
+        image = blur(torch.randn(2, channels, *model.patch_size), 5, stride=1, padding=2)
         image = (image - image.mean()) / image.std()
         if model.file_ending == ".png":
             image = (image * 0.25 + 0.5).clamp(0, 1)

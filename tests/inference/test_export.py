@@ -253,3 +253,11 @@ def test_custom_label_managers_see_the_whole_volume():
     labels = convert(make_logits((3, 3, 9, 8)), plans_manager, configuration_manager,
                      OnlyLargest(TinyModel().labels, None), make_case())
     assert np.all(labels[1:8, 2:11] == 2)
+
+
+def test_probabilities_dominate_the_memory_of_an_export():
+    from nnunetv2.inference.export_prediction import estimate_export_bytes
+
+    logits, properties = np.zeros((5, 4, 4, 4), np.float16), {"shape_before_cropping": (10, 10, 10)}
+    assert estimate_export_bytes(logits, properties, False) == 640 + 2000
+    assert estimate_export_bytes(logits, properties, True) == 640 + 2000 + 4 * 5 * 1000

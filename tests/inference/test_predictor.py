@@ -366,3 +366,18 @@ def test_every_promised_name_is_there(name):
 def test_unknown_names_are_unknown():
     with pytest.raises(AttributeError, match="predict_from_raw"):
         public.predict_from_raw  # noqa: B018
+
+
+def test_a_trainer_that_is_not_installed_is_replaced_with_a_warning(tmp_path, caplog):
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(write_model(tmp_path / "model", trainer="TrainerOfNobody"), (0,))
+    assert "TrainerOfNobody" in caplog.text
+    assert predictor.trainer_name == "TrainerOfNobody"
+
+
+def test_an_iterator_may_hand_out_the_same_items_twice(make_predictor, write_images):
+    predictor = make_predictor()
+    files = [[str(write_images(["a"]) / "a_0000.nii.gz")]]
+    items = list(predictor._internal_get_data_iterator_from_lists_of_filenames(files, [None], None, 1))
+    first, second = (predictor.predict_from_data_iterator(items)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)

@@ -13,77 +13,106 @@ pytestmark = pytest.mark.parity
 
 # The reference sums in float16, so its rounding decides where two classes are nearly equal. In a network of random
 # weights that is in 0.2 % of all voxels; a few lessons make it less.
-AGREEMENT = 0.999
+AGREEMENT, AGREEMENT_BF16 = 0.999, 0.995
 LESSONS = 40
+VOLUME = {"patch_size": (24, 32, 24), "spacing": (1.2, 0.8, 1.0), "lessons": LESSONS}
 
 MODELS = {
-    "hippocampus": TinyModel(patch_size=(24, 32, 24), spacing=(1.2, 0.8, 1.0), folds=(0, 1), features=(8, 16),
-                               lessons=LESSONS),
-    "transposed": TinyModel(patch_size=(24, 32, 24), spacing=(1.2, 0.8, 1.0), transpose_forward=(2, 0, 1),
-                              lessons=LESSONS),
-    "spinalcord": TinyModel(patch_size=(8, 64, 64), spacing=(4.0, 0.7, 0.7), mirroring_axes=(1, 2), lessons=LESSONS),
-    "regions": TinyModel(patch_size=(24, 32, 24), spacing=(1.2, 0.8, 1.0), regions_class_order=(1, 2),
-                         labels={"background": 0, "whole": [1, 2], "core": [2]}, lessons=LESSONS),
+    "hippocampus": TinyModel(folds=(0, 1), features=(8, 16), **VOLUME),
+    "transposed": TinyModel(transpose_forward=(2, 0, 1), **VOLUME),
+    "regions": TinyModel(regions_class_order=(1, 2), labels={"background": 0, "whole": [1, 2], "core": [2]}, **VOLUME),
+    "lowres": TinyModel(**{**VOLUME, "spacing": (2.0, 1.6, 1.6)}),
+    "cascade": TinyModel(previous_stage="3d_lowres", **VOLUME),
     "slices": TinyModel(patch_size=(32, 40), spacing=(0.9, 0.8), mirroring_axes=(0, 1), lessons=LESSONS),
+    "spinalcord": TinyModel(patch_size=(8, 64, 64), spacing=(4.0, 0.7, 0.7), mirroring_axes=(1, 2), lessons=LESSONS),
     "retina": TinyModel(patch_size=(96, 128), spacing=(1.0, 1.0), labels={"background": 0, "vessel": 1},
                         channels=("R", "G", "B"), file_ending=".png", reader="NaturalImage2DIO", mirroring_axes=(0, 1),
-                          lessons=LESSONS),
+                        lessons=LESSONS),
+    "ct": TinyModel(patch_size=(24, 48, 48), spacing=(3.0, 4.0, 4.0), channels=("CT",), normalization="CTNormalization",
+                    lessons=LESSONS),
+    "nrrd": TinyModel(patch_size=(8, 64, 64), spacing=(6.5, 1.2, 1.2), file_ending=".nrrd", mirroring_axes=(1, 2),
+                      lessons=LESSONS),
 }
 
 PREDICT = """
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
-predictor.initialize_from_trained_model_folder(value["model"], value["folds"])
-predictor.predict_from_files(value["images"], value["output"], save_probabilities=value["probabilities"],
-                             num_processes_preprocessing=1, num_processes_segmentation_export=1)
+for job in value:
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(job["model"], job["folds"])
+    predictor.predict_from_files_sequential(job["images"], job["output"], save_probabilities=True,
+                                            folder_with_segs_from_prev_stage=job["previous_stage"])
 """
+_predicted: dict[str, Path] = {}
 
 
 @pytest.fixture
-def images(shared_data, tmp_path):
-    """Return a function that lays out a few scans as a folder of cases."""
-    def lay_out(kind: str, count: int = 1) -> Path:
-        folder = tmp_path / "images"
-        folder.mkdir()
-        source, ending = {
-            "retina": (shared_data / "retina" / "chasedb1", ".jpg"),
-            "spinalcord": (shared_data / "spinalcord" / "ucl", ".nii.gz"),
-        }.get(kind, (shared_data / "hippocampus", ".nii.gz"))
-        files = sorted(path for path in (source / "images").rglob(f"*{ending}"))[:count]
-        assert files, f"no images below {source}"
-        for number, file in enumerate(files):
-            if kind == "retina":
-                from skimage import io
-                io.imsave(folder / f"eye_{number}_0000.png", io.imread(file)[:300, :400], check_contrast=False)
-            else:
-                shutil.copy(file, folder / f"case_{number}_0000.nii.gz")
-        return folder
-    return lay_out
+def predicted(shared_data, reference, ours, tmp_path, monkeypatch) -> Path:
+    """Predict with all models in three processes, once: folders theirs, ours, bf16, each with one folder per model.
+
+    All cascades continue the reference's first stage.
+    """
+    if not _predicted:
+        jobs = [{"model": str(write_model(tmp_path / "models" / kind, model)), "folds": list(model.folds),
+                 "images": str(_lay_out(kind, shared_data, tmp_path / "images" / kind)),
+                 "previous_stage": str(tmp_path / "theirs" / "lowres") if kind == "cascade" else None}
+                for kind, model in MODELS.items()]
+        for name, python, autocast in (("theirs", reference, "0"), ("ours", ours, "0"), ("bf16", ours, "1")):
+            for kind in MODELS:
+                (tmp_path / name / kind).mkdir(parents=True)
+            python.environment["nnUNet_cpu_autocast"] = autocast
+            python.run(PREDICT, [{**job, "output": str(tmp_path / name / kind)} for kind, job in zip(MODELS, jobs)])
+        _predicted["folder"] = tmp_path
+    return _predicted["folder"]
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_label_maps_agree(kind, images, reference, ours, tmp_path):
-    model = MODELS[kind]
-    value = {"model": str(write_model(tmp_path / "model", model)), "folds": list(model.folds),
-             "images": str(images(kind)), "probabilities": True}
-    reference.run(PREDICT, {**value, "output": str(tmp_path / "theirs")})
-    ours.run(PREDICT, {**value, "output": str(tmp_path / "ours")})
+def test_label_maps_agree(kind, predicted):
+    theirs, ending = predicted / "theirs" / kind, MODELS[kind].file_ending
+    files = sorted(theirs.glob(f"*{ending}"))
+    assert files
+    for name, enough in (("ours", AGREEMENT), ("bf16", AGREEMENT_BF16)):
+        folder = predicted / name / kind
+        assert {path.name for path in folder.iterdir()} == {path.name for path in theirs.iterdir()}
+        equal = [_read(folder / path.name) == _read(path) for path in files]
+        agreement = sum(map(np.count_nonzero, equal)) / sum(map(np.size, equal))
+        print(kind, name, f"{100 * agreement:.3f} %")
+        assert agreement >= enough
 
-    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
-    for name in names:
-        if name.endswith(model.file_ending):
-            mine, theirs = (_read(tmp_path / folder / name) for folder in ("ours", "theirs"))
-            agreement = np.mean(mine == theirs)
-            print(kind, name, agreement, np.bincount(theirs.ravel()))
-            assert agreement >= AGREEMENT
-        if name.endswith(".npz"):
-            mine, theirs = (np.load(tmp_path / folder / name)["probabilities"] for folder in ("ours", "theirs"))
-            assert mine.dtype == theirs.dtype == np.float32
-            assert mine.shape == theirs.shape
-            assert np.abs(mine - theirs).mean() < 1e-3
-            print(kind, name, "probabilities differ by", np.abs(mine - theirs).max())
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_probabilities_agree(kind, predicted):
+    for path in sorted((predicted / "theirs" / kind).glob("*.npz")):
+        mine, theirs = (np.load(folder)["probabilities"] for folder in (predicted / "ours" / kind / path.name, path))
+        assert mine.dtype == theirs.dtype == np.float32
+        assert mine.shape == theirs.shape
+        differences = np.abs(mine - theirs)
+        close = np.mean(differences <= 2e-3)
+        print(kind, path.name, f"{100 * close:.3f} % within 2e-3, at most {differences.max():.4f}")
+        # What is beyond lies at corners, where the reference rounds logits to whole numbers.
+        assert close >= 0.99
+        assert differences.mean() < 2e-4
+
+
+def _lay_out(kind: str, shared_data: Path, folder: Path) -> Path:
+    """Copy a scan or two into a folder of cases."""
+    folder.mkdir(parents=True)
+    hippocampus = sorted((shared_data / "hippocampus" / "images").glob("*.nii.gz"))[:2]
+    sources = {
+        "spinalcord": sorted((shared_data / "spinalcord" / "ucl").rglob("images/*.nii.gz"))[:1],
+        "retina": sorted((shared_data / "retina" / "chasedb1").rglob("*.jpg"))[:1],
+        "ct": [shared_data / "odd" / "nnunet_example_ct_sm.nii.gz"],
+        "nrrd": [shared_data / "odd" / "pr_brain1_image.nrrd"],
+    }.get(kind, hippocampus)
+    assert sources, f"no images of kind {kind} below {shared_data}"
+    for number, source in enumerate(sources):
+        target = folder / f"case_{number}_0000{MODELS[kind].file_ending}"
+        if source.suffix == ".jpg":
+            from skimage import io
+            io.imsave(target, io.imread(source)[:300, :400], check_contrast=False)
+        else:
+            shutil.copy(source, target)
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["hippocampus", "regions"])
