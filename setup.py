@@ -8,6 +8,11 @@ COMMANDS = {
     "nnUNetv2_extract_fingerprint": "experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
     "nnUNetv2_plan_experiment": "experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
     "nnUNetv2_preprocess": "experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry",
+    "nnUNetv2_move_plans_between_datasets":
+        "experiment_planning.plans_for_pretraining.move_plans_between_datasets:entry_point_move_plans_between_datasets",
+    "nnUNetv2_convert_MSD_dataset": "dataset_conversion.convert_MSD_dataset:entry_point",
+    "nnUNetv2_convert_old_nnUNet_dataset":
+        "dataset_conversion.convert_raw_dataset_from_old_nnunet_format:convert_entry_point",
     "nnUNetv2_train": "run.run_training:run_training_entry",
     "nnUNetv2_predict": "inference.predict_from_raw_data:predict_entry_point",
     "nnUNetv2_predict_from_modelfolder": "inference.predict_from_raw_data:predict_entry_point_modelfolder",
@@ -18,6 +23,10 @@ COMMANDS = {
         "postprocessing.remove_connected_components:entry_point_determine_postprocessing_folder",
     "nnUNetv2_apply_postprocessing": "postprocessing.remove_connected_components:entry_point_apply_postprocessing",
     "nnUNetv2_ensemble": "ensembling.ensemble:entry_point_ensemble_folders",
+    "nnUNetv2_plot_overlay_pngs": "utilities.overlay_plots:entry_point_generate_overlay",
+    "nnUNetv2_download_pretrained_model_by_url": "model_sharing.entry_points:download_by_url",
+    "nnUNetv2_install_pretrained_model_from_zip": "model_sharing.entry_points:install_from_zip_entry_point",
+    "nnUNetv2_export_model_to_zip": "model_sharing.entry_points:export_pretrained_model_entry",
     "nnUNetv2_evaluate_simple": "evaluation.evaluate_predictions:evaluate_simple_entry_point",
     "nnUNetv2_fed_coordinator": "federated.coordinator.cli:coordinator_entry",
     "nnUNetv2_fed_join": "federated.site:join_entry",
@@ -60,6 +69,12 @@ setup(
         "starlette>=0.39",
         "uvicorn>=0.29",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx"]},
+    extras_require={
+        "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx"],
+        # loggers and an optimizer that trainers use on request
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"],
+        "adan": ["adan-pytorch"],
+    },
     entry_points={"console_scripts": [f"{name} = nnunetv2.{target}" for name, target in COMMANDS.items()]},
 )
