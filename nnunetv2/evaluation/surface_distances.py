@@ -1,9 +1,9 @@
 """Compare the surfaces of two masks, in millimetres: HD95, ASSD and surface Dice.
 
-A mask's surface is that of marching cubes (scikit-image) through the midpoints between voxels. Every cube of 2x2x2
-voxels that it crosses is one element: its place is the centre of the cube, its weight the area of the surface inside.
-So small voxels do not count more than large ones, and flat and slanted parts count by their true size. In 2D, elements
-are squares of 2x2 pixels and weights are lengths. Distances between elements come from a k-d tree (SciPy).
+A mask's surface is that of marching cubes (scikit-image) through the midpoints between voxels. The part of it inside a
+cube of 2x2x2 voxels is one element: its place is its centre of gravity, its weight its area. So small voxels do not
+count more than large ones, and flat and slanted parts count by their size. In 2D, elements lie in squares of 2x2 pixels
+and weights are lengths. Distances between elements come from a k-d tree (SciPy).
 """
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ def compute_surface_metrics(reference: np.ndarray, prediction: np.ndarray, spaci
 def find_surface(mask: np.ndarray, spacing_mm: Sequence[float]) -> Surface:
     """Return the surface elements of a mask that is not empty. Outside of the array there is nothing."""
     codes = _neighbourhood_codes(mask)
-    places = np.argwhere((codes > 0) & (codes < 2 ** 2**mask.ndim - 1))
-    areas = _area_table(tuple(float(size) for size in spacing_mm))[codes[tuple(places.T)]]
-    return Surface(places * np.asarray(spacing_mm, dtype=np.float64), areas)
+    cubes = np.argwhere((codes > 0) & (codes < 2 ** 2**mask.ndim - 1))
+    areas, centres = _element_table(tuple(float(size) for size in spacing_mm))
+    codes = codes[tuple(cubes.T)]
+    return Surface(cubes * np.asarray(spacing_mm, dtype=np.float64) + centres[codes], areas[codes])
 
 
 def _neighbourhood_codes(mask: np.ndarray) -> np.ndarray:
@@ -71,15 +72,19 @@ def _neighbourhood_codes(mask: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _area_table(spacing_mm: tuple[float, ...]) -> np.ndarray:
-    """Return the area of the surface inside a cube for each code of its corners."""
-    codes, parts = _surface_parts(len(spacing_mm))
+def _element_table(spacing_mm: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return area and centre of the surface inside a cube, for each code of its corners."""
+    axes = len(spacing_mm)
+    codes, parts = _surface_parts(axes)
     corners = parts * np.asarray(spacing_mm)
-    if len(spacing_mm) == 2:
-        sizes = np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1)
+    edges = corners[:, 1:] - corners[:, :1]
+    if axes == 2:
+        sizes = np.linalg.norm(edges[:, 0], axis=-1)
     else:
-        sizes = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=-1) / 2
-    return np.bincount(codes, weights=sizes, minlength=2 ** 2**len(spacing_mm))
+        sizes = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=-1) / 2
+    areas = np.bincount(codes, weights=sizes, minlength=2 ** 2**axes)
+    moments = [np.bincount(codes, weights=sizes * along, minlength=len(areas)) for along in corners.mean(axis=1).T]
+    return areas, np.stack(moments, axis=-1) / np.maximum(areas, np.finfo(float).tiny)[:, None]
 
 
 @lru_cache(maxsize=2)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2.evaluation.case_files import list_pairs
 from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.evaluation.confusion import Confusion
-from nnunetv2.evaluation.summary import labels_of, list_pairs, plain_class, score_classes, summarize
+from nnunetv2.evaluation.summary import labels_of, plain_class, score_classes, summarize
 from nnunetv2.postprocessing.case_state import CaseState, open_case, try_entries
 
 if TYPE_CHECKING:
