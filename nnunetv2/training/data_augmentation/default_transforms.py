@@ -13,27 +13,28 @@ from batchgeneratorsv2.helpers.scalar_type import RandomScalar
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
 from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
-from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
 from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
     RemoveRandomConnectedComponentFromOneHotEncodingTransform,
 )
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
-from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
-from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+from nnunetv2.training.data_augmentation.intensity import FastGammaTransform, SeparableBlurTransform
 from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform
+from nnunetv2.training.data_augmentation.targets import (
+    FastMaskImageTransform,
+    FastRemoveLabelTransform,
+    StridedDownsampleTransform,
+)
 
 Regions = Sequence[int | Sequence[int]]
 DeepSupervisionScales = Sequence[Sequence[float] | float]
@@ -152,12 +153,10 @@ def _intensity_transforms(ignore_axes: tuple[int, ...] | None) -> list[BasicTran
         RandomTransform(
             GaussianNoiseTransform(noise_variance=(0, 0.1), p_per_channel=1, synchronize_channels=True), 0.1
         ),
-        # The library can find out by timing whether to convolve in Fourier space. For sigmas up to 1 it never pays,
-        # and finding that out takes more than a second in each worker.
         RandomTransform(
-            GaussianBlurTransform(
+            SeparableBlurTransform(
                 blur_sigma=(0.5, 1.0), synchronize_channels=False, synchronize_axes=False, p_per_channel=0.5,
-                benchmark=False,
+                benchmark=True,
             ), 0.2,
         ),
         RandomTransform(
@@ -180,8 +179,8 @@ def _intensity_transforms(ignore_axes: tuple[int, ...] | None) -> list[BasicTran
     ]
 
 
-def _gamma(p_invert_image: float) -> GammaTransform:
-    return GammaTransform(
+def _gamma(p_invert_image: float) -> FastGammaTransform:
+    return FastGammaTransform(
         gamma=BGContrast((0.7, 1.5)), p_invert_image=p_invert_image, synchronize_channels=False, p_per_channel=1,
         p_retain_stats=1,
     )
@@ -190,7 +189,7 @@ def _gamma(p_invert_image: float) -> GammaTransform:
 def mask_transforms(use_mask_for_norm: Sequence[bool] | None) -> list[BasicTransform]:
     """Set the voxels outside the image's own content to 0, in the channels that are normalised within it alone."""
     channels = [channel for channel, is_masked in enumerate(use_mask_for_norm or ()) if is_masked]
-    return [MaskImageTransform(channels, channel_idx_in_seg=0, set_outside_to=0)] if channels else []
+    return [FastMaskImageTransform(channels, channel_idx_in_seg=0, set_outside_to=0)] if channels else []
 
 
 def previous_stage_transforms(
@@ -202,7 +201,7 @@ def previous_stage_transforms(
         augment: Imitate the mistakes of a previous stage.
         p_per_label: How often a label is concerned by a mistake that is made at all.
     """
-    transforms: list[BasicTransform] = [RemoveLabelTansform(-1, 0)]
+    transforms: list[BasicTransform] = [FastRemoveLabelTransform(-1, 0)]
     if not is_cascaded:
         return transforms
     if foreground_labels is None:
@@ -241,5 +240,5 @@ def target_transforms(
         all_regions = plain if ignore_label is None else [*plain, ignore_label]
         transforms.append(ConvertSegmentationToRegionsTransform(regions=all_regions, channel_in_seg=0))
     if deep_supervision_scales is not None:
-        transforms.append(DownsampleSegForDSTransform(ds_scales=deep_supervision_scales))
+        transforms.append(StridedDownsampleTransform(ds_scales=deep_supervision_scales))
     return transforms

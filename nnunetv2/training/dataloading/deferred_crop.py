@@ -16,7 +16,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from torch import Tensor
 
-from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform
+from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform, needed_box
 from nnunetv2.training.dataloading.patch_reading import overlaps
 
 Box = tuple[list[int], list[int]]
@@ -85,18 +85,41 @@ def read_and_transform(
     shape = [high - low for low, high in zip(lower, upper)][-num_axes:]
     shape_only = torch.empty(()).expand(1, *shape)
     parameters = step.spatial.get_parameters(image=shape_only)
-    middle = central_box(lower, upper, step.spatial.patch_size) if parameters["grid"] is None else None
-    if middle is not None and overlaps(*middle, image_shape):
-        image, labels = read(*middle)
-        sample = {"image": image, "segmentation": labels}
+    if parameters["grid"] is None and parameters["affine"] is None:
+        box = central_box(lower, upper, step.spatial.patch_size)
+        is_cropped = box is not None
     else:
-        image, labels = read(lower, upper)
-        sample = {"image": image, "segmentation": labels}
-        for transform in step.before:
-            sample = transform(**sample)
-        sample = step.spatial.apply(sample, **parameters)
-        for transform in step.after:
-            sample = transform(**sample)
+        box, is_cropped = _sampled_box(step.spatial, parameters, lower, upper), False
+    if box is None or not overlaps(*box, image_shape):
+        box, is_cropped = (list(lower), list(upper)), False
+    image, labels = read(*box)
+    sample = {"image": image, "segmentation": labels}
+    if not is_cropped:
+        start = [first - low for first, low in zip(box[0], lower)][-num_axes:]
+        sample = _turn(step, sample, {**parameters, "source_shape": shape, "source_start": start})
     for transform in step.rest:
+        sample = transform(**sample)
+    return sample
+
+
+def _sampled_box(
+    spatial: SpatialTransform, parameters: dict, lower: Sequence[int], upper: Sequence[int]
+) -> Box | None:
+    """Return the part of a box that a drawn rotation or scaling draws on; None if that is not known."""
+    grid = spatial.affine_grid(parameters) if isinstance(spatial, BoundarySpatialTransform) else None
+    if grid is None:
+        return None
+    inner_lower, inner_upper = list(lower), list(upper)
+    shape = [high - low for low, high in zip(lower, upper)][-len(grid.patch):]
+    for axis, first, last in zip(range(-len(shape), 0), *needed_box(grid, shape)):
+        inner_lower[axis], inner_upper[axis] = lower[axis] + first, lower[axis] + last
+    return inner_lower, inner_upper
+
+
+def _turn(step: SpatialStep, sample: dict, parameters: dict) -> dict:
+    for transform in step.before:
+        sample = transform(**sample)
+    sample = step.spatial.apply(sample, **parameters)
+    for transform in step.after:
         sample = transform(**sample)
     return sample

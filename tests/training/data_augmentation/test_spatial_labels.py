@@ -7,7 +7,9 @@ import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from scipy.ndimage import gaussian_filter
 
-from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform, _find_mixed_cells, resample_labels
+from nnunetv2.training.data_augmentation.affine_sampling import AffineGrid
+from nnunetv2.training.data_augmentation.label_sampling import choose_labels, find_mixed_cells, sample_labels
+from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform
 
 OPTIONS = {
     "patch_center_dist_from_border": 0, "random_crop": False, "p_rotation": 1, "rotation": (-0.5, 0.5),
@@ -63,12 +65,29 @@ def test_other_settings_too(options):
 
 
 def test_a_point_between_two_labels_gets_the_one_with_the_larger_share():
-    seg = torch.tensor([[[5, 5, 9, 9]] * 3], dtype=torch.int16)
-    x = torch.tensor([0.0, 1.4, 1.6, 3.0, 3.4, 3.6])
-    grid = torch.stack([(2 * x + 1) / 4 - 1, torch.zeros(6)], -1)[None]
-    assert resample_labels(seg, grid, padding_label=-1).tolist() == [[[5, 5, 9, 9, 9, -1]]]
+    labels = np.array([[[5, 5, 9, 9]] * 3], dtype=np.int16)
+    for first, expected in ((0.0, [5, 5, 9, 9]), (1.4, [5, 9, 9, -1]), (1.6, [9, 9, -1, -1]), (-0.6, [-1, 5, 5, 9])):
+        grid = AffineGrid(np.eye(2), np.array([1.0, first]), (1, 4))
+        assert sample_labels(labels, grid, -1, start=(0, 0), shape=(3, 4)).tolist() == [[expected]], first
+
+
+def test_a_box_of_the_labels_gives_the_same_as_all_of_them():
+    labels = blobs((20, 24, 22), 3).numpy()
+    turn = np.array([[0.9, 0.3, 0.1], [-0.3, 0.9, 0.2], [0.0, -0.2, 1.0]])
+    grid = AffineGrid(turn, np.array([6.0, 9.0, 7.0]), (6, 6, 6))
+    lower, upper = grid.cells()
+    box = labels[(slice(None), *map(slice, lower, upper))]
+    expected = sample_labels(labels, grid, -1, start=(0, 0, 0), shape=(20, 24, 22))
+    assert np.array_equal(sample_labels(box, grid, -1, start=lower, shape=(20, 24, 22)), expected)
+    assert len(np.unique(expected)) > 1
 
 
 def test_cells_are_mixed_where_labels_meet():
-    labels = torch.tensor([[1, 1, 2], [1, 1, 2], [1, 3, 2]])
-    assert _find_mixed_cells(labels)[:2, :2].tolist() == [[False, True], [True, True]]
+    labels = np.array([[1, 1, 2], [1, 1, 2], [1, 3, 2]])
+    assert find_mixed_cells(labels)[:2, :2].tolist() == [[False, True], [True, True]]
+
+
+def test_equal_shares_go_to_the_nearest_voxel_or_else_to_the_lowest_label():
+    corners = np.array([[7, 3, 3], [3, 7, 5], [3, 3, 7]], np.int8)
+    weights = np.array([[0.5, 0.4, 0.2], [0.5, 0.5, 0.4], [0, 0.1, 0.4]], np.float32)
+    assert choose_labels(corners, weights, np.array([7, 7, 3], np.int8)).tolist() == [7, 7, 5]
