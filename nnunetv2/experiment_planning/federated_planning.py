@@ -23,7 +23,11 @@ import numpy as np
 
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import FINGERPRINT_FILE
-from nnunetv2.experiment_planning.fingerprint_files import LOCAL_FINGERPRINT, forget_pooled_fingerprint
+from nnunetv2.experiment_planning.fingerprint_files import (
+    LOCAL_FINGERPRINT,
+    forget_pooled_fingerprint,
+    has_pooled_fingerprint,
+)
 from nnunetv2.federated import messages, statistics
 from nnunetv2.federated.client import FederationClient, show_progress
 from nnunetv2.federated.site import load_credential
@@ -59,8 +63,9 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
     extractor = (extractor_class or DatasetFingerprintExtractor)(dataset_id, num_processes, verbose=verbose)
     extractor.show_progress_bar = show_progress_bar
     if mode == "asym":
-        extractor.run(overwrite_existing=clean)
-        forget_pooled_fingerprint(Path(extractor.output_folder))
+        folder = Path(extractor.output_folder)
+        extractor.run(overwrite_existing=clean or has_pooled_fingerprint(folder))
+        forget_pooled_fingerprint(folder)
         return plan_experiment_dataset(dataset_id, **planning)[1]
     with FederationClient(credential, report=show_progress) as client:
         num_cases = pool_fingerprint(client, extractor, share_extrema=share_extrema)

@@ -9,10 +9,15 @@ LOCAL_FINGERPRINT = "dataset_fingerprint_local.json"
 """This site's own fingerprint, in folders where FINGERPRINT_FILE is the pooled one."""
 
 
+def has_pooled_fingerprint(preprocessed_folder: Path) -> bool:
+    """Tell whether FINGERPRINT_FILE is the pooled one."""
+    return (preprocessed_folder / LOCAL_FINGERPRINT).is_file()
+
+
 def find_local_fingerprint(preprocessed_folder: Path) -> Path:
     """Return the file with the fingerprint of this site's own cases."""
-    local = preprocessed_folder / LOCAL_FINGERPRINT
-    return local if local.is_file() else preprocessed_folder / FINGERPRINT_FILE
+    name = LOCAL_FINGERPRINT if has_pooled_fingerprint(preprocessed_folder) else FINGERPRINT_FILE
+    return preprocessed_folder / name
 
 
 def forget_pooled_fingerprint(preprocessed_folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,16 @@ def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
 def find_planner_class(name: str) -> type[ExperimentPlanner]:
     """Find a planner by name, and point out the stronger presets to those who take the default."""
     if name == ExperimentPlanner.__name__:
-        logger.info("The residual encoder presets train better networks than the default planner: try -pl "
-                    "nnUNetPlannerResEncM, nnUNetPlannerResEncL or nnUNetPlannerResEncXL, the largest that your GPU "
-                    "holds (about 10, 24 and 40 GB).")
+        _recommend_presets()
     return find_planning_class(name)
+
+
+@cache
+def _recommend_presets() -> None:
+    """Say it once, however many datasets are planned."""
+    logger.info("The residual encoder presets train better networks than the default planner: try -pl "
+                "nnUNetPlannerResEncM, nnUNetPlannerResEncL or nnUNetPlannerResEncXL, the largest that your GPU holds "
+                "(about 10, 24 and 40 GB).")
 
 
 def find_planning_class(name: str) -> type:

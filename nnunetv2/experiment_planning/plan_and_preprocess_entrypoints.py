@@ -44,17 +44,20 @@ def plan_and_preprocess_main(argv: Sequence[str] | None = None) -> None:
     )
     checks = {"num_processes": arguments.npfp, "check_dataset_integrity": arguments.verify_dataset_integrity,
               "clean": arguments.clean, "verbose": arguments.verbose, "show_progress_bar": _shows_bars(arguments)}
+    planning = _planning_keywords(arguments)
+    # One dataset at a time, because a planner may name its plans by the dataset.
     if arguments.federated is None:
         extract_fingerprints(arguments.d, arguments.fpe, **checks)
-        plans_identifier = plan_experiments(arguments.d, arguments.pl, **_planning_keywords(arguments))
+        plans_names = [plan_experiments([dataset], arguments.pl, **planning) for dataset in arguments.d]
     else:
-        plans_identifier = plan_federated_experiments(arguments.d, arguments.federated, arguments.fpe, arguments.pl,
-                                                      share_extrema=arguments.share_extrema, **checks,
-                                                      **_planning_keywords(arguments))
+        plans_names = [plan_federated_experiments([dataset], arguments.federated, arguments.fpe, arguments.pl,
+                                                  share_extrema=arguments.share_extrema, **checks, **planning)
+                       for dataset in arguments.d]
     if not arguments.no_pp:
-        _preprocess(arguments, plans_identifier)
-    for dataset in arguments.d:
-        print_summary(dataset, plans_identifier)
+        for dataset, plans_name in zip(arguments.d, plans_names):
+            _preprocess([dataset], plans_name, arguments)
+    for dataset, plans_name in zip(arguments.d, plans_names):
+        print_summary(dataset, plans_name)
         write_overview(dataset)
 
 
@@ -73,7 +76,7 @@ def plan_experiment_main(argv: Sequence[str] | None = None) -> None:
 
 def preprocess_main(argv: Sequence[str] | None = None) -> None:
     arguments = build_preprocess_parser().parse_args(argv)
-    _preprocess(arguments, arguments.plans_name)
+    _preprocess(arguments.d, arguments.plans_name, arguments)
 
 
 def _planning_keywords(arguments: Namespace) -> dict:
@@ -83,9 +86,9 @@ def _planning_keywords(arguments: Namespace) -> dict:
             "overwrite_plans_name": arguments.overwrite_plans_name}
 
 
-def _preprocess(arguments: Namespace, plans_identifier: str) -> None:
+def _preprocess(datasets: Sequence[int | str], plans_name: str, arguments: Namespace) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
-    preprocess(arguments.d, plans_identifier, arguments.c, arguments.np, arguments.verbose, _shows_bars(arguments))
+    preprocess(datasets, plans_name, arguments.c, arguments.np, arguments.verbose, _shows_bars(arguments))
 
 
 def _shows_bars(arguments: Namespace) -> bool:

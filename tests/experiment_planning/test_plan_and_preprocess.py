@@ -192,6 +192,16 @@ def test_extrema_are_shared_in_a_federation_only(capsys):
     assert "--share_extrema needs --federated ffe" in capsys.readouterr().err
 
 
+def test_every_dataset_is_preprocessed_with_its_own_plans(monkeypatch):
+    calls = []
+    for name in ("extract_fingerprints", "print_summary", "write_overview"):
+        monkeypatch.setattr(api, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(api, "plan_experiments", lambda datasets, *args, **kwargs: f"plans of {datasets[0]}")
+    monkeypatch.setattr(api, "preprocess", lambda datasets, plans, *args: calls.append((datasets, plans)))
+    entrypoints.plan_and_preprocess_main(["-d", "1", "Dataset002_X"])
+    assert calls == [([1], "plans of 1"), (["Dataset002_X"], "plans of Dataset002_X")]
+
+
 def test_an_undrawable_overview_is_no_error(folder, caplog):
     api.write_overview(2)
     assert "dataset_overview.png could not be drawn" in caplog.text
