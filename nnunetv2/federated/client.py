@@ -78,7 +78,7 @@ class FederationClient:
         self.pause_s = pause_s
         self._report = report
         self._last_line: str | None = None
-        self._session = open_session(credential.url, token=credential.token)
+        self._session = open_session(credential)
         self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-")
         self._document: Document | None = None
         self._number = 0
@@ -300,7 +300,7 @@ class FederationClient:
 def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinAnswer:
     """Ask the coordinator once to let a site join with the secret of its invitation."""
     request = bodies.JoinRequest(invitation=invitation, token=credential.token)
-    with open_session(credential.url) as session, translated_errors(), session.post(
+    with open_session(credential, with_token=False) as session, translated_errors(), session.post(
             f"{check_url(credential.url)}/v1/join", data=encode_json(request), timeout=CONNECT_TIMEOUT_S, stream=True,
             allow_redirects=False) as response:
         check_status(response)

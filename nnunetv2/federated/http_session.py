@@ -17,7 +17,7 @@ from requests.adapters import HTTPAdapter
 
 from nnunetv2.federated import bodies
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
-from nnunetv2.federated.site import is_loopback
+from nnunetv2.federated.site import SiteCredential, is_loopback
 from nnunetv2.federated.strict_json import decode_json
 
 BLOCK_BYTES = 1 << 20
@@ -51,16 +51,30 @@ class BearerToken(requests.auth.AuthBase):
         return request
 
 
-def open_session(url: str, *, token: str | None = None) -> requests.Session:
+class Session(requests.Session):
+    """A session whose own idea of whom to trust is not overruled by REQUESTS_CA_BUNDLE."""
+
+    def merge_environment_settings(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        settings = super().merge_environment_settings(*args, **keywords)
+        if self.verify is not True:
+            settings["verify"] = self.verify
+        return settings
+
+
+def open_session(credential: SiteCredential, *, with_token: bool = True) -> requests.Session:
     """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine.
 
     What breaks is the caller's to repeat: urllib3 would do so with a warning each time, and without a word on its end.
     """
-    session = requests.Session()
+    session = Session()
     session.mount("http://", _Adapter())
     session.mount("https://", _Adapter())
-    session.trust_env = not is_loopback(urlsplit(url).hostname)
-    session.auth = None if token is None else BearerToken(token)
+    session.trust_env = not is_loopback(urlsplit(credential.url).hostname)
+    session.auth = BearerToken(credential.token) if with_token else None
+    session.verify = credential.authority or True
+    if credential.client_certificate is not None:
+        session.cert = (credential.client_certificate, credential.client_key) if credential.client_key \
+            else credential.client_certificate
     return session
 
 
@@ -78,8 +92,9 @@ def translated_errors() -> Iterator[None]:
         yield
     except requests.exceptions.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise FederationError("the coordinator's certificate is not trusted: set REQUESTS_CA_BUNDLE to the file of "
-                                  f"the authority that issued it ({error})") from error
+            raise FederationError("the coordinator's certificate is not trusted: it is not the one that this site "
+                                  "joined, or its authority is unknown here (REQUESTS_CA_BUNDLE names a file of "
+                                  f"authorities). Ask the coordinating site ({_cause_of(error)})") from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
     except requests.Timeout as error:
         raise NoAnswerError("the coordinator does not answer in time") from error

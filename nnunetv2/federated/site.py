@@ -1,19 +1,21 @@
 """Turn an invitation into a site's credential, and keep that credential on the site's disk.
 
-    invitation   nnunet-fed:<base64url of JSON {v, url, federation, site, secret}>, from the coordinator, used once
+    invitation   nnunet-fed:<base64url of JSON {v, url, federation, site, secret, authority}>, used once
     credential   ~/.config/nnunet/federated_site.json, or the file in nnUNet_fed_site; only its owner can read it
+    authority    the same with .ca.pem at its end: who vouches for the coordinator, where no public authority does
 """
 from __future__ import annotations
 
 import argparse
 import base64
 import binascii
+import hashlib
 import json
 import os
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,8 +23,8 @@ from urllib.parse import urlsplit
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
 
 INVITATION_PREFIX = "nnunet-fed:"
-INVITATION_VERSION = 1
-CREDENTIAL_VERSION = 1
+INVITATION_VERSION = 2
+CREDENTIAL_VERSION = 2
 CREDENTIAL_VARIABLE = "nnUNet_fed_site"
 TOKEN_BYTES = 32
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -36,6 +38,8 @@ class Invitation:
     federation: str
     site: str
     secret: str
+    authority: str | None = None
+    """SHA-256 of the private authority that vouches for the coordinator; None where a public one does."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class SiteCredential:
     """The bearer token `<site>.<secret>`. Whoever has it is the site."""
     insecure: bool = False
     """Whether someone has allowed plain HTTP beyond this machine."""
+    authority: str | None = None
+    """File with the private authority that vouches for the coordinator; nobody else is trusted then."""
+    client_certificate: str | None = None
+    """File with the certificate that this site shows, where the coordinator asks for one."""
+    client_key: str | None = None
+    """File with its key; None if that is in the same file."""
+    joined_with: str | None = None
+    """SHA-256 of the invitation's secret: a new invitation asks for a new token."""
 
     def __repr__(self) -> str:
         return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"
@@ -76,14 +88,17 @@ def decode_invitation(text: str) -> Invitation:
         content = json.loads(base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True))
     except (ValueError, binascii.Error) as error:
         raise WireError("the invitation is damaged or cut off: copy the whole word again") from error
-    if not isinstance(content, dict) or content.pop("v", None) != INVITATION_VERSION:
+    version = content.pop("v", None) if isinstance(content, dict) else None
+    if version not in (1, INVITATION_VERSION):
         raise WireError(f"the invitation is not of version {INVITATION_VERSION}: use matching versions of the software")
+    authority = content.pop("authority", None)
     is_text = all(isinstance(value, str) for value in content.values())
-    if content.keys() != {"url", "federation", "site", "secret"} or not is_text:
+    if content.keys() != {"url", "federation", "site", "secret"} or not is_text \
+            or not (authority is None or re.fullmatch("[0-9a-f]{64}", str(authority))):
         raise WireError("the invitation is incomplete: ask the coordinating site for a new one")
     check_site_name(content["site"])
     check_url(content["url"])
-    return Invitation(**content)
+    return Invitation(**content, authority=authority)
 
 
 def check_site_name(name: str) -> str:
@@ -147,8 +162,9 @@ def load_credential(path: Path | None = None) -> SiteCredential:
                              f"{CREDENTIAL_VARIABLE} name the credential") from None
     except (OSError, ValueError) as error:
         raise NotJoinedError(f"the credential {path} cannot be read: {error}") from error
-    fields = {"url", "federation", "site", "token", "insecure"}
-    if not isinstance(content, dict) or content.pop("version", None) != CREDENTIAL_VERSION or content.keys() != fields:
+    needed, known = {"url", "federation", "site", "token"}, {field.name for field in fields(SiteCredential)}
+    version = content.pop("version", None) if isinstance(content, dict) else None
+    if version not in (1, CREDENTIAL_VERSION) or not needed <= content.keys() <= known:
         raise NotJoinedError(f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
                              "join again with a new invitation and --replace")
     return SiteCredential(**content)
@@ -168,14 +184,23 @@ def save_credential(credential: SiteCredential, path: Path | None = None) -> Pat
 
 
 # ----------------------------------------------------------------------------------------------------------- join
-def join(invitation: Invitation, *, replace: bool = False, insecure: bool = False, path: Path | None = None) -> str:
+def join(invitation: Invitation, *, replace: bool = False, insecure: bool = False, path: Path | None = None,
+         client_certificate: Path | None = None, client_key: Path | None = None) -> str:
     """Accept an invitation and keep the credential; say in one line what happened.
 
     The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated.
 
+    Args:
+        replace: Give up the credential of another federation, or of another name in this one.
+        insecure: Allow plain HTTP to another machine.
+        path: Where the credential is kept; see `credential_path`.
+        client_certificate: What this site shows to a coordinator that asks for certificates; PEM.
+        client_key: Its key, if that is in another file.
+
     Raises:
         RefusedError: The coordinator does not accept the invitation.
-        FederationError: The credential of another federation is in the way.
+        FederationError: The credential of another federation is in the way, or the coordinator is not the one that the
+            invitation speaks of.
     """
     from nnunetv2.federated.client import request_to_join
 
@@ -183,8 +208,11 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
     check_transport_is_safe(invitation.url, insecure=insecure)
     known = _credential_in_the_way(invitation, path, replace=replace)
     pending = path.with_name(path.name + ".joining")
+    certificate, key = (None if file is None else str(file.resolve()) for file in (client_certificate, client_key))
+    authority = None if invitation.authority is None else str(_keep_authority(invitation, path, certificate, key))
     credential = SiteCredential(check_url(invitation.url), invitation.federation, invitation.site,
-                                known or _pending_token(invitation, pending) or new_token(invitation.site), insecure)
+                                known or _pending_token(invitation, pending) or new_token(invitation.site), insecure,
+                                authority, certificate, key, _hash(invitation.secret))
     save_credential(credential, pending)
     try:
         answer = request_to_join(credential, invitation.secret)
@@ -193,8 +221,25 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
         raise
     pending.replace(path)
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
-    return (f"Site {answer.site} has joined {answer.federation} at {credential.url}; other sites: {others}. "
-            f"Credential: {path}")
+    who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
+    return f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+
+
+def _keep_authority(invitation: Invitation, path: Path, certificate: str | None, key: str | None) -> Path:
+    """Ask the coordinator for its private authority, and keep it if it is the one in the invitation."""
+    from nnunetv2.federated.certificates import fetch_authority, fingerprint_of
+    from nnunetv2.utilities.atomic_write import replacing
+
+    pem = fetch_authority(check_url(invitation.url), client_certificate=certificate, client_key=key)
+    if fingerprint_of(pem) != invitation.authority:
+        raise FederationError(f"what answers at {invitation.url} is not the coordinator of the invitation: its "
+                              "certificate authority has another fingerprint. Somebody may be in between: ask the "
+                              "coordinating site, and check the address")
+    kept = path.with_name(path.name + ".ca.pem")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(kept) as partial:
+        partial.write_text(pem, encoding="ascii")
+    return kept
 
 
 def new_token(site: str) -> str:
@@ -210,7 +255,7 @@ def _credential_in_the_way(invitation: Invitation, path: Path, *, replace: bool)
     if (present.federation, present.site) != (invitation.federation, invitation.site):
         raise FederationError(f"{path} holds the credential of site {present.site} of {present.federation}; add "
                               f"--replace to give it up, or let {CREDENTIAL_VARIABLE} name another file")
-    return present.token
+    return present.token if present.joined_with == _hash(invitation.secret) else None
 
 
 def _pending_token(invitation: Invitation, pending: Path) -> str | None:
@@ -219,7 +264,11 @@ def _pending_token(invitation: Invitation, pending: Path) -> str | None:
         return None
     attempt = load_credential(pending)
     same = (attempt.federation, attempt.site) == (invitation.federation, invitation.site)
-    return attempt.token if same else None
+    return attempt.token if same and attempt.joined_with == _hash(invitation.secret) else None
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -230,13 +279,17 @@ def build_parser() -> argparse.ArgumentParser:
                         help="give up the credential of another federation that this site holds")
     parser.add_argument("--insecure", action="store_true",
                         help="allow plain HTTP to another machine; only where the network itself is protected")
+    parser.add_argument("--client-certificate", type=Path, metavar="FILE",
+                        help="certificate to show to a coordinator that asks for one (PEM)")
+    parser.add_argument("--client-key", type=Path, metavar="FILE", help="its key, if that is in another file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_join`."""
     arguments = build_parser().parse_args(argv)
-    print(join(decode_invitation(arguments.invitation), replace=arguments.replace, insecure=arguments.insecure))
+    print(join(decode_invitation(arguments.invitation), replace=arguments.replace, insecure=arguments.insecure,
+               client_certificate=arguments.client_certificate, client_key=arguments.client_key))
     return 0
 
 

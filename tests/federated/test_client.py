@@ -347,9 +347,9 @@ def test_who_misses_a_round_gets_the_latest_aggregate(tmp_path):
 def test_proxies_are_used_except_for_this_machine(monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
-    with open_session("http://127.0.0.1:1") as session:
+    with open_session(SiteCredential("http://127.0.0.1:1", "test", "A", "A.x")) as session:
         assert session.trust_env is False
-    with open_session("https://hospital.example") as session:
+    with open_session(SiteCredential("https://hospital.example", "test", "A", "A.x")) as session:
         settings = session.merge_environment_settings("https://hospital.example", {}, None, None, None)
         assert settings["proxies"]["https"] == "http://proxy.example:3128"
 
@@ -359,10 +359,18 @@ def test_a_netrc_does_not_replace_the_token(tmp_path, monkeypatch):
 
     (tmp_path / ".netrc").write_text("machine hospital.example login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    with open_session("https://hospital.example", token="A.token") as session:
+    with open_session(SiteCredential("https://hospital.example", "test", "A", "A.token")) as session:
         prepared = session.prepare_request(requests.Request("GET", "https://hospital.example/v1/status"))
     assert prepared.headers["Authorization"] == "Bearer A.token"
     assert isinstance(session.auth, BearerToken)
+
+
+def test_a_pinned_authority_is_not_overruled_by_the_environment(monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/etc/ssl/everybody.pem")
+    for authority, expected in (("/site/ca.pem", "/site/ca.pem"), (None, "/etc/ssl/everybody.pem")):
+        with open_session(SiteCredential("https://h.example", "test", "A", "A.x", authority=authority)) as session:
+            settings = session.merge_environment_settings("https://h.example", {}, None, None, None)
+            assert settings["verify"] == expected
 
 
 def test_plain_http_beyond_this_machine_must_be_allowed():

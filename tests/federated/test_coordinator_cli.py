@@ -72,23 +72,38 @@ def test_the_names_of_the_sites_are_asked_for_where_somebody_can_answer(tmp_path
     assert open_folder(tmp_path / "default").sites == cli.DEFAULT_SITES
 
 
-def test_other_machines_are_not_served_without_tls():
-    cli.check_host("127.0.0.1", insecure=False)
-    cli.check_host("0.0.0.0", insecure=True)
-    with pytest.raises(FederationError, match="reachable from other machines, without TLS"):
-        cli.check_host("0.0.0.0", insecure=False)
+@pytest.mark.parametrize(("options", "speaks_tls", "url"), [
+    ({}, False, "http://127.0.0.1:1"),
+    ({"host": "::1"}, False, "http://[::1]:1"),
+    ({"host": "10.0.0.5"}, True, "https://10.0.0.5:1"),
+    ({"host": "10.0.0.5", "insecure": True}, False, "http://10.0.0.5:1"),
+    ({"url": "https://hospital.example/fed/"}, False, "https://hospital.example/fed"),  # a proxy with TLS
+    ({"tls_certificate": "c.pem", "tls_key": "k.pem"}, True, "https://127.0.0.1:1"),
+    ({"host": "0.0.0.0", "url": "https://hospital.example:8750"}, True, "https://hospital.example:8750"),
+])
+def test_other_machines_are_served_with_tls(options, speaks_tls, url):
+    address = cli.Address(port=1, **options)
+    assert (address.speaks_tls, address.public_url) == (speaks_tls, url)
 
 
-@pytest.mark.parametrize(("host", "given", "expected"), [
-    ("127.0.0.1", None, "http://127.0.0.1:1"), ("::1", None, "http://[::1]:1"),
-    ("0.0.0.0", "https://hospital.example/fed/", "https://hospital.example/fed")])
-def test_invitations_carry_the_public_address(host, given, expected):
-    assert cli.public_url(host, 1, given) == expected
+@pytest.mark.parametrize(("options", "complaint"), [
+    ({"host": "0.0.0.0"}, "--url"),
+    ({"host": "10.0.0.5", "url": "http://hospital.example"}, "plain HTTP, but the coordinator speaks TLS"),
+    ({"tls_key": "k.pem"}, "go together"),
+    ({"client_authority": "ca.pem"}, "needs TLS"),
+])
+def test_addresses_that_make_no_sense_are_refused(options, complaint):
+    with pytest.raises(FederationError, match=complaint):
+        cli.Address(**options)
 
 
-def test_listening_everywhere_needs_an_address():
-    with pytest.raises(FederationError, match="--url"):
-        cli.public_url("0.0.0.0", 1, None)
+def test_a_start_without_options_keeps_the_address(tmp_path):
+    arguments = cli.build_parser().parse_args(["--host", "10.0.0.5", "--insecure"])
+    first = cli.settle_address({}, arguments)
+    assert (first.host, first.insecure, first.port) == ("10.0.0.5", True, cli.DEFAULT_PORT)
+    again = cli.settle_address({"host": first.host, "insecure": True, "port": 99, "url": None},
+                               cli.build_parser().parse_args([]))
+    assert (again.host, again.insecure, again.port) == ("10.0.0.5", True, 99)
 
 
 def test_help_answers_at_once_without_torch():

@@ -1,6 +1,7 @@
 """Serve a coordinator over HTTP: routes, waiting, and the status code of every error.
 
-    POST /v1/join                    {invitation, token} -> {federation, site, settings}; all others need the token
+    GET  /v1/authority               the private certificate authority, in PEM; sites know its fingerprint
+    POST /v1/join                    {invitation, token} -> {federation, site, settings}; what follows needs the token
     GET  /v1/settings                what holds for all sites
     GET  /v1/status                  what the federation is doing
     GET  /v1/runs/<run>              how far a run of training is
@@ -58,6 +59,7 @@ STATUS_OF_CODE = {
     "forbidden": 403,
     "unknown_member": 404,
     "unknown_run": 404,
+    "no_authority": 404,
     "not_expected": 403,
     "unknown_gathering": 404,
     "length_required": 411,
@@ -123,6 +125,13 @@ def site_of(request: Request) -> str:
 def operator_of(request: Request) -> str:
     """Return the operator that sends a request; refuse members in other roles."""
     return require_role(member_of(request), "operator")
+
+
+async def get_authority(request: Request) -> Response:
+    """Tell anybody who vouches for this coordinator, where no public authority does."""
+    if request.app.state.authority is None:
+        raise RefusedError("this coordinator has no certificate authority of its own", code="no_authority")
+    return Response(request.app.state.authority, media_type="application/x-pem-file")
 
 
 async def post_join(request: Request) -> Response:
@@ -296,8 +305,12 @@ class TrafficMeter:
                 self.coordinator.members.count(scope["member"], key, Traffic(received, sent, self.coordinator.clock()))
 
 
-def build_app(coordinator: Coordinator) -> Starlette:
-    """Build the application that serves a coordinator; it starts and stops it too."""
+def build_app(coordinator: Coordinator, *, authority: str | None = None) -> Starlette:
+    """Build the application that serves a coordinator; it starts and stops it too.
+
+    Args:
+        authority: The private certificate authority of the coordinator, in PEM, if it has one.
+    """
     changes = Changes()
 
     @asynccontextmanager
@@ -311,6 +324,7 @@ def build_app(coordinator: Coordinator) -> Starlette:
     handlers: dict[Any, Any] = {FederationError: answer_error, OSError: answer_error, ClientDisconnect: answer_nobody,
                                 Exception: answer_error}
     app = Starlette(lifespan=lifespan, exception_handlers=handlers, routes=[
+        Route("/v1/authority", get_authority),
         Route("/v1/join", post_join, methods=["POST"]),
         Route("/v1/settings", get_settings),
         Route("/v1/settings", patch_settings, methods=["PATCH"]),
@@ -326,5 +340,6 @@ def build_app(coordinator: Coordinator) -> Starlette:
     ])
     app.state.coordinator = coordinator
     app.state.changes = changes
+    app.state.authority = authority
     app.add_middleware(TrafficMeter, coordinator=coordinator)
     return app

@@ -7,18 +7,22 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.site import Invitation, check_site_name, check_url, encode_invitation, is_loopback
 
 if TYPE_CHECKING:
     from nnunetv2.federated.bodies import FederationSettings
+    from nnunetv2.federated.coordinator.tls import Certificate
     from nnunetv2.federated.store import InvitationRecord, Store
 
 DEFAULT_HOST = "127.0.0.1"
@@ -55,8 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
                        help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})")
     where.add_argument("--url", metavar="PUBLIC_URL", help="address at which sites reach this coordinator, if it is "
                        "not http://HOST:PORT, for example that of a proxy that adds TLS (default: as before)")
-    where.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS; only where the "
-                       "network itself is protected")
+    secure = parser.add_argument_group("TLS", "Beyond this machine, the coordinator speaks TLS, with a private "
+                                       "certificate authority that it makes on its first start and that invitations "
+                                       "carry the fingerprint of. Behind a proxy with TLS, keep to 127.0.0.1.")
+    secure.add_argument("--tls", action="store_true", default=None, help="speak TLS on this machine too")
+    secure.add_argument("--tls-certificate", type=Path, metavar="FILE",
+                        help="a certificate of your own (PEM, with those between it and its authority)")
+    secure.add_argument("--tls-key", type=Path, metavar="FILE", help="its key (PEM, without a password)")
+    secure.add_argument("--client-authority", type=Path, metavar="FILE",
+                        help="only sites that show a certificate of this authority may connect (PEM)")
+    secure.add_argument("--insecure", action="store_true", default=None, help="listen beyond this machine without TLS; "
+                        "only where the network itself is protected")
     what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
     what.add_argument("--sites", nargs="+", metavar="NAME",
                       help=f"names of the sites (default: {' '.join(DEFAULT_SITES)})")
@@ -165,21 +178,66 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def public_url(host: str, port: int, given: str | None) -> str:
-    """Return the address that goes into invitations."""
-    if given is not None:
-        return check_url(given)
-    if host in ("0.0.0.0", "::", ""):
-        raise FederationError(f"--host {host} listens everywhere: say with --url how sites reach this coordinator")
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a coordinator listens, under which address sites know it, and how it is protected; kept between starts."""
+
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    url: str | None = None
+    tls: bool = False
+    insecure: bool = False
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    client_authority: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise FederationError("--tls-certificate and --tls-key go together")
+        if self.client_authority and not self.speaks_tls:
+            raise FederationError("--client-authority needs TLS: give --tls-certificate and --tls-key, or a --host "
+                                  "beyond this machine")
+        if self.host in ("0.0.0.0", "::", "") and self.url is None:
+            raise FederationError(f"--host {self.host} listens everywhere: say with --url how sites reach this "
+                                  "coordinator, such as https://coordinator.example:8750")
+
+        if self.url is not None and check_url(self.url).startswith("http:") and self.speaks_tls:
+            raise FederationError(f"--url {self.url} is plain HTTP, but the coordinator speaks TLS: give an https "
+                                  "address, or --insecure where the network itself is protected")
+
+    @property
+    def speaks_tls(self) -> bool:
+        """Whether the coordinator itself encrypts: where it is told to, and beyond this machine."""
+        return self.tls or bool(self.tls_certificate) or not (is_loopback(self.host) or self.insecure)
+
+    @property
+    def public_url(self) -> str:
+        """The address that goes into invitations."""
+        if self.url is not None:
+            return check_url(self.url)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.speaks_tls else 'http'}://{host}:{self.port}"
+
+    def certificate(self, folder: Path) -> Certificate | None:
+        """Return what is needed to speak TLS, made on the first start; None where the coordinator does not."""
+        if not self.speaks_tls:
+            return None
+        from nnunetv2.federated.coordinator import tls
+
+        client_authority = Path(self.client_authority) if self.client_authority else None
+        if self.tls_certificate:
+            return tls.given_certificate(Path(self.tls_certificate), Path(self.tls_key),
+                                         client_authority=client_authority)
+        hosts = {self.host, urlsplit(self.public_url).hostname} - {"0.0.0.0", "::", ""}
+        return replace(tls.private_certificate(folder / "tls", sorted(hosts)), client_authority=client_authority)
 
 
-def check_host(host: str, *, insecure: bool) -> None:
-    """Raise FederationError if the coordinator would listen beyond this machine without anyone having allowed it."""
-    if not is_loopback(host) and not insecure:
-        raise FederationError(f"--host {host} is reachable from other machines, without TLS: keep {DEFAULT_HOST} and "
-                              "put a proxy with TLS in front (--url https://...), or add --insecure where the network "
-                              "itself is protected")
+def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> Address:
+    """Return the address of a start: what the command line says, else what held before."""
+    known = {field.name for field in fields(Address)}
+    given = {name: str(value.resolve()) if isinstance(value, Path) else value
+             for name, value in vars(arguments).items() if name in known and value is not None}
+    return Address(**{**{name: value for name, value in stored.items() if name in known}, **given})
 
 
 # ----------------------------------------------------------------------------------------------------------- serve
@@ -188,32 +246,38 @@ def say(line: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
 
-def print_invitations(invitations: Sequence[InvitationRecord], settings: FederationSettings, url: str) -> None:
+def print_invitations(invitations: Sequence[InvitationRecord], settings: FederationSettings, url: str,
+                      authority: str | None) -> None:
     """Print what every member that has not joined has to type."""
     if invitations:
         print("Send each site its own line; a line is good for one site, once, until it expires:")
     for record in invitations:
-        invitation = encode_invitation(Invitation(url, settings.federation, record.member, record.secret))
+        invitation = encode_invitation(Invitation(url, settings.federation, record.member, record.secret, authority))
         print(f"  {record.member}:  nnUNetv2_fed_join {invitation}")
     sys.stdout.flush()
 
 
-def serve(store: Store, settings: FederationSettings, listener: socket.socket, url: str) -> None:
+def serve(store: Store, listener: socket.socket, address: Address) -> None:
     """Serve a federation until a signal says to stop."""
     import uvicorn
 
+    from nnunetv2.federated.certificates import fingerprint_of
     from nnunetv2.federated.coordinator.app import build_app
     from nnunetv2.federated.coordinator.service import Coordinator
 
+    url, certificate = address.public_url, address.certificate(store.folder)
+    private = certificate.authority.read_text(encoding="ascii") if certificate and certificate.authority else None
     coordinator = Coordinator(store, announce=say)
-    app = build_app(coordinator)
+    app = build_app(coordinator, authority=private)
 
     class Server(uvicorn.Server):
         """Let waiting requests go at once when a signal comes, and say where the server is once it is up."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print_invitations(coordinator.members.open_invitations(time.time()), settings, url)
+            settings = coordinator.settings
+            print_invitations(coordinator.members.open_invitations(time.time()), settings, url,
+                              fingerprint_of(private) if private else None)
             say(f"{settings.federation} with {', '.join(settings.sites)} is served at {url}; folder {store.folder}")
             write_state_file(store.folder, url)
 
@@ -222,13 +286,24 @@ def serve(store: Store, settings: FederationSettings, listener: socket.socket, u
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(app, access_log=False, log_config=None, lifespan="on", ws="none", server_header=False,
-                            timeout_keep_alive=75, timeout_graceful_shutdown=STOP_TIMEOUT_S)
+                            timeout_keep_alive=75, timeout_graceful_shutdown=STOP_TIMEOUT_S,
+                            **tls_options(certificate))
     try:
         with harmless_signals():
             Server(config).run(sockets=[listener])
     finally:
         (store.folder / STATE_FILE).unlink(missing_ok=True)
         say("the coordinator has stopped")
+
+
+def tls_options(certificate: Certificate | None) -> dict[str, object]:
+    """Return uvicorn's options for a certificate."""
+    if certificate is None:
+        return {}
+    options: dict[str, object] = {"ssl_certfile": str(certificate.certificate), "ssl_keyfile": str(certificate.key)}
+    if certificate.client_authority is not None:
+        options |= {"ssl_ca_certs": str(certificate.client_authority), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return options
 
 
 @contextmanager
@@ -257,15 +332,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nnunetv2.federated.store import Store
 
     with Store(arguments.folder.resolve()) as store:
-        settings = open_federation(store, given_settings(arguments))
-        address = store.load_meta("address") or {"host": DEFAULT_HOST, "port": DEFAULT_PORT, "url": None}
-        address.update({name: getattr(arguments, name) for name in address if getattr(arguments, name) is not None})
-        check_host(address["host"], insecure=arguments.insecure)
-        with open_socket(address["host"], address["port"]) as listener:
-            address["port"] = listener.getsockname()[1]
-            url = public_url(address["host"], address["port"], address["url"])
-            store.save_meta("address", address)
-            serve(store, settings, listener, url)
+        open_federation(store, given_settings(arguments))
+        address = settle_address(store.load_meta("address") or {}, arguments)
+        with open_socket(address.host, address.port) as listener:
+            address = replace(address, port=listener.getsockname()[1])
+            store.save_meta("address", asdict(address))
+            serve(store, listener, address)
     return 0
 
 

@@ -136,6 +136,9 @@ class Members:
             if record.secret is None or now >= record.expires:
                 raise RefusedError(f"the invitation of {member.role} {name} has expired or was withdrawn",
                                    "Ask the coordinating site for a new one.", code="invitation_expired")
+            if any(token_hash == one.token_hash for one in self._invitations.values()):
+                raise RefusedError(f"the token of {member.role} {name} has been used before: a new invitation needs a "
+                                   "new one", "Join with --replace.", code="token_reused")
             self._save([replace(member, state="active", token_hash=token_hash, since=now)],
                        [replace(record, secret=None, token_hash=token_hash)],
                        event=Event(now, "join", name, None, {"role": member.role}))

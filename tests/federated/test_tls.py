@@ -1,0 +1,92 @@
+"""Certificates of a coordinator."""
+import http.client
+import ssl
+import threading
+
+import pytest
+
+from nnunetv2.federated.certificates import fingerprint_of
+from nnunetv2.federated.coordinator import tls
+from nnunetv2.federated.errors import FederationError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tls.private_certificate(tmp_path_factory.mktemp("tls"), ["coordinator.example", "10.1.2.3"], now=1000.0)
+
+
+def serve_once(certificate) -> int:
+    """Answer TLS handshakes on a free port until one has been answered; return the port."""
+    import socket
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+
+    def answer():
+        with listener:
+            connection, _ = listener.accept()
+            try:
+                with context.wrap_socket(connection, server_side=True) as secure:
+                    secure.recv(1000)
+                    secure.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+            except ssl.SSLError:
+                pass  # the client did not trust us
+
+    threading.Thread(target=answer, daemon=True).start()
+    return port
+
+
+def test_a_site_that_knows_the_authority_trusts_the_coordinator(made):
+    context = ssl.create_default_context(cafile=str(made.authority))
+    connection = http.client.HTTPSConnection("127.0.0.1", serve_once(made), context=context, timeout=10)
+    connection.request("GET", "/")
+    assert connection.getresponse().status == 204
+    connection.close()
+
+
+def test_nobody_else_does(made):
+    connection = http.client.HTTPSConnection("127.0.0.1", serve_once(made), timeout=10)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        connection.request("GET", "/")
+    connection.close()
+
+
+def test_keys_are_private(made):
+    for path in (made.key, made.authority.with_name("ca.key")):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_certificate_is_kept_until_it_nears_its_end_or_the_address_changes(tmp_path):
+    first = tls.private_certificate(tmp_path, ["a.example"], now=0.0)
+    content, authority = first.certificate.read_bytes(), tls.fingerprint(first.authority)
+    assert tls.private_certificate(tmp_path, ["a.example"], now=1000.0).certificate.read_bytes() == content
+    later = tls.CERTIFICATE_DAYS * 86_400 - tls.RENEWED_BEFORE_S + 1.0
+    renewed = tls.private_certificate(tmp_path, ["a.example"], now=later).certificate.read_bytes()
+    assert renewed != content
+    assert tls.private_certificate(tmp_path, ["b.example"], now=later).certificate.read_bytes() != renewed
+    assert tls.fingerprint(first.authority) == authority  # what sites have pinned stays
+
+
+def test_a_fingerprint_is_what_openssl_shows(made):
+    shown = ssl.PEM_cert_to_DER_cert(made.authority.read_text())
+    import hashlib
+
+    assert tls.fingerprint(made.authority) == hashlib.sha256(shown).hexdigest()
+    with pytest.raises(FederationError, match="no certificate"):
+        fingerprint_of("-----BEGIN NONSENSE-----")
+
+
+def test_given_files_are_checked(made, tmp_path):
+    assert tls.given_certificate(made.certificate, made.key).authority is None
+    with pytest.raises(FederationError, match="does not exist"):
+        tls.given_certificate(tmp_path / "missing.pem", made.key)
+    with pytest.raises(FederationError, match="cannot be used for TLS"):
+        tls.given_certificate(made.certificate, made.authority.with_name("ca.key"))
+
+
+def test_without_openssl_the_way_out_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FederationError, match="--tls-certificate"):
+        tls.private_certificate(tmp_path / "tls", ["a.example"])
