@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.run import processes
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -64,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer class name. Default: nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument("-pretrained_weights", help="Checkpoint to start from. Not with --c.")
-    parser.add_argument("-num_gpus", type=int, default=1, help="Number of GPUs to train on. Default: 1")
+    parser.add_argument("-num_gpus", type=int, default=1,
+                        help="Number of GPUs to train on; with -device cpu, of processes. Default: 1")
     parser.add_argument("--npz", action="store_true",
                         help="Also save the probabilities of the final validation, for ensembling.")
     parser.add_argument("--c", action="store_true",
@@ -89,7 +91,7 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
     Args:
         fold: Its number, also as text, or 'all'.
         pretrained_weights: Checkpoint whose weights the network starts from.
-        num_gpus: With more than one, a process per GPU trains.
+        num_gpus: With more than one, a process per GPU trains (on a CPU, that many processes).
         export_validation_probabilities: Store probabilities beside the predicted segmentations.
         continue_training: Go on from the latest checkpoint.
         val_with_best: Validate with checkpoint_best.
@@ -109,15 +111,15 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
                    pretrained_weights=pretrained_weights)
     if plans_identifier == "nnUNetPlans":
         print(PRESETS_HINT)
+    processes.check_device(device, num_gpus)
+    what = (dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier, disable_checkpointing,
+            continue_training, only_run_validation, pretrained_weights, export_validation_probabilities, val_with_best)
+    if processes.are_launched_by_torchrun():
+        rank, world_size = processes.torchrun_rank(num_gpus)
+        run_ddp(rank, *what, world_size, device.type)
+        return
     if num_gpus > 1:
-        assert device.type == "cuda", f"-num_gpus {num_gpus} needs -device cuda, got {device.type}"
-        os.environ["MASTER_ADDR"] = "localhost"
-        os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
-        torch.multiprocessing.spawn(
-            run_ddp, nprocs=num_gpus, join=True,
-            args=(dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier, disable_checkpointing,
-                  continue_training, only_run_validation, pretrained_weights, export_validation_probabilities,
-                  val_with_best, num_gpus))
+        processes.spawn(run_ddp, (*what, num_gpus, device.type), num_gpus)
         return
     _seed(rank=0)
     trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier,
@@ -129,15 +131,18 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
 
 def run_ddp(rank: int, dataset_name_or_id: str | int, configuration: str, fold: int | str, tr: str, p: str,
             disable_checkpointing: bool, c: bool, val: bool, pretrained_weights: str | None, npz: bool,
-            val_with_best: bool, world_size: int) -> None:
-    """Be one of several processes, each with a GPU, that train together."""
+            val_with_best: bool, world_size: int, device_type: str = "cuda") -> None:
+    """Be one of several processes that train together, each with a GPU, or with its share of the processor."""
     import torch
 
-    setup_ddp(rank, world_size)
+    setup_ddp(rank, world_size, device_type)
     try:
-        torch.cuda.set_device(torch.device("cuda", rank))
+        if device_type == "cuda":
+            torch.cuda.set_device(processes.local_rank(rank))
+        else:
+            processes.share_cores(world_size)
         _seed(rank)
-        trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, tr, p, c)
+        trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, tr, p, c, torch.device(device_type))
         _run(trainer, disable_checkpointing=disable_checkpointing, continue_training=c, only_run_validation=val,
              pretrained_weights=pretrained_weights, export_validation_probabilities=npz, val_with_best=val_with_best)
     finally:
@@ -215,11 +220,12 @@ def find_free_network_port() -> int:
         return probe.getsockname()[1]
 
 
-def setup_ddp(rank: int, world_size: int) -> None:
+def setup_ddp(rank: int, world_size: int, device_type: str = "cuda") -> None:
     """Join the processes of a distributed training."""
     from torch import distributed
 
-    distributed.init_process_group("nccl", rank=rank, world_size=world_size)
+    distributed.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=world_size,
+                                   timeout=processes.LONGEST_WAIT)
 
 
 def cleanup_ddp() -> None:

@@ -1,13 +1,15 @@
 """Predict the validation cases of a fold with the trained network, and score them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
@@ -16,21 +18,24 @@ from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.predictor import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.networks import is_deeply_supervised
-from nnunetv2.utilities.device import usable_cpu_count
+from nnunetv2.training.distributed import wait_for_all
+from nnunetv2.training.finished_cases import FinishedCases, fingerprint_of
+from nnunetv2.training.networks import bare_network, is_deeply_supervised
+from nnunetv2.utilities.device import usable_cpu_count, wants_cpu_autocast
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 if TYPE_CHECKING:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-CASES_BETWEEN_BARRIERS = 20
+NextStage = tuple[str, tuple[int, ...], type]
+"""Name, preprocessed shape of the case, and dataset class."""
 
 
 def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
     """Write segmentations of all validation cases and summary.json into the folder `validation` of the fold.
 
-    Leaves the network in the mode in which it was.
+    Goes on where a validation with the same weights was interrupted. Leaves the network in the mode in which it was.
     """
     _warn_of_slow_compilation(trainer)
     network = trainer.network
@@ -41,18 +46,24 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
     try:
         folder = Path(trainer.output_folder, "validation")
         folder.mkdir(parents=True, exist_ok=True)
-        _predict_cases(trainer, folder, save_probabilities=save_probabilities)
-        if trainer.is_ddp:
-            distributed.barrier()
+        finished = FinishedCases(folder)
+        if trainer.local_rank == 0:
+            finished.open(fingerprint_of(bare_network(network), [
+                save_probabilities, trainer.inference_allowed_mirroring_axes, trainer.plans_manager.plans,
+                trainer.configuration_name, wants_cpu_autocast(), trainer.device.type]))
+        wait_for_all()
+        _predict_cases(trainer, folder, finished, save_probabilities=save_probabilities)
+        wait_for_all()
         if trainer.local_rank == 0:
             _score(trainer, folder)
+            finished.close()
     finally:
         trainer.set_deep_supervision_enabled(was_supervised)
         network.train(was_training)
         compute_gaussian.cache_clear()
 
 
-def _predict_cases(trainer: nnUNetTrainer, folder: Path, *, save_probabilities: bool) -> None:
+def _predict_cases(trainer: nnUNetTrainer, folder: Path, finished: FinishedCases, *, save_probabilities: bool) -> None:
     """Predict this process's share of the validation cases, here and for the next stages of a cascade."""
     predictor = build_predictor(trainer)
     all_keys = trainer.do_split()[1]
@@ -61,26 +72,43 @@ def _predict_cases(trainer: nnUNetTrainer, folder: Path, *, save_probabilities: 
         trainer.preprocessed_dataset_folder, list(all_keys[trainer.local_rank::world_size]),
         folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage)
     num_workers = max(1, min(default_num_processes, usable_cpu_count(), len(dataset.identifiers)))
-    with ExportQueue(num_workers) as queue:
-        for i, case in enumerate(dataset.identifiers):
+    with ExportQueue(num_workers) as queue, ThreadPoolExecutor(1, thread_name_prefix="validation-reader") as reader:
+        cases = [case for case in dataset.identifiers if case not in finished]
+        if len(cases) < len(dataset.identifiers):
+            trainer.print_to_log_file(f"{len(dataset.identifiers) - len(cases)} cases were predicted before this "
+                                      "validation was interrupted; going on with the others")
+        for case, (data, properties) in _read_ahead(reader, lambda case: load_network_input(trainer, dataset, case),
+                                                    cases):
             trainer.print_to_log_file(f"predicting {case}")
-            data, properties = load_network_input(trainer, dataset, case)
             trainer.print_to_log_file(f"{case}, shape {tuple(data.shape)}, rank {trainer.local_rank}")
             logits = predictor.predict_sliding_window_return_logits(data).cpu().numpy()
-            queue.submit(
-                case, logits.nbytes, export_prediction_from_logits, logits, properties, trainer.configuration_manager,
-                trainer.plans_manager, trainer.dataset_json, str(folder / case), save_probabilities)
-            for next_stage, target_shape, dataset_class in _next_stages(trainer, case):
-                target_folder = Path(trainer.output_folder_base, "predicted_next_stage", next_stage)
-                target_folder.mkdir(parents=True, exist_ok=True)
-                queue.submit(
-                    f"{case} for {next_stage}", logits.nbytes, resample_and_save, logits, target_shape,
-                    str(target_folder / case), trainer.plans_manager, trainer.configuration_manager, properties,
-                    trainer.dataset_json, default_num_processes, dataset_class)
-            # So that no process waits for the others longer than the time limit of their network.
-            if trainer.is_ddp and i < len(all_keys) // world_size - 1 and (i + 1) % CASES_BETWEEN_BARRIERS == 0:
-                distributed.barrier()
+            queue.submit(case, logits.nbytes, _export, trainer, logits, properties, folder, case,
+                         list(_next_stages(trainer, case)), finished, save_probabilities)
         queue.results()
+
+
+def _read_ahead(reader: ThreadPoolExecutor, read: Callable[[str], Any],
+                cases: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield each case with what was read for it, while the next one is being read."""
+    following = reader.submit(read, cases[0]) if cases else None
+    for i, case in enumerate(cases):
+        content = following.result()
+        following = reader.submit(read, cases[i + 1]) if i + 1 < len(cases) else None
+        yield case, content
+
+
+def _export(trainer: nnUNetTrainer, logits: np.ndarray, properties: dict, folder: Path, case: str,
+            next_stages: Sequence[NextStage], finished: FinishedCases, save_probabilities: bool) -> None:
+    """Write the segmentation of a case and what the next stages of a cascade need; then note that it is done."""
+    for stage, target_shape, dataset_class in next_stages:
+        target_folder = Path(trainer.output_folder_base, "predicted_next_stage", stage)
+        target_folder.mkdir(parents=True, exist_ok=True)
+        resample_and_save(logits, target_shape, str(target_folder / case), trainer.plans_manager,
+                          trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
+                          dataset_class)
+    export_prediction_from_logits(logits, properties, trainer.configuration_manager, trainer.plans_manager,
+                                  trainer.dataset_json, str(folder / case), save_probabilities)
+    finished.add(case)
 
 
 def build_predictor(trainer: nnUNetTrainer) -> nnUNetPredictor:
@@ -88,7 +116,9 @@ def build_predictor(trainer: nnUNetTrainer) -> nnUNetPredictor:
     predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
                                 perform_everything_on_device=True, device=trainer.device, verbose=False,
                                 verbose_preprocessing=False, allow_tqdm=False)
-    predictor.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
+    # Without DDP, which would compare buffers with processes that predict another number of tiles.
+    network = trainer.network.module if isinstance(trainer.network, DistributedDataParallel) else trainer.network
+    predictor.manual_initialization(network, trainer.plans_manager, trainer.configuration_manager, None,
                                     trainer.dataset_json, type(trainer).__name__,
                                     trainer.inference_allowed_mirroring_axes)
     return predictor
@@ -105,7 +135,7 @@ def load_network_input(trainer: nnUNetTrainer, dataset: nnUNetBaseDataset, case:
     return torch.from_numpy(np.ascontiguousarray(data)), properties
 
 
-def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[tuple[str, tuple[int, ...], type]]:
+def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[NextStage]:
     """Yield name, preprocessed shape of the case and dataset class of each stage that needs this prediction."""
     for name in trainer.configuration_manager.next_stage_names or []:
         identifier = trainer.plans_manager.get_configuration(name).data_identifier
