@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WORKER_BYTES = 220 * 2**20
+WORKER_BYTES = 160 * 2**20
 """A worker before it has read anything: Python and its libraries."""
 _SHARE_OF_FREE_MEMORY = 0.8
 # Users' functions, other resampling, and heaps that do not shrink.

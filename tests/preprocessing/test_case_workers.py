@@ -1,6 +1,8 @@
+import multiprocessing
 import operator
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -71,3 +73,38 @@ def test_nonsense_numbers_of_processes_are_refused():
 
 def test_no_cases_are_done_at_once():
     assert list(process_cases(write, {}, 4)) == []
+
+
+def note_and_sleep(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def work_until_killed(folder: Path) -> None:
+    list(process_cases(note_and_sleep, {"a": (folder,), "b": (folder,)}, 2))
+
+
+def test_workers_end_with_their_parent_in_the_middle_of_a_case(tmp_path):
+    parent = multiprocessing.get_context("spawn").Process(target=work_until_killed, args=(tmp_path,))
+    parent.start()
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    parent.kill()
+    parent.join()
+    workers = [int(file.name) for file in tmp_path.iterdir()]
+    wait_until(lambda: not any(map(is_running, workers)))
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process is there and not merely waiting to be asked for its exit code."""
+    try:
+        os.kill(pid, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

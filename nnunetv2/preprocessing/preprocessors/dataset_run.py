@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -91,12 +92,11 @@ def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
                 for key, value in part.items() if key not in _WITHOUT_INFLUENCE}
     settings = {name: value for name, value in vars(preprocessor).items()
                 if name not in ("verbose", "show_progress_bar")}
-    classes = (type(preprocessor), run.plans_manager.image_reader_writer_class, run.plans_manager.label_manager_class)
     return {
         "plans": _digest(relevant),
         "dataset.json": _digest(run.dataset_json),
         "the preprocessor": _digest([type(preprocessor).__qualname__, settings]),
-        "the code": _digest_files(_code_files(classes)),
+        "the code": _digest_files(_code_files(run, preprocessor)),
     }
 
 
@@ -111,15 +111,23 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
 
 
-def _code_files(classes: Iterable[type]) -> set[Path]:
-    """Return the modules of this package folder, users' own included, and those of some classes with their bases."""
-    import nnunetv2.preprocessing
+def _code_files(run: DatasetRun, preprocessor: object) -> set[Path]:
+    """Return the modules that cases pass through, users' own classes and functions with their bases included."""
+    from nnunetv2.preprocessing.cropping import cropping
+    from nnunetv2.preprocessing.preprocessors import foreground_locations
+    from nnunetv2.preprocessing.resampling import label_resampling, separable
     from nnunetv2.training.dataloading import blosc2_layout, nnunet_dataset
-    files = {Path(module.__file__) for module in (blosc2_layout, nnunet_dataset)}
-    files.update(Path(nnunetv2.preprocessing.__file__).parent.rglob("*.py"))
-    for base in {base for of_class in classes for base in inspect.getmro(of_class)} - {object}:
+
+    configuration = run.configuration_manager
+    classes = [type(preprocessor), run.plans_manager.image_reader_writer_class, run.plans_manager.label_manager_class,
+               *map(find_normalization_class, configuration.normalization_schemes)]
+    parts = [base for of_class in classes for base in inspect.getmro(of_class)]
+    parts += [function.func for function in (configuration.resampling_fn_data, configuration.resampling_fn_seg)]
+    parts += [blosc2_layout, cropping, foreground_locations, label_resampling, nnunet_dataset, separable]
+    files = set()
+    for part in parts:
         try:
-            files.add(Path(inspect.getfile(base)))
+            files.add(Path(inspect.getfile(part)))
         except (TypeError, OSError):  # builtin, or typed into an interpreter
             continue
     return {file for file in files if file.is_file()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +12,7 @@ from nnunetv2.preprocessing.case_workers import process_cases
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.finished_cases import FinishedCases
+from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
 from nnunetv2.preprocessing.preprocessors.dataset_run import (
     DatasetRun,
     digest_ingredients,
@@ -26,7 +25,6 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.preprocessing.worker_count import bytes_to_preprocess, bytes_to_read, choose_num_processes
 
 if TYPE_CHECKING:
-    from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -174,7 +172,7 @@ class DefaultPreprocessor:
             if statistics is None:
                 raise InvalidInputError("the plans lack foreground_intensity_properties_per_channel for channel "
                                         f"{channel}")
-            normalizer = _find_normalization(schemes[channel])(
+            normalizer = find_normalization_class(schemes[channel])(
                 use_mask_for_norm=configuration_manager.use_mask_for_norm[channel], intensityproperties=statistics)
             voxels = data[channel]
             normalized = normalizer.run(voxels, seg[0])
@@ -220,18 +218,6 @@ class DefaultPreprocessor:
                       configuration_manager: ConfigurationManager) -> np.ndarray:
         """Return the labels to train on. Override to change them after resampling, for instance to skeletonize."""
         return seg
-
-
-@cache
-def _find_normalization(name: str) -> type[ImageNormalization]:
-    from nnunetv2.preprocessing import normalization
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    folder = Path(normalization.__file__).parent
-    found = recursive_find_python_class(str(folder), name, normalization.__name__)
-    if found is None:
-        raise RuntimeError(f"the plans ask for the normalization {name}, which no module in {folder} defines")
-    return found
 
 
 def _check_case(data: np.ndarray, seg: np.ndarray | None, properties: dict) -> None:
