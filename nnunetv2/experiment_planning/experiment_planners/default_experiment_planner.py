@@ -1,7 +1,6 @@
 """Turn the fingerprint of a dataset into plans: spacing, patch, batch and network of each configuration."""
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -19,6 +18,12 @@ from nnunetv2.experiment_planning.experiment_planners.geometry import (
     initial_patch_size,
     median_resampled_shape,
     median_target_spacing,
+)
+from nnunetv2.experiment_planning.experiment_planners.inputs import (
+    checked_spacing,
+    read_fingerprint,
+    read_json,
+    read_num_training,
 )
 from nnunetv2.experiment_planning.experiment_planners.network_topology import Topology, get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.plans_file import write_plans
@@ -67,10 +72,10 @@ class ExperimentPlanner:
         self.suppress_transpose = suppress_transpose
         self.raw_dataset_folder = str(Path(nnUNet_raw) / self.dataset_name)
         self.preprocessed_dataset_folder = str(Path(nnUNet_preprocessed) / self.dataset_name)
-        self.dataset_json = _read_json(Path(self.raw_dataset_folder) / "dataset.json")
+        self.dataset_json = read_json(Path(self.raw_dataset_folder) / "dataset.json")
         self.dataset = get_filenames_of_train_images_and_targets(self.raw_dataset_folder, self.dataset_json)
-        self.dataset_fingerprint = _read_fingerprint(Path(self.preprocessed_dataset_folder))
-        self.num_training_cases: int = _read_num_training(self.dataset_json, self.dataset_name)
+        self.dataset_fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder))
+        self.num_training_cases: int = read_num_training(self.dataset_json, self.dataset_name)
         if "channel_names" not in self.dataset_json:
             logger.warning("%s: dataset.json has the key 'modality', which is called 'channel_names' by now",
                            self.dataset_name)
@@ -95,7 +100,7 @@ class ExperimentPlanner:
 
         self.preprocessor_name = preprocessor_name
         self.plans_identifier = plans_name
-        self.overwrite_target_spacing = _checked_spacing(overwrite_target_spacing)
+        self.overwrite_target_spacing = checked_spacing(overwrite_target_spacing)
         self.plans: dict[str, Any] | None = None
 
     @property
@@ -336,37 +341,7 @@ class ExperimentPlanner:
 
     def load_plans(self, fname: str) -> None:
         """Take over the plans of a file."""
-        self.plans = _read_json(Path(fname))
+        self.plans = read_json(Path(fname))
 
     def _channel_names(self) -> dict[str, str]:
         return self.dataset_json["channel_names" if "channel_names" in self.dataset_json else "modality"]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}. Correct it with an editor that shows errors in JSON") \
-            from error
-
-
-def _read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
-    file = preprocessed_folder / "dataset_fingerprint.json"
-    if not file.is_file():
-        raise RuntimeError(f"{file} is missing. Run nnUNetv2_extract_fingerprint (or nnUNetv2_plan_and_preprocess) "
-                           f"first")
-    return _read_json(file)
-
-
-def _read_num_training(dataset_json: dict[str, Any], dataset_name: str) -> int:
-    if "numTraining" not in dataset_json:
-        raise InvalidInputError(f"dataset.json of {dataset_name} lacks numTraining, the number of training cases")
-    return dataset_json["numTraining"]
-
-
-def _checked_spacing(spacing: Sequence[float] | None) -> Sequence[float] | None:
-    if spacing is None:
-        return None
-    if len(spacing) != 3 or not all(isinstance(s, float) and 0 < s < math.inf for s in spacing):
-        raise InvalidInputError(f"overwrite_target_spacing needs three positive floats in array order, got {spacing}")
-    return spacing

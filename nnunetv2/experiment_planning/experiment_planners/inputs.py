@@ -1,0 +1,60 @@
+"""Read and check what a planner starts from."""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.preprocessing.errors import InvalidInputError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: It is not valid JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}. Correct it with an editor that shows errors in JSON") \
+            from error
+
+
+def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
+    """Return the fingerprint of a dataset.
+
+    Raises:
+        RuntimeError: It has not been extracted.
+    """
+    file = preprocessed_folder / "dataset_fingerprint.json"
+    if not file.is_file():
+        raise RuntimeError(f"{file} is missing. Run nnUNetv2_extract_fingerprint (or nnUNetv2_plan_and_preprocess) "
+                           f"first")
+    return read_json(file)
+
+
+def read_num_training(dataset_json: Mapping[str, Any], dataset_name: str) -> int:
+    """Return the number of training cases that dataset.json gives.
+
+    Raises:
+        InvalidInputError: It gives none.
+    """
+    if "numTraining" not in dataset_json:
+        raise InvalidInputError(f"dataset.json of {dataset_name} lacks numTraining, the number of training cases")
+    return dataset_json["numTraining"]
+
+
+def checked_spacing(spacing: Sequence[float] | None) -> Sequence[float] | None:
+    """Return a target spacing, mm per axis, as it was given.
+
+    Raises:
+        InvalidInputError: It is no three positive floats.
+    """
+    if spacing is None:
+        return None
+    if len(spacing) != 3 or not all(isinstance(s, float) and 0 < s < math.inf for s in spacing):
+        raise InvalidInputError(f"overwrite_target_spacing needs three positive floats in array order, got {spacing}")
+    return spacing
