@@ -29,8 +29,8 @@ from benchmarks.phantom_dataset import draw_ellipsoids, scaled, write_nifti  # n
 from benchmarks.process_tree import measure  # noqa: E402
 
 LOGITS, IMAGE, CLASSES = (150, 256, 256), (300, 512, 512), 25
-CASES, VOLUME, SPACING = 5, (64, 144, 144), (3.0, 1.5, 1.5)
-PATCH, FEATURES = (32, 96, 96), (16, 32, 64, 128)
+CASES, VOLUME, SPACING = 5, (36, 110, 110), (3.0, 1.5, 1.5)
+PATCH, FEATURES = (40, 96, 96), (16, 32, 64, 128)
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3, "vessel": 4}
 
 EXPORT = """
@@ -174,6 +174,7 @@ def compare(heading: str, compared: Sequence[Way], run: Callable[[Way, Path], tu
         for number, way in enumerate(compared):
             results[number].append(folder / f"result_{number}_{repeat}.npy")
             figures[number].append(run(way, results[number][-1]))
+            print(f"{way.name}: {figures[number][-1][0]:.2f} s", file=sys.stderr, flush=True)
     medians = [[statistics.median(values) for values in zip(*pairs)] for pairs in figures]
     print(f"{heading} (load {os.getloadavg()[0]:.1f})\n{'':20}{'seconds':>9}{'peak MB':>9}{'times faster':>14}"
           f"{'times less memory':>19}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+_LESSON_SIDE = 24
 LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 
 
@@ -139,7 +140,8 @@ def _teach_intensities(network: torch.nn.Module, model: TinyModel) -> None:
     channels = next(network.parameters()).shape[1]  # in cascades there are more than the image has
     blur = torch.nn.functional.avg_pool2d if len(model.patch_size) == 2 else torch.nn.functional.avg_pool3d
     for _ in range(model.lessons):
-        image = blur(torch.randn(2, channels, *model.patch_size), 5, stride=1, padding=2)
+        sides = [min(side, _LESSON_SIDE) for side in model.patch_size]  # the network takes any
+        image = blur(torch.randn(2, channels, *sides), 5, stride=1, padding=2)
         image = (image - image.mean()) / image.std()
         if model.file_ending == ".png":
             image = (image * 0.25 + 0.5).clamp(0, 1)

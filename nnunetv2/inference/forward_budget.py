@@ -15,8 +15,8 @@ _CPU_VOXELS = 2**18
 # More does not raise the throughput of a GPU.
 _GPU_VOXELS = 2**24
 # Activations of a U-Net in half precision: about ten feature maps of 32 channels at full resolution are alive at once.
-_GPU_BYTES_PER_VOXEL = 1024
-_GPU_BYTES_PER_VOXEL_AND_CLASS = 8
+_BYTES_PER_VOXEL = 1024
+_BYTES_PER_VOXEL_AND_CLASS = 8
 
 
 class ForwardBudget:
@@ -36,13 +36,12 @@ class ForwardBudget:
 
 
 def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
-    """Return a budget that suits a device's cores and, for CUDA, the memory that is free on it now."""
-    if device.type == "cpu":
-        return ForwardBudget(_CPU_VOXELS)
-    if device.type != "cuda":
+    """Return a budget that suits a device's cores and the memory that is free on it now."""
+    if device.type not in ("cpu", "cuda"):
         return ForwardBudget(0)
-    per_voxel = _GPU_BYTES_PER_VOXEL + _GPU_BYTES_PER_VOXEL_AND_CLASS * num_classes
-    return ForwardBudget(min(_GPU_VOXELS, free_bytes(device) // 2 // per_voxel))
+    useful = _CPU_VOXELS if device.type == "cpu" else _GPU_VOXELS
+    per_voxel = _BYTES_PER_VOXEL + _BYTES_PER_VOXEL_AND_CLASS * num_classes
+    return ForwardBudget(min(useful, free_bytes(device) // 2 // per_voxel))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2.inference import logit_sums
+from nnunetv2.inference import forward_budget, logit_sums
 from nnunetv2.inference.forward_budget import ForwardBudget, is_out_of_memory
 from nnunetv2.inference.logit_sums import HalfSums, WindowedSums, allocate_sums
 from nnunetv2.inference.mirroring import mirror_combinations, mirrored_mean
@@ -221,3 +221,10 @@ def test_mirroring_leaves_its_input_alone():
     mean = mirrored_mean(lambda x: x, tiles, (0, 1))
     torch.testing.assert_close(mean, before)
     torch.testing.assert_close(tiles, before)
+
+
+def test_batches_follow_the_free_memory(monkeypatch):
+    for free, expected in ((10**12, forward_budget._CPU_VOXELS), (2 * 1048 * 1000, 1000)):
+        monkeypatch.setattr(forward_budget, "free_bytes", lambda device, free=free: free)
+        assert forward_budget.budget_for(CPU, num_classes=3).voxels == expected
+    assert forward_budget.budget_for(torch.device("mps"), 3).items(10) == 1  # one tile at a time
