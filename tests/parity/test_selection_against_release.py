@@ -35,9 +35,10 @@ def assert_same_label_maps(ours, theirs):
         assert np.array_equal(ours[name], theirs[name]), name
 
 
-def plain(summary, *, with_files=False):
+def plain(summary):
     """A summary as text, without the paths, which differ between the two roots."""
-    cases = [{"name": case["prediction_file"].split("/")[-1], "metrics": {str(k): v for k, v in case["metrics"].items()}}
+    cases = [{"name": case["prediction_file"].split("/")[-1],
+              "metrics": {str(which): scores for which, scores in case["metrics"].items()}}
              for case in summary["metric_per_case"]]
     return json.dumps({"cases": cases, "foreground_mean": summary["foreground_mean"],
                        "mean": {str(k): v for k, v in summary["mean"].items()}}, sort_keys=True)
