@@ -195,41 +195,46 @@ def _cells_per_axis(source: Source) -> list[Cells]:
 def _tiles(source: Source) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Yield for some rows of the patch at a time: the rows, the shares `(dim, rows, ...)` of the upper corners, and the
     flat index `(rows, ...)` of the lower corner. The arrays are used again for the next rows."""
-    grid = source.grid
-    strides = _flat_strides(source.values.shape[1:])
-    height = max(1, TILE_POINTS * grid.patch[0] // int(np.prod(grid.patch)))
-    shape = (min(height, grid.patch[0]), *grid.patch[1:])
+    patch = source.grid.patch
+    height = min(patch[0], max(1, TILE_POINTS * patch[0] // int(np.prod(patch))))
+    shape = (height, *patch[1:])
     weights, lower = np.empty((2, len(shape), *shape), np.float32)
     # float32 counts exactly only up to 2^24 voxels
     flat = np.empty(shape, np.float32 if source.values[0].size < 2**24 else np.float64)
     cells = np.empty(shape, np.intp)
-    for begin in range(0, grid.patch[0], height):
-        rows = slice(begin, min(begin + height, grid.patch[0]))
-        used = (slice(0, rows.stop - begin),)
-        tile_weights, tile_lower, tile_flat = weights[(slice(None), *used)], lower[(slice(None), *used)], flat[used]
+    strides, terms = _flat_strides(source.values.shape[1:]), _position_terms(source.grid)
+    for begin in range(0, patch[0], height):
+        rows = slice(begin, min(begin + height, patch[0]))
+        used = slice(0, rows.stop - begin)
         for axis, stride in enumerate(strides):
-            _positions(grid, axis, rows, tile_weights[axis])
+            weight, low = weights[axis, used], lower[axis, used]
+            rows_term, last_term = terms[axis]
+            np.add(rows_term[rows], last_term, out=weight)
             if source.limits is not None:
-                np.clip(tile_weights[axis], source.limits[0][axis], source.limits[1][axis], out=tile_weights[axis])
-            np.floor(tile_weights[axis], out=tile_lower[axis])
-            tile_weights[axis] -= tile_lower[axis]
+                np.maximum(weight, np.float32(source.limits[0][axis]), out=weight)
+                np.minimum(weight, np.float32(source.limits[1][axis]), out=weight)
+            np.floor(weight, out=low)
+            weight -= low
             if axis == 0:
-                np.multiply(tile_lower[axis], stride, out=tile_flat)
+                np.multiply(low, stride, out=flat[used])
             else:
-                tile_lower[axis] *= stride
-                tile_flat += tile_lower[axis]
-        np.copyto(cells[used], tile_flat, casting="unsafe")
-        yield rows, tile_weights, cells[used]
+                low *= stride
+                flat[used] += low
+        np.copyto(cells[used], flat[used], casting="unsafe")
+        yield rows, weights[:, used], cells[used]
 
 
-def _positions(grid: AffineGrid, axis: int, rows: slice, out: np.ndarray) -> None:
-    """Write the points' coordinates along an axis for some rows of the patch."""
-    *leading, last = (
-        factor * np.arange(length) for factor, length in zip(grid.matrix[axis], grid.patch))
-    start = grid.offset[axis] + leading[0][rows]
-    for terms in leading[1:]:
-        start = start[..., None] + terms
-    np.add(start[..., None].astype(np.float32), last.astype(np.float32), out=out)
+def _position_terms(grid: AffineGrid) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return for each axis two arrays, float32, that broadcast to the points' coordinates: all index axes but the last,
+    and the last."""
+    terms = []
+    for factors, offset in zip(grid.matrix, grid.offset):
+        *leading, last = (factor * np.arange(length) for factor, length in zip(factors, grid.patch))
+        start = offset + leading[0]
+        for term in leading[1:]:
+            start = start[..., None] + term
+        terms.append((start[..., None].astype(np.float32), last.astype(np.float32)))
+    return terms
 
 
 def _flat_strides(shape: Sequence[int]) -> list[int]:

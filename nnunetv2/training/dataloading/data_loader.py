@@ -13,6 +13,7 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from torch import Tensor
 
 from nnunetv2.training.dataloading.deferred_crop import read_and_transform, split_off_spatial
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.dataloading.patch_position import (
     ClassLocations,
     corner_around,
@@ -22,9 +23,9 @@ from nnunetv2.training.dataloading.patch_position import (
     draw_voxel,
 )
 from nnunetv2.training.dataloading.patch_reading import read_sample
+from nnunetv2.training.dataloading.properties_cache import PropertiesCache
 
 if TYPE_CHECKING:
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class nnUNetDataLoader(DataLoader):
             data, batch_size, num_threads_in_multithreaded=1, seed_for_shuffle=None, return_incomplete=True,
             shuffle=False, infinite=True, sampling_probabilities=sampling_probabilities,
         )
+        if isinstance(data, nnUNetBaseDataset):
+            data.properties_cache = PropertiesCache()
         self.indices = data.identifiers
         if len(self.indices) == 0:
             raise ValueError(f"there are no cases to load in {getattr(data, 'source_folder', 'the dataset')}")

@@ -25,6 +25,8 @@ from nnunetv2.utilities.restricted_pickle import load_pickle_safely, save_pickle
 if TYPE_CHECKING:
     import blosc2
 
+    from nnunetv2.training.dataloading.properties_cache import PropertiesCache
+
 __all__ = ["comp_blosc2_params", "file_ending_dataset_mapping", "infer_dataset_class", "nnUNetBaseDataset",
            "nnUNetDatasetBlosc2", "nnUNetDatasetNumpy"]
 
@@ -43,6 +45,9 @@ class nnUNetBaseDataset(ABC):
         identifiers: Names of cases; sorted in place. Default: all in the folder.
         folder_with_segs_from_previous_stage: Holds a segmentation per case, for the second stage of a cascade.
     """
+
+    properties_cache: PropertiesCache | None = None
+    """Set by data loaders, which ask for the same cases again and again."""
 
     def __init__(self, folder: str, identifiers: list[str] | None = None,
                  folder_with_segs_from_previous_stage: str | None = None):
@@ -85,7 +90,8 @@ class nnUNetBaseDataset(ABC):
         """Prepare the files for fast reading of patches, where the format needs it."""
 
     def _load_properties(self, identifier: str) -> dict:
-        return load_pickle_safely(_existing(Path(self.source_folder) / f"{identifier}.pkl", identifier))
+        path = _existing(Path(self.source_folder) / f"{identifier}.pkl", identifier)
+        return load_pickle_safely(path) if self.properties_cache is None else self.properties_cache.load(path)
 
 
 class nnUNetDatasetBlosc2(nnUNetBaseDataset):

@@ -35,8 +35,12 @@ def read_box(
         # A slice of an array or a memory map is a view of it, which transforms would write into; blosc2's is fresh.
         inside = np.asarray(inside)
         return inside.astype(dtype, copy=not inside.flags.owndata)
-    box = np.full(size, pad_value, dtype)
-    box[(*whole, *(slice(a - low, b - low) for a, b, low in zip(first, last, lower)))] = inside
+    box = np.empty(size, dtype)
+    filled = [slice(a - low, b - low) for a, b, low in zip(first, last, lower)]
+    box[(*whole, *filled)] = inside
+    for axis, part in enumerate(filled):
+        box[(*whole, *(slice(None),) * axis, slice(0, part.start))] = pad_value
+        box[(*whole, *(slice(None),) * axis, slice(part.stop, None))] = pad_value
     return box
 
 
