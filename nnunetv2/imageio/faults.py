@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+DAMAGED = "damaged file"
 COPY_AGAIN = "copy the file again from where it came from, or leave the case out"
 REPLACE_NON_FINITE = ("replace these values by numbers that mean nothing is there, such as the lowest of the image "
                       "(numpy.nan_to_num), and save the file")
@@ -113,7 +114,7 @@ def _find_float_voxels(header: bytes) -> tuple[np.dtype, int] | None:
 
 
 def _damage(error: DamagedFileError) -> Fault:
-    return Fault("damaged file", str(error.__cause__ or error), "a complete file", COPY_AGAIN)
+    return Fault(DAMAGED, str(error.__cause__ or error), "a complete file", COPY_AGAIN)
 
 
 def _size_without_decompressing(file: str) -> int:

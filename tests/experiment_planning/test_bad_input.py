@@ -277,8 +277,8 @@ JSON = {
     "not UTF-8": fault(lambda d: (d / "dataset.json").write_bytes('{"name": "Müller"}'.encode("latin1")),
                        "dataset.json is not encoded in UTF-8", remedy="save it as UTF-8"),
     "a key twice": fault(
-        lambda d: (d / "dataset.json").write_text('{"labels": {"background": 0, "a": 1, "a": 2}}'), "dataset.json",
-        "'a' occurs twice", remedy="keep one of them"),
+        lambda d: damage(d / "dataset.json", lambda content: content.replace(b'"tumour"', b'"organ"')), "dataset.json",
+        "'organ' occurs twice", remedy="keep one of them"),
     "no imagesTr": fault(lambda d: (d / "imagesTr").rename(d / "images"), "has no folder imagesTr",
                          remedy="create it"),
     "no labelsTr": fault(lambda d: (d / "labelsTr").rename(d / "labels"), "has no folder labelsTr",
@@ -663,3 +663,50 @@ def test_fault_is_refused_without_the_check_too(name, dataset, roots, refuse):
     message = refuse(check=False).message
     for part in (*UNCHECKED[name].names, UNCHECKED[name].remedy):
         assert part in message, message
+
+
+# -------------------------------------------------------------------------------------------------- what is accepted
+
+
+def test_listed_files_may_lie_anywhere(dataset, roots, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(dataset / "imagesTr", elsewhere)
+    shutil.rmtree(dataset / "imagesTr")
+    monkeypatch.setenv("SCANS", str(elsewhere))
+    change_json(dataset, numTraining=2, dataset={
+        "one": {"images": ["$SCANS/case_0_0000.nii.gz", "${SCANS}/case_2_0000.nii.gz"],
+                "label": "labelsTr/case_0.nii.gz"},
+        "two": {"images": [str(elsewhere / "case_1_0001.nii.gz"), "../../elsewhere/case_1_0000.nii.gz"][::-1],
+                "label": str(dataset / "labelsTr" / "case_1.nii.gz")}})
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar",
+                                      "--verify_dataset_integrity"])
+    entrypoints.extract_fingerprint_entry()
+    assert (roots["nnUNet_preprocessed"] / dataset.name / "dataset_fingerprint.json").is_file()
+
+
+@pytest.mark.parametrize(("labels", "order"), [
+    ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2]), ({"background": 0, "organ": 1, "ignore": 2}, None),
+    ({"background": 0, "organ": [1], "tumour": 2}, None), ({"background": 0, "all": [1], "part": 1, "ignore": 2}, None),
+])
+def test_kinds_of_labels(labels, order, dataset, roots, monkeypatch):
+    change_json(dataset, labels=labels, **({"regions_class_order": order} if order else {}))
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar",
+                                      "--verify_dataset_integrity"])
+    entrypoints.extract_fingerprint_entry()
+
+
+def test_preprocessed_folder_is_created(dataset, roots, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "new"))
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar"])
+    entrypoints.extract_fingerprint_entry()
+    assert (tmp_path / "new" / dataset.name / "dataset_fingerprint.json").is_file()
+
+
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient", "SimpleITKIO", "SimpleITKIOWithReorient"])
+def test_named_readers_check_alike(reader, dataset, refuse):
+    change_json(dataset, overwrite_image_reader_writer=reader)
+    write_values(image_of(dataset), a=np.nan)
+    change_header(label_of(dataset, 2), Origin=(5.0, 0.0, 0.0))
+    outcome = refuse()
+    assert "2 errors in 2 of 3 cases" in outcome.message and "1 voxels" in outcome.message
+    assert "off by up to 5 mm" in outcome.table

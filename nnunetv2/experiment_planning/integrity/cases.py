@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2.experiment_planning.integrity.files import relative
 from nnunetv2.experiment_planning.integrity.findings import Finding, enumerate_some
 from nnunetv2.experiment_planning.integrity.geometry import Geometry, find_displacement, get_geometry
-from nnunetv2.imageio.faults import Fault, describe_non_finite
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.faults import DAMAGED, Fault, describe_non_finite
 
 _SHAPE_REMEDY = ("resample the file onto the first image of its case, or replace it by the right one; all files of a "
                  "case must have the same voxels")
@@ -68,21 +70,12 @@ def inspect_case(files: CaseFiles, expected: Expectation) -> CaseReport:
     """Read one case, file by file, and report on it. Errors of readers become findings."""
     report = CaseReport()
     reader = expected.reader()
-    volumes = []
-    for group in _group_files(files.images, expected.reader):
-        volume = _read(lambda paths: reader.read_images(paths), group, reader, report, files)
-        if volume is not None:
-            volumes.append(volume[0])
-    label = _read(lambda paths: reader.read_seg(paths[0]), [files.label], reader, report, files, is_label=True)
-    if len(volumes) == len(_group_files(files.images, expected.reader)):
+    groups = _group_files(files.images, expected.reader)
+    volumes = [volume for group in groups if (volume := _inspect_images(reader, group, files, report)) is not None]
+    if len(volumes) == len(groups):
         _add(report, files, volumes[0].file, find_channel_faults(volumes, expected.channels))
-    if label is not None:
-        faults, report.labels = find_label_faults(label[1], expected.labels)
-        _add(report, files, files.label, faults)
-        if not faults and not report.labels - {0, expected.ignore}:
-            _add(report, files, files.label, [Fault("the label is background only", "", "",
-                 "look at the case; some without foreground are fine if that is how it is")], is_error=False)
-    for other in [*volumes[1:], *([label[0]] if label is not None else [])]:
+    label = _inspect_label(reader, files, expected, report)
+    for other in [*volumes[1:], *([label] if label is not None else [])]:
         if volumes:
             _compare(report, files, volumes[0], other)
     return report
@@ -94,27 +87,52 @@ def _group_files(images: Sequence[str], reader: type) -> list[list[str]]:
     return [[image] for image in images] if reader in LIST_OF_IO_CLASSES else [list(images)]
 
 
-def _read(read: Any, paths: list[str], reader: Any, report: CaseReport, files: CaseFiles,
-          is_label: bool = False) -> tuple[_Volume, np.ndarray] | None:
-    """Read a file, report faults of its own, and return it if it can be compared with others."""
+def _inspect_images(reader: BaseReaderWriter, paths: list[str], files: CaseFiles, report: CaseReport) -> _Volume | None:
+    """Report what is wrong with images on their own, and return what others can be compared with."""
+    faults, content = _read(reader, paths)
+    volume = None
+    if content is not None:
+        image, properties = content
+        volume = _describe(paths[0], image, properties)
+        faults += [*volume.faults, *(find_intensity_faults(image) if not faults else [])]
+        if not faults and image.min() == image.max():
+            _add(report, files, paths[0], [Fault("the image has one value everywhere", f"{image.flat[0]:g}", "",
+                 "look at the image; leave the case out if it shows nothing")], is_error=False)
+    _add(report, files, paths[0], faults)
+    return volume
+
+
+def _inspect_label(reader: BaseReaderWriter, files: CaseFiles, expected: Expectation,
+                   report: CaseReport) -> _Volume | None:
+    """Report what is wrong with the label on its own, note its values, and return what images can be compared with."""
+    faults, content = _read(reader, [files.label], is_label=True)
+    volume = None
+    if content is not None:
+        label, properties = content
+        volume = _describe(files.label, label, properties)
+        of_values, report.labels = find_label_faults(label, expected.labels)
+        # NaN may have been found already, in the file
+        faults += [*volume.faults, *(fault for fault in of_values if fault not in faults)]
+        if not faults and not report.labels - {0, expected.ignore}:
+            _add(report, files, files.label, [Fault("the label is background only", "", "",
+                 "look at the case; some without foreground are fine if that is how it is")], is_error=False)
+    _add(report, files, files.label, faults)
+    return volume
+
+
+def _read(reader: BaseReaderWriter, paths: list[str],
+          is_label: bool = False) -> tuple[list[Fault], tuple[np.ndarray, Mapping[str, Any]] | None]:
+    """Read files. Return faults that reading does not show, or why it fails, and array and properties."""
     find_more = getattr(reader, "find_faults", lambda path, is_label: [])  # readers need not be our subclasses
     faults = [fault for path in paths for fault in find_more(path, is_label)]
-    _add(report, files, paths[0], faults)
-    if any(fault.what == "damaged file" for fault in faults):
-        return None
+    if any(fault.what == DAMAGED for fault in faults):
+        return faults, None
     try:
-        array, properties = read(paths)
+        return faults, reader.read_seg(paths[0]) if is_label else reader.read_images(paths)
     except Exception as error:  # readers raise whatever their library raises; all of it belongs in the table
-        _add(report, files, paths[0], [Fault("a file cannot be read", _in_words(error), "",
-             "open the file in a viewer; replace it if it is damaged, convert it if it is of another kind")])
-        return None
-    volume = _describe(paths[0], array, properties)
-    found = [*volume.faults, *([] if is_label or faults else find_intensity_faults(array))]
-    _add(report, files, paths[0], found)
-    if not is_label and not found and not faults and array.size and array.min() == array.max():
-        _add(report, files, paths[0], [Fault("the image has one value everywhere", f"{array.flat[0]:g}", "",
-             "look at the image; leave the case out if it shows nothing")], is_error=False)
-    return volume, array
+        unreadable = Fault("a file cannot be read", _in_words(error), "", "open the file in a viewer; replace it if it "
+                           "is damaged, convert it if it is of another kind")
+        return [*faults, unreadable], None
 
 
 def _describe(file: str, array: np.ndarray, properties: Mapping[str, Any]) -> _Volume:
@@ -207,7 +225,6 @@ def _compare(report: CaseReport, files: CaseFiles, first: _Volume, other: _Volum
 
 
 def _add(report: CaseReport, files: CaseFiles, file: str, faults: Sequence[Fault], *, is_error: bool = True) -> None:
-    from nnunetv2.experiment_planning.integrity.files import relative
     report.findings += [Finding(files.case, relative(file, files.folder), *fault, is_error) for fault in faults]
 
 

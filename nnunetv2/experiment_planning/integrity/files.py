@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ def _check_channels(case: str, images: list[str], ending: str, wanted: int) -> l
             for channel in range(max(wanted, max(present) + 1)) if channel not in present][:3]
 
 
-def _check_strays(folder: str, names: list[str], is_expected: Any, pattern: str) -> list[Finding]:
+def _check_strays(folder: str, names: list[str], is_expected: Callable[[str], object],
+                  pattern: str) -> list[Finding]:
     findings = []
     for name in names:
         if name.startswith("."):
