@@ -1,9 +1,13 @@
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from preprocessing_scans import NAME, make_case, write_image, write_plans, write_raw_dataset
 
+from nnunetv2.preprocessing.case_workers import CaseFailedError
 from nnunetv2.preprocessing.errors import FolderInUseError
 from nnunetv2.preprocessing.finished_cases import FinishedCases, forget_finished_cases, journal_path
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -181,3 +185,48 @@ def test_another_dataset_json_means_other_cases(roots, cases_done_by_run):
         file = roots[folder] / NAME / "dataset.json"
         file.write_text(file.read_text().replace('"core": 2', '"core": 2, "ignore": 3'))
     assert cases_done_by_run() == ["case_0"]
+
+
+class Dying(DefaultPreprocessor):
+    """Its worker is killed with one case, as by a system that is short of memory."""
+
+    def run_case_save(self, output_filename_truncated, *arguments):
+        marker = Path(output_filename_truncated).parents[1] / "die"
+        if output_filename_truncated.endswith("case_1") and marker.is_file():
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().run_case_save(output_filename_truncated, *arguments)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
+def test_a_dead_worker_costs_its_case_only(roots):
+    folder = write_raw_dataset(roots, cases=4)
+    (folder.parent / "die").touch()
+    preprocessor = Dying(verbose=False)
+    preprocessor.show_progress_bar = False
+    with pytest.raises(CaseFailedError, match="case case_1: the worker process was killed .* memory ran out"):
+        preprocessor.run(987, "3d_fullres", "nnUNetPlans", 2)
+    assert not list(folder.glob("case_1*"))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.b2nd")}
+    (folder.parent / "die").unlink()
+    preprocessor.run(987, "3d_fullres", "nnUNetPlans", 2)
+    assert len(list(folder.iterdir())) == 12
+    finished = [json.loads(line).get("case") for line in journal_path(folder).read_text().splitlines()]
+    assert sorted(filter(None, finished)) == [f"case_{i}" for i in range(4)]  # none of them twice
+    assert before.keys() <= {path.name for path in folder.iterdir()}
+
+
+def test_a_full_disk_leaves_no_half_of_a_case(roots, monkeypatch):
+    from nnunetv2.training.dataloading import nnunet_dataset
+    folder = write_raw_dataset(roots, cases=2)
+    save_pickle = nnunet_dataset.save_pickle
+
+    def fail_for_case_1(properties, path):
+        if "case_1" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_pickle(properties, path)
+    monkeypatch.setattr(nnunet_dataset, "save_pickle", fail_for_case_1)
+    preprocessor = DefaultPreprocessor(verbose=False)
+    preprocessor.show_progress_bar = False
+    with pytest.raises(CaseFailedError, match="case case_1: OSError.*No space left"):
+        preprocessor.run(987, "3d_fullres", "nnUNetPlans", 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["case_0.b2nd", "case_0.pkl", "case_0_seg.b2nd"]
