@@ -6,6 +6,7 @@ What flows:
 
 batchgenerators offers the same. These workers differ in that each draws random numbers of its own, from numpy, torch
 and Python, in that a failure is raised with its cause where the batch was asked for, and in that nobody polls fast.
+With a seed, batches also come in a fixed order: worker w of n draws the batches w, w + n, w + 2n, ...
 """
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import queue
-import random
 import sys
 import threading
 import traceback
@@ -29,6 +29,8 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import (
     pin_memory_of_all_eligible_items_in_dict,
 )
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+
+from nnunetv2.training.data_augmentation.numbered_batches import NumberedBatches, QueuesInTurn, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -50,26 +52,38 @@ SIGNALS = {
 
 
 def build_augmenters(
-    train_loader: Iterator[dict], val_loader: Iterator[dict], *, num_processes: int, pin_memory: bool
+    train_loader: Iterator[dict],
+    val_loader: Iterator[dict],
+    *,
+    num_processes: int,
+    pin_memory: bool,
+    entropy: Sequence[int] | None = None,
+    first_batches: tuple[int, int] = (0, 0),
 ) -> tuple[Iterator[dict], Iterator[dict]]:
     """Build the iterators of training and validation batches; validation gets half as many workers.
 
     Args:
-        num_processes: Workers for training. With 0 both loaders run in this process, where seeds set by the caller
-            make the batches repeat exactly.
+        num_processes: Workers for training. With 0 both loaders run in this process.
         pin_memory: Put batches into page-locked memory, for a GPU.
+        entropy: Whole numbers to seed with. Every batch then depends on them and on its number alone, not on the number
+            of workers. By default all batches are different each time.
+        first_batches: Numbers of the first batch of training and of validation, to go on where another run stopped;
+            used with `entropy`.
     """
     if num_processes == 0:
-        return SingleThreadedAugmenter(train_loader, None), SingleThreadedAugmenter(val_loader, None)
-    return (
+        loaders = [train_loader, val_loader]
+        if entropy is not None:
+            loaders = [NumberedBatches(loader, (*entropy, stream), first=first)
+                       for stream, (loader, first) in enumerate(zip(loaders, first_batches))]
+        return tuple(SingleThreadedAugmenter(loader, None) for loader in loaders)
+    sizes = ((num_processes, max(6, num_processes // 2)), (max(1, num_processes // 2), max(3, num_processes // 4)))
+    return tuple(
         WorkerAugmenter(
-            train_loader, None, num_processes, num_cached=max(6, num_processes // 2), pin_memory=pin_memory,
-            wait_time=0.002,
-        ),
-        WorkerAugmenter(
-            val_loader, None, max(1, num_processes // 2), num_cached=max(3, num_processes // 4),
-            pin_memory=pin_memory, wait_time=0.002,
-        ),
+            loader, None, number, num_cached=num_cached, pin_memory=pin_memory, wait_time=0.002,
+            entropy=None if entropy is None else (*entropy, stream), first_batch=first,
+        )
+        for stream, (loader, (number, num_cached), first) in enumerate(
+            zip((train_loader, val_loader), sizes, first_batches))
     )
 
 
@@ -83,7 +97,7 @@ class _Channels(NamedTuple):
 
 
 class WorkerAugmenter(NonDetMultiThreadedAugmenter):
-    """Draw batches in worker processes, in no particular order.
+    """Draw batches in worker processes, in no particular order unless `entropy` is given.
 
     Workers start when the first batch is asked for, and end with `_finish()` or with the process that started them.
 
@@ -96,7 +110,25 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         seeds: One per worker, to repeat its batches. By default each takes its numbers from the system's entropy.
         pin_memory: Put batches into page-locked memory, for a GPU.
         wait_time: As in batchgenerators; only its shutdown uses it.
+        entropy: Whole numbers to seed with. Batches are then the same, in the same order, for any number of workers.
+        first_batch: Number of the first batch, with `entropy`.
     """
+
+    def __init__(
+        self,
+        data_loader: Iterator[dict],
+        transform: Any,
+        num_processes: int,
+        num_cached: int = 2,
+        seeds: Sequence[int] | None = None,
+        pin_memory: bool = False,
+        wait_time: float = 0.02,
+        *,
+        entropy: Sequence[int] | None = None,
+        first_batch: int = 0,
+    ) -> None:
+        super().__init__(data_loader, transform, num_processes, num_cached, seeds, pin_memory, wait_time)
+        self._entropy, self._first_batch = entropy, first_batch
 
     def _start(self) -> None:
         """Start workers and the thread that fetches their batches."""
@@ -104,16 +136,16 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
             return
         context = multiprocessing.get_context(choose_start_method())
         self.abort_event, self.pause_event = context.Event(), context.Event()
-        self._queue, self._failures = context.Queue(self.num_cached), context.SimpleQueue()
-        self.results_loop_queue = queue.Queue(NUM_READY_BATCHES)
-        channels = _Channels(self._queue, self._failures, self.abort_event, self.pause_event)
+        self._failures, self.results_loop_queue = context.SimpleQueue(), queue.Queue(NUM_READY_BATCHES)
+        queues, loaders = self._build_queues_and_loaders(context)
         entropies = [np.random.SeedSequence(seed).entropy for seed in self.seeds]
         self._processes = [
             context.Process(
-                target=_produce, args=(channels, self.generator, self.transform, worker, entropy), daemon=True,
-                name=f"augmentation-{worker}",
+                target=_produce, daemon=True, name=f"augmentation-{worker}",
+                args=(_Channels(batches, self._failures, self.abort_event, self.pause_event), loader, self.transform,
+                      worker, entropy),
             )
-            for worker, entropy in enumerate(entropies)
+            for worker, (batches, loader, entropy) in enumerate(zip(queues, loaders, entropies))
         ]
         with warnings.catch_warnings():
             # Python 3.12 and later warn of forks beside threads. The workers use one thread and none of ours.
@@ -127,6 +159,17 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         )
         self.results_loop_thread.start()
         self.initialized = True
+
+    def _build_queues_and_loaders(self, context: Any) -> tuple[list, list]:
+        """Return the queue and the loader of each worker: one for all, or one each where the order is fixed."""
+        number = self.num_processes
+        if self._entropy is None:
+            self._queue = context.Queue(self.num_cached)
+            return [self._queue] * number, [self.generator] * number
+        self._queue = QueuesInTurn([context.Queue(max(1, self.num_cached // number)) for _ in range(number)])
+        loaders = [NumberedBatches(self.generator, self._entropy, first=self._first_batch + worker, step=number)
+                   for worker in range(number)]
+        return self._queue.queues, loaders
 
     def __next__(self) -> dict:
         """Return a batch.
@@ -167,14 +210,6 @@ def choose_start_method() -> str:
     return "fork" if sys.platform.startswith("linux") else "spawn"
 
 
-def seed_everything(entropy: int | Sequence[int]) -> None:
-    """Seed the global generators of numpy, torch and Python, each differently, from one number of any size."""
-    for_numpy, for_torch, for_python = np.random.SeedSequence(entropy).generate_state(3)
-    np.random.seed(int(for_numpy))
-    torch.manual_seed(int(for_torch))
-    random.seed(int(for_python))
-
-
 def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker: int, entropy: int) -> None:
     """Draw batches in a worker until told to stop, or until the process that started it is gone."""
     try:
@@ -187,6 +222,7 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
             batch = next(loader)
             if transform is not None:
                 batch = transform(**batch)
+            _share_(batch)
             if not _put(channels, batch):
                 return
     except KeyboardInterrupt:
@@ -201,6 +237,17 @@ def _limit_native_threads() -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
+
+
+def _share_(batch: dict) -> None:
+    """Move the tensors of a batch to shared memory.
+
+    The queue would do it, but in a thread of its own, where a failure (no space left) would lose the batch unnoticed.
+    """
+    for value in batch.values():
+        for entry in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(entry, torch.Tensor) and entry.device.type == "cpu":
+                entry.share_memory_()
 
 
 def _put(channels: _Channels, batch: dict) -> bool:

@@ -131,6 +131,61 @@ def test_validation_gets_half_as_many_workers(number, train, val):
     assert all(isinstance(a, NonDetMultiThreadedAugmenter) for a in built)
 
 
+def take(augmenter, number: int) -> list[torch.Tensor]:
+    return [next(augmenter)["draws"] for _ in range(number)]
+
+
+def test_with_a_seed_any_number_of_workers_gives_the_same_batches_in_the_same_order():
+    expected = None
+    for number in (0, 1, 2, 3):
+        train, val = build_augmenters(Draws(), Draws(), num_processes=number, pin_memory=False, entropy=(5, 0))
+        drawn = [take(train, 8), take(val, 5)]
+        for augmenter in (train, val):
+            if number:
+                augmenter._finish()
+        drawn = torch.stack(drawn[0] + drawn[1])
+        expected = drawn if expected is None else expected
+        assert torch.equal(drawn, expected), number
+    assert len(expected.unique()) == expected.numel()  # no two batches, no two generators are alike
+
+
+def test_a_run_goes_on_where_another_one_stopped(start):
+    whole = take(start(Draws(), num_processes=2, entropy=(7,)), 9)
+    rest = take(start(Draws(), num_processes=3, entropy=(7,), first_batch=4), 5)
+    assert torch.equal(torch.stack(whole[4:]), torch.stack(rest))
+
+
+def test_seeded_batches_leave_the_numbers_of_the_training_alone():
+    train, _ = build_augmenters(Draws(), Draws(), num_processes=0, pin_memory=False, entropy=(5,))
+    seed_everything(1)
+    expected = np.random.uniform(), torch.rand(1).item(), random.random()
+    seed_everything(1)
+    next(train)
+    assert (np.random.uniform(), torch.rand(1).item(), random.random()) == expected
+
+
+def test_a_dead_worker_is_noticed_when_batches_come_in_turn(start):
+    with pytest.raises(RuntimeError, match="memory ran out"):
+        next(start(Dies(), entropy=(1,)))
+
+
+class DiesOfFullSharedMemory:
+    def __next__(self) -> dict:
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_full_shared_memory_is_explained(start, monkeypatch):
+    with pytest.raises(RuntimeError, match="(?s)/dev/shm.*--shm-size"):
+        next(start(DiesOfFullSharedMemory()))
+
+    def no_space(tensor):
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_space)
+    with pytest.raises(RuntimeError, match="(?s)No space left on device.*--shm-size"):
+        next(start(Draws()))
+
+
 def test_workers_can_be_spawned(start, monkeypatch):
     """As on Windows and macOS: the loader travels as a pickle."""
     monkeypatch.setattr(augmenters, "choose_start_method", lambda: "spawn")
