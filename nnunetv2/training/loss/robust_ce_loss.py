@@ -35,8 +35,11 @@ class TopKLoss(RobustCrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compare logits `(b, c, *spatial)` with a label map `(b, 1, *spatial)` or `(b, *spatial)`."""
         losses = super().forward(input, target).flatten()
-        counted = losses[target.flatten() != self.ignore_index]
-        if counted.numel() == 0:
-            return losses.sum()  # of zeros, and differentiable
-        hardest = max(1, int(counted.numel() * self.k / 100))
-        return torch.topk(counted, hardest, sorted=False).values.mean()
+        # The number of counted voxels stays on the device: asking for it would wait for the GPU. Ignored voxels have
+        # loss 0, so they come last.
+        counted = (target != self.ignore_index).sum()
+        hardest = (counted * self.k / 100).floor().clamp(min=1)
+        at_most = max(1, int(losses.numel() * self.k / 100))
+        largest = torch.topk(losses, at_most).values
+        ranks = torch.arange(at_most, device=losses.device)
+        return torch.where(ranks < hardest, largest, 0.0).sum() / hardest
