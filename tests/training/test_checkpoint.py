@@ -1,6 +1,9 @@
 import collections
 import pathlib
 import pickle
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,3 +119,38 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     save_checkpoint_file(make_checkpoint(epoch=1), tmp_path / "checkpoint_best.pth")
     assert [path.name for path in rank_checkpoints(tmp_path)] == ["checkpoint_best.pth"]
     assert "checkpoint_latest.pth" in caplog.text
+
+
+KILLED_WRITER = """
+import sys, torch
+from nnunetv2.training.checkpoint import save_checkpoint_file
+torch.manual_seed(0)
+for epoch in range(10_000):
+    save_checkpoint_file({"current_epoch": epoch, "network_weights": {"w": torch.rand(500_000)}}, sys.argv[1])
+    print(epoch, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.001, 0.004, 0.009, 0.015, 0.025])
+def test_killed_while_writing_a_loadable_checkpoint_remains(tmp_path, delay_s):
+    path = tmp_path / "checkpoint_latest.pth"
+    with subprocess.Popen([sys.executable, "-c", KILLED_WRITER, path], stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(3):
+            written = int(process.stdout.readline())
+        time.sleep(delay_s)
+        process.kill()
+        rest = process.stdout.read().split()
+    written = int(rest[-1]) if rest else written
+    assert load_checkpoint_file(path)["current_epoch"] in (written, written + 1)
+    assert rank_checkpoints(tmp_path) == [path]
+
+
+def test_a_checkpoint_cut_off_at_any_length_is_damaged_and_never_half_loaded(tmp_path):
+    path = tmp_path / "c.pth"
+    save_checkpoint_file(make_checkpoint(), path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(checkpoint.DamagedCheckpointError):
+            load_checkpoint_file(path)

@@ -5,7 +5,6 @@ The methods are hooks. What they do lives in modules of its own, beside the pack
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from torch import distributed, nn
 
 from nnunetv2.training import checkpoint as checkpoint_files
@@ -25,13 +22,13 @@ from nnunetv2.training import log_file as log_files
 from nnunetv2.training import model_folder, splits, steps
 from nnunetv2.training.background_writer import BackgroundWriter
 from nnunetv2.training.batch_shares import loss_weight_of_rank, oversampling_of_rank, split_batch_size
-from nnunetv2.training.data_augmentation.augmenters import build_augmenters
+from nnunetv2.training.compiling import wants_compilation
 from nnunetv2.training.data_augmentation.default_transforms import (
     build_training_transforms,
     build_validation_transforms,
     rotation_and_patch_size,
 )
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.data_pipeline import start_augmenters, stop_augmenters
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.debug_information import describe_trainer
 from nnunetv2.training.distributed import device_of_process, distribute, gather, is_distributed, wait_for_all
@@ -237,14 +234,7 @@ class nnUNetTrainer:
 
     def _do_i_compile(self) -> bool:
         """Tell whether to use torch.compile: on CUDA, unless the environment variable nnUNet_compile says no."""
-        choice = os.environ.get("nnUNet_compile")
-        wanted = choice is None or choice.lower() in ("true", "1", "t")
-        if self.device in (torch.device("cpu"), torch.device("mps")) or os.name == "nt":
-            if choice is not None and wanted:
-                place = "Windows" if os.name == "nt" else f"device {self.device}"
-                self.print_to_log_file(f"INFO: nnUNet_compile is set, but there is no compiling on {place}")
-            return False
-        return wanted
+        return wants_compilation(self.device, self.print_to_log_file)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return SGD with Nesterov momentum, and a learning rate that falls polynomially over the epochs."""
@@ -339,31 +329,7 @@ class nnUNetTrainer:
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         """Return endless batches of training and validation data, whose workers are running already."""
-        patch_size = self.configuration_manager.patch_size
-        scales = self._get_deep_supervision_scales()
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size())
-        labels = self.label_manager
-        shared = {"is_cascaded": self.is_cascaded, "foreground_labels": labels.foreground_labels,
-                  "regions": labels.foreground_regions if labels.has_regions else None,
-                  "ignore_label": labels.ignore_label}
-        train_transforms = self.get_training_transforms(
-            patch_size, rotation, scales, mirror_axes, dummy_2d,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **shared)
-        val_transforms = self.get_validation_transforms(scales, **shared)
-        train_set, val_set = self.get_tr_and_val_datasets()
-        loaders = [
-            nnUNetDataLoader(dataset, self.batch_size, size, patch_size, labels,
-                             oversample_foreground_percent=self.oversample_foreground_percent,
-                             sampling_probabilities=None, pad_sides=None, transforms=transforms,
-                             probabilistic_oversampling=self.probabilistic_oversampling)
-            for dataset, size, transforms in ((train_set, initial_patch_size, train_transforms),
-                                              (val_set, patch_size, val_transforms))]
-        augmenters = build_augmenters(*loaders, num_processes=get_allowed_n_proc_DA(),
-                                      pin_memory=self.device.type == "cuda")
-        for augmenter in augmenters:
-            next(augmenter)  # starts the workers
-        return augmenters
+        return start_augmenters(self)
 
     # ---------------------------------------------------------------- training
 
@@ -632,10 +598,7 @@ class nnUNetTrainer:
         return training_in(self._require(self.output_folder)) if self.local_rank == 0 else contextlib.nullcontext()
 
     def _shut_down_dataloaders(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            for loader in (self.dataloader_train, self.dataloader_val):
-                if isinstance(loader, (NonDetMultiThreadedAugmenter, MultiThreadedAugmenter)):
-                    loader._finish()
+        stop_augmenters(self.dataloader_train, self.dataloader_val)
 
     def _in_output_folder(self, name: str) -> str:
         return os.path.join(self._require(self.output_folder), name)

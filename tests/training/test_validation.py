@@ -1,0 +1,85 @@
+"""The validation after a training, interrupted and repeated."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_dataset import make_dataset_json, make_tiny_dataset
+
+from nnunetv2.training import validation
+from nnunetv2.training.finished_cases import FOLDER, FinishedCases, fingerprint_of
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trainer(roots, monkeypatch) -> nnUNetTrainer:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    plans = make_tiny_dataset(roots["nnUNet_preprocessed"])
+    trainer = nnUNetTrainer(plans, "3d_fullres", "all", make_dataset_json(), CPU)
+    trainer.initialize()
+    trainer.inference_allowed_mirroring_axes = None
+    return trainer
+
+
+def record_exports(monkeypatch, *, fails=lambda case: False):
+    exported, export = [], validation.export_prediction_from_logits
+
+    def recording(*arguments):
+        case = Path(arguments[5]).name
+        if fails(case):
+            raise RuntimeError("out of luck")
+        exported.append(case)
+        return export(*arguments)
+
+    monkeypatch.setattr(validation, "export_prediction_from_logits", recording)
+    return exported
+
+
+def test_an_interrupted_validation_goes_on_with_the_cases_it_lacks(trainer, monkeypatch):
+    with monkeypatch.context() as context:
+        record_exports(context, fails=lambda case: case in ("case_02", "case_05"))
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer.perform_actual_validation()
+    exported = record_exports(monkeypatch)
+    trainer.perform_actual_validation()
+    folder = Path(trainer.output_folder, "validation")
+    assert sorted(exported) == ["case_02", "case_05"]
+    assert len(json.loads((folder / "summary.json").read_text())["metric_per_case"]) == 6
+    assert not (folder / FOLDER).exists()
+    exported.clear()
+    trainer.perform_actual_validation()
+    assert len(exported) == 6  # a complete validation that is repeated predicts everything
+
+
+def test_other_weights_or_settings_predict_everything_anew(trainer, monkeypatch):
+    with monkeypatch.context() as context:
+        record_exports(context, fails=lambda case: case == "case_02")
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer.perform_actual_validation()
+    with torch.no_grad():
+        next(trainer.network.parameters()).add_(0.1)
+    exported = record_exports(monkeypatch)
+    trainer.perform_actual_validation()
+    assert len(exported) == 6
+
+
+def test_finished_cases_belong_to_a_fingerprint(tmp_path):
+    cases = FinishedCases(tmp_path)
+    cases.open("a")
+    cases.add("case_1")
+    cases.open("a")
+    assert "case_1" in cases and "case_2" not in cases
+    cases.open("b")
+    assert "case_1" not in cases
+    cases.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_fingerprint_depends_on_weights_and_settings():
+    network = torch.nn.BatchNorm1d(2)
+    before = fingerprint_of(network, ["npz"])
+    assert before == fingerprint_of(network, ["npz"]) != fingerprint_of(network, ["no npz"])
+    network.num_batches_tracked += 1
+    assert before != fingerprint_of(network, ["npz"])
