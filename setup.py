@@ -29,6 +29,7 @@ COMMANDS = {
     "nnUNetv2_export_model_to_zip": "model_sharing.entry_points:export_pretrained_model_entry",
     "nnUNetv2_evaluate_simple": "evaluation.evaluate_predictions:evaluate_simple_entry_point",
     "nnUNetv2_fed_coordinator": "federated.coordinator.cli:coordinator_entry",
+    "nnUNetv2_fed_admin": "federated.admin:admin_entry",
     "nnUNetv2_fed_join": "federated.site:join_entry",
     "nnUNetv2_fed_simulate": "federated.simulate:simulate_entry",
 }

@@ -58,11 +58,11 @@ class InviteRequest(Part):
 
 
 class InviteAnswer(Part):
-    """The secret of an invitation; the operator's command makes the word from it that the member types."""
+    """An invitation, as the one word that the member types."""
 
     name: SiteName
     role: Literal["site", "observer", "operator"]
-    secret: Text
+    invitation: LongText
     expires: Finite
 
 

@@ -21,6 +21,7 @@ from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.coordinator.app import build_app
 from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.messages import initial_key, registration_key, round_key
 from nnunetv2.federated.site import Invitation, SiteCredential, decode_invitation, join, load_credential
@@ -146,15 +147,16 @@ def served(folder: Path, settings: FederationSettings) -> Iterator[LocalFederati
         if store.load_settings() is None:
             create_federation(store, settings, now=time.time())
         coordinator = Coordinator(store, announce=lines.append)
-        app = build_app(coordinator)
+        listener = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        app = build_app(coordinator, Place(url))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none",
                                                timeout_graceful_shutdown=2))
-        listener = socket.create_server(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
         try:
-            yield LocalFederation(coordinator, f"http://127.0.0.1:{listener.getsockname()[1]}", lines)
+            yield LocalFederation(coordinator, url, lines)
         finally:
             app.state.changes.stop()
             server.should_exit = True

@@ -13,7 +13,7 @@
 
 For operators:
 
-    POST   /v1/members               {name, role, lifetime_s} -> {name, role, secret, expires}: an invitation
+    POST   /v1/members               {name, role, lifetime_s} -> {name, role, invitation, expires}
     DELETE /v1/members/<name>        revoke a credential
     PATCH  /v1/settings              change what may be changed while the federation is at work
 
@@ -40,6 +40,7 @@ from nnunetv2.federated import bodies
 from nnunetv2.federated.coordinator import steering
 from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.members import Member
+from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.service import Coordinator, Result, require_role
 from nnunetv2.federated.coordinator.uploads import announced, drain, read_json, receive
 from nnunetv2.federated.errors import FederationError, RefusedError
@@ -129,9 +130,10 @@ def operator_of(request: Request) -> str:
 
 async def get_authority(request: Request) -> Response:
     """Tell anybody who vouches for this coordinator, where no public authority does."""
-    if request.app.state.authority is None:
+    authority = request.app.state.place.authority
+    if authority is None:
         raise RefusedError("this coordinator has no certificate authority of its own", code="no_authority")
-    return Response(request.app.state.authority, media_type="application/x-pem-file")
+    return Response(authority, media_type="application/x-pem-file")
 
 
 async def post_join(request: Request) -> Response:
@@ -172,8 +174,9 @@ async def post_member(request: Request) -> Response:
     wanted = await read_json(request, bodies.InviteRequest)
     secret = await run_in_threadpool(coordinator.invite, wanted.name, wanted.role, by=operator,
                                      lifetime_s=wanted.lifetime_s)
-    return json_response(bodies.InviteAnswer(name=wanted.name, role=wanted.role, secret=secret,
-                                             expires=coordinator.clock() + wanted.lifetime_s))
+    return json_response(bodies.InviteAnswer(
+        name=wanted.name, role=wanted.role, expires=coordinator.clock() + wanted.lifetime_s,
+        invitation=request.app.state.place.invitation(coordinator.settings.federation, wanted.name, secret)))
 
 
 async def delete_member(request: Request) -> Response:
@@ -305,12 +308,8 @@ class TrafficMeter:
                 self.coordinator.members.count(scope["member"], key, Traffic(received, sent, self.coordinator.clock()))
 
 
-def build_app(coordinator: Coordinator, *, authority: str | None = None) -> Starlette:
-    """Build the application that serves a coordinator; it starts and stops it too.
-
-    Args:
-        authority: The private certificate authority of the coordinator, in PEM, if it has one.
-    """
+def build_app(coordinator: Coordinator, place: Place) -> Starlette:
+    """Build the application that serves a coordinator at a place; it starts and stops it too."""
     changes = Changes()
 
     @asynccontextmanager
@@ -340,6 +339,6 @@ def build_app(coordinator: Coordinator, *, authority: str | None = None) -> Star
     ])
     app.state.coordinator = coordinator
     app.state.changes = changes
-    app.state.authority = authority
+    app.state.place = place
     app.add_middleware(TrafficMeter, coordinator=coordinator)
     return app

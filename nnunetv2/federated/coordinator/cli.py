@@ -17,11 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from nnunetv2.federated.admin import OPERATOR_FILE
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.site import Invitation, check_site_name, check_url, encode_invitation, is_loopback
+from nnunetv2.federated.site import (
+    SiteCredential,
+    check_site_name,
+    check_url,
+    is_loopback,
+    new_token,
+    save_credential,
+)
 
 if TYPE_CHECKING:
     from nnunetv2.federated.bodies import FederationSettings
+    from nnunetv2.federated.coordinator.place import Place
+    from nnunetv2.federated.coordinator.service import Coordinator
     from nnunetv2.federated.coordinator.tls import Certificate
     from nnunetv2.federated.store import InvitationRecord, Store
 
@@ -218,6 +228,14 @@ class Address:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.speaks_tls else 'http'}://{host}:{self.port}"
 
+    @property
+    def local_url(self) -> str:
+        """The address for programs on this machine. A given certificate is good for the public address only."""
+        if self.tls_certificate:
+            return self.public_url
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        return replace(self, host=host, url=None, tls=self.speaks_tls).public_url
+
     def certificate(self, folder: Path) -> Certificate | None:
         """Return what is needed to speak TLS, made on the first start; None where the coordinator does not."""
         if not self.speaks_tls:
@@ -246,14 +264,12 @@ def say(line: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
 
-def print_invitations(invitations: Sequence[InvitationRecord], settings: FederationSettings, url: str,
-                      authority: str | None) -> None:
+def print_invitations(invitations: Sequence[InvitationRecord], federation: str, place: Place) -> None:
     """Print what every member that has not joined has to type."""
     if invitations:
         print("Send each site its own line; a line is good for one site, once, until it expires:")
     for record in invitations:
-        invitation = encode_invitation(Invitation(url, settings.federation, record.member, record.secret, authority))
-        print(f"  {record.member}:  nnUNetv2_fed_join {invitation}")
+        print(f"  {record.member}:  nnUNetv2_fed_join {place.invitation(federation, record.member, record.secret)}")
     sys.stdout.flush()
 
 
@@ -261,14 +277,15 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
     """Serve a federation until a signal says to stop."""
     import uvicorn
 
-    from nnunetv2.federated.certificates import fingerprint_of
     from nnunetv2.federated.coordinator.app import build_app
+    from nnunetv2.federated.coordinator.place import Place
     from nnunetv2.federated.coordinator.service import Coordinator
 
-    url, certificate = address.public_url, address.certificate(store.folder)
+    certificate = address.certificate(store.folder)
     private = certificate.authority.read_text(encoding="ascii") if certificate and certificate.authority else None
+    place = Place(address.public_url, private)
     coordinator = Coordinator(store, announce=say)
-    app = build_app(coordinator, authority=private)
+    app = build_app(coordinator, place)
 
     class Server(uvicorn.Server):
         """Let waiting requests go at once when a signal comes, and say where the server is once it is up."""
@@ -276,10 +293,11 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             settings = coordinator.settings
-            print_invitations(coordinator.members.open_invitations(time.time()), settings, url,
-                              fingerprint_of(private) if private else None)
-            say(f"{settings.federation} with {', '.join(settings.sites)} is served at {url}; folder {store.folder}")
-            write_state_file(store.folder, url)
+            print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, place)
+            say(f"{settings.federation} with {', '.join(settings.sites)} is served at {place.url}; "
+                f"folder {store.folder}")
+            write_state_file(store.folder, place.url)
+            appoint_operator(coordinator, address, certificate)
 
         def handle_exit(self, sig: int, frame: object) -> None:
             app.state.changes.stop()
@@ -292,8 +310,21 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
         with harmless_signals():
             Server(config).run(sockets=[listener])
     finally:
-        (store.folder / STATE_FILE).unlink(missing_ok=True)
+        for name in (STATE_FILE, OPERATOR_FILE):
+            (store.folder / name).unlink(missing_ok=True)
         say("the coordinator has stopped")
+
+
+def appoint_operator(coordinator: Coordinator, address: Address, certificate: Certificate | None) -> None:
+    """Write the credential with which nnUNetv2_fed_admin on this machine operates the federation."""
+    from nnunetv2.federated.coordinator.members import LOCAL_OPERATOR
+
+    token = new_token(LOCAL_OPERATOR)
+    coordinator.members.appoint_local_operator(token)
+    authority = str(certificate.authority) if certificate and certificate.authority else None
+    save_credential(SiteCredential(address.local_url, coordinator.settings.federation, LOCAL_OPERATOR, token,
+                                   insecure=address.insecure, authority=authority),
+                    coordinator.store.folder / OPERATOR_FILE)
 
 
 def tls_options(certificate: Certificate | None) -> dict[str, object]:

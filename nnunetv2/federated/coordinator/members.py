@@ -25,6 +25,8 @@ from nnunetv2.federated.store import InvitationRecord, MemberRecord, Role, Store
 SHOWN_TRAFFIC = 1000
 """Entries of the status; the latest ones."""
 INVITATION_LIFETIME_S = 14 * 86_400.0
+LOCAL_OPERATOR = "operator"
+"""Whoever may read the federation's folder operates it; the name is nobody else's."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Members:
         self._traffic = defaultdict(Traffic, store.load_traffic())
         self._unsaved_traffic: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
+        self._local_operator = ""
 
     # ------------------------------------------------------------------------------------------------- enrolment
     def invite(self, name: str, role: Role, settings: bodies.FederationSettings, *, now: float, by: str,
@@ -78,6 +81,9 @@ class Members:
         with self._lock:
             present = self._members.get(name)
             twins = [other for other in self._members if other.lower() == name.lower() and other != name]
+            if name.lower() == LOCAL_OPERATOR:
+                raise RefusedError(f"the name {name} is that of the operator on the coordinator's machine",
+                                   "Choose another name.", code="name_taken")
             if twins or (present is not None and present.role != role):
                 taken_by = self._members[(twins or [name])[0]]
                 raise RefusedError(f"the name {name} is taken: there is {_describe(taken_by)}", "Choose another name.",
@@ -150,13 +156,20 @@ class Members:
         Raises:
             RefusedError: It belongs to none; the code is `unauthorized`, or `revoked` for a member's old token.
         """
-        record = self._members.get(token.partition(".")[0])
+        name = token.partition(".")[0]
+        if name == LOCAL_OPERATOR and hmac.compare_digest(self._local_operator, hash_secret(token)):
+            return Member(name, "operator")
+        record = self._members.get(name)
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
         if not hmac.compare_digest(expected, hash_secret(token)):
             raise RefusedError("the coordinator does not know this credential, or it was revoked",
                                "Ask the coordinating site for a new invitation, and join with it: "
                                "nnUNetv2_fed_join INVITE.", code="unauthorized")
         return Member(record.name, record.role)
+
+    def appoint_local_operator(self, token: str) -> None:
+        """Let this token operate the federation for as long as this process lives."""
+        self._local_operator = hash_secret(token)
 
     def open_invitations(self, now: float) -> list[InvitationRecord]:
         """Return the invitations that may still be sent out, by member."""
