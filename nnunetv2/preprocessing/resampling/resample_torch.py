@@ -97,18 +97,21 @@ def _interpolate(tensor: torch.Tensor, new_shape: Sequence[int], mode: str) -> t
 
 
 def _resample_labels_together(labels: torch.Tensor, new_shape: Sequence[int], mode: str) -> torch.Tensor:
+    """Give each voxel to the last label with a clear majority there, else to the largest (on ties the smallest label).
+
+    Holds the largest indicator so far, and not those of all labels.
+    """
     present = torch.unique(labels)
     resampled = torch.zeros((labels.shape[0], *new_shape), dtype=_label_dtype(present), device=labels.device)
     decided = torch.zeros_like(resampled, dtype=torch.bool)
-    indicators = torch.zeros((len(present), *resampled.shape), dtype=torch.float16, device=labels.device)
-    for indicator, label in zip(indicators, present):
-        indicator[...] = _interpolate((labels == label).float() * _INDICATOR_SCALE, new_shape, mode)
+    largest = torch.full_like(resampled, -1, dtype=torch.float16)
+    for label in present:
+        indicator = _interpolate((labels == label).float() * _INDICATOR_SCALE, new_shape, mode).to(torch.float16)
         clear = indicator > _CLEAR_MAJORITY * _INDICATOR_SCALE
-        resampled[clear] = label.to(resampled.dtype)
+        larger = (indicator > largest) & ~decided
+        torch.maximum(largest, indicator, out=largest)
+        resampled[clear | larger] = label.to(resampled.dtype)
         decided |= clear
-    if not decided.all():
-        winners = indicators[:, ~decided].argmax(0)
-        resampled[~decided] = present[winners].to(resampled.dtype)
     return resampled
 
 
