@@ -245,4 +245,4 @@ def test_the_command_for_labels(folders, monkeypatch, capsys):
 def test_default_options():
     args = evaluate_predictions.build_simple_parser().parse_args(["ref", "pred", "-l", "1", "2"])
     assert vars(args) == {"gt_folder": "ref", "pred_folder": "pred", "l": [1, 2], "il": None, "o": None, "np": 8,
-                          "chill": False}
+                          "chill": False, "surface": False, "tolerance": None, "html": False, "images": None}
