@@ -80,10 +80,8 @@ def test_thousands_of_files_are_listed_at_once(tmp_path):
         for channel in range(2):
             (tmp_path / "imagesTr" / f"case_{case:05d}_{channel:04d}.nii.gz").touch()
     dataset_json = {"file_ending": ".nii.gz"}
-    seconds = []
-    for _ in range(3):  # the best of three, since other programs run as well
-        start = time.perf_counter()
-        cases = get_filenames_of_train_images_and_targets(str(tmp_path), dataset_json)
-        seconds.append(time.perf_counter() - start)
+    start = time.process_time()  # not spoilt by other programs
+    cases = get_filenames_of_train_images_and_targets(str(tmp_path), dataset_json)
+    seconds = time.process_time() - start
     assert len(cases) == 1500 and all(len(files["images"]) == 2 for files in cases.values())
-    assert min(seconds) < 0.1
+    assert seconds < 0.1
