@@ -32,21 +32,24 @@ def unpack_dataset(folder: str, unpack_segmentation: bool = True, overwrite_exis
         RuntimeError: An array cannot be read even then.
     """
     archives = sorted(path for path in Path(folder).glob("*.npz") if path.is_file() and not path.name.startswith("."))
-    unpack = partial(_unpack, unpack_segmentation=unpack_segmentation, overwrite_existing=overwrite_existing,
-                     verify=verify)
+    unpack = partial(_convert_to_npy, unpack_segmentation=unpack_segmentation, overwrite_existing=overwrite_existing,
+                     verify_npy=verify)
     with ThreadPoolExecutor(max(1, num_processes)) as threads:
         for _ in threads.map(unpack, archives):
             pass
 
 
-def _unpack(archive: Path, *, unpack_segmentation: bool, overwrite_existing: bool, verify: bool) -> None:
+def _convert_to_npy(npz_file: str | Path, unpack_segmentation: bool = True, overwrite_existing: bool = False,
+                    verify_npy: bool = False) -> None:
+    """Unpack one archive."""
+    archive = Path(npz_file)
     targets = {"data": archive.with_name(f"{archive.stem}.npy")}
     if unpack_segmentation:
         targets["seg"] = archive.with_name(f"{archive.stem}_seg.npy")
     for key, target in targets.items():
         if overwrite_existing or not target.is_file():
             _write_array(archive, key, target)
-        if verify:
+        if verify_npy:
             _verify_or_rewrite(archive, key, target)
 
 
