@@ -49,7 +49,9 @@ class Confusion:
 
     def of_class(self, labels: Sequence[int]) -> tuple[int, int, int, int]:
         """Return true positives, false positives, false negatives and true negatives of the union of some labels."""
-        inside = np.isin(self.values, list(labels))
+        inside = np.zeros(len(self.values), dtype=bool)
+        for label in labels:
+            inside |= self.values == label
         rows_in, rows_out = self.counts[inside].sum(axis=0), self.counts[~inside].sum(axis=0)
         return tuple(int(row[columns].sum()) for row, columns in
                      ((rows_in, inside), (rows_out, inside), (rows_in, ~inside), (rows_out, ~inside)))

@@ -59,13 +59,15 @@ class Decision:
                   "reference_file": os.path.join(self.folder_ref, name)} for name in counts]
         return {"metric_per_case": cases, **summarize([case["metrics"] for case in cases])}
 
-    def score(self, counts: Counts) -> dict[str, dict]:
-        """Return the metrics of each case."""
-        return {name: score_classes(confusion, self.classes, self.ignore_label) for name, confusion in counts.items()}
+    def score(self, counts: Counts, classes: Sequence[LabelOrRegion] | None = None) -> dict[str, dict]:
+        """Return the metrics of each case, of all classes by default."""
+        classes = self.classes if classes is None else classes
+        return {name: score_classes(confusion, classes, self.ignore_label) for name, confusion in counts.items()}
 
-    def mean_dice(self, counts: Counts) -> tuple[float, dict[LabelOrRegion, float]]:
-        """Return the mean Dice of the foreground and of each class."""
-        result = summarize(list(self.score(counts).values()), warn=False)
+    def mean_dice(self, counts: Counts,
+                  classes: Sequence[LabelOrRegion] | None = None) -> tuple[float, dict[LabelOrRegion, float]]:
+        """Return the mean Dice over the classes, and of each of them."""
+        result = summarize(list(self.score(counts, classes).values()), warn=False)
         return result["foreground_mean"]["Dice"], {which: scores["Dice"] for which, scores in result["mean"].items()}
 
 
@@ -139,7 +141,7 @@ def _try_all_foreground(decision: Decision, trials: _Trials, labels: list[int]) 
 def _try_classes(decision: Decision, trials: _Trials, entries: Sequence[LabelOrRegion]) -> None:
     for number, (entry, removals) in enumerate(zip(entries, trials.run(entries))):
         counts = _after(decision.after, removals)
-        old, new = (decision.mean_dice(of)[1][entry] for of in (decision.after, counts))
+        old, new = (decision.mean_dice(of, [entry])[1][entry] for of in (decision.after, counts))
         if new > old:
             logger.info("largest component of %s: kept, Dice %.5f instead of %.5f", entry, new, old)
             trials.accepted.append(number)
