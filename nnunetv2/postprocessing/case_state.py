@@ -52,7 +52,7 @@ def open_case(prediction_file: str, reference_file: str, reader: BaseReaderWrite
     """Read a case; return it and how its two label maps agree as a whole.
 
     Raises:
-        ValueError: The shapes differ, or the prediction has values that are no whole numbers of at least 0.
+        ValueError: The shapes differ, or the prediction has values that are no whole numbers from 0 to 65535.
     """
     reference, prediction = (reader.read_seg(file)[0][0] for file in (reference_file, prediction_file))
     if reference.shape != prediction.shape:
@@ -107,9 +107,9 @@ def _number_entries(prediction: np.ndarray, entries: Sequence[Entry]) -> np.ndar
 
 def _as_labels(prediction: np.ndarray, file: str) -> np.ndarray:
     lowest, highest = prediction.min(initial=0), prediction.max(initial=0)
-    if lowest >= 0 and highest < 2**32:
-        labels = prediction.astype(np.uint8 if highest < 256 else np.uint32)
+    if lowest >= 0 and highest < 2**16:
+        labels = prediction.astype(np.uint8 if highest < 256 else np.uint16)
         if np.array_equal(labels, prediction):
             return labels
-    raise ValueError(f"{file} is no label map: expected whole numbers from 0 on, its values go from {lowest} "
-                     f"to {highest}")
+    raise ValueError(f"{file} is no label map: expected whole numbers from 0 to 65535, its values go from "
+                     f"{lowest} to {highest}")

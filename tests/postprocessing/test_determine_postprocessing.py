@@ -133,6 +133,14 @@ def test_classes_without_common_labels_are_tried_together():
     assert group_disjoint([(1, 2), 3, (2, 3), 4]) == [[(1, 2), 3], [(2, 3), 4]]
 
 
+def test_a_prediction_that_is_no_label_map_is_named(folders):
+    predictions, references = folders(draw())
+    image = sitk.GetImageFromArray(np.full((6, 20, 24), 0.5, dtype=np.float32))
+    sitk.WriteImage(image, os.path.join(predictions, "case_0.nii.gz"))
+    with pytest.raises(ValueError, match=r"case_0\.nii\.gz is no label map"):
+        module.determine_postprocessing(predictions, references, None, None, 1)
+
+
 def test_missing_files_are_named(folders):
     predictions, references = folders(draw())
     os.remove(os.path.join(predictions, "plans.json"))  # noqa: PTH107
