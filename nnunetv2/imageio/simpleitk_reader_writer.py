@@ -4,6 +4,7 @@ ITK lists spacing, origin and direction with the fastest array axis first, the r
 """
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Sequence
 from os import fspath
@@ -20,7 +21,6 @@ from nnunetv2.imageio.channels import (
     stack_channels,
     warn_unless_same,
 )
-from nnunetv2.imageio.complete_file import require_complete_nifti
 from nnunetv2.imageio.faults import DamagedFileError, Fault, find_damage, find_faults_in_nifti, require_complete
 from nnunetv2.utilities.atomic_write import replacing
 
@@ -200,9 +200,8 @@ def _require_written(image: sitk.Image, file: str, output_fname: str) -> None:
     try:
         require_complete(file, header + _num_bytes(image))
     except DamagedFileError as error:
-        raise OSError(f"{output_fname} could not be written completely. The disk is probably full: free some space, or "
-                      "write elsewhere") from error
-        require_complete_nifti(file)
+        raise OSError(errno.ENOSPC, "only a part of the file could be written. The disk is probably full: free some "
+                      "space, or write elsewhere", output_fname) from error
 
 
 def _orientation_code(image: sitk.Image) -> str | None:

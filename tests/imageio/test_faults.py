@@ -153,6 +153,7 @@ except (OSError, RuntimeError) as error:
 @pytest.mark.parametrize(("module", "writer", "name"), [
     ("simpleitk_reader_writer", "SimpleITKIO", "a.nii.gz"), ("simpleitk_reader_writer", "SimpleITKIO", "a.nrrd"),
     ("simpleitk_reader_writer", "SimpleITKIO", "a.mha"), ("simpleitk_reader_writer", "SimpleITKIO", "a.gipl"),
+    ("simpleitk_reader_writer", "SimpleITKIO", "a.nii"),
     ("nibabel_reader_writer", "NibabelIO", "a.nii.gz"), ("tif_reader_writer", "Tiff3DIO", "a.tif")])
 def test_label_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path, module, writer, name):
     target = tmp_path / name
