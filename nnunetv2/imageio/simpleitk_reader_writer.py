@@ -200,8 +200,8 @@ def _require_written(image: sitk.Image, file: str, output_fname: str) -> None:
     try:
         require_complete(file, header + _num_bytes(image))
     except DamagedFileError as error:
-        raise OSError(errno.ENOSPC, "only a part of the file could be written. The disk is probably full: free some "
-                      "space, or write elsewhere", output_fname) from error
+        raise OSError(errno.ENOSPC, "only a part of the file could be written; is the disk full? Free some space, or "
+                      "write elsewhere", output_fname) from error
 
 
 def _orientation_code(image: sitk.Image) -> str | None:
