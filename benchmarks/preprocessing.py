@@ -149,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides = [Side(Path(os.path.abspath(python)), folder.resolve() / name, arguments.processes)  # noqa: PTH100
                  for name, python in pythons.items()]
         prepare(folder.resolve(), sides, arguments.scale)
-        print(f"{arguments.processes} processes, medians of {arguments.repeats}, load before: {os.getloadavg()[0]:.2f}")
+        print(f"{arguments.processes} processes, medians of {arguments.repeats}, sides of volumes scaled by "
+              f"{arguments.scale:g}, load before: {os.getloadavg()[0]:.2f}")
         print("| what | ours | reference | faster | wanted | peak memory, ours | reference | less |\n"
               "|---|---|---|---|---|---|---|---|", flush=True)
         for name in arguments.only:
