@@ -2,9 +2,10 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
-from nnunetv2.training import steps
+from nnunetv2.training import networks, steps
 
 LABELS = SimpleNamespace(has_regions=False, has_ignore_label=False, ignore_label=None)
 
@@ -52,10 +53,13 @@ def test_the_gradient_is_clipped_before_the_step():
     assert torch.allclose(network.weight, torch.tensor([[-12.0]]))
 
 
-def test_batches_of_a_bfloat16_training_are_laid_out_channels_last(monkeypatch):
-    monkeypatch.setenv("nnUNet_cpu_autocast", "1")
+@pytest.mark.parametrize(("autocast", "has_amx", "expected"), [("1", True, True), ("0", True, False),
+                                                               ("1", False, False)])
+def test_batches_are_laid_out_channels_last_for_matrix_units(monkeypatch, autocast, has_amx, expected):
+    monkeypatch.setenv("nnUNet_cpu_autocast", autocast)
+    monkeypatch.setattr(networks, "_cpu_has_amx", lambda: has_amx)
     data, _ = steps.move_batch({"data": torch.zeros(1, 2, 4, 4, 4), "target": []}, torch.device("cpu"))
-    assert data.is_contiguous(memory_format=torch.channels_last_3d)
+    assert data.is_contiguous(memory_format=torch.channels_last_3d) is expected
 
 
 def test_batches_move_with_one_target_per_resolution_or_a_single_one():
