@@ -159,3 +159,23 @@ def test_variants_are_those_of_the_reference(reference, value, monkeypatch):
     found = [f"{name} {line}" for name in theirs for line in differences(ours[name], theirs[name])]
     assert set(ours) == set(theirs)
     assert [line for line in found if not line.startswith(CHOSEN_DIFFERENCES)] == []
+
+
+SIGNATURES = """
+import inspect
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+answer = {name: list(inspect.signature(getattr(nnUNetTrainer, name)).parameters) for name in value}
+"""
+
+
+def test_hooks_take_the_arguments_of_the_reference(reference):
+    sys.path.append(str(Path(__file__).parents[1] / "training"))
+    from extension_surface import HOOKS
+
+    _, theirs = reference.run(SIGNATURES, HOOKS.split())
+    names = {"value": HOOKS.split()}
+    exec(SIGNATURES, names)
+    ours = names["answer"]
+    different = {name: (ours[name], theirs[name]) for name in theirs
+                 if ours[name][:len(theirs[name])] != theirs[name]}
+    assert different == {}

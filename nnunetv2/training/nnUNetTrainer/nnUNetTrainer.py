@@ -532,10 +532,11 @@ class nnUNetTrainer:
         finally:
             self._is_writing_in_background = False
 
-    def load_checkpoint(self, checkpoint: dict | str | os.PathLike[str]) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, given as its content or as a file."""
         if not self.was_initialized:
             self.initialize()
+        checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = checkpoint_files.load_checkpoint_file(checkpoint, map_location=self.device)
         restore_state_(self, checkpoint)

@@ -42,36 +42,20 @@ class nnUNetTrainerElastic(nnUNetTrainer):
                                 mirror_axes, do_dummy_2d_data_aug: bool, use_mask_for_norm=None,
                                 is_cascaded: bool = False, foreground_labels=None, regions=None,
                                 ignore_label: int = None) -> BasicTransform:
-        transforms = []
-        if do_dummy_2d_data_aug:
-            ignore_axes = (0,)
-            transforms.append(Convert3DTo2DTransform())
-            patch_size_spatial = patch_size[1:]
-        else:
-            patch_size_spatial = patch_size
-            ignore_axes = None
-        transforms.append(SpatialTransform(
-            patch_size_spatial, patch_center_dist_from_border=0, random_crop=False, p_elastic_deform=0.5,
-            p_rotation=0.2, rotation=rotation_for_DA, p_scaling=0.2, scaling=(0.7, 1.4),
-            p_synchronize_scaling_across_axes=1, bg_style_seg_sampling=False))
-        if do_dummy_2d_data_aug:
-            transforms.append(Convert2DTo3DTransform())
-        transforms.append(RandomTransform(GaussianNoiseTransform(
-            noise_variance=(0, 0.1), p_per_channel=1, synchronize_channels=True), apply_probability=0.1))
-        transforms.append(RandomTransform(ContrastTransform(
-            contrast_range=BGContrast((0.75, 1.25)), preserve_range=True, synchronize_channels=False,
-            p_per_channel=1), apply_probability=0.15))
-        if mirror_axes is not None and len(mirror_axes) > 0:
-            transforms.append(MirrorTransform(allowed_axes=mirror_axes))
+        spatial = SpatialTransform(
+            patch_size[1:] if do_dummy_2d_data_aug else patch_size, 0, False, p_elastic_deform=0.5, p_rotation=0.2,
+            rotation=rotation_for_DA, p_scaling=0.2, scaling=(0.7, 1.4), p_synchronize_scaling_across_axes=1)
+        steps = [Convert3DTo2DTransform(), spatial, Convert2DTo3DTransform()] if do_dummy_2d_data_aug else [spatial]
+        steps.append(RandomTransform(GaussianNoiseTransform((0, 0.1), 1, True), 0.1))
+        steps.append(RandomTransform(ContrastTransform(BGContrast((0.75, 1.25)), True, False, 1), 0.15))
+        if mirror_axes:
+            steps.append(MirrorTransform(mirror_axes))
         if use_mask_for_norm is not None and any(use_mask_for_norm):
-            transforms.append(MaskImageTransform(
-                apply_to_channels=[i for i in range(len(use_mask_for_norm)) if use_mask_for_norm[i]],
-                channel_idx_in_seg=0, set_outside_to=0))
-        transforms.append(RemoveLabelTansform(-1, 0))
+            steps.append(MaskImageTransform([c for c, masked in enumerate(use_mask_for_norm) if masked], 0, 0))
+        steps.append(RemoveLabelTansform(-1, 0))
         if deep_supervision_scales is not None:
-            transforms.append(DownsampleSegForDSTransform(ds_scales=deep_supervision_scales))
-        assert ignore_axes is None or ignore_axes == (0,)
-        return ComposeTransforms(transforms)
+            steps.append(DownsampleSegForDSTransform(deep_supervision_scales))
+        return ComposeTransforms(steps)
 
 
 class nnUNetTrainerEditedList(nnUNetTrainerElastic):

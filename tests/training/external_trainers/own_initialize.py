@@ -21,14 +21,12 @@ class nnUNetTrainerInitializes(nnUNetTrainer):
         self._set_batch_size_and_oversample()
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
                                                                self.dataset_json)
-        self.network = self.build_network_architecture(
-            self.configuration_manager.network_arch_class_name,
-            self.configuration_manager.network_arch_init_kwargs,
-            self.configuration_manager.network_arch_init_kwargs_req_import,
-            self.num_input_channels, self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
-        ).to(self.device)
-        if self._do_i_compile():
-            self.network = torch.compile(self.network)
+        cm = self.configuration_manager
+        net = self.build_network_architecture(cm.network_arch_class_name, cm.network_arch_init_kwargs,
+                                              cm.network_arch_init_kwargs_req_import, self.num_input_channels,
+                                              self.label_manager.num_segmentation_heads, self.enable_deep_supervision)
+        net.to(self.device)
+        self.network = torch.compile(net) if self._do_i_compile() else net
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)

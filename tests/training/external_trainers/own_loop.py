@@ -18,19 +18,17 @@ class nnUNetTrainerStopsEarly(nnUNetTrainer):
 
     def run_training(self):
         self.on_train_start()
-        for epoch in range(self.current_epoch, self.num_epochs):
+        while self.current_epoch < self.num_epochs:
+            epoch = self.current_epoch
             self.on_epoch_start()
             self.on_train_epoch_start()
-            train_outputs = []
-            for _ in range(self.num_iterations_per_epoch):
-                train_outputs.append(self.train_step(next(self.dataloader_train)))
-            self.on_train_epoch_end(train_outputs)
-            with torch.no_grad():
-                self.on_validation_epoch_start()
-                val_outputs = []
-                for _ in range(self.num_val_iterations_per_epoch):
-                    val_outputs.append(self.validation_step(next(self.dataloader_val)))
-                self.on_validation_epoch_end(val_outputs)
+            losses = [self.train_step(next(self.dataloader_train)) for _ in range(self.num_iterations_per_epoch)]
+            self.on_train_epoch_end(losses)
+            self.on_validation_epoch_start()
+            with torch.inference_mode():
+                results = [self.validation_step(next(self.dataloader_val))
+                           for _ in range(self.num_val_iterations_per_epoch)]
+            self.on_validation_epoch_end(results)
             self.on_epoch_end()
             if epoch >= 1:
                 self.print_to_log_file("No progress: stopping early")

@@ -45,11 +45,7 @@ class nnUNetTrainerTversky(nnUNetTrainer):
             base.dc = torch.compile(base.dc)
         if self.enable_deep_supervision:
             scales = self._get_deep_supervision_scales()
-            weights = np.array([1 / (2 ** i) for i in range(len(scales))])
-            if self.is_ddp and not self._do_i_compile():
-                weights[-1] = 1e-6
-            else:
-                weights[-1] = 0
-            weights = weights / weights.sum()
-            return DeepSupervisionWrapper(base, weights)
+            w = 0.5 ** np.arange(len(scales))
+            w[-1] = 1e-6 if self.is_ddp and not self._do_i_compile() else 0
+            return DeepSupervisionWrapper(base, w / w.sum())
         return base

@@ -62,27 +62,20 @@ class nnUNetTrainerWeightedCases(nnUNetTrainer):
             ignore_label=self.label_manager.ignore_label)
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         weights = np.arange(1, len(dataset_tr.identifiers) + 1) / np.arange(1, len(dataset_tr.identifiers) + 1).sum()
+        options = {"oversample_foreground_percent": self.oversample_foreground_percent, "pad_sides": None,
+                   "probabilistic_oversampling": self.probabilistic_oversampling}
         dl_tr = FirstCaseLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager,
-                                oversample_foreground_percent=self.oversample_foreground_percent,
-                                sampling_probabilities=weights, pad_sides=None, transforms=tr_transforms,
-                                probabilistic_oversampling=self.probabilistic_oversampling)
+                                sampling_probabilities=weights, transforms=tr_transforms, **options)
         dl_val = nnUNetDataLoader(dataset_val, self.batch_size, patch_size, patch_size, self.label_manager,
-                                  oversample_foreground_percent=self.oversample_foreground_percent,
-                                  sampling_probabilities=None, pad_sides=None, transforms=val_transforms,
-                                  probabilistic_oversampling=self.probabilistic_oversampling)
-        allowed_num_processes = get_allowed_n_proc_DA()
-        if allowed_num_processes == 0:
-            mt_gen_train = SingleThreadedAugmenter(dl_tr, None)
-            mt_gen_val = SingleThreadedAugmenter(dl_val, None)
+                                  sampling_probabilities=None, transforms=val_transforms, **options)
+        workers = get_allowed_n_proc_DA()
+        if workers == 0:
+            mt_gen_train, mt_gen_val = SingleThreadedAugmenter(dl_tr, None), SingleThreadedAugmenter(dl_val, None)
         else:
-            mt_gen_train = NonDetMultiThreadedAugmenter(
-                data_loader=dl_tr, transform=None, num_processes=allowed_num_processes,
-                num_cached=max(6, allowed_num_processes // 2), seeds=None,
-                pin_memory=self.device.type == "cuda", wait_time=0.002)
-            mt_gen_val = NonDetMultiThreadedAugmenter(
-                data_loader=dl_val, transform=None, num_processes=max(1, allowed_num_processes // 2),
-                num_cached=max(3, allowed_num_processes // 4), seeds=None,
-                pin_memory=self.device.type == "cuda", wait_time=0.002)
+            mt_gen_train, mt_gen_val = [
+                NonDetMultiThreadedAugmenter(data_loader=loader, transform=None, num_processes=workers, num_cached=4,
+                                             seeds=None, pin_memory=False, wait_time=0.002)
+                for loader in (dl_tr, dl_val)]
         _ = next(mt_gen_train)
         _ = next(mt_gen_val)
         return mt_gen_train, mt_gen_val

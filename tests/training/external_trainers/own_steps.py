@@ -17,31 +17,22 @@ class nnUNetTrainerMixup(nnUNetTrainer):
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
 
     def train_step(self, batch: dict) -> dict:
-        data = batch["data"]
-        target = batch["target"]
-        assert len(batch["keys"]) == len(data) and data.device.type == "cpu"
-        data = data.to(self.device, non_blocking=True)
-        if isinstance(target, list):
-            target = [i.to(self.device, non_blocking=True) for i in target]
-        else:
-            target = target.to(self.device, non_blocking=True)
+        images, target = batch["data"], batch["target"]
+        assert len(batch["keys"]) == len(images) and images.device.type == "cpu"
+        images, target = images.to(self.device), [t.to(self.device) for t in target]
         mixing = np.random.beta(0.2, 0.2)
-        order = torch.randperm(len(data))
-        data = mixing * data + (1 - mixing) * data[order]
+        order = torch.randperm(len(images))
+        images = mixing * images + (1 - mixing) * images[order]
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            output = self.network(data)
+            output = self.network(images)
             loss = mixing * self.loss(output, target) + (1 - mixing) * self.loss(output, [t[order] for t in target])
-        if self.grad_scaler is not None:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.optimizer.step()
+        scaler = self.grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False)
+        scaler.scale(loss).backward()
+        scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_value_(self.network.parameters(), 1)
+        scaler.step(self.optimizer)
+        scaler.update()
         return {"loss": loss.detach().cpu().numpy(), "mixing": float(mixing), "keys": list(batch["keys"])}
 
     def on_train_epoch_end(self, train_outputs):
@@ -50,16 +41,11 @@ class nnUNetTrainerMixup(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
 
     def validation_step(self, batch: dict) -> dict:
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = [i.to(self.device, non_blocking=True) for i in batch["target"]]
-        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            output = self.network(data)
-            loss = self.loss(output, target)
-        output, target = output[0], target[0]
-        axes = [0] + list(range(2, output.ndim))
-        output_seg = output.argmax(1)[:, None]
-        predicted = torch.zeros(output.shape, device=output.device, dtype=torch.float16)
-        predicted.scatter_(1, output_seg, 1)
-        tp, fp, fn, _ = get_tp_fp_fn_tn(predicted, target, axes=axes, mask=None)
-        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp.detach().cpu().numpy()[1:],
-                "fp_hard": fp.detach().cpu().numpy()[1:], "fn_hard": fn.detach().cpu().numpy()[1:]}
+        images, target = batch["data"].to(self.device), [t.to(self.device) for t in batch["target"]]
+        output = self.network(images)
+        loss = self.loss(output, target)
+        best = output[0]
+        predicted = torch.nn.functional.one_hot(best.argmax(1), best.shape[1]).movedim(-1, 1).half()
+        counts = get_tp_fp_fn_tn(predicted, target[0], axes=[0, *range(2, best.ndim)], mask=None)
+        named = dict(zip(("tp_hard", "fp_hard", "fn_hard"), (count[1:].cpu().numpy() for count in counts)))
+        return {"loss": loss.cpu().numpy(), **named}

@@ -171,3 +171,22 @@ def test_top_k_leaves_ignored_voxels_out_and_keeps_at_least_one(logits, labels):
 def test_cross_entropy_refuses_several_target_channels(logits, regions):
     with pytest.raises(AssertionError, match="one channel"):
         RobustCrossEntropyLoss()(logits, regions)
+
+
+@pytest.mark.parametrize("build", [
+    lambda: DC_and_CE_loss({"smooth": 1e-5, "ddp": False}, {}, ignore_label=3),
+    lambda: DC_and_topk_loss({"smooth": 1e-5, "ddp": False}, {"k": 10}, ignore_label=3)])
+def test_gradients_stay_finite_where_every_voxel_is_ignored(logits, labels, build):
+    given = logits.clone().requires_grad_()
+    build()(given, torch.full_like(labels, 3)).backward()
+    assert torch.isfinite(given.grad).all()
+
+
+@pytest.mark.parametrize(("k", "ignored", "count"), [(10, 0, 3), (10, 12, 2), (50, 31, 1), (1, 0, 1), (100, 8, 24)])
+def test_the_hardest_share_of_the_counted_voxels_is_averaged(k, ignored, count):
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 3, (2, 1, 4, 4), generator=torch.Generator().manual_seed(1))
+    labels.view(-1)[:ignored] = 3
+    voxels = torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="none", ignore_index=3).flatten()
+    expected = voxels[labels.flatten() != 3].sort(descending=True).values[:count].mean()
+    assert TopKLoss(k=k, ignore_index=3)(logits, labels) == pytest.approx(expected.item(), rel=1e-6)

@@ -46,10 +46,11 @@ class nnUNetTrainer_warmup(nnUNetTrainer):
             self._enter_stage_of(self.current_epoch)
         super().on_train_epoch_start()
 
-    def load_checkpoint(self, checkpoint: dict | str | os.PathLike[str]) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, in the stage of its epoch."""
         if not self.was_initialized:
             self.initialize()
+        checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
         self._enter_stage_of(checkpoint["current_epoch"])  # before its optimizer receives its state
