@@ -1,21 +1,15 @@
 """Losses, schedules, patches and transforms beside the reference release."""
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
 
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.data_augmentation.default_transforms import (
-    build_training_transforms,
     build_validation_transforms,
 )
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 pytestmark = pytest.mark.parity
 
@@ -224,83 +218,6 @@ def test_targets_are_equal(reference):
         for key, tensor in ours.items():
             assert np.array_equal(tensor.numpy(), theirs[key]) and tensor.numpy().dtype == theirs[key].dtype, key
     assert seen == set(theirs)
-
-
-AUGMENTED = """
-import random, torch
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
-
-torch.set_num_threads(1)
-for name, initial, patch, dummy_2d, labels, regions in value["cases"]:
-    manager = LabelManager(labels, regions)
-    axes = tuple(range(len(patch)))
-    transforms = nnUNetTrainer.get_training_transforms(
-        patch, (-0.5, 0.5), [[1] * len(patch), [0.5] * len(patch)], axes, dummy_2d, [True],
-        regions=manager.foreground_regions if manager.has_regions else None, ignore_label=manager.ignore_label)
-    for transform in transforms.transforms:
-        blur = getattr(transform, "transform", None)
-        if hasattr(blur, "benchmark"):
-            blur.benchmark = False
-    loader = nnUNetDataLoader(nnUNetDatasetBlosc2(value["folder"]), 2, initial, patch, manager, 0.33, None, None,
-                              False, transforms)
-    for seed in range(value["seeds"]):
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        batch = next(loader)
-        outputs[f"{name}.{seed}.data"] = batch["data"].numpy()
-        outputs[f"{name}.{seed}.keys"] = batch["keys"]
-        for number, target in enumerate(batch["target"]):
-            outputs[f"{name}.{seed}.{number}"] = target.numpy()
-"""
-
-
-def write_cases(folder) -> None:
-    rng = np.random.default_rng(0)
-    for number in range(3):
-        shape = (20 + number, 24, 28)
-        seg = np.zeros((1, *shape), np.int8)
-        seg[0, 4:12, 5:15, 6:20] = 1
-        seg[0, 8:10, 8:12, 9:14] = 2
-        seg[0, :, :3] = -1
-        locations = {label: np.argwhere(seg == label) for label in (1, 2)} | {(1, 2): np.argwhere(seg > 0)}
-        nnUNetDatasetBlosc2.save_case(
-            rng.normal(size=(1, *shape)).astype(np.float32), seg, {"class_locations": locations},
-            str(folder / f"case_{number}"), chunks=(1, 12, 12, 12), blocks=(1, 6, 6, 6))
-
-
-def test_seeded_batches_of_augmented_patches_are_equal(reference, tmp_path):
-    """Every random number is drawn in the same order: the same seed gives the same batch."""
-    folder = tmp_path / "cases"
-    folder.mkdir()
-    write_cases(folder)
-    regions = {"background": 0, "whole": [1, 2], "core": 2}
-    cases = [
-        ("3d", [26, 28, 27], [16, 16, 16], False, LABELS, None),
-        ("thin", [6, 30, 31], [6, 20, 22], True, LABELS, None),
-        ("2d", [30, 30], [20, 20], False, regions, [1, 2]),
-    ]
-    value = {"cases": cases, "folder": str(folder), "seeds": 12}
-    theirs, _ = reference.run(AUGMENTED, value=value)
-    torch.set_num_threads(1)
-    for name, initial, patch, dummy_2d, labels, order in cases:
-        manager = LabelManager(labels, order)
-        transforms = build_training_transforms(
-            patch, (-0.5, 0.5), [[1] * len(patch), [0.5] * len(patch)], tuple(range(len(patch))), dummy_2d, [True],
-            regions=manager.foreground_regions if manager.has_regions else None, ignore_label=manager.ignore_label)
-        loader = nnUNetDataLoader(nnUNetDatasetBlosc2(str(folder)), 2, initial, patch, manager, 0.33,
-                                  transforms=transforms)
-        for seed in range(value["seeds"]):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            batch = next(loader)
-            start = f"{name}.{seed}."
-            assert list(batch["keys"]) == list(theirs[start + "keys"])
-            np.testing.assert_allclose(batch["data"].numpy(), theirs[start + "data"], atol=1e-5, err_msg=start)
-            for number, target in enumerate(batch["target"]):
-                assert np.array_equal(target.numpy(), theirs[f"{start}{number}"]), start
 
 
 def test_curves_of_a_training_are_equal(reference, tmp_path):
