@@ -51,8 +51,8 @@ def describe_loss(loss):
     return {**told, **{name: describe_loss(getattr(loss, name)) for name in parts}}
 
 def describe_transform(t):
-    kind = [c.__name__ for c in type(t).__mro__]
-    told = {"kind": "SpatialTransform" if "SpatialTransform" in kind else kind[0]}
+    # Ours may be faster subclasses of the library's.
+    told = {"kind": next(c.__name__ for c in type(t).__mro__ if c.__module__.startswith("batchgeneratorsv2"))}
     for name, entry in vars(t).items():
         if name.startswith("_") or name in ("benchmark", "benchmark_use_fft"):
             continue
@@ -100,7 +100,9 @@ def describe(module, name):
     optimizer = trainer.optimizer
     told["optimizer"] = [type(optimizer).__name__, {k: plain(v) for k, v in optimizer.defaults.items()
                                                     if k in ("lr", "weight_decay", "momentum", "nesterov", "amsgrad")}]
-    told["norms"] = sorted({type(m).__name__ for m in trainer.network.modules() if "Norm" in type(m).__name__})
+    kinds = {next(c.__name__ for c in type(m).__mro__ if c.__module__.startswith("torch."))
+             for m in trainer.network.modules()}
+    told["norms"] = sorted(kind for kind in kinds if "Norm" in kind)
     told["schedule"] = type(trainer.lr_scheduler).__name__
     rates = []
     for epoch in (0, 1, 2, 3):
