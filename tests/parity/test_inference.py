@@ -60,7 +60,8 @@ def predicted(shared_data, reference, ours, tmp_path, monkeypatch) -> Path:
         for name, python, autocast in (("theirs", reference, "0"), ("ours", ours, "0"), ("bf16", ours, "1")):
             for kind in MODELS:
                 (tmp_path / name / kind).mkdir(parents=True)
-            python.environment["nnUNet_cpu_autocast"] = autocast
+            # More threads than free cores would wait for each other most of the time.
+            python.environment.update(nnUNet_cpu_autocast=autocast, OMP_NUM_THREADS="1", nnUNet_def_n_proc="1")
             python.run(PREDICT, [{**job, "output": str(tmp_path / name / kind)} for kind, job in zip(MODELS, jobs)])
         _predicted["folder"] = tmp_path
     return _predicted["folder"]
@@ -86,18 +87,26 @@ def test_probabilities_agree(kind, predicted):
         mine, theirs = (np.load(folder)["probabilities"] for folder in (predicted / "ours" / kind / path.name, path))
         assert mine.dtype == theirs.dtype == np.float32
         assert mine.shape == theirs.shape
-        differences = np.abs(mine - theirs)
-        close = np.mean(differences <= 2e-3)
-        print(kind, path.name, f"{100 * close:.3f} % within 2e-3, at most {differences.max():.4f}")
-        # What is beyond lies at corners, where the reference rounds logits to whole numbers.
-        assert close >= 0.99
-        assert differences.mean() < 2e-4
+        differences = np.abs(mine - theirs).max(axis=0)
+        inner = differences[tuple(map(_without_rim, differences.shape))]
+        print(kind, path.name, f"{100 * np.mean(differences <= 2e-3):.2f} % of voxels within 2e-3, without the rim "
+              f"{100 * np.mean(inner <= 2e-3):.3f} %, at most {inner.max():.4f}")
+        # At the rim of an image only the rims of tiles reach, and there the reference rounds logits to whole numbers.
+        assert np.mean(differences <= 2e-3) >= 0.98
+        assert np.mean(inner <= 2e-3) >= 0.9999
+        assert inner.max() <= 4e-3
+
+
+def _without_rim(side: int) -> slice:
+    """Leave out a tenth at both ends of an axis, unless it has a few slices only."""
+    rim = -(-side // 10) if side > 4 else 0
+    return slice(rim, side - rim)
 
 
 def _lay_out(kind: str, shared_data: Path, folder: Path) -> Path:
     """Copy a scan or two into a folder of cases."""
     folder.mkdir(parents=True)
-    hippocampus = sorted((shared_data / "hippocampus" / "images").glob("*.nii.gz"))[:2]
+    hippocampus = sorted((shared_data / "hippocampus" / "images").glob("*.nii.gz"))[:1]
     sources = {
         "spinalcord": sorted((shared_data / "spinalcord" / "ucl").rglob("images/*.nii.gz"))[:1],
         "retina": sorted((shared_data / "retina" / "chasedb1").rglob("*.jpg"))[:1],
