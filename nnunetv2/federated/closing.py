@@ -5,29 +5,21 @@ all of them. Documents come from an `Archive` and results go to it; nothing here
 """
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated import admission, aggregation, matching, messages, statistics, validation
+from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.comparing import first_difference
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
-from nnunetv2.federated.messages import (
-    CENSUS_KEY,
-    COARSE_KEY,
-    admission_key,
-    initial_key,
-    registration_key,
-    round_key,
-)
+from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, round_key
 from nnunetv2.federated.rounds import WEIGHT_KINDS, Closed, Gathering, GatheringKey, Kind
 from nnunetv2.federated.strict_json import json_digest
-from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, open_document, write_document
+from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, write_document
 
 MAX_DOCUMENT_BYTES = 256 << 20
 """Bound of everything that is not a set of weights."""
@@ -47,120 +39,6 @@ MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
     "round": messages.Update,
     "validation": messages.Validation,
 }
-
-
-# ---------------------------------------------------------------------------------------------------------- archive
-@dataclass(frozen=True)
-class Agreement:
-    """What the sites of a run agreed on when they registered."""
-
-    match: messages.Match
-    specs: Mapping[str, TensorSpec]
-    """Canonical name -> dtype and shape of every shared tensor."""
-
-    def specs_for(self, site: str) -> dict[str, TensorSpec]:
-        """Return the tensors that a site sends and receives in every round."""
-        return {name: spec for name, spec in self.specs.items() if site in self.match.shared[name]}
-
-    def specs_owned_by(self, site: str) -> dict[str, TensorSpec]:
-        """Return the tensors whose initial values a site sends."""
-        return {name: spec for name, spec in self.specs.items() if self.match.initial_owner[name] == site}
-
-
-class Archive:
-    """Open documents that were contributed or computed earlier.
-
-    Args:
-        contribution_path: (key, site, digest) -> file.
-        result_path: Key -> file.
-        find: Key -> its gathering, or None.
-        admitted: Run -> the sites that joined it after it had begun.
-        last_validation: Run -> the record of its newest pooled validation, or None.
-    """
-
-    def __init__(self, contribution_path: Callable[[str, str, str], Path], result_path: Callable[[str], Path],
-                 find: Callable[[str], Gathering | None], admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
-                 last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None) -> None:
-        self._contribution_path = contribution_path
-        self.result_path = result_path
-        self._find = find
-        self._admitted = admitted
-        self._last_validation = last_validation
-        self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
-
-    def is_closed(self, key: str) -> bool:
-        """Tell whether a gathering has its result."""
-        gathering = self._find(key)
-        return gathering is not None and gathering.is_closed
-
-    def contribution(self, key: str, site: str) -> Document:
-        """Open what a site contributed to a gathering that has begun."""
-        return open_document(self._contribution_path(key, site, self._find(key).contributions[site].digest))
-
-    def result(self, key: str) -> Document:
-        """Open the result of a closed gathering."""
-        return open_document(self.result_path(key))
-
-    @contextmanager
-    def contributions(self, gathering: Gathering) -> Iterator[dict[str, Document]]:
-        """Open everything that counts in a gathering: site -> document, in the order of the sites' names."""
-        key = str(gathering.key)
-        with ExitStack() as stack:
-            yield {site: stack.enter_context(open_document(
-                       self._contribution_path(key, site, gathering.contributions[site].digest)))
-                   for site in gathering.outcome.contributors}
-
-    def messages(self, key: str) -> dict[str, Any]:
-        """Return the messages of a closed gathering's contributions: site -> message."""
-        with self.contributions(self._find(key)) as documents:
-            return {site: document.message for site, document in documents.items()}
-
-    def agreement(self, run: str) -> Agreement:
-        """Return what the sites of a run agreed on, with those that were admitted later. Its registration is closed."""
-        admitted = self._admitted(run)
-        known = self._agreements.get(run)
-        if known is None or known[0] != admitted:
-            known = self._agreements[run] = (admitted, self._read_agreement(run, admitted))
-        return known[1]
-
-    def _read_agreement(self, run: str, admitted: tuple[str, ...]) -> Agreement:
-        with self.result(registration_key(run)) as document:
-            match = document.message
-        entries = {site: {entry.name: entry for entry in message.tensors}
-                   for site, message in self.messages(registration_key(run)).items()}
-        specs = {name: _spec_of(entries, sites) for name, sites in match.shared.items()}
-        for site in admitted:
-            with self.result(admission_key(run, site)) as document:
-                match = admission.with_site(match, document.message, site)
-        return Agreement(match, specs)
-
-    def registrations(self, run: str) -> dict[str, messages.Registration]:
-        """Return what every site of a run registered, in the order of their names."""
-        registered = self.messages(registration_key(run))
-        for site in self._admitted(run):
-            registered.update(self.messages(admission_key(run, site)))
-        return dict(sorted(registered.items()))
-
-    def last_validation(self, run: str) -> messages.PooledValidation | None:
-        """Return the newest pooled validation of a run, or None."""
-        record = self._last_validation(run)
-        return None if record is None else messages.PooledValidation.model_validate_json(json.dumps(record))
-
-    def best_round(self, run: str) -> int | None:
-        """Return the round whose aggregate is the best so far, or None if none was validated."""
-        last = self.last_validation(run)
-        return None if last is None else last.best_round
-
-    def forget(self, run: str) -> None:
-        """Forget what was agreed on for a run that begins anew."""
-        self._agreements.pop(run, None)
-
-
-def _spec_of(entries: Mapping[str, Mapping[str, messages.TensorEntry]], sites: Mapping[str, str]) -> TensorSpec:
-    """Return dtype and shape of a shared tensor, which are the same at all its sites."""
-    site, local_name = next(iter(sites.items()))
-    entry = entries[site][local_name]
-    return TensorSpec(entry.dtype, entry.shape)
 
 
 def names_for_site(key: GatheringKey, site: str, archive: Archive) -> tuple[str, ...] | None:

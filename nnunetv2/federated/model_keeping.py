@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
-from nnunetv2.federated.closing import Archive, agree_on_plans
+from nnunetv2.federated.closing import agree_on_plans
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import FINE_KEY, Registration, round_key
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically

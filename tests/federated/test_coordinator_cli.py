@@ -9,7 +9,7 @@ import time
 import pytest
 from fake_federation import PROJECT, CoordinatorProcess, coordinator_process, make_census, make_client, wait_until
 
-from nnunetv2.federated.coordinator import cli
+from nnunetv2.federated.coordinator import address, cli
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.messages import CENSUS_KEY
 from nnunetv2.federated.site import decode_invitation, join
@@ -82,8 +82,8 @@ def test_the_names_of_the_sites_are_asked_for_where_somebody_can_answer(tmp_path
     ({"host": "0.0.0.0", "url": "https://hospital.example:8750"}, True, "https://hospital.example:8750"),
 ])
 def test_other_machines_are_served_with_tls(options, speaks_tls, url):
-    address = cli.Address(port=1, **options)
-    assert (address.speaks_tls, address.public_url) == (speaks_tls, url)
+    place = address.Address(port=1, **options)
+    assert (place.speaks_tls, place.public_url) == (speaks_tls, url)
 
 
 @pytest.mark.parametrize(("options", "complaint"), [
@@ -94,14 +94,14 @@ def test_other_machines_are_served_with_tls(options, speaks_tls, url):
 ])
 def test_addresses_that_make_no_sense_are_refused(options, complaint):
     with pytest.raises(FederationError, match=complaint):
-        cli.Address(**options)
+        address.Address(**options)
 
 
 def test_a_start_without_options_keeps_the_address(tmp_path):
     arguments = cli.build_parser().parse_args(["--host", "10.0.0.5", "--insecure"])
-    first = cli.settle_address({}, arguments)
-    assert (first.host, first.insecure, first.port) == ("10.0.0.5", True, cli.DEFAULT_PORT)
-    again = cli.settle_address({"host": first.host, "insecure": True, "port": 99, "url": None},
+    first = address.settle_address({}, arguments)
+    assert (first.host, first.insecure, first.port) == ("10.0.0.5", True, address.DEFAULT_PORT)
+    again = address.settle_address({"host": first.host, "insecure": True, "port": 99, "url": None},
                                cli.build_parser().parse_args([]))
     assert (again.host, again.insecure, again.port) == ("10.0.0.5", True, 99)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
+from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.book import RoundBook
 from nnunetv2.federated.coordinator.closer import Closer
@@ -73,7 +74,7 @@ class Coordinator:
         self.clock = clock
         self.book = RoundBook(settings, store.load_gatherings(settings), store.load_controls())
         self.book.restarted(clock())
-        self.archive = closing.Archive(store.contribution_path, store.result_path, self.book.get, self.book.admitted,
+        self.archive = Archive(store.contribution_path, store.result_path, self.book.get, self.book.admitted,
                                        store.load_last_validation)
         self.on_change: Callable[[str], None] = lambda key: None
         """Called with a key whenever its gathering has changed, on any thread."""
