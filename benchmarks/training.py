@@ -213,7 +213,8 @@ def measure_turns(folder: Path, python: str, value: dict, repeats: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     args = build_parser().parse_args(argv)
-    print(f"load {os.getloadavg()}, {args.threads} threads, {args.clock} time, patch {args.patch}, {args.repeats} repeats", flush=True)
+    print(f"load {os.getloadavg()}, {args.threads} threads, {args.clock} time, patch {args.patch}, "
+          f"{args.repeats} repeats", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "trainers").mkdir()
