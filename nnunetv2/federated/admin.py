@@ -1,4 +1,4 @@
-"""Operate a federation from the command line: invite, revoke, steer runs, change settings.
+"""Operate a federation from the command line: invite, revoke, steer runs, change settings, look at the audit log.
 
 Talks to the coordinator that serves a folder, as the operator that its start has appointed on this machine, or to any
 coordinator that this machine's credential belongs to, if that is an operator's. Needs the standard library only, and
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
+from nnunetv2.federated import audit_commands
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.site import SiteCredential, check_site_name, is_loopback, load_credential
 
@@ -151,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.choices["proceed"].add_argument("--gathering", metavar="KEY", help="which, if the run waits for several")
     _add(commands, "settings", change_settings, "show the settings, or change them while the federation is at work")
     _add_settings(commands.choices["settings"])
+    audit_commands.add_commands(commands)
     return parser
 
 
@@ -185,6 +187,9 @@ def operator_credential(folder: Path | None) -> SiteCredential:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_admin`."""
     arguments = build_parser().parse_args(argv)
+    if "function_of_folder" in arguments:  # needs no coordinator
+        arguments.function_of_folder(arguments.folder or DEFAULT_FOLDER, arguments)
+        return 0
     arguments.function(operator_credential(arguments.folder), arguments)
     return 0
 

@@ -163,12 +163,13 @@ class RoundBook:
     # ------------------------------------------------------------------------------------------------------ closing
     def ready(self, now: float) -> list[Gathering]:
         """List what can be closed now, in the order in which it should be."""
-        ready = [gathering for gathering in self._open_ones() if may_close(gathering, now)]
+        ready = [gathering for gathering in self.open_gatherings() if may_close(gathering, now)]
         return sorted(ready, key=lambda one: (ORDER_OF_CLOSING.get(one.key.kind, 1), one.key.number or 0))
 
     def next_due(self) -> float | None:
         """Return when the next gathering closes by itself."""
-        return min((due for gathering in self._open_ones() if (due := due_at(gathering)) is not None), default=None)
+        return min((due for gathering in self.open_gatherings() if (due := due_at(gathering)) is not None),
+                   default=None)
 
     def restarted(self, now: float) -> None:
         """Let deadlines count from the coordinator's start: nobody could contribute while it was away."""
@@ -177,8 +178,9 @@ class RoundBook:
             if gathering.outcome is None:
                 self._gatherings[text] = replace(gathering, opened=max(gathering.opened, now))
 
-    def _open_ones(self) -> list[Gathering]:
-        return [self._present(self._gatherings[text]) for text in sorted(self._open)]
+    def open_gatherings(self) -> list[Gathering]:
+        """List the gatherings that have begun and have no result; among them those that were refused."""
+        return [self._present(self._gatherings[text]) for text in sorted(self._open) if text in self._gatherings]
 
     # --------------------------------------------------------------------------------------------------------- runs
     @property

@@ -20,6 +20,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import IO, Any, Literal
 
+from nnunetv2.federated import audit
 from nnunetv2.federated.audit import Event, add_event
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.book import RunControl
@@ -176,22 +177,24 @@ class Store:
             add_event(connection, event)
         shutil.rmtree(self.folder / "gatherings" / "runs" / run, ignore_errors=True)
 
-    def load_rounds(self, run: str, first: int = 0) -> list[dict[str, Any]]:
-        """Return the records of the closed rounds of a run, from round `first` on, in order."""
-        return self._records("rounds", run, first)
+    def load_rounds(self, run: str, first: int = 0, limit: int = -1) -> list[dict[str, Any]]:
+        """Return the records of the closed rounds of a run, from round `first` on, in order, at most `limit`."""
+        return self._records("rounds", run, first, limit)
 
-    def load_validations(self, run: str, first: int = 0) -> list[dict[str, Any]]:
-        """Return the pooled validations of a run, from round `first` on, in order."""
-        return self._records("validations", run, first)
+    def load_validations(self, run: str, first: int = 0, limit: int = -1) -> list[dict[str, Any]]:
+        """Return the pooled validations of a run, from round `first` on, in order, at most `limit`."""
+        return self._records("validations", run, first, limit)
 
     def load_last_validation(self, run: str) -> dict[str, Any] | None:
         """Return the newest pooled validation of a run, or None."""
         rows = self._database.rows("SELECT record FROM validations WHERE run = ? ORDER BY number DESC LIMIT 1", run)
         return json.loads(rows[0][0]) if rows else None
 
-    def _records(self, table: Literal["rounds", "validations"], run: str, first: int) -> list[dict[str, Any]]:
+    def _records(self, table: Literal["rounds", "validations"], run: str, first: int,
+                 limit: int) -> list[dict[str, Any]]:
         return [json.loads(row[0]) for row in self._database.rows(
-            f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number", run, first)]  # noqa: S608
+            f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number LIMIT ?",  # noqa: S608
+            run, first, limit)]
 
     # ------------------------------------------------------------------------------------------------ documents
     def incoming_path(self) -> Path:
@@ -335,9 +338,9 @@ class Store:
             "SELECT time, kind, site, key, detail FROM events WHERE ?1 IS NULL OR kind = ?1 ORDER BY number", kind)
         return [Event(*row[:4], detail=json.loads(row[4])) for row in rows]
 
-    def load_log(self) -> list[tuple]:
-        """Return the audit log with its hashes: (number, time, kind, site, key, detail as JSON, hash)."""
-        return self._database.rows("SELECT number, time, kind, site, key, detail, hash FROM events ORDER BY number")
+    def load_log(self, after: int = 0) -> list[tuple]:
+        """Return the lines of the audit log after line `after`, with their hashes, as `audit.LINES` has them."""
+        return self._database.rows(f"{audit.LINES} WHERE number > ? ORDER BY number", after)
 
     def save_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
         """Write the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""

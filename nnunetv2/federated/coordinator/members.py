@@ -156,12 +156,15 @@ class Members:
         Raises:
             RefusedError: It belongs to none; the code is `unauthorized`, or `revoked` for a member's old token.
         """
-        name = token.partition(".")[0]
-        if name == LOCAL_OPERATOR and hmac.compare_digest(self._local_operator, hash_secret(token)):
+        return self.authenticate_hash(token.partition(".")[0], hash_secret(token))
+
+    def authenticate_hash(self, name: str, token_hash: str) -> Member:
+        """Return the member of this name if its token has this hash now; see `authenticate`."""
+        if name == LOCAL_OPERATOR and hmac.compare_digest(self._local_operator, token_hash):
             return Member(name, "operator")
         record = self._members.get(name)
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
-        if not hmac.compare_digest(expected, hash_secret(token)):
+        if not hmac.compare_digest(expected, token_hash):
             raise RefusedError("the coordinator does not know this credential, or it was revoked",
                                "Ask the coordinating site for a new invitation, and join with it: "
                                "nnUNetv2_fed_join INVITE.", code="unauthorized")
@@ -175,6 +178,14 @@ class Members:
         """Return the invitations that may still be sent out, by member."""
         return sorted((one for one in self._invitations.values() if one.secret is not None and now < one.expires),
                       key=lambda one: one.member)
+
+    def role_of_invited(self, name: str, invitation: str) -> Role | None:
+        """Return the role in which the secret of an invitation lets a member join, or None if it is not the member's.
+
+        Whether the invitation is still good is what `join` says.
+        """
+        record = self._invitations.get(hash_secret(invitation))
+        return self.role_of(name) if record is not None and record.member == name else None
 
     def role_of(self, name: str) -> Role | None:
         """Return the role of a member that is not revoked, or None."""
