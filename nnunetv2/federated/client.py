@@ -6,8 +6,10 @@ down for hours and a site that was killed have one remedy: ask again.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from urllib.parse import quote
 import numpy as np
 import requests
 
-from nnunetv2.federated import bodies
+from nnunetv2.federated import allow_list, bodies
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.http_session import (
     PIECE_BYTES,
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 GIVE_UP_AFTER_S = 86_400.0
+GIVE_UP_VARIABLE = "nnUNet_fed_give_up_after_h"
 TIMEOUT_S = 60.0
 POLL_S = 25.0
 """How long the coordinator may hold an answer back while it waits for other sites."""
@@ -58,22 +61,41 @@ def show_progress(text: str) -> None:
     print(text, flush=True)
 
 
+def patience_from_environment() -> float:
+    """Return for how many seconds the people at this site let it wait for a coordinator that is away.
+
+    Raises:
+        ValueError: The environment variable holds no number of hours.
+    """
+    text = os.environ.get(GIVE_UP_VARIABLE)
+    if text is None:
+        return GIVE_UP_AFTER_S
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = -1.0
+    if not 0 <= hours < float("inf"):
+        raise ValueError(f"{GIVE_UP_VARIABLE} is {text!r}: set it to a number of hours, such as 48")
+    return hours * 3600
+
+
 class FederationClient:
     """A site's connection to its coordinator; a `Transport`. For one thread at a time.
 
     Args:
         credential: Who the site is, and where the coordinator.
         report: Told in one line what the site waits for, whenever that changes.
-        give_up_after_s: How long the coordinator may be away before `CoordinatorUnreachable` is raised.
+        give_up_after_s: How long the coordinator may be away before `CoordinatorUnreachable` is raised. None: as the
+            environment variable nnUNet_fed_give_up_after_h says, else a day.
         timeout_s: How long a connection may be silent before it counts as broken.
         pause_s: First pause before asking again; it doubles up to a minute.
     """
 
     def __init__(self, credential: SiteCredential, *, report: Callable[[str], object] = logger.info,
-                 give_up_after_s: float = GIVE_UP_AFTER_S, timeout_s: float = TIMEOUT_S, pause_s: float = 1.0) -> None:
+                 give_up_after_s: float | None = None, timeout_s: float = TIMEOUT_S, pause_s: float = 1.0) -> None:
         check_transport_is_safe(credential.url, insecure=credential.insecure)
         self.credential = credential
-        self.give_up_after_s = give_up_after_s
+        self.give_up_after_s = patience_from_environment() if give_up_after_s is None else give_up_after_s
         self.timeout_s = timeout_s
         self.pause_s = pause_s
         self._report = report
@@ -82,9 +104,14 @@ class FederationClient:
         self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-")
         self._document: Document | None = None
         self._number = 0
+        self._is_closing = threading.Event()
 
     def close(self) -> None:
-        """Close connections and remove temporary files. The last result cannot be read any more."""
+        """Close connections and remove temporary files. The last result cannot be read any more.
+
+        An exchange that another thread is waiting for ends with an error, at the latest with its next request.
+        """
+        self._is_closing.set()
         self._forget_document()
         self._session.close()
         self._folder.cleanup()
@@ -117,10 +144,20 @@ class FederationClient:
         return self.result(receipt.key or key)
 
     def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
-                   specs: Mapping[str, TensorSpec] | None = None) -> bodies.Receipt:
-        """Send this site's part of a gathering. Doing so again changes nothing."""
+                   specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> bodies.Receipt:
+        """Send this site's part of a gathering. Doing so again changes nothing.
+
+        This is the one place where documents leave the site; what its allow-list does not name stays.
+
+        Args:
+            patience_s: How long the coordinator may be away, where that differs from `give_up_after_s`.
+
+        Raises:
+            NotAllowedError: The allow-list of this site does not name a field or tensor; nothing was sent.
+        """
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
+        allow_list.check_document(message, specs, url=self.credential.url)
         with self._temporary_file() as path:
             digest = write_document(path, message, specs, (tensors[name] for name in specs))
             offer = bodies.Offer(digest=digest, size=path.stat().st_size)
@@ -135,7 +172,7 @@ class FederationClient:
                     answer = self._offer(key, offer)
                 return answer if isinstance(answer, bodies.Receipt) else self._upload(key, path, digest, answer.offset)
 
-            return self._persist(send)
+            return self._persist(send, patience_s)
 
     def result(self, key: str) -> Document:
         """Wait until a gathering is closed and return its result; see `exchange`."""
@@ -153,9 +190,9 @@ class FederationClient:
         return self._document
 
     # ------------------------------------------------------------------------------------------------- questions
-    def settings(self) -> bodies.FederationSettings:
+    def settings(self, *, patience_s: float | None = None) -> bodies.FederationSettings:
         """Return what holds for all sites of the federation."""
-        return self._persist(lambda: self._ask("GET", "settings", bodies.FederationSettings))
+        return self._persist(lambda: self._ask("GET", "settings", bodies.FederationSettings), patience_s)
 
     def run_state(self, run: str) -> bodies.RunState:
         """Return how far a training run is."""
@@ -171,10 +208,18 @@ class FederationClient:
         return self._persist(lambda: self._ask("GET", "status", bodies.Status))
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
-        """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises."""
+        """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises.
+
+        With a connection of its own: the other one may be in use by a thread that waits for a round.
+        """
+        timeout_s = min(FAILURE_TIMEOUT_S, self.timeout_s)
         try:
             report = bodies.FailureReport(run=run, round=round_number, reason=reason[:8000])
-            self._ask("POST", "failures", None, json_body=report, timeout_s=min(FAILURE_TIMEOUT_S, self.timeout_s))
+            allow_list.check_body("failure_report", report, url=self.credential.url)
+            with open_session(self.credential) as session, translated_errors(), session.post(
+                    f"{self.credential.url}/v1/failures", data=encode_json(report), timeout=timeout_s, stream=True,
+                    allow_redirects=False) as response:
+                check_status(response)
         except (FederationError, ValueError) as error:
             logger.warning("the coordinator could not be told of the failure: %s", error)
 
@@ -244,9 +289,9 @@ class FederationClient:
                 check_status(response)
                 yield response
 
-    def _persist(self, ask: Callable[[], Answer]) -> Answer:
+    def _persist(self, ask: Callable[[], Answer], patience_s: float | None = None) -> Answer:
         """Ask until there is an answer, with growing pauses, for as long as the site is willing to wait."""
-        pause = self.pause_s
+        pause, patience_s = self.pause_s, self.give_up_after_s if patience_s is None else patience_s
         first_failure: float | None = None
         while True:
             try:
@@ -257,11 +302,13 @@ class FederationClient:
                     first_failure = now  # most likely a connection that was idle for too long: not worth a line
                 else:
                     self._say(f"{error}{TRYING_AGAIN}")
-                remaining = first_failure + self.give_up_after_s - now
+                remaining = first_failure + patience_s - now
                 if remaining <= 0:
                     raise CoordinatorUnreachable(f"the coordinator at {self.credential.url} has not answered for "
-                                                 f"{self.give_up_after_s:g} s: {error}") from error
-                time.sleep(min(pause * random.uniform(0.5, 1.0), remaining))  # sites do not come back all at once
+                                                 f"{patience_s:g} s: {error}") from error
+                # Sites do not come back all at once.
+                if self._is_closing.wait(min(pause * random.uniform(0.5, 1.0), remaining)):
+                    raise FederationError("the connection was closed while it was in use") from error
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 if first_failure is not None and self._last_line is not None and self._last_line.endswith(TRYING_AGAIN):

@@ -30,6 +30,22 @@ class CoordinatorUnreachable(FederationError, ConnectionError):  # noqa: N818 - 
     """The coordinator did not answer for as long as the site was willing to wait."""
 
 
+class NotAllowedError(FederationError):
+    """This site's own list of what may leave it does not allow what was about to be sent."""
+
+
+class BrokenTrainingError(FederationError):
+    """The training of this site went wrong: there is nothing to send. The name of the child is what others hear."""
+
+
+class NonFiniteError(BrokenTrainingError):
+    """Weights or losses are NaN or infinite."""
+
+
+class ShortEpochError(BrokenTrainingError):
+    """An epoch had fewer iterations than it should have."""
+
+
 class RefusedError(FederationError):
     """The coordinator, or the rules of the federation, refuse a request.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Transport(Protocol):
     """What a site needs of whatever connects it to the coordinator. `FederationClient` is the transport over HTTP."""
 
-    def settings(self) -> FederationSettings:
+    def settings(self, *, patience_s: float | None = None) -> FederationSettings:
         """Return what holds for all sites of the federation."""
         ...
 
@@ -40,8 +40,12 @@ class Transport(Protocol):
         ...
 
     def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
-                   specs: Mapping[str, TensorSpec] | None = None) -> Receipt:
-        """Contribute to a gathering whose result this site does not wait for."""
+                   specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> Receipt:
+        """Contribute to a gathering whose result this site does not wait for.
+
+        Args:
+            patience_s: Seconds after which a coordinator that is away is given up; by default what the site has set.
+        """
         ...
 
     def act(self, run: str, action: str, gathering: str | None = None) -> RunState:
