@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.errors import FederationError, MatchingError
+from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError
 from nnunetv2.federated.transport import Transport
 from nnunetv2.federated.wire import Document
 
 Weights = Mapping[str, np.ndarray]
 """Local name -> float32 array."""
+VALIDATION_PATIENCE_S = 120.0
+"""How long to try to deliver what nobody waits for."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,11 @@ class Position:
     """Where a site that starts or returns has to go on."""
 
     epoch: int
-    """The next epoch to train; the number of epochs if the run is over."""
+    """The next epoch to train; the number of rounds that were closed if the run is over."""
     weights: Weights
     """The shared weights to go on with, under the site's own names."""
+    is_over: bool = False
+    """Whether there is nothing left to train: the run is complete, or the operator has stopped it."""
 
 
 class RunSession:
@@ -71,41 +75,91 @@ class RunSession:
             raise FederationError("register first: what is shared is not known yet")
         return {name: sites[self.site] for name, sites in self.match.shared.items() if self.site in sites}
 
-    def start(self, epoch: int, weights: Weights) -> Position:
+    def start(self, epoch: int, weights: Weights, *, staleness: int = 0) -> Position:
         """Find out where to go on, and with which weights.
 
         Args:
             epoch: The epoch that the site would train next on its own. It may be one ahead of the run: a site that
-                saved its best weights and was killed before the exchange trains that epoch again.
+                saved its weights before an exchange that did not come about trains that epoch again.
             weights: Its present weights. Where the run has not begun, those that this site owns become everybody's.
+            staleness: By how many more epochs a site may be ahead, because it trains on while a round is exchanged.
 
         Raises:
-            FederationError: The site's checkpoint is ahead of the run, so it belongs to another federation.
+            FederationError: The site's checkpoint is ahead of the run, so it belongs to another federation; or the
+                operator has stopped the run before there was anything to go on from.
         """
         state = self.transport.run_state(self.run)
+        if state.closed and state.rounds_closed == 0:
+            raise FederationError(f"the operator has stopped run {self.run} before its first round was closed. "
+                                  "Ask the coordinating site")
         if not state.closed and state.open_round is None:
-            return Position(0, self._exchange_initial(weights))
-        open_round = state.num_rounds if state.closed else state.open_round
-        if epoch > open_round + 1:
+            return Position(0, self._begin(weights, is_registered=self.site in state.registered))
+        next_round = state.rounds_closed if state.closed else state.open_round
+        if epoch > next_round + 1 + staleness:
             raise FederationError(
-                f"run {self.run} is at round {open_round}, this site's checkpoint at epoch {epoch}: it comes from "
+                f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
                 "another federation. Start without --c to join this one, or use the credential of the other.")
-        if open_round == 0:
-            return Position(0, self._fetch(messages.initial_key(self.run)))
-        return Position(open_round, self._fetch(messages.round_key(self.run, open_round - 1)))
+        key = messages.round_key(self.run, next_round - 1) if next_round else messages.initial_key(self.run)
+        return Position(next_round, self._fetch(key), is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights,
                  metrics: Mapping[str, object]) -> tuple[Weights, messages.Aggregate]:
-        """Send the shared weights of a round, wait until it closes, and return the aggregate under local names."""
-        document = self.transport.exchange(messages.round_key(self.run, number), messages.Update(metrics=dict(metrics)),
-                                           self._under_canonical_names(weights, self.local_names))
+        """Send the shared weights of a round, wait until it closes, and return the aggregate under local names.
+
+        It may be that of another round, as its message says: of a later one if this site was late, of an earlier one
+        if the operator has stopped the run.
+
+        Raises:
+            NonFiniteError: The weights hold NaN or infinity; nothing was sent.
+            FederationError: This site has left the run.
+        """
+        update = self._under_canonical_names(weights, self.local_names)
+        check_finite(weights)
+        try:
+            document = self.transport.exchange(messages.round_key(self.run, number),
+                                               messages.Update(metrics=dict(metrics)), update)
+        except RefusedError as error:
+            raise self._explained(error) from error
         return self._read(document), document.message
 
-    def _exchange_initial(self, weights: Weights) -> Weights:
+    def wants_validation(self, aggregate: messages.Aggregate, *, is_last: bool) -> bool:
+        """Tell whether this site is to validate an aggregate: every so many rounds, as the operator says now."""
+        if aggregate.round is None or self.site not in aggregate.contributors:
+            return False
+        try:
+            every = self.transport.settings(patience_s=VALIDATION_PATIENCE_S).validate_every
+        except FederationError:
+            return False  # a coordinator that is away is the next exchange's affair
+        return every > 0 and (is_last or (aggregate.round + 1) % every == 0)
+
+    def send_validation(self, number: int, found: messages.Validation) -> str | None:
+        """Contribute what validating the aggregate of a round has shown; return why not, if it is not taken.
+
+        Nobody waits for it, and no training ends because of it.
+        """
+        try:
+            self.transport.contribute(messages.validation_key(self.run, number), found,
+                                      patience_s=VALIDATION_PATIENCE_S)
+        except FederationError as error:
+            return str(error)
+        return None
+
+    def _begin(self, weights: Weights, *, is_registered: bool) -> Weights:
+        """Give the initial weights that this site owns, and get all. A newcomer owns none."""
+        key = messages.initial_key(self.run)
+        if not is_registered:
+            return self._fetch(key)
         owned = {name: local for name, local in self.local_names.items() if self.match.initial_owner[name] == self.site}
-        document = self.transport.exchange(messages.initial_key(self.run), messages.Update(),
-                                           self._under_canonical_names(weights, owned))
-        return self._read(document)
+        update = self._under_canonical_names(weights, owned)
+        check_finite(update)
+        return self._read(self.transport.exchange(key, messages.Update(), update))
+
+    def _explained(self, error: RefusedError) -> FederationError:
+        """Say why this site is not expected in a round, where it has left the run itself."""
+        if error.code == "not_expected" and self.site in self.transport.run_state(self.run).left:
+            return FederationError(f"site {self.site} has left run {self.run}: its rounds go on without it. "
+                                   "nnUNetv2_train ... --c returns to it")
+        return error
 
     def _fetch(self, key: str) -> Weights:
         return self._read(self.transport.result(key))
@@ -124,3 +178,11 @@ class RunSession:
     def report_failure(self, number: int | None, reason: str) -> None:
         """Tell the coordinator that this site cannot go on, so that the others know whom they wait for."""
         self.transport.report_failure(self.run, number, reason)
+
+
+def check_finite(weights: Weights) -> None:
+    """Raise NonFiniteError, naming the tensor, if any value is NaN or infinite."""
+    broken = [name for name, values in weights.items() if not np.isfinite(values).all()]
+    if broken:
+        raise NonFiniteError(f"tensor {broken[0]} holds NaN or infinity ({len(broken)} of {len(weights)} tensors do): "
+                             "nothing was sent. Look at the last losses, and go on from the last checkpoint with --c")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, RefusedError
 from nnunetv2.federated.session import RunSession
 
 SHARED = {"w": {"a": "w.local", "b": "w"}, "v": {"a": "v", "b": "v"}, "x": {"b": "x", "c": "x"}}
@@ -27,7 +27,8 @@ class FakeTransport:
         return self.results[key]
 
     def run_state(self, run):
-        return SimpleNamespace(**{"open_round": None, "num_rounds": 4, "closed": False, **self.state})
+        return SimpleNamespace(**{"open_round": None, "num_rounds": 4, "closed": False, "registered": ("a", "b"),
+                                  "rounds_closed": 0, "left": (), **self.state})
 
 
 def document(message=None, **tensors):
@@ -64,12 +65,74 @@ def test_weights_travel_under_canonical_names_and_return_under_local_ones():
     (0, {"open_round": 2}, (2, "runs/run/rounds/1")),
     (3, {"open_round": 2}, (2, "runs/run/rounds/1")),
     (2, {"open_round": 2}, (2, "runs/run/rounds/1")),
-    (1, {"open_round": None, "closed": True}, (4, "runs/run/rounds/3")),
+    (1, {"open_round": None, "closed": True, "rounds_closed": 4}, (4, "runs/run/rounds/3")),
     (0, {"open_round": 0}, (0, "runs/run/initial")),
 ])
 def test_a_returning_site_goes_on_where_the_others_are(epoch, state, expected):
     results = {expected[1]: document(w=np.ones(2), v=np.ones(3))}
     assert make_session(state, results).start(epoch, {}).epoch == expected[0]
+
+
+def test_a_stopped_run_ends_with_its_last_round():
+    state = {"open_round": None, "closed": True, "rounds_closed": 2}
+    position = make_session(state, {"runs/run/rounds/1": document(w=np.ones(2), v=np.ones(3))}).start(1, {})
+    assert (position.epoch, position.is_over) == (2, True)
+
+
+def test_a_run_that_was_stopped_before_its_first_round_cannot_be_joined():
+    with pytest.raises(FederationError, match="before its first round"):
+        make_session({"closed": True}, {}).start(0, {})
+
+
+def test_a_newcomer_waits_for_initial_weights_and_gives_none():
+    session = make_session({"registered": ("b", "c")}, {"runs/run/initial": document(w=np.ones(2), v=np.ones(3))})
+    assert session.start(0, {}).weights.keys() == {"w.local", "v"}
+    assert session.transport.sent == {}
+
+
+def test_a_site_that_trains_on_during_an_exchange_may_be_two_ahead():
+    session = make_session({"open_round": 2}, {"runs/run/rounds/1": document(w=np.ones(2), v=np.ones(3))})
+    assert session.start(4, {}, staleness=1).epoch == 2
+
+
+def test_weights_that_are_not_finite_never_leave():
+    session = make_session({"open_round": 1}, {})
+    with pytest.raises(NonFiniteError, match="tensor v holds NaN or infinity .1 of 2"):
+        session.exchange(1, {"w.local": np.ones(2), "v": np.array([1, np.nan, 1])}, {})
+    assert session.transport.sent == {}
+
+
+def aggregate(number, *sites):
+    return messages.Aggregate(round=number, contributors=dict.fromkeys(sites, 1.0))
+
+
+@pytest.mark.parametrize(("every", "number", "is_last", "expected"), [
+    (1, 0, False, True), (2, 0, False, False), (2, 1, False, True), (2, 2, True, True), (0, 2, True, False)])
+def test_the_operator_says_which_aggregates_are_validated(every, number, is_last, expected):
+    session = make_session({}, {})
+    session.transport.settings = lambda patience_s: SimpleNamespace(validate_every=every)
+    assert session.wants_validation(aggregate(number, "a", "b"), is_last=is_last) is expected
+    assert not session.wants_validation(aggregate(number, "b", "c"), is_last=is_last)  # it did not take part
+
+
+def test_no_training_ends_because_a_validation_is_not_taken():
+    def refuse(*_, **__):
+        raise CoordinatorUnreachable("nobody there")
+
+    session = make_session({}, {})
+    session.transport.settings = session.transport.contribute = refuse
+    assert not session.wants_validation(aggregate(0, "a", "b"), is_last=True)
+    assert session.send_validation(0, messages.Validation(tp=(1,), fp=(1,), fn=(1,))) == "nobody there"
+
+
+def test_a_site_that_has_left_is_told_how_to_return():
+    def refuse(*_):
+        raise RefusedError("site a does not take part", code="not_expected")
+
+    session = make_session({"left": ("a",)}, {})
+    session.transport.exchange = refuse
+    with pytest.raises(FederationError, match="has left run run.* --c returns"):
+        session.exchange(1, {"w.local": np.ones(2), "v": np.ones(3)}, {})
 
 
 def test_a_checkpoint_ahead_of_the_run_is_refused():
