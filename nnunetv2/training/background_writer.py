@@ -23,8 +23,8 @@ class _Task(NamedTuple):
 class BackgroundWriter:
     """Run functions in one thread, in the order in which they came.
 
-    A task that still waits when a newer one of its name arrives is dropped: of a file that is written again and again,
-    only the newest content matters. The thread lives while there is something to do, and is no daemon: what was handed
+    A newer task takes the place of one of its name that still waits: of a file that is written again and again, only
+    the newest content matters. The thread lives while there is something to do, and is no daemon: what was handed
     over is written even if the program ends meanwhile.
     """
 
@@ -43,8 +43,12 @@ class BackgroundWriter:
             is_vital: Its failure ends the training, at the next `raise_failure`. Of others the log tells.
         """
         with self._changed:
-            self._waiting = [task for task in self._waiting if task.name != name]
-            self._waiting.append(_Task(name, function, arguments, is_vital))
+            task = _Task(name, function, arguments, is_vital)
+            names = [waiting.name for waiting in self._waiting]
+            if name in names:  # in its place, so that a file does not wait for ever behind others
+                self._waiting[names.index(name)] = task
+            else:
+                self._waiting.append(task)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="background-writer", daemon=False)
                 self._thread.start()

@@ -21,7 +21,7 @@ def test_a_waiting_task_gives_way_to_a_newer_one_of_its_name():
         writer.submit(name, done.append, (name, value))
     gate.set()
     writer.wait()
-    assert done == [("latest", 1), ("best", 3)]
+    assert done == [("best", 3), ("latest", 1)]
 
 
 def fail():
