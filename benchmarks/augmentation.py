@@ -1,7 +1,8 @@
 """Measure how many augmented samples per second one process delivers, beside the reference release.
 
 Both read the same cases (.b2nd) and draw the same random numbers, so each round does the same work twice: once here,
-once in the reference's own environment. The rounds alternate; the medians of their times are compared.
+once in the reference's own environment, each set up as its workers are. The rounds alternate; medians are compared.
+Time is the processor time of the process, all its threads: other jobs on the machine disturb it little.
 
     python -m benchmarks.augmentation                 # 3d, 2d and thin patches
     python -m benchmarks.augmentation --task 3d --rounds 9
@@ -50,12 +51,17 @@ TASKS = {
     "2d_small": Task((150, 300, 300), (256, 192), ((1, 1),) + ((2, 2),) * 5, 40, 6),
 }
 
-# Runs in either environment: builds a loader, then answers each line "seed number" with the seconds it took.
+# Runs in either environment: builds a loader, then answers each line "seed number" with the CPU seconds it took.
 WORKER = """
 import json, random, sys, time
 import numpy as np
 import torch
 torch.set_num_threads(1)
+try:  # as in our workers; the reference has nothing like it
+    from nnunetv2.training.data_augmentation.augmenters import prepare_worker
+    prepare_worker()
+except ImportError:
+    pass
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -102,7 +108,7 @@ class LoaderProcess:
             pass  # imports may print
 
     def seconds_for(self, number: int, seed: int) -> float:
-        """Return how long a number of batches took."""
+        """Return the processor time that a number of batches took."""
         self._process.stdin.write(f"{seed} {number}\n")
         self._process.stdin.flush()
         return float(self._read_line())

@@ -10,6 +10,7 @@ With a seed, batches also come in a fixed order: worker w of n draws the batches
 """
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -38,6 +39,9 @@ REACTION_TIME_S = 0.2
 """How long anyone waits before looking whether the others still live. Batches are handed over without this delay."""
 NUM_READY_BATCHES = 2
 MAX_REPORT_LENGTH = 8000  # well below what a pipe takes without a reader
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_KEPT_ARRAY, LARGEST_KEPT_HEAP = 32 * 2**20, 512 * 2**20  # bytes; glibc allows no more than the first
 
 FAILURE_HINT = (
     "If memory ran out, use fewer workers (environment variable nnUNet_n_proc_DA, 0 for none). In a container, allow "
@@ -213,8 +217,7 @@ def choose_start_method() -> str:
 def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker: int, entropy: int) -> None:
     """Draw batches in a worker until told to stop, or until the process that started it is gone."""
     try:
-        torch.set_num_threads(1)
-        _limit_native_threads()
+        prepare_worker()
         seed_everything([entropy, worker])
         if hasattr(loader, "set_thread_id"):
             loader.set_thread_id(worker)
@@ -232,11 +235,21 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
         channels.abort.set()
 
 
-def _limit_native_threads() -> None:
-    """Keep numerical libraries to one thread each: the workers together fill the processor already."""
+def prepare_worker() -> None:
+    """Set up a process that does nothing but augment: one thread, and memory that is used again.
+
+    The workers together fill the processor already. Every sample needs the same few arrays of some MiB; glibc gives
+    such memory back when it is freed, and getting it anew means to fault in and clear each of its pages.
+    """
     from threadpoolctl import threadpool_limits
 
+    torch.set_num_threads(1)
     threadpool_limits(1)
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_ARRAY)
+            mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT_HEAP)
 
 
 def _share_(batch: dict) -> None:

@@ -150,10 +150,16 @@ class nnUNetDataLoader(DataLoader):
     def generate_train_batch(self) -> dict:
         """Return `data` `(b, c, *patch)`, `target` (a list of them with deep supervision) and the cases' `keys`."""
         keys = self.get_indices()
+        data, target = None, None
         with torch.no_grad():
-            samples = [self._load_sample(key, self.get_do_oversample(number)) for number, key in enumerate(keys)]
-        images, targets = zip(*samples)
-        return {"data": torch.stack(images), "target": _stack_targets(targets), "keys": np.asarray(keys)}
+            for number, key in enumerate(keys):
+                # Copied at once, while a sample is in the processor's cache and its memory can serve the next one.
+                image, labels = self._load_sample(key, self.get_do_oversample(number))
+                if data is None:
+                    data, target = _allocate(image, len(keys)), _allocate(labels, len(keys))
+                _write(data, number, image)
+                _write(target, number, labels)
+        return {"data": data, "target": target, "keys": np.asarray(keys)}
 
     def _load_sample(self, key: str, force_fg: bool) -> tuple[Tensor, Target]:
         """Read and transform a patch of one case."""
@@ -186,8 +192,19 @@ class nnUNetDataLoader(DataLoader):
         return (image[:, 0], labels[:, 0]) if self.patch_size_was_2d else (image, labels)
 
 
-def _stack_targets(targets: Sequence[Target]) -> Target:
-    """Stack targets of samples to a batch, per resolution if there are several."""
-    if isinstance(targets[0], (list, tuple)):
-        return [torch.stack(resolution) for resolution in zip(*targets)]
-    return torch.stack(targets)
+def _allocate(sample: Target, batch_size: int) -> Target:
+    """Return room for a batch of tensors like this one, or a list of them where it is a list."""
+    if isinstance(sample, (list, tuple)):
+        return [_allocate(entry, batch_size) for entry in sample]
+    return torch.empty((batch_size, *sample.shape), dtype=sample.dtype)
+
+
+def _write(batch: Target, number: int, sample: Target) -> None:
+    """Copy a sample to its place in a batch."""
+    if isinstance(sample, (list, tuple)):
+        for batch_entry, entry in zip(batch, sample):
+            _write(batch_entry, number, entry)
+    elif sample.shape != batch.shape[1:]:  # assignment would broadcast
+        raise ValueError(f"patches of a batch differ: {tuple(sample.shape)} and {tuple(batch.shape[1:])}")
+    else:
+        batch[number] = sample
