@@ -22,15 +22,14 @@ An offer spares a site the upload of what is held already or would be refused. E
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
@@ -41,67 +40,14 @@ from nnunetv2.federated.coordinator import steering
 from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.place import Place
+from nnunetv2.federated.coordinator.problems import answer_error, answer_nobody, answer_unknown, json_response
 from nnunetv2.federated.coordinator.service import Coordinator, Result, require_role
 from nnunetv2.federated.coordinator.uploads import announced, drain, read_json, receive
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.store import Traffic
-from nnunetv2.federated.strict_json import encode_json
-
-logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 55.0
 """Below the minute after which many proxies give up on an answer."""
-
-STATUS_OF_CODE = {
-    "unauthorized": 401,
-    "invitation_unknown": 403,
-    "invitation_used": 403,
-    "invitation_expired": 403,
-    "forbidden": 403,
-    "unknown_member": 404,
-    "unknown_run": 404,
-    "no_authority": 404,
-    "not_expected": 403,
-    "unknown_gathering": 404,
-    "length_required": 411,
-    "too_large": 413,
-    "damaged_in_transit": 400,
-    "incomplete_request": 400,
-    "taken_over": 400,
-}
-"""Status of a refusal by its code; 409 for all others."""
-
-
-# ---------------------------------------------------------------------------------------------------------- errors
-def problem_of(error: Exception) -> tuple[int, bodies.Problem]:
-    """Turn an error into a status code and its description: the one table for all requests."""
-    if isinstance(error, RefusedError):
-        status = STATUS_OF_CODE.get(error.code, 409)
-        return status, bodies.Problem(code=error.code, message=error.message[:8000], remedy=error.remedy[:8000])
-    if isinstance(error, FederationError):
-        return 400, bodies.Problem(code="invalid", message=str(error)[:8000])
-    if isinstance(error, OSError):
-        return 503, bodies.Problem(code="coordinator_trouble", message=f"trouble at the coordinator: {error}"[:8000])
-    return 500, bodies.Problem(code="internal_error", message="an error of the coordinator itself; its log says more")
-
-
-async def answer_error(request: Request, error: Exception) -> Response:
-    """Answer with the problem that an error describes."""
-    status, problem = problem_of(error)
-    if status >= 500:
-        logger.error("%s %s", request.method, request.url.path, exc_info=error)
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    return json_response(problem, status, headers)
-
-
-async def answer_nobody(request: Request, error: Exception) -> Response:
-    """End a request whose sender has gone."""
-    return Response(status_code=400)
-
-
-def json_response(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Answer with a message."""
-    return Response(encode_json(model), status, headers, media_type="application/json")
 
 
 # -------------------------------------------------------------------------------------------------------- handlers
@@ -320,8 +266,8 @@ def build_app(coordinator: Coordinator, place: Place) -> Starlette:
         yield
         await run_in_threadpool(coordinator.stop)
 
-    handlers: dict[Any, Any] = {FederationError: answer_error, OSError: answer_error, ClientDisconnect: answer_nobody,
-                                Exception: answer_error}
+    handlers: dict[Any, Any] = {FederationError: answer_error, OSError: answer_error, HTTPException: answer_unknown,
+                                ClientDisconnect: answer_nobody, Exception: answer_error}
     app = Starlette(lifespan=lifespan, exception_handlers=handlers, routes=[
         Route("/v1/authority", get_authority),
         Route("/v1/join", post_join, methods=["POST"]),
