@@ -272,18 +272,21 @@ def _close_round(gathering: Gathering, documents: Mapping[str, Document], settin
                                  metrics={site: document.message.metrics for site, document in documents.items()})
     before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
     with archive.result(before) as previous:
-        digest = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
-                                                 out_path=archive.result_path(str(key)))
-    return Computed(digest, record_of_round(gathering, message, settings, digest))
+        done = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
+                                               out_path=archive.result_path(str(key)))
+    return Computed(done.digest, record_of_round(gathering, message, settings, done))
 
 
 def record_of_round(gathering: Gathering, message: messages.Aggregate, settings: FederationSettings,
-                    digest: str) -> dict[str, Any]:
-    """Return what is remembered of a round: who contributed what, when and with which weight, and what held then."""
+                    done: aggregation.Aggregated) -> dict[str, Any]:
+    """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held."""
+    metrics = message.model_dump(mode="json")["metrics"]
     contributed = {site: {"weight": weight, "digest": held.digest, "bytes": held.size, "received": held.received,
-                          "metrics": message.model_dump(mode="json")["metrics"][site]}
+                          "metrics": metrics[site], "change_norm": done.changes[site].norm,
+                          "change_rms": done.changes[site].rms}
                    for site, weight in message.contributors.items() for held in (gathering.contributions[site],)}
     return {"round": gathering.key.number, "opened": gathering.opened, "closed": gathering.outcome.time,
-            "digest": digest, "sites": contributed, "missing": list(gathering.outcome.missing),
+            "digest": done.digest, "sites": contributed, "missing": list(gathering.outcome.missing),
             "failed": sorted(gathering.excused & set(gathering.outcome.missing)),
+            "outliers": aggregation.outliers(done.changes),
             "settings": settings.model_dump(mode="json", exclude={"federation", "sites"})}

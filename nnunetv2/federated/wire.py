@@ -15,8 +15,10 @@ import math
 import mmap
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from nnunetv2.utilities.atomic_write import replacing
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
 """What may travel: safetensors' name -> numpy dtype."""
 MAX_DIMENSIONS = 8
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
+"""Bytes that are read or written at a time: they stay in the processor's cache."""
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(DocumentMessage)
 
 
@@ -81,18 +84,22 @@ class Limits:
 
 
 class Document:
-    """An open document: its message is parsed, its tensors are read one by one through a memory map.
+    """An open document: its message is parsed, its tensors are read one by one, whole or in pieces.
 
-    Arrays that `read` has returned stay valid after `close`.
+    What the coordinator does with tensors, it does with `pieces` and `read_into`, whose memory does not depend on the
+    number and size of documents. `read` maps the file: the pages count as the process's own until the array is gone.
+    Several threads may read, one closes. Arrays that `read` has returned stay valid after `close`.
     """
 
     def __init__(self, path: Path, message: Message, specs: dict[str, TensorSpec], offsets: dict[str, int],
-                 content: mmap.mmap) -> None:
+                 file: FileIO) -> None:
         self.path = path
         self.message = message
         self.specs = specs
         self._offsets = offsets
-        self._content: mmap.mmap | None = content
+        self._file = file
+        self._lock = threading.Lock()
+        self._map: mmap.mmap | None = None
 
     def spec(self, name: str) -> TensorSpec:
         """Return dtype and shape of tensor `name`, or raise WireError if the document does not hold it."""
@@ -105,23 +112,44 @@ class Document:
         spec = self.spec(name)
         if spec.size == 0:
             return np.empty(spec.shape, DTYPES[spec.dtype])
-        return np.frombuffer(self._open_map(), DTYPES[spec.dtype], spec.size, self._offsets[name]).reshape(spec.shape)
+        if self._map is None:
+            self._map = mmap.mmap(self._open_file().fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._map, DTYPES[spec.dtype], spec.size, self._offsets[name]).reshape(spec.shape)
+
+    def read_into(self, name: str, begin: int, out: np.ndarray) -> None:
+        """Fill `out`, contiguous and of the tensor's dtype, with the elements of tensor `name` from `begin` on."""
+        spec = self.spec(name)
+        assert out.dtype == DTYPES[spec.dtype] and 0 <= begin <= spec.size - out.size
+        self._fill(self._offsets[name] + begin * out.itemsize, memoryview(out).cast("B"))
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of tensor `name` in pieces of a few MiB."""
+        """Yield the bytes of tensor `name` in pieces of up to one MiB; each is valid until the next is asked for."""
         start, stop = self._offsets[name], self._offsets[name] + self.specs[name].nbytes
-        view = memoryview(self._open_map())
+        buffer = memoryview(bytearray(min(_PIECE_BYTES, stop - start)))
         for begin in range(start, stop, _PIECE_BYTES):
-            yield view[begin:min(begin + _PIECE_BYTES, stop)]
+            piece = buffer[:min(_PIECE_BYTES, stop - begin)]
+            self._fill(begin, piece)
+            yield piece
 
     def close(self) -> None:
         """Let go of the file."""
-        self._content = None  # unmapped as soon as no array looks at it any more
+        self._file.close()
+        self._map = None  # unmapped as soon as no array looks at it any more
 
-    def _open_map(self) -> mmap.mmap:
-        if self._content is None:
+    def _fill(self, begin: int, buffer: memoryview) -> None:
+        with self._lock:
+            file = self._open_file()
+            file.seek(begin)
+            while len(buffer):
+                count = file.readinto(buffer)
+                if not count:
+                    raise WireError(f"{self.path.name} has been cut off while it was read")
+                buffer = buffer[count:]
+
+    def _open_file(self) -> FileIO:
+        if self._file.closed:
             raise ValueError(f"document {self.path.name} is closed")
-        return self._content
+        return self._file
 
     def __enter__(self) -> Document:
         return self
@@ -190,9 +218,10 @@ def document_size(message: Message, specs: Mapping[str, TensorSpec]) -> int:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
@@ -218,36 +247,42 @@ def open_document(path: Path, *, limits: Limits = Limits()) -> Document:  # noqa
     Raises:
         WireError: The file is larger than `limits`, or anything in it is not as this module would write it.
     """
-    content = _map_file(path, limits)
-    header = _read_header(content, limits)
-    entries = parse_json(header, what="the header")
-    if not isinstance(entries, dict):
-        raise WireError("the header is not a JSON object")
-    message = _decode_message(entries.pop("__metadata__", None))
-    if len(entries) > limits.tensors:
-        raise WireError(f"the document has {len(entries)} tensors, at most {limits.tensors} are allowed")
-    specs, offsets = _decode_entries(entries, data_begin=8 + len(header), file_size=len(content))
-    return Document(path, message, specs, offsets, content)
+    file = path.open("rb", buffering=0)  # what happens to its name later does not matter
+    try:
+        size = _checked_size(file, limits)
+        header = _read_header(file, size, limits)
+        entries = parse_json(header, what="the header")
+        if not isinstance(entries, dict):
+            raise WireError("the header is not a JSON object")
+        message = _decode_message(entries.pop("__metadata__", None))
+        if len(entries) > limits.tensors:
+            raise WireError(f"the document has {len(entries)} tensors, at most {limits.tensors} are allowed")
+        specs, offsets = _decode_entries(entries, data_begin=8 + len(header), file_size=size)
+    except BaseException:
+        file.close()
+        raise
+    return Document(path, message, specs, offsets, file)
 
 
-def _map_file(path: Path, limits: Limits) -> mmap.mmap:
-    """Map a file whose size is within the limits; what happens to its name later does not matter."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limits.file_bytes:
-            raise WireError(f"the document has {size} bytes, at most {limits.file_bytes} are allowed")
-        if size < 8:
-            raise WireError(f"a file of {size} bytes is no document")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _checked_size(file: FileIO, limits: Limits) -> int:
+    size = os.fstat(file.fileno()).st_size
+    if size > limits.file_bytes:
+        raise WireError(f"the document has {size} bytes, at most {limits.file_bytes} are allowed")
+    if size < 8:
+        raise WireError(f"a file of {size} bytes is no document")
+    return size
 
 
-def _read_header(content: mmap.mmap, limits: Limits) -> bytes:
-    length = int.from_bytes(content[:8], "little")
-    if length > len(content) - 8:
-        raise WireError(f"a file of {len(content)} bytes is cut off or no document")
+def _read_header(file: FileIO, size: int, limits: Limits) -> bytes:
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise WireError(f"a file of {size} bytes is cut off or no document")
     if length > limits.header_bytes:
         raise WireError(f"the header has {length} bytes, at most {limits.header_bytes} are allowed")
-    return content[8:8 + length]
+    header = bytearray()
+    while len(header) < length and (piece := file.read(length - len(header))):
+        header += piece
+    return bytes(header)
 
 
 def _decode_message(metadata: Any) -> Message:
@@ -316,12 +351,16 @@ def check_tensors(document: Document, expected: Mapping[str, TensorSpec]) -> Non
 
 def check_finite(document: Document) -> None:
     """Raise WireError, naming the tensor, if any value of the document is NaN or infinite."""
+    elements = _PIECE_BYTES // 4
+    verdicts = np.empty(elements, bool)
     for name, spec in document.specs.items():
         if spec.dtype == "I64":
             continue
-        values = document.read(name).reshape(-1)
-        for begin in range(0, values.size, _PIECE_BYTES):
-            if not np.isfinite(values[begin:begin + _PIECE_BYTES]).all():
+        values = np.empty(min(elements, spec.size), DTYPES[spec.dtype])
+        for begin in range(0, spec.size, elements):
+            block = values[:spec.size - begin]
+            document.read_into(name, begin, block)
+            if not np.isfinite(block, out=verdicts[:block.size]).all():
                 raise WireError(f"tensor {name} holds NaN or infinite values")
 
 

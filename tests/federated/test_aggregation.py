@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nnunetv2.federated.aggregation import aggregate_documents, collect_from_owners, weighted_mean
+from nnunetv2.federated import aggregation
+from nnunetv2.federated.aggregation import (
+    Change,
+    aggregate_documents,
+    collect_from_owners,
+    outliers,
+    weighted_mean,
+)
 from nnunetv2.federated.errors import AggregationError
 from nnunetv2.federated.messages import Aggregate, Update
 from nnunetv2.federated.wire import TensorSpec, open_document, write_document
@@ -29,8 +36,8 @@ def make_documents(folder, **sites):
 
 
 def aggregate(folder, documents, weights, **keywords):
-    digest = aggregate_documents(documents, weights, out_path=folder / "result", message=MESSAGE, **keywords)
-    return open_document(folder / "result"), digest
+    done = aggregate_documents(documents, weights, out_path=folder / "result", message=MESSAGE, **keywords)
+    return open_document(folder / "result"), done.digest
 
 
 @pytest.mark.parametrize(("weights", "expected"), [((1, 1), 2.0), ((3, 1), 1.0), ((1, 3), 3.0), ((0.5, 0.5), 2.0)])
@@ -134,8 +141,9 @@ def test_an_owner_that_does_not_deliver_is_named(tmp_path, owners):
         collect_from_owners(documents, owners, out_path=tmp_path / "result", message=MESSAGE)
 
 
-def test_memory_does_not_grow_with_sites_or_tensors(tmp_path):
-    size, tensors = 500_000, 4
+def test_memory_does_not_grow_with_sites_or_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregation, "_THREADS", 2)
+    size, tensors = 500_000, 8
 
     def peak_with(sites):
         documents = {}
@@ -145,10 +153,50 @@ def test_memory_does_not_grow_with_sites_or_tensors(tmp_path):
             write_document(tmp_path / f"s{site}", Update(), specs, values)
             documents[f"s{site}"] = open_document(tmp_path / f"s{site}")
         tracemalloc.start()
-        aggregate(tmp_path, documents, dict.fromkeys(documents, 1))
+        aggregate(tmp_path, documents, dict.fromkeys(documents, 1), previous=documents["s0"])
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
 
-    assert peak_with(2) < 1.8 * 4 * size + 4e6  # one tensor of 2 MB, and blocks
+    assert peak_with(2) < 3.2 * 4 * size + 4e6  # a tensor of 2 MB per thread, one that is written, and blocks
     assert peak_with(8) < 1.1 * peak_with(2)
+
+
+def test_the_change_of_every_site_is_measured_in_the_same_pass(tmp_path):
+    before = make_document(tmp_path / "before", {"v": np.float32([1, 1]), "w": np.float32([0, 0, 0])})
+    documents = make_documents(tmp_path, A={"v": np.float32([4, 5]), "w": np.float32([0, 0, 0])},
+                               B={"v": np.float32([1, 1])}, C={"w": np.float32([-12, 0, 0]), "v": np.float32([1, 6])})
+    done = aggregate_documents(documents, dict.fromkeys("ABC", 1), out_path=tmp_path / "result", message=MESSAGE,
+                               previous=before)
+    assert done.changes == {"A": Change(5.0, 5), "B": Change(0.0, 2), "C": Change(13.0, 5)}
+
+
+def test_changes_are_float64_over_many_blocks_and_do_not_depend_on_threads(tmp_path, monkeypatch):
+    rng = np.random.default_rng(2)
+    values = {f"t{index}": rng.normal(size=100_001).astype(np.float32) for index in range(5)}
+    documents = make_documents(tmp_path, A=values)
+    before = make_document(tmp_path / "before", {name: np.zeros_like(one) for name, one in values.items()})
+    found = set()
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(aggregation, "_THREADS", threads)
+        done = aggregate_documents(documents, {"A": 1}, out_path=tmp_path / "result", message=MESSAGE, previous=before)
+        found.add((done.digest, done.changes["A"].norm))
+    (_, norm), = found
+    assert norm == pytest.approx(np.sqrt(sum((one.astype(np.float64)**2).sum() for one in values.values())), rel=1e-13)
+
+
+@pytest.mark.parametrize(("distances", "expected"), [
+    ({"A": 1, "B": 100}, []),  # of two, nobody knows which is the odd one
+    ({"A": 1, "B": 1, "C": 3}, []),
+    ({"A": 1, "B": 1, "C": 3.1}, ["C"]),
+    ({"A": 1, "B": 2, "C": 1.5, "D": 20, "E": 30}, ["D", "E"]),
+    ({"A": 0, "B": 0, "C": 0.1}, ["C"]),
+    ({"A": 0, "B": 0, "C": 0}, []),
+])
+def test_a_conspicuous_change_is_one_far_beyond_the_median_of_the_others(distances, expected):
+    assert outliers({site: Change(float(value), 1) for site, value in distances.items()}) == expected
+
+
+def test_sites_that_share_less_are_compared_per_element():
+    assert outliers({"A": Change(10.0, 100), "B": Change(10.0, 100), "C": Change(10.0, 4)}) == ["C"]
+    assert outliers({"A": Change(10.0, 100), "B": Change(10.0, 100), "C": Change(2.0, 4)}) == []
