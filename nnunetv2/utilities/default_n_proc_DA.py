@@ -5,6 +5,12 @@ _DEFAULT = 12
 
 
 def get_allowed_n_proc_DA() -> int:
-    """Return the number in the environment variable nnUNet_n_proc_DA, or 12, but at most one per core."""
-    wanted = int(os.environ.get("nnUNet_n_proc_DA", _DEFAULT))
-    return min(wanted, os.cpu_count() or 1)
+    """Return the number in the environment variable nnUNet_n_proc_DA, or 12, but at most one per core.
+
+    Raises:
+        ValueError: The variable holds anything else than a whole number from 0.
+    """
+    text = os.environ.get("nnUNet_n_proc_DA", str(_DEFAULT)).strip()
+    if not text.isdecimal():
+        raise ValueError(f"nnUNet_n_proc_DA is {text!r}: set it to the number of augmentation workers (0 for none)")
+    return min(int(text), os.cpu_count() or 1)

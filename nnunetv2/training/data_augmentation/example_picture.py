@@ -133,8 +133,8 @@ def overlay(image: np.ndarray, masks: Sequence[np.ndarray], colors: Sequence[Seq
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """Mark the voxels of a mask that touch its outside, or the edge of the image."""
-    padded = np.pad(mask, 1)
+    """Mark the voxels of a mask that touch its outside. Beyond the edge of the image it is taken to go on."""
+    padded = np.pad(mask, 1, mode="edge")
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside
 

@@ -16,6 +16,7 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 
 from nnunetv2.training.data_augmentation import augmenters
 from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters, seed_everything
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 
 class Draws:
@@ -221,3 +222,10 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "2.5", ""])
+def test_a_number_of_workers_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("nnUNet_n_proc_DA", text)
+    with pytest.raises(ValueError, match="nnUNet_n_proc_DA is"):
+        get_allowed_n_proc_DA()

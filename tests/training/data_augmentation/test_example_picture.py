@@ -75,6 +75,9 @@ def test_masks_are_outlined_strongly_and_filled_lightly():
     assert painted[0, 0].tolist() == [0, 0, 0]
     assert painted[2, 2] == pytest.approx([0.2, 0, 0])
     assert painted[1, 2] == pytest.approx([0.9, 0, 0])
+    mask[:2] = True
+    at_the_edge = overlay(np.zeros((5, 5)), [mask], [(1, 0, 0)])[0, 2]
+    assert at_the_edge == pytest.approx([0.2, 0, 0])
 
 
 def test_intensities_are_stretched_and_flaws_are_white():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
+from nnunetv2.training.data_augmentation.augmenters import build_augmenters
 from nnunetv2.training.data_augmentation.default_transforms import (
     build_training_transforms,
     build_validation_transforms,
@@ -170,6 +171,30 @@ def test_a_seed_repeats_the_batches(make_loader):
         assert torch.equal(batch["data"], expected["data"])
         if batch is first[-1]:
             break
+
+
+def test_a_seed_repeats_the_batches_with_any_number_of_workers(make_loader):
+    expected = None
+    for number in (0, 2):
+        train, val = build_augmenters(make_loader(augment=True, scales=SCALES), make_loader(), num_processes=number,
+                                      pin_memory=False, entropy=(3, 0))
+        batches = [next(train) for _ in range(4)] + [next(val)]
+        for augmenter in (train, val):
+            if number:
+                augmenter._finish()
+        expected = expected or batches
+        for batch, wanted in zip(batches, expected):
+            assert list(batch["keys"]) == list(wanted["keys"])
+            assert torch.equal(batch["data"], wanted["data"])
+            assert torch.equal(batch["target"][0], wanted["target"][0])
+
+
+def test_patches_of_different_size_are_refused(make_loader):
+    loader = make_loader(batch_size=2)
+    sizes = iter([(1, 2, 2, 2), (1, 1, 2, 2)])
+    loader.transforms = lambda **sample: {name: torch.zeros(size) for size in [next(sizes)] for name in sample}
+    with pytest.raises(ValueError, match="patches of a batch differ"):
+        next(loader)
 
 
 def test_a_loader_can_be_pickled(make_loader):
