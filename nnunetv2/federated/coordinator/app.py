@@ -29,6 +29,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
@@ -38,6 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nnunetv2.federated import bodies
 from nnunetv2.federated.coordinator import steering
 from nnunetv2.federated.coordinator.changes import Changes
+from nnunetv2.federated.coordinator.limits import Gate, Limits
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.problems import answer_error, answer_nobody, answer_unknown, json_response
@@ -58,10 +60,15 @@ def coordinator_of(request: Request) -> Coordinator:
 
 def member_of(request: Request) -> Member:
     """Return who sends a request, by its bearer token."""
-    kind, _, token = request.headers.get("authorization", "").partition(" ")
-    member = coordinator_of(request).members.authenticate(token if kind.lower() == "bearer" else "")
+    member = coordinator_of(request).members.authenticate(bearer_token(request.scope))
     request.scope["member"] = member.name  # for TrafficMeter
     return member
+
+
+def bearer_token(scope: Scope) -> str:
+    """Return the token that a request shows, or ""."""
+    kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+    return token if kind.lower() == "bearer" else ""
 
 
 def site_of(request: Request) -> str:
@@ -251,12 +258,20 @@ class TrafficMeter:
         finally:
             if "member" in scope:
                 key = scope.get("path_params", {}).get("key", "")
+                if self.coordinator.book.get(key) is None:
+                    key = ""  # anybody can make up names: no counter for each
                 self.coordinator.members.count(scope["member"], key, Traffic(received, sent, self.coordinator.clock()))
 
 
-def build_app(coordinator: Coordinator, place: Place) -> Starlette:
+def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits()) -> Starlette:  # noqa: B008 - frozen
     """Build the application that serves a coordinator at a place; it starts and stops it too."""
     changes = Changes()
+
+    def identify(scope: Scope) -> str | None:
+        try:
+            return coordinator.members.authenticate(bearer_token(scope)).name
+        except RefusedError:
+            return None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -287,4 +302,5 @@ def build_app(coordinator: Coordinator, place: Place) -> Starlette:
     app.state.changes = changes
     app.state.place = place
     app.add_middleware(TrafficMeter, coordinator=coordinator)
+    app.add_middleware(Gate, limits=limits, identify=identify)
     return app

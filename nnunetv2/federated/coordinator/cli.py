@@ -45,6 +45,8 @@ DEFAULT_SITES = ("site1", "site2", "site3")
 STATE_FILE = "coordinator.json"
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
+OTHER_FILES = 256
+"""Files that a coordinator may need beside one per connection: documents of sites above all."""
 
 SETTINGS_OF_OPTIONS = {
     "sites": "sites",
@@ -192,9 +194,9 @@ def print_invitations(invitations: Sequence[InvitationRecord], federation: str, 
 
 def serve(store: Store, listener: socket.socket, address: Address) -> None:
     """Serve a federation until a signal says to stop."""
-    import uvicorn
-
     from nnunetv2.federated.coordinator.app import build_app
+    from nnunetv2.federated.coordinator.connections import GuardedServer, allow_many_files, guarded_config
+    from nnunetv2.federated.coordinator.limits import Limits
     from nnunetv2.federated.coordinator.place import Place
     from nnunetv2.federated.coordinator.service import Coordinator
 
@@ -204,7 +206,7 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
     coordinator = Coordinator(store, announce=say)
     app = build_app(coordinator, place)
 
-    class Server(uvicorn.Server):
+    class Server(GuardedServer):
         """Let waiting requests go at once when a signal comes, and say where the server is once it is up."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -220,9 +222,9 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
             app.state.changes.stop()
             super().handle_exit(sig, frame)
 
-    config = uvicorn.Config(app, access_log=False, log_config=None, lifespan="on", ws="none", server_header=False,
-                            timeout_keep_alive=75, timeout_graceful_shutdown=STOP_TIMEOUT_S,
-                            **tls_options(certificate))
+    limits = Limits()
+    limits = replace(limits, connections=max(128, min(limits.connections, allow_many_files() - OTHER_FILES)))
+    config = guarded_config(app, limits=limits, timeout_graceful_shutdown=STOP_TIMEOUT_S, **tls_options(certificate))
     try:
         with harmless_signals():
             Server(config).run(sockets=[listener])

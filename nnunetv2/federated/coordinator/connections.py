@@ -1,0 +1,146 @@
+"""Serve HTTP connections that cannot hold the server: those that are too slow or too many are dropped.
+
+uvicorn waits for ever for the headers of a new connection, for the rest of a body and for a reader that does not read.
+Its protocol class gets here what it lacks; what is too slow or too much, `limits.py` decides.
+"""
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from nnunetv2.federated import bodies
+from nnunetv2.federated.coordinator.limits import ConnectionBook, Limits, Pace, Phase
+from nnunetv2.federated.strict_json import encode_json
+
+HEADER_BYTES = 16 << 10
+"""Bytes that the headers of a request may have, or one line of a chunked body."""
+REST_BYTES = 5 << 20
+"""How much of a body is taken, and thrown away, after its request was answered: a sender that is cut off while it
+sends would miss the answer."""
+HANDSHAKE_S = 15.0
+KEEP_ALIVE_S = 75
+WATCH_S = 2.0
+
+
+class GuardedProtocol(H11Protocol):
+    """One connection, watched."""
+
+    book: ConnectionBook
+    """Of all connections of this server; a subclass has it."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.app_state = {**self.app_state, "connection": self}  # where the application finds it: scope["state"]
+        self.host = ""
+        self._pace = Pace()
+        self._received = 0
+        self._received_in_rest = 0
+        self._unsent = 0
+        self._times_sent = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------------------------------------ what asyncio calls
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.host = self.client[0] if self.client else ""
+        gives_way = self.book.opened(self, self.host)
+        if gives_way is not None:
+            gives_way.transport.abort()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._phase() == "rest":
+            self._received_in_rest += len(data)
+            if self._received_in_rest > REST_BYTES:
+                self.transport.abort()
+                return
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.book.closed(self)
+        super().connection_lost(exc)
+
+    # ------------------------------------------------------------------------------------------------------ watching
+    def _watch(self) -> None:
+        """Look again and again whether the connection makes progress, and drop it if not."""
+        unsent = self.transport.get_write_buffer_size()
+        self._times_sent += unsent != self._unsent
+        self._unsent = unsent
+        phase = self._phase()
+        progress = self._times_sent if phase == "answer" else self._received
+        if self._pace.is_too_slow(phase, progress, self.loop.time()):
+            self.transport.abort()
+        else:
+            self._timer = self.loop.call_later(WATCH_S, self._watch)
+
+    def _phase(self) -> Phase:
+        if self.transport.get_write_buffer_size():
+            return "answer"
+        answered = self.cycle is None or self.cycle.response_complete
+        if self.conn.their_state is h11.SEND_BODY:
+            if answered:
+                return "rest"
+            return "other" if self.flow.read_paused else "body"
+        has_begun = self.cycle is None or bool(self.conn.trailing_data[0])
+        return "headers" if answered and has_begun else "other"
+
+    # ------------------------------------------------------------------------------------------------------- answers
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as everything else is answered, if an answer can still be sent."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        body = encode_json(bodies.Problem(code="damaged_in_transit", message="the request is no proper HTTP",
+                                          remedy="If this happens again, something in between damages requests."))
+        head = h11.Response(status_code=400, reason=b"Bad Request", headers=[
+            ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")])
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+def guarded_config(app: ASGIApp, *, limits: Limits | None = None, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a server whose connections are watched."""
+    protocol = type("Protocol", (GuardedProtocol,), {"book": ConnectionBook(limits or Limits())})
+    # Below "error", uvicorn writes a line for every request that is no HTTP: whoever likes could fill a disk.
+    return uvicorn.Config(app, http=protocol, ws="none", lifespan="on", loop="asyncio", access_log=False,
+                          log_config=None, log_level="error", server_header=False, timeout_keep_alive=KEEP_ALIVE_S,
+                          h11_max_incomplete_event_size=HEADER_BYTES, **options)
+
+
+class GuardedServer(uvicorn.Server):
+    """A server that does not wait for long for the handshakes of TLS."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        if self.config.is_ssl:  # uvicorn has no option for it, and asyncio waits for a minute
+            loop.create_server = functools.partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_S)
+        await super().startup(sockets)
+
+
+def allow_many_files() -> int:
+    """Let this process open as many files and connections as the system grants, and return how many that are."""
+    try:
+        import resource
+    except ImportError:  # Windows, which sets no such limit
+        return 1 << 16
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1 << 16
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return most if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
