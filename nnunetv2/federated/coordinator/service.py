@@ -10,7 +10,6 @@ import hashlib
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from nnunetv2.federated.book import RoundBook
 from nnunetv2.federated.coordinator.closer import Closer
 from nnunetv2.federated.coordinator.members import INVITATION_LIFETIME_S, Member, Members
 from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
+from nnunetv2.federated.coordinator.quotas import check_room
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import registration_key, round_key
 from nnunetv2.federated.rounds import (
@@ -54,6 +54,17 @@ class Result:
     digest: str
 
 
+class Locks:
+    """One lock per name, made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, threading.RLock] = {}
+
+    def __getitem__(self, name: str) -> threading.RLock:
+        # A defaultdict can make two for two threads that ask at once; what setdefault does cannot be interrupted.
+        return self._locks.setdefault(name, threading.RLock())
+
+
 class Coordinator:
     """The coordinator of one federation.
 
@@ -78,7 +89,7 @@ class Coordinator:
                                        store.load_last_validation)
         self.on_change: Callable[[str], None] = lambda key: None
         """Called with a key whenever its gathering has changed, on any thread."""
-        self.locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+        self.locks = Locks()
         """One per gathering or run, for whoever changes it."""
         self.uploads = PartialUploads(store.folder / "incoming")
         self.closer = Closer(self)
@@ -159,6 +170,7 @@ class Coordinator:
         if size > limit:
             raise RefusedError(f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are "
                                "allowed", code="too_large")
+        check_room(gathering.key, site, size, book=self.book, folder=self.store.folder)
         return None
 
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> bodies.Receipt:
