@@ -14,12 +14,10 @@ from batchgeneratorsv2.helpers.scalar_type import RandomScalar
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
 from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
-from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.local.brightness_gradient import BrightnessGradientAdditiveTransform
 from batchgeneratorsv2.transforms.local.local_gamma import LocalGammaTransform
 from batchgeneratorsv2.transforms.noise.blank_rectangle import BlankRectangleTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.noise.median_filter import MedianFilterTransform
 from batchgeneratorsv2.transforms.noise.sharpen import SharpeningTransform
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
@@ -37,6 +35,7 @@ from nnunetv2.training.data_augmentation.default_transforms import (
     previous_stage_transforms,
     target_transforms,
 )
+from nnunetv2.training.data_augmentation.intensity import FastGammaTransform, SeparableBlurTransform
 from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform
 
 SCALING = (0.7, 1.43)
@@ -108,8 +107,8 @@ def _changing_intensities(ignore_axes: tuple[int, ...] | None) -> list[BasicTran
     return [
         OneOfTransform([
             RandomTransform(MedianFilterTransform((2, 8), p_same_for_each_channel=0, p_per_channel=0.5), 0.2),
-            RandomTransform(GaussianBlurTransform((0.3, 1.5), synchronize_channels=False, synchronize_axes=True,
-                                                  p_per_channel=0.5), 0.2),
+            RandomTransform(SeparableBlurTransform((0.3, 1.5), synchronize_channels=False, synchronize_axes=True,
+                                                   p_per_channel=0.5), 0.2),
         ]),
         RandomTransform(GaussianNoiseTransform((0, 0.1), p_per_channel=1, synchronize_channels=True), 0.1),
         RandomTransform(BrightnessAdditiveTransform(mu=0, sigma=0.5, synchronize_channels=False, p_per_channel=0.5),
@@ -119,8 +118,8 @@ def _changing_intensities(ignore_axes: tuple[int, ...] | None) -> list[BasicTran
             scale=(0.25, 1), synchronize_channels=False, synchronize_axes=True, ignore_axes=ignore_axes,
             p_per_channel=0.5), 0.15),
         # Both of them inverted: trainings with these weights are published, so it stays.
-        *[RandomTransform(GammaTransform(BGContrast((0.7, 1.5)), p_invert_image=1, synchronize_channels=False,
-                                         p_per_channel=1, p_retain_stats=1), 0.1) for _ in range(2)],
+        *[RandomTransform(FastGammaTransform(BGContrast((0.7, 1.5)), p_invert_image=1, synchronize_channels=False,
+                                             p_per_channel=1, p_retain_stats=1), 0.1) for _ in range(2)],
     ]
 
 

@@ -29,22 +29,18 @@ def sample_labels(
     Returns:
         `(c, *patch)` in the dtype of `labels`.
     """
-    local = grid.seen_from(start)
-    result = np.empty((len(labels), *grid.patch), labels.dtype)
-    for channel, out in zip(labels, result):
-        source = cut_source(_as_small_integers(channel, padding_label)[None], local, padding_label)
-        box = source.values[0]
-        lowest = box.min()
-        if lowest == box.max():
-            out[...] = lowest
-            continue
-        is_mixed = np.iinfo(box.dtype).min  # no label: it stands for cells whose voxels differ
-        codes = box.copy()
-        np.copyto(codes, is_mixed, where=find_mixed_cells(box))
-        out[...] = sample_lower_corners(codes[None], source)[0]
-        points = np.flatnonzero(out == is_mixed)
-        out.reshape(-1)[points] = _label_of_points(box, points, grid, shape, source, start)
-    return result
+    source = cut_source(_as_small_integers(labels, padding_label), grid.seen_from(start), padding_label)
+    box = source.values
+    lowest = box.min()
+    if lowest == box.max():
+        return np.full((len(labels), *grid.patch), lowest, labels.dtype)
+    is_mixed = np.iinfo(box.dtype).min  # no label: it stands for cells whose voxels differ
+    codes = box.copy()
+    np.copyto(codes, is_mixed, where=find_mixed_cells(box))
+    result = sample_lower_corners(codes, source)
+    points = np.flatnonzero(result == is_mixed)
+    result.reshape(-1)[points] = _label_of_points(points, grid, shape, source)
+    return result.astype(labels.dtype)
 
 
 def _as_small_integers(labels: np.ndarray, padding_label: int) -> np.ndarray:
@@ -54,47 +50,47 @@ def _as_small_integers(labels: np.ndarray, padding_label: int) -> np.ndarray:
 
 
 def find_mixed_cells(labels: np.ndarray) -> np.ndarray:
-    """Mark the cells, named by their lower corner, whose voxels do not all have one label.
+    """Mark the cells of label maps `(c, *spatial)`, named by their lower corner, whose voxels differ.
 
     At the upper edges, where there is no cell, the marks mean nothing.
     """
     flat = np.ascontiguousarray(labels).reshape(-1)
     mixed = np.zeros(flat.size, bool)
     stride = 1
-    for length in reversed(labels.shape):
+    for length in labels.shape[:0:-1]:
         # Two cells of the axes before, side by side on this axis: each of one label, and of the same one?
         # Neighbours are looked up in the flat array, which is fast, and wrong only across the edges.
-        change = flat[stride:] != flat[:-stride]
-        change |= mixed[stride:]
-        mixed[:-stride] |= change
+        if stride < flat.size:
+            change = flat[stride:] != flat[:-stride]
+            change |= mixed[stride:]
+            mixed[:-stride] |= change
         stride *= length
     return mixed.reshape(labels.shape)
 
 
-def _label_of_points(
-    box: np.ndarray, points: np.ndarray, grid: AffineGrid, shape: Sequence[int], source: Source, start: Sequence[int]
-) -> np.ndarray:
-    """Return the label with the largest share at some points of the patch, given by their flat index."""
+def _label_of_points(points: np.ndarray, grid: AffineGrid, shape: Sequence[int], source: Source) -> np.ndarray:
+    """Return the label with the largest share at some points, given by their flat index in `(c, *patch)`."""
+    channels, points = np.divmod(points, int(np.prod(grid.patch)))
+    box_shape = source.values.shape[1:]
     first = np.rint(grid.offset - source.grid.offset).astype(int)  # where the box begins in the whole source
     positions = _rounded_positions(points, grid, shape)
     if source.limits is not None:
         positions = [p.clip(low + f, high + f) for p, low, high, f in zip(positions, *source.limits, first)]
     lower = [np.floor(position) for position in positions]
-    strides = [int(np.prod(box.shape[axis + 1:])) for axis in range(box.ndim)]
+    strides = [int(np.prod(box_shape[axis + 1:])) for axis in range(len(box_shape))]
     cells = sum(((low.astype(np.intp) - begin) * stride for low, begin, stride in zip(lower, first, strides)),
-                np.zeros(len(points), np.intp))
-    corners = np.empty((2 ** box.ndim, len(points)), box.dtype)
+                channels * int(np.prod(box_shape)))
+    corners = np.empty((2 ** len(box_shape), len(points)), source.values.dtype)
     weights = np.ones(corners.shape, np.float32)
-    flat = box.reshape(-1)
-    for number, is_upper in enumerate(itertools.product((False, True), repeat=box.ndim)):
+    flat = source.values.reshape(-1)
+    for number, is_upper in enumerate(itertools.product((False, True), repeat=len(box_shape))):
         np.take(flat, cells + sum(itertools.compress(strides, is_upper)), out=corners[number], mode="clip")
         for position, low, upper in zip(positions, lower, is_upper):
             weights[number] *= position - low if upper else low + np.float32(1) - position
     nearest = np.zeros(len(points), np.intp)
     for position, low in zip(positions, lower):
         nearest = 2 * nearest + (np.rint(position) - low).astype(np.intp)
-    nearest_label = np.take_along_axis(corners, nearest[None], 0)[0]
-    return choose_labels(corners, weights, nearest_label)
+    return choose_labels(corners, weights, np.take_along_axis(corners, nearest[None], 0)[0])
 
 
 def _rounded_positions(points: np.ndarray, grid: AffineGrid, shape: Sequence[int]) -> list[np.ndarray]:

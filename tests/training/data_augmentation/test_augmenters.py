@@ -1,6 +1,7 @@
 """Workers that draw batches."""
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -172,6 +173,7 @@ def test_a_dead_worker_is_noticed_when_batches_come_in_turn(start):
 
 class DiesOfFullSharedMemory:
     def __next__(self) -> dict:
+        faulthandler.disable()  # pytest's, which reports every thread
         os.kill(os.getpid(), signal.SIGBUS)
 
 

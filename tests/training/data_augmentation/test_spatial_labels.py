@@ -83,8 +83,9 @@ def test_a_box_of_the_labels_gives_the_same_as_all_of_them():
 
 
 def test_cells_are_mixed_where_labels_meet():
-    labels = np.array([[1, 1, 2], [1, 1, 2], [1, 3, 2]])
-    assert find_mixed_cells(labels)[:2, :2].tolist() == [[False, True], [True, True]]
+    labels = np.array([[[1, 1, 2], [1, 1, 2], [1, 3, 2]], [[3, 3, 3], [3, 3, 3], [3, 3, 1]]])
+    assert find_mixed_cells(labels)[:, :2, :2].tolist() == [
+        [[False, True], [True, True]], [[False, False], [False, True]]]
 
 
 def test_equal_shares_go_to_the_nearest_voxel_or_else_to_the_lowest_label():
