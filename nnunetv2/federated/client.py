@@ -307,7 +307,7 @@ class FederationClient:
                     raise CoordinatorUnreachable(f"the coordinator at {self.credential.url} has not answered for "
                                                  f"{patience_s:g} s: {error}") from error
                 # Sites do not come back all at once.
-                if self._is_closing.wait(min(pause * random.uniform(0.5, 1.0), remaining)):
+                if self._is_closing.wait(min(max(pause * random.uniform(0.5, 1.0), error.wait_s), remaining)):
                     raise FederationError("the connection was closed while it was in use") from error
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +33,20 @@ SENT_AGAIN = ("damaged_in_transit", "wrong_offset", "taken_over")
 """Refusals of an upload that say nothing against the document itself."""
 
 
+LONGEST_RETRY_AFTER_S = 3600.0
+
+
 class NoAnswerError(FederationError):
-    """The coordinator did not answer properly this time, but may the next time; the text says why."""
+    """The coordinator did not answer properly this time, but may the next time; the text says why.
+
+    Args:
+        text: What is wrong.
+        wait_s: Seconds that the coordinator wants to be left alone for.
+    """
+
+    def __init__(self, text: str, wait_s: float = 0.0) -> None:
+        super().__init__(text)
+        self.wait_s = wait_s
 
 
 class RangeError(NoAnswerError):
@@ -121,12 +134,18 @@ def check_status(response: requests.Response) -> None:
         return
     problem = _problem_of(response)
     if status in (408, 425, 429) or status >= 500 or problem.code in SENT_AGAIN:
-        raise NoAnswerError(problem.message)
+        raise NoAnswerError(problem.message, _retry_after_s(response))
     if status == 416:
         raise RangeError("the coordinator has another result now than before")
     if status == 401:
         raise NotJoinedError(f"{problem.message} {problem.remedy}".rstrip())
     raise RefusedError(problem.message, problem.remedy, code=problem.code)
+
+
+def _retry_after_s(response: requests.Response) -> float:
+    """Return the seconds of a Retry-After header. One with a date is none of a coordinator's."""
+    text = response.headers.get("Retry-After", "")
+    return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch("[0-9]{1,9}", text) else 0.0
 
 
 def _problem_of(response: requests.Response) -> bodies.Problem:

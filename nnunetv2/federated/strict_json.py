@@ -14,6 +14,9 @@ from nnunetv2.federated.errors import WireError
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
+MAX_DEPTH = 64
+"""Brackets inside brackets. Plans have six."""
+
 
 def encode_json(model: BaseModel) -> bytes:
     """Return a message that travels without tensors, as JSON."""
@@ -55,7 +58,9 @@ def parse_json(data: bytes | str, *, what: str) -> Any:
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         text.encode("utf-8")  # a lone surrogate can hide in an escape sequence of the outer JSON
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
+        _check_depth(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise WireError(f"{what} is not proper JSON: {str(error):.200}") from None
 
@@ -65,6 +70,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a key is repeated")
     return content
+
+
+def _check_depth(value: Any) -> None:
+    """Look at the containers layer by layer: what comes after this may well be recursive."""
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        if not layer:
+            return
+        layer = [child for node in layer for child in (node.values() if isinstance(node, dict) else node)
+                 if isinstance(child, dict | list)]
+    if layer:
+        raise ValueError(f"brackets are nested more than {MAX_DEPTH} deep")
 
 
 def _refuse_constant(text: str) -> float:
