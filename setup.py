@@ -44,6 +44,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["nnunetv2", "nnunetv2.*"]),
     include_package_data=True,
+    package_data={"nnunetv2.federated.coordinator": ["static/*"]},
     install_requires=[
         "torch>=2.1.2",
         "dynamic-network-architectures>=0.4.4",

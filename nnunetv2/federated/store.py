@@ -338,9 +338,9 @@ class Store:
             "SELECT time, kind, site, key, detail FROM events WHERE ?1 IS NULL OR kind = ?1 ORDER BY number", kind)
         return [Event(*row[:4], detail=json.loads(row[4])) for row in rows]
 
-    def load_log(self, after: int = 0) -> list[tuple]:
-        """Return the lines of the audit log after line `after`, with their hashes, as `audit.LINES` has them."""
-        return self._database.rows(f"{audit.LINES} WHERE number > ? ORDER BY number", after)
+    def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
+        """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
+        return self._database.rows(f"{audit.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)
 
     def save_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
         """Write the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""

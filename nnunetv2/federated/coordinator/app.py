@@ -17,6 +17,8 @@ For operators:
     DELETE /v1/members/<name>        revoke a credential
     PATCH  /v1/settings              change what may be changed while the federation is at work
 
+For people who look on: the page and what it shows, see `page.py`.
+
 An offer spares a site the upload of what is held already or would be refused. Errors are JSON {code, message, remedy}.
 """
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -37,7 +39,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nnunetv2.federated import bodies
-from nnunetv2.federated.coordinator import steering
+from nnunetv2.federated.coordinator import page, steering
 from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.limits import Gate, Limits
 from nnunetv2.federated.coordinator.members import Member
@@ -278,7 +280,11 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         changes.bind()
         coordinator.on_change = changes.notify
         coordinator.start()
+        daily = asyncio.create_task(app.state.observatory.tell_head_daily())
         yield
+        daily.cancel()
+        with suppress(asyncio.CancelledError):
+            await daily
         await run_in_threadpool(coordinator.stop)
 
     handlers: dict[Any, Any] = {FederationError: answer_error, OSError: answer_error, HTTPException: answer_unknown,
@@ -297,10 +303,12 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
         Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),
         Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
+        *page.ROUTES,
     ])
     app.state.coordinator = coordinator
     app.state.changes = changes
     app.state.place = place
+    app.state.observatory = page.Observatory(coordinator, changes, url=place.url)
     app.add_middleware(TrafficMeter, coordinator=coordinator)
     app.add_middleware(Gate, limits=limits, identify=identify)
     return app

@@ -5,12 +5,17 @@ import asyncio
 import weakref
 from collections.abc import Callable
 
+ANYTHING = "*"
+"""Key of those who wait for any gathering to change."""
+
 
 class Changes:
     """Wake the requests that wait for a gathering to change."""
 
     def __init__(self) -> None:
         self.stopping = False
+        self.count = 0
+        """Changes since the start. Read by the event loop only."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
 
@@ -27,7 +32,7 @@ class Changes:
 
     def notify(self, key: str) -> None:
         """Wake those who wait for a gathering; from any thread."""
-        self._call(lambda: self._wake([key]))
+        self._call(lambda: self._wake([key, ANYTHING]))
 
     def stop(self) -> None:
         """Wake everybody, for good: the coordinator is about to stop. From any thread."""
@@ -39,6 +44,7 @@ class Changes:
             self._loop.call_soon_threadsafe(function)
 
     def _wake(self, keys: list[str]) -> None:
+        self.count += 1
         for key in keys:
             event = self._events.pop(key, None)
             if event is not None:

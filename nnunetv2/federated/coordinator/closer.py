@@ -33,6 +33,10 @@ class Closer:
         self._coordinator = coordinator
         self._wake = threading.Condition()
         self._stopping = False
+        self.num_closings = 0
+        """Gatherings that were closed or refused since the start."""
+        self.seconds_closing = 0.0
+        """Time that this took altogether."""
         self._trouble: dict[str, tuple[float, str]] = {}
         self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
 
@@ -98,7 +102,9 @@ class Closer:
                 self._trouble.pop(str(key), None)
                 gathering = self._compute_outcome(gathering)
                 coordinator.book.put(gathering)
-            coordinator.announce(_describe_outcome(gathering, time.perf_counter() - begin))
+            seconds = time.perf_counter() - begin
+            self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
+            coordinator.announce(_describe_outcome(gathering, seconds))
             if gathering.is_closed and key.kind in ("round", "validation"):
                 self.tidy_up(key.run)
             coordinator.members.save_traffic()

@@ -57,6 +57,15 @@ class PartialUploads:
                     if path.exists() and path.stat().st_size < WORTH_KEEPING_BYTES:
                         path.unlink()
 
+    def in_progress(self, key: str | None = None) -> dict[tuple[str, str], int]:
+        """Return how many bytes are here of each upload that is being received: (gathering's hash, site) -> bytes.
+
+        Args:
+            key: Only of this gathering.
+        """
+        found = {tuple(path.name.split(".")[:2]): upload.size for path, upload in list(self._writers.items())}
+        return {place: size for place, size in found.items() if key is None or place[0] == _hash_of(key)}
+
     def is_writer(self, upload: PartialUpload) -> bool:
         """Tell whether no newer request has taken over."""
         return self._writers.get(upload.path) is upload
@@ -76,7 +85,7 @@ class PartialUploads:
                 other.unlink()
 
     def _path(self, key: str, site: str, digest: str) -> Path:
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.{site}.{digest[:24]}.part"
+        return self._folder / f"{_hash_of(key)}.{site}.{digest[:24]}.part"
 
 
 class PartialUpload:
@@ -131,3 +140,8 @@ class PartialUpload:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _hash_of(key: str) -> str:
+    """Return what stands for a gathering in the names of files."""
+    return hashlib.sha256(key.encode()).hexdigest()[:24]

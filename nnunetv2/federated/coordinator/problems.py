@@ -82,6 +82,7 @@ def problem_of(error: Exception) -> tuple[int, bodies.Problem]:
 async def answer_error(request: Request, error: Exception) -> Response:
     """Answer with the problem that an error describes."""
     status, problem = problem_of(error)
+    request.app.state.observatory.refusals[problem.code] += 1
     if status >= 500:
         logger.error("%s %s", request.method, request.url.path, exc_info=error)
     return json_response(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
