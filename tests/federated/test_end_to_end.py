@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
 
-from demo.phantoms import Scanner, write_dataset
 from nnunetv2.federated.simulate import (
     LocalSite,
     RunningProcess,
@@ -27,53 +27,11 @@ from nnunetv2.federated.simulate import (
 
 pytestmark = pytest.mark.slow
 
-SCANNERS = {"north": Scanner(spacing_mm=(2.5, 2.5, 2.5), intensities=(300, 520, 760), noise=0.2, bias=0.1),
-            "south": Scanner(spacing_mm=(3.0, 2.0, 2.0), intensities=(60, 95, 130), noise=0.3, bias=0.05)}
-CONFIGURATION = "3d_fullres"
-
-
-def make_sites(folder: Path, *, num_train: int = 5, num_test: int = 1) -> list[LocalSite]:
-    """Write one small dataset per site, each below roots of its own."""
-    sites = []
-    for number, (name, scanner) in enumerate(SCANNERS.items()):
-        roots = {root: str(folder / name / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        site = LocalSite(name=name, dataset=str(601 + number), credential=folder / name / "site.json",
-                         environment={**roots, "nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"})
-        write_dataset(Path(roots["nnUNet_raw"]) / f"Dataset{site.dataset}_Phantom", scanner, num_train=num_train,
-                      num_test=num_test, seed=number)
-        sites.append(site)
-    return sites
-
-
-def shrink_plans(site: LocalSite, *, features: int = 4) -> None:
-    path = Path(site.environment["nnUNet_preprocessed"]) / f"Dataset{site.dataset}_Phantom" / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
-    configuration = plans["configurations"][CONFIGURATION]
-    configuration["batch_size"] = 2
-    network = configuration["architecture"]["arch_kwargs"]
-    network["features_per_stage"] = [features * 2**stage for stage in range(network["n_stages"])]
-    path.write_text(json.dumps(plans))
-
 
 def plan(sites: list[LocalSite], folder: Path, mode: str = "ffe") -> None:
-    run_everywhere(sites, lambda site: ["nnUNetv2_plan_and_preprocess", "-d", site.dataset, "--federated", mode,
-                                        "-c", CONFIGURATION, "-np", "1", "-npfp", "1"], step="plan", log_folder=folder)
+    run_everywhere(sites, lambda site: plan_command(site, mode), step="plan", log_folder=folder)
     for site in sites:
         shrink_plans(site)
-
-
-def train_command(site: LocalSite, *options: str, trainer: str = "nnUNetTrainerAsymFedAvg") -> list[str]:
-    return ["nnUNetv2_train", site.dataset, CONFIGURATION, "0", "-tr", trainer, "-device", "cpu", *options]
-
-
-def final_weights(site: LocalSite, trainer: str = "nnUNetTrainerAsymFedAvg") -> dict[str, np.ndarray]:
-    import torch
-
-    folder = Path(site.environment["nnUNet_results"]) / f"Dataset{site.dataset}_Phantom"
-    path = folder / f"{trainer}__nnUNetPlans__{CONFIGURATION}" / "fold_0" / "checkpoint_final.pth"
-    content = torch.load(path, weights_only=False)
-    assert content["current_epoch"] in (2, 4)  # the number of epochs of the tests below
-    return {name: tensor.numpy() for name, tensor in content["network_weights"].items()}
 
 
 def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
