@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import uvicorn
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.coordinator.app import build_app
+from nnunetv2.federated.coordinator.connections import GuardedServer, guarded_config
+from nnunetv2.federated.coordinator.limits import Limits
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.service import Coordinator
@@ -66,13 +67,13 @@ def make_weights(seed: int, shapes=SHAPES) -> dict[str, np.ndarray]:
 
 # ------------------------------------------------------------------------------------------------------------ sites
 def train(client: FederationClient, *, seed: int, num_rounds: int, run: str = RUN, num_cases: int = 3,
-          pause_s: float = 0.0, on_round: Callable[[int], None] = lambda number: None) -> str:
+          pause_s: float = 0.0, on_round: Callable[[int], None] = lambda number: None, shapes=SHAPES) -> str:
     """Take part in a run from wherever it is; return the digest of its last aggregate."""
     site = client.credential.site
-    match = client.exchange(registration_key(run), make_registration(num_cases)).message
+    match = client.exchange(registration_key(run), make_registration(num_cases, shapes)).message
     local_names = {name: sites[site] for name, sites in match.shared.items() if site in sites}
     own = {name for name, owner in match.initial_owner.items() if owner == site}
-    initial = make_weights(seed)
+    initial = make_weights(seed, shapes)
     client.exchange(initial_key(run), messages.Update(), {name: initial[local_names[name]] for name in own})
     state = client.run_state(run)
     number = num_rounds if state.closed else state.open_round or 0
@@ -140,7 +141,7 @@ class LocalFederation:
 
 
 @contextmanager
-def served(folder: Path, settings: FederationSettings) -> Iterator[LocalFederation]:
+def served(folder: Path, settings: FederationSettings, limits: Limits = Limits()) -> Iterator[LocalFederation]:  # noqa: B008
     """Serve a federation, made if there is none in the folder, on a free port."""
     lines: list[str] = []
     with Store(folder) as store:
@@ -149,9 +150,8 @@ def served(folder: Path, settings: FederationSettings) -> Iterator[LocalFederati
         coordinator = Coordinator(store, announce=lines.append)
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = build_app(coordinator, Place(url))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none",
-                                               timeout_graceful_shutdown=2))
+        app = build_app(coordinator, Place(url), limits=limits)
+        server = GuardedServer(guarded_config(app, limits=limits, timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)

@@ -1,0 +1,142 @@
+"""Give birth to coordinators and sites that can be killed, within milliseconds: a process that knows everything forks.
+
+Run as a program, it is that process: it reads one order per line, as JSON, and answers with the process id.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+class Nursery:
+    """The side of the test: starts the program, and asks it for processes."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, str(HERE / "nursery.py")], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1],
+                                         env={**os.environ, "PYTHONPATH": str(HERE.parents[1])})
+        assert self._process.stdout.readline() == "ready\n"
+
+    def start(self, **order: object) -> int:
+        """Start a coordinator or a site and return its process id."""
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End it, and what it has started."""
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of the nursery still runs; the nursery leaves no zombies."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- in the nursery
+def main() -> None:
+    import fake_federation  # noqa: F401 - so that children have it already
+
+    from nnunetv2.federated.coordinator import app, cli, connections, members, tls  # noqa: F401
+    from nnunetv2.federated.store import Store  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the dead
+    children = []
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            be_born(order)
+        children.append(pid)
+        print(pid, flush=True)
+    for pid in children:
+        if is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def be_born(order: dict) -> None:
+    """Become what was ordered; never returns."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    status = 1
+    try:
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for descriptor, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+            os.dup2(source, descriptor)
+        status = {"coordinator": coordinate, "site": take_part}[order["role"]](order)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def coordinate(order: dict) -> int:
+    """Be a coordinator, which may be doomed to die at a record of its journal."""
+    from nnunetv2.federated.coordinator import cli
+
+    if order.get("die_at"):
+        doom(order["die_at"], order["side"], skip_start=order["skip_start"])
+    return cli.main(order["arguments"])
+
+
+def take_part(order: dict) -> int:
+    """Be a fake site until the run is over; leave the digest of the last aggregate in a file."""
+    import fake_federation as f
+
+    with f.make_client(f.load_credential(Path(order["credential"]))) as client:
+        digest = f.train(client, seed=order["seed"], num_rounds=order["num_rounds"], pause_s=order["pause_s"],
+                         num_cases=order["num_cases"])
+    Path(order["digest"]).write_text(digest, encoding="ascii")
+    return 0
+
+
+def doom(record: int, side: str, *, skip_start: bool) -> None:
+    """Let this process kill itself at a transaction of the database: just before or just after it is committed.
+
+    Args:
+        record: Counted from 1.
+        skip_start: Whether those do not count that come before the coordinator says that it serves.
+    """
+    from nnunetv2.federated.coordinator import cli
+    from nnunetv2.federated.database import Database
+
+    original, write_state_file = Database.transaction, cli.write_state_file
+    count, serves = 0, not skip_start
+
+    @contextmanager
+    def transaction(self):
+        nonlocal count
+        with original(self) as connection:
+            yield connection
+            count += serves
+            if count == record and side == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if count == record:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def state_file_written(*args):
+        nonlocal serves
+        write_state_file(*args)
+        serves = True
+
+    Database.transaction, cli.write_state_file = transaction, state_file_written
+
+
+if __name__ == "__main__":
+    main()
