@@ -88,7 +88,7 @@ def train(client: FederationClient, *, seed: int, num_rounds: int, run: str = RU
     return file_digest(document.path)
 
 
-def in_threads(*functions: Callable[[], object]) -> list[object]:
+def in_threads(*functions: Callable[[], object], timeout_s: float = 60.0) -> list[object]:
     """Run functions at the same time and return what they return, or raise what the first of them raised."""
     results: list[object] = [None] * len(functions)
 
@@ -102,7 +102,7 @@ def in_threads(*functions: Callable[[], object]) -> list[object]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(timeout_s)
         assert not thread.is_alive(), "a fake site hangs"
     return results
 
