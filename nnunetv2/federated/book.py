@@ -34,7 +34,7 @@ class RunControl:
     left: frozenset[str] = frozenset()
     """Sites that have left the run, and are not expected until they return."""
     failed: Mapping[str, int] = field(default_factory=dict)
-    """Site -> the round in which it reported that it cannot go on. A contribution takes that back."""
+    """Site -> the round from which on it cannot go on, as it has reported. Contributing again takes that back."""
 
 
 class RoundBook:
@@ -155,7 +155,8 @@ class RoundBook:
         now = fresh_gathering(key, self.settings, expected=self.expected(key))
         return replace(
             gathering, expected=now.expected, quorum=now.quorum, deadline_s=now.deadline_s,
-            excused=frozenset(site for site, number in control.failed.items() if number == key.number),
+            excused=frozenset(site for site, number in control.failed.items()
+                              if key.number is not None and number <= key.number),
             is_held=control.state != "running" and key.kind in ("round", "initial"),
             is_superseded=str(key) in self._early or (
                 key.kind == "validation" and self.is_closed(round_key(key.run, key.number + 1))))

@@ -193,6 +193,20 @@ def test_a_failure_does_not_hold_up_a_round_that_has_its_quorum(make_federation)
     assert set(record["sites"]) == {"A", "B"}
 
 
+def test_a_site_that_failed_is_excused_until_it_is_back(make_federation):
+    federation = make_federation("A", "B", "C", quorum=2, deadline_s=1e6)
+    federation.start("A", "B", "C")
+    steering.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
+    for number in (0, 1):
+        federation.update(number, "A", 1), federation.update(number, "B", 2)
+        assert federation.aggregate(number)[0].missing == ("C",)
+    federation.send(registration_key(RUN), "C", make_registration(3))  # as a site does that starts again
+    federation.update(2, "A", 1), federation.update(2, "B", 2)
+    assert federation.coordinator.result(round_key(RUN, 2), "A").waiting_for == ("C",)
+    federation.update(2, "C", 3)
+    assert federation.aggregate(2)[0].missing == ()
+
+
 def test_a_late_update_is_dropped_and_written_down(make_federation):
     federation = make_federation("A", "B", "C", quorum=2, deadline_s=10)
     federation.start("A", "B", "C")

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
@@ -88,7 +88,9 @@ class Coordinator:
         self.archive = Archive(store.contribution_path, store.result_path, self.book.get, self.book.admitted,
                                        store.load_last_validation)
         self.on_change: Callable[[str], None] = lambda key: None
-        """Called with a key whenever its gathering has changed, on any thread."""
+        """Called with a key whenever its gathering has changed in a way that sites wait for, on any thread."""
+        self.on_progress: Callable[[str], None] = lambda key: None
+        """The same for what people like to know: that one site less is waited for."""
         self.locks = Locks()
         """One per gathering or run, for whoever changes it."""
         self.uploads = PartialUploads(store.folder / "incoming")
@@ -164,6 +166,7 @@ class Coordinator:
         """
         gathering = self._begin(self._place_of(parse_key(key), site, digest))
         verdict = judge(gathering, site, digest)
+        self._take_back_failure(gathering.key.run, site)
         if verdict is not Verdict.STORE:
             return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.size_limit(gathering.key, site, self.archive)
@@ -195,17 +198,29 @@ class Coordinator:
         with self.locks[str(place)]:
             gathering = self._begin(place)
             verdict = judge(gathering, site, digest)
+            self._take_back_failure(place.run, site)
             if verdict is Verdict.STORE:
                 gathering = with_contribution(gathering, site, Contribution(digest, size, self.clock()))
                 self.store.save_contribution(gathering, site, incoming)
                 self.book.put(gathering)
         if verdict is Verdict.STORE:
             if gathering.waiting_for:  # else the closing, which comes at once, is what the others want to hear of
-                self.on_change(str(place))
+                self.on_progress(str(place))
             self.closer.wake()
         elif verdict is Verdict.KEEP_FIRST and gathering.is_closed and site in gathering.outcome.missing:
             self._log_late(gathering, site)
         return _receipt(gathering, site, digest, verdict, sent_to=key)
+
+    def _take_back_failure(self, run: str | None, site: str) -> None:
+        """Wait for a site again that has reported a failure: it is back."""
+        if run is None or site not in self.book.control(run).failed:
+            return
+        with self.locks[run]:
+            control = self.book.control(run)
+            control = replace(control, failed={name: number for name, number in control.failed.items() if name != site})
+            self.store.save_control(run, control, Event(self.clock(), "control", site, run, {"action": "is back"}))
+            self.book.controls[run] = control
+        self.wake_everybody()
 
     def _begin(self, key: GatheringKey) -> Gathering:
         """Return a gathering; one that has not begun is not remembered before its first contribution."""
