@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import FederatedTraining
+from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import OverlappedTraining
 
 
 class nnUNetTrainerAsymFedAvg(FederatedTraining, nnUNetTrainer):
@@ -13,3 +14,7 @@ class nnUNetTrainerFedAvg(FederatedTraining, nnUNetTrainer):
     """Average whole networks (McMahan et al., AISTATS 2017); sites whose plans differ are refused, field by field."""
 
     requires_equal_plans = True
+
+
+class nnUNetTrainerAsymFedAvgOverlapped(OverlappedTraining, nnUNetTrainer):
+    """AsymFedAvg that trains the next epoch while a round is exchanged: every aggregate is used an epoch later."""

@@ -1,0 +1,43 @@
+"""Validate what the network is now, the aggregate, with the validation steps of a trainer."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nnunetv2.federated import messages
+from nnunetv2.federated.validation import dice_per_class
+from nnunetv2.training.distributed import gather
+from nnunetv2.utilities.collate_outputs import collate_outputs
+
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+COUNTS = ("tp_hard", "fp_hard", "fn_hard")
+
+
+def validate_network(trainer: nnUNetTrainer) -> messages.Validation | None:
+    """Take as many validation steps as an epoch has, and return the voxels that were counted in all processes.
+
+    Nothing is logged and no hook but `on_validation_epoch_start` and `validation_step` is called: the curves of the
+    trainer are those of its own weights. A trainer whose steps count no voxels gives None.
+    """
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        outputs = trainer._run_steps("validation of the aggregate", trainer.validation_step, trainer.dataloader_val,
+                                     trainer.num_val_iterations_per_epoch)
+    if not outputs or not {*COUNTS, "loss"} <= outputs[0].keys():
+        return None
+    collated = collate_outputs(outputs)
+    counts = np.stack([np.sum(collated[name], axis=0, dtype=np.float64) for name in COUNTS])
+    tp, fp, fn = np.sum(gather(counts), axis=0)
+    return messages.Validation(tp=tuple(tp.tolist()), fp=tuple(fp.tolist()), fn=tuple(fn.tolist()),
+                               loss=float(np.vstack(gather(collated["loss"])).mean()))
+
+
+def describe_validation(number: int, found: messages.Validation) -> str:
+    """Say in one line how good the aggregate of a round is on the data of this site."""
+    dice = [None if value is None else round(value, 4) for value in dice_per_class(found.tp, found.fp, found.fn)]
+    loss = "" if found.loss is None else f", val_loss {found.loss:.4f}"
+    return f"Aggregate of round {number}: pseudo Dice {dice}{loss}"

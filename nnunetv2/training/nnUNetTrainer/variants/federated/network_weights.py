@@ -1,0 +1,43 @@
+"""Take weights out of a network as arrays, put them back, and give them to the other processes of the same site."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import distributed
+
+from nnunetv2.federated import matching
+from nnunetv2.training.distributed import is_distributed
+from nnunetv2.training.networks import bare_network
+
+
+def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Copy every distinct floating-point tensor of the network: first of its names -> float32 array."""
+    return {name: tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
+            for name, tensor in _floating_tensors(network).items()}
+
+
+@torch.no_grad()
+def import_weights_(network: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Write weights into the network in place; aliases of a tensor share its memory and follow."""
+    state = bare_network(network).state_dict()
+    for name, values in weights.items():
+        state[name].copy_(torch.from_numpy(np.array(values)))
+
+
+@torch.no_grad()
+def copy_from_first_process_(network: torch.nn.Module) -> None:
+    """Overwrite the weights of all processes of a distributed training with those of the first one."""
+    if not is_distributed():
+        return
+    for tensor in _floating_tensors(network).values():
+        received = tensor.detach().contiguous()  # collectives want plain memory; networks may be channels-last
+        distributed.broadcast(received, src=0)
+        if received.data_ptr() != tensor.data_ptr():
+            tensor.copy_(received)
+
+
+def _floating_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    distinct, _ = matching.distinct_tensors(bare_network(network).state_dict())
+    return {name: tensor for name, tensor in distinct.items() if tensor.is_floating_point()}

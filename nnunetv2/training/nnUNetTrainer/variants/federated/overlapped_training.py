@@ -1,0 +1,95 @@
+"""Exchange the weights of a round while the next epoch trains: staleness 1, for slow connections and uneven sites.
+
+    epoch       r                r + 1                           r + 2
+    training    ....... own_r    ........................ own_r+1  ......
+    exchange                     sent_r --> aggregate_r            sent_r+1 --> ...
+
+At the end of epoch r + 1 the site goes on from what all sites had, plus what it has learned since:
+
+    sent_r+1 = aggregate_r + (own_r+1 - sent_r)
+
+The mean over the sites of what is sent is then the mean of their own weights: nothing is counted twice or lost, it only
+arrives an epoch later (Zhu et al., Delayed Gradient Averaging, NeurIPS 2021; Zhou et al., DaSGD, arXiv:2006.00441). The
+last round is exchanged as usual, so checkpoint_final holds an aggregate. In between, checkpoint_latest holds sent_r;
+--c goes on from the last aggregate, so up to two epochs are trained again.
+
+All sites of a run take part in the same way: the trainer's name is part of the run's.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+import numpy as np
+
+from nnunetv2.federated import messages
+from nnunetv2.federated.session import Weights
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import FederatedTraining
+from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import in_thread
+
+
+def catch_up(aggregate: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
+             sent: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return aggregate + (own - sent), for the tensors of the aggregate; float32.
+
+    Args:
+        aggregate: What became of `sent`, and of what the other sites sent.
+        own: The weights of this site after a further epoch that began with `sent`.
+    """
+    return {name: values + (own[name] - sent[name]) for name, values in aggregate.items()}
+
+
+class OverlappedTraining(FederatedTraining):
+    """Mixin: like FederatedTraining, but the site trains on while a round is exchanged."""
+
+    staleness = 1
+
+    sent_round: int | None = None
+    """The round whose exchange is under way."""
+    _sent: Weights = {}
+    _exchange: Future[tuple[Weights, messages.Aggregate]] | None = None
+    """The exchange itself; in the first process only, as what was sent."""
+
+    def meet_the_others(self, epoch: int) -> None:
+        """Take over what the round before has brought, and send this one; wait for it only if it is the last."""
+        if self.sent_round is not None and not self._finish_exchange():
+            return  # the run is over, and the network holds its last aggregate
+        number = self.current_epoch - 1  # `epoch`, unless the run has gone on without this site
+        if self.current_epoch >= self.num_epochs:
+            super().meet_the_others(number)
+        else:
+            self.save_latest_checkpoint()
+            self._begin_exchange(number)
+
+    def _begin_exchange(self, number: int) -> None:
+        """Send the weights as they are now, and let a thread wait for what becomes of them."""
+        self.sent_round = number
+        if self.local_rank == 0:
+            self._sent, metrics = self.own_weights(), self.latest_metrics()
+            self._exchange = in_thread(lambda: self.session.exchange(number, self._sent, metrics), name="exchange")
+
+    def _finish_exchange(self) -> bool:
+        """Wait for the exchange that is under way, validate its aggregate, and catch up; tell whether the run goes on.
+        """
+        start, own, aggregated = time.monotonic(), self.own_weights(), {}
+        number, self.sent_round = self.sent_round, None
+
+        def wait_for_weights() -> tuple[Weights, messages.Aggregate]:
+            weights, message = self._exchange.result()
+            aggregated.update(weights)
+            return weights, message
+
+        aggregate = self.receive_weights(wait_for_weights)
+        self.report_round(aggregate, seconds=time.monotonic() - start)
+        is_complete = aggregate.round + 1 >= self.num_epochs
+        is_over = is_complete or aggregate.round < number
+        if is_over:
+            self.go_on_after(aggregate, number)
+        else:
+            # One epoch behind an aggregate, as ever; farther on only if the run went on without this site.
+            self.go_on_at(max(self.current_epoch, aggregate.round + 2))
+        self.validate_aggregate(aggregate, is_last=is_over)
+        if not is_over:
+            self.load_weights(catch_up(aggregated, own, self._sent))
+        return not is_over

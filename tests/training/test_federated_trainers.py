@@ -1,0 +1,313 @@
+"""Whole trainers of two sites with one coordinator, all in one process: sites are threads, the network is tiny."""
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "federated"))
+from fake_federation import in_threads, make_settings, served, wait_until
+
+from nnunetv2.federated import messages
+from nnunetv2.federated.bodies import RunAction
+from nnunetv2.federated.client import FederationClient
+from nnunetv2.federated.coordinator import steering
+from nnunetv2.federated.coordinator.members import Member
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, ShortEpochError
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
+    nnUNetTrainerAsymFedAvg,
+    nnUNetTrainerAsymFedAvgOverlapped,
+)
+
+pytestmark = pytest.mark.slow
+
+OPERATOR = Member("boss", "operator")
+
+
+class Sites:
+    """Trainers of the sites of one federation."""
+
+    def __init__(self, federation, folder: Path, monkeypatch) -> None:
+        self.federation, self.folder, self.monkeypatch = federation, folder, monkeypatch
+
+    def trainer(self, site: str, trainer_class=nnUNetTrainerAsymFedAvg, *, go_on=False, **client_options):
+        """Construct the trainer of a site, with folders of its own."""
+        for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            self.monkeypatch.setenv(root, str(self.folder / site / root))
+        preprocessed = self.folder / site / "nnUNet_preprocessed"
+        if not preprocessed.exists():
+            make_tiny_dataset(preprocessed, cases=3)
+            splits = [{"train": ["case_00", "case_01"], "val": ["case_02"]}]
+            (preprocessed / NAME / "splits_final.json").write_text(json.dumps(splits))
+        trainer = trainer_class({**make_plans(), "continue_training": go_on}, "3d_fullres", 0, make_dataset_json(),
+                                torch.device("cpu"))
+        trainer.credential = self.federation.credential(site)
+        trainer.lines = []
+        log = trainer.print_to_log_file
+        trainer.print_to_log_file = lambda *words, **options: (trainer.lines.append(" ".join(map(str, words))),
+                                                               log(*words, **options))
+        options = {"pause_s": 0.05, "give_up_after_s": 30.0, **client_options}
+        trainer.make_transport = lambda credential, report: FederationClient(credential, report=report, **options)
+        trainer.initialize()  # before the environment is another site's
+        if go_on:
+            maybe_load_checkpoint(trainer, True, False)
+        return trainer
+
+    def run(self, *trainers) -> list:
+        return in_threads(*(trainer.run_training for trainer in trainers))
+
+    def act(self, action: str, run: str) -> None:
+        steering.act(self.federation.coordinator, run, RunAction(action=action), OPERATOR)
+
+
+@pytest.fixture
+def make_sites(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_cpu_autocast", "0")
+    stack = []
+
+    def make(**settings) -> Sites:
+        settings = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, **settings}
+        context = served(tmp_path / "federation", make_settings(**settings))
+        stack.append(context)
+        return Sites(context.__enter__(), tmp_path, monkeypatch)
+
+    yield make
+    for context in stack:
+        context.__exit__(None, None, None)
+
+
+def weights_of(trainer) -> dict[str, np.ndarray]:
+    path = Path(trainer.output_folder, "checkpoint_final.pth")
+    content = torch.load(path, weights_only=False)
+    return {name: tensor.numpy() for name, tensor in content["network_weights"].items()}
+
+
+def assert_equal_weights(*trainers) -> None:
+    first, *others = map(weights_of, trainers)
+    for other in others:
+        for name, values in first.items():
+            np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+def run_of(trainer) -> str:
+    return messages.run_name("3d_fullres", 0, type(trainer).__name__)
+
+
+def test_every_aggregate_is_validated_by_all(make_sites):
+    sites = make_sites(validate_every=1)
+    trainers = [sites.trainer("A"), sites.trainer("B")]
+    assert sites.run(*trainers) == [None, None]
+    assert_equal_weights(*trainers)
+    found = sites.federation.coordinator.store.load_validations(run_of(trainers[0]))
+    assert [record["round"] for record in found] == [0, 1, 2]
+    assert found[2]["dice_of_site"].keys() == {"A", "B"} and found[2]["best_round"] is not None
+    for trainer in trainers:
+        assert sum("Aggregate of round" in line for line in trainer.lines) == 3
+        assert len(trainer.logger.get_value("mean_fg_dice", None)) == 3  # the curves are the site's own
+
+
+class Ailing(nnUNetTrainerAsymFedAvg):
+    """Something goes wrong at one site in epoch 1."""
+
+    cause = None
+
+    def _run_steps(self, phase, step, batches, number):
+        if self.cause == "short" and phase == "training" and self.current_epoch == 1:
+            number = 1
+        return super()._run_steps(phase, step, batches, number)
+
+    def train_step(self, batch):
+        result = super().train_step(batch)
+        if self.current_epoch == 1 and self.cause == "memory":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    def on_validation_epoch_end(self, val_outputs):
+        super().on_validation_epoch_end(val_outputs)
+        if self.current_epoch == 1 and self.cause == "weights":
+            with torch.no_grad():
+                next(iter(self.network.parameters())).fill_(float("nan"))
+
+
+@pytest.mark.parametrize(("cause", "error", "kind"), [
+    ("weights", NonFiniteError, "NonFiniteError"), ("short", ShortEpochError, "ShortEpochError"),
+    ("memory", torch.cuda.OutOfMemoryError, "OutOfMemoryError")])
+def test_a_failure_is_reported_as_one_and_never_as_weights(make_sites, cause, error, kind):
+    sites = make_sites(quorum=1, deadline_s=1e6)
+    ailing, healthy = sites.trainer("A", Ailing), sites.trainer("B", Ailing)
+    ailing.cause = cause
+    failed, done = sites.run(ailing, healthy)
+    assert isinstance(failed, error) and done is None
+    coordinator, run = sites.federation.coordinator, run_of(ailing)
+    assert [(event.site, event.detail["round"], event.detail["reason"])
+            for event in coordinator.store.load_events("failure")] == [("A", 1, kind)]
+    first, second, third = coordinator.store.load_rounds(run)
+    assert set(first["sites"]) == {"A", "B"} and set(second["sites"]) == set(third["sites"]) == {"B"}
+    assert second["failed"] == ["A"]
+    # The site goes on from the last aggregate, and ends with that of the run.
+    again = sites.trainer("A", Ailing, go_on=True)
+    assert again.current_epoch in (1, 2)
+    assert sites.run(again) == [None]
+    assert_equal_weights(again, healthy)
+
+
+def test_an_operator_stops_a_run_in_order(make_sites):
+    sites = make_sites(num_epochs=50)
+    trainers = [sites.trainer("A"), sites.trainer("B")]
+    coordinator, run = sites.federation.coordinator, run_of(trainers[0])
+
+    def stop():
+        wait_until(lambda: coordinator.book.run_state(run).rounds_closed >= 2, timeout_s=60)
+        sites.act("pause", run)
+        wait_until(lambda: any("operator has paused" in line for one in trainers for line in one.lines), timeout_s=60)
+        sites.act("stop", run)
+
+    assert in_threads(*(one.run_training for one in trainers), stop) == [None] * 3
+    closed = coordinator.book.run_state(run).rounds_closed
+    assert 2 <= closed < 50
+    assert_equal_weights(*trainers)
+    for trainer in trainers:
+        assert any("operator has stopped" in line for line in trainer.lines)
+        assert not Path(trainer.output_folder, "checkpoint_latest.pth").exists()
+    model = coordinator.store.folder / "models" / "nnUNetTrainerAsymFedAvg__nnUNetPlans__3d_fullres" / "fold_0"
+    content = torch.load(model / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    for name, values in weights_of(trainers[0]).items():
+        np.testing.assert_array_equal(values, content[name].numpy(), err_msg=name)
+    again = sites.trainer("A")  # from the beginning, into a run that is over
+    assert sites.run(again) == [None]
+    assert_equal_weights(again, trainers[1])
+    assert any("is over after" in line for line in again.lines)
+
+
+def test_a_site_joins_late_leaves_and_returns(make_sites):
+    sites = make_sites(num_epochs=6, sites=("A", "B"))
+    first, second = sites.trainer("A"), sites.trainer("B")
+    coordinator, run = sites.federation.coordinator, run_of(first)
+    begun = threading.Event()
+
+    class Newcomer(nnUNetTrainerAsymFedAvg):
+        leaves_at = 3
+
+        def on_epoch_end(self):
+            if self.current_epoch == self.leaves_at:
+                self.session.transport.act(self.session.run, "leave")
+            super().on_epoch_end()
+
+    Newcomer.__name__ = "nnUNetTrainerAsymFedAvg"
+
+    def join_late():
+        wait_until(lambda: coordinator.book.run_state(run).rounds_closed >= 1, timeout_s=60)
+        sites.act("pause", run)  # so that the others do not finish before it is there
+        coordinator.invite("C", "site", by="boss")
+        newcomer = sites.trainer("C", Newcomer)
+        sites.act("resume", run)
+        begun.set()
+        with pytest.raises(FederationError, match="has left run"):
+            newcomer.run_training()
+        assert newcomer.session.match.coverage.keys() == {"A", "B", "C"}
+        sites.act("pause", run)
+        newcomer = sites.trainer("C", Newcomer, go_on=True)
+        newcomer.leaves_at = None
+        sites.act("resume", run)
+        newcomer.run_training()
+        return newcomer
+
+    *others, third = in_threads(first.run_training, second.run_training, join_late)
+    assert others == [None, None] and not isinstance(third, BaseException), third
+    assert_equal_weights(first, second, third)
+    taken_part = [set(record["sites"]) for record in coordinator.store.load_rounds(run)]
+    assert taken_part[0] == {"A", "B"} and {"A", "B", "C"} in taken_part
+    assert sum(values != values for values in third.logger.get_value("mean_fg_dice", None)) >= 1  # gaps
+
+
+def test_a_training_outlasts_a_coordinator_that_is_away_for_too_long(make_sites, tmp_path):
+    sites = make_sites(num_epochs=3)
+    trainers = [sites.trainer(site, give_up_after_s=0.5) for site in "AB"]
+    run = run_of(trainers[0])
+
+    for trainer in trainers:
+        transport_of = trainer.make_transport
+
+        def make(credential, report, transport_of=transport_of):
+            client = transport_of(credential, report)
+            upload = client._upload
+
+            def unreachable_in_round_1(key, *rest):
+                if key.endswith("rounds/1"):
+                    from nnunetv2.federated.http_session import NoAnswerError
+                    raise NoAnswerError("the coordinator cannot be reached")
+                return upload(key, *rest)
+
+            client._upload = unreachable_in_round_1
+            return client
+
+        trainer.make_transport = make
+    errors = sites.run(*trainers)
+    assert all(isinstance(error, CoordinatorUnreachable) for error in errors)
+    for trainer in trainers:
+        saved = torch.load(Path(trainer.output_folder, "checkpoint_latest.pth"), weights_only=False)
+        assert saved["current_epoch"] == 2
+        for name, tensor in trainer.network.state_dict().items():
+            assert torch.equal(tensor, saved["network_weights"][name])
+    again = [sites.trainer(site, go_on=True) for site in "AB"]
+    assert [one.current_epoch for one in again] == [2, 2]
+    assert sites.run(*again) == [None, None]
+    assert_equal_weights(*again)
+    assert sites.federation.coordinator.book.run_state(run).state == "complete"
+
+
+def test_exchanges_may_overlap_with_training(make_sites):
+    sites = make_sites(num_epochs=4)
+    trainers = [sites.trainer(site, nnUNetTrainerAsymFedAvgOverlapped) for site in "AB"]
+    sent = {}
+    for trainer in trainers:
+        spy_on_updates(trainer, sent)
+    assert sites.run(*trainers) == [None, None]
+    assert_equal_weights(*trainers)
+    rounds = sites.federation.coordinator.store.load_rounds(run_of(trainers[0]))
+    assert [set(record["sites"]) for record in rounds] == [{"A", "B"}] * 4
+    found = sites.federation.coordinator.store.load_validations(run_of(trainers[0]))
+    assert [record["round"] for record in found] == [0, 1, 2, 3]
+    name = next(iter(weights_of(trainers[0])))
+    final = (sent["A", 3][name] + sent["B", 3][name]) / 2  # both have two cases
+    np.testing.assert_allclose(weights_of(trainers[0])[name], final, rtol=1e-5, atol=1e-7)
+    assert not np.array_equal(sent["A", 3][name], sent["B", 3][name])
+
+
+def test_an_overlapped_training_resumes(make_sites):
+    sites = make_sites(num_epochs=4)
+
+    class Interrupted(nnUNetTrainerAsymFedAvgOverlapped):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 2:
+                raise KeyboardInterrupt
+            super().on_train_epoch_start()
+
+    Interrupted.__name__ = "nnUNetTrainerAsymFedAvgOverlapped"
+    stopped = [sites.trainer(site, Interrupted) for site in "AB"]
+    assert all(isinstance(error, KeyboardInterrupt) for error in sites.run(*stopped))
+    again = [sites.trainer(site, nnUNetTrainerAsymFedAvgOverlapped, go_on=True) for site in "AB"]
+    assert [one.current_epoch for one in again] == [2, 2]
+    assert sites.run(*again) == [None, None]
+    assert_equal_weights(*again)
+
+
+def spy_on_updates(trainer, sent: dict) -> None:
+    """Remember what a trainer sends: (site, round) -> weights under the site's own names."""
+    own_weights, site = trainer.own_weights, trainer.credential.site
+
+    def spy():
+        weights = own_weights()
+        if trainer.current_epoch:
+            sent[site, trainer.current_epoch - 1] = weights  # the last call of a round is what is sent
+        return weights
+
+    trainer.own_weights = spy
