@@ -68,6 +68,7 @@ CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, '
 """
 _SCHEMA = _TABLES_1 + _EVENTS_1 + _TABLES_2 + _EVENTS_2 + _EVENTS_GUARD
 
+DATABASE_TROUBLE = "the coordinator's database"
 FOREVER = 4_000_000_000.0
 """Expiry, in seconds since 1970, of invitations that were made when invitations did not expire."""
 
@@ -96,19 +97,24 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Do everything in the block or nothing; it is on the disk when the block has ended."""
-        with self._lock:
+        """Do everything in the block or nothing; it is on the disk when the block has ended.
+
+        Raises:
+            OSError: The disk is full or broken; nothing has changed, and it can be tried again.
+        """
+        with self._lock, _trouble_as_os_error():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # SQLite has ended it already if the disk is full
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def rows(self, query: str, *values: object) -> list[tuple]:
         """Return the rows that a query finds."""
-        with self._lock:
+        with self._lock, _trouble_as_os_error():
             return self._connection.execute(query, values).fetchall()
 
     def copy_to(self, path: Path) -> None:
@@ -133,6 +139,15 @@ class Database:
             raise FederationError(f"{self._path.parent} was written by another version of the coordinator (schema "
                                   f"{version}, not {SCHEMA_VERSION}): go on with that version, or use another folder")
         self._path.chmod(0o600)
+
+
+@contextmanager
+def _trouble_as_os_error() -> Iterator[None]:
+    """Let trouble with the file be what trouble with any other file is, so that sites are told to try again."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(f"{error} ({DATABASE_TROUBLE})") from error
 
 
 def _migrate_from_1(connection: sqlite3.Connection) -> None:

@@ -46,7 +46,7 @@ from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.problems import answer_error, answer_nobody, answer_unknown, json_response
 from nnunetv2.federated.coordinator.service import Coordinator, Result, require_role
-from nnunetv2.federated.coordinator.uploads import announced, drain, read_json, receive
+from nnunetv2.federated.coordinator.uploads import Reception, announced, drain, read_json, receive
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.store import Traffic
 
@@ -184,10 +184,11 @@ async def put_contribution(request: Request) -> Response:
         return json_response(receipt)
     digest, size = announcement.digest, announcement.size
     with coordinator.uploads.writing(key, site, digest, offset=announcement.offset) as upload:
-        await receive(request, upload, announcement)
+        await receive(request, upload, announcement, request.app.state.reception)
         upload.close()
         try:
-            receipt = await run_in_threadpool(coordinator.contribute, key, site, upload.path, digest, size)
+            receipt = await request.app.state.reception.finish(
+                coordinator.contribute, key, site, upload.path, digest, size)
         except FederationError:
             upload.discard()
             raise
@@ -199,16 +200,16 @@ async def get_result(request: Request) -> Response:
     """Send a result, or wait for it for as long as the site asks."""
     coordinator, changes = coordinator_of(request), request.app.state.changes
     site, key = site_of(request), request.path_params["key"]
-    change = changes.expect(key)
-    outcome = await run_in_threadpool(coordinator.result, key, site)
-    wait_s = wanted_wait(request)
-    if not isinstance(outcome, Result) and wait_s > 0 and not changes.stopping:
-        try:
-            await asyncio.wait_for(change.wait(), wait_s)
-        except asyncio.TimeoutError:
-            pass
-        else:
-            outcome = await run_in_threadpool(coordinator.result, key, site)
+    with changes.waiting(key) as change:  # from before the first look, so that no change is missed
+        outcome = await run_in_threadpool(coordinator.result, key, site)
+        wait_s = wanted_wait(request)
+        if not isinstance(outcome, Result) and wait_s > 0 and not changes.stopping:
+            try:
+                await asyncio.wait_for(change.wait(), wait_s)
+            except asyncio.TimeoutError:
+                pass
+            else:
+                outcome = await run_in_threadpool(coordinator.result, key, site)
     if isinstance(outcome, Result):
         return ResultResponse(outcome)
     return json_response(outcome, 202)
@@ -279,6 +280,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         changes.bind()
         coordinator.on_change = changes.notify
+        coordinator.on_progress = changes.mention
         coordinator.start()
         daily = asyncio.create_task(app.state.observatory.tell_head_daily())
         yield
@@ -307,6 +309,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
     ])
     app.state.coordinator = coordinator
     app.state.changes = changes
+    app.state.reception = Reception()
     app.state.place = place
     app.state.observatory = page.Observatory(coordinator, changes, url=place.url)
     app.add_middleware(TrafficMeter, coordinator=coordinator)

@@ -3,8 +3,12 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+MENTIONS_PER_S = 50.0
+"""Requests that news which nobody has to act on wakes per second, at most: a twentieth of a core."""
 ANYTHING = "*"
 """Key of those who wait for any gathering to change."""
 
@@ -16,6 +20,8 @@ class Changes:
         self.stopping = False
         self.count = 0
         """Changes since the start. Read by the event loop only."""
+        self._waiting: Counter[str] = Counter()
+        self._mentioned: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
 
@@ -34,10 +40,34 @@ class Changes:
         """Wake those who wait for a gathering; from any thread."""
         self._call(lambda: self._wake([key, ANYTHING]))
 
+    def mention(self, key: str) -> None:
+        """Wake those who wait for a gathering soon: the more of them there are, the later. From any thread.
+
+        A round of n sites has n contributions; to wake all n sites at each would be n * n answers.
+        """
+        self._call(lambda: self._mention(key))
+
+    @contextmanager
+    def waiting(self, key: str) -> Iterator[asyncio.Event]:
+        """Yield what `expect` returns, and count who waits as long as the block lasts."""
+        self._waiting[key] += 1
+        try:
+            yield self.expect(key)
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+
     def stop(self) -> None:
         """Wake everybody, for good: the coordinator is about to stop. From any thread."""
         self.stopping = True
         self._call(lambda: self._wake(list(self._events)))
+
+    def _mention(self, key: str) -> None:
+        self._wake([ANYTHING])
+        if key not in self._mentioned:
+            self._mentioned.add(key)
+            self._loop.call_later(self._waiting[key] / MENTIONS_PER_S, self._wake, [key])
 
     def _call(self, function: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():
@@ -46,6 +76,7 @@ class Changes:
     def _wake(self, keys: list[str]) -> None:
         self.count += 1
         for key in keys:
+            self._mentioned.discard(key)
             event = self._events.pop(key, None)
             if event is not None:
                 event.set()

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from nnunetv2.federated.errors import RefusedError
 
@@ -97,7 +97,7 @@ class PartialUpload:
         """Bytes that are here."""
         self._uploads = uploads
         self._lock = threading.Lock()
-        self._file: BinaryIO | None = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._file: FileIO | None = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self._file.truncate(offset)
         self._file.seek(offset)
         self._digest = hashlib.sha256()
@@ -111,18 +111,20 @@ class PartialUpload:
             self._digest.update(piece)
             remaining -= len(piece)
 
-    def append(self, piece: bytes | bytearray) -> None:
-        """Write the next piece.
+    def append(self, *pieces: bytes) -> None:
+        """Write the next pieces.
 
         Raises:
             RefusedError: A newer request has taken over; the code is `taken_over`.
+            OSError: The disk is full. What was written of the pieces stays, and can be gone on behind.
         """
         with self._lock:
             if self._file is None or not self._uploads.is_writer(self):
                 raise RefusedError("this upload has been begun anew on another connection", code="taken_over")
-            self._digest.update(piece)
-            self._file.write(piece)
-            self.size += len(piece)
+            for piece in pieces:
+                _write_all(self._file, piece)
+                self._digest.update(piece)
+                self.size += len(piece)
 
     def hexdigest(self) -> str:
         """Return the SHA-256 of everything up to here."""
@@ -140,6 +142,13 @@ class PartialUpload:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _write_all(file: FileIO, piece: bytes) -> None:
+    """Write all of a piece: a file without a buffer may take less at a time, on a disk that fills up above all."""
+    remaining = memoryview(piece)
+    while len(remaining):
+        remaining = remaining[file.write(remaining):]
 
 
 def _hash_of(key: str) -> str:

@@ -1,12 +1,15 @@
 """Read the bodies of requests: small ones into messages, large ones into files, none beyond its limit."""
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from nnunetv2.federated.coordinator.partial_uploads import PartialUpload
@@ -14,12 +17,21 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.strict_json import decode_json
 
 Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
 
 SMALL_BODY = 64 << 10
 """Bytes that a plain JSON body may have."""
 DRAINED_BYTES = 4 << 20
 """A body up to this size is read to its end before it is refused, so that the refusal can be read."""
 PIECE_BYTES = 2 << 20
+"""A body is written in pieces of this size,"""
+SMALLEST_PIECE_BYTES = 256 << 10
+RECEIVED_BYTES = 32 << 20
+"""or smaller ones, so that all bodies that arrive at the same time hold about this much together."""
+WRITING_THREADS = 8
+FINISHING_THREADS = 8
+"""Threads that write and hash pieces, and that check and sync what is complete. The threads that answer all other
+requests are not among them: however many sites send, the rest is served."""
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
@@ -73,24 +85,68 @@ def announced_digest(request: Request) -> str:
     return digest
 
 
-async def receive(request: Request, upload: PartialUpload, announcement: Announcement) -> None:
+class Reception:
+    """What all uploads that arrive at the same time share: threads and memory. For one event loop."""
+
+    def __init__(self) -> None:
+        self._num_uploads = 0
+        self._writing: CapacityLimiter | None = None
+        self._finishing: CapacityLimiter | None = None
+
+    @property
+    def piece_bytes(self) -> int:
+        """How much one upload may collect before it is written."""
+        return min(PIECE_BYTES, max(SMALLEST_PIECE_BYTES, RECEIVED_BYTES // (2 * max(1, self._num_uploads))))
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Count an upload for as long as the block lasts."""
+        self._num_uploads += 1
+        try:
+            yield
+        finally:
+            self._num_uploads -= 1
+
+    async def write(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Run a function on a thread for writing."""
+        self._writing = self._writing or CapacityLimiter(WRITING_THREADS)
+        return await to_thread.run_sync(function, *arguments, limiter=self._writing)
+
+    async def finish(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Run a function on a thread for what is complete."""
+        self._finishing = self._finishing or CapacityLimiter(FINISHING_THREADS)
+        return await to_thread.run_sync(function, *arguments, limiter=self._finishing)
+
+
+async def receive(request: Request, upload: PartialUpload, announcement: Announcement, reception: Reception) -> None:
     """Stream the body of a request to the end of an upload without ever holding much of it.
+
+    A piece is hashed and written while the next one is received.
 
     Raises:
         RefusedError: It is not what was announced.
     """
-    pending = bytearray()
-    await run_in_threadpool(upload.read_beginning)
-    try:
-        async for chunk in request.stream():
-            pending += chunk
-            if upload.size + len(pending) > announcement.size:
-                raise RefusedError(f"the body is longer than the {announcement.size} bytes announced", code="too_large")
-            if len(pending) >= PIECE_BYTES:
-                await run_in_threadpool(upload.append, pending)
-                pending = bytearray()
-    finally:  # also if the connection breaks: the rest can follow on another one
-        await run_in_threadpool(upload.append, pending[:max(0, announcement.size - upload.size)])
+    await reception.write(upload.read_beginning)
+    arrived, pending, held = upload.size, [], 0
+    writing: asyncio.Task[None] | None = None
+    with reception.receiving():
+        try:
+            async for chunk in request.stream():
+                arrived += len(chunk)
+                if arrived > announcement.size:
+                    raise RefusedError(f"the body is longer than the {announcement.size} bytes announced",
+                                       code="too_large")
+                pending.append(chunk)
+                held += len(chunk)
+                if held >= reception.piece_bytes:
+                    if writing is not None:
+                        await writing
+                    writing = asyncio.create_task(reception.write(upload.append, *pending))
+                    pending, held = [], 0
+        finally:  # also if the connection breaks: the rest can follow on another one
+            if writing is not None:
+                await writing
+            await reception.write(upload.append, *pending)
     if upload.size != announcement.size:
         raise RefusedError(f"the body has {upload.size} bytes, {announcement.size} were announced",
                            code="damaged_in_transit")
