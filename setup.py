@@ -31,6 +31,8 @@ COMMANDS = {
     "nnUNetv2_fed_coordinator": "federated.coordinator.cli:coordinator_entry",
     "nnUNetv2_fed_admin": "federated.admin:admin_entry",
     "nnUNetv2_fed_join": "federated.site:join_entry",
+    "nnUNetv2_fed_leave": "federated.status:leave_entry",
+    "nnUNetv2_fed_status": "federated.status:status_entry",
     "nnUNetv2_fed_simulate": "federated.simulate:simulate_entry",
 }
 

@@ -192,13 +192,40 @@ class TrafficStatus(Part):
     bytes_sent: Count
 
 
+class ValidationStatus(Part):
+    """How good the last validated aggregate of a run is on the data of all sites together."""
+
+    round: Count
+    dice: Annotated[tuple[Finite | None, ...], Field(max_length=10_000)]
+    """Per class or region."""
+    mean_dice: Finite | None
+    ema_dice: Finite | None
+    best_round: Count | None
+    best_ema_dice: Finite | None
+
+
+class RunProgress(Part):
+    """How fast a run is, and how good."""
+
+    run: Text
+    last_closed: Finite | None = None
+    """When its last round was closed; seconds since 1970, by the coordinator's clock."""
+    round_s: Finite | None = None
+    """Median seconds from one closing to the next, of the last rounds."""
+    validation: ValidationStatus | None = None
+
+
 class Status(Part):
     """What the federation is doing, for people to look at."""
 
     federation: Text
+    time: Finite = 0.0
+    """Seconds since 1970, by the coordinator's clock."""
     sites: Annotated[tuple[SiteStatus, ...], Field(max_length=MAX_SITES)]
     waiting: Annotated[tuple[GatheringStatus, ...], Field(max_length=10_000)] = ()
     runs: Annotated[tuple[RunState, ...], Field(max_length=10_000)] = ()
+    progress: Annotated[tuple[RunProgress, ...], Field(max_length=10_000)] = ()
+    """Of the same runs."""
     failures: Annotated[tuple[FailureStatus, ...], Field(max_length=10_000)] = ()
     traffic: Annotated[tuple[TrafficStatus, ...], Field(max_length=10_000)] = ()
     """Of the gatherings that were busy last."""

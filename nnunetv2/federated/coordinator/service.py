@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -36,12 +37,14 @@ from nnunetv2.federated.rounds import (
     parse_key,
     with_contribution,
 )
-from nnunetv2.federated.store import Role, Store
+from nnunetv2.federated.store import Role, Store, flush
 from nnunetv2.federated.wire import open_document, write_subset
 
 logger = logging.getLogger(__name__)
 
 SHOWN_FAILURES = 100
+RECENT_ROUNDS = 10
+"""Rounds whose durations tell how long the others will take."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,7 @@ class Coordinator:
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
+        flush(incoming)  # the bulk of the work, and not under the lock that all sites of the gathering wait for
         place = self._place_of(sent_to, site, digest)
         with self.locks[str(place)]:
             gathering = self._begin(place)
@@ -317,15 +321,31 @@ class Coordinator:
         open_gatherings = [gathering for gathering in self.book if not gathering.is_closed]
         failures = self.store.load_events("failure")[-SHOWN_FAILURES:]
         return bodies.Status(
-            federation=self.settings.federation,
+            federation=self.settings.federation, time=self.clock(),
             sites=self.members.status(),
             waiting=tuple(bodies.GatheringStatus(
                 key=str(gathering.key), contributed=tuple(sorted(gathering.contributions)),
                 waiting_for=gathering.waiting_for, opened=gathering.opened) for gathering in open_gatherings),
             runs=tuple(self.book.run_state(run) for run in self.book.runs()),
+            progress=tuple(self._progress(run) for run in self.book.runs()),
             failures=tuple(bodies.FailureStatus(site=event.site, time=event.time, **dict(event.detail))
                            for event in failures),
             traffic=self.members.traffic_status())
+
+    def _progress(self, run: str) -> bodies.RunProgress:
+        """Say how fast a run is, and what validating its aggregates has shown for all sites together."""
+        latest = self.book.latest_round(run)
+        if latest is None:
+            return bodies.RunProgress(run=run)
+        numbers = range(max(0, latest.key.number - RECENT_ROUNDS), latest.key.number + 1)
+        rounds = [self.book.get(round_key(run, number)) for number in numbers]
+        moments = [one.outcome.time for one in rounds if one is not None and isinstance(one.outcome, Closed)]
+        durations = [later - earlier for earlier, later in zip(moments, moments[1:])]
+        found = self.store.load_last_validation(run)
+        return bodies.RunProgress(
+            run=run, last_closed=latest.outcome.time, round_s=statistics.median(durations) if durations else None,
+            validation=None if found is None else bodies.ValidationStatus(
+                **{name: found[name] for name in bodies.ValidationStatus.model_fields}))
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
