@@ -9,6 +9,7 @@ import time
 import pytest
 from fake_federation import PROJECT, CoordinatorProcess, coordinator_process, make_census, make_client, wait_until
 
+from nnunetv2.federated.audit import Event
 from nnunetv2.federated.coordinator import address, cli
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.messages import CENSUS_KEY
@@ -49,6 +50,19 @@ def test_settings_that_differ_later_are_refused_with_the_difference(tmp_path, op
     open_folder(tmp_path / "f", "--sites", "A", "B", "--epochs", "20")
     with pytest.raises(FederationError, match=complaint):
         open_folder(tmp_path / "f", *options)
+
+
+def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_changed_it(tmp_path):
+    created = ("--sites", "A", "B", "--epochs", "20")
+    settings = open_folder(tmp_path / "f", *created)
+    with Store(tmp_path / "f") as store:
+        store.save_settings(settings.model_copy(update={"sites": ("A", "B", "C"), "validate_every": 5}),
+                            Event(0.0, "settings", "operator", None, {}))
+    changed = open_folder(tmp_path / "f", *created)
+    assert (changed.sites, changed.validate_every) == (("A", "B", "C"), 5)
+    assert open_folder(tmp_path / "f", "--sites", "A", "B", "C") == changed
+    with pytest.raises(FederationError, match="with --sites A B C, not A C"):
+        open_folder(tmp_path / "f", "--sites", "A", "C")
 
 
 @pytest.mark.parametrize(("options", "complaint"), [

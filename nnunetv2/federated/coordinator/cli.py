@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 DEFAULT_EPOCHS = 1000
 DEFAULT_SITES = ("site1", "site2", "site3")
 STATE_FILE = "coordinator.json"
+FIRST_SETTINGS = "first_settings"
+"""Under this name, the store keeps the settings that a federation was created with."""
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
 OTHER_FILES = 256
@@ -154,12 +156,18 @@ def check_settings(settings: FederationSettings) -> None:
         raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
 
 
-def check_unchanged(stored: FederationSettings, given: dict[str, object], folder: Path) -> None:
-    """Raise FederationError, naming the difference, if the command line contradicts an existing federation."""
+def check_unchanged(stored: FederationSettings, first: FederationSettings, given: dict[str, object],
+                    folder: Path) -> None:
+    """Raise FederationError, naming the difference, if the command line contradicts an existing federation.
+
+    Args:
+        first: The settings that it was created with. A service repeats them at each start; what an operator has
+            changed since then stays.
+    """
     options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
     for name, value in given.items():
         present = getattr(stored, name)
-        if present != value:
+        if value not in (present, getattr(first, name)):
             was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
             raise FederationError(f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
                                   f"{wanted}: leave the option out, or start a new federation in another --folder")
@@ -167,13 +175,16 @@ def check_unchanged(stored: FederationSettings, given: dict[str, object], folder
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
     """Return the settings of the federation in a folder, which is created if there is none."""
+    from nnunetv2.federated.bodies import FederationSettings
     from nnunetv2.federated.coordinator.members import create_federation
 
     settings = store.load_settings()
     if settings is None:
         settings = new_settings(given)
         create_federation(store, settings, now=time.time())
-    check_unchanged(settings, given, store.folder)
+        store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
+    first = store.load_meta(FIRST_SETTINGS)
+    check_unchanged(settings, FederationSettings.model_validate(first) if first else settings, given, store.folder)
     return settings
 
 
