@@ -68,7 +68,6 @@ CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, '
 """
 _SCHEMA = _TABLES_1 + _EVENTS_1 + _TABLES_2 + _EVENTS_2 + _EVENTS_GUARD
 
-DATABASE_TROUBLE = "the coordinator's database"
 FOREVER = 4_000_000_000.0
 """Expiry, in seconds since 1970, of invitations that were made when invitations did not expire."""
 
@@ -147,7 +146,7 @@ def _trouble_as_os_error() -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise OSError(f"{error} ({DATABASE_TROUBLE})") from error
+        raise OSError(f"the database of the federation: {error}") from error
 
 
 def _migrate_from_1(connection: sqlite3.Connection) -> None:

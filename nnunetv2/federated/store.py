@@ -15,6 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from sqlite3 import Connection
@@ -95,6 +96,7 @@ class Store:
         except BaseException:
             self._folder_lock.close()
             raise
+        self._durable_folders: set[Path] = set()
         self._remove_orphans()
 
     def close(self) -> None:
@@ -175,6 +177,7 @@ class Store:
                 connection.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in keys])  # noqa: S608
             connection.execute("DELETE FROM runs WHERE run = ?", (run,))
             add_event(connection, event)
+        self._durable_folders.clear()
         shutil.rmtree(self.folder / "gatherings" / "runs" / run, ignore_errors=True)
 
     def load_rounds(self, run: str, first: int = 0, limit: int = -1) -> list[dict[str, Any]]:
@@ -224,7 +227,7 @@ class Store:
         contribution = gathering.contributions[site]
         path = self.contribution_path(gathering.key, site, contribution.digest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _flush(incoming)
+        flush(incoming)
         incoming.replace(path)
         self._flush_folders(path.parent)
         with self._database.transaction() as connection:
@@ -254,6 +257,9 @@ class Store:
                 table = {"round": "rounds", "validation": "validations"}[key.kind]
                 connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)",  # noqa: S608
                                    (key.run, key.number, json.dumps(record)))
+            for site in (record or {}).get("outliers", ()):
+                add_event(connection, Event(gathering.outcome.time, "outlier", site, str(key), {
+                    name: record["sites"][site][name] for name in ("change_norm", "change_rms")}))
             add_event(connection, Event(gathering.outcome.time, "closing", None, str(key), {
                 "digest": digest, "contributions": {site: gathering.contributions[site].digest
                                                     for site in gathering.outcome.contributors},
@@ -274,6 +280,7 @@ class Store:
 
     def save_subset(self, key: GatheringKey | str, subset: str, digest: str) -> None:
         """Remember a part of a result, which is in `result_path` already."""
+        self._flush_folders(self.result_path(key, subset).parent)
         with self._database.transaction() as connection:
             _write_result(connection, key, subset, digest)
 
@@ -309,21 +316,36 @@ class Store:
                         contributions=contributions.get(key, {}), outcome=_decode_outcome(outcome))
                 for key, opened, required, outcome in rows]
 
+    def rounds_with_files(self, run: str) -> list[int]:
+        """List the rounds of a run that have files, and those that have had some since the start."""
+        folder = self.folder / "gatherings" / "runs" / run / "rounds"
+        return sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
+
     def _remove_orphans(self) -> None:
-        """Remove files that no row speaks of: a crash came between the two."""
-        contributions = self._database.rows("SELECT key, site, digest FROM contributions")
-        known = {self.contribution_path(*row) for row in contributions}
-        known |= {self.result_path(*row) for row in self._database.rows("SELECT key, subset FROM results")}
-        for path in sorted((self.folder / "gatherings").rglob("*"), reverse=True):
-            if path.suffix == ".safetensors" and path not in known:
-                path.unlink()
-            elif path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        """Remove files that no row speaks of: a crash came between the two. Looks at what is there, not at all rows."""
+        top = self.folder / "gatherings"
+        for name, _, files in os.walk(top, topdown=False):
+            folder = Path(name)
+            documents = {file for file in files if file.endswith(".safetensors")}
+            for file in documents - self._known_files(folder.relative_to(top).as_posix()) if documents else ():
+                (folder / file).unlink()
+            if folder != top:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+    def _known_files(self, key: str) -> set[str]:
+        """Name the files that there may be in the folder of a gathering."""
+        contributions = self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", key)
+        results = self._database.rows("SELECT subset FROM results WHERE key = ?", key)
+        return {self.contribution_path(key, *row).name for row in contributions} | {
+            self.result_path(key, row[0]).name for row in results}
 
     def _flush_folders(self, folder: Path) -> None:
-        """Make the names of new files and folders durable, up to the folder of all documents."""
-        while folder != self.folder.parent:
-            _flush(folder)
+        """Make the names of new files in a folder durable, and its own name and those above it the first time."""
+        flush(folder)
+        while folder != self.folder and folder not in self._durable_folders:
+            flush(folder.parent)
+            self._durable_folders.add(folder)
             folder = folder.parent
 
     # --------------------------------------------------------------------------------------- events and traffic
@@ -387,7 +409,7 @@ def _decode_outcome(text: str | None) -> Closed | Refused | None:
     return Refused(**content)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make a file's content, or a folder's list of names, durable."""
     if os.name == "nt" and path.is_dir():
         return  # Windows keeps folders durable on its own, and does not open them

@@ -6,6 +6,7 @@ suffers from it.
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from nnunetv2.federated import closing
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.messages import initial_key, round_key
+from nnunetv2.federated.messages import initial_key, round_key, validation_key
 from nnunetv2.federated.model_keeping import keep_models
 from nnunetv2.federated.rounds import Closed, Gathering, GatheringKey, Refused, closed, may_close, refused
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RECENT_ROUNDS = 3
+"""Rounds that may have documents that nobody asks for any more; those before have been looked after."""
 RETRY_CLOSING_S = 15.0
 """Pause after a closing that failed for a reason of the machine, such as a full disk."""
 
@@ -43,7 +46,7 @@ class Closer:
     def start(self) -> None:
         """Finish what a crash may have left undone, and begin to close gatherings."""
         for run in self._coordinator.book.runs():
-            self.tidy_up(run, num_rounds=None)
+            self.tidy_up(run, after_crash=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -105,6 +108,7 @@ class Closer:
             seconds = time.perf_counter() - begin
             self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
             coordinator.announce(_describe_outcome(gathering, seconds))
+            self._announce_outliers(gathering)
             if gathering.is_closed and key.kind in ("round", "validation"):
                 self.tidy_up(key.run)
             coordinator.members.save_traffic()
@@ -113,6 +117,17 @@ class Closer:
             self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
             coordinator.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
         coordinator.on_change(str(key))
+
+    def _announce_outliers(self, gathering: Gathering) -> None:
+        """Say which updates moved conspicuously far. They count: whether a site is to go is for people to decide."""
+        if gathering.key.kind != "round" or not gathering.is_closed:
+            return
+        for record in self._coordinator.store.load_rounds(gathering.key.run, gathering.key.number):
+            for site in record.get("outliers", ()):
+                changes = {name: one["change_rms"] for name, one in record["sites"].items()}
+                times = _times(changes.pop(site), statistics.median(changes.values()))
+                self._coordinator.announce(f"{gathering.key}: the update of site {site} moves {times} as far as the "
+                                           "median of the others; it was counted")
 
     def _compute_outcome(self, gathering: Gathering) -> Gathering:
         """Compute the result of a gathering and write it, or write down why there is none."""
@@ -130,11 +145,11 @@ class Closer:
         return done
 
     # ---------------------------------------------------------------------------------------------------- afterwards
-    def tidy_up(self, run: str, *, num_rounds: int | None = 3) -> None:
+    def tidy_up(self, run: str, *, after_crash: bool = False) -> None:
         """Write the models of a run that is over, and delete the documents that nobody will ask for again.
 
         Args:
-            num_rounds: How many of the last rounds to look at. None: all.
+            after_crash: Look for documents of all rounds, not of the last few only.
         """
         coordinator, store = self._coordinator, self._coordinator.store
         gathering = coordinator.book.latest_round(run)
@@ -144,8 +159,13 @@ class Closer:
             self._keep_models(run)
         store.delete_contributions(initial_key(run))
         latest, best = gathering.key.number, coordinator.archive.best_round(run)
-        for number in range(0 if num_rounds is None else max(0, latest - num_rounds), latest):
-            store.delete_contributions(round_key(run, number))
+        recent = range(max(0, latest - RECENT_ROUNDS), latest)
+        for number in recent if not after_crash else store.rounds_with_files(run):
+            if number < latest:
+                store.delete_contributions(round_key(run, number))
+        for number in range(max(0, latest - RECENT_ROUNDS), latest + 1):
+            if coordinator.book.is_closed(validation_key(run, number)):  # its record stays
+                store.delete_contributions(validation_key(run, number))
         for number in store.rounds_with_results(run):
             if number < latest - 1 and number != best:
                 store.delete_results(round_key(run, number))
@@ -163,6 +183,10 @@ class Closer:
         coordinator.store.add_event(Event(coordinator.clock(), "model", None, run,
                                           {"outcome": text, "rounds": made_of}))
         coordinator.announce(f"run {run} is over: {text}")
+
+
+def _times(value: float, reference: float) -> str:
+    return f"{value / reference:.3g} times" if reference else "infinitely"
 
 
 def _describe_outcome(gathering: Gathering, seconds: float) -> str:
