@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 
@@ -22,28 +24,32 @@ class Nursery:
         self._process = subprocess.Popen([sys.executable, str(HERE / "nursery.py")], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1],
                                          env={**os.environ, "PYTHONPATH": str(HERE.parents[1])})
+        self._lock = threading.Lock()
         assert self._process.stdout.readline() == "ready\n"
 
     def start(self, **order: object) -> int:
         """Start a coordinator or a site and return its process id."""
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        return self._ask(order)
+
+    def is_alive(self, pid: int) -> bool:
+        """Tell whether a process of the nursery still runs. Its id stays its own until this was asked."""
+        return bool(self._ask({"role": "patient", "pid": pid}))
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a process of the nursery, if it still runs."""
+        self._ask({"role": "victim", "pid": pid, "signal": int(number)})
+
+    def _ask(self, order: dict) -> int:
+        with self._lock:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
 
     def close(self) -> None:
         """End it, and what it has started."""
         self._process.stdin.close()
         self._process.wait(10)
         self._process.stdout.close()
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process of the nursery still runs; the nursery leaves no zombies."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------- in the nursery
@@ -53,24 +59,34 @@ def main() -> None:
     from nnunetv2.federated.coordinator import app, cli, connections, members, tls  # noqa: F401
     from nnunetv2.federated.store import Store  # noqa: F401
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the dead
-    children = []
+    children: set[int] = set()
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            be_born(order)
-        children.append(pid)
-        print(pid, flush=True)
-    for pid in children:
-        if is_alive(pid):
+        if order["role"] == "patient":
+            answer = is_alive(children, order["pid"])
+        elif order["role"] == "victim":
+            answer = is_alive(children, order["pid"])
+            if answer:
+                os.kill(order["pid"], order["signal"])
+        else:
+            answer = os.fork() or be_born(order)
+            children.add(answer)
+        print(int(answer), flush=True)
+    for pid in list(children):
+        if is_alive(children, pid):
             os.kill(pid, signal.SIGKILL)
 
 
-def be_born(order: dict) -> None:
+def is_alive(children: set[int], pid: int) -> bool:
+    """Tell whether a child still runs; the id of one that is dead belongs to somebody else from now on."""
+    if pid in children and os.waitpid(pid, os.WNOHANG)[0]:
+        children.discard(pid)
+    return pid in children
+
+
+def be_born(order: dict) -> NoReturn:
     """Become what was ordered; never returns."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     status = 1
     try:
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

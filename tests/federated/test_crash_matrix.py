@@ -8,9 +8,11 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,13 +26,14 @@ from fake_federation import (
     train,
     wait_until,
 )
-from nursery import Nursery, is_alive
+from nursery import Nursery
 
+import nnunetv2.federated.client as client_module
 from nnunetv2.federated import audit
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.messages import Validation, round_key, validation_key
 from nnunetv2.federated.site import decode_invitation, join, load_credential
-from nnunetv2.federated.store import Store
+from nnunetv2.federated.store import DATABASE_FILE, Store
 from nnunetv2.federated.wire import file_digest
 
 FULL = os.environ.get("NNUNET_FED_MATRIX") == "full"
@@ -40,6 +43,12 @@ RANDOM_KILLS = 40 if FULL else 10
 KILLS_PER_SITE = 10 if FULL else 2
 LARGE = {"encoder.weight": (1024, 1024), "encoder.bias": (1024,), "head.weight": (512, 1024)}
 """Six MiB: uploads and aggregations that take long enough to be hit."""
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Sites that ask again soon, however often the coordinator has died while they asked."""
+    monkeypatch.setattr(client_module, "LONGEST_PAUSE_S", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +110,25 @@ class MortalCoordinator:
 
     @property
     def is_alive(self) -> bool:
-        return is_alive(self._pid)
+        return self._nursery.is_alive(self._pid)
 
     @property
     def is_over(self) -> bool:
-        return self.log.exists() and f"run {RUN} is over" in self.log.read_text()
+        """Whether the models of the run have been written: the last thing that happens."""
+        try:
+            with closing(sqlite3.connect(f"file:{self.folder / DATABASE_FILE}?mode=ro", uri=True)) as database:
+                return bool(database.execute("SELECT 1 FROM events WHERE kind = 'model'").fetchone())
+        except sqlite3.OperationalError:  # there is no database yet
+            return False
 
     def kill(self) -> None:
-        if self.is_alive:
-            os.kill(self._pid, signal.SIGKILL)
-            wait_until(lambda: not self.is_alive)
+        self._nursery.kill(self._pid)
+        wait_until(lambda: not self.is_alive)
         self.deaths += 1
 
     def stop(self) -> None:
-        if self.is_alive:
-            os.kill(self._pid, signal.SIGTERM)
-            wait_until(lambda: not self.is_alive)
+        self._nursery.kill(self._pid, signal.SIGTERM)
+        wait_until(lambda: not self.is_alive)
 
     def credentials(self, timeout_s: float = 20.0) -> list:
         """Let all sites join, however often that takes."""
@@ -302,9 +314,9 @@ def test_sites_that_are_killed_come_back(nursery, tmp_path):
         time.sleep(rng.uniform(0.02, 0.25))
         if alive:
             site = rng.choice(alive)
-            if is_alive(pids[site]) and not digests[site].exists():
-                os.kill(pids[site], signal.SIGKILL)
-                wait_until(lambda: not is_alive(pids[site]))  # noqa: B023 - called at once
+            if nursery.is_alive(pids[site]) and not digests[site].exists():
+                nursery.kill(pids[site])
+                wait_until(lambda: not nursery.is_alive(pids[site]))  # noqa: B023 - called at once
                 kills[site] += 1
                 pids[site] = start(site)
     coordinator.stop()
