@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -167,21 +168,32 @@ def read_labels(path: Path) -> np.ndarray:
 
 def compare(heading: str, compared: Sequence[Way], run: Callable[[Way, Path], tuple[float, float]], folder: Path,
             repeats: int) -> list[list[Path]]:
-    """Let the ways take turns, print the medians, and return where each wrote its results."""
-    figures: list[list[tuple[float, float]]] = [[] for _ in compared]
+    """Let the ways take turns, print the medians, and return where each wrote its results.
+
+    Beside seconds on the clock there is the time of all cores, imports included: on a busy machine it says more.
+    """
+    figures: list[list[tuple[float, float, float]]] = [[] for _ in compared]
     results: list[list[Path]] = [[] for _ in compared]
     for repeat in range(repeats):
         for number, way in enumerate(compared):
             results[number].append(folder / f"result_{number}_{repeat}.npy")
-            figures[number].append(run(way, results[number][-1]))
+            before = _cpu_seconds()
+            seconds, peak_mb = run(way, results[number][-1])
+            figures[number].append((seconds, _cpu_seconds() - before, peak_mb))
             print(f"{way.name}: {figures[number][-1][0]:.2f} s", file=sys.stderr, flush=True)
     medians = [[statistics.median(values) for values in zip(*pairs)] for pairs in figures]
-    print(f"{heading} (load {os.getloadavg()[0]:.1f})\n{'':20}{'seconds':>9}{'peak MB':>9}{'times faster':>14}"
-          f"{'times less memory':>19}")
-    for way, (seconds, peak_mb) in zip(compared, medians):
-        print(f"{way.name:20}{seconds:9.2f}{peak_mb:9.0f}{medians[0][0] / seconds:14.2f}"
-              f"{medians[0][1] / peak_mb:19.1f}")
+    ratios = [[first / own for first, own in zip(medians[0], row)] for row in medians]
+    print(f"{heading} (load {os.getloadavg()[0]:.1f})\n{'':18}{'seconds':>9}{'cpu s':>8}{'peak MB':>9}"
+          f"   times less: {'seconds':>8}{'cpu s':>7}{'memory':>8}")
+    for way, figure, ratio in zip(compared, medians, ratios):
+        print(f"{way.name:18}{figure[0]:9.2f}{figure[1]:8.1f}{figure[2]:9.0f}{'':15}{ratio[0]:8.2f}{ratio[1]:7.1f}"
+              f"{ratio[2]:8.1f}")
     return results
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def report_agreement(theirs: Sequence[np.ndarray], mine: Sequence[np.ndarray]) -> None:
