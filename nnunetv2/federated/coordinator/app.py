@@ -279,6 +279,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         changes.bind()
+        app.state.observatory.listen()
         coordinator.on_change = changes.notify
         coordinator.on_progress = changes.mention
         coordinator.start()

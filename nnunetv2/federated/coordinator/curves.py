@@ -52,6 +52,8 @@ class CurveRound(Part):
     sites: Annotated[dict[SiteName, CurvePoint], Field(max_length=MAX_SITES)]
     missing: SiteNames = ()
     failed: SiteNames = ()
+    outliers: SiteNames = ()
+    """Sites whose updates moved conspicuously far."""
     pooled: Scalars = {}
     """Mean of the sites' metrics, each counted by its weight."""
 
@@ -109,7 +111,7 @@ def _round(record: Mapping[str, Any]) -> CurveRound:
     sites = {site: CurvePoint(weight=held["weight"], bytes=held["bytes"], received=held["received"],
                               metrics=scalars(held["metrics"])) for site, held in record["sites"].items()}
     return CurveRound(round=record["round"], opened=record["opened"], closed=record["closed"], sites=sites,
-                      missing=record["missing"], failed=record["failed"],
+                      missing=record["missing"], failed=record["failed"], outliers=record.get("outliers", ()),
                       pooled=pooled((point.weight, point.metrics) for point in sites.values()))
 
 

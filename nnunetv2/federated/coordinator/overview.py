@@ -166,12 +166,14 @@ class Lookout:
         self.coordinator = coordinator
         self.tail = LogTail(coordinator.store)
         self.started = coordinator.clock()
+        self._invited: set[str] = set()
         self._durations: dict[str, tuple[int, float | None]] = {}
 
     def look(self, revision: str = "") -> Overview:
         """Return what the federation is doing now."""
         coordinator, book = self.coordinator, self.coordinator.book
         self.tail.read_on()
+        self._invited = {status.site for status in coordinator.members.status() if status.state == "invited"}
         runs = tuple(self._run(run) for run in book.runs())
         return Overview(
             revision=revision, time=coordinator.clock(), federation=coordinator.settings.federation,
@@ -247,6 +249,8 @@ class Lookout:
             held = gathering.contributions.get(site)
             if site in control.left:
                 view = MemberView(site=site, activity="left")
+            elif site in self._invited:
+                view = MemberView(site=site, activity="invited")
             elif held is not None:
                 view = MemberView(site=site, activity="waiting", since=held.received)
             elif site in uploads:
@@ -287,7 +291,7 @@ def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:
 
 def _what_matters(site: str, runs: tuple[RunView, ...]) -> tuple[str | None, Activity]:
     """Return the run in which what a site is doing matters most to the others, and what that is."""
-    order = ("failed", "sending", "working", "waiting", "left")
+    order = ("failed", "sending", "working", "waiting", "left", "invited")
     found = [(order.index(member.activity), run.run, member.activity)
              for run in runs for member in run.members if member.site == site]
     return min(found)[1:] if found else (None, "idle")

@@ -49,6 +49,7 @@ class Observatory:
 
     def __init__(self, coordinator: Coordinator, changes: Changes, *, url: str) -> None:
         self.coordinator = coordinator
+        self._changes = changes
         self.lookout = Lookout(coordinator)
         self.board = Board(self.lookout, changes)
         self.sessions = Sessions(coordinator)
@@ -59,6 +60,16 @@ class Observatory:
         # Cookies do not know ports: two federations of one machine must not take each other's.
         federation = hashlib.sha256(coordinator.settings.federation.encode()).hexdigest()[:8]
         self.cookie = f"nnunet_fed_{federation}"
+
+    def listen(self) -> None:
+        """Wake who looks on whenever the person at the coordinator is told something: that is news for them too."""
+        announce = self.coordinator.announce
+
+        def announce_to_all(line: str) -> None:
+            announce(line)
+            self._changes.notify("")
+
+        self.coordinator.announce = announce_to_all
 
     async def tell_head_daily(self) -> None:
         """Tell the person at the coordinator, now and every day, the hash that is to be noted elsewhere."""

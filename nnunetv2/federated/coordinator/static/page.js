@@ -31,13 +31,13 @@
     const parts = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]]
       .map(([size, unit], i, all) => [Math.floor((i ? whole % all[i - 1][0] : whole) / size), unit]);
     const first = parts.findIndex(([count]) => count > 0);
-    if (first < 0) return "0 s";
-    return parts.slice(first, first + 2).filter(([count]) => count > 0).map(([n, unit]) => `${n} ${unit}`).join(" ");
+    if (first < 0) return "0\u00a0s";
+    return parts.slice(first, first + 2).filter(([count]) => count > 0).map(([n, unit]) => `${n}\u00a0${unit}`).join(" ");
   }
   function bytes(count) {
     const units = ["B", "kB", "MB", "GB", "TB", "PB"];
     const i = count < 1000 ? 0 : Math.min(units.length - 1, Math.floor(Math.log10(count) / 3));
-    return `${(count / 1000 ** i).toFixed(i && count / 1000 ** i < 100 ? 1 : 0)} ${units[i]}`;
+    return `${(count / 1000 ** i).toFixed(i && count / 1000 ** i < 100 ? 1 : 0)}\u00a0${units[i]}`;
   }
   const decimals = (value, digits) => value.toFixed(digits).replace("-", "−");
   const dice = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
@@ -104,7 +104,7 @@
   function showLogin(message = "") {
     viewer = null;
     document.title = "nnU-Net federation";
-    for (const id of ["view", "who", "enrol-form"]) byId(id).hidden = true;
+    for (const id of ["view", "who", "health", "enrol-form"]) byId(id).hidden = true;
     byId("login").hidden = byId("login-form").hidden = false;
     byId("login-title").textContent = "Log in";
     byId("login-error").textContent = message;
@@ -182,7 +182,7 @@
     byId("new-token").value = byId("secret").value = "";
     byId("viewer").textContent = `${who.name}, ${who.role}`;
     byId("login").hidden = true;
-    byId("who").hidden = byId("view").hidden = false;
+    byId("who").hidden = byId("view").hidden = byId("health").hidden = false;
     watch(++generation);
   }
   function live(state, text) {
@@ -300,16 +300,18 @@
   }
   function drawSites(sites) {
     const most = Math.max(1, ...sites.map((site) => Math.max(site.bytes_received, site.bytes_sent)));
-    const amount = (count) => {
+    // Roles, because a narrow screen shows the rows as blocks.
+    const cell = (label, kind, ...content) => h("td", { class: kind, role: "cell", "data-label": label }, ...content);
+    const amount = (label, count) => {
       const part = h("span");
       part.style.width = `${(100 * count) / most}%`;
-      return h("td", { class: "number" }, bytes(count), h("div", { class: "share", "aria-hidden": "true" }, part));
+      return cell(label, "number", bytes(count), h("div", { class: "share", "aria-hidden": "true" }, part));
     };
-    byId("sites").replaceChildren(...sites.map((site) => h("tr", {},
-      h("th", { scope: "row" }, h("span", { class: "name" }, site.site), badge(DOING[site.activity], site.run),
+    byId("sites").replaceChildren(...sites.map((site) => h("tr", { role: "row" },
+      h("th", { scope: "row", role: "rowheader" }, h("span", { class: "name" }, site.site), badge(DOING[site.activity], site.run),
         site.expires && site.state !== "revoked" ? h("p", { class: "quiet" }, `invitation good until ${moment(site.expires)}`) : null),
-      h("td", { class: "quiet" }, site.last_seen ? ago(site.last_seen) : "never"),
-      amount(site.bytes_received), amount(site.bytes_sent))));
+      cell("last seen", "quiet", site.last_seen ? ago(site.last_seen) : "never"),
+      amount("received", site.bytes_received), amount("sent", site.bytes_sent))));
   }
   const TROUBLE = { failure: ["bad-badge", "failure"], refusal: ["wait", "refused"], late: ["wait", "late"] };
   function drawTroubles(troubles) {
@@ -347,6 +349,7 @@
       this.facts = h("dl", { class: "facts" });
       this.waiting = h("p", { class: "waiting" });
       this.members = h("ul", { class: "members", "aria-label": "What the sites are doing" });
+      this.outliers = h("p", { class: "waiting wrong", hidden: true });
       this.model = h("p", { class: "model" });
       this.legend = h("div", { class: "legend", hidden: true, role: "group", "aria-label": "Show one line only" });
       this.grid = h("div", { class: "charts" });
@@ -359,7 +362,7 @@
         h("div", { class: "run-head" }, h("div", {},
           h("h3", {}, fold ? `${configuration}, fold ${fold}` : configuration),
           h("p", { class: "quiet" }, trainer)), this.state),
-        this.bar, this.facts, this.waiting, this.members, this.model, this.legend, this.grid, this.table, this.classTable);
+        this.bar, this.facts, this.waiting, this.members, this.outliers, this.model, this.legend, this.grid, this.table, this.classTable);
     }
 
     async draw(run) {
@@ -383,7 +386,7 @@
       this.bar.firstChild.style.width = `${total ? (100 * run.rounds_closed) / total : 0}%`;
       const facts = [["Closed rounds", total ? `${run.rounds_closed} of ${total}` : `${run.rounds_closed}`,
         run.last_closed ? ago(run.last_closed, (d) => `the last one ${d} ago`) : null]];
-      if (run.round_s !== null) facts.push(["A round takes", run.round_s < 10 ? `${run.round_s.toFixed(1)} s` : duration(run.round_s), "median of the last ten"]);
+      if (run.round_s !== null) facts.push(["A round takes", run.round_s < 10 ? `${run.round_s.toFixed(1)}\u00a0s` : duration(run.round_s), "median of the last ten"]);
       if (run.left_s !== null) facts.push(["Time left", `about ${duration(run.left_s)}`, `until ${clock(now() + run.left_s)}`]);
       if (run.mean_dice !== null) {
         facts.push([`Dice of aggregate ${run.validated_round}`, dice(run.mean_dice),
@@ -437,6 +440,10 @@
     }
 
     drawCurves() {
+      const last = this.rounds[this.rounds.length - 1];
+      this.outliers.hidden = !last || !last.outliers.length;
+      if (last) this.outliers.textContent = `Round ${last.round}: what ${names(last.outliers)} sent moves the network `
+        + "conspicuously far; it was counted.";
       const sites = [...new Set([...this.rounds.flatMap((one) => Object.keys(one.sites)),
         ...this.validations.flatMap((one) => Object.keys(one.dice_of_site))])].sort();
       this.drawLegend(sites, this.validations.length > 0);
