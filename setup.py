@@ -33,6 +33,7 @@ COMMANDS = {
     "nnUNetv2_fed_join": "federated.site:join_entry",
     "nnUNetv2_fed_leave": "federated.status:leave_entry",
     "nnUNetv2_fed_status": "federated.status:status_entry",
+    "nnUNetv2_fed_manifest": "federated.manifest:manifest_entry",
     "nnUNetv2_fed_simulate": "federated.simulate:simulate_entry",
 }
 

@@ -34,7 +34,7 @@ MIN_COVERAGE = 0.1
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
            "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
-_SHAREABLE = frozenset({"F32", "F16"})
+SHAREABLE = frozenset({"F32", "F16"})
 _DECODER = re.compile(r"((?:.*\.)?decoder\.(?:stages|transpconvs|seg_layers)\.)([0-9]+)(\..+)")
 
 
@@ -187,7 +187,7 @@ def _groups_of_sites(layer: Mapping[str, Mapping[str, TensorEntry]]) -> list[lis
     """Return the groups, of two sites at least, whose tensors of this layer agree in every respect."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for site, tensors in layer.items():
-        if all(entry.dtype in _SHAREABLE for entry in tensors.values()):
+        if all(entry.dtype in SHAREABLE for entry in tensors.values()):
             groups[tuple(sorted((name, entry.dtype, entry.shape) for name, entry in tensors.items()))].append(site)
     return [sites for _, sites in sorted(groups.items()) if len(sites) >= 2]
 
@@ -227,7 +227,7 @@ def _likely_cause(site: str, manifests: Mapping[str, Manifest], rule: Rule) -> s
         return (f"Its network has {_dimensions(own.values())}-dimensional weights, that of site {nearest} "
                 f"{_dimensions(theirs.values())}-dimensional ones. Train the same configuration at all sites.")
     for each in (site, nearest):
-        if not {entry.dtype for entry in manifests[each]} & _SHAREABLE:
+        if not {entry.dtype for entry in manifests[each]} & SHAREABLE:
             return f"The weights of site {each} are neither float32 nor float16. Keep its network in float32."
     if rule == "name" and _decoder_stages(own) != _decoder_stages(theirs):
         return (f"Its network and that of site {nearest} differ in depth. Start the coordinator with "
