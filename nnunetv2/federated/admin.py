@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
-from nnunetv2.federated import audit_commands
+from nnunetv2.federated import audit_commands, backup
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.site import SiteCredential, check_site_name, is_loopback, load_credential
 
@@ -153,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "settings", change_settings, "show the settings, or change them while the federation is at work")
     _add_settings(commands.choices["settings"])
     audit_commands.add_commands(commands)
+    backup.add_commands(commands)
     return parser
 
 

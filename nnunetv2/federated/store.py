@@ -206,11 +206,11 @@ class Store:
 
     def contribution_path(self, key: GatheringKey | str, site: str, digest: str) -> Path:
         """Return where a contribution is kept."""
-        return self._key_folder(key) / f"{site}.{digest[:24]}.safetensors"
+        return self._key_folder(key) / contribution_name(site, digest)
 
     def result_path(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> Path:
         """Return where a result is kept; `subset` names a part of its tensors."""
-        return self._key_folder(key) / (f"result.{subset[:24]}.safetensors" if subset else "result.safetensors")
+        return self._key_folder(key) / result_name(subset)
 
     def result_folder(self, key: GatheringKey | str) -> Path:
         """Return the folder for the results of a gathering; it exists."""
@@ -337,8 +337,7 @@ class Store:
         """Name the files that there may be in the folder of a gathering."""
         contributions = self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", key)
         results = self._database.rows("SELECT subset FROM results WHERE key = ?", key)
-        return {self.contribution_path(key, *row).name for row in contributions} | {
-            self.result_path(key, row[0]).name for row in results}
+        return {contribution_name(*row) for row in contributions} | {result_name(row[0]) for row in results}
 
     def _flush_folders(self, folder: Path) -> None:
         """Make the names of new files in a folder durable, and its own name and those above it the first time."""
@@ -377,6 +376,16 @@ class Store:
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
+def contribution_name(site: str, digest: str) -> str:
+    """Return the name of the file of a contribution, in the folder of its gathering."""
+    return f"{site}.{digest[:24]}.safetensors"
+
+
+def result_name(subset: str = FULL_RESULT) -> str:
+    """Return the name of the file of a result, in the folder of its gathering."""
+    return f"result.{subset[:24]}.safetensors" if subset else "result.safetensors"
+
+
 def _write_gathering(connection: Connection, gathering: Gathering) -> None:
     connection.execute("INSERT OR REPLACE INTO gatherings VALUES (?, ?, ?, ?)",
                      (str(gathering.key), gathering.opened, json.dumps(sorted(gathering.required)),
