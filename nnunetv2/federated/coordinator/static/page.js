@@ -39,7 +39,10 @@
     const i = count < 1000 ? 0 : Math.min(units.length - 1, Math.floor(Math.log10(count) / 3));
     return `${(count / 1000 ** i).toFixed(i && count / 1000 ** i < 100 ? 1 : 0)}\u00a0${units[i]}`;
   }
-  const decimals = (value, digits) => value.toFixed(digits).replace("-", "−");
+  function decimals(value, digits) {
+    const text = value.toFixed(digits);
+    return (Number(text) === 0 ? (0).toFixed(digits) : text).replace("-", "−");
+  }
   const dice = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
   const moment = (time) => new Date(1000 * time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
   function clock(time) {
@@ -69,8 +72,7 @@
       this.status = status;
     }
   }
-  async function ask(path, { method = "GET", body, limit = 45 } = {}) {
-    const abort = new AbortController();
+  async function ask(path, { method = "GET", body, limit = 45, abort = new AbortController() } = {}) {
     const timer = setTimeout(() => abort.abort(), 1000 * limit);
     try {
       const answer = await fetch(base + path, {
@@ -166,16 +168,19 @@
     }
   });
   byId("logout").addEventListener("click", async () => {
+    generation += 1;
+    following.abort(); // else it might be told that nobody is logged in any more
     try {
       await ask("v1/session", { method: "DELETE" });
       showLogin("You have logged out.");
     } catch {
       live("lost", "not logged out: no connection");
+      watch(++generation);
     }
   });
 
   // --------------------------------------------------------------------------------------------------- live updates
-  let generation = 0;
+  let generation = 0, following = new AbortController();
   function begin(who) {
     viewer = who;
     enrolment = null;
@@ -194,7 +199,8 @@
     live("", "connecting");
     while (mine === generation && viewer) {
       try {
-        const overview = await ask(`v1/overview?wait=10&seen=${encodeURIComponent(seen)}`);
+        following = new AbortController();
+        const overview = await ask(`v1/overview?wait=10&seen=${encodeURIComponent(seen)}`, { abort: following });
         if (mine !== generation || !viewer) return;
         skew = overview.time - Date.now() / 1000;
         await draw(overview);
@@ -350,7 +356,7 @@
       this.waiting = h("p", { class: "waiting" });
       this.members = h("ul", { class: "members", "aria-label": "What the sites are doing" });
       this.outliers = h("p", { class: "waiting wrong", hidden: true });
-      this.model = h("p", { class: "model" });
+      this.model = h("p", { class: "model quiet" });
       this.legend = h("div", { class: "legend", hidden: true, role: "group", "aria-label": "Show one line only" });
       this.grid = h("div", { class: "charts" });
       this.numbers = h("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": "Last rounds in numbers" });
@@ -387,7 +393,7 @@
       const facts = [["Closed rounds", total ? `${run.rounds_closed} of ${total}` : `${run.rounds_closed}`,
         run.last_closed ? ago(run.last_closed, (d) => `the last one ${d} ago`) : null]];
       if (run.round_s !== null) facts.push(["A round takes", run.round_s < 10 ? `${run.round_s.toFixed(1)}\u00a0s` : duration(run.round_s), "median of the last ten"]);
-      if (run.left_s !== null) facts.push(["Time left", `about ${duration(run.left_s)}`, `until ${clock(now() + run.left_s)}`]);
+      if (run.left_s !== null) facts.push(["Time left", run.left_s < 60 ? "less than a minute" : `about ${duration(run.left_s)}`, `until ${clock(now() + run.left_s)}`]);
       if (run.mean_dice !== null) {
         facts.push([`Dice of aggregate ${run.validated_round}`, dice(run.mean_dice),
           run.best_round === null ? null : `best so far: round ${run.best_round}`]);
