@@ -37,6 +37,7 @@ from nnunetv2.federated.store import DATABASE_FILE, Store
 from nnunetv2.federated.wire import file_digest
 
 FULL = os.environ.get("NNUNET_FED_MATRIX") == "full"
+pytestmark = pytest.mark.timeout(3600 if FULL else 300)
 SITES = ("A", "B", "C")
 NUM_ROUNDS = 3
 RANDOM_KILLS = 40 if FULL else 10

@@ -84,16 +84,21 @@ async def answer_error(request: Request, error: Exception) -> Response:
     status, problem = problem_of(error)
     request.app.state.observatory.refusals[problem.code] += 1
     if status >= 500:
-        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+        logger.error("%s %s", request.method, path_of(request), exc_info=error)
     return json_response(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
 
 
 async def answer_unknown(request: Request, error: Exception) -> Response:
     """Answer a request for a path, or with a method, that the coordinator does not have."""
     code = "unknown_method" if getattr(error, "status_code", 404) == 405 else "unknown_path"
-    problem = bodies.Problem(code=code, message=f"there is no {request.method[:20]} {request.url.path[:200]} here",
+    problem = bodies.Problem(code=code, message=f"there is no {request.method[:20]} {path_of(request)[:200]} here",
                              remedy="Use matching versions at all sites.")
     return json_response(problem, STATUS_OF_CODE[code], getattr(error, "headers", None))
+
+
+def path_of(request: Request) -> str:
+    """Return the path of a request. `request.url` fails where the rest of its address makes no sense."""
+    return request.scope["path"]
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
