@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from nnunetv2.federated import audit_commands, backup
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
-from nnunetv2.federated.site import SiteCredential, check_site_name, is_loopback, load_credential
+from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, is_loopback, load_credential
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -90,7 +90,7 @@ def _refusal(error: urllib.error.HTTPError) -> FederationError:
 
 # -------------------------------------------------------------------------------------------------------- commands
 def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
-    """Invite a site, an observer or an operator, and print the line that it has to type."""
+    """Invite a site, an observer or an operator, and print the line that it has to type, or the link to open."""
     from nnunetv2.federated.bodies import InviteAnswer, InviteRequest
 
     request = InviteRequest(name=check_site_name(arguments.name), role=arguments.role,
@@ -99,6 +99,9 @@ def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     print(f"Send {answer.role} {answer.name} this line; it is good once, until "
           f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:\n"
           f"  nnUNetv2_fed_join {answer.invitation}")
+    if answer.role != "site":
+        print("or this link to the page, which its browser opens:\n"
+              f"  {decode_invitation(answer.invitation).url}/#{answer.invitation}")
 
 
 def revoke(credential: SiteCredential, arguments: argparse.Namespace) -> None:

@@ -57,6 +57,11 @@ def test_an_observer_may_look_and_not_touch(federation, run, tmp_path):
     assert federation.coordinator.settings.sites == ("A", "B")
 
 
+def test_observers_get_a_link_to_the_page_too(federation, run):
+    assert f"{federation.url}/#nnunet-fed:" in run("invite", "eve", "--role", "observer")
+    assert "/#nnunet-fed:" not in run("invite", "C")
+
+
 def test_an_operator_elsewhere_uses_its_own_credential(run, tmp_path, monkeypatch, capsys):
     join(invitation_in(run("invite", "chief", "--role", "operator")), path=tmp_path / "chief.json")
     monkeypatch.setenv("nnUNet_fed_site", str(tmp_path / "chief.json"))

@@ -320,6 +320,17 @@ def test_a_bearer_token_does_as_well(done):
     assert answer.json()["federation"] == "test"
 
 
+def test_figures_are_for_the_token_of_an_observer(done):
+    headers = {"Authorization": f"Bearer {done.eve.token}"}
+    answer = requests.get(f"{done.federation.url}/metrics", headers=headers, timeout=10)
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert f'nnunet_fed_rounds_closed_total{{run="{RUN}"}} 3\n' in answer.text
+    assert done.eve.token not in answer.text
+    for headers in ({}, {"Authorization": "Bearer eve.wrong"}, {"Cookie": "; ".join(
+            f"{cookie.name}={cookie.value}" for cookie in done.eve.session.cookies)}):
+        assert requests.get(f"{done.federation.url}/metrics", headers=headers, timeout=10).status_code == 401
+
+
 def test_curves_have_each_site_and_the_mean(done):
     curves = done.eve.get(f"runs/{RUN}/curves").json()
     assert [one["round"] for one in curves["rounds"]] == [0, 1, 2] and curves["more"] is False
