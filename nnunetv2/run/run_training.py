@@ -5,10 +5,12 @@ Set the environment variable nnUNet_seed to a whole number to seed all generator
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,10 +240,26 @@ def cleanup_ddp() -> None:
 def _train(args: argparse.Namespace) -> None:
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
 
+    with _without_garbage_collection():
+        import nnunetv2.training.nnUNetTrainer.nnUNetTrainer  # noqa: F401  every trainer needs it, and torch
     device = resolve_device(args.device)
     set_torch_threads(device.type)
     run_training(args.dataset_name_or_id, args.configuration, args.fold, args.tr, args.p, args.pretrained_weights,
                  args.num_gpus, args.npz, args.c, args.val, args.disable_checkpointing, args.val_best, device=device)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Import without looking for garbage, of which there is none: that makes up a sixth of the time.
+
+    What was imported stays out of later collections, and so in memory that worker processes share.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _check_options(*, continue_training: bool, only_run_validation: bool, disable_checkpointing: bool,

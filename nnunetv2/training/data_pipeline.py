@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
-from nnunetv2.training.data_augmentation.augmenters import build_augmenters
+from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.seeding import seed_from_environment
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def start_augmenters(trainer: nnUNetTrainer) -> tuple[Iterator[dict], Iterator[dict]]:
-    """Return endless training and validation batches, whose workers are running already."""
+    """Return endless training and validation batches, whose workers are running already.
+
+    Nobody waits for their first batches: until the first step there is more to do.
+    """
     patch_size = trainer.configuration_manager.patch_size
     scales = trainer._get_deep_supervision_scales()
     rotation, dummy_2d, initial_patch_size, mirror_axes = (
@@ -46,7 +49,8 @@ def start_augmenters(trainer: nnUNetTrainer) -> tuple[Iterator[dict], Iterator[d
         entropy=None if seed is None else (seed, trainer.local_rank),
         first_batches=(epoch * trainer.num_iterations_per_epoch, epoch * trainer.num_val_iterations_per_epoch))
     for augmenter in augmenters:
-        next(augmenter)  # starts the workers
+        if isinstance(augmenter, WorkerAugmenter):
+            augmenter.start()
     return augmenters
 
 

@@ -1,6 +1,7 @@
 """Build the optimizer, and keep what it remembers independent of how it computes."""
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,12 +13,30 @@ HOW_TO_COMPUTE = ("foreach", "fused", "capturable", "differentiable")
 MOMENTUM = 0.99
 
 
+class EagerSGD(torch.optim.SGD):
+    """Compute what `torch.optim.SGD` computes, without loading the compiler of torch.
+
+    torch wraps these methods so that torch.compile leaves them alone, and the wrappers import torch._dynamo when they
+    are called first: more than a second, and 100 MiB, of which a training that compiles nothing has no use.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
 def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float,
               device: torch.device) -> torch.optim.SGD:
-    """Return SGD with Nesterov momentum. On CUDA it decides on the GPU whether to skip a step, without waiting."""
-    options = {"fused": True} if device.type == "cuda" and _sgd_can_be_fused() else {}
-    return torch.optim.SGD(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM,
-                           nesterov=True, **options)
+    """Return SGD with Nesterov momentum, which updates all weights in one pass where torch can.
+
+    On CUDA it decides on the GPU whether to skip a step, without waiting.
+    """
+    options = {"fused": True} if _sgd_can_be_fused(device) else {}
+    sgd = torch.optim.SGD if device.type == "cuda" else EagerSGD  # on CUDA the network is compiled, so it is loaded
+    return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True,
+               **options)
 
 
 def build_grad_scaler(device: torch.device) -> torch.amp.GradScaler | None:
@@ -49,5 +68,7 @@ def load_optimizer_state_(optimizer: torch.optim.Optimizer, state: dict[str, Any
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _sgd_can_be_fused() -> bool:
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 3)
+def _sgd_can_be_fused(device: torch.device) -> bool:
+    first = {"cuda": (2, 3), "cpu": (2, 4)}  # versions of torch
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return device.type in first and version >= first[device.type]

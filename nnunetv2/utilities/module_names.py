@@ -42,6 +42,8 @@ def _may_bind(module_file: Path, _mtime_ns: int, _size: int, name: str) -> bool:
     # Most modules do not contain the word at all: parsing is saved for the rest.
     if name not in source and _DYNAMIC_WORDS.search(source) is None:
         return False
+    if re.search(rf"^class {re.escape(name)}\b", source, re.MULTILINE):  # so the module is imported in any case
+        return True
     try:
         names = read_module_names(source)
     except SyntaxError:

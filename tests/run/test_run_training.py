@@ -277,6 +277,31 @@ DISTRIBUTED = """
 """
 
 
+FIRST_STEP = """
+import sys
+from nnunetv2.run import run_training
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+step = nnUNetTrainer.train_step
+
+def take_one_step(self, batch):
+    step(self, batch)
+    self.optimizer.state_dict()  # for a checkpoint
+    print("loaded:", [name for name in ("torch._dynamo", "pandas", "scipy", "matplotlib", "SimpleITK", "sklearn")
+                      if name in sys.modules])
+    sys.exit()
+
+nnUNetTrainer.train_step = take_one_step
+run_training.main(["998", "3d_fullres", "0", "-tr", "ShortTrainer", "-device", "cpu"])
+"""
+
+
+def test_a_training_starts_without_the_slow_libraries_it_does_not_need(dataset):
+    finished = subprocess.run([sys.executable, "-c", FIRST_STEP], check=False, timeout=120, text=True,
+                              capture_output=True)
+    assert "loaded: []" in finished.stdout, finished.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_network_and_write_one_set_of_files(dataset, roots, tmp_path):
     script = tmp_path / "distributed_training.py"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nnunetv2.training.optimization import build_sgd, load_optimizer_state_, portable_optimizer_state
+from nnunetv2.training.optimization import EagerSGD, build_sgd, load_optimizer_state_, portable_optimizer_state
 
 CPU = torch.device("cpu")
 
@@ -10,7 +10,7 @@ def make_trained(**options):
     torch.manual_seed(0)
     network = torch.nn.Conv2d(2, 3, 3)
     network.weight.data = network.weight.data.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True, **options)
+    optimizer = EagerSGD(network.parameters(), 0.1, momentum=0.9, nesterov=True, **options)
     network(torch.ones(1, 2, 4, 4)).sum().backward()
     optimizer.step()
     return network, optimizer
@@ -54,3 +54,21 @@ def test_a_fused_step_with_a_gradient_scaler_is_skipped_on_overflow(is_finite):
 def test_the_default_optimizer_is_the_one_of_the_plans_trainer():
     group = build_sgd(torch.nn.Linear(1, 1), initial_lr=0.01, weight_decay=3e-5, device=CPU).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (0.01, 3e-5, 0.99, True)
+
+
+def test_the_optimizer_without_the_compiler_steps_as_that_of_torch():
+    trained = []
+    for sgd in (torch.optim.SGD, EagerSGD):
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(2, 3, 3)
+        optimizer = sgd(network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+        steps = []
+        optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(torch.ones(1, 2, 4, 4)).square().sum().backward()
+            optimizer.step()
+        assert len(steps) == 3
+        trained.append((network.weight, optimizer.state_dict()))
+    assert torch.equal(trained[0][0], trained[1][0])
+    torch.testing.assert_close(trained[0][1], trained[1][1], rtol=0, atol=0)

@@ -134,6 +134,10 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         super().__init__(data_loader, transform, num_processes, num_cached, seeds, pin_memory, wait_time)
         self._entropy, self._first_batch = entropy, first_batch
 
+    def start(self) -> None:
+        """Start the workers now, so that the first batch is on its way when it is asked for."""
+        self._start()
+
     def _start(self) -> None:
         """Start workers and the thread that fetches their batches."""
         if self.initialized:

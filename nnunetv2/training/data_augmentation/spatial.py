@@ -5,11 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from torch import Tensor
 
 from nnunetv2.training.data_augmentation.affine_sampling import AffineGrid, centred_grid, sample_images
 from nnunetv2.training.data_augmentation.label_sampling import sample_labels
+from nnunetv2.training.data_augmentation.late_imports import importing_late
+
+with importing_late("pandas", "scipy.ndimage"):
+    from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 
 SIGNED_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from torch import Tensor
 
-from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform, needed_box
+from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform, SpatialTransform, needed_box
 from nnunetv2.training.dataloading.patch_reading import overlaps
 
 Box = tuple[list[int], list[int]]

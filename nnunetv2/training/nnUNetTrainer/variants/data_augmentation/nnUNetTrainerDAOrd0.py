@@ -4,17 +4,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
-from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
-    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
-)
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
+from nnunetv2.training.data_augmentation.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-MISTAKES_OF_PREVIOUS_STAGE = (ApplyRandomBinaryOperatorTransform,
-                              RemoveRandomConnectedComponentFromOneHotEncodingTransform)
 
 
 class nnUNetTrainer_DASegOrd0(nnUNetTrainer):
@@ -35,7 +28,7 @@ class nnUNetTrainer_DASegOrd0(nnUNetTrainer):
             transform = getattr(transform, "transform", transform)
             if isinstance(transform, SpatialTransform):
                 transform.mode_seg = "nearest"
-            elif isinstance(transform, MISTAKES_OF_PREVIOUS_STAGE):
+            elif hasattr(transform, "p_per_label"):  # imitates mistakes of the previous stage
                 transform.p_per_label = 1
         return pipeline
 
