@@ -1,0 +1,485 @@
+"""Measure a coordinator under load: real processes on the loopback interface, a network of 31.2 million parameters.
+
+    python -m benchmarks.federation [--sites 64] [--few 4] [--idle 500] [--only round idle line start] [--folder F]
+
+    round   all sites upload at once, the round is closed, all download: rates, beside what disk and loopback can do
+            at the same time, and the coordinator's memory; with few sites and with many
+    idle    sites that wait for a result: the coordinator's share of a core
+    line    the time of an exchange on a line of 1 Gbit/s, as a share of an epoch of 30 s
+    start   from the start of the process to the first answer: new, after kill -9, and with a thousand rounds behind it
+
+Needs about 130 MB of disk per site in --folder (default: a temporary folder), which is removed again. Linux.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.federation_load import PlayedSite, SlowLine, play_round, poll_for
+from nnunetv2.federated import messages
+from nnunetv2.federated.aggregation import aggregate_documents
+from nnunetv2.federated.bodies import FederationSettings
+from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.rounds import Closed, Contribution, fresh_gathering, parse_key, with_contribution
+from nnunetv2.federated.site import SiteCredential, new_token
+from nnunetv2.federated.store import Store
+from nnunetv2.federated.wire import TensorSpec, open_document, write_document
+
+MIB, GIB = 2**20, 2**30
+RUN = messages.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
+DISTINCT_UPDATES = 4
+LOAD_PROCESSES = 2
+EPOCH_S = 30.0
+GIGABIT = 125e6
+HISTORY_ROUNDS = 1000
+
+
+def network_specs(num_stages: int = 6) -> dict[str, TensorSpec]:
+    """Return the distinct tensors of the network that nnU-Net plans by default for large isotropic images."""
+    features = [min(320, 32 * 2**stage) for stage in range(num_stages)]
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def block(name: str, inputs: int, outputs: int) -> None:
+        shapes[f"{name}.conv.weight"] = (outputs, inputs, 3, 3, 3)
+        shapes.update({f"{name}.{one}": (outputs,) for one in ("conv.bias", "norm.weight", "norm.bias")})
+
+    for stage, (inputs, outputs) in enumerate(zip([1, *features], features)):
+        block(f"encoder.stages.{stage}.0", inputs, outputs)
+        block(f"encoder.stages.{stage}.1", outputs, outputs)
+    for stage, (below, here) in enumerate(zip(features[:0:-1], features[-2::-1])):
+        shapes[f"decoder.transpconvs.{stage}.weight"] = (below, here, 2, 2, 2)
+        shapes[f"decoder.transpconvs.{stage}.bias"] = (here,)
+        block(f"decoder.stages.{stage}.0", 2 * here, here)
+        block(f"decoder.stages.{stage}.1", here, here)
+        shapes[f"decoder.seg_layers.{stage}.weight"] = (3, here, 1, 1, 1)
+        shapes[f"decoder.seg_layers.{stage}.bias"] = (3,)
+    return {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
+
+
+# --------------------------------------------------------------------------------------------------- the coordinator
+@dataclass
+class Memory:
+    """What a process holds, in MiB."""
+
+    rss: float = 0.0
+    pss: float = 0.0
+    anonymous: float = 0.0
+
+    @classmethod
+    def of(cls, pid: int) -> Memory:
+        """Read what a process holds now."""
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+        return cls(*(int(re.search(rf"^{name}: +([0-9]+)", text, re.M)[1]) / 1024
+                     for name in ("Rss", "Pss", "Anonymous")))
+
+    def upper(self, other: Memory) -> Memory:
+        """Return the larger of both, figure by figure."""
+        return Memory(max(self.rss, other.rss), max(self.pss, other.pss), max(self.anonymous, other.anonymous))
+
+    def __str__(self) -> str:
+        return f"RSS {self.rss:.0f}, PSS {self.pss:.0f}, anonymous {self.anonymous:.0f} MiB"
+
+
+@dataclass
+class Running:
+    """A coordinator's process."""
+
+    folder: Path
+    process: subprocess.Popen = field(init=False)
+    seconds_to_start: float = field(init=False)
+    url: str = field(init=False)
+
+    def start(self) -> None:
+        """Start it and wait until it answers a request."""
+        state, begin = self.folder / "coordinator.json", time.monotonic()
+        state.unlink(missing_ok=True)
+        code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", code, "--folder", str(self.folder), "--port", "0"],
+                                            stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        while not state.exists():
+            if self.process.poll() is not None:
+                raise RuntimeError(self.log.read_text())
+            time.sleep(0.01)
+        self.url = json.loads(state.read_text())["url"]
+        token = json.loads((self.folder / "operator.json").read_text())["token"] if (
+            self.folder / "operator.json").exists() else None
+        request = urllib.request.Request(f"{self.url}/v1/settings", headers={"Authorization": f"Bearer {token}"})
+        with suppress_http_error(), urllib.request.urlopen(request, timeout=10):
+            pass
+        self.seconds_to_start = time.monotonic() - begin
+
+    @property
+    def log(self) -> Path:
+        """The file that holds what it prints."""
+        return self.folder.with_suffix(".log")
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """End it."""
+        self.process.send_signal(number)
+        self.process.wait(60)
+
+
+@contextmanager
+def suppress_http_error() -> Iterator[None]:
+    """Take any answer for one."""
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Running]:
+    """Run a coordinator for a folder."""
+    coordinator = Running(folder)
+    coordinator.start()
+    try:
+        yield coordinator
+    finally:
+        coordinator.end()
+
+
+@contextmanager
+def sampled_memory(pid: int) -> Iterator[list[Memory]]:
+    """Sample a process's memory while the block lasts; the last entry of the list is the largest so far."""
+    samples, over = [Memory.of(pid)], threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.05):
+            samples.append(samples[-1].upper(Memory.of(pid)))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
+# ------------------------------------------------------------------------------------------------------ preparations
+def make_federation(folder: Path, num_sites: int, num_epochs: int = 3) -> dict[str, str]:
+    """Create a federation whose sites have all joined; return site -> token."""
+    sites = tuple(f"site{index:03d}" for index in range(num_sites))
+    with Store(folder) as store:
+        create_federation(store, FederationSettings(federation="benchmark", sites=sites, num_epochs=num_epochs,
+                                                    validate_every=0), now=time.time())
+        coordinator = Coordinator(store, announce=lambda line: None)
+        tokens = {}
+        for record in coordinator.members.open_invitations(time.time()):
+            tokens[record.member] = new_token(record.member)
+            coordinator.members.join(record.secret, tokens[record.member], now=time.time())
+    return tokens
+
+
+def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
+    """Let all sites of a federation register and agree on the initial weights."""
+    entries = tuple(messages.TensorEntry(name=name, dtype=spec.dtype, shape=spec.shape) for name, spec in specs.items())
+    data = messages.TrainingData(channel_names={"0": "CT"}, labels={"background": 0, "a": 1, "b": 2},
+                                 file_ending=".nii.gz")
+    registration = messages.Registration(
+        configuration="3d_fullres", fold="0", trainer="nnUNetTrainerFedAvg", num_training_cases=10, aliases={},
+        plans={"plans_name": "nnUNetPlans"}, dataset_json=data, requires_equal_plans=False, tensors=entries)
+    with Store(folder) as store:
+        coordinator = Coordinator(store, announce=lambda line: None)
+        coordinator.closer.start()
+
+        def send(key: str, site: str, message: messages.Message, own: dict[str, TensorSpec]) -> None:
+            path = store.incoming_path()
+            digest = write_document(path, message, own, (np.zeros(spec.shape, np.float32) for spec in own.values()))
+            coordinator.contribute(key, site, path, digest, path.stat().st_size)
+
+        for site in coordinator.settings.sites:
+            send(registration_key(RUN), site, registration, {})
+        wait_until(lambda: coordinator.book.is_closed(registration_key(RUN)))
+        owners = coordinator.archive.agreement(RUN).match.initial_owner
+        for site in coordinator.settings.sites:
+            send(initial_key(RUN), site, messages.Update(),
+                 {name: specs[name] for name, owner in owners.items() if owner == site})
+        wait_until(lambda: coordinator.book.is_closed(initial_key(RUN)))
+        coordinator.stop()
+
+
+def wait_until(condition) -> None:
+    """Wait for a condition of this process, two minutes at most."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("waited in vain")
+        time.sleep(0.01)
+
+
+def make_updates(folder: Path, specs: dict[str, TensorSpec], number: int) -> list[tuple[Path, str]]:
+    """Write a few different updates; return (file, digest) of each."""
+    updates = []
+    for seed in range(number):
+        rng = np.random.default_rng(seed)
+        path = folder / f"update{seed}.safetensors"
+        values = (rng.standard_normal(spec.shape, np.float32) for spec in specs.values())
+        updates.append((path, write_document(path, messages.Update(metrics={"loss": 0.5}), specs, values)))
+    return updates
+
+
+# ------------------------------------------------------------------------------------------------------------ limits
+def disk_rate(folder: Path, size: int, number: int = 8) -> float:
+    """Return the MiB/s at which files of `size` bytes reach the disk, each synced."""
+    content = memoryview(np.random.default_rng(0).bytes(size))
+    begin = time.monotonic()
+    for index in range(number):
+        with (folder / f"disk{index}").open("wb", buffering=0) as file:
+            for offset in range(0, size, MIB):
+                file.write(content[offset:offset + MIB])
+            os.fsync(file.fileno())
+    seconds = time.monotonic() - begin
+    for index in range(number):
+        (folder / f"disk{index}").unlink()
+    return number * size / MIB / seconds
+
+
+def loopback_rate(path: Path, number: int = 16) -> float:
+    """Return the MiB/s at which a file goes from one process to another over the loopback interface."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = multiprocessing.get_context("spawn").Process(
+            target=_send_file, args=(listener.getsockname()[1], path, number))
+        sender.start()
+        connection, _ = listener.accept()
+        buffer, count, begin = bytearray(MIB), 0, time.monotonic()
+        with connection:
+            while received := connection.recv_into(buffer):
+                count += received
+        seconds = time.monotonic() - begin
+        sender.join()
+    return count / MIB / seconds
+
+
+def _send_file(port: int, path: Path, number: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection, path.open("rb") as file:
+        for _ in range(number):
+            connection.sendfile(file)
+            file.seek(0)
+
+
+# ------------------------------------------------------------------------------------------------------ measurements
+def measure_round(folder: Path, num_sites: int) -> float:
+    """Let all sites take part in one round, print the rates, and return the coordinator's peak of memory over idle."""
+    specs = network_specs()
+    size = sum(spec.nbytes for spec in specs.values())
+    updates = make_updates(folder, specs, min(num_sites, DISTINCT_UPDATES))
+    tokens = make_federation(folder / "federation", num_sites)
+    begin_run(folder / "federation", specs)
+    total = num_sites * size / MIB
+    with running(folder / "federation") as coordinator:
+        time.sleep(1)
+        idle = Memory.of(coordinator.process.pid)
+        disk = [disk_rate(folder, size)]
+        loopback = [loopback_rate(updates[0][0])]
+        before = coordinator.cpu_seconds()
+        with sampled_memory(coordinator.process.pid) as samples:
+            times = play(coordinator.url, tokens, updates)
+        cpu = coordinator.cpu_seconds() - before
+        disk.append(disk_rate(folder, size))
+        loopback.append(loopback_rate(updates[0][0]))
+        alone = aggregation_per_core(folder / "federation", folder / "again")
+        closing = float(re.search(r"round 0 is closed.*, ([0-9.]+) s to compute", coordinator.log.read_text())[1])
+    upload = total / (max(one.last_receipt for one in times) - times[0].begin)
+    download = total / (max(one.last_result for one in times) - max(one.last_receipt for one in times) - closing)
+    limit = min(statistics.mean(disk), statistics.mean(loopback))
+    peak = samples[-1]
+    print(f"\n{num_sites} sites, {size / MIB:.1f} MiB each; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(f"  limits: disk with fsync {_range(disk)}, loopback {_range(loopback)} MiB/s")
+    print(f"  upload {upload:.0f} MiB/s: {upload / limit:.0%} of the lower limit (wanted: 80 %)")
+    print(f"  aggregation {total / 1024 / closing:.2f} GiB/s in {closing:.2f} s; {alone:.2f} GiB per second of "
+          "processor time (wanted: 1.5 GiB/s)")
+    print(f"  download about {download:.0f} MiB/s; processor time of the coordinator {cpu:.1f} s")
+    print(f"  memory idle: {idle}; peak: {peak}")
+    allowed = 1.5 * size / MIB + 64
+    print(f"  peak over idle: RSS {peak.rss - idle.rss:.0f}, anonymous {peak.anonymous - idle.anonymous:.0f} MiB "
+          f"(wanted: at most {allowed:.0f})", flush=True)
+    return peak.rss - idle.rss
+
+
+def aggregation_per_core(federation: Path, out_path: Path) -> float:
+    """Sum up the round's updates once more; return GiB of input per second of processor time, whatever the load."""
+    folder = federation / "gatherings" / round_key(RUN, 0)
+    with ExitStack() as stack:
+        documents = {path.name: stack.enter_context(open_document(path))
+                     for path in folder.glob("*.safetensors") if not path.name.startswith("result")}
+        before = federation / "gatherings" / initial_key(RUN) / "result.safetensors"
+        previous = stack.enter_context(open_document(before))
+        begin = time.process_time()
+        aggregate_documents(documents, dict.fromkeys(documents, 10.0), out_path=out_path, previous=previous,
+                            message=messages.Aggregate(round=0, contributors={"site000": 1.0}))
+        seconds = time.process_time() - begin
+    out_path.unlink()
+    return sum(path.stat().st_size for path in folder.glob("site*.safetensors")) / GIB / seconds
+
+
+def play(url: str, tokens: dict[str, str], updates: Sequence[tuple[Path, str]]) -> list:
+    """Let all sites play round 0, in a few processes."""
+    sites = [PlayedSite(token, *updates[index % len(updates)]) for index, token in enumerate(tokens.values())]
+    parts = [sites[index::LOAD_PROCESSES] for index in range(LOAD_PROCESSES)]
+    with ProcessPoolExecutor(LOAD_PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(abs, range(LOAD_PROCESSES)))  # the processes are there
+        begin = time.monotonic() + 3.0
+        return list(pool.map(play_round, *zip(*[(url, round_key(RUN, 0), part, begin) for part in parts if part])))
+
+
+def _range(values: Sequence[float]) -> str:
+    return " and ".join(f"{value:.0f}" for value in values)
+
+
+def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
+    """Let sites wait for a gathering that does not close, and print what that costs the coordinator."""
+    tokens = make_federation(folder / "federation", num_sites)
+    with running(folder / "federation") as coordinator, ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")) as pool:
+        answers = pool.submit(poll_for, coordinator.url, CENSUS_KEY, list(tokens.values()), seconds)
+        time.sleep(27)  # all have connected and asked once
+        cpu, begin = coordinator.cpu_seconds(), time.monotonic()
+        while not answers.done() and time.monotonic() - begin < seconds - 30:
+            time.sleep(0.2)
+        share = (coordinator.cpu_seconds() - cpu) / (time.monotonic() - begin)
+        print(f"\n{num_sites} idle sites: {share:.1%} of a core (wanted: below 10 %), {answers.result()} answers in "
+              f"{seconds:.0f} s; {Memory.of(coordinator.process.pid)}", flush=True)
+
+
+def measure_line(folder: Path, num_rounds: int = 3) -> None:
+    """Exchange weights over a line of 1 Gbit/s with the real client and print the share of an epoch that it takes."""
+    from nnunetv2.federated.client import FederationClient
+
+    specs = network_specs()
+    size = sum(spec.nbytes for spec in specs.values())
+    tokens = make_federation(folder / "federation", 2, num_epochs=num_rounds)
+    begin_run(folder / "federation", specs)
+    weights = {name: np.ones(spec.shape, np.float32) for name, spec in specs.items()}
+    seconds: dict[str, list[float]] = {site: [] for site in tokens}
+    with running(folder / "federation") as coordinator, SlowLine(address(coordinator.url), GIGABIT) as first, SlowLine(
+            address(coordinator.url), GIGABIT) as second:
+
+        def train(site: str, port: int) -> None:
+            credential = SiteCredential(f"http://127.0.0.1:{port}", "benchmark", site, tokens[site])
+            with FederationClient(credential, report=lambda line: None) as client:
+                for number in range(num_rounds):
+                    begin = time.monotonic()
+                    client.exchange(round_key(RUN, number), messages.Update(), weights)
+                    seconds[site].append(time.monotonic() - begin)
+
+        threads = [threading.Thread(target=train, args=entry, daemon=True)
+                   for entry in zip(tokens, (first.port, second.port))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(300)
+    taken = statistics.median(value for values in seconds.values() for value in values)
+    floor = 2 * size / GIGABIT
+    print(f"\nexchange of {size / MIB:.1f} MiB at 1 Gbit/s: {taken:.2f} s, {taken / EPOCH_S:.1%} of an epoch of "
+          f"{EPOCH_S:.0f} s (wanted: 5 %); the line alone takes {floor:.2f} s up and down ({floor / EPOCH_S:.1%})",
+          flush=True)
+
+
+def address(url: str) -> tuple[str, int]:
+    """Return host and port of an address."""
+    host, port = url.rpartition("/")[2].split(":")
+    return host, int(port)
+
+
+def measure_start(folder: Path, num_sites: int) -> None:
+    """Start a coordinator, kill it with a round open, start it again; and one with a thousand rounds behind it."""
+    specs = network_specs()
+    updates = make_updates(folder, specs, 2)
+    tokens = make_federation(folder / "federation", 4)
+    begin_run(folder / "federation", specs)
+    coordinator = Running(folder / "federation")
+    times = []
+    try:
+        coordinator.start()
+        times.append(coordinator.seconds_to_start)
+        from benchmarks.federation_load import contribute
+        for token in list(tokens.values())[:3]:
+            contribute(coordinator.url, round_key(RUN, 0), PlayedSite(token, *updates[0]))
+        coordinator.end(signal.SIGKILL)
+        coordinator.start()
+        times.append(coordinator.seconds_to_start)
+    finally:
+        coordinator.end()
+    make_federation(folder / "old", num_sites, num_epochs=2000)
+    write_history(folder / "old", HISTORY_ROUNDS)
+    with running(folder / "old") as old:
+        times.append(old.seconds_to_start)
+    print(f"\nstart to first answer: {times[0]:.2f} s; after kill -9 with three updates of an open round "
+          f"{times[1]:.2f} s; with {HISTORY_ROUNDS} rounds of {num_sites} sites behind it {times[2]:.2f} s "
+          "(wanted: below 2 s)", flush=True)
+
+
+def write_history(folder: Path, num_rounds: int) -> None:
+    """Write the rows and folders that a long run leaves behind."""
+    with Store(folder) as store:
+        settings = store.load_settings()
+        for number in range(num_rounds):
+            gathering = fresh_gathering(parse_key(round_key(RUN, number)), settings)
+            for site in settings.sites:
+                digest = hashlib.sha256(f"{number}{site}".encode()).hexdigest()
+                gathering = with_contribution(gathering, site, Contribution(digest, 1, time.time()))
+            with store._database.transaction() as connection:
+                connection.executemany("INSERT INTO contributions VALUES (?, ?, ?, ?, ?)", [
+                    (str(gathering.key), site, one.digest, one.size, one.received)
+                    for site, one in gathering.contributions.items()])
+            store.result_folder(gathering.key)
+            store.save_closing(replace(gathering, outcome=Closed(time.time(), settings.sites)), "0" * 64,
+                               record={"round": number})
+            if number < num_rounds - 2:
+                store.delete_results(gathering.key)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", type=int, default=64)
+    parser.add_argument("--few", type=int, default=4)
+    parser.add_argument("--idle", type=int, default=500)
+    parser.add_argument("--only", nargs="+", choices=("round", "idle", "line", "start"),
+                        default=("round", "idle", "line", "start"))
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args(argv)
+    numbers = {"round": (arguments.few, arguments.sites), "idle": (arguments.idle,), "line": (0,),
+               "start": (arguments.sites,)}
+    measurements = {"round": measure_round, "idle": measure_idle, "start": measure_start,
+                    "line": lambda folder, _: measure_line(folder)}
+    for name in arguments.only:
+        for number in numbers[name]:
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                measurements[name](Path(folder), number)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
