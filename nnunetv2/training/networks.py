@@ -11,9 +11,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2.utilities.device import to_fast_memory_format_, wants_cpu_autocast
-from nnunetv2.utilities.instance_norm import use_fast_instance_norm_
-
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -43,28 +40,6 @@ def bare_network(network: nn.Module) -> nn.Module:
         network = network.module
     # Not by class: importing torch._dynamo takes a second, and only compiled networks have loaded it.
     return getattr(network, "_orig_mod", network)
-
-
-def speed_up_on_cpu_(network: nn.Module, device: torch.device) -> nn.Module:
-    """Choose normalizations and memory layout that are fast on a CPU; on other devices nothing happens."""
-    if device.type != "cpu":
-        return network
-    use_fast_instance_norm_(network)
-    return to_fast_memory_format_(network, device) if prefers_channels_last(device) else network
-
-
-def prefers_channels_last(device: torch.device) -> bool:
-    """Tell whether a training is faster with channels as the last axis in memory: in bfloat16 on a CPU with AMX.
-
-    Its matrix units take that layout as it is. With AVX512-BF16 alone, and in float32, the plain layout is faster by 10
-    to 30 %, backward passes above all (`benchmarks/training.py`).
-    """
-    return device.type == "cpu" and wants_cpu_autocast() and _cpu_has_amx()
-
-
-def _cpu_has_amx() -> bool:
-    query = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not public, and not in every version
-    return query is not None and bool(query())
 
 
 def adapt_weight_names(weights: Mapping[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:

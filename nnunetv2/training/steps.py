@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnunetv2.training.networks import prefers_channels_last
 from nnunetv2.training.step_results import PendingArray, as_result
 from nnunetv2.utilities.device import to_fast_memory_format_
 
@@ -23,9 +22,7 @@ MAX_GRADIENT_NORM = 12
 def move_batch(batch: dict, device: torch.device) -> tuple[torch.Tensor, TensorOrList]:
     """Return data and target of a batch on the device; the target has an entry per resolution or is one tensor."""
     data, target = batch["data"], batch["target"]
-    data = data.to(device, non_blocking=True)
-    if prefers_channels_last(device):
-        data = to_fast_memory_format_(data, device)
+    data = to_fast_memory_format_(data.to(device, non_blocking=True), device)
     if isinstance(target, (list, tuple)):
         return data, [entry.to(device, non_blocking=True) for entry in target]
     return data, target.to(device, non_blocking=True)

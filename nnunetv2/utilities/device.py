@@ -2,7 +2,8 @@
 
 On a CPU, networks run in bfloat16 where the processor multiplies bfloat16 matrices in hardware (AMX-BF16 or
 AVX512-BF16), and in float32 elsewhere. The environment variable nnUNet_cpu_autocast decides otherwise: 0, false, f, no
-or off keep float32 everywhere; 1, true, t, yes or on ask for bfloat16 even where it is emulated and slow.
+or off keep float32 everywhere; 1, true, t, yes or on ask for bfloat16 even where it is emulated and slow. In the same
+way nnUNet_mps_autocast asks for float16 in predictions on MPS, where float32 is the default.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU_AUTOCAST_VARIABLE = "nnUNet_cpu_autocast"
+MPS_AUTOCAST_VARIABLE = "nnUNet_mps_autocast"
 _NO = ("0", "false", "f", "no", "off")
 _YES = ("1", "true", "t", "yes", "on")
 
@@ -61,18 +63,47 @@ def wants_cpu_autocast() -> bool:
     Raises:
         ValueError: nnUNet_cpu_autocast is set to something that is neither yes nor no.
     """
-    choice = os.environ.get(CPU_AUTOCAST_VARIABLE, "").strip().lower()
+    choice = _read_choice(CPU_AUTOCAST_VARIABLE)
+    return cpu_has_bf16() if choice is None else choice
+
+
+def wants_mps_autocast() -> bool:
+    """Tell whether networks predict in float16 on MPS: if the environment asks for it, and this torch can.
+
+    Raises:
+        ValueError: nnUNet_mps_autocast is set to something that is neither yes nor no.
+    """
+    import torch
+
+    if not _read_choice(MPS_AUTOCAST_VARIABLE):
+        return False
+    is_available = getattr(torch.amp, "is_autocast_available", lambda device_type: False)
+    if not is_available("mps"):
+        logger.warning("%s is set, but torch %s has no half precision on MPS: predicting in float32",
+                       MPS_AUTOCAST_VARIABLE, torch.__version__)
+        return False
+    return True
+
+
+def _read_choice(variable: str) -> bool | None:
+    """Return the yes or no of an environment variable; None if it is unset or empty."""
+    choice = os.environ.get(variable, "").strip().lower()
     if choice in _NO:
         return False
     if choice in _YES:
         return True
     if choice:
-        raise ValueError(f"{CPU_AUTOCAST_VARIABLE} is {choice!r}: set it to 1 or 0, or unset it")
-    return cpu_has_bf16()
+        raise ValueError(f"{variable} is {choice!r}: set it to 1 or 0, or unset it")
+    return None
 
 
-def autocast_context(device: torch.device | str) -> AbstractContextManager:
-    """Return the context in which networks run on a device: float16 on CUDA, bfloat16 on capable CPUs, else float32."""
+def autocast_context(device: torch.device | str, *, is_inference: bool = False) -> AbstractContextManager:
+    """Return the context in which networks run on a device: float16 on CUDA, bfloat16 on capable CPUs, else float32.
+
+    Args:
+        is_inference: Nothing is trained, so that float16 on MPS, if nnUNet_mps_autocast asks for it, needs no scaling
+            of gradients.
+    """
     import torch
 
     device_type = torch.device(device).type
@@ -80,18 +111,30 @@ def autocast_context(device: torch.device | str) -> AbstractContextManager:
         return torch.autocast("cuda", enabled=True)
     if device_type == "cpu" and wants_cpu_autocast():
         return torch.autocast("cpu", dtype=torch.bfloat16)
+    if device_type == "mps" and is_inference and wants_mps_autocast():
+        return torch.autocast("mps", dtype=torch.float16)
     return nullcontext()
 
 
-def to_fast_memory_format_(network_or_tensor: NetworkOrTensor, device: torch.device | str) -> NetworkOrTensor:
-    """Lay out 4-D and 5-D tensors channels-last on a CPU, where convolutions need no reordering then.
+def prefers_channels_last(device: torch.device | str) -> bool:
+    """Tell whether networks are faster with channels as the last axis in memory: in bfloat16 on a CPU with AMX.
 
-    A network is changed in place and returned. A tensor is returned in the new layout, its values and shape unchanged.
-    On other devices nothing happens.
+    Its matrix units take that layout as it is. With AVX512-BF16 alone, and in float32, the plain layout is faster: by
+X
     """
     import torch
 
-    if torch.device(device).type != "cpu":
+    return torch.device(device).type == "cpu" and wants_cpu_autocast() and _cpu_has_amx()
+
+
+def to_fast_memory_format_(network_or_tensor: NetworkOrTensor, device: torch.device | str) -> NetworkOrTensor:
+    """Lay out 4-D and 5-D tensors channels-last where that is faster, see `prefers_channels_last`.
+
+    A network is changed in place and returned. A tensor is returned in the new layout, its values and shape unchanged.
+    """
+    import torch
+
+    if not prefers_channels_last(device):
         return network_or_tensor
     if isinstance(network_or_tensor, torch.Tensor):
         return _channels_last(network_or_tensor)
@@ -99,6 +142,17 @@ def to_fast_memory_format_(network_or_tensor: NetworkOrTensor, device: torch.dev
     for parameter in network_or_tensor.parameters():
         parameter.data = _channels_last(parameter.data)
     return network_or_tensor
+
+
+def speed_up_on_cpu_(network: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
+    """Choose normalizations and memory layout that are fast on a CPU; on other devices nothing happens."""
+    import torch
+
+    from nnunetv2.utilities.instance_norm import use_fast_instance_norm_
+
+    if torch.device(device).type != "cpu":
+        return network
+    return to_fast_memory_format_(use_fast_instance_norm_(network), device)
 
 
 def set_torch_threads(device_type: str) -> None:
@@ -134,6 +188,13 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim not in formats:
         return tensor
     return tensor.contiguous(memory_format=formats[tensor.ndim])
+
+
+def _cpu_has_amx() -> bool:
+    import torch
+
+    query = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not public, and not in every version
+    return query is not None and bool(query())
 
 
 def _read_cpu_info() -> str:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2.training import networks, steps
+from nnunetv2.training import steps
+from nnunetv2.utilities import device
 
 LABELS = SimpleNamespace(has_regions=False, has_ignore_label=False, ignore_label=None)
 
@@ -57,7 +58,7 @@ def test_the_gradient_is_clipped_before_the_step():
                                                                ("1", False, False)])
 def test_batches_are_laid_out_channels_last_for_matrix_units(monkeypatch, autocast, has_amx, expected):
     monkeypatch.setenv("nnUNet_cpu_autocast", autocast)
-    monkeypatch.setattr(networks, "_cpu_has_amx", lambda: has_amx)
+    monkeypatch.setattr(device, "_cpu_has_amx", lambda: has_amx)
     data, _ = steps.move_batch({"data": torch.zeros(1, 2, 4, 4, 4), "target": []}, torch.device("cpu"))
     assert data.is_contiguous(memory_format=torch.channels_last_3d) is expected
 

@@ -3,7 +3,13 @@ import pytest
 import torch
 
 from nnunetv2.utilities import device
-from nnunetv2.utilities.device import autocast_context, resolve_device, to_fast_memory_format_, wants_cpu_autocast
+from nnunetv2.utilities.device import (
+    autocast_context,
+    resolve_device,
+    speed_up_on_cpu_,
+    to_fast_memory_format_,
+    wants_cpu_autocast,
+)
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("0", False), ("f", False), ("False", False), ("no", False),
@@ -38,14 +44,21 @@ def test_cpu_flags():
     assert not device._cpu_flags_name_bf16("flags : avx512f amx_tile\nbugs : amx_bf16\n")
 
 
-def test_memory_format_keeps_values():
+@pytest.fixture
+def matrix_units(monkeypatch):
+    """A processor with AMX, on which networks run in bfloat16."""
+    monkeypatch.setenv("nnUNet_cpu_autocast", "1")
+    monkeypatch.setattr(device, "_cpu_has_amx", lambda: True)
+
+
+def test_memory_format_keeps_values(matrix_units):
     tensor = torch.arange(2 * 3 * 4 * 5 * 6.).reshape(2, 3, 4, 5, 6)
     fast = to_fast_memory_format_(tensor, "cpu")
     assert torch.equal(fast, tensor)
     assert fast.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_network_of_both_ranks_is_laid_out_in_place():
+def test_network_of_both_ranks_is_laid_out_in_place(matrix_units):
     network = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3), torch.nn.Conv2d(2, 3, 3), torch.nn.Linear(2, 2))
     before = [parameter.clone() for parameter in network.parameters()]
     assert to_fast_memory_format_(network, torch.device("cpu")) is network
@@ -54,9 +67,39 @@ def test_network_of_both_ranks_is_laid_out_in_place():
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
 
 
-def test_other_devices_keep_their_layout():
+def test_other_devices_and_other_processors_keep_their_layout(matrix_units, monkeypatch):
     tensor = torch.ones(1, 2, 3, 4)
     assert to_fast_memory_format_(tensor, "cuda") is tensor
+    monkeypatch.setattr(device, "_cpu_has_amx", lambda: False)
+    assert to_fast_memory_format_(tensor, "cpu") is tensor
+
+
+def test_networks_normalize_fast_on_a_cpu_only():
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3), torch.nn.InstanceNorm3d(2, affine=True))
+    image, plain = torch.randn(2, 1, 6, 7, 8), type(network[1])
+    expected = network(image)
+    assert speed_up_on_cpu_(network, "cuda") is network
+    assert type(network[1]) is plain
+    assert type(speed_up_on_cpu_(network, "cpu")[1]) is not plain
+    torch.testing.assert_close(network(image), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("choice", "is_inference", "dtype"), [
+    ("1", True, torch.float16), ("1", False, None), ("", True, None)])
+def test_mps_predicts_in_half_precision_on_request(monkeypatch, choice, is_inference, dtype):
+    contexts = []
+    monkeypatch.setenv("nnUNet_mps_autocast", choice)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: True, raising=False)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: contexts.append((kind, dtype)))
+    autocast_context("mps", is_inference=is_inference)
+    assert contexts == ([] if dtype is None else [("mps", dtype)])
+
+
+def test_old_versions_of_torch_predict_in_float32_on_mps(monkeypatch, caplog):
+    monkeypatch.setenv("nnUNet_mps_autocast", "1")
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False, raising=False)
+    assert not device.wants_mps_autocast()
+    assert "predicting in float32" in caplog.text
 
 
 def test_devices_are_checked():

@@ -38,7 +38,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.networks import bare_network, build_network, deep_supervision_scales, speed_up_on_cpu_
+from nnunetv2.training.networks import bare_network, build_network, deep_supervision_scales
 from nnunetv2.training.nnUNetTrainer.reexports import look_up
 from nnunetv2.training.optimization import build_grad_scaler, build_sgd
 from nnunetv2.training.progress_line import Position, ProgressLine
@@ -49,7 +49,7 @@ from nnunetv2.training.training_state import describe_state, restore_state_
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.device import autocast_context
+from nnunetv2.utilities.device import autocast_context, speed_up_on_cpu_
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
