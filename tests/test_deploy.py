@@ -1,0 +1,91 @@
+"""The files under deploy/ are accepted by the programs that read them, and speak of what there is."""
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunetv2.federated import admin
+from nnunetv2.federated.coordinator import cli
+
+PROJECT = Path(__file__).resolve().parents[1]
+UNIT = PROJECT / "deploy" / "nnunet-coordinator.service"
+CONTAINER = PROJECT / "deploy" / "Containerfile"
+MOST_EXPOSURE = 2.0
+"""As `systemd-analyze security` counts it: 10 is a service that may do everything."""
+
+
+def installed_unit(folder: Path) -> Path:
+    """Write the unit as it would be on this machine, whose user and command are others."""
+    command = shutil.which("nnUNetv2_fed_coordinator", path=str(Path(sys.executable).parent)) or sys.executable
+    text = UNIT.read_text(encoding="utf-8").replace("/opt/nnunet-coordinator/bin/nnUNetv2_fed_coordinator", command)
+    path = folder / UNIT.name
+    path.write_text(re.sub(r"^(User|Group)=.*", r"\1=root", text, flags=re.M), encoding="utf-8")
+    return path
+
+
+def systemd_analyze(*arguments: str) -> str:
+    command = shutil.which("systemd-analyze")
+    if command is None:
+        pytest.skip("systemd-analyze is not installed")
+    done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=60)
+    if "bus" in done.stderr and done.returncode:
+        pytest.skip(f"systemd-analyze does not work here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_systemd_accepts_the_unit(tmp_path):
+    assert UNIT.name not in systemd_analyze("verify", "--man=no", str(installed_unit(tmp_path)))
+
+
+def test_the_unit_leaves_little_exposed(tmp_path):
+    shown = systemd_analyze("security", "--offline=yes", "--no-pager", str(installed_unit(tmp_path)))
+    assert float(re.search(r"Overall exposure level for \S+: ([0-9.]+)", shown)[1]) <= MOST_EXPOSURE
+
+
+def test_the_command_of_the_unit_is_one():
+    line = re.search(r"^ExecStart=(.*)$", UNIT.read_text(encoding="utf-8"), flags=re.M)[1]
+    program, *arguments = shlex.split(line.replace("$COORDINATOR_OPTIONS", "--host 192.0.2.10"))
+    assert Path(program).name == "nnUNetv2_fed_coordinator"
+    assert cli.build_parser().parse_args(arguments).folder == Path("/var/lib/nnunet-coordinator/federation")
+
+
+# ------------------------------------------------------------------------------------------------------- container
+def instructions() -> list[tuple[str, str]]:
+    """Return the instructions of the container file, and what follows each."""
+    text = re.sub(r"^#.*\n", "", CONTAINER.read_text(encoding="utf-8"), flags=re.M).replace("\\\n", " ")
+    return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
+
+
+def test_the_container_copies_what_there_is_and_its_context_lets_that_in():
+    ignored = (CONTAINER.parent / "Containerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    for name, rest in instructions():
+        if name == "COPY" and not rest.startswith("--from"):
+            for source in rest.split()[:-1]:
+                assert (PROJECT / source).exists(), source
+                assert f"!{source}" in ignored
+
+
+def test_the_container_runs_as_nobody_in_particular_and_answers_for_its_health():
+    given = dict(instructions())
+    assert given["USER"].isdigit() and int(given["USER"]) > 1000
+    program, *arguments = json.loads(given["ENTRYPOINT"])
+    assert program == "nnUNetv2_fed_coordinator"
+    cli.build_parser().parse_args([*arguments, "--url", "https://coordinator.example:8750"])
+    program, *arguments = json.loads(given["HEALTHCHECK"].partition("CMD ")[2])
+    assert program == "nnUNetv2_fed_admin"
+    admin.build_parser().parse_args(arguments)
+
+
+def test_the_requirements_of_the_coordinator_are_those_of_the_package():
+    lines = (CONTAINER.parent / "coordinator-requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    assert wanted
+    assert wanted <= set(re.findall(r'^ +"([^"]+)",$', (PROJECT / "setup.py").read_text(encoding="utf-8"), flags=re.M))
