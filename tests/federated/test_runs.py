@@ -269,6 +269,14 @@ def test_a_run_that_was_stopped_before_its_first_round_says_so(make_federation):
         federation.coordinator.result(round_key(RUN, 0), "A")
 
 
+def test_nobody_waits_for_the_registration_of_a_run_that_was_stopped(make_federation):
+    federation = make_federation("A", "B")
+    federation.send(registration_key(RUN), "A", make_registration(1))
+    federation.act("stop")
+    with pytest.raises(RefusedError, match="stopped run .* before its first round"):
+        federation.coordinator.result(registration_key(RUN), "A")
+
+
 def test_a_registration_proceeds_without_those_that_never_come(make_federation):
     federation = make_federation("A", "B", "C")
     for site in "AB":

@@ -14,7 +14,7 @@ from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "federated"))
 from fake_federation import in_threads, make_settings, served, wait_until
 
-from nnunetv2.federated import messages
+from nnunetv2.federated import manifest, messages
 from nnunetv2.federated.bodies import RunAction
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.coordinator import steering
@@ -101,9 +101,14 @@ def run_of(trainer) -> str:
     return messages.run_name("3d_fullres", 0, type(trainer).__name__)
 
 
-def test_every_aggregate_is_validated_by_all(make_sites):
+def test_every_aggregate_is_validated_by_all(make_sites, tmp_path, monkeypatch):
     sites = make_sites(validate_every=1)
     trainers = [sites.trainer("A"), sites.trainer("B")]
+    # What the manifest lists is all that a training needs to send.
+    documents = manifest.collect(NAME, ["3d_fullres"], trainer="nnUNetTrainerAsymFedAvg", plans_name="nnUNetPlans")
+    allowed = tmp_path / "allow.json"
+    allowed.write_text(manifest.allow_list_of(documents, trainers[0].credential).model_dump_json())
+    monkeypatch.setenv("nnUNet_fed_allow", str(allowed))
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)
     found = sites.federation.coordinator.store.load_validations(run_of(trainers[0]))

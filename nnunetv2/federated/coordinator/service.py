@@ -274,7 +274,8 @@ class Coordinator:
             raise gathering.outcome.as_error()
         if isinstance(gathering.outcome, Closed):
             return self._result_of_closed(gathering, site)
-        if gathering.key.kind in ("round", "initial") and self.book.control(gathering.key.run).state == "stopped":
+        if gathering.key.kind in ("round", "initial", "registration") \
+                and self.book.control(gathering.key.run).state == "stopped":
             return self._result_of_stopped(gathering, site)
         self.closer.raise_trouble(key)
         return bodies.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held)
