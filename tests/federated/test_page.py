@@ -191,6 +191,13 @@ def test_who_fails_too_often_has_to_wait(federation, eve):
     assert eve.get("overview").status_code == 200, "who is logged in is not concerned"
 
 
+def test_a_flood_of_strangers_does_not_lock_viewers_out(federation, eve):
+    flood = requests.Session()
+    while flood.get(f"{federation.url}/v1/session", timeout=10).status_code != 429:
+        pass
+    assert eve.get("overview").status_code == 200
+
+
 # --------------------------------------------------------------------------------------- sessions, without a network
 class Clock:
     def __init__(self) -> None:

@@ -226,7 +226,8 @@ def wanted_wait(request: Request) -> float:
 class ResultResponse(FileResponse):
     """Send a result file, or the range of it that is asked for."""
 
-    chunk_size = 1 << 20
+    chunk_size = 256 << 10
+    """What a download holds at a time; with hundreds of them that counts."""
 
     def __init__(self, result: Result) -> None:
         headers = {"X-Content-SHA256": result.digest, "X-Gathering": result.key, "ETag": f'"{result.digest}"',
@@ -274,7 +275,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         try:
             return coordinator.members.authenticate(bearer_token(scope)).name
         except RefusedError:
-            return None
+            return app.state.observatory.identify(scope)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -26,6 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from nnunetv2.federated.bodies import Part
 from nnunetv2.federated.coordinator import metrics
@@ -60,6 +61,13 @@ class Observatory:
         # Cookies do not know ports: two federations of one machine must not take each other's.
         federation = hashlib.sha256(coordinator.settings.federation.encode()).hexdigest()[:8]
         self.cookie = f"nnunet_fed_{federation}"
+
+    def identify(self, connection: Scope) -> str | None:
+        """Return whose session a request shows, or None."""
+        try:
+            return self.sessions.viewer(HTTPConnection(connection).cookies[self.cookie]).name
+        except (KeyError, RefusedError):
+            return None
 
     def listen(self) -> None:
         """Wake who looks on whenever the person at the coordinator is told something: that is news for them too."""
