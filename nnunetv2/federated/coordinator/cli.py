@@ -24,6 +24,7 @@ from nnunetv2.federated.coordinator.address import (
     tls_options,
 )
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.site import (
     SiteCredential,
     check_site_name,
@@ -191,7 +192,7 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
 # ----------------------------------------------------------------------------------------------------------- serve
 def say(line: str) -> None:
     """Show a line to the person at the coordinator, with the time."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(line)}", flush=True)
 
 
 def print_invitations(invitations: Sequence[InvitationRecord], federation: str, place: Place) -> None:

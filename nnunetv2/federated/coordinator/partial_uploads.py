@@ -18,6 +18,8 @@ from nnunetv2.federated.errors import RefusedError
 WORTH_KEEPING_BYTES = 1 << 20
 """What is smaller is sent again."""
 KEPT_FOR_S = 2 * 86_400.0
+KEPT_PER_SITE = 8
+"""Uploads of one site that nobody goes on with at the moment."""
 _READ_BYTES = 4 << 20
 
 
@@ -56,6 +58,7 @@ class PartialUploads:
                     del self._writers[path]
                     if path.exists() and path.stat().st_size < WORTH_KEEPING_BYTES:
                         path.unlink()
+                    self._make_room(site)
 
     def in_progress(self, key: str | None = None) -> dict[tuple[str, str], int]:
         """Return how many bytes are here of each upload that is being received: (gathering's hash, site) -> bytes.
@@ -83,6 +86,12 @@ class PartialUploads:
             if other != path:
                 self._writers.pop(other, None)
                 other.unlink()
+
+    def _make_room(self, site: str) -> None:
+        """Keep only the newest of what a site has begun to send and not gone on with."""
+        left = [path for path in self._folder.glob(f"*.{site}.*.part") if path not in self._writers]
+        for path in sorted(left, key=lambda path: path.stat().st_mtime)[:-KEPT_PER_SITE]:
+            path.unlink()
 
     def _path(self, key: str, site: str, digest: str) -> Path:
         return self._folder / f"{_hash_of(key)}.{site}.{digest[:24]}.part"

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from nnunetv2.federated import bodies
 from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.strict_json import encode_json
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,10 @@ def problem_of(error: Exception) -> tuple[int, bodies.Problem]:
     """Turn an error into a status code and its description: the one table for all requests."""
     if isinstance(error, RefusedError):
         status = STATUS_OF_CODE.get(error.code, 409)
-        return status, bodies.Problem(code=error.code, message=error.message[:8000], remedy=error.remedy[:8000])
+        return status, bodies.Problem(code=error.code, message=printable(error.message[:8000])[:8000],
+                                      remedy=printable(error.remedy[:8000])[:8000])
     if isinstance(error, FederationError):
-        return 400, bodies.Problem(code="invalid", message=str(error)[:8000])
+        return 400, bodies.Problem(code="invalid", message=printable(str(error)[:8000])[:8000])
     if isinstance(error, OSError):
         return 503, bodies.Problem(code="coordinator_trouble", message=f"trouble at the coordinator: {error}"[:8000])
     return 500, bodies.Problem(code="internal_error", message="an error of the coordinator itself; its log says more")
@@ -98,7 +100,7 @@ async def answer_unknown(request: Request, error: Exception) -> Response:
 
 def path_of(request: Request) -> str:
     """Return the path of a request. `request.url` fails where the rest of its address makes no sense."""
-    return request.scope["path"]
+    return printable(request.scope["path"])
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:

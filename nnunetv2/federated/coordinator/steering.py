@@ -15,6 +15,7 @@ from nnunetv2.federated.book import RunControl
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.service import Coordinator, require_role
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.rounds import parse_key
 
 STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
@@ -47,6 +48,7 @@ def act(coordinator: Coordinator, run: str, action: bodies.RunAction, member: Me
 
 def report_failure(coordinator: Coordinator, site: str, report: bodies.FailureReport) -> None:
     """Remember that a site cannot go on; with a quorum, the round does not wait for it."""
+    report = report.model_copy(update={"run": printable(report.run), "reason": printable(report.reason)})
     event = Event(coordinator.clock(), "failure", site, None, report.model_dump(mode="json"))
     where = f"run {report.run}" + (f", round {report.round}" if report.round is not None else "")
     if report.round is None or report.run not in coordinator.book.runs():
