@@ -543,7 +543,7 @@
     const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
     return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)));
   }
-  // At most two points per pixel: the lowest and the highest of what falls together.
+  // At most one point per pixel: of what falls together, the lowest and the highest.
   function thin(points, limit) {
     if (points.length <= limit) return points;
     const size = Math.ceil((2 * points.length) / limit), kept = [];
@@ -606,12 +606,14 @@
         "text-anchor": one === last && i ? "end" : "middle" }, i ? `${one}` : `round ${one}`));
       if (labels.length && xTicks[0] === first) { labels[0].setAttribute("x", LEFT); labels[0].setAttribute("text-anchor", "start"); }
       this.marks = s("g");
-      this.svg.replaceChildren(...grid, ...labels, ...this.lines.map((line) => this.path(line)), this.marks);
+      const onTop = [...this.lines].sort((a, b) => (a.name === this.chosen) - (b.name === this.chosen));
+      this.svg.classList.toggle("many", this.lines.length > 10);
+      this.svg.replaceChildren(...grid, ...labels, ...onTop.map((line) => this.path(line)), this.marks);
       if (this.at !== null) this.point(this.at);
     }
 
     path(line) {
-      const points = thin(line.points, 2 * this.width);
+      const points = thin(line.points, this.width);
       const group = s("g", { class: this.chosen && this.chosen !== line.name ? "dim" : "" });
       group.append(s("path", { class: `line ${line.kind}`,
         d: points.map(([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`).join("") }));
