@@ -209,9 +209,11 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
     from nnunetv2.federated.coordinator.app import build_app
     from nnunetv2.federated.coordinator.connections import GuardedServer, allow_many_files, guarded_config
     from nnunetv2.federated.coordinator.limits import Limits
+    from nnunetv2.federated.coordinator.memory import return_what_is_freed
     from nnunetv2.federated.coordinator.place import Place
     from nnunetv2.federated.coordinator.service import Coordinator
 
+    return_what_is_freed()
     certificate = address.certificate(store.folder)
     private = certificate.authority.read_text(encoding="ascii") if certificate and certificate.authority else None
     place = Place(address.public_url, private)
