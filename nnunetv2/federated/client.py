@@ -101,7 +101,7 @@ class FederationClient:
         self._report = report
         self._last_line: str | None = None
         self._session = open_session(credential)
-        self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-")
+        self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-", ignore_cleanup_errors=True)
         self._document: Document | None = None
         self._number = 0
         self._is_closing = threading.Event()
@@ -294,6 +294,8 @@ class FederationClient:
         pause, patience_s = self.pause_s, self.give_up_after_s if patience_s is None else patience_s
         first_failure: float | None = None
         while True:
+            if self._is_closing.is_set():
+                raise FederationError("the connection was closed while it was in use")
             try:
                 answer = ask()
             except NoAnswerError as error:

@@ -377,3 +377,35 @@ def test_plain_http_beyond_this_machine_must_be_allowed():
     with pytest.raises(FederationError, match=re.escape("http://hospital.example is plain HTTP")):
         FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x"))
     FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x", insecure=True)).close()
+
+
+def test_closing_ends_what_another_thread_waits_for(tmp_path):
+    with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"))) as federation:
+        lines: list[str] = []
+        client = federation.client("A", lines)
+
+        def wait():
+            with pytest.raises(FederationError, match="closed while it was in use"):
+                client.exchange(CENSUS_KEY, make_census())
+
+        def close():
+            wait_until(lambda: any("waiting for B, C" in line for line in lines))
+            client.close()
+            with federation.client("B") as other:  # ends the long poll
+                other.contribute(CENSUS_KEY, make_census())
+
+        assert in_threads(wait, close) == [None, None]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(None, 86_400), ("48", 172_800), ("0.5", 1800)])
+def test_people_at_the_site_say_how_long_to_wait(federation, monkeypatch, text, seconds):
+    if text is not None:
+        monkeypatch.setenv("nnUNet_fed_give_up_after_h", text)
+    with FederationClient(federation.credential("A")) as client:
+        assert client.give_up_after_s == seconds
+
+
+def test_patience_is_a_number_of_hours(federation, monkeypatch):
+    monkeypatch.setenv("nnUNet_fed_give_up_after_h", "a day")
+    with pytest.raises(ValueError, match="set it to a number of hours"):
+        FederationClient(federation.credential("A"))

@@ -1,10 +1,12 @@
 """A site's way through a run, with a coordinator of a few lines."""
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_federation import RUN, in_threads, make_registration, make_settings, make_weights, served
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, RefusedError
@@ -155,3 +157,24 @@ def test_what_is_shared_is_unknown_before_registration():
 def test_run_names_reject_what_cannot_be_part_of_a_key():
     with pytest.raises(ValueError):
         messages.run_name("3d/../x", 0, "t")
+
+
+def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path):
+    settings = make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=1.5, late_updates="carry", num_epochs=5)
+    with served(tmp_path / "federation", settings) as federation, ExitStack() as stack:
+        sessions = {site: RunSession(stack.enter_context(federation.client(site)), site=site, run=RUN)
+                    for site in settings.sites}
+
+        def begin(session):
+            session.register(make_registration(1))
+            return session.start(0, make_weights(0)).epoch
+
+        def exchange(site, number):
+            return sessions[site].exchange(number, make_weights(number), {})[1]
+
+        assert in_threads(*(lambda one=one: begin(one) for one in sessions.values())) == [0, 0, 0]
+        rounds = in_threads(lambda: exchange("A", 0), lambda: exchange("B", 0))
+        assert [one.missing for one in rounds] == [("C",), ("C",)]
+        late, *others = in_threads(lambda: exchange("C", 0), lambda: exchange("A", 1), lambda: exchange("B", 1))
+        assert late.round == 1 and late == others[0] == others[1]
+        assert late.contributors.keys() == {"A", "B", "C"}
