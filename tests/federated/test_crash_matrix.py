@@ -160,7 +160,7 @@ class SitesInThreads:
         clients = [make_client(credential, give_up_after_s=120.0) for credential in coordinator.credentials()]
         self.digests = in_threads(*(lambda c=client, n=number: take_part(c, n, num_rounds=coordinator.num_rounds,
                                                                          **options)
-                                    for number, client in enumerate(clients)))
+                                    for number, client in enumerate(clients)), timeout_s=600.0)
         for client in clients:
             client.close()
 
@@ -260,7 +260,7 @@ def test_a_coordinator_that_is_killed_at_random_moments_of_uploads_and_aggregati
             coordinator.kill()
             deaths += 1
             coordinator.live()
-        sites.join(120)
+        sites.join(600)
         wait_until(lambda: coordinator.is_over)  # noqa: B023 - called at once
         coordinator.stop()
         assert sites.digests == [expected] * len(SITES)
