@@ -17,6 +17,8 @@ _GPU_VOXELS = 2**24
 # Activations of a U-Net in half precision: about ten feature maps of 32 channels at full resolution are alive at once.
 _BYTES_PER_VOXEL = 1024
 _BYTES_PER_VOXEL_AND_CLASS = 8
+# Of its allocators on GPUs, and in main memory on Linux and Windows.
+_WORDS_OF_TORCH = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class ForwardBudget:
@@ -24,6 +26,7 @@ class ForwardBudget:
 
     def __init__(self, voxels: int) -> None:
         self.voxels = voxels
+        self._was_announced = False
 
     def items(self, voxels_per_item: int) -> int:
         """Return how many tiles of this size fit into a batch: at least 1."""
@@ -32,7 +35,9 @@ class ForwardBudget:
     def halve(self) -> None:
         """Make batches smaller, because one did not fit."""
         self.voxels //= 2
-        logger.warning("out of memory on the device: continuing with smaller batches")
+        if not self._was_announced:
+            logger.warning("out of memory on the device: continuing with smaller batches")
+        self._was_announced = True
 
 
 def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
@@ -52,6 +57,6 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell a failed allocation on a device from every other failure."""
+    """Tell a failed allocation, on a device or in main memory, from every other failure."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS_OF_TORCH))

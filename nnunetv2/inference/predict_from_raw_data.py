@@ -158,7 +158,8 @@ def _add_prediction_options(parser: argparse.ArgumentParser, *, npp: int, nps: i
     parser.add_argument("-nps", type=int, default=nps,
                         help=f"Workers for export; 0 exports between predictions. Default: {nps}")
     parser.add_argument("-prev_stage_predictions", default=None,
-                        help="Folder with the predictions of the previous stage; needed by cascades.")
+                        help="Folder with the predictions of a cascade's previous stage. Default: predict that first, "
+                             "with the model beside this one.")
     add_device_option(parser)
     parser.add_argument("--disable_progress_bar", action="store_true", help="Show no progress bar.")
     parser.add_argument("--not_on_device", action="store_true",
@@ -182,8 +183,12 @@ def _predict_from_model_folder(args: argparse.Namespace) -> None:
 def _predict_folder(args: argparse.Namespace, model_folder: str, *, part_id: int, num_parts: int) -> None:
     logger.info(CITATION)
     Path(args.o).mkdir(parents=True, exist_ok=True)
+    folds = _parse_folds(args.f)
     predictor = _build_predictor(args)
-    predictor.initialize_from_trained_model_folder(model_folder, _parse_folds(args.f), args.chk)
+    predictor.initialize_from_trained_model_folder(model_folder, folds, args.chk)
+    previous_stage = predictor.configuration_manager.previous_stage_name
+    if previous_stage is not None and args.prev_stage_predictions is None:
+        args = _with_previous_stage(args, model_folder, previous_stage, folds, part_id=part_id, num_parts=num_parts)
     common = {"save_probabilities": args.save_probabilities, "overwrite": not args.continue_prediction,
               "folder_with_segs_from_prev_stage": args.prev_stage_predictions}
     if args.npp == args.nps == 0 and num_parts == 1:
@@ -191,6 +196,19 @@ def _predict_folder(args: argparse.Namespace, model_folder: str, *, part_id: int
         return
     predictor.predict_from_files(args.i, args.o, **common, num_processes_preprocessing=args.npp,
                                  num_processes_segmentation_export=args.nps, num_parts=num_parts, part_id=part_id)
+
+
+def _with_previous_stage(args: argparse.Namespace, model_folder: str, previous_stage: str, folds: list[int | str], *,
+                         part_id: int, num_parts: int) -> argparse.Namespace:
+    """Predict the previous stage of a cascade with the model beside it; return options that name the result."""
+    from nnunetv2.inference.previous_stage import previous_stage_model, previous_stage_output
+
+    model = previous_stage_model(Path(model_folder), previous_stage, folds, args.chk)
+    output = str(previous_stage_output(Path(args.o), previous_stage))
+    logger.info("a cascade without -prev_stage_predictions: predicting %s into %s first", previous_stage, output)
+    _predict_folder(argparse.Namespace(**{**vars(args), "o": output, "save_probabilities": False}), str(model),
+                    part_id=part_id, num_parts=num_parts)
+    return argparse.Namespace(**{**vars(args), "prev_stage_predictions": output})
 
 
 def _leaving_soon(command: Callable[[], None]) -> None:

@@ -14,25 +14,31 @@ from nnunetv2.utilities.helpers import empty_cache
 
 logger = logging.getLogger(__name__)
 
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""A batch of tiles `(b, c, *tile)` -> their logits `(b, classes, *tile)`."""
 
-def predict_tiles(predict: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, slicers: Sequence[Slicer], *,
+_MAIN_MEMORY = torch.device("cpu")
+
+
+def predict_tiles(predict: Predict, image: torch.Tensor, slicers: Sequence[Slicer], *,
                   classes: int, weight: torch.Tensor | float, device: torch.device, results_device: torch.device,
-                  tiles_at_once: Callable[[int], int], budget: ForwardBudget,
+                  tiles_at_once: Callable[[int], int], budget: ForwardBudget, leave_device: Callable[[], Predict],
                   advance: Callable[[int], object]) -> torch.Tensor:
     """Predict all tiles of an image and return the blended logits `(classes, *spatial)` as float16.
 
-    When the memory of a device does not suffice, batches become smaller, then the sums move to main memory; tiles that
-    are done stay done. `logit_sums` says in what precision tiles are added.
+    When the memory of a device does not suffice, batches become smaller, then the sums move to main memory, then the
+    network does; tiles that are done stay done. `logit_sums` says in what precision tiles are added.
 
     Args:
-        predict: Batch of tiles `(b, c, *tile)` on `device` -> logits `(b, classes, *tile)`.
+        predict: Predicts tiles on `device`.
         image: `(c, *spatial)`, at least as large as a tile.
         weight: Weight of a tile's voxels, see `compute_gaussian`.
         tiles_at_once: Voxels of a tile -> how many to predict together.
+        leave_device: Moves the network to main memory and returns what predicts tiles there.
         advance: Called with the number of tiles that have just been done.
 
     Raises:
-        RuntimeError: Logits are not finite, or one tile alone exceeds the memory.
+        RuntimeError: Logits are not finite, or one tile alone exceeds the main memory.
     """
     spatial = image.shape[1:]
     pending = sorted(slicers, key=lambda slicer: extent(slicer[1], spatial[0]))
@@ -51,11 +57,16 @@ def predict_tiles(predict: Callable[[torch.Tensor], torch.Tensor], image: torch.
             budget.halve()
         elif sums.device.type != "cpu":
             logger.warning("out of memory on %s: collecting results in main memory", device)
-            sums.move_to_(torch.device("cpu"))
+            sums.move_to_(_MAIN_MEMORY)
             image = image.cpu()
+        elif device.type != "cpu":
+            logger.warning("out of memory on %s: going on with this case on the CPU, which is slower", device)
+            predict = leave_device()
+            empty_cache(device)
+            device = _MAIN_MEMORY
         else:
-            raise RuntimeError(f"out of memory on {device}: it does not hold the network and one tile. Use a GPU with "
-                               "more memory, or the device cpu")
+            raise RuntimeError("out of memory: one tile alone is too large for what is free of the main memory. End "
+                               "other programs, or use a machine with more memory")
     return sums.finish()
 
 
@@ -69,10 +80,10 @@ def _allocate(image: torch.Tensor, classes: int, window: int,
             raise
     logger.warning("out of memory on %s: collecting results in main memory", device)
     empty_cache(device)
-    return image.cpu(), allocate_sums(classes, image.shape[1:], window, torch.device("cpu"))
+    return image.cpu(), allocate_sums(classes, image.shape[1:], window, _MAIN_MEMORY)
 
 
-def _predict_batch(predict: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, batch: Sequence[Slicer],
+def _predict_batch(predict: Predict, image: torch.Tensor, batch: Sequence[Slicer],
                    device: torch.device) -> torch.Tensor | None:
     """Predict tiles together; None if the device's memory did not suffice."""
     try:

@@ -119,8 +119,8 @@ def autocast_context(device: torch.device | str, *, is_inference: bool = False) 
 def prefers_channels_last(device: torch.device | str) -> bool:
     """Tell whether networks are faster with channels as the last axis in memory: in bfloat16 on a CPU with AMX.
 
-    Its matrix units take that layout as it is. With AVX512-BF16 alone, and in float32, the plain layout is faster: by
-X
+    Its matrix units take that layout as it is. With AVX512-BF16 alone, and in float32, the plain layout is faster, by
+    10 to 30 % in training (`benchmarks/training.py`) and up to 20 % in prediction.
     """
     import torch
 

@@ -85,6 +85,40 @@ def test_mistakes_are_told_in_one_line(monkeypatch, write_images, tmp_path, caps
     assert message in errors[0]
 
 
+STAGES = {"3d_lowres": {"spacing": (3.0, 2.0, 2.0)}, "3d_fullres": {"previous_stage": "3d_lowres"}}
+
+
+@pytest.fixture
+def cascade(tmp_path):
+    """Models of both stages, beside each other."""
+    for configuration, changes in STAGES.items():
+        write_model(tmp_path / f"nnUNetTrainer__nnUNetPlans__{configuration}", **changes)
+    return tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+
+
+def test_the_previous_stage_of_a_cascade_is_predicted_first(monkeypatch, cascade, write_images, tmp_path):
+    images = write_images(["a", "b"])
+    common = ("-i", images, "-f", 0, "-device", "cpu", "--disable_progress_bar", "--disable_tta")
+    run(monkeypatch, predict_entry_point_modelfolder, *common, "-m", cascade, "-o", tmp_path / "out")
+    first_stage = tmp_path / "out" / "predicted_3d_lowres"
+    assert {path.name for path in first_stage.glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
+    run(monkeypatch, predict_entry_point_modelfolder, *common, "-m", cascade, "-o", tmp_path / "by_hand",
+        "-prev_stage_predictions", first_stage)
+    for name in ("a.nii.gz", "b.nii.gz"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "by_hand" / name).read_bytes()
+
+
+def test_without_a_model_of_the_previous_stage_the_way_out_is_told(monkeypatch, cascade, write_images, tmp_path,
+                                                                   capsys):
+    (tmp_path / "nnUNetTrainer__nnUNetPlans__3d_lowres" / "fold_0" / "checkpoint_final.pth").unlink()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, predict_entry_point_modelfolder, "-i", write_images(["a"]), "-o", tmp_path / "out", "-m",
+            cascade, "-f", 0, "-device", "cpu")
+    error = capsys.readouterr().err
+    assert "nnUNetTrainer__nnUNetPlans__3d_lowres" in error
+    assert "-c 3d_lowres -o STAGE_1" in error and "-prev_stage_predictions STAGE_1" in error
+
+
 def test_a_part_that_does_not_exist_is_refused(monkeypatch, roots, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, predict_entry_point, "-i", "in", "-o", "out", "-d", "998", "-c", "2d", "-num_parts", "2",

@@ -75,7 +75,12 @@ def blend(image, tile_size, step=0.5, weight=1.0, predict=None, classes=2, tiles
     predict = predict or (lambda tiles: torch.cat((tiles[:, :1], -tiles[:, :1]), dim=1))
     return predict_tiles(predict, image, slicers or compute_tile_slicers(image.shape[1:], tile_size, step),
                          classes=classes, weight=weight, device=CPU, results_device=CPU, budget=ForwardBudget(0),
-                         tiles_at_once=lambda voxels: tiles_at_once, advance=lambda count: None)
+                         tiles_at_once=lambda voxels: tiles_at_once, leave_device=never,
+                         advance=lambda count: None)
+
+
+def never():
+    raise AssertionError("the CPU is the last resort")
 
 
 @pytest.mark.parametrize("tile_size", [(6, 5, 4), (9, 11, 13), (5, 4)])
@@ -173,20 +178,54 @@ def test_an_error_in_the_network_comes_through_at_once():
         blend(torch.ones(1, 4, 4, 4), (4, 4, 4), predict=predict)
 
 
-def test_out_of_memory_makes_batches_smaller_and_keeps_what_is_done():
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_makes_batches_smaller_and_keeps_what_is_done(error, caplog):
     image, predicted, budget = torch.randn(1, 4, 4, 32), [], ForwardBudget(4 * 64)
 
     def predict(tiles):
         if len(tiles) > 1:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise error
         predicted.append(len(tiles))
         return tiles
 
     logits = predict_tiles(predict, image, compute_tile_slicers((4, 4, 32), (4, 4, 4), 1), classes=1, weight=1.0,
                            device=CPU, results_device=CPU, budget=budget, tiles_at_once=budget.items,
-                           advance=lambda count: None)
+                           leave_device=never, advance=lambda count: None)
     assert len(predicted) == 8
+    assert len(caplog.messages) == 1  # for two steps, from 4 tiles to 2 to 1
     torch.testing.assert_close(logits.float(), image, atol=1e-3, rtol=1e-3)
+
+
+def test_a_network_too_large_for_its_device_goes_on_in_main_memory(caplog):
+    """Tensors cannot be on an accelerator here, so the device is one in name only, where results stay on the CPU."""
+    image, predicted = torch.randn(1, 4, 4, 16), []
+
+    def predict_there(tiles):
+        if predicted:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        predicted.append("there")
+        return torch.as_tensor(image[:, :, :, :4])[None]
+
+    def predict_here(tiles):
+        predicted.append("here")
+        return tiles
+
+    logits = predict_tiles(predict_there, image, compute_tile_slicers((4, 4, 16), (4, 4, 4), 1), classes=1, weight=1.0,
+                           device=torch.device("meta"), results_device=CPU, budget=ForwardBudget(0),
+                           tiles_at_once=lambda voxels: 1, leave_device=lambda: predict_here,
+                           advance=lambda count: None)
+    assert predicted == ["there", "here", "here", "here"]
+    assert [message for message in caplog.messages if "on the CPU" in message] == caplog.messages
+    torch.testing.assert_close(logits.float(), image, atol=1e-3, rtol=1e-3)
+
+
+def test_a_tile_too_large_for_main_memory_ends_the_prediction():
+    def predict(tiles):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9999 bytes.")
+
+    with pytest.raises(RuntimeError, match="one tile alone"):
+        blend(torch.ones(1, 4, 4, 4), (4, 4, 4), predict=predict)
 
 
 def test_only_failed_allocations_count_as_out_of_memory():
