@@ -1,0 +1,164 @@
+"""A site with several processes, several folds at a time, and a cascade: commands in processes of their own."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_dataset import NAME, make_configuration, make_plans, make_tiny_dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "federated"))
+from fake_federation import make_settings, served
+
+from nnunetv2.run.run_training import find_free_network_port
+
+pytestmark = pytest.mark.slow
+
+PROJECT = Path(__file__).resolve().parents[2]
+TRAINER = "nnUNetTrainerAsymFedAvg"
+
+# Two processes whose group loses patience after 4 s; the first one has to wait for longer.
+LISTENERS = """
+    import os, sys, time
+    from datetime import timedelta
+    import torch
+    from torch import distributed
+    from nnunetv2.federated.errors import RefusedError
+    from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import FirstProcessError, ask_first_process
+    from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import copy_from_first_process_
+
+    def work(rank, port):
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+        distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=4))
+
+        def slow():
+            assert rank == 0
+            time.sleep(6)
+            return {"answer": 42}
+
+        def refused():
+            raise RefusedError("no", "Ask.", code="some_code")
+
+        assert ask_first_process(slow, heartbeat_s=0.5) == {"answer": 42}
+        try:
+            ask_first_process(refused)
+            raise AssertionError
+        except RefusedError as error:
+            assert rank == 0 and error.code == "some_code"
+        except FirstProcessError as error:
+            assert rank == 1 and "RefusedError: no Ask." in str(error)
+        network = torch.nn.Conv3d(3, 4, 3)
+        network = network.to(memory_format=torch.channels_last_3d)
+        with torch.no_grad():
+            network.weight.fill_(rank + 1.0), network.bias.fill_(rank + 1.0)
+        copy_from_first_process_(network)
+        assert (network.weight == 1).all() and (network.bias == 1).all()
+        print("heard by", rank, flush=True)
+        distributed.destroy_process_group()
+
+    if __name__ == "__main__":
+        torch.multiprocessing.spawn(work, args=(sys.argv[1],), nprocs=2)
+"""
+
+
+def test_the_first_process_speaks_for_all_however_long_it_takes(tmp_path):
+    script = tmp_path / "listeners.py"
+    script.write_text(textwrap.dedent(LISTENERS))
+    done = subprocess.run([sys.executable, script, str(find_free_network_port())], capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == ["heard by 0", "heard by 1"]
+
+
+# ------------------------------------------------------------------------------------------------------- real commands
+@pytest.fixture
+def federation(tmp_path):
+    settings = make_settings(num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
+    with served(tmp_path / "federation", settings) as federation:
+        yield federation
+
+
+def start(federation, folder: Path, site: str, configuration: str, fold: str, *options: str) -> subprocess.Popen:
+    """Start the training of a fold at a site, as people do."""
+    federation.credential(site)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1",
+                   "nnUNet_fed_site": str(federation.coordinator.store.folder / f"credential.{site}.json"),
+                   **{root: str(folder / site / root) for root in ("nnUNet_raw", "nnUNet_preprocessed",
+                                                                   "nnUNet_results")}}
+    command = [sys.executable, "-m", "nnunetv2.run.run_training", "998", configuration, fold, "-tr", TRAINER, "-device",
+               "cpu", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT,
+                            env=environment)
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    for process, output in zip(processes, outputs):
+        assert process.returncode == 0, output[-3000:]
+
+
+def fold_folder(folder: Path, site: str, configuration: str, fold: int) -> Path:
+    return folder / site / "nnUNet_results" / NAME / f"{TRAINER}__nnUNetPlans__{configuration}" / f"fold_{fold}"
+
+
+def assert_one_network(folder: Path, configuration: str, fold: int) -> None:
+    first, second = (torch.load(fold_folder(folder, site, configuration, fold) / "checkpoint_final.pth",
+                                weights_only=False)["network_weights"] for site in "AB")
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert torch.equal(values, second[name]), name
+
+
+def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_path):
+    for site in "AB":
+        make_tiny_dataset(tmp_path / site / "nnUNet_preprocessed", cases=5)
+    finish(start(federation, tmp_path, "A", "3d_fullres", "0", "-num_gpus", "2"),
+           start(federation, tmp_path, "B", "3d_fullres", "0"))
+    assert_one_network(tmp_path, "3d_fullres", 0)
+    run = f"3d_fullres.fold_0.{TRAINER}"
+    assert [set(record["sites"]) for record in federation.coordinator.store.load_rounds(run)] == [{"A", "B"}] * 2
+    assert [set(record["dice_of_site"]) for record in federation.coordinator.store.load_validations(run)] == [
+        {"A", "B"}] * 2
+    (log,) = fold_folder(tmp_path, "A", "3d_fullres", 0).glob("training_log_*.txt")
+    assert log.read_text().count("Round 1:") == 1
+
+
+def make_cascade(preprocessed: Path) -> None:
+    """Write a dataset whose low and full resolution are the same, with two folds and a cascade."""
+    make_tiny_dataset(preprocessed, cases=4)
+    folder = preprocessed / NAME
+    configurations = {
+        "3d_lowres": make_configuration(data_identifier="nnUNetPlans_3d_fullres", next_stage="3d_cascade_fullres"),
+        "3d_fullres": make_configuration(),
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}}
+    (folder / "nnUNetPlans.json").write_text(json.dumps({**make_plans(), "configurations": configurations}))
+    halves = [["case_00", "case_01"], ["case_02", "case_03"]]
+    (folder / "splits_final.json").write_text(json.dumps([
+        {"train": halves[0], "val": halves[1]}, {"train": halves[1], "val": halves[0]}]))
+
+
+def test_folds_run_side_by_side_and_a_cascade_goes_on_from_them(federation, tmp_path):
+    for site in "AB":
+        make_cascade(tmp_path / site / "nnUNet_preprocessed")
+    finish(*(start(federation, tmp_path, site, "3d_lowres", fold) for site in "AB" for fold in "01"))
+    for fold in (0, 1):
+        assert_one_network(tmp_path, "3d_lowres", fold)
+    states = {run: federation.coordinator.book.run_state(run).state for run in federation.coordinator.book.runs()}
+    assert states == {f"3d_lowres.fold_{fold}.{TRAINER}": "complete" for fold in (0, 1)}
+    for site in "AB":
+        predicted = fold_folder(tmp_path, site, "3d_lowres", 0).parent / "predicted_next_stage" / "3d_cascade_fullres"
+        assert len(list(predicted.glob("case_*"))) >= 4  # both folds together have predicted every case
+    finish(*(start(federation, tmp_path, site, "3d_cascade_fullres", "0") for site in "AB"))
+    assert_one_network(tmp_path, "3d_cascade_fullres", 0)
+    assert json.loads((fold_folder(tmp_path, "A", "3d_cascade_fullres", 0) / "validation" / "summary.json").read_text())
+    first_layer = torch.load(fold_folder(tmp_path, "A", "3d_cascade_fullres", 0) / "checkpoint_final.pth",
+                             weights_only=False)["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"]
+    assert np.shape(first_layer)[1] == 3  # the image, and a channel for each label of the stage before
+    model = federation.coordinator.store.folder / "models" / f"{TRAINER}__nnUNetPlans__3d_cascade_fullres"
+    assert (model / "fold_0" / "checkpoint_final.pth").is_file()
