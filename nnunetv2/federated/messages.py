@@ -76,7 +76,8 @@ Metric = Annotated[
     Finite | Annotated[list[Finite | None], Field(max_length=MAX_METRICS)] | None, BeforeValidator(_null_unless_finite)]
 Metrics = Annotated[dict[Text, Metric], Field(max_length=MAX_METRICS)]
 SiteNames = Annotated[tuple[SiteName, ...], Field(max_length=MAX_SITES), AfterValidator(_check_unique)]
-VoxelCounts = Annotated[tuple[Annotated[Finite, Field(ge=0)], ...], Field(min_length=1, max_length=MAX_LABELS)]
+VoxelCounts = Annotated[tuple[Annotated[Finite, Field(ge=0, le=2**53)], ...],  # their sums stay finite
+                        Field(min_length=1, max_length=MAX_LABELS)]
 WeightOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
 BinList = Annotated[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], Field(max_length=6)]
 

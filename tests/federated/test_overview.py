@@ -247,6 +247,11 @@ def test_a_mean_of_huge_numbers_is_left_out():
     assert curves.pooled([(3.0, {"x": 1e308, "y": 1.0}), (1.0, {"x": 1e308, "y": None})]) == {"y": 1.0}
 
 
+def test_counts_whose_sum_would_be_infinite_are_refused():
+    with pytest.raises(ValueError, match="less than or equal to"):
+        messages.Validation(tp=[1e308], fp=[0.0], fn=[0.0])
+
+
 def test_curves_of_an_unknown_run_are_refused(make_federation):
     with pytest.raises(RefusedError) as info:
         curves.draw(make_federation("A", "B").coordinator, "none")

@@ -423,7 +423,7 @@ def test_many_viewers_share_one_look_and_cost_no_threads(federation, eve, monkey
 
 
 def test_the_head_of_the_log_is_told_at_the_start_and_every_day(federation, monkeypatch):
-    wait_until(lambda: any(line.startswith("audit log: 1 lines, head ") for line in federation.lines))
+    wait_until(lambda: any(line.startswith("audit log: the head of line 1 is ") for line in federation.lines))
     federation.coordinator.store.add_event(Event(1.0, "test", None, None, {}))
     import asyncio
 
@@ -436,4 +436,4 @@ def test_the_head_of_the_log_is_told_at_the_start_and_every_day(federation, monk
 
     asyncio.run(two_days())
     head = federation.coordinator.store.load_log()[-1][-1]
-    assert federation.lines.count(f"audit log: 2 lines, head {head}") >= 2
+    assert federation.lines.count(f"audit log: the head of line 2 is {head}") >= 2

@@ -84,7 +84,7 @@ class Observatory:
         while True:
             await run_in_threadpool(self.lookout.tail.read_on)
             tail = self.lookout.tail
-            self.coordinator.announce(f"audit log: {tail.number} lines, head {tail.head}")
+            self.coordinator.announce(f"audit log: the head of line {tail.number} is {tail.head}")
             await asyncio.sleep(HEAD_EVERY_S)
 
 
