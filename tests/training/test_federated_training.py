@@ -1,17 +1,20 @@
 """The mixin that exchanges weights, with a network and a logger of a few lines."""
 from __future__ import annotations
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from nnunetv2.federated import messages
 from nnunetv2.federated.errors import NonFiniteError, ShortEpochError
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import FederatedTraining
+from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import FirstProcessError
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import export_weights, import_weights_
-from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import catch_up
+from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import OverlappedTraining, catch_up
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match
 
 
@@ -124,3 +127,102 @@ def test_the_log_says_what_is_shared_with_whom():
     lines = describe_match(match, "a")
     assert "75 of 100 parameters (75.0%)" in lines[0]
     assert lines[1:] == ["  1 tensors with b", "  1 tensors with b, c", "Weights of the sites (cases): a 3, b 1"]
+
+
+# ------------------------------------------------------------------------------------------------------ what is said
+class Transport:
+    def __init__(self, *_, **__) -> None:
+        self.reports = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def report_failure(self, *report) -> None:
+        self.reports.append(report)
+
+
+@pytest.mark.parametrize(("error", "reports"), [
+    (MemoryError("case_17"), [("3d_fullres.fold_0.Failing", 5, "OutOfMemoryError")]),
+    (FirstProcessError("process 0 of this site failed"), [])])
+def test_every_process_reports_what_went_wrong_in_it(error, reports):
+    class Base:
+        def run_training(self):
+            raise error
+
+    class Failing(FederatedTraining, Base):
+        credential = SimpleNamespace(site="a")
+        configuration_name, fold, round_in_training = "3d_fullres", 0, 5
+
+        def print_to_log_file(self, *_):
+            pass
+
+    trainer, transport = Failing(), Transport()
+    trainer.make_transport = lambda *_, **__: transport
+    with pytest.raises(type(error)):
+        trainer.run_training()
+    assert transport.reports == reports
+
+
+# --------------------------------------------------------------------------------------- where an overlapped run goes
+class Overlapped(OverlappedTraining):
+    """Epoch `epoch` of 10 is over; the exchange that was under way has brought an aggregate of 7."""
+
+    local_rank, num_epochs = 0, 10
+
+    def __init__(self, epoch: int, brought: int) -> None:
+        self.current_epoch, self.sent_round = epoch + 1, epoch - 1
+        self.weights, self._sent = {"w": np.array([2.0])}, {"w": np.array([1.0])}
+        self._exchange, self.done = Future(), []
+        self._exchange.set_result(({"w": np.array([7.0])}, self.aggregate(brought)))
+        self.session = SimpleNamespace(run="run", exchange=self.exchange)
+        self.logger = SimpleNamespace(local_logger=SimpleNamespace(my_fantastic_logging={}))
+
+    @staticmethod
+    def aggregate(number: int) -> messages.Aggregate:
+        return messages.Aggregate(round=number, contributors={"a": 1.0, "b": 1.0})
+
+    def exchange(self, number, weights, metrics):
+        self.done.append(("exchange", number, float(weights["w"][0])))
+        return weights, self.aggregate(number)
+
+    def own_weights(self):
+        return dict(self.weights)
+
+    def load_weights(self, weights):
+        self.weights = dict(weights)
+
+    def latest_metrics(self):
+        return {}
+
+    def tell(self, line, **_):
+        pass
+
+    def save_latest_checkpoint(self):
+        self.done.append(("save", self.current_epoch))
+
+    def validate_aggregate(self, aggregate, *, is_last):
+        self.done.append(("validate", aggregate.round, float(self.weights["w"][0]), is_last))
+
+
+@pytest.mark.parametrize(("epoch", "brought", "done", "ends_at"), [
+    # As usual: validate what came, go on from 7 + (2 - 1), and send that.
+    (4, 3, [("validate", 3, 7.0, False), ("save", 5), ("exchange", 4, 8.0)], None),
+    # The run has closed two rounds without this site: it goes on behind them.
+    (4, 6, [("validate", 6, 7.0, False), ("save", 8), ("exchange", 7, 8.0)], None),
+    # The last round is waited for.
+    (9, 8, [("validate", 8, 7.0, False), ("exchange", 9, 8.0), ("validate", 9, 8.0, True)], 10),
+    # The run is complete without this site, or was stopped: what came stays.
+    (4, 9, [("validate", 9, 7.0, True)], 10),
+    (4, 2, [("validate", 2, 7.0, True)], 5),
+])
+def test_an_overlapped_training_goes_on_where_the_run_is(epoch, brought, done, ends_at):
+    trainer = Overlapped(epoch, brought)
+    trainer.meet_the_others(epoch)
+    if trainer.sent_round is not None:
+        trainer._exchange.result(5)
+    assert trainer.done == done
+    assert (trainer.current_epoch == trainer.num_epochs) is (ends_at is not None)
+    assert ends_at is None or trainer.num_epochs == ends_at
