@@ -2,10 +2,11 @@
 
     python benchmarks/training.py                        # patch 64x64x64, batch 2, 32 to 320 features
     python benchmarks/training.py --patch 32 --repeats 3 # a few minutes less
+    python benchmarks/training.py --only start augmentation
 
 One process of each package, and one more of ours in float32, take turns: a training step each, then the end of an
 epoch each. Times are medians, with the range in brackets. The start is timed for the whole command, from the shell to
-the first training step.
+the first training step. Augmentation is measured by `augmentation.py`, in processor time.
 """
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 FEATURES = [32, 64, 128, 256, 320]
-LIMITS = {"training step, bfloat16": 2.3, "training step, float32": 1.0, "start to first step": 2.0}
+LIMITS = {"training step, bfloat16": 2.3, "training step, float32": 1.0,
+          "start to first step, default trainer": 2.0, "start to first step, own trainer": 2.0}
+PARTS = ("turns", "start", "augmentation")
 LONGEST_BETWEEN_EPOCHS_S = 0.1
 
 # Runs in either package: builds a trainer and answers one command per line.
@@ -92,17 +95,23 @@ class FirstStepTrainer(nnUNetTrainer):
         open(os.environ["FIRST_STEP_FILE"], "w").write(repr(time.time()))
         os._exit(0)
 """
-# The command without its search for trainers, in which the reference imports all of them: that would take it longer.
+# The command nnUNetv2_train, after two arguments of its own. Trainers of the reference import torchvision, whose wheel has
+# no operators for a torch without CUDA; two declarations let it be imported.
 COMMAND = """
 import sys
-sys.path.insert(0, sys.argv.pop(1))
-import nnunetv2.run.run_training as command
-import nnunetv2.utilities.find_objects as objects
-def find(*_):
-    from first_step import FirstStepTrainer
-    return FirstStepTrainer
-command.recursive_find_trainer_class_by_name = objects.recursive_find_trainer_class_by_name = find
-command.run_training_entry()
+stub, trainer = sys.argv.pop(1), sys.argv.pop(1)
+if stub == "stub":
+    import torch
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float scale, int zero_point) -> Tensor")
+if trainer == "default":
+    import os
+    sys.path.insert(0, os.environ["nnUNet_extTrainer"])
+    from first_step import FirstStepTrainer, nnUNetTrainer
+    nnUNetTrainer.train_step = FirstStepTrainer.train_step
+from nnunetv2.run.run_training import run_training_entry
+run_training_entry()
 """
 
 
@@ -115,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each step")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
                         help="what training steps are timed with; cpu, with --threads 1, on a machine that others use")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="what to measure. Default: everything")
     return parser
 
 
@@ -162,14 +172,31 @@ def ask(process: subprocess.Popen, command: str) -> float:
     return json.loads(answer)
 
 
-def time_start(python: str, variables: dict[str, str], folder: Path) -> float:
-    """Return the seconds from starting the command to the first training step."""
+def time_start(python: str, variables: dict[str, str], folder: Path, trainer: str, *, is_reference: bool) -> float:
+    """Return the seconds from starting the command to the first training step.
+
+    Args:
+        trainer: `default` for nnUNetTrainer; `own` for one of the user, found through nnUNet_extTrainer.
+    """
     file = folder / "first_step"
+    file.unlink(missing_ok=True)
     start = time.time()
-    command = [python, "-c", COMMAND, str(folder / "trainers"), "998", "3d_fullres", "0", "-tr", "FirstStepTrainer"]
-    subprocess.run([*command, "-device", "cpu"], env={**variables, "FIRST_STEP_FILE": str(file)}, cwd=folder,
+    command = [python, "-c", COMMAND, "stub" if is_reference else "-", trainer, "998", "3d_fullres", "0"]
+    name = [] if trainer == "default" else ["-tr", "FirstStepTrainer"]
+    subprocess.run([*command, *name, "-device", "cpu"], env={**variables, "FIRST_STEP_FILE": str(file)}, cwd=folder,
                    check=True, timeout=600, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return float(file.read_text()) - start
+
+
+def measure_starts(folder: Path, python: str, repeats: int) -> None:
+    """Time the start with the default trainer, and with one that has to be searched for."""
+    environments = {python: environment(folder, "reference"), sys.executable: environment(folder, "bfloat16")}
+    for trainer in ("default", "own"):
+        seconds = {name: [] for name in environments}
+        for _ in range(repeats):
+            for name, variables in environments.items():
+                seconds[name].append(time_start(name, variables, folder, trainer, is_reference=name == python))
+        summarize(f"start to first step, {trainer} trainer", *seconds.values())
 
 
 def summarize(name: str, theirs: Sequence[float], ours: Sequence[float], unit: str = "s") -> None:
@@ -210,6 +237,17 @@ def measure_turns(folder: Path, python: str, value: dict, repeats: int) -> None:
                       "GiB")
 
 
+def measure_augmentation(python: Path, rounds: int) -> None:
+    """Compare the samples per second of one core, for each kind of patch."""
+    sys.path.insert(0, str(PROJECT))
+    from benchmarks.augmentation import TASKS, WANTED, measure
+
+    for task in TASKS:
+        result = measure(task, rounds, reference=python)
+        print(f"augmentation, {task}: reference {result['reference']:.1f}, ours {result['ours']:.1f} samples/s: "
+              f"{result['ratio']:.2f}x, wanted {WANTED[task]:g}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     args = build_parser().parse_args(argv)
@@ -221,12 +259,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         (folder / "trainers" / "first_step.py").write_text(FIRST_STEP)
         value = {**make_dataset(folder / "preprocessed", args.patch), "threads": args.threads,
                  "clock": args.clock}
-        measure_turns(folder, args.reference, value, args.repeats)
-        starts = {"reference": [], "bfloat16": []}
-        for _ in range(min(3, args.repeats)):
-            for who, python in (("reference", args.reference), ("bfloat16", sys.executable)):
-                starts[who].append(time_start(python, environment(folder, who), folder))
-        summarize("start to first step", starts["reference"], starts["bfloat16"])
+        if "turns" in args.only:
+            measure_turns(folder, args.reference, value, args.repeats)
+        if "start" in args.only:
+            measure_starts(folder, args.reference, args.repeats)
+    if "augmentation" in args.only:
+        measure_augmentation(Path(args.reference), args.repeats)
     print(f"load {os.getloadavg()}", flush=True)
 
 
