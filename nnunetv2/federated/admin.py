@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import ssl
 import time
 import urllib.error
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
 from nnunetv2.federated import audit_commands, backup
+from nnunetv2.federated.certificates import untrusted_certificate
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, is_loopback, load_credential
 
@@ -62,16 +64,27 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
         with error:
             raise _refusal(error) from None
     except (urllib.error.URLError, OSError) as error:
-        raise CoordinatorUnreachable(f"the coordinator at {credential.url} does not answer: "
-                                     f"{getattr(error, 'reason', error)}. Is it running?") from error
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise untrusted_certificate(reason.verify_message) from error
+        raise CoordinatorUnreachable(f"the coordinator at {credential.url} does not answer: {reason}. Is it "
+                                     "running?") from error
     return decode_json(model, content) if model is not None else None
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Send the token nowhere else."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
 def _opener(credential: SiteCredential) -> urllib.request.OpenerDirector:
-    context = ssl.create_default_context(cafile=credential.authority)
+    # As the library that training uses: what this site has pinned, else the file in the variable, else the system's.
+    context = ssl.create_default_context(cafile=credential.authority or os.environ.get("REQUESTS_CA_BUNDLE") or None)
     if credential.client_certificate is not None:
         context.load_cert_chain(credential.client_certificate, credential.client_key)
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context), _NoRedirects()]
     if is_loopback(urlsplit(credential.url).hostname):
         handlers.append(urllib.request.ProxyHandler({}))
     return urllib.request.build_opener(*handlers)

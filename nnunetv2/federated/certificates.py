@@ -30,6 +30,13 @@ def fingerprint_of(pem: str) -> str:
         raise FederationError("this is no certificate in PEM format") from error
 
 
+def untrusted_certificate(cause: str) -> FederationError:
+    """Return the error for a coordinator whose certificate cannot be verified, with the system's words for it."""
+    return FederationError("the coordinator's certificate is not trusted: it is not the one that this site joined, or "
+                           "its authority is unknown here (REQUESTS_CA_BUNDLE names a file of authorities). Ask the "
+                           f"coordinating site ({cause})")
+
+
 def fetch_authority(url: str, *, client_certificate: str | None = None, client_key: str | None = None) -> str:
     """Return the private authority of a coordinator as it says itself, in PEM; whoever asks compares the fingerprint.
 

@@ -17,6 +17,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from nnunetv2.federated import bodies
+from nnunetv2.federated.certificates import untrusted_certificate
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.site import SiteCredential, is_loopback
 from nnunetv2.federated.strict_json import decode_json
@@ -105,9 +106,7 @@ def translated_errors() -> Iterator[None]:
         yield
     except requests.exceptions.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise FederationError("the coordinator's certificate is not trusted: it is not the one that this site "
-                                  "joined, or its authority is unknown here (REQUESTS_CA_BUNDLE names a file of "
-                                  f"authorities). Ask the coordinating site ({_cause_of(error)})") from error
+            raise untrusted_certificate(_cause_of(error)) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
     except requests.Timeout as error:
         raise NoAnswerError("the coordinator does not answer in time") from error

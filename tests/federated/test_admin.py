@@ -9,7 +9,7 @@ import pytest
 from fake_federation import PROJECT, RUN, in_threads, make_registration, make_settings, served, wait_until
 
 from nnunetv2.federated import admin
-from nnunetv2.federated.errors import CoordinatorUnreachable, NotJoinedError, RefusedError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.messages import registration_key
 from nnunetv2.federated.site import SiteCredential, decode_invitation, join, load_credential, save_credential
 
@@ -124,3 +124,29 @@ def test_the_command_runs_with_little_more_than_the_standard_library():
             "from nnunetv2.federated.admin import main; main(['-h'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, env=os.environ)
     assert done.returncode == 0 and "invite" in done.stdout, done.stderr
+
+
+def test_a_token_is_not_sent_to_where_an_answer_points(tmp_path):
+    """A proxy that sends everybody elsewhere gets no credential there."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    asked = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/stolen")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        credential = SiteCredential(f"http://127.0.0.1:{server.server_port}", "test", "A", "A.secret")
+        with pytest.raises(FederationError, match="answers with status 302, not as a coordinator would"):
+            admin.ask(credential, "GET", "status")
+        server.shutdown()
+    assert asked == ["/v1/status"]

@@ -231,6 +231,8 @@ def test_whoever_has_taken_the_address_of_the_coordinator_is_refused(tmp_path):
     with Ground(tmp_path).coordinator(sites, "--tls", "--port", str(port), folder="impostor"):
         with pytest.raises(SimulationError, match="the coordinator's certificate is not trusted"):
             ground.everywhere(sites[:1], question, "ask")
+        with pytest.raises(SimulationError, match="the coordinator's certificate is not trusted"):
+            ground.everywhere(sites[:1], lambda site: ["nnUNetv2_fed_status"], "status")
         with pytest.raises(SimulationError, match="is not the coordinator of the invitation"):
             ground.everywhere(sites[1:], lambda site: ["nnUNetv2_fed_join", invitations[site.name]], "join")
         assert not sites[1].credential.exists()
@@ -301,6 +303,7 @@ def test_hospitals_plan_train_and_predict_through_their_proxy(ground, front):
             if front == "nginx":
                 inner.enter_context(ground.nginx(port=443, address=address, backend=8750))
             ground.join(sites)
+            ground.everywhere(sites, lambda site: ["nnUNetv2_fed_status"], "status")
             assert cannot_do_without_proxy(ground, sites[0])
             ground.everywhere(sites, plan_command, "plan")
             for site in sites:
