@@ -167,6 +167,10 @@ def load_credential(path: Path | None = None) -> SiteCredential:
     if version not in (1, CREDENTIAL_VERSION) or not needed <= content.keys() <= known:
         raise NotJoinedError(f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
                              "join again with a new invitation and --replace")
+    if content.get("authority") and not Path(content["authority"]).is_file():
+        raise NotJoinedError(f"{content['authority']} is missing: it says who vouches for the coordinator, and belongs "
+                             f"to the credential {path}. Bring it back, or join again with a new invitation and "
+                             "--replace")
     return SiteCredential(**content)
 
 

@@ -186,3 +186,14 @@ def test_a_credential_of_the_first_version_is_good(tmp_path):
         "version": 1, "url": "https://c.example:8750", "federation": "federation-1", "site": "A", "token": "A.token",
         "insecure": False}))
     assert load_credential(tmp_path / "site.json") == CREDENTIAL
+
+
+def test_a_credential_whose_authority_is_gone_trusts_nobody(tmp_path):
+    authority = tmp_path / "site.json.ca.pem"
+    authority.write_text("-----BEGIN CERTIFICATE-----")
+    path = save_credential(SiteCredential("https://h:1", "f", "A", "A.secret", authority=str(authority)),
+                           tmp_path / "site.json")
+    assert load_credential(path).authority == str(authority)
+    authority.unlink()
+    with pytest.raises(NotJoinedError, match=r"ca\.pem is missing.*join again"):
+        load_credential(path)
