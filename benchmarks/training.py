@@ -85,6 +85,7 @@ for line in sys.stdin:
 """
 FIRST_STEP = """
 import os
+import signal
 import time
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -92,8 +93,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 class FirstStepTrainer(nnUNetTrainer):
     def train_step(self, batch):
-        open(os.environ["FIRST_STEP_FILE"], "w").write(repr(time.time()))
-        os._exit(0)
+        with open(os.environ["FIRST_STEP_FILE"], "w") as file:
+            file.write(repr(time.time()))
+        os.killpg(0, signal.SIGKILL)  # the workers too: nobody else would end them
 """
 # The command nnUNetv2_train, after two arguments of its own. Trainers of the reference import torchvision, whose wheel has
 # no operators for a torch without CUDA; two declarations let it be imported.
@@ -184,8 +186,9 @@ def time_start(python: str, variables: dict[str, str], folder: Path, trainer: st
     command = [python, "-c", COMMAND, "stub" if is_reference else "-", trainer, "998", "3d_fullres", "0"]
     name = [] if trainer == "default" else ["-tr", "FirstStepTrainer"]
     subprocess.run([*command, *name, "-device", "cpu"], env={**variables, "FIRST_STEP_FILE": str(file)}, cwd=folder,
-                   check=True, timeout=600, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return float(file.read_text()) - start
+                   check=False, timeout=600, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                   start_new_session=True)
+    return float(file.read_text()) - start  # the file is missing if the training did not come that far
 
 
 def measure_starts(folder: Path, python: str, repeats: int) -> None:
