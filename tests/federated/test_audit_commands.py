@@ -15,16 +15,22 @@ from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.store import Store
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
     """A federation at rest whose log has six lines."""
-    folder = tmp_path / "federation"
+    folder = tmp_path_factory.mktemp("template") / "federation"
     with Store(folder) as store:
         create_federation(store, make_settings(), now=1000.0)
         for number in range(5):
             detail = {"run": "r", "round": number, "reason": "ill"}
             store.add_event(Event(2000.0 + number, "failure", "A", None, detail))
     return folder
+
+
+@pytest.fixture
+def folder(template, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(template, tmp_path / "federation")
 
 
 @pytest.fixture

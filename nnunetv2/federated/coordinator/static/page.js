@@ -72,6 +72,7 @@
       this.status = status;
     }
   }
+  class Unreachable extends Error {}
   async function ask(path, { method = "GET", body, limit = 45, abort = new AbortController() } = {}) {
     const timer = setTimeout(() => abort.abort(), 1000 * limit);
     try {
@@ -82,6 +83,8 @@
       const content = isJson ? await answer.json() : {};
       if (!answer.ok) throw new Refusal(answer.status, content);
       return content;
+    } catch (error) { // nobody answers, or something in between does
+      throw error instanceof Refusal ? error : new Unreachable("The coordinator cannot be reached.", { cause: error });
     } finally {
       clearTimeout(timer);
     }
@@ -137,8 +140,7 @@
     try {
       begin(await ask("v1/session", { method: "POST", body }));
     } catch (error) {
-      const text = error instanceof Refusal ? error.message : "The coordinator cannot be reached.";
-      byId(errorId).textContent = text[0].toUpperCase() + text.slice(1);
+      byId(errorId).textContent = error.message[0].toUpperCase() + error.message.slice(1);
     } finally {
       button.disabled = false;
     }
@@ -217,8 +219,7 @@
           showLogin("Your session has ended.");
           return;
         }
-        if (!(error instanceof Refusal) && !(error instanceof TypeError) && error.name !== "AbortError"
-            && error.name !== "SyntaxError") throw error;
+        if (!(error instanceof Refusal || error instanceof Unreachable)) reportError(error); // a mistake of this page
         failures += 1;
         seen = "";
         live("lost", "no connection, trying again");
