@@ -247,30 +247,11 @@ def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_
 
 def _training_documents(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer: str,
                         num_cases: int) -> list[Leaving]:
-    """Build the network that would be trained, for the names and shapes of its tensors."""
-    from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
-    from nnunetv2.training.networks import build_network
-    from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
-    from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_training
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.training.nnUNetTrainer.variants.federated.foreseen_training import foresee_training
 
-    trainer_class = recursive_find_trainer_class_by_name(trainer)
-    if not issubclass(trainer_class, FederatedTraining):
-        raise FederationError(f"{trainer} trains without a federation: nothing leaves the site")
-    manager = PlansManager(dict(plans))
-    description, labels = manager.get_configuration(configuration), manager.get_label_manager(dataset_json)
-    network = build_network(
-        trainer_class.build_network_architecture, plans_manager=manager, configuration_manager=description,
-        dataset_json=dataset_json, num_output_channels=labels.num_segmentation_heads, enable_deep_supervision=True,
-        num_input_channels=determine_num_input_channels(manager, description, dataset_json))
-    registration = describe_training(
-        network, plans=plans, dataset_json=dataset_json, configuration=configuration, fold=0, trainer=trainer,
-        num_training_cases=num_cases, mirroring_axes=rotation_and_patch_size(description.patch_size)[3],
-        requires_equal_plans=trainer_class.requires_equal_plans)
-    classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    return training_documents(registration, metrics=METRICS, num_classes=len(classes))
+    foreseen = foresee_training(plans, dataset_json, configuration=configuration, trainer_name=trainer,
+                                num_cases=num_cases)
+    return training_documents(foreseen.registration, metrics=foreseen.metrics, num_classes=foreseen.num_classes)
 
 
 def _read(path: Path) -> dict[str, Any]:
