@@ -159,7 +159,7 @@ class FederationClient:
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
         allow_list.check_document(message, specs, url=self.credential.url)
         with self._temporary_file() as path:
-            digest = write_document(path, message, specs, (tensors[name] for name in specs))
+            digest = write_document(path, message, specs, (tensors[name] for name in specs), is_temporary=True)
             offer = bodies.Offer(digest=digest, size=path.stat().st_size)
             attempts = 0
 

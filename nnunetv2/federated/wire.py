@@ -17,6 +17,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -159,8 +160,8 @@ class Document:
 
 
 # ------------------------------------------------------------------------------------------------------ writing
-def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec],
-                   tensors: Iterable[np.ndarray]) -> str:
+def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray], *,
+                   is_temporary: bool = False) -> str:
     """Write a document atomically, holding one tensor at a time, and return its SHA-256.
 
     Args:
@@ -168,6 +169,8 @@ def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec]
         message: What it says.
         specs: Name -> dtype and shape of every tensor, in the order of `tensors`.
         tensors: The values, as many as specs; each is used before the next is asked for.
+        is_temporary: Whether the file goes when this process does. It need not reach the disk then, which takes longer
+            than all the rest.
 
     Raises:
         WireError: A name, dtype or shape is not allowed, or the tensors are not what specs announces.
@@ -183,7 +186,7 @@ def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec]
         if next(remaining, None) is not None:
             raise WireError("there are more tensors than announced")
 
-    return _write(path, encode_header(message, specs), pieces())
+    return _write(path, encode_header(message, specs), pieces(), is_temporary=is_temporary)
 
 
 def write_subset(source: Document, path: Path, names: Iterable[str]) -> str:
@@ -225,9 +228,9 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, header: bytes, pieces: Iterable[bytes | memoryview]) -> str:
+def _write(path: Path, header: bytes, pieces: Iterable[bytes | memoryview], *, is_temporary: bool = False) -> str:
     digest = hashlib.sha256(header)
-    with replacing(path) as partial, partial.open("wb") as file:
+    with nullcontext(path) if is_temporary else replacing(path) as partial, partial.open("wb") as file:
         file.write(header)
         for piece in pieces:
             digest.update(piece)
