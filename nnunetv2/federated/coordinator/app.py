@@ -234,6 +234,16 @@ class ResultResponse(FileResponse):
                    "Cache-Control": "no-store"}
         super().__init__(result.path, headers=headers, media_type="application/octet-stream")
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range" or is_one_range(value)]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
+def is_one_range(value: bytes) -> bool:
+    """Tell whether a Range header asks for one piece of a file; what else it may ask for is not worth an answer."""
+    match = re.fullmatch(rb"bytes=([0-9]{1,15})-([0-9]{1,15})?", value)
+    return match is not None and (match[2] is None or int(match[1]) <= int(match[2]))
+
 
 # ------------------------------------------------------------------------------------------------------------- app
 class TrafficMeter:
