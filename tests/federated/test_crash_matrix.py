@@ -279,16 +279,19 @@ def wait_for_moment(folder: Path, rng: random.Random, sites: SitesInThreads) -> 
         if time.monotonic() > deadline:
             aim = "anything"
         time.sleep(0.0005)
-    time.sleep(rng.uniform(0, 0.01 if aim != "anything" else 0.3))
+    time.sleep(rng.uniform(0, 0.3) if aim == "anything" else rng.choice((0.0, 0.003, 0.01)))
     return aim
 
 
 def is_moment(folder: Path, aim: str) -> bool:
-    """Tell whether an upload has begun, or a result is being written."""
+    """Tell whether an upload has begun, or a round is complete and has no result yet."""
     if aim == "upload":
         return any((folder / "incoming").iterdir())
-    rounds = folder / "gatherings" / "runs" / RUN / "rounds"
-    return any(rounds.glob("*/.partial*"))
+    for round_folder in (folder / "gatherings" / "runs" / RUN / "rounds").glob("*"):
+        names = {path.name.split(".")[0] for path in round_folder.glob("*.safetensors")}
+        if names == set(SITES):
+            return True
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------------- sites

@@ -166,7 +166,7 @@ class Mutator:
         self.paths = [f"/v1/gatherings/{key}" for key in documents] + [
             "/v1/settings", "/v1/status", f"/v1/runs/{RUN}", f"/v1/runs/{RUN}/actions", "/v1/failures", "/v1/members",
             "/v1/members/A", "/v1/join", "/v1/authority", f"/v1/offers/{round_key(RUN, 0)}", "/", "/metrics", "/v2/x",
-            "/v1/login", "/v1/overview", "/login", "/page", "/v1/session", "/v1/log", "/v1/curves"]
+            "/v1/overview", "/v1/session", f"/v1/runs/{RUN}/curves"]
         self.bodies = [
             {"digest": "0" * 64, "size": 1000}, {"run": RUN, "round": 0, "reason": "out of memory"},
             {"action": "stop"}, {"action": "reset"}, {"action": "proceed", "gathering": round_key(RUN, 0)},
@@ -345,7 +345,9 @@ KNOWN = (("GET", "/v1/settings"), ("GET", "/v1/status"), ("GET", f"/v1/runs/{RUN
          ("DELETE", "/v1/members/A"), ("PATCH", "/v1/settings"), ("POST", f"/v1/offers/{round_key(RUN, 0)}"),
          ("POST", f"/v1/offers/{CENSUS_KEY}"), ("PUT", f"/v1/gatherings/{round_key(RUN, 0)}"),
          ("PUT", f"/v1/gatherings/{CENSUS_KEY}"), ("PUT", "/v1/gatherings/plans/x"),
-         ("GET", f"/v1/gatherings/{initial_key(RUN)}"), ("GET", f"/v1/gatherings/{round_key(RUN, 0)}"))
+         ("GET", f"/v1/gatherings/{initial_key(RUN)}"), ("GET", f"/v1/gatherings/{round_key(RUN, 0)}"),
+         ("GET", "/metrics"), ("GET", "/v1/overview"),
+         ("GET", f"/v1/runs/{RUN}/curves"), ("POST", "/v1/session"), ("DELETE", "/v1/session"))
 TARGETS = st.one_of(st.sampled_from(KNOWN), st.sampled_from(KNOWN), st.tuples(
     st.sampled_from(("GET", "PUT", "POST", "DELETE", "PATCH", "HEAD")), PATHS))
 JSON = st.recursive(
