@@ -26,6 +26,8 @@ MEASURED = -0.123456789012345678
 ALLOWANCE = 1 << 20
 """Bytes by which a document may be larger than foreseen, at least."""
 MAX_BINS = 6
+SHOWN = 500
+"""Characters of a value, or of the names in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +136,18 @@ def describe(documents: Sequence[Leaving], credential: SiteCredential | None) ->
     else:
         yield (f"Site {credential.site} sends this to the coordinator of {credential.federation} at {credential.url}, "
                "and to nobody else:")
+    listed: Mapping[str, TensorSpec] = {}
     for document in documents:
         yield ""
         yield f"{document.when}"
         yield f"  message {document.kind}, {document.size:,} bytes; the other sites see: {document.passed_on}"
         yield from (f"    {line}" for line in describe_fields(document.message, known=document.known))
-        for name, spec in document.specs.items():
-            yield f"    tensor {name}  {spec}  {spec.nbytes:,} bytes"
         if document.specs:
-            total = sum(spec.nbytes for spec in document.specs.values())
-            yield f"    {len(document.specs)} tensors, {total:,} bytes"
+            total = f"{_count(document.specs, 'tensor')}, {sum(one.nbytes for one in document.specs.values()):,} bytes"
+            is_listed, listed = document.specs == listed, document.specs
+            yield f"    {total}, the same as above" if is_listed else f"    {total}:"
+            for name, spec in () if is_listed else document.specs.items():
+                yield f"    tensor {name}  {spec}  {spec.nbytes:,} bytes"
     yield ""
     yield "Every request also carries the token of this site; the coordinator sees where it comes from, and when."
     yield "Images, segmentations, names of cases, paths and logs never leave."
@@ -162,12 +166,24 @@ def describe_fields(message: Part, prefix: str = "", *, known: bool = True) -> I
 
 
 def _describe_value(value: Any, known: bool) -> str:
+    from nnunetv2.federated.messages import Part
+
     if isinstance(value, Mapping):
         text = json.dumps(dict(value), default=str)
-        return text if known and len(text) <= 200 else f"{len(value)} entries: {', '.join(map(str, value))[:200]}"
+        return text if known and len(text) <= SHOWN else f"{_count(value)}: {_shortened(', '.join(map(str, value)))}"
+    if isinstance(value, tuple) and isinstance(value[0], Part):
+        return f"{_count(value)} of {', '.join(type(value[0]).model_fields)}"
     if isinstance(value, tuple):
-        return f"{len(value)} entries" if not known or len(value) > 8 else json.dumps(value, default=str)
+        return _count(value) if not known or len(value) > 8 else json.dumps(value, default=str)
     return json.dumps(value) if known else UNKNOWN
+
+
+def _count(values: Any, what: str = "value") -> str:
+    return f"{len(values)} {what}{'' if len(values) == 1 else 's'}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
 
 
 # ------------------------------------------------------------------------------------------------------- allow-list

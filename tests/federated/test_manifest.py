@@ -61,16 +61,18 @@ def test_sizes_are_those_of_the_documents(tmp_path):
 def test_every_field_and_tensor_is_listed():
     text = "\n".join(manifest.describe(make_documents(), None))
     assert "This site has not joined a federation" in text
-    for line in ("num_cases: 7", 'labels: {"background": 0, "liver": 1, "tumour": [1, 2]}', "spacings: 7 entries",
+    for line in ("num_cases: 7", 'labels: {"background": 0, "liver": 1, "tumour": [1, 2]}', "spacings: 7 values",
                  "tensor coarse.1  I64[65536]  524,288 bytes", "tensor encoder.weight  F32[4, 3]  48 bytes",
-                 "3 tensors, 96 bytes", "dataset_json.file_ending: \".nii.gz\"", "metrics: 2 entries: val_losses",
+                 "3 tensors, 96 bytes:", "3 tensors, 96 bytes, the same as above",
+                 "dataset_json.file_ending: \".nii.gz\"", "metrics: 2 values: val_losses",
+                 "moments: 2 values of count, mean, m2",
                  "message validation", "message failure_report"):
         assert line in text, line
     assert "extrema" not in text.replace("share_extrema", "")
 
 
 def test_extrema_are_listed_where_they_are_asked_for():
-    assert "extrema: 2 entries" in "\n".join(manifest.describe(make_documents(share_extrema=True), None))
+    assert "extrema: 2 values" in "\n".join(manifest.describe(make_documents(share_extrema=True), None))
 
 
 def test_every_kind_of_document_that_a_site_sends_is_in_the_manifest():
