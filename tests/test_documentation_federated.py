@@ -197,6 +197,12 @@ def test_limits_on_the_page_are_those_of_the_code():
     assert (sessions.MAX_ATTEMPTS, sessions.ATTEMPTS_S) == (10, 300)
 
 
+def test_figures_on_the_page_are_those_for_prometheus():
+    named = set(re.findall(r"nnunet_fed_(\w+)", PAGES[1].read_text(encoding="utf-8")))
+    source = (PROJECT / "nnunetv2" / "federated" / "coordinator" / "metrics.py").read_text(encoding="utf-8")
+    assert named and {name for name in named if f'"{name}"' not in source} == set()
+
+
 # ----------------------------------------------------------------------------------------------------------- links
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_links_lead_somewhere(page):
