@@ -21,6 +21,9 @@ from nnunetv2.federated.coordinator.problems import answer_too_many
 MAX_REMEMBERED = 10_000
 """Members and addresses whose requests are counted at a time; the rest have been quiet for longest."""
 
+COST_OF_PATH = {"/v1/status": 10.0}
+"""As how many requests one counts that makes more work than others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -212,7 +215,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         member = self._identify(scope)
-        refusal = self._refuse_stranger(scope) if member is None else self._refuse_member(member, scope["method"])
+        refusal = self._refuse_stranger(scope) if member is None else self._refuse_member(
+            member, scope["method"], scope["path"])
         if refusal is not None:
             await answer_too_many(*refusal)(scope, receive, send)
         elif member is None:
@@ -227,7 +231,7 @@ class Gate:
         self._strangers.spend(address, now)
         return None
 
-    def _refuse_member(self, member: str, method: str) -> tuple[str, float] | None:
+    def _refuse_member(self, member: str, method: str, path: str) -> tuple[str, float] | None:
         """Return why a member has to wait, and for how long; None if it need not."""
         now = self._clock()
         if self._at_work[member] >= self._limits.simultaneous_requests:
@@ -236,7 +240,7 @@ class Gate:
             return f"{member} sends too many requests", wait_s
         if method not in ("GET", "HEAD") and (wait_s := self._lines.wait_s(member, now)):
             return f"too many requests of {member} were refused or reported something", wait_s
-        self._requests.spend(member, now)
+        self._requests.spend(member, now, COST_OF_PATH.get(path, 1.0))
         return None
 
     async def _serve(self, member: str, scope: Scope, receive: Receive, send: Send) -> None:

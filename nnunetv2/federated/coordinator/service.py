@@ -43,6 +43,8 @@ from nnunetv2.federated.wire import open_document, write_subset
 logger = logging.getLogger(__name__)
 
 SHOWN_FAILURES = 100
+SHOWN_GATHERINGS = 1000
+"""Open gatherings, and runs, that the status lists. Sites can open many; people cannot read more."""
 RECENT_ROUNDS = 10
 """Rounds whose durations tell how long the others will take."""
 
@@ -319,16 +321,17 @@ class Coordinator:
 
     def status(self) -> bodies.Status:
         """Say what the federation is doing."""
-        open_gatherings = [gathering for gathering in self.book if not gathering.is_closed]
-        failures = self.store.load_events("failure")[-SHOWN_FAILURES:]
+        open_gatherings = self.book.open_gatherings()[:SHOWN_GATHERINGS]
+        runs = self.book.runs()[:SHOWN_GATHERINGS]
+        failures = self.store.load_events("failure", last=SHOWN_FAILURES)
         return bodies.Status(
             federation=self.settings.federation, time=self.clock(),
             sites=self.members.status(),
             waiting=tuple(bodies.GatheringStatus(
                 key=str(gathering.key), contributed=tuple(sorted(gathering.contributions)),
                 waiting_for=gathering.waiting_for, opened=gathering.opened) for gathering in open_gatherings),
-            runs=tuple(self.book.run_state(run) for run in self.book.runs()),
-            progress=tuple(self._progress(run) for run in self.book.runs()),
+            runs=tuple(self.book.run_state(run) for run in runs),
+            progress=tuple(self._progress(run) for run in runs),
             failures=tuple(bodies.FailureStatus(site=event.site, time=event.time, **dict(event.detail))
                            for event in failures),
             traffic=self.members.traffic_status())
