@@ -207,6 +207,16 @@ def test_a_site_that_failed_is_excused_until_it_is_back(make_federation):
     assert federation.aggregate(2)[0].missing == ()
 
 
+def test_an_update_that_was_on_its_way_takes_no_failure_back(make_federation):
+    federation = make_federation("A", "B", "C", quorum=2, deadline_s=1e6)
+    federation.start("A", "B", "C")
+    steering.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=1, reason="OutOfMemoryError"))
+    for site in "CAB":
+        federation.update(0, site, 1)
+    federation.update(1, "A", 1), federation.update(1, "B", 2)
+    assert federation.aggregate(1)[0].missing == ("C",)
+
+
 def test_a_late_update_is_dropped_and_written_down(make_federation):
     federation = make_federation("A", "B", "C", quorum=2, deadline_s=10)
     federation.start("A", "B", "C")

@@ -171,7 +171,7 @@ class Coordinator:
         """
         gathering = self._begin(self._place_of(parse_key(key), site, digest))
         verdict = judge(gathering, site, digest)
-        self._take_back_failure(gathering.key.run, site)
+        self._take_back_failure(gathering.key, site)
         if verdict is not Verdict.STORE:
             return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.size_limit(gathering.key, site, self.archive)
@@ -204,7 +204,7 @@ class Coordinator:
         with self.locks[str(place)]:
             gathering = self._begin(place)
             verdict = judge(gathering, site, digest)
-            self._take_back_failure(place.run, site)
+            self._take_back_failure(place, site)
             if verdict is Verdict.STORE:
                 gathering = with_contribution(gathering, site, Contribution(digest, size, self.clock()))
                 self.store.save_contribution(gathering, site, incoming)
@@ -217,15 +217,20 @@ class Coordinator:
             self._log_late(gathering, site)
         return _receipt(gathering, site, digest, verdict, sent_to=key)
 
-    def _take_back_failure(self, run: str | None, site: str) -> None:
-        """Wait for a site again that has reported a failure: it is back."""
-        if run is None or site not in self.book.control(run).failed:
+    def _take_back_failure(self, key: GatheringKey, site: str) -> None:
+        """Wait for a site again that has reported a failure and is back.
+
+        An update of an earlier round may have been on its way when it failed, and tells nothing.
+        """
+        failed = self.book.control(key.run).failed if key.run else {}
+        if site not in failed or (key.number is not None and key.number < failed[site]):
             return
-        with self.locks[run]:
-            control = self.book.control(run)
+        with self.locks[key.run]:
+            control = self.book.control(key.run)
             control = replace(control, failed={name: number for name, number in control.failed.items() if name != site})
-            self.store.save_control(run, control, Event(self.clock(), "control", site, run, {"action": "is back"}))
-            self.book.controls[run] = control
+            self.store.save_control(key.run, control,
+                                    Event(self.clock(), "control", site, key.run, {"action": "is back"}))
+            self.book.controls[key.run] = control
         self.wake_everybody()
 
     def _begin(self, key: GatheringKey) -> Gathering:

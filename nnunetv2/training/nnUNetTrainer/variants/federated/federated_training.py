@@ -125,7 +125,8 @@ class FederatedTraining:
             self.meet_the_others(epoch)
         except FederationError as error:
             if not isinstance(error, BrokenTrainingError):
-                self.save_latest_checkpoint()  # an outage costs no epoch
+                self.save_latest_checkpoint()
+                self.tell("The training is saved in checkpoint_latest: --c goes on with it")
             raise
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
