@@ -97,8 +97,8 @@ class FirstStepTrainer(nnUNetTrainer):
             file.write(repr(time.time()))
         os.killpg(0, signal.SIGKILL)  # the workers too: nobody else would end them
 """
-# The command nnUNetv2_train, after two arguments of its own. Trainers of the reference import torchvision, whose wheel has
-# no operators for a torch without CUDA; two declarations let it be imported.
+# The command nnUNetv2_train, after two arguments of its own. Trainers of the reference import torchvision, whose wheel
+# has no operators for a torch without CUDA; two declarations let it be imported.
 COMMAND = """
 import sys
 stub, trainer = sys.argv.pop(1), sys.argv.pop(1)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run import processes
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
@@ -102,7 +102,8 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
     Raises:
         AssertionError: Two options exclude each other.
         ValueError: The fold is neither a number nor 'all'.
-        RuntimeError: A checkpoint is missing, or pretrained weights are to be loaded into a continued training.
+        RuntimeError: nnUNet_preprocessed or nnUNet_results is unset, a checkpoint is missing, or pretrained weights are
+            to be loaded into a continued training.
     """
     import torch
 
@@ -111,6 +112,8 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
     _check_options(continue_training=continue_training, only_run_validation=only_run_validation,
                    disable_checkpointing=disable_checkpointing, val_with_best=val_with_best,
                    pretrained_weights=pretrained_weights)
+    for root in (nnUNet_preprocessed, nnUNet_results):
+        root.require()
     if plans_identifier == "nnUNetPlans":
         print(PRESETS_HINT)
     processes.check_device(device, num_gpus)
@@ -124,8 +127,9 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
         processes.spawn(run_ddp, (*what, num_gpus, device.type), num_gpus)
         return
     _seed(rank=0)
+    # A validation goes on with what a training has logged, and deletes nothing of it.
     trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier,
-                                    continue_training, device)
+                                    continue_training or only_run_validation, device)
     _run(trainer, disable_checkpointing=disable_checkpointing, continue_training=continue_training,
          only_run_validation=only_run_validation, pretrained_weights=pretrained_weights,
          export_validation_probabilities=export_validation_probabilities, val_with_best=val_with_best)
@@ -144,7 +148,8 @@ def run_ddp(rank: int, dataset_name_or_id: str | int, configuration: str, fold: 
         else:
             processes.share_cores(world_size)
         _seed(rank)
-        trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, tr, p, c, torch.device(device_type))
+        trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, tr, p, c or val,
+                                        torch.device(device_type))
         _run(trainer, disable_checkpointing=disable_checkpointing, continue_training=c, only_run_validation=val,
              pretrained_weights=pretrained_weights, export_validation_probabilities=npz, val_with_best=val_with_best)
     finally:

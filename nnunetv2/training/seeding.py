@@ -36,7 +36,8 @@ def seed_epoch(epoch: int, rank: int) -> None:
 def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch, and choose deterministic algorithms on a GPU.
 
-    With nnUNet_n_proc_DA=0 two runs of one training then give the same weights: augmentation happens in this process.
+    Two runs of one training on the same machine then give the same weights, with any number of augmentation workers:
+    these derive what they draw from the seed and the number of the batch, not from this process.
     """
     import random
 

@@ -1,6 +1,7 @@
 """Gather what a checkpoint holds from a trainer, and put it back."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
         "logging": trainer.logger.get_checkpoint(),
         "_best_ema": trainer._best_ema,
         "current_epoch": trainer.current_epoch + 1,
-        "init_args": trainer.my_init_kwargs,
+        "init_args": _describe_construction(trainer),
         "trainer_name": type(trainer).__name__,
         "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
     }
@@ -42,3 +43,23 @@ def restore_state_(trainer: nnUNetTrainer, checkpoint: Mapping[str, Any]) -> Non
     load_optimizer_state_(trainer.optimizer, checkpoint["optimizer_state"])
     if trainer.grad_scaler is not None and checkpoint.get("grad_scaler_state") is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+
+
+def _describe_construction(trainer: nnUNetTrainer) -> dict[str, Any]:
+    """Return the arguments that the trainer was built with.
+
+    Those of a subclass are known by the attributes of their names, and left out where these are no plain data: only
+    such data can be loaded without running somebody's code.
+    """
+    own = [name for name in inspect.signature(type(trainer).__init__).parameters if name not in trainer.my_init_kwargs]
+    values = {name: getattr(trainer, name) for name in own if name != "self" and hasattr(trainer, name)}
+    return {**trainer.my_init_kwargs, **{name: value for name, value in values.items() if _is_plain(value)}}
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether a value consists of numbers, text and containers of them."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, str)

@@ -123,9 +123,31 @@ def test_the_validation_of_an_unfinished_training_is_refused(dataset):
     assert not list(dataset.glob("training_log_*"))
 
 
+@pytest.mark.parametrize("variable", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_a_folder_that_is_not_set_is_named_before_anything_else_happens(dataset, monkeypatch, variable):
+    monkeypatch.delenv(variable)
+    with pytest.raises(RuntimeError, match=f"{variable} is not set.*getting-started"):
+        train()
+
+
 def test_missing_plans_say_what_to_run(dataset):
     with pytest.raises(FileNotFoundError, match="nnUNetv2_plan_and_preprocess"):
         run_training(998, "3d_fullres", 0, plans_identifier="OtherPlans", device=CPU)
+
+
+@pytest.mark.parametrize(("options", "resumes"), [
+    ({}, False), ({"continue_training": True}, True), ({"only_run_validation": True}, True)])
+def test_only_a_fresh_training_starts_its_logging_anew(dataset, monkeypatch, options, resumes):
+    asked = []
+
+    def build(*arguments):
+        asked.append(arguments[5])
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "get_trainer_from_args", build)
+    with pytest.raises(InterruptedError):
+        train(**options)
+    assert asked == [resumes]
 
 
 def test_trainers_are_found_by_name_for_ids_and_names(dataset):

@@ -371,6 +371,32 @@ def test_a_checkpoint_between_epochs_goes_on_with_the_current_epoch(dataset):
     assert trainer.current_epoch == 5
 
 
+def test_a_trainer_finds_its_checkpoint_as_soon_as_the_epoch_has_ended(dataset):
+    class Copying(nnUNetTrainer):
+        def on_epoch_end(self):
+            super().on_epoch_end()
+            self.copied = load_checkpoint_file(Path(self.output_folder, "checkpoint_best.pth"))["current_epoch"]
+
+    trainer = make_trainer(dataset, Copying, epochs=1)
+    trainer.run_training()
+    assert trainer.copied == 1
+
+
+def test_a_checkpoint_keeps_the_arguments_of_a_subclass_that_are_plain_data(dataset):
+    class WithOwnArguments(nnUNetTrainer):
+        def __init__(self, plans, configuration, fold, dataset_json, device, alpha=0.3, sizes=(1, 2), helper=None,
+                     forgotten=1, *args, **kwargs):
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.alpha, self.sizes, self.helper = alpha, sizes, object()
+
+    trainer = make_trainer(dataset, WithOwnArguments, epochs=1)
+    trainer.initialize()
+    trainer.save_latest_checkpoint()
+    arguments = load_checkpoint_file(Path(trainer.output_folder, "checkpoint_latest.pth"))["init_args"]
+    assert (arguments["alpha"], arguments["sizes"], arguments["configuration"]) == (0.3, (1, 2), "3d_fullres")
+    assert not {"helper", "forgotten", "args", "kwargs", "self"} & set(arguments)
+
+
 def test_a_hook_may_jump_over_epochs(dataset):
     class Jumping(nnUNetTrainer):
         def on_epoch_end(self):

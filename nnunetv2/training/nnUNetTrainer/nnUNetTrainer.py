@@ -66,6 +66,8 @@ HYPERPARAMETERS = ("initial_lr", "weight_decay", "oversample_foreground_percent"
                    "num_iterations_per_epoch", "num_val_iterations_per_epoch", "num_epochs",
                    "enable_deep_supervision")
 
+HOOKS_THAT_MAY_READ_CHECKPOINTS = ("save_checkpoint", "on_epoch_end", "on_train_epoch_end")
+"""Trainers extend them to copy or upload the checkpoint that was saved last; others do not wait for it."""
 
 CUDA = torch.device("cuda")
 
@@ -525,8 +527,9 @@ class nnUNetTrainer:
 
     @contextlib.contextmanager
     def _writing_in_background(self) -> Iterator[None]:
-        """Let `save_checkpoint` return before its file is written; a subclass that extends it finds the file there."""
-        self._is_writing_in_background = type(self).save_checkpoint is nnUNetTrainer.save_checkpoint
+        """Let `save_checkpoint` return before its file is written; a subclass that may look for it finds it there."""
+        self._is_writing_in_background = all(
+            getattr(type(self), hook) is getattr(nnUNetTrainer, hook) for hook in HOOKS_THAT_MAY_READ_CHECKPOINTS)
         try:
             yield
         finally:
