@@ -108,6 +108,9 @@ def translated_errors() -> Iterator[None]:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise untrusted_certificate(_cause_of(error)) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
+    except requests.exceptions.ProxyError as error:
+        raise NoAnswerError("the proxy in the environment variable HTTPS_PROXY does not lead to the coordinator "
+                            f"({_cause_of(error)})") from error
     except requests.Timeout as error:
         raise NoAnswerError("the coordinator does not answer in time") from error
     except requests.RequestException as error:
@@ -120,6 +123,8 @@ def _cause_of(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
             return (cause.strerror or errno.errorcode.get(cause.errno, str(cause.errno))).lower()
+        if isinstance(cause, OSError) and str(cause).startswith("Tunnel connection failed"):
+            return str(cause).lower()  # what a proxy says
         reason = getattr(cause, "reason", None)
         inner = next((part for part in cause.args if isinstance(part, BaseException)), None)
         cause = reason if isinstance(reason, BaseException) else cause.__cause__ or inner or cause.__context__

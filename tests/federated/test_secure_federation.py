@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_federation import wait_until
+from fake_federation import make_client, wait_until
 from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
 
+from nnunetv2.federated.errors import CoordinatorUnreachable
 from nnunetv2.federated.simulate import (
     LocalSite,
     RunningProcess,
@@ -31,7 +33,7 @@ from nnunetv2.federated.simulate import (
     run_everywhere,
     wait_until_served,
 )
-from nnunetv2.federated.site import load_credential, save_credential
+from nnunetv2.federated.site import SiteCredential, load_credential, save_credential
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parents[1] / "deploy" / "nginx.conf"
@@ -239,6 +241,39 @@ def test_whoever_has_taken_the_address_of_the_coordinator_is_refused(tmp_path):
     with Ground(tmp_path).coordinator(sites, "--port", str(port), folder="plain"), \
             pytest.raises(SimulationError, match="the encrypted connection to the coordinator broke"):
         ground.everywhere(sites[:1], question, "ask")
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ("407 Proxy Authentication Required", "tunnel connection failed: 407 proxy authentication required"),
+    ("403 Forbidden", "tunnel connection failed: 403 forbidden"), (None, "connection refused")])
+def test_a_proxy_that_lets_nobody_out_is_named_as_what_is_wrong(answer, words, monkeypatch):
+    proxy = socket.create_server(("127.0.0.1", 0))
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+    thread = threading.Thread(target=answer_all, args=(proxy, f"HTTP/1.1 {answer}\r\n\r\n".encode()))
+    if answer is None:
+        proxy.shutdown(socket.SHUT_RDWR)
+    thread.start()
+    try:
+        credential = SiteCredential(f"https://{NAME}", "test", "north", "north.0123456789abcdef")
+        with make_client(credential, give_up_after_s=0.1) as client, \
+                pytest.raises(CoordinatorUnreachable, match=f"HTTPS_PROXY does not lead .*{words}"):
+            client.settings()
+    finally:
+        with suppress(OSError):
+            proxy.shutdown(socket.SHUT_RDWR)  # which ends accept()
+        thread.join(10)
+        proxy.close()
+
+
+def answer_all(listener: socket.socket, answer: bytes) -> None:
+    """Give everybody the same answer, until the listener is shut down."""
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
 
 
 # ----------------------------------------------------------------------------------------- slow: network namespaces
