@@ -7,17 +7,15 @@ that `nnUNetv2_predict -h` answers at once. Programs replace functions of this m
 from __future__ import annotations
 
 import argparse
-import concurrent.futures.thread
 import logging
 import os
-import threading
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.interruption import run_until_interrupted
 from nnunetv2.utilities.command_line import add_device_option, run_command
 
 if TYPE_CHECKING:
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
-
-_SECONDS_TO_FINISH_CASES = 5
 
 CITATION = ("If you publish results, please cite: Isensee, Jaeger, Kohl, Petersen, Maier-Hein. nnU-Net: a "
             "self-configuring method for deep learning-based biomedical image segmentation. Nature Methods 18, 203-211 "
@@ -94,12 +90,13 @@ def __dir__() -> list[str]:
 
 def predict_entry_point() -> None:
     """Run `nnUNetv2_predict`."""
-    run_command(lambda: _leaving_soon(lambda: _predict(build_parser().parse_args())))
+    run_command(lambda: run_until_interrupted(lambda: _predict(build_parser().parse_args())))
 
 
 def predict_entry_point_modelfolder() -> None:
     """Run `nnUNetv2_predict_from_modelfolder`."""
-    run_command(lambda: _leaving_soon(lambda: _predict_from_model_folder(build_model_folder_parser().parse_args())))
+    run_command(lambda: run_until_interrupted(
+        lambda: _predict_from_model_folder(build_model_folder_parser().parse_args())))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -209,30 +206,6 @@ def _with_previous_stage(args: argparse.Namespace, model_folder: str, previous_s
     _predict_folder(argparse.Namespace(**{**vars(args), "o": output, "save_probabilities": False}), str(model),
                     part_id=part_id, num_parts=num_parts)
     return argparse.Namespace(**{**vars(args), "prev_stage_predictions": output})
-
-
-def _leaving_soon(command: Callable[[], None]) -> None:
-    """Run a command so that, after Ctrl-C, its process ends within seconds.
-
-    Python waits for threads before it ends, and one that resamples a large image may take long. Each file is written
-    beside its name, so a thread that is cut short leaves nothing that looks like a result.
-    """
-    try:
-        command()
-    except KeyboardInterrupt:
-        threading.Thread(target=_end_after_main_thread, args=(_SECONDS_TO_FINISH_CASES,), daemon=True).start()
-        raise
-
-
-def _end_after_main_thread(grace_s: float) -> None:
-    """End the process a while after its main thread has begun to wait for the others, at the end of the program.
-
-    A program that called us may go on for long before; concurrent.futures notes when the end has come.
-    """
-    while threading.main_thread().is_alive() and not getattr(concurrent.futures.thread, "_shutdown", False):
-        time.sleep(0.1)
-    time.sleep(grace_s)
-    os._exit(130)
 
 
 def _build_predictor(args: argparse.Namespace) -> nnUNetPredictor:

@@ -19,7 +19,11 @@ pytestmark = pytest.mark.parity
 
 MODELS = ({"plans": "nnUNetPlans", "configuration": "2d", "trainer": "nnUNetTrainer"},
           {"plans": "nnUNetPlans", "configuration": "3d_fullres", "trainer": "nnUNetTrainer"})
+# It opens dozens of pools; forked workers need not import everything anew.
 THEIRS = """
+import multiprocessing
+get_context = multiprocessing.get_context
+multiprocessing.get_context = lambda method=None: get_context("fork")
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 find_best_configuration(value["dataset"], value["models"], num_processes=2, folds=(0, 1))
 """
