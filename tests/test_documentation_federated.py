@@ -184,7 +184,7 @@ def test_every_kind_of_document_is_on_the_page(built):
 
 def test_limits_on_the_page_are_those_of_the_code():
     from nnunetv2.federated.closing import MAX_DOCUMENT_BYTES, MESSAGE_ALLOWANCE
-    from nnunetv2.federated.coordinator import app, limits, page, quotas, sessions, uploads
+    from nnunetv2.federated.coordinator import app, connections, limits, page, quotas, sessions, uploads
 
     granted = limits.Limits()
     assert (app.LONGEST_WAIT_S, page.LONGEST_WAIT_S) == (55, 25)
@@ -195,6 +195,8 @@ def test_limits_on_the_page_are_those_of_the_code():
     assert (granted.stranger_requests_per_s, granted.stranger_requests_at_once) == (20, 300)
     assert (granted.connections, granted.idle_connections, granted.idle_connections_per_address) == (8192, 2048, 512)
     assert (sessions.MAX_ATTEMPTS, sessions.ATTEMPTS_S) == (10, 300)
+    assert (limits.PACE["body"], limits.PACE["headers"][0], limits.PACE["rest"][0]) == ((30, 32 << 10), 20, 5)
+    assert (connections.REST_BYTES >> 20, connections.HEADER_BYTES >> 10) == (5, 16)
 
 
 def test_figures_on_the_page_are_those_for_prometheus():
