@@ -12,6 +12,7 @@ from batchgenerators.dataloading.data_loader import DataLoader
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from torch import Tensor
 
+from nnunetv2.training.dataloading.array_cache import ArrayCache
 from nnunetv2.training.dataloading.deferred_crop import read_and_transform, split_off_spatial
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.dataloading.patch_position import (
@@ -73,7 +74,7 @@ class nnUNetDataLoader(DataLoader):
             shuffle=False, infinite=True, sampling_probabilities=sampling_probabilities,
         )
         if isinstance(data, nnUNetBaseDataset):
-            data.properties_cache = PropertiesCache()
+            data.properties_cache, data.array_cache = PropertiesCache(), ArrayCache()
         self.indices = data.identifiers
         if len(self.indices) == 0:
             raise ValueError(f"there are no cases to load in {getattr(data, 'source_folder', 'the dataset')}")

@@ -11,6 +11,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from nnunetv2.utilities.restricted_pickle import load_pickle_safely, save_pickle
 if TYPE_CHECKING:
     import blosc2
 
+    from nnunetv2.training.dataloading.array_cache import ArrayCache
     from nnunetv2.training.dataloading.properties_cache import PropertiesCache
 
 __all__ = ["comp_blosc2_params", "file_ending_dataset_mapping", "infer_dataset_class", "nnUNetBaseDataset",
@@ -47,7 +49,8 @@ class nnUNetBaseDataset(ABC):
     """
 
     properties_cache: PropertiesCache | None = None
-    """Set by data loaders, which ask for the same cases again and again."""
+    array_cache: ArrayCache | None = None
+    """Both are set by data loaders, which ask for the same cases again and again."""
 
     def __init__(self, folder: str, identifiers: list[str] | None = None,
                  folder_with_segs_from_previous_stage: str | None = None):
@@ -106,12 +109,17 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
     def load_case(self, identifier: str) -> Case:
         """See the base class. The arrays are `blosc2.NDArray`."""
         folder = Path(self.source_folder)
-        data = _open_blosc2(folder / f"{identifier}.b2nd", identifier)
-        seg = _open_blosc2(folder / f"{identifier}_seg.b2nd", identifier)
+        data = self._open(folder / f"{identifier}.b2nd", identifier)
+        seg = self._open(folder / f"{identifier}_seg.b2nd", identifier)
         seg_prev = None
         if self.folder_with_segs_from_previous_stage is not None:
-            seg_prev = _open_blosc2(Path(self.folder_with_segs_from_previous_stage) / f"{identifier}.b2nd", identifier)
+            seg_prev = self._open(Path(self.folder_with_segs_from_previous_stage) / f"{identifier}.b2nd", identifier)
         return data, seg, seg_prev, self._load_properties(identifier)
+
+    def _open(self, path: Path, identifier: str) -> blosc2.NDArray:
+        if self.array_cache is None:
+            return _open_blosc2(path, identifier)
+        return self.array_cache.get(path, partial(_open_blosc2, identifier=identifier))
 
     @staticmethod
     def _select_filter(arr: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], codec: blosc2.Codec,
