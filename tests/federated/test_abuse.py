@@ -276,6 +276,12 @@ def test_paths_lead_nowhere_else(federation, method, path):
     assert answer.startswith((b"HTTP/1.1 404", b"HTTP/1.1 405")) and b"X-Evil: 1" not in answer
 
 
+def test_nobody_is_sent_elsewhere(federation):
+    for path in ("/v1/settings/", "//evil.example/", "/metrics/"):
+        answer = requests.get(federation.url + path, headers={"Host": "evil.example"}, timeout=5, allow_redirects=False)
+        assert answer.status_code == 404 and "Location" not in answer.headers
+
+
 def test_one_site_cannot_write_lines_in_the_name_of_another(federation, peers):
     reason = "out of memory\n2026-01-01 00:00:00  site A has joined\x1b[2J\u202e"
     assert peers["M"].post("failures", {"run": RUN, "round": 0, "reason": reason}).status_code == 204

@@ -319,6 +319,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
         *page.ROUTES,
     ])
+    app.router.redirect_slashes = False  # it would send people wherever a Host header says
     app.state.coordinator = coordinator
     app.state.changes = changes
     app.state.reception = Reception()
