@@ -524,6 +524,13 @@ def test_replayed_requests_change_nothing(federation, peers):
             np.testing.assert_array_equal(document.read(name), make_weights(1)[name])
 
 
+def test_a_result_that_is_deleted_while_it_is_asked_for_is_asked_for_again(federation, peers):
+    start_run(peers)
+    federation.coordinator.store.result_path(initial_key(RUN)).unlink()
+    answer = peers["A"].get(f"gatherings/{initial_key(RUN)}")
+    assert (answer.status_code, answer.json()["code"]) == (503, "coordinator_trouble")
+
+
 def test_a_registration_for_another_run_or_with_a_path_in_its_plans_is_refused(peers):
     mallory = peers["M"]
     body = mallory.document(make_registration(1))

@@ -232,7 +232,9 @@ class ResultResponse(FileResponse):
     def __init__(self, result: Result) -> None:
         headers = {"X-Content-SHA256": result.digest, "X-Gathering": result.key, "ETag": f'"{result.digest}"',
                    "Cache-Control": "no-store"}
-        super().__init__(result.path, headers=headers, media_type="application/octet-stream")
+        # Asked here, a file that is gone (old results are deleted) is the machine's trouble, and the site asks again.
+        super().__init__(result.path, headers=headers, media_type="application/octet-stream",
+                         stat_result=result.path.stat())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name, value) for name, value in scope["headers"] if name != b"range" or is_one_range(value)]
