@@ -166,14 +166,15 @@ def test_a_run_that_is_stopped_while_it_writes_leaves_whole_files_only(stopped, 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_ends_the_run_and_leaves_no_part_of_a_file(write_images, tmp_path, monkeypatch):
-    folders = (write_images(["a", "b"], shape=(40, 64, 64)), tmp_path / "out", write_model(tmp_path / "model"))
+    folders = (write_images(["a", "b"], shape=(60, 90, 90)), tmp_path / "out", write_model(tmp_path / "model"))
+    few_tiles = ("-step_size", 1)
     script = f"""
 import resource, signal
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 import sys
-sys.argv[1:] = {arguments_for(*folders)!r}
+sys.argv[1:] = {arguments_for(*folders, *few_tiles)!r}
 predict_entry_point_modelfolder()
 """
     start = time.monotonic()
@@ -182,5 +183,5 @@ predict_entry_point_modelfolder()
     assert done.returncode == 1
     assert "is the disk full" in done.stderr
     assert not results_in(folders[1])
-    predict(monkeypatch, *folders, "--continue_prediction")
+    predict(monkeypatch, *folders, *few_tiles, "--continue_prediction")
     assert results_in(folders[1]) == {"a.nii.gz", "b.nii.gz"}
