@@ -13,7 +13,7 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from torch import Tensor
 
 from nnunetv2.training.dataloading.array_cache import ArrayCache
-from nnunetv2.training.dataloading.deferred_crop import read_and_transform, split_off_spatial
+from nnunetv2.training.dataloading.deferred_crop import SpatialStep, read_and_transform, split_off_spatial
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.dataloading.patch_position import (
     ClassLocations,
@@ -152,24 +152,24 @@ class nnUNetDataLoader(DataLoader):
         """Return `data` `(b, c, *patch)`, `target` (a list of them with deep supervision) and the cases' `keys`."""
         keys = self.get_indices()
         data, target = None, None
+        step = split_off_spatial(self.transforms)
         with torch.no_grad():
             for number, key in enumerate(keys):
                 # Copied at once, while a sample is in the processor's cache and its memory can serve the next one.
-                image, labels = self._load_sample(key, self.get_do_oversample(number))
+                image, labels = self._load_sample(key, self.get_do_oversample(number), step)
                 if data is None:
                     data, target = _allocate(image, len(keys)), _allocate(labels, len(keys))
                 _write(data, number, image)
                 _write(target, number, labels)
         return {"data": data, "target": target, "keys": np.asarray(keys)}
 
-    def _load_sample(self, key: str, force_fg: bool) -> tuple[Tensor, Target]:
+    def _load_sample(self, key: str, force_fg: bool, step: SpatialStep | None) -> tuple[Tensor, Target]:
         """Read and transform a patch of one case."""
         try:
             data, seg, seg_prev, properties = self._data.load_case(key)
             shape = data.shape[1:]
             lower, upper = self.get_bbox(shape, force_fg, properties.get("class_locations"))
             read = partial(self._read, data, seg, seg_prev)
-            step = split_off_spatial(self.transforms)
             if step is not None:
                 sample = read_and_transform(step, read, lower, upper, shape)
             else:
