@@ -11,7 +11,8 @@ def return_what_is_freed() -> bool:
     """Let the C library give memory back as soon as it is freed, and say whether it does (glibc only).
 
     By default it keeps a store of its own for every thread and, once blocks of a few hundred KiB have come and gone,
-    keeps those too. With 64 sites that upload at once, this halves what the coordinator takes.
+    keeps those too. What arrives comes in blocks of 256 KiB: those stay in the store, as asking the system for every one
+    would double the coordinator's work.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -19,5 +20,5 @@ def return_what_is_freed() -> bool:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
-    options = ((_M_ARENA_MAX, 2), (_M_MMAP_THRESHOLD, 128 << 10), (_M_TRIM_THRESHOLD, 1 << 20))
+    options = ((_M_ARENA_MAX, 2), (_M_MMAP_THRESHOLD, 1 << 20), (_M_TRIM_THRESHOLD, 16 << 20))
     return all(set_option(option, value) == 1 for option, value in options)
