@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 REFERENCE ?= .venv-reference
 
-.PHONY: demo test quick parity reference lint clean
+.PHONY: demo test quick parity reference federation-matrix lint clean
 
 # torch comes first: with its CPU build in place nothing asks for the CUDA packages.
 $(VENV)/.installed: setup.py constraints-cpu.txt
@@ -35,6 +35,11 @@ parity: $(VENV)/.installed $(REFERENCE)/.installed
 	$(VENV)/bin/python -m pytest tests/parity
 
 reference: $(REFERENCE)/.installed
+
+# Crashes, cut networks and invented requests in full number: half an hour. `make test` runs fewer of each.
+federation-matrix: $(VENV)/.installed
+	NNUNET_FED_MATRIX=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s \
+		tests/federated/test_crash_matrix.py tests/federated/test_network_cuts.py tests/federated/test_fuzz.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nnunetv2 tests benchmarks demo setup.py
