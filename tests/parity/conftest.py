@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
+# More threads than free cores wait for each other most of the time, and two files of tests run side by side.
+THREADS = "1"
 
 # Arrays and a JSON value go in and come out through files, so that neither side imports the other.
 PROLOGUE = """
@@ -79,7 +81,7 @@ def reference(tmp_path) -> PythonElsewhere:
         pytest.skip(f"no reference environment in {home}; create it with `make reference`")
     folder = tmp_path / "reference_calls"
     folder.mkdir()
-    return PythonElsewhere(python, folder, {"OMP_NUM_THREADS": "2", "nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"})
+    return PythonElsewhere(python, folder, {"OMP_NUM_THREADS": THREADS, "nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"})
 
 
 @pytest.fixture
@@ -87,5 +89,5 @@ def ours(tmp_path) -> PythonElsewhere:
     """This package in a fresh process, for comparisons of whole commands."""
     folder = tmp_path / "our_calls"
     folder.mkdir()
-    environment = {"OMP_NUM_THREADS": "2", "nnUNet_n_proc_DA": "0", "nnUNet_cpu_autocast": "0"}
+    environment = {"OMP_NUM_THREADS": THREADS, "nnUNet_n_proc_DA": "0", "nnUNet_cpu_autocast": "0"}
     return PythonElsewhere(Path(sys.executable), folder, environment)
