@@ -20,7 +20,7 @@ from nnunetv2.inference import predict_from_raw_data as public
 from nnunetv2.inference.case_lists import Inputs, Outputs, PathOrText
 from nnunetv2.inference.export_prediction import estimate_export_bytes
 from nnunetv2.inference.export_queue import ExportQueue
-from nnunetv2.inference.forward_budget import ForwardBudget, budget_for
+from nnunetv2.inference.forward_budget import ForwardBudget, budget_for, is_out_of_memory
 from nnunetv2.inference.logit_sums import NonFiniteLogitsError
 from nnunetv2.inference.mirroring import mirrored_mean
 from nnunetv2.inference.preprocessing_jobs import PreprocessedCases, without_unprepared
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     OneOrMany = np.ndarray | Sequence[np.ndarray]
 
 logger = logging.getLogger(__name__)
+
+_MAIN_MEMORY = torch.device("cpu")
 
 
 class nnUNetPredictor:
@@ -81,6 +83,7 @@ class nnUNetPredictor:
         self.label_manager: LabelManager | None = None
         self._batched_network: nn.Module | None = None
         self._budget: ForwardBudget | None = None
+        self._is_device_full = False  # for the current case, which the CPU predicts then
 
     # Models
 
@@ -329,7 +332,7 @@ class nnUNetPredictor:
         padded, unpad = public.pad_nd_image(input_image, self.configuration_manager.patch_size, "constant",
                                             {"value": 0}, True, None)
         slicers = self._internal_get_sliding_window_slicers(padded.shape[1:])
-        with autocast_context(self.device, is_inference=True):
+        with autocast_context(self._network_device, is_inference=True):
             logits = self._internal_predict_sliding_window_return_logits(padded, slicers,
                                                                          self.perform_everything_on_device)
         return logits[(slice(None), *unpad[1:])]
@@ -415,14 +418,14 @@ class nnUNetPredictor:
     def _internal_predict_sliding_window_return_logits(self, data: torch.Tensor, slicers: Sequence[Slicer],
                                                        do_on_device: bool = True) -> torch.Tensor:
         """Predict the tiles of an image `(c, *spatial)` and blend them; the result is on the device if asked for."""
-        results_device = self.device if do_on_device else torch.device("cpu")
+        results_device = self._network_device if do_on_device else _MAIN_MEMORY
         budget = self._current_budget()
         can_batch = self._uses_own_tiles()
         with public.tqdm(total=len(slicers), disable=not self.allow_tqdm) as bar:
             return predict_tiles(
                 self._internal_maybe_mirror_and_predict, data, slicers,
                 classes=self.label_manager.num_segmentation_heads, weight=self._tile_weight(results_device),
-                device=self.device, results_device=results_device, budget=budget,
+                device=self._network_device, results_device=results_device, budget=budget,
                 tiles_at_once=lambda voxels: budget.items(voxels) if can_batch else 1,
                 leave_device=self._leave_device, advance=bar.update)
 
@@ -442,8 +445,22 @@ class nnUNetPredictor:
                                        value_scaling_factor=10, dtype=torch.float32, device=device)
 
     def _prepare_network(self) -> None:
-        self.network.to(self.device).eval()
-        self._speed_up(self.device)
+        """Move the network to the device, or to main memory if the device is full."""
+        self._is_device_full = False
+        try:
+            self.network.to(self.device)
+        except RuntimeError as error:
+            if self.device.type == "cpu" or not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory on %s: predicting this case on the CPU, which is slower", self.device)
+            self._is_device_full = True
+            self.network.to(_MAIN_MEMORY)
+        self.network.eval()
+        self._speed_up(self._network_device)
+
+    @property
+    def _network_device(self) -> torch.device:
+        return _MAIN_MEMORY if self._is_device_full else self.device
 
     def _speed_up(self, device: torch.device) -> None:
         if self.network is self._batched_network:  # others may not be made of torch's own layers
@@ -451,12 +468,11 @@ class nnUNetPredictor:
 
     def _leave_device(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Move the network to main memory, until the next case, and return what predicts tiles there."""
-        main_memory = torch.device("cpu")
-        self.network.to(main_memory)
-        self._speed_up(main_memory)
+        self.network.to(_MAIN_MEMORY)
+        self._speed_up(_MAIN_MEMORY)
 
         def predict(tiles: torch.Tensor) -> torch.Tensor:
-            with autocast_context(main_memory, is_inference=True):
+            with autocast_context(_MAIN_MEMORY, is_inference=True):
                 return self._internal_maybe_mirror_and_predict(tiles)
 
         return predict

@@ -381,3 +381,41 @@ def test_an_iterator_may_hand_out_the_same_items_twice(make_predictor, write_ima
     items = list(predictor._internal_get_data_iterator_from_lists_of_filenames(files, [None], None, 1))
     first, second = (predictor.predict_from_data_iterator(items)[0] for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("what_fails", ["network", "tiles"])
+def test_a_device_that_is_too_small_leaves_the_case_to_the_cpu(make_predictor, monkeypatch, caplog, what_fails):
+    """The device is one in name only; whatever reaches it exceeds its memory."""
+    image = torch.randn(1, 20, 14, 24)
+    expected = make_predictor().predict_logits_from_preprocessed_data(image)
+    predictor = make_predictor(options={"device": torch.device("meta")})
+    network = predictor.network
+
+    def move(device):
+        if what_fails == "network" and device.type == "meta":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return network
+
+    def refuse(module, inputs):
+        if inputs[0].device.type == "meta":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(network, "to", move)
+    network.register_forward_pre_hook(refuse)
+    logits = predictor.predict_logits_from_preprocessed_data(image)
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
+    assert len([message for message in caplog.messages if "out of memory" in message]) == 1
+    assert "on the CPU, which is slower" in caplog.text
+
+
+def test_an_error_of_the_network_is_no_reason_to_try_again(make_predictor):
+    predictor, calls = make_predictor(), []
+
+    def fail(module, inputs):
+        calls.append(len(inputs))
+        raise RuntimeError("shapes do not fit")
+
+    predictor.network.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        predictor.predict_logits_from_preprocessed_data(torch.randn(1, 20, 14, 24))
+    assert len(calls) == 1
