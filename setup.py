@@ -18,7 +18,8 @@ COMMANDS = {
     "nnUNetv2_predict_from_modelfolder": "inference.predict_from_raw_data:predict_entry_point_modelfolder",
     "nnUNetv2_evaluate_folder": "evaluation.evaluate_predictions:evaluate_folder_entry_point",
     "nnUNetv2_find_best_configuration": "evaluation.find_best_configuration:find_best_configuration_entry_point",
-    "nnUNetv2_accumulate_crossval_results": "evaluation.find_best_configuration:accumulate_crossval_results_entry_point",
+    "nnUNetv2_accumulate_crossval_results":
+        "evaluation.find_best_configuration:accumulate_crossval_results_entry_point",
     "nnUNetv2_determine_postprocessing":
         "postprocessing.remove_connected_components:entry_point_determine_postprocessing_folder",
     "nnUNetv2_apply_postprocessing": "postprocessing.remove_connected_components:entry_point_apply_postprocessing",

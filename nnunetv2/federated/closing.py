@@ -150,8 +150,11 @@ def close(gathering: Gathering, settings: FederationSettings, archive: Archive) 
         if gathering.key.kind == "round":
             return _close_round(gathering, documents, settings, archive)
         result = _compute_message(gathering.key, documents, settings, archive)
-    digest = write_document(archive.result_path(str(gathering.key)), result, {}, [])
-    return Computed(digest, result.model_dump(mode="json") if gathering.key.kind == "validation" else None)
+    record = None
+    if isinstance(result, messages.PooledValidation):
+        record = result.model_dump(mode="json")
+        result = result.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})  # not for the other sites
+    return Computed(write_document(archive.result_path(str(gathering.key)), result, {}, []), record)
 
 
 def _compute_message(key: GatheringKey, documents: Mapping[str, Document], settings: FederationSettings,
@@ -268,19 +271,22 @@ def _close_round(gathering: Gathering, documents: Mapping[str, Document], settin
                  archive: Archive) -> Computed:
     key, weights = gathering.key, archive.agreement(gathering.key.run).match.weights
     message = messages.Aggregate(round=key.number, missing=gathering.outcome.missing,
-                                 contributors={site: weights[site] for site in documents},
-                                 metrics={site: document.message.metrics for site, document in documents.items()})
+                                 contributors={site: weights[site] for site in documents})
+    metrics = {site: document.message.model_dump(mode="json")["metrics"] for site, document in documents.items()}
     before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
     with archive.result(before) as previous:
         done = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
                                                out_path=archive.result_path(str(key)))
-    return Computed(done.digest, record_of_round(gathering, message, settings, done))
+    return Computed(done.digest, record_of_round(gathering, message, metrics, settings, done))
 
 
-def record_of_round(gathering: Gathering, message: messages.Aggregate, settings: FederationSettings,
-                    done: aggregation.Aggregated) -> dict[str, Any]:
-    """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held."""
-    metrics = message.model_dump(mode="json")["metrics"]
+def record_of_round(gathering: Gathering, message: messages.Aggregate, metrics: Mapping[str, Mapping[str, Any]],
+                    settings: FederationSettings, done: aggregation.Aggregated) -> dict[str, Any]:
+    """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held.
+
+    Args:
+        metrics: Site -> what it measured. That stays here: the other sites do not see it.
+    """
     contributed = {site: {"weight": weight, "digest": held.digest, "bytes": held.size, "received": held.received,
                           "metrics": metrics[site], "change_norm": done.changes[site].norm,
                           "change_rms": done.changes[site].rms}

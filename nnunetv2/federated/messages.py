@@ -291,6 +291,7 @@ class PooledValidation(Message):
     """The round, up to this one, with the highest moving average."""
     best_ema_dice: Finite | None
     dice_of_site: Annotated[dict[SiteName, tuple[Finite | None, ...]], Field(max_length=MAX_SITES)]
+    """For the coordinator's records and observers; empty in what sites receive, and so is the next."""
     loss_of_site: Annotated[dict[SiteName, Finite | None], Field(max_length=MAX_SITES)]
 
 
@@ -302,7 +303,6 @@ class Aggregate(Message):
     """None for the initial weights."""
     contributors: WeightOfSite
     missing: SiteNames = ()
-    metrics: Annotated[dict[SiteName, Metrics], Field(max_length=MAX_SITES)] = {}
 
 
 DocumentMessage = Annotated[

@@ -351,6 +351,8 @@ def test_an_aggregate_is_validated_with_the_voxels_of_all_sites(make_federation)
     assert found["dice_of_site"] == {"A": [pytest.approx(0.8), None], "B": [0.0, None]}
     assert found["ema_dice"] == found["mean_dice"] == pytest.approx(16 / 30)
     assert (found["best_round"], found["loss_of_site"]) == (0, {"A": 0.5, "B": 0.5})
+    with open_document(federation.coordinator.result(validation_key(RUN, 0), "A").path) as document:
+        assert document.message.dice == tuple(found["dice"]) and not document.message.dice_of_site
 
 
 def test_the_best_aggregate_stays_and_becomes_a_checkpoint(make_federation):

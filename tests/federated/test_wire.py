@@ -72,7 +72,7 @@ MESSAGES = [
                  tensors=[{"name": "w", "dtype": "F32", "shape": [2, 3]}], aliases={"all_modules.0": "w"}),
     MATCH,
     Update(metrics={"val_loss": -0.5, "dice_per_class": [0.5, None]}),
-    Aggregate(round=0, contributors={"A": 3}, missing=["B"], metrics={"A": {"val_loss": None}}),
+    Aggregate(round=0, contributors={"A": 3}, missing=["B"]),
 ]
 
 
