@@ -36,7 +36,7 @@ def dataset(roots, monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     folder = tmp_path / "trainers"
     folder.mkdir()
-    (folder / "short_trainer.py").write_text(textwrap.dedent(SHORT_TRAINER))
+    (folder / "trainer_of_two_epochs.py").write_text(textwrap.dedent(SHORT_TRAINER))
     monkeypatch.setenv("nnUNet_extTrainer", str(folder))
     make_tiny_dataset(roots["nnUNet_preprocessed"])
     return roots["nnUNet_results"] / NAME / "ShortTrainer__nnUNetPlans__3d_fullres" / "fold_0"
@@ -249,16 +249,16 @@ def test_a_training_starts_from_pretrained_weights(dataset):
 
 
 def test_two_runs_with_a_seed_give_the_same_weights(dataset, monkeypatch):
-    monkeypatch.setenv("nnUNet_seed", "7")
-    runs = []
-    for _ in range(2):
+    monkeypatch.setattr("nnunetv2.training.validation.validate", lambda *_, **__: None)
+
+    def weights_with(seed):
+        monkeypatch.setenv("nnUNet_seed", seed)
         train()
-        runs.append(weights_in(dataset / "checkpoint_final.pth"))
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-    monkeypatch.setenv("nnUNet_seed", "8")
-    train()
-    other = weights_in(dataset / "checkpoint_final.pth")
-    assert not all(torch.equal(runs[0][name], other[name]) for name in other)
+        return weights_in(dataset / "checkpoint_final.pth")
+
+    first, again, other = weights_with("7"), weights_with("7"), weights_with("8")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("seed", ["x", "-1", str(2 ** 32)])

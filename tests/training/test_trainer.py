@@ -184,6 +184,7 @@ def test_hooks_are_called_in_the_order_of_the_reference(dataset):
         "on_validation_epoch_end", "on_epoch_end", "on_train_end"]
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_three_epochs_leave_the_files_and_figures_of_the_reference(dataset):
     trainer = make_trainer(dataset, epochs=3, save_every=1)
     trainer.run_training()
@@ -258,7 +259,7 @@ def test_regions_and_ignored_voxels_are_trained(dataset, labels):
 def test_a_network_learns(dataset, monkeypatch):
     torch.manual_seed(0)
     np.random.seed(0)
-    trainer = make_trainer(dataset, nnUNetTrainerNoDA, epochs=3, num_iterations_per_epoch=25)
+    trainer = make_trainer(dataset, nnUNetTrainerNoDA, epochs=2, num_iterations_per_epoch=30)
     trainer.run_training()
     losses = curves_of(trainer)["train_losses"]
     assert losses[-1] < losses[0] - 0.3

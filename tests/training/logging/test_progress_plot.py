@@ -5,9 +5,13 @@ import logging
 import math
 import pickle
 
+import pytest
+
 from nnunetv2.training.logging.background_reports import BackgroundReporter
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.logging.progress_plot import draw_progress
+
+pytestmark = pytest.mark.usefixtures("real_pictures")
 
 PNG = b"\x89PNG\r\n"
 

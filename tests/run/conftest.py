@@ -1,0 +1,1 @@
+from stand_in_pictures import real_pictures, stand_in_pictures  # noqa: F401  fixtures
