@@ -98,8 +98,9 @@ def describe(module, name):
         return told
     trainer.initialize()
     optimizer = trainer.optimizer
-    told["optimizer"] = [type(optimizer).__name__, {k: plain(v) for k, v in optimizer.defaults.items()
-                                                    if k in ("lr", "weight_decay", "momentum", "nesterov", "amsgrad")}]
+    kind_of_optimizer = next(c.__name__ for c in type(optimizer).__mro__ if not c.__module__.startswith("nnunetv2"))
+    told["optimizer"] = [kind_of_optimizer, {k: plain(v) for k, v in optimizer.defaults.items()
+                                             if k in ("lr", "weight_decay", "momentum", "nesterov", "amsgrad")}]
     kinds = {next(c.__name__ for c in type(m).__mro__ if c.__module__.startswith("torch."))
              for m in trainer.network.modules()}
     told["norms"] = sorted(kind for kind in kinds if "Norm" in kind)
