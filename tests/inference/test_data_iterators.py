@@ -121,13 +121,14 @@ def test_processes_give_what_threads_give(monkeypatch):
 
 
 def test_a_consumer_that_stops_early_leaves_no_worker_behind():
+    before = set(threading.enumerate())
     iterator = preprocessing_iterator_fromnpy(make_arrays(9), None, make_properties(9), None, *make_model(), 2)
     next(iterator)
     iterator.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("preprocessing"):
-            thread.join(60)  # the case that it is at is finished, on a busy machine not at once
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("preprocessing")]
+    started = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in started:
+        thread.join(60)  # the case that it is at is finished, on a busy machine not at once
+    assert not [thread.name for thread in started if thread.is_alive()]
 
 
 @pytest.mark.parametrize(("previous", "outputs", "message"), [
