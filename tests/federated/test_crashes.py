@@ -239,8 +239,10 @@ def test_trouble_of_the_machine_is_shown_and_outlasted(folder, monkeypatch):
         with pytest.raises(OSError, match="No space left on device"):
             coordinator.result(CENSUS_KEY, "A")
         assert coordinator.closer._ready() == []
+        assert coordinator.closer._seconds_until_next() == 15
         monkeypatch.undo()
         now += 16
+        assert coordinator.closer._seconds_until_next() is None  # no wait of 0 s, over and over
         close_what_is_ready(coordinator)
         assert coordinator.book.is_closed(CENSUS_KEY)
         coordinator.result(CENSUS_KEY, "A")

@@ -88,7 +88,8 @@ class Closer:
 
     def _seconds_until_next(self) -> float | None:
         now = self._coordinator.clock()
-        moments = [retry for retry, _ in self._trouble.values()]
+        # A gathering whose pause is over and that is not ready has been paused or reset since: nothing to wait for.
+        moments = [retry for retry, _ in self._trouble.values() if retry > now]
         due = self._coordinator.book.next_due()
         if due is not None and due > now:
             moments.append(due)
