@@ -116,15 +116,6 @@ class Database:
         with self._lock, _trouble_as_os_error():
             return self._connection.execute(query, values).fetchall()
 
-    def copy_to(self, path: Path) -> None:
-        """Write a consistent copy of the database, while it is in use."""
-        target = sqlite3.connect(path)
-        try:
-            with self._lock:
-                self._connection.backup(target)
-        finally:
-            target.close()
-
     def _prepare(self) -> None:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", "busy_timeout = 10000"):
             self._connection.execute(f"PRAGMA {pragma}")

@@ -16,7 +16,6 @@ from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.service import Coordinator, require_role
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.plain_text import printable
-from nnunetv2.federated.rounds import parse_key
 
 STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
 OF_A_SITE = ("leave", "return")
@@ -86,7 +85,7 @@ def _proceed(coordinator: Coordinator, run: str, gathering: str | None, name: st
                            f"contribution(s), and those of {', '.join(sorted(waiting[0].required)) or 'anybody'}",
                            code="too_early")
     coordinator.store.add_event(_event(coordinator, str(key), "proceed", name))
-    coordinator.book.close_early(parse_key(str(key)))
+    coordinator.book.close_early(key)
 
 
 def _reset(coordinator: Coordinator, run: str, name: str) -> None:
