@@ -35,6 +35,8 @@ class RunControl:
     """Sites that have left the run, and are not expected until they return."""
     failed: Mapping[str, int] = field(default_factory=dict)
     """Site -> the round from which on it cannot go on, as it has reported. Contributing again takes that back."""
+    proceeding: frozenset[str] = frozenset()
+    """Open gatherings that the operator wants closed with what there is."""
 
 
 class RoundBook:
@@ -52,7 +54,6 @@ class RoundBook:
         self._open: set[str] = set()
         self._latest: dict[str, int] = {}
         self._admitted: dict[str, set[str]] = {}
-        self._early: set[str] = set()
         for gathering in gatherings:
             self.put(gathering)
 
@@ -76,10 +77,6 @@ class RoundBook:
             self._latest[key.run] = max(key.number, self._latest.get(key.run, 0))
         elif key.kind == "admission":
             self._admitted.setdefault(key.run, set()).add(key.site)
-
-    def close_early(self, key: GatheringKey) -> None:
-        """Let an open gathering be closed with the contributions that it has, whoever is missing."""
-        self._early.add(str(key))
 
     def forget_run(self, run: str) -> None:
         """Forget a run in which no round has been closed."""
@@ -158,7 +155,7 @@ class RoundBook:
             excused=frozenset(site for site, number in control.failed.items()
                               if key.number is not None and number <= key.number),
             is_held=control.state != "running" and key.kind in ("round", "initial"),
-            is_superseded=str(key) in self._early or (
+            is_superseded=str(key) in control.proceeding or (
                 key.kind == "validation" and self.is_closed(round_key(key.run, key.number + 1))))
 
     # ------------------------------------------------------------------------------------------------------ closing

@@ -147,7 +147,7 @@ class Gathering:
     is_held: bool = False
     """Whether the operator has paused the run: contributions are taken, nothing is closed."""
     is_superseded: bool = False
-    """Whether what follows has happened already, so that nobody else is waited for."""
+    """Whether what follows has happened already, or the operator wants to proceed: nobody else is waited for."""
     contributions: Mapping[str, Contribution] = field(default_factory=dict)
     outcome: Closed | Refused | None = None
 
@@ -223,7 +223,14 @@ def may_close(gathering: Gathering, now: float) -> bool:
     if gathering.outcome is not None or gathering.is_held or not gathering.counted:
         return False
     due = due_at(gathering)
-    return not gathering.waiting_for or gathering.is_superseded or (due is not None and now >= due)
+    return (not gathering.waiting_for or (gathering.is_superseded and is_enough(gathering))
+            or (due is not None and now >= due))
+
+
+def is_enough(gathering: Gathering) -> bool:
+    """Tell whether something can be made of the contributions that count: a run has at least two sites."""
+    least = 2 if gathering.key.kind == "registration" else 1
+    return len(gathering.counted) >= least and gathering.required.issubset(gathering.counted)
 
 
 def due_at(gathering: Gathering) -> float | None:

@@ -397,12 +397,14 @@ def _write_result(connection: Connection, key: GatheringKey | str, subset: str, 
 
 
 def _encode_control(control: RunControl) -> str:
-    return json.dumps({"state": control.state, "left": sorted(control.left), "failed": dict(control.failed)})
+    return json.dumps({"state": control.state, "left": sorted(control.left), "failed": dict(control.failed),
+                       "proceeding": sorted(control.proceeding)})
 
 
 def _decode_control(text: str) -> RunControl:
     content = json.loads(text)
-    return RunControl(state=content["state"], left=frozenset(content["left"]), failed=content["failed"])
+    return RunControl(state=content["state"], left=frozenset(content["left"]), failed=content["failed"],
+                      proceeding=frozenset(content.get("proceeding", ())))  # not there before 2.8.1+fed.3
 
 
 def _encode_outcome(outcome: Closed | Refused | None) -> str | None:

@@ -21,6 +21,7 @@ from fake_federation import (
     SHAPES,
     in_threads,
     make_client,
+    make_registration,
     make_settings,
     served,
     train,
@@ -30,8 +31,10 @@ from nursery import Nursery
 
 import nnunetv2.federated.client as client_module
 from nnunetv2.federated import audit
-from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.messages import Validation, round_key, validation_key
+from nnunetv2.federated.admin import OPERATOR_FILE, ask, operator_credential
+from nnunetv2.federated.bodies import RunAction, RunState
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
+from nnunetv2.federated.messages import Validation, registration_key, round_key, validation_key
 from nnunetv2.federated.site import decode_invitation, join, load_credential
 from nnunetv2.federated.store import DATABASE_FILE, Store
 from nnunetv2.federated.wire import file_digest
@@ -242,6 +245,39 @@ def test_a_coordinator_that_dies_once_at_one_record(nursery, tmp_path, undisturb
                 print(f"{record - 1} records {side} the commit of which the coordinator died")
                 assert record > 30
                 break
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_what_an_operator_has_said_outlasts_a_death_at_its_record(nursery, tmp_path, side):
+    """Just after the commit, it is done though no answer was heard; just before, it has not been said."""
+    coordinator = MortalCoordinator(nursery, tmp_path / "federation")
+    coordinator.live()
+    clients = [make_client(credential) for credential in coordinator.credentials()[:2]]
+    for client in clients:
+        client.contribute(registration_key(RUN), make_registration())
+    coordinator.stop()
+    coordinator.live(die_at=1, side=side, skip_start=True)
+
+    def proceed() -> None:
+        wait_until((coordinator.folder / OPERATOR_FILE).exists)
+        ask(operator_credential(coordinator.folder), "POST", f"runs/{RUN}/actions", RunState,
+            RunAction(action="proceed"))
+
+    with pytest.raises(CoordinatorUnreachable):
+        proceed()
+    wait_until(lambda: not coordinator.is_alive)
+    (coordinator.folder / OPERATOR_FILE).unlink()
+    coordinator.live()
+    if side == "before":
+        assert clients[0].run_state(RUN).members == ()
+        proceed()
+    for client in clients:
+        assert sorted(client.result(registration_key(RUN)).message.coverage) == ["A", "B"]
+        client.close()
+    coordinator.stop()
+    with Store(coordinator.folder) as store:
+        assert [event.detail for event in store.load_events("control")] == [{"action": "proceed"}]
+        assert audit.first_break(store.load_log()) is None
 
 
 # ------------------------------------------------------------------------------------------------------ random moments

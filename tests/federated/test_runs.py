@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -296,6 +298,117 @@ def test_a_registration_proceeds_without_those_that_never_come(make_federation):
         assert set(document.message.weights) == {"A", "B"}
     with pytest.raises(RefusedError, match="no single gathering"):
         federation.act("proceed")
+
+
+def test_proceeding_is_remembered_until_it_is_done(make_federation):
+    """What the operator was told is done, whenever the coordinator dies, and however long the run is paused."""
+    federation = make_federation("A", "B", "C")
+    federation.start("A", "B", "C")
+    federation.update(0, "A", 1)
+    federation.act("pause")
+    federation.act("proceed")
+    assert federation.coordinator.book.latest_round(RUN) is None
+    federation.store.close()
+    again = Federation(federation.store.folder)
+    federation.store = again.store  # closed by the fixture
+    again.act("resume")
+    assert again.coordinator.book.get(round_key(RUN, 0)).outcome.missing == ("B", "C")
+    again.update(1, "A", 1)
+    assert not again.coordinator.book.is_closed(round_key(RUN, 1)), "it was for one round"
+    again.act("proceed")
+    assert again.coordinator.book.control(RUN).proceeding == {round_key(RUN, 1)}
+    assert [(event.site, event.key) for event in again.store.load_events("control")
+            if event.detail["action"] == "proceed"] == [("boss", round_key(RUN, number)) for number in (0, 1)]
+
+
+def test_a_run_does_not_proceed_with_sites_that_were_revoked_meanwhile(make_federation):
+    federation = make_federation("A", "B", "C")
+    for site in "AB":
+        federation.send(registration_key(RUN), site, make_registration(1))
+    steering.act(federation.coordinator, RUN, RunAction(action="proceed"), OPERATOR)
+    federation.coordinator.revoke("B", by="boss")
+    federation.close()
+    assert not federation.coordinator.book.is_closed(registration_key(RUN)), "a run has two sites"
+
+
+def test_a_run_that_begins_anew_inherits_nothing(make_federation, monkeypatch):
+    from nnunetv2.federated import closing
+
+    federation = make_federation("A", "B", "C")
+    for site in "AB":
+        federation.send(registration_key(RUN), site, make_registration(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(closing, "close", lambda *_: 1 / 0)
+        federation.act("proceed")
+    with pytest.raises(OSError, match="cannot be closed at the moment: ZeroDivisionError"):
+        federation.coordinator.result(registration_key(RUN), "A")
+    woken: list[str] = []
+    federation.coordinator.on_change = woken.append
+    federation.act("reset")
+    assert registration_key(RUN) in woken, "who waits for what is gone is told"
+    for site in "AB":
+        federation.send(registration_key(RUN), site, make_registration(1))
+    assert federation.coordinator.result(registration_key(RUN), "A") == Waiting(waiting_for=("C",))
+    federation.send(registration_key(RUN), "C", make_registration(1))
+    assert federation.coordinator.book.is_closed(registration_key(RUN)), "at once: nothing had gone wrong here"
+
+
+@pytest.mark.parametrize("action", ["stop", "pause", "reset"])
+def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, monkeypatch, action):
+    """A run that was stopped or paused closes no further round, and of one that was reset nothing stays."""
+    from nnunetv2.federated import closing
+
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    coordinator, close, begun, go_on = federation.coordinator, closing.close, threading.Event(), threading.Event()
+
+    def slowly(*args):
+        begun.set()
+        assert go_on.wait(10)
+        return close(*args)
+
+    def steer() -> None:
+        with suppress(RefusedError):
+            steering.act(coordinator, RUN, RunAction(action=action), OPERATOR)
+        seen.append(coordinator.book.run_state(RUN).rounds_closed)
+
+    seen: list[int] = []
+    monkeypatch.setattr(closing, "close", slowly)
+    threads = [threading.Thread(target=federation.update, args=(0, "B", 2)), threading.Thread(target=steer)]
+    federation.update(0, "A", 1)
+    for thread in threads:
+        thread.start()
+        assert begun.wait(10)
+    threads[1].join(0.1)
+    assert not seen
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert seen == [1] and coordinator.book.run_state(RUN).rounds_closed == 1
+
+
+def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):
+    federation = make_federation("A", "B", "C")
+    federation.send(registration_key(RUN), "A", make_registration(1))
+    save, begun, go_on = federation.store.save_contribution, threading.Event(), threading.Event()
+
+    def slowly(*args):
+        begun.set()
+        assert go_on.wait(10)
+        save(*args)
+
+    monkeypatch.setattr(federation.store, "save_contribution", slowly)
+    site = threading.Thread(target=federation.send, args=(registration_key(RUN), "B", make_registration(1)))
+    operator = threading.Thread(target=federation.act, args=("reset",))
+    site.start()
+    assert begun.wait(10)
+    operator.start()
+    operator.join(0.1)
+    assert operator.is_alive()
+    go_on.set()
+    site.join(10), operator.join(10)
+    assert federation.coordinator.book.runs() == []
+    assert federation.store.load_gatherings(federation.coordinator.settings) == []
 
 
 def test_a_run_without_rounds_can_be_reset(make_federation):

@@ -62,6 +62,11 @@ class Closer:
         with self._wake:
             self._wake.notify_all()
 
+    def forget(self, run: str) -> None:
+        """Forget the trouble with the gatherings of a run that begins anew."""
+        for key in [key for key in list(self._trouble) if key.startswith(f"runs/{run}/")]:
+            self._trouble.pop(key, None)
+
     def raise_trouble(self, key: str) -> None:
         """Let sites know why a complete gathering does not close. They try again: the error is not theirs."""
         if key in self._trouble:

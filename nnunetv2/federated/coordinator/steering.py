@@ -7,6 +7,8 @@
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from nnunetv2.federated import bodies
@@ -15,7 +17,9 @@ from nnunetv2.federated.book import RunControl
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.service import Coordinator, require_role
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.messages import admission_key, initial_key, registration_key, round_key
 from nnunetv2.federated.plain_text import printable
+from nnunetv2.federated.rounds import is_enough
 
 STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
 OF_A_SITE = ("leave", "return")
@@ -31,7 +35,7 @@ def act(coordinator: Coordinator, run: str, action: bodies.RunAction, member: Me
     if run not in coordinator.book.runs():
         raise RefusedError(f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.",
                            code="unknown_run")
-    with coordinator.locks[run]:
+    with _between_closings(coordinator, run):
         if action.action == "reset":
             _reset(coordinator, run, name)
         elif action.action == "proceed":
@@ -73,28 +77,55 @@ def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:
 
 def _proceed(coordinator: Coordinator, run: str, gathering: str | None, name: str) -> None:
     """Close a gathering with the contributions that there are, whoever is missing."""
-    waiting = [one for one in coordinator.book if one.key.run == run and one.outcome is None and one.waiting_for
+    book = coordinator.book
+    waiting = [one for one in book.open_gatherings() if one.key.run == run and one.outcome is None and one.waiting_for
                and gathering in (None, str(one.key))]
     if len(waiting) != 1:
         names = ", ".join(str(one.key) for one in waiting) or "none"
         raise RefusedError(f"run {run} has no single gathering to close: {names} wait", "Name one.", code="not_open")
     key, counted = waiting[0].key, waiting[0].counted
-    enough = 2 if key.kind == "registration" else 1
-    if len(counted) < enough or not waiting[0].required <= set(counted):
-        raise RefusedError(f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs at least {enough} "
-                           f"contribution(s), and those of {', '.join(sorted(waiting[0].required)) or 'anybody'}",
+    if not is_enough(waiting[0]):
+        least = "at least 2 contributions" if key.kind == "registration" else "a contribution"
+        raise RefusedError(f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs {least}, and "
+                           f"that of {', '.join(sorted(waiting[0].required)) or 'nobody in particular'}",
                            code="too_early")
-    coordinator.store.add_event(_event(coordinator, str(key), "proceed", name))
-    coordinator.book.close_early(key)
+    control = book.control(run)
+    still_open = frozenset(one for one in control.proceeding if not book.is_closed(one))
+    _save(coordinator, run, replace(control, proceeding=still_open | {str(key)}),
+          _event(coordinator, str(key), "proceed", name))
 
 
 def _reset(coordinator: Coordinator, run: str, name: str) -> None:
     """Forget a run that has not begun, so that the sites can register anew."""
     if coordinator.book.latest_round(run) is not None:
         raise RefusedError(f"run {run} has closed rounds: it can be stopped, not forgotten", code="has_rounds")
+    waited_for = [str(one.key) for one in coordinator.book if one.key.run == run]
     coordinator.store.forget_run(run, _event(coordinator, run, "reset", name))
     coordinator.book.forget_run(run)
     coordinator.archive.forget(run)
+    coordinator.closer.forget(run)
+    for key in waited_for:
+        coordinator.on_change(key)
+
+
+@contextmanager
+def _between_closings(coordinator: Coordinator, run: str) -> Iterator[None]:
+    """Hold a run: until the block ends, no gathering of it is closed and nothing is contributed to one.
+
+    What is being closed is closed first. So the last aggregate of a run that was stopped stays the last, and of one
+    that was reset nothing is written any more.
+    """
+    while True:
+        begun = coordinator.book.run_state(run).rounds_closed
+        # The round that is open, begun or not, and what there may be before the first one.
+        keys = {registration_key(run), initial_key(run), round_key(run, begun)}
+        keys |= {admission_key(run, site) for site in coordinator.settings.sites}
+        with ExitStack() as held:
+            for name in (*sorted(keys), run):  # the run's lock last, as everywhere
+                held.enter_context(coordinator.locks[name])
+            if coordinator.book.run_state(run).rounds_closed == begun:
+                yield
+                return
 
 
 def _save(coordinator: Coordinator, run: str, control: RunControl, event: Event) -> None:
