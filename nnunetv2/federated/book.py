@@ -174,7 +174,7 @@ class RoundBook:
         for text in self._open:
             gathering = self._gatherings[text]
             if gathering.outcome is None:
-                self._gatherings[text] = replace(gathering, opened=max(gathering.opened, now))
+                self._gatherings[text] = replace(gathering, opened=now)
 
     def open_gatherings(self) -> list[Gathering]:
         """List the gatherings that have begun and have no result; among them those that were refused."""

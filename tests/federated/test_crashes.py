@@ -248,6 +248,57 @@ def test_trouble_of_the_machine_is_shown_and_outlasted(folder, monkeypatch):
         coordinator.result(CENSUS_KEY, "A")
 
 
+def test_a_clock_that_is_set_back_delays_nothing_for_long(folder, monkeypatch):
+    from nnunetv2.federated import closing
+
+    now = 1e6
+    with Store(folder) as store:
+        coordinator = Coordinator(store, clock=lambda: now)
+        for site in "AB":
+            fill(coordinator, CENSUS_KEY, site, make_census())
+        with monkeypatch.context() as patch:
+            patch.setattr(closing, "write_document", lambda *_: 1 / 0)
+            close_what_is_ready(coordinator)
+        assert coordinator.closer._ready() == []
+        now -= 3600.0
+        close_what_is_ready(coordinator)
+        assert coordinator.book.is_closed(CENSUS_KEY)
+        fill(coordinator, registration_key(RUN), "A", make_registration(1))
+        now -= 3600.0
+        assert Coordinator(store, clock=lambda: now).book.get(registration_key(RUN)).opened == now
+
+
+def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
+    """A full disk at the end of a run neither stops other runs, nor the next start, nor is forgotten."""
+    from nnunetv2.federated.coordinator import closer
+
+    lines: list[str] = []
+    with Store(folder) as store:
+        coordinator = Coordinator(store, announce=lines.append)
+        fill_up_to_round_0(coordinator)
+        keep = closer.keep_models
+
+        def no_space(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(closer, "keep_models", no_space)
+        monkeypatch.setattr(closer, "RETRY_TIDYING_S", 0.05)
+        for number in range(coordinator.settings.num_epochs):
+            for site in "AB":
+                fill(coordinator, round_key(RUN, number), site, messages.Update(), make_weights(1))
+            close_what_is_ready(coordinator)
+        assert coordinator.book.run_state(RUN).closed and "trying again" in lines[-1]
+        coordinator.start()  # does not fail
+        try:
+            fill(coordinator, CENSUS_KEY, "A", make_census()), fill(coordinator, CENSUS_KEY, "B", make_census())
+            wait_until(lambda: coordinator.book.is_closed(CENSUS_KEY))
+            assert not store.load_events("model")
+            monkeypatch.setattr(closer, "keep_models", keep)
+            wait_until(lambda: store.load_events("model"))
+        finally:
+            coordinator.stop()
+
+
 def test_a_quorum_closes_a_round_at_its_deadline_after_a_restart(tmp_path):
     settings = make_settings(sites=("A", "B", "C"), num_epochs=1, quorum=2, deadline_s=0.2)
     with Store(tmp_path / "federation") as store:

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 RECENT_ROUNDS = 3
 """Rounds that may have documents that nobody asks for any more; those before have been looked after."""
+LONGEST_SLEEP_S = 60.0
+"""The clock may be set, and the machine put to sleep: nobody tells."""
+RETRY_TIDYING_S = 120.0
+"""Pause after models could not be written, or documents not be deleted: nobody waits for that."""
 RETRY_CLOSING_S = 15.0
 """Pause after a closing that failed for a reason of the machine, such as a full disk."""
 
@@ -41,6 +45,10 @@ class Closer:
         self.seconds_closing = 0.0
         """Time that this took altogether."""
         self._trouble: dict[str, tuple[float, str]] = {}
+        """Gathering -> when to try again, and why it could not be closed."""
+        self._untidy: dict[str, float] = {}
+        """Run -> when to try again to tidy it up."""
+        self._tidying = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
 
     def start(self) -> None:
@@ -67,34 +75,44 @@ class Closer:
         for key in [key for key in list(self._trouble) if key.startswith(f"runs/{run}/")]:
             self._trouble.pop(key, None)
 
-    def raise_trouble(self, key: str) -> None:
+    def raise_trouble(self, gathering: Gathering) -> None:
         """Let sites know why a complete gathering does not close. They try again: the error is not theirs."""
-        if key in self._trouble:
-            raise OSError(f"{key} cannot be closed at the moment: {self._trouble[key][1]}")
+        _, reason = self._trouble.get(str(gathering.key), (0.0, ""))
+        if reason and may_close(gathering, self._coordinator.clock()):
+            raise OSError(f"{gathering.key} cannot be closed at the moment: {reason}")
 
     # ------------------------------------------------------------------------------------------------------- the thread
     def _run(self) -> None:
-        """Sleep until a gathering is complete or due, close it, and so on until `stop`."""
+        """Sleep until there is something to do, do it, and so on until `stop`."""
         while True:
             with self._wake:
-                ready = self._ready()
-                while not ready and not self._stopping:
-                    self._wake.wait(self._seconds_until_next())
-                    ready = self._ready()
+                pause_s = self._seconds_until_next()  # asked first, lest a moment between the two be missed
+                while not (self._ready() or self._overdue() or self._stopping):
+                    self._wake.wait(LONGEST_SLEEP_S if pause_s is None else min(pause_s, LONGEST_SLEEP_S))
+                    pause_s = self._seconds_until_next()
                 if self._stopping:
                     return
-            for gathering in ready:
+            for gathering in self._ready():
                 self._close(gathering.key)
+            for run in self._overdue():
+                self.tidy_up(run, after_crash=True)
 
     def _ready(self) -> list[Gathering]:
+        """List what can be closed now, but for what has just failed."""
         now = self._coordinator.clock()
         return [gathering for gathering in self._coordinator.book.ready(now)
-                if self._trouble.get(str(gathering.key), (0.0, ""))[0] <= now]
+                if _is_over(self._trouble.get(str(gathering.key), (now, ""))[0], now, RETRY_CLOSING_S)]
+
+    def _overdue(self) -> list[str]:
+        """List the runs that are to be tidied up once more."""
+        now = self._coordinator.clock()
+        return [run for run, moment in list(self._untidy.items()) if _is_over(moment, now, RETRY_TIDYING_S)]
 
     def _seconds_until_next(self) -> float | None:
         now = self._coordinator.clock()
         # A gathering whose pause is over and that is not ready has been paused or reset since: nothing to wait for.
-        moments = [retry for retry, _ in self._trouble.values() if retry > now]
+        retries = [*self._untidy.values(), *(retry for retry, _ in list(self._trouble.values()))]
+        moments = [retry for retry in retries if retry > now]
         due = self._coordinator.book.next_due()
         if due is not None and due > now:
             moments.append(due)
@@ -103,26 +121,37 @@ class Closer:
     def _close(self, key: GatheringKey) -> None:
         coordinator = self._coordinator
         begin = time.perf_counter()
-        try:
-            with coordinator.locks[str(key)]:
-                gathering = coordinator.book.get(key)
-                if gathering is None or not may_close(gathering, coordinator.clock()):
-                    return
-                self._trouble.pop(str(key), None)
-                gathering = self._compute_outcome(gathering)
-                coordinator.book.put(gathering)
+        gathering = self._decide(key)
+        if gathering is not None:
             seconds = time.perf_counter() - begin
             self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
             coordinator.announce(_describe_outcome(gathering, seconds))
-            self._announce_outliers(gathering)
             if gathering.is_closed and key.kind in ("round", "validation"):
                 self.tidy_up(key.run)
-            coordinator.members.save_traffic()
-        except Exception as error:  # whatever it is, the other gatherings go on
-            logger.exception("closing %s", key)
-            self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
-            coordinator.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
+            try:
+                self._announce_outliers(gathering)
+                coordinator.members.save_traffic()
+            except OSError as error:  # for people only
+                logger.warning("after closing %s: %s", key, error)
         coordinator.on_change(str(key))
+
+    def _decide(self, key: GatheringKey) -> Gathering | None:
+        """Close or refuse a gathering; None if that is not to be done any more, or cannot be done now."""
+        coordinator = self._coordinator
+        with coordinator.locks[str(key)]:
+            gathering = coordinator.book.get(key)
+            if gathering is None or not may_close(gathering, coordinator.clock()):
+                return None
+            self._trouble.pop(str(key), None)
+            try:
+                gathering = self._compute_outcome(gathering)
+            except Exception as error:  # whatever it is, the other gatherings go on
+                logger.exception("closing %s", key)
+                self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
+                coordinator.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
+                return None
+            coordinator.book.put(gathering)
+            return gathering
 
     def _announce_outliers(self, gathering: Gathering) -> None:
         """Say which updates moved conspicuously far. They count: whether a site is to go is for people to decide."""
@@ -154,9 +183,23 @@ class Closer:
     def tidy_up(self, run: str, *, after_crash: bool = False) -> None:
         """Write the models of a run that is over, and delete the documents that nobody will ask for again.
 
+        What the machine does not let happen now is tried again later.
+
         Args:
             after_crash: Look for documents of all rounds, not of the last few only.
         """
+        try:
+            with self._tidying:
+                self._tidy_up(run, after_crash=after_crash)
+        except Exception as error:  # whatever it is, runs go on
+            logger.exception("tidying up run %s", run)
+            self._untidy[run] = self._coordinator.clock() + RETRY_TIDYING_S
+            self._coordinator.announce(f"run {run}: models cannot be written, or old documents deleted, trying again "
+                                       f"in {RETRY_TIDYING_S:.0f} s: {error}")
+        else:
+            self._untidy.pop(run, None)
+
+    def _tidy_up(self, run: str, *, after_crash: bool) -> None:
         coordinator, store = self._coordinator, self._coordinator.store
         gathering = coordinator.book.latest_round(run)
         if gathering is None:
@@ -189,6 +232,11 @@ class Closer:
         coordinator.store.add_event(Event(coordinator.clock(), "model", None, run,
                                           {"outcome": text, "rounds": made_of}))
         coordinator.announce(f"run {run} is over: {text}")
+
+
+def _is_over(end: float, now: float, pause_s: float) -> bool:
+    """Tell whether a pause is over, or was begun before the clock was set back."""
+    return not 0 < end - now <= pause_s
 
 
 def _times(value: float, reference: float) -> str:

@@ -284,7 +284,7 @@ class Coordinator:
         if gathering.key.kind in ("round", "initial", "registration") \
                 and self.book.control(gathering.key.run).state == "stopped":
             return self._result_of_stopped(gathering, site)
-        self.closer.raise_trouble(key)
+        self.closer.raise_trouble(gathering)
         return bodies.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held)
 
     def _result_of_stopped(self, gathering: Gathering, site: str) -> Result:
