@@ -2,7 +2,8 @@
 
 Tensors are read block by block from documents on the disk and written as soon as they are summed, so memory holds a
 few tensors of the result however many sites there are. Sums are float64, in the order of the sites' names. How far each
-site has moved from the aggregate before is measured in the same pass.
+site has moved from the aggregate before is measured in the same pass. Of updates in half precision, the aggregate is
+float32 all the same; what rounding took from the one before when it was handed out is added to it (`half_precision`).
 """
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from nnunetv2.federated import half_precision
 from nnunetv2.federated.errors import AggregationError
-from nnunetv2.federated.messages import Message
+from nnunetv2.federated.messages import Message, Precision
 from nnunetv2.federated.wire import DTYPES, Document, TensorSpec, write_document
 
 _THREADS = min(4, os.cpu_count() or 1)
@@ -78,7 +81,8 @@ def weighted_mean(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.
 
 
 def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str, float], *, out_path: Path,
-                        message: Message, previous: Document | None = None) -> Aggregated:
+                        message: Message, previous: Document | None = None,
+                        precision: Precision = "float32") -> Aggregated:
     """Average, per tensor, over the sites that have it, and write the result as a document.
 
     Args:
@@ -88,6 +92,7 @@ def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str,
         message: What the aggregate says.
         previous: The aggregate before, with which updates are compared. Tensors that no document has keep its values;
             without it they are missing.
+        precision: How the updates have travelled, and `previous` to the sites.
 
     Raises:
         AggregationError: There is no document, a weight is missing, or a tensor cannot be averaged; it is named.
@@ -99,20 +104,24 @@ def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str,
         raise AggregationError(f"site {min(missing)} has no weight")
     holders = _holders(documents, sites)
     known = {} if previous is None else previous.specs
-    specs = {name: documents[contributors[0]].specs[name] for name, contributors in holders.items()}
-    specs |= {name: spec for name, spec in known.items() if name not in holders}
-    _check_specs(documents, holders, specs)
-    comparison = _Comparison(previous, sites)
+    sent = {name: documents[contributors[0]].specs[name] for name, contributors in holders.items()}
+    _check_specs(documents, holders, sent)
+    in_half = precision == "float16"
+    specs = {**known, **(half_precision.widened(sent) if in_half else sent)}
+    comparison = _Comparison(previous, sites, in_half=in_half)
 
     def value_of(name: str) -> np.ndarray:
         if name not in holders:
             return previous.read(name)
         contributors = [documents[site] for site in holders[name]]
         _check_weights(used := [float(weights[site]) for site in holders[name]], len(contributors))
-        observe = comparison.observer(name, holders[name]) if known.get(name) == specs[name] else None
-        return _mean(specs[name].size, DTYPES[specs[name].dtype], used,
+        is_known = known.get(name) == specs[name]
+        mean = _mean(specs[name].size, DTYPES[sent[name].dtype], used,
                      lambda index, begin, out: contributors[index].read_into(name, begin, out),
-                     observe).reshape(specs[name].shape)
+                     comparison.observer(name, holders[name]) if is_known else None,
+                     partial(half_precision.add_rest_, previous, name) if is_known and in_half else None,
+                     DTYPES[specs[name].dtype])
+        return mean.reshape(specs[name].shape)
 
     digest = _write(out_path, message, specs, value_of)
     return Aggregated(digest, comparison.changes())
@@ -152,15 +161,19 @@ def collect_from_owners(documents: Mapping[str, Document], owners: Mapping[str, 
 
 
 def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[int, int, np.ndarray], None],
-          observe: Callable[[int, int, np.ndarray], None] | None = None) -> np.ndarray:
+          observe: Callable[[int, int, np.ndarray], None] | None = None,
+          add: Callable[[int, np.ndarray], None] | None = None, mean_dtype: np.dtype | None = None) -> np.ndarray:
     """Average the values that `read(index, begin, out)` gives, block by block.
 
     Every buffer is made once and used for all blocks: that alone is worth a factor of two.
 
     Args:
+        dtype: Of the values.
         observe: Shown (index, begin, values in float64) of every block.
+        add: Given (begin, mean in float64) of every block, to which it may add.
+        mean_dtype: Of the mean; None: as the values.
     """
-    mean, total_weight = np.empty(size, dtype), math.fsum(weights)
+    mean, total_weight = np.empty(size, mean_dtype or dtype), math.fsum(weights)
     raw, values, total = (np.empty(min(size, _BLOCK), kind) for kind in (dtype, np.float64, np.float64))
     for begin in range(0, size, _BLOCK):
         block = slice(0, min(_BLOCK, size - begin))
@@ -175,6 +188,8 @@ def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[
                 values[block] *= weight
                 total[block] += values[block]
         total[block] /= total_weight
+        if add is not None:
+            add(begin, total[block])
         if not np.isfinite(total[block]).all():
             raise AggregationError("the mean is not finite")
         mean[begin:begin + _BLOCK] = total[block]
@@ -184,8 +199,9 @@ def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[
 class _Comparison:
     """Add up how far every site is from the aggregate before, while its blocks come by. Several threads may watch."""
 
-    def __init__(self, previous: Document | None, sites: Sequence[str]) -> None:
+    def __init__(self, previous: Document | None, sites: Sequence[str], *, in_half: bool = False) -> None:
         self._previous = previous
+        self._in_half = in_half
         self._squares: dict[str, dict[str, float]] = {site: {} for site in sites}
         self._sizes: dict[str, dict[str, int]] = {site: {} for site in sites}
 
@@ -201,7 +217,8 @@ class _Comparison:
             block = slice(0, values.size)
             if index == 0:
                 self._previous.read_into(name, begin, raw[block])
-                np.copyto(before[block], raw[block])
+                # What the sites began with.
+                np.copyto(before[block], half_precision.rounded(raw[block]) if self._in_half else raw[block])
             np.subtract(values, before[block], out=difference[block])
             self._squares[sites[index]][name] += _sum_of_squares(difference[block])
 

@@ -17,10 +17,11 @@ from nnunetv2.federated.messages import (
     SiteName,
     SiteNames,
     Text,
+    WithPrecision,
 )
 
 
-class FederationSettings(Part):
+class FederationSettings(WithPrecision):
     """What holds for every site of a federation, fixed when it was created."""
 
     federation: Text

@@ -6,12 +6,13 @@ all of them. Documents come from an `Archive` and results go to it; nothing here
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from nnunetv2.federated import admission, aggregation, matching, messages, statistics, validation
+from nnunetv2.federated import admission, aggregation, half_precision, matching, messages, statistics, validation
 from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.comparing import first_difference
@@ -19,7 +20,7 @@ from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, round_key
 from nnunetv2.federated.rounds import WEIGHT_KINDS, Closed, Gathering, GatheringKey, Kind
 from nnunetv2.federated.strict_json import json_digest
-from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, write_document
+from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, write_document, write_subset
 
 MAX_DOCUMENT_BYTES = 256 << 20
 """Bound of everything that is not a set of weights."""
@@ -42,12 +43,20 @@ MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
 
 
 def names_for_site(key: GatheringKey, site: str, archive: Archive) -> tuple[str, ...] | None:
-    """Return the tensors of a result that concern a site, sorted; None if that is all of them."""
+    """Return the tensors of a result that concern a site, sorted; None if it gets the result as it is kept."""
     if key.kind not in WEIGHT_KINDS:
         return None
     agreement = archive.agreement(key.run)
     names = tuple(sorted(agreement.specs_for(site)))
-    return None if len(names) == len(agreement.specs) else names
+    is_whole = len(names) == len(agreement.specs) and agreement.match.precision == "float32"
+    return None if is_whole else names
+
+
+def write_for_sites(key: GatheringKey, names: Sequence[str], path: Path, archive: Archive) -> str:
+    """Write these tensors of a result as they travel, and return the SHA-256."""
+    write = half_precision.write_rounded if archive.agreement(key.run).match.precision == "float16" else write_subset
+    with archive.result(str(key)) as whole:
+        return write(whole, path, names)
 
 
 # ---------------------------------------------------------------------------------------- checking a contribution
@@ -66,7 +75,10 @@ def check_contribution(key: GatheringKey, site: str, document: Document, archive
     if not isinstance(document.message, expected):
         raise WireError(f"{key} takes messages of kind {expected.model_fields['kind'].default}, "
                         f"this one is of kind {document.message.kind}")
-    check_tensors(document, _expected_tensors(key, site, document.message, archive))
+    expected_tensors = _expected_tensors(key, site, document.message, archive)
+    if key.kind == "round":
+        _check_precision(document, expected_tensors)
+    check_tensors(document, expected_tensors)
     if key.kind == "coarse":
         _check_coarse(site, document, archive)
     elif key.kind == "fine":
@@ -87,7 +99,17 @@ def _expected_tensors(key: GatheringKey, site: str, message: Any, archive: Archi
 
 def _expected_weights(key: GatheringKey, site: str, archive: Archive) -> dict[str, TensorSpec]:
     agreement = archive.agreement(key.run)
-    return agreement.specs_owned_by(site) if key.kind == "initial" else agreement.specs_for(site)
+    if key.kind == "initial":  # sent once, and where all begin: in full precision
+        return agreement.specs_owned_by(site)
+    specs = agreement.specs_for(site)
+    return half_precision.narrowed(specs) if agreement.match.precision == "float16" else specs
+
+
+def _check_precision(document: Document, expected: Mapping[str, TensorSpec]) -> None:
+    for name, spec in document.specs.items():
+        if name in expected and expected[name].dtype != spec.dtype:
+            raise WireError(f"tensor {name} travels as {expected[name].dtype} in this federation, not as {spec.dtype}: "
+                            "this site needs the version of the software that the coordinator has")
 
 
 def _check_coarse(site: str, document: Document, archive: Archive) -> None:
@@ -230,7 +252,7 @@ def match_registrations(contributed: Mapping[str, messages.Registration],
     except MatchingError as error:
         raise RefusedError(str(error), code="nothing_shared") from error
     return messages.Match(
-        rule=settings.matching, weighting=settings.weighting,
+        rule=settings.matching, weighting=settings.weighting, precision=settings.precision,
         weights=cases if settings.weighting == "cases" else dict.fromkeys(cases, 1.0),
         num_epochs=settings.num_epochs, num_iterations_per_epoch=settings.num_iterations_per_epoch,
         num_val_iterations_per_epoch=settings.num_val_iterations_per_epoch,
@@ -269,14 +291,14 @@ def _close_initial(gathering: Gathering, documents: Mapping[str, Document], arch
 
 def _close_round(gathering: Gathering, documents: Mapping[str, Document], settings: FederationSettings,
                  archive: Archive) -> Computed:
-    key, weights = gathering.key, archive.agreement(gathering.key.run).match.weights
+    key, match = gathering.key, archive.agreement(gathering.key.run).match
     message = messages.Aggregate(round=key.number, missing=gathering.outcome.missing,
-                                 contributors={site: weights[site] for site in documents})
+                                 contributors={site: match.weights[site] for site in documents})
     metrics = {site: document.message.model_dump(mode="json")["metrics"] for site, document in documents.items()}
     before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
     with archive.result(before) as previous:
-        done = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
-                                               out_path=archive.result_path(str(key)))
+        done = aggregation.aggregate_documents(documents, match.weights, message=message, previous=previous,
+                                               out_path=archive.result_path(str(key)), precision=match.precision)
     return Computed(done.digest, record_of_round(gathering, message, metrics, settings, done))
 
 

@@ -22,6 +22,10 @@ class AggregationError(FederationError, ValueError):
     """Updates cannot be averaged."""
 
 
+class PrecisionError(FederationError, ValueError):
+    """A weight is too large for the precision in which the weights of a federation travel."""
+
+
 class NotJoinedError(FederationError):
     """This machine holds no credential of a federation, or one that the coordinator does not know."""
 

@@ -16,7 +16,7 @@ from nnunetv2.federated.errors import FederationError, NotJoinedError
 
 if TYPE_CHECKING:
     from nnunetv2.federated.allow_list import AllowedDocument, AllowList
-    from nnunetv2.federated.messages import Message, Part, Registration
+    from nnunetv2.federated.messages import Message, Part, Precision, Registration
     from nnunetv2.federated.site import SiteCredential
     from nnunetv2.federated.wire import TensorSpec
 
@@ -95,14 +95,17 @@ def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans
     return documents
 
 
-def training_documents(registration: Registration, *, metrics: Sequence[str], num_classes: int) -> list[Leaving]:
+def training_documents(registration: Registration, *, metrics: Sequence[str], num_classes: int,
+                       precision: Precision = "float32") -> list[Leaving]:
     """Return what training sends, from its registration to its last round.
 
     Args:
         metrics: Names of the figures of an epoch that travel with an update.
         num_classes: Foreground classes or regions.
+        precision: How the tensors of the rounds travel.
     """
     from nnunetv2.federated import bodies, matching, messages
+    from nnunetv2.federated.half_precision import narrowed
     from nnunetv2.federated.wire import TensorSpec
 
     run = messages.run_name(registration.configuration, registration.fold, registration.trainer)
@@ -117,7 +120,8 @@ def training_documents(registration: Registration, *, metrics: Sequence[str], nu
                 message=messages.Update(), specs=specs, known=False,
                 passed_on="for each tensor, the values of the site with most cases that has it; at most all of these"),
         Leaving(when=f"training {registration.configuration}, every round: the tensors that another site has too, at "
-                     "most these", message=messages.Update(metrics=values), specs=specs, known=False,
+                     "most these", message=messages.Update(metrics=values), known=False,
+                specs=narrowed(specs) if precision == "float16" else specs,
                 passed_on="the weighted average of the tensors; the metrics as they are"),
         Leaving(when=f"training {registration.configuration}, every round that is validated", known=False,
                 message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
@@ -231,7 +235,7 @@ def tensor_pattern(name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- the site's own files
 def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_name: str,
-            share_extrema: bool = False) -> list[Leaving]:
+            share_extrema: bool = False, precision: Precision = "float32") -> list[Leaving]:
     """Return what this site sends of a dataset, from its folders in nnUNet_raw and nnUNet_preprocessed.
 
     Args:
@@ -257,17 +261,18 @@ def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_
                               "leave out the configurations")
     documents = planning_documents(dataset_json, num_cases, plans=plans, share_extrema=share_extrema)
     for configuration in configurations or (plans or {"configurations": ()})["configurations"]:
-        documents += _training_documents(plans, dataset_json, configuration, trainer, num_cases)
+        documents += _training_documents(plans, dataset_json, configuration, trainer, num_cases, precision)
     return documents
 
 
 def _training_documents(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer: str,
-                        num_cases: int) -> list[Leaving]:
+                        num_cases: int, precision: Precision) -> list[Leaving]:
     from nnunetv2.training.nnUNetTrainer.variants.federated.foreseen_training import foresee_training
 
     foreseen = foresee_training(plans, dataset_json, configuration=configuration, trainer_name=trainer,
                                 num_cases=num_cases)
-    return training_documents(foreseen.registration, metrics=foreseen.metrics, num_classes=foreseen.num_classes)
+    return training_documents(foreseen.registration, metrics=foreseen.metrics, num_classes=foreseen.num_classes,
+                              precision=precision)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -303,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotJoinedError:
         credential = None
     documents = collect(arguments.dataset, arguments.configurations, trainer=arguments.tr, plans_name=arguments.p,
-                        share_extrema=arguments.share_extrema)
+                        share_extrema=arguments.share_extrema,
+                        precision=(credential and credential.precision) or "float32")
     print("\n".join(describe(documents, credential)))
     if arguments.write_allow_list is not None:
         from nnunetv2.utilities.atomic_write import save_json_atomically

@@ -10,7 +10,17 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 PROTOCOL = 1
 MAX_SITES = 1000
@@ -79,6 +89,8 @@ SiteNames = Annotated[tuple[SiteName, ...], Field(max_length=MAX_SITES), AfterVa
 VoxelCounts = Annotated[tuple[Annotated[Finite, Field(ge=0, le=2**53)], ...],  # their sums stay finite
                         Field(min_length=1, max_length=MAX_LABELS)]
 WeightOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
+Precision = Literal["float32", "float16"]
+"""How weights travel in the rounds of a run."""
 BinList = Annotated[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], Field(max_length=6)]
 
 
@@ -92,6 +104,20 @@ class Message(Part):
     """Base of what a document can carry. Children add a `kind` of their own."""
 
     protocol: Literal[1] = PROTOCOL
+
+
+class WithPrecision(Part):
+    """Base of what says how weights travel."""
+
+    precision: Precision = "float32"
+    """float16 is sent with error feedback, see `half_precision`."""
+
+    @model_serializer(mode="wrap")
+    def _leave_default_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A site or coordinator that does not know the field yet can do what it says by default.
+        content = serialize(self)
+        return content if self.precision != "float32" else {
+            name: value for name, value in content.items() if name != "precision"}
 
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
@@ -225,7 +251,7 @@ class Registration(Message):
         return self
 
 
-class Match(Message):
+class Match(WithPrecision, Message):
     """What the sites of a run share, decided once when all have registered."""
 
     kind: Literal["match"] = "match"

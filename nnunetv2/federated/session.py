@@ -11,11 +11,12 @@ import numpy as np
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError
+from nnunetv2.federated.half_precision import ErrorFeedback
 from nnunetv2.federated.transport import Transport
 from nnunetv2.federated.wire import Document
 
 Weights = Mapping[str, np.ndarray]
-"""Local name -> float32 array."""
+"""Local name -> array: float32, or as they came from the coordinator, which may be float16."""
 VALIDATION_PATIENCE_S = 120.0
 """How long to try to deliver what nobody waits for."""
 
@@ -46,6 +47,7 @@ class RunSession:
         self.site = site
         self.run = run
         self.match: messages.Match | None = None
+        self._feedback: ErrorFeedback | None = None
 
     def register(self, registration: messages.Registration) -> messages.Match:
         """Say what this site trains, wait for the others, and learn what is shared.
@@ -66,6 +68,7 @@ class RunSession:
         if self.site not in answer.coverage:
             raise MatchingError(f"site {self.site} is not among those that registered for run {self.run}")
         self.match = answer
+        self._feedback = ErrorFeedback() if answer.precision == "float16" else None
         return answer
 
     @property
@@ -111,15 +114,19 @@ class RunSession:
 
         Raises:
             NonFiniteError: The weights hold NaN or infinity; nothing was sent.
+            PrecisionError: A weight is too large for the precision of the federation; nothing was sent.
             FederationError: This site has left the run.
         """
         update = self._under_canonical_names(weights, self.local_names)
         check_finite(weights)
+        update = update if self._feedback is None else self._feedback.encode(update)
         try:
             document = self.transport.exchange(messages.round_key(self.run, number),
                                                messages.Update(metrics=dict(metrics)), update)
         except RefusedError as error:
             raise self._explained(error) from error
+        if self._feedback is not None and self.site in document.message.contributors:
+            self._feedback.settle()
         return self._read(document), document.message
 
     def wants_validation(self, aggregate: messages.Aggregate, *, is_last: bool) -> bool:
@@ -152,6 +159,8 @@ class RunSession:
         owned = {name: local for name, local in self.local_names.items() if self.match.initial_owner[name] == self.site}
         update = self._under_canonical_names(weights, owned)
         check_finite(update)
+        if self._feedback is not None:
+            self._feedback.encode(update)  # raises for what could not come back
         return self._read(self.transport.exchange(key, messages.Update(), update))
 
     def _explained(self, error: RefusedError) -> FederationError:

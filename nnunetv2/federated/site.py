@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import dataclasses
 import hashlib
 import json
 import os
@@ -62,6 +63,8 @@ class SiteCredential:
     """File with its key; None if that is in the same file."""
     joined_with: str | None = None
     """SHA-256 of the invitation's secret: a new invitation asks for a new token."""
+    precision: str | None = None
+    """How weights travel in this federation, where that is not float32."""
 
     def __repr__(self) -> str:
         return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"
@@ -183,7 +186,8 @@ def save_credential(credential: SiteCredential, path: Path | None = None) -> Pat
     with replacing(path) as partial:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"version": CREDENTIAL_VERSION, **asdict(credential)}, file, indent=4)
+            known = {name: value for name, value in asdict(credential).items() if value is not None}
+            json.dump({"version": CREDENTIAL_VERSION, **known}, file, indent=4)
     return path
 
 
@@ -223,6 +227,8 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
     except RefusedError:
         pending.unlink()
         raise
+    if answer.settings.precision != "float32":
+        save_credential(dataclasses.replace(credential, precision=answer.settings.precision), pending)
     pending.replace(path)
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"

@@ -26,12 +26,13 @@ def open_folder(folder, *options):
 
 def test_the_first_start_fixes_the_settings(tmp_path):
     settings = open_folder(tmp_path / "f", "--sites", "south", "north", "--epochs", "20", "--iterations", "5",
-                           "--quorum", "2", "--deadline", "90", "--matching", "resolution", "--weighting", "uniform")
+                           "--quorum", "2", "--deadline", "90", "--matching", "resolution", "--weighting", "uniform",
+                           "--precision", "float16")
     assert settings.sites == ("north", "south")
     assert (settings.num_epochs, settings.num_iterations_per_epoch) == (20, 5)
     assert settings.num_val_iterations_per_epoch is None
-    assert (settings.quorum, settings.deadline_s, settings.matching, settings.weighting) == (
-        2, 90.0, "resolution", "uniform")
+    assert (settings.quorum, settings.deadline_s, settings.matching, settings.weighting, settings.precision) == (
+        2, 90.0, "resolution", "uniform", "float16")
     assert open_folder(tmp_path / "f") == settings
     assert open_folder(tmp_path / "f", "--epochs", "20", "--sites", "north", "south") == settings
 
@@ -39,13 +40,14 @@ def test_the_first_start_fixes_the_settings(tmp_path):
 def test_defaults_are_those_of_nnunet(tmp_path):
     settings = open_folder(tmp_path / "f", "--sites", "A", "B")
     assert (settings.num_epochs, settings.quorum) == (1000, None)
-    assert (settings.matching, settings.weighting) == ("name", "cases")
+    assert (settings.matching, settings.weighting, settings.precision) == ("name", "cases", "float32")
 
 
 @pytest.mark.parametrize(("options", "complaint"), [
     (["--epochs", "30"], "with --epochs 20, not 30"), (["--sites", "A", "B", "C"], "with --sites A B, not A B C"),
     (["--val-iterations", "3"], "with --val-iterations None, not 3"),
-    (["--matching", "resolution"], "with --matching name, not resolution")])
+    (["--matching", "resolution"], "with --matching name, not resolution"),
+    (["--precision", "float16"], "with --precision float32, not float16")])
 def test_settings_that_differ_later_are_refused_with_the_difference(tmp_path, options, complaint):
     open_folder(tmp_path / "f", "--sites", "A", "B", "--epochs", "20")
     with pytest.raises(FederationError, match=complaint):

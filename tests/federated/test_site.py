@@ -177,8 +177,7 @@ def test_help_answers_at_once_without_torch():
 def test_the_file_is_versioned_json(tmp_path):
     content = json.loads(save_credential(CREDENTIAL, tmp_path / "site.json").read_text())
     assert content == {"version": 2, "url": "https://c.example:8750", "federation": "federation-1", "site": "A",
-                       "token": "A.token", "insecure": False, "authority": None, "client_certificate": None,
-                       "client_key": None, "joined_with": None}
+                       "token": "A.token", "insecure": False}
 
 
 def test_a_credential_of_the_first_version_is_good(tmp_path):

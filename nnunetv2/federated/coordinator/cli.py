@@ -58,6 +58,7 @@ SETTINGS_OF_OPTIONS = {
     "val_iterations": "num_val_iterations_per_epoch",
     "matching": "matching",
     "weighting": "weighting",
+    "precision": "precision",
     "quorum": "quorum",
     "deadline": "deadline_s",
     "late_updates": "late_updates",
@@ -101,6 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
                       help="how tensors of different networks are recognised as the same (default: name)")
     what.add_argument("--weighting", choices=("cases", "uniform"),
                       help="sites count by their training cases, or all the same (default: cases)")
+    what.add_argument("--precision", choices=("float32", "float16"),
+                      help="how weights travel; float16 halves the traffic, and what rounding takes from a round comes "
+                      "with the next one (default: float32)")
     what.add_argument("--quorum", type=int, metavar="N",
                       help="sites that suffice to close a round at its deadline (default: all)")
     what.add_argument("--deadline", type=float, metavar="S",

@@ -38,7 +38,7 @@ from nnunetv2.federated.rounds import (
     with_contribution,
 )
 from nnunetv2.federated.store import Role, Store, flush
-from nnunetv2.federated.wire import open_document, write_subset
+from nnunetv2.federated.wire import open_document
 
 logger = logging.getLogger(__name__)
 
@@ -307,14 +307,13 @@ class Coordinator:
         return self._subset(key, names)
 
     def _subset(self, key: GatheringKey, names: tuple[str, ...]) -> Result:
-        """Return the part of a result with these tensors, written when it is first asked for."""
+        """Return these tensors of a result as they travel, written when they are first asked for."""
         subset = hashlib.sha256("\n".join(names).encode()).hexdigest()
         path = self.store.result_path(key, subset)
         with self.locks[str(key)]:
             digest = self.store.load_result_digest(key, subset)
             if digest is None:
-                with open_document(self.store.result_path(key)) as whole:
-                    digest = write_subset(whole, path, names)
+                digest = closing.write_for_sites(key, names, path, self.archive)
                 self.store.save_subset(key, subset, digest)
         return Result(str(key), path, digest)
 
