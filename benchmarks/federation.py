@@ -220,7 +220,7 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
         coordinator.closer.start()
 
         def send(key: str, site: str, message: messages.Message, own: dict[str, TensorSpec]) -> None:
-            path = store.incoming_path()
+            path = folder / "incoming" / site
             digest = write_document(path, message, own, (np.zeros(spec.shape, np.float32) for spec in own.values()))
             coordinator.contribute(key, site, path, digest, path.stat().st_size)
 

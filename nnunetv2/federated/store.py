@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
@@ -200,10 +199,6 @@ class Store:
             run, first, limit)]
 
     # ------------------------------------------------------------------------------------------------ documents
-    def incoming_path(self) -> Path:
-        """Return a fresh path for an upload."""
-        return self.folder / "incoming" / uuid.uuid4().hex
-
     def contribution_path(self, key: GatheringKey | str, site: str, digest: str) -> Path:
         """Return where a contribution is kept."""
         return self._key_folder(key) / contribution_name(site, digest)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,11 @@ def make_registration(num_cases=3, shapes=SHAPES, aliases=ALIASES, labels=LABELS
         dataset_json=messages.TrainingData(channel_names={"0": "CT"}, labels=labels, file_ending=".nii.gz"),
         tensors=tuple(messages.TensorEntry(name=name, dtype="F32", shape=shape) for name, shape in shapes.items()),
         **others)
+
+
+def incoming_path(store: Store) -> Path:
+    """Return a fresh path for a document that comes without HTTP."""
+    return store.folder / "incoming" / uuid.uuid4().hex
 
 
 def make_weights(seed: int, shapes=SHAPES) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from fake_federation import (
     RUN,
     coordinator_process,
     in_threads,
+    incoming_path,
     make_census,
     make_client,
     make_registration,
@@ -100,7 +101,7 @@ class Crash(BaseException):
 def fill(coordinator: Coordinator, key: str, site: str, message, tensors=None) -> None:
     """Contribute to a gathering without HTTP."""
     tensors = tensors or {}
-    path = coordinator.store.incoming_path()
+    path = incoming_path(coordinator.store)
     digest = write_document(path, message, {name: TensorSpec.of(v) for name, v in tensors.items()}, tensors.values())
     coordinator.contribute(key, site, path, digest, path.stat().st_size)
 

@@ -16,6 +16,7 @@ from fake_federation import (
     RUN,
     coordinator_process,
     in_threads,
+    incoming_path,
     make_census,
     make_client,
     make_registration,
@@ -169,7 +170,7 @@ def test_a_start_looks_at_files_and_not_at_all_that_ever_was(tmp_path, monkeypat
         for number in range(20):
             gathering = fresh_gathering(parse_key(round_key(RUN, number)), make_settings())
             for site in "AB":
-                (incoming := store.incoming_path()).write_bytes(b"x")
+                (incoming := incoming_path(store)).write_bytes(b"x")
                 gathering = with_contribution(gathering, site, Contribution("0" * 64, 1, 2.0))
                 store.save_contribution(gathering, site, incoming)
             (store.result_path(gathering.key)).write_bytes(b"r")

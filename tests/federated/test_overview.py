@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from fake_federation import RUN, make_census, make_registration, make_settings, make_weights
+from fake_federation import RUN, incoming_path, make_census, make_registration, make_settings, make_weights
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.audit import Event
@@ -38,7 +38,7 @@ class Federation:
 
     def send(self, key: str, site: str, message, tensors=None) -> None:
         tensors = tensors or {}
-        path = self.store.incoming_path()
+        path = incoming_path(self.store)
         specs = {name: TensorSpec.of(values) for name, values in tensors.items()}
         digest = write_document(path, message, specs, tensors.values())
         self.coordinator.contribute(key, site, path, digest, path.stat().st_size)

@@ -12,7 +12,16 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from fake_federation import LABELS, RUN, SHAPES, make_plans, make_registration, make_settings, make_weights
+from fake_federation import (
+    LABELS,
+    RUN,
+    SHAPES,
+    incoming_path,
+    make_plans,
+    make_registration,
+    make_settings,
+    make_weights,
+)
 
 from nnunetv2.federated import audit, messages
 from nnunetv2.federated.bodies import FailureReport, RunAction, SettingsChange, Waiting
@@ -46,7 +55,7 @@ class Federation:
 
     def send(self, key: str, site: str, message, tensors=None):
         tensors = tensors or {}
-        path = self.store.incoming_path()
+        path = incoming_path(self.store)
         specs = {name: TensorSpec.of(values) for name, values in tensors.items()}
         digest = write_document(path, message, specs, tensors.values())
         receipt = self.coordinator.contribute(key, site, path, digest, path.stat().st_size)

@@ -3,7 +3,7 @@ import sqlite3
 from dataclasses import replace
 
 import pytest
-from fake_federation import make_settings
+from fake_federation import incoming_path, make_settings
 
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.book import RunControl
@@ -23,7 +23,7 @@ def store(tmp_path):
 
 
 def contribute(store: Store, gathering, site: str, content: bytes, now=2.0):
-    incoming = store.incoming_path()
+    incoming = incoming_path(store)
     incoming.write_bytes(content)
     gathering = with_contribution(gathering, site, Contribution(content.hex().ljust(64, "0"), len(content), now))
     store.save_contribution(gathering, site, incoming)
