@@ -27,6 +27,8 @@ sends would miss the answer."""
 HANDSHAKE_S = 15.0
 KEEP_ALIVE_S = 75
 WATCH_S = 2.0
+PARTING_S = 0.3
+"""How long a connection whose last answer was sent lasts when the server stops."""
 
 
 class GuardedProtocol(H11Protocol):
@@ -69,6 +71,22 @@ class GuardedProtocol(H11Protocol):
             self._timer.cancel()
         self.book.closed(self)
         super().connection_lost(exc)
+
+    # -------------------------------------------------------------------------------------------- what uvicorn calls
+    def shutdown(self) -> None:
+        """Let the server stop: take no further request, and go when the present one is answered."""
+        super().shutdown()
+        self._part()
+
+    def _part(self) -> None:
+        """End the connection soon after its last answer.
+
+        To close it is not enough: with TLS, asyncio waits for the other side to close too, and a client that keeps a
+        connection for its next request does not even notice that it should.
+        """
+        self._timer.cancel()
+        is_over = (self.cycle is None or self.cycle.response_complete) and not self.transport.get_write_buffer_size()
+        self._timer = self.loop.call_later(PARTING_S, self.transport.abort if is_over else self._part)
 
     # ------------------------------------------------------------------------------------------------------ watching
     def _watch(self) -> None:
