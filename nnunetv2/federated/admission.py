@@ -29,9 +29,8 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
     if count == 0 or count < matching.MIN_COVERAGE * total:
         raise RefusedError(f"site {site} shares only {count} of its {total} parameters with the run, which has begun",
                            "Use the trainer and the plans of the other sites.", code="nothing_shared")
-    weight = float(registration.num_training_cases) if match.weighting == "cases" else 1.0
     return match.model_copy(update={
-        "weights": dict(sorted({**match.weights, site: weight}.items())),
+        "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
         "coverage": {**match.coverage, site: (count, total)},
         "shared": {name: {**sites, site: names[name]} if name in names else sites
                    for name, sites in match.shared.items()}})
@@ -53,7 +52,7 @@ def shared_names(site: str, registration: Registration, match: Match,
 def with_site(match: Match, admitted: Match, site: str) -> Match:
     """Return a match with a site that was admitted to it, or to an earlier state of it."""
     return match.model_copy(update={
-        "weights": dict(sorted({**match.weights, site: admitted.weights[site]}.items())),
+        "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
         "coverage": {**match.coverage, site: admitted.coverage[site]},
         "shared": {name: {**sites, site: admitted.shared[name][site]} if site in admitted.shared[name] else sites
                    for name, sites in match.shared.items()}})

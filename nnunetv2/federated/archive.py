@@ -21,6 +21,8 @@ class Agreement:
     match: messages.Match
     specs: Mapping[str, TensorSpec]
     """Canonical name -> dtype and shape of every shared tensor."""
+    weights: Mapping[str, float]
+    """What each site counts in an average. The sites do not know it of each other."""
 
     def specs_for(self, site: str) -> dict[str, TensorSpec]:
         """Return the tensors that a site sends and receives in every round."""
@@ -90,13 +92,15 @@ class Archive:
     def _read_agreement(self, run: str, admitted: tuple[str, ...]) -> Agreement:
         with self.result(registration_key(run)) as document:
             match = document.message
-        entries = {site: {entry.name: entry for entry in message.tensors}
-                   for site, message in self.messages(registration_key(run)).items()}
+        registered = self.registrations(run)
+        entries = {site: {entry.name: entry for entry in message.tensors} for site, message in registered.items()}
         specs = {name: _spec_of(entries, sites) for name, sites in match.shared.items()}
         for site in admitted:
             with self.result(admission_key(run, site)) as document:
                 match = admission.with_site(match, document.message, site)
-        return Agreement(match, specs)
+        weights = {site: float(message.num_training_cases) if match.weighting == "cases" else 1.0
+                   for site, message in registered.items()}
+        return Agreement(match, specs, weights)
 
     def registrations(self, run: str) -> dict[str, messages.Registration]:
         """Return what every site of a run registered, in the order of their names."""

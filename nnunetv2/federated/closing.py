@@ -253,7 +253,7 @@ def match_registrations(contributed: Mapping[str, messages.Registration],
         raise RefusedError(str(error), code="nothing_shared") from error
     return messages.Match(
         rule=settings.matching, weighting=settings.weighting, precision=settings.precision,
-        weights=cases if settings.weighting == "cases" else dict.fromkeys(cases, 1.0),
+        weights=dict.fromkeys(contributed, 1.0),
         num_epochs=settings.num_epochs, num_iterations_per_epoch=settings.num_iterations_per_epoch,
         num_val_iterations_per_epoch=settings.num_val_iterations_per_epoch,
         shared=matched.shared, initial_owner=matching.choose_owners(matched.shared, cases), coverage=matched.coverage)
@@ -284,25 +284,27 @@ def _close_initial(gathering: Gathering, documents: Mapping[str, Document], arch
     match = archive.agreement(gathering.key.run).match
     owners = set(match.initial_owner.values())
     message = messages.Aggregate(round=None, missing=gathering.outcome.missing,
-                                 contributors={site: match.weights[site] for site in documents if site in owners})
+                                 contributors={site: 1.0 for site in documents if site in owners})
     return aggregation.collect_from_owners(documents, match.initial_owner, message=message,
                                            out_path=archive.result_path(str(gathering.key)))
 
 
 def _close_round(gathering: Gathering, documents: Mapping[str, Document], settings: FederationSettings,
                  archive: Archive) -> Computed:
-    key, match = gathering.key, archive.agreement(gathering.key.run).match
+    key, agreement = gathering.key, archive.agreement(gathering.key.run)
+    weights = {site: agreement.weights[site] for site in documents}
     message = messages.Aggregate(round=key.number, missing=gathering.outcome.missing,
-                                 contributors={site: match.weights[site] for site in documents})
+                                 contributors=dict.fromkeys(documents, 1.0))
     metrics = {site: document.message.model_dump(mode="json")["metrics"] for site, document in documents.items()}
     before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
     with archive.result(before) as previous:
-        done = aggregation.aggregate_documents(documents, match.weights, message=message, previous=previous,
-                                               out_path=archive.result_path(str(key)), precision=match.precision)
-    return Computed(done.digest, record_of_round(gathering, message, metrics, settings, done))
+        done = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
+                                               out_path=archive.result_path(str(key)),
+                                               precision=agreement.match.precision)
+    return Computed(done.digest, record_of_round(gathering, weights, metrics, settings, done))
 
 
-def record_of_round(gathering: Gathering, message: messages.Aggregate, metrics: Mapping[str, Mapping[str, Any]],
+def record_of_round(gathering: Gathering, weights: Mapping[str, float], metrics: Mapping[str, Mapping[str, Any]],
                     settings: FederationSettings, done: aggregation.Aggregated) -> dict[str, Any]:
     """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held.
 
@@ -312,7 +314,7 @@ def record_of_round(gathering: Gathering, message: messages.Aggregate, metrics: 
     contributed = {site: {"weight": weight, "digest": held.digest, "bytes": held.size, "received": held.received,
                           "metrics": metrics[site], "change_norm": done.changes[site].norm,
                           "change_rms": done.changes[site].rms}
-                   for site, weight in message.contributors.items() for held in (gathering.contributions[site],)}
+                   for site, weight in weights.items() for held in (gathering.contributions[site],)}
     return {"round": gathering.key.number, "opened": gathering.opened, "closed": gathering.outcome.time,
             "digest": done.digest, "sites": contributed, "missing": list(gathering.outcome.missing),
             "failed": sorted(gathering.excused & set(gathering.outcome.missing)),

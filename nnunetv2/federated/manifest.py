@@ -115,7 +115,7 @@ def training_documents(registration: Registration, *, metrics: Sequence[str], nu
     counted = (float(2**53 - 1),) * num_classes
     return [
         Leaving(when=f"training {registration.configuration}, before the first round", message=registration,
-                passed_on="the number of training cases, the names of the tensors, and how many are shared"),
+                passed_on="which site has most training cases, the names of the tensors, and how many are shared"),
         Leaving(when=f"training {registration.configuration}, before the first round: initial values",
                 message=messages.Update(), specs=specs, known=False,
                 passed_on="for each tensor, the values of the site with most cases that has it; at most all of these"),

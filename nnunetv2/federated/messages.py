@@ -88,7 +88,9 @@ Metrics = Annotated[dict[Text, Metric], Field(max_length=MAX_METRICS)]
 SiteNames = Annotated[tuple[SiteName, ...], Field(max_length=MAX_SITES), AfterValidator(_check_unique)]
 VoxelCounts = Annotated[tuple[Annotated[Finite, Field(ge=0, le=2**53)], ...],  # their sums stay finite
                         Field(min_length=1, max_length=MAX_LABELS)]
-WeightOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
+OneOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
+"""The sites that take part, each with a 1. Before 2.8.1+fed.3, it was what each counts: so every site knew how many
+cases the others have, which the coordinator now keeps to itself."""
 Precision = Literal["float32", "float16"]
 """How weights travel in the rounds of a run."""
 BinList = Annotated[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], Field(max_length=6)]
@@ -257,7 +259,7 @@ class Match(WithPrecision, Message):
     kind: Literal["match"] = "match"
     rule: Literal["name", "resolution"]
     weighting: Literal["cases", "uniform"]
-    weights: WeightOfSite
+    weights: OneOfSite
     num_epochs: Annotated[int, Field(ge=1, le=10**7)] | None = None
     """None here and below: each site's trainer keeps its own value."""
     num_iterations_per_epoch: Annotated[int, Field(ge=1, le=10**7)] | None = None
@@ -327,7 +329,7 @@ class Aggregate(Message):
     kind: Literal["aggregate"] = "aggregate"
     round: Annotated[int, Field(ge=0, le=10**7)] | None
     """None for the initial weights."""
-    contributors: WeightOfSite
+    contributors: OneOfSite
     missing: SiteNames = ()
 
 

@@ -93,15 +93,15 @@ def test_plans_that_differ_are_refused_with_the_field():
 
 
 # ------------------------------------------------------------------------------------------------------------ matches
-def test_a_match_weighs_sites_by_cases_or_all_the_same():
+def test_a_match_says_what_is_shared_and_not_how_many_cases_a_site_has():
     contributed = {"A": make_registration(1), "B": make_registration(3)}
     match = match_registrations(contributed, make_settings())
-    assert match.weights == {"A": 1.0, "B": 3.0}
+    assert match.weights == {"A": 1.0, "B": 1.0} and match.weighting == "cases"
     assert set(match.shared) == set(SHAPES)
     assert set(match.initial_owner.values()) == {"B"}
     assert match.coverage == {"A": (24, 24), "B": (24, 24)}
     assert match.num_epochs == 3
-    assert match_registrations(contributed, make_settings(weighting="uniform")).weights == {"A": 1.0, "B": 1.0}
+    assert match_registrations(contributed, make_settings(weighting="uniform")).weighting == "uniform"
 
 
 def test_networks_that_share_nothing_are_refused():

@@ -122,11 +122,11 @@ def test_a_delayed_average_loses_and_repeats_nothing():
 
 def test_the_log_says_what_is_shared_with_whom():
     shared = {"w": {"a": "w", "b": "w"}, "v": {"a": "v", "b": "v", "c": "v"}, "u": {"b": "u", "c": "u"}}
-    match = SimpleNamespace(rule="name", weighting="cases", coverage={"a": (75, 100)}, weights={"a": 3.0, "b": 1.0},
+    match = SimpleNamespace(rule="name", weighting="cases", coverage={"a": (75, 100)}, weights={"b": 1.0, "a": 1.0},
                             shared=shared)
     lines = describe_match(match, "a")
     assert "75 of 100 parameters (75.0%)" in lines[0]
-    assert lines[1:] == ["  1 tensors with b", "  1 tensors with b, c", "Weights of the sites (cases): a 3, b 1"]
+    assert lines[1:] == ["  1 tensors with b", "  1 tensors with b, c", "Each of a, b counts by its training cases"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is said

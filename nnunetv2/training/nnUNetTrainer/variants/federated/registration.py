@@ -34,5 +34,5 @@ def describe_match(match: messages.Match, site: str) -> list[str]:
             partners[tuple(sorted(sites))] = partners.get(tuple(sorted(sites)), 0) + 1
     lines += [f"  {count} tensors with {', '.join(name for name in names if name != site)}"
               for names, count in sorted(partners.items(), key=lambda item: -item[1])]
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in sorted(match.weights.items()))
-    return [*lines, f"Weights of the sites ({match.weighting}): {weights}"]
+    weighting = {"cases": "counts by its training cases", "uniform": "counts the same"}[match.weighting]
+    return [*lines, f"Each of {', '.join(sorted(match.weights))} {weighting}"]
