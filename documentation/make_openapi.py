@@ -23,7 +23,7 @@ TARGET = Path(__file__).with_name("openapi.json")
 REFERENCE = "#/components/schemas/{model}"
 EVERYBODY = ("invalid", "too_many_requests", "internal_error", "coordinator_trouble")
 MEMBERS = (*EVERYBODY, "unauthorized", "forbidden")
-UPLOADS = (*MEMBERS, "unknown_gathering", "not_expected", "too_early", "already_closed", "too_large",
+UPLOADS = (*MEMBERS, "unknown_gathering", "not_expected", "too_early", "already_closed", "closed_without", "too_large",
            "too_many_gatherings", "too_many_bytes", "disk_full", "run_stopped")
 
 

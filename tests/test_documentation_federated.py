@@ -77,10 +77,11 @@ def test_every_command_of_the_federation_is_on_a_page():
 @cache
 def texts_of_source() -> str:
     """Return every text in the package's federation, with a line each, in which a value is written as a NUL."""
-    folders = [PROJECT / "nnunetv2" / "federated",
-               PROJECT / "nnunetv2" / "training" / "nnUNetTrainer" / "variants" / "federated"]
+    package = PROJECT / "nnunetv2"
+    folders = [package / "federated", package / "training" / "nnUNetTrainer" / "variants" / "federated"]
     found = []
-    for path in sorted(file for folder in folders for file in folder.rglob("*.py")):
+    for path in [package / "experiment_planning" / "federated_planning.py",
+                 *sorted(file for folder in folders for file in folder.rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))

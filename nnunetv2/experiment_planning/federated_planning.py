@@ -6,6 +6,8 @@ Three short exchanges, none of which carries an image or says where a voxel lies
     coarse    geometry, moments, 65536-bin histograms    -> the bins that hold the wanted ranks
     fine      histograms inside those bins               -> the pooled fingerprint
 
+A site that comes after that sends its census only, and plans from the pooled fingerprint of the others.
+
 The number of cases comes first because nnU-Net draws 1e8 / cases foreground voxels per case. The result equals, to the
 bit for all order statistics, what `nnUNetv2_extract_fingerprint` computes where all data lie in one place.
 
@@ -14,10 +16,9 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), with exact pooling 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,9 +31,10 @@ from nnunetv2.experiment_planning.fingerprint_files import (
 )
 from nnunetv2.federated import messages, statistics
 from nnunetv2.federated.client import FederationClient, show_progress
+from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.site import load_credential
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | None = None,
@@ -68,35 +70,87 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
         forget_pooled_fingerprint(folder)
         return plan_experiment_dataset(dataset_id, **planning)[1]
     with FederationClient(credential, report=show_progress) as client:
-        num_cases = pool_fingerprint(client, extractor, share_extrema=share_extrema)
+        num_cases = pool_fingerprint(client, extractor, site=credential.site, share_extrema=share_extrema)
         plans, plans_name = plan_experiment_dataset(dataset_id, num_training_cases=num_cases, **planning)
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
-        client.exchange(messages.plans_key(plans_name), report)
+        _or_late(lambda: client.exchange(messages.plans_key(plans_name), report),
+                 lambda: client.exchange(messages.late_plans_key(plans_name, credential.site), report))
         print(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
     return plans_name
 
 
-def pool_fingerprint(client: FederationClient, extractor: Any, *, share_extrema: bool) -> int:
-    """Exchange summaries until the pooled fingerprint is known, and write it beside the local one.
+def pool_fingerprint(client: FederationClient, extractor: Any, *, site: str, share_extrema: bool) -> int:
+    """Learn the pooled fingerprint, and write it beside the local one.
+
+    Args:
+        site: Name of this site.
 
     Returns:
-        The number of cases of all sites together.
+        The number of cases in it: of all sites together, or of the others where they had pooled theirs before.
     """
     from nnunetv2.utilities.atomic_write import save_json_atomically
 
-    num_cases = client.exchange(messages.CENSUS_KEY, make_census(extractor, share_extrema)).message.num_cases
+    census = make_census(extractor, share_extrema)
+    pooled = _or_late(lambda: _take_part(client, extractor, census),
+                      lambda: _come_late(client, extractor, census, site))
+    _check_statistics(pooled.fingerprint, census)
+    save_json_atomically(pooled.fingerprint, Path(extractor.output_folder) / FINGERPRINT_FILE)
+    return pooled.num_cases
+
+
+def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
+    """Do with the other sites what they do, or on one's own what they have done already."""
+    try:
+        return take_part()
+    except RefusedError as error:
+        if error.code != "closed_without":
+            raise
+    return come_late()
+
+
+def _take_part(client: FederationClient, extractor: Any, census: messages.Census) -> messages.PooledFingerprint:
+    """Exchange summaries until the pooled fingerprint is known."""
+    num_cases = client.exchange(messages.CENSUS_KEY, census).message.num_cases
+    samples = _sample(extractor, num_cases)
+    values = intensities_per_channel(samples)
+    coarse = {f"coarse.{c}": statistics.coarse_histogram(*channel) for c, channel in enumerate(values)}
+    summary = summarise(samples, values, census.share_extrema)
+    bins = client.exchange(messages.COARSE_KEY, summary, coarse).message.bins
+    fine = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1]) for c, channel in enumerate(values)}
+    return client.exchange(messages.FINE_KEY, messages.FineSummary(bins=bins), fine).message
+
+
+def _come_late(client: FederationClient, extractor: Any, census: messages.Census,
+               site: str) -> messages.PooledFingerprint:
+    """Wait, if need be, for the fingerprint that the other sites pool without this one."""
+    num_cases = client.exchange(messages.late_census_key(site), census).message.num_cases
+    print(f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
+          f"cases are not part of the plans, which are made from {num_cases} cases of the others.", flush=True)
+    _sample(extractor, num_cases)
+    for key in (messages.COARSE_KEY, messages.FINE_KEY):  # in order: the second cannot begin before the first is closed
+        pooled = client.result(key).message
+    return pooled
+
+
+def _sample(extractor: Any, num_cases: int) -> list[CaseSample]:
+    """Sample the cases of this site as its share of `num_cases`, and write its own fingerprint."""
+    from nnunetv2.utilities.atomic_write import save_json_atomically
+
     samples = extractor.sample_cases(extractor.num_samples_per_case(num_cases))
     folder = Path(extractor.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json_atomically(extractor.compute_fingerprint(samples), folder / LOCAL_FINGERPRINT)
+    return samples
 
-    values = intensities_per_channel(samples)
-    coarse = {f"coarse.{c}": statistics.coarse_histogram(*channel) for c, channel in enumerate(values)}
-    bins = client.exchange(messages.COARSE_KEY, summarise(samples, values, share_extrema), coarse).message.bins
-    fine = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1]) for c, channel in enumerate(values)}
-    pooled = client.exchange(messages.FINE_KEY, messages.FineSummary(bins=bins), fine).message
-    save_json_atomically(pooled.fingerprint, folder / FINGERPRINT_FILE)
-    return pooled.num_cases
+
+def _check_statistics(fingerprint: Mapping[str, Any], census: messages.Census) -> None:
+    """Raise FederationError unless the pooled fingerprint describes the intensities of every channel."""
+    field = "foreground_intensity_properties_per_channel"
+    missing = [f"{number} ({name})" for number, name in enumerate(census.channel_names.values())
+               if str(number) not in fingerprint.get(field, {})]
+    if missing:
+        raise FederationError(f"{field} of the pooled fingerprint lacks channel {', '.join(missing)}: use matching "
+                              "versions at all sites and at the coordinator")
 
 
 def make_census(extractor: Any, share_extrema: bool) -> messages.Census:

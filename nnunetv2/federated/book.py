@@ -11,7 +11,7 @@ from typing import Literal
 
 from nnunetv2.federated.bodies import FederationSettings, RunState
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.messages import initial_key, late_census_key, registration_key, round_key
 from nnunetv2.federated.rounds import (
     Closed,
     Gathering,
@@ -118,10 +118,10 @@ class RoundBook:
     def expected(self, key: GatheringKey) -> frozenset[str]:
         """Return the sites that are to contribute to an open gathering now."""
         sites = frozenset(self.settings.sites)
-        if key.kind in ("coarse", "fine"):
-            return sites & self._contributors(CENSUS_KEY)
-        if key.kind == "admission":
+        if key.site is not None:
             return sites & {key.site}
+        if key.kind in ("coarse", "fine"):
+            return sites & self._contributors(prerequisite(key).text)
         if key.kind == "initial":
             return (sites & self._contributors(registration_key(key.run))) - self.control(key.run).left
         if key.kind == "validation":
@@ -132,6 +132,12 @@ class RoundBook:
         """Return the sites that take part in the rounds of a run: registered or admitted, and not gone since."""
         registered = self._contributors(registration_key(run)) | self._admitted.get(run, set())
         return (registered & frozenset(self.settings.sites)) - self.control(run).left
+
+    def may_read(self, gathering: Gathering, site: str) -> bool:
+        """Tell whether a site may have the result: it is expected, takes part in the run, or plans late."""
+        key = gathering.key
+        is_late = key.kind in ("coarse", "fine") and self.is_closed(late_census_key(site))
+        return site in gathering.expected or is_late or (key.run is not None and site in self.members(key.run))
 
     def admitted(self, run: str) -> tuple[str, ...]:
         """Name the sites that joined a run after it had begun."""

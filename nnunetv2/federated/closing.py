@@ -18,7 +18,7 @@ from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.comparing import first_difference
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, round_key
-from nnunetv2.federated.rounds import WEIGHT_KINDS, Closed, Gathering, GatheringKey, Kind
+from nnunetv2.federated.rounds import WEIGHT_KINDS, Closed, Gathering, GatheringKey, Kind, prerequisite
 from nnunetv2.federated.strict_json import json_digest
 from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, write_document, write_subset
 
@@ -34,6 +34,8 @@ MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
     "coarse": messages.CoarseSummary,
     "fine": messages.FineSummary,
     "plans": messages.PlansReport,
+    "late_census": messages.Census,
+    "late_plans": messages.PlansReport,
     "registration": messages.Registration,
     "admission": messages.Registration,
     "initial": messages.Update,
@@ -192,6 +194,11 @@ def _compute_message(key: GatheringKey, documents: Mapping[str, Document], setti
         return _pool_fingerprint(documents, archive)
     if key.kind == "plans":
         return agree_on_plans({site: message.plans for site, message in contributed.items()})
+    if key.kind == "late_census":
+        return _show_in(contributed, archive)
+    if key.kind == "late_plans":
+        before = archive.messages(prerequisite(key).text)
+        return agree_on_plans({site: message.plans for site, message in {**before, **contributed}.items()})
     if key.kind == "validation":
         return validation.pool(key.number, contributed, before=archive.last_validation(key.run))
     if key.kind == "admission":
@@ -211,6 +218,13 @@ def pool_census(contributed: Mapping[str, messages.Census]) -> messages.PooledCe
     """Add up the cases, if channels and labels agree."""
     check_same_dataset(contributed)
     return messages.PooledCensus(num_cases=sum(census.num_cases for census in contributed.values()))
+
+
+def _show_in(contributed: Mapping[str, messages.Census], archive: Archive) -> messages.PooledCensus:
+    """Count the cases of the others, if the dataset of the site that comes late goes with theirs."""
+    before = archive.messages(CENSUS_KEY)
+    check_same_dataset({**before, **contributed})
+    return pool_census(before)
 
 
 def _pool_fingerprint(documents: Mapping[str, Document], archive: Archive) -> messages.PooledFingerprint:

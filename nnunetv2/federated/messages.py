@@ -351,6 +351,16 @@ def plans_key(plans_name: str) -> str:
     return f"plans/{_segment(plans_name)}"
 
 
+def late_census_key(site: str) -> str:
+    """Return the key of the gathering in which one site is shown in after the fingerprints were pooled."""
+    return f"fingerprint/admissions/{_segment(site)}"
+
+
+def late_plans_key(plans_name: str, site: str) -> str:
+    """Return the key of the gathering in which one site compares its plans with what the others agreed on before."""
+    return f"{plans_key(plans_name)}/admissions/{_segment(site)}"
+
+
 def run_name(configuration: str, fold: int | str, trainer: str) -> str:
     """Return the name that a training run has in this federation."""
     return _segment(f"{configuration}.fold_{fold}.{trainer}")

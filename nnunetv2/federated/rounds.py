@@ -7,6 +7,8 @@ A gathering is one meeting of the sites: each contributes one document, then the
       |                                                                             |
       +------------------------------ a site contributes something else ------------+
 
+What compares a latecomer with what the others have settled is a gathering of its own, and may be repeated.
+
 Who is expected, who has failed and whether a run is paused may change while a gathering is open: `book.py` knows, and
 hands out gatherings with what holds at the moment.
 """
@@ -31,12 +33,18 @@ from nnunetv2.federated.messages import (
     round_key,
 )
 
-Kind = Literal["census", "coarse", "fine", "plans", "registration", "admission", "initial", "round", "validation"]
+Kind = Literal["census", "coarse", "fine", "plans", "late_census", "late_plans", "registration", "admission", "initial",
+               "round", "validation"]
 FINAL_KINDS: frozenset[Kind] = frozenset({"initial", "round", "validation"})
 """Where the first acknowledged contribution stays: weights are never sent twice with different values in good faith."""
 WEIGHT_KINDS: frozenset[Kind] = frozenset({"initial", "round"})
 """Whose documents carry the tensors of a network."""
+MISSABLE_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "plans", "registration"})
+"""What a site may come too late for, and be let in afterwards by a gathering of its own."""
+LATE_KINDS: frozenset[Kind] = frozenset({"late_census", "late_plans"})
+"""What only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
+_SITE = SITE_PATTERN.strip("^$")
 
 
 # ------------------------------------------------------------------------------------------------------------ keys
@@ -50,7 +58,7 @@ class GatheringKey:
     number: int | None = None
     """The round, counted from 0."""
     site: str | None = None
-    """The site that is to be admitted."""
+    """The site that is let in late, in a gathering of its own."""
 
     def __str__(self) -> str:
         return self.text
@@ -67,11 +75,13 @@ def parse_key(text: str) -> GatheringKey:
         return GatheringKey(text, fixed[text])
     if re.fullmatch(f"plans/{_SEGMENT}", text):
         return GatheringKey(text, "plans")
+    if match := re.fullmatch(f"(fingerprint|plans/{_SEGMENT})/admissions/({_SITE})", text):
+        return GatheringKey(text, "late_census" if match[1] == "fingerprint" else "late_plans", site=match[2])
     if match := re.fullmatch(f"runs/({_SEGMENT})/(registration|initial)", text):
         return GatheringKey(text, "registration" if match[2] == "registration" else "initial", match[1])
     if match := re.fullmatch(f"runs/({_SEGMENT})/(rounds|validations)/(0|[1-9][0-9]{{0,7}})", text):
         return GatheringKey(text, "round" if match[2] == "rounds" else "validation", match[1], int(match[3]))
-    if match := re.fullmatch(f"runs/({_SEGMENT})/admissions/({SITE_PATTERN.strip('^$')})", text):
+    if match := re.fullmatch(f"runs/({_SEGMENT})/admissions/({_SITE})", text):
         return GatheringKey(text, "admission", match[1], site=match[2])
     raise RefusedError(f"there is no gathering {text[:200]!r}", "Use matching versions at all sites.",
                        code="unknown_gathering")
@@ -79,10 +89,12 @@ def parse_key(text: str) -> GatheringKey:
 
 def prerequisite(key: GatheringKey) -> GatheringKey | None:
     """Return the gathering that must be closed before this one can begin."""
-    if key.kind == "coarse":
+    if key.kind in ("coarse", "late_census"):
         return parse_key(CENSUS_KEY)
     if key.kind == "fine":
         return parse_key(COARSE_KEY)
+    if key.kind == "late_plans":
+        return parse_key(key.text.removesuffix(f"/admissions/{key.site}"))
     if key.kind in ("initial", "admission"):
         return parse_key(registration_key(key.run))
     if key.kind == "validation":
@@ -192,17 +204,21 @@ def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
     """Decide what happens to a contribution that is offered or has arrived.
 
     Raises:
-        RefusedError: The site is not expected here, or the gathering is closed and this differs from what counted.
+        RefusedError: The site is not expected here, or the gathering is closed, without the site (then the code is
+            `closed_without`) or with something else from it.
     """
     held = gathering.contributions.get(site)
     if held is not None and held.digest == digest:
         return Verdict.SAME
     if site not in gathering.expected:
+        if gathering.is_closed and gathering.key.kind in MISSABLE_KINDS:
+            raise RefusedError(f"{gathering.key} was closed before site {site} came",
+                               "Start the command again: it asks to be let in late.", code="closed_without")
         raise RefusedError(f"site {site} does not take part in {gathering.key}", code="not_expected")
     if gathering.key.kind in FINAL_KINDS:
         is_over = held is not None or gathering.is_closed or gathering.is_superseded
         return Verdict.KEEP_FIRST if is_over else Verdict.STORE
-    if gathering.is_closed:
+    if gathering.is_closed and gathering.key.kind not in LATE_KINDS:
         raise RefusedError(
             f"{gathering.key} is closed, and what site {site} sends now differs from what it sent before",
             "Its data, plans or network have changed since: undo the change, or start a new federation "

@@ -11,15 +11,16 @@ from demo.phantoms import Scanner, write_dataset
 from nnunetv2.federated.simulate import LocalSite
 
 SCANNERS = {"north": Scanner(spacing_mm=(2.5, 2.5, 2.5), intensities=(300, 520, 760), noise=0.2, bias=0.1),
-            "south": Scanner(spacing_mm=(3.0, 2.0, 2.0), intensities=(60, 95, 130), noise=0.3, bias=0.05)}
+            "south": Scanner(spacing_mm=(3.0, 2.0, 2.0), intensities=(60, 95, 130), noise=0.3, bias=0.05),
+            "west": Scanner(spacing_mm=(2.0, 3.0, 2.5), intensities=(200, 240, 400), noise=0.2, bias=0.1)}
 CONFIGURATION = "3d_fullres"
 
 
-def make_sites(folder: Path, *, num_train: int = 5, num_test: int = 1,
+def make_sites(folder: Path, *, num_sites: int = 2, num_train: int = 5, num_test: int = 1,
                environment: Mapping[str, str] | None = None) -> list[LocalSite]:
     """Write one small dataset per site, each below roots of its own."""
     sites = []
-    for number, (name, scanner) in enumerate(SCANNERS.items()):
+    for number, (name, scanner) in enumerate(list(SCANNERS.items())[:num_sites]):
         roots = {root: str(folder / name / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         site = LocalSite(name=name, dataset=str(601 + number), credential=folder / name / "site.json",
                          environment={**roots, "nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1", **(environment or {})})

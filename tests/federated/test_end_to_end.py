@@ -27,6 +27,8 @@ from nnunetv2.federated.simulate import (
 
 pytestmark = pytest.mark.slow
 
+RUN = f"{CONFIGURATION}.fold_0.nnUNetTrainerAsymFedAvg"
+
 
 def plan(sites: list[LocalSite], folder: Path, mode: str = "ffe") -> None:
     run_everywhere(sites, lambda site: plan_command(site, mode), step="plan", log_folder=folder)
@@ -113,6 +115,47 @@ def test_killed_coordinator_and_killed_site_complete_the_run(tmp_path):
     first, second = (final_weights(site) for site in sites)
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name], err_msg=name)
+
+
+def test_a_site_that_joins_a_running_federation_types_the_same_commands(tmp_path):
+    *sites, late = make_sites(tmp_path, num_sites=3)
+    folder, logs = tmp_path / "coordinator", tmp_path / "logs"
+    lines: list[str] = []
+    training: list[RunningProcess] = []
+    options = ("--epochs", "4", "--iterations", "1", "--val-iterations", "1")
+    with running_coordinator(folder, sites, options, show=lines.append):
+        plan(sites, logs)
+        training += [start_training(site, logs, lines) for site in sites]
+        try:
+            wait_for_line(lines, r"\[north\] .*Round 1:", training)
+            administrate(folder, "pause", RUN)  # so that the machine's pace decides nothing
+            join(late, administrate(folder, "invite", late.name))
+            plan([late], logs)
+            training.append(start_training(late, logs, lines))
+            wait_for_line(lines, r"\[west\] .*the operator has paused the run", training)
+            administrate(folder, "resume", RUN)
+            wait_for_all(training)
+        finally:
+            for process in training:
+                process.stop()
+    shown = "\n".join(lines)
+    assert "site west plans late" in shown and "site west has planned late" in shown
+    first, *others = (final_weights(site) for site in (*sites, late))
+    for other in others:
+        assert first.keys() == other.keys()
+        for name, values in first.items():
+            np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+def administrate(folder: Path, *words: str) -> str:
+    return subprocess.run([find_command("nnUNetv2_fed_admin"), "--folder", str(folder), *words], check=True, text=True,
+                          capture_output=True).stdout
+
+
+def join(site: LocalSite, text: str) -> None:
+    invitation = re.search(r"nnunet-fed:\S+", text)[0]
+    subprocess.run([find_command("nnUNetv2_fed_join"), invitation], check=True, capture_output=True,
+                   env={**os.environ, "nnUNet_fed_site": str(site.credential)})
 
 
 class Coordinator:

@@ -40,6 +40,8 @@ def add(state: Gathering, site: str, digest=D1, now=0.0) -> Gathering:
     ("runs/r/rounds/12", "round", "r", 12),
     ("runs/r/validations/3", "validation", "r", 3),
     ("runs/r/admissions/C", "admission", "r", None),
+    ("fingerprint/admissions/C", "late_census", None, None),
+    ("plans/p/admissions/C", "late_plans", None, None),
 ])
 def test_keys_are_taken_apart(key, kind, run, number):
     parsed = parse_key(key)
@@ -50,6 +52,7 @@ def test_keys_are_taken_apart(key, kind, run, number):
     "", "fingerprint", "fingerprint/other", "plans/", "plans/..", "plans/../x", "plans/a/b", "runs/../registration",
     "runs/r/rounds/-1", "runs/r/rounds/01", "runs/r/rounds/1x", "runs/r/rounds/", "runs/r/rounds/1\n", "runs//initial",
     "runs/r/../initial", "runs/r\0/initial", "RUNS/r/initial", "/fingerprint/census", "runs/.hidden/initial",
+    "fingerprint/admissions/", "fingerprint/admissions/.C", "plans/admissions/C", "plans/p/admissions/C/D",
 ])
 def test_other_keys_are_refused(key):
     with pytest.raises(RefusedError) as info:
@@ -63,6 +66,7 @@ def test_other_keys_are_refused(key):
     ("runs/r/initial", "runs/r/registration"), ("runs/r/rounds/0", "runs/r/initial"),
     ("runs/r/rounds/7", "runs/r/rounds/6"), ("runs/r/validations/7", "runs/r/rounds/7"),
     ("runs/r/admissions/C", "runs/r/registration"),
+    ("fingerprint/admissions/C", "fingerprint/census"), ("plans/p/admissions/C", "plans/p"),
 ])
 def test_every_gathering_knows_what_comes_before(key, before):
     found = prerequisite(parse_key(key))
@@ -288,3 +292,15 @@ def test_a_run_without_rounds_can_be_forgotten():
     book = started_book("A", "B")
     book.forget_run("r")
     assert book.runs() == [] and book.run_state("r").registered == ()
+
+
+def test_a_site_that_missed_the_first_statistics_is_not_waited_for_in_the_second():
+    book = RoundBook(make_settings(sites=("A", "B", "C")))
+    finish(book, "fingerprint/census")
+    book.settings = make_settings(sites=("A", "B"))  # C is revoked, and invited again
+    finish(book, "fingerprint/coarse")
+    book.settings = make_settings(sites=("A", "B", "C"))
+    assert book.begin(parse_key("fingerprint/fine")).expected == {"A", "B"}
+    with pytest.raises(RefusedError, match="fingerprint/coarse was closed before site C came") as info:
+        judge(book.get("fingerprint/coarse"), "C", D1)
+    assert info.value.code == "closed_without"

@@ -121,7 +121,7 @@ def test_a_new_site_joins_a_run_that_has_begun(make_federation):
     federation.start("A", "B")
     federation.update(0, "A", 1), federation.update(0, "B", 2)
     federation.coordinator.invite("C", "site", by="boss")
-    with pytest.raises(RefusedError, match="does not take part"):
+    with pytest.raises(RefusedError, match="was closed before site C came"):
         federation.send(registration_key(RUN), "C", make_registration(7))
     federation.send(admission_key(RUN, "C"), "C", make_registration(7))
     with open_document(federation.coordinator.result(admission_key(RUN, "C"), "C").path) as document:

@@ -31,6 +31,10 @@ RETRY_TIDYING_S = 120.0
 """Pause after models could not be written, or documents not be deleted: nobody waits for that."""
 RETRY_CLOSING_S = 15.0
 """Pause after a closing that failed for a reason of the machine, such as a full disk."""
+WHAT_LATE_SITES_DID = {
+    "late_census": "plans late, from the pooled fingerprint, of which its own cases are no part",
+    "late_plans": "has planned late, and holds the same plans as the others",
+}
 
 
 class Closer:
@@ -249,6 +253,8 @@ def _describe_outcome(gathering: Gathering, seconds: float) -> str:
     if isinstance(outcome, Refused):
         return f"{name} is refused: {outcome.message} {outcome.remedy}".rstrip()
     assert isinstance(outcome, Closed)
+    if key.kind in WHAT_LATE_SITES_DID:
+        return f"{name} is closed: site {key.site} {WHAT_LATE_SITES_DID[key.kind]}"
     missing = f", missing {', '.join(outcome.missing)}" if outcome.missing else ""
     waited = outcome.time - gathering.opened
     return (f"{name} is closed: {', '.join(outcome.contributors)}{missing}; "

@@ -48,6 +48,7 @@ STATUS_OF_CODE = {
     "refused": 409,
     "too_early": 409,
     "already_closed": 409,
+    "closed_without": 409,
     "not_open": 409,
     "has_rounds": 409,
     "run_stopped": 409,

@@ -275,7 +275,7 @@ class Coordinator:
             RefusedError: The contributions do not go together, the gathering cannot begin yet, or its run was stopped.
         """
         gathering = self._begin(parse_key(key))
-        if site not in gathering.expected and site not in self.book.members(gathering.key.run or ""):
+        if not self.book.may_read(gathering, site):
             raise RefusedError(f"site {site} does not take part in {key}", code="not_expected")
         if isinstance(gathering.outcome, Refused):
             raise gathering.outcome.as_error()

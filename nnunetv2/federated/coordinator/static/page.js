@@ -297,7 +297,8 @@
     for (const run of runs) await cards.get(run.run).draw(run);
   }
   const STAGE = { census: "Comparison of the datasets", coarse: "Statistics of the intensities, first part",
-    fine: "Statistics of the intensities, second part", plans: "Comparison of the plans" };
+    fine: "Statistics of the intensities, second part", plans: "Comparison of the plans",
+    late_census: "Comparison of a latecomer's dataset", late_plans: "Comparison of a latecomer's plans" };
   function drawMeetings(meetings) {
     byId("meetings-section").hidden = !meetings.length;
     byId("meetings").replaceChildren(...meetings.map((one) => h("li", {},
