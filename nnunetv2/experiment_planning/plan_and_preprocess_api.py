@@ -274,14 +274,14 @@ def _warn_if_dataset_json_changed(dataset_name: str) -> None:
 # ------------------------------------------------------------------------------------------------ what came out
 
 
-def print_summary(dataset_id: int | str, plans_identifier: str) -> None:
-    """Print the configurations of a dataset's plans and what preprocessing has made of them so far."""
+def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str | None = None) -> None:
+    """Print the configurations of a dataset's plans, what preprocessing has made of them so far, and how to go on."""
     from nnunetv2.experiment_planning.summary import summarise
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
     folder = Path(nnUNet_preprocessed) / dataset_name
     num_cases = len(get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / dataset_name)))
-    print(summarise(PlansManager(str(folder / f"{plans_identifier}.json")), folder, num_cases))
+    print(summarise(PlansManager(str(folder / f"{plans_identifier}.json")), folder, num_cases, trainer=trainer))
 
 
 def write_overview(dataset_id: int | str) -> None:

@@ -9,6 +9,8 @@ from nnunetv2.utilities.command_line import run_command
 
 _BY_MACHINE = "Default: as many as the machine has cores and free memory for."
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+FEDERATED_TRAINER = "nnUNetTrainerAsymFedAvg"
+"""With which sites that have planned together go on."""
 
 
 def plan_and_preprocess_entry() -> None:
@@ -57,7 +59,7 @@ def plan_and_preprocess_main(argv: Sequence[str] | None = None) -> None:
         for dataset, plans_name in zip(arguments.d, plans_names):
             _preprocess([dataset], plans_name, arguments)
     for dataset, plans_name in zip(arguments.d, plans_names):
-        print_summary(dataset, plans_name)
+        print_summary(dataset, plans_name, trainer=arguments.federated and FEDERATED_TRAINER)
         write_overview(dataset)
 
 

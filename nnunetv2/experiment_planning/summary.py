@@ -29,17 +29,18 @@ def measure_folder(folder: Path) -> FolderUse:
     return FolderUse(sum(file.suffix == ".pkl" for file in files), sum(file.stat().st_size for file in files))
 
 
-def summarise(plans_manager: PlansManager, dataset_folder: Path, num_cases: int) -> str:
+def summarise(plans_manager: PlansManager, dataset_folder: Path, num_cases: int, *, trainer: str | None = None) -> str:
     """Return a table of all configurations, one per line, and how to go on.
 
     Args:
         dataset_folder: The dataset's folder below nnUNet_preprocessed.
         num_cases: Training cases of the dataset.
+        trainer: The trainer to go on with, if that is not the usual one.
     """
     rows = [_HEADINGS, *(_describe(plans_manager, name, dataset_folder, num_cases)
                          for name in plans_manager.available_configurations)]
     title = f"{plans_manager.dataset_name}: {num_cases} training cases, plans {plans_manager.plans_name}"
-    return "\n".join(["", title, *_lay_out(rows), "", f"Next: {_training_command(plans_manager)}"])
+    return "\n".join(["", title, *_lay_out(rows), "", f"Next: {_training_command(plans_manager, trainer)}"])
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -68,11 +69,12 @@ def _describe_data(use: FolderUse, num_cases: int) -> str:
     return f"{format_bytes(use.num_bytes)}, {cases}"
 
 
-def _training_command(plans_manager: PlansManager) -> str:
+def _training_command(plans_manager: PlansManager, trainer: str | None) -> str:
     names = plans_manager.available_configurations
     configuration = "3d_fullres" if "3d_fullres" in names else names[0]
     plans = "" if plans_manager.plans_name == "nnUNetPlans" else f" -p {plans_manager.plans_name}"
-    return f"nnUNetv2_train {plans_manager.dataset_name} {configuration} 0{plans}"
+    option = "" if trainer is None else f" -tr {trainer}"
+    return f"nnUNetv2_train {plans_manager.dataset_name} {configuration} 0{option}{plans}"
 
 
 def _lay_out(rows: Sequence[tuple[str, ...]]) -> list[str]:

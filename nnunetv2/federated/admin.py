@@ -105,9 +105,10 @@ def _refusal(error: urllib.error.HTTPError) -> FederationError:
 def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     """Invite a site, an observer or an operator, and print the line that it has to type, or the link to open."""
     from nnunetv2.federated.bodies import InviteAnswer, InviteRequest
+    from nnunetv2.federated.strict_json import validated
 
-    request = InviteRequest(name=check_site_name(arguments.name), role=arguments.role,
-                            lifetime_s=arguments.days * 86_400)
+    request = validated(lambda: InviteRequest(name=check_site_name(arguments.name), role=arguments.role,
+                                              lifetime_s=arguments.days * 86_400), "the invitation")
     answer = ask(credential, "POST", "members", InviteAnswer, request)
     print(f"Send {answer.role} {answer.name} this line; it is good once, until "
           f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:\n"
@@ -136,13 +137,15 @@ def steer(credential: SiteCredential, arguments: argparse.Namespace) -> None:
 def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     """Change settings of a federation at work, or show them."""
     from nnunetv2.federated.bodies import FederationSettings, SettingsChange
+    from nnunetv2.federated.strict_json import validated
 
     given = {name: getattr(arguments, name) for name in ("quorum", "deadline_s", "late_updates", "validate_every")
              if getattr(arguments, name) is not None}
     if arguments.wait_for_all:
         given |= {"quorum": None, "deadline_s": None}
     if given:
-        settings = ask(credential, "PATCH", "settings", FederationSettings, SettingsChange(**given))
+        change = validated(lambda: SettingsChange(**given), "the command line")
+        settings = ask(credential, "PATCH", "settings", FederationSettings, change)
     else:
         settings = ask(credential, "GET", "settings", FederationSettings)
     print(json.dumps(settings.model_dump(mode="json"), indent=4))

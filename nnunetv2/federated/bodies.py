@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.messages import (
     MAX_SITES,
     PROTOCOL,
@@ -39,6 +40,14 @@ class FederationSettings(WithPrecision):
     """An update that comes after its round was closed does not count, or counts in the round that is open then."""
     validate_every: Annotated[int, Field(ge=0, le=10**7)] = 1
     """The aggregate of every so many rounds is validated at the sites. 0: never."""
+
+
+def check_quorum(settings: FederationSettings) -> None:
+    """Raise FederationError if no round could ever close with the quorum."""
+    if settings.quorum is not None and settings.quorum > len(settings.sites):
+        raise FederationError(f"--quorum {settings.quorum} is more than the {len(settings.sites)} sites")
+    if settings.quorum is not None and settings.deadline_s is None:
+        raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
 
 
 class SettingsChange(Part):

@@ -250,7 +250,7 @@ def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgre
                   for site, content in plans.items()}
     difference = first_difference(comparable, "plans")
     if difference:
-        raise RefusedError(f"the plans differ: {difference}.", "Plan again at all sites, with the same options and the "
+        raise RefusedError(f"the plans differ: {difference}", "Plan again at all sites, with the same options and the "
                            "same version: nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
     return messages.PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
 
@@ -289,7 +289,7 @@ def check_same_dataset(described: Mapping[str, messages.Census | messages.Traini
             # Regions are numbered by their place in the file.
             difference = first_difference({site: list(labels) for site, labels in values.items()}, "order of labels")
         if difference:
-            raise RefusedError(f"the sites' datasets do not go together: {difference}.",
+            raise RefusedError(f"the sites' datasets do not go together: {difference}",
                                "Make dataset.json (and the segmentations) agree, then run the command again.",
                                code="datasets_differ")
 

@@ -60,7 +60,7 @@ class RefusedError(FederationError):
     """
 
     def __init__(self, message: str, remedy: str = "", *, code: str = "refused") -> None:
-        super().__init__(f"{message} {remedy}".rstrip())
+        super().__init__(in_sentences(message, remedy))
         self.message = message
         self.remedy = remedy
         self.code = code
@@ -68,6 +68,11 @@ class RefusedError(FederationError):
     def __reduce__(self) -> tuple:
         """Keep all three parts when the error crosses a process boundary."""
         return _rebuild_refusal, (type(self), self.message, self.remedy, self.code)
+
+
+def in_sentences(message: str, remedy: str) -> str:
+    """Return what was refused, and what to do about it if that is known, as people read it."""
+    return f"{message}. {remedy}" if remedy else message
 
 
 def _rebuild_refusal(kind: type[RefusedError], message: str, remedy: str, code: str) -> RefusedError:

@@ -18,7 +18,7 @@ from requests.adapters import HTTPAdapter
 
 from nnunetv2.federated import bodies
 from nnunetv2.federated.certificates import untrusted_certificate
-from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError, in_sentences
 from nnunetv2.federated.site import SiteCredential, is_loopback
 from nnunetv2.federated.strict_json import decode_json
 
@@ -142,7 +142,7 @@ def check_status(response: requests.Response) -> None:
     if status == 416:
         raise RangeError("the coordinator has another result now than before")
     if status == 401:
-        raise NotJoinedError(f"{problem.message} {problem.remedy}".rstrip())
+        raise NotJoinedError(in_sentences(problem.message, problem.remedy))
     raise RefusedError(problem.message, problem.remedy, code=problem.code)
 
 

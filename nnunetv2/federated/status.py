@@ -33,7 +33,7 @@ def describe(status: Status, *, url: str) -> Iterator[str]:
     for gathering in elsewhere:
         yield _describe_wait(gathering, gathering.key, status.time)
     if not status.runs and not elsewhere:
-        yield "Nobody has begun anything yet."
+        yield "Nothing is under way."
     yield ""
     for site in status.sites:
         yield f"site {site.site}: {_describe_site(site, status.time)}"

@@ -34,6 +34,7 @@ def test_summary_has_a_line_per_configuration(plans, tmp_path):
         "starts from predictions of 3d_lowres",
         "",
         "Next: nnUNetv2_train Dataset001_X 3d_fullres 0 -p mine"]
+    assert summarise(plans, tmp_path, 3, trainer="nnUNetTrainerFedAvg").endswith(" 0 -tr nnUNetTrainerFedAvg -p mine")
 
 
 def test_a_folder_that_is_missing_holds_nothing(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from fake_federation import PROJECT, RUN, in_threads, make_registration, make_settings, served, wait_until
 
 from nnunetv2.federated import admin
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.messages import registration_key
 from nnunetv2.federated.site import SiteCredential, decode_invitation, join, load_credential, save_credential
 
@@ -96,6 +96,8 @@ def test_settings_are_changed_one_by_one(run):
     changed = json.loads(run("settings", "--late-updates", "carry"))
     assert (changed["quorum"], changed["deadline_s"], changed["late_updates"]) == (1, 60.0, "carry")
     assert json.loads(run("settings", "--wait-for-all"))["quorum"] is None
+    with pytest.raises(WireError, match="the command line is not valid: quorum"):
+        run("settings", "--quorum", "0")
 
 
 def test_a_run_is_steered(federation, run):

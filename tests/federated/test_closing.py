@@ -89,7 +89,7 @@ def test_plans_that_differ_are_refused_with_the_field():
     with pytest.raises(RefusedError) as info:
         agree_on_plans({"A": make_plans(), "B": other, "C": make_plans()})
     assert info.value.message == ("the plans differ: plans.configurations.3d_fullres.patch_size[2] is 16 at A, C "
-                                  "and 32 at B.")
+                                  "and 32 at B")
 
 
 # ------------------------------------------------------------------------------------------------------------ matches

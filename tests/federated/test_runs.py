@@ -28,7 +28,7 @@ from nnunetv2.federated.bodies import FailureReport, RunAction, SettingsChange, 
 from nnunetv2.federated.coordinator import steering
 from nnunetv2.federated.coordinator.members import Member, create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
-from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import (
     admission_key,
     initial_key,
@@ -195,6 +195,8 @@ def test_a_site_leaves_and_returns(make_federation):
     assert federation.weights(0) == {"A": 1.0, "B": 2.0}
     with pytest.raises(RefusedError, match="does not take part"):
         federation.update(1, "C", 3)
+    steering.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=1, reason="FederationError"))
+    assert not federation.store.load_events("failure"), "that it has left says it all"
     assert federation.act("return", Member("C", "site")).members == ("A", "B", "C")
     federation.update(1, "C", 3)
     assert federation.coordinator.result(round_key(RUN, 1), "C") == Waiting(waiting_for=("A", "B"))
@@ -335,6 +337,16 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     assert again.coordinator.book.control(RUN).proceeding == {round_key(RUN, 1)}
     assert [(event.site, event.key) for event in again.store.load_events("control")
             if event.detail["action"] == "proceed"] == [("boss", round_key(RUN, number)) for number in (0, 1)]
+
+
+@pytest.mark.parametrize("change", [{"quorum": 4, "deadline_s": 1.0}, {"quorum": 2}])
+def test_a_quorum_with_which_no_round_could_close_is_refused(make_federation, change):
+    coordinator = make_federation("A", "B", "C").coordinator
+    with pytest.raises(FederationError, match="--quorum"):
+        coordinator.change_settings(SettingsChange(**change), by="boss")
+    coordinator.change_settings(SettingsChange(quorum=3, deadline_s=1.0), by="boss")
+    coordinator.revoke("C", by="boss")
+    assert coordinator.change_settings(SettingsChange(late_updates="carry"), by="boss").quorum == 3
 
 
 def test_a_run_does_not_proceed_with_sites_that_were_revoked_meanwhile(make_federation):

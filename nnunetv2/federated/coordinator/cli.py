@@ -150,15 +150,14 @@ def ask_for_sites() -> tuple[str, ...]:
 
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
+    from nnunetv2.federated.bodies import check_quorum
+
     num_sites = len(settings.sites)
     if num_sites < 2:
         raise FederationError(f"a federation has at least two sites, got {', '.join(settings.sites) or 'none'}")
     if len({site.lower() for site in settings.sites}) != num_sites:
         raise FederationError("names of sites must differ in more than upper and lower case")
-    if settings.quorum is not None and settings.quorum > num_sites:
-        raise FederationError(f"--quorum {settings.quorum} is more than the {num_sites} sites")
-    if settings.quorum is not None and settings.deadline_s is None:
-        raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
+    check_quorum(settings)
 
 
 def check_unchanged(stored: FederationSettings, first: FederationSettings, given: dict[str, object],

@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from nnunetv2.federated.coordinator.changes import ANYTHING, Changes
 from nnunetv2.federated.coordinator.log_tail import LogTail
 from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.errors import in_sentences
 from nnunetv2.federated.messages import (
     MAX_SITES,
     Count,
@@ -232,7 +233,7 @@ class Lookout:
         return Meeting(key=str(gathering.key), kind=gathering.key.kind, since=self._since(gathering),
                        contributed=gathering.counted, waiting_for=gathering.waiting_for, quorum=gathering.quorum,
                        due=due_at(gathering),
-                       refusal="" if refusal is None else f"{refusal.message} {refusal.remedy}".strip()[:8000])
+                       refusal="" if refusal is None else in_sentences(refusal.message, refusal.remedy)[:8000])
 
     def _since(self, gathering: Gathering) -> float | None:
         before = prerequisite(gathering.key)

@@ -142,10 +142,16 @@ class Coordinator:
         self.announce(f"{by} has revoked the credential of {name}")
 
     def change_settings(self, change: bodies.SettingsChange, *, by: str) -> bodies.FederationSettings:
-        """Change what may be changed while a federation is at work; it holds from the next closing on."""
+        """Change what may be changed while a federation is at work; it holds from the next closing on.
+
+        Raises:
+            FederationError: No round could ever close with the quorum.
+        """
         with self.locks["settings"]:
             values = {**self.settings.model_dump(), **change.model_dump(exclude_unset=True)}
             settings = bodies.FederationSettings.model_validate(values)
+            if change.model_fields_set & {"quorum", "deadline_s"}:  # a revocation may leave fewer sites than a quorum
+                bodies.check_quorum(settings)
             self.store.save_settings(settings, Event(self.clock(), "settings", by, None,
                                                      change.model_dump(mode="json", exclude_unset=True)))
             self._take_over(settings)

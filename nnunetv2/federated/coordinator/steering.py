@@ -51,6 +51,8 @@ def act(coordinator: Coordinator, run: str, action: bodies.RunAction, member: Me
 
 def report_failure(coordinator: Coordinator, site: str, report: bodies.FailureReport) -> None:
     """Remember that a site cannot go on; with a quorum, the round does not wait for it."""
+    if site in coordinator.book.control(report.run).left:
+        return  # nobody waits for it, and that its training has ended follows
     report = report.model_copy(update={"run": printable(report.run), "reason": printable(report.reason)})
     event = Event(coordinator.clock(), "failure", site, None, report.model_dump(mode="json"))
     where = f"run {report.run}" + (f", round {report.round}" if report.round is not None else "")
@@ -82,7 +84,8 @@ def _proceed(coordinator: Coordinator, run: str, gathering: str | None, name: st
                and gathering in (None, str(one.key))]
     if len(waiting) != 1:
         names = ", ".join(str(one.key) for one in waiting) or "none"
-        raise RefusedError(f"run {run} has no single gathering to close: {names} wait", "Name one.", code="not_open")
+        raise RefusedError(f"run {run} has no single gathering to close; waiting: {names}", "Name one.",
+                           code="not_open")
     key, counted = waiting[0].key, waiting[0].counted
     if not is_enough(waiting[0]):
         least = "at least 2 contributions" if key.kind == "registration" else "a contribution"

@@ -68,7 +68,7 @@
   // ------------------------------------------------------------------------------------------------------ requests
   class Refusal extends Error {
     constructor(status, problem) {
-      super([problem.message, problem.remedy].filter(Boolean).join(" ") || `the coordinator answers ${status}`);
+      super([problem.message, problem.remedy].filter(Boolean).join(". ") || `the coordinator answers ${status}`);
       this.status = status;
     }
   }
