@@ -182,6 +182,8 @@ class GatheringStatus(Part):
     waiting_for: SiteNames
     opened: Finite
     """Seconds since 1970, by the coordinator's clock."""
+    refusal: LongText = ""
+    """Why there is no result although all have contributed."""
 
 
 class FailureStatus(Part):

@@ -169,6 +169,11 @@ class Gathering:
         return isinstance(self.outcome, Closed)
 
     @property
+    def refusal(self) -> str:
+        """Say why there is no result although all have contributed, as people read it; empty where that is not so."""
+        return str(self.outcome.as_error()) if isinstance(self.outcome, Refused) else ""
+
+    @property
     def waiting_for(self) -> tuple[str, ...]:
         """Name the expected sites that have not contributed."""
         return tuple(sorted(self.expected - self.contributions.keys()))

@@ -75,6 +75,8 @@ def _describe_pace(state: RunState, progress: RunProgress) -> str:
 
 def _describe_wait(gathering: GatheringStatus, name: str, now: float) -> str:
     since = duration(now - gathering.opened)
+    if gathering.refusal:
+        return f"{name} is refused, until a site sends something else: {gathering.refusal}"
     if not gathering.waiting_for:
         return f"all have contributed: {name}, since {since}; it is not closed yet"
     there = f" ({', '.join(gathering.contributed)} contributed)" if gathering.contributed else ""

@@ -9,6 +9,7 @@ from fake_federation import (
     RUN,
     in_threads,
     make_census,
+    make_plans,
     make_settings,
     served,
     train,
@@ -17,7 +18,7 @@ from fake_federation import (
 
 from nnunetv2.federated import bodies, messages, status
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.messages import CENSUS_KEY, round_key, validation_key
+from nnunetv2.federated.messages import CENSUS_KEY, plans_key, round_key, validation_key
 
 NOW = 1_000_000.0
 
@@ -63,6 +64,14 @@ def test_planning_is_shown_too():
     assert "waiting for north, south since 1 min: fingerprint/census" in text
 
 
+def test_what_was_refused_is_not_called_a_wait():
+    census = bodies.GatheringStatus(key=CENSUS_KEY, contributed=("north", "south"), waiting_for=(), opened=NOW - 60,
+                                    refusal="labels.liver is 1 at north and 2 at south. Make dataset.json agree.")
+    text = text_of(make_status(runs=(), progress=(), waiting=(census,)))
+    assert "fingerprint/census is refused, until a site sends something else: labels.liver is 1 at north" in text
+    assert "not closed yet" not in text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [
     (-3, "0 s"), (59.4, "59 s"), (60, "1 min"), (72, "1 min 12 s"), (720, "12 min"), (3600, "1 h"),
     (4320, "1 h 12 min"), (36_000, "10 h"), (90_000, "1 d 1 h"), (9_000_000, "104 d")])
@@ -83,11 +92,15 @@ def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
                 one.contribute(validation_key(RUN, 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
             wait_until(lambda: federation.coordinator.store.load_validations(RUN))
             client.contribute(CENSUS_KEY, make_census(labels=LABELS))
+            for one, plans in ((client, make_plans(a=1)), (other, make_plans(a=2)), (third, make_plans(a=2))):
+                one.contribute(plans_key("p"), messages.PlansReport(plans=plans))
+            wait_until(lambda: federation.coordinator.book.get(plans_key("p")).refusal)
         monkeypatch.setenv("nnUNet_fed_site", str(tmp_path / "federation" / "credential.A.json"))
         assert status.main([]) == 0
         text = capsys.readouterr().out
         assert f"run {RUN}: complete, 2 of 2 rounds closed" in text and "pseudo Dice 0.8000" in text
         assert "waiting for B, C since 0 s: fingerprint/census (A contributed)" in text
+        assert "plans/p is refused, until a site sends something else: the plans differ: plans.a is 1 at A" in text
         assert status.main(["--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["progress"][0]["round_s"] is not None and content["runs"][0]["state"] == "complete"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.federated import closing
 from nnunetv2.federated.audit import Event
-from nnunetv2.federated.errors import FederationError, RefusedError, in_sentences
+from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import initial_key, round_key, validation_key
 from nnunetv2.federated.model_keeping import keep_models
 from nnunetv2.federated.rounds import Closed, Gathering, GatheringKey, Refused, closed, may_close, refused
@@ -251,7 +251,7 @@ def _describe_outcome(gathering: Gathering, seconds: float) -> str:
     key, outcome = gathering.key, gathering.outcome
     name = f"run {key.run}, {key.kind} {key.number}" if key.number is not None else str(key)
     if isinstance(outcome, Refused):
-        return f"{name} is refused: {in_sentences(outcome.message, outcome.remedy)}"
+        return f"{name} is refused: {gathering.refusal}"
     assert isinstance(outcome, Closed)
     if key.kind in WHAT_LATE_SITES_DID:
         return f"{name} is closed: site {key.site} {WHAT_LATE_SITES_DID[key.kind]}"

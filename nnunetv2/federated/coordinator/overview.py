@@ -19,7 +19,6 @@ from starlette.concurrency import run_in_threadpool
 from nnunetv2.federated.coordinator.changes import ANYTHING, Changes
 from nnunetv2.federated.coordinator.log_tail import LogTail
 from nnunetv2.federated.coordinator.service import Coordinator
-from nnunetv2.federated.errors import in_sentences
 from nnunetv2.federated.messages import (
     MAX_SITES,
     Count,
@@ -34,7 +33,7 @@ from nnunetv2.federated.messages import (
     registration_key,
     round_key,
 )
-from nnunetv2.federated.rounds import Closed, Gathering, Refused, due_at, parse_key, prerequisite
+from nnunetv2.federated.rounds import Closed, Gathering, due_at, parse_key, prerequisite
 from nnunetv2.federated.strict_json import encode_json
 
 RECENT_ROUNDS = 10
@@ -229,11 +228,9 @@ class Lookout:
         return book.begin(parse_key(round_key(run, 0 if latest is None else latest.key.number + 1)))
 
     def _meeting(self, gathering: Gathering) -> Meeting:
-        refusal = gathering.outcome if isinstance(gathering.outcome, Refused) else None
         return Meeting(key=str(gathering.key), kind=gathering.key.kind, since=self._since(gathering),
                        contributed=gathering.counted, waiting_for=gathering.waiting_for, quorum=gathering.quorum,
-                       due=due_at(gathering),
-                       refusal="" if refusal is None else in_sentences(refusal.message, refusal.remedy)[:8000])
+                       due=due_at(gathering), refusal=gathering.refusal[:8000])
 
     def _since(self, gathering: Gathering) -> float | None:
         before = prerequisite(gathering.key)

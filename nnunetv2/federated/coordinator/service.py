@@ -339,7 +339,8 @@ class Coordinator:
             sites=self.members.status(),
             waiting=tuple(bodies.GatheringStatus(
                 key=str(gathering.key), contributed=tuple(sorted(gathering.contributions)),
-                waiting_for=gathering.waiting_for, opened=gathering.opened) for gathering in open_gatherings),
+                waiting_for=gathering.waiting_for, opened=gathering.opened, refusal=gathering.refusal[:8000])
+                for gathering in open_gatherings),
             runs=tuple(self.book.run_state(run) for run in runs),
             progress=tuple(self._progress(run) for run in runs),
             failures=tuple(bodies.FailureStatus(site=event.site, time=event.time, **dict(event.detail))
