@@ -59,6 +59,31 @@ def test_the_newest_request_writes(uploads):
     assert new.path.read_bytes() == CONTENT + b"rest"
 
 
+def test_what_is_complete_is_nobody_elses(uploads):
+    """Else a site could have one thing checked and another one stored."""
+    with uploads.writing(KEY, "A", D1, offset=0) as first:
+        first.append(CONTENT)
+        first.complete()
+        with pytest.raises(RefusedError) as info, uploads.writing(KEY, "A", D1, offset=0):
+            pass
+        assert info.value.code == "taken_over", "the sender asks again, and hears that it is stored"
+        assert first.path.read_bytes() == CONTENT and uploads.offset(KEY, "A", D1) == 0
+        first.discard()
+    assert list(begin(uploads).path.parent.iterdir()) == [begin(uploads).path]
+
+
+def test_who_was_overtaken_does_not_complete(uploads):
+    with uploads.writing(KEY, "A", D1, offset=0) as old:
+        old.append(CONTENT)
+        with uploads.writing(KEY, "A", D1, offset=0) as new:
+            with pytest.raises(RefusedError) as info:
+                old.complete()
+            assert info.value.code == "taken_over"
+            new.append(CONTENT)
+            new.complete()
+            assert new.path.read_bytes() == CONTENT
+
+
 def test_a_document_made_anew_replaces_the_one_before(uploads, tmp_path):
     begin(uploads)
     begin(uploads, site="B")
@@ -73,3 +98,11 @@ def test_what_nobody_goes_on_with_is_removed(uploads):
     assert path.exists()
     uploads.remove_old(now=path.stat().st_mtime + KEPT_FOR_S + 1)
     assert not path.exists()
+
+
+def test_what_a_crash_kept_from_being_stored_is_removed(tmp_path):
+    with PartialUploads(tmp_path).writing(KEY, "A", D1, offset=0) as upload:
+        upload.append(CONTENT)
+        upload.complete()
+        PartialUploads(tmp_path).remove_old()
+    assert not list(tmp_path.iterdir())

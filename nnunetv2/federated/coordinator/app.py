@@ -185,14 +185,12 @@ async def put_contribution(request: Request) -> Response:
     digest, size = announcement.digest, announcement.size
     with coordinator.uploads.writing(key, site, digest, offset=announcement.offset) as upload:
         await receive(request, upload, announcement, request.app.state.reception)
-        upload.close()
+        upload.complete()
         try:
             receipt = await request.app.state.reception.finish(
                 coordinator.contribute, key, site, upload.path, digest, size)
-        except FederationError:
-            upload.discard()
-            raise
-        upload.discard()  # what is left of it: nothing, or what is held already
+        finally:
+            upload.discard()  # what is left of it: nothing, or what is of no use
         return json_response(receipt)
 
 

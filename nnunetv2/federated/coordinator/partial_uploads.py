@@ -1,7 +1,8 @@
 """Keep what has arrived of an upload when its connection breaks, so that it goes on at that byte.
 
 There is one file per gathering and site. The newest request writes it: a connection that is half dead, and whose sender
-has begun anew, finds that out at its next piece.
+has begun anew, finds that out at its next piece. What is complete belongs to the request that has completed it: nobody
+else has a hand on it between its check and its place in the store.
 """
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from nnunetv2.federated.errors import RefusedError
 WORTH_KEEPING_BYTES = 1 << 20
 """What is smaller is sent again."""
 KEPT_FOR_S = 2 * 86_400.0
+WHOLE = ".whole"
+"""Ending of what is complete; of the rest, it is `.part`."""
 KEPT_PER_SITE = 8
 """Uploads of one site that nobody goes on with at the moment."""
 _READ_BYTES = 4 << 20
@@ -30,6 +33,7 @@ class PartialUploads:
         self._folder = folder
         self._lock = threading.Lock()
         self._writers: dict[Path, PartialUpload] = {}
+        self._being_stored: set[Path] = set()
 
     def offset(self, key: str, site: str, digest: str) -> int:
         """Return how many bytes of a document have arrived already."""
@@ -41,19 +45,27 @@ class PartialUploads:
         """Take over an upload at a byte. What has arrived stays if the block fails for want of the rest.
 
         Raises:
-            RefusedError: Less than `offset` bytes are here; the code is `wrong_offset`.
+            RefusedError: Less than `offset` bytes are here, and the code is `wrong_offset`; or all of them came on
+                another connection just now, and the code is `taken_over`.
         """
         path = self._path(key, site, digest)
         with self._lock:
+            if path in self._being_stored:
+                raise RefusedError("this document has arrived on another connection, and is being stored",
+                                   code="taken_over")
             self._remove_others(path)
             if offset > (path.stat().st_size if path.exists() else 0):
                 raise RefusedError(f"the upload cannot go on at byte {offset}: less has arrived", code="wrong_offset")
+            if path in self._writers:
+                self._writers[path].close()  # waits for the piece that it is writing: it is the same file
             upload = self._writers[path] = PartialUpload(self, path, offset)
         try:
             yield upload
         finally:
             upload.close()
             with self._lock:
+                if upload.is_complete:
+                    self._being_stored.discard(path)
                 if self._writers.get(path) is upload:
                     del self._writers[path]
                     if path.exists() and path.stat().st_size < WORTH_KEEPING_BYTES:
@@ -73,11 +85,24 @@ class PartialUploads:
         """Tell whether no newer request has taken over."""
         return self._writers.get(upload.path) is upload
 
+    def complete(self, upload: PartialUpload) -> None:
+        """Let an upload that is complete be nobody else's any more.
+
+        Raises:
+            RefusedError: A newer request has taken over; the code is `taken_over`.
+        """
+        with self._lock:
+            if not self.is_writer(upload):
+                raise _taken_over()
+            self._being_stored.add(upload.path)
+            del self._writers[upload.path]
+            upload.path = upload.path.replace(upload.path.with_suffix(WHOLE))
+
     def remove_old(self, now: float | None = None) -> None:
-        """Remove what nobody has gone on with for two days."""
+        """Remove what nobody has gone on with for two days, and what a crash kept from being stored."""
         latest = (time.time() if now is None else now) - KEPT_FOR_S
         for path in self._folder.iterdir():
-            if path.stat().st_mtime < latest:
+            if path.suffix == WHOLE or path.stat().st_mtime < latest:
                 path.unlink()
 
     def _remove_others(self, path: Path) -> None:
@@ -104,6 +129,7 @@ class PartialUpload:
         self.path = path
         self.size = offset
         """Bytes that are here."""
+        self.is_complete = False
         self._uploads = uploads
         self._lock = threading.Lock()
         self._file: FileIO | None = path.open("r+b" if path.exists() else "w+b", buffering=0)
@@ -129,7 +155,7 @@ class PartialUpload:
         """
         with self._lock:
             if self._file is None or not self._uploads.is_writer(self):
-                raise RefusedError("this upload has been begun anew on another connection", code="taken_over")
+                raise _taken_over()
             for piece in pieces:
                 _write_all(self._file, piece)
                 self._digest.update(piece)
@@ -139,10 +165,20 @@ class PartialUpload:
         """Return the SHA-256 of everything up to here."""
         return self._digest.hexdigest()
 
+    def complete(self) -> None:
+        """Take note that all has arrived, and that it is as announced: from now on, `path` is this request's alone.
+
+        Raises:
+            RefusedError: A newer request has taken over; the code is `taken_over`.
+        """
+        self.close()
+        self._uploads.complete(self)
+        self.is_complete = True
+
     def discard(self) -> None:
         """Remove the file: its content is of no use."""
         self.close()
-        if self._uploads.is_writer(self):
+        if self.is_complete or self._uploads.is_writer(self):
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -151,6 +187,10 @@ class PartialUpload:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _taken_over() -> RefusedError:
+    return RefusedError("this upload has been begun anew on another connection", code="taken_over")
 
 
 def _write_all(file: FileIO, piece: bytes) -> None:
