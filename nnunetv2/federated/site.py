@@ -217,26 +217,33 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
     known = _credential_in_the_way(invitation, path, replace=replace)
     pending = path.with_name(path.name + ".joining")
     certificate, key = (None if file is None else str(file.resolve()) for file in (client_certificate, client_key))
-    authority = None if invitation.authority is None else str(_keep_authority(invitation, path, certificate, key))
+    authority = None if invitation.authority is None else _fetch_authority(invitation, pending, certificate, key)
     credential = SiteCredential(check_url(invitation.url), invitation.federation, invitation.site,
                                 known or _pending_token(invitation, pending) or new_token(invitation.site), insecure,
-                                authority, certificate, key, _hash(invitation.secret))
+                                None if authority is None else str(authority), certificate, key,
+                                _hash(invitation.secret))
     save_credential(credential, pending)
     try:
         answer = request_to_join(credential, invitation.secret)
     except RefusedError:
         pending.unlink()
+        if authority is not None:
+            authority.unlink()
         raise
     if answer.settings.precision != "float32":
-        save_credential(dataclasses.replace(credential, precision=answer.settings.precision), pending)
-    pending.replace(path)
+        credential = dataclasses.replace(credential, precision=answer.settings.precision)
+    _settle(credential, pending, path)
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
     return f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
 
 
-def _keep_authority(invitation: Invitation, path: Path, certificate: str | None, key: str | None) -> Path:
-    """Ask the coordinator for its private authority, and keep it if it is the one in the invitation."""
+def _fetch_authority(invitation: Invitation, pending: Path, certificate: str | None, key: str | None) -> Path:
+    """Ask the coordinator for its private authority, and keep it beside the attempt to join that needs it.
+
+    Raises:
+        FederationError: It is not the one in the invitation.
+    """
     from nnunetv2.federated.certificates import fetch_authority, fingerprint_of
     from nnunetv2.utilities.atomic_write import replacing
 
@@ -245,11 +252,28 @@ def _keep_authority(invitation: Invitation, path: Path, certificate: str | None,
         raise FederationError(f"what answers at {invitation.url} is not the coordinator of the invitation: its "
                               "certificate authority has another fingerprint. Somebody may be in between: ask the "
                               "coordinating site, and check the address")
-    kept = path.with_name(path.name + ".ca.pem")
+    kept = _authority_path(pending)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with replacing(kept) as partial:
         partial.write_text(pem, encoding="ascii")
     return kept
+
+
+def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:
+    """Put a credential that the coordinator has accepted, and its authority, in their places.
+
+    Only now is what was there before given up, which one that was refused leaves as it is.
+    """
+    if credential.authority is not None:
+        credential = dataclasses.replace(
+            credential, authority=str(Path(credential.authority).replace(_authority_path(path))))
+    save_credential(credential, path)
+    pending.unlink()
+
+
+def _authority_path(credential: Path) -> Path:
+    """Return where the authority of a credential is kept, for whatever folder programs are started in."""
+    return credential.with_name(credential.name + ".ca.pem").resolve()
 
 
 def new_token(site: str) -> str:

@@ -1,6 +1,7 @@
 """Invitations and credentials."""
 import json
 import os
+from pathlib import Path
 
 import pytest
 from fake_federation import make_settings, served
@@ -160,6 +161,32 @@ def test_the_credential_of_another_federation_is_not_overwritten(federation, tmp
     assert load_credential(path) == CREDENTIAL
     join(invitation, path=path, replace=True)
     assert load_credential(path).site == "E"
+
+
+def test_a_refused_join_leaves_the_authority_of_the_credential_that_it_would_replace(federation, tmp_path, monkeypatch):
+    from nnunetv2.federated import certificates
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(certificates, "fetch_authority", lambda url, **others: "the new one")
+    monkeypatch.setattr(certificates, "fingerprint_of", lambda pem: "f" * 64)
+    (tmp_path / "site.json.ca.pem").write_text("the old one")
+    path = Path("site.json")
+    before = SiteCredential("https://h:1", "f", "A", "A.secret", authority=str(tmp_path / "site.json.ca.pem"))
+    save_credential(before, path)
+    invitation = Invitation(federation.url, "test", "E", "guessed", authority="f" * 64)
+    with pytest.raises(RefusedError, match="not known here"):
+        join(invitation, path=path, replace=True)
+    assert load_credential(path) == before and Path(before.authority).read_text() == "the old one"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["site.json", "site.json.ca.pem"]
+
+    from nnunetv2.federated import bodies, client
+    answer = bodies.JoinAnswer(federation="test", site="E", role="site", settings=make_settings())
+    monkeypatch.setattr(client, "request_to_join", lambda credential, secret: answer)
+    join(invitation, path=path, replace=True)
+    monkeypatch.chdir("/")
+    after = load_credential(tmp_path / path)
+    assert after.site == "E" and Path(after.authority).read_text() == "the new one"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["site.json", "site.json.ca.pem"]
 
 
 def test_help_answers_at_once_without_torch():
