@@ -16,16 +16,18 @@ from nnunetv2.federated.coordinator import cli
 
 PROJECT = Path(__file__).resolve().parents[1]
 UNIT = PROJECT / "deploy" / "nnunet-coordinator.service"
+BACKUP = PROJECT / "deploy" / "nnunet-coordinator-backup.service"
+TIMER = PROJECT / "deploy" / "nnunet-coordinator-backup.timer"
 CONTAINER = PROJECT / "deploy" / "Containerfile"
 MOST_EXPOSURE = 2.0
 """As `systemd-analyze security` counts it: 10 is a service that may do everything."""
 
 
-def installed_unit(folder: Path) -> Path:
-    """Write the unit as it would be on this machine, whose user and command are others."""
-    command = shutil.which("nnUNetv2_fed_coordinator", path=str(Path(sys.executable).parent)) or sys.executable
-    text = UNIT.read_text(encoding="utf-8").replace("/opt/nnunet-coordinator/bin/nnUNetv2_fed_coordinator", command)
-    path = folder / UNIT.name
+def installed_unit(unit: Path, folder: Path) -> Path:
+    """Write a unit as it would be on this machine, whose user and commands are others."""
+    commands = Path(sys.executable).parent
+    text = unit.read_text(encoding="utf-8").replace("/opt/nnunet-coordinator/bin", str(commands))
+    path = folder / unit.name
     path.write_text(re.sub(r"^(User|Group)=.*", r"\1=root", text, flags=re.M), encoding="utf-8")
     return path
 
@@ -41,12 +43,15 @@ def systemd_analyze(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_systemd_accepts_the_unit(tmp_path):
-    assert UNIT.name not in systemd_analyze("verify", "--man=no", str(installed_unit(tmp_path)))
+@pytest.mark.parametrize("unit", [UNIT, BACKUP, TIMER], ids=lambda path: path.name)
+def test_systemd_accepts_the_unit(tmp_path, unit):
+    installed_unit(BACKUP, tmp_path)  # which the timer starts
+    assert unit.name not in systemd_analyze("verify", "--man=no", str(installed_unit(unit, tmp_path)))
 
 
-def test_the_unit_leaves_little_exposed(tmp_path):
-    shown = systemd_analyze("security", "--offline=yes", "--no-pager", str(installed_unit(tmp_path)))
+@pytest.mark.parametrize("unit", [UNIT, BACKUP], ids=lambda path: path.name)
+def test_the_unit_leaves_little_exposed(tmp_path, unit):
+    shown = systemd_analyze("security", "--offline=yes", "--no-pager", str(installed_unit(unit, tmp_path)))
     assert float(re.search(r"Overall exposure level for \S+: ([0-9.]+)", shown)[1]) <= MOST_EXPOSURE
 
 
@@ -55,6 +60,16 @@ def test_the_command_of_the_unit_is_one():
     program, *arguments = shlex.split(line.replace("$COORDINATOR_OPTIONS", "--host 192.0.2.10"))
     assert Path(program).name == "nnUNetv2_fed_coordinator"
     assert cli.build_parser().parse_args(arguments).folder == Path("/var/lib/nnunet-coordinator/federation")
+
+
+def test_the_command_of_the_backup_saves_the_federation_of_the_unit(tmp_path):
+    line = re.search(r"^ExecStart=(.*)$", BACKUP.read_text(encoding="utf-8"), flags=re.M)[1]
+    shell, option, script = shlex.split(line.replace("%%", "%").replace("$$", "$"))
+    assert (shell, option) == ("/bin/sh", "-c")
+    (tmp_path / "federation").mkdir()
+    script = script.replace("/opt/nnunet-coordinator/bin", str(Path(sys.executable).parent))
+    done = subprocess.run([shell, option, script], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert "federation holds no federation" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- container
