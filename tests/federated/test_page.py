@@ -19,6 +19,7 @@ from nnunetv2.federated.audit import Event
 from nnunetv2.federated.bodies import FailureReport
 from nnunetv2.federated.coordinator import page, sessions, steering
 from nnunetv2.federated.coordinator.limits import Limits
+from nnunetv2.federated.coordinator.log_tail import LogTail
 from nnunetv2.federated.coordinator.page import Observatory
 from nnunetv2.federated.coordinator.sessions import LoginRequest, Sessions
 from nnunetv2.federated.errors import RefusedError
@@ -187,9 +188,10 @@ def test_a_login_comes_from_the_page_itself(federation, eve):
 def test_who_fails_too_often_has_to_wait(federation, eve):
     for _ in range(sessions.MAX_ATTEMPTS):
         assert Watcher.log_in(SimpleNamespace(**{**vars(eve), "token": new_token("eve")})).status_code == 401
-    answer = eve.log_in()
+    answer = Watcher.log_in(SimpleNamespace(**{**vars(eve), "token": new_token("eve")}))
     assert answer.status_code == 429 and "Try again in" in answer.json()["remedy"]
     assert eve.get("overview").status_code == 200, "who is logged in is not concerned"
+    assert eve.log_in().status_code == 200, "nor who has the right token"
 
 
 def test_a_flood_of_strangers_does_not_lock_viewers_out(tmp_path):
@@ -254,16 +256,65 @@ def test_the_number_of_sessions_is_bounded(clocked, monkeypatch):
         clocked.sessions.viewer(cookie)
 
 
+def test_nobody_ends_the_sessions_of_others_by_logging_in(clocked, federation, monkeypatch):
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 3)
+    own, _ = clocked.sessions.log_in(clocked.login, address="x")
+    token = new_token("mallory")
+    federation.coordinator.members.join(federation.coordinator.invite("mallory", "observer", by="boss"), token,
+                                        now=clocked.clock.now)
+    for _ in range(5):
+        clocked.clock.now += 1
+        clocked.sessions.log_in(LoginRequest(token=token), address="y")
+    assert clocked.sessions.count() == 4
+    clocked.sessions.viewer(own)
+
+
 def test_failures_are_forgotten_after_a_while_and_counted_by_address(clocked, monkeypatch):
     wrong = LoginRequest(token=new_token("adam"))
     for _ in range(sessions.MAX_ATTEMPTS):
         with pytest.raises(RefusedError, match="does not know"):
             clocked.sessions.log_in(wrong, address="10.0.0.1")
     with pytest.raises(RefusedError, match="too many failed logins"):
-        clocked.sessions.log_in(clocked.login, address="10.0.0.1")
-    clocked.sessions.log_in(clocked.login, address="10.0.0.2")
+        clocked.sessions.log_in(wrong, address="10.0.0.1")
+    with pytest.raises(RefusedError, match="does not know"):
+        clocked.sessions.log_in(wrong, address="10.0.0.2")
     clocked.clock.now += sessions.ATTEMPTS_S
-    clocked.sessions.log_in(clocked.login, address="10.0.0.1")
+    with pytest.raises(RefusedError, match="does not know"):
+        clocked.sessions.log_in(wrong, address="10.0.0.1")
+
+
+def test_who_has_a_network_of_addresses_counts_as_one(clocked):
+    for number in range(sessions.MAX_ATTEMPTS + 1):
+        with pytest.raises(RefusedError) as info:
+            clocked.sessions.log_in(LoginRequest(token=new_token("adam")), address=f"2001:db8::{number}")
+    assert info.value.code == "too_many_attempts"
+
+
+def test_logging_in_again_ends_the_session_before(federation, eve):
+    before = eve.session.cookies.copy()
+    assert eve.log_in().status_code == 200 and eve.get("overview").status_code == 200
+    eve.session.cookies = before
+    assert eve.get("overview").status_code == 401
+
+
+def test_a_database_that_is_locked_for_a_while_does_not_end_the_daily_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "HEAD_EVERY_S", 0.05)
+    monkeypatch.setattr(LogTail, "read_on", fails_twice(LogTail.read_on))
+    with served(tmp_path / "federation", make_settings()) as federation:
+        wait_until(lambda: any("the head of line" in line for line in federation.lines))
+        assert "it cannot be read at the moment: the database" in federation.lines[0]
+
+
+def fails_twice(function):
+    calls = []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) <= 2:
+            raise OSError("the database of the federation: database is locked")
+        return function(*args)
+
+    return failing
 
 
 def test_the_memory_of_failures_is_bounded(monkeypatch):

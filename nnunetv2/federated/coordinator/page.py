@@ -82,9 +82,12 @@ class Observatory:
     async def tell_head_daily(self) -> None:
         """Tell the person at the coordinator, now and every day, the hash that is to be noted elsewhere."""
         while True:
-            await run_in_threadpool(self.lookout.tail.read_on)
             tail = self.lookout.tail
-            self.coordinator.announce(f"audit log: the head of line {tail.number} is {tail.head}")
+            try:
+                await run_in_threadpool(tail.read_on)
+                self.coordinator.announce(f"audit log: the head of line {tail.number} is {tail.head}")
+            except OSError as error:
+                self.coordinator.announce(f"audit log: it cannot be read at the moment: {error}")
             await asyncio.sleep(HEAD_EVERY_S)
 
 
@@ -142,6 +145,7 @@ async def post_session(request: Request) -> Response:
     login = await read_json(request, LoginRequest)
     address = request.client.host if request.client else ""
     cookie, viewer = await run_in_threadpool(observatory.sessions.log_in, login, address=address)
+    observatory.sessions.log_out(request.cookies.get(observatory.cookie, ""))  # the one that this cookie replaces
     answer = _answer(viewer)
     # No path: the browser sends the cookie to where it comes from, /v1/..., under whatever prefix a proxy adds.
     answer.set_cookie(observatory.cookie, cookie, max_age=int(SESSION_S), path=None, secure=observatory.is_secure,

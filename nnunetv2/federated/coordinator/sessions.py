@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from nnunetv2.federated.bodies import JoinRequest
+from nnunetv2.federated.coordinator.limits import address_group
 from nnunetv2.federated.coordinator.members import Member, hash_secret
 from nnunetv2.federated.coordinator.service import Coordinator, require_role
 from nnunetv2.federated.errors import RefusedError
@@ -25,9 +26,10 @@ SESSION_S = 12 * 3600.0
 """A session ends after a working day at the latest,"""
 IDLE_S = 2 * 3600.0
 """and when nobody has looked for so long."""
-MAX_SESSIONS = 1000
+MAX_SESSIONS = 50
+"""Of one member; the one that was used least recently gives way."""
 MAX_ATTEMPTS = 10
-"""Failed logins from one address within `ATTEMPTS_S`; then it has to wait."""
+"""Failed logins from one address within `ATTEMPTS_S`; what else fails then is told to wait."""
 ATTEMPTS_S = 300.0
 MAX_ADDRESSES = 4096
 
@@ -62,25 +64,25 @@ class Session:
 
 
 class Attempts:
-    """Count the failed logins of each address, so that nobody can go on trying. Not a lock: 2**256 tokens are."""
+    """Count the failed logins of each address, so that nobody goes on trying. Not a lock: 2**256 tokens are.
+
+    So a good token is let in whoever else is behind the same address.
+    """
 
     def __init__(self) -> None:
         self._failures: dict[str, deque[float]] = {}
 
-    def check(self, address: str, now: float) -> None:
-        """Raise RefusedError if an address has failed too often of late."""
-        failures = self._failures.get(address, deque())
+    def failed(self, address: str, now: float) -> None:
+        """Remember a failed login, or raise RefusedError if the address has failed too often of late."""
+        if address not in self._failures and len(self._failures) >= MAX_ADDRESSES:
+            del self._failures[next(iter(self._failures))]  # the one that began first
+        failures = self._failures.setdefault(address, deque(maxlen=MAX_ATTEMPTS))
         while failures and failures[0] <= now - ATTEMPTS_S:
             failures.popleft()
         if len(failures) >= MAX_ATTEMPTS:
             raise RefusedError(f"too many failed logins from {address}",
                                f"Try again in {failures[0] + ATTEMPTS_S - now:.0f} seconds.", code="too_many_attempts")
-
-    def failed(self, address: str, now: float) -> None:
-        """Remember a failed login."""
-        if address not in self._failures and len(self._failures) >= MAX_ADDRESSES:
-            del self._failures[next(iter(self._failures))]  # the one that began first
-        self._failures.setdefault(address, deque(maxlen=MAX_ATTEMPTS)).append(now)
+        failures.append(now)
 
 
 class Sessions:
@@ -102,24 +104,23 @@ class Sessions:
             The value of the cookie, and who has logged in.
 
         Raises:
-            RefusedError: Token or invitation are no good, or those of a site, or there were too many attempts.
+            RefusedError: Token or invitation are no good, or those of a site.
         """
         now = self._coordinator.clock()
-        with self._lock:
-            self._attempts.check(address, now)
         try:
             member = self._enrol_or_authenticate(request)
             require_role(member, "observer", "operator")
         except RefusedError:
             with self._lock:
-                self._attempts.failed(address, now)
+                self._attempts.failed(address_group(address), now)
             raise
         cookie = secrets.token_urlsafe(32)
         session = Session(member.name, hash_secret(request.token), now + SESSION_S, now)
         with self._lock:
             self._remove_expired(now)
-            while len(self._sessions) >= MAX_SESSIONS:
-                del self._sessions[min(self._sessions, key=lambda name: self._sessions[name].last_used)]
+            own = [key for key, one in self._sessions.items() if one.name == member.name]
+            if len(own) >= MAX_SESSIONS:
+                del self._sessions[min(own, key=lambda key: self._sessions[key].last_used)]
             self._sessions[hash_secret(cookie)] = session
         return cookie, self._viewer(member, session)
 
