@@ -76,15 +76,21 @@ class Database:
     """The database of one federation. Safe for use by several threads.
 
     Raises:
-        FederationError: It was written by a version that this one does not know.
+        FederationError: It was written by a version that this one does not know, or by another program.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.RLock()
+        path.touch(mode=0o600)  # SQLite gives the files beside it the same mode
+        path.chmod(0o600)
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             self._prepare()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise FederationError(f"{path} cannot be used: {error}. Restore a backup (nnUNetv2_fed_admin restore), or "
+                                  "choose another folder") from error
         except BaseException:
             self.close()
             raise
@@ -128,7 +134,6 @@ class Database:
         elif version != SCHEMA_VERSION:
             raise FederationError(f"{self._path.parent} was written by another version of the coordinator (schema "
                                   f"{version}, not {SCHEMA_VERSION}): go on with that version, or use another folder")
-        self._path.chmod(0o600)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The coordinator's disk."""
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,27 @@ def test_another_schema_version_is_refused(store):
 
 def test_the_folder_is_private(store):
     assert store.folder.stat().st_mode & 0o077 == 0
+
+
+def test_secrets_are_private_in_a_folder_that_is_not(tmp_path):
+    """Invitations stand in the database, and in the journal beside it."""
+    folder = tmp_path / "made before"
+    folder.mkdir(mode=0o755)
+    with Store(folder) as store:
+        create_federation(store, make_settings(), now=1.0)
+        files = {path.name: path.stat().st_mode & 0o077 for path in folder.iterdir() if path.name != "lock"}
+    assert files.keys() >= {"coordinator.sqlite", "coordinator.sqlite-wal"} and not any(files.values()), files
+
+
+@pytest.mark.parametrize("content", [b"no database" * 100, "of somebody else"])
+def test_what_is_no_database_of_ours_is_said_in_a_sentence(tmp_path, content):
+    if isinstance(content, bytes):
+        (tmp_path / "coordinator.sqlite").write_bytes(content)
+    else:
+        with closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as database:
+            database.execute("CREATE TABLE meta (theirs)")
+    with pytest.raises(FederationError, match="coordinator.sqlite cannot be used: .* Restore a backup"):
+        Store(tmp_path)
 
 
 def test_acknowledged_means_full_durability(store):
