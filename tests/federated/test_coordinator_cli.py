@@ -5,16 +5,21 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fake_federation import PROJECT, CoordinatorProcess, coordinator_process, make_census, make_client, wait_until
 
+from nnunetv2.federated import admin
 from nnunetv2.federated.audit import Event
+from nnunetv2.federated.bodies import InviteRequest
 from nnunetv2.federated.coordinator import address, cli
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.messages import CENSUS_KEY
 from nnunetv2.federated.site import decode_invitation, join
 from nnunetv2.federated.store import Store
+
+FULL = Path("/dev/full")
 
 
 def open_folder(folder, *options):
@@ -69,7 +74,8 @@ def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_cha
 
 @pytest.mark.parametrize(("options", "complaint"), [
     (["--sites", "A"], "at least two sites"), (["--sites", "A", "a"], "upper and lower case"),
-    (["--sites", "A", "A"], "names are repeated"), (["--sites", "A", "../B"], "no name for a site"),
+    (["--sites", "A", "Operator"], "that of the operator"), (["--sites", "A", "A"], "names are repeated"),
+    (["--sites", "A", "../B"], "no name for a site"),
     (["--sites", "A", "B.C"], "no name for a site"), (["--sites", "A", "B", "--epochs", "0"], "num_epochs"),
     (["--sites", "A", "B", "--quorum", "3", "--deadline", "1"], "--quorum 3 is more than the 2 sites"),
     (["--sites", "A", "B", "--quorum", "1"], "--quorum needs --deadline"),
@@ -204,3 +210,21 @@ def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
         assert time.monotonic() - begin < 4
         thread.join(10)
         assert errors
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_a_log_that_is_full_or_narrow_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+    folder = tmp_path / "federation"
+    with FULL.open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A",
+                                    "B"], cwd=PROJECT, stdout=log, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (folder / "operator.json").exists() or process.poll() is not None)
+        operator = admin.operator_credential(folder)
+        admin.ask(operator, "POST", "members", None, InviteRequest(name="C"))
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(20)

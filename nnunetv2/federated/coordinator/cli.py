@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -194,17 +194,19 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
 
 # ----------------------------------------------------------------------------------------------------------- serve
 def say(line: str) -> None:
-    """Show a line to the person at the coordinator, with the time."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(line)}", flush=True)
+    """Show a line to the person at the coordinator, with the time; sites do not suffer from a log that is full."""
+    with suppress(OSError, ValueError):
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(line)}", flush=True)
 
 
 def print_invitations(invitations: Sequence[InvitationRecord], federation: str, place: Place) -> None:
     """Print what every member that has not joined has to type."""
-    if invitations:
-        print("Send each site its own line; a line is good for one site, once, until it expires:")
-    for record in invitations:
-        print(f"  {record.member}:  nnUNetv2_fed_join {place.invitation(federation, record.member, record.secret)}")
-    sys.stdout.flush()
+    with suppress(OSError):
+        if invitations:
+            print("Send each site its own line; a line is good for one site, once, until it expires:")
+        for record in invitations:
+            print(f"  {record.member}:  nnUNetv2_fed_join {place.invitation(federation, record.member, record.secret)}")
+        sys.stdout.flush()
 
 
 def serve(store: Store, listener: socket.socket, address: Address) -> None:
@@ -217,6 +219,7 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
     from nnunetv2.federated.coordinator.service import Coordinator
 
     return_what_is_freed()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
     certificate = address.certificate(store.folder)
     private = certificate.authority.read_text(encoding="ascii") if certificate and certificate.authority else None
     place = Place(address.public_url, private)

@@ -129,14 +129,14 @@ class Closer:
         if gathering is not None:
             seconds = time.perf_counter() - begin
             self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
-            coordinator.announce(_describe_outcome(gathering, seconds))
-            if gathering.is_closed and key.kind in ("round", "validation"):
-                self.tidy_up(key.run)
             try:
+                coordinator.announce(_describe_outcome(gathering, seconds))
                 self._announce_outliers(gathering)
+                if gathering.is_closed and key.kind in ("round", "validation"):
+                    self.tidy_up(key.run)
                 coordinator.members.save_traffic()
-            except OSError as error:  # for people only
-                logger.warning("after closing %s: %s", key, error)
+            except Exception:  # whatever it is, the gathering is closed, and the others go on
+                logger.exception("after closing %s", key)
         coordinator.on_change(str(key))
 
     def _decide(self, key: GatheringKey) -> Gathering | None:
@@ -231,7 +231,9 @@ class Closer:
         if any(event.key == run and event.detail.get("rounds") == made_of
                for event in coordinator.store.load_events("model")):
             return
-        text = keep_models(run, coordinator.store.folder / "models", final=latest, best=best,
+        models = coordinator.store.folder / "models"
+        models.mkdir(mode=0o700, exist_ok=True)
+        text = keep_models(run, models, final=latest, best=best,
                            archive=coordinator.archive)
         coordinator.store.add_event(Event(coordinator.clock(), "model", None, run,
                                           {"outcome": text, "rounds": made_of}))

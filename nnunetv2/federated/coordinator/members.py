@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from nnunetv2.federated import bodies
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.messages import MAX_SITES
 from nnunetv2.federated.store import InvitationRecord, MemberRecord, Role, Store, Traffic
 
 SHOWN_TRAFFIC = 1000
@@ -50,7 +51,13 @@ def new_invitation(member: str, *, now: float, lifetime_s: float) -> InvitationR
 
 def create_federation(store: Store, settings: bodies.FederationSettings, *, now: float,
                       lifetime_s: float = INVITATION_LIFETIME_S) -> None:
-    """Write a new federation, with one invitation per site."""
+    """Write a new federation, with one invitation per site.
+
+    Raises:
+        FederationError: A site has the name of the operator.
+    """
+    for site in settings.sites:
+        _check_name(site)
     store.create(settings, [MemberRecord(site, "site", "invited", None, now) for site in settings.sites],
                  [new_invitation(site, now=now, lifetime_s=lifetime_s) for site in settings.sites], now)
 
@@ -81,13 +88,15 @@ class Members:
         with self._lock:
             present = self._members.get(name)
             twins = [other for other in self._members if other.lower() == name.lower() and other != name]
-            if name.lower() == LOCAL_OPERATOR:
-                raise RefusedError(f"the name {name} is that of the operator on the coordinator's machine",
-                                   "Choose another name.", code="name_taken")
+            _check_name(name)
             if twins or (present is not None and present.role != role):
                 taken_by = self._members[(twins or [name])[0]]
                 raise RefusedError(f"the name {name} is taken: there is {_describe(taken_by)}", "Choose another name.",
                                    code="name_taken")
+            num_sites = sum(one.role == "site" for one in self._members.values())
+            if role == "site" and present is None and num_sites >= MAX_SITES:
+                raise RefusedError(f"there are {num_sites} sites, among them those that were revoked; more are not "
+                                   "possible", "Start another federation.", code="too_many_sites")
             if present is None or present.state == "revoked":
                 present = MemberRecord(name, role, "invited", None, now)
             invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
@@ -176,8 +185,9 @@ class Members:
 
     def open_invitations(self, now: float) -> list[InvitationRecord]:
         """Return the invitations that may still be sent out, by member."""
-        return sorted((one for one in self._invitations.values() if one.secret is not None and now < one.expires),
-                      key=lambda one: one.member)
+        with self._lock:
+            return sorted((one for one in self._invitations.values() if one.secret is not None and now < one.expires),
+                          key=lambda one: one.member)
 
     def role_of_invited(self, name: str, invitation: str) -> Role | None:
         """Return the role in which the secret of an invitation lets a member join, or None if it is not the member's.
@@ -237,6 +247,12 @@ class Members:
         latest = sorted(counters, key=lambda entry: entry[:3])[-SHOWN_TRAFFIC:]
         return tuple(bodies.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
                      for _, site, key, count in latest)
+
+
+def _check_name(name: str) -> None:
+    if name.lower() == LOCAL_OPERATOR:
+        raise RefusedError(f"the name {name} is that of the operator on the coordinator's machine",
+                           "Choose another name.", code="name_taken")
 
 
 def _describe(record: MemberRecord) -> str:

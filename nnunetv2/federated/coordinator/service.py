@@ -25,6 +25,7 @@ from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
 from nnunetv2.federated.coordinator.quotas import check_room
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import registration_key, round_key
+from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.rounds import (
     FINAL_KINDS,
     Closed,
@@ -265,7 +266,7 @@ class Coordinator:
         return key if open_round is None else parse_key(round_key(key.run, open_round))
 
     def _log_refusal(self, key: str, site: str, error: FederationError) -> None:
-        self.store.add_event(Event(self.clock(), "refusal", site, key, {"message": str(error)[:1000]}))
+        self.store.add_event(Event(self.clock(), "refusal", site, key, {"message": printable(str(error)[:1000])}))
         self.announce(f"{key}: the contribution of site {site} is not accepted: {error}")
 
     def _log_late(self, gathering: Gathering, site: str) -> None:
