@@ -61,7 +61,8 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
                                     answers={200: bodies.Status})},
     "/v1/members": {"post": Operation(
         summary="Invite a member. An earlier invitation of the same name ends.", who="operator",
-        body=bodies.InviteRequest, answers={200: bodies.InviteAnswer}, codes=(*MEMBERS, "name_taken"))},
+        body=bodies.InviteRequest, answers={200: bodies.InviteAnswer},
+        codes=(*MEMBERS, "name_taken", "too_many_sites"))},
     "/v1/members/{name}": {"delete": Operation(
         summary="Revoke a credential, at once.", who="operator", answers={204: None},
         codes=(*MEMBERS, "unknown_member"))},

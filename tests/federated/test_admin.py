@@ -9,6 +9,7 @@ import pytest
 from fake_federation import PROJECT, RUN, in_threads, make_registration, make_settings, served, wait_until
 
 from nnunetv2.federated import admin
+from nnunetv2.federated.coordinator import members
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.messages import registration_key
 from nnunetv2.federated.site import SiteCredential, decode_invitation, join, load_credential, save_credential
@@ -152,3 +153,12 @@ def test_a_token_is_not_sent_to_where_an_answer_points(tmp_path):
             admin.ask(credential, "GET", "status")
         server.shutdown()
     assert asked == ["/v1/status"]
+
+
+def test_no_more_sites_are_invited_than_the_status_can_show(federation, run, monkeypatch):
+    """Else the settings could be written, and not be read again."""
+    monkeypatch.setattr(members, "MAX_SITES", 3)
+    run("invite", "C"), run("revoke", "C"), run("invite", "C"), run("invite", "eve", "--role", "observer")
+    with pytest.raises(RefusedError, match="there are 3 sites") as info:
+        run("invite", "D")
+    assert info.value.code == "too_many_sites"

@@ -37,6 +37,7 @@ STATUS_OF_CODE = {
     "invitation_expired": 403,
     "token_reused": 409,
     "name_taken": 409,
+    "too_many_sites": 409,
     # what there is not
     "unknown_path": 404,
     "unknown_method": 405,
