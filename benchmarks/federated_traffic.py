@@ -1,6 +1,6 @@
 """Measure what a round costs on the wire: bytes per site, each way, against the distinct tensors of the network.
 
-    python -m benchmarks.federated_traffic [--sites 3] [--rounds 3] [--stages 6]
+    python -m benchmarks.federated_traffic [--sites 3] [--rounds 3] [--stages 6] [--precision float16]
 
 A real coordinator process serves sites that send the weights of the default 3d_fullres network. Each site reaches it
 through a relay that counts every byte of its connection, headers of HTTP included. Also prints the time of an exchange
@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sites", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", type=int, default=6)
+    parser.add_argument("--precision", choices=("float32", "float16"), default="float32")
     arguments = parser.parse_args(argv)
     network = build_network(arguments.stages)
     weights, registration = export_weights(network), describe(network)
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         sites = [LocalSite(name=f"site{n}", dataset="0", credential=folder / f"site{n}.json")
                  for n in range(arguments.sites)]
-        options = ("--epochs", str(arguments.rounds))
+        options = ("--epochs", str(arguments.rounds), "--precision", arguments.precision)
         with running_coordinator(folder / "coordinator", sites, options, show=lambda line: None):
             threads = [MeasuredSite(site, registration, weights, arguments.rounds) for site in sites]
             for thread in threads:
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise thread.error
             state = json.loads((folder / "coordinator" / "coordinator.json").read_text(encoding="utf-8"))
             memory = peak_memory_mib(state["pid"])
-    print(f"distinct tensors: {unique / 2**20:.1f} MiB; the state dict with all aliases: {naive / 2**20:.1f} MiB")
+    print(f"{arguments.precision}; distinct tensors in float32: {unique / 2**20:.1f} MiB; the state dict with all "
+          f"aliases: {naive / 2**20:.1f} MiB")
     for thread in threads:
         up, down = max(thread.sent) / unique, max(thread.received) / unique
         print(f"{thread.name}: sent {max(thread.sent):,} B ({up:.4f} x), received {max(thread.received):,} B "

@@ -90,7 +90,7 @@ class ErrorFeedback:
         return sent
 
     def settle(self) -> None:
-        """Take note that what was encoded last counts. The rests of an update that did not count went with it."""
+        """Keep the rests of what was encoded last, which counts. If it does not, the rests before it are still due."""
         self._rests = self._next_rests
 
 
