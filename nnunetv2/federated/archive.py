@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Archive:
         self._find = find
         self._admitted = admitted
         self._last_validation = last_validation
+        self._lock = threading.Lock()
         self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
 
     def is_closed(self, key: str) -> bool:
@@ -83,31 +85,39 @@ class Archive:
 
     def agreement(self, run: str) -> Agreement:
         """Return what the sites of a run agreed on, with those that were admitted later. Its registration is closed."""
-        admitted = self._admitted(run)
-        known = self._agreements.get(run)
-        if known is None or known[0] != admitted:
-            known = self._agreements[run] = (admitted, self._read_agreement(run, admitted))
-        return known[1]
+        with self._lock:  # after a restart all sites ask at once, and one answer does for all
+            admitted = self._admitted(run)
+            known = self._agreements.get(run)
+            if known is None or known[0] != admitted:
+                known = self._agreements[run] = (admitted, self._read_agreement(run, admitted))
+            return known[1]
 
     def _read_agreement(self, run: str, admitted: tuple[str, ...]) -> Agreement:
         with self.result(registration_key(run)) as document:
             match = document.message
-        registered = self.registrations(run)
-        entries = {site: {entry.name: entry for entry in message.tensors} for site, message in registered.items()}
-        specs = {name: _spec_of(entries, sites) for name, sites in match.shared.items()}
         for site in admitted:
             with self.result(admission_key(run, site)) as document:
                 match = admission.with_site(match, document.message, site)
-        weights = {site: float(message.num_training_cases) if match.weighting == "cases" else 1.0
-                   for site, message in registered.items()}
-        return Agreement(match, specs, weights)
+        specs, weights = {}, {}
+        for site, message in self._each_registration(run):
+            canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
+            for entry in message.tensors:
+                if entry.name in canonical:  # dtype and shape are the same at all sites
+                    specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
+            weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
+        return Agreement(match, {name: specs[name] for name in match.shared}, weights)
 
     def registrations(self, run: str) -> dict[str, messages.Registration]:
         """Return what every site of a run registered, in the order of their names."""
-        registered = self.messages(registration_key(run))
-        for site in self._admitted(run):
-            registered.update(self.messages(admission_key(run, site)))
-        return dict(sorted(registered.items()))
+        return dict(self._each_registration(run))
+
+    def _each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
+        """Yield every site and what it registered, in the order of their names: all at once are large."""
+        keys = {site: registration_key(run) for site in self._find(registration_key(run)).outcome.contributors}
+        keys |= {site: admission_key(run, site) for site in self._admitted(run)}
+        for site, key in sorted(keys.items()):
+            with self.contribution(key, site) as document:
+                yield site, document.message
 
     def last_validation(self, run: str) -> messages.PooledValidation | None:
         """Return the newest pooled validation of a run, or None."""
@@ -122,10 +132,3 @@ class Archive:
     def forget(self, run: str) -> None:
         """Forget what was agreed on for a run that begins anew."""
         self._agreements.pop(run, None)
-
-
-def _spec_of(entries: Mapping[str, Mapping[str, messages.TensorEntry]], sites: Mapping[str, str]) -> TensorSpec:
-    """Return dtype and shape of a shared tensor, which are the same at all its sites."""
-    site, local_name = next(iter(sites.items()))
-    entry = entries[site][local_name]
-    return TensorSpec(entry.dtype, entry.shape)
