@@ -23,7 +23,6 @@ import requests
 from nnunetv2.federated import allow_list, bodies
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.http_session import (
-    PIECE_BYTES,
     NoAnswerError,
     RangeError,
     check_status,
@@ -33,7 +32,8 @@ from nnunetv2.federated.http_session import (
 )
 from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url
 from nnunetv2.federated.strict_json import decode_json, encode_json
-from nnunetv2.federated.wire import Document, TensorSpec, file_digest, open_document, write_document
+from nnunetv2.federated.wire import Document, TensorSpec, open_document, write_document
+from nnunetv2.utilities.resumable_download import PartialDownload
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -177,16 +177,16 @@ class FederationClient:
     def result(self, key: str) -> Document:
         """Wait until a gathering is closed and return its result; see `exchange`."""
         self._forget_document()
-        path = self._new_path()
+        download = PartialDownload(self._new_path())
         # The first answer comes at once, so that people see whom they wait for.
-        waiting = self._persist(lambda: self._poll(key, path, wait_s=0))
+        waiting = self._persist(lambda: self._poll(key, download, wait_s=0))
         while waiting is not None:
             if waiting.paused:
                 self._say(f"{key}: the operator has paused the run")
             elif waiting.waiting_for:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
-            waiting = self._persist(lambda: self._poll(key, path, wait_s=POLL_S))
-        self._document = open_document(path)
+            waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
+        self._document = open_document(download.path)
         return self._document
 
     # ------------------------------------------------------------------------------------------------- questions
@@ -249,24 +249,20 @@ class FederationClient:
             with self._request("PUT", f"gatherings/{quote(key)}", data=file, headers=headers) as response:
                 return decode_json(bodies.Receipt, read_small(response))
 
-    def _poll(self, key: str, path: Path, *, wait_s: float) -> bodies.Waiting | None:
-        """Ask once for a result, going on behind what `path` holds of it; None once it is there completely."""
-        digest_path = path.with_suffix(".digest")
-        headers = {}
-        if path.exists() and path.stat().st_size:
-            known_digest = digest_path.read_text(encoding="ascii")
-            headers = {"Range": f"bytes={path.stat().st_size}-", "If-Range": f'"{known_digest}"'}
+    def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> bodies.Waiting | None:
+        """Ask once for a result, going on behind what there is of it; None once it is there completely."""
+        headers = download.headers()
         try:
             with self._request("GET", f"gatherings/{quote(key)}?wait={wait_s:g}", headers=headers) as response:
                 if response.status_code == 202:
                     return decode_json(bodies.Waiting, read_small(response))
-                digest_path.write_text(response.headers.get("X-Content-SHA256", ""), encoding="ascii")
-                _save_body(response, path, append=response.status_code == 206)
+                expected = response.headers.get("X-Content-SHA256", "")
+                digest = download.receive(response, tag=f'"{expected}"')
         except RangeError:
-            path.unlink()
+            download.forget()
             raise
-        if file_digest(path) != digest_path.read_text(encoding="ascii"):
-            path.unlink()
+        if digest != expected:
+            download.forget()
             raise NoAnswerError("the result was damaged on its way")
         return None
 
@@ -341,7 +337,6 @@ class FederationClient:
         if self._document is not None:
             self._document.close()
             self._document.path.unlink(missing_ok=True)
-            self._document.path.with_suffix(".digest").unlink(missing_ok=True)
             self._document = None
 
 
@@ -354,10 +349,3 @@ def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinA
             allow_redirects=False) as response:
         check_status(response)
         return decode_json(bodies.JoinAnswer, read_small(response))
-
-
-def _save_body(response: requests.Response, path: Path, *, append: bool) -> None:
-    """Write an answer to a file, piece by piece; what has arrived stays if the connection breaks."""
-    with path.open("ab" if append else "wb") as file:
-        for piece in response.iter_content(PIECE_BYTES):
-            file.write(piece)

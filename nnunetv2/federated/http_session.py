@@ -21,11 +21,10 @@ from nnunetv2.federated.certificates import untrusted_certificate
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError, in_sentences
 from nnunetv2.federated.site import SiteCredential, is_loopback
 from nnunetv2.federated.strict_json import decode_json
+from nnunetv2.utilities.resumable_download import PIECE_BYTES
 
 BLOCK_BYTES = 1 << 20
 """Bytes that are sent at a time."""
-PIECE_BYTES = 256 << 10
-"""Bytes that are received at a time; less than that is lost when a connection breaks."""
 LARGEST_ANSWER = 32 << 20
 """Bytes of an answer that is no file."""
 

@@ -1,8 +1,11 @@
 """Download a zip file of models and install it."""
 from __future__ import annotations
 
-import hashlib
+import logging
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -11,12 +14,19 @@ from nnunetv2.model_sharing.archive_check import ArchiveLimits
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.resumable_download import PartialDownload, announced_size, strong_tag
 
 if TYPE_CHECKING:
-    from requests import Response
+    from requests import Response, Session
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 100
-"""Seconds without a byte after which a download has failed."""
+"""Seconds without a byte after which a connection has failed."""
+_ATTEMPTS = 8
+"""Connections in a row that bring nothing new before a download that has begun is given up."""
+_PAUSE_S = 1.0
+"""Pause after the first of them; it doubles with each."""
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -55,52 +65,75 @@ def download_file(url: str, local_filename: str, chunk_size: int = 8192 * 16, *,
 
     Raises:
         ValueError: The address is not https (or this machine), the file is too large, or it has another checksum.
-        OSError: The server answered with an error, or the connection broke.
+        OSError: The server answered with an error or not at all, or the connection broke again and again.
     """
     import requests
 
     _check_address(url)
     expected = None if sha256 is None else _normalize_digest(sha256)
     limit = ArchiveLimits.from_environment().total_bytes if max_bytes is None else max_bytes
-    with requests.Session() as session, session.get(url, stream=True, timeout=_TIMEOUT_S) as response:
-        for step in (*response.history, response):  # no redirection may leave https either
-            _check_address(step.url)
-        response.raise_for_status()
-        with replacing(local_filename) as written:
-            digest = _save(response, written, chunk_size, limit)
-            if expected is not None and digest != expected:
-                raise ValueError(f"{url} is not the expected file: its SHA-256 is {digest}, expected {expected}. "
-                                 "Nothing was installed")
+    with requests.Session() as session, replacing(local_filename) as written:
+        digest = _persist(session, url, PartialDownload(written), chunk_size, limit)
+        if expected is not None and digest != expected:
+            raise ValueError(f"{url} is not the expected file: its SHA-256 is {digest}, expected {expected}. "
+                             "Nothing was installed")
     return local_filename
 
 
-def _save(response: Response, path: Path, chunk_size: int, limit: int) -> str:
-    """Write the body of a response and return its SHA-256."""
+def _persist(session: Session, url: str, download: PartialDownload, chunk_size: int, limit: int) -> str:
+    """Receive a file and return its SHA-256; go on where a connection breaks, as long as others bring more of it."""
+    import requests
+
+    furthest, failures = 0, 0
+    while True:
+        try:
+            return _receive(session, url, download, chunk_size, limit)
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            failures = 1 if download.size > furthest else failures + 1
+            furthest = max(furthest, download.size)
+            if furthest == 0:
+                raise  # most likely the address is wrong
+            if failures >= _ATTEMPTS:
+                raise OSError(f"the download of {url} broke off after {furthest} bytes, {failures} times in a row "
+                              f"({error}); try again") from error
+            pause = _PAUSE_S * 2 ** (failures - 1)
+            logger.warning("the connection broke after %d bytes; going on in %g s", download.size, pause)
+            time.sleep(pause)
+
+
+def _receive(session: Session, url: str, download: PartialDownload, chunk_size: int, limit: int) -> str:
+    """Ask once for a file, or for the rest of it, and return its SHA-256."""
     from tqdm import tqdm
 
-    size = _announced_size(response)
-    too_large = ValueError(f"{response.url} is larger than the limit of {limit / 2**30:.1f} GiB; set "
-                           "nnUNet_max_model_gb if you trust it")
-    if size is not None and size > limit:
-        raise too_large
-    digest, received = hashlib.sha256(), 0
-    with path.open("wb") as file, tqdm(total=size, unit="B", unit_scale=True, desc="download") as bar:
-        for chunk in response.iter_content(chunk_size=chunk_size):
-            received += len(chunk)
-            if received > limit:
-                raise too_large
-            digest.update(chunk)
-            file.write(chunk)
-            bar.update(len(chunk))
-    if size is not None and received != size:
-        raise OSError(f"the download of {response.url} broke off after {received} of {size} bytes; try again")
-    return digest.hexdigest()
+    too_large = ValueError(f"{url} is larger than the limit of {limit / 2**30:.1f} GiB; set nnUNet_max_model_gb if you "
+                           "trust it")
+    with _answer(session, url, download) as response:
+        size = announced_size(response)
+        if size is not None and size > limit:
+            raise too_large
+        begin = download.size if response.status_code == 206 else 0
+        with tqdm(total=size, initial=begin, unit="B", unit_scale=True, desc="download") as bar:
+            def watch(received: int) -> None:
+                if received > limit:
+                    raise too_large
+                bar.update(received - bar.n)
+
+            return download.receive(response, tag=strong_tag(response), piece_bytes=chunk_size, watch=watch)
 
 
-def _announced_size(response: Response) -> int | None:
-    """Return the size in bytes if the server tells it. With a content encoding it would be that of encoded bytes."""
-    text = response.headers.get("Content-Length", "")
-    return int(text) if text.isdigit() and "Content-Encoding" not in response.headers else None
+@contextmanager
+def _answer(session: Session, url: str, download: PartialDownload) -> Iterator[Response]:
+    """Send a request and yield the answer, if it is a good one that comes from where it may."""
+    import requests
+
+    with session.get(url, stream=True, timeout=_TIMEOUT_S, headers=download.headers()) as response:
+        for step in (*response.history, response):  # no redirection may leave https either
+            _check_address(step.url)
+        if response.status_code == 416:  # it is shorter than what there is: another file
+            download.forget()
+            raise requests.ConnectionError(f"{url} is another file now than before")
+        response.raise_for_status()
+        yield response
 
 
 def _check_address(url: str) -> None:
