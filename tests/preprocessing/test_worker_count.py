@@ -1,3 +1,4 @@
+import json
 import sys
 
 import numpy as np
@@ -104,3 +105,14 @@ def test_a_case_takes_about_what_was_estimated():
     estimate = case_bytes(fingerprint(shape), **plans)
     # Before Python 3.11 the arrays as read stay until the end.
     assert (1 if sys.version_info >= (3, 11) else 0.7) * peak < estimate < 3 * peak
+
+
+@pytest.mark.parametrize("is_federated", [False, True])
+def test_the_sites_own_cases_decide_where_the_fingerprint_is_that_of_a_federation(tmp_path, is_federated):
+    from nnunetv2.preprocessing.preprocessors.dataset_run import DatasetRun
+
+    for name, shape in (("dataset_fingerprint.json", (10, 100, 100)),
+                        *((("dataset_fingerprint_local.json", (99, 99, 99)),) if is_federated else ())):
+        (tmp_path / name).write_text(json.dumps(fingerprint(shape)))
+    run = DatasetRun(PlansManager(make_plans()), None, {}, {}, tmp_path / "nnUNetPlans_3d_fullres")
+    assert run.fingerprint["shapes_after_crop"] == [[99, 99, 99] if is_federated else [10, 100, 100]]

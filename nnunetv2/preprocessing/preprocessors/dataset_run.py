@@ -50,8 +50,10 @@ class DatasetRun:
 
     @property
     def fingerprint(self) -> dict | None:
-        """The fingerprint that was planned from, if it lies where it was made."""
-        file = self.output_folder.parent / "dataset_fingerprint.json"
+        """The fingerprint of these cases, if it lies where it was made; that of a federation has others, too."""
+        from nnunetv2.experiment_planning.fingerprint_files import find_local_fingerprint
+
+        file = find_local_fingerprint(self.output_folder.parent)
         return read_if_path(file) if file.is_file() else None
 
 
