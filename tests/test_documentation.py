@@ -107,6 +107,22 @@ def test_every_environment_variable_on_the_pages_is_read_somewhere():
     assert {name for name in named if f'"{name}"' not in source} == set()
 
 
+# ---------------------------------------------------------------------------------------------------------- python
+def python_blocks() -> list[tuple[str, str]]:
+    return [(path.stem, block) for path in PAGES
+            for block in re.findall(r"^```python\n(.*?)^```", read(path), flags=re.M | re.S)]
+
+
+def test_what_python_on_the_pages_imports_is_there():
+    blocks = python_blocks()
+    assert len(blocks) >= 15
+    for page, block in blocks:
+        for node in ast.walk(ast.parse(block, filename=page)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("nnunetv2"):
+                module = importlib.import_module(node.module)
+                assert {alias.name for alias in node.names} <= set(dir(module)), f"{page}: {node.module}"
+
+
 # ----------------------------------------------------------------------------------------------------------- links
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as repositories on the web make them."""

@@ -100,7 +100,8 @@ class RoundBook:
             return existing
         before = prerequisite(key)
         if before is not None and not self.is_closed(before):
-            raise RefusedError(f"{key} cannot begin before {before} is closed", code="too_early")
+            raise RefusedError(f"{key} cannot begin before {before} is closed", "If the coordinator was restored from "
+                               "a backup, start the training without --c.", code="too_early")
         if key.kind == "round" and self.num_rounds is not None and key.number >= self.num_rounds:
             raise RefusedError(f"{key}: the run has {self.num_rounds} rounds, counted from 0", code="unknown_gathering")
         return self._present(fresh_gathering(key, self.settings, required=required))

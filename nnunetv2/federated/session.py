@@ -101,7 +101,8 @@ class RunSession:
         if epoch > next_round + 1 + staleness:
             raise FederationError(
                 f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
-                "another federation. Start without --c to join this one, or use the credential of the other.")
+                "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
+                "this run, or use the credential of the other federation.")
         key = messages.round_key(self.run, next_round - 1) if next_round else messages.initial_key(self.run)
         return Position(next_round, self._fetch(key), is_over=state.closed)
 
