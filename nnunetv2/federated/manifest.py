@@ -253,7 +253,7 @@ def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_
     if folder is None:
         raise FederationError(f"there is no dataset.json of {name}, neither in nnUNet_raw nor in nnUNet_preprocessed")
     dataset_json = _read(folder / "dataset.json")
-    num_cases = int(dataset_json["numTraining"])
+    num_cases = _count_cases(folder, dataset_json)
     plans_file = roots[-1] / f"{plans_name}.json"
     plans = _read(plans_file) if plans_file.is_file() else None
     if plans is None and configurations:
@@ -273,6 +273,15 @@ def _training_documents(plans: Mapping[str, Any], dataset_json: Mapping[str, Any
                                 num_cases=num_cases)
     return training_documents(foreseen.registration, metrics=foreseen.metrics, num_classes=foreseen.num_classes,
                               precision=precision)
+
+
+def _count_cases(folder: Path, dataset_json: Mapping[str, Any]) -> int:
+    """Count the training cases as planning does, or take what dataset.json says where the raw data are elsewhere."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    if (folder / "imagesTr").is_dir() or "dataset" in dataset_json:
+        return len(get_filenames_of_train_images_and_targets(str(folder), dict(dataset_json)))
+    return int(dataset_json["numTraining"])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -311,6 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         share_extrema=arguments.share_extrema,
                         precision=(credential and credential.precision) or "float32")
     print("\n".join(describe(documents, credential)))
+    if not any(document.kind == "plans_report" for document in documents):
+        print("\nThere are no plans yet. That planning sends them at its end, and what training sends, is not listed "
+              f"here: nnUNetv2_plan_and_preprocess -d {arguments.dataset} --no_pp, then look again.")
     if arguments.write_allow_list is not None:
         from nnunetv2.utilities.atomic_write import save_json_atomically
 

@@ -161,6 +161,7 @@ def test_the_command_reads_the_site_s_own_files_and_sends_nothing(roots, tmp_pat
     (folder / "dataset.json").write_text(json.dumps(make_dataset_json()))
     assert manifest.main([NAME]) == 0  # nothing is planned yet
     assert "message coarse_summary" in (before := capsys.readouterr().out) and "registration" not in before
+    assert "There are no plans yet. That planning sends them at its end" in before and f"-d {NAME} --no_pp" in before
     with pytest.raises(FederationError, match="plan first"):
         manifest.main([NAME, "3d_fullres"])
     (folder / "nnUNetPlans.json").write_text(json.dumps(make_plans()))
