@@ -274,7 +274,7 @@ def test_a_refused_closing_reaches_every_site_and_can_be_corrected(federation, a
         response = site.get(f"gatherings/{CENSUS_KEY}?wait=5")
         assert response.status_code == 409
         assert response.json()["message"] == ("the sites' datasets do not go together: "
-                                              "labels.liver is 1 at A and 2 at B.")
+                                              "labels.liver is 1 at A and 2 at B")
     assert b.put(CENSUS_KEY, b.document(make_census())).status_code == 200
     assert b.get(f"gatherings/{CENSUS_KEY}?wait=5").status_code == 200
 
