@@ -86,7 +86,7 @@ class MeasuredSite(threading.Thread):
                 session.start(0, self.weights)
                 for number in range(self.rounds):
                     before, start = counter.traffic.snapshot(), time.monotonic()
-                    session.exchange(number, self.weights, {"train_losses": -0.5})
+                    session.exchange(number, self.weights, messages.Update(metrics={"train_losses": -0.5}))
                     self.seconds.append(time.monotonic() - start)
                     after = counter.traffic.snapshot()
                     self.sent.append(after[0] - before[0])

@@ -38,8 +38,8 @@ class FederationSettings(WithPrecision):
     """Seconds after its first contribution at which a round closes with its quorum. None: it waits."""
     late_updates: Literal["drop", "carry"] = "drop"
     """An update that comes after its round was closed does not count, or counts in the round that is open then."""
-    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 1
-    """The aggregate of every so many rounds is validated at the sites. 0: never."""
+    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 5
+    """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
 
 
 def check_quorum(settings: FederationSettings) -> None:
@@ -56,7 +56,7 @@ class SettingsChange(Part):
     quorum: Annotated[int, Field(ge=1, le=MAX_SITES)] | None = None
     deadline_s: Positive | None = None
     late_updates: Literal["drop", "carry"] = "drop"
-    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 1
+    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 5
 
 
 class InviteRequest(Part):

@@ -309,24 +309,26 @@ def _close_round(gathering: Gathering, documents: Mapping[str, Document], settin
     weights = {site: agreement.weights[site] for site in documents}
     message = messages.Aggregate(round=key.number, missing=gathering.outcome.missing,
                                  contributors=dict.fromkeys(documents, 1.0))
-    metrics = {site: document.message.model_dump(mode="json")["metrics"] for site, document in documents.items()}
+    measured = {site: document.message.model_dump(mode="json", include={"metrics", "earlier"})
+                for site, document in documents.items()}
     before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
     with archive.result(before) as previous:
         done = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
                                                out_path=archive.result_path(str(key)),
                                                precision=agreement.match.precision)
-    return Computed(done.digest, record_of_round(gathering, weights, metrics, settings, done))
+    return Computed(done.digest, record_of_round(gathering, weights, measured, settings, done))
 
 
-def record_of_round(gathering: Gathering, weights: Mapping[str, float], metrics: Mapping[str, Mapping[str, Any]],
+def record_of_round(gathering: Gathering, weights: Mapping[str, float], measured: Mapping[str, Mapping[str, Any]],
                     settings: FederationSettings, done: aggregation.Aggregated) -> dict[str, Any]:
     """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held.
 
     Args:
-        metrics: Site -> what it measured. That stays here: the other sites do not see it.
+        measured: Site -> the metrics of its update, and those of an earlier round that came with it. They stay here:
+            the other sites do not see them.
     """
     contributed = {site: {"weight": weight, "digest": held.digest, "bytes": held.size, "received": held.received,
-                          "metrics": metrics[site], "change_norm": done.changes[site].norm,
+                          **measured[site], "change_norm": done.changes[site].norm,
                           "change_rms": done.changes[site].rms}
                    for site, weight in weights.items() for held in (gathering.contributions[site],)}
     return {"round": gathering.key.number, "opened": gathering.opened, "closed": gathering.outcome.time,

@@ -95,12 +95,13 @@ def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans
     return documents
 
 
-def training_documents(registration: Registration, *, metrics: Sequence[str], num_classes: int,
-                       precision: Precision = "float32") -> list[Leaving]:
+def training_documents(registration: Registration, *, metrics: Sequence[str], later_metrics: Sequence[str],
+                       num_classes: int, precision: Precision = "float32") -> list[Leaving]:
     """Return what training sends, from its registration to its last round.
 
     Args:
-        metrics: Names of the figures of an epoch that travel with an update.
+        metrics: Names of the figures of an epoch that travel with its update.
+        later_metrics: Names of those that travel with the next one.
         num_classes: Foreground classes or regions.
         precision: How the tensors of the rounds travel.
     """
@@ -111,7 +112,11 @@ def training_documents(registration: Registration, *, metrics: Sequence[str], nu
     run = messages.run_name(registration.configuration, registration.fold, registration.trainer)
     specs = {entry.name: TensorSpec(entry.dtype, entry.shape) for entry in registration.tensors
              if entry.dtype in matching.SHAREABLE}
-    values = {name: [MEASURED] * num_classes if name.startswith("dice_per") else MEASURED for name in metrics}
+
+    def values(names: Sequence[str]) -> dict[str, Any]:
+        return {name: [MEASURED] * num_classes if name.startswith("dice_per") else MEASURED for name in names}
+
+    earlier = messages.EarlierMetrics(round=10**7, metrics=values(later_metrics)) if later_metrics else None
     counted = (float(2**53 - 1),) * num_classes
     return [
         Leaving(when=f"training {registration.configuration}, before the first round", message=registration,
@@ -120,12 +125,12 @@ def training_documents(registration: Registration, *, metrics: Sequence[str], nu
                 message=messages.Update(), specs=specs, known=False,
                 passed_on="for each tensor, the values of the site with most cases that has it; at most all of these"),
         Leaving(when=f"training {registration.configuration}, every round: the tensors that another site has too, at "
-                     "most these", message=messages.Update(metrics=values), known=False,
+                     "most these", message=messages.Update(metrics=values(metrics), earlier=earlier), known=False,
                 specs=narrowed(specs) if precision == "float16" else specs,
-                passed_on="the weighted average of the tensors; the metrics as they are"),
+                passed_on="the weighted average of the tensors"),
         Leaving(when=f"training {registration.configuration}, every round that is validated", known=False,
                 message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
-                passed_on="the Dice per class, of all sites together and of each"),
+                passed_on="the Dice per class, of all sites together"),
         Leaving(when=f"training {registration.configuration}, if it fails", known=False,
                 message=bodies.FailureReport(run=run, round=10**7, reason="OutOfMemoryError"),
                 passed_on="all of it; the reason is a kind of error, never its text"),
@@ -271,8 +276,8 @@ def _training_documents(plans: Mapping[str, Any], dataset_json: Mapping[str, Any
 
     foreseen = foresee_training(plans, dataset_json, configuration=configuration, trainer_name=trainer,
                                 num_cases=num_cases)
-    return training_documents(foreseen.registration, metrics=foreseen.metrics, num_classes=foreseen.num_classes,
-                              precision=precision)
+    return training_documents(foreseen.registration, metrics=foreseen.metrics, later_metrics=foreseen.later_metrics,
+                              num_classes=foreseen.num_classes, precision=precision)
 
 
 def _count_cases(folder: Path, dataset_json: Mapping[str, Any]) -> int:

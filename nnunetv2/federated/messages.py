@@ -280,12 +280,24 @@ class Match(WithPrecision, Message):
         return self
 
 
+class EarlierMetrics(Part):
+    """What a site measured in an earlier round after its update had left."""
+
+    round: Annotated[int, Field(ge=0, le=10**7)]
+    metrics: Metrics
+
+
 class Update(Message):
-    """One site's share of a round, or of the initial weights; tensors travel under canonical names."""
+    """One site's share of a round, or of the initial weights; tensors travel under canonical names.
+
+    Weights leave as soon as they are trained, and are validated while they travel. So an update has the training loss
+    of its own round and the validation of the round before; that of the last round has both.
+    """
 
     kind: Literal["update"] = "update"
     metrics: Metrics = {}
-    """What the site measured. NaN becomes null."""
+    """What the site has measured in this round by now. NaN becomes null."""
+    earlier: EarlierMetrics | None = None
 
 
 class Validation(Message):

@@ -107,23 +107,25 @@ class RunSession:
         return Position(next_round, self._fetch(key), is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights,
-                 metrics: Mapping[str, object]) -> tuple[Weights, messages.Aggregate]:
+                 update: messages.Update) -> tuple[Weights, messages.Aggregate]:
         """Send the shared weights of a round, wait until it closes, and return the aggregate under local names.
 
         It may be that of another round, as its message says: of a later one if this site was late, of an earlier one
         if the operator has stopped the run.
+
+        Args:
+            update: What travels with the weights.
 
         Raises:
             NonFiniteError: The weights hold NaN or infinity; nothing was sent.
             PrecisionError: A weight is too large for the precision of the federation; nothing was sent.
             FederationError: This site has left the run.
         """
-        update = self._under_canonical_names(weights, self.local_names)
+        shared = self._under_canonical_names(weights, self.local_names)
         check_finite(weights)
-        update = update if self._feedback is None else self._feedback.encode(update)
+        shared = shared if self._feedback is None else self._feedback.encode(shared)
         try:
-            document = self.transport.exchange(messages.round_key(self.run, number),
-                                               messages.Update(metrics=dict(metrics)), update)
+            document = self.transport.exchange(messages.round_key(self.run, number), update, shared)
         except RefusedError as error:
             raise self._explained(error) from error
         if self._feedback is not None and self.site in document.message.contributors:

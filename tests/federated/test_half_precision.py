@@ -36,7 +36,7 @@ from nnunetv2.federated.wire import TensorSpec, file_digest, open_document, writ
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import catch_up
 
 LARGE = {"encoder.weight": (512, 300), "encoder.bias": (512,), "head.weight": (40, 512)}
-NO_METRICS = {}
+NO_METRICS = messages.Update()
 SINGLES = st.floats(-60000, 60000, width=32)
 
 
@@ -318,7 +318,7 @@ def test_the_manifest_lists_what_travels(tmp_path):
         join(Invitation(federation.url, "test", "A", federation.invitations()["A"]), path=path)
         assert load_credential(path).precision == "float16"
         assert federation.credential("B").precision == "float16"
-    options = {"metrics": ("val_losses",), "num_classes": 2}
+    options = {"metrics": ("val_losses",), "later_metrics": (), "num_classes": 2}
     half, single = (manifest.training_documents(make_registration(plans=make_plans()), precision=precision, **options)
                     for precision in ("float16", "float32"))
     sizes = [[document.size for document in documents if document.kind == "update"] for documents in (half, single)]

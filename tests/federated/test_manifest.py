@@ -28,7 +28,8 @@ METRICS = ("val_losses", "dice_per_class_or_region")
 
 def make_documents(**options) -> list[manifest.Leaving]:
     return [*manifest.planning_documents(DATASET, 7, plans=make_plans(), **options),
-            *manifest.training_documents(make_registration(), metrics=METRICS, num_classes=2)]
+            *manifest.training_documents(make_registration(), metrics=METRICS, later_metrics=METRICS,
+                                          num_classes=2)]
 
 
 def by_kind(kind: str, **options) -> list[manifest.Leaving]:
@@ -65,6 +66,7 @@ def test_every_field_and_tensor_is_listed():
                  "tensor coarse.1  I64[65536]  524,288 bytes", "tensor encoder.weight  F32[4, 3]  48 bytes",
                  "3 tensors, 96 bytes:", "3 tensors, 96 bytes, the same as above",
                  "dataset_json.file_ending: \".nii.gz\"", "metrics: 2 values: val_losses",
+                 "earlier.metrics: 2 values: val_losses",
                  "moments: 2 values of count, mean, m2",
                  "message validation", "message failure_report"):
         assert line in text, line

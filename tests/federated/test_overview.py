@@ -252,6 +252,30 @@ def test_counts_whose_sum_would_be_infinite_are_refused():
         messages.Validation(tp=[1e308], fp=[0.0], fn=[0.0])
 
 
+def test_what_is_measured_after_an_update_has_left_belongs_to_its_round(make_federation):
+    federation = make_federation("A", "B", num_epochs=4)
+    federation.start("A", "B")
+
+    def update(number: int, site: str, loss: float, **earlier) -> None:
+        federation.send(round_key(RUN, number), site, messages.Update(metrics={"train": float(number)}, **earlier),
+                        make_weights(number))
+
+    for site, loss in (("A", 3.0), ("B", 6.0)):  # B has twice as many cases
+        update(0, site, loss)
+    assert curves.draw(federation.coordinator, RUN).rounds[0].pooled == {"train": 0.0}
+    for site, loss in (("A", 3.0), ("B", 6.0)):
+        update(1, site, loss, earlier=messages.EarlierMetrics(round=0, metrics={"val": loss, "dice": [0.5]}))
+    first, second = curves.draw(federation.coordinator, RUN).rounds
+    assert first.sites["A"].metrics == {"train": 0.0, "val": 3.0} and first.pooled == {"train": 0.0, "val": 5.0}
+    assert second.pooled == {"train": 1.0}
+    assert federation.store.load_rounds(RUN)[1]["sites"]["B"]["earlier"] == {
+        "round": 0, "metrics": {"val": 6.0, "dice": [0.5]}}
+    update(2, "A", 3.0, earlier=messages.EarlierMetrics(round=1, metrics={"val": 4.0}))
+    update(2, "B", 6.0, earlier=messages.EarlierMetrics(round=0, metrics={"val": 7.0, "train": 9.0}))  # it was away
+    found = curves.draw(federation.coordinator, RUN, since=1).rounds
+    assert found[0].sites["A"].metrics == {"train": 1.0, "val": 4.0} and found[0].sites["B"].metrics == {"train": 1.0}
+
+
 def test_curves_of_an_unknown_run_are_refused(make_federation):
     with pytest.raises(RefusedError) as info:
         curves.draw(make_federation("A", "B").coordinator, "none")

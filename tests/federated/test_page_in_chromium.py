@@ -61,8 +61,11 @@ def federation(tmp_path):
 
 
 def update(number: int, seed: int) -> messages.Update:
-    return messages.Update(metrics={"train_losses": 0.5 / (number + 1) - 0.1 * seed, "val_losses": 0.6 / (number + 1),
-                                    "mean_fg_dice": 0.2 * number + 0.05 * seed, "dice_per_class_or_region": [0.1, 0.2]})
+    """Return what a site sends: its training loss, and the validation of the round before."""
+    earlier = None if number == 0 else messages.EarlierMetrics(round=number - 1, metrics={
+        "val_losses": 0.6 / number, "mean_fg_dice": 0.2 * (number - 1) + 0.05 * seed,
+        "dice_per_class_or_region": [0.1, 0.2]})
+    return messages.Update(metrics={"train_losses": 0.5 / (number + 1) - 0.1 * seed}, earlier=earlier)
 
 
 def play_round(federation, number: int) -> None:
@@ -157,8 +160,9 @@ def test_a_round_finishes_before_the_eyes_of_the_viewer(federation, make_page):
     log_in(federation, page)
     page.wait_for("document.querySelectorAll('.chart').length === 4")
     shows(page, "Round 3: waiting for A, B", "3 of 5", "Dice of aggregate 2")
-    points = "document.querySelector('.chart path.pooled').getAttribute('d').split(/[ML]/).length - 1"
-    assert page.run(points) == 3
+    points, validated = (f"document.querySelectorAll('.chart')[{place}].querySelector('path.pooled').getAttribute('d')"
+                         ".split(/[ML]/).length - 1" for place in (0, 1))
+    assert (page.run(points), page.run(validated)) == (3, 2)  # what the last round's weights score comes with the next
     page.run("window.stayed = true")
 
     waiting = threading.Thread(target=lambda: federation.a.exchange(round_key(RUN, 3), update(3, 1), make_weights(1)))
@@ -167,10 +171,10 @@ def test_a_round_finishes_before_the_eyes_of_the_viewer(federation, make_page):
     federation.b.exchange(round_key(RUN, 3), update(3, 2), make_weights(2))
     waiting.join(20)
     shows(page, "4 of 5", "Round 4: waiting for A, B")
-    page.wait_for(f"{points} === 4")
+    page.wait_for(f"{points} === 4 && {validated} === 3")
     play_round(federation, 4)
     shows(page, "5 of 5", "complete", "Model written to", "Dice of aggregate 4")
-    page.wait_for(f"{points} === 5")
+    page.wait_for(f"{points} === 5 && {validated} === 4")
     assert page.run("window.stayed"), "without loading the page again"
     page.run("document.querySelectorAll('details').forEach(one => { one.open = true })")
     shows(page, "pancreas", "tumour")

@@ -227,10 +227,12 @@ def test_a_site_that_failed_is_excused_until_it_is_back(make_federation):
     assert federation.aggregate(2)[0].missing == ()
 
 
-def test_an_update_that_was_on_its_way_takes_no_failure_back(make_federation):
+@pytest.mark.parametrize("failed_in", [0, 1])
+def test_an_update_that_was_on_its_way_takes_no_failure_back(make_federation, failed_in):
     federation = make_federation("A", "B", "C", quorum=2, deadline_s=1e6)
     federation.start("A", "B", "C")
-    steering.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=1, reason="OutOfMemoryError"))
+    report = FailureReport(run=RUN, round=failed_in, reason="OutOfMemoryError")
+    steering.report_failure(federation.coordinator, "C", report)
     for site in "CAB":
         federation.update(0, site, 1)
     federation.update(1, "A", 1), federation.update(1, "B", 2)

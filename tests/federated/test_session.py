@@ -57,7 +57,8 @@ def test_a_site_sends_only_the_initial_weights_it_owns_and_takes_the_rest():
 def test_weights_travel_under_canonical_names_and_return_under_local_ones():
     answer = document("message", w=np.zeros(2), v=np.ones(3))
     session = make_session({"open_round": 1}, {"runs/run/rounds/1": answer})
-    weights, message = session.exchange(1, {"w.local": np.ones(2), "v": np.ones(3), "own": np.ones(1)}, {"loss": 1.0})
+    weights, message = session.exchange(1, {"w.local": np.ones(2), "v": np.ones(3), "own": np.ones(1)},
+                                        messages.Update(metrics={"loss": 1.0}))
     assert session.transport.sent["runs/run/rounds/1"].keys() == {"w", "v"}
     assert weights.keys() == {"w.local", "v"}
     assert message == "message"
@@ -100,7 +101,7 @@ def test_a_site_that_trains_on_during_an_exchange_may_be_two_ahead():
 def test_weights_that_are_not_finite_never_leave():
     session = make_session({"open_round": 1}, {})
     with pytest.raises(NonFiniteError, match="tensor v holds NaN or infinity .1 of 2"):
-        session.exchange(1, {"w.local": np.ones(2), "v": np.array([1, np.nan, 1])}, {})
+        session.exchange(1, {"w.local": np.ones(2), "v": np.array([1, np.nan, 1])}, messages.Update())
     assert session.transport.sent == {}
 
 
@@ -134,7 +135,7 @@ def test_a_site_that_has_left_is_told_how_to_return():
     session = make_session({"left": ("a",)}, {})
     session.transport.exchange = refuse
     with pytest.raises(FederationError, match="has left run run.* --c returns"):
-        session.exchange(1, {"w.local": np.ones(2), "v": np.ones(3)}, {})
+        session.exchange(1, {"w.local": np.ones(2), "v": np.ones(3)}, messages.Update())
 
 
 def test_a_checkpoint_ahead_of_the_run_is_refused():
@@ -151,7 +152,7 @@ def test_an_aggregate_that_lacks_a_tensor_is_refused():
 def test_what_is_shared_is_unknown_before_registration():
     session = RunSession(FakeTransport({}, {}), site="a", run="run")
     with pytest.raises(FederationError, match="register first"):
-        session.exchange(0, {}, {})
+        session.exchange(0, {}, messages.Update())
 
 
 def test_run_names_reject_what_cannot_be_part_of_a_key():
@@ -170,7 +171,7 @@ def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path
             return session.start(0, make_weights(0)).epoch
 
         def exchange(site, number):
-            return sessions[site].exchange(number, make_weights(number), {})[1]
+            return sessions[site].exchange(number, make_weights(number), messages.Update())[1]
 
         assert in_threads(*(lambda one=one: begin(one) for one in sessions.values())) == [0, 0, 0]
         rounds = in_threads(lambda: exchange("A", 0), lambda: exchange("B", 0))

@@ -79,7 +79,7 @@ def test_the_first_process_speaks_for_all_however_long_it_takes(tmp_path):
 # ------------------------------------------------------------------------------------------------------- real commands
 @pytest.fixture
 def federation(tmp_path):
-    settings = make_settings(num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
+    settings = make_settings(num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, validate_every=1)
     with served(tmp_path / "federation", settings) as federation:
         yield federation
 

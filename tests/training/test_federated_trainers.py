@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from fake_federation import in_threads, make_settings, served, wait_until
 from nnunetv2.federated import manifest, messages
 from nnunetv2.federated.bodies import RunAction
 from nnunetv2.federated.client import FederationClient
-from nnunetv2.federated.coordinator import steering
+from nnunetv2.federated.coordinator import curves, steering
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, ShortEpochError
 from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
     nnUNetTrainerAsymFedAvg,
     nnUNetTrainerAsymFedAvgOverlapped,
@@ -135,11 +137,16 @@ class Ailing(nnUNetTrainerAsymFedAvg):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return result
 
-    def on_validation_epoch_end(self, val_outputs):
-        super().on_validation_epoch_end(val_outputs)
+    def on_train_epoch_end(self, train_outputs):
         if self.current_epoch == 1 and self.cause == "weights":
             with torch.no_grad():
                 next(iter(self.network.parameters())).fill_(float("nan"))
+        super().on_train_epoch_end(train_outputs)
+
+    def validation_step(self, batch):
+        if self.current_epoch == 1 and self.cause == "validation":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().validation_step(batch)
 
 
 @pytest.mark.parametrize(("cause", "error", "kind"), [
@@ -162,6 +169,34 @@ def test_a_failure_is_reported_as_one_and_never_as_weights(make_sites, cause, er
     assert again.current_epoch in (1, 2)
     assert sites.run(again) == [None]
     assert_equal_weights(again, healthy)
+
+
+def test_a_validation_that_fails_during_the_exchange_is_reported_and_nothing_hangs(make_sites):
+    sites = make_sites(quorum=1, deadline_s=1e6, validate_every=0)
+    ailing, healthy = sites.trainer("A", Ailing), sites.trainer("B", Ailing)
+    ailing.cause = "validation"
+    failed, done = sites.run(ailing, healthy)
+    assert isinstance(failed, torch.cuda.OutOfMemoryError) and done is None
+    assert [(event.site, event.detail["round"], event.detail["reason"])
+            for event in sites.federation.coordinator.store.load_events("failure")] == [("A", 1, "OutOfMemoryError")]
+    assert wait([ailing._exchange], 30).done, "the thread that exchanges goes on"
+    again = sites.trainer("A", Ailing, go_on=True)
+    assert sites.run(again) == [None]
+    assert_equal_weights(again, healthy)
+
+
+def test_the_validation_of_a_round_comes_with_the_next_and_is_drawn_where_it_belongs(make_sites):
+    sites = make_sites()
+    trainers = {site: sites.trainer(site) for site in "AB"}
+    assert sites.run(*trainers.values()) == [None, None]
+    coordinator, run = sites.federation.coordinator, run_of(trainers["A"])
+    records = coordinator.store.load_rounds(run)
+    assert [set(record["sites"]["A"]["metrics"]) for record in records] == [{"train_losses"}] * 2 + [set(METRICS)]
+    for number, drawn in enumerate(curves.draw(coordinator, run).rounds):
+        for site, trainer in trainers.items():
+            for name in ("train_losses", "val_losses"):
+                logged = trainer.logger.get_value(name, step=number)
+                assert drawn.sites[site].metrics[name] == pytest.approx(float(logged)), (number, site, name)
 
 
 def test_an_operator_stops_a_run_in_order(make_sites):
@@ -270,7 +305,7 @@ def test_a_training_outlasts_a_coordinator_that_is_away_for_too_long(make_sites,
 
 
 def test_exchanges_may_overlap_with_training(make_sites):
-    sites = make_sites(num_epochs=4)
+    sites = make_sites(num_epochs=4, validate_every=1)
     trainers = [sites.trainer(site, nnUNetTrainerAsymFedAvgOverlapped) for site in "AB"]
     sent = {}
     for trainer in trainers:

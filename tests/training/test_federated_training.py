@@ -1,6 +1,7 @@
 """The mixin that exchanges weights, with a network and a logger of a few lines."""
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.errors import NonFiniteError, ShortEpochError
-from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import FederatedTraining
+from nnunetv2.federated.errors import NonFiniteError, RefusedError, ShortEpochError
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import FirstProcessError
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import export_weights, import_weights_
@@ -166,6 +168,135 @@ def test_every_process_reports_what_went_wrong_in_it(error, reports):
     assert transport.reports == reports
 
 
+# ------------------------------------------------------------------------------------- what happens during an epoch
+class Counting:
+    """A trainer of a few lines: its only weight is the number of epochs that it has trained."""
+
+    def on_train_epoch_start(self):
+        pass
+
+    def on_train_epoch_end(self, outputs):
+        self.weight += 1
+        self.logger.log("train_losses", 0.5 + self.current_epoch, self.current_epoch)
+
+    def validate(self):
+        for name in ("val_losses", "mean_fg_dice"):
+            self.logger.log(name, 0.25 + self.current_epoch, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", [0.25, float("nan")], self.current_epoch)
+
+    def on_epoch_end(self):
+        self.current_epoch += 1
+
+
+class Meeting(FederatedTraining, Counting):
+    """Three epochs of one iteration; the others' weights are zero, so the aggregate is half of one's own."""
+
+    local_rank, num_epochs, num_iterations_per_epoch, current_epoch, weight = 0, 3, 1, 0, 0.0
+
+    def __init__(self, exchange=None):
+        self.session = SimpleNamespace(run="run", exchange=exchange or self.exchange)
+        self.logger, self.sent, self.saved = MetaLogger(None, resume=False), [], []
+
+    def exchange(self, number, weights, update):
+        self.sent.append((number, weights["w"], update))
+        return {"w": weights["w"] / 2}, messages.Aggregate(round=number, contributors={"a": 1.0, "b": 1.0})
+
+    def run_epoch(self):
+        self.on_train_epoch_start()
+        self.on_train_epoch_end([{"loss": 0.5}])
+        self.validate()
+        self.on_epoch_end()
+
+    def own_weights(self):
+        return {"w": np.float32(self.weight)}
+
+    def load_weights(self, weights):
+        self.weight = float(weights["w"])
+
+    def tell(self, line, **_):
+        pass
+
+    def save_latest_checkpoint(self):
+        self.saved.append((self.current_epoch, self.weight))
+
+    def validate_aggregate(self, aggregate, *, is_last):
+        pass
+
+
+def test_weights_travel_while_they_are_validated():
+    has_begun, is_validated = threading.Event(), threading.Event()
+
+    def exchange(number, weights, update):
+        has_begun.set()
+        assert is_validated.wait(10)
+        return trainer.exchange(number, weights, update)
+
+    class Patient(Meeting):
+        def validate(self):
+            assert has_begun.wait(10)
+            assert self.weight == 1  # its own weights, whatever has arrived
+            super().validate()
+            is_validated.set()
+
+    trainer = Patient(exchange)
+    trainer.run_epoch()
+    assert [(number, weight) for number, weight, _ in trainer.sent] == [(0, 1)]
+    assert trainer.saved == [(1, 0.5)]
+
+
+def test_an_update_brings_the_validation_of_the_one_before():
+    trainer = Meeting()
+    for _ in range(trainer.num_epochs):
+        trainer.run_epoch()
+    first, second, last = (update for _, _, update in trainer.sent)
+    assert (first.metrics, first.earlier) == ({"train_losses": 0.5}, None)
+    assert second.metrics == {"train_losses": 1.5}
+    assert second.earlier == messages.EarlierMetrics(round=0, metrics={
+        "val_losses": 0.25, "mean_fg_dice": 0.25, "dice_per_class_or_region": [0.25, None]})
+    assert last.metrics.keys() == set(METRICS) and last.metrics["val_losses"] == 2.25
+    assert last.earlier.round == 1 and last.earlier.metrics["val_losses"] == 1.25
+
+
+def test_a_trainer_without_validation_sends_what_it_has():
+    class Blind(Meeting):
+        def validate(self):
+            pass
+
+    trainer = Blind()
+    for _ in range(trainer.num_epochs):
+        trainer.run_epoch()
+    assert [update.metrics for _, _, update in trainer.sent] == [{"train_losses": epoch + 0.5} for epoch in range(3)]
+
+
+def test_an_exchange_that_is_refused_ends_its_epoch_with_the_own_weights_saved():
+    def refuse(number, weights, update):
+        raise RefusedError("no", code="not_expected")
+
+    trainer = Meeting(refuse)
+    with pytest.raises(RefusedError):
+        trainer.run_epoch()
+    assert len(trainer.logger.get_value("val_losses", None)) == 1  # the epoch has been validated
+    assert trainer.saved == [(1, 1.0)]
+
+
+def test_weights_that_broke_in_training_are_not_saved():
+    def refuse(number, weights, update):
+        raise NonFiniteError("tensor w holds NaN")
+
+    trainer = Meeting(refuse)
+    with pytest.raises(NonFiniteError):
+        trainer.run_epoch()
+    assert trainer.saved == []
+
+
+def test_an_overlapped_training_sends_the_validation_with_its_update():
+    trainer = type("Delayed", (OverlappedTraining, Meeting), {})()
+    for _ in range(trainer.num_epochs):
+        trainer.run_epoch()
+    assert [number for number, _, _ in trainer.sent] == [0, 1, 2]
+    assert all(update.metrics.keys() == set(METRICS) and update.earlier is None for _, _, update in trainer.sent)
+
+
 # --------------------------------------------------------------------------------------- where an overlapped run goes
 class Overlapped(OverlappedTraining):
     """Epoch `epoch` of 10 is over; the exchange that was under way has brought an aggregate of 7."""
@@ -178,13 +309,14 @@ class Overlapped(OverlappedTraining):
         self._exchange, self.done = Future(), []
         self._exchange.set_result(({"w": np.array([7.0])}, self.aggregate(brought)))
         self.session = SimpleNamespace(run="run", exchange=self.exchange)
-        self.logger = SimpleNamespace(local_logger=SimpleNamespace(my_fantastic_logging={}))
+        self.logger = MetaLogger(None, resume=False)
 
     @staticmethod
     def aggregate(number: int) -> messages.Aggregate:
         return messages.Aggregate(round=number, contributors={"a": 1.0, "b": 1.0})
 
-    def exchange(self, number, weights, metrics):
+    def exchange(self, number, weights, update):
+        assert update.earlier is None
         self.done.append(("exchange", number, float(weights["w"][0])))
         return weights, self.aggregate(number)
 
@@ -193,9 +325,6 @@ class Overlapped(OverlappedTraining):
 
     def load_weights(self, weights):
         self.weights = dict(weights)
-
-    def latest_metrics(self):
-        return {}
 
     def tell(self, line, **_):
         pass

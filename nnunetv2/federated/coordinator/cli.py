@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--late-updates", choices=("drop", "carry"), help="an update that comes after its round was "
                       "closed is dropped, or counts in the round that is open then (default: drop)")
     what.add_argument("--validate-every", type=int, metavar="N", help="every how many rounds the sites validate the "
-                      "aggregate, so that the best one can be kept; 0: never (default: 1)")
+                      "aggregate, so that the best one can be kept; 0: never (default: 5)")
     return parser
 
 

@@ -1,6 +1,7 @@
 """Draw a run as numbers: what each site measured in each round, the average, and how good the aggregates were.
 
-Lists (Dice per class in every round) stay in the store; of them, the last validation is enough to look at.
+Lists (Dice per class in every round) stay in the store; of them, the last validation is enough to look at. What sites
+measure after their updates have left comes with the next round: the newest round is complete once that is closed.
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ from nnunetv2.federated.validation import mean_of_known
 ROUNDS_AT_ONCE = 200
 """More are asked for with a higher `since`."""
 
-Scalars = Annotated[dict[Text, Finite | None], Field(max_length=MAX_METRICS)]
+Scalars = Annotated[dict[Text, Finite | None], Field(max_length=2 * MAX_METRICS * MAX_SITES)]
+"""What came with an update and after it; pooled, under the names that any site has."""
 
 
 class CurvePoint(Part):
@@ -100,16 +102,27 @@ def draw(coordinator: Coordinator, run: str, *, since: int = 0, since_validation
     if run not in coordinator.book.runs():
         raise RefusedError(f"there is no run {run[:200]!r}", code="unknown_run")
     rounds = coordinator.store.load_rounds(run, since, ROUNDS_AT_ONCE + 1)
+    later = metrics_that_followed(rounds)
     validations = coordinator.store.load_validations(run, since_validation, ROUNDS_AT_ONCE + 1)
-    return Curves(run=run, rounds=tuple(_round(record) for record in rounds[:ROUNDS_AT_ONCE]),
+    return Curves(run=run, rounds=tuple(_round(record, later) for record in rounds[:ROUNDS_AT_ONCE]),
                   validations=tuple(_validation(record) for record in validations[:ROUNDS_AT_ONCE]),
                   classes=_classes(coordinator, run) if validations else None,
                   more=max(len(rounds), len(validations)) > ROUNDS_AT_ONCE)
 
 
-def _round(record: Mapping[str, Any]) -> CurveRound:
-    sites = {site: CurvePoint(weight=held["weight"], bytes=held["bytes"], received=held["received"],
-                              metrics=scalars(held["metrics"])) for site, held in record["sites"].items()}
+def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
+    """Return what sites measured in a round and sent with the update of a later one: (round, site) -> metrics."""
+    return {(earlier["round"], site): earlier["metrics"] for record in records
+            for site, held in record["sites"].items() if (earlier := held.get("earlier"))}
+
+
+def _round(record: Mapping[str, Any], later: Mapping[tuple[int, str], Mapping[str, Any]]) -> CurveRound:
+    def point(site: str, held: Mapping[str, Any]) -> CurvePoint:
+        metrics = {**later.get((record["round"], site), {}), **held["metrics"]}
+        return CurvePoint(weight=held["weight"], bytes=held["bytes"], received=held["received"],
+                          metrics=scalars(metrics))
+
+    sites = {site: point(site, held) for site, held in record["sites"].items()}
     return CurveRound(round=record["round"], opened=record["opened"], closed=record["closed"], sites=sites,
                       missing=record["missing"], failed=record["failed"], outliers=record.get("outliers", ()),
                       pooled=pooled((point.weight, point.metrics) for point in sites.values()))

@@ -176,9 +176,10 @@ class Coordinator:
         Raises:
             RefusedError: It would not be accepted.
         """
-        gathering = self._begin(self._place_of(parse_key(key), site, digest))
+        sent_to = parse_key(key)
+        gathering = self._begin(self._place_of(sent_to, site, digest))
         verdict = judge(gathering, site, digest)
-        self._take_back_failure(gathering.key, site)
+        self._take_back_failure(sent_to, site)
         if verdict is not Verdict.STORE:
             return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.size_limit(gathering.key, site, self.archive)
@@ -211,7 +212,7 @@ class Coordinator:
         with self.locks[str(place)]:
             gathering = self._begin(place)
             verdict = judge(gathering, site, digest)
-            self._take_back_failure(place, site)
+            self._take_back_failure(sent_to, site)
             if verdict is Verdict.STORE:
                 gathering = with_contribution(gathering, site, Contribution(digest, size, self.clock()))
                 self.store.save_contribution(gathering, site, incoming)
@@ -227,10 +228,11 @@ class Coordinator:
     def _take_back_failure(self, key: GatheringKey, site: str) -> None:
         """Wait for a site again that has reported a failure and is back.
 
-        An update of an earlier round may have been on its way when it failed, and tells nothing.
+        An update of that round or an earlier one may have been on its way when it failed, and tells nothing: a site
+        that is back registers first.
         """
         failed = self.book.control(key.run).failed if key.run else {}
-        if site not in failed or (key.number is not None and key.number < failed[site]):
+        if site not in failed or (key.number is not None and key.number <= failed[site]):
             return
         with self.locks[key.run]:
             control = self.book.control(key.run)

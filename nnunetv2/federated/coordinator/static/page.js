@@ -437,9 +437,10 @@
         const [since, validation] = [next(this.rounds), next(this.validations)];
         const isBehind = since < run.rounds_closed || (run.validated_round !== null && validation <= run.validated_round);
         if (!isBehind && !(isNew && more)) return isNew;
-        const found = await ask(`v1/runs/${encodeURIComponent(this.run)}/curves?since=${since}&since_validation=${validation}`);
-        if (!found.rounds.length && !found.validations.length) return isNew;
-        this.rounds.push(...found.rounds);
+        // The last known round comes once more: what its sites measured after their updates had left came with the next.
+        const from = Math.max(0, since - 1);
+        const found = await ask(`v1/runs/${encodeURIComponent(this.run)}/curves?since=${from}&since_validation=${validation}`);
+        this.rounds = [...this.rounds.filter((one) => one.round < from), ...found.rounds];
         this.validations.push(...found.validations);
         this.classes = found.classes || this.classes;
         [isNew, more] = [true, found.more];

@@ -1,9 +1,17 @@
 """Exchange weights with the other sites whenever a round ends: a mixin for any trainer.
 
+    this thread     train e | validate own_e            | load, save | validate aggregate_e | train e + 1
+    another one             | send own_e .. aggregate_e |              (every so many rounds)
+
+Weights are final when the iterations of their epoch are over, so they travel while the site validates them, which on a
+GPU takes about as long. Nobody trains on anything older for that. But what the validation finds is known only when the
+update has left: it travels with the next one. The last round has no next one and is sent after its validation.
+
 What the weights are at each moment of epoch e:
 
-    validated, logged, checkpoint_best    the site's own weights after its iterations of epoch e
-    sent                                  the same, of the tensors that the sites share
+    sent                                  the site's own weights, as the trainer's `on_train_epoch_end` leaves them, of
+                                          the tensors that the sites share
+    validated, logged, checkpoint_best    the same, of all tensors
     checkpoint_latest, checkpoint_final,  the aggregate of round e where tensors are shared, the site's own elsewhere
     trained in epoch e + 1
     validated for the federation          the same; the voxels that were counted are sent, and a line of the log tells
@@ -29,7 +37,8 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 from nnunetv2.federated import messages
@@ -42,7 +51,11 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation imp
     describe_validation,
     validate_network,
 )
-from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import FirstProcessError, ask_first_process
+from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import (
+    FirstProcessError,
+    ask_first_process,
+    in_thread,
+)
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     copy_from_first_process_,
@@ -51,7 +64,10 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 
-METRICS = ("train_losses", "val_losses", "mean_fg_dice", "dice_per_class_or_region")
+METRICS_OF_TRAINING = ("train_losses",)
+METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
+METRICS = (*METRICS_OF_TRAINING, *METRICS_OF_VALIDATION)
+"""Curves whose values travel, epoch by epoch."""
 Rest = TypeVar("Rest")
 
 
@@ -64,6 +80,9 @@ class FederatedTraining:
     staleness = 0
     """How many epochs the site trains on while a round is exchanged."""
 
+    sends_before_validation = True
+    """Whether an update leaves before its weights are validated, and the metrics of that with the next one."""
+
     credential: SiteCredential | None = None
     """Who this site is; None: whoever the credential of this machine says."""
 
@@ -72,6 +91,12 @@ class FederatedTraining:
 
     round_in_training: int | None = None
     """The round whose update is being made; None before it is known."""
+
+    sent_round: int | None = None
+    """The round whose exchange is under way."""
+    _sent: Weights = {}
+    _exchange: Future[tuple[Weights, messages.Aggregate]] | None = None
+    """What was sent, and the exchange itself; in the first process only."""
 
     received_megabytes = 0.0
     """Size of the weights that came last."""
@@ -113,12 +138,13 @@ class FederatedTraining:
         super().on_train_epoch_start()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Let only whole epochs with finite losses become updates."""
+        """Let only whole epochs with finite losses become updates, and send them."""
         check_epoch(train_outputs, epoch=self.current_epoch, num_iterations=self.num_iterations_per_epoch)
         super().on_train_epoch_end(train_outputs)
+        self.send_before_validation(self.current_epoch)
 
     def on_epoch_end(self) -> None:
-        """Let the trainer end its epoch, then exchange, then save what came back."""
+        """Let the trainer end its epoch, then take over what the exchange has brought, and save it."""
         epoch = self.current_epoch  # super() moves on to the next one
         super().on_epoch_end()
         try:
@@ -159,20 +185,34 @@ class FederatedTraining:
         return position.weights, {"epoch": position.epoch, "is_over": position.is_over}
 
     # ---------------------------------------------------------------- rounds
+    def send_before_validation(self, epoch: int) -> None:
+        """Begin the exchange of an epoch whose iterations are over, unless it is the last one."""
+        if self.sends_before_validation and epoch + 1 < self.num_epochs:
+            self.begin_exchange(epoch, self.make_update(epoch, METRICS_OF_TRAINING))
+
     def meet_the_others(self, epoch: int) -> None:
-        """Exchange the weights of an epoch that is over, save what came back, and validate it."""
-        aggregate = self.exchange_weights(epoch)
+        """Take over what the exchange of an epoch that is over brings, save that, and validate it."""
+        if self.sent_round is None:
+            self.begin_exchange(epoch, self.make_update(epoch, METRICS))
+        aggregate = self.finish_exchange()
+        self.go_on_after(aggregate, epoch)
         if self.current_epoch < self.num_epochs:
             self.save_latest_checkpoint()
         self.validate_aggregate(aggregate, is_last=self.current_epoch >= self.num_epochs)
 
-    def exchange_weights(self, epoch: int) -> messages.Aggregate:
-        """Send the weights of this site, and go on with the aggregate, wherever the run is."""
+    def begin_exchange(self, number: int, update: messages.Update) -> None:
+        """Send the weights as they are now; a thread waits for what becomes of them."""
+        self.sent_round = number
+        if self.local_rank == 0:
+            own = self._sent = self.own_weights()
+            self._exchange = in_thread(lambda: self.session.exchange(number, own, update), name="exchange")
+
+    def finish_exchange(self) -> messages.Aggregate:
+        """Wait for the exchange that is under way, load the aggregate, and return what is said of it."""
         start = time.monotonic()
-        own, metrics = self.own_weights(), self.latest_metrics()
-        aggregate = self.receive_weights(lambda: self.session.exchange(epoch, own, metrics))
-        self.report_round(aggregate, seconds=time.monotonic() - start)
-        self.go_on_after(aggregate, epoch)
+        aggregate = self.receive_weights(lambda: self._exchange.result())
+        self.report_round(aggregate, waited_s=time.monotonic() - start)
+        self.sent_round, self._sent, self._exchange = None, {}, None
         return aggregate
 
     def go_on_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
@@ -236,14 +276,23 @@ class FederatedTraining:
         copy_from_first_process_(self.network)
 
     # ---------------------------------------------------------------- reports
-    def latest_metrics(self) -> Mapping[str, object]:
-        """Return the figures of the last epoch that travel with its update."""
-        return {name: self.logger.get_value(name, step=-1) for name in METRICS}
+    def make_update(self, epoch: int, known: Sequence[str]) -> messages.Update:
+        """Return what travels with the weights of an epoch: metrics of it, and those that the update before lacked."""
+        earlier = None
+        if self.sends_before_validation and epoch > 0:
+            earlier = messages.EarlierMetrics(round=epoch - 1,
+                                              metrics=self.metrics_of(epoch - 1, METRICS_OF_VALIDATION))
+        return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
-    def report_round(self, aggregate: messages.Aggregate, *, seconds: float) -> None:
-        """Log what a round moved, how long it took and who took part."""
+    def metrics_of(self, epoch: int, names: Sequence[str]) -> Mapping[str, object]:
+        """Return what the curves of these names have of an epoch; a trainer without validation has no curve of it."""
+        curves = {name: self.logger.get_value(name, step=None) for name in names}
+        return {name: values[epoch] for name, values in curves.items() if epoch < len(values)}
+
+    def report_round(self, aggregate: messages.Aggregate, *, waited_s: float) -> None:
+        """Log what a round moved, how long the site did nothing but wait for it, and who took part."""
         missing = f"; missing: {', '.join(aggregate.missing)}" if aggregate.missing else ""
-        self.tell(f"Round {aggregate.round}: {self.received_megabytes:.1f} MB each way, {seconds:.1f} s; "
+        self.tell(f"Round {aggregate.round}: {self.received_megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
                   f"sites: {', '.join(sorted(aggregate.contributors))}{missing}")
 
     def tell(self, line: str, **options: bool) -> None:

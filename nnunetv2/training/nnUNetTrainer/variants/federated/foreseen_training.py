@@ -9,7 +9,11 @@ from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.messages import Registration
 from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
 from nnunetv2.training.networks import build_network
-from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
+    METRICS,
+    METRICS_OF_VALIDATION,
+    FederatedTraining,
+)
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_training
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -22,7 +26,9 @@ class ForeseenTraining:
 
     registration: Registration
     metrics: tuple[str, ...]
-    """Names of the figures that travel with an update."""
+    """Names of the figures of an epoch that travel with its update."""
+    later_metrics: tuple[str, ...]
+    """Names of those that travel with the update of the next epoch."""
     num_classes: int
     """Foreground classes or regions, whose voxels are counted in a validation."""
 
@@ -51,4 +57,5 @@ def foresee_training(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
         num_training_cases=num_cases, mirroring_axes=rotation_and_patch_size(description.patch_size)[3],
         requires_equal_plans=trainer.requires_equal_plans)
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    return ForeseenTraining(registration, METRICS, len(classes))
+    return ForeseenTraining(registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (),
+                            len(classes))

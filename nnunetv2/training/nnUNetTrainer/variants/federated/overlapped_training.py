@@ -17,16 +17,11 @@ All sites of a run take part in the same way: the trainer's name is part of the 
 """
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 
 import numpy as np
 
-from nnunetv2.federated import messages
-from nnunetv2.federated.session import Weights
-from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import FederatedTraining
-from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import in_thread
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 
 
 def catch_up(aggregate: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
@@ -44,44 +39,25 @@ class OverlappedTraining(FederatedTraining):
     """Mixin: like FederatedTraining, but the site trains on while a round is exchanged."""
 
     staleness = 1
-
-    sent_round: int | None = None
-    """The round whose exchange is under way."""
-    _sent: Weights = {}
-    _exchange: Future[tuple[Weights, messages.Aggregate]] | None = None
-    """The exchange itself; in the first process only, as what was sent."""
+    sends_before_validation = False
+    """The exchange of the round before may take that long."""
 
     def meet_the_others(self, epoch: int) -> None:
         """Take over what the round before has brought, and send this one; wait for it only if it is the last."""
-        if self.sent_round is not None and not self._finish_exchange():
+        if self.sent_round is not None and not self._catch_up():
             return  # the run is over, and the network holds its last aggregate
         number = self.current_epoch - 1  # `epoch`, unless the run has gone on without this site
         if self.current_epoch >= self.num_epochs:
             super().meet_the_others(number)
         else:
             self.save_latest_checkpoint()
-            self._begin_exchange(number)
+            self.begin_exchange(number, self.make_update(number, METRICS))
 
-    def _begin_exchange(self, number: int) -> None:
-        """Send the weights as they are now, and let a thread wait for what becomes of them."""
-        self.sent_round = number
-        if self.local_rank == 0:
-            self._sent, metrics = self.own_weights(), self.latest_metrics()
-            self._exchange = in_thread(lambda: self.session.exchange(number, self._sent, metrics), name="exchange")
-
-    def _finish_exchange(self) -> bool:
+    def _catch_up(self) -> bool:
         """Wait for the exchange that is under way, validate its aggregate, and catch up; tell whether the run goes on.
         """
-        start, own, aggregated = time.monotonic(), self.own_weights(), {}
-        number, self.sent_round = self.sent_round, None
-
-        def wait_for_weights() -> tuple[Weights, messages.Aggregate]:
-            weights, message = self._exchange.result()
-            aggregated.update(weights)
-            return weights, message
-
-        aggregate = self.receive_weights(wait_for_weights)
-        self.report_round(aggregate, seconds=time.monotonic() - start)
+        own, number, sent, exchange = self.own_weights(), self.sent_round, self._sent, self._exchange
+        aggregate = self.finish_exchange()
         is_complete = aggregate.round + 1 >= self.num_epochs
         is_over = is_complete or aggregate.round < number
         if is_over:
@@ -91,5 +67,5 @@ class OverlappedTraining(FederatedTraining):
             self.go_on_at(max(self.current_epoch, aggregate.round + 2))
         self.validate_aggregate(aggregate, is_last=is_over)
         if not is_over:
-            self.load_weights(catch_up(aggregated, own, self._sent))
+            self.load_weights(catch_up(exchange.result()[0], own, sent) if exchange else {})
         return not is_over
