@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,9 @@ import torch
 from tiny_dataset import NAME, make_configuration, make_plans, make_tiny_dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "federated"))
-from fake_federation import make_settings, served
+from fake_federation import make_settings, served, wait_until
 
+from nnunetv2.federated import messages
 from nnunetv2.run.run_training import find_free_network_port
 
 pytestmark = pytest.mark.slow
@@ -127,6 +129,18 @@ def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_pat
         {"A", "B"}] * 2
     (log,) = fold_folder(tmp_path, "A", "3d_fullres", 0).glob("training_log_*.txt")
     assert log.read_text().count("Round 1:") == 1
+
+
+def test_a_site_that_a_scheduler_ends_says_so(federation, tmp_path):
+    make_tiny_dataset(tmp_path / "A" / "nnUNet_preprocessed", cases=5)
+    process = start(federation, tmp_path, "A", "3d_fullres", "0")
+    registration = messages.registration_key(f"3d_fullres.fold_0.{TRAINER}")
+    wait_until(lambda: "A" in getattr(federation.coordinator.book.get(registration), "contributions", ()), 120)
+    process.terminate()
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == -signal.SIGTERM, output[-3000:]
+    assert [(event.site, event.detail["reason"]) for event in federation.coordinator.store.load_events("failure")] == [
+        ("A", "terminated")]
 
 
 def make_cascade(preprocessed: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,15 @@ import torch
 from nnunetv2.federated import messages
 from nnunetv2.federated.errors import NonFiniteError, RefusedError, ShortEpochError
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import FirstProcessError
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import export_weights, import_weights_
+from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
+    nnUNetTrainerAsymFedAvg,
+    nnUNetTrainerAsymFedAvgOverlapped,
+)
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import OverlappedTraining, catch_up
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match
 
@@ -192,6 +198,7 @@ class Meeting(FederatedTraining, Counting):
     """Three epochs of one iteration; the others' weights are zero, so the aggregate is half of one's own."""
 
     local_rank, num_epochs, num_iterations_per_epoch, current_epoch, weight = 0, 3, 1, 0, 0.0
+    _writing_in_background = nullcontext
 
     def __init__(self, exchange=None):
         self.session = SimpleNamespace(run="run", exchange=exchange or self.exchange)
@@ -302,6 +309,7 @@ class Overlapped(OverlappedTraining):
     """Epoch `epoch` of 10 is over; the exchange that was under way has brought an aggregate of 7."""
 
     local_rank, num_epochs = 0, 10
+    _writing_in_background = nullcontext
 
     def __init__(self, epoch: int, brought: int) -> None:
         self.current_epoch, self.sent_round = epoch + 1, epoch - 1
@@ -355,3 +363,19 @@ def test_an_overlapped_training_goes_on_where_the_run_is(epoch, brought, done, e
     assert trainer.done == done
     assert (trainer.current_epoch == trainer.num_epochs) is (ends_at is not None)
     assert ends_at is None or trainer.num_epochs == ends_at
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+class Uploading(nnUNetTrainerAsymFedAvg):
+    def on_epoch_end(self):
+        super().on_epoch_end()  # and then, say, copies checkpoint_latest
+
+
+@pytest.mark.parametrize(("trainer_class", "is_written_meanwhile"), [
+    (nnUNetTrainer, True), (nnUNetTrainerAsymFedAvg, True), (nnUNetTrainerAsymFedAvgOverlapped, True),
+    (Uploading, False)])
+def test_nobody_waits_for_checkpoints_unless_a_hook_may_look_for_them(trainer_class, is_written_meanwhile):
+    trainer = trainer_class.__new__(trainer_class)
+    with trainer._writing_in_background():
+        assert trainer._is_writing_in_background is is_written_meanwhile
+    assert not trainer._is_writing_in_background

@@ -27,8 +27,9 @@ How a training ends:
     has stopped the run
     the coordinator was away for too long,    with the error; checkpoint_latest holds the site's own weights, and --c
     or refuses                                goes on where the run is
-    memory ran out, losses or weights are     with the error, whose kind is reported; no weights are sent, and --c goes
-    NaN, an epoch was cut short, ...          on from the last aggregate
+    memory ran out, losses or weights are     with the error, whose kind is reported; --c goes on from the last average.
+    NaN, an epoch was cut short, ...          Weights of the epoch are sent only if it was its validation that failed
+    SIGTERM                                   by the signal, as ever; a site of one process reports it first
 
 With several processes (DDP) the first one talks to the coordinator, and the others get from it what it gets.
 
@@ -39,6 +40,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from typing import TypeVar
 
 from nnunetv2.federated import messages
@@ -47,6 +49,7 @@ from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.session import RunSession, Weights
 from nnunetv2.federated.site import SiteCredential, load_credential
+from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
     describe_validation,
     validate_network,
@@ -63,6 +66,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     import_weights_,
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
+from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 
 METRICS_OF_TRAINING = ("train_losses",)
 METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
@@ -82,6 +86,8 @@ class FederatedTraining:
 
     sends_before_validation = True
     """Whether an update leaves before its weights are validated, and the metrics of that with the next one."""
+
+    leaves_checkpoint_files_alone = True
 
     credential: SiteCredential | None = None
     """Who this site is; None: whoever the credential of this machine says."""
@@ -109,8 +115,12 @@ class FederatedTraining:
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
             self.session = RunSession(transport, site=credential.site, run=run)
+            # What ends one of several processes may be the failure of another one, which has reported that.
+            speaks_last = nullcontext() if is_distributed() else before_termination(
+                lambda: self.session.report_failure(self.round_in_training, "terminated"))
             try:
-                super().run_training()
+                with speaks_last:
+                    super().run_training()
             except FirstProcessError:
                 raise  # which has reported it
             except BaseException as error:
@@ -155,6 +165,11 @@ class FederatedTraining:
                 self.tell("The training is saved in checkpoint_latest: --c goes on with it")
             raise
 
+    def save_while_training(self) -> None:
+        """Save checkpoint_latest while the training goes on."""
+        with self._writing_in_background():
+            self.save_latest_checkpoint()
+
     def _save_epoch_checkpoints(self, epoch: int) -> None:
         """Save checkpoint_best only: checkpoint_latest waits for what the exchange brings."""
         self._save_checkpoint_if_best()
@@ -197,7 +212,7 @@ class FederatedTraining:
         aggregate = self.finish_exchange()
         self.go_on_after(aggregate, epoch)
         if self.current_epoch < self.num_epochs:
-            self.save_latest_checkpoint()
+            self.save_while_training()
         self.validate_aggregate(aggregate, is_last=self.current_epoch >= self.num_epochs)
 
     def begin_exchange(self, number: int, update: messages.Update) -> None:

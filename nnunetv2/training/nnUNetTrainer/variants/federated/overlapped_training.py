@@ -50,7 +50,7 @@ class OverlappedTraining(FederatedTraining):
         if self.current_epoch >= self.num_epochs:
             super().meet_the_others(number)
         else:
-            self.save_latest_checkpoint()
+            self.save_while_training()
             self.begin_exchange(number, self.make_update(number, METRICS))
 
     def _catch_up(self) -> bool:
