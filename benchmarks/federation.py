@@ -5,7 +5,7 @@
     round   all sites upload at once, the round is closed, all download: rates, beside what disk and loopback can do
             at the same time, and the coordinator's memory; with few sites and with many
     idle    sites that wait for a result: the coordinator's share of a core
-    line    the time of an exchange on a line of 1 Gbit/s, as a share of an epoch of 30 s
+    line    what an epoch of 30 s takes longer in a federation, on a line of 1 Gbit/s
     start   from the start of the process to the first answer: new, after kill -9, and with a thousand rounds behind it
 
 Needs about 130 MB of disk per site in --folder (default: a temporary folder), which is removed again. Linux.
@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.federation_load import PlayedSite, SlowLine, play_round, poll_for
+from benchmarks.federation_load import PlayedSite, play_round, poll_for
 from nnunetv2.federated import messages
 from nnunetv2.federated.aggregation import aggregate_documents
 from nnunetv2.federated.bodies import FederationSettings
@@ -44,7 +44,7 @@ from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
 from nnunetv2.federated.rounds import Closed, Contribution, fresh_gathering, parse_key, with_contribution
-from nnunetv2.federated.site import SiteCredential, new_token
+from nnunetv2.federated.site import new_token
 from nnunetv2.federated.store import Store
 from nnunetv2.federated.wire import TensorSpec, open_document, write_document
 
@@ -52,8 +52,6 @@ MIB, GIB = 2**20, 2**30
 RUN = messages.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
 DISTINCT_UPDATES = 4
 LOAD_PROCESSES = 2
-EPOCH_S = 30.0
-GIGABIT = 125e6
 HISTORY_ROUNDS = 1000
 
 
@@ -193,12 +191,12 @@ def sampled_memory(pid: int) -> Iterator[list[Memory]]:
 
 
 # ------------------------------------------------------------------------------------------------------ preparations
-def make_federation(folder: Path, num_sites: int, num_epochs: int = 3) -> dict[str, str]:
+def make_federation(folder: Path, num_sites: int, num_epochs: int = 3, validate_every: int = 0) -> dict[str, str]:
     """Create a federation whose sites have all joined; return site -> token."""
     sites = tuple(f"site{index:03d}" for index in range(num_sites))
     with Store(folder) as store:
         create_federation(store, FederationSettings(federation="benchmark", sites=sites, num_epochs=num_epochs,
-                                                    validate_every=0), now=time.time())
+                                                    validate_every=validate_every), now=time.time())
         coordinator = Coordinator(store, announce=lambda line: None)
         tokens = {}
         for record in coordinator.members.open_invitations(time.time()):
@@ -378,38 +376,11 @@ def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
               f"{seconds:.0f} s; {Memory.of(coordinator.process.pid)}", flush=True)
 
 
-def measure_line(folder: Path, num_rounds: int = 3) -> None:
-    """Exchange weights over a line of 1 Gbit/s with the real client and print the share of an epoch that it takes."""
-    from nnunetv2.federated.client import FederationClient
+def measure_line(folder: Path) -> None:
+    """Print what a federation costs a training on a line of 1 Gbit/s."""
+    from benchmarks.federation_line import measure
 
-    specs = network_specs()
-    size = sum(spec.nbytes for spec in specs.values())
-    tokens = make_federation(folder / "federation", 2, num_epochs=num_rounds)
-    begin_run(folder / "federation", specs)
-    weights = {name: np.ones(spec.shape, np.float32) for name, spec in specs.items()}
-    seconds: dict[str, list[float]] = {site: [] for site in tokens}
-    with running(folder / "federation") as coordinator, SlowLine(address(coordinator.url), GIGABIT) as first, SlowLine(
-            address(coordinator.url), GIGABIT) as second:
-
-        def train(site: str, port: int) -> None:
-            credential = SiteCredential(f"http://127.0.0.1:{port}", "benchmark", site, tokens[site])
-            with FederationClient(credential, report=lambda line: None) as client:
-                for number in range(num_rounds):
-                    begin = time.monotonic()
-                    client.exchange(round_key(RUN, number), messages.Update(), weights)
-                    seconds[site].append(time.monotonic() - begin)
-
-        threads = [threading.Thread(target=train, args=entry, daemon=True)
-                   for entry in zip(tokens, (first.port, second.port))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(300)
-    taken = statistics.median(value for values in seconds.values() for value in values)
-    floor = 2 * size / GIGABIT
-    print(f"\nexchange of {size / MIB:.1f} MiB at 1 Gbit/s: {taken:.2f} s, {taken / EPOCH_S:.1%} of an epoch of "
-          f"{EPOCH_S:.0f} s (wanted: 5 %); the line alone takes {floor:.2f} s up and down ({floor / EPOCH_S:.1%})",
-          flush=True)
+    measure(folder)
 
 
 def address(url: str) -> tuple[str, int]:

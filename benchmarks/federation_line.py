@@ -1,0 +1,167 @@
+"""Measure what a federation costs a training on a line of 1 Gbit/s: real trainers whose iterations only wait.
+
+Two sites, each a process with the real trainer, client and network of 31.2 million parameters, reach a real coordinator
+through a relay that passes on 125 MB/s in each direction. Iterations are replaced by waiting, so that an epoch of the
+plain trainer, which runs beside the first measurement, takes 30 s on any machine. The rest is as ever: hooks, copies of
+weights, exchange, checkpoints. An epoch lasts from one `on_epoch_start` to the next.
+
+How long the validation takes matters, since it hides the exchange. An epoch has 250 iterations of training and 50 of
+validation, which only go forward; backward takes about twice as long as forward, so the validation takes
+50 / (3 * 250 + 50) of an epoch, 1.9 s.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.federation import address, make_federation, running
+from benchmarks.federation_load import SlowLine
+from nnunetv2.federated.site import SiteCredential
+
+EPOCH_S = 30.0
+GIGABIT = 125e6
+"""Bytes per second."""
+NUM_EPOCHS = 3
+"""Measured in each training; it ends before its last epoch, whose validation hides nothing."""
+VALIDATION_S = EPOCH_S * 50 / (3 * 250 + 50)
+FEATURES = (32, 64, 128, 256, 320, 320)
+WANTED = 0.05
+DEFAULT_EVERY = 5
+PLAIN = "nnUNetTrainer"
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """What a training took, epoch by epoch."""
+
+    seconds: list[float]
+    waited: list[float]
+    """For the exchange, with nothing else to do."""
+
+
+class EnoughError(Exception):
+    """All epochs that are measured are over."""
+
+
+def train(folder: Path, trainer_name: str, credential: SiteCredential | None) -> Epochs:
+    """Train in this process, and return what the epochs took."""
+    os.environ.update({root: str(folder / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")})
+    import torch
+
+    torch.set_num_threads(1)
+    plans, dataset_json = make_dataset(folder / "nnUNet_preprocessed")
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = make_trainer_class(trainer_name)(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+        trainer.credential = credential
+        with contextlib.suppress(EnoughError):
+            trainer.run_training()
+    return Epochs([late - early for early, late in zip(trainer.begun, trainer.begun[1:])], trainer.waited)
+
+
+def make_dataset(preprocessed: Path) -> tuple[dict, dict]:
+    """Write a tiny dataset, and return it with plans for a network of real size."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from tiny_dataset import NAME, make_tiny_dataset
+
+    plans = make_tiny_dataset(preprocessed, stages=len(FEATURES))
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["patch_size"] = [128] * 3
+    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = list(FEATURES)
+    return plans, json.loads((preprocessed / NAME / "dataset.json").read_text())
+
+
+def make_trainer_class(name: str) -> type:
+    """Return a trainer of that name whose iterations wait."""
+    import numpy as np
+    import torch
+
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.training.nnUNetTrainer.variants.federated import nnUNetTrainerFedAvg
+
+    base = nnUNetTrainer if name == PLAIN else getattr(nnUNetTrainerFedAvg, name)
+
+    class Waiting(base):
+        def get_dataloaders(self):
+            self.begun, self.waited = [], []
+            return iter(()), iter(())
+
+        def on_train_start(self):
+            super().on_train_start()
+            for parameter in self.network.parameters():  # what the first iteration would have made
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+        def on_epoch_start(self):
+            self.begun.append(time.monotonic())
+            if self.current_epoch == NUM_EPOCHS:
+                raise EnoughError
+            super().on_epoch_start()
+
+        def _run_steps(self, phase, step, batches, number):
+            time.sleep(EPOCH_S - VALIDATION_S if phase == "training" else VALIDATION_S)
+            counts = {name: np.ones(2) for name in ("tp_hard", "fp_hard", "fn_hard")}
+            return [{"loss": np.float32(0.5), **counts}] * number
+
+        def report_round(self, aggregate, *, waited_s):
+            self.waited.append(waited_s)
+            super().report_round(aggregate, waited_s=waited_s)
+
+    Waiting.__name__ = name
+    return Waiting
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+def measure(folder: Path) -> None:
+    """Print what an epoch takes alone and in a federation."""
+    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        alone = pool.submit(train, folder / "alone", PLAIN, None)
+        print(f"\nepochs of {EPOCH_S:.0f} s, {VALIDATION_S:.1f} s of it validation, two sites at 1 Gbit/s, load "
+              f"{os.getloadavg()[0]:.1f}", flush=True)
+        never = measure_federation(folder / "never", pool, "nnUNetTrainerAsymFedAvg", validate_every=0)
+        plain = statistics.median(alone.result().seconds)
+        print(f"  {PLAIN}: {plain:.2f} s")
+        always = measure_federation(folder / "always", pool, "nnUNetTrainerAsymFedAvg", validate_every=1)
+        overlapped = measure_federation(folder / "overlapped", pool, "nnUNetTrainerAsymFedAvgOverlapped",
+                                        validate_every=0)
+    default = never.seconds + (always.seconds - never.seconds) / DEFAULT_EVERY
+    print(f"  nnUNetTrainerAsymFedAvg, no average validated: {never.beside(plain)}")
+    print(f"  the same, every average validated: {always.beside(plain)}")
+    print(f"  the same, every {DEFAULT_EVERY}th validated, from these two: {default / plain - 1:.1%} (wanted: at most "
+          f"{WANTED:.0%})")
+    print(f"  nnUNetTrainerAsymFedAvgOverlapped, no average validated: {overlapped.beside(plain)}; load "
+          f"{os.getloadavg()[0]:.1f}", flush=True)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians over the epochs of all sites, in seconds."""
+
+    seconds: float
+    waited: float
+
+    def beside(self, plain: float) -> str:
+        """Compare with the epoch of a training without a federation."""
+        return (f"{self.seconds:.2f} s, {self.seconds / plain - 1:.1%} more; {self.waited:.2f} s of it waiting for the "
+                "exchange")
+
+
+def measure_federation(folder: Path, pool: ProcessPoolExecutor, trainer_name: str, *, validate_every: int) -> Cost:
+    """Let two sites train with a coordinator of their own."""
+    tokens = make_federation(folder / "federation", 2, num_epochs=NUM_EPOCHS + 2, validate_every=validate_every)
+    with running(folder / "federation") as coordinator, contextlib.ExitStack() as stack:
+        trainings: list[Future[Epochs]] = []
+        for site, token in tokens.items():
+            line = stack.enter_context(SlowLine(address(coordinator.url), GIGABIT))
+            credential = SiteCredential(f"http://127.0.0.1:{line.port}", "benchmark", site, token)
+            trainings.append(pool.submit(train, folder / site, trainer_name, credential))
+        epochs = [training.result() for training in trainings]
+    return Cost(statistics.median(one for site in epochs for one in site.seconds),
+                statistics.median(one for site in epochs for one in site.waited))
