@@ -187,6 +187,37 @@ def test_what_was_checked_is_what_is_stored(federation, peers, monkeypatch):
     assert stored.read_bytes() == good
 
 
+def test_an_upload_that_was_begun_with_a_stolen_credential_does_not_count(federation, peers):
+    """Its site was invited again before the upload was over, and is expected as before."""
+    start_run(peers)
+    body = peers["M"].document(messages.Update(), make_weights(1))
+    head = (f"PUT /v1/gatherings/{round_key(RUN, 0)} HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {federation.credential('M').token}\r\nContent-Length: {len(body)}\r\n"
+            f"X-Content-SHA256: {hashlib.sha256(body).hexdigest()}\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", int(federation.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(head.encode() + body[:100])
+        wait_until(lambda: federation.coordinator.uploads.in_progress())
+        federation.coordinator.revoke("M", by="boss")
+        federation.coordinator.invite("M", "site", by="boss")
+        connection.sendall(body[100:])
+        assert connection.recv(1000).startswith(b"HTTP/1.1 401")
+    gathering = federation.coordinator.book.get(round_key(RUN, 0))
+    assert gathering is None or "M" not in gathering.contributions
+
+
+def test_who_waits_for_a_result_with_a_credential_that_is_revoked_does_not_get_it(federation, peers):
+    for number, peer in enumerate(peers.values()):
+        if number:
+            peer.put(CENSUS_KEY, peer.document(make_census()))
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(peers["M"].get(f"gatherings/{CENSUS_KEY}?wait=9")))
+    waiting.start()
+    time.sleep(0.3)
+    federation.coordinator.revoke("M", by="boss")
+    waiting.join(10)
+    assert answers[0].status_code == 401
+
+
 def test_an_upload_of_another_site_is_not_gone_on_with(federation, peers, monkeypatch):
     monkeypatch.setattr(partial_uploads, "WORTH_KEEPING_BYTES", 1)
     start_run(peers)

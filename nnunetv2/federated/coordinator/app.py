@@ -187,6 +187,7 @@ async def put_contribution(request: Request) -> Response:
         await receive(request, upload, announcement, request.app.state.reception)
         upload.complete()
         try:
+            site_of(request)  # it may have been revoked since this began, and invited again
             receipt = await request.app.state.reception.finish(
                 coordinator.contribute, key, site, upload.path, digest, size)
         finally:
@@ -207,6 +208,7 @@ async def get_result(request: Request) -> Response:
             except asyncio.TimeoutError:
                 pass
             else:
+                site_of(request)  # it may have been revoked meanwhile
                 outcome = await run_in_threadpool(coordinator.result, key, site)
     if isinstance(outcome, Result):
         return ResultResponse(outcome)
