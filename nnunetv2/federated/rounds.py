@@ -239,6 +239,12 @@ def with_contribution(gathering: Gathering, site: str, contribution: Contributio
     return replace(gathering, contributions=contributions, opened=opened, outcome=None)
 
 
+def without_contribution(gathering: Gathering, site: str) -> Gathering:
+    """Return an open gathering without what a site has contributed."""
+    contributions = {name: one for name, one in gathering.contributions.items() if name != site}
+    return replace(gathering, contributions=contributions)
+
+
 def may_close(gathering: Gathering, now: float) -> bool:
     """Tell whether the gathering can be closed: it is complete, due, or overtaken."""
     if gathering.outcome is not None or gathering.is_held or not gathering.counted:

@@ -236,6 +236,13 @@ class Store:
         if earlier is not None and earlier[0] != contribution.digest:
             self.contribution_path(gathering.key, site, earlier[0]).unlink(missing_ok=True)
 
+    def drop_contribution(self, gathering: Gathering, site: str, event: Event) -> None:
+        """Forget what a site has contributed to an open gathering; the log of events still tells of it."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM contributions WHERE key = ? AND site = ?", (str(gathering.key), site))
+            add_event(connection, event)
+        self.contribution_path(gathering.key, site, gathering.contributions[site].digest).unlink(missing_ok=True)
+
     def save_closing(self, gathering: Gathering, digest: str, *, record: Mapping[str, Any] | None = None) -> None:
         """Remember that a gathering is closed; its result, with this digest, is in `result_path` already.
 

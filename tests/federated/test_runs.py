@@ -417,6 +417,28 @@ def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, m
     assert seen == [1] and coordinator.book.run_state(RUN).rounds_closed == 1
 
 
+def test_what_a_revoked_site_sent_does_not_count_when_it_is_invited_again(make_federation):
+    """It may have been somebody with its credential, and the first update of a round stays."""
+    federation = make_federation("A", "B", "C")
+    federation.start("A", "B", "C")
+    federation.update(0, "C", 666), federation.update(0, "A", 1)
+    coordinator = federation.coordinator
+    coordinator.revoke("C", by="boss")
+    coordinator.invite("C", "site", by="boss")
+    federation.update(0, "B", 2)
+    assert coordinator.result(round_key(RUN, 0), "A").waiting_for == ("C",)
+    event, = federation.store.load_events("dropped")
+    assert (event.site, event.key, event.detail["site"]) == ("boss", round_key(RUN, 0), "C")
+    assert [path.name[0] for path in sorted(federation.store.result_path(round_key(RUN, 0)).parent.iterdir())] == [
+        "A", "B"]
+    federation.store.close()
+    again = Federation(federation.store.folder)
+    federation.store = again.store  # closed by the fixture
+    again.update(0, "C", 3)
+    for name, values in mean_of((1, 1), (2, 2), (3, 3)).items():
+        np.testing.assert_allclose(again.aggregate(0)[1][name], values, rtol=1e-6)
+
+
 def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):
     federation = make_federation("A", "B", "C")
     federation.send(registration_key(RUN), "A", make_registration(1))

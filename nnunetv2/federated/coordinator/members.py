@@ -202,6 +202,10 @@ class Members:
         record = self._members.get(name)
         return None if record is None or record.state == "revoked" else record.role
 
+    def is_revoked(self, name: str) -> bool:
+        """Tell whether there is such a member, and its credential was taken away."""
+        return name in self._members and self._members[name].state == "revoked"
+
     def _withdrawn(self, name: str) -> list[InvitationRecord]:
         return [replace(one, secret=None) for one in self._invitations.values()
                 if one.member == name and one.secret is not None]

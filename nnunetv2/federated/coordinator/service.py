@@ -37,6 +37,7 @@ from nnunetv2.federated.rounds import (
     judge,
     parse_key,
     with_contribution,
+    without_contribution,
 )
 from nnunetv2.federated.store import Role, Store, flush
 from nnunetv2.federated.wire import open_document
@@ -130,6 +131,8 @@ class Coordinator:
     def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
         """Invite a member and return the secret of its invitation; see `Members.invite`."""
         with self.locks["settings"]:
+            if self.members.is_revoked(name):
+                self._drop_contributions(name, by=by)  # before they could count again
             secret, settings = self.members.invite(name, role, self.settings, now=self.clock(), by=by,
                                                    lifetime_s=lifetime_s)
             self._take_over(settings)
@@ -141,6 +144,18 @@ class Coordinator:
         with self.locks["settings"]:
             self._take_over(self.members.revoke(name, self.settings, now=self.clock(), by=by))
         self.announce(f"{by} has revoked the credential of {name}")
+
+    def _drop_contributions(self, site: str, *, by: str) -> None:
+        """Forget what a site that was revoked had contributed to what is open: it may have been somebody else."""
+        for one in self.book.open_gatherings():
+            with self.locks[str(one.key)]:
+                gathering = self.book.get(one.key)
+                if gathering is None or gathering.is_closed or site not in gathering.contributions:
+                    continue
+                self.store.drop_contribution(gathering, site, Event(
+                    self.clock(), "dropped", by, str(one.key),
+                    {"site": site, "digest": gathering.contributions[site].digest}))
+                self.book.put(without_contribution(gathering, site))
 
     def change_settings(self, change: bodies.SettingsChange, *, by: str) -> bodies.FederationSettings:
         """Change what may be changed while a federation is at work; it holds from the next closing on.
