@@ -194,6 +194,12 @@ def test_who_fails_too_often_has_to_wait(federation, eve):
     assert eve.log_in().status_code == 200, "nor who has the right token"
 
 
+def test_nothing_that_is_for_somebody_is_kept_in_between(federation, eve):
+    for answer in (eve.get("session"), eve.get("overview"), eve.get("status"), requests.get(f"{eve.base}/status"),
+                   requests.get(f"{eve.base}/session")):
+        assert answer.headers["cache-control"] == "no-store"
+
+
 def test_a_flood_of_strangers_does_not_lock_viewers_out(tmp_path):
     limits = Limits(stranger_requests_at_once=5.0, stranger_requests_per_s=0.001)
     with served(tmp_path / "federation", make_settings(), limits) as federation:

@@ -28,17 +28,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from nnunetv2.federated.bodies import Part
 from nnunetv2.federated.coordinator import metrics
 from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.curves import draw
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.overview import Board, Lookout
+from nnunetv2.federated.coordinator.problems import json_response
 from nnunetv2.federated.coordinator.service import Coordinator, require_role
 from nnunetv2.federated.coordinator.sessions import SESSION_S, LoginRequest, Sessions
 from nnunetv2.federated.coordinator.uploads import read_json
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.strict_json import encode_json
 
 LONGEST_WAIT_S = 25.0
 HEAD_EVERY_S = 86_400.0
@@ -146,7 +145,7 @@ async def post_session(request: Request) -> Response:
     address = request.client.host if request.client else ""
     cookie, viewer = await run_in_threadpool(observatory.sessions.log_in, login, address=address)
     observatory.sessions.log_out(request.cookies.get(observatory.cookie, ""))  # the one that this cookie replaces
-    answer = _answer(viewer)
+    answer = json_response(viewer)
     # No path: the browser sends the cookie to where it comes from, /v1/..., under whatever prefix a proxy adds.
     answer.set_cookie(observatory.cookie, cookie, max_age=int(SESSION_S), path=None, secure=observatory.is_secure,
                       httponly=True, samesite="strict")
@@ -158,8 +157,8 @@ async def get_session(request: Request) -> Response:
     observatory = observatory_of(request)
     cookie = request.cookies.get(observatory.cookie)
     if cookie is None:  # no error: it is what the page asks first
-        return Response(status_code=204)
-    return _answer(observatory.sessions.viewer(cookie))
+        return Response(status_code=204, headers={"Cache-Control": "no-store"})
+    return json_response(observatory.sessions.viewer(cookie))
 
 
 async def delete_session(request: Request) -> Response:
@@ -187,8 +186,9 @@ async def get_curves(request: Request) -> Response:
     viewer_of(request)
     since = int(_number(request, "since"))
     validations = int(_number(request, "since_validation")) if "since_validation" in request.query_params else since
-    return _answer(await run_in_threadpool(draw, observatory_of(request).coordinator, request.path_params["run"],
-                                           since=since, since_validation=validations))
+    curves = await run_in_threadpool(draw, observatory_of(request).coordinator, request.path_params["run"], since=since,
+                                     since_validation=validations)
+    return json_response(curves)
 
 
 async def get_metrics(request: Request) -> Response:
@@ -198,10 +198,6 @@ async def get_metrics(request: Request) -> Response:
     text = await run_in_threadpool(lambda: metrics.encode(metrics.figures(
         observatory.lookout, refusals=observatory.refusals.copy(), sessions=observatory.sessions.count())))
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE, "Cache-Control": "no-store"})
-
-
-def _answer(model: Part) -> Response:
-    return Response(encode_json(model), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 def _number(request: Request, name: str) -> float:

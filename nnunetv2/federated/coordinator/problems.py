@@ -118,5 +118,6 @@ def answer_too_many(message: str, wait_s: float) -> Response:
 
 
 def json_response(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Answer with a message."""
-    return Response(encode_json(model), status, headers, media_type="application/json")
+    """Answer with a message, which is for nobody else, so that nothing in between keeps it."""
+    return Response(encode_json(model), status, {"Cache-Control": "no-store", **(headers or {})},
+                    media_type="application/json")
