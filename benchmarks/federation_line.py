@@ -106,7 +106,11 @@ def make_trainer_class(name: str) -> type:
             super().on_epoch_start()
 
         def _run_steps(self, phase, step, batches, number):
-            time.sleep(EPOCH_S - VALIDATION_S if phase == "training" else VALIDATION_S)
+            end = time.monotonic() + (EPOCH_S - VALIDATION_S if phase == "training" else VALIDATION_S)
+            while (left := end - time.monotonic()) > 0:
+                for parameter in self.network.parameters():  # what is trained stays in memory and caches
+                    parameter.detach().add_(self.optimizer.state[parameter]["momentum_buffer"])  # zeros
+                time.sleep(min(1.0, max(0.0, left)))
             counts = {name: np.ones(2) for name in ("tp_hard", "fp_hard", "fn_hard")}
             return [{"loss": np.float32(0.5), **counts}] * number
 

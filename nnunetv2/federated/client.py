@@ -32,7 +32,7 @@ from nnunetv2.federated.http_session import (
 )
 from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url
 from nnunetv2.federated.strict_json import decode_json, encode_json
-from nnunetv2.federated.wire import Document, TensorSpec, open_document, write_document
+from nnunetv2.federated.wire import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.utilities.resumable_download import PartialDownload
 
 if TYPE_CHECKING:
@@ -158,21 +158,20 @@ class FederationClient:
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
         allow_list.check_document(message, specs, url=self.credential.url)
-        with self._temporary_file() as path:
-            digest = write_document(path, message, specs, (tensors[name] for name in specs), is_temporary=True)
-            offer = bodies.Offer(digest=digest, size=path.stat().st_size)
-            attempts = 0
+        document = OutgoingDocument(message, specs, tensors)
+        offer = bodies.Offer(digest=document.digest, size=document.size)
+        attempts = 0
 
-            def send() -> bodies.Receipt:
-                nonlocal attempts
-                attempts += 1
-                # What is large, or may have arrived although its receipt did not, is announced before it is sent.
-                answer = bodies.Wanted()
-                if offer.size >= OFFER_FROM_BYTES or attempts > 1:
-                    answer = self._offer(key, offer)
-                return answer if isinstance(answer, bodies.Receipt) else self._upload(key, path, digest, answer.offset)
+        def send() -> bodies.Receipt:
+            nonlocal attempts
+            attempts += 1
+            # What is large, or may have arrived although its receipt did not, is announced before it is sent.
+            answer = bodies.Wanted()
+            if offer.size >= OFFER_FROM_BYTES or attempts > 1:
+                answer = self._offer(key, offer)
+            return answer if isinstance(answer, bodies.Receipt) else self._upload(key, document, answer.offset)
 
-            return self._persist(send, patience_s)
+        return self._persist(send, patience_s)
 
     def result(self, key: str) -> Document:
         """Wait until a gathering is closed and return its result; see `exchange`."""
@@ -238,16 +237,14 @@ class FederationClient:
             content = read_small(response)
             return decode_json(bodies.Wanted if response.status_code == 202 else bodies.Receipt, content)
 
-    def _upload(self, key: str, path: Path, digest: str, offset: int) -> bodies.Receipt:
+    def _upload(self, key: str, document: OutgoingDocument, offset: int) -> bodies.Receipt:
         """Send a document from a byte on."""
-        headers = {"X-Content-SHA256": digest}
-        size = path.stat().st_size
+        headers, size = {"X-Content-SHA256": document.digest}, document.size
         if 0 < offset < size:
             headers["Content-Range"] = f"bytes {offset}-{size - 1}/{size}"
-        with path.open("rb") as file:
-            file.seek(offset if offset < size else 0)
-            with self._request("PUT", f"gatherings/{quote(key)}", data=file, headers=headers) as response:
-                return decode_json(bodies.Receipt, read_small(response))
+        document.seek(offset if offset < size else 0)
+        with self._request("PUT", f"gatherings/{quote(key)}", data=document, headers=headers) as response:
+            return decode_json(bodies.Receipt, read_small(response))
 
     def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> bodies.Waiting | None:
         """Ask once for a result, going on behind what there is of it; None once it is there completely."""
@@ -323,14 +320,6 @@ class FederationClient:
     def _new_path(self) -> Path:
         self._number += 1
         return Path(self._folder.name) / f"{self._number}.safetensors"
-
-    @contextmanager
-    def _temporary_file(self) -> Iterator[Path]:
-        path = self._new_path()
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
 
     def _forget_document(self) -> None:
         """Close and delete the last result, so that files do not pile up over a thousand rounds."""

@@ -4,22 +4,25 @@
     n bytes      JSON: {"__metadata__": {"message": <JSON text>}, <name>: {"dtype", "shape", "data_offsets"}, ...}
     the rest     tensor data, little-endian, C order, in the order of the header, without gaps
 
-The writer streams: it holds one tensor at a time, where the library's own function wants all of them at once.
+The writer streams: it holds one tensor at a time, where the library's own function wants all of them at once. What a
+site has in memory anyway is sent from there.
 The reader trusts nobody: it checks size, names, shapes, dtypes and offsets before it builds anything.
 """
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import mmap
 import os
 import re
 import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +163,54 @@ class Document:
 
 
 # ------------------------------------------------------------------------------------------------------ writing
-def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray], *,
-                   is_temporary: bool = False) -> str:
+class OutgoingDocument(io.RawIOBase):
+    """A document that is sent from memory, as a file to be read from any byte on. Its tensors must not change.
+
+    Args:
+        message: What it says.
+        specs: Name -> dtype and shape of every tensor, in the order in which they travel.
+        tensors: Name -> values.
+
+    Raises:
+        WireError: A name, dtype or shape is not allowed, or the tensors are not what specs announces.
+    """
+
+    def __init__(self, message: Message, specs: Mapping[str, TensorSpec], tensors: Mapping[str, np.ndarray]) -> None:
+        self._pieces = [memoryview(encode_header(message, specs)), *_bytes_of_all(specs, map(tensors.get, specs))]
+        self._ends = list(accumulate(map(len, self._pieces)))
+        self._position = 0
+        self.size = self._ends[-1]
+        digest = hashlib.sha256()
+        for piece in self._pieces:
+            digest.update(piece)
+        self.digest = digest.hexdigest()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte and return its number."""
+        self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence])
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        """Fill the buffer with the next bytes, as far as those of one tensor go, and return their number."""
+        index = bisect_right(self._ends, self._position)
+        if index == len(self._pieces):
+            return 0
+        begin = self._position - (self._ends[index] - len(self._pieces[index]))
+        found = self._pieces[index][begin:begin + len(buffer)]
+        buffer[:len(found)] = found
+        self._position += len(found)
+        return len(found)
+
+
+def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray]) -> str:
     """Write a document atomically, holding one tensor at a time, and return its SHA-256.
 
     Args:
@@ -169,24 +218,11 @@ def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec]
         message: What it says.
         specs: Name -> dtype and shape of every tensor, in the order of `tensors`.
         tensors: The values, as many as specs; each is used before the next is asked for.
-        is_temporary: Whether the file goes when this process does. It need not reach the disk then, which takes longer
-            than all the rest.
 
     Raises:
         WireError: A name, dtype or shape is not allowed, or the tensors are not what specs announces.
     """
-    def pieces() -> Iterator[bytes | memoryview]:
-        remaining = iter(tensors)
-        for name, spec in specs.items():
-            values = next(remaining, None)
-            if values is None:
-                raise WireError(f"tensor {name} is announced but not there")
-            _check_spec(name, TensorSpec.of(np.asarray(values)), spec)
-            yield _bytes_of(np.asarray(values), DTYPES[spec.dtype])
-        if next(remaining, None) is not None:
-            raise WireError("there are more tensors than announced")
-
-    return _write(path, encode_header(message, specs), pieces(), is_temporary=is_temporary)
+    return _write(path, encode_header(message, specs), _bytes_of_all(specs, tensors))
 
 
 def write_subset(source: Document, path: Path, names: Iterable[str]) -> str:
@@ -228,14 +264,27 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, header: bytes, pieces: Iterable[bytes | memoryview], *, is_temporary: bool = False) -> str:
+def _write(path: Path, header: bytes, pieces: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.sha256(header)
-    with nullcontext(path) if is_temporary else replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(header)
         for piece in pieces:
             digest.update(piece)
             file.write(piece)
     return digest.hexdigest()
+
+
+def _bytes_of_all(specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray | None]) -> Iterator[memoryview]:
+    """Yield the bytes of tensors that are what specs announces."""
+    remaining = iter(tensors)
+    for name, spec in specs.items():
+        values = next(remaining, None)
+        if values is None:
+            raise WireError(f"tensor {name} is announced but not there")
+        _check_spec(name, TensorSpec.of(np.asarray(values)), spec)
+        yield _bytes_of(np.asarray(values), DTYPES[spec.dtype])
+    if next(remaining, None) is not None:
+        raise WireError("there are more tensors than announced")
 
 
 def _bytes_of(values: np.ndarray, dtype: np.dtype) -> memoryview:

@@ -91,8 +91,7 @@ def train_in_steps(folder, step: float, *, num_rounds: int, with_feedback: bool 
             sent = feedback.encode({"w": weight.astype(np.float32) + np.float32(factor * step)})
             if with_feedback:
                 feedback.settle()
-            write_document(folder / site, messages.Update(), half_precision.narrowed(specs), sent.values(),
-                           is_temporary=True)
+            write_document(folder / site, messages.Update(), half_precision.narrowed(specs), sent.values())
         with open_document(folder / "A") as a, open_document(folder / "B") as b, \
                 open_document(folder / str(number - 1)) as previous:
             aggregate_documents({"A": a, "B": b}, {"A": 1, "B": 1}, out_path=folder / str(number), precision="float16",

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import tracemalloc
@@ -38,6 +39,7 @@ from nnunetv2.federated.strict_json import canonical_json, decode_json, encode_j
 from nnunetv2.federated.wire import (
     DTYPES,
     Limits,
+    OutgoingDocument,
     TensorSpec,
     check_tensors,
     document_size,
@@ -217,6 +219,19 @@ def test_the_writer_checks_what_it_is_given_and_leaves_nothing_behind(tmp_path, 
     with pytest.raises(WireError, match=message):
         write_document(tmp_path / "d", MESSAGES[1], specs, tensors)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_sent_from_memory_is_what_would_have_been_written(tmp_path):
+    tensors = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "none": np.zeros((0, 3), np.float32),
+               "v": np.asfortranarray(np.arange(8, dtype=np.int64).reshape(2, 4))}
+    digest, content = write(tmp_path / "d", tensors), (tmp_path / "d").read_bytes()
+    specs = {name: TensorSpec.of(values) for name, values in tensors.items()}
+    document = OutgoingDocument(MESSAGES[-2], specs, tensors)
+    assert (document.digest, document.size) == (digest, len(content))
+    for begin in (0, 5, len(content) - 70, len(content) - 1, len(content)):
+        document.seek(begin)
+        assert b"".join(iter(lambda: document.read(7), b"")) == content[begin:]
+    assert document.seek(-3, io.SEEK_END) == len(content) - 3 and document.read() == content[-3:]
 
 
 def test_arrays_in_any_order_in_memory_are_written_in_c_order(tmp_path):
