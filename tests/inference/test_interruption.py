@@ -17,9 +17,9 @@ from nnunetv2.inference import interruption
 interruption._SECONDS_TO_STOP = 0.5
 
 def command():
-    print("ready", flush=True)
     for _ in range(3):
         try:
+            print("ready", flush=True)  # the interrupt may come before this returns
             time.sleep(60)
         except KeyboardInterrupt:  # as destructors and callbacks of C code do
             pass
