@@ -46,7 +46,7 @@ from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.problems import answer_error, answer_nobody, answer_unknown, json_response
 from nnunetv2.federated.coordinator.service import Coordinator, Result, require_role
-from nnunetv2.federated.coordinator.uploads import Reception, announced, drain, read_json, receive
+from nnunetv2.federated.coordinator.uploads import BYPASSED, Reception, announced, drain, read_json, receive
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.store import Traffic
 
@@ -276,6 +276,7 @@ class TrafficMeter:
                 key = scope.get("path_params", {}).get("key", "")
                 if self.coordinator.book.get(key) is None:
                     key = ""  # anybody can make up names: no counter for each
+                received += scope.get(BYPASSED, 0)
                 self.coordinator.members.count(scope["member"], key, Traffic(received, sent, self.coordinator.clock()))
 
 
@@ -301,6 +302,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         daily.cancel()
         with suppress(asyncio.CancelledError):
             await daily
+        app.state.reception.close()
         await run_in_threadpool(coordinator.stop)
 
     handlers: dict[Any, Any] = {FederationError: answer_error, OSError: answer_error, HTTPException: answer_unknown,

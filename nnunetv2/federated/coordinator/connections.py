@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import h11
@@ -16,6 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nnunetv2.federated import bodies
+from nnunetv2.federated.coordinator.large_bodies import BufferBook, LargeBody, can_bypass
 from nnunetv2.federated.coordinator.limits import ConnectionBook, Limits, Pace, Phase
 from nnunetv2.federated.strict_json import encode_json
 
@@ -41,6 +44,7 @@ class GuardedProtocol(H11Protocol):
         super().__init__(*args, **keywords)
         self.app_state = {**self.app_state, "connection": self}  # where the application finds it: scope["state"]
         self.host = ""
+        self._body: LargeBody | None = None
         self._pace = Pace()
         self._received = 0
         self._received_in_rest = 0
@@ -58,7 +62,7 @@ class GuardedProtocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        self._received += len(data)
+        self.note_received(len(data))
         if self._phase() == "rest":
             self._received_in_rest += len(data)
             if self._received_in_rest > REST_BYTES:
@@ -88,6 +92,37 @@ class GuardedProtocol(H11Protocol):
         is_over = (self.cycle is None or self.cycle.response_complete) and not self.transport.get_write_buffer_size()
         self._timer = self.loop.call_later(PARTING_S, self.transport.abort if is_over else self._part)
 
+    # --------------------------------------------------------------------------------------------------- large bodies
+    @asynccontextmanager
+    async def large_body(self, remaining: int, book: BufferBook) -> AsyncIterator[LargeBody]:
+        """Let the rest of the body that is being received, of known length, bypass the parser.
+
+        Enter it right after a part of the body was received, before anything else is awaited. The connection is closed
+        after the answer.
+        """
+        self.scope["headers"].append((b"connection", b"close"))  # as if the request had asked for it
+        self.flow.pause_reading()  # the body itself says when to read; afterwards there is nothing to read
+        self._body = LargeBody(self, remaining, book)
+        self.transport.set_protocol(self._body)
+        book.opened()
+        try:
+            yield self._body
+        except Exception:
+            await self._body.discard(REST_BYTES)
+            raise
+        finally:
+            book.closed()
+            self.transport.set_protocol(self)
+            self._body = None
+
+    def can_bypass_parser(self) -> bool:
+        """Tell whether this connection can take a body with `large_body`."""
+        return can_bypass(self.transport, self.loop)
+
+    def note_received(self, count: int) -> None:
+        """Take note of bytes that have arrived."""
+        self._received += count
+
     # ------------------------------------------------------------------------------------------------------ watching
     def _watch(self) -> None:
         """Look again and again whether the connection makes progress, and drop it if not."""
@@ -102,6 +137,8 @@ class GuardedProtocol(H11Protocol):
             self._timer = self.loop.call_later(WATCH_S, self._watch)
 
     def _phase(self) -> Phase:
+        if self._body is not None:
+            return "body" if self._body.is_awaited else "other"
         if self.transport.get_write_buffer_size():
             return "answer"
         answered = self.cycle is None or self.cycle.response_complete

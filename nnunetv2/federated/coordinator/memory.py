@@ -11,7 +11,7 @@ def return_what_is_freed() -> bool:
     """Let the C library give memory back as soon as it is freed, and say whether it does (glibc only).
 
     By default it keeps a store of its own for every thread and, once blocks of a few hundred KiB have come and gone,
-    keeps those too. What arrives comes in blocks of 256 KiB: those stay in the store, as asking the system for each
+    keeps those too. What is sent goes in blocks of 256 KiB: those stay in the store, as asking the system for each
     would double the coordinator's work.
     """
     if not sys.platform.startswith("linux"):

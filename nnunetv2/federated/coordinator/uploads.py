@@ -2,19 +2,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
+from nnunetv2.federated.coordinator.large_bodies import BufferBook
 from nnunetv2.federated.coordinator.partial_uploads import PartialUpload
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.strict_json import decode_json
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.coordinator.connections import GuardedProtocol
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
@@ -23,15 +27,13 @@ SMALL_BODY = 64 << 10
 """Bytes that a plain JSON body may have."""
 DRAINED_BYTES = 4 << 20
 """A body up to this size is read to its end before it is refused, so that the refusal can be read."""
-PIECE_BYTES = 2 << 20
-"""A body is written in pieces of this size,"""
-SMALLEST_PIECE_BYTES = 256 << 10
-RECEIVED_BYTES = 32 << 20
-"""or smaller ones, so that all bodies that arrive at the same time hold about this much together."""
-WRITING_THREADS = 8
+BYPASSED = "nnunetv2.bypassed_bytes"
+"""Where the scope of a request says how much of its body did not come through `receive`."""
+WRITING_THREADS = min(8, max(2, os.cpu_count() or 1))
+"""Threads that write and hash pieces: with more than there are cores, they only wait for one another."""
 FINISHING_THREADS = 8
-"""Threads that write and hash pieces, and that check and sync what is complete. The threads that answer all other
-requests are not among them: however many sites send, the rest is served."""
+"""Threads that check and sync what is complete. The threads that answer all other requests are not among these: however
+many sites send, the rest is served."""
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
@@ -89,70 +91,68 @@ class Reception:
     """What all uploads that arrive at the same time share: threads and memory. For one event loop."""
 
     def __init__(self) -> None:
-        self._num_uploads = 0
-        self._writing: CapacityLimiter | None = None
-        self._finishing: CapacityLimiter | None = None
+        self.buffers = BufferBook()
+        self._writing = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="writing")
+        self._finishing = ThreadPoolExecutor(FINISHING_THREADS, thread_name_prefix="finishing")
 
-    @property
-    def piece_bytes(self) -> int:
-        """How much one upload may collect before it is written."""
-        return min(PIECE_BYTES, max(SMALLEST_PIECE_BYTES, RECEIVED_BYTES // (2 * max(1, self._num_uploads))))
-
-    @contextmanager
-    def receiving(self) -> Iterator[None]:
-        """Count an upload for as long as the block lasts."""
-        self._num_uploads += 1
-        try:
-            yield
-        finally:
-            self._num_uploads -= 1
+    def close(self) -> None:
+        """End the threads as soon as they have done what they are doing."""
+        self._writing.shutdown(wait=False)
+        self._finishing.shutdown(wait=False)
 
     async def write(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Run a function on a thread for writing."""
-        self._writing = self._writing or CapacityLimiter(WRITING_THREADS)
-        return await to_thread.run_sync(function, *arguments, limiter=self._writing)
+        return await asyncio.get_running_loop().run_in_executor(self._writing, function, *arguments)
 
     async def finish(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Run a function on a thread for what is complete."""
-        self._finishing = self._finishing or CapacityLimiter(FINISHING_THREADS)
-        return await to_thread.run_sync(function, *arguments, limiter=self._finishing)
+        return await asyncio.get_running_loop().run_in_executor(self._finishing, function, *arguments)
 
 
 async def receive(request: Request, upload: PartialUpload, announcement: Announcement, reception: Reception) -> None:
     """Stream the body of a request to the end of an upload without ever holding much of it.
 
-    A piece is hashed and written while the next one is received.
-
     Raises:
         RefusedError: It is not what was announced.
     """
     await reception.write(upload.read_beginning)
-    arrived, pending, held = upload.size, [], 0
-    writing: asyncio.Task[None] | None = None
-    with reception.receiving():
-        try:
-            async for chunk in request.stream():
-                arrived += len(chunk)
-                if arrived > announcement.size:
-                    raise RefusedError(f"the body is longer than the {announcement.size} bytes announced",
-                                       code="too_large")
-                pending.append(chunk)
-                held += len(chunk)
-                if held >= reception.piece_bytes:
-                    if writing is not None:
-                        await writing
-                    writing = asyncio.create_task(reception.write(upload.append, *pending))
-                    pending, held = [], 0
-        finally:  # also if the connection breaks: the rest can follow on another one
-            if writing is not None:
-                await writing
-            await reception.write(upload.append, *pending)
+    remaining, more_follow = announcement.size - announcement.offset, True
+    while more_follow:
+        piece, more_follow = await _next_piece(request)
+        remaining -= len(piece)
+        if remaining < 0:
+            raise RefusedError(f"the body is longer than the {announcement.size} bytes announced", code="too_large")
+        connection = _bypass(request) if more_follow and remaining else None
+        if connection is None:
+            await reception.write(upload.append, piece)
+            continue
+        async with connection.large_body(remaining, reception.buffers) as rest:
+            await reception.write(upload.append, piece)
+            async for piece in rest.pieces():
+                request.scope[BYPASSED] = request.scope.get(BYPASSED, 0) + len(piece)
+                await reception.write(upload.append, piece)
+        more_follow = False
     if upload.size != announcement.size:
         raise RefusedError(f"the body has {upload.size} bytes, {announcement.size} were announced",
                            code="damaged_in_transit")
     if upload.hexdigest() != announcement.digest:
         upload.discard()
         raise RefusedError("the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit")
+
+
+async def _next_piece(request: Request) -> tuple[bytes, bool]:
+    """Return what has come of the body since, and whether more is to follow."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
+
+
+def _bypass(request: Request) -> GuardedProtocol | None:
+    """Return the connection of a request if its body can be had without the parser."""
+    connection = request.scope.get("state", {}).get("connection")
+    is_plain = "transfer-encoding" not in request.headers
+    return connection if is_plain and connection is not None and connection.can_bypass_parser() else None
 
 
 async def drain(request: Request) -> None:
