@@ -254,8 +254,11 @@ def make_updates(folder: Path, specs: dict[str, TensorSpec], number: int) -> lis
 
 
 # ------------------------------------------------------------------------------------------------------------ limits
-def disk_rate(folder: Path, size: int, number: int = 8) -> float:
-    """Return the MiB/s at which files of `size` bytes reach the disk, each synced."""
+def disk_rate(folder: Path, size: int, number: int) -> float:
+    """Return the MiB/s at which so many files of `size` bytes reach the disk, each synced.
+
+    As many as the sites send: what a disk or its host takes at first, it does not take for long.
+    """
     content = memoryview(np.random.default_rng(0).bytes(size))
     begin = time.monotonic()
     for index in range(number):
@@ -304,13 +307,13 @@ def measure_round(folder: Path, num_sites: int) -> float:
     with running(folder / "federation") as coordinator:
         time.sleep(1)
         idle = Memory.of(coordinator.process.pid)
-        disk = [disk_rate(folder, size)]
+        disk = [disk_rate(folder, size, num_sites)]
         loopback = [loopback_rate(updates[0][0])]
         before = coordinator.cpu_seconds()
         with sampled_memory(coordinator.process.pid) as samples:
             times = play(coordinator.url, tokens, updates)
         cpu = coordinator.cpu_seconds() - before
-        disk.append(disk_rate(folder, size))
+        disk.append(disk_rate(folder, size, num_sites))
         loopback.append(loopback_rate(updates[0][0]))
         alone = aggregation_per_core(folder / "federation", folder / "again")
         closing = float(re.search(r"round 0 is closed.*, ([0-9.]+) s to compute", coordinator.log.read_text())[1])
