@@ -21,7 +21,8 @@ from nnunetv2.federated.coordinator.problems import answer_too_many
 MAX_REMEMBERED = 10_000
 """Members and addresses whose requests are counted at a time; the rest have been quiet for longest."""
 
-COST_OF_PATH = {"/v1/status": 10.0}
+COSTLY_PATH = re.compile("/v1/status|/v1/runs/[^/]+/curves")
+COSTLY_REQUEST = 10.0
 """As how many requests one counts that makes more work than others."""
 
 
@@ -240,7 +241,7 @@ class Gate:
             return f"{member} sends too many requests", wait_s
         if method not in ("GET", "HEAD") and (wait_s := self._lines.wait_s(member, now)):
             return f"too many requests of {member} were refused or reported something", wait_s
-        self._requests.spend(member, now, COST_OF_PATH.get(path, 1.0))
+        self._requests.spend(member, now, COSTLY_REQUEST if COSTLY_PATH.fullmatch(path) else 1.0)
         return None
 
     async def _serve(self, member: str, scope: Scope, receive: Receive, send: Send) -> None:
