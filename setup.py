@@ -35,6 +35,7 @@ COMMANDS = {
     "nnUNetv2_fed_leave": "federated.status:leave_entry",
     "nnUNetv2_fed_status": "federated.status:status_entry",
     "nnUNetv2_fed_manifest": "federated.manifest:manifest_entry",
+    "nnUNetv2_fed_fetch_model": "federated.fetch_model:fetch_model_entry",
     "nnUNetv2_fed_simulate": "federated.simulate:simulate_entry",
 }
 

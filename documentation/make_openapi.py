@@ -68,6 +68,11 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         codes=(*MEMBERS, "unknown_member"))},
     "/v1/runs/{run}": {"get": Operation(summary="How far a run is.", who="member", answers={200: bodies.RunState},
                                         codes=(*MEMBERS, "unknown_gathering"))},
+    "/v1/runs/{run}/model": {"get": Operation(
+        summary="The model of a run that is over, for nnUNetv2_install_pretrained_model_from_zip.",
+        who="site or operator", headers=("Range", "If-Range"),
+        answers={200: "application/zip", 206: "application/zip", 416: None},
+        codes=(*MEMBERS, "unknown_run", "no_model"))},
     "/v1/runs/{run}/actions": {"post": Operation(
         summary="Steer a run (operators), or leave it and return to it (sites).", who="operator or site",
         body=bodies.RunAction, answers={200: bodies.RunState},

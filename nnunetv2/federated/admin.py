@@ -155,8 +155,7 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_admin`."""
     parser = argparse.ArgumentParser(description="Operate a federation whose coordinator is running.")
-    parser.add_argument("--folder", type=Path, metavar="F", help="folder of the federation, on the coordinator's "
-                        f"machine (default: ./{DEFAULT_FOLDER} if it is there, else the credential of this machine)")
+    add_folder_option(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add(commands, "invite", invite, "invite a site, an observer or an operator; or one again that lost its credential")
     commands.choices["invite"].add_argument("name", metavar="NAME")
@@ -174,6 +173,12 @@ def build_parser() -> argparse.ArgumentParser:
     audit_commands.add_commands(commands)
     backup.add_commands(commands)
     return parser
+
+
+def add_folder_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--folder` to a parser; `operator_credential` takes its value."""
+    parser.add_argument("--folder", type=Path, metavar="F", help="folder of the federation, on the coordinator's "
+                        f"machine (default: ./{DEFAULT_FOLDER} if it is there, else the credential of this machine)")
 
 
 def _add(commands: argparse._SubParsersAction, name: str, function: Callable[..., None], text: str) -> None:

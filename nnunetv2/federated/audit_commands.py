@@ -147,7 +147,8 @@ def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
         missing = f", without {', '.join(detail['missing'])}" if detail.get("missing") else ""
         return f"{key} from {', '.join(detail.get('contributions', {}))}{missing}"
     about = {"contribution": "{key}, {bytes} bytes", "model": "{key}: {outcome}", "control": "{action} {key}",
-             "late": "{key}, {seconds:.1f} s late", "refusal": "{key}: {message}"}.get(kind)
+             "late": "{key}, {seconds:.1f} s late", "refusal": "{key}: {message}",
+             "fetch": "the model of {key}"}.get(kind)
     if about is not None:
         return about.format(key=key, **detail)
     return " ".join(part for part in (key, json.dumps(dict(detail)) if detail else "") if part)

@@ -197,6 +197,15 @@ class FederationClient:
         """Return how far a training run is."""
         return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}", bodies.RunState))
 
+    def fetch_model(self, run: str, path: Path) -> None:
+        """Write the model of a run that is over, a zip file; in several connections, if need be.
+
+        Raises:
+            RefusedError: The run goes on, or the coordinator keeps no model of it.
+        """
+        download = PartialDownload(path)
+        self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
+
     def act(self, run: str, action: str, gathering: str | None = None) -> bodies.RunState:
         """Steer a run, as an operator, or leave it or return to it, as a site."""
         body = bodies.RunAction(action=action, gathering=gathering)
@@ -248,9 +257,12 @@ class FederationClient:
 
     def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> bodies.Waiting | None:
         """Ask once for a result, going on behind what there is of it; None once it is there completely."""
-        headers = download.headers()
+        return self._download(f"gatherings/{quote(key)}?wait={wait_s:g}", download)
+
+    def _download(self, path: str, download: PartialDownload) -> bodies.Waiting | None:
+        """Ask once for a file or its rest; return None once it is there completely, or what it waits for."""
         try:
-            with self._request("GET", f"gatherings/{quote(key)}?wait={wait_s:g}", headers=headers) as response:
+            with self._request("GET", path, headers=download.headers()) as response:
                 if response.status_code == 202:
                     return decode_json(bodies.Waiting, read_small(response))
                 expected = response.headers.get("X-Content-SHA256", "")
@@ -260,7 +272,7 @@ class FederationClient:
             raise
         if digest != expected:
             download.forget()
-            raise NoAnswerError("the result was damaged on its way")
+            raise NoAnswerError("what the coordinator sent was damaged on its way")
         return None
 
     @contextmanager

@@ -7,10 +7,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.admin import DEFAULT_FOLDER, ask, operator_credential
+from nnunetv2.federated.admin import add_folder_option, ask, operator_credential
 
 if TYPE_CHECKING:
     from nnunetv2.federated.bodies import GatheringStatus, RunProgress, RunState, SiteStatus, Status
@@ -123,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_status`."""
     parser = argparse.ArgumentParser(description="Show what the federation is doing, and what everybody waits for.")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
-    _add_folder(parser)
+    add_folder_option(parser)
     return parser
 
 
@@ -160,11 +159,6 @@ def leave(argv: Sequence[str] | None = None) -> int:
     others = ", ".join(state.members) or "nobody"
     print(f"Site {credential.site} has left run {run}; it goes on with {others}. nnUNetv2_train ... --c returns to it.")
     return 0
-
-
-def _add_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, metavar="F", help="folder of the federation, on the coordinator's "
-                        f"machine (default: ./{DEFAULT_FOLDER} if it is there, else the credential of this machine)")
 
 
 def status_entry() -> None:

@@ -73,10 +73,11 @@ def make_weights(seed: int, shapes=SHAPES) -> dict[str, np.ndarray]:
 
 # ------------------------------------------------------------------------------------------------------------ sites
 def train(client: FederationClient, *, seed: int, num_rounds: int, run: str = RUN, num_cases: int = 3,
-          pause_s: float = 0.0, on_round: Callable[[int], None] = lambda number: None, shapes=SHAPES) -> str:
+          pause_s: float = 0.0, on_round: Callable[[int], None] = lambda number: None, shapes=SHAPES,
+          plans=None) -> str:
     """Take part in a run from wherever it is; return the digest of its last aggregate."""
     site = client.credential.site
-    match = client.exchange(registration_key(run), make_registration(num_cases, shapes)).message
+    match = client.exchange(registration_key(run), make_registration(num_cases, shapes, plans=plans)).message
     local_names = {name: sites[site] for name, sites in match.shared.items() if site in sites}
     own = {name for name, owner in match.initial_owner.items() if owner == site}
     initial = make_weights(seed, shapes)

@@ -141,7 +141,7 @@ def expected_digest(tmp_path) -> str:
 @pytest.mark.parametrize("place", ["before the result", "after the result", "after the row", "while writing the model"])
 def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monkeypatch, place):
     from nnunetv2.federated import closing
-    from nnunetv2.federated.coordinator import closer
+    from nnunetv2.federated.coordinator import models
 
     def crash(*_, **__):
         raise Crash
@@ -156,7 +156,7 @@ def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monke
         elif place == "after the row":
             monkeypatch.setattr(coordinator.book, "put", crash)
         else:
-            monkeypatch.setattr(closer, "keep_models", crash)
+            monkeypatch.setattr(models, "keep_models", crash)
         with pytest.raises(Crash):
             close_what_is_ready(coordinator)
     monkeypatch.undo()
@@ -271,18 +271,18 @@ def test_a_clock_that_is_set_back_delays_nothing_for_long(folder, monkeypatch):
 
 def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
     """A full disk at the end of a run neither stops other runs, nor the next start, nor is forgotten."""
-    from nnunetv2.federated.coordinator import closer
+    from nnunetv2.federated.coordinator import closer, models
 
     lines: list[str] = []
     with Store(folder) as store:
         coordinator = Coordinator(store, announce=lines.append)
         fill_up_to_round_0(coordinator)
-        keep = closer.keep_models
+        keep = models.keep_models
 
         def no_space(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(closer, "keep_models", no_space)
+        monkeypatch.setattr(models, "keep_models", no_space)
         monkeypatch.setattr(closer, "RETRY_TIDYING_S", 0.05)
         for number in range(coordinator.settings.num_epochs):
             for site in "AB":
@@ -294,7 +294,7 @@ def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
             fill(coordinator, CENSUS_KEY, "A", make_census()), fill(coordinator, CENSUS_KEY, "B", make_census())
             wait_until(lambda: coordinator.book.is_closed(CENSUS_KEY))
             assert not store.load_events("model")
-            monkeypatch.setattr(closer, "keep_models", keep)
+            monkeypatch.setattr(models, "keep_models", keep)
             wait_until(lambda: store.load_events("model"))
         finally:
             coordinator.stop()

@@ -42,7 +42,11 @@ def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
     with running_coordinator(tmp_path / "coordinator", sites, options):
         plan(sites, tmp_path / "logs")
         run_everywhere(sites, train_command, step="train", log_folder=tmp_path / "logs")
-    first, second = (final_weights(site) for site in sites)
+        own = [final_weights(site) for site in sites]
+        run_everywhere(sites, lambda site: [
+            "nnUNetv2_fed_fetch_model", "-o", str(tmp_path / site.name), "--install", "--replace"],
+            step="fetch", log_folder=tmp_path / "logs")
+    first, second = own
     assert first.keys() == second.keys()
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name], err_msg=name)
@@ -53,6 +57,12 @@ def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
         str(tmp_path / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"],
         step="predict", log_folder=tmp_path / "logs")
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["phantom_005.nii.gz"]
+    run_everywhere(sites, lambda site: [  # what was fetched has the name that it has at the first site
+        "nnUNetv2_predict", "-d", f"Dataset{sites[0].dataset}_Phantom", "-c", CONFIGURATION, "-f", "0",
+        "-tr", "nnUNetTrainerAsymFedAvg", "-chk", "checkpoint_best.pth", "-i", str(images), "-o",
+        str(tmp_path / site.name / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"],
+        step="predict_best", log_folder=tmp_path / "logs")
+    assert all((tmp_path / site.name / "out" / "phantom_005.nii.gz").is_file() for site in sites)
 
 
 def test_sites_with_plans_of_their_own_share_what_matches(tmp_path):

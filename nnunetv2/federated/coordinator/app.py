@@ -5,6 +5,7 @@
     GET  /v1/settings                what holds for all sites
     GET  /v1/status                  what the federation is doing
     GET  /v1/runs/<run>              how far a run of training is
+    GET  /v1/runs/<run>/model        the model of a run that is over, in a zip file (ranges allowed); operators too
     POST /v1/runs/<run>/actions      {action, gathering}: an operator steers a run, a site leaves it or returns
     POST /v1/failures                {run, round, reason}: a site cannot go on
     POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202 {offset}: send it from there
@@ -25,8 +26,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -39,7 +41,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nnunetv2.federated import bodies
-from nnunetv2.federated.coordinator import page, steering
+from nnunetv2.federated.coordinator import models, page, steering
 from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.limits import Gate, Limits
 from nnunetv2.federated.coordinator.members import Member
@@ -113,6 +115,13 @@ async def get_run(request: Request) -> Response:
     """Tell a member how far a run is."""
     member_of(request)
     return json_response(coordinator_of(request).run_state(request.path_params["run"]))
+
+
+async def get_model(request: Request) -> Response:
+    """Send a site or an operator the model of a run that is over."""
+    member = require_role(member_of(request), "site", "operator")
+    model = await run_in_threadpool(models.find, coordinator_of(request), request.path_params["run"], member=member)
+    return DigestedFile(model.path, model.digest, media_type="application/zip")
 
 
 async def post_action(request: Request) -> Response:
@@ -211,7 +220,7 @@ async def get_result(request: Request) -> Response:
                 site_of(request)  # it may have been revoked meanwhile
                 outcome = await run_in_threadpool(coordinator.result, key, site)
     if isinstance(outcome, Result):
-        return ResultResponse(outcome)
+        return DigestedFile(outcome.path, outcome.digest, {"X-Gathering": outcome.key})
     return json_response(outcome, 202)
 
 
@@ -223,18 +232,17 @@ def wanted_wait(request: Request) -> float:
     return min(float(text), LONGEST_WAIT_S)
 
 
-class ResultResponse(FileResponse):
-    """Send a result file, or the range of it that is asked for."""
+class DigestedFile(FileResponse):
+    """Send a file whose SHA-256 is known, or the range of it that is asked for."""
 
     chunk_size = 256 << 10
     """What a download holds at a time; with hundreds of them that counts."""
 
-    def __init__(self, result: Result) -> None:
-        headers = {"X-Content-SHA256": result.digest, "X-Gathering": result.key, "ETag": f'"{result.digest}"',
-                   "Cache-Control": "no-store"}
+    def __init__(self, path: Path, digest: str, headers: Mapping[str, str] | None = None, *,
+                 media_type: str = "application/octet-stream") -> None:
+        headers = {"X-Content-SHA256": digest, "ETag": f'"{digest}"', "Cache-Control": "no-store", **(headers or {})}
         # Asked here, a file that is gone (old results are deleted) is the machine's trouble, and the site asks again.
-        super().__init__(result.path, headers=headers, media_type="application/octet-stream",
-                         stat_result=result.path.stat())
+        super().__init__(path, headers=headers, media_type=media_type, stat_result=path.stat())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name, value) for name, value in scope["headers"] if name != b"range" or is_one_range(value)]
@@ -316,6 +324,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         Route("/v1/members/{name}", delete_member, methods=["DELETE"]),
         Route("/v1/status", get_status),
         Route("/v1/runs/{run}", get_run),
+        Route("/v1/runs/{run}/model", get_model),
         Route("/v1/runs/{run}/actions", post_action, methods=["POST"]),
         Route("/v1/failures", post_failure, methods=["POST"]),
         Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),

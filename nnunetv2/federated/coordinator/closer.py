@@ -12,10 +12,9 @@ import time
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated import closing
-from nnunetv2.federated.audit import Event
+from nnunetv2.federated.coordinator import models
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import initial_key, round_key, validation_key
-from nnunetv2.federated.model_keeping import keep_models
 from nnunetv2.federated.rounds import Closed, Gathering, GatheringKey, Refused, closed, may_close, refused
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ class Closer:
         if gathering is None:
             return
         if coordinator.book.run_state(run).closed:
-            self._keep_models(run)
+            models.keep(coordinator, run)
         store.delete_contributions(initial_key(run))
         latest, best = gathering.key.number, coordinator.archive.best_round(run)
         recent = range(max(0, latest - RECENT_ROUNDS), latest)
@@ -222,22 +221,6 @@ class Closer:
         for number in store.rounds_with_results(run):
             if number < latest - 1 and number != best:
                 store.delete_results(round_key(run, number))
-
-    def _keep_models(self, run: str) -> None:
-        """Write the model folders of a run that is over, once for what they are made of."""
-        coordinator = self._coordinator
-        latest, best = coordinator.book.latest_round(run).key.number, coordinator.archive.best_round(run)
-        made_of = {"final": latest, "best": best}
-        if any(event.key == run and event.detail.get("rounds") == made_of
-               for event in coordinator.store.load_events("model")):
-            return
-        models = coordinator.store.folder / "models"
-        models.mkdir(mode=0o700, exist_ok=True)
-        text = keep_models(run, models, final=latest, best=best,
-                           archive=coordinator.archive)
-        coordinator.store.add_event(Event(coordinator.clock(), "model", None, run,
-                                          {"outcome": text, "rounds": made_of}))
-        coordinator.announce(f"run {run} is over: {text}")
 
 
 def _is_over(end: float, now: float, pause_s: float) -> bool:

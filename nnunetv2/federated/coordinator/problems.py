@@ -45,6 +45,7 @@ STATUS_OF_CODE = {
     "unknown_run": 404,
     "unknown_gathering": 404,
     "no_authority": 404,
+    "no_model": 404,
     # what does not go together with what the federation has done or agreed on
     "refused": 409,
     "too_early": 409,

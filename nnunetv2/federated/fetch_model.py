@@ -1,0 +1,141 @@
+"""Fetch the model of a run that is over from the coordinator, as a zip file, and install it if asked to.
+
+Sites and operators may. What is in the file is data: it is checked before anything of it is installed.
+"""
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from nnunetv2.federated.admin import add_folder_option, operator_credential
+from nnunetv2.federated.errors import FederationError
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.bodies import RunState
+    from nnunetv2.federated.client import FederationClient
+
+
+def fetch(client: FederationClient, run: str, target: Path) -> Path:
+    """Download the model of a run to a zip file, or into a folder, and return the file.
+
+    Raises:
+        RefusedError: The run goes on, or the coordinator keeps no model of it.
+        ValueError: Runs are not called so.
+    """
+    from nnunetv2.federated.messages import registration_key
+    from nnunetv2.utilities.atomic_write import replacing
+
+    registration_key(run)  # raises for what is no name; from here on, it is safe as that of a file
+    path = target if target.suffix == ".zip" else target / f"{run}.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        client.fetch_model(run, partial)
+    return path
+
+
+def install(path: Path, *, replace: bool) -> None:
+    """Install the models in a zip file below nnUNet_results.
+
+    Args:
+        replace: Give up files that are there already.
+
+    Raises:
+        FederationError: There are some, and they are to stay.
+    """
+    from nnunetv2.model_sharing.model_import import install_model_from_zip_file
+    from nnunetv2.paths import nnUNet_results
+
+    root = Path(nnUNet_results)
+    present = [name for name in checkpoints_in(path) if (root / name).exists()]
+    if present and not replace:
+        raise FederationError(f"{root / present[0]} is there already, most likely from this site's own training. "
+                              f"--replace gives it up; {path} stays where it is")
+    install_model_from_zip_file(str(path))
+
+
+def checkpoints_in(path: Path) -> list[PurePosixPath]:
+    """Name the checkpoints in a zip file: `<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>/<checkpoint>`."""
+    with zipfile.ZipFile(path) as archive:
+        names = [PurePosixPath(name) for name in archive.namelist()]
+    return sorted(name for name in names if name.suffix == ".pth" and len(name.parts) == 4)
+
+
+def describe_prediction(path: Path) -> Iterator[str]:
+    """Yield the commands that predict with the models in a zip file, one per kind of checkpoint."""
+    folds: dict[tuple[str, str, str], list[str]] = {}
+    for dataset, model, fold, checkpoint in (name.parts for name in checkpoints_in(path)):
+        folds.setdefault((dataset, model, checkpoint), []).append(fold.removeprefix("fold_"))
+    for (dataset, model, checkpoint), numbers in folds.items():
+        trainer, *plans, configuration = model.split("__")
+        yield (f"nnUNetv2_predict -d {dataset} -c {configuration} -f {' '.join(numbers)} -tr {trainer} "
+               f"-p {'__'.join(plans)} -chk {checkpoint} -i IMAGES -o PREDICTIONS")
+
+
+def choose_run(runs: Sequence[RunState]) -> str | None:
+    """Return the only run that is over; None if there are several.
+
+    Raises:
+        FederationError: There is none.
+    """
+    over = [state.run for state in runs if state.closed]
+    if not over:
+        going_on = ", ".join(f"{state.run} ({state.rounds_closed} rounds closed)" for state in runs) or "none"
+        raise FederationError(f"no run is over yet. Runs: {going_on}")
+    return over[0] if len(over) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_fed_fetch_model`."""
+    parser = argparse.ArgumentParser(
+        description="Fetch the model of a run that is over: the last average, and the best one by the Dice over all "
+                    "sites, as a zip file.")
+    parser.add_argument("run", metavar="RUN", nargs="?",
+                        help="name of the run (default: the only one that is over; if there are several, list them)")
+    parser.add_argument("-o", type=Path, default=Path(), metavar="FOLDER_OR_ZIP",
+                        help="where the file goes (default: RUN.zip in the current folder)")
+    parser.add_argument("--install", action="store_true",
+                        help="install it in nnUNet_results, as nnUNetv2_install_pretrained_model_from_zip does")
+    parser.add_argument("--replace", action="store_true",
+                        help="with --install: give up the checkpoints that are there, such as those of this site's "
+                             "own training")
+    add_folder_option(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `nnUNetv2_fed_fetch_model`."""
+    from nnunetv2.federated.client import FederationClient, show_progress
+
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.replace and not arguments.install:
+        parser.error("--replace needs --install")
+    with FederationClient(operator_credential(arguments.folder), report=show_progress) as client:
+        run = arguments.run
+        if run is None:
+            runs = client.status().runs
+            run = choose_run(runs)
+        if run is None:
+            print("Several runs are over; name one of them:")
+            print("\n".join(f"  {state.run}" for state in runs if state.closed))
+            return 0
+        path = fetch(client, run, arguments.o)
+    print(f"The model of run {run} is in {path}")
+    if arguments.install:
+        install(path, replace=arguments.replace)
+        print("It is installed. Predict with one of")
+    else:
+        print(f"Install it by\n  nnUNetv2_install_pretrained_model_from_zip {path}\nthen predict with one of")
+    print("\n".join(f"  {line}" for line in describe_prediction(path)))
+    return 0
+
+
+def fetch_model_entry() -> None:
+    """Entry point of the console script `nnUNetv2_fed_fetch_model`."""
+    from nnunetv2.utilities.command_line import run_command
+
+    run_command(main)
