@@ -18,8 +18,17 @@ from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.comparing import first_difference
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, round_key
-from nnunetv2.federated.rounds import WEIGHT_KINDS, Closed, Gathering, GatheringKey, Kind, prerequisite
+from nnunetv2.federated.rounds import (
+    WEIGHT_KINDS,
+    Closed,
+    Gathering,
+    GatheringKey,
+    Kind,
+    changed_since,
+    prerequisite,
+)
 from nnunetv2.federated.strict_json import json_digest
+from nnunetv2.federated.voxel_extrema import without_extrema
 from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, write_document, write_subset
 
 MAX_DOCUMENT_BYTES = 256 << 20
@@ -147,6 +156,14 @@ def _check_registration(key: GatheringKey, message: messages.Registration) -> No
         raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
 
 
+def check_unchanged(key: GatheringKey, site: str, message: messages.Registration, archive: Archive) -> None:
+    """Raise RefusedError unless a site registers again what it has registered, whichever version it had then."""
+    with archive.contribution(str(key), site) as held:
+        before, now = (one.model_copy(update={"plans": without_extrema(one.plans)}) for one in (held.message, message))
+    if before != now:
+        raise changed_since(key, site)
+
+
 # ------------------------------------------------------------------------------------------------------------ closing
 @dataclass(frozen=True)
 class Computed:
@@ -246,7 +263,7 @@ def _pool_channels(documents: Iterable[Document], name: str) -> list[Any]:
 
 def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgreement:
     """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference."""
-    comparable = {site: {name: value for name, value in content.items() if name not in PLANS_OF_A_SITE}
+    comparable = {site: {name: value for name, value in without_extrema(content).items() if name not in PLANS_OF_A_SITE}
                   for site, content in plans.items()}
     difference = first_difference(comparable, "plans")
     if difference:

@@ -91,7 +91,7 @@ def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans
     ]
     if plans is not None:
         documents.append(Leaving(when="planning, to compare the plans", message=messages.PlansReport(plans=dict(plans)),
-                                 passed_on="the digest; if plans differ, the first field that does"))
+                                 known=False, passed_on="the digest; if plans differ, the first field that does"))
     return documents
 
 
@@ -170,6 +170,8 @@ def describe_fields(message: Part, prefix: str = "", *, known: bool = True) -> I
         value, path = getattr(message, name), f"{prefix}{name}"
         if isinstance(value, Part):
             yield from describe_fields(value, f"{path}.", known=known)
+        elif name == "plans" and known:  # some of its fields tell of the data: whoever decides wants to see which
+            yield from (f"{path}.{key}: {_shortened(json.dumps(one))}" for key, one in value.items())
         elif value not in (None, (), {}):
             yield f"{path}: {_describe_value(value, known or path in ('protocol', 'kind'))}"
 

@@ -20,7 +20,8 @@ from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
 from nnunetv2.federated.closing import agree_on_plans
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.messages import FINE_KEY, Registration, round_key
+from nnunetv2.federated.messages import FINE_KEY, Registration, plans_key, round_key
+from nnunetv2.federated.voxel_extrema import without_extrema
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 TRAINER = "nnUNetTrainer"
@@ -58,7 +59,8 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
     except RefusedError as error:
         return ("no model folder is written, the last aggregate is "
                 f"{archive.result_path(round_key(run, final))}: {error.message}")
-    registration = next(iter(registrations.values()))
+    site, registration = next(iter(registrations.items()))
+    registrations[site] = registration.model_copy(update={"plans": plans_of_sites(registration.plans, archive)})
     _write_description(place.folder, registrations, archive)
     for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
         if number is not None:
@@ -137,6 +139,13 @@ def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[in
     if any(one is None for one in axes):
         return None
     return tuple(sorted(set(axes[0]).intersection(*axes[1:])))
+
+
+def plans_of_sites(plans: Mapping[str, Any], archive: Archive) -> Mapping[str, Any]:
+    """Return plans that were registered as they are in the files of the sites, if the sites have made them together."""
+    key = plans_key(plans["plans_name"])
+    compared = archive.messages(key).values() if archive.is_closed(key) else ()
+    return next((one.plans for one in compared if without_extrema(one.plans) == without_extrema(plans)), plans)
 
 
 def save_fingerprint(path: Path, archive: Archive) -> None:

@@ -41,6 +41,8 @@ WEIGHT_KINDS: frozenset[Kind] = frozenset({"initial", "round"})
 """Whose documents carry the tensors of a network."""
 MISSABLE_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "plans", "registration"})
 """What a site may come too late for, and be let in afterwards by a gathering of its own."""
+REGISTRATION_KINDS: frozenset[Kind] = frozenset({"registration", "admission"})
+"""What a site sends again whenever its training goes on; versions of the software may word it differently."""
 LATE_KINDS: frozenset[Kind] = frozenset({"late_census", "late_plans"})
 """What only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
@@ -203,6 +205,8 @@ class Verdict(Enum):
     """It is held already, byte for byte."""
     KEEP_FIRST = "keep first"
     """Another one stays, or it comes too late to count."""
+    COMPARE = "compare"
+    """Another one stays, and is to say the same."""
 
 
 def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
@@ -223,13 +227,20 @@ def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
     if gathering.key.kind in FINAL_KINDS:
         is_over = held is not None or gathering.is_closed or gathering.is_superseded
         return Verdict.KEEP_FIRST if is_over else Verdict.STORE
+    if gathering.is_closed and held is not None and gathering.key.kind in REGISTRATION_KINDS:
+        return Verdict.COMPARE
     if gathering.is_closed and gathering.key.kind not in LATE_KINDS:
-        raise RefusedError(
-            f"{gathering.key} is closed, and what site {site} sends now differs from what it sent before",
-            "Its data, plans or network have changed since: undo the change, or start a new federation "
-            "(nnUNetv2_fed_coordinator --folder NEW). Changed plans can also go by another name "
-            "(-overwrite_plans_name).", code="already_closed")
+        raise changed_since(gathering.key, site)
     return Verdict.STORE
+
+
+def changed_since(key: GatheringKey, site: str) -> RefusedError:
+    """Return the refusal of what differs from a contribution that a closed gathering was made of."""
+    return RefusedError(
+        f"{key} is closed, and what site {site} sends now differs from what it sent before",
+        "Its data, plans or network have changed since: undo the change, or start a new federation "
+        "(nnUNetv2_fed_coordinator --folder NEW). Changed plans can also go by another name "
+        "(-overwrite_plans_name).", code="already_closed")
 
 
 def with_contribution(gathering: Gathering, site: str, contribution: Contribution) -> Gathering:

@@ -195,7 +195,7 @@ class Coordinator:
         gathering = self._begin(self._place_of(sent_to, site, digest))
         verdict = judge(gathering, site, digest)
         self._take_back_failure(sent_to, site)
-        if verdict is not Verdict.STORE:
+        if verdict in (Verdict.SAME, Verdict.KEEP_FIRST):
             return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.size_limit(gathering.key, site, self.archive)
         if size > limit:
@@ -219,6 +219,7 @@ class Coordinator:
             self._begin(sent_to)
             with open_document(incoming) as document:
                 closing.check_contribution(sent_to, site, document, self.archive)
+                message = document.message
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
@@ -227,6 +228,8 @@ class Coordinator:
         with self.locks[str(place)]:
             gathering = self._begin(place)
             verdict = judge(gathering, site, digest)
+            if verdict is Verdict.COMPARE:
+                closing.check_unchanged(place, site, message, self.archive)
             self._take_back_failure(sent_to, site)
             if verdict is Verdict.STORE:
                 gathering = with_contribution(gathering, site, Contribution(digest, size, self.clock()))

@@ -7,19 +7,23 @@ from typing import Any
 import torch
 
 from nnunetv2.federated import matching, messages
+from nnunetv2.federated.voxel_extrema import without_extrema
 from nnunetv2.training.networks import bare_network
 
 
 def describe_training(network: torch.nn.Module, *, plans: Mapping[str, Any], dataset_json: Mapping[str, Any],
                       configuration: str, fold: int | str, trainer: str, num_training_cases: int,
                       mirroring_axes: Sequence[int] | None, requires_equal_plans: bool) -> messages.Registration:
-    """Return plans, labels, number of training cases, and the tensors of a network without their values."""
+    """Return plans, labels, number of training cases, and the tensors of a network without their values.
+
+    The smallest and largest voxel that plans hold are not among it.
+    """
     distinct, aliases = matching.distinct_tensors(bare_network(network).state_dict())
     description = {key: value for key, value in dataset_json.items() if key in messages.TrainingData.model_fields}
     description.setdefault("channel_names", dataset_json.get("modality"))  # the name in old datasets
     return messages.Registration(
         configuration=configuration, fold=str(fold), trainer=trainer, num_training_cases=num_training_cases,
-        plans=dict(plans), dataset_json=messages.TrainingData(**description),
+        plans=without_extrema(plans), dataset_json=messages.TrainingData(**description),
         mirroring_axes=None if mirroring_axes is None else tuple(mirroring_axes),
         requires_equal_plans=requires_equal_plans, tensors=tuple(matching.describe_tensors(distinct)), aliases=aliases)
 
