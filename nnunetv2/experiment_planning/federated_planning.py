@@ -71,7 +71,7 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
         return plan_experiment_dataset(dataset_id, **planning)[1]
     with FederationClient(credential, report=show_progress) as client:
         num_cases = pool_fingerprint(client, extractor, site=credential.site, share_extrema=share_extrema)
-        plans, plans_name = plan_experiment_dataset(dataset_id, num_training_cases=num_cases, **planning)
+        plans, plans_name = plan_experiment_dataset(dataset_id, **planning)
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
         _or_late(lambda: client.exchange(messages.plans_key(plans_name), report),
                  lambda: client.exchange(messages.late_plans_key(plans_name, credential.site), report))

@@ -78,15 +78,12 @@ def plan_experiment_dataset(dataset_id: int | str,
                             gpu_memory_target_in_gb: float | None = None,
                             preprocess_class_name: str = "DefaultPreprocessor",
                             overwrite_target_spacing: Sequence[float] | None = None,
-                            overwrite_plans_name: str | None = None, *,
-                            num_training_cases: int | None = None) -> tuple[dict[str, Any], str]:
+                            overwrite_plans_name: str | None = None) -> tuple[dict[str, Any], str]:
     """Plan a dataset from its fingerprint.
 
     Args:
         gpu_memory_target_in_gb: None leaves it to the planner, as does None for `overwrite_plans_name`.
         overwrite_target_spacing: Array order, before transposition.
-        num_training_cases: Counts for the planner instead of numTraining of dataset.json. In a federation that is the
-            number of cases of all sites.
 
     Returns:
         The plans and their name.
@@ -101,8 +98,6 @@ def plan_experiment_dataset(dataset_id: int | str,
     planner = experiment_planner_class(dataset_id, preprocessor_name=preprocess_class_name,
                                        overwrite_target_spacing=overwrite_target_spacing, suppress_transpose=False,
                                        **chosen)
-    if num_training_cases is not None:
-        planner.num_training_cases = num_training_cases
     return planner.plan_experiment(), planner.plans_identifier
 
 

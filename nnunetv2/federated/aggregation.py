@@ -59,27 +59,6 @@ class Aggregated:
     """Site -> how far it has moved; empty if there was no aggregate before."""
 
 
-def weighted_mean(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Average arrays of one shape and floating dtype: sum in float64 in the order given, return their dtype.
-
-    Raises:
-        AggregationError: There is no array, shapes or dtypes differ, dtypes are not floating, a weight is not
-            positive and finite, or the mean is not finite.
-    """
-    _check_weights(weights, len(arrays))
-    shape, dtype = arrays[0].shape, arrays[0].dtype
-    if dtype.kind != "f":
-        raise AggregationError(f"{dtype} values cannot be averaged")
-    if any(array.shape != shape or array.dtype != dtype for array in arrays):
-        raise AggregationError("shapes or dtypes differ between sites")
-    flat = [array.reshape(-1) for array in arrays]
-
-    def read(index: int, begin: int, out: np.ndarray) -> None:
-        np.copyto(out, flat[index][begin:begin + out.size])
-
-    return _mean(flat[0].size, dtype, weights, read).reshape(shape)
-
-
 def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str, float], *, out_path: Path,
                         message: Message, previous: Document | None = None,
                         precision: Precision = "float32") -> Aggregated:
@@ -114,7 +93,7 @@ def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str,
         if name not in holders:
             return previous.read(name)
         contributors = [documents[site] for site in holders[name]]
-        _check_weights(used := [float(weights[site]) for site in holders[name]], len(contributors))
+        _check_weights(used := [float(weights[site]) for site in holders[name]])
         is_known = known.get(name) == specs[name]
         mean = _mean(specs[name].size, DTYPES[sent[name].dtype], used,
                      lambda index, begin, out: contributors[index].read_into(name, begin, out),
@@ -161,8 +140,8 @@ def collect_from_owners(documents: Mapping[str, Document], owners: Mapping[str, 
 
 
 def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[int, int, np.ndarray], None],
-          observe: Callable[[int, int, np.ndarray], None] | None = None,
-          add: Callable[[int, np.ndarray], None] | None = None, mean_dtype: np.dtype | None = None) -> np.ndarray:
+          observe: Callable[[int, int, np.ndarray], None] | None, add: Callable[[int, np.ndarray], None] | None,
+          mean_dtype: np.dtype) -> np.ndarray:
     """Average the values that `read(index, begin, out)` gives, block by block.
 
     Every buffer is made once and used for all blocks: that alone is worth a factor of two.
@@ -171,9 +150,9 @@ def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[
         dtype: Of the values.
         observe: Shown (index, begin, values in float64) of every block.
         add: Given (begin, mean in float64) of every block, to which it may add.
-        mean_dtype: Of the mean; None: as the values.
+        mean_dtype: Of the mean.
     """
-    mean, total_weight = np.empty(size, mean_dtype or dtype), math.fsum(weights)
+    mean, total_weight = np.empty(size, mean_dtype), math.fsum(weights)
     raw, values, total = (np.empty(min(size, _BLOCK), kind) for kind in (dtype, np.float64, np.float64))
     for begin in range(0, size, _BLOCK):
         block = slice(0, min(_BLOCK, size - begin))
@@ -257,9 +236,7 @@ def _check_specs(documents: Mapping[str, Document], holders: Mapping[str, Sequen
                                        f"{specs[name]} at site {sites[0]}")
 
 
-def _check_weights(weights: Sequence[float], number: int) -> None:
-    if number == 0 or len(weights) != number:
-        raise AggregationError(f"{number} arrays have {len(weights)} weights")
+def _check_weights(weights: Sequence[float]) -> None:
     for weight in weights:
         if not 0 < weight < math.inf:
             raise AggregationError(f"a weight must be positive and finite, got {weight}")

@@ -16,18 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from nnunetv2.utilities.worker_traceback import WorkerTracebackError
+
 _SECONDS_TO_EXIT = 10
 
 
 class CaseFailedError(RuntimeError):
     """A case could not be processed. The message names it; the cause is the error of the worker."""
-
-
-class _WorkerTracebackError(Exception):
-    """Carries the traceback of another process as text."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 def process_cases(function: Callable[..., object], cases: Mapping[str, tuple],
@@ -103,7 +98,7 @@ class _Worker:
         case, self.case, self.has_answered = self.case, None, True
         if failure is not None:
             in_words, trace = failure
-            raise CaseFailedError(f"case {case}: {in_words}") from _WorkerTracebackError(trace)
+            raise CaseFailedError(f"case {case}: {in_words}") from WorkerTracebackError(trace)
         return case, result
 
     def stop(self) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 DEVICES = ("cuda", "cpu", "mps")
+SIGPIPE = 13  # `signal` has it on some systems only
 _EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, AssertionError, ImportError)
 
 
@@ -28,7 +31,7 @@ def run_command(function: Callable[[], int | None]) -> None:
 
     Raises:
         SystemExit: The function returned a status above 0, failed with one of the errors that bad input causes
-            (status 1), or was interrupted (status 130).
+            (status 1), was interrupted (status 130), or printed for a reader that has gone, as `head` does (141).
     """
     _set_up_logging()
     try:
@@ -37,12 +40,16 @@ def run_command(function: Callable[[], int | None]) -> None:
         print(f"{_program()}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _drop_what_nobody_reads():
+            raise SystemExit(128 + SIGPIPE) from None  # as a shell reports what this signal has ended
         if not _is_expected(error):
             raise
         if _wants_traceback():
             traceback.print_exc()
         print(f"{_program()}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        _drop_what_nobody_reads()
     if status:
         raise SystemExit(status)
 
@@ -55,6 +62,29 @@ def describe_error(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{place}"
+
+
+def _drop_what_nobody_reads() -> bool:
+    """Tell whether the reader of what is printed has gone; if so, drop the rest, lest Python complain at its end."""
+    try:
+        sys.stdout.flush()
+        is_unread = _is_broken(sys.stdout)
+    except BrokenPipeError:
+        is_unread = True
+    except OSError:  # no file, or a full disk, of which Python tells at its end
+        is_unread = False
+    if is_unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_unread
+
+
+def _is_broken(file: TextIO) -> bool:
+    """Tell whether nobody holds the other end of a pipe. Systems without `poll` have to try."""
+    if not hasattr(select, "poll"):
+        return False
+    watch = select.poll()
+    watch.register(file, 0)  # errors are reported unasked
+    return bool(watch.poll(0))
 
 
 def _is_expected(error: Exception) -> bool:

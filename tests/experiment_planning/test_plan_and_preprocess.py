@@ -70,15 +70,23 @@ def test_planner_is_found_by_name_and_its_plans_named(folder):
     api.extract_fingerprints([2], num_processes=1, show_progress_bar=False)
     assert api.plan_experiments([2], "nnUNetPlannerResEncM") == "nnUNetResEncUNetMPlans"
     plans, name = api.plan_experiment_dataset(folder.name, nnUNetPlannerResEncM, overwrite_plans_name="mine",
-                                              overwrite_target_spacing=(1, 2, 1), num_training_cases=3000)
+                                              overwrite_target_spacing=(1, 2, 1))
     assert name == plans["plans_name"] == "mine"
     assert plans["configurations"]["3d_fullres"]["spacing"] == [2, 1, 1]
 
 
-def test_number_of_training_cases_of_a_federation_counts(folder):
+def test_the_cases_of_all_sites_count_where_the_fingerprint_is_pooled(folder, roots):
+    """Also where `nnUNetv2_plan_experiment` plans once more, alone."""
     api.extract_fingerprint_dataset(2, num_processes=1, show_progress_bar=False)
     alone, _ = api.plan_experiment_dataset(2)
-    together, _ = api.plan_experiment_dataset(2, num_training_cases=3000)
+    preprocessed = roots["nnUNet_preprocessed"] / folder.name
+    own = (preprocessed / "dataset_fingerprint.json").read_text()
+    pooled = json.loads(own)
+    for per_case in ("spacings", "shapes_after_crop"):
+        pooled[per_case] = pooled[per_case][:1] * 3000
+    (preprocessed / "dataset_fingerprint_local.json").write_text(own)
+    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(pooled))
+    together, _ = api.plan_experiment_dataset(2)
     assert alone["configurations"]["2d"]["batch_size"] < together["configurations"]["2d"]["batch_size"]
 
 

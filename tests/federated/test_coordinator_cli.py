@@ -90,8 +90,12 @@ def test_the_names_of_the_sites_are_asked_for_where_somebody_can_answer(tmp_path
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda prompt: "north, south west")
     assert open_folder(tmp_path / "asked").sites == ("north", "south", "west")
-    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
     assert open_folder(tmp_path / "default").sites == cli.DEFAULT_SITES
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with pytest.raises(FederationError, match=f"{tmp_path / 'nobody'} holds no federation yet: name its sites"):
+        open_folder(tmp_path / "nobody", "--epochs", "3")
+    assert open_folder(tmp_path / "asked").sites == ("north", "south", "west"), "a later start asks nobody"
 
 
 @pytest.mark.parametrize(("options", "speaks_tls", "url"), [

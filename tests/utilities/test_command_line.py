@@ -1,5 +1,7 @@
 """What a person at the terminal sees when a command fails."""
 import argparse
+import os
+import subprocess
 import sys
 
 import pytest
@@ -62,6 +64,40 @@ def test_success_returns_and_failure_status_is_passed_on():
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: 3)
     assert caught.value.code == 3
+
+
+PRINTING = """
+import sys
+from nnunetv2.utilities.command_line import run_command
+
+def print_lines():
+    print("\\n".join(map(str, range({number}))))
+    if {fails}:
+        raise ValueError("something else")
+
+run_command(print_lines)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise")
+@pytest.mark.parametrize(("number", "fails", "unbuffered", "status", "error"), [
+    (3, False, "", 0, ""), (500_000, False, "", 141, ""), (3, False, "1", 141, ""),
+    (3, True, "", 1, "-c: error: something else\n")])
+def test_a_reader_that_goes_away_is_no_error(number, fails, unbuffered, status, error):
+    """As `head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", PRINTING.format(number=number, fails=fails)], stdout=writer,
+                          stderr=subprocess.PIPE, text=True, check=False,
+                          env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, error)
+
+
+def test_other_pipes_that_break_are_errors(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(fail_with(BrokenPipeError(32, "Broken pipe")))
+    assert caught.value.code == 1 and "Broken pipe" in capsys.readouterr().err
 
 
 def test_device_option():

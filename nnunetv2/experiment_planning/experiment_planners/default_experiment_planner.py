@@ -21,9 +21,9 @@ from nnunetv2.experiment_planning.experiment_planners.geometry import (
 )
 from nnunetv2.experiment_planning.experiment_planners.inputs import (
     checked_spacing,
+    count_training_cases,
     read_fingerprint,
     read_json,
-    read_num_training,
 )
 from nnunetv2.experiment_planning.experiment_planners.network_topology import Topology, get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.plans_file import write_plans
@@ -75,7 +75,8 @@ class ExperimentPlanner:
         self.dataset_json = read_json(Path(self.raw_dataset_folder) / "dataset.json")
         self.dataset = get_filenames_of_train_images_and_targets(self.raw_dataset_folder, self.dataset_json)
         self.dataset_fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder))
-        self.num_training_cases: int = read_num_training(self.dataset_json, self.dataset_name)
+        self.num_training_cases: int = count_training_cases(self.dataset_json, self.dataset_fingerprint,
+                                                            self.dataset_name, Path(self.preprocessed_dataset_folder))
         if "channel_names" not in self.dataset_json:
             logger.warning("%s: dataset.json has the key 'modality', which is called 'channel_names' by now",
                            self.dataset_name)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.experiment_planning.fingerprint_files import has_pooled_fingerprint
 from nnunetv2.preprocessing.errors import InvalidInputError
 
 
@@ -36,12 +37,15 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def read_num_training(dataset_json: Mapping[str, Any], dataset_name: str) -> int:
-    """Return the number of training cases that dataset.json gives.
+def count_training_cases(dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str,
+                         preprocessed_folder: Path) -> int:
+    """Return the number of training cases that dataset.json gives, or of all cases in a pooled fingerprint.
 
     Raises:
-        InvalidInputError: It gives none.
+        InvalidInputError: dataset.json gives none.
     """
+    if has_pooled_fingerprint(preprocessed_folder):
+        return len(fingerprint["spacings"])  # one entry per case: else the sites' plans would differ
     if "numTraining" not in dataset_json:
         raise InvalidInputError(f"dataset.json of {dataset_name} lacks numTraining, the number of training cases")
     return dataset_json["numTraining"]

@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "only where the network itself is protected")
     what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
     what.add_argument("--sites", nargs="+", metavar="NAME",
-                      help=f"names of the sites (default: {' '.join(DEFAULT_SITES)})")
+                      help="names of the sites (asked for at a terminal)")
     what.add_argument("--epochs", type=int, metavar="N",
                       help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})")
     what.add_argument("--iterations", type=int, metavar="N",
@@ -126,23 +126,30 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
     return given
 
 
-def new_settings(given: dict[str, object]) -> FederationSettings:
-    """Return the settings of a new federation."""
+def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
+    """Return the settings of a new federation in a folder."""
     from nnunetv2.federated.bodies import FederationSettings
     from nnunetv2.federated.strict_json import validated
 
     if "sites" not in given:
-        given = {**given, "sites": ask_for_sites()}
+        given = {**given, "sites": ask_for_sites(folder)}
     values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
     settings = validated(lambda: FederationSettings(**values), "the command line")
     check_settings(settings)
     return settings
 
 
-def ask_for_sites() -> tuple[str, ...]:
-    """Ask the person at the terminal for the sites' names; without a terminal or an answer, use the default."""
+def ask_for_sites(folder: Path) -> tuple[str, ...]:
+    """Ask the person at the terminal for the sites' names; without an answer, use the default.
+
+    Raises:
+        FederationError: There is nobody to ask. A folder that was mistyped becomes no federation.
+    """
+    if not sys.stdin.isatty():
+        raise FederationError(f"{folder} holds no federation yet: name its sites to found one, for example "
+                              "--sites north south west, or choose the --folder that holds one")
     question = f"Names of the sites, with blanks between them [{' '.join(DEFAULT_SITES)}]: "
-    words = input(question).replace(",", " ").split() if sys.stdin.isatty() else []
+    words = input(question).replace(",", " ").split()
     if not words:
         say(f"the sites are called {', '.join(DEFAULT_SITES)}; choose other names with --sites and another --folder")
     return tuple(sorted(check_site_name(word) for word in words or DEFAULT_SITES))
@@ -184,7 +191,7 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
 
     settings = store.load_settings()
     if settings is None:
-        settings = new_settings(given)
+        settings = new_settings(given, store.folder)
         create_federation(store, settings, now=time.time())
         store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
     first = store.load_meta(FIRST_SETTINGS)

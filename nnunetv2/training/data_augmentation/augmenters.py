@@ -21,7 +21,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import (
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 
 from nnunetv2.training.data_augmentation.numbered_batches import NumberedBatches, QueuesInTurn, seed_everything
+from nnunetv2.utilities.worker_traceback import WorkerTracebackError
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         while True:
             # Looked at before each batch: while the other workers deliver, a dead one would go unnoticed for long.
             if self.abort_event.is_set() or self._wait_for_exit(timeout_s=0):
-                raise RuntimeError(self._shut_down_after_failure())
+                self._raise_failure()
             try:
                 return self.results_loop_queue.get(timeout=REACTION_TIME_S)
             except queue.Empty:
@@ -200,17 +201,20 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         """Wait until some worker has ended; return whether one has."""
         return bool(multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout_s))
 
-    def _shut_down_after_failure(self) -> str:
-        """End all workers; return what is known about why one of them failed."""
+    def _raise_failure(self) -> NoReturn:
+        """End all workers, and say what is known about why one of them failed; its traceback is the error's cause."""
         self._wait_for_exit(REACTION_TIME_S)  # one that has just reported may still be on its way out
-        reports = []
+        reports, tracebacks = [], []
         while not self._failures.empty():
-            reports.append(self._failures.get())
+            report, trace = self._failures.get()
+            reports.append(report)
+            tracebacks.append(trace)
         dead = [process for process in self._processes if process.exitcode not in (None, 0)]
-        reports += [f"{process.name} {_describe_exit(process.exitcode)}" for process in dead]
+        reports += [f"{process.name} {_describe_exit(process.exitcode)}." for process in dead]
         self._finish(force=True)
-        lines = reports or ["No cause was reported; see the messages above."]
-        return "\n".join(["One or more background workers are no longer alive.", *lines, FAILURE_HINT])
+        lines = [*(reports or ["No cause was reported; see the messages above."]),
+                 "One or more background workers are no longer alive.", FAILURE_HINT]
+        raise RuntimeError("\n".join(lines)) from (WorkerTracebackError("\n".join(tracebacks)) if tracebacks else None)
 
 
 def choose_start_method() -> str:
@@ -234,8 +238,9 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
                 return
     except KeyboardInterrupt:
         channels.abort.set()
-    except Exception:  # reported, whatever it is: here nobody else would see it
-        channels.failures.put(f"augmentation-{worker} failed:\n{traceback.format_exc()[-MAX_REPORT_LENGTH:]}")
+    except Exception as error:  # reported, whatever it is: here nobody else would see it
+        report = f"augmentation-{worker} failed: {type(error).__name__}: {error}"[:MAX_REPORT_LENGTH].rstrip(": ")
+        channels.failures.put((report, traceback.format_exc()[-MAX_REPORT_LENGTH:]))
         channels.abort.set()
 
 

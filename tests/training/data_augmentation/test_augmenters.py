@@ -17,6 +17,7 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 
 from nnunetv2.training.data_augmentation import augmenters
 from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters, seed_everything
+from nnunetv2.utilities.command_line import describe_error
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 
@@ -85,9 +86,12 @@ def test_seeding_reaches_all_generators():
 
 def test_an_error_in_a_worker_arrives_with_its_text_and_a_hint(start):
     augmenter = start(Fails())
-    with pytest.raises(RuntimeError, match="(?s)upside down.*nnUNet_n_proc_DA.*shm-size"):
+    with pytest.raises(RuntimeError, match="(?s)upside down.*nnUNet_n_proc_DA.*shm-size") as caught:
         next(augmenter)
     assert not augmenter.initialized
+    line = describe_error(caught.value)
+    assert line.startswith("augmentation-") and "Traceback" not in line
+    assert "Traceback (most recent call last)" in str(caught.value.__cause__), "for those who debug"
 
 
 def test_a_dead_worker_is_noticed_and_explained(start):

@@ -1,0 +1,9 @@
+"""Let the error of another process be the cause of one in this process, traceback and all."""
+from __future__ import annotations
+
+
+class WorkerTracebackError(Exception):
+    """Carries the traceback of another process as text: `raise Error("one line") from WorkerTracebackError(text)`."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
