@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,6 @@ FALLBACK_DATASET = "Dataset999_Federated"
 """Folder in the zip where the plans name no proper dataset."""
 
 
-@dataclass(frozen=True)
-class PlaceOfModel:
-    """Where the model of a run is kept."""
-
-    folder: Path
-    """Of all folds, with `fold_<fold>` and the JSON files."""
-    names: Mapping[str, str]
-    """Name of a parameter in the model -> canonical name in the aggregate."""
-
-    @property
-    def zip(self) -> Path:
-        """Return the file that holds the folder."""
-        return self.folder.with_name(f"{self.folder.name}.zip")
-
-
 def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive: Archive) -> str:
     """Write the model folder of a run that is over, and say in one line where it is or why there is none.
 
@@ -54,55 +38,49 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
         best: The round whose aggregate validated best, which becomes checkpoint_best; None if none was validated.
     """
     registrations = archive.registrations(run)
-    try:
-        place = place_of_model(run, folder, archive)
-    except RefusedError as error:
-        return ("no model folder is written, the last aggregate is "
-                f"{archive.result_path(round_key(run, final))}: {error.message}")
     site, registration = next(iter(registrations.items()))
-    registrations[site] = registration.model_copy(update={"plans": plans_of_sites(registration.plans, archive)})
-    _write_description(place.folder, registrations, archive)
-    for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
-        if number is not None:
-            path = place.folder / f"fold_{registration.fold}" / name
-            _write_checkpoint(path, run, number, registrations, place.names, archive)
-    _write_zip(place, registration)
-    return f"model written to {place.folder} and {place.zip}"
-
-
-def place_of_model(run: str, folder: Path, archive: Archive) -> PlaceOfModel:
-    """Return where the model of a run is kept, or will be.
-
-    Raises:
-        RefusedError: There can be no model that everybody may use.
-    """
-    registrations = archive.registrations(run)
-    site, registration = next(iter(registrations.items()))
+    unavailable = f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
     try:
         agree_on_plans({name: message.plans for name, message in registrations.items()})
-        names = _names_in_model(site, registration, archive.agreement(run).match.shared)
     except RefusedError as error:
-        raise RefusedError(error.message, code="no_model") from error
-    # All three are checked on receipt to be plain segments of a path.
-    name = f"{registration.trainer}__{registration.plans['plans_name']}__{registration.configuration}"
-    return PlaceOfModel(folder / name, names)
-
-
-def _names_in_model(site: str, registration: Registration, shared: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        return unavailable + error.message
+    shared = archive.agreement(run).match.shared
     canonical = {sites[site]: name for name, sites in shared.items() if site in sites}
     try:
-        return parameter_names([entry.name for entry in registration.tensors], registration.aliases, canonical)
+        names = parameter_names([entry.name for entry in registration.tensors], registration.aliases, canonical)
     except KeyError as error:
-        raise RefusedError(f"tensor {error} of the network is not shared") from None
+        return unavailable + f"tensor {error} of the network is not shared"
+    registration = registration.model_copy(update={"plans": plans_of_sites(registration.plans, archive)})
+    registrations[site] = registration
+    model = _write_description(folder, registrations, archive)
+    for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
+        if number is not None:
+            _write_checkpoint(model / f"fold_{registration.fold}" / name, run, number, registrations, names, archive)
+    return f"model written to {model} and {_write_zip(model, registration)}"
 
 
-def _write_description(model: Path, registrations: Mapping[str, Registration], archive: Archive) -> None:
-    """Write the JSON files of a model folder."""
+def name_of_zip(outcome: str) -> str:
+    """Return the name of the zip file that `keep_models` has written, by the line that it has returned.
+
+    Raises:
+        RefusedError: It has written none.
+    """
+    match = re.fullmatch(r"model written to .*[/\\]([^/\\]+\.zip)", outcome)
+    if match is None:
+        raise RefusedError(f"there is no model that everybody could use: {outcome.partition(': ')[2]}", code="no_model")
+    return match[1]
+
+
+def _write_description(folder: Path, registrations: Mapping[str, Registration], archive: Archive) -> Path:
+    """Write the JSON files of a model folder and return the folder."""
     registration = next(iter(registrations.values()))
+    # All three are checked on receipt to be plain segments of a path.
+    model = folder / f"{registration.trainer}__{registration.plans['plans_name']}__{registration.configuration}"
     (model / f"fold_{registration.fold}").mkdir(parents=True, exist_ok=True)
     save_json_atomically(registration.plans, model / "plans.json", sort_keys=False)
     save_json_atomically(describe_dataset(registrations), model / "dataset.json", sort_keys=False)
     save_fingerprint(model / "dataset_fingerprint.json", archive)
+    return model
 
 
 def _write_checkpoint(path: Path, run: str, number: int, registrations: Mapping[str, Registration],
@@ -118,13 +96,15 @@ def _write_checkpoint(path: Path, run: str, number: int, registrations: Mapping[
         write_checkpoint(path, aggregate, names, content)
 
 
-def _write_zip(model: PlaceOfModel, registration: Registration) -> None:
+def _write_zip(model: Path, registration: Registration) -> Path:
     """Pack a model folder, with all its folds, for nnUNetv2_install_pretrained_model_from_zip."""
     dataset = str(registration.plans.get("dataset_name", ""))
     place = dataset if re.fullmatch(r"Dataset[0-9]{3,}_[A-Za-z0-9_-]{1,100}", dataset) else FALLBACK_DATASET
-    with replacing(model.zip) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for file in sorted(file for file in model.folder.rglob("*") if file.suffix in (".json", ".pth")):
-            archive.write(file, f"{place}/{model.folder.name}/{file.relative_to(model.folder).as_posix()}")
+    path = model.with_name(f"{model.name}.zip")
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(file for file in model.rglob("*") if file.suffix in (".json", ".pth")):
+            archive.write(file, f"{place}/{model.name}/{file.relative_to(model).as_posix()}")
+    return path
 
 
 def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any]:

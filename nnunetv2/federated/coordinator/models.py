@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.model_keeping import keep_models, place_of_model
+from nnunetv2.federated.model_keeping import keep_models, name_of_zip
 from nnunetv2.federated.wire import file_digest
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ class KeptModel:
 
 def keep(coordinator: Coordinator, run: str) -> None:
     """Write the model of a run that is over, once for what it is made of."""
-    if _is_kept(coordinator, run):
+    rounds = _made_of(coordinator, run)
+    if _outcome(coordinator, run, rounds) is not None:
         return
     folder = coordinator.store.folder / FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)
-    rounds = _made_of(coordinator, run)
     text = keep_models(run, folder, final=rounds["final"], best=rounds["best"], archive=coordinator.archive)
     coordinator.store.add_event(Event(coordinator.clock(), "model", None, run, {"outcome": text, "rounds": rounds}))
     coordinator.announce(f"run {run} is over: {text}")
@@ -56,9 +57,10 @@ def find(coordinator: Coordinator, run: str, *, member: str) -> KeptModel:
     if not state.rounds_closed:
         raise RefusedError(f"run {run} was stopped before its first round was closed: there is no model of it",
                            code="no_model")
-    path = place_of_model(run, coordinator.store.folder / FOLDER, coordinator.archive).zip
-    if not _is_kept(coordinator, run):
+    outcome = _outcome(coordinator, run, _made_of(coordinator, run))
+    if outcome is None:
         raise OSError(f"the model of run {run} is not written yet")
+    path = coordinator.store.folder / FOLDER / name_of_zip(outcome)
     if not path.is_file():
         raise RefusedError(f"the model of run {run} is not in the coordinator's folder any more", "Ask the operator.",
                            code="no_model")
@@ -72,10 +74,10 @@ def _made_of(coordinator: Coordinator, run: str) -> dict[str, int | None]:
     return {"final": coordinator.book.latest_round(run).key.number, "best": coordinator.archive.best_round(run)}
 
 
-def _is_kept(coordinator: Coordinator, run: str) -> bool:
-    rounds = _made_of(coordinator, run)
-    return any(event.key == run and event.detail.get("rounds") == rounds
-               for event in coordinator.store.load_events("model"))
+def _outcome(coordinator: Coordinator, run: str, rounds: Mapping[str, int | None]) -> str | None:
+    """Return where the log says that the model of these rounds is, or why there is none; None: nothing was done yet."""
+    return next((event.detail["outcome"] for event in coordinator.store.load_events("model")
+                 if event.key == run and event.detail.get("rounds") == rounds), None)
 
 
 def _note(coordinator: Coordinator, run: str, member: str, digest: str) -> None:
