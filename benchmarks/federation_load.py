@@ -176,6 +176,8 @@ class SlowLine:
                 coordinator = socket.create_connection(self._target)
             except OSError:  # closed
                 return
+            for end in (site, coordinator):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else small answers wait for 40 ms
             for source, sink, budget in ((site, coordinator, up), (coordinator, site, down)):
                 threading.Thread(target=_relay, args=(source, sink, budget.spend), daemon=True).start()
 

@@ -3,9 +3,9 @@
     this thread     train e | validate own_e            | load, save | validate aggregate_e | train e + 1
     another one             | send own_e .. aggregate_e |              (every so many rounds)
 
-Weights are final when the iterations of their epoch are over, so they travel while the site validates them, which on a
-GPU takes about as long. Nobody trains on anything older for that. But what the validation finds is known only when the
-update has left: it travels with the next one. The last round has no next one and is sent after its validation.
+Weights are final when the iterations of their epoch are over, so they travel while the site validates them. Nobody
+trains on anything older for that. But what the validation finds is known only when the update has left: it travels with
+the next one. The last round has no next one and is sent after its validation.
 
 What the weights are at each moment of epoch e:
 
