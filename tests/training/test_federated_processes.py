@@ -54,7 +54,7 @@ LISTENERS = """
         except RefusedError as error:
             assert rank == 0 and error.code == "some_code"
         except FirstProcessError as error:
-            assert rank == 1 and "RefusedError: no Ask." in str(error)
+            assert rank == 1 and "RefusedError: no. Ask." in str(error)
         network = torch.nn.Conv3d(3, 4, 3)
         network = network.to(memory_format=torch.channels_last_3d)
         with torch.no_grad():
