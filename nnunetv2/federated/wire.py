@@ -33,6 +33,7 @@ from nnunetv2.federated.errors import WireError
 from nnunetv2.federated.messages import MAX_TENSORS, PROTOCOL, TENSOR_NAME_PATTERN, DocumentMessage, Message
 from nnunetv2.federated.strict_json import parse_json, validated
 from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.early_writing import begin_writing
 
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
 """What may travel: safetensors' name -> numpy dtype."""
@@ -265,12 +266,13 @@ def file_digest(path: Path) -> str:
 
 
 def _write(path: Path, header: bytes, pieces: Iterable[bytes | memoryview]) -> str:
-    digest = hashlib.sha256(header)
+    digest, begun = hashlib.sha256(header), 0
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(header)
         for piece in pieces:
-            digest.update(piece)
             file.write(piece)
+            begun = begin_writing(file, begun)
+            digest.update(piece)
     return digest.hexdigest()
 
 

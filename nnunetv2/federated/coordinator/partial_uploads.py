@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.utilities.early_writing import begin_writing
 
 WORTH_KEEPING_BYTES = 1 << 20
 """What is smaller is sent again."""
@@ -135,6 +136,7 @@ class PartialUpload:
         self._file: FileIO | None = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self._file.truncate(offset)
         self._file.seek(offset)
+        self._begun = offset
         self._digest = hashlib.sha256()
 
     def read_beginning(self) -> None:
@@ -160,6 +162,7 @@ class PartialUpload:
                 _write_all(self._file, piece)
                 self._digest.update(piece)
                 self.size += len(piece)
+            self._begun = begin_writing(self._file, self._begun)
 
     def hexdigest(self) -> str:
         """Return the SHA-256 of everything up to here."""
