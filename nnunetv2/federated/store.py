@@ -357,8 +357,8 @@ class Store:
 
     def load_events(self, kind: str | None = None, *, last: int = -1) -> list[Event]:
         """Return the audit log, oldest first; only one kind of event, and only the last ones, if asked for."""
-        rows = self._database.rows("SELECT time, kind, site, key, detail FROM events WHERE ?1 IS NULL OR kind = ?1 "
-                                   "ORDER BY number DESC LIMIT ?2", kind, last)
+        rows = self._database.rows("SELECT time, kind, site, key, detail FROM events "
+                                   "WHERE kind = coalesce(?, kind) ORDER BY number DESC LIMIT ?", kind, last)
         return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
 
     def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
