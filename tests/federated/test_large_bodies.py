@@ -4,6 +4,7 @@ import http.client
 import random
 import socket
 import ssl
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,11 @@ class Receiver:
         finally:
             self.bypassed.append(request.scope.get(BYPASSED, 0))
         return PlainTextResponse("stored")
+
+    @property
+    def bypasses_the_parser(self) -> bool:
+        """Whether large bodies can go past the parser: in Python 3.10 not with TLS."""
+        return self.authority is None or sys.version_info >= (3, 11)
 
     def connect(self) -> http.client.HTTPConnection:
         """Return a new connection to it."""
@@ -139,11 +145,11 @@ def test_a_body_of_any_size_in_any_pieces_arrives_as_it_was_sent(receiver):
 
     with ThreadPoolExecutor(12) as pool:
         assert set(pool.map(send, range(48))) == {(200, "stored")}
-    assert sum(receiver.bypassed) > 20 * 2**20
+    assert (sum(receiver.bypassed) > 20 * 2**20) is receiver.bypasses_the_parser
 
 
 def test_a_connection_is_closed_after_a_body_that_bypassed_the_parser_and_kept_after_a_small_one(receiver):
-    for content, is_kept in ((b"small", True), (CONTENT, False)):
+    for content, is_kept in ((b"small", True), (CONTENT, not receiver.bypasses_the_parser)):
         connection = receiver.connect()
         connection.request("PUT", "/A", content, {"X-Content-SHA256": hashlib.sha256(content).hexdigest()})
         answer = connection.getresponse()
