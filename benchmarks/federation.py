@@ -106,6 +106,7 @@ class Running:
     """A coordinator's process."""
 
     folder: Path
+    options: tuple[str, ...] = ()
     process: subprocess.Popen = field(init=False)
     seconds_to_start: float = field(init=False)
     cpu_to_start: float = field(init=False)
@@ -117,8 +118,9 @@ class Running:
         state.unlink(missing_ok=True)
         code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
         with self.log.open("a") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", code, "--folder", str(self.folder), "--port", "0"],
-                                            stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, "--folder", str(self.folder), "--port", "0", *self.options],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         while not state.exists():
             if self.process.poll() is not None:
                 raise RuntimeError(self.log.read_text())
@@ -162,9 +164,9 @@ def suppress_http_error() -> Iterator[None]:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Running]:
+def running(folder: Path, *options: str) -> Iterator[Running]:
     """Run a coordinator for a folder."""
-    coordinator = Running(folder)
+    coordinator = Running(folder, options)
     coordinator.start()
     try:
         yield coordinator

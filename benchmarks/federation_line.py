@@ -1,9 +1,10 @@
 """Measure what a federation costs a training on a line of 1 Gbit/s: real trainers whose iterations only wait.
 
 Two sites, each a process with the real trainer, client and network of 31.2 million parameters, reach a real coordinator
-through a relay that passes on 125 MB/s in each direction. Iterations are replaced by waiting, so that an epoch of the
-plain trainer, which runs beside the first measurement, takes 30 s on any machine. The rest is as ever: hooks, copies of
-weights, exchange, checkpoints. An epoch lasts from one `on_epoch_start` to the next.
+over lines that the kernel shapes (`shaped_lines.py`), or through relays where that cannot be had. Iterations are
+replaced by waiting, so that an epoch of the plain trainer, which runs beside the first measurement, takes 30 s on any
+machine. The rest is as ever: hooks, copies of weights, exchange, checkpoints. An epoch lasts from one `on_epoch_start`
+to the next.
 
 How long the validation takes matters, since it hides the exchange. An epoch has 250 iterations of training and 50 of
 validation, which only go forward; backward takes about twice as long as forward, so the validation takes
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from benchmarks.federation import address, make_federation, running
 from benchmarks.federation_load import SlowLine
+from benchmarks.shaped_lines import HOST, can_be_shaped, enter, shaped_lines
 from nnunetv2.federated.site import SiteCredential
 
 EPOCH_S = 30.0
@@ -52,8 +54,14 @@ class EnoughError(Exception):
     """All epochs that are measured are over."""
 
 
-def train(folder: Path, trainer_name: str, credential: SiteCredential | None) -> Epochs:
-    """Train in this process, and return what the epochs took."""
+def train(folder: Path, trainer_name: str, credential: SiteCredential | None, namespace: str | None = None) -> Epochs:
+    """Train in this process, and return what the epochs took.
+
+    Args:
+        namespace: The network namespace to train in.
+    """
+    if namespace is not None:
+        enter(namespace)
     os.environ.update({root: str(folder / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")})
     import torch
 
@@ -127,14 +135,17 @@ def measure(folder: Path) -> None:
     """Print what an epoch takes alone and in a federation."""
     with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
         alone = pool.submit(train, folder / "alone", PLAIN, None)
-        print(f"\nepochs of {EPOCH_S:.0f} s, {VALIDATION_S:.1f} s of it validation, two sites at 1 Gbit/s, load "
-              f"{os.getloadavg()[0]:.1f}", flush=True)
-        never = measure_federation(folder / "never", pool, "nnUNetTrainerAsymFedAvg", validate_every=0)
+        is_shaped = can_be_shaped()
+        print(f"\nepochs of {EPOCH_S:.0f} s, {VALIDATION_S:.1f} s of it validation, two sites at 1 Gbit/s "
+              f"({'shaped by the kernel' if is_shaped else 'relays'}), load {os.getloadavg()[0]:.1f}", flush=True)
+        never = measure_federation(folder / "never", pool, "nnUNetTrainerAsymFedAvg", validate_every=0,
+                                   is_shaped=is_shaped)
         plain = statistics.median(alone.result().seconds)
         print(f"  {PLAIN}: {plain:.2f} s")
-        always = measure_federation(folder / "always", pool, "nnUNetTrainerAsymFedAvg", validate_every=1)
+        always = measure_federation(folder / "always", pool, "nnUNetTrainerAsymFedAvg", validate_every=1,
+                                    is_shaped=is_shaped)
         overlapped = measure_federation(folder / "overlapped", pool, "nnUNetTrainerAsymFedAvgOverlapped",
-                                        validate_every=0)
+                                        validate_every=0, is_shaped=is_shaped)
     default = never.seconds + (always.seconds - never.seconds) / DEFAULT_EVERY
     print(f"  nnUNetTrainerAsymFedAvg, no average validated: {never.beside(plain)}")
     print(f"  the same, every average validated: {always.beside(plain)}")
@@ -157,15 +168,28 @@ class Cost:
                 "exchange")
 
 
-def measure_federation(folder: Path, pool: ProcessPoolExecutor, trainer_name: str, *, validate_every: int) -> Cost:
+def measure_federation(folder: Path, pool: ProcessPoolExecutor, trainer_name: str, *, validate_every: int,
+                       is_shaped: bool) -> Cost:
     """Let two sites train with a coordinator of their own."""
     tokens = make_federation(folder / "federation", 2, num_epochs=NUM_EPOCHS + 2, validate_every=validate_every)
-    with running(folder / "federation") as coordinator, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        lines = open_lines(stack, folder / "federation", len(tokens), is_shaped=is_shaped)
         trainings: list[Future[Epochs]] = []
-        for site, token in tokens.items():
-            line = stack.enter_context(SlowLine(address(coordinator.url), GIGABIT))
-            credential = SiteCredential(f"http://127.0.0.1:{line.port}", "benchmark", site, token)
-            trainings.append(pool.submit(train, folder / site, trainer_name, credential))
+        for (site, token), (url, namespace) in zip(tokens.items(), lines):
+            credential = SiteCredential(url, "benchmark", site, token, insecure=True)
+            trainings.append(pool.submit(train, folder / site, trainer_name, credential, namespace))
         epochs = [training.result() for training in trainings]
     return Cost(statistics.median(one for site in epochs for one in site.seconds),
                 statistics.median(one for site in epochs for one in site.waited))
+
+
+def open_lines(stack: contextlib.ExitStack, federation: Path, number: int, *,
+               is_shaped: bool) -> list[tuple[str, str | None]]:
+    """Run a coordinator behind so many lines; return where each site reaches it, and from which namespace."""
+    if is_shaped:
+        namespaces = stack.enter_context(shaped_lines(number, GIGABIT))
+        coordinator = stack.enter_context(running(federation, "--host", HOST, "--insecure"))
+        return [(coordinator.url, namespace) for namespace in namespaces]
+    coordinator = stack.enter_context(running(federation))
+    relays = [stack.enter_context(SlowLine(address(coordinator.url), GIGABIT)) for _ in range(number)]
+    return [(f"http://127.0.0.1:{relay.port}", None) for relay in relays]
