@@ -161,10 +161,23 @@ def _problem_of(response: requests.Response) -> bodies.Problem:
 
 
 def read_small(response: requests.Response) -> bytes:
-    """Read an answer that must not be large."""
+    """Read an answer that must not be large.
+
+    Raises:
+        NoAnswerError: It was cut off, in its headers maybe, which Python takes for complete ones.
+    """
     content = bytearray()
     for piece in response.iter_content(PIECE_BYTES):
         content += piece
         if len(content) > LARGEST_ANSWER:
             raise WireError(f"the coordinator's answer has more than {LARGEST_ANSWER} bytes")
+    if _is_cut_off(response, len(content)):
+        raise NoAnswerError("the coordinator's answer was cut off")
     return bytes(content)
+
+
+def _is_cut_off(response: requests.Response, size: int) -> bool:
+    """Tell whether more was announced, or nothing at all: a coordinator says how long its answers are."""
+    if response.status_code == 204 or "Transfer-Encoding" in response.headers or "Content-Encoding" in response.headers:
+        return False
+    return response.headers.get("Content-Length") != str(size)

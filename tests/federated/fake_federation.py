@@ -110,7 +110,7 @@ def in_threads(*functions: Callable[[], object], timeout_s: float = 60.0) -> lis
         thread.start()
     for thread in threads:
         thread.join(timeout_s)
-        assert not thread.is_alive(), "a fake site hangs"
+        assert not thread.is_alive(), f"a fake site hangs; the others: {results}"
     return results
 
 

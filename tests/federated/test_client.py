@@ -3,6 +3,7 @@ import re
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ from fake_federation import (
     wait_until,
 )
 
-from nnunetv2.federated import messages
+from nnunetv2.federated import bodies, messages
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.http_session import BearerToken, open_session
 from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
 from nnunetv2.federated.site import SiteCredential
+from nnunetv2.federated.strict_json import encode_json
 from nnunetv2.federated.transport import Transport
 from nnunetv2.federated.wire import TensorSpec
 
@@ -147,6 +149,43 @@ def test_what_is_no_coordinator_is_reported_and_asked_again():
 
 
 # ------------------------------------------------------------------------------------------------------ broken lines
+@contextmanager
+def cut_off_everywhere(answer: bytes):
+    """Serve an answer that breaks off after one byte, then after a few more, and so on; yield the address."""
+    ends = iter([*range(1, len(answer), 5), len(answer)])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve() -> None:
+            for end in ends:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer[:end])
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(10)
+        assert next(ends, None) is None, "it was content with less"
+
+
+def http_answer(status: str, content: bytes) -> bytes:
+    return (f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n"
+            f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n").encode() + content
+
+
+def test_an_answer_that_is_cut_off_anywhere_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr("nnunetv2.federated.client.LONGEST_PAUSE_S", 0.001)
+    settings = make_settings()
+    problem = bodies.Problem(code="not_expected", message="site A is not expected")
+    with cut_off_everywhere(http_answer("200 OK", encode_json(settings))) as url, make_client(
+            SiteCredential(url, "test", "A", "A.x")) as client:
+        assert client.settings() == settings
+    with cut_off_everywhere(http_answer("403 Forbidden", encode_json(problem))) as url, make_client(
+            SiteCredential(url, "test", "A", "A.x")) as client, pytest.raises(
+            RefusedError, match="site A is not expected"):
+        client.settings()
+
+
 def test_giving_up_takes_as_long_as_was_asked_for_and_says_so_once():
     lines: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as probe:

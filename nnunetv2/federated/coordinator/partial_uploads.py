@@ -95,9 +95,9 @@ class PartialUploads:
         with self._lock:
             if not self.is_writer(upload):
                 raise _taken_over()
-            self._being_stored.add(upload.path)
-            del self._writers[upload.path]
-            upload.path = upload.path.replace(upload.path.with_suffix(WHOLE))
+            path, upload.path = upload.path, upload.path.replace(upload.path.with_suffix(WHOLE))
+            del self._writers[path]
+            self._being_stored.add(path)
 
     def remove_old(self, now: float | None = None) -> None:
         """Remove what nobody has gone on with for two days, and what a crash kept from being stored."""
