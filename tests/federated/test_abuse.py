@@ -379,7 +379,7 @@ def test_a_site_that_asks_too_much_is_told_when_to_come_back(tmp_path):
 def test_a_coordinator_cannot_send_a_site_to_sleep_for_ever():
     answer = requests.Response()
     answer.status_code, answer.raw = 429, io.BytesIO(b"{}")
-    answer.headers["Retry-After"] = "999999999"
+    answer.headers.update({"Retry-After": "999999999", "Content-Length": "2"})
     with pytest.raises(NoAnswerError) as info:
         check_status(answer)
     assert info.value.wait_s == LONGEST_RETRY_AFTER_S
