@@ -54,7 +54,8 @@ def _shaped_line(index: int, bytes_per_s: float) -> Iterator[str]:
         _run("tc", "qdisc", "add", "dev", name, *shape)
         _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "line", *shape)
         yield name
-    finally:
+    finally:  # the namespace itself lasts as long as a process is in it; its line does not
+        subprocess.run(("ip", "link", "del", name), check=False, capture_output=True)
         _run("ip", "netns", "del", name)
 
 
