@@ -73,8 +73,8 @@ setup(
         "pydantic>=2.5",
         "requests>=2.31",
         "safetensors>=0.4.2",
-        "starlette>=0.39",
-        "uvicorn>=0.29",
+        "starlette>=0.49.1",
+        "uvicorn>=0.31",
     ],
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx"],
