@@ -46,9 +46,21 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Healthcare Industry",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["nnunetv2", "nnunetv2.*"]),
-    include_package_data=True,
     package_data={"nnunetv2.federated.coordinator": ["static/*"]},
     install_requires=[
         "torch>=2.1.2",
@@ -77,7 +89,7 @@ setup(
         "uvicorn>=0.31",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx"],
+        "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx", "setuptools>=70.1"],
         # loggers and an optimizer that trainers use on request
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
