@@ -30,7 +30,7 @@ from nnunetv2.federated.statistics import (
 
 SMALLEST = np.float32(1e-45)
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**120), max_value=2.0**120)
-TIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, float(SMALLEST), -float(SMALLEST), 1e-38, 3.0e4, -1024.0])
+TIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, float(SMALLEST), -float(SMALLEST), 2.0**-127, 3.0e4, -1024.0])
 VALUES = st.integers(1, 60).flatmap(lambda size: arrays(np.float32, size, elements=st.one_of(FLOATS, TIES)))
 
 
