@@ -33,7 +33,7 @@ def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float,
 
     On CUDA it decides on the GPU whether to skip a step, without waiting.
     """
-    options = {"fused": True} if _sgd_can_be_fused(device) else {}
+    options = {"fused": True} if sgd_can_be_fused(device) else {}
     sgd = torch.optim.SGD if device.type == "cuda" else EagerSGD  # on CUDA the network is compiled, so it is loaded
     return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True,
                **options)
@@ -41,11 +41,7 @@ def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float,
 
 def build_grad_scaler(device: torch.device) -> torch.amp.GradScaler | None:
     """Return what keeps small float16 gradients from vanishing; only CUDA trains in float16."""
-    if device.type != "cuda":
-        return None
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler("cuda")
-    return torch.cuda.amp.GradScaler()  # torch before 2.3
+    return torch.amp.GradScaler("cuda") if device.type == "cuda" else None
 
 
 def portable_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -68,7 +64,7 @@ def load_optimizer_state_(optimizer: torch.optim.Optimizer, state: dict[str, Any
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _sgd_can_be_fused(device: torch.device) -> bool:
-    first = {"cuda": (2, 3), "cpu": (2, 4)}  # versions of torch
+def sgd_can_be_fused(device: torch.device) -> bool:
+    """Tell whether torch updates all weights in one pass there: on a CPU since 2.4."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return device.type in first and version >= first[device.type]
+    return device.type == "cuda" or (device.type == "cpu" and version >= (2, 4))
