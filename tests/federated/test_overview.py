@@ -286,7 +286,7 @@ def test_curves_of_an_unknown_run_are_refused(make_federation):
 def test_the_tail_reads_the_log_once(make_federation, monkeypatch):
     federation = make_federation("A", "B")
     monkeypatch.setattr(log_tail, "_LINES_AT_ONCE", 3)
-    tail = log_tail.LogTail(federation.store)
+    tail = log_tail.LogTail(federation.store, is_run=federation.coordinator.book.has_run)
     for number in range(10):
         federation.store.add_event(Event(float(number), "late", "A", f"round {number}", {"seconds": 2.0}))
     tail.read_on()
@@ -333,7 +333,7 @@ def read_figures(text: str) -> dict[str, float]:
 
 def figures_of(federation, **others) -> dict[str, float]:
     given = {"refusals": {"unauthorized": 3}, "sessions": 1, **others}
-    return read_figures(metrics.encode(metrics.figures(federation.lookout, **given)))
+    return read_figures(metrics.encode(metrics.figures(federation.look(), federation.lookout, **given)))
 
 
 def test_the_figures_say_how_the_federation_is(make_federation):
@@ -341,6 +341,7 @@ def test_the_figures_say_how_the_federation_is(make_federation):
     federation.coordinator.invite("C", "site", by="boss")
     federation.coordinator.members.count("A", "", Traffic(1000, 50, 990.0))
     federation.send(CENSUS_KEY, "A", make_census())
+    federation.send(registration_key(RUN), "A", make_registration())
     steering.report_failure(federation.coordinator, "B", FailureReport(run=RUN, reason="no memory"))
     found = figures_of(federation)
     assert found['nnunet_fed_sites{state="active"}'] == 2 and found['nnunet_fed_sites{state="invited"}'] == 1

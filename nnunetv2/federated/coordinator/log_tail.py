@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
 
 from nnunetv2.federated.audit import START
+from nnunetv2.federated.coordinator.service import LOGGED_CHARACTERS
+from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.store import Store
 
 TROUBLE = ("failure", "refusal", "late")
@@ -33,10 +35,15 @@ class Trouble:
 
 
 class LogTail:
-    """What the audit log says, as far as it has been read. Safe for use by several threads."""
+    """What the audit log says, as far as it has been read. Safe for use by several threads.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        is_run: Tells whether there is a run of a name. Before 2.8.1+fed.4, sites could make up names.
+    """
+
+    def __init__(self, store: Store, *, is_run: Callable[[str], bool]) -> None:
         self._store = store
+        self._is_run = is_run
         self._lock = Lock()
         self.number = 0
         """The last line that was read."""
@@ -66,10 +73,12 @@ class LogTail:
         if kind == "model":
             self.models[key] = detail.get("outcome", "")
         elif kind == "failure":
-            self._reasons[detail["run"], site] = detail["reason"]
+            run, reason = (excerpt(detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
+            if self._is_run(run):
+                self._reasons[run, site] = reason
             number = detail.get("round")
-            where = detail["run"] if number is None else f"{detail['run']}, round {number}"
-            self.troubles.append(Trouble(moment, kind, site, where, detail["reason"]))
+            where = run if number is None else f"{run}, round {number}"
+            self.troubles.append(Trouble(moment, kind, site, where, reason))
         elif kind == "refusal":
             self.troubles.append(Trouble(moment, kind, site, key, detail["message"]))
         elif kind == "late":
