@@ -24,12 +24,12 @@ METRICS_BYTES = 128 << 10
 _METRICS_ELEMENTS = 10_000
 _TENSOR_BYTES = 400
 """What a header says of one tensor beside its name,"""
-_TENSOR_ELEMENTS = 12
+_TENSOR_ELEMENTS = 16
 """and the brackets and commas in that."""
-_CASE_BYTES, _CASE_ELEMENTS = 400, 12
+_CASE_BYTES, _CASE_ELEMENTS = 200, 10
 """Spacing, shape and relative size of one case: seven numbers."""
 _CHANNEL_BYTES, _CHANNEL_ELEMENTS = 1000, 40
-"""Moments of a channel, and its tensor."""
+"""Moments of a channel, and its tensor; as many quotation marks."""
 _LARGEST_HEADER = 64 << 20
 
 
@@ -43,8 +43,9 @@ def weights_limits(specs: Mapping[str, TensorSpec]) -> Limits:
 def coarse_limits(num_cases: int, num_channels: int, *, tensor_bytes: int) -> Limits:
     """Return the limits of a coarse summary, given what the census of its site says."""
     header = (64 << 10) + _CASE_BYTES * num_cases + _CHANNEL_BYTES * num_channels
-    return Limits(file_bytes=8 + header + tensor_bytes, header_bytes=header,
-                  elements=1000 + _CASE_ELEMENTS * num_cases + _CHANNEL_ELEMENTS * num_channels)
+    of_channels = _CHANNEL_ELEMENTS * num_channels
+    return Limits(file_bytes=8 + header + tensor_bytes, header_bytes=header, quotes=100 + of_channels,
+                  elements=1000 + _CASE_ELEMENTS * num_cases + of_channels)
 
 
 def message_limits(kind: Kind, *, tensor_bytes: int = 0) -> Limits:

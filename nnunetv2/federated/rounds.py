@@ -109,7 +109,7 @@ def prerequisite(key: GatheringKey) -> GatheringKey | None:
 
 
 # ------------------------------------------------------------------------------------------------------- gatherings
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one per site and round
 class Contribution:
     """What is remembered of one site's document."""
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from sqlite3 import Connection
+from sys import intern
 from typing import IO, Any, Literal
 
 from nnunetv2.federated import audit
@@ -320,13 +321,14 @@ class Store:
 
     def load_gatherings(self, settings: FederationSettings) -> list[Gathering]:
         """Return every gathering that has begun, as it was last written."""
-        contributions: dict[str, dict[str, Contribution]] = {}
-        for key, site, *rest in self._database.rows("SELECT key, site, digest, size, received FROM contributions"):
-            contributions.setdefault(key, {})[site] = Contribution(*rest)
         rows = self._database.rows("SELECT key, opened, required, outcome FROM gatherings")
         return [replace(fresh_gathering(parse_key(key), settings, required=json.loads(required)), opened=opened,
-                        contributions=contributions.get(key, {}), outcome=_decode_outcome(outcome))
+                        contributions=self._load_contributions(key), outcome=_decode_outcome(outcome))
                 for key, opened, required, outcome in rows]
+
+    def _load_contributions(self, key: str) -> dict[str, Contribution]:
+        return {intern(site): Contribution(*rest) for site, *rest in self._database.rows(  # one name for all rounds
+            "SELECT site, digest, size, received FROM contributions WHERE key = ?", key)}
 
     def rounds_with_files(self, run: str) -> list[int]:
         """List the rounds of a run that have files, and those that have had some since the start."""
@@ -375,6 +377,22 @@ class Store:
     def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
         """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
         return self._database.rows(f"{audit.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)
+
+    def load_head(self) -> tuple[int, str]:
+        """Return number and hash of the last line of the audit log."""
+        rows = self._database.rows("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1")
+        return rows[0] if rows else (0, audit.START)
+
+    def count_events(self, last: int) -> dict[tuple[str, str], int]:
+        """Return how many lines there are up to line `last`, by kind and by who caused them."""
+        return {(kind, site): count for kind, site, count in self._database.rows(
+            "SELECT kind, coalesce(site, ''), count(*) FROM events WHERE number <= ? GROUP BY 1, 2", last)}
+
+    def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple]:
+        """Return (time, kind, site, key, detail as JSON text) of the lines of some kinds up to line `last`."""
+        return self._database.rows(
+            f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "  # noqa: S608
+            "AND number <= ? ORDER BY number", *kinds, last)
 
     def add_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
         """Add to the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""
@@ -439,7 +457,7 @@ def _decode_outcome(text: str | None) -> Closed | Refused | None:
         return None
     content = json.loads(text)
     if content.pop("closed"):
-        return Closed(content["time"], tuple(content["contributors"]), tuple(content["missing"]))
+        return Closed(content["time"], *(tuple(map(intern, content[name])) for name in ("contributors", "missing")))
     return Refused(**content)
 
 

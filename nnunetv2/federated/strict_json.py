@@ -61,20 +61,25 @@ def validated(parse: Callable[[], T], what: str) -> T:
         raise WireError(f"{what} is not valid: {place}: {first['msg']}"[:500]) from None
 
 
-def parse_json(data: bytes | bytearray | str, *, what: str, elements: int = MAX_ELEMENTS) -> Any:
+def parse_json(data: bytes | bytearray | str, *, what: str, elements: int = MAX_ELEMENTS,
+               quotes: int | None = None) -> Any:
     """Parse JSON strictly: UTF-8, finite numbers, no key twice, no abyss of brackets.
 
     Args:
         elements: Brackets and commas that there may be, counted before anything is built: 30 MiB of empty lists are
             gigabytes of objects. Those inside of texts count too.
+        quotes: Quotation marks that there may be, and only ASCII, where numbers are expected and hardly any text.
     """
     found = count_elements(data)
     if found > elements:
         raise WireError(f"{what} has {found} brackets and commas, at most {elements} are allowed")
+    if quotes is not None and not _is_of_numbers(data, quotes):
+        raise WireError(f"{what} holds more text than a list of numbers needs")
     try:
         if isinstance(data, str):
             data.encode("utf-8")  # a lone surrogate can hide in an escape sequence of the outer JSON
         text = data if isinstance(data, str) else data.decode("utf-8")
+        del data  # as large as the text
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite,
                            parse_int=_integer)
         _check_depth(value)
@@ -86,6 +91,11 @@ def parse_json(data: bytes | bytearray | str, *, what: str, elements: int = MAX_
 def count_elements(data: bytes | bytearray | str) -> int:
     """Count what a JSON text may at most hold: its opening brackets and its commas."""
     return sum(map(data.count, "[{," if isinstance(data, str) else (b"[", b"{", b",")))
+
+
+def _is_of_numbers(data: bytes | bytearray | str, quotes: int) -> bool:
+    quote, escape = ('"', "\\u") if isinstance(data, str) else (b'"', b"\\u")
+    return data.isascii() and escape not in data and data.count(quote) <= quotes
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

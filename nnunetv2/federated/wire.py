@@ -87,6 +87,8 @@ class Limits:
     header_bytes: int = 64 << 20
     elements: int = 4_000_000
     """Brackets and commas of the header, and of the message in it."""
+    quotes: int | None = None
+    """Quotation marks in it, where it is nearly all numbers; None for any number."""
     tensors: int = MAX_TENSORS
 
 
@@ -306,7 +308,8 @@ def open_document(path: Path, *, limits: Limits = Limits()) -> Document:  # noqa
     file = path.open("rb", buffering=0)  # what happens to its name later does not matter
     try:
         size = _checked_size(file, limits)
-        entries = parse_json(_read_header(file, size, limits), what="the header", elements=limits.elements)
+        entries = parse_json(_read_header(file, size, limits), what="the header", elements=limits.elements,
+                             quotes=limits.quotes)
         data_begin = file.tell()
         if not isinstance(entries, dict):
             raise WireError("the header is not a JSON object")
@@ -348,7 +351,7 @@ def _decode_message(metadata: Any, limits: Limits) -> Message:
     if not isinstance(metadata, dict) or metadata.keys() != {"message"} or not isinstance(metadata["message"], str):
         raise WireError("__metadata__ must hold one text named message")
     text = metadata["message"]
-    content = parse_json(text, what="the message", elements=limits.elements)
+    content = parse_json(text, what="the message", elements=limits.elements, quotes=limits.quotes)
     if not isinstance(content, dict) or content.get("protocol") != PROTOCOL:
         spoken = content.get("protocol") if isinstance(content, dict) else None
         raise WireError(f"the message is of protocol {spoken!r:.40}, this program speaks {PROTOCOL}: "

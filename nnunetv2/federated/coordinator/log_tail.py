@@ -1,6 +1,7 @@
 """Follow the audit log: what the page, the figures and the coordinator's output have to know of it.
 
-The log grows with every contribution. It is read once, in pieces, and from then on only what was appended.
+The log grows with every contribution. At the start, its lines are counted, and only those that people have to know of
+are read; from then on, what was appended.
 """
 from __future__ import annotations
 
@@ -59,17 +60,27 @@ class LogTail:
     def read_on(self) -> None:
         """Read what has been appended."""
         with self._lock:
+            if self.number == 0:
+                self._begin()
             while lines := self._store.load_log(self.number, _LINES_AT_ONCE):
                 for number, moment, kind, site, key, detail, digest in lines:
+                    self.counts[kind, site or ""] += 1
                     self._take(moment, kind, site, key or "", json.loads(detail) if _is_read(kind) else {})
                     self.number, self.head = number, digest
+
+    def _begin(self) -> None:
+        """Count what is there, and read what is worth it."""
+        last, self.head = self._store.load_head()
+        self.counts.update(self._store.count_events(last))
+        for moment, kind, site, key, detail in self._store.load_lines((*TROUBLE, "model"), last):
+            self._take(moment, kind, site, key or "", json.loads(detail))
+        self.number = last
 
     def reason(self, run: str, site: str) -> str:
         """Return why a site reported its last failure in a run."""
         return self._reasons.get((run, site), "")
 
     def _take(self, moment: float, kind: str, site: str | None, key: str, detail: Mapping[str, Any]) -> None:
-        self.counts[kind, site or ""] += 1
         if kind == "model":
             self.models[key] = detail.get("outcome", "")
         elif kind == "failure":
