@@ -2,7 +2,8 @@
 
     python -m benchmarks.hostile_documents [--mib 30]
 
-Each shape of JSON is sent in each kind of message, once with so many MiB, and once as large as that kind may be. While
+Each shape of JSON is sent in each kind of message, once with so many MiB, and once as large as that kind may be (for
+a summary of cases: the kind that may be largest, of a site that says that it has 100,000). While
 a document is on its way, another site asks for the settings again and again. A line tells the answer, the seconds
 until it was there, the coordinator's peak of memory over what it held before, and the other site's longest wait.
 """
@@ -24,8 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nnunetv2.federated.document_limits import OF_MESSAGE
+from nnunetv2.federated import messages
+from nnunetv2.federated.document_limits import OF_MESSAGE, coarse_limits, weights_limits
+from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, plans_key, registration_key, round_key
 from nnunetv2.federated.site import decode_invitation, join, load_credential
+from nnunetv2.federated.wire import TensorSpec, encode_header
 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
 def _list(item: str, size: int) -> str:
@@ -49,13 +53,22 @@ SHAPES: dict[str, Callable[[int], str]] = {
     "blanks": lambda size: " " * size + "0",
 }
 MESSAGES = {
-    "plans": ("plans/p", '"kind":"plans_report","plans":{"x":%s}'),
-    "census": ("fingerprint/census", '"kind":"census","num_cases":3,"channel_names":{"0":"CT"},"labels":%s'),
-    "registration": (f"runs/{RUN}/registration",
+    "plans": (plans_key("p"), '"kind":"plans_report","plans":{"x":%s}'),
+    "census": (CENSUS_KEY, '"kind":"census","num_cases":3,"channel_names":{"0":"CT"},"labels":%s'),
+    "registration": (registration_key(RUN),
                      '"kind":"registration","configuration":"3d_fullres","fold":"0","trainer":"nnUNetTrainer",'
                      '"num_training_cases":3,"plans":{},"dataset_json":{"channel_names":{"0":"CT"},"labels":{"a":1},'
                      '"file_ending":".nii.gz"},"requires_equal_plans":false,"tensors":%s'),
+    "coarse": (COARSE_KEY, '"kind":"coarse_summary","spacings":%s,"shapes":[[1,1,1]],"relative_sizes":[1],'
+                           '"moments":[{"count":1,"mean":1,"m2":1}],"promotes_to_float64":false'),
+    "update": (round_key(RUN, 0), '"kind":"update","metrics":{"x":%s}'),
 }
+CASES = 100_000
+TENSORS = {"w": TensorSpec("F32", (2,))}
+LIMITS = {**{kind: OF_MESSAGE[kind].header_bytes for kind in ("plans", "census", "registration")},
+          "coarse": coarse_limits(CASES, 1, tensor_bytes=0).header_bytes,
+          "update": weights_limits(TENSORS).header_bytes}
+"""Kind -> bytes of the largest header."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,27 @@ def asking(url: str, token: str) -> Iterator[list[float]]:
         thread.join()
 
 
+def go_on(url: str, tokens: dict[str, str]) -> None:
+    """Let both sites send what has to be there before summaries and updates are taken."""
+    for site, token in tokens.items():
+        census = messages.Census(num_cases=CASES if site == "M" else 3, channel_names={"0": "CT"}, labels={"a": 1})
+        registration = messages.Registration(
+            configuration="3d_fullres", fold="0", trainer="nnUNetTrainer", num_training_cases=3,
+            plans={"plans_name": "p"}, requires_equal_plans=False,
+            dataset_json=messages.TrainingData(channel_names={"0": "CT"}, labels={"a": 1}, file_ending=".nii.gz"),
+            tensors=(messages.TensorEntry(name="w", dtype="F32", shape=(2,)),))
+        for key, message in ((CENSUS_KEY, census), (registration_key(RUN), registration)):
+            send(url, token, key, encode_header(message, {}))
+    for site, token in tokens.items():  # the tensor of both is everybody's from the site that comes first
+        update = encode_header(messages.Update(), TENSORS) + bytes(8) if site == "A" else \
+            encode_header(messages.Update(), {})
+        while not (answer := send(url, token, initial_key(RUN), update)).startswith("200"):
+            if not answer.startswith("409"):
+                raise RuntimeError(answer)
+            time.sleep(0.1)  # the registration is not closed yet
+    time.sleep(1)
+
+
 def memory(pid: int, field: str) -> float:
     """Return VmRSS or VmHWM of a process in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
@@ -168,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work, coordinator(Path(work) / "federation") as (pid, url, tokens):
         print(f"at rest: {memory(pid, 'VmRSS'):.0f} MiB")
         for kind, (key, text) in MESSAGES.items():
-            for size in (int(arguments.mib * 2**20), OF_MESSAGE[kind].header_bytes - 4096):
+            if kind == "coarse":
+                go_on(url, tokens)
+            for size in (int(arguments.mib * 2**20), LIMITS[kind] - 4096):
                 for name, shape in SHAPES.items():
                     body = document(text % shape(size))
                     one = measure(pid, url, tokens, key, body)

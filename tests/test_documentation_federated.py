@@ -136,7 +136,7 @@ def test_limits_on_the_page_are_those_of_the_code():
         "plans": 2, "late_plans": 2, "registration": 4, "admission": 4, "census": 1, "late_census": 1, "fine": 1,
         "validation": 1}
     assert (METRICS_BYTES >> 10, MAX_METRICS, MAX_METRIC_NUMBERS, uploads.SMALL_BODY >> 10) == (128, 64, 2000, 64)
-    assert (service.FAILURES_PER_DAY, service.LOGGED_CHARACTERS) == (200, 500)
+    assert (service.FAILURES_PER_DAY, service.LOGGED_CHARACTERS) == (200, 1000)
     assert (quotas.MAX_OPEN, quotas.MAX_OPEN_BYTES >> 30, quotas.RESERVED_BYTES >> 20) == (200, 1, 256)
     assert (granted.requests_per_s, granted.requests_at_once, granted.simultaneous_requests) == (50, 2000, 32)
     assert (granted.lines_per_s, granted.lines_at_once) == (1 / 6, 300)

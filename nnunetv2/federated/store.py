@@ -27,6 +27,7 @@ from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.book import RunControl
 from nnunetv2.federated.database import Database
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.rounds import Closed, Contribution, Gathering, GatheringKey, Refused, fresh_gathering, parse_key
 
 FULL_RESULT = ""
@@ -284,7 +285,8 @@ class Store:
         with self._database.transaction() as connection:
             _write_gathering(connection, gathering)
             add_event(connection, Event(gathering.outcome.time, "refusal", None, str(gathering.key), {
-                "code": gathering.outcome.code, "message": gathering.outcome.message}))
+                "code": gathering.outcome.code,
+                "message": excerpt(gathering.outcome.message, audit.LOGGED_CHARACTERS)}))
 
     def load_result_digest(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> str | None:
         """Return the digest of a result that is on the disk, or None."""

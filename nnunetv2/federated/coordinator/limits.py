@@ -37,7 +37,7 @@ class Limits:
     simultaneous_requests: int = 32
     """Of one member."""
     lines_per_s: float = 1 / 6
-    """Lines of the audit log that one member may cause in the long run, refusals above all: 3 MB a day as a rule, 13
+    """Lines of the audit log that one member may cause in the long run, refusals above all: 3 MB a day as a rule, 20
     with texts as long as they may be,"""
     lines_at_once: float = 300.0
     """and when it has caused none before."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
 
-from nnunetv2.federated.audit import START
-from nnunetv2.federated.coordinator.service import LOGGED_CHARACTERS
+from nnunetv2.federated.audit import LOGGED_CHARACTERS, START
 from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.store import Store
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
 from nnunetv2.federated.archive import Archive
-from nnunetv2.federated.audit import Event
+from nnunetv2.federated.audit import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.book import RoundBook
 from nnunetv2.federated.coordinator.closer import Closer
 from nnunetv2.federated.coordinator.limits import Allowance
@@ -47,8 +47,6 @@ from nnunetv2.federated.wire import Document, open_document
 
 logger = logging.getLogger(__name__)
 
-LOGGED_CHARACTERS = 500
-"""Of a text that a site is the cause of, in a line of the log: why it failed, or why it was refused."""
 FAILURES_PER_DAY = 200
 """Failures that one site may report in the long run, and at once: a training that fails reports one."""
 SHOWN_FAILURES = 100
@@ -410,7 +408,8 @@ def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict, *, 
 def _failure_status(event: Event) -> bodies.FailureStatus:
     """Return what a line of the log says; before 2.8.1+fed.4, its texts could be longer than a status holds."""
     run, reason = (excerpt(event.detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
-    return bodies.FailureStatus(site=event.site, time=event.time, run=run, round=event.detail["round"], reason=reason)
+    return bodies.FailureStatus(site=event.site, time=event.time, run=run[:500], round=event.detail["round"],
+                                reason=reason)
 
 
 def require_role(member: Member, *roles: Role) -> str:

@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from nnunetv2.federated import bodies
-from nnunetv2.federated.audit import Event
+from nnunetv2.federated.audit import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.book import RunControl
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, LOGGED_CHARACTERS, Coordinator, require_role
+from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, Coordinator, require_role
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import admission_key, initial_key, registration_key, round_key
 from nnunetv2.federated.plain_text import excerpt
