@@ -82,7 +82,7 @@ setup(
         "matplotlib",
         "tqdm",
         # the federation; the coordinator alone needs these and numpy only
-        "pydantic>=2.5",
+        "pydantic>=2.8",
         "requests>=2.31",
         "safetensors>=0.4.2",
         "starlette>=0.49.1",

@@ -126,12 +126,17 @@ def test_every_kind_of_document_is_on_the_page(built):
 
 
 def test_limits_on_the_page_are_those_of_the_code():
-    from nnunetv2.federated.closing import MAX_DOCUMENT_BYTES, MESSAGE_ALLOWANCE
-    from nnunetv2.federated.coordinator import app, connections, limits, page, quotas, sessions, uploads
+    from nnunetv2.federated.coordinator import app, connections, limits, page, quotas, service, sessions, uploads
+    from nnunetv2.federated.document_limits import METRICS_BYTES, OF_MESSAGE
+    from nnunetv2.federated.messages import MAX_METRIC_NUMBERS, MAX_METRICS
 
     granted = limits.Limits()
     assert (app.LONGEST_WAIT_S, page.LONGEST_WAIT_S) == (55, 25)
-    assert (MAX_DOCUMENT_BYTES >> 20, MESSAGE_ALLOWANCE >> 20, uploads.SMALL_BODY >> 10) == (256, 4, 64)
+    assert {kind: limits.header_bytes >> 20 for kind, limits in OF_MESSAGE.items()} == {
+        "plans": 2, "late_plans": 2, "registration": 4, "admission": 4, "census": 1, "late_census": 1, "fine": 1,
+        "validation": 1}
+    assert (METRICS_BYTES >> 10, MAX_METRICS, MAX_METRIC_NUMBERS, uploads.SMALL_BODY >> 10) == (128, 64, 2000, 64)
+    assert (service.FAILURES_PER_DAY, service.LOGGED_CHARACTERS) == (200, 1000)
     assert (quotas.MAX_OPEN, quotas.MAX_OPEN_BYTES >> 30, quotas.RESERVED_BYTES >> 20) == (200, 1, 256)
     assert (granted.requests_per_s, granted.requests_at_once, granted.simultaneous_requests) == (50, 2000, 32)
     assert (granted.lines_per_s, granted.lines_at_once) == (1 / 6, 300)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = Path("nnUNet_federation")
 OPERATOR_FILE = "operator.json"
 TIMEOUT_S = 60.0
-LARGEST_ANSWER = 64 << 20
+LARGEST_ANSWER = 32 << 20
 RUN_ACTIONS = {
     "pause": "take contributions, but close no round of a run",
     "resume": "close rounds again",

@@ -15,6 +15,8 @@ from typing import Any
 
 START = "0" * 64
 """What stands in for the hash before the first line."""
+LOGGED_CHARACTERS = 1000
+"""Of a text that a site is the cause of, written as JSON: why it failed, or why it was refused. Lines stay for good."""
 LINES = "SELECT number, time, kind, site, key, detail, hash FROM events"
 """Query of the lines as they are chained; the detail is JSON text."""
 

@@ -88,35 +88,44 @@ def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
     Raises:
         FederationError: A line was changed, removed, inserted or moved, or the head that was noted is not there.
     """
+    wanted = None if not arguments.head else parse_head(arguments.head)
+    last, noted = None, None
+
+    def seen() -> Iterator[tuple]:
+        """Yield the lines, one at a time: a log may be larger than the memory."""
+        nonlocal last, noted
+        for last in read_log(connection):
+            if wanted is not None and noted is None and last[-1].startswith(wanted):
+                noted = last[0]
+            yield last
+
     with open_read_only(folder) as connection:
-        lines = list(read_log(connection))
-    broken = audit.first_break(lines)
+        broken = audit.first_break(seen())
     if broken is not None:
         raise FederationError(f"the audit log of {folder} is broken at line {broken.number}: {broken.reason}. What "
                               "comes before that line holds; compare with a backup")
-    print(f"The chain of {len(lines)} lines holds.")
-    if arguments.head:
-        number = find_head(lines, arguments.head)
-        print(f"The head that was noted is that of line {number}: nothing up to there was changed or cut off, "
-              f"{len(lines) - number} line(s) came after it.")
-    if lines:
-        print(f"Head of line {lines[-1][0]}, {_as_time(lines[-1][1])}, to be noted elsewhere:\n  {lines[-1][-1]}")
+    count = last[0] if last is not None else 0
+    print(f"The chain of {count} lines holds.")
+    if wanted is not None:
+        if noted is None:
+            raise FederationError("no line of the audit log has the head that was noted: the log was cut off before "
+                                  "it, or was written anew from some earlier line on")
+        print(f"The head that was noted is that of line {noted}: nothing up to there was changed or cut off, "
+              f"{count - noted} line(s) came after it.")
+    if last is not None:
+        print(f"Head of line {count}, {_as_time(last[1])}, to be noted elsewhere:\n  {last[-1]}")
 
 
-def find_head(lines: list[tuple], head: str) -> int:
-    """Return the number of the line with a hash that was noted, whole or its first digits.
+def parse_head(head: str) -> str:
+    """Return a hash that was noted, whole or its first digits.
 
     Raises:
-        FederationError: No line has it.
+        FederationError: It is none.
     """
     wanted = head.strip().lower()
     if not re.fullmatch(f"[0-9a-f]{{{SHORTEST_HEAD},64}}", wanted):
         raise FederationError(f"--head {head!r} is no hash: expected {SHORTEST_HEAD} to 64 hexadecimal digits")
-    for line in lines:
-        if line[-1].startswith(wanted):
-            return line[0]
-    raise FederationError("no line of the audit log has the head that was noted: the log was cut off before it, or "
-                          "was written anew from some earlier line on")
+    return wanted
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

@@ -52,6 +52,7 @@ class RoundBook:
         self.controls = dict(controls or {})
         self._gatherings: dict[str, Gathering] = {}
         self._open: set[str] = set()
+        self._runs: dict[str, None] = {}
         self._latest: dict[str, int] = {}
         self._admitted: dict[str, set[str]] = {}
         for gathering in gatherings:
@@ -69,6 +70,8 @@ class RoundBook:
         """Remember the newest state of a gathering."""
         key = gathering.key
         self._gatherings[key.text] = gathering
+        if key.run is not None:
+            self._runs[key.run] = None
         if not gathering.is_closed:
             self._open.add(key.text)
             return
@@ -83,6 +86,7 @@ class RoundBook:
         for text in [text for text, gathering in self._gatherings.items() if gathering.key.run == run]:
             del self._gatherings[text]
             self._open.discard(text)
+        self._runs.pop(run, None)
         self._admitted.pop(run, None)
         self.controls.pop(run, None)
 
@@ -195,11 +199,21 @@ class RoundBook:
 
     def runs(self) -> list[str]:
         """Name the runs that some site has registered for."""
-        return sorted({gathering.key.run for gathering in list(self._gatherings.values())} - {None})
+        return sorted(self._runs)
+
+    def has_run(self, run: str) -> bool:
+        """Tell whether some site has registered for a run."""
+        return run in self._runs
 
     def latest_round(self, run: str) -> Gathering | None:
         """Return the last round of a run that is closed, or None."""
         return self.get(round_key(run, self._latest[run])) if run in self._latest else None
+
+    def closed_at(self, run: str, rounds: int) -> list[float]:
+        """Return when the last rounds of a run were closed, at most so many, in order."""
+        last = self._latest.get(run, -1)
+        found = (self._gatherings.get(round_key(run, number)) for number in range(max(0, last + 1 - rounds), last + 1))
+        return [one.outcome.time for one in found if one is not None and isinstance(one.outcome, Closed)]
 
     def run_state(self, run: str) -> RunState:
         """Say how far a run is. Of one that nobody has registered for, all fields are empty."""

@@ -21,8 +21,10 @@ import numpy as np
 import requests
 
 from nnunetv2.federated import allow_list, bodies
+from nnunetv2.federated.document_limits import result_limits
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.http_session import (
+    LARGEST_ANSWER,
     NoAnswerError,
     RangeError,
     check_status,
@@ -30,6 +32,8 @@ from nnunetv2.federated.http_session import (
     read_small,
     translated_errors,
 )
+from nnunetv2.federated.messages import PooledCensus
+from nnunetv2.federated.rounds import parse_key
 from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url
 from nnunetv2.federated.strict_json import decode_json, encode_json
 from nnunetv2.federated.wire import Document, OutgoingDocument, TensorSpec, open_document
@@ -52,6 +56,8 @@ CONNECT_TIMEOUT_S = 10.0
 FAILURE_TIMEOUT_S = 3.0
 TRYING_AGAIN = "; trying again"
 LONGEST_PAUSE_S = 60.0
+LARGEST_STATUS = 32 << 20
+"""Bytes: it lists sites for every run and open gathering."""
 OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
 
@@ -104,6 +110,8 @@ class FederationClient:
         self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-", ignore_cleanup_errors=True)
         self._document: Document | None = None
         self._number = 0
+        self._num_cases: int | None = None
+        """Cases of all sites, once the coordinator has said it."""
         self._is_closing = threading.Event()
 
     def close(self) -> None:
@@ -185,7 +193,10 @@ class FederationClient:
             elif waiting.waiting_for:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
             waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
-        self._document = open_document(download.path)
+        limits = result_limits(parse_key(key).kind, num_cases=self._num_cases)
+        self._document = open_document(download.path, limits=limits)
+        if isinstance(self._document.message, PooledCensus):
+            self._num_cases = self._document.message.num_cases
         return self._document
 
     # ------------------------------------------------------------------------------------------------- questions
@@ -213,7 +224,7 @@ class FederationClient:
 
     def status(self) -> bodies.Status:
         """Return what the federation is doing."""
-        return self._persist(lambda: self._ask("GET", "status", bodies.Status))
+        return self._persist(lambda: self._ask("GET", "status", bodies.Status, largest=LARGEST_STATUS))
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
         """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises.
@@ -233,11 +244,11 @@ class FederationClient:
 
     # -------------------------------------------------------------------------------------------------- requests
     def _ask(self, method: str, path: str, model: type[BaseModel] | None, *, json_body: BaseModel | None = None,
-             timeout_s: float | None = None) -> Any:
+             timeout_s: float | None = None, largest: int = LARGEST_ANSWER) -> Any:
         """Send one request with a small answer; None if the answer has no body."""
         data = None if json_body is None else encode_json(json_body)
         with self._request(method, path, data=data, timeout_s=timeout_s) as response:
-            content = read_small(response)
+            content = read_small(response, largest)
         return decode_json(model, content) if model is not None and content else None
 
     def _offer(self, key: str, offer: bodies.Offer) -> bodies.Receipt | bodies.Wanted:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.federated import admission, aggregation, half_precision, matching, messages, statistics, validation
+from nnunetv2.federated import (
+    admission,
+    aggregation,
+    document_limits,
+    half_precision,
+    matching,
+    messages,
+    statistics,
+    validation,
+)
 from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.comparing import first_difference
@@ -29,14 +38,12 @@ from nnunetv2.federated.rounds import (
 )
 from nnunetv2.federated.strict_json import json_digest
 from nnunetv2.federated.voxel_extrema import without_extrema
-from nnunetv2.federated.wire import Document, TensorSpec, check_tensors, write_document, write_subset
+from nnunetv2.federated.wire import Document, Limits, TensorSpec, check_tensors, write_document, write_subset
 
-MAX_DOCUMENT_BYTES = 256 << 20
-"""Bound of everything that is not a set of weights."""
-MESSAGE_ALLOWANCE = 4 << 20
-"""Bytes beside its tensors that a set of weights may have: names, shapes and metrics."""
 PLANS_OF_A_SITE = ("dataset_name", "image_reader_writer")
 """Fields of plans that say nothing about the network, and may differ."""
+
+_HISTOGRAM_BYTES = 8 * statistics.NUM_BINS
 
 MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
     "census": messages.Census,
@@ -71,13 +78,19 @@ def write_for_sites(key: GatheringKey, names: Sequence[str], path: Path, archive
 
 
 # ---------------------------------------------------------------------------------------- checking a contribution
-def size_limit(key: GatheringKey, site: str, archive: Archive) -> int:
-    """Return how many bytes a site may send to a gathering that has begun."""
-    if key.kind == "validation":
-        return MESSAGE_ALLOWANCE
-    if key.kind not in WEIGHT_KINDS:
-        return MAX_DOCUMENT_BYTES
-    return sum(spec.nbytes for spec in _expected_weights(key, site, archive).values()) + MESSAGE_ALLOWANCE
+def limits_of(key: GatheringKey, site: str, archive: Archive) -> Limits:
+    """Return how large a document may be that a site sends to a gathering that has begun."""
+    if key.kind in WEIGHT_KINDS:
+        return document_limits.weights_limits(_expected_weights(key, site, archive))
+    if key.kind == "coarse":
+        with archive.contribution(CENSUS_KEY, site) as earlier:
+            cases, channels = earlier.message.num_cases, len(earlier.message.channel_names)
+        return document_limits.coarse_limits(cases, channels, tensor_bytes=channels * _HISTOGRAM_BYTES)
+    if key.kind == "fine":
+        with archive.result(COARSE_KEY) as wanted:
+            histograms = sum(map(len, wanted.message.bins))
+        return document_limits.message_limits("fine", tensor_bytes=histograms * _HISTOGRAM_BYTES)
+    return document_limits.message_limits(key.kind)
 
 
 def check_contribution(key: GatheringKey, site: str, document: Document, archive: Archive) -> None:

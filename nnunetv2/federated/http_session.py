@@ -25,7 +25,7 @@ from nnunetv2.utilities.resumable_download import PIECE_BYTES
 
 BLOCK_BYTES = 1 << 20
 """Bytes that are sent at a time."""
-LARGEST_ANSWER = 32 << 20
+LARGEST_ANSWER = 1 << 20
 """Bytes of an answer that is no file."""
 
 
@@ -160,17 +160,18 @@ def _problem_of(response: requests.Response) -> bodies.Problem:
                               f"{response.status_code} ({response.reason}), not as a coordinator would")
 
 
-def read_small(response: requests.Response) -> bytes:
-    """Read an answer that must not be large.
+def read_small(response: requests.Response, largest: int = LARGEST_ANSWER) -> bytes:
+    """Read an answer that must not be larger than so many bytes.
 
     Raises:
+        WireError: It is.
         NoAnswerError: It was cut off, in its headers maybe, which Python takes for complete ones.
     """
     content = bytearray()
     for piece in response.iter_content(PIECE_BYTES):
         content += piece
-        if len(content) > LARGEST_ANSWER:
-            raise WireError(f"the coordinator's answer has more than {LARGEST_ANSWER} bytes")
+        if len(content) > largest:
+            raise WireError(f"the coordinator's answer has more than {largest} bytes")
     if _is_cut_off(response, len(content)):
         raise NoAnswerError("the coordinator's answer was cut off")
     return bytes(content)

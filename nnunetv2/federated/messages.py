@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -28,12 +29,18 @@ MAX_CASES = 100_000
 MAX_CHANNELS = 256
 MAX_LABELS = 10_000
 MAX_TENSORS = 20_000
-MAX_METRICS = 1000
+MAX_METRICS = 64
+"""Figures of one round of one site, by name,"""
+MAX_METRIC_NUMBERS = 2000
+"""and the numbers in them. They stay with the coordinator for good: these are some 60 KB as JSON."""
+MAX_LISTED = 1000
+"""Numbers of one figure: one per class or region."""
 MAX_DOCUMENT_JSON = 32 << 20
 """Characters of plans or of a pooled fingerprint, written as JSON."""
 
 SITE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 TENSOR_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.#-]{0,254}$"
+METRIC_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 LOCAL_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,159}$"
 """A site's own name of a tensor. Canonical names may be longer: matching appends "#" and a shape."""
 SEGMENT_PATTERN = r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,127}$"
@@ -58,6 +65,35 @@ def _check_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return value
 
 
+def _check_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Refuse more numbers than a round can have for people to look at."""
+    found = sum(len(value) if isinstance(value, list) else 1 for value in metrics.values())
+    if found > MAX_METRIC_NUMBERS:
+        raise ValueError(f"holds {found} numbers, at most {MAX_METRIC_NUMBERS} are allowed")
+    return metrics
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Refuse longer dictionaries before their entries are looked at: every fault found there takes memory."""
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"has {len(value)} entries, at most {most} are allowed")
+        if isinstance(value, dict):  # what has passed through Python is not JSON any more, to which a list is a tuple
+            return {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
+        return value
+
+    return BeforeValidator(check)
+
+
+def _check_aliases(aliases: Any) -> Any:
+    """Refuse at the first name that is none, rather than to collect all of them."""
+    if isinstance(aliases, dict):
+        for name in (*aliases, *aliases.values()):
+            if not isinstance(name, str) or not re.fullmatch(LOCAL_NAME_PATTERN.strip("^$"), name):
+                raise ValueError(f"{name!r:.80} is no name of a tensor")
+    return aliases
+
+
 def _check_unique(names: tuple) -> tuple:
     if len(set(names)) != len(names):
         raise ValueError("names are repeated")
@@ -76,18 +112,20 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Label = Annotated[int, Field(ge=-(2**31), le=2**31)]
 LabelList = Annotated[tuple[Label, ...], Field(min_length=1, max_length=MAX_LABELS)]
-Labels = Annotated[dict[Text, Label | LabelList], Field(min_length=1, max_length=MAX_LABELS)]
-ChannelNames = Annotated[dict[Text, Text], Field(min_length=1, max_length=MAX_CHANNELS)]
+Labels = Annotated[dict[Text, Label | LabelList], Field(min_length=1, max_length=MAX_LABELS), _at_most(MAX_LABELS)]
+ChannelNames = Annotated[dict[Text, Text], Field(min_length=1, max_length=MAX_CHANNELS), _at_most(MAX_CHANNELS)]
 Spacing = tuple[Positive, Positive, Positive]
 Shape = tuple[Annotated[int, Field(ge=1, le=2**31)], Annotated[int, Field(ge=1, le=2**31)],
               Annotated[int, Field(ge=1, le=2**31)]]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_check_json)]
 Metric = Annotated[
-    Finite | Annotated[list[Finite | None], Field(max_length=MAX_METRICS)] | None, BeforeValidator(_null_unless_finite)]
-Metrics = Annotated[dict[Text, Metric], Field(max_length=MAX_METRICS)]
+    Finite | Annotated[list[Finite | None], Field(max_length=MAX_LISTED)] | None, BeforeValidator(_null_unless_finite)]
+Metrics = Annotated[dict[Annotated[str, Field(pattern=METRIC_NAME_PATTERN)], Metric], Field(max_length=MAX_METRICS),
+                    AfterValidator(_check_numbers)]
+"""Trainers send train_losses, val_losses, mean_fg_dice and dice_per_class_or_region; others are kept like these."""
 SiteNames = Annotated[tuple[SiteName, ...], Field(max_length=MAX_SITES), AfterValidator(_check_unique)]
 VoxelCounts = Annotated[tuple[Annotated[Finite, Field(ge=0, le=2**53)], ...],  # their sums stay finite
-                        Field(min_length=1, max_length=MAX_LABELS)]
+                        Field(min_length=1, max_length=MAX_LABELS), FailFast()]
 OneOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
 """The sites that take part, each with a 1. Before 2.8.1+fed.3, it was what each counts: so every site knew how many
 cases the others have, which the coordinator now keeps to itself."""
@@ -153,11 +191,11 @@ class CoarseSummary(Message):
     """One site's geometry and moments; its tensors `coarse.<channel>` are int64 histograms of shape (65536,)."""
 
     kind: Literal["coarse_summary"] = "coarse_summary"
-    spacings: Annotated[tuple[Spacing, ...], Field(min_length=1, max_length=MAX_CASES)]
-    shapes: Annotated[tuple[Shape, ...], Field(min_length=1, max_length=MAX_CASES)]
+    spacings: Annotated[tuple[Spacing, ...], Field(min_length=1, max_length=MAX_CASES), FailFast()]
+    shapes: Annotated[tuple[Shape, ...], Field(min_length=1, max_length=MAX_CASES), FailFast()]
     """Sorted together with `spacings`: entry i of both belongs to one case, but not to the i-th of the site."""
-    relative_sizes: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=MAX_CASES)]
-    moments: Annotated[tuple[ChannelMoments, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
+    relative_sizes: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=MAX_CASES), FailFast()]
+    moments: Annotated[tuple[ChannelMoments, ...], Field(min_length=1, max_length=MAX_CHANNELS), FailFast()]
     promotes_to_float64: bool
     """Whether some case has no foreground: then nnU-Net computes in float64 (specification 01, 4.2)."""
     extrema: Annotated[tuple[tuple[Finite, Finite], ...], Field(max_length=MAX_CHANNELS)] | None = None
@@ -238,9 +276,10 @@ class Registration(Message):
     dataset_json: TrainingData
     mirroring_axes: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)] | None = None
     requires_equal_plans: bool
-    tensors: Annotated[tuple[TensorEntry, ...], Field(min_length=1, max_length=MAX_TENSORS)]
+    tensors: Annotated[tuple[TensorEntry, ...], Field(min_length=1, max_length=MAX_TENSORS), FailFast()]
     """The distinct tensors of the network, under the first of their names."""
-    aliases: Annotated[dict[LocalName, LocalName], Field(max_length=4 * MAX_TENSORS)] = {}
+    aliases: Annotated[dict[LocalName, LocalName], Field(max_length=4 * MAX_TENSORS),
+                       BeforeValidator(_check_aliases)] = {}
     """Further names of these tensors: alias -> name in `tensors`."""
 
     @model_validator(mode="after")

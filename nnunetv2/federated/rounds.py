@@ -45,6 +45,8 @@ REGISTRATION_KINDS: frozenset[Kind] = frozenset({"registration", "admission"})
 """What a site sends again whenever its training goes on; versions of the software may word it differently."""
 LATE_KINDS: frozenset[Kind] = frozenset({"late_census", "late_plans"})
 """What only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
+REFUSAL_CHARACTERS = 4000
+"""Of why contributions do not go together, and of what to do."""
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
 _SITE = SITE_PATTERN.strip("^$")
 
@@ -107,7 +109,7 @@ def prerequisite(key: GatheringKey) -> GatheringKey | None:
 
 
 # ------------------------------------------------------------------------------------------------------- gatherings
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one per site and round
 class Contribution:
     """What is remembered of one site's document."""
 
@@ -294,4 +296,5 @@ def closed(gathering: Gathering, now: float) -> Gathering:
 
 def refused(gathering: Gathering, error: RefusedError, now: float) -> Gathering:
     """Return the gathering after contributions that do not go together."""
-    return replace(gathering, outcome=Refused(now, error.message, error.remedy, error.code))
+    message = error.message[:REFUSAL_CHARACTERS]  # it may quote what a site has sent
+    return replace(gathering, outcome=Refused(now, message, error.remedy[:REFUSAL_CHARACTERS], error.code))

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from sqlite3 import Connection
+from sys import intern
 from typing import IO, Any, Literal
 
 from nnunetv2.federated import audit
@@ -26,11 +27,15 @@ from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.book import RunControl
 from nnunetv2.federated.database import Database
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.rounds import Closed, Contribution, Gathering, GatheringKey, Refused, fresh_gathering, parse_key
 
 FULL_RESULT = ""
 """Name of the result that holds every tensor."""
 DATABASE_FILE = "coordinator.sqlite"
+
+LEAST_RECORDS = 2
+"""Of rounds, in one answer: who has the first of them already must get on."""
 
 Role = Literal["site", "observer", "operator"]
 """A site takes part, an observer looks on, an operator decides."""
@@ -179,24 +184,31 @@ class Store:
         self._durable_folders.clear()
         shutil.rmtree(self.folder / "gatherings" / "runs" / run, ignore_errors=True)
 
-    def load_rounds(self, run: str, first: int = 0, limit: int = -1) -> list[dict[str, Any]]:
-        """Return the records of the closed rounds of a run, from round `first` on, in order, at most `limit`."""
-        return self._records("rounds", run, first, limit)
+    def load_rounds(self, run: str, first: int = 0, limit: int = -1, *,
+                    characters: int | None = None) -> list[dict[str, Any]]:
+        """Return the records of the closed rounds of a run, from round `first` on, in order, at most `limit`.
 
-    def load_validations(self, run: str, first: int = 0, limit: int = -1) -> list[dict[str, Any]]:
-        """Return the pooled validations of a run, from round `first` on, in order, at most `limit`."""
-        return self._records("validations", run, first, limit)
+        Args:
+            characters: Return fewer records, but two at least, where they are longer than this together, as JSON.
+        """
+        return self._records("rounds", run, first, limit, characters)
+
+    def load_validations(self, run: str, first: int = 0, limit: int = -1, *,
+                         characters: int | None = None) -> list[dict[str, Any]]:
+        """Return the pooled validations of a run in the same way."""
+        return self._records("validations", run, first, limit, characters)
 
     def load_last_validation(self, run: str) -> dict[str, Any] | None:
         """Return the newest pooled validation of a run, or None."""
         rows = self._database.rows("SELECT record FROM validations WHERE run = ? ORDER BY number DESC LIMIT 1", run)
         return json.loads(rows[0][0]) if rows else None
 
-    def _records(self, table: Literal["rounds", "validations"], run: str, first: int,
-                 limit: int) -> list[dict[str, Any]]:
-        return [json.loads(row[0]) for row in self._database.rows(
-            f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number LIMIT ?",  # noqa: S608
-            run, first, limit)]
+    def _records(self, table: Literal["rounds", "validations"], run: str, first: int, limit: int,
+                 characters: int | None) -> list[dict[str, Any]]:
+        query = f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number LIMIT ?"  # noqa: S608
+        rows = self._database.rows(query, run, first, limit) if characters is None else \
+            self._database.first_rows(query, run, first, limit, characters=characters, least=LEAST_RECORDS)
+        return [json.loads(row[0]) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ documents
     def contribution_path(self, key: GatheringKey | str, site: str, digest: str) -> Path:
@@ -273,7 +285,8 @@ class Store:
         with self._database.transaction() as connection:
             _write_gathering(connection, gathering)
             add_event(connection, Event(gathering.outcome.time, "refusal", None, str(gathering.key), {
-                "code": gathering.outcome.code, "message": gathering.outcome.message}))
+                "code": gathering.outcome.code,
+                "message": excerpt(gathering.outcome.message, audit.LOGGED_CHARACTERS)}))
 
     def load_result_digest(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> str | None:
         """Return the digest of a result that is on the disk, or None."""
@@ -310,13 +323,14 @@ class Store:
 
     def load_gatherings(self, settings: FederationSettings) -> list[Gathering]:
         """Return every gathering that has begun, as it was last written."""
-        contributions: dict[str, dict[str, Contribution]] = {}
-        for key, site, *rest in self._database.rows("SELECT key, site, digest, size, received FROM contributions"):
-            contributions.setdefault(key, {})[site] = Contribution(*rest)
         rows = self._database.rows("SELECT key, opened, required, outcome FROM gatherings")
         return [replace(fresh_gathering(parse_key(key), settings, required=json.loads(required)), opened=opened,
-                        contributions=contributions.get(key, {}), outcome=_decode_outcome(outcome))
+                        contributions=self._load_contributions(key), outcome=_decode_outcome(outcome))
                 for key, opened, required, outcome in rows]
+
+    def _load_contributions(self, key: str) -> dict[str, Contribution]:
+        return {intern(site): Contribution(*rest) for site, *rest in self._database.rows(  # one name for all rounds
+            "SELECT site, digest, size, received FROM contributions WHERE key = ?", key)}
 
     def rounds_with_files(self, run: str) -> list[int]:
         """List the rounds of a run that have files, and those that have had some since the start."""
@@ -357,24 +371,51 @@ class Store:
 
     def load_events(self, kind: str | None = None, *, last: int = -1) -> list[Event]:
         """Return the audit log, oldest first; only one kind of event, and only the last ones, if asked for."""
-        rows = self._database.rows("SELECT time, kind, site, key, detail FROM events "
-                                   "WHERE kind = coalesce(?, kind) ORDER BY number DESC LIMIT ?", kind, last)
+        which, values = ("", ()) if kind is None else ("WHERE kind = ? ", (kind,))  # by their index
+        rows = self._database.rows(f"SELECT time, kind, site, key, detail FROM events {which}"  # noqa: S608
+                                   "ORDER BY number DESC LIMIT ?", *values, last)
         return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
 
     def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
         """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
         return self._database.rows(f"{audit.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)
 
-    def save_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
-        """Write the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""
-        with self._database.transaction() as connection:
-            connection.executemany("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?, ?)", [
-                (site, key, count.received, count.sent, count.last_seen) for (site, key), count in traffic.items()])
+    def load_head(self) -> tuple[int, str]:
+        """Return number and hash of the last line of the audit log."""
+        rows = self._database.rows("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1")
+        return rows[0] if rows else (0, audit.START)
 
-    def load_traffic(self) -> dict[tuple[str, str], Traffic]:
-        """Return the counters of (site, key)."""
-        return {(row[0], row[1]): Traffic(*row[2:]) for row in self._database.rows(
-            "SELECT site, key, received, sent, last_seen FROM traffic")}
+    def count_events(self, last: int) -> dict[tuple[str, str], int]:
+        """Return how many lines there are up to line `last`, by kind and by who caused them."""
+        return {(kind, site): count for kind, site, count in self._database.rows(
+            "SELECT kind, coalesce(site, ''), count(*) FROM events WHERE number <= ? GROUP BY 1, 2", last)}
+
+    def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple]:
+        """Return (time, kind, site, key, detail as JSON text) of the lines of some kinds up to line `last`."""
+        return self._database.rows(
+            f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "  # noqa: S608
+            "AND number <= ? ORDER BY number", *kinds, last)
+
+    def add_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
+        """Add to the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""
+        with self._database.transaction() as connection:
+            connection.executemany(
+                "INSERT INTO traffic VALUES (?, ?, ?, ?, ?) ON CONFLICT (site, key) DO UPDATE SET "
+                "received = received + excluded.received, sent = sent + excluded.sent, "
+                "last_seen = max(last_seen, excluded.last_seen)", [
+                    (site, key, count.received, count.sent, count.last_seen) for (site, key), count in traffic.items()])
+
+    def load_traffic_totals(self) -> dict[str, Traffic]:
+        """Return what each site has sent and been sent altogether."""
+        return {row[0]: Traffic(*row[1:]) for row in self._database.rows(
+            "SELECT site, sum(received), sum(sent), max(last_seen) FROM traffic GROUP BY site")}
+
+    def load_recent_traffic(self, gatherings: int) -> dict[str, dict[str, Traffic]]:
+        """Return the counters of the gatherings that were busy last, the latest last: key -> site -> counters."""
+        keys = [row[0] for row in self._database.rows(
+            "SELECT key FROM traffic WHERE key != '' GROUP BY key ORDER BY max(last_seen) DESC LIMIT ?", gatherings)]
+        return {key: {row[0]: Traffic(*row[1:]) for row in self._database.rows(
+            "SELECT site, received, sent, last_seen FROM traffic WHERE key = ?", key)} for key in reversed(keys)}
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
@@ -418,7 +459,7 @@ def _decode_outcome(text: str | None) -> Closed | Refused | None:
         return None
     content = json.loads(text)
     if content.pop("closed"):
-        return Closed(content["time"], tuple(content["contributors"]), tuple(content["missing"]))
+        return Closed(content["time"], *(tuple(map(intern, content[name])) for name in ("contributors", "missing")))
     return Refused(**content)
 
 

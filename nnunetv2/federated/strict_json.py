@@ -1,4 +1,4 @@
-"""Read JSON from strangers: strict about encoding, numbers, repeated keys and depth."""
+"""Read JSON from strangers: strict about size, encoding, numbers, repeated keys and depth."""
 from __future__ import annotations
 
 import hashlib
@@ -11,11 +11,17 @@ from pydantic import BaseModel, ValidationError
 
 from nnunetv2.federated.errors import WireError
 
+SHOWN_FAULTS = 1000
+"""A description of each takes a hundred times the bytes that are at fault."""
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
 MAX_DEPTH = 64
 """Brackets inside brackets. Plans have six."""
+MAX_ELEMENTS = 1_000_000
+"""Brackets and commas, where nothing tighter is said: a value takes up to some hundred bytes of memory for each."""
+MAX_DIGITS = 400
+"""Characters of a number. float64 has 17 digits, and 308 zeros at most."""
 
 
 def encode_json(model: BaseModel) -> bytes:
@@ -48,21 +54,48 @@ def validated(parse: Callable[[], T], what: str) -> T:
     try:
         return parse()
     except ValidationError as error:
+        if error.error_count() > SHOWN_FAULTS:
+            raise WireError(f"{what} is not valid: {error.error_count()} values are not what they should be") from None
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"][:4])
         raise WireError(f"{what} is not valid: {place}: {first['msg']}"[:500]) from None
 
 
-def parse_json(data: bytes | str, *, what: str) -> Any:
-    """Parse JSON strictly: UTF-8, finite numbers, no key twice, no abyss of brackets."""
+def parse_json(data: bytes | bytearray | str, *, what: str, elements: int = MAX_ELEMENTS,
+               quotes: int | None = None) -> Any:
+    """Parse JSON strictly: UTF-8, finite numbers, no key twice, no abyss of brackets.
+
+    Args:
+        elements: Brackets and commas that there may be, counted before anything is built: 30 MiB of empty lists are
+            gigabytes of objects. Those inside of texts count too.
+        quotes: Quotation marks that there may be, and only ASCII, where numbers are expected and hardly any text.
+    """
+    found = count_elements(data)
+    if found > elements:
+        raise WireError(f"{what} has {found} brackets and commas, at most {elements} are allowed")
+    if quotes is not None and not _is_of_numbers(data, quotes):
+        raise WireError(f"{what} holds more text than a list of numbers needs")
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-        text.encode("utf-8")  # a lone surrogate can hide in an escape sequence of the outer JSON
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
+        if isinstance(data, str):
+            data.encode("utf-8")  # a lone surrogate can hide in an escape sequence of the outer JSON
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        del data  # as large as the text
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite,
+                           parse_int=_integer)
         _check_depth(value)
         return value
     except (ValueError, RecursionError) as error:
         raise WireError(f"{what} is not proper JSON: {str(error):.200}") from None
+
+
+def count_elements(data: bytes | bytearray | str) -> int:
+    """Count what a JSON text may at most hold: its opening brackets and its commas."""
+    return sum(map(data.count, "[{," if isinstance(data, str) else (b"[", b"{", b",")))
+
+
+def _is_of_numbers(data: bytes | bytearray | str, quotes: int) -> bool:
+    quote, escape = ('"', "\\u") if isinstance(data, str) else (b'"', b"\\u")
+    return data.isascii() and escape not in data and data.count(quote) <= quotes
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,8 +121,18 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not allowed")
 
 
+def _integer(text: str) -> int:
+    return int(_few_digits(text))  # the time grows with the square of the digits
+
+
+def _few_digits(text: str) -> str:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{text:.40}... has {len(text)} digits, at most {MAX_DIGITS} are allowed")
+    return text
+
+
 def _finite(text: str) -> float:
-    value = float(text)
+    value = float(_few_digits(text))
     if not math.isfinite(value):
         raise ValueError(f"{text:.40} is too large")
     return value

@@ -85,6 +85,10 @@ class Limits:
 
     file_bytes: int = 8 << 30
     header_bytes: int = 64 << 20
+    elements: int = 4_000_000
+    """Brackets and commas of the header, and of the message in it."""
+    quotes: int | None = None
+    """Quotation marks in it, where it is nearly all numbers; None for any number."""
     tensors: int = MAX_TENSORS
 
 
@@ -304,14 +308,15 @@ def open_document(path: Path, *, limits: Limits = Limits()) -> Document:  # noqa
     file = path.open("rb", buffering=0)  # what happens to its name later does not matter
     try:
         size = _checked_size(file, limits)
-        header = _read_header(file, size, limits)
-        entries = parse_json(header, what="the header")
+        entries = parse_json(_read_header(file, size, limits), what="the header", elements=limits.elements,
+                             quotes=limits.quotes)
+        data_begin = file.tell()
         if not isinstance(entries, dict):
             raise WireError("the header is not a JSON object")
-        message = _decode_message(entries.pop("__metadata__", None))
+        message = _decode_message(entries.pop("__metadata__", None), limits)
         if len(entries) > limits.tensors:
             raise WireError(f"the document has {len(entries)} tensors, at most {limits.tensors} are allowed")
-        specs, offsets = _decode_entries(entries, data_begin=8 + len(header), file_size=size)
+        specs, offsets = _decode_entries(entries, data_begin=data_begin, file_size=size)
     except BaseException:
         file.close()
         raise
@@ -327,27 +332,31 @@ def _checked_size(file: FileIO, limits: Limits) -> int:
     return size
 
 
-def _read_header(file: FileIO, size: int, limits: Limits) -> bytes:
+def _read_header(file: FileIO, size: int, limits: Limits) -> bytearray:
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
         raise WireError(f"a file of {size} bytes is cut off or no document")
     if length > limits.header_bytes:
         raise WireError(f"the header has {length} bytes, at most {limits.header_bytes} are allowed")
-    header = bytearray()
-    while len(header) < length and (piece := file.read(length - len(header))):
-        header += piece
-    return bytes(header)
+    header, filled = bytearray(length), 0
+    while filled < length:
+        count = file.readinto(memoryview(header)[filled:])
+        if not count:
+            raise WireError("the document was cut off while it was read")
+        filled += count
+    return header
 
 
-def _decode_message(metadata: Any) -> Message:
+def _decode_message(metadata: Any, limits: Limits) -> Message:
     if not isinstance(metadata, dict) or metadata.keys() != {"message"} or not isinstance(metadata["message"], str):
         raise WireError("__metadata__ must hold one text named message")
     text = metadata["message"]
-    content = parse_json(text, what="the message")
+    content = parse_json(text, what="the message", elements=limits.elements, quotes=limits.quotes)
     if not isinstance(content, dict) or content.get("protocol") != PROTOCOL:
         spoken = content.get("protocol") if isinstance(content, dict) else None
         raise WireError(f"the message is of protocol {spoken!r:.40}, this program speaks {PROTOCOL}: "
                         "all sites and the coordinator need matching versions")
+    del content  # what is built next takes as much memory
     return validated(lambda: _MESSAGES.validate_json(text, strict=True), "the message")
 
 

@@ -344,6 +344,7 @@ def test_nobody_is_sent_elsewhere(federation):
 
 def test_one_site_cannot_write_lines_in_the_name_of_another(federation, peers):
     reason = "out of memory\n2026-01-01 00:00:00  site A has joined\x1b[2J\u202e"
+    peers["M"].put(registration_key(RUN), peers["M"].document(make_registration()))
     assert peers["M"].post("failures", {"run": RUN, "round": 0, "reason": reason}).status_code == 204
     shown = peers["A"].get("status").json()["failures"][0]["reason"]
     assert shown == "out of memory 2026-01-01 00:00:00  site A has joined\\x1b[2J\\u202e" == printable(reason)

@@ -208,6 +208,8 @@ def test_a_silent_coordinator_is_noticed():
 
 def test_a_failure_report_never_raises_and_never_waits(federation):
     with federation.client("A") as client:
+        client.report_failure(RUN, 2, "no run of this name: it is not taken, and nothing is raised")
+        client.contribute(registration_key(RUN), make_registration())
         client.report_failure(RUN, 2, "out of memory")
     assert federation.coordinator.status().failures[0].reason == "out of memory"
     with socket.create_server(("127.0.0.1", 0)) as probe:

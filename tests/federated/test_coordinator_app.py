@@ -119,6 +119,7 @@ def test_unknown_gatherings_do_not_exist(site, key):
 def test_settings_and_status_are_messages(federation, a):
     assert a.get("settings").json()["sites"] == ["A", "B"]
     a.put(CENSUS_KEY, a.document(make_census()))
+    a.put(registration_key(RUN), a.document(make_registration()))
     a.session.post(f"{a.base}/failures", json={"run": RUN, "round": 3, "reason": "out of memory"}, timeout=5)
     status = a.get("status").json()
     first = status["sites"][0]
@@ -126,7 +127,8 @@ def test_settings_and_status_are_messages(federation, a):
     assert first["bytes_received"] > 100 and abs(first["last_seen"] - time.time()) < 10
     assert status["sites"][1] == {"site": "B", "joined": False, "state": "invited", "last_seen": None,
                                   "bytes_received": 0, "bytes_sent": 0}
-    assert [(g["key"], g["contributed"], g["waiting_for"]) for g in status["waiting"]] == [(CENSUS_KEY, ["A"], ["B"])]
+    assert [(g["key"], g["contributed"], g["waiting_for"]) for g in status["waiting"]] == [
+        (CENSUS_KEY, ["A"], ["B"]), (registration_key(RUN), ["A"], ["B"])]
     assert [(f["site"], f["run"], f["round"], f["reason"]) for f in status["failures"]] == [
         ("A", RUN, 3, "out of memory")]
     traffic = {(t["site"], t["key"]): t for t in status["traffic"]}

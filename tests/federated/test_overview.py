@@ -282,11 +282,54 @@ def test_curves_of_an_unknown_run_are_refused(make_federation):
     assert info.value.code == "unknown_run"
 
 
+def test_curves_come_in_pieces_that_are_quick_to_read(make_federation, monkeypatch):
+    """However much the sites have measured, and although who asks wants the last round that it knows once more."""
+    federation = make_federation("A", "B", num_epochs=20)
+    federation.start("A", "B")
+    for number in range(9):
+        for site in "AB":
+            federation.update(number, site, train_losses=0.5, listed=[0.5] * 500)
+    monkeypatch.setattr(curves, "CHARACTERS_AT_ONCE", 20_000)
+    seen, since, pieces, more = set(), 0, 0, True
+    while more:
+        found = curves.draw(federation.coordinator, RUN, since=since)
+        assert 2 <= len(found.rounds) <= 4
+        seen |= {one.round for one in found.rounds}
+        since, pieces, more = found.rounds[-1].round, pieces + 1, found.more
+    assert seen == set(range(9)) and pieces >= 3
+    assert not curves.draw(federation.coordinator, RUN, since=9).more
+    monkeypatch.setattr(curves, "CHARACTERS_AT_ONCE", 1)
+    assert [one.round for one in curves.draw(federation.coordinator, RUN, since=3).rounds] == [3, 4]
+
+
 # ---------------------------------------------------------------------------------------------------------- the log
+def make_tail(federation) -> log_tail.LogTail:
+    return log_tail.LogTail(federation.store, is_run=federation.coordinator.book.has_run)
+
+
+def test_a_tail_that_begins_late_knows_what_one_knows_that_has_followed(make_federation):
+    federation = make_federation("A", "B")
+    followed = make_tail(federation)
+    followed.read_on()
+    federation.start("A", "B")
+    for number in range(log_tail.SHOWN_TROUBLES + 10):
+        kind, site = ("late", "A") if number % 2 else ("refusal", None)
+        federation.store.add_event(Event(float(number), kind, site, "key", {"seconds": 2.0, "message": str(number)}))
+        steering.report_failure(federation.coordinator, "B", FailureReport(run=RUN, round=number, reason=str(number)))
+    federation.store.add_event(Event(1.0, "model", None, RUN, {"outcome": "none"}))
+    followed.read_on()
+    begun = make_tail(federation)
+    begun.read_on()
+    for name in ("number", "head", "counts", "troubles", "models", "_reasons"):
+        assert getattr(begun, name) == getattr(followed, name), name
+    assert begun.reason(RUN, "B") == str(log_tail.SHOWN_TROUBLES + 9)
+
+
 def test_the_tail_reads_the_log_once(make_federation, monkeypatch):
     federation = make_federation("A", "B")
     monkeypatch.setattr(log_tail, "_LINES_AT_ONCE", 3)
-    tail = log_tail.LogTail(federation.store)
+    tail = make_tail(federation)
+    tail.read_on()
     for number in range(10):
         federation.store.add_event(Event(float(number), "late", "A", f"round {number}", {"seconds": 2.0}))
     tail.read_on()
@@ -333,7 +376,7 @@ def read_figures(text: str) -> dict[str, float]:
 
 def figures_of(federation, **others) -> dict[str, float]:
     given = {"refusals": {"unauthorized": 3}, "sessions": 1, **others}
-    return read_figures(metrics.encode(metrics.figures(federation.lookout, **given)))
+    return read_figures(metrics.encode(metrics.figures(federation.look(), federation.lookout, **given)))
 
 
 def test_the_figures_say_how_the_federation_is(make_federation):
@@ -341,6 +384,7 @@ def test_the_figures_say_how_the_federation_is(make_federation):
     federation.coordinator.invite("C", "site", by="boss")
     federation.coordinator.members.count("A", "", Traffic(1000, 50, 990.0))
     federation.send(CENSUS_KEY, "A", make_census())
+    federation.send(registration_key(RUN), "A", make_registration())
     steering.report_failure(federation.coordinator, "B", FailureReport(run=RUN, reason="no memory"))
     found = figures_of(federation)
     assert found['nnunet_fed_sites{state="active"}'] == 2 and found['nnunet_fed_sites{state="invited"}'] == 1

@@ -48,7 +48,7 @@ def test_everything_comes_back_after_a_restart(store):
     done = fresh_gathering(parse_key("runs/r/initial"), make_settings(deadline_s=5.0, quorum=1))
     done = closed(contribute(store, done, "A", b"c"), now=4.0)
     store.save_closing(done, "d" * 64)
-    store.save_traffic({("A", ""): Traffic(1, 2, 3.0)})
+    store.add_traffic({("A", ""): Traffic(1, 2, 3.0)})
     joined = replace(store.load_members()["A"], state="active", token_hash="hash")
     store.save_members([joined], [], event=Event(5.0, "join", "A", None, {}))
     store.save_control("r", RunControl(state="paused", left=frozenset("B"), failed={"A": 3}),
@@ -58,7 +58,7 @@ def test_everything_comes_back_after_a_restart(store):
         assert settings == make_settings(deadline_s=5.0, quorum=1)
         assert {str(g.key): g for g in again.load_gatherings(settings)} == {str(g.key): g for g in (state, other, done)}
         assert again.load_result_digest("runs/r/initial") == "d" * 64
-        assert again.load_traffic() == {("A", ""): Traffic(1, 2, 3.0)}
+        assert again.load_traffic_totals() == {"A": Traffic(1, 2, 3.0)}
         assert again.load_members()["A"] == joined
         assert again.load_members()["B"].state == "invited"
         assert {one.member for one in again.load_invitations().values()} == {"A", "B"}

@@ -108,7 +108,8 @@ async def get_settings(request: Request) -> Response:
 async def get_status(request: Request) -> Response:
     """Tell a member what the federation is doing."""
     member_of(request)
-    return json_response(await run_in_threadpool(coordinator_of(request).status))
+    coordinator = coordinator_of(request)
+    return await run_in_threadpool(lambda: json_response(coordinator.status()))
 
 
 async def get_run(request: Request) -> Response:

@@ -6,7 +6,7 @@ measure after their updates have left comes with the next round: the newest roun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -15,7 +15,6 @@ from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import (
     MAX_LABELS,
-    MAX_METRICS,
     MAX_SITES,
     Count,
     Finite,
@@ -30,8 +29,10 @@ from nnunetv2.federated.validation import mean_of_known
 
 ROUNDS_AT_ONCE = 200
 """More are asked for with a higher `since`."""
+CHARACTERS_AT_ONCE = 4 << 20
+"""Of their records, as JSON; with more, an answer has fewer rounds, but two."""
 
-Scalars = Annotated[dict[Text, Finite | None], Field(max_length=2 * MAX_METRICS * MAX_SITES)]
+Scalars = Annotated[dict[Text, Finite | None], Field(max_length=2_000_000)]
 """What came with an update and after it; pooled, under the names that any site has."""
 
 
@@ -99,15 +100,23 @@ def draw(coordinator: Coordinator, run: str, *, since: int = 0, since_validation
     Raises:
         RefusedError: There is no such run; the code is `unknown_run`.
     """
-    if run not in coordinator.book.runs():
+    if not coordinator.book.has_run(run):
         raise RefusedError(f"there is no run {run[:200]!r}", code="unknown_run")
-    rounds = coordinator.store.load_rounds(run, since, ROUNDS_AT_ONCE + 1)
-    later = metrics_that_followed(rounds)
-    validations = coordinator.store.load_validations(run, since_validation, ROUNDS_AT_ONCE + 1)
-    return Curves(run=run, rounds=tuple(_round(record, later) for record in rounds[:ROUNDS_AT_ONCE]),
-                  validations=tuple(_validation(record) for record in validations[:ROUNDS_AT_ONCE]),
-                  classes=_classes(coordinator, run) if validations else None,
-                  more=max(len(rounds), len(validations)) > ROUNDS_AT_ONCE)
+    store = coordinator.store
+    rounds = store.load_rounds(run, since, ROUNDS_AT_ONCE + 1, characters=CHARACTERS_AT_ONCE)
+    validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
+    later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
+    latest, last_validation = coordinator.book.latest_round(run), store.load_last_validation(run)
+    return Curves(run=run, rounds=tuple(_round(record, later) for record in rounds),
+                  validations=tuple(map(_validation, validations)),
+                  classes=_classes(coordinator, run, last_validation) if validations else None,
+                  more=_is_before(rounds, latest and latest.key.number)
+                  or _is_before(validations, last_validation and last_validation["round"]))
+
+
+def _is_before(records: Sequence[Mapping[str, Any]], last: int | None) -> bool:
+    """Tell whether records end before the last one that there is."""
+    return bool(records) and last is not None and records[-1]["round"] < last
 
 
 def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
@@ -153,8 +162,7 @@ def _validation(record: Mapping[str, Any]) -> CurveValidation:
         loss_of_site=record["loss_of_site"])
 
 
-def _classes(coordinator: Coordinator, run: str) -> ClassDice:
-    record = coordinator.store.load_last_validation(run)
+def _classes(coordinator: Coordinator, run: str, record: Mapping[str, Any]) -> ClassDice:
     names = _names_of_classes(coordinator, run)
     if len(names) != len(record["dice"]):
         names = [f"class {number}" for number in range(1, len(record["dice"]) + 1)]

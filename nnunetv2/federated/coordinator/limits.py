@@ -21,7 +21,7 @@ from nnunetv2.federated.coordinator.problems import answer_too_many
 MAX_REMEMBERED = 10_000
 """Members and addresses whose requests are counted at a time; the rest have been quiet for longest."""
 
-COSTLY_PATH = re.compile("/v1/status|/v1/runs/[^/]+/curves")
+COSTLY_PATH = re.compile("/v1/status|/v1/runs/[^/]+/curves|/metrics")
 COSTLY_REQUEST = 10.0
 """As how many requests one counts that makes more work than others."""
 
@@ -37,7 +37,8 @@ class Limits:
     simultaneous_requests: int = 32
     """Of one member."""
     lines_per_s: float = 1 / 6
-    """Lines of the audit log that one member may cause in the long run, refusals above all: 3 MB a day,"""
+    """Lines of the audit log that one member may cause in the long run, refusals above all: 3 MB a day as a rule, 20
+    with texts as long as they may be,"""
     lines_at_once: float = 300.0
     """and when it has caused none before."""
     stranger_requests_per_s: float = 20.0

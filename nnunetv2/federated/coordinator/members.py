@@ -25,6 +25,8 @@ from nnunetv2.federated.store import InvitationRecord, MemberRecord, Role, Store
 
 SHOWN_TRAFFIC = 1000
 """Entries of the status; the latest ones."""
+BUSY_GATHERINGS = 5
+"""Gatherings whose traffic is shown: those that were busy last, so that a status costs the same after any round."""
 INVITATION_LIFETIME_S = 14 * 86_400.0
 LOCAL_OPERATOR = "operator"
 """Whoever may read the federation's folder operates it; the name is nobody else's."""
@@ -69,8 +71,10 @@ class Members:
         self._store = store
         self._members = store.load_members()
         self._invitations = store.load_invitations()
-        self._traffic = defaultdict(Traffic, store.load_traffic())
-        self._unsaved_traffic: set[tuple[str, str]] = set()
+        self._totals = defaultdict(Traffic, store.load_traffic_totals())
+        self._traffic = store.load_recent_traffic(BUSY_GATHERINGS)
+        """Key -> site -> counters, of the gatherings that were busy last, the latest last."""
+        self._unsaved_traffic: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self._lock = threading.Lock()
         self._local_operator = ""
 
@@ -222,32 +226,40 @@ class Members:
     def count(self, site: str, key: str, traffic: Traffic) -> None:
         """Add to the counters of a site; the key "" is for everything but gatherings."""
         with self._lock:
-            self._traffic[site, key] += traffic
-            self._unsaved_traffic.add((site, key))
+            self._totals[site] += traffic
+            self._unsaved_traffic[site, key] += traffic
+            if key:
+                counters = self._traffic[key] = self._traffic.pop(key, {})
+                counters[site] = counters.get(site, Traffic()) + traffic
+                if len(self._traffic) > BUSY_GATHERINGS:
+                    del self._traffic[next(iter(self._traffic))]
 
     def save_traffic(self) -> None:
-        """Write the counters that have changed."""
+        """Write what has been counted since the last time."""
         with self._lock:
-            counters = {place: self._traffic[place] for place in self._unsaved_traffic}
-            self._unsaved_traffic.clear()
-        self._store.save_traffic(counters)
+            counted, self._unsaved_traffic = self._unsaved_traffic, defaultdict(Traffic)
+        try:
+            self._store.add_traffic(counted)
+        except OSError:
+            with self._lock:
+                for place, traffic in counted.items():
+                    self._unsaved_traffic[place] += traffic
+            raise
 
     def status(self) -> tuple[bodies.SiteStatus, ...]:
         """Say which sites there are, and what each has sent and been sent."""
         with self._lock:
-            totals = defaultdict(Traffic)
-            for (site, _), count in self._traffic.items():
-                totals[site] += count
             return tuple(bodies.SiteStatus(
                 site=record.name, joined=record.state == "active", state=record.state,
-                last_seen=totals[record.name].last_seen or None,
-                bytes_received=totals[record.name].received, bytes_sent=totals[record.name].sent)
-                for record in self._members.values() if record.role == "site")
+                last_seen=total.last_seen or None, bytes_received=total.received, bytes_sent=total.sent)
+                for record in self._members.values() if record.role == "site"
+                for total in (self._totals.get(record.name, Traffic()),))
 
     def traffic_status(self) -> tuple[bodies.TrafficStatus, ...]:
         """Say what each site has sent and been sent for the gatherings that were busy last."""
         with self._lock:
-            counters = [(count.last_seen, site, key, count) for (site, key), count in self._traffic.items() if key]
+            counters = [(count.last_seen, site, key, count) for key, counts in self._traffic.items()
+                        for site, count in counts.items()]
         latest = sorted(counters, key=lambda entry: entry[:3])[-SHOWN_TRAFFIC:]
         return tuple(bodies.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
                      for _, site, key, count in latest)

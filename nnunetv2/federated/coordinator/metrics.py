@@ -61,14 +61,15 @@ def _encode_value(value: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
-def figures(lookout: Lookout, *, refusals: Mapping[str, int], sessions: int) -> Iterator[Figure]:
+def figures(overview: Overview, lookout: Lookout, *, refusals: Mapping[str, int], sessions: int) -> Iterator[Figure]:
     """Yield every figure of a coordinator.
 
     Args:
+        overview: What the page shows, too.
+        lookout: What knows the rest.
         refusals: Requests that were refused since the start, by code.
         sessions: Browsers that are logged in.
     """
-    overview = lookout.look()
     yield from _of_sites(overview)
     yield from _of_runs(overview)
     yield from _of_log(lookout)

@@ -10,12 +10,14 @@ import secrets
 import shutil
 import statistics
 import time
+from collections import defaultdict
 from contextlib import suppress
 from typing import Annotated, Literal
 
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
+from nnunetv2.federated.bodies import SiteStatus
 from nnunetv2.federated.coordinator.changes import ANYTHING, Changes
 from nnunetv2.federated.coordinator.log_tail import LogTail
 from nnunetv2.federated.coordinator.service import Coordinator
@@ -164,7 +166,7 @@ class Lookout:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
-        self.tail = LogTail(coordinator.store)
+        self.tail = LogTail(coordinator.store, is_run=coordinator.book.has_run)
         self.started = coordinator.clock()
         self._invited: set[str] = set()
         self._durations: dict[str, tuple[int, float | None]] = {}
@@ -173,12 +175,13 @@ class Lookout:
         """Return what the federation is doing now."""
         coordinator, book = self.coordinator, self.coordinator.book
         self.tail.read_on()
-        self._invited = {status.site for status in coordinator.members.status() if status.state == "invited"}
+        sites = coordinator.members.status()
+        self._invited = {status.site for status in sites if status.state == "invited"}
         runs = tuple(self._run(run) for run in book.runs())
         return Overview(
             revision=revision, time=coordinator.clock(), federation=coordinator.settings.federation,
             quorum=coordinator.settings.quorum, deadline_s=coordinator.settings.deadline_s, runs=runs,
-            sites=self._sites(runs),
+            sites=self._sites(sites, runs),
             meetings=tuple(self._meeting(one) for one in book.open_gatherings() if one.key.run is None),
             troubles=tuple(TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500],
                                        text=one.text[:8000]) for one in reversed(list(self.tail.troubles))),
@@ -189,12 +192,12 @@ class Lookout:
                       disk_free=shutil.disk_usage(self.coordinator.store.folder).free,
                       log_lines=self.tail.number, log_head=self.tail.head)
 
-    def _sites(self, runs: tuple[RunView, ...]) -> tuple[SiteView, ...]:
-        members = self.coordinator.members
-        expiries = {one.member: one.expires for one in members.open_invitations(self.coordinator.clock())}
-        found = []
-        for status in members.status():
-            run, activity = _what_matters(status.site, runs)
+    def _sites(self, sites: tuple[SiteStatus, ...], runs: tuple[RunView, ...]) -> tuple[SiteView, ...]:
+        invitations = self.coordinator.members.open_invitations(self.coordinator.clock())
+        expiries = {one.member: one.expires for one in invitations}
+        found, activities = [], _what_matters(runs)
+        for status in sites:
+            run, activity = activities.get(status.site, (None, "idle"))
             if status.state != "active":
                 run, activity = None, status.state
             found.append(SiteView(site=status.site, state=status.state, activity=activity, run=run,
@@ -265,8 +268,8 @@ class Lookout:
         """Return how long a round took of late; computed once per round."""
         known = self._durations.get(run)
         if known is None or known[0] != rounds_closed:
-            records = self.coordinator.store.load_rounds(run, max(0, rounds_closed - RECENT_ROUNDS - 1))
-            known = self._durations[run] = (rounds_closed, typical_duration([one["closed"] for one in records]))
+            moments = self.coordinator.book.closed_at(run, RECENT_ROUNDS + 1)
+            known = self._durations[run] = (rounds_closed, typical_duration(moments))
         return known[1]
 
     def _seconds_left(self, run: str, round_s: float | None) -> float | None:
@@ -287,12 +290,14 @@ def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:
     return num_rounds * round_s - min(elapsed_s, round_s)
 
 
-def _what_matters(site: str, runs: tuple[RunView, ...]) -> tuple[str | None, Activity]:
-    """Return the run in which what a site is doing matters most to the others, and what that is."""
+def _what_matters(runs: tuple[RunView, ...]) -> dict[str, tuple[str, Activity]]:
+    """Return, for each site, the run in which what it is doing matters most to the others, and what that is."""
     order = ("failed", "sending", "working", "waiting", "left", "invited")
-    found = [(order.index(member.activity), run.run, member.activity)
-             for run in runs for member in run.members if member.site == site]
-    return min(found)[1:] if found else (None, "idle")
+    found: dict[str, list[tuple[int, str, Activity]]] = defaultdict(list)
+    for run in runs:
+        for member in run.members:
+            found[member.site].append((order.index(member.activity), run.run, member.activity))
+    return {site: min(entries)[1:] for site, entries in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- sharing
@@ -305,6 +310,7 @@ class Board:
         self._lock = asyncio.Lock()
         self._start = secrets.token_hex(4)
         self._made = 0.0
+        self._overview: Overview | None = None
         self._body = b""
         self._revision = ""
         """What the body shows."""
@@ -322,14 +328,25 @@ class Board:
                 await asyncio.wait_for(change.wait(), wait_s)
 
     async def read(self) -> bytes:
-        """Return the overview, which may be half a second old."""
+        """Return the overview, which may be half a second old, as JSON."""
+        return (await self._share())[1]
+
+    async def overview(self) -> Overview:
+        """Return the same for programs here."""
+        return (await self._share())[0]
+
+    async def _share(self) -> tuple[Overview, bytes]:
         async with self._lock:
             age = time.monotonic() - self._made
-            if self._body and age < SHORTEST_INTERVAL_S:
+            if self._overview is not None and age < SHORTEST_INTERVAL_S:
                 if self._revision == self.revision:
-                    return self._body
+                    return self._overview, self._body
                 await asyncio.sleep(SHORTEST_INTERVAL_S - age)
-            self._revision = self.revision
-            self._body = encode_json(await run_in_threadpool(self._lookout.look, self._revision))
-            self._made = time.monotonic()
-            return self._body
+            revision = self.revision
+            self._overview, self._body = await run_in_threadpool(self._look, revision)
+            self._revision, self._made = revision, time.monotonic()
+            return self._overview, self._body
+
+    def _look(self, revision: str) -> tuple[Overview, bytes]:
+        overview = self._lookout.look(revision)
+        return overview, encode_json(overview)  # not on the event loop: it can be large

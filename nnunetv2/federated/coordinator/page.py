@@ -186,17 +186,19 @@ async def get_curves(request: Request) -> Response:
     viewer_of(request)
     since = int(_number(request, "since"))
     validations = int(_number(request, "since_validation")) if "since_validation" in request.query_params else since
-    curves = await run_in_threadpool(draw, observatory_of(request).coordinator, request.path_params["run"], since=since,
-                                     since_validation=validations)
-    return json_response(curves)
+    coordinator, run = observatory_of(request).coordinator, request.path_params["run"]
+    curves = await run_in_threadpool(
+        lambda: json_response(draw(coordinator, run, since=since, since_validation=validations)))
+    return curves
 
 
 async def get_metrics(request: Request) -> Response:
     """Tell Prometheus."""
     bearer_of(request)
     observatory = observatory_of(request)
+    overview = await observatory.board.overview()
     text = await run_in_threadpool(lambda: metrics.encode(metrics.figures(
-        observatory.lookout, refusals=observatory.refusals.copy(), sessions=observatory.sessions.count())))
+        overview, observatory.lookout, refusals=observatory.refusals.copy(), sessions=observatory.sessions.count())))
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE, "Cache-Control": "no-store"})
 
 

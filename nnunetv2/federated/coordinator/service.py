@@ -11,23 +11,26 @@ import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
 from nnunetv2.federated.archive import Archive
-from nnunetv2.federated.audit import Event
+from nnunetv2.federated.audit import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.book import RoundBook
 from nnunetv2.federated.coordinator.closer import Closer
+from nnunetv2.federated.coordinator.limits import Allowance
 from nnunetv2.federated.coordinator.members import INVITATION_LIFETIME_S, Member, Members
 from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
 from nnunetv2.federated.coordinator.quotas import check_room
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import registration_key, round_key
-from nnunetv2.federated.plain_text import printable
+from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.rounds import (
     FINAL_KINDS,
+    WEIGHT_KINDS,
     Closed,
     Contribution,
     Gathering,
@@ -40,10 +43,12 @@ from nnunetv2.federated.rounds import (
     without_contribution,
 )
 from nnunetv2.federated.store import Role, Store, flush
-from nnunetv2.federated.wire import open_document
+from nnunetv2.federated.wire import Document, open_document
 
 logger = logging.getLogger(__name__)
 
+FAILURES_PER_DAY = 200
+"""Failures that one site may report in the long run, and at once: a training that fails reports one."""
 SHOWN_FAILURES = 100
 SHOWN_GATHERINGS = 1000
 """Open gatherings, and runs, that the status lists. Sites can open many; people cannot read more."""
@@ -100,6 +105,9 @@ class Coordinator:
         """The same for what people like to know: that one site less is waited for."""
         self.locks = Locks()
         """One per gathering or run, for whoever changes it."""
+        self.failure_reports = Allowance(per_s=FAILURES_PER_DAY / 86_400, at_once=FAILURES_PER_DAY)
+        """What each site may still report, since the start."""
+        self._reading = threading.Lock()
         self.uploads = PartialUploads(store.folder / "incoming")
         self.closer = Closer(self)
 
@@ -180,9 +188,8 @@ class Coordinator:
     def wake_everybody(self) -> None:
         """Let the closer and all that wait look again: who is expected has changed."""
         self.closer.wake()
-        for gathering in self.book:
-            if not gathering.is_closed:
-                self.on_change(str(gathering.key))
+        for gathering in self.book.open_gatherings():
+            self.on_change(str(gathering.key))
 
     # --------------------------------------------------------------------------------------------- contributing
     def offer(self, key: str, site: str, digest: str, size: int) -> bodies.Receipt | None:
@@ -197,7 +204,7 @@ class Coordinator:
         self._take_back_failure(sent_to, site)
         if verdict in (Verdict.SAME, Verdict.KEEP_FIRST):
             return _receipt(gathering, site, digest, verdict, sent_to=key)
-        limit = closing.size_limit(gathering.key, site, self.archive)
+        limit = closing.limits_of(gathering.key, site, self.archive).file_bytes
         if size > limit:
             raise RefusedError(f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are "
                                "allowed", code="too_large")
@@ -217,9 +224,8 @@ class Coordinator:
         sent_to = parse_key(key)
         try:
             self._begin(sent_to)
-            with open_document(incoming) as document:
+            with self._opened(sent_to, site, incoming) as document:
                 closing.check_contribution(sent_to, site, document, self.archive)
-                message = document.message
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
@@ -229,7 +235,8 @@ class Coordinator:
             gathering = self._begin(place)
             verdict = judge(gathering, site, digest)
             if verdict is Verdict.COMPARE:
-                closing.check_unchanged(place, site, message, self.archive)
+                with self._opened(sent_to, site, incoming) as document:
+                    closing.check_unchanged(place, site, document.message, self.archive)
             self._take_back_failure(sent_to, site)
             if verdict is Verdict.STORE:
                 gathering = with_contribution(gathering, site, Contribution(digest, size, self.clock()))
@@ -242,6 +249,14 @@ class Coordinator:
         elif verdict is Verdict.KEEP_FIRST and gathering.is_closed and site in gathering.outcome.missing:
             self._log_late(gathering, site)
         return _receipt(gathering, site, digest, verdict, sent_to=key)
+
+    @contextmanager
+    def _opened(self, key: GatheringKey, site: str, incoming: Path) -> Iterator[Document]:
+        """Open what a site has sent. Of documents that are all JSON, one at a time: they take time and memory."""
+        limits = closing.limits_of(key, site, self.archive)
+        with nullcontext() if key.kind in WEIGHT_KINDS else self._reading, \
+                open_document(incoming, limits=limits) as document:
+            yield document
 
     def _take_back_failure(self, key: GatheringKey, site: str) -> None:
         """Wait for a site again that has reported a failure and is back.
@@ -286,7 +301,8 @@ class Coordinator:
         return key if open_round is None else parse_key(round_key(key.run, open_round))
 
     def _log_refusal(self, key: str, site: str, error: FederationError) -> None:
-        self.store.add_event(Event(self.clock(), "refusal", site, key, {"message": printable(str(error)[:1000])}))
+        self.store.add_event(Event(self.clock(), "refusal", site, key,
+                                   {"message": excerpt(str(error), LOGGED_CHARACTERS)}))
         self.announce(f"{key}: the contribution of site {site} is not accepted: {error}")
 
     def _log_late(self, gathering: Gathering, site: str) -> None:
@@ -364,8 +380,7 @@ class Coordinator:
                 for gathering in open_gatherings),
             runs=tuple(self.book.run_state(run) for run in runs),
             progress=tuple(self._progress(run) for run in runs),
-            failures=tuple(bodies.FailureStatus(site=event.site, time=event.time, **dict(event.detail))
-                           for event in failures),
+            failures=tuple(_failure_status(event) for event in failures),
             traffic=self.members.traffic_status())
 
     def _progress(self, run: str) -> bodies.RunProgress:
@@ -373,9 +388,7 @@ class Coordinator:
         latest = self.book.latest_round(run)
         if latest is None:
             return bodies.RunProgress(run=run)
-        numbers = range(max(0, latest.key.number - RECENT_ROUNDS), latest.key.number + 1)
-        rounds = [self.book.get(round_key(run, number)) for number in numbers]
-        moments = [one.outcome.time for one in rounds if one is not None and isinstance(one.outcome, Closed)]
+        moments = self.book.closed_at(run, RECENT_ROUNDS + 1)
         durations = [later - earlier for earlier, later in zip(moments, moments[1:])]
         found = self.store.load_last_validation(run)
         return bodies.RunProgress(
@@ -390,6 +403,13 @@ def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict, *, 
     already = verdict is Verdict.KEEP_FIRST or (gathering.is_closed and gathering.key.kind in FINAL_KINDS)
     return bodies.Receipt(digest=held.digest if held else digest, already=already, waiting_for=gathering.waiting_for,
                           key="" if str(gathering.key) == sent_to else str(gathering.key))
+
+
+def _failure_status(event: Event) -> bodies.FailureStatus:
+    """Return what a line of the log says; before 2.8.1+fed.4, its texts could be longer than a status holds."""
+    run, reason = (excerpt(event.detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
+    return bodies.FailureStatus(site=event.site, time=event.time, run=run[:500], round=event.detail["round"],
+                                reason=reason)
 
 
 def require_role(member: Member, *roles: Role) -> str:

@@ -12,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from nnunetv2.federated import bodies
-from nnunetv2.federated.audit import Event
+from nnunetv2.federated.audit import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.book import RunControl
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.coordinator.service import Coordinator, require_role
+from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, Coordinator, require_role
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import admission_key, initial_key, registration_key, round_key
-from nnunetv2.federated.plain_text import printable
+from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.rounds import is_enough
 
 STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
@@ -32,9 +32,8 @@ def act(coordinator: Coordinator, run: str, action: bodies.RunAction, member: Me
         RefusedError: The member may not, or the run is not in a state for it.
     """
     name = require_role(member, "site") if action.action in OF_A_SITE else require_role(member, "operator")
-    if run not in coordinator.book.runs():
-        raise RefusedError(f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.",
-                           code="unknown_run")
+    if not coordinator.book.has_run(run):
+        raise _unknown_run(coordinator, run)
     with _between_closings(coordinator, run):
         if action.action == "reset":
             _reset(coordinator, run, name)
@@ -50,13 +49,23 @@ def act(coordinator: Coordinator, run: str, action: bodies.RunAction, member: Me
 
 
 def report_failure(coordinator: Coordinator, site: str, report: bodies.FailureReport) -> None:
-    """Remember that a site cannot go on; with a quorum, the round does not wait for it."""
+    """Remember that a site cannot go on; with a quorum, the round does not wait for it.
+
+    Raises:
+        RefusedError: There is no such run, or the site has reported failures all day.
+    """
+    if not coordinator.book.has_run(report.run):
+        raise _unknown_run(coordinator, report.run)
     if site in coordinator.book.control(report.run).left:
         return  # nobody waits for it, and that its training has ended follows
-    report = report.model_copy(update={"run": printable(report.run), "reason": printable(report.reason)})
+    if coordinator.failure_reports.wait_s(site, coordinator.clock()):
+        raise RefusedError(f"site {site} has reported {FAILURES_PER_DAY} failures of late", "Look at its output.",
+                           code="too_many_requests")
+    coordinator.failure_reports.spend(site, coordinator.clock())
+    report = report.model_copy(update={"reason": excerpt(report.reason, LOGGED_CHARACTERS)})
     event = Event(coordinator.clock(), "failure", site, None, report.model_dump(mode="json"))
     where = f"run {report.run}" + (f", round {report.round}" if report.round is not None else "")
-    if report.round is None or report.run not in coordinator.book.runs():
+    if report.round is None:
         coordinator.store.add_event(event)
     else:
         with coordinator.locks[report.run]:
@@ -64,6 +73,11 @@ def report_failure(coordinator: Coordinator, site: str, report: bodies.FailureRe
             _save(coordinator, report.run, replace(control, failed={**control.failed, site: report.round}), event)
         coordinator.wake_everybody()
     coordinator.announce(f"site {site} reports a failure in {where}: {report.reason}")
+
+
+def _unknown_run(coordinator: Coordinator, run: str) -> RefusedError:
+    return RefusedError(f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.",
+                        code="unknown_run")
 
 
 def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:

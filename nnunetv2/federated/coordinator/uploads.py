@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 SMALL_BODY = 64 << 10
 """Bytes that a plain JSON body may have."""
-DRAINED_BYTES = 4 << 20
+DRAINED_BYTES = 64 << 20
 """A body up to this size is read to its end before it is refused, so that the refusal can be read."""
 BYPASSED = "nnunetv2.bypassed_bytes"
 """Where the scope of a request says how much of its body did not come through `receive`."""
