@@ -33,6 +33,7 @@ from nnunetv2.federated import messages, statistics
 from nnunetv2.federated.client import FederationClient, show_progress
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.site import load_credential
+from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
         _or_late(lambda: client.exchange(messages.plans_key(plans_name), report),
                  lambda: client.exchange(messages.late_plans_key(plans_name, credential.site), report))
-        print(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
+        show(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
     return plans_name
 
 
@@ -124,8 +125,8 @@ def _come_late(client: FederationClient, extractor: Any, census: messages.Census
                site: str) -> messages.PooledFingerprint:
     """Wait, if need be, for the fingerprint that the other sites pool without this one."""
     num_cases = client.exchange(messages.late_census_key(site), census).message.num_cases
-    print(f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
-          f"cases are not part of the plans, which are made from {num_cases} cases of the others.", flush=True)
+    show(f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
+         f"cases are not part of the plans, which are made from {num_cases} cases of the others.", flush=True)
     _sample(extractor, num_cases)
     for key in (messages.COARSE_KEY, messages.FINE_KEY):  # in order: the second cannot begin before the first is closed
         pooled = client.result(key).message

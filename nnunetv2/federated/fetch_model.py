@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.federated.admin import add_folder_option, operator_credential
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
     from nnunetv2.federated.bodies import RunState
@@ -120,17 +121,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = client.status().runs
             run = choose_run(runs)
         if run is None:
-            print("Several runs are over; name one of them:")
-            print("\n".join(f"  {state.run}" for state in runs if state.closed))
+            show("Several runs are over; name one of them:")
+            show("\n".join(f"  {state.run}" for state in runs if state.closed))
             return 0
         path = fetch(client, run, arguments.o)
-    print(f"The model of run {run} is in {path}")
+    show(f"The model of run {run} is in {path}")
     if arguments.install:
         install(path, replace=arguments.replace)
-        print("It is installed. Predict with one of")
+        show("It is installed. Predict with one of")
     else:
-        print(f"Install it by\n  nnUNetv2_install_pretrained_model_from_zip {path}\nthen predict with one of")
-    print("\n".join(f"  {line}" for line in describe_prediction(path)))
+        show(f"Install it by\n  nnUNetv2_install_pretrained_model_from_zip {path}\nthen predict with one of")
+    show("\n".join(f"  {line}" for line in describe_prediction(path)))
     return 0
 
 

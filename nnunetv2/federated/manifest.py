@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
+from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
     from nnunetv2.federated.allow_list import AllowedDocument, AllowList
@@ -326,17 +327,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     documents = collect(arguments.dataset, arguments.configurations, trainer=arguments.tr, plans_name=arguments.p,
                         share_extrema=arguments.share_extrema,
                         precision=(credential and credential.precision) or "float32")
-    print("\n".join(describe(documents, credential)))
+    show(*describe(documents, credential))
     if not any(document.kind == "plans_report" for document in documents):
-        print("\nThere are no plans yet. That planning sends them at its end, and what training sends, is not listed "
-              f"here: nnUNetv2_plan_and_preprocess -d {arguments.dataset} --no_pp, then look again.")
+        show("", "There are no plans yet. That planning sends them at its end, and what training sends, is not listed "
+             f"here: {shell_command('nnUNetv2_plan_and_preprocess', '--no_pp', options=[('-d', arguments.dataset)])}, "
+             "then look again.")
     if arguments.write_allow_list is not None:
         from nnunetv2.utilities.atomic_write import save_json_atomically
 
         path = arguments.write_allow_list.expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         save_json_atomically(allow_list_of(documents, credential).model_dump(mode="json"), path)
-        print(f"\nWritten: {path}")
+        show("", f"Written: {path}")
     return 0
 
 

@@ -32,6 +32,7 @@ from nnunetv2.federated.messages import (
     registration_key,
     round_key,
 )
+from nnunetv2.utilities.plain_text import printable
 
 Kind = Literal["census", "coarse", "fine", "plans", "late_census", "late_plans", "registration", "admission", "initial",
                "round", "validation"]
@@ -43,6 +44,8 @@ MISSABLE_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "plans"
 """What a site may come too late for, and be let in afterwards by a gathering of its own."""
 REGISTRATION_KINDS: frozenset[Kind] = frozenset({"registration", "admission"})
 """What a site sends again whenever its training goes on; versions of the software may word it differently."""
+REFUSAL_CHARACTERS = 3900
+"""Of a refusal, and of its remedy: both together fit into what tells of them."""
 LATE_KINDS: frozenset[Kind] = frozenset({"late_census", "late_plans"})
 """What only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
@@ -294,4 +297,5 @@ def closed(gathering: Gathering, now: float) -> Gathering:
 
 def refused(gathering: Gathering, error: RefusedError, now: float) -> Gathering:
     """Return the gathering after contributions that do not go together."""
-    return replace(gathering, outcome=Refused(now, error.message, error.remedy, error.code))
+    message, remedy = (printable(text, most=REFUSAL_CHARACTERS) for text in (error.message, error.remedy))
+    return replace(gathering, outcome=Refused(now, message, remedy, error.code))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from nnunetv2.federated.errors import WireError
+from nnunetv2.utilities.plain_text import printable
 
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def validated(parse: Callable[[], T], what: str) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"][:4])
-        raise WireError(f"{what} is not valid: {place}: {first['msg']}"[:500]) from None
+        raise WireError(printable(f"{what} is not valid: {place}: {first['msg']}", most=500)) from None
 
 
 def parse_json(data: bytes | str, *, what: str) -> Any:
