@@ -5,10 +5,14 @@ Names, shapes, dtypes and values of weights are checked by `session.RunSession`,
 from __future__ import annotations
 
 import math
+from typing import Annotated
+
+from pydantic import Field
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.errors import WireError
 from nnunetv2.federated.rounds import WEIGHT_KINDS, Kind, parse_key
+from nnunetv2.federated.strict_json import validated
 
 MESSAGE_ALLOWANCE = 4 << 20
 """Bytes beside its tensors that a set of weights may have: names and shapes."""
@@ -64,6 +68,52 @@ def check_result(key: str, message: messages.Message) -> None:
             raise WireError(f"the coordinator answers {key} with an aggregate of "
                             f"{'no round' if message.round is None else f'round {message.round}'}")
         check_round(message.round or 0)
+
+
+class ChannelStatistics(messages.Part):
+    """Intensities of one channel, as planning and normalisation read them."""
+
+    mean: messages.Finite
+    std: Annotated[messages.Finite, Field(ge=0)]
+    min: messages.Finite
+    max: messages.Finite
+    median: messages.Finite
+    percentile_00_5: messages.Finite
+    percentile_99_5: messages.Finite
+
+
+class Fingerprint(messages.Part):
+    """The content of dataset_fingerprint.json, as planning reads it."""
+
+    spacings: Annotated[tuple[messages.Spacing, ...], Field(min_length=1)]
+    shapes_after_crop: Annotated[tuple[messages.Shape, ...], Field(min_length=1)]
+    median_relative_size_after_cropping: messages.Positive
+    foreground_intensity_properties_per_channel: dict[str, ChannelStatistics]
+
+
+def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> None:
+    """Raise WireError unless a pooled fingerprint describes as many cases and channels as it should, in finite values.
+
+    Args:
+        num_channels: Channels of this site's images.
+    """
+    found = validated(lambda: Fingerprint.model_validate(pooled.fingerprint), "the pooled fingerprint")
+    counts = {len(found.spacings), len(found.shapes_after_crop), pooled.num_cases}
+    if len(counts) > 1:
+        raise WireError(f"the pooled fingerprint has {len(found.spacings)} spacings and {len(found.shapes_after_crop)} "
+                        f"shapes of {pooled.num_cases} cases")
+    channels = found.foreground_intensity_properties_per_channel.keys()
+    if channels != set(map(str, range(num_channels))):
+        raise WireError(f"the pooled fingerprint describes channels {', '.join(sorted(channels)) or 'none'}; this "
+                        f"site has {num_channels}, counted from 0. Use matching versions at all sites and at the "
+                        "coordinator")
+
+
+def check_bins(wanted: messages.WantedBins, num_channels: int) -> None:
+    """Raise WireError unless bins are asked for, ascending, of as many channels as this site has."""
+    if len(wanted.bins) != num_channels or any(list(bins) != sorted(set(bins)) for bins in wanted.bins):
+        raise WireError(f"the coordinator asks for bins of {len(wanted.bins)} channels, or for some twice; this site "
+                        f"has {num_channels} channels")
 
 
 def check_round(number: int) -> None:

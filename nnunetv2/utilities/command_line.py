@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from nnunetv2.utilities.plain_text import PlainTextFormatter, printable, show
+from nnunetv2.utilities.plain_text import log_plainly, printable, show
 
 DEVICES = ("cuda", "cpu", "mps")
 SIGPIPE = 13  # `signal` has it on some systems only
@@ -108,11 +108,8 @@ def _set_up_logging() -> None:
 
     What quotes others is printable: messages, Python's own warnings, and the tracebacks of our mistakes.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainTextFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log_plainly()
     logging.getLogger("nnunetv2").setLevel(logging.DEBUG if _wants_traceback() else logging.INFO)
-    logging.captureWarnings(True)
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _show_traceback
 

@@ -110,3 +110,11 @@ class PlainTextFormatter(logging.Formatter):
             plain.args = tuple(printable(one) if isinstance(one, str | PurePath | BaseException) else one
                                for one in plain.args)
         return printable(super().format(plain), lines=True)
+
+
+def log_plainly() -> None:
+    """Write warnings, also Python's own, to stderr as printable text, unless logging is set up in this process."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainTextFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)

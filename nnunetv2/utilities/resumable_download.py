@@ -82,7 +82,7 @@ class PartialDownload:
 
     def _check_size(self, size: int) -> None:
         if self.largest is not None and size > self.largest:
-            raise OversizedError(f"it has {size} bytes or more, at most {self.largest} are expected")
+            raise OversizedError(f"it has {size} bytes or more, at most {self.largest} are taken")
 
 
 def announced_size(response: Response) -> int | None:
