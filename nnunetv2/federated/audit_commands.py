@@ -157,7 +157,7 @@ def _describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
              "fetch": "the model of {key}"}.get(kind)
     if about is not None:
         return about.format(key=key, **detail)
-    return " ".join(part for part in (key, json.dumps(dict(detail)) if detail else "") if part)
+    return " ".join(part for part in (key, printable_json(dict(detail)) if detail else "") if part)
 
 
 def _as_text(line: tuple) -> str:

@@ -191,14 +191,13 @@ class FederationClient:
             elif waiting.waiting_for:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
             waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
-        document = open_document(download.path, limits=Limits(file_bytes=largest))
+        self._document = open_document(download.path, limits=Limits(file_bytes=largest))
         try:
-            results.check_result(key, document.message)
+            results.check_result(key, self._document.message)
         except WireError:
-            document.close()
+            self._forget_document()
             raise
-        self._document = document
-        return document
+        return self._document
 
     # ------------------------------------------------------------------------------------------------- questions
     def settings(self, *, patience_s: float | None = None) -> bodies.FederationSettings:

@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_join`."""
     arguments = build_parser().parse_args(argv)
     show(join(decode_invitation(arguments.invitation), replace=arguments.replace, insecure=arguments.insecure,
-               client_certificate=arguments.client_certificate, client_key=arguments.client_key))
+              client_certificate=arguments.client_certificate, client_key=arguments.client_key))
     return 0
 
 

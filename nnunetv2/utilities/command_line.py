@@ -48,7 +48,7 @@ def run_command(function: Callable[[], int | None]) -> None:
         if not _is_expected(error):
             raise
         if _wants_traceback():
-            show(*traceback.format_exc().splitlines(), file=sys.stderr)
+            show(*traceback.format_exc().rstrip("\n").split("\n"), file=sys.stderr)
         show(f"{_program()}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
@@ -115,4 +115,5 @@ def _set_up_logging() -> None:
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
-    show(*"".join(traceback.format_exception(kind, error, place)).splitlines(), file=sys.stderr)
+    text = "".join(traceback.format_exception(kind, error, place))
+    show(*text.rstrip("\n").split("\n"), file=sys.stderr)

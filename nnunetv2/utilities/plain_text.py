@@ -54,7 +54,7 @@ def _visible(character: str) -> str:
 
 def printable_json(value: Any, *, indent: int | None = None) -> str:
     """Return a value as JSON in which characters that cannot be seen stand as JSON's own escapes."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
     return "".join(one if one == "\n" or _visible(one) == one else _json_escape(one) for one in text)
 
 
