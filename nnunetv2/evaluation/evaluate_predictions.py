@@ -30,6 +30,7 @@ from nnunetv2.evaluation.summary import (
 )
 from nnunetv2.evaluation.surface_scores import score_surfaces
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -270,6 +271,6 @@ def _output_file(args: argparse.Namespace) -> str:
 
 def _print_result(args: argparse.Namespace) -> None:
     path = _output_file(args)
-    print(f"mean foreground Dice {load_summary_json(path)['foreground_mean']['Dice']:.4f}, details in {path}")
+    show(f"mean foreground Dice {load_summary_json(path)['foreground_mean']['Dice']:.4f}, details in {path}")
     if args.html:
-        print(f"report: {Path(path).with_suffix('.html')}")
+        show(f"report: {Path(path).with_suffix('.html')}")

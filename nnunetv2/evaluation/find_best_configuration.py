@@ -18,6 +18,7 @@ from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.command_line import run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ensemble_name, get_output_folder
+from nnunetv2.utilities.plain_text import show
 
 __all__ = ["default_trained_models", "filter_available_models", "generate_inference_command",
            "find_best_configuration", "print_inference_instructions",
@@ -204,7 +205,7 @@ def accumulate_crossval_results_entry_point() -> None:
             raise FileExistsError(f"{args.o} is not empty; name a folder that does not exist yet (-o)")
         output = args.o or default_merged_folder(model, args.f)
         accumulate_cv_results(model, output, args.f)
-        print(f"cross-validation results of folds {', '.join(map(str, args.f))} are in {output}")
+        show(f"cross-validation results of folds {', '.join(map(str, args.f))} are in {output}")
 
     run_command(accumulate)
 

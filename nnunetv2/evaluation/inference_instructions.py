@@ -8,8 +8,10 @@ from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.plain_text import shell_command, show
 
 Model = Mapping[str, str]
+Option = tuple[str, object | None]
 
 
 def generate_inference_command(dataset_name_or_id: int | str, configuration_name: str,
@@ -32,14 +34,14 @@ def generate_inference_command(dataset_name_or_id: int | str, configuration_name
     """
     model = {"configuration": configuration_name, "plans": plans_identifier, "trainer": trainer_name}
     previous_stage = _previous_stage(dataset_name_or_id, model)
-    options = ["--save_probabilities"] if save_npz else []
+    options: list[Option] = [("--save_probabilities", None)] if save_npz else []
     lines = []
     if previous_stage is not None:
         if folder_with_segs_from_prev_stage is None:
             folder_with_segs_from_prev_stage = f"{output_folder}_PREV_STAGE"
             lines.append(_predict_command(dataset_name_or_id, {**model, "configuration": previous_stage}, folds,
                                           input_folder, folder_with_segs_from_prev_stage, []))
-        options += ["-prev_stage_predictions", folder_with_segs_from_prev_stage]
+        options.append(("-prev_stage_predictions", folder_with_segs_from_prev_stage))
     lines.append(_predict_command(dataset_name_or_id, model, folds, input_folder, output_folder, options))
     return "\n".join(lines)
 
@@ -52,7 +54,7 @@ def print_inference_instructions(inference_info_dict: Mapping[str, Any], instruc
         instructions_file: Where they are written, too.
     """
     text = describe_inference(inference_info_dict)
-    print(text)
+    show(*text.split("\n"))
     if instructions_file is not None:
         Path(instructions_file).write_text(text + "\n", encoding="utf-8")
 
@@ -76,9 +78,9 @@ def describe_inference(inference_info_dict: Mapping[str, Any]) -> str:
         sections.append("Average the probabilities:")
         sections.append(f"nnUNetv2_ensemble -i {' '.join(outputs)} -o OUTPUT_FOLDER -np {default_num_processes}")
     sections.append("***Postprocess the predictions***")
-    sections.append(f"nnUNetv2_apply_postprocessing -i OUTPUT_FOLDER -o OUTPUT_FOLDER_PP "
-                    f"-pp_pkl_file {best['postprocessing_file']} -np {default_num_processes} "
-                    f"-plans_json {best['some_plans_file']}")
+    sections.append(shell_command("nnUNetv2_apply_postprocessing", options=[
+        ("-i", "OUTPUT_FOLDER"), ("-o", "OUTPUT_FOLDER_PP"), ("-pp_pkl_file", best["postprocessing_file"]),
+        ("-np", default_num_processes), ("-plans_json", best["some_plans_file"])]))
     return "\n\n".join(sections)
 
 
@@ -94,7 +96,7 @@ def _previous_stage(dataset_name_or_id: int | str, model: Model) -> str | None:
 
 
 def _predict_command(dataset_name_or_id: int | str, model: Model, folds: Sequence[int | str], input_folder: str,
-                     output_folder: str, options: Sequence[str]) -> str:
-    parts = ["nnUNetv2_predict", "-d", dataset_name_or_id, "-i", input_folder, "-o", output_folder, "-f", *folds,
-             "-tr", model["trainer"], "-c", model["configuration"], "-p", model["plans"], *options]
-    return " ".join(str(part) for part in parts)
+                     output_folder: str, options: Sequence[Option]) -> str:
+    return shell_command("nnUNetv2_predict", options=[
+        ("-d", dataset_name_or_id), ("-i", input_folder), ("-o", output_folder), *(("-f", fold) for fold in folds),
+        ("-tr", model["trainer"]), ("-c", model["configuration"]), ("-p", model["plans"]), *options])

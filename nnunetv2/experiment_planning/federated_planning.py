@@ -16,7 +16,7 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), with exact pooling 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +29,11 @@ from nnunetv2.experiment_planning.fingerprint_files import (
     forget_pooled_fingerprint,
     has_pooled_fingerprint,
 )
-from nnunetv2.federated import messages, statistics
+from nnunetv2.federated import messages, results, statistics
 from nnunetv2.federated.client import FederationClient, show_progress
-from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.site import load_credential
+from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
         _or_late(lambda: client.exchange(messages.plans_key(plans_name), report),
                  lambda: client.exchange(messages.late_plans_key(plans_name, credential.site), report))
-        print(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
+        show(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
     return plans_name
 
 
@@ -93,7 +94,7 @@ def pool_fingerprint(client: FederationClient, extractor: Any, *, site: str, sha
     census = make_census(extractor, share_extrema)
     pooled = _or_late(lambda: _take_part(client, extractor, census),
                       lambda: _come_late(client, extractor, census, site))
-    _check_statistics(pooled.fingerprint, census)
+    results.check_fingerprint(pooled, len(census.channel_names))
     save_json_atomically(pooled.fingerprint, Path(extractor.output_folder) / FINGERPRINT_FILE)
     return pooled.num_cases
 
@@ -111,11 +112,16 @@ def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
 def _take_part(client: FederationClient, extractor: Any, census: messages.Census) -> messages.PooledFingerprint:
     """Exchange summaries until the pooled fingerprint is known."""
     num_cases = client.exchange(messages.CENSUS_KEY, census).message.num_cases
+    if num_cases < census.num_cases:
+        raise WireError(f"the coordinator counts {num_cases} cases of all sites; this site alone has "
+                        f"{census.num_cases}")
     samples = _sample(extractor, num_cases)
     values = intensities_per_channel(samples)
     coarse = {f"coarse.{c}": statistics.coarse_histogram(*channel) for c, channel in enumerate(values)}
     summary = summarise(samples, values, census.share_extrema)
-    bins = client.exchange(messages.COARSE_KEY, summary, coarse).message.bins
+    wanted = client.exchange(messages.COARSE_KEY, summary, coarse).message
+    results.check_bins(wanted, len(values))
+    bins = wanted.bins
     fine = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1]) for c, channel in enumerate(values)}
     return client.exchange(messages.FINE_KEY, messages.FineSummary(bins=bins), fine).message
 
@@ -124,8 +130,8 @@ def _come_late(client: FederationClient, extractor: Any, census: messages.Census
                site: str) -> messages.PooledFingerprint:
     """Wait, if need be, for the fingerprint that the other sites pool without this one."""
     num_cases = client.exchange(messages.late_census_key(site), census).message.num_cases
-    print(f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
-          f"cases are not part of the plans, which are made from {num_cases} cases of the others.", flush=True)
+    show(f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
+         f"cases are not part of the plans, which are made from {num_cases} cases of the others.", flush=True)
     _sample(extractor, num_cases)
     for key in (messages.COARSE_KEY, messages.FINE_KEY):  # in order: the second cannot begin before the first is closed
         pooled = client.result(key).message
@@ -141,16 +147,6 @@ def _sample(extractor: Any, num_cases: int) -> list[CaseSample]:
     folder.mkdir(parents=True, exist_ok=True)
     save_json_atomically(extractor.compute_fingerprint(samples), folder / LOCAL_FINGERPRINT)
     return samples
-
-
-def _check_statistics(fingerprint: Mapping[str, Any], census: messages.Census) -> None:
-    """Raise FederationError unless the pooled fingerprint describes the intensities of every channel."""
-    field = "foreground_intensity_properties_per_channel"
-    missing = [f"{number} ({name})" for number, name in enumerate(census.channel_names.values())
-               if str(number) not in fingerprint.get(field, {})]
-    if missing:
-        raise FederationError(f"{field} of the pooled fingerprint lacks channel {', '.join(missing)}: use matching "
-                              "versions at all sites and at the coordinator")
 
 
 def make_census(extractor: Any, share_extrema: bool) -> messages.Census:

@@ -21,6 +21,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.plain_text import show
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def extract_fingerprint_dataset(dataset_id: int | str,
         num_processes: None takes as many as the machine has cores and free memory for.
     """
     dataset_name = require_dataset(dataset_id)
-    print(dataset_name)
+    show(dataset_name)
     if check_dataset_integrity:
         verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes or default_num_processes)
     if num_processes is None and not issubclass(fingerprint_extractor_class, DatasetFingerprintExtractor):
@@ -207,12 +208,12 @@ def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPla
     _warn_if_dataset_json_changed(dataset_name)
     plans_manager = PlansManager(str(plans_file))
     warn_of_shared_folders(plans_manager.plans, plans_file)
-    print(f"Preprocessing {dataset_name} with {plans_identifier}")
+    show(f"Preprocessing {dataset_name} with {plans_identifier}")
     for configuration, count in zip(configurations, processes):
         if configuration not in plans_manager.available_configurations:
-            print(f"INFO: {plans_file.name} has no configuration {configuration}, which is therefore passed over.")
+            show(f"INFO: {plans_file.name} has no configuration {configuration}, which is therefore passed over.")
             continue
-        print(f"Configuration {configuration}")
+        show(f"Configuration {configuration}")
         preprocessor = plans_manager.get_configuration(configuration).preprocessor_class(verbose=verbose)
         if hasattr(preprocessor, "show_progress_bar"):
             preprocessor.show_progress_bar = show_progress_bar
@@ -276,7 +277,8 @@ def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str 
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
     folder = Path(nnUNet_preprocessed) / dataset_name
     num_cases = len(get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / dataset_name)))
-    print(summarise(PlansManager(str(folder / f"{plans_identifier}.json")), folder, num_cases, trainer=trainer))
+    summary = summarise(PlansManager(str(folder / f"{plans_identifier}.json")), folder, num_cases, trainer=trainer)
+    show(*summary.split("\n"))
 
 
 def write_overview(dataset_id: int | str) -> None:
@@ -292,4 +294,4 @@ def write_overview(dataset_id: int | str) -> None:
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         logger.warning("%s could not be drawn: %s", folder / OVERVIEW_FILE, error)
         return
-    print(f"Look at your data: {folder / OVERVIEW_FILE}")
+    show(f"Look at your data: {folder / OVERVIEW_FILE}")

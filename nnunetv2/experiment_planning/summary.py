@@ -7,6 +7,8 @@ from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2.utilities.plain_text import printable, shell_command
+
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -39,7 +41,7 @@ def summarise(plans_manager: PlansManager, dataset_folder: Path, num_cases: int,
     """
     rows = [_HEADINGS, *(_describe(plans_manager, name, dataset_folder, num_cases)
                          for name in plans_manager.available_configurations)]
-    title = f"{plans_manager.dataset_name}: {num_cases} training cases, plans {plans_manager.plans_name}"
+    title = printable(f"{plans_manager.dataset_name}: {num_cases} training cases, plans {plans_manager.plans_name}")
     return "\n".join(["", title, *_lay_out(rows), "", f"Next: {_training_command(plans_manager, trainer)}"])
 
 
@@ -56,8 +58,8 @@ def _describe(plans_manager: PlansManager, name: str, dataset_folder: Path, num_
     stages = len(configuration.pool_op_kernel_sizes)
     data = _describe_data(measure_folder(dataset_folder / configuration.data_identifier), num_cases)
     if configuration.previous_stage_name is not None:
-        data += f"; starts from predictions of {configuration.previous_stage_name}"
-    return (name, _times(f"{s:.3g}" for s in configuration.spacing),
+        data += printable(f"; starts from predictions of {configuration.previous_stage_name}")
+    return (printable(name), _times(f"{s:.3g}" for s in configuration.spacing),
             _times(f"{length:g}" for length in configuration.median_image_size_in_voxels),
             _times(map(str, configuration.patch_size)), str(configuration.batch_size), str(stages), data)
 
@@ -72,9 +74,9 @@ def _describe_data(use: FolderUse, num_cases: int) -> str:
 def _training_command(plans_manager: PlansManager, trainer: str | None) -> str:
     names = plans_manager.available_configurations
     configuration = "3d_fullres" if "3d_fullres" in names else names[0]
-    plans = "" if plans_manager.plans_name == "nnUNetPlans" else f" -p {plans_manager.plans_name}"
-    option = "" if trainer is None else f" -tr {trainer}"
-    return f"nnUNetv2_train {plans_manager.dataset_name} {configuration} 0{option}{plans}"
+    trainers = [] if trainer is None else [("-tr", trainer)]
+    plans = [] if plans_manager.plans_name == "nnUNetPlans" else [("-p", plans_manager.plans_name)]
+    return shell_command("nnUNetv2_train", plans_manager.dataset_name, configuration, 0, options=trainers + plans)
 
 
 def _lay_out(rows: Sequence[tuple[str, ...]]) -> list[str]:

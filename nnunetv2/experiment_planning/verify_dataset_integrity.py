@@ -23,6 +23,7 @@ from nnunetv2.experiment_planning.integrity.dataset_json import (
 )
 from nnunetv2.experiment_planning.integrity.files import MISSING, check_files
 from nnunetv2.experiment_planning.integrity.findings import Finding, count, enumerate_some, format_findings
+from nnunetv2.utilities.plain_text import show
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 _EXAMPLES = 5  # so many first cases are tried before the choice of a reader is given up
@@ -56,9 +57,9 @@ def verify_dataset_integrity(folder: str, num_processes: int = 8) -> None:
     findings += _find_unused_labels(reports, dataset_json, labels, complete=not unfit)
     _report(root.name, findings, len(dataset))
     num_channels = count(len(get_channel_names(dataset_json)), "channel")
-    print(f"\n{root.name} passed the integrity check: {count(len(dataset), 'case')}, {num_channels}, labels "
-          f"{enumerate_some(labels, 30)}.\n"
-          f"An image may still be wrong in ways no program sees: look at some of them.\n")
+    show("", f"{root.name} passed the integrity check: {count(len(dataset), 'case')}, {num_channels}, labels "
+         f"{enumerate_some(labels, 30)}.",
+         "An image may still be wrong in ways no program sees: look at some of them.", "")
 
 
 def verify_labels(label_file: str, readerclass: type, expected_labels: list[int]) -> bool:
@@ -139,12 +140,12 @@ def _report(dataset_name: str, findings: Sequence[Finding], num_cases: int | Non
     warnings = [finding for finding in findings if not finding.is_error]
     errors = [finding for finding in findings if finding.is_error]
     if warnings:
-        print(format_findings(f"\nWarnings for {dataset_name}", warnings))
+        show("", *format_findings(f"Warnings for {dataset_name}", warnings).split("\n"))
     if not errors:
         return
     concerned = {finding.case for finding in errors if finding.case}
     of_all = f" in {len(concerned)} of {count(num_cases, 'case')}" if concerned and num_cases else ""
-    print(format_findings(f"\n{dataset_name}: {count(len(errors), 'error')}{of_all}", errors))
+    show("", *format_findings(f"{dataset_name}: {count(len(errors), 'error')}{of_all}", errors).split("\n"))
     kind = MissingFilesError if any(finding.what == MISSING for finding in errors) else InvalidDatasetError
     raise kind(f"{dataset_name} failed the integrity check: {count(len(errors), 'error')}{of_all}, listed above. "
                f"{'The first: ' if len(errors) > 1 else ''}{errors[0]}")
@@ -152,5 +153,5 @@ def _report(dataset_name: str, findings: Sequence[Finding], num_cases: int | Non
 
 def _print_errors(findings: Sequence[Finding]) -> bool:
     for finding in findings:
-        print(f"{'Error' if finding.is_error else 'Warning'}: {finding}")
+        show(f"{'Error' if finding.is_error else 'Warning'}: {finding}")
     return not any(finding.is_error for finding in findings)

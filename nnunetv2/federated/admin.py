@@ -7,7 +7,6 @@ pydantic: so does the coordinator's machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import ssl
 import time
@@ -22,6 +21,7 @@ from nnunetv2.federated import audit_commands, backup
 from nnunetv2.federated.certificates import untrusted_certificate
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, is_loopback, load_credential
+from nnunetv2.utilities.plain_text import printable_json, shell_command, show
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -110,18 +110,18 @@ def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     request = validated(lambda: InviteRequest(name=check_site_name(arguments.name), role=arguments.role,
                                               lifetime_s=arguments.days * 86_400), "the invitation")
     answer = ask(credential, "POST", "members", InviteAnswer, request)
-    print(f"Send {answer.role} {answer.name} this line; it is good once, until "
-          f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:\n"
-          f"  nnUNetv2_fed_join {answer.invitation}")
+    show(f"Send {answer.role} {answer.name} this line; it is good once, until "
+         f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:",
+         f"  {shell_command('nnUNetv2_fed_join', answer.invitation)}")
     if answer.role != "site":
-        print("or this link to the page, which its browser opens:\n"
-              f"  {decode_invitation(answer.invitation).url}/#{answer.invitation}")
+        show("or this link to the page, which its browser opens:",
+             f"  {decode_invitation(answer.invitation).url}/#{answer.invitation}")
 
 
 def revoke(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     """Take a credential away."""
     ask(credential, "DELETE", f"members/{quote(arguments.name)}")
-    print(f"The credential of {arguments.name} is revoked. `invite {arguments.name}` lets it back in.")
+    show(f"The credential of {arguments.name} is revoked. `invite {arguments.name}` lets it back in.")
 
 
 def steer(credential: SiteCredential, arguments: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ def steer(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     action = RunAction(action=arguments.command, gathering=getattr(arguments, "gathering", None))
     state = ask(credential, "POST", f"runs/{quote(arguments.run)}/actions", RunState, action)
     rounds = f"{state.rounds_closed} of {state.num_rounds}" if state.num_rounds else f"{state.rounds_closed}"
-    print(f"run {state.run}: {state.state}, {rounds} rounds closed")
+    show(f"run {state.run}: {state.state}, {rounds} rounds closed")
 
 
 def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
         settings = ask(credential, "PATCH", "settings", FederationSettings, change)
     else:
         settings = ask(credential, "GET", "settings", FederationSettings)
-    print(json.dumps(settings.model_dump(mode="json"), indent=4))
+    show(*printable_json(settings.model_dump(mode="json"), indent=4).split("\n"))
 
 
 # ---------------------------------------------------------------------------------------------------- command line

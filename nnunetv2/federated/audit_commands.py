@@ -20,6 +20,7 @@ from typing import Any
 
 from nnunetv2.federated import audit
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.utilities.plain_text import printable, printable_json, show
 
 DATABASE_FILE = "coordinator.sqlite"
 SECONDS_OF_UNIT = {"m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
@@ -79,7 +80,7 @@ def show_log(folder: Path, arguments: argparse.Namespace) -> None:
     with open_read_only(folder) as connection:
         for line in read_log(connection):
             if line[1] >= since:
-                print(_as_json(line) if arguments.json else _as_text(line))
+                show(_as_json(line) if arguments.json else _as_text(line))
 
 
 def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
@@ -105,15 +106,15 @@ def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
         raise FederationError(f"the audit log of {folder} is broken at line {broken.number}: {broken.reason}. What "
                               "comes before that line holds; compare with a backup")
     count = last[0] if last is not None else 0
-    print(f"The chain of {count} lines holds.")
+    show(f"The chain of {count} lines holds.")
     if wanted is not None:
         if noted is None:
             raise FederationError("no line of the audit log has the head that was noted: the log was cut off before "
                                   "it, or was written anew from some earlier line on")
-        print(f"The head that was noted is that of line {noted}: nothing up to there was changed or cut off, "
+        show(f"The head that was noted is that of line {noted}: nothing up to there was changed or cut off, "
               f"{count - noted} line(s) came after it.")
     if last is not None:
-        print(f"Head of line {count}, {_as_time(last[1])}, to be noted elsewhere:\n  {last[-1]}")
+        show(f"Head of line {count}, {_as_time(last[1])}, to be noted elsewhere:", f"  {last[-1]}")
 
 
 def parse_head(head: str) -> str:
@@ -146,7 +147,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 # ------------------------------------------------------------------------------------------------ what a line says
 def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
-    """Return in a few words what a line of the log is about."""
+    """Return in a few words, all of them printable, what a line of the log is about."""
+    return printable(_describe(kind, key, detail))
+
+
+def _describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
     if kind in ("invitation", "revocation"):
         return f"{detail.get('member')}" + (f" as {detail['role']}" if "role" in detail else "")
     if kind == "failure":
@@ -160,7 +165,7 @@ def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
              "fetch": "the model of {key}"}.get(kind)
     if about is not None:
         return about.format(key=key, **detail)
-    return " ".join(part for part in (key, json.dumps(dict(detail)) if detail else "") if part)
+    return " ".join(part for part in (key, printable_json(dict(detail)) if detail else "") if part)
 
 
 def _as_text(line: tuple) -> str:
@@ -170,7 +175,7 @@ def _as_text(line: tuple) -> str:
 
 def _as_json(line: tuple) -> str:
     names = ("number", "time", "kind", "site", "key", "detail", "hash")
-    return json.dumps({**dict(zip(names, line)), "detail": json.loads(line[5])})
+    return printable_json({**dict(zip(names, line)), "detail": json.loads(line[5])})
 
 
 def _as_time(moment: float) -> str:

@@ -28,6 +28,7 @@ from typing import IO
 from nnunetv2.federated import audit
 from nnunetv2.federated.audit_commands import open_read_only, read_log
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.utilities.plain_text import shell_command, show
 
 VERSION = 1
 CONTENTS_FILE = "backup.json"
@@ -302,12 +303,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _backup_command(folder: Path, arguments: argparse.Namespace) -> None:
     saved = backup(folder, arguments.file)
-    print(f"{saved.federation}: {len(saved.files)} files, {arguments.file.stat().st_size / 1e6:.1f} MB, saved to "
-          f"{arguments.file}. Keep it as safe as {folder}: who has it can pose as this coordinator.")
+    show(f"{saved.federation}: {len(saved.files)} files, {arguments.file.stat().st_size / 1e6:.1f} MB, saved to "
+         f"{arguments.file}. Keep it as safe as {folder}: who has it can pose as this coordinator.")
 
 
 def _restore_command(folder: Path, arguments: argparse.Namespace) -> None:
     restored = restore(arguments.file, arguments.into)
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(restored.created))
-    print(f"{restored.federation} is as it was at {moment}, in {arguments.into}. Make sure that the old coordinator "
-          f"does not run any more, then: nnUNetv2_fed_coordinator --folder {arguments.into}")
+    show(f"{restored.federation} is as it was at {moment}, in {arguments.into}. Make sure that the old coordinator "
+         f"does not run any more, then: "
+         + shell_command("nnUNetv2_fed_coordinator", options=[("--folder", arguments.into)]))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.messages import (
@@ -20,6 +20,10 @@ from nnunetv2.federated.messages import (
     Text,
     WithPrecision,
 )
+from nnunetv2.utilities.plain_text import printable
+
+ShownText = Annotated[LongText, AfterValidator(lambda text: printable(text, most=8000))]
+"""What people read, and others may have put into words: printable once it was read."""
 
 
 class FederationSettings(WithPrecision):
@@ -129,8 +133,8 @@ class Problem(Part):
     """Why a request failed."""
 
     code: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
-    message: LongText
-    remedy: LongText = ""
+    message: ShownText
+    remedy: ShownText = ""
 
 
 class RunState(Part):
@@ -182,7 +186,7 @@ class GatheringStatus(Part):
     waiting_for: SiteNames
     opened: Finite
     """Seconds since 1970, by the coordinator's clock."""
-    refusal: LongText = ""
+    refusal: ShownText = ""
     """Why there is no result although all have contributed."""
 
 
@@ -190,7 +194,7 @@ class FailureStatus(Part):
     site: SiteName
     run: Text
     round: Count | None
-    reason: LongText
+    reason: ShownText
     time: Finite
 
 

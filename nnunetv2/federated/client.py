@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -20,9 +21,9 @@ from urllib.parse import quote
 import numpy as np
 import requests
 
-from nnunetv2.federated import allow_list, bodies
+from nnunetv2.federated import allow_list, bodies, messages, results
 from nnunetv2.federated.document_limits import result_limits
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
 from nnunetv2.federated.http_session import (
     LARGEST_ANSWER,
     NoAnswerError,
@@ -37,12 +38,11 @@ from nnunetv2.federated.rounds import parse_key
 from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url
 from nnunetv2.federated.strict_json import decode_json, encode_json
 from nnunetv2.federated.wire import Document, OutgoingDocument, TensorSpec, open_document
-from nnunetv2.utilities.resumable_download import PartialDownload
+from nnunetv2.utilities.plain_text import printable, show
+from nnunetv2.utilities.resumable_download import OversizedError, PartialDownload
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-    from nnunetv2.federated.messages import Message
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -64,7 +64,7 @@ OFFER_FROM_BYTES = 64 << 10
 
 def show_progress(text: str) -> None:
     """Show a line of progress to the person at the terminal."""
-    print(text, flush=True)
+    show(text, flush=True)
 
 
 def patience_from_environment() -> float:
@@ -112,6 +112,8 @@ class FederationClient:
         self._number = 0
         self._num_cases: int | None = None
         """Cases of all sites, once the coordinator has said it."""
+        self._weights_bytes: dict[str, int] = {}
+        """Run -> bytes of the weights that this site has registered for it."""
         self._is_closing = threading.Event()
 
     def close(self) -> None:
@@ -131,7 +133,7 @@ class FederationClient:
         self.close()
 
     # ------------------------------------------------------------------------------------------------- exchanges
-    def exchange(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+    def exchange(self, key: str, message: messages.Message, tensors: Mapping[str, np.ndarray] | None = None, *,
                  specs: Mapping[str, TensorSpec] | None = None) -> Document:
         """Contribute to a gathering, wait until it is closed, and return its result.
 
@@ -147,11 +149,12 @@ class FederationClient:
             RefusedError: The contribution is not accepted, or the contributions do not go together.
             NotJoinedError: The coordinator does not know this site.
             CoordinatorUnreachable: It did not answer for `give_up_after_s`.
+            WireError: What it sends is not the result of such a gathering, or larger than it can be.
         """
         receipt = self.contribute(key, message, tensors, specs=specs)
-        return self.result(receipt.key or key)
+        return self.result(results.check_receipt(key, receipt.key))
 
-    def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+    def contribute(self, key: str, message: messages.Message, tensors: Mapping[str, np.ndarray] | None = None, *,
                    specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> bodies.Receipt:
         """Send this site's part of a gathering. Doing so again changes nothing.
 
@@ -163,6 +166,8 @@ class FederationClient:
         Raises:
             NotAllowedError: The allow-list of this site does not name a field or tensor; nothing was sent.
         """
+        if isinstance(message, messages.Registration):
+            self._weights_bytes[parse_key(key).run] = results.weights_bytes(message)
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
         allow_list.check_document(message, specs, url=self.credential.url)
@@ -184,7 +189,8 @@ class FederationClient:
     def result(self, key: str) -> Document:
         """Wait until a gathering is closed and return its result; see `exchange`."""
         self._forget_document()
-        download = PartialDownload(self._new_path())
+        largest = results.largest_result(key, self._weights_bytes.get(parse_key(key).run, 0))
+        download = PartialDownload(self._new_path(), largest=largest)
         # The first answer comes at once, so that people see whom they wait for.
         waiting = self._persist(lambda: self._poll(key, download, wait_s=0))
         while waiting is not None:
@@ -194,7 +200,12 @@ class FederationClient:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
             waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
         limits = result_limits(parse_key(key).kind, num_cases=self._num_cases)
-        self._document = open_document(download.path, limits=limits)
+        self._document = open_document(download.path, limits=replace(limits, file_bytes=largest))
+        try:
+            results.check_result(key, self._document.message)
+        except WireError:
+            self._forget_document()
+            raise
         if isinstance(self._document.message, PooledCensus):
             self._num_cases = self._document.message.num_cases
         return self._document
@@ -208,13 +219,17 @@ class FederationClient:
         """Return how far a training run is."""
         return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}", bodies.RunState))
 
-    def fetch_model(self, run: str, path: Path) -> None:
+    def fetch_model(self, run: str, path: Path, *, largest: int | None = None) -> None:
         """Write the model of a run that is over, a zip file; in several connections, if need be.
+
+        Args:
+            largest: Bytes that it may have.
 
         Raises:
             RefusedError: The run goes on, or the coordinator keeps no model of it.
+            WireError: It is larger.
         """
-        download = PartialDownload(path)
+        download = PartialDownload(path, largest=largest)
         self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
 
     def act(self, run: str, action: str, gathering: str | None = None) -> bodies.RunState:
@@ -281,6 +296,9 @@ class FederationClient:
         except RangeError:
             download.forget()
             raise
+        except OversizedError as error:
+            download.path.unlink(missing_ok=True)
+            raise WireError(f"what the coordinator sends for {path.partition('?')[0]} is refused: {error}") from error
         if digest != expected:
             download.forget()
             raise NoAnswerError("what the coordinator sent was damaged on its way")
@@ -335,6 +353,7 @@ class FederationClient:
 
     def _say(self, line: str) -> None:
         """Report a line unless it is what was reported last."""
+        line = printable(line)
         if line != self._last_line:
             self._last_line = line
             self._report(line)

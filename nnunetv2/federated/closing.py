@@ -276,13 +276,17 @@ def _pool_channels(documents: Iterable[Document], name: str) -> list[Any]:
 
 def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgreement:
     """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference."""
-    comparable = {site: {name: value for name, value in without_extrema(content).items() if name not in PLANS_OF_A_SITE}
-                  for site, content in plans.items()}
+    comparable = {site: comparable_plans(content) for site, content in plans.items()}
     difference = first_difference(comparable, "plans")
     if difference:
         raise RefusedError(f"the plans differ: {difference}", "Plan again at all sites, with the same options and the "
                            "same version: nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
     return messages.PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
+
+
+def comparable_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of plans has to agree between the sites."""
+    return {name: value for name, value in without_extrema(plans).items() if name not in PLANS_OF_A_SITE}
 
 
 def match_registrations(contributed: Mapping[str, messages.Registration],

@@ -1,14 +1,16 @@
 """Find where the sites' settings differ, and say so in one sentence."""
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from nnunetv2.federated.strict_json import canonical_json
+from nnunetv2.utilities.plain_text import printable
 
 _ABSENT = object()
 _SHOWN_CHARACTERS = 160
+_MOST_CHARACTERS = 4000
 
 
 def first_difference(values: Mapping[str, Any], place: str) -> str | None:
@@ -19,22 +21,23 @@ def first_difference(values: Mapping[str, Any], place: str) -> str | None:
         place: What the values are, such as "labels".
 
     Returns:
-        For example "labels.liver is 1 at A, B and 2 at C".
+        For example "labels.liver is 1 at A, B and 2 at C". Names and values are printable, and cut where they are long.
     """
     if len(_groups(values)) <= 1:
         return None
     if all(isinstance(value, dict) for value in values.values()):
         for name in sorted(set().union(*values.values())):
             inside = {site: value.get(name, _ABSENT) for site, value in values.items()}
-            if difference := first_difference(inside, f"{place}.{name}"):
+            if difference := first_difference(inside, f"{place}.{printable(name, most=_SHOWN_CHARACTERS)}"):
                 return difference
     if _are_lists_of_one_length(values):
         for index in range(len(next(iter(values.values())))):
             inside = {site: value[index] for site, value in values.items()}
             if difference := first_difference(inside, f"{place}[{index}]"):
                 return difference
-    held = [f"{_shorten(text)} at {', '.join(sites)}" for text, sites in _groups(values).items()]
-    return f"{place} is {', '.join(held[:-1])} and {held[-1]}"
+    held = [f"{printable(text, most=_SHOWN_CHARACTERS)} at {', '.join(sites)}" for text, sites in
+            _groups(values).items()]
+    return printable(f"{place} is {', '.join(held[:-1])} and {held[-1]}", most=_MOST_CHARACTERS)
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -42,7 +45,7 @@ def _groups(values: Mapping[str, Any]) -> dict[str, list[str]]:
     groups = defaultdict(list)
     for site in sorted(values):
         value = values[site]
-        groups["absent" if value is _ABSENT else canonical_json(value).decode()].append(site)
+        groups["absent" if value is _ABSENT else _as_text(value)].append(site)
     return dict(groups)
 
 
@@ -51,5 +54,6 @@ def _are_lists_of_one_length(values: Mapping[str, Any]) -> bool:
             and len({len(value) for value in values.values()}) == 1)
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS - 3] + "..."
+def _as_text(value: Any) -> str:
+    """Return the one JSON text that equal values share, with the letters of all languages."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)

@@ -5,17 +5,20 @@ Sites and operators may. What is in the file is data: it is checked before anyth
 from __future__ import annotations
 
 import argparse
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.admin import add_folder_option, operator_credential
-from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.errors import FederationError, WireError
+from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
     from nnunetv2.federated.bodies import RunState
     from nnunetv2.federated.client import FederationClient
+    from nnunetv2.model_sharing.archive_check import ArchiveLimits
 
 
 def fetch(client: FederationClient, run: str, target: Path) -> Path:
@@ -23,17 +26,35 @@ def fetch(client: FederationClient, run: str, target: Path) -> Path:
 
     Raises:
         RefusedError: The run goes on, or the coordinator keeps no model of it.
+        UnsafeArchiveError: The file is not what a model export looks like; there is none then.
         ValueError: Runs are not called so.
+        WireError: The file is no zip file, or larger than nnUNet_max_model_gb or the disk allows.
     """
     from nnunetv2.federated.messages import registration_key
+    from nnunetv2.model_sharing.archive_check import ArchiveLimits
     from nnunetv2.utilities.atomic_write import replacing
 
     registration_key(run)  # raises for what is no name; from here on, it is safe as that of a file
     path = target if target.suffix == ".zip" else target / f"{run}.zip"
     path.parent.mkdir(parents=True, exist_ok=True)
+    limits = ArchiveLimits.from_environment()
     with replacing(path) as partial:
-        client.fetch_model(run, partial)
+        client.fetch_model(run, partial, largest=min(limits.total_bytes, shutil.disk_usage(path.parent).free))
+        _check(partial, path, limits)
     return path
+
+
+def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
+    """Raise an error unless a zip file, which is to lie at `path`, holds what models consist of."""
+    from nnunetv2.model_sharing.archive_check import check_archive
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            archive.filename = str(path)  # which messages name
+            check_archive(archive, None, limits)
+    except zipfile.BadZipFile as error:
+        raise WireError(f"what the coordinator sends as {path.name} is no zip file, or it is damaged: {error}") \
+            from error
 
 
 def install(path: Path, *, replace: bool) -> None:
@@ -60,7 +81,8 @@ def checkpoints_in(path: Path) -> list[PurePosixPath]:
     """Name the checkpoints in a zip file: `<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>/<checkpoint>`."""
     with zipfile.ZipFile(path) as archive:
         names = [PurePosixPath(name) for name in archive.namelist()]
-    return sorted(name for name in names if name.suffix == ".pth" and len(name.parts) == 4)
+    return sorted(name for name in names if name.suffix == ".pth" and len(name.parts) == 4
+                  and name.parts[1].count("__") >= 2 and name.parts[2].startswith("fold_"))
 
 
 def describe_prediction(path: Path) -> Iterator[str]:
@@ -70,8 +92,9 @@ def describe_prediction(path: Path) -> Iterator[str]:
         folds.setdefault((dataset, model, checkpoint), []).append(fold.removeprefix("fold_"))
     for (dataset, model, checkpoint), numbers in folds.items():
         trainer, *plans, configuration = model.split("__")
-        yield (f"nnUNetv2_predict -d {dataset} -c {configuration} -f {' '.join(numbers)} -tr {trainer} "
-               f"-p {'__'.join(plans)} -chk {checkpoint} -i IMAGES -o PREDICTIONS")
+        yield shell_command("nnUNetv2_predict", options=[
+            ("-d", dataset), ("-c", configuration), *(("-f", number) for number in numbers), ("-tr", trainer),
+            ("-p", "__".join(plans)), ("-chk", checkpoint), ("-i", "IMAGES"), ("-o", "PREDICTIONS")])
 
 
 def choose_run(runs: Sequence[RunState]) -> str | None:
@@ -120,17 +143,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = client.status().runs
             run = choose_run(runs)
         if run is None:
-            print("Several runs are over; name one of them:")
-            print("\n".join(f"  {state.run}" for state in runs if state.closed))
+            show("Several runs are over; name one of them:")
+            show(*(f"  {state.run}" for state in runs if state.closed))
             return 0
         path = fetch(client, run, arguments.o)
-    print(f"The model of run {run} is in {path}")
+    show(f"The model of run {run} is in {path}")
     if arguments.install:
         install(path, replace=arguments.replace)
-        print("It is installed. Predict with one of")
+        show("It is installed. Predict with one of")
     else:
-        print(f"Install it by\n  nnUNetv2_install_pretrained_model_from_zip {path}\nthen predict with one of")
-    print("\n".join(f"  {line}" for line in describe_prediction(path)))
+        show("Install it by", f"  {shell_command('nnUNetv2_install_pretrained_model_from_zip', path)}",
+             "then predict with one of")
+    show(*(f"  {line}" for line in describe_prediction(path)))
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
+from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
     from nnunetv2.federated.allow_list import AllowedDocument, AllowList
@@ -171,7 +172,7 @@ def describe_fields(message: Part, prefix: str = "", *, known: bool = True) -> I
         if isinstance(value, Part):
             yield from describe_fields(value, f"{path}.", known=known)
         elif name == "plans" and known:  # some of its fields tell of the data: whoever decides wants to see which
-            yield from (f"{path}.{key}: {_shortened(json.dumps(one))}" for key, one in value.items())
+            yield from (f"{path}.{key}: {_shortened(_as_json(one))}" for key, one in value.items())
         elif value not in (None, (), {}):
             yield f"{path}: {_describe_value(value, known or path in ('protocol', 'kind'))}"
 
@@ -180,13 +181,17 @@ def _describe_value(value: Any, known: bool) -> str:
     from nnunetv2.federated.messages import Part
 
     if isinstance(value, Mapping):
-        text = json.dumps(dict(value), default=str)
+        text = _as_json(dict(value))
         return text if known and len(text) <= SHOWN else f"{_count(value)}: {_shortened(', '.join(map(str, value)))}"
     if isinstance(value, tuple) and isinstance(value[0], Part):
         return f"{_count(value)} of {', '.join(type(value[0]).model_fields)}"
     if isinstance(value, tuple):
-        return _count(value) if not known or len(value) > 8 else json.dumps(value, default=str)
-    return json.dumps(value) if known else UNKNOWN
+        return _count(value) if not known or len(value) > 8 else _as_json(value)
+    return _as_json(value) if known else UNKNOWN
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _count(values: Any, what: str = "value") -> str:
@@ -326,17 +331,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     documents = collect(arguments.dataset, arguments.configurations, trainer=arguments.tr, plans_name=arguments.p,
                         share_extrema=arguments.share_extrema,
                         precision=(credential and credential.precision) or "float32")
-    print("\n".join(describe(documents, credential)))
+    show(*describe(documents, credential))
     if not any(document.kind == "plans_report" for document in documents):
-        print("\nThere are no plans yet. That planning sends them at its end, and what training sends, is not listed "
-              f"here: nnUNetv2_plan_and_preprocess -d {arguments.dataset} --no_pp, then look again.")
+        command = shell_command("nnUNetv2_plan_and_preprocess", options=[("-d", arguments.dataset), ("--no_pp", None)])
+        show("", "There are no plans yet. That planning sends them at its end, and what training sends, is not listed "
+             f"here: {command}, then look again.")
     if arguments.write_allow_list is not None:
         from nnunetv2.utilities.atomic_write import save_json_atomically
 
         path = arguments.write_allow_list.expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         save_json_atomically(allow_list_of(documents, credential).model_dump(mode="json"), path)
-        print(f"\nWritten: {path}")
+        show("", f"Written: {path}")
     return 0
 
 

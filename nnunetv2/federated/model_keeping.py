@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
-from nnunetv2.federated.closing import agree_on_plans
+from nnunetv2.federated.closing import PLANS_OF_A_SITE, agree_on_plans, comparable_plans
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import FINE_KEY, Registration, plans_key, round_key
-from nnunetv2.federated.voxel_extrema import without_extrema
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 TRAINER = "nnUNetTrainer"
@@ -50,7 +49,7 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
         names = parameter_names([entry.name for entry in registration.tensors], registration.aliases, canonical)
     except KeyError as error:
         return unavailable + f"tensor {error} of the network is not shared"
-    registration = registration.model_copy(update={"plans": plans_of_sites(registration.plans, archive)})
+    registration = registration.model_copy(update={"plans": plans_of_sites(registrations, archive)})
     registrations[site] = registration
     model = _write_description(folder, registrations, archive)
     for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
@@ -110,7 +109,9 @@ def _write_zip(model: Path, registration: Registration) -> Path:
 def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any]:
     """Return what nnU-Net has to know of the data to use the model, as in dataset.json."""
     described = next(iter(registrations.values())).dataset_json.model_dump(mode="json", exclude_none=True)
-    return {**described, "numTraining": sum(message.num_training_cases for message in registrations.values())}
+    file_ending = of_most_sites(message.dataset_json.file_ending for message in registrations.values())
+    return {**described, "file_ending": file_ending,
+            "numTraining": sum(message.num_training_cases for message in registrations.values())}
 
 
 def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[int, ...] | None:
@@ -121,11 +122,29 @@ def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[in
     return tuple(sorted(set(axes[0]).intersection(*axes[1:])))
 
 
-def plans_of_sites(plans: Mapping[str, Any], archive: Archive) -> Mapping[str, Any]:
-    """Return plans that were registered as they are in the files of the sites, if the sites have made them together."""
+def plans_of_sites(registrations: Mapping[str, Registration], archive: Archive) -> dict[str, Any]:
+    """Return the plans of a run as they are in the files of the sites, if the sites have made them together.
+
+    What may differ between the sites, and says how files are read and called, is as most of them have it.
+    """
+    plans = next(iter(registrations.values())).plans
     key = plans_key(plans["plans_name"])
     compared = archive.messages(key).values() if archive.is_closed(key) else ()
-    return next((one.plans for one in compared if without_extrema(one.plans) == without_extrema(plans)), plans)
+    agreed = comparable_plans(plans)
+    made_together = next((one.plans for one in compared if comparable_plans(one.plans) == agreed), plans)
+    held = {field: [message.plans[field] for message in registrations.values() if field in message.plans]
+            for field in PLANS_OF_A_SITE}
+    return {**made_together, **{field: of_most_sites(values) for field, values in held.items() if values}}
+
+
+def of_most_sites(values: Iterable[Any]) -> Any:
+    """Return the JSON value that most sites have; of several, the one of the site whose name comes first.
+
+    Args:
+        values: One per site, in the order of the sites' names.
+    """
+    values = list(values)
+    return max(values, key=values.count)
 
 
 def save_fingerprint(path: Path, archive: Archive) -> None:

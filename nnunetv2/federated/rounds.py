@@ -32,6 +32,7 @@ from nnunetv2.federated.messages import (
     registration_key,
     round_key,
 )
+from nnunetv2.utilities.plain_text import printable
 
 Kind = Literal["census", "coarse", "fine", "plans", "late_census", "late_plans", "registration", "admission", "initial",
                "round", "validation"]
@@ -43,10 +44,10 @@ MISSABLE_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "plans"
 """What a site may come too late for, and be let in afterwards by a gathering of its own."""
 REGISTRATION_KINDS: frozenset[Kind] = frozenset({"registration", "admission"})
 """What a site sends again whenever its training goes on; versions of the software may word it differently."""
+REFUSAL_CHARACTERS = 3900
+"""Of a refusal, and of its remedy: both together fit into what tells of them."""
 LATE_KINDS: frozenset[Kind] = frozenset({"late_census", "late_plans"})
 """What only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
-REFUSAL_CHARACTERS = 4000
-"""Of why contributions do not go together, and of what to do."""
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
 _SITE = SITE_PATTERN.strip("^$")
 
@@ -296,5 +297,5 @@ def closed(gathering: Gathering, now: float) -> Gathering:
 
 def refused(gathering: Gathering, error: RefusedError, now: float) -> Gathering:
     """Return the gathering after contributions that do not go together."""
-    message = error.message[:REFUSAL_CHARACTERS]  # it may quote what a site has sent
-    return replace(gathering, outcome=Refused(now, message, error.remedy[:REFUSAL_CHARACTERS], error.code))
+    message, remedy = (printable(text, most=REFUSAL_CHARACTERS) for text in (error.message, error.remedy))
+    return replace(gathering, outcome=Refused(now, message, remedy, error.code))

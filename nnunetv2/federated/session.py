@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError
+from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError, WireError
 from nnunetv2.federated.half_precision import ErrorFeedback
+from nnunetv2.federated.matching import SHAREABLE
+from nnunetv2.federated.results import check_round
 from nnunetv2.federated.transport import Transport
-from nnunetv2.federated.wire import Document
+from nnunetv2.federated.wire import Document, TensorSpec
 
 Weights = Mapping[str, np.ndarray]
 """Local name -> array: float32, or as they came from the coordinator, which may be float16."""
@@ -47,6 +49,8 @@ class RunSession:
         self.site = site
         self.run = run
         self.match: messages.Match | None = None
+        self._tensors: dict[str, messages.TensorEntry] = {}
+        """Local name -> what this site has registered."""
         self._feedback: ErrorFeedback | None = None
 
     def register(self, registration: messages.Registration) -> messages.Match:
@@ -56,6 +60,7 @@ class RunSession:
 
         Raises:
             RefusedError: The networks, labels or channels of the sites do not go together.
+            WireError: The tensors that the coordinator takes for shared are not those of this site.
         """
         state = self.transport.run_state(self.run)
         has_begun = bool(state.members or state.left)
@@ -67,6 +72,8 @@ class RunSession:
             self.transport.act(self.run, "return")
         if self.site not in answer.coverage:
             raise MatchingError(f"site {self.site} is not among those that registered for run {self.run}")
+        self._tensors = {entry.name: entry for entry in registration.tensors}
+        check_match(answer, self.site, self._tensors)
         self.match = answer
         self._feedback = ErrorFeedback() if answer.precision == "float16" else None
         return answer
@@ -98,6 +105,7 @@ class RunSession:
         if not state.closed and state.open_round is None:
             return Position(0, self._begin(weights, is_registered=self.site in state.registered))
         next_round = state.rounds_closed if state.closed else state.open_round
+        check_round(next_round)
         if epoch > next_round + 1 + staleness:
             raise FederationError(
                 f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
@@ -181,15 +189,57 @@ class RunSession:
         return {name: weights[local] for name, local in sorted(names.items())}
 
     def _read(self, document: Document) -> Weights:
-        """Map the aggregate to local names; refuse one that lacks a tensor, so that nobody trains on half a network."""
-        missing = self.local_names.keys() - document.specs.keys()
+        """Map the aggregate to local names, checked as the coordinator checks an update.
+
+        Raises:
+            WireError: A tensor is missing, so that the site would train on half a network, or not expected; one has
+                another shape or dtype than it is to have, or holds NaN or infinity.
+        """
+        names = self.local_names
+        missing, unexpected = names.keys() - document.specs.keys(), document.specs.keys() - names.keys()
         if missing:
-            raise FederationError(f"the coordinator's aggregate lacks tensor {min(missing)} ({len(missing)} in all)")
-        return {local: document.read(name) for name, local in self.local_names.items()}
+            raise WireError(f"the coordinator's aggregate lacks tensor {min(missing)} ({len(missing)} in all)")
+        if unexpected and self._tensors:
+            raise WireError(f"the coordinator's aggregate holds tensor {min(unexpected)}, which is not shared "
+                            f"({len(unexpected)} in all)")
+        weights = {local: document.read(name) for name, local in names.items()}
+        for name, local in names.items():
+            self._check_tensor(name, weights[local], self._tensors.get(local))
+        return weights
+
+    def _check_tensor(self, name: str, values: np.ndarray, registered: messages.TensorEntry | None) -> None:
+        """Raise WireError unless a tensor is finite, of floating point, and of the dtype and shape expected."""
+        problem = None
+        if values.dtype.kind != "f":
+            problem = f"is of {values.dtype}"
+        elif registered is not None:
+            expected = TensorSpec("F32" if self._feedback is None else "F16", registered.shape)
+            found = TensorSpec.of(values)
+            problem = f"is {found}, expected {expected}" if found != expected else None
+        if problem is None and not np.isfinite(values).all():
+            problem = "holds NaN or infinity"
+        if problem is not None:
+            raise WireError(f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the "
+                            "coordinating site")
 
     def report_failure(self, number: int | None, reason: str) -> None:
         """Tell the coordinator that this site cannot go on, so that the others know whom they wait for."""
         self.transport.report_failure(self.run, number, reason)
+
+
+def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages.TensorEntry]) -> None:
+    """Raise WireError unless all that a site is to share are distinct tensors of its own, and can be shared.
+
+    Args:
+        tensors: Its own name -> what it has registered.
+    """
+    shared = [sites[site] for sites in match.shared.values() if site in sites]
+    unknown = sorted(name for name in shared if name not in tensors or tensors[name].dtype not in SHAREABLE)
+    if unknown:
+        raise WireError(f"the coordinator takes tensor {unknown[0]} for shared, which site {site} does not have or "
+                        f"cannot share ({len(unknown)} of {len(shared)}): use matching versions")
+    if len(set(shared)) < len(shared):
+        raise WireError(f"the coordinator takes a tensor of site {site} for several: use matching versions")
 
 
 def check_finite(weights: Weights) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.utilities.plain_text import printable, show
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
@@ -128,7 +129,7 @@ class RunningProcess:
 
 
 def run_everywhere(sites: Sequence[LocalSite], command_of: Callable[[LocalSite], Sequence[str]], *, step: str,
-                   log_folder: Path, show: Callable[[str], None] = print) -> None:
+                   log_folder: Path, show: Callable[[str], None] = show) -> None:
     """Run one command per site, all at the same time, and wait for all of them.
 
     Args:
@@ -166,7 +167,7 @@ def wait_for_all(running: Sequence[RunningProcess], *, watched: Sequence[Running
 
 @contextmanager
 def running_coordinator(folder: Path, sites: Sequence[LocalSite], options: Sequence[str] = (), *,
-                        show: Callable[[str], None] = print) -> Iterator[str]:
+                        show: Callable[[str], None] = show) -> Iterator[str]:
     """Run a coordinator for the sites, let those join that have not yet, and stop it at the end.
 
     Args:
@@ -247,13 +248,13 @@ def join_sites(sites: Sequence[LocalSite], *, invitations: Mapping[str, str], sh
             done = subprocess.run([find_command("nnUNetv2_fed_join"), invitations[site.name]], text=True,
                                   env={**os.environ, "nnUNet_fed_site": str(site.credential)}, capture_output=True)
             if done.returncode:
-                raise SimulationError(f"{site.name}: nnUNetv2_fed_join failed: {done.stderr.strip()}")
+                raise SimulationError(f"{site.name}: nnUNetv2_fed_join failed: {printable(done.stderr.strip())}")
 
 
 def simulate(sites: Sequence[LocalSite], *, folder: Path, configuration: str, fold: str, trainer: str, plans_name: str,
              device: str, federated_planning: str | None, planning_options: Sequence[str] = (),
              coordinator_options: Sequence[str] = (), continue_training: bool = False,
-             show: Callable[[str], None] = print) -> None:
+             show: Callable[[str], None] = show) -> None:
     """Plan, preprocess and train at all sites at the same time, with one coordinator.
 
     Args:
@@ -307,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
              planning_options=shlex.split(arguments.planning_options),
              coordinator_options=shlex.split(arguments.coordinator_options),
              continue_training=arguments.continue_training)
-    print(f"All sites are done. Aggregates and models: {folder / 'coordinator'}. Logs: {folder / 'logs'}.")
+    show(f"All sites are done. Aggregates and models: {folder / 'coordinator'}. Logs: {folder / 'logs'}.")
     return 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.utilities.plain_text import show
 
 INVITATION_PREFIX = "nnunet-fed:"
 INVITATION_VERSION = 2
@@ -322,8 +323,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_join`."""
     arguments = build_parser().parse_args(argv)
-    print(join(decode_invitation(arguments.invitation), replace=arguments.replace, insecure=arguments.insecure,
-               client_certificate=arguments.client_certificate, client_key=arguments.client_key))
+    show(join(decode_invitation(arguments.invitation), replace=arguments.replace, insecure=arguments.insecure,
+              client_certificate=arguments.client_certificate, client_key=arguments.client_key))
     return 0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.admin import add_folder_option, ask, operator_credential
+from nnunetv2.utilities.plain_text import printable, printable_json, show
 
 if TYPE_CHECKING:
     from nnunetv2.federated.bodies import GatheringStatus, RunProgress, RunState, SiteStatus, Status
@@ -20,7 +21,11 @@ _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 # ----------------------------------------------------------------------------------------------------- describing
 def describe(status: Status, *, url: str) -> Iterator[str]:
-    """Yield the lines that people read."""
+    """Yield the lines that people read, all of them printable."""
+    yield from map(printable, _describe(status, url=url))
+
+
+def _describe(status: Status, *, url: str) -> Iterator[str]:
     yield f"Federation {status.federation} at {url}, {_moment(status.time)}"
     progress = {one.run: one for one in status.progress}
     for state in status.runs:
@@ -133,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     credential = operator_credential(arguments.folder)
     status = ask(credential, "GET", "status", Status)
-    print(status.model_dump_json(indent=4) if arguments.json else "\n".join(describe(status, url=credential.url)))
+    lines = printable_json(status.model_dump(mode="json"), indent=4).split("\n") if arguments.json \
+        else describe(status, url=credential.url)
+    show(*lines)
     return 0
 
 
@@ -157,7 +164,7 @@ def leave(argv: Sequence[str] | None = None) -> int:
     credential = load_credential()
     state = ask(credential, "POST", f"runs/{quote(run)}/actions", RunState, RunAction(action="leave"))
     others = ", ".join(state.members) or "nobody"
-    print(f"Site {credential.site} has left run {run}; it goes on with {others}. nnUNetv2_train ... --c returns to it.")
+    show(f"Site {credential.site} has left run {run}; it goes on with {others}. nnUNetv2_train ... --c returns to it.")
     return 0
 
 

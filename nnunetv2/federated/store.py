@@ -27,8 +27,8 @@ from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.book import RunControl
 from nnunetv2.federated.database import Database
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.rounds import Closed, Contribution, Gathering, GatheringKey, Refused, fresh_gathering, parse_key
+from nnunetv2.utilities.plain_text import excerpt
 
 FULL_RESULT = ""
 """Name of the result that holds every tensor."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from nnunetv2.federated.errors import WireError
+from nnunetv2.utilities.plain_text import printable
 
 SHOWN_FAULTS = 1000
 """A description of each takes a hundred times the bytes that are at fault."""
@@ -58,7 +59,7 @@ def validated(parse: Callable[[], T], what: str) -> T:
             raise WireError(f"{what} is not valid: {error.error_count()} values are not what they should be") from None
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"][:4])
-        raise WireError(f"{what} is not valid: {place}: {first['msg']}"[:500]) from None
+        raise WireError(printable(f"{what} is not valid: {place}: {first['msg']}", most=500)) from None
 
 
 def parse_json(data: bytes | bytearray | str, *, what: str, elements: int = MAX_ELEMENTS,

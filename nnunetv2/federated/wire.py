@@ -52,7 +52,7 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise WireError(f"dtype {self.dtype!r} does not travel; allowed are {', '.join(DTYPES)}")
+            raise WireError(f"dtype {self.dtype!r:.40} does not travel; allowed are {', '.join(DTYPES)}")
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         if len(self.shape) > MAX_DIMENSIONS or any(not 0 <= size <= 2**40 for size in self.shape):
             raise WireError(f"shape {self.shape} is not allowed")

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnunetv2.utilities.plain_text import log_plainly
+
 if TYPE_CHECKING:
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -207,7 +209,8 @@ def without_unprepared(items: Iterable[Item], on_failure: Callable[[str, Unprepa
 def _open_executor(cases: Sequence[Case], num_workers: int) -> Executor:
     is_much = len(cases) >= _CASES_WORTH_PROCESSES and sum(case.input_bytes for case in cases) > _BYTES_WORTH_PROCESSES
     if num_workers > 1 and is_much:
-        return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+        return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"),
+                                   initializer=log_plainly)
     return ThreadPoolExecutor(num_workers, thread_name_prefix="preprocessing")
 
 

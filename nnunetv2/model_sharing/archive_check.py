@@ -12,6 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from nnunetv2.utilities.plain_text import printable
+
 GIB = 2**30
 
 
@@ -55,8 +57,11 @@ _WITHOUT_ENDING = {"license", "licence", "readme", "notice", "citation"}
 _RESERVED = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 
 
-def check_archive(archive: zipfile.ZipFile, target: Path, limits: ArchiveLimits) -> list[zipfile.ZipInfo]:
+def check_archive(archive: zipfile.ZipFile, target: Path | None, limits: ArchiveLimits) -> list[zipfile.ZipInfo]:
     """Return the files of an archive, all of which may be written below `target`.
+
+    Args:
+        target: Folder of models, in which links may lie; None where nothing is to be written yet.
 
     Raises:
         UnsafeArchiveError: The archive is not what a model export looks like, for a reason that the message tells.
@@ -81,7 +86,7 @@ def check_archive(archive: zipfile.ZipFile, target: Path, limits: ArchiveLimits)
     return files
 
 
-def _check_place(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
+def _check_place(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path | None) -> None:
     name = member.filename
     parts = PurePosixPath(name).parts
 
@@ -93,6 +98,8 @@ def _check_place(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path
         raise refuse("has no relative path")
     if ".." in parts:
         raise refuse("leads out of the folder of models")
+    if printable(name) != name:
+        raise refuse("has characters in its name that cannot be seen")
     if any(_RESERVED.match(part) or part.endswith((" ", ".")) or ":" in part for part in parts):
         raise refuse("has a name that not all systems can write")
     if not parts[0].startswith("Dataset"):
@@ -102,7 +109,7 @@ def _check_place(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path
         raise refuse("is a link or a special file")
     # A link that lies in the folder of models already must not lead the files elsewhere either.
     place = target
-    for part in parts:
+    for part in parts if target is not None else ():
         place = place / part
         if place.is_symlink() and not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(target)):
             raise refuse(f"would be written through the link {place}")

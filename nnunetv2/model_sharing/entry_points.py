@@ -4,12 +4,13 @@ from __future__ import annotations
 import argparse
 
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.plain_text import show
 
 
 def print_license_warning() -> None:
     """Remind the reader that a model is shared under terms that others chose."""
-    print("Models are shared under the terms of those who trained them, and of the data they were trained with. "
-          "Read these terms before you use a model, and cite what they ask you to cite.")
+    show("Models are shared under the terms of those who trained them, and of the data they were trained with. "
+         "Read these terms before you use a model, and cite what they ask you to cite.")
 
 
 def download_by_url() -> None:

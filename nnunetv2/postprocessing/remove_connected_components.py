@@ -17,6 +17,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.postprocessing.components import find_smaller_components
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -133,7 +134,7 @@ def entry_point_determine_postprocessing_folder() -> None:
         _, kwargs = determine_postprocessing(args.i, args.ref, args.plans_json, args.dataset_json, args.np,
                                              keep_postprocessed_files=not args.remove_postprocessed)
         kept = "; ".join(str(entry["labels_or_regions"]) for entry in kwargs) or "nothing"
-        print(f"largest component only for: {kept}. Details in {Path(args.i, 'postprocessing.json')}")
+        show(f"largest component only for: {kept}. Details in {Path(args.i, 'postprocessing.json')}")
 
     run_command(determine)
 

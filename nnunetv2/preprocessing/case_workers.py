@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from nnunetv2.utilities.plain_text import log_plainly
 from nnunetv2.utilities.worker_traceback import WorkerTracebackError
 
 _SECONDS_TO_EXIT = 10
@@ -127,6 +128,7 @@ class _Worker:
 def _serve(function: Callable[..., object], connection: Connection) -> None:
     """Run in the worker: take arguments from the pipe, answer the result and None, or None and the error."""
     from threadpoolctl import threadpool_limits
+    log_plainly()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with threadpool_limits(1):  # as many processes as wanted work already

@@ -7,6 +7,7 @@ from torch import nn
 
 from nnunetv2.training.checkpoint import load_checkpoint_file
 from nnunetv2.training.networks import adapt_weight_names, bare_network
+from nnunetv2.utilities.plain_text import show
 
 SEGMENTATION_LAYERS = ".seg_layers."
 
@@ -33,7 +34,7 @@ def load_pretrained_weights(network: nn.Module, fname: str | os.PathLike[str], v
             f"pretrained weights {fname}: {name} has shape {tuple(pretrained[name].shape)}, the network needs "
             f"{tuple(current[name].shape)}; train with the plans that the weights were trained with")
     network.load_state_dict({**current, **{name: pretrained[name] for name in wanted}})
-    print(f"Loaded {len(wanted)} of {len(current)} tensors from {fname}; the layers that output classes start anew")
+    show(f"Loaded {len(wanted)} of {len(current)} tensors from {fname}; the layers that output classes start anew")
     if verbose:
         for name in wanted:
-            print(f"  {name} {tuple(current[name].shape)}")
+            show(f"  {name} {tuple(current[name].shape)}")

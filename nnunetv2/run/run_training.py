@@ -19,6 +19,7 @@ from nnunetv2.run import processes
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
     for root in (nnUNet_preprocessed, nnUNet_results):
         root.require()
     if plans_identifier == "nnUNetPlans":
-        print(PRESETS_HINT)
+        show(*PRESETS_HINT.split("\n"))
     processes.check_device(device, num_gpus)
     what = (dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier, disable_checkpointing,
             continue_training, only_run_validation, pretrained_weights, export_validation_probabilities, val_with_best)
@@ -309,7 +310,7 @@ def _load_most_advanced_checkpoint(trainer: nnUNetTrainer) -> None:
             continue
         trainer.print_to_log_file(f"Going on from {path.name} at epoch {trainer.current_epoch}")
         return
-    print(f"WARNING: no checkpoint in {trainer.output_folder} to continue from: the training starts anew")
+    show(f"WARNING: no checkpoint in {trainer.output_folder} to continue from: the training starts anew")
 
 
 def _load_checkpoint_named(trainer: nnUNetTrainer, name: str) -> None:

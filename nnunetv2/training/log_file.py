@@ -5,6 +5,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from nnunetv2.utilities.plain_text import printable
+
 ATTEMPTS = 5
 PAUSE_S = 0.5
 
@@ -24,8 +26,8 @@ def log_file_name(now: datetime) -> str:
 
 
 def format_log_line(arguments: tuple, now: datetime | None) -> str:
-    """Join the arguments of a log call, each followed by a space, after the time if there is one."""
-    words = "".join(f"{argument} " for argument in arguments)
+    """Join the arguments of a log call, each followed by a space, after the time if there is one; all printable."""
+    words = printable("".join(f"{argument} " for argument in arguments), lines=True)
     return words if now is None else f"{now}: {words}"
 
 

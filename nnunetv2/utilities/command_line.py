@@ -9,7 +9,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import TextIO
+
+from nnunetv2.utilities.plain_text import log_plainly, printable, show
 
 DEVICES = ("cuda", "cpu", "mps")
 SIGPIPE = 13  # `signal` has it on some systems only
@@ -37,7 +40,7 @@ def run_command(function: Callable[[], int | None]) -> None:
     try:
         status = function()
     except KeyboardInterrupt:
-        print(f"{_program()}: interrupted", file=sys.stderr)
+        show(f"{_program()}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _drop_what_nobody_reads():
@@ -45,8 +48,8 @@ def run_command(function: Callable[[], int | None]) -> None:
         if not _is_expected(error):
             raise
         if _wants_traceback():
-            traceback.print_exc()
-        print(f"{_program()}: error: {describe_error(error)}", file=sys.stderr)
+            show(*traceback.format_exc().rstrip("\n").split("\n"), file=sys.stderr)
+        show(f"{_program()}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         _drop_what_nobody_reads()
@@ -55,8 +58,8 @@ def run_command(function: Callable[[], int | None]) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message of an error as one line; an error without a message is given by its type and place."""
-    message = " ".join(str(error).split())
+    """Return the message of an error as one printable line; one without a message is given by its type and place."""
+    message = printable(" ".join(str(error).split()))
     if message:
         return message
     frames = traceback.extract_tb(error.__traceback__)
@@ -101,6 +104,16 @@ def _program() -> str:
 
 
 def _set_up_logging() -> None:
-    """Show warnings of all libraries and the progress messages of ours on stderr, unless logging is set up already."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Show warnings of all libraries and the progress messages of ours on stderr, unless logging is set up already.
+
+    What quotes others is printable: messages, Python's own warnings, and the tracebacks of our mistakes.
+    """
+    log_plainly()
     logging.getLogger("nnunetv2").setLevel(logging.DEBUG if _wants_traceback() else logging.INFO)
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _show_traceback
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(kind, error, place))
+    show(*text.rstrip("\n").split("\n"), file=sys.stderr)

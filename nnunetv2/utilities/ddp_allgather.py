@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import distributed
 
+from nnunetv2.utilities.plain_text import show
+
 
 def print_if_rank0(*args: object) -> None:
     """Print in one process only; the same as print without distributed training."""
     if not _is_distributed() or distributed.get_rank() == 0:
-        print(*args)
+        show(*" ".join(map(str, args)).split("\n"))
 
 
 class AllGatherGrad(torch.autograd.Function):

@@ -14,15 +14,21 @@ PIECE_BYTES = 256 << 10
 """Bytes that are received at a time; less than that is lost when a connection breaks."""
 
 
+class OversizedError(ValueError):
+    """A file is larger than it can be."""
+
+
 class PartialDownload:
     """A file as far as it has arrived, hashed on its way; for one process, which removes the file if it gives up.
 
     Args:
         path: Where the file is written.
+        largest: Bytes that it may have.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, largest: int | None = None) -> None:
         self.path = path
+        self.largest = largest
         self.forget()
 
     def forget(self) -> None:
@@ -49,6 +55,7 @@ class PartialDownload:
 
         Raises:
             requests.ConnectionError: The body is cut off, or is not the rest. What has arrived stays; ask again.
+            OversizedError: More than `largest` bytes are announced, or sent; none above it is written.
         """
         import requests
 
@@ -59,9 +66,12 @@ class PartialDownload:
             raise requests.ConnectionError(f"{response.url} sends another part of the file than was asked for")
         self._tag = tag
         announced = announced_size(response)
+        if announced is not None:
+            self._check_size(announced)
         with self.path.open("r+b" if self.size else "wb") as file:
             file.seek(self.size)
             for piece in response.iter_content(piece_bytes):
+                self._check_size(self.size + len(piece))
                 file.write(piece)
                 self._digest.update(piece)
                 self.size += len(piece)
@@ -69,6 +79,10 @@ class PartialDownload:
         if announced is not None and self.size < announced:  # old versions of urllib3 do not look
             raise requests.ConnectionError(f"{response.url} broke off after {self.size} of {announced} bytes")
         return self._digest.hexdigest()
+
+    def _check_size(self, size: int) -> None:
+        if self.largest is not None and size > self.largest:
+            raise OversizedError(f"it has {size} bytes or more, at most {self.largest} are taken")
 
 
 def announced_size(response: Response) -> int | None:

@@ -1,4 +1,6 @@
 """The lines that nnUNetv2_plan_and_preprocess ends with."""
+import shlex
+
 import pytest
 
 from nnunetv2.experiment_planning.summary import FolderUse, format_bytes, measure_folder, summarise
@@ -45,3 +47,12 @@ def test_a_folder_that_is_missing_holds_nothing(tmp_path):
                                             (4.2e9, "4.2 GB"), (5e15, "5000 TB")])
 def test_sizes_are_for_people(size, text):
     assert format_bytes(size) == text
+
+
+def test_names_in_plans_do_not_become_commands(tmp_path):
+    plans = PlansManager({"dataset_name": "Dataset001_$(id)", "plans_name": "a; b\x1b[2K", "configurations": {
+        "2d`id`\n": make_configuration("2d", dims=2)}})
+    lines = summarise(plans, tmp_path, 3).splitlines()
+    assert lines[1] == r"Dataset001_$(id): 3 training cases, plans a; b\x1b[2K" and len(lines) == 6
+    assert shlex.split(lines[-1]) == ["Next:", "nnUNetv2_train", "Dataset001_$(id)", "2d`id` ", "0", "-p",
+                                      r"a; b\x1b[2K"]

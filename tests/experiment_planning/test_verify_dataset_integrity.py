@@ -1,5 +1,6 @@
 """The integrity check of raw datasets: what it notices and how it tells. test_bad_input.py has the faults singly."""
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from nnunetv2.experiment_planning.integrity.findings import Finding, count, enum
 from nnunetv2.experiment_planning.integrity.geometry import find_displacement, get_geometry
 from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases, verify_dataset_integrity, verify_labels
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.utilities.command_line import run_command
 
 
 @pytest.fixture
@@ -185,3 +187,20 @@ def test_helpers_answer_for_single_files(folder, capsys):
     assert f"Error: {label}: a label has unexpected values (found 2, expected 0, 1)" in capsys.readouterr().out
     assert check_cases(images, label, 1, SimpleITKIO)
     assert not check_cases(images, label, 2, SimpleITKIO)
+
+
+HOSTILE = "liver\x1b]0;owned\x07\x1b[2K\u202e\nDataset002_Scans passed"
+
+
+def test_names_in_dataset_json_do_not_command_the_terminal(folder, capsys):
+    """The bar of progress returns to the beginning of its line; nothing else moves."""
+    for changes in ({"labels": {"background": 0, HOSTILE: 1, "b": 2}}, {"channel_names": {"0": HOSTILE}},
+                    {"labels": {"background": 0, HOSTILE: 7}}, {"channel_names": {HOSTILE: "MR"}},
+                    {"labels": {"background": 0, "a": HOSTILE}}, {"file_ending": HOSTILE}, {"name": HOSTILE}):
+        before = (folder / "dataset.json").read_text()
+        change_dataset_json(folder, **changes)
+        with suppress(SystemExit):
+            run_command(lambda: verify_dataset_integrity(str(folder), 1))
+        text = "".join(capsys.readouterr())
+        assert text.replace("\n", "").replace("\r", "").isprintable(), (changes, ascii(text))
+        (folder / "dataset.json").write_text(before)

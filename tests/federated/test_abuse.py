@@ -41,10 +41,10 @@ from nnunetv2.federated.coordinator.tls import private_certificate
 from nnunetv2.federated.errors import NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.http_session import LONGEST_RETRY_AFTER_S, NoAnswerError, check_status
 from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
-from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.site import new_token
 from nnunetv2.federated.strict_json import MAX_DEPTH, parse_json
 from nnunetv2.federated.wire import TensorSpec, open_document, write_document
+from nnunetv2.utilities.plain_text import printable
 
 
 class Peer:

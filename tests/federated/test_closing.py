@@ -1,5 +1,6 @@
 """What follows from contributions: agreement, refusals, pooled fingerprints, matches and kept models."""
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from nnunetv2.federated.closing import agree_on_plans, check_same_dataset, match
 from nnunetv2.federated.comparing import first_difference
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, FINE_KEY, plans_key, registration_key
-from nnunetv2.federated.model_keeping import common_mirroring_axes
+from nnunetv2.federated.model_keeping import common_mirroring_axes, describe_dataset
 
 
 # --------------------------------------------------------------------------------------------------------- differences
@@ -230,6 +231,34 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
         "channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz", "numTraining": 6}
     has_fingerprint = federation.coordinator.book.is_closed(FINE_KEY)  # depends on which tests have run
     assert (model / "dataset_fingerprint.json").exists() == has_fingerprint
+
+
+@pytest.mark.parametrize(("readers", "expected"), [
+    (("NoSuchReader", "SimpleITKIO", "SimpleITKIO"), "SimpleITKIO"), (("B", "A", "C"), "B"), (("B", "A", "A"), "A")])
+def test_no_single_site_chooses_how_everybody_reads_files(tmp_path, readers, expected):
+    with served(tmp_path / "federation", make_settings(sites=("a", "b", "c"), num_epochs=1)) as federation:
+        def take_part(site, reader):
+            with federation.client(site) as client:
+                train(client, seed=1, num_rounds=1,
+                      plans=make_plans(image_reader_writer=reader, dataset_name=f"Dataset001_{reader}"))
+
+        in_threads(*(lambda site=site, reader=reader: take_part(site, reader) for site, reader in zip("abc", readers)))
+        folder = federation.coordinator.store.folder / "models"
+        wait_until(lambda: list(folder.glob("*.zip")))
+        with zipfile.ZipFile(next(folder.glob("*.zip"))) as archive:
+            names = archive.namelist()
+            plans = json.loads(archive.read(next(name for name in names if name.endswith("/plans.json"))))
+        assert plans["image_reader_writer"] == expected
+        assert {name.split("/")[0] for name in names} == {plans["dataset_name"]} == {f"Dataset001_{expected}"}
+
+
+def test_the_model_reads_the_files_that_most_sites_have():
+    registration = make_registration()
+    ends = {site: registration.model_copy(update={
+        "dataset_json": registration.dataset_json.model_copy(update={"file_ending": ending})})
+        for site, ending in {"a": ".odd", "b": ".nii.gz", "c": ".nii.gz"}.items()}
+    assert describe_dataset(ends)["file_ending"] == ".nii.gz"
+    assert describe_dataset({"a": ends["a"], "b": ends["b"]})["file_ending"] == ".odd"
 
 
 def test_without_equal_plans_the_reason_is_given(tmp_path):

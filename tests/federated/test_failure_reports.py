@@ -14,9 +14,9 @@ from nnunetv2.federated.coordinator import log_tail, steering
 from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, Coordinator
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import CENSUS_KEY, registration_key
-from nnunetv2.federated.plain_text import excerpt, printable
 from nnunetv2.federated.strict_json import encode_json
 from nnunetv2.federated.wire import write_document
+from nnunetv2.utilities.plain_text import excerpt, printable
 
 TEXTS = ["\u200b" * 8000, "\U000e0001" * 8000, "\x1b[2J" * 2000, "\U0001f600" * 8000, "ü" * 8000, "\"\\" * 4000,
          "a" * 8000, "\n" * 8000, "\x00" * 8000]

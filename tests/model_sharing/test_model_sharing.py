@@ -143,6 +143,8 @@ MALICIOUS = {
     "module": [(f"{MODEL}/trainer.py", "open('evil', 'w')")],
     "program": [(f"{MODEL}/fold_0/run.sh", "touch evil")],
     "no dataset": [("plans.json", "{}")],
+    "unseen": [(f"{MODEL}/plans\x1b[2K.json", "{}")],
+    "turned": [(f"{MODEL}/\u202enosj.json", "{}")],
     "hidden": [(".bashrc", "touch evil")],
     "twice": [(f"{MODEL}/plans.json", "{}"), (f"{MODEL}/PLANS.json", "{}")],
     "bomb": [(f"{MODEL}/plans.json", b"0" * (40 * 2**20))],

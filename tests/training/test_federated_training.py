@@ -379,3 +379,15 @@ def test_nobody_waits_for_checkpoints_unless_a_hook_may_look_for_them(trainer_cl
     with trainer._writing_in_background():
         assert trainer._is_writing_in_background is is_written_meanwhile
     assert not trainer._is_writing_in_background
+
+
+@pytest.mark.parametrize("weights", [
+    {"first.weight": np.ones(1, np.float32)}, {"first.weight": np.ones((), np.float32)},
+    {"first.weight": np.ones((2, 2), np.int64)}, {"nobody.weight": np.ones((2, 2), np.float32)},
+    {"again.weight": np.ones((1, 2), np.float32)}], ids=["one value", "no axis", "integers", "unknown", "one row"])
+def test_weights_of_another_network_are_refused_before_any_is_written(weights):
+    network = Tied()
+    before = export_weights(network)
+    with pytest.raises(ValueError, match="the network has"):
+        import_weights_(network, {"first.weight": np.full((2, 2), 7, np.float32), **weights})
+    assert all(np.array_equal(values, before[name]) for name, values in export_weights(network).items())

@@ -24,3 +24,7 @@ def test_a_disk_that_stays_away_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(log_file, "PAUSE_S", 0)
     with pytest.raises(FileNotFoundError):
         log_file.append_to_log(tmp_path / "missing" / "log.txt", "one", header="")
+
+
+def test_names_of_others_do_not_command_whoever_reads_a_log():
+    assert log_file.format_log_line(("Plans:\n{'x\x1b[2K': 1}", "\u202e"), None) == "Plans:\n{'x\\x1b[2K': 1} \\u202e "

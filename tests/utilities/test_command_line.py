@@ -107,3 +107,31 @@ def test_device_option():
     assert parser.parse_args(["-device", "cpu"]).device == "cpu"
     with pytest.raises(SystemExit):
         parser.parse_args(["-device", "gpu:1"])
+
+
+HOSTILE = "case\x1b]0;owned\x07\x1b[2K\x9b8m\u202e\u2028forged\n\ud800"
+SHOWING = f"""
+import logging, warnings
+from nnunetv2.utilities.command_line import run_command
+text = {HOSTILE!r}
+
+def show_all():
+    logging.getLogger("nnunetv2.x").info("case %s", text)
+    logging.getLogger("other").warning(text)
+    warnings.warn(text)
+    raise KIND(text)
+
+run_command(show_all)
+"""
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "OSError", "RuntimeError", "KeyError", "TypeError"])
+def test_no_text_of_others_commands_the_terminal(kind):
+    """Neither as an error, a message, or a warning, nor in the traceback of a mistake of our own."""
+    done = subprocess.run([sys.executable, "-c", SHOWING.replace("KIND", kind)], capture_output=True, check=False,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogatepass"})
+    shown = done.stderr.decode("utf-8", "surrogatepass")
+    assert done.returncode == 1
+    assert shown.replace("\n", "").isprintable() and shown.count("owned") >= 4
+    assert not any(line.startswith("forged") for line in shown.splitlines() if kind in ("ValueError", "OSError"))
+    assert ("Traceback" in shown) == (kind in ("KeyError", "TypeError"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from nnunetv2.utilities.plain_text import printable
+
 ROWS_PER_KIND = 10
 """Rows shown of each kind of finding. A fault of all cases must not push the others off the screen."""
 
@@ -37,7 +39,7 @@ class Finding:
 
 
 def format_findings(title: str, findings: Sequence[Finding], *, rows_per_kind: int = ROWS_PER_KIND) -> str:
-    """Lay out findings as one small table per kind, each with its remedy."""
+    """Lay out findings as one small table per kind, each with its remedy; printable."""
     kinds: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         kinds.setdefault((finding.what, finding.remedy), []).append(finding)
@@ -47,7 +49,7 @@ def format_findings(title: str, findings: Sequence[Finding], *, rows_per_kind: i
         lines += ["", f"{number}. {what[:1].upper()}{what[1:]}{times}"]
         lines += _format_rows(sorted(members, key=lambda member: (member.case, member.file)), rows_per_kind)
         lines.append(f"   Remedy: {remedy}.")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def count(number: int, noun: str) -> str:

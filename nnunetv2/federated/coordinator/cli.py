@@ -24,13 +24,13 @@ from nnunetv2.federated.coordinator.address import (
     tls_options,
 )
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.site import (
     SiteCredential,
     check_site_name,
     new_token,
     save_credential,
 )
+from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
     import socket
@@ -203,16 +203,17 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
 def say(line: str) -> None:
     """Show a line to the person at the coordinator, with the time; sites do not suffer from a log that is full."""
     with suppress(OSError, ValueError):
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(line)}", flush=True)
+        show(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
 
 def print_invitations(invitations: Sequence[InvitationRecord], federation: str, place: Place) -> None:
     """Print what every member that has not joined has to type."""
     with suppress(OSError):
         if invitations:
-            print("Send each site its own line; a line is good for one site, once, until it expires:")
+            show("Send each site its own line; a line is good for one site, once, until it expires:")
         for record in invitations:
-            print(f"  {record.member}:  nnUNetv2_fed_join {place.invitation(federation, record.member, record.secret)}")
+            invitation = place.invitation(federation, record.member, record.secret)
+            show(f"  {record.member}:  {shell_command('nnUNetv2_fed_join', invitation)}")
         sys.stdout.flush()
 
 

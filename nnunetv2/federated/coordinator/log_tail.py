@@ -13,8 +13,8 @@ from threading import Lock
 from typing import Any, Literal
 
 from nnunetv2.federated.audit import LOGGED_CHARACTERS, START
-from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.store import Store
+from nnunetv2.utilities.plain_text import excerpt
 
 TROUBLE = ("failure", "refusal", "late")
 """Events that a person should look into."""

@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from nnunetv2.federated import bodies
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.strict_json import encode_json
+from nnunetv2.utilities.plain_text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,6 @@ from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
 from nnunetv2.federated.coordinator.quotas import check_room
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import registration_key, round_key
-from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.rounds import (
     FINAL_KINDS,
     WEIGHT_KINDS,
@@ -44,6 +43,7 @@ from nnunetv2.federated.rounds import (
 )
 from nnunetv2.federated.store import Role, Store, flush
 from nnunetv2.federated.wire import Document, open_document
+from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
 

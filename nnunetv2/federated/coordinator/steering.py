@@ -18,8 +18,8 @@ from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, Coordinator, require_role
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import admission_key, initial_key, registration_key, round_key
-from nnunetv2.federated.plain_text import excerpt
 from nnunetv2.federated.rounds import is_enough
+from nnunetv2.utilities.plain_text import excerpt
 
 STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
 OF_A_SITE = ("leave", "return")

@@ -32,6 +32,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import (
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 
 from nnunetv2.training.data_augmentation.numbered_batches import NumberedBatches, QueuesInTurn, seed_everything
+from nnunetv2.utilities.plain_text import log_plainly
 from nnunetv2.utilities.worker_traceback import WorkerTracebackError
 
 logger = logging.getLogger(__name__)
@@ -225,6 +226,7 @@ def choose_start_method() -> str:
 def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker: int, entropy: int) -> None:
     """Draw batches in a worker until told to stop, or until the process that started it is gone."""
     try:
+        log_plainly()
         prepare_worker()
         seed_everything([entropy, worker])
         if hasattr(loader, "set_thread_id"):

@@ -53,6 +53,7 @@ from nnunetv2.utilities.device import autocast_context, speed_up_on_cpu_
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plain_text import show
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class nnUNetTrainer:
         self.is_ddp = is_distributed()
         self.local_rank = distributed.get_rank() if self.is_ddp else 0
         self.device = device_of_process(device, self.local_rank)
-        print(f"Training on {self.device}" + (f" (process {self.local_rank})" if self.is_ddp else ""))
+        show(f"Training on {self.device}" + (f" (process {self.local_rank})" if self.is_ddp else ""))
 
         continue_training = plans.get("continue_training", False)
         plans = {key: value for key, value in plans.items() if key != "continue_training"}
@@ -172,7 +173,7 @@ class nnUNetTrainer:
 
     def _greet(self) -> None:
         if self.local_rank == 0:
-            print(log_files.CITATION)
+            show(*log_files.CITATION.split("\n"))
 
     # ---------------------------------------------------------------- initialization
 
@@ -233,8 +234,8 @@ class nnUNetTrainer:
             self.oversample_foreground_percent = oversampling_of_rank(
                 batch_size, world_size, self.local_rank, self.oversample_foreground_percent)
             batch_size = split_batch_size(batch_size, world_size)[self.local_rank]
-            print(f"Process {self.local_rank}: batch size {batch_size}, "
-                  f"foreground oversampling {self.oversample_foreground_percent}")
+            show(f"Process {self.local_rank}: batch size {batch_size}, "
+                 f"foreground oversampling {self.oversample_foreground_percent}")
         self.batch_size = batch_size
 
     def _do_i_compile(self) -> bool:
@@ -566,7 +567,7 @@ class nnUNetTrainer:
             log_files.append_to_log(Path(self.log_file), line, header=log_files.CITATION)
         if also_print_to_console:
             self._progress.clear()
-            print(line, flush=True)
+            show(*line.split("\n"), flush=True)
 
     def print_plans(self) -> None:
         """Log the configuration and the rest of the plans."""

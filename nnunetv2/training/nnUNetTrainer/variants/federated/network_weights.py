@@ -20,8 +20,19 @@ def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def import_weights_(network: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
-    """Write weights into the network in place; aliases of a tensor share its memory and follow."""
+    """Write weights into the network in place; aliases of a tensor share its memory and follow.
+
+    Raises:
+        ValueError: A tensor is not one of the network's, or has another shape, or is not of floating point. Nothing
+            was written.
+    """
     state = bare_network(network).state_dict()
+    for name, values in weights.items():
+        held = state.get(name)
+        if held is None or tuple(held.shape) != values.shape or not np.issubdtype(values.dtype, np.floating):
+            expected = "none of that name" if held is None else f"shape {tuple(held.shape)} in floating point"
+            raise ValueError(f"tensor {name} has shape {values.shape} and dtype {values.dtype}; the network has "
+                             f"{expected}")
     for name, values in weights.items():
         state[name].copy_(torch.from_numpy(np.array(values)))
 

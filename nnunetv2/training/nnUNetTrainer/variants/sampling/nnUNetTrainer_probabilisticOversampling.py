@@ -9,6 +9,7 @@ from torch import distributed
 from nnunetv2.training.batch_shares import split_batch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.settings import with_settings
+from nnunetv2.utilities.plain_text import show
 
 
 class nnUNetTrainer_probabilisticOversampling(nnUNetTrainer):
@@ -30,8 +31,8 @@ class nnUNetTrainer_probabilisticOversampling(nnUNetTrainer):
         self.batch_size = self.configuration_manager.batch_size
         if self.is_ddp:
             self.batch_size = split_batch_size(self.batch_size, distributed.get_world_size())[self.local_rank]
-            print(f"Process {self.local_rank}: batch size {self.batch_size}, "
-                  f"probability of a foreground sample {self.oversample_foreground_percent}")
+            show(f"Process {self.local_rank}: batch size {self.batch_size}, "
+                 f"probability of a foreground sample {self.oversample_foreground_percent}")
 
 
 @with_settings(oversample_foreground_percent=0.33)
