@@ -98,10 +98,21 @@ class nnUNetDataLoader(DataLoader):
         return (slices, *lengths) if self.patch_size_was_2d else lengths
 
     def get_do_oversample(self, sample_idx: int) -> bool:
-        """Tell whether the sample with this number in its batch must hold foreground."""
+        """Tell whether the sample with this number in its batch must hold foreground.
+
+        One of the two rules below decides, which a subclass may override one by one.
+        """
         if self.probabilistic_oversampling:
-            return np.random.uniform() < self.oversample_foreground_percent
+            return self._probabilistic_oversampling(sample_idx)
+        return self._oversample_last_XX_percent(sample_idx)
+
+    def _oversample_last_XX_percent(self, sample_idx: int) -> bool:
+        """Choose the last samples of each batch, as many as make up the share."""
         return sample_idx >= round(self.batch_size * (1 - self.oversample_foreground_percent))
+
+    def _probabilistic_oversampling(self, sample_idx: int) -> bool:
+        """Toss a coin for each sample."""
+        return np.random.uniform() < self.oversample_foreground_percent
 
     def get_bbox(
         self,
