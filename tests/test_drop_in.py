@@ -48,6 +48,9 @@ get_output_folder inspect isdir isfile itertools join load_json maybe_mkdir_p mu
 pad_nd_image predict_entry_point predict_entry_point_modelfolder preprocessing_iterator_fromfiles
 preprocessing_iterator_fromnpy recursive_find_trainer_class_by_name recursive_fix_for_json_export save_json sleep
 subdirs torch tqdm warnings""",
+    "nnunetv2.training.dataloading.data_loader": """
+DataLoader LabelManager List PlansManager Tuple Union crop_and_pad_nd join load_json nnUNetBaseDataset nnUNetDataLoader
+nnUNetDatasetBlosc2 nnUNet_preprocessed np os threadpool_limits torch warnings""",
     "nnunetv2.run.run_training": """
 Optional Union cleanup_ddp cudnn dist find_free_network_port get_trainer_from_args isfile join load_json
 load_pretrained_weights maybe_convert_to_dataset_name maybe_load_checkpoint mp multiprocessing nnUNetTrainer

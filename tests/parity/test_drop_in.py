@@ -25,7 +25,8 @@ answer = {name: module.__name__ for module in modules for name, kind in vars(mod
 
 
 @pytest.mark.parametrize("module", ["nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnunetv2.run.run_training",
-                                    "nnunetv2.inference.predict_from_raw_data"])
+                                    "nnunetv2.inference.predict_from_raw_data",
+                                    "nnunetv2.training.dataloading.data_loader"])
 def test_a_star_import_brings_every_name_of_the_release(reference, roots, module):
     _, theirs = reference.run(STAR_IMPORT, module)
     names = {"value": module}

@@ -627,5 +627,5 @@ class nnUNetTrainer:
 
 
 def _in_use(name: str) -> Any:
-    """Return a class or function under its name in this module, where programs put one of their own in its place."""
+    """Return a class or function by its name in this module, where programs put one of their own in its place."""
     return getattr(sys.modules[__name__], name)

@@ -26,8 +26,9 @@ def find_primus(name: str) -> type[nn.Module]:
         try:
             module = import_module(package)
         except Exception as error:  # a torchvision that does not fit torch raises whatever the first misfit raises
-            raise RuntimeError(f"Primus needs {package}, which does not import here ({type(error).__name__}: {error}). "
-                               f"{_remedy(package)}. Other trainers do without it") from error
+            reason = str(error).partition("\n")[0]
+            raise RuntimeError(f"Primus needs {package}, which does not import here ({type(error).__name__}: "
+                               f"{reason}). {_remedy(package)}. Other trainers do without it") from error
     if not hasattr(module, name):
         raise RuntimeError(f"{name} needs dynamic-network-architectures {_OLDEST_WITH_ALL} or later, installed is "
                            f"{version('dynamic-network-architectures')}")
