@@ -17,7 +17,8 @@ SPLITS_FILE = "splits_final.json"
 SEED = 12345
 
 
-def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]], folder: str, report: Report) -> Split:
+def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]], folder: str, report: Report, *,
+                generate: Callable[..., list[dict]] = generate_crossval_split) -> Split:
     """Return the training and validation cases of a fold; write the splits of a dataset that has none.
 
     Args:
@@ -25,24 +26,27 @@ def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]],
         identifiers: Gives all preprocessed cases.
         folder: Where they are, for messages.
         report: Takes lines for the training log.
+        generate: Splits sorted cases, as `generate_crossval_split` does.
 
     Raises:
         FileNotFoundError: Cases of the fold are not preprocessed.
         ValueError: The fold is negative, the file makes no sense, or there are too few cases to split.
     """
-    folds = load_or_create_splits(path, identifiers, report)
+    folds = load_or_create_splits(path, identifiers, report, generate=generate)
     train, val = choose_fold(folds, fold, identifiers, report)
     require_preprocessed([*train, *val], identifiers(), folder)
     return train, val
 
 
-def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], report: Report) -> list[dict]:
+def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], report: Report, *,
+                          generate: Callable[..., list[dict]] = generate_crossval_split) -> list[dict]:
     """Read the splits of a dataset, or write those of a five-fold cross-validation if there are none.
 
     Args:
         path: The file splits_final.json.
         identifiers: Gives all preprocessed cases; called only if the file is missing.
         report: Takes lines for the training log.
+        generate: Splits sorted cases, as `generate_crossval_split` does.
 
     Raises:
         ValueError: There are fewer than five cases to split, or the file is not a list of train and val lists.
@@ -52,7 +56,7 @@ def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], 
         report(f"Splits: {len(splits)}, read from {path}")
         return splits
     report(f"Splits: five folds, written to {path}")
-    splits = generate_crossval_split(sorted(identifiers()), seed=SEED, n_splits=5)
+    splits = generate(sorted(identifiers()), seed=SEED, n_splits=5)
     splits = [{part: [str(key) for key in keys] for part, keys in split.items()} for split in splits]
     save_json_atomically(splits, path)
     return splits

@@ -12,10 +12,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
 from nnunetv2.inference.export_queue import ExportQueue
-from nnunetv2.inference.predictor import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.distributed import wait_for_all
@@ -25,6 +23,7 @@ from nnunetv2.utilities.device import usable_cpu_count, wants_cpu_autocast
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 if TYPE_CHECKING:
+    from nnunetv2.inference.predictor import nnUNetPredictor
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -32,10 +31,15 @@ NextStage = tuple[str, tuple[int, ...], type]
 """Name, preprocessed shape of the case, and dataset class."""
 
 
-def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
+def validate(trainer: nnUNetTrainer, *, save_probabilities: bool, predictor_class: type[nnUNetPredictor],
+             compute_metrics: Callable[..., dict]) -> None:
     """Write segmentations of all validation cases and summary.json into the folder `validation` of the fold.
 
     Goes on where a validation with the same weights was interrupted. Leaves the network in the mode in which it was.
+
+    Args:
+        predictor_class: Predicts the cases.
+        compute_metrics: Scores them, as `compute_metrics_on_folder` does.
     """
     _warn_of_slow_compilation(trainer)
     network = trainer.network
@@ -52,10 +56,11 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
                 save_probabilities, trainer.inference_allowed_mirroring_axes, trainer.plans_manager.plans,
                 trainer.configuration_name, wants_cpu_autocast(), trainer.device.type]))
         wait_for_all()
-        _predict_cases(trainer, folder, finished, save_probabilities=save_probabilities)
+        _predict_cases(trainer, build_predictor(trainer, predictor_class), folder, finished,
+                       save_probabilities=save_probabilities)
         wait_for_all()
         if trainer.local_rank == 0:
-            _score(trainer, folder)
+            _score(trainer, folder, compute_metrics)
             finished.close()
     finally:
         trainer.set_deep_supervision_enabled(was_supervised)
@@ -63,9 +68,9 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
         compute_gaussian.cache_clear()
 
 
-def _predict_cases(trainer: nnUNetTrainer, folder: Path, finished: FinishedCases, *, save_probabilities: bool) -> None:
+def _predict_cases(trainer: nnUNetTrainer, predictor: nnUNetPredictor, folder: Path, finished: FinishedCases, *,
+                   save_probabilities: bool) -> None:
     """Predict this process's share of the validation cases, here and for the next stages of a cascade."""
-    predictor = build_predictor(trainer)
     all_keys = trainer.do_split()[1]
     world_size = distributed.get_world_size() if trainer.is_ddp else 1
     dataset = trainer.dataset_class(
@@ -111,9 +116,9 @@ def _export(trainer: nnUNetTrainer, logits: np.ndarray, properties: dict, folder
     finished.add(case)
 
 
-def build_predictor(trainer: nnUNetTrainer) -> nnUNetPredictor:
+def build_predictor(trainer: nnUNetTrainer, predictor_class: type[nnUNetPredictor]) -> nnUNetPredictor:
     """Return a predictor that uses the network as it is now, with the settings of inference."""
-    predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
+    predictor = predictor_class(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
                                 perform_everything_on_device=True, device=trainer.device, verbose=False,
                                 verbose_preprocessing=False, allow_tqdm=False)
     # Without DDP, which would compare buffers with processes that predict another number of tiles.
@@ -149,11 +154,11 @@ def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[NextStage]:
         yield name, tuple(data.shape[1:]), dataset_class
 
 
-def _score(trainer: nnUNetTrainer, folder: Path) -> None:
+def _score(trainer: nnUNetTrainer, folder: Path, compute_metrics: Callable[..., dict]) -> None:
     """Compare all predictions with the references and log the result."""
     labels = trainer.label_manager
     world_size = distributed.get_world_size() if trainer.is_ddp else 1
-    metrics = compute_metrics_on_folder(
+    metrics = compute_metrics(
         str(Path(trainer.preprocessed_dataset_folder_base, "gt_segmentations")), str(folder),
         str(folder / "summary.json"), trainer.plans_manager.image_reader_writer_class(),
         trainer.dataset_json["file_ending"],

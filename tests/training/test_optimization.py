@@ -4,13 +4,13 @@ import torch
 from nnunetv2.training.optimization import (
     EagerSGD,
     build_sgd,
+    can_be_fused,
     load_optimizer_state_,
     portable_optimizer_state,
-    sgd_can_be_fused,
 )
 
 CPU = torch.device("cpu")
-needs_fused = pytest.mark.skipif(not sgd_can_be_fused(CPU), reason="torch fuses SGD on a CPU since 2.4")
+needs_fused = pytest.mark.skipif(not can_be_fused(CPU), reason="torch fuses SGD on a CPU since 2.4")
 
 
 def make_trained(**options):

@@ -165,9 +165,14 @@ class PlansManager:
             raise RuntimeError(f"the plans have no configuration {configuration_name!r}; available: "
                                f"{', '.join(self.available_configurations)}")
         if configuration_name not in self._configurations:
-            resolved = resolve_inheritance(self.plans["configurations"], configuration_name)
+            resolved = self._internal_resolve_configuration_inheritance(configuration_name)
             self._configurations[configuration_name] = ConfigurationManager(resolved)
         return self._configurations[configuration_name]
+
+    def _internal_resolve_configuration_inheritance(self, configuration_name: str,
+                                                    visited: tuple[str, ...] | None = None) -> dict:
+        """Return a configuration with all it inherits; programs call it by this name. `visited` is not used."""
+        return resolve_inheritance(self.plans["configurations"], configuration_name)
 
     def get_label_manager(self, dataset_json: Mapping, **kwargs: Any) -> LabelManager:
         """Build the dataset's label manager; keywords are passed on to it."""
@@ -244,9 +249,11 @@ def resolve_inheritance(configurations: Mapping[str, dict], name: str) -> dict:
     """Return a deep copy of a configuration, completed by its ancestors' entries; nested dicts are not merged.
 
     Raises:
-        ValueError: An ancestor is missing.
+        ValueError: The configuration or an ancestor is missing.
         RuntimeError: The configuration is its own ancestor.
     """
+    if name not in configurations:
+        raise ValueError(f"the plans have no configuration {name!r}; available: {', '.join(configurations)}")
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
         if parent not in configurations:

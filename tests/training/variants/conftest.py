@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from importable_torchvision import make_torchvision_importable
 from tiny_dataset import make_tiny_dataset
 
 
@@ -50,3 +51,22 @@ def adan(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "adan_pytorch", SimpleNamespace(Adan=Adan))
     return Adan
+
+
+@pytest.fixture
+def small_primus(monkeypatch):
+    """Build every Primus network with a width and depth that train in a moment."""
+    make_torchvision_importable()
+    from dynamic_network_architectures.architectures import primus
+
+    from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
+
+    small = {"embed_dim": 66, "eva_depth": 1, "eva_numheads": 1}
+    for size in "SBML":
+        monkeypatch.setitem(primus._PRIMUS_CONFIGS, size, small)
+    embedding = primus.PatchEmbedDeeperControlled
+    monkeypatch.setattr(primus, "PatchEmbedDeeperControlled",
+                        lambda **options: embedding(**{**options, "ch_per_level": (4, 4, 8, 8)}))
+    find_primus = primus_trainers.find_primus
+    monkeypatch.setattr(primus_trainers, "find_primus", lambda name: (
+        lambda **options: find_primus(name)(**{**options, **(small if name == "Primus" else {})})))
