@@ -12,6 +12,7 @@ from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.json_files import read_json
 
 ENDING = ".nii.gz"
 
@@ -73,7 +74,7 @@ def convert_dataset_json(file: Path) -> dict[str, Any]:
         InvalidInputError: It lacks labels or channels.
     """
     from nnunetv2.dataset_conversion.new_dataset import invert_labels, require_keys
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     require_keys(content, ("labels", "modality"), file)
     kept = {key: value for key, value in content.items() if key not in ("modality", "training", "test")}
     return {**kept, "labels": invert_labels(content["labels"]), "file_ending": ENDING,

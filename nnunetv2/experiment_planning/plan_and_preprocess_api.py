@@ -1,7 +1,6 @@
 """Fingerprint, plan and preprocess datasets: what the commands do, as functions."""
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ def preprocess(dataset_ids: Iterable[int | str], plans_identifier: str = "nnUNet
 def copy_labels(dataset_name: str) -> None:
     """Copy the labels of a dataset to gt_segmentations, those that are newer than a copy made earlier."""
     raw, target = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name / "gt_segmentations"
-    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_json(raw / "dataset.json")
     target.mkdir(parents=True, exist_ok=True)
     for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items():
         source, copy = Path(files["label"]), target / f"{case}{dataset_json['file_ending']}"

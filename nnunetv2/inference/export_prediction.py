@@ -1,7 +1,6 @@
 """Turn a network's logits into a label map in the image's own space, and write it."""
 from __future__ import annotations
 
-import json
 import logging
 import os
 import zipfile
@@ -23,6 +22,7 @@ from nnunetv2.inference.logit_resampling import (
 )
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.device import usable_cpu_count
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.restricted_pickle import save_pickle
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def read_dataset_json(content_or_path: Mapping[str, Any] | str | os.PathLike[str
     """Return the content of a dataset.json that may be given as such or as a path."""
     if isinstance(content_or_path, Mapping):
         return content_or_path
-    return json.loads(Path(content_or_path).read_text(encoding="utf-8"))
+    return read_json(content_or_path)
 
 
 def _as_array(values: ArrayOrTensor) -> np.ndarray:

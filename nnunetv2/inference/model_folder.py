@@ -1,7 +1,6 @@
 """Read a trained model folder: plans.json, dataset.json and a checkpoint per fold become a network and its weights."""
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from torch import nn
 
 from nnunetv2.training import networks
 from nnunetv2.training.checkpoint import load_checkpoint_file
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -115,5 +115,4 @@ def _describe_folds(folder: Path, checkpoint_name: str) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a trained model: it has no {path.name}")
-    with path.open(encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(path)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.postprocessing.components import find_smaller_components
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.json_files import read_json
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -204,7 +204,7 @@ def _read_json(folder: str, name: str, given: str | os.PathLike[str] | dict | No
     path = Path(folder, name) if given is None else Path(given)
     if given is None and not path.is_file():
         raise RuntimeError(f"{folder} has no {name}: name the one of the model that made these predictions ({option})")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _list_label_maps(folder: str, ending: str) -> list[str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from nnunetv2.run import processes
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.json_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -338,7 +338,7 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: plan and preprocess the dataset first "
                                 "(nnUNetv2_plan_and_preprocess), or check -p and the dataset")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, refuse_duplicates=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """List the cases of a raw dataset and the files that belong to them."""
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import defaultdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunetv2.utilities.file_endings import split_channel
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.legacy_names import file_helpers_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def get_filenames_of_train_images_and_targets(raw_dataset_folder: str, dataset_j
         ValueError: An entry of `dataset` lacks its images or its label.
     """
     if dataset_json is None:
-        dataset_json = json.loads(Path(raw_dataset_folder, "dataset.json").read_text(encoding="utf-8"))
+        dataset_json = read_json(Path(raw_dataset_folder, "dataset.json"))
     if "dataset" in dataset_json:
         return {case: _resolve_entry(raw_dataset_folder, case, entry)
                 for case, entry in dataset_json["dataset"].items()}

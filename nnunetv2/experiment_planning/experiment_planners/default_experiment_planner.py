@@ -23,7 +23,6 @@ from nnunetv2.experiment_planning.experiment_planners.inputs import (
     checked_spacing,
     count_training_cases,
     read_fingerprint,
-    read_json,
 )
 from nnunetv2.experiment_planning.experiment_planners.network_topology import Topology, get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.plans_file import write_plans
@@ -33,6 +32,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)

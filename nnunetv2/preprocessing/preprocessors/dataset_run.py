@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
+from nnunetv2.utilities.json_files import read_json
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -105,7 +106,7 @@ def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
 def read_if_path(dataset_json: dict | str | os.PathLike[str]) -> dict:
     """Return the content of a JSON file, or the dict itself."""
     if isinstance(dataset_json, (str, os.PathLike)):
-        return json.loads(Path(dataset_json).read_text(encoding="utf-8"))
+        return read_json(dataset_json)
     return dataset_json
 
 
