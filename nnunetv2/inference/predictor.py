@@ -250,6 +250,8 @@ class nnUNetPredictor:
         Returns:
             The label map `(*spatial)`, or (label map, probabilities), or None if a file is written.
         """
+        if output_file_truncated is not None:
+            output_file_truncated = self._without_ending(output_file_truncated)
         adapter = public.PreprocessAdapterFromNpy(
             [input_image], [segmentation_previous_stage], [image_properties], [output_file_truncated],
             self.plans_manager, self.dataset_json, self.configuration_manager, num_threads_in_multithreaded=1,
@@ -290,6 +292,8 @@ class nnUNetPredictor:
         previous_stage = _as_list(segs_from_prev_stage_or_list_of_segs_from_prev_stage, np.ndarray)
         properties = _as_list(properties_or_list_of_properties, Mapping)
         outputs = _as_list(truncated_ofname, (str, os.PathLike))
+        if outputs is not None:
+            outputs = [None if output is None else self._without_ending(output) for output in outputs]
         return public.preprocessing_iterator_fromnpy(
             images, previous_stage, properties, outputs, self.plans_manager, self.dataset_json,
             self.configuration_manager, min(num_processes, len(images)), self.device.type == "cuda",
@@ -393,7 +397,10 @@ class nnUNetPredictor:
         if case_lists.is_path(images):
             images = case_lists.list_folder(images, self.dataset_json,
                                             public.create_lists_from_splitted_dataset_folder)
-        cases = case_lists.list_cases(images, output_folder_or_list_of_truncated_output_files, ending,
+        outputs = output_folder_or_list_of_truncated_output_files
+        if outputs is not None and not case_lists.is_path(outputs):
+            outputs = [self._without_ending(output) for output in outputs]
+        cases = case_lists.list_cases(images, outputs, ending,
                                       previous_stage_folder=folder_with_segs_from_prev_stage, part_id=part_id,
                                       num_parts=num_parts)
         if not overwrite and cases.outputs is not None:
@@ -402,6 +409,11 @@ class nnUNetPredictor:
             logger.info("%d of %d cases are there already", total - len(cases.images), total)
         case_lists.require_previous_stage(cases)
         return cases.images, cases.outputs, cases.previous_stage
+
+    def _without_ending(self, output: PathOrText) -> str:
+        """Return an output path that a program gave without the ending of a NIfTI file."""
+        endings = case_lists.NIFTI_ENDINGS if self.dataset_json["file_ending"] in case_lists.NIFTI_ENDINGS else ()
+        return case_lists.drop_nifti_ending(output, endings, self.plans_manager.image_reader_writer_class)
 
     def _internal_get_data_iterator_from_lists_of_filenames(
             self, input_list_of_lists: list[list[str]], seg_from_prev_stage_files: list[str | None],

@@ -107,13 +107,6 @@ class UnpreparedCaseError(RuntimeError):
         return f"case {self.case}: {self.reason}"
 
 
-class _WorkerFailedError(UnpreparedCaseError):
-    """The same from a worker; programs look for how this message begins."""
-
-    def __str__(self) -> str:
-        return f"Background workers died. {super().__str__()}"
-
-
 def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
     """Preprocess a case with the configuration's preprocessor.
 
@@ -152,8 +145,9 @@ class PreprocessedCases(Iterator[Item]):
         """Return the next case.
 
         Raises:
-            UnpreparedCaseError: It failed. From workers, the text begins with "Background workers died.".
-            RuntimeError: A worker process died, and the iteration is over. The text begins in the same way.
+            UnpreparedCaseError: It failed.
+            RuntimeError: A worker process died, and the iteration is over. Programs look for how the text begins,
+                "Background workers died.".
         """
         if self._num_workers == 0:
             return self._finish(preprocess_case(next(self._to_do), self._model, self._verbose))
@@ -179,8 +173,6 @@ class PreprocessedCases(Iterator[Item]):
     def _result(self, future: Future) -> Item:
         try:
             return future.result()
-        except UnpreparedCaseError as error:
-            raise _WorkerFailedError(error.case, error.reason) from error
         except BrokenProcessPool as error:
             self.close()
             raise RuntimeError(

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
+from nnunetv2.inference.export_prediction import export_case, resample_and_save
 from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.predictor import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -106,8 +106,8 @@ def _export(trainer: nnUNetTrainer, logits: np.ndarray, properties: dict, folder
         resample_and_save(logits, target_shape, str(target_folder / case), trainer.plans_manager,
                           trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
                           dataset_class)
-    export_prediction_from_logits(logits, properties, trainer.configuration_manager, trainer.plans_manager,
-                                  trainer.dataset_json, str(folder / case), save_probabilities)
+    export_case(logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
+                str(folder / case), save_probabilities)
     finished.add(case)
 
 

@@ -98,7 +98,7 @@ def test_parts_share_the_cases(make_predictor, write_images, tmp_path):
 def test_a_damaged_image_is_named(make_predictor, write_images, tmp_path):
     images = write_images()
     (images / "liver_2_0000.nii.gz").write_bytes(b"no image")
-    with pytest.raises(RuntimeError, match=r"^Background workers died\. 1 of 2 cases .*: liver_2: "):
+    with pytest.raises(RuntimeError, match=r"^1 of 2 cases .*: liver_2: "):
         make_predictor().predict_from_files(str(images), str(tmp_path / "out"))
     assert (tmp_path / "out" / "liver_1.nii.gz").exists()  # what was predicted before is kept
 
@@ -419,3 +419,33 @@ def test_an_error_of_the_network_is_no_reason_to_try_again(make_predictor):
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         predictor.predict_logits_from_preprocessed_data(torch.randn(1, 20, 14, 24))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_output_that_is_named_with_its_ending_gets_no_second_one(make_predictor, write_images, tmp_path, sequential):
+    images, out, predictor = write_images(["a", "b"]), tmp_path / "out", make_predictor()
+    predict = predictor.predict_from_files_sequential if sequential else predictor.predict_from_files
+    files = [[str(images / f"{name}_0000.nii.gz")] for name in "ab"]
+    predict(files, [str(out / "a_bet.nii.gz"), str(out / "b.nii")])  # b.nii is the stem of b.nii.gz
+    assert {"a_bet.nii.gz", "b.nii.gz"} == set(names_in(out)) - set(MODEL_FILES)
+    assert predict(files, [str(out / "a_bet.nii.gz"), str(out / "b.nii")], overwrite=False) is None
+    with pytest.raises(ValueError, match="two cases would be written to"):
+        predict(files, [str(out / "a"), str(out / "a.nii.gz")])
+
+
+def test_arrays_go_to_files_that_are_named_with_their_ending(make_predictor, write_images, tmp_path):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    image, properties = SimpleITKIO().read_images([str(write_images(["a"]) / "a_0000.nii.gz")])
+    predictor, out = make_predictor(), tmp_path / "out"
+    out.mkdir()
+    predictor.predict_single_npy_array(image, properties, None, str(out / "one.nii.gz"))
+    predictor.predict_from_list_of_npy_arrays([image] * 2, None, [properties] * 2,
+                                              [str(out / "two.nii.gz"), str(out / "three")], 1)
+    assert names_in(out) == ["one.nii.gz", "three.nii.gz", "two.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.hdr", "scan.img", "scan.nia", "1.2.840"])
+def test_a_case_with_an_ending_in_its_name_keeps_it(make_predictor, write_images, tmp_path, name):
+    make_predictor().predict_from_files(str(write_images([name])), str(tmp_path / "out"))
+    assert f"{name}.nii.gz" in names_in(tmp_path / "out")

@@ -24,7 +24,7 @@ def trainer(roots, monkeypatch) -> nnUNetTrainer:
 
 
 def record_exports(monkeypatch, *, fails=lambda case: False):
-    exported, export = [], validation.export_prediction_from_logits
+    exported, export = [], validation.export_case
 
     def recording(*arguments):
         case = Path(arguments[5]).name
@@ -33,7 +33,7 @@ def record_exports(monkeypatch, *, fails=lambda case: False):
         exported.append(case)
         return export(*arguments)
 
-    monkeypatch.setattr(validation, "export_prediction_from_logits", recording)
+    monkeypatch.setattr(validation, "export_case", recording)
     return exported
 
 

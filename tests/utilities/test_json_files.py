@@ -15,7 +15,8 @@ def test_what_editors_save_is_read(tmp_path, content):
 
 @pytest.mark.parametrize(("content", "problem"), [
     (b'{"a": 1,}', "is not valid JSON"), (b"[1, 2", "is not valid JSON"), (b"", "is empty"), (b" \n", "is empty"),
-    (b"\xef\xbb\xbf", "is not valid JSON"), (b"[1]", "must hold names in braces"), (b"null", "must hold names in braces"),
+    (b"\xef\xbb\xbf", "is not valid JSON"), (b"[1]", "must hold names in braces"),
+    (b"null", "must hold names in braces"),
     ('{"a": 1}'.encode("utf-16"), "is not encoded in UTF-8"),
     ('{"ä": 1}'.encode("latin-1"), "is not encoded in UTF-8"),
     (b"[" * 100_000, "plans.json")])
