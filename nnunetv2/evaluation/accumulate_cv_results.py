@@ -71,7 +71,8 @@ def _copy_predictions(folders: dict[int | str, Path], merged: Path, ending: str,
                 continue
             if overwrite and file.name in origin:
                 raise RuntimeError(f"{file.name} was predicted in two folds, {origin[file.name]} and {fold}: the folds "
-                                   "of one model must not share validation cases")
+                                   "of one model must not share validation cases. If splits_final.json was changed, "
+                                   "nnUNetv2_train ... FOLD --val validates each fold on its cases alone")
             origin.setdefault(file.name, fold)
             if not (merged / file.name).exists():
                 shutil.copyfile(file, merged / file.name)
