@@ -47,6 +47,11 @@ class BaseReaderWriter(ABC):
         """Find what is wrong with a file although it can be read. The integrity check calls this; it may take time."""
         return []
 
+    def list_side_cars(self, fname: FilePath, is_label: bool = False) -> list[str]:
+        """Return the files beside an image that belong to it, whether they exist or not. Their stem is that of the
+        case."""
+        return []
+
     @staticmethod
     def _check_all_same(input_list: Sequence) -> bool:
         """Tell whether all entries (numbers or sequences of numbers) are numerically close to the first."""

@@ -59,6 +59,9 @@ class Tiff3DIO(BaseReaderWriter):
             # without a photometric, three or four columns would be taken for colours
             tifffile.imwrite(file, as_labels(seg), compression="zlib", photometric="minisblack")
 
+    def list_side_cars(self, fname: FilePath, is_label: bool = False) -> list[str]:
+        """Return the JSON file with the spacing."""
+        return [_side_car(fspath(fname), is_label)]
 
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
         """Find that the spacing is not given. A wrong one makes wrong plans, so it should not be taken by default."""

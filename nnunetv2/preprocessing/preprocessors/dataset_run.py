@@ -43,11 +43,16 @@ class DatasetRun:
 
     @property
     def sources(self) -> dict[str, list[str]]:
-        """All files of each case."""
+        """All files of each case, those beside images included."""
         return {case: self.sources_of(case) for case in self.files}
 
     def sources_of(self, case: str) -> list[str]:
-        return [*self.files[case]["images"], self.files[case]["label"]]
+        images, label = self.files[case]["images"], self.files[case]["label"]
+        list_side_cars = getattr(self.plans_manager.image_reader_writer_class(), "list_side_cars", None)
+        if list_side_cars is None:  # readers need not be our subclasses
+            return [*images, label]
+        return [*images, label, *sorted({*(name for image in images for name in list_side_cars(image)),
+                                         *list_side_cars(label, is_label=True)})]
 
     @property
     def fingerprint(self) -> dict | None:
