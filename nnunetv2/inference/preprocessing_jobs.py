@@ -86,9 +86,12 @@ class ArrayCase:
 
     def preprocess(self, preprocessor: DefaultPreprocessor, model: Model) -> Item:
         """Preprocess the case. Preprocessors add entries to the properties: ours is a copy."""
+        from nnunetv2.preprocessing.odd_sizes import warn_of_odd_size
+
         data, seg, properties = preprocessor.run_case_npy(
             self.image, self.previous_stage, dict(self.properties), model.plans_manager, model.configuration_manager,
             model.dataset_json)
+        warn_of_odd_size(self.name, properties, model.plans_manager, model.configuration_manager)
         return _as_item(data, seg if self.previous_stage is not None else None, properties, self.output, model)
 
 

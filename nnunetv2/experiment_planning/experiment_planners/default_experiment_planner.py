@@ -322,8 +322,9 @@ class ExperimentPlanner:
             coarse = coarsen(coarse)
             exact_shape = spacing / coarse * median_shape
             num_image = np.prod(exact_shape)
+            shape = tuple(max(1, round(length)) for length in exact_shape)
             lowres = self.get_plans_for_configuration(
-                coarse, tuple(round(length) for length in exact_shape), self.generate_data_identifier("3d_lowres"),
+                coarse, shape, self.generate_data_identifier("3d_lowres"),
                 float(num_image * self.num_training_cases), cache)
             num_patch = math.prod(lowres["patch_size"])
         if lowres is not None and np.prod(median_shape) / num_image < 2:
