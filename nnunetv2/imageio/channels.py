@@ -29,8 +29,16 @@ def list_files(image_fnames: Sequence[FilePath]) -> list[str]:
         raise ValueError("read_images was given an empty list of files")
     for file in files:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"image file {file} does not exist")
+            raise FileNotFoundError(describe_missing(file))
     return files
+
+
+def describe_missing(file: FilePath) -> str:
+    """Return in words that an image file is not there, or that it is a link to one that is not."""
+    if Path(file).is_symlink():
+        return (f"image file {os.fspath(file)} is a link to {Path(file).readlink()}, which does not exist. Is the disk "
+                "mounted that it is on?")
+    return f"image file {os.fspath(file)} does not exist"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.postprocessing.components import find_smaller_components
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.file_endings import list_names
 from nnunetv2.utilities.json_files import read_json
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def apply_postprocessing_to_folder(
     """
     dataset = _DatasetFiles.read(input_folder, plans_file_or_dict, dataset_json_file_or_dict)
     Path(output_folder).mkdir(parents=True, exist_ok=True)
-    names = _list_label_maps(input_folder, dataset.ending)
+    names = list_names(input_folder, dataset.ending)
     if not names:
         raise FileNotFoundError(f"nothing to postprocess in {input_folder}: no file ends in {dataset.ending}")
     _postprocess_files(names, input_folder, output_folder, dataset.reader, pp_fns, pp_fn_kwargs, num_processes)
@@ -205,10 +206,6 @@ def _read_json(folder: str, name: str, given: str | os.PathLike[str] | dict | No
     if given is None and not path.is_file():
         raise RuntimeError(f"{folder} has no {name}: name the one of the model that made these predictions ({option})")
     return read_json(path)
-
-
-def _list_label_maps(folder: str, ending: str) -> list[str]:
-    return sorted(entry.name for entry in Path(folder).iterdir() if entry.name.endswith(ending) and entry.is_file())
 
 
 def _postprocess_files(names: Sequence[str], source: str, target: str, reader: BaseReaderWriter,

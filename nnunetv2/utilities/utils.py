@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.utilities.file_endings import split_channel
+from nnunetv2.utilities.file_endings import list_names, split_channel
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.legacy_names import file_helpers_of
 
@@ -88,7 +88,7 @@ def _resolve_path(folder: str, path: str) -> str:
 def _list_cases(folder: str, file_ending: str, *, warn: bool = True) -> dict[str, list[str]]:
     """Return the images of a folder by case, channels in order, in one pass over the folder."""
     cases, strangers = defaultdict(list), []
-    for name in _list_names(folder, file_ending):
+    for name in list_names(folder, file_ending):
         parts = split_channel(name, file_ending)
         if parts is None:
             strangers.append(name)
@@ -99,9 +99,3 @@ def _list_cases(folder: str, file_ending: str, *, warn: bool = True) -> dict[str
                        folder, len(strangers), file_ending, file_ending, ", ".join(strangers[:5]),
                        ", ..." if len(strangers) > 5 else "")
     return dict(cases)
-
-
-def _list_names(folder: str, file_ending: str) -> list[str]:
-    """Return the sorted names of all files with an ending in a folder."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.endswith(file_ending) and entry.is_file())

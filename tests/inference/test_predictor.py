@@ -449,3 +449,11 @@ def test_arrays_go_to_files_that_are_named_with_their_ending(make_predictor, wri
 def test_a_case_with_an_ending_in_its_name_keeps_it(make_predictor, write_images, tmp_path, name):
     make_predictor().predict_from_files(str(write_images([name])), str(tmp_path / "out"))
     assert f"{name}.nii.gz" in names_in(tmp_path / "out")
+
+
+def test_a_link_to_nothing_is_a_case_that_fails(make_predictor, write_images, tmp_path):
+    images = write_images(["a"])
+    (images / "b_0000.nii.gz").symlink_to(tmp_path / "nowhere" / "b_0000.nii.gz")
+    with pytest.raises(RuntimeError, match=r"1 of 2 cases .*: b: .*is a link to .*nowhere.*which does not exist"):
+        make_predictor().predict_from_files(str(images), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "a.nii.gz").is_file()

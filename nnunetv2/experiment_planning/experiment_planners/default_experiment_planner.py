@@ -19,6 +19,7 @@ from nnunetv2.experiment_planning.experiment_planners.geometry import (
     median_resampled_shape,
     median_target_spacing,
 )
+from nnunetv2.experiment_planning.experiment_planners.hints import describe_flat_axes, find_too_small
 from nnunetv2.experiment_planning.experiment_planners.inputs import (
     checked_spacing,
     count_training_cases,
@@ -271,6 +272,9 @@ class ExperimentPlanner:
         target = np.asarray(self.determine_fullres_target_spacing())
         median_shape = median_resampled_shape(spacings, shapes, target)[forward]
         configurations = self._plan_configurations(target[forward], median_shape)
+        for hint in (describe_flat_axes(median_shape, forward), *find_too_small(configurations).values()):
+            if hint is not None:
+                logger.warning("%s: %s", self.dataset_name, hint)
 
         preprocessed = Path(self.preprocessed_dataset_folder)
         preprocessed.mkdir(parents=True, exist_ok=True)
