@@ -34,7 +34,7 @@ def convert_msd_dataset(source_folder: str, overwrite_target_id: int | None = No
         RuntimeError: An image has neither three nor four axes.
     """
     from nnunetv2.dataset_conversion.new_dataset import building_dataset
-    source = Path(source_folder)
+    source = Path(source_folder).resolve()  # -i . within the folder
     task_id, name = parse_task_name(source)
     target_id = task_id if overwrite_target_id is None else overwrite_target_id
     dataset_json = convert_dataset_json(source / "dataset.json")

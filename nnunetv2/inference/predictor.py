@@ -46,7 +46,8 @@ class nnUNetPredictor:
     """Holds a model and predicts with it. Attributes are public: programs read them, and set them by hand.
 
     Args:
-        tile_step_size: Distance of neighbouring tiles as a fraction of the patch size, above 0 and at most 1.
+        tile_step_size: Distance of neighbouring tiles as a fraction of the patch size, above 0 and at most 1; another
+            one raises a ValueError.
         use_gaussian: Weigh the centre of a tile more than its rim.
         use_mirroring: Average over mirrored copies, along the axes that training mirrored.
         perform_everything_on_device: Collect logits on the GPU; without effect on other devices.
@@ -60,6 +61,8 @@ class nnUNetPredictor:
                  perform_everything_on_device: bool = True,
                  device: torch.device = torch.device("cuda"),  # noqa: B008
                  verbose: bool = False, verbose_preprocessing: bool = False, allow_tqdm: bool = True) -> None:
+        if not 0 < tile_step_size <= 1:
+            raise ValueError(f"tile_step_size must be above 0 and at most 1, got {tile_step_size}")
         self.tile_step_size = tile_step_size
         self.use_gaussian = use_gaussian
         self.use_mirroring = use_mirroring

@@ -457,3 +457,21 @@ def test_a_link_to_nothing_is_a_case_that_fails(make_predictor, write_images, tm
     with pytest.raises(RuntimeError, match=r"1 of 2 cases .*: b: .*is a link to .*nowhere.*which does not exist"):
         make_predictor().predict_from_files(str(images), str(tmp_path / "out"))
     assert (tmp_path / "out" / "a.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("step", [0, 1.5, -0.5, float("nan")])
+def test_a_step_that_leaves_gaps_is_refused_at_once(step):
+    with pytest.raises(ValueError, match="tile_step_size must be above 0 and at most 1"):
+        nnUNetPredictor(tile_step_size=step, device=torch.device("cpu"))
+
+
+def test_properties_of_another_reader_are_refused_at_once(make_predictor, write_images, tmp_path, monkeypatch):
+    from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+
+    image, properties = NibabelIO().read_images([str(write_images(["a"]) / "a_0000.nii.gz")])
+    predictor = make_predictor()
+    monkeypatch.setattr(predictor, "predict_logits_from_preprocessed_data", lambda data: pytest.fail("predicted"))
+    with pytest.raises(ValueError, match="not made by SimpleITKIO: they lack 'sitk_stuff'"):
+        predictor.predict_single_npy_array(image, properties, None, str(tmp_path / "a"))
+    with pytest.raises(RuntimeError, match="1 of 1 cases .*not made by SimpleITKIO"):
+        predictor.predict_from_list_of_npy_arrays(image, None, properties, str(tmp_path / "a"), 1)
