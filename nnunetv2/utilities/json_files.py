@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 KINDS = {dict: "names in braces, {...}", list: "a list, [...]", str: "a text", int: "a whole number",
@@ -17,15 +18,22 @@ class JsonFileError(ValueError):
     """A file is no JSON, or holds something else than expected."""
 
 
-def read_json(file: str | os.PathLike[str], kind: type = dict, *, refuse_duplicates: bool = False) -> Any:
+PLANS: Mapping[str, type] = MappingProxyType({"configurations": dict})
+DATASET: Mapping[str, type] = MappingProxyType({"labels": dict})
+"""What nothing can be done without in plans and in a dataset.json."""
+
+
+def read_json(file: str | os.PathLike[str], kind: type = dict, *, required: Mapping[str, type] = MappingProxyType({}),
+              refuse_duplicates: bool = False) -> Any:
     """Return the content of a JSON file in UTF-8, with or without a byte order mark.
 
     Args:
         kind: The type of the whole content.
+        required: Keys that it must have, and the types of their values.
         refuse_duplicates: Refuse keys that occur twice in the same braces, of which a parser keeps the last only.
 
     Raises:
-        JsonFileError: It is no valid JSON, or of another type.
+        JsonFileError: It is no valid JSON, of another type, or lacks a key.
         OSError: It cannot be read.
     """
     data = Path(file).read_bytes()
@@ -45,6 +53,11 @@ def read_json(file: str | os.PathLike[str], kind: type = dict, *, refuse_duplica
                             "give the other its own name") from error
     if not isinstance(content, kind):
         raise JsonFileError(f"{os.fspath(file)} holds {kind_of(content)}, but must hold {KINDS[kind]}. {_REMEDY}")
+    for key, kind_of_value in required.items():
+        if not isinstance(content.get(key), kind_of_value):
+            found = kind_of(content[key]) if key in content else "nothing"
+            raise JsonFileError(f"{os.fspath(file)} must hold {KINDS[kind_of_value]} under {key!r}, it holds {found}. "
+                                "Is it another file than its name says? Remedy: restore it, or make it anew")
     return content
 
 

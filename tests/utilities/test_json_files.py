@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunetv2.utilities.json_files import JsonFileError, read_json
+from nnunetv2.utilities.json_files import PLANS, JsonFileError, read_json
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}', b'\xef\xbb\xbf{"a": 1}', b'\xef\xbb\xbf{\r\n"a": 1\r\n}\r\n'],
@@ -40,3 +40,10 @@ def test_keys_that_occur_twice_are_refused_where_asked_for(tmp_path):
     assert read_json(tmp_path / "plans.json") == {"a": {"b": 2}}
     with pytest.raises(JsonFileError, match=r"plans.json: 'b' occurs twice"):
         read_json(tmp_path / "plans.json", refuse_duplicates=True)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"configurations": 3}', '{"configurations": null}'])
+def test_a_file_that_lacks_what_matters_is_named(tmp_path, content):
+    (tmp_path / "plans.json").write_text(content)
+    with pytest.raises(JsonFileError, match=r"plans.json must hold names in braces, \{...\} under 'configurations'"):
+        read_json(tmp_path / "plans.json", required=PLANS)

@@ -21,7 +21,7 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RuntimeError(f"{file} is missing. Run nnUNetv2_extract_fingerprint (or nnUNetv2_plan_and_preprocess) "
                            f"first")
-    return read_json(file)
+    return read_json(file, required={"spacings": list, "shapes_after_crop": list})
 
 
 def count_training_cases(dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str,

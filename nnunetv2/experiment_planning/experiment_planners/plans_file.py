@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.atomic_write import save_json_atomically
-from nnunetv2.utilities.json_files import read_json
+from nnunetv2.utilities.json_files import PLANS, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def write_plans(plans: dict[str, Any], file: Path) -> None:
 def _configurations_to_keep(plans: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    existing = read_json(file)["configurations"]
+    existing = read_json(file, required=PLANS)["configurations"]
     earlier = {name: content for name, content in existing.items() if name not in plans["configurations"]}
     needed = _ancestors([name for name in earlier if name not in _OPTIONAL_CONFIGURATIONS], earlier)
     stale = [name for name in earlier if name in _OPTIONAL_CONFIGURATIONS and name not in needed]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.command_line import run_command
-from nnunetv2.utilities.json_files import read_json
+from nnunetv2.utilities.json_files import PLANS, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def move_plans_between_datasets(source_dataset_name_or_id: int | str, target_dat
     if not (raw_folder / "dataset.json").is_file():
         raise InvalidInputError(f"{raw_folder / 'dataset.json'} does not exist. The images of the target decide how "
                                 f"they are read, so its raw dataset is needed")
-    plans = rename_plans(read_json(plans_file), dataset_name=target,
+    plans = rename_plans(read_json(plans_file, required=PLANS), dataset_name=target,
                          source_name=source_plans_identifier, target_name=target_plans_identifier)
     plans["image_reader_writer"] = _determine_reader(raw_folder, plans)
     target_folder.mkdir(parents=True, exist_ok=True)

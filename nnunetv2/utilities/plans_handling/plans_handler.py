@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-from nnunetv2.utilities.json_files import read_json
+from nnunetv2.utilities.json_files import PLANS, read_json
 from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
 from nnunetv2.utilities.plans_handling.old_plans import add_architecture, is_old_configuration
 
@@ -147,7 +147,7 @@ class PlansManager:
         if isinstance(plans_file_or_dict, dict):
             self.plans = plans_file_or_dict
         else:
-            self.plans = read_json(plans_file_or_dict, refuse_duplicates=True)
+            self.plans = read_json(plans_file_or_dict, required=PLANS, refuse_duplicates=True)
         self._configurations: dict[str, ConfigurationManager] = {}
 
     def __repr__(self) -> str:
