@@ -411,7 +411,12 @@ class nnUNetPredictor:
             cases = case_lists.without_finished(cases, ending, save_probabilities)
             logger.info("%d of %d cases are there already", total - len(cases.images), total)
         case_lists.require_previous_stage(cases)
-        return cases.images, cases.outputs, cases.previous_stage
+        named = cases.outputs
+        if case_lists.is_path(outputs):  # the export takes one ending off, which here belongs to the name of the case
+            reader = self.plans_manager.image_reader_writer_class
+            named = [name if case_lists.drop_nifti_ending(name, (ending,), reader) == name else f"{name}{ending}"
+                     for name in named]
+        return cases.images, named, cases.previous_stage
 
     def _without_ending(self, output: PathOrText) -> str:
         """Return an output path that a program gave without the ending of a NIfTI file."""

@@ -445,10 +445,13 @@ def test_arrays_go_to_files_that_are_named_with_their_ending(make_predictor, wri
     assert names_in(out) == ["one.nii.gz", "three.nii.gz", "two.nii.gz"]
 
 
-@pytest.mark.parametrize("name", ["scan.nii", "scan.hdr", "scan.img", "scan.nia", "1.2.840"])
-def test_a_case_with_an_ending_in_its_name_keeps_it(make_predictor, write_images, tmp_path, name):
-    make_predictor().predict_from_files(str(write_images([name])), str(tmp_path / "out"))
-    assert f"{name}.nii.gz" in names_in(tmp_path / "out")
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_a_case_with_an_ending_in_its_name_keeps_it(make_predictor, write_images, tmp_path, reader):
+    names = ["scan", "scan.nii.gz", "scan.nii", "scan.hdr", "scan.img", "scan.nia", "1.2.840"]
+    predictor, images, out = make_predictor(reader=reader), str(write_images(names)), tmp_path / "out"
+    predictor.predict_from_files(images, str(out))
+    assert {path.name for path in out.glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
+    assert predictor.predict_from_files(images, str(out), overwrite=False) is None
 
 
 def test_a_link_to_nothing_is_a_case_that_fails(make_predictor, write_images, tmp_path):
