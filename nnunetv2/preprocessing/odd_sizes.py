@@ -50,9 +50,9 @@ def warn_of_odd_size(name: str, properties: Mapping[str, Any], plans_manager: Pl
         properties: As preprocessing leaves them.
     """
     keys = ("spacing", "shape_before_cropping", "shape_after_cropping_and_before_resampling")
-    wanted = [float(entry) for entry in configuration_manager.spacing]
     if any(key not in properties for key in keys) or len(properties["spacing"]) != 3:
         return  # a preprocessor of a user's own
+    wanted = [float(entry) for entry in configuration_manager.spacing]
     spacing = [float(properties["spacing"][axis]) for axis in plans_manager.transpose_forward]
     wanted = [*spacing[:3 - len(wanted)], *wanted]
     shape = properties["shape_after_cropping_and_before_resampling"]
