@@ -255,6 +255,9 @@ class nnUNetPredictor:
         """
         if output_file_truncated is not None:
             output_file_truncated = self._without_ending(output_file_truncated)
+            writer = self.plans_manager.image_reader_writer_class()
+            if hasattr(writer, "require_properties"):  # readers need not be our subclasses
+                writer.require_properties(image_properties)
         adapter = public.PreprocessAdapterFromNpy(
             [input_image], [segmentation_previous_stage], [image_properties], [output_file_truncated],
             self.plans_manager, self.dataset_json, self.configuration_manager, num_threads_in_multithreaded=1,

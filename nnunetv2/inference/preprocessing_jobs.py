@@ -88,9 +88,6 @@ class ArrayCase:
         """Preprocess the case. Preprocessors add entries to the properties: ours is a copy."""
         from nnunetv2.preprocessing.odd_sizes import warn_of_odd_size
 
-        check = getattr(model.plans_manager.image_reader_writer_class(), "require_properties", None)
-        if self.output is not None and check is not None:  # readers need not be our subclasses
-            check(self.properties)
         data, seg, properties = preprocessor.run_case_npy(
             self.image, self.previous_stage, dict(self.properties), model.plans_manager, model.configuration_manager,
             model.dataset_json)

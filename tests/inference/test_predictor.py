@@ -468,13 +468,13 @@ def test_a_step_that_leaves_gaps_is_refused_at_once(step):
         nnUNetPredictor(tile_step_size=step, device=torch.device("cpu"))
 
 
-def test_properties_of_another_reader_are_refused_at_once(make_predictor, write_images, tmp_path, monkeypatch):
+def test_properties_of_another_reader_are_refused(make_predictor, write_images, tmp_path, monkeypatch):
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
     image, properties = NibabelIO().read_images([str(write_images(["a"]) / "a_0000.nii.gz")])
     predictor = make_predictor()
+    with pytest.raises(RuntimeError, match="1 of 1 cases .*not made by SimpleITKIO"):
+        predictor.predict_from_list_of_npy_arrays(image, None, properties, str(tmp_path / "a"), 1)
     monkeypatch.setattr(predictor, "predict_logits_from_preprocessed_data", lambda data: pytest.fail("predicted"))
     with pytest.raises(ValueError, match="not made by SimpleITKIO: they lack 'sitk_stuff'"):
         predictor.predict_single_npy_array(image, properties, None, str(tmp_path / "a"))
-    with pytest.raises(RuntimeError, match="1 of 1 cases .*not made by SimpleITKIO"):
-        predictor.predict_from_list_of_npy_arrays(image, None, properties, str(tmp_path / "a"), 1)
