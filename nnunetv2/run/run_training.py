@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from nnunetv2.run import processes
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
 from nnunetv2.utilities.legacy_names import names_from, origins
 from nnunetv2.utilities.plain_text import show
 
@@ -189,8 +189,8 @@ def get_trainer_from_args(dataset_name_or_id: str | int, configuration: str, fol
 
     trainer_class = public.recursive_find_trainer_class_by_name(trainer_name)
     folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
-    plans = _read_json(folder / f"{plans_identifier}.json")
-    dataset_json = _read_json(folder / "dataset.json")
+    plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
+    dataset_json = _read_json(folder / "dataset.json", DATASET)
     return trainer_class(plans={**plans, "continue_training": continue_training}, configuration=configuration,
                          fold=fold, dataset_json=dataset_json,
                          device=torch.device("cuda") if device is None else device)
@@ -351,11 +351,11 @@ def _seed(rank: int) -> None:
         seed_everything(seed + rank)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, required: Mapping[str, type]) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: plan and preprocess the dataset first "
                                 "(nnUNetv2_plan_and_preprocess), or check -p and the dataset")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, required=required, refuse_duplicates=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Predict the validation cases of a fold with the trained network, and score them."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
+from nnunetv2.inference.export_prediction import export_case, resample_and_save
 from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from nnunetv2.inference.predictor import nnUNetPredictor
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+ASIDE = "validation_of_other_cases"
+"""Folder of a fold with predictions that an earlier split left."""
 
 NextStage = tuple[str, tuple[int, ...], type]
 """Name, preprocessed shape of the case, and dataset class."""
@@ -52,6 +55,7 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool, predictor_clas
         folder.mkdir(parents=True, exist_ok=True)
         finished = FinishedCases(folder)
         if trainer.local_rank == 0:
+            _set_aside_other_cases(trainer, folder)
             finished.open(fingerprint_of(bare_network(network), [
                 save_probabilities, trainer.inference_allowed_mirroring_axes, trainer.plans_manager.plans,
                 trainer.configuration_name, wants_cpu_autocast(), trainer.device.type]))
@@ -66,6 +70,40 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool, predictor_clas
         trainer.set_deep_supervision_enabled(was_supervised)
         network.train(was_training)
         compute_gaussian.cache_clear()
+
+
+def set_aside_other_cases(folder: Path, cases: Collection[str], ending: str) -> list[str]:
+    """Move predictions of other cases, which an earlier split left, out of a folder that is to be scored.
+
+    They go to the folder ASIDE beside it, whatever lies there under the same name is replaced.
+
+    Args:
+        cases: Those to be kept.
+        ending: Of label maps.
+
+    Returns:
+        The cases moved.
+    """
+    kinds = (ending, ".npz", ".pkl")
+    found = {file.name.removesuffix(kind) for kind in kinds for file in folder.glob(f"*{kind}")}
+    others = sorted(found - set(cases))
+    aside = folder.with_name(ASIDE)
+    for case in others:
+        aside.mkdir(exist_ok=True)
+        for kind in (*kinds, ".json"):  # a label map in tif has its spacing in the latter
+            file = folder / f"{case}{kind}"
+            if file.is_file():
+                file.replace(aside / file.name)
+    return others
+
+
+def _set_aside_other_cases(trainer: nnUNetTrainer, folder: Path) -> None:
+    moved = set_aside_other_cases(folder, list(map(str, trainer.do_split()[1])), trainer.dataset_json["file_ending"])
+    if moved:
+        trainer.print_to_log_file(
+            f"WARNING: {folder} held predictions of {len(moved)} cases that are not for validation in this fold, of an "
+            f"earlier split: {', '.join(moved[:10])}{', ...' if len(moved) > 10 else ''}. They are not scored, and lie "
+            f"in {ASIDE} beside it now", also_print_to_console=True)
 
 
 def _predict_cases(trainer: nnUNetTrainer, predictor: nnUNetPredictor, folder: Path, finished: FinishedCases, *,
@@ -111,8 +149,8 @@ def _export(trainer: nnUNetTrainer, logits: np.ndarray, properties: dict, folder
         resample_and_save(logits, target_shape, str(target_folder / case), trainer.plans_manager,
                           trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
                           dataset_class)
-    export_prediction_from_logits(logits, properties, trainer.configuration_manager, trainer.plans_manager,
-                                  trainer.dataset_json, str(folder / case), save_probabilities)
+    export_case(logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
+                str(folder / case), save_probabilities)
     finished.add(case)
 
 

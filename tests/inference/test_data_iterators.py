@@ -75,7 +75,7 @@ def test_the_error_of_a_case_is_forwarded_with_its_name(workers):
                                               *make_model(), workers)
     assert next(iterator)["ofile"] == "/o/a"
     assert next(iterator)["ofile"] == "/o/b"
-    with pytest.raises(RuntimeError, match=r"^Background workers died\. case liver_7: .*spacing"):
+    with pytest.raises(RuntimeError, match=r"^case liver_7: .*spacing"):
         next(iterator)
 
 

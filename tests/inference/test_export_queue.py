@@ -59,7 +59,7 @@ def test_cases_that_were_never_prepared_are_listed_with_the_others():
     with ExportQueue(1) as queue:
         queue.submit("liver_1", 1, lambda: 1)
         queue.fail("liver_2", UnpreparedCaseError("liver_2", "ValueError: no image"))
-        with pytest.raises(RuntimeError, match=r"^Background workers died\. 1 of 2 cases .*: liver_2: ValueError: no"):
+        with pytest.raises(RuntimeError, match=r"^1 of 2 cases .*: liver_2: ValueError: no"):
             queue.results()
 
 

@@ -19,11 +19,11 @@ from nnunetv2.experiment_planning.experiment_planners.geometry import (
     median_resampled_shape,
     median_target_spacing,
 )
+from nnunetv2.experiment_planning.experiment_planners.hints import describe_flat_axes, find_too_small
 from nnunetv2.experiment_planning.experiment_planners.inputs import (
     checked_spacing,
     count_training_cases,
     read_fingerprint,
-    read_json,
 )
 from nnunetv2.experiment_planning.experiment_planners.network_topology import Topology, get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.plans_file import write_plans
@@ -33,6 +33,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
@@ -271,6 +272,9 @@ class ExperimentPlanner:
         target = np.asarray(self.determine_fullres_target_spacing())
         median_shape = median_resampled_shape(spacings, shapes, target)[forward]
         configurations = self._plan_configurations(target[forward], median_shape)
+        for hint in (describe_flat_axes(median_shape, forward), *find_too_small(configurations).values()):
+            if hint is not None:
+                logger.warning("%s: %s", self.dataset_name, hint)
 
         preprocessed = Path(self.preprocessed_dataset_folder)
         preprocessed.mkdir(parents=True, exist_ok=True)
@@ -322,8 +326,9 @@ class ExperimentPlanner:
             coarse = coarsen(coarse)
             exact_shape = spacing / coarse * median_shape
             num_image = np.prod(exact_shape)
+            shape = tuple(max(1, round(length)) for length in exact_shape)
             lowres = self.get_plans_for_configuration(
-                coarse, tuple(round(length) for length in exact_shape), self.generate_data_identifier("3d_lowres"),
+                coarse, shape, self.generate_data_identifier("3d_lowres"),
                 float(num_image * self.num_training_cases), cache)
             num_patch = math.prod(lowres["patch_size"])
         if lowres is not None and np.prod(median_shape) / num_image < 2:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
+from nnunetv2.experiment_planning.experiment_planners.hints import describe_too_small
 from nnunetv2.training import checkpoint as checkpoint_files
 from nnunetv2.training import log_file as log_files
 from nnunetv2.training import model_folder, splits, steps
@@ -265,9 +266,12 @@ class nnUNetTrainer:
         """Add a loss up over the outputs of deep supervision; without it, return the loss as it is."""
         if not self.enable_deep_supervision:
             return loss
+        scales = self._get_deep_supervision_scales()
+        if not scales:
+            raise ValueError(describe_too_small(self.configuration_name,
+                                                self.configuration_manager.median_image_size_in_voxels))
         # DDP fails on parameters without a gradient, unless the network is compiled.
-        weights = deep_supervision_weights(len(self._get_deep_supervision_scales()),
-                                           keep_last_tiny=self.is_ddp and not self._do_i_compile())
+        weights = deep_supervision_weights(len(scales), keep_last_tiny=self.is_ddp and not self._do_i_compile())
         return DeepSupervisionWrapper(loss, weights)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:

@@ -1,15 +1,14 @@
 """Read plans: a dataset's configurations, and the classes and functions that they name."""
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.json_files import PLANS, read_json
 from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
 from nnunetv2.utilities.plans_handling.old_plans import add_architecture, is_old_configuration
 
@@ -148,7 +147,7 @@ class PlansManager:
         if isinstance(plans_file_or_dict, dict):
             self.plans = plans_file_or_dict
         else:
-            self.plans = json.loads(Path(plans_file_or_dict).read_text(encoding="utf-8"))
+            self.plans = read_json(plans_file_or_dict, required=PLANS, refuse_duplicates=True)
         self._configurations: dict[str, ConfigurationManager] = {}
 
     def __repr__(self) -> str:
