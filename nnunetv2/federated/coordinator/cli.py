@@ -48,8 +48,6 @@ FIRST_SETTINGS = "first_settings"
 """Under this name, the store keeps the settings that a federation was created with."""
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
-OTHER_FILES = 256
-"""Files that a coordinator may need beside one per connection: documents of sites above all."""
 
 SETTINGS_OF_OPTIONS = {
     "sites": "sites",
@@ -249,12 +247,10 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
             app.state.changes.stop()
             super().handle_exit(sig, frame)
 
-    limits = Limits()
-    limits = replace(limits, connections=max(128, min(limits.connections, allow_many_files() - OTHER_FILES)))
-    config = guarded_config(app, limits=limits, timeout_graceful_shutdown=STOP_TIMEOUT_S, **tls_options(certificate))
+    config = guarded_config(app, timeout_graceful_shutdown=STOP_TIMEOUT_S, **tls_options(certificate))
     try:
         with harmless_signals():
-            Server(config).run(sockets=[listener])
+            Server(config, Limits().within_files(allow_many_files())).run(sockets=[listener])
     finally:
         for name in (STATE_FILE, OPERATOR_FILE):
             (store.folder / name).unlink(missing_ok=True)
