@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from nnunetv2.federated.coordinator import tls
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.site import check_url, is_loopback
+from nnunetv2.federated.site import check_url
+from nnunetv2.utilities.loopback import is_loopback
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8750
