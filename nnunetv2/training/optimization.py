@@ -33,7 +33,7 @@ def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float,
 
     On CUDA it decides on the GPU whether to skip a step, without waiting.
     """
-    options = {"fused": True} if sgd_can_be_fused(device) else {}
+    options = {"fused": True} if device.type in ("cuda", "cpu") else {}
     sgd = torch.optim.SGD if device.type == "cuda" else EagerSGD  # on CUDA the network is compiled, so it is loaded
     return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True,
                **options)
@@ -62,9 +62,3 @@ def load_optimizer_state_(optimizer: torch.optim.Optimizer, state: dict[str, Any
         for name, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim > 1:
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def sgd_can_be_fused(device: torch.device) -> bool:
-    """Tell whether torch updates all weights in one pass there: on a CPU since 2.4."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return device.type == "cuda" or (device.type == "cpu" and version >= (2, 4))

@@ -16,7 +16,6 @@ from typing import Any
 import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nnunetv2.federated import bodies
@@ -32,6 +31,8 @@ REST_BYTES = 5 << 20
 sends would miss the answer."""
 KEEP_ALIVE_S = 75
 WATCH_S = 2.0
+STARTUP_FAILED = 3
+"""Exit status where the application does not start; the log says why."""
 PARTING_S = 0.3
 """How long a connection whose last answer was sent lasts when the server stops."""
 
@@ -233,7 +234,7 @@ class GuardedServer(uvicorn.Server):
         assert sockets, "a guarded server is given the sockets that it listens on"
         await self.lifespan.startup()
         if self.lifespan.should_exit:
-            sys.exit(STARTUP_FAILURE)
+            sys.exit(STARTUP_FAILED)
         make_connection = partial(GuardedProtocol, self.book, config=self.config, server_state=self.server_state,
                                   app_state=self.lifespan.state, _loop=asyncio.get_running_loop())
         self.servers = [Listener(one, make_connection, self.book, self.config.ssl) for one in sockets]
