@@ -19,7 +19,7 @@ PATIENCE_S = 60.0
 def test_a_thousand_silent_connections_of_one_address_cost_members_nothing(tmp_path, options):
     """With a quarter of that many files. A member behind that address is served too, on new and on old connections.
 
-    There, a new one may still be silent when fifty others have come after it: sites ask again.
+    There, a new one may still be silent when fifty others have come after it. Sites ask again.
     """
     with coordinator(tmp_path / "federation", *options, files=FILES) as server:
         neighbour, other = (Member(server, host, PATIENCE_S) for host in (STRANGER, OTHER_MEMBER))
