@@ -20,7 +20,8 @@ from urllib.parse import quote, urlsplit
 from nnunetv2.federated import audit_commands, backup
 from nnunetv2.federated.certificates import untrusted_certificate
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
-from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, is_loopback, load_credential
+from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, load_credential
+from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.plain_text import printable_json, shell_command, show
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import urllib.request
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
+from nnunetv2.utilities.loopback import is_loopback
 
 TIMEOUT_S = 20.0
 LARGEST_PEM = 64 << 10
@@ -50,7 +51,7 @@ def fetch_authority(url: str, *, client_certificate: str | None = None, client_k
     if client_certificate is not None:
         context.load_cert_chain(client_certificate, client_key)
     handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
-    if urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):
+    if is_loopback(urlsplit(url).hostname):
         handlers.append(urllib.request.ProxyHandler({}))
     try:
         with urllib.request.build_opener(*handlers).open(f"{url}/v1/authority", timeout=TIMEOUT_S) as answer:

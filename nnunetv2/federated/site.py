@@ -17,11 +17,11 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.plain_text import show
 
 INVITATION_PREFIX = "nnunet-fed:"
@@ -124,16 +124,6 @@ def check_url(url: str) -> str:
     if not is_address or parts.query or parts.fragment or parts.username:
         raise WireError(f"{url[:200]!r} is no address of a coordinator: expected http(s)://host:port")
     return url.rstrip("/")
-
-
-def is_loopback(host: str | None) -> bool:
-    """Tell whether a host is this machine itself."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def check_transport_is_safe(url: str, *, insecure: bool) -> None:

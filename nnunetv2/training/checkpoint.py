@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,11 +121,8 @@ def rank_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _load_allow_listed(path: Path, options: dict[str, Any]) -> object:
-    if hasattr(torch.serialization, "safe_globals") and _torch_version() >= (2, 6):
-        with torch.serialization.safe_globals([(thing, name) for name, thing in _allow_list().items()]):
-            return torch.load(path, weights_only=True, **options)
-    # Before 2.6 torch cannot be told that NumPy 1 and NumPy 2 call the same function by two names.
-    return torch.load(path, weights_only=False, pickle_module=_restricted_pickle_module(), **options)
+    with torch.serialization.safe_globals([(thing, name) for name, thing in _allow_list().items()]):
+        return torch.load(path, weights_only=True, **options)
 
 
 @lru_cache(maxsize=1)
@@ -150,33 +146,8 @@ def _allow_list() -> dict[str, object]:
     }
 
 
-def _restricted_pickle_module() -> SimpleNamespace:
-    """Return a stand-in for the module `pickle` that finds only what the allow-list names."""
-    from torch import _utils
-
-    rebuild = {f"torch._utils.{name}": getattr(_utils, name)
-               for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")}
-    dtypes = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    admitted = {**_allow_list(), **rebuild, **dtypes}
-
-    class RestrictedUnpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> object:
-            if f"{module}.{name}" not in admitted:
-                raise pickle.UnpicklingError(f"it refers to {module}.{name}.")
-            return admitted[f"{module}.{name}"]
-
-    def load(file: Any, **options: Any) -> object:
-        return RestrictedUnpickler(file, **options).load()
-
-    return SimpleNamespace(Unpickler=RestrictedUnpickler, load=load, __name__="restricted_pickle")
-
-
 def _allows_unsafe_checkpoints() -> bool:
     return os.environ.get(ALLOW_UNSAFE_VARIABLE, "").strip().lower() in ("1", "true", "t", "yes", "on")
-
-
-def _torch_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def _first_line(error: BaseException) -> str:

@@ -72,6 +72,5 @@ def load_optimizer_state_(optimizer: torch.optim.Optimizer, state: dict[str, Any
 
 
 def can_be_fused(device: torch.device) -> bool:
-    """Tell whether SGD and Adam update all weights in one pass there: on a CPU since torch 2.4."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return device.type == "cuda" or (device.type == "cpu" and version >= (2, 4))
+    """Tell whether SGD and Adam update all weights in one pass there."""
+    return device.type in ("cuda", "cpu")

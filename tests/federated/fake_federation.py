@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import numpy as np
 from nnunetv2.federated import messages
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.client import FederationClient
+from nnunetv2.federated.coordinator.address import open_socket
 from nnunetv2.federated.coordinator.app import build_app
 from nnunetv2.federated.coordinator.connections import GuardedServer, guarded_config
 from nnunetv2.federated.coordinator.limits import Limits
@@ -155,10 +155,10 @@ def served(folder: Path, settings: FederationSettings, limits: Limits = Limits()
         if store.load_settings() is None:
             create_federation(store, settings, now=time.time())
         coordinator = Coordinator(store, announce=lines.append)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = open_socket("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         app = build_app(coordinator, Place(url), limits=limits)
-        server = GuardedServer(guarded_config(app, limits=limits, timeout_graceful_shutdown=2))
+        server = GuardedServer(guarded_config(app, timeout_graceful_shutdown=2), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)

@@ -34,7 +34,7 @@ from starlette.applications import Starlette
 
 from nnunetv2.federated import closing, messages
 from nnunetv2.federated.bodies import FailureReport
-from nnunetv2.federated.coordinator import connections, limits, partial_uploads
+from nnunetv2.federated.coordinator import connections, limits, listener, partial_uploads
 from nnunetv2.federated.coordinator.connections import GuardedServer, allow_many_files, guarded_config
 from nnunetv2.federated.coordinator.limits import Limits
 from nnunetv2.federated.coordinator.tls import private_certificate
@@ -606,25 +606,25 @@ def test_a_failure_report_is_bounded(peers):
 
 
 def test_a_handshake_that_does_not_come_ends_the_connection(tmp_path, monkeypatch):
-    monkeypatch.setattr(connections, "HANDSHAKE_S", 0.3)
+    monkeypatch.setattr(listener, "HANDSHAKE_S", 0.3)
     certificate = private_certificate(tmp_path, ["127.0.0.1"])
     server = GuardedServer(guarded_config(Starlette(), timeout_graceful_shutdown=1,
                                           ssl_certfile=str(certificate.certificate),
                                           ssl_keyfile=str(certificate.key)))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        with (socket.create_connection(listener.getsockname(), timeout=5) as silent,
-              socket.create_connection(listener.getsockname(), timeout=5) as halting):
+        with (socket.create_connection(listening.getsockname(), timeout=5) as silent,
+              socket.create_connection(listening.getsockname(), timeout=5) as halting):
             halting.sendall(b"\x16\x03\x01\x02\x00\x01")
             assert is_dropped(silent, 5) and is_dropped(halting, 5)
-        answer = requests.get(f"https://127.0.0.1:{listener.getsockname()[1]}/", timeout=5,
+        answer = requests.get(f"https://127.0.0.1:{listening.getsockname()[1]}/", timeout=5,
                               verify=str(certificate.authority))
         assert answer.status_code == 404
     finally:
         server.should_exit = True
         thread.join(10)
-        listener.close()
+        listening.close()
     assert not thread.is_alive()

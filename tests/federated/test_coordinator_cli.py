@@ -1,4 +1,5 @@
 """The command nnUNetv2_fed_coordinator."""
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from nnunetv2.federated import admin
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.bodies import InviteRequest
 from nnunetv2.federated.coordinator import address, cli
+from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.messages import CENSUS_KEY
 from nnunetv2.federated.site import decode_invitation, join
@@ -146,6 +148,38 @@ def test_errors_are_one_line(tmp_path):
                           capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "a federation has at least two sites, got A" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_disk_that_takes_nothing_is_one_line_that_names_the_folder(tmp_path, exists):
+    import resource
+
+    folder = tmp_path / "f"
+    if exists:
+        open_folder(folder, "--sites", "A", "B")
+    code = "from nnunetv2.federated.coordinator.cli import coordinator_entry; coordinator_entry()"
+    done = subprocess.run([sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A", "B"],
+                          capture_output=True, text=True, cwd=PROJECT, timeout=60, stdin=subprocess.DEVNULL,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and f"the folder {folder} cannot be written" in done.stderr
+    assert "Restore a backup" not in done.stderr
+
+
+@pytest.mark.parametrize("what", ["write_state_file", "appoint_operator"])
+def test_a_disk_that_is_full_when_the_coordinator_is_up_ends_it_in_order(tmp_path, monkeypatch, capsys, what):
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, what, no_room)
+    stopped, stop = [], Coordinator.stop
+    monkeypatch.setattr(Coordinator, "stop", lambda self: (stopped.append(self), stop(self)))
+    folder = tmp_path / "f"
+    with pytest.raises(FederationError, match=f"the folder {folder} cannot be written: .*No space left") as refusal:
+        cli.main(["--folder", str(folder), "--port", "0", "--sites", "A", "B"])
+    assert "\n" not in str(refusal.value) and "Traceback" not in "".join(capsys.readouterr())
+    assert len(stopped) == 1 and not (folder / "operator.json").exists()
 
 
 @pytest.fixture

@@ -83,6 +83,23 @@ def test_a_site_and_an_operator_get_the_file_that_the_coordinator_keeps(finished
         f"{MODEL}/fold_0/checkpoint_best.pth", f"{MODEL}/fold_0/checkpoint_final.pth"]
 
 
+def test_asking_whether_there_is_a_model_fetches_none(finished, monkeypatch):
+    def no_digest(*_: object) -> str:
+        raise AssertionError("the whole file was read for HEAD")
+
+    monkeypatch.setattr(models, "_digest", no_digest)
+    url, before = f"{finished.url}/v1/runs/{RUN}/model", finished.coordinator.store.load_events("fetch")
+    authorization = {"Authorization": f"Bearer {finished.credential('B').token}"}
+    answer = requests.head(url, headers=authorization, timeout=30)
+    path = models.find(finished.coordinator, RUN)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["Content-Length"] == str(path.stat().st_size)
+    assert answer.headers["Content-Type"] == "application/zip"
+    assert requests.head(url, timeout=30).status_code == 401
+    assert requests.head(url.replace(RUN, "other"), headers=authorization, timeout=30).status_code == 404
+    assert finished.coordinator.store.load_events("fetch") == before
+
+
 def test_who_has_fetched_a_model_is_logged_once(finished, tmp_path):
     with finished.client("A") as client:
         for _ in range(2):

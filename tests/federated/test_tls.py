@@ -4,17 +4,21 @@ import http.client
 import json
 import signal
 import ssl
+import sys
 import threading
 import time
 
 import pytest
 import requests
-from fake_federation import coordinator_process, make_census
+from fake_federation import coordinator_process, make_census, make_client
 
+from nnunetv2.federated import admin
+from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.certificates import fingerprint_of
 from nnunetv2.federated.coordinator import tls
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.messages import CENSUS_KEY
+from nnunetv2.federated.site import load_credential
 from nnunetv2.federated.wire import write_document
 
 
@@ -135,3 +139,19 @@ def test_a_stop_lets_an_upload_end(tmp_path):
         assert process.stop() == 0
         assert time.monotonic() - begin < 3
         connection.close()
+
+
+# --------------------------------------------------------------------------------------------------------- this machine
+@pytest.mark.skipif(sys.platform != "linux", reason="addresses of the loopback interface")
+@pytest.mark.parametrize("options", [[], ["--tls"]], ids=["plain", "tls"])
+def test_nobody_asks_a_proxy_for_a_coordinator_on_any_address_of_this_machine(tmp_path, monkeypatch, options):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--host", "127.0.0.3", *options) as process:
+        site = process.credentials()["A"]  # asks for the authority, and joins
+        with make_client(site) as client:
+            assert client.settings().sites == ("A", "B")
+        operator = load_credential(tmp_path / "federation" / "operator.json")
+        assert admin.ask(operator, "GET", "settings", FederationSettings).sites == ("A", "B")

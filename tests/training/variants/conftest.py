@@ -35,10 +35,9 @@ def cuda_on_paper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Paper GPU 1")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
-    # The optimizers of a build with CUDA ask the GPU what it is doing; from 2.6 on by way of torch.accelerator.
+    # The optimizers of a build with CUDA ask the GPU what it is doing.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    if hasattr(torch, "accelerator"):
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
 
 
 @pytest.fixture
