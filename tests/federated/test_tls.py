@@ -11,7 +11,7 @@ import pytest
 import requests
 from fake_federation import coordinator_process, make_census
 
-from nnunetv2.federated.certificates import fingerprint_of
+from nnunetv2.federated.certificates import fingerprint_of, only_certificate
 from nnunetv2.federated.coordinator import tls
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.messages import CENSUS_KEY
@@ -84,6 +84,57 @@ def test_a_fingerprint_is_what_openssl_shows(made):
     assert tls.fingerprint(made.authority) == hashlib.sha256(shown).hexdigest()
     with pytest.raises(FederationError, match="no certificate"):
         fingerprint_of("-----BEGIN NONSENSE-----")
+
+
+def test_a_certificate_is_one_block_and_nothing_else(made):
+    pem = made.authority.read_text()
+    assert only_certificate(f"\n{pem}\n") == pem
+    der = ssl.PEM_cert_to_DER_cert(pem)
+    for text, words in ((pem + made.certificate.read_text(), "found 2 blocks"),
+                        (f"subject=/CN=a\n{pem}", "text beside it"),
+                        (pem.replace("CERTIFICATE", "TRUSTED CERTIFICATE"), "no certificate"),
+                        (made.authority.with_name("ca.key").read_text(), "no certificate"),
+                        (ssl.DER_cert_to_PEM_cert(der + b"more"), "more follows in its block"),
+                        (ssl.DER_cert_to_PEM_cert(der[:-1]), "is cut off"),
+                        (ssl.DER_cert_to_PEM_cert(b""), "no certificate"),
+                        (pem.replace("M", "*"), "no certificate")):
+        for read in (only_certificate, fingerprint_of):
+            with pytest.raises(FederationError, match=words):
+                read(text)
+
+
+def test_an_authority_that_was_added_to_stops_the_start(made, tmp_path):
+    tls.private_certificate(tmp_path, ["a.example"])
+    with (tmp_path / "ca.pem").open("a") as file:
+        file.write(made.authority.read_text())
+    with pytest.raises(FederationError, match=r"ca\.pem: expected one certificate"):
+        tls.private_certificate(tmp_path, ["a.example"])
+
+
+def test_clients_are_known_by_certificates_and_nothing_else(made, tmp_path):
+    chain = tmp_path / "chain.pem"
+    chain.write_text(f"the authority\n{made.authority.read_text()}and one below it\n{made.certificate.read_text()}")
+    assert tls.require_clients_of(made, chain).client_authority == chain
+    authority = made.authority.read_text()
+    for content, words in ((authority + made.key.read_text(), "PRIVATE KEY"),
+                           (authority + authority.replace("CERTIFICATE", "TRUSTED CERTIFICATE"), "TRUSTED CERTIFICATE"),
+                           ("", "no certificate"), (authority[:100], "no certificate"),
+                           (authority + authority[:100], "no certificate")):
+        chain.write_text(content)
+        with pytest.raises(FederationError, match=rf"--client-authority .*chain\.pem cannot be used: .*{words}"):
+            tls.require_clients_of(made, chain)
+    with pytest.raises(FederationError, match="missing"):
+        tls.require_clients_of(made, tmp_path / "missing.pem")
+
+
+def test_nobody_is_asked_for_a_password(made, tmp_path):
+    import subprocess
+
+    locked = tmp_path / "locked.key"
+    subprocess.run(["openssl", "pkey", "-in", made.key, "-aes128", "-passout", "pass:secret", "-out", locked],
+                   check=True, capture_output=True)
+    with pytest.raises(FederationError, match=r"locked\.key cannot be used for TLS: the key has a password"):
+        tls.given_certificate(made.certificate, locked)
 
 
 def test_given_files_are_checked(made, tmp_path):
