@@ -63,7 +63,7 @@ setup(
     packages=find_packages(include=["nnunetv2", "nnunetv2.*"]),
     package_data={"nnunetv2.federated.coordinator": ["static/*"]},
     install_requires=[
-        "torch>=2.3",
+        "torch>=2.6",
         "dynamic-network-architectures>=0.4.4",
         "batchgenerators>=0.25.4",
         "batchgeneratorsv2>=0.3.6",

@@ -178,7 +178,7 @@ def load_credential(path: Path | None = None) -> SiteCredential:
 def _check_authority(authority: Path, credential: Path) -> None:
     """Check that a credential trusts one authority: TLS would believe whatever else stands in the file.
 
-    Versions before 2.8.1+fed.4 kept everything that the coordinator's address had answered when a site joined.
+    Earlier versions kept everything that the coordinator's address had answered when a site joined.
     """
     from nnunetv2.federated.certificates import only_certificate
 
