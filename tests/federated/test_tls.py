@@ -9,7 +9,8 @@ import time
 
 import pytest
 import requests
-from fake_federation import coordinator_process, make_census
+from fake_federation import coordinator_process, make_census, wait_until
+from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated.certificates import fingerprint_of, only_certificate
 from nnunetv2.federated.coordinator import tls
@@ -48,14 +49,14 @@ def serve_once(certificate) -> int:
 
 def test_a_site_that_knows_the_authority_trusts_the_coordinator(made):
     context = ssl.create_default_context(cafile=str(made.authority))
-    connection = http.client.HTTPSConnection("127.0.0.1", serve_once(made), context=context, timeout=10)
+    connection = http.client.HTTPSConnection("127.0.0.1", serve_once(made), context=context, timeout=PATIENCE_S)
     connection.request("GET", "/")
     assert connection.getresponse().status == 204
     connection.close()
 
 
 def test_nobody_else_does(made):
-    connection = http.client.HTTPSConnection("127.0.0.1", serve_once(made), timeout=10)
+    connection = http.client.HTTPSConnection("127.0.0.1", serve_once(made), timeout=PATIENCE_S)
     with pytest.raises(ssl.SSLCertVerificationError):
         connection.request("GET", "/")
     connection.close()
@@ -154,35 +155,33 @@ def test_without_openssl_the_way_out_is_named(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- stop
 def test_a_stop_does_not_wait_for_idle_connections(tmp_path):
     """A client that keeps a connection for its next request does not take part in closing it, as TLS wants it."""
-    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls") as process:
+    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls", grace_s=MUCH_LONGER_S) as process:
         sessions = [requests.Session() for _ in range(3)]
         for session in sessions:
-            session.get(f"{process.url}/v1/session", verify=tmp_path / "federation" / "tls" / "ca.pem", timeout=10)
-        begin = time.monotonic()
+            session.get(f"{process.url}/v1/session", verify=tmp_path / "federation" / "tls" / "ca.pem",
+                        timeout=PATIENCE_S)
         assert process.stop() == 0
-        assert time.monotonic() - begin < 3, "0.7 s on an idle machine; the grace period alone is 5 s"
         for session in sessions:
             session.close()
 
 
 def test_a_stop_lets_an_upload_end(tmp_path):
-    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls") as process:
+    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls", grace_s=MUCH_LONGER_S) as process:
         token = process.credentials()["A"].token
         write_document(tmp_path / "census", make_census(), {}, [])
         body = (tmp_path / "census").read_bytes()
         context = ssl.create_default_context(cafile=str(tmp_path / "federation" / "tls" / "ca.pem"))
-        connection = http.client.HTTPSConnection("127.0.0.1", process.port, context=context, timeout=10)
+        connection = http.client.HTTPSConnection("127.0.0.1", process.port, context=context, timeout=PATIENCE_S)
         connection.putrequest("PUT", f"/v1/gatherings/{CENSUS_KEY}")
         for name, value in (("Authorization", f"Bearer {token}"), ("Content-Length", str(len(body))),
                             ("X-Content-SHA256", hashlib.sha256(body).hexdigest())):
             connection.putheader(name, value)
         connection.endheaders(body[:10])
+        wait_until(lambda: any((tmp_path / "federation" / "incoming").iterdir()))
         process.process.send_signal(signal.SIGTERM)
         time.sleep(1.0)
         connection.send(body[10:])
         answer = connection.getresponse()
         assert answer.status == 200 and json.loads(answer.read())["waiting_for"] == ["B"]
-        begin = time.monotonic()
         assert process.stop() == 0
-        assert time.monotonic() - begin < 3
         connection.close()
