@@ -211,7 +211,8 @@ def test_a_coordinator_that_dies_at_every_record_in_turn(nursery, tmp_path, undi
     assert sites.digests == [undisturbed] * len(SITES)
     check_journal(coordinator.folder, NUM_ROUNDS, undisturbed)
     print(f"{coordinator.deaths} deaths {side} the commit of a record")
-    assert coordinator.deaths >= 25
+    # About 30, fewer where the machine is busy: then other threads commit their records before the signal arrives.
+    assert coordinator.deaths > 2 * NUM_ROUNDS
 
 
 def die_once(nursery: Nursery, folder: Path, record: int, side: str, undisturbed: str) -> bool:
