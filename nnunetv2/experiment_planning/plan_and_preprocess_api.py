@@ -17,9 +17,9 @@ from nnunetv2.experiment_planning.prerequisites import require_dataset
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import show
+from nnunetv2.utilities.trusted_names import find_class
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def find_planning_class(name: str) -> type:
         if name == standard.__name__:
             return standard  # without importing every module on the way
     folder = Path(nnunetv2.__path__[0]) / "experiment_planning"
-    found = recursive_find_python_class(str(folder), name, current_module="nnunetv2.experiment_planning")
+    found = find_class(name, field="the planner or fingerprint extractor", folder=folder,
+                       package="nnunetv2.experiment_planning", base=(DatasetFingerprintExtractor, ExperimentPlanner))
     if found is None:
         raise RuntimeError(f"there is no class {name} in {folder} or below. Check its spelling, or put the module that "
                            f"defines it there")

@@ -15,6 +15,7 @@ from nnunetv2.training.checkpoint import load_checkpoint_file
 from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.trusted_names import UntrustedNameError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str]
     Raises:
         FileNotFoundError: The folder, plans.json, dataset.json or a checkpoint is missing.
         RuntimeError: A checkpoint does not fit the network that the plans describe.
+        UntrustedNameError: The plans name something that a file must not have called.
     """
     folder = Path(folder)
     dataset_json, plans = (_read_json(folder / name, required)
@@ -62,7 +64,10 @@ def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str]
     configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
     trainer_name = checkpoints[0]["trainer_name"]
     trainer_class = _find_trainer(find_trainer, trainer_name)
-    network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
+    try:
+        network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
+    except UntrustedNameError as error:
+        raise UntrustedNameError(f"{folder / 'plans.json'}: {error}") from error
     parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
     network.load_state_dict(parameters[0])
     return TrainedModel(network, parameters, plans_manager, configuration_manager, dataset_json, trainer_name,

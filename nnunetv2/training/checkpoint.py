@@ -78,7 +78,8 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: torch.devic
         FileNotFoundError: There is no such file.
         DamagedCheckpointError: It is truncated or no checkpoint.
         UntrustedCheckpointError: It holds more than tensors, numbers, text and containers. Set the environment
-            variable nnUNet_allow_unsafe_checkpoints=1 to load it all the same, if you trust its origin.
+            variable nnUNet_allow_unsafe_checkpoints=1 to load it all the same, if you trust its origin. A TorchScript
+            file is a program, which nothing makes a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -89,6 +90,9 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: torch.devic
     if not zipfile.is_zipfile(path):
         raise DamagedCheckpointError(f"{path} is damaged or no checkpoint: it is no complete zip archive "
                                      f"({path.stat().st_size} bytes)")
+    if _is_torchscript(path):
+        raise UntrustedCheckpointError(f"{path} is a TorchScript file, which is a program and no checkpoint: expected "
+                                       "a dict that torch.save has written")
     try:
         checkpoint = _load_allow_listed(path, options)
     except pickle.UnpicklingError as error:
@@ -118,6 +122,15 @@ def rank_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
             except (DamagedCheckpointError, KeyError) as error:
                 logger.warning("passing over an unusable checkpoint: %s", error)
     return sorted(epochs, key=lambda path: -epochs[path])  # a stable sort
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Tell whether a zip archive is a TorchScript file. torch refuses it as well, in other words."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _load_allow_listed(path: Path, options: dict[str, Any]) -> object:

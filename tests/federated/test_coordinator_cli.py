@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from fake_federation import PROJECT, CoordinatorProcess, coordinator_process, make_census, make_client, wait_until
+from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated import admin
 from nnunetv2.federated.audit import Event
@@ -135,11 +135,12 @@ def test_a_start_without_options_keeps_the_address(tmp_path):
 
 
 def test_help_answers_at_once_without_torch():
-    begin = time.perf_counter()
-    code = "import sys; sys.modules['torch'] = None; from nnunetv2.federated.coordinator.cli import main; main(['-h'])"
+    code = ("import sys; from nnunetv2.federated.coordinator.cli import main\n"
+            "try:\n    main(['-h'])\nfinally:\n"
+            "    late = {'torch', 'requests', 'starlette', 'uvicorn', 'pydantic', 'scipy'} & set(sys.modules)\n"
+            "    assert not late, late")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
-    assert done.returncode == 0 and "--deadline S" in done.stdout
-    assert time.perf_counter() - begin < 2  # about 0.15 s on an idle machine
+    assert done.returncode == 0 and "--deadline S" in done.stdout, done.stderr
 
 
 def test_errors_are_one_line(tmp_path):
@@ -229,12 +230,12 @@ def test_later_starts_go_on_at_the_same_port_and_invite_who_has_not_joined(tmp_p
 
 
 def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
-    with coordinator_process(tmp_path / "federation", "--sites", "A", "B") as process:
+    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", grace_s=MUCH_LONGER_S) as process:
         credential = process.credentials()["A"]
-        errors = []
+        errors, lines = [], []
 
         def wait():
-            with make_client(credential, give_up_after_s=0.5) as client:
+            with make_client(credential, lines, give_up_after_s=0.5) as client:
                 try:
                     client.exchange(CENSUS_KEY, make_census())
                 except CoordinatorUnreachable as error:
@@ -242,11 +243,9 @@ def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
 
         thread = threading.Thread(target=wait, daemon=True)
         thread.start()
-        time.sleep(0.5)
-        begin = time.monotonic()
+        wait_until(lambda: any("waiting for B" in line for line in lines))
         assert process.stop() == 0
-        assert time.monotonic() - begin < 4
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert errors
 
 
@@ -265,4 +264,4 @@ def test_a_log_that_is_full_or_narrow_stops_nobody(tmp_path, monkeypatch):
         assert process.poll() is None
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)

@@ -19,6 +19,7 @@ from fake_federation import (
     train,
     wait_until,
 )
+from patience import PATIENCE_S
 
 from nnunetv2.federated import fetch_model, messages
 from nnunetv2.federated.audit_commands import describe
@@ -68,7 +69,8 @@ def use_credential(monkeypatch, tmp_path, federation, site: str) -> None:
 
 def ask(federation, token: str | None, run: str = RUN, **headers: str) -> requests.Response:
     authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
-    return requests.get(f"{federation.url}/v1/runs/{run}/model", headers={**authorization, **headers}, timeout=30)
+    return requests.get(f"{federation.url}/v1/runs/{run}/model", headers={**authorization, **headers},
+                        timeout=PATIENCE_S)
 
 
 # ----------------------------------------------------------------------------------------------------------- over HTTP

@@ -5,6 +5,7 @@ import errno
 import threading
 
 import pytest
+from patience import PATIENCE_S
 
 from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.preprocessing_jobs import UnpreparedCaseError
@@ -94,7 +95,7 @@ def test_waiting_logits_are_bounded_in_number_and_bytes(num_bytes, at_once):
         producer.join(0.3)
         assert len(submitted) == at_once
         release.set()
-        producer.join(10)
+        producer.join(PATIENCE_S)
         assert len(submitted) == 5
 
 

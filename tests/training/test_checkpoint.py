@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import time
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(checkpoint.UntrustedCheckpointError, match="nnUNet_allow_unsafe_checkpoints=1"):
         load_checkpoint_file(tmp_path / "c.pth")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_program_is_no_checkpoint(tmp_path):
+    """torch.load would hand it to torch.jit.load, whose programs may read and write files."""
+    path = tmp_path / "c.pth"
+    save_checkpoint_file(make_checkpoint(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("c/constants.pkl", pickle.dumps(()))
+        archive.writestr("c/code/__torch__.py", "")
+    with pytest.raises(checkpoint.UntrustedCheckpointError, match=r"c\.pth is a TorchScript file"):
+        load_checkpoint_file(path)
 
 
 def test_code_in_a_checkpoint_is_run_on_request(tmp_path, monkeypatch):

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
-from nnunetv2.experiment_planning.experiment_planners.architecture import describe_unet, load_class
+from nnunetv2.experiment_planning.experiment_planners.architecture import (
+    class_to_build,
+    describe_unet,
+    load_class,
+)
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
     coarsest_axis_first,
@@ -230,7 +234,8 @@ class ExperimentPlanner:
             architecture = self._describe_architecture(topology)
             cache[key] = self.static_estimate_VRAM_usage(
                 topology.patch_size, len(self._channel_names()), len(self.dataset_json["labels"]),
-                architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"])
+                class_to_build(architecture["network_class_name"], self._unet_class), architecture["arch_kwargs"],
+                architecture["_kw_requires_import"])
         return cache[key]
 
     def _describe_architecture(self, topology: Topology) -> dict[str, Any]:

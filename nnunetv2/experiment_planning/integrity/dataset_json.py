@@ -174,7 +174,7 @@ def _check_reader_name(name: Any) -> list[Finding]:
     from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
     try:
         recursive_find_reader_writer_by_name(str(name))
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         known = enumerate_some(reader.__name__ for reader in LIST_OF_IO_CLASSES)
         return [_of_key("overwrite_image_reader_writer", json.dumps(name), f"one of {known}, or a class of your own",
                         "correct the name, remove the key, or put the module that defines the class into "

@@ -86,12 +86,13 @@ class Address:
         """Return what is needed to speak TLS, made on the first start; None where the coordinator does not."""
         if not self.speaks_tls:
             return None
-        client_authority = Path(self.client_authority) if self.client_authority else None
         if self.tls_certificate:
-            return tls.given_certificate(Path(self.tls_certificate), Path(self.tls_key),
-                                         client_authority=client_authority)
-        hosts = {self.host, urlsplit(self.public_url).hostname} - {"0.0.0.0", "::", ""}
-        return replace(tls.private_certificate(folder / "tls", sorted(hosts)), client_authority=client_authority)
+            certificate = tls.given_certificate(Path(self.tls_certificate), Path(self.tls_key))
+        else:
+            hosts = {self.host, urlsplit(self.public_url).hostname} - {"0.0.0.0", "::", ""}
+            certificate = tls.private_certificate(folder / "tls", sorted(hosts))
+        return tls.require_clients_of(certificate, Path(self.client_authority)) if self.client_authority \
+            else certificate
 
 
 def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> Address:

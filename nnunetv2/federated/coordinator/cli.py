@@ -217,6 +217,7 @@ def print_invitations(invitations: Sequence[InvitationRecord], federation: str, 
 
 def serve(store: Store, listener: socket.socket, address: Address) -> None:
     """Serve a federation until a signal says to stop."""
+    from nnunetv2.federated.certificates import only_certificate
     from nnunetv2.federated.coordinator.app import build_app
     from nnunetv2.federated.coordinator.connections import GuardedServer, allow_many_files, guarded_config
     from nnunetv2.federated.coordinator.limits import Limits
@@ -228,7 +229,8 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
     with trouble_names(store.folder):
         certificate = address.certificate(store.folder)
-    private = certificate.authority.read_text(encoding="ascii") if certificate and certificate.authority else None
+    private = only_certificate(certificate.authority.read_text(encoding="ascii")) \
+        if certificate and certificate.authority else None
     place = Place(address.public_url, private)
     coordinator = Coordinator(store, announce=say)
     app = build_app(coordinator, place)

@@ -7,10 +7,10 @@ from copy import deepcopy
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_files import PLANS, read_json
 from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
 from nnunetv2.utilities.plans_handling.old_plans import add_architecture, is_old_configuration
+from nnunetv2.utilities.trusted_names import check_folder_name, find_class
 
 if TYPE_CHECKING:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -36,7 +36,7 @@ class ConfigurationManager:
     @property
     def data_identifier(self) -> str:
         """Folder of the preprocessed data below the dataset's folder."""
-        return self.configuration["data_identifier"]
+        return check_folder_name(self.configuration["data_identifier"], "data_identifier in the plans")
 
     @property
     def preprocessor_name(self) -> str:
@@ -46,7 +46,9 @@ class ConfigurationManager:
     @cached_property
     def preprocessor_class(self) -> type[DefaultPreprocessor]:
         """The preprocessor class, from anywhere below nnunetv2/preprocessing."""
-        return _find_class("preprocessing", self.preprocessor_name, "preprocessor")
+        from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+        return _find_class("preprocessing", self.preprocessor_name, "preprocessor_name", DefaultPreprocessor)
 
     @property
     def batch_size(self) -> int:
@@ -132,7 +134,7 @@ class ConfigurationManager:
     def _find_resampling_function(self, key: str) -> Callable:
         from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
-        function = recursive_find_resampling_fn_by_name(self.configuration[key])
+        function = recursive_find_resampling_fn_by_name(self.configuration[key], key)
         return partial(function, **self.configuration[f"{key}_kwargs"])
 
 
@@ -186,7 +188,7 @@ class PlansManager:
     @property
     def dataset_name(self) -> str:
         """Folder name of the dataset."""
-        return self.plans["dataset_name"]
+        return check_folder_name(self.plans["dataset_name"], "dataset_name in the plans")
 
     @property
     def plans_name(self) -> str:
@@ -236,7 +238,10 @@ class PlansManager:
     @cached_property
     def experiment_planner_class(self) -> type[ExperimentPlanner]:
         """The planner class, from anywhere below nnunetv2/experiment_planning."""
-        return _find_class("experiment_planning", self.experiment_planner_name, "experiment planner")
+        from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+        return _find_class("experiment_planning", self.experiment_planner_name, "experiment_planner_used",
+                           ExperimentPlanner)
 
     @cached_property
     def label_manager_class(self) -> type[LabelManager]:
@@ -267,12 +272,13 @@ def resolve_inheritance(configurations: Mapping[str, dict], name: str) -> dict:
     return resolved
 
 
-def _find_class(subpackage: str, class_name: str, kind: str) -> type:
+def _find_class(subpackage: str, class_name: str, key: str, base: type) -> type:
     import nnunetv2
 
     folder = os.path.join(nnunetv2.__path__[0], subpackage)
-    found = recursive_find_python_class(folder, class_name, f"nnunetv2.{subpackage}")
+    found = find_class(class_name, field=f"{key} in the plans", folder=folder, package=f"nnunetv2.{subpackage}",
+                       base=base)
     if found is None:
-        raise RuntimeError(f"no {kind} named {class_name!r} found in {folder}. Check the spelling in the plans, or "
-                           "add a module with this class to that folder")
+        raise RuntimeError(f"the plans ask for {key} {class_name!r}, which no module in {folder} defines. Check the "
+                           "spelling in the plans, or add a module with this class to that folder")
     return found
