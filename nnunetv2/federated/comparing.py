@@ -11,28 +11,32 @@ _ABSENT = object()
 _SHOWN_CHARACTERS = 160
 
 
-def first_difference(values: Mapping[str, Any], place: str) -> str | None:
+def first_difference(values: Mapping[str, Any], place: str, *, with_values: bool = True) -> str | None:
     """Say where the first difference between sites is, and which sites have what; None if there is none.
 
     Args:
         values: Site -> JSON value.
         place: What the values are, such as "labels".
+        with_values: Whether everybody may see the values; else only which sites have the same.
 
     Returns:
-        For example "labels.liver is 1 at A, B and 2 at C".
+        For example "labels.liver is 1 at A, B and 2 at C", or "labels.liver is not the same at A, B and at C".
     """
     if len(_groups(values)) <= 1:
         return None
     if all(isinstance(value, dict) for value in values.values()):
         for name in sorted(set().union(*values.values())):
             inside = {site: value.get(name, _ABSENT) for site, value in values.items()}
-            if difference := first_difference(inside, f"{place}.{name}"):
+            if difference := first_difference(inside, f"{place}.{name}", with_values=with_values):
                 return difference
     if _are_lists_of_one_length(values):
         for index in range(len(next(iter(values.values())))):
             inside = {site: value[index] for site, value in values.items()}
-            if difference := first_difference(inside, f"{place}[{index}]"):
+            if difference := first_difference(inside, f"{place}[{index}]", with_values=with_values):
                 return difference
+    if not with_values:
+        groups = [f"at {', '.join(sites)}" for sites in _groups(values).values()]
+        return f"{place} is not the same {', '.join(groups[:-1])} and {groups[-1]}"
     held = [f"{_shorten(text)} at {', '.join(sites)}" for text, sites in _groups(values).items()]
     return f"{place} is {', '.join(held[:-1])} and {held[-1]}"
 

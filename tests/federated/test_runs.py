@@ -325,6 +325,7 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     federation = make_federation("A", "B", "C")
     federation.start("A", "B", "C")
     federation.update(0, "A", 1)
+    federation.update(0, "B", 2)
     federation.act("pause")
     federation.act("proceed")
     assert federation.coordinator.book.latest_round(RUN) is None
@@ -332,8 +333,9 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     again = Federation(federation.store.folder)
     federation.store = again.store  # closed by the fixture
     again.act("resume")
-    assert again.coordinator.book.get(round_key(RUN, 0)).outcome.missing == ("B", "C")
+    assert again.coordinator.book.get(round_key(RUN, 0)).outcome.missing == ("C",)
     again.update(1, "A", 1)
+    again.update(1, "B", 2)
     assert not again.coordinator.book.is_closed(round_key(RUN, 1)), "it was for one round"
     again.act("proceed")
     assert again.coordinator.book.control(RUN).proceeding == {round_key(RUN, 1)}

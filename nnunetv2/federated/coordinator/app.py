@@ -107,8 +107,8 @@ async def get_settings(request: Request) -> Response:
 
 async def get_status(request: Request) -> Response:
     """Tell a member what the federation is doing."""
-    member_of(request)
-    return json_response(await run_in_threadpool(coordinator_of(request).status))
+    member = member_of(request)
+    return json_response(await run_in_threadpool(coordinator_of(request).status, member))
 
 
 async def get_run(request: Request) -> Response:
@@ -221,7 +221,10 @@ async def get_result(request: Request) -> Response:
                 outcome = await run_in_threadpool(coordinator.result, key, site)
     if isinstance(outcome, Result):
         return DigestedFile(outcome.path, outcome.digest, {"X-Gathering": outcome.key})
-    return json_response(outcome, 202)
+    answer = json_response(outcome, 202)
+    if outcome.lacks:
+        answer.headers[bodies.LACKS_HEADER] = str(outcome.lacks)
+    return answer
 
 
 def wanted_wait(request: Request) -> float:

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any, Literal
 
 from nnunetv2.federated.audit import START
+from nnunetv2.federated.model_keeping import without_values
 from nnunetv2.federated.store import Store
 
 TROUBLE = ("failure", "refusal", "late")
@@ -64,14 +65,14 @@ class LogTail:
     def _take(self, moment: float, kind: str, site: str | None, key: str, detail: Mapping[str, Any]) -> None:
         self.counts[kind, site or ""] += 1
         if kind == "model":
-            self.models[key] = detail.get("outcome", "")
+            self.models[key] = without_values(detail.get("outcome", ""))
         elif kind == "failure":
             self._reasons[detail["run"], site] = detail["reason"]
             number = detail.get("round")
             where = detail["run"] if number is None else f"{detail['run']}, round {number}"
             self.troubles.append(Trouble(moment, kind, site, where, detail["reason"]))
         elif kind == "refusal":
-            self.troubles.append(Trouble(moment, kind, site, key, detail["message"]))
+            self.troubles.append(Trouble(moment, kind, site, key, without_values(detail["message"])))
         elif kind == "late":
             text = f"came {detail['seconds']:.1f} s after the round was closed, and does not count"
             self.troubles.append(Trouble(moment, kind, site, key, text))

@@ -47,6 +47,7 @@ from nnunetv2.federated import messages
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
+from nnunetv2.federated.min_cases import check_enough_cases
 from nnunetv2.federated.session import RunSession, Weights
 from nnunetv2.federated.site import SiteCredential, load_credential
 from nnunetv2.training.distributed import is_distributed
@@ -109,8 +110,13 @@ class FederatedTraining:
 
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
-        """Train as a member of the federation that this site has joined; report to it if the training fails."""
+        """Train as a member of the federation that this site has joined; report to it if the training fails.
+
+        Raises:
+            NotAllowedError: The fold has fewer training cases than the site wants to take part with; nothing was sent.
+        """
         credential = self.credential or load_credential()
+        check_enough_cases(len(self.do_split()[0]), f"fold {self.fold} of {self.plans_manager.dataset_name}")
         run = messages.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
@@ -177,6 +183,7 @@ class FederatedTraining:
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
+        self.tell(f"Nothing is averaged over fewer than {settings.min_sites} sites")
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
