@@ -6,8 +6,8 @@ Three short exchanges, none of which carries an image or says where a voxel lies
     coarse    geometry, moments, 65536-bin histograms    -> the bins that hold the wanted ranks
     fine      histograms inside those bins               -> the pooled fingerprint
 
-The outermost values of a site are counted a little further inside, so that its smallest and largest voxel stay there;
-where that would change a percentile, the third exchange is repeated (`federated/outermost.py`).
+The outermost values of a site are counted farther out, so that its smallest and largest voxel stay there; where that
+would change a percentile, the third exchange is repeated (`federated/outermost.py`).
 
 A site that comes after that sends its census only, and plans from the pooled fingerprint of the others.
 
@@ -124,39 +124,43 @@ def _take_part(client: FederationClient, extractor: Any, census: messages.Census
     values = intensities_per_channel(samples)
     others = extractor.num_samples_per_case(num_cases) * (num_cases - census.num_cases)
     summary = summarise(samples, values, census.share_extrema)
-    hide = outermost.Channel if census.share_extrema else outermost.Channel.hiding
-    channels = [hide(*channel) for channel in values]
+    channels = [outermost.Channel.of(*channel, hide=not census.share_extrema) for channel in values]
     coarse = {f"coarse.{c}": channel.coarse_histogram() for c, channel in enumerate(channels)}
     answer = client.exchange(messages.COARSE_KEY, summary, coarse).message
     for number in range(MOST_LOOKS):
         if not isinstance(answer, messages.WantedBins):
             _compare_geometry(summary, answer)
             return answer
-        channels, answer = _look_into(client, number, channels, answer.bins, others)
+        channels, answer = _look_into(client, number, values, channels, answer.bins, others)
     raise FederationError(f"the coordinator wants to look into the intensities for the {MOST_LOOKS + 1}th time, which "
                           "no percentile needs: nothing more is sent. Ask the coordinating site which version it runs")
 
 
-def _look_into(client: FederationClient, number: int, channels: Sequence[outermost.Channel],
-               bins: Sequence[Sequence[int]], others: int) -> tuple[list[outermost.Channel], messages.Message]:
+def _look_into(client: FederationClient, number: int, values: Sequence[tuple[np.ndarray, np.ndarray]],
+               channels: Sequence[outermost.Channel], bins: Sequence[Sequence[int]],
+               others: int) -> tuple[list[outermost.Channel], messages.Message]:
     """Send the histograms inside some bins; return the channels, with what had to be shown of them, and the answer.
 
     Args:
         number: How often that was done before.
+        values: Per channel, values and how often each occurs.
+        channels: Per channel, the histogram of these as the coordinator has it.
+        bins: Per channel, what it wants to look into.
         others: How many values the other sites may have together.
     """
     if len(bins) != len(channels):
         raise FederationError(f"the coordinator asks for {len(bins)} channels of {len(channels)}: use matching "
                               "versions")
     for channel, wanted in zip(channels, bins):
-        outermost.check_wanted_bins(wanted, statistics.coarse_histogram(channel.values, channel.counts), others)
-    shown = [channel.without_hiding(wanted) for channel, wanted in zip(channels, bins)]
+        channel.check_wanted_bins(wanted, others)
+    shown = [channel.showing(wanted) for channel, wanted in zip(channels, bins)]
     corrected = tuple(c for c, channel in enumerate(shown) if channel is not channels[c])
     if corrected:
         print("A percentile of all sites' intensities lies among this site's outermost values, in channel "
               f"{', '.join(map(str, corrected))}: more of these values are counted where they are, "
               f"{' and '.join(_describe_hidden(shown[c]) for c in corrected)} stay hidden.", flush=True)
-    histograms = {f"fine.{c}": channel.fine_histogram(bins[c]) for c, channel in enumerate(shown)}
+    histograms = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1])
+                  for c, channel in enumerate(values)}
     histograms |= {f"coarse.{c}": shown[c].coarse_histogram() for c in corrected}
     summary = messages.FineSummary(bins=bins, corrected=corrected)
     try:
@@ -172,7 +176,7 @@ def _look_into(client: FederationClient, number: int, channels: Sequence[outermo
 
 
 def _describe_hidden(channel: outermost.Channel) -> str:
-    return f"{channel.lowest} at the lower and {channel.highest} at the upper end"
+    return f"{channel.lowest:,} at the lower and {channel.highest:,} at the upper end"
 
 
 def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFingerprint) -> None:

@@ -187,7 +187,7 @@ class FederationClient:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
             elif waiting.lacks:
                 self._say(f"{key}: too few sites take part at the moment, waiting for {waiting.lacks} more "
-                          "(the coordinator's --min-sites)")
+                          "(--min-sites or --quorum of the coordinator)")
             waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
         self._document = open_document(download.path)
         return self._document

@@ -82,7 +82,7 @@ def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans
         Leaving(when="planning, second exchange", known=False,
                 passed_on="nothing of it; later all spacings and shapes in one sorted list, without names of sites"
                           + ("" if share_extrema else ". Smallest and largest voxel stay here: in the histograms, the "
-                             "outermost values are counted further inside"),
+                             "outermost values are counted farther out"),
                 message=messages.CoarseSummary(
                     spacings=(triple,) * num_cases, shapes=((1000, 1000, 1000),) * num_cases,
                     relative_sizes=(-MEASURED,) * num_cases, moments=(moments,) * len(channels),

@@ -196,8 +196,8 @@ class FineSummary(WithAdditions, Message):
     bins: Annotated[tuple[BinList, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
     corrected: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_CHANNELS)], ...], Field(max_length=MAX_CHANNELS),
                          AfterValidator(_check_unique)] = ()
-    """Channels whose coarse histograms, less clipped than before, come again as tensors `coarse.<channel>`: a bin that
-    was asked for lies among the outermost values of the site, which had been counted further inside."""
+    """Channels whose coarse histograms come again, as tensors `coarse.<channel>`: a wanted bin lies among the
+    outermost values of the site, fewer of which are counted elsewhere now; see `outermost`."""
 
 
 class PooledFingerprint(Message):

@@ -15,8 +15,6 @@ import numpy as np
 from nnunetv2.federated import outermost, statistics
 from nnunetv2.federated.errors import StatisticsError
 
-REACH = 100.0
-"""How far hidden outermost values may lie beyond a histogram, in multiples of its width."""
 ROUNDING = 1e-6
 """Share by which sums of float64 may differ from what they should be."""
 SMALLEST_MM, LARGEST_MM = 1e-5, 1e5
@@ -37,7 +35,7 @@ def check_moments(moments: statistics.ChannelMoments, coarse: np.ndarray, *, is_
 
     Args:
         coarse: int64 (65536,), of the same channel and site.
-        is_whole: Whether none of the outermost values are hidden, see `outermost`.
+        is_whole: Whether all values are counted where they are, and the outermost not farther out; see `outermost`.
     """
     count = int(coarse.sum())
     if count != moments.count:
@@ -48,17 +46,16 @@ def check_moments(moments: statistics.ChannelMoments, coarse: np.ndarray, *, is_
     lower, upper = (statistics.key_values(keys).astype(np.float64) for keys in (used << 16, used << 16 | 0xFFFF))
     share = coarse[used] / count
     width = float(upper[-1] - lower[0])
-    hidden = 0.0 if is_whole else outermost.hidden_of(count) / count
+    hidden = 0.0 if is_whole else outermost.hidden_of(count) / count  # share at each end that may lie farther inside
     rounding = ROUNDING * max(abs(lower[0]), abs(upper[-1]), width)
-    room = hidden * REACH * width + rounding
+    room = hidden * width + rounding
     if not share @ lower - room <= moments.mean <= share @ upper + room:
         raise StatisticsError("the mean does not lie where the site's own histogram says")
     farther = np.maximum(np.square(lower - moments.mean), np.square(upper - moments.mean))
     nearer = np.where((lower <= moments.mean) & (moments.mean <= upper), 0.0,
                       np.minimum(np.square(lower - moments.mean), np.square(upper - moments.mean)))
-    variance = moments.m2 / count
-    largest = share @ farther + 2 * hidden * ((REACH + 1) * width) ** 2 + rounding**2
-    if not share @ nearer * (1 - ROUNDING) - rounding**2 - room**2 <= variance <= largest * (1 + ROUNDING):
+    variance, room = moments.m2 / count, 2 * hidden * width**2 + rounding**2
+    if not share @ nearer * (1 - ROUNDING) - room <= variance <= share @ farther * (1 + ROUNDING) + room:
         raise StatisticsError("the standard deviation is not what the site's own histogram says")
 
 

@@ -189,9 +189,16 @@ class Gathering:
         return tuple(sorted(self.expected - self.contributions.keys()))
 
     @property
+    def least(self) -> int:
+        """Return the smallest number of contributions with which it is closed. The operator can go below a quorum."""
+        if self.quorum is None or self.is_superseded or self.key.kind not in POOLED_KINDS:
+            return self.floor
+        return max(self.floor, self.quorum)
+
+    @property
     def lacks(self) -> int:
-        """Return how many contributions are missing to the smallest number with which it may be closed."""
-        return max(0, self.floor - len(self.counted))
+        """Return how many contributions are missing to that number."""
+        return max(0, self.least - len(self.counted))
 
     @property
     def counted(self) -> tuple[str, ...]:
@@ -280,8 +287,9 @@ def may_close(gathering: Gathering, now: float) -> bool:
 
 
 def is_enough(gathering: Gathering) -> bool:
-    """Tell whether something can be made of the contributions that count."""
-    return bool(gathering.counted) and not gathering.lacks and gathering.required.issubset(gathering.counted)
+    """Tell whether something can be made of the contributions that count, if the operator wants that."""
+    counted = gathering.counted
+    return bool(counted) and len(counted) >= gathering.floor and gathering.required.issubset(counted)
 
 
 def due_at(gathering: Gathering) -> float | None:
@@ -295,7 +303,7 @@ def due_at(gathering: Gathering) -> float | None:
 
 def has_quorum(gathering: Gathering) -> bool:
     """Tell whether enough sites have contributed to go on without the others, among them all that are needed."""
-    enough = max(gathering.floor, min(gathering.quorum or len(gathering.expected), len(gathering.expected)))
+    enough = max(gathering.least, min(gathering.quorum or len(gathering.expected), len(gathering.expected)))
     return 0 < enough <= len(gathering.counted) and gathering.required <= gathering.contributions.keys()
 
 

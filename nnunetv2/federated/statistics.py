@@ -80,15 +80,6 @@ def fine_histogram(values: np.ndarray, bins: Sequence[int], counts: np.ndarray |
     return histogram
 
 
-def values_at(values: np.ndarray, counts: np.ndarray, ranks: Sequence[int]) -> tuple[np.float32, ...]:
-    """Return the values at some ranks, from 0, of all values in ascending order, without sorting them."""
-    coarse = coarse_histogram(values, counts)
-    places = [_locate(coarse, rank) for rank in ranks]
-    fine = fine_histogram(values, [number for number, _ in places], counts)
-    return tuple(key_values(np.array([number << 16 | _locate(row, inside)[0]]))[0]
-                 for (number, inside), row in zip(places, fine, strict=True))
-
-
 @dataclass(frozen=True)
 class Moments:
     """Count, mean, and sum of squared deviations from the mean, of values that need not be kept."""
@@ -200,7 +191,7 @@ def pooled_percentiles(coarse: np.ndarray, fine: np.ndarray, *,
 
 
 def outermost_bounds(coarse: np.ndarray) -> tuple[float, float]:
-    """Return the bounds of the lowest and highest coarse bin in use: all values that are not hidden lie between."""
+    """Return the bounds of the lowest and highest coarse bin in use: all values lie between, none is told."""
     used = np.flatnonzero(coarse)
     low, high = key_values(np.array([used[0] << 16, used[-1] << 16 | 0xFFFF]))
     return float(low), float(high)
@@ -232,7 +223,7 @@ def pool_fingerprint(summaries: Iterable[SiteSummary], coarse: Sequence[np.ndarr
 
     Equal for any split of the cases into sites and any order of the sites. Cases are sorted. Mean and standard
     deviation are rounded to float32, beyond which their digits would depend on the split. Unless every site shares
-    its extrema, `min` and `max` are the outermost histogram bounds, beyond which sites may have hidden values.
+    its extrema, `min` and `max` are the outermost histogram bounds.
 
     Args:
         summaries: One per site.

@@ -77,8 +77,8 @@ def _describe_wait(gathering: GatheringStatus, name: str, now: float) -> str:
     if gathering.refusal:
         return f"{name} is refused, until a site sends something else: {gathering.refusal}"
     if gathering.lacks and not gathering.waiting_for:
-        return (f"waiting for {gathering.lacks} more since {since}: {name} needs more sites (--min-sites) than take "
-                f"part at the moment ({', '.join(gathering.contributed)} contributed)")
+        return (f"waiting for {gathering.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "
+                f"than take part at the moment ({', '.join(gathering.contributed)} contributed)")
     if not gathering.waiting_for:
         return f"all have contributed: {name}, since {since}; it is not closed yet"
     there = f" ({', '.join(gathering.contributed)} contributed)" if gathering.contributed else ""

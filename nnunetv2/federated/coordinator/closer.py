@@ -134,7 +134,8 @@ class Closer:
             one = lacking[key]
             self._coordinator.announce(
                 f"{key} waits: {', '.join(one.counted)} have contributed, nobody else takes part at the moment, and it "
-                f"needs {one.floor} sites (--min-sites). Sites that have left or were revoked can come back")
+                f"needs {one.least} sites ({'--min-sites' if one.least == one.floor else '--quorum'}). Sites that have "
+                "left or were revoked can come back")
         self._lacking = set(lacking)
 
     def _close(self, key: GatheringKey) -> None:
