@@ -126,6 +126,12 @@ class Archive:
         """Return what every site of a run registered, in the order of their names."""
         return dict(self._each_registration(run))
 
+    def registration(self, run: str, site: str) -> messages.Registration:
+        """Return what one site of a run registered, at first or when it was admitted."""
+        key = admission_key(run, site) if site in self._admitted(run) else registration_key(run)
+        with self.contribution(key, site) as document:
+            return document.message
+
     def _each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
         """Yield every site and what it registered, in the order of their names: all at once are large."""
         keys = {site: registration_key(run) for site in self._find(registration_key(run)).outcome.contributors}

@@ -194,7 +194,7 @@ def _coarse_of(key: GatheringKey, site: str, channel: int, archive: Archive) -> 
 
 def _check_validation(key: GatheringKey, site: str, message: messages.Validation, archive: Archive,
                       settings: FederationSettings) -> None:
-    registration = archive.registrations(key.run)[site]
+    registration = archive.registration(key.run, site)
     largest = plausibility.largest_validation(registration.plans, registration.configuration,
                                               settings.num_val_iterations_per_epoch)
     counted = max(sum(voxels) for voxels in zip(message.tp, message.fp, message.fn, strict=True))
