@@ -97,6 +97,7 @@ def test_settings_are_changed_one_by_one(run):
     changed = json.loads(run("settings", "--late-updates", "carry"))
     assert (changed["quorum"], changed["deadline_s"], changed["late_updates"]) == (2, 60.0, "carry")
     assert json.loads(run("settings", "--wait-for-all"))["quorum"] is None
+    assert json.loads(run("settings"))["min_sites"] == 2
     with pytest.raises(WireError, match="the command line is not valid: quorum"):
         run("settings", "--quorum", "0")
     with pytest.raises(RefusedError, match="--quorum 1 is less than --min-sites 2"):

@@ -17,8 +17,9 @@ from fake_federation import (
     wait_until,
 )
 
+from nnunetv2.experiment_planning import federated_planning
 from nnunetv2.federated import messages, statistics
-from nnunetv2.federated.errors import RefusedError, StatisticsError
+from nnunetv2.federated.errors import FederationError, RefusedError, StatisticsError
 from nnunetv2.federated.messages import (
     CENSUS_KEY,
     COARSE_KEY,
@@ -181,3 +182,23 @@ def test_a_site_cannot_decide_which_aggregate_is_best_by_claiming_voxels(tmp_pat
         with pytest.raises(RefusedError, match="more voxels were validated than"):
             a.contribute(validation_key(RUN, 0), messages.Validation(tp=(2.0**53,), fp=(0,), fn=(0,)))
         a.contribute(validation_key(RUN, 0), messages.Validation(tp=(4 * 2 * 16.0**3,), fp=(0,), fn=(0,)))
+
+
+# ---------------------------------------------------------------------------------------------------------- at a site
+def pooled_with(own: messages.CoarseSummary, spacing) -> messages.PooledFingerprint:
+    """Return what a site gets of which others have five cases of this spacing."""
+    return messages.PooledFingerprint(num_cases=8, fingerprint={
+        "spacings": [list(one) for one in own.spacings] + [list(spacing)] * 5,
+        "shapes_after_crop": [list(one) for one in own.shapes] + [[200, 300, 300]] * 5})
+
+
+def test_a_site_hears_of_other_units_before_it_preprocesses(capsys):
+    own = summary_of(draw("few"), (0.1, 0.1, 0.1))
+    federated_planning._compare_geometry(own, pooled_with(own, (1.0, 1.0, 1.0)))
+    assert "The scans of this site are about 10 times smaller than those of the others: median spacing 0.1 x 0.1 x " \
+           "0.1 mm here, 1 x 1 x 1 mm there" in capsys.readouterr().out
+    with pytest.raises(FederationError, match="cannot all have spacings in millimetres"):
+        federated_planning._compare_geometry(own, pooled_with(own, (100.0, 100.0, 100.0)))
+    for others in (pooled_with(own, (0.12, 0.1, 0.1)), pooled_with(own, (0.1, 0.1, 0.1))):
+        federated_planning._compare_geometry(own, others)
+    assert capsys.readouterr().out == ""
