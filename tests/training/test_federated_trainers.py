@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from nnunetv2.federated.errors import (
     ShortEpochError,
 )
 from nnunetv2.run.run_training import maybe_load_checkpoint
-from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
     nnUNetTrainerAsymFedAvg,
     nnUNetTrainerAsymFedAvgOverlapped,
@@ -209,6 +210,16 @@ def test_the_log_names_the_floor_and_what_only_two_sites_share(make_sites):
         lines = "\n".join(trainer.lines)
         assert "Nothing is averaged over fewer than 2 sites" in lines
         assert "only: each of the two can compute what the other has sent" in lines
+
+
+@pytest.mark.parametrize(("contributors", "is_told"), [(("A",), True), (("A", "B"), False)])
+def test_an_average_of_too_few_sites_is_told(contributors, is_told):
+    """As a coordinator hands out that is older, or that lies."""
+    lines = []
+    trainer = SimpleNamespace(min_sites=2, received_megabytes=1.0, tell=lines.append)
+    FederatedTraining.report_round(trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)),
+                                   waited_s=0.0)
+    assert any("fewer than 2 sites" in line for line in lines) == is_told
 
 
 def test_the_validation_of_a_round_comes_with_the_next_and_is_drawn_where_it_belongs(make_sites):

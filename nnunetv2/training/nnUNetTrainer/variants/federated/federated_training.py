@@ -44,7 +44,7 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.bodies import FederationSettings
+from nnunetv2.federated.bodies import LEAST_SITES, FederationSettings
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.min_cases import check_enough_cases
@@ -104,6 +104,9 @@ class FederatedTraining:
     _sent: Weights = {}
     _exchange: Future[tuple[Weights, messages.Aggregate]] | None = None
     """What was sent, and the exchange itself; in the first process only."""
+
+    min_sites = LEAST_SITES
+    """Over so many sites, at least, everything is averaged, as the coordinator has promised."""
 
     received_megabytes = 0.0
     """Size of the weights that came last."""
@@ -183,7 +186,8 @@ class FederatedTraining:
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
-        self.tell(f"Nothing is averaged over fewer than {settings.min_sites} sites")
+        self.min_sites = settings.min_sites
+        self.tell(f"Nothing is averaged over fewer than {self.min_sites} sites")
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -316,6 +320,9 @@ class FederatedTraining:
         missing = f"; missing: {', '.join(aggregate.missing)}" if aggregate.missing else ""
         self.tell(f"Round {aggregate.round}: {self.received_megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
                   f"sites: {', '.join(sorted(aggregate.contributors))}{missing}")
+        if len(aggregate.contributors) < self.min_sites:
+            self.tell(f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
+                      "--min-sites, or it does not keep to it. Show this line to the coordinating site")
 
     def tell(self, line: str, **options: bool) -> None:
         """Log a line, once per site."""
