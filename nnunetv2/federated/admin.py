@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from nnunetv2.federated import audit_commands, backup
 from nnunetv2.federated.certificates import untrusted_certificate
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, is_loopback, load_credential
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
         RefusedError: The coordinator says no.
         CoordinatorUnreachable: Nobody answers.
     """
-    from nnunetv2.federated.strict_json import decode_json
+    from nnunetv2.federated.answers import ForeignAnswerError, decode_answer, describe_foreign
 
     # What was not given on the command line is not sent: it stays as it is.
     data = None if body is None else body.model_dump_json(exclude_unset=True).encode()
@@ -60,6 +60,10 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
     try:
         with _opener(credential).open(request, timeout=TIMEOUT_S) as answer:
             content = answer.read(LARGEST_ANSWER)
+        return decode_answer(model, content, answer.headers) if model is not None else None
+    except ForeignAnswerError as error:
+        raise FederationError(describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)) \
+            from error
     except urllib.error.HTTPError as error:
         with error:
             raise _refusal(error) from None
@@ -69,7 +73,6 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
             raise untrusted_certificate(reason.verify_message) from error
         raise CoordinatorUnreachable(f"the coordinator at {credential.url} does not answer: {reason}. Is it "
                                      "running?") from error
-    return decode_json(model, content) if model is not None else None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -91,13 +94,11 @@ def _opener(credential: SiteCredential) -> urllib.request.OpenerDirector:
 
 
 def _refusal(error: urllib.error.HTTPError) -> FederationError:
-    from nnunetv2.federated.bodies import Problem
-    from nnunetv2.federated.strict_json import decode_json
+    from nnunetv2.federated.answers import describe_foreign, find_problem
 
-    try:
-        problem = decode_json(Problem, error.read(LARGEST_ANSWER))
-    except WireError:
-        return FederationError(f"{error.url} answers with status {error.code}, not as a coordinator would")
+    problem = find_problem(error.read(LARGEST_ANSWER), error.headers)
+    if problem is None:
+        return FederationError(describe_foreign(error.url, error.code, error.reason, error.headers))
     return RefusedError(problem.message, problem.remedy, code=problem.code)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import tempfile
 import threading
 import time
@@ -26,12 +27,13 @@ from nnunetv2.federated.http_session import (
     NoAnswerError,
     RangeError,
     check_status,
+    foreign_answer,
     open_session,
-    read_small,
+    read_answer,
     translated_errors,
 )
 from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url
-from nnunetv2.federated.strict_json import decode_json, encode_json
+from nnunetv2.federated.strict_json import encode_json
 from nnunetv2.federated.wire import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.utilities.resumable_download import PartialDownload
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from nnunetv2.federated.messages import Message
+
+    Model = TypeVar("Model", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -228,23 +232,22 @@ class FederationClient:
                     f"{self.credential.url}/v1/failures", data=encode_json(report), timeout=timeout_s, stream=True,
                     allow_redirects=False) as response:
                 check_status(response)
+                if response.status_code != 204:
+                    raise foreign_answer(response)
         except (FederationError, ValueError) as error:
             logger.warning("the coordinator could not be told of the failure: %s", error)
 
     # -------------------------------------------------------------------------------------------------- requests
-    def _ask(self, method: str, path: str, model: type[BaseModel] | None, *, json_body: BaseModel | None = None,
-             timeout_s: float | None = None) -> Any:
-        """Send one request with a small answer; None if the answer has no body."""
+    def _ask(self, method: str, path: str, model: type[Model], *, json_body: BaseModel | None = None) -> Model:
+        """Send one request with a small answer."""
         data = None if json_body is None else encode_json(json_body)
-        with self._request(method, path, data=data, timeout_s=timeout_s) as response:
-            content = read_small(response)
-        return decode_json(model, content) if model is not None and content else None
+        with self._request(method, path, data=data) as response:
+            return read_answer(model, response)
 
     def _offer(self, key: str, offer: bodies.Offer) -> bodies.Receipt | bodies.Wanted:
         """Ask whether a document is wanted, and from which byte on."""
         with self._request("POST", f"offers/{quote(key)}", data=encode_json(offer)) as response:
-            content = read_small(response)
-            return decode_json(bodies.Wanted if response.status_code == 202 else bodies.Receipt, content)
+            return read_answer(bodies.Wanted if response.status_code == 202 else bodies.Receipt, response)
 
     def _upload(self, key: str, document: OutgoingDocument, offset: int) -> bodies.Receipt:
         """Send a document from a byte on."""
@@ -253,7 +256,7 @@ class FederationClient:
             headers["Content-Range"] = f"bytes {offset}-{size - 1}/{size}"
         document.seek(offset if offset < size else 0)
         with self._request("PUT", f"gatherings/{quote(key)}", data=document, headers=headers) as response:
-            return decode_json(bodies.Receipt, read_small(response))
+            return read_answer(bodies.Receipt, response)
 
     def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> bodies.Waiting | None:
         """Ask once for a result, going on behind what there is of it; None once it is there completely."""
@@ -264,8 +267,10 @@ class FederationClient:
         try:
             with self._request("GET", path, headers=download.headers()) as response:
                 if response.status_code == 202:
-                    return decode_json(bodies.Waiting, read_small(response))
+                    return read_answer(bodies.Waiting, response)
                 expected = response.headers.get("X-Content-SHA256", "")
+                if not re.fullmatch("[0-9a-f]{64}", expected):  # a coordinator sends no file without
+                    raise foreign_answer(response)
                 digest = download.receive(response, tag=f'"{expected}"')
         except RangeError:
             download.forget()
@@ -276,8 +281,8 @@ class FederationClient:
         return None
 
     @contextmanager
-    def _request(self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] | None = None,
-                 timeout_s: float | None = None) -> Iterator[requests.Response]:
+    def _request(self, method: str, path: str, *, data: Any = None,
+                 headers: Mapping[str, str] | None = None) -> Iterator[requests.Response]:
         """Send one request and yield the answer if it is a good one.
 
         Raises:
@@ -285,11 +290,10 @@ class FederationClient:
             RefusedError: The coordinator says no.
             NotJoinedError: It does not know this site.
         """
-        timeout_s = timeout_s or self.timeout_s
         with translated_errors():
             response = self._session.request(method, f"{self.credential.url}/v1/{path}", data=data, headers=headers,
                                              stream=True, allow_redirects=False,
-                                             timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s))
+                                             timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s))
             with response:
                 check_status(response)
                 yield response
@@ -349,4 +353,4 @@ def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinA
             f"{check_url(credential.url)}/v1/join", data=encode_json(request), timeout=CONNECT_TIMEOUT_S, stream=True,
             allow_redirects=False) as response:
         check_status(response)
-        return decode_json(bodies.JoinAnswer, read_small(response))
+        return read_answer(bodies.JoinAnswer, response)
