@@ -145,7 +145,10 @@ class FederationClient:
             CoordinatorUnreachable: It did not answer for `give_up_after_s`.
         """
         receipt = self.contribute(key, message, tensors, specs=specs)
-        return self.result(receipt.key or key)
+        document = self.result(receipt.key or key)
+        if receipt.already and is_late(self.credential.site, key, document.message):
+            self._say(f"{key}: this site's update came when the round was closed already: it did not count")
+        return document
 
     def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
                    specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> bodies.Receipt:
@@ -175,7 +178,13 @@ class FederationClient:
                 answer = self._offer(key, offer)
             return answer if isinstance(answer, bodies.Receipt) else self._upload(key, document, answer.offset)
 
-        return self._persist(send, patience_s)
+        receipt = self._persist(send, patience_s)
+        if receipt.already and receipt.digest != document.digest:
+            self._say(f"{key}: the coordinator holds another contribution of this site, which counts; what was sent "
+                      "now is dropped. A second training with this site's credential, or one that was started again")
+        elif receipt.key:
+            self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
+        return receipt
 
     def result(self, key: str) -> Document:
         """Wait until a gathering is closed and return its result; see `exchange`."""
@@ -346,6 +355,15 @@ class FederationClient:
 
 
 # -------------------------------------------------------------------------------------------------------- functions
+def is_late(site: str, key: str, message: Message) -> bool:
+    """Tell whether a result shows that what a site had sent to a gathering came too late to count."""
+    from nnunetv2.federated.messages import Aggregate
+
+    if not isinstance(message, Aggregate) or message.round is None:
+        return False
+    return site not in message.contributors or key.rpartition("/")[2] != str(message.round)
+
+
 def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinAnswer:
     """Ask the coordinator once to let a site join with the secret of its invitation."""
     request = bodies.JoinRequest(invitation=invitation, token=credential.token)

@@ -196,6 +196,7 @@ class Coordinator:
         verdict = judge(gathering, site, digest)
         self._take_back_failure(sent_to, site)
         if verdict in (Verdict.SAME, Verdict.KEEP_FIRST):
+            self._note_late(gathering, site)
             return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.size_limit(gathering.key, site, self.archive)
         if size > limit:
@@ -239,8 +240,7 @@ class Coordinator:
             if gathering.waiting_for:  # else the closing, which comes at once, is what the others want to hear of
                 self.on_progress(str(place))
             self.closer.wake()
-        elif verdict is Verdict.KEEP_FIRST and gathering.is_closed and site in gathering.outcome.missing:
-            self._log_late(gathering, site)
+        self._note_late(gathering, site)
         return _receipt(gathering, site, digest, verdict, sent_to=key)
 
     def _take_back_failure(self, key: GatheringKey, site: str) -> None:
@@ -289,10 +289,18 @@ class Coordinator:
         self.store.add_event(Event(self.clock(), "refusal", site, key, {"message": printable(str(error)[:1000])}))
         self.announce(f"{key}: the contribution of site {site} is not accepted: {error}")
 
-    def _log_late(self, gathering: Gathering, site: str) -> None:
-        delay = self.clock() - gathering.outcome.time
-        self.store.add_event(Event(self.clock(), "late", site, str(gathering.key), {"seconds": delay}))
-        self.announce(f"{gathering.key}: the contribution of site {site} is {delay:.1f} s late and does not count")
+    def _note_late(self, gathering: Gathering, site: str) -> None:
+        """Write down, once, that a site's update came when its round was closed already."""
+        if gathering.key.kind != "round" or not gathering.is_closed or site not in gathering.outcome.missing:
+            return
+        key = str(gathering.key)
+        with self.locks[key]:
+            if self.store.has_event("late", site, key):
+                return
+            delay = self.clock() - gathering.outcome.time
+            self.store.add_event(Event(self.clock(), "late", site, key, {"seconds": delay}))
+        self.announce(f"{key}: the update of site {site} is {delay:.1f} s late and does not count")
+        self.on_progress(key)
 
     # --------------------------------------------------------------------------------------------------- results
     def result(self, key: str, site: str) -> Result | bodies.Waiting:
