@@ -150,6 +150,25 @@ class RunState(Part):
     left: SiteNames = ()
 
 
+class RunOutlook(Part):
+    """What will become of a run's averages, as it is known once its sites have registered."""
+
+    run: Text
+    trainer: Text = ""
+    """Class that builds the network of the common model; empty where there will be none."""
+    obstacle: LongText = ""
+    """Why there will be no common model."""
+
+
+class Outlooks(Part):
+    """What will become of the averages of every run whose sites have registered.
+
+    An answer of its own: sites that do not know it yet do not ask, and could not read it as part of another.
+    """
+
+    runs: Annotated[tuple[RunOutlook, ...], Field(max_length=10_000)] = ()
+
+
 class FailureReport(Part):
     """A site cannot go on, and says so instead of sending old weights."""
 

@@ -206,9 +206,14 @@ class FederationClient:
         """Return what holds for all sites of the federation."""
         return self._persist(lambda: self._ask("GET", "settings", bodies.FederationSettings), patience_s)
 
-    def run_state(self, run: str) -> bodies.RunState:
-        """Return how far a training run is."""
-        return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}", bodies.RunState))
+    def run_state(self, run: str, *, plans: str | None = None) -> bodies.RunState:
+        """Return how far a training run is; with `plans`, the one that a training with these plans belongs to."""
+        query = "" if plans is None else f"?plans={quote(plans, safe='')}"
+        return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}{query}", bodies.RunState))
+
+    def outlooks(self) -> bodies.Outlooks:
+        """Return which runs will have a common model, and why others will not."""
+        return self._persist(lambda: self._ask("GET", "outlooks", bodies.Outlooks))
 
     def fetch_model(self, run: str, path: Path) -> None:
         """Write the model of a run that is over, a zip file; in several connections, if need be.

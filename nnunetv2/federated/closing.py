@@ -15,7 +15,7 @@ from typing import Any
 from nnunetv2.federated import admission, aggregation, half_precision, matching, messages, statistics, validation
 from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.bodies import FederationSettings
-from nnunetv2.federated.comparing import first_difference
+from nnunetv2.federated.comparing import comparable_plans, find_difference, first_change, first_difference
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, round_key
 from nnunetv2.federated.rounds import (
@@ -35,8 +35,6 @@ MAX_DOCUMENT_BYTES = 256 << 20
 """Bound of everything that is not a set of weights."""
 MESSAGE_ALLOWANCE = 4 << 20
 """Bytes beside its tensors that a set of weights may have: names, shapes and metrics."""
-PLANS_OF_A_SITE = ("dataset_name", "image_reader_writer")
-"""Fields of plans that say nothing about the network, and may differ."""
 
 MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
     "census": messages.Census,
@@ -148,20 +146,36 @@ def _check_fine(site: str, document: Document, archive: Archive) -> None:
 
 
 def _check_registration(key: GatheringKey, message: messages.Registration) -> None:
-    named = messages.run_name(message.configuration, message.fold, message.trainer)
-    if named != key.run:
-        raise WireError(f"a registration for {named} was sent to the run {key.run}")
     plans_name = message.plans.get("plans_name")
     if not isinstance(plans_name, str) or not re.fullmatch(messages.SEGMENT_PATTERN.strip("^$"), plans_name):
         raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
+    named = messages.run_name(message.configuration, message.fold, message.trainer)
+    if key.run not in (named, f"{named}.{plans_name}"):
+        raise WireError(f"a registration for {named} was sent to the run {key.run}")
 
 
-def check_unchanged(key: GatheringKey, site: str, message: messages.Registration, archive: Archive) -> None:
-    """Raise RefusedError unless a site registers again what it has registered, whichever version it had then."""
+def check_unchanged(key: GatheringKey, site: str, message: messages.Message, archive: Archive) -> None:
+    """Raise RefusedError, naming the difference, unless a site contributes again what it has contributed.
+
+    Versions of the software may word a registration differently: extrema of voxels, and what only one of them says, do
+    not count. Nor do the weights that a training starts from, once the initial ones are settled.
+    """
     with archive.contribution(str(key), site) as held:
-        before, now = (one.model_copy(update={"plans": without_extrema(one.plans)}) for one in (held.message, message))
-    if before != now:
-        raise changed_since(key, site)
+        before, now = _comparable(held.message), _comparable(message)
+    if isinstance(message, messages.Registration):
+        for name in messages.NEW_IN_REGISTRATION:
+            is_settled = name == "pretrained_weights" and archive.is_closed(initial_key(key.run))
+            is_unknown = name != "pretrained_weights" and not (name in before and name in now)
+            if is_settled or is_unknown:
+                before.pop(name, None), now.pop(name, None)
+    change = first_change(before, now)
+    if change is not None:
+        raise changed_since(key, site, change)
+
+
+def _comparable(message: messages.Message) -> dict[str, Any]:
+    content = message.model_dump(mode="json")
+    return {**content, "plans": without_extrema(content["plans"])} if "plans" in content else content
 
 
 # ------------------------------------------------------------------------------------------------------------ closing
@@ -261,21 +275,41 @@ def _pool_channels(documents: Iterable[Document], name: str) -> list[Any]:
             for channel in range(len(documents[0].specs))]
 
 
-def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgreement:
-    """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference."""
-    comparable = {site: {name: value for name, value in without_extrema(content).items() if name not in PLANS_OF_A_SITE}
-                  for site, content in plans.items()}
-    difference = first_difference(comparable, "plans")
-    if difference:
-        raise RefusedError(f"the plans differ: {difference}", "Plan again at all sites, with the same options and the "
+def agree_on_plans(plans: Mapping[str, Mapping[str, Any]], *, made_together: bool = True) -> messages.PlansAgreement:
+    """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference.
+
+    Args:
+        made_together: Whether plans follow from what the sites have pooled. Of those that a site has made alone the
+            others get to know the field only: its value tells of the site's data.
+    """
+    comparable = {site: comparable_plans(content) for site, content in plans.items()}
+    difference = find_difference(comparable, "plans")
+    if difference is not None:
+        groups = " and ".join("/".join(sites) for sites in difference.held.values())
+        text = str(difference) if made_together else f"{difference.place}, between sites {groups}"
+        raise RefusedError(f"the plans differ: {text}", "Plan again at all sites, with the same options and the "
                            "same version: nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
     return messages.PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
+
+
+def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:
+    """Raise RefusedError, saying who gave what, unless all sites start from the same weights or from random ones."""
+    groups: dict[str | None, list[str]] = {}
+    for site, digest in sorted(digests.items()):
+        groups.setdefault(digest, []).append(site)
+    if len(groups) > 1:
+        given = "; ".join(f"{', '.join(sites)}: {'none' if digest is None else f'SHA-256 {digest[:12]}...'}"
+                          for digest, sites in groups.items())
+        raise RefusedError(f"the sites do not start from the same pretrained weights ({given})",
+                           "Give the same file as -pretrained_weights at all sites, or give none anywhere.",
+                           code="weights_differ")
 
 
 def match_registrations(contributed: Mapping[str, messages.Registration],
                         settings: FederationSettings) -> messages.Match:
     """Decide what the sites of a run share."""
     _check_compatible(contributed)
+    check_pretrained_weights({site: message.pretrained_weights for site, message in contributed.items()})
     cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
     try:
         matched = matching.match_tensors({site: message.tensors for site, message in contributed.items()},
@@ -294,7 +328,7 @@ def _check_compatible(registered: Mapping[str, messages.Registration]) -> None:
     """Raise RefusedError unless datasets go together, and plans where a trainer wants them equal."""
     check_same_dataset({site: message.dataset_json for site, message in registered.items()})
     if any(message.requires_equal_plans for message in registered.values()):
-        agree_on_plans({site: message.plans for site, message in registered.items()})
+        agree_on_plans({site: message.plans for site, message in registered.items()}, made_together=False)
 
 
 def check_same_dataset(described: Mapping[str, messages.Census | messages.TrainingData]) -> None:

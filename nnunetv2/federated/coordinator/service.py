@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
-from nnunetv2.federated.archive import Archive
+from nnunetv2.federated.archive import Agreement, Archive
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.book import RoundBook
 from nnunetv2.federated.coordinator.closer import Closer
@@ -24,7 +24,8 @@ from nnunetv2.federated.coordinator.members import INVITATION_LIFETIME_S, Member
 from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
 from nnunetv2.federated.coordinator.quotas import check_room
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.messages import registration_key, round_key
+from nnunetv2.federated.messages import registration_key, round_key, run_with_plans
+from nnunetv2.federated.outlook import Outlook
 from nnunetv2.federated.plain_text import printable
 from nnunetv2.federated.rounds import (
     FINAL_KINDS,
@@ -100,6 +101,8 @@ class Coordinator:
         """The same for what people like to know: that one site less is waited for."""
         self.locks = Locks()
         """One per gathering or run, for whoever changes it."""
+        self.outlooks: dict[str, tuple[Agreement, Outlook]] = {}
+        """Run -> what will become of its averages, and what that follows from."""
         self.uploads = PartialUploads(store.folder / "incoming")
         self.closer = Closer(self)
 
@@ -357,6 +360,32 @@ class Coordinator:
         """Say how far a run is."""
         parse_key(f"runs/{run}/registration")
         return self.book.run_state(run)
+
+    def run_of_plans(self, run: str, site: str, plans_name: str) -> str:
+        """Return the name of the run that a site's training with these plans belongs to.
+
+        The plans that a run began with have its plain name `<configuration>.fold_<fold>.<trainer>`, as have all in
+        federations of earlier versions. A further training of the same site, with other plans, has theirs behind it.
+        Plans of other names belong to the plain run where a site registers for it first, or comes late: networks may
+        differ.
+        """
+        registration = self.book.get(parse_key(f"runs/{run}/registration"))
+        names = self.archive.plans_names(run) if registration is not None else {}
+        if names.get(site) == plans_name:
+            return run
+        further = f"{run}.{plans_name}"
+        if registration is None or not registration.is_closed:
+            may_be_plain = site not in names or plans_name in names.values() or registration.outcome is not None
+        else:
+            may_be_plain = site not in names and (
+                plans_name in names.values() or not self.book.run_state(run).closed)
+        if may_be_plain and further not in self.book.runs():
+            return run
+        try:
+            return run_with_plans(run, plans_name)
+        except ValueError as error:
+            raise RefusedError(str(error), "Give the plans a shorter name (-overwrite_plans_name).",
+                               code="incomplete_request") from error
 
     def status(self) -> bodies.Status:
         """Say what the federation is doing."""
