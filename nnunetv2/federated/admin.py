@@ -70,7 +70,7 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise untrusted_certificate(reason.verify_message) from error
+            raise untrusted_certificate(reason, credential.url) from error
         raise CoordinatorUnreachable(f"the coordinator at {credential.url} does not answer: {reason}. Is it "
                                      "running?") from error
 

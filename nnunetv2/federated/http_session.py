@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from nnunetv2.federated.answers import ForeignAnswerError, decode_answer, describe_foreign, find_problem
-from nnunetv2.federated.certificates import untrusted_certificate
+from nnunetv2.federated.certificates import has_wrong_dates, untrusted_certificate
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, in_sentences
 from nnunetv2.federated.site import SiteCredential, is_loopback
 from nnunetv2.utilities.resumable_download import PIECE_BYTES
@@ -110,8 +111,11 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except requests.exceptions.SSLError as error:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise untrusted_certificate(_cause_of(error)) from error
+        refused = _verification_error(error)
+        if refused is not None:
+            untrusted = untrusted_certificate(refused, error.request.url.partition("/v1/")[0])
+            # Clocks are set and certificates renewed while trainings wait; another authority stays another one.
+            raise (NoAnswerError(str(untrusted)) if has_wrong_dates(refused) else untrusted) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
     except requests.exceptions.ProxyError as error:
         raise NoAnswerError("the proxy in the environment variable HTTPS_PROXY does not lead to the coordinator "
@@ -122,6 +126,21 @@ def translated_errors() -> Iterator[None]:
         raise NoAnswerError(f"the coordinator cannot be reached ({_cause_of(error)})") from error
 
 
+def _verification_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    """Return what the verification of a certificate raised, from inside of the layers around it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = _inner_error(cause)
+    return cause
+
+
+def _inner_error(error: BaseException) -> BaseException | None:
+    """Return the error that another one wraps, in any of the ways of the libraries below."""
+    reason = getattr(error, "reason", None)
+    inner = next((part for part in error.args if isinstance(part, BaseException)), None)
+    return reason if isinstance(reason, BaseException) else error.__cause__ or inner or error.__context__
+
+
 def _cause_of(error: BaseException) -> str:
     """Return the system's own words for a network error, without the layers around them."""
     cause: BaseException | None = error
@@ -130,9 +149,7 @@ def _cause_of(error: BaseException) -> str:
             return (cause.strerror or errno.errorcode.get(cause.errno, str(cause.errno))).lower()
         if isinstance(cause, OSError) and str(cause).startswith("Tunnel connection failed"):
             return str(cause).lower()  # what a proxy says
-        reason = getattr(cause, "reason", None)
-        inner = next((part for part in cause.args if isinstance(part, BaseException)), None)
-        cause = reason if isinstance(reason, BaseException) else cause.__cause__ or inner or cause.__context__
+        cause = _inner_error(cause)
     return "the connection broke"
 
 
