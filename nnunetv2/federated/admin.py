@@ -143,6 +143,8 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
     given = {name: getattr(arguments, name) for name in ("quorum", "deadline_s", "late_updates", "validate_every")
              if getattr(arguments, name) is not None}
     if arguments.wait_for_all:
+        if "quorum" in given or "deadline_s" in given:
+            raise FederationError("--wait-for-all is without --quorum and --deadline: give one or the other")
         given |= {"quorum": None, "deadline_s": None}
     if given:
         change = validated(lambda: SettingsChange(**given), "the command line")

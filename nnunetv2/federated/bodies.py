@@ -43,11 +43,21 @@ class FederationSettings(WithPrecision):
 
 
 def check_quorum(settings: FederationSettings) -> None:
-    """Raise FederationError if no round could ever close with the quorum."""
+    """Raise FederationError if no round could ever close with the quorum, or the deadline would change nothing."""
     if settings.quorum is not None and settings.quorum > len(settings.sites):
         raise FederationError(f"--quorum {settings.quorum} is more than the {len(settings.sites)} sites")
     if settings.quorum is not None and settings.deadline_s is None:
         raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
+    if settings.deadline_s is not None and settings.quorum is None:
+        raise FederationError("--deadline needs --quorum: without one, a round waits for all sites, however late they "
+                              "are")
+
+
+def check_late_updates(settings: FederationSettings) -> None:
+    """Raise FederationError if updates are to be carried although no round closes before they come."""
+    if settings.late_updates == "carry" and settings.deadline_s is None:
+        raise FederationError("--late-updates carry needs --quorum and --deadline: without them no update is late, "
+                              "since every round waits for all sites")
 
 
 class SettingsChange(Part):

@@ -1,6 +1,7 @@
 """Write files so that a reader sees either the old content or the complete new one."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = ".partial-"
+_DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EIO", "EROFS") if hasattr(errno, name)}
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors of a disk that is full or broken name the file that was written, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_TROUBLE and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager
@@ -31,13 +44,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
     try:
         written = scratch / target.name
-        yield written
-        if not written.is_file():
-            raise FileNotFoundError(f"nothing was written for {path}")
-        companions = [file for file in scratch.iterdir() if file != written]
-        for file in (*companions, written):
-            _flush_to_disk(file)
-            file.replace(target.parent / file.name)
+        with naming(path):
+            yield written
+            if not written.is_file():
+                raise FileNotFoundError(f"nothing was written for {path}")
+            companions = [file for file in scratch.iterdir() if file != written]
+            for file in (*companions, written):
+                _flush_to_disk(file)
+                file.replace(target.parent / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

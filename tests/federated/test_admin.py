@@ -122,6 +122,13 @@ def test_without_a_coordinator_the_way_out_is_named(tmp_path):
         admin.main(["--folder", str(tmp_path), "settings"])
 
 
+def test_settings_without_effect_are_refused(federation, run):
+    for options in (["--deadline", "60"], ["--late-updates", "carry"], ["--wait-for-all", "--deadline", "60"]):
+        with pytest.raises(FederationError, match="--quorum"):
+            run("settings", *options)
+    assert federation.coordinator.settings.deadline_s is None
+
+
 def test_the_command_runs_with_little_more_than_the_standard_library():
     code = ("import sys\nfor name in ('torch', 'requests', 'numpy'): sys.modules[name] = None\n"
             "from nnunetv2.federated.admin import main; main(['-h'])")

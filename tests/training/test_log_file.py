@@ -1,4 +1,5 @@
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,10 @@ def test_a_disk_that_stays_away_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(log_file, "PAUSE_S", 0)
     with pytest.raises(FileNotFoundError):
         log_file.append_to_log(tmp_path / "missing" / "log.txt", "one", header="")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_full_disk_names_the_log(monkeypatch):
+    monkeypatch.setattr(log_file, "PAUSE_S", 0.0)
+    with pytest.raises(OSError, match="/dev/full"):
+        log_file.append_to_log(Path("/dev/full"), "text", header="header")

@@ -81,3 +81,15 @@ def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
     (tmp_path / "case.nii.gz").write_text("whole")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-young", "case.nii.gz"]
+
+
+def test_a_full_disk_names_the_file_that_was_written(tmp_path):
+    import errno
+
+    def fill():
+        with replacing(tmp_path / "checkpoint.pth"):
+            raise OSError(errno.EFBIG, "File too large")
+
+    with pytest.raises(OSError, match="File too large: '.*checkpoint.pth'"):
+        fill()
+    assert list(tmp_path.iterdir()) == []

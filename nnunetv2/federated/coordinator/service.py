@@ -171,6 +171,8 @@ class Coordinator:
             settings = bodies.FederationSettings.model_validate(values)
             if change.model_fields_set & {"quorum", "deadline_s"}:  # a revocation may leave fewer sites than a quorum
                 bodies.check_quorum(settings)
+            if "late_updates" in change.model_fields_set:
+                bodies.check_late_updates(settings)
             self.store.save_settings(settings, Event(self.clock(), "settings", by, None,
                                                      change.model_dump(mode="json", exclude_unset=True)))
             self._take_over(settings)

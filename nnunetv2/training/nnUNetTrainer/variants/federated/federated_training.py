@@ -52,6 +52,7 @@ from nnunetv2.federated.session import RunSession, Weights
 from nnunetv2.federated.site import SiteCredential, load_credential
 from nnunetv2.federated.wire import file_digest
 from nnunetv2.training.distributed import is_distributed
+from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
     describe_validation,
     validate_network,
@@ -126,8 +127,8 @@ class FederatedTraining:
             try:
                 with speaks_last:
                     super().run_training()
-            except FirstProcessError:
-                raise  # which has reported it
+            except (FirstProcessError, FolderInUseError):
+                raise  # which has been reported, or is no failure of the training that goes on there
             except BaseException as error:
                 # The text of an error may quote paths or case names; only its kind leaves the site.
                 self.session.report_failure(self.round_in_training, kind_of(error))
