@@ -340,7 +340,7 @@ def test_an_overlapped_training_resumes(make_sites):
     assert_equal_weights(*again)
 
 
-# -------------------------------------------------------------------------------------- what sites are told at the start
+# ------------------------------------------------------------------------------------- what sites are told at the start
 def test_a_second_start_in_the_same_folder_is_no_failure_of_the_site(make_sites):
     sites = make_sites()
     first, second = sites.trainer("A"), sites.trainer("A")
@@ -353,8 +353,10 @@ class OtherNetwork(nnUNetTrainerAsymFedAvg):
     """The same tensors, another activation."""
 
     @staticmethod
-    def build_network_architecture(*arguments, **options):
-        network = nnUNetTrainerAsymFedAvg.build_network_architecture(*arguments, **options)
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
+                                   enable_deep_supervision=True):
+        network = nnUNetTrainerAsymFedAvg.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
         for module in network.modules():
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.LeakyReLU):
@@ -399,8 +401,7 @@ def test_pretrained_weights_are_those_of_all_sites_or_refused(make_sites):
     again = [sites.trainer(site) for site in "AB"]
     for trainer in again:
         maybe_load_checkpoint(trainer, False, False, weights)
-    with again[1].make_transport(again[1].credential, report=print) as client:  # the first to come with the correction
-        client.contribute(messages.registration_key(run_of(again[1])), again[1].describe_training())
+    sites.act("reset", run_of(again[0]))  # else whoever changes nothing hears of the old refusal
     assert sites.run(*again) == [None, None]
     for trainer in again:
         assert f"All sites start from the same pretrained weights, {weights}" in "\n".join(trainer.lines)
