@@ -102,8 +102,8 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             headers=("Range", "If-Range"),
             answers={200: "application/octet-stream", 202: bodies.Waiting, 206: "application/octet-stream", 416: None},
             codes=(*MEMBERS, "unknown_gathering", "not_expected", "too_early", "run_stopped", "refused",
-                   "datasets_differ", "plans_differ", "weights_differ", "nothing_shared", "do_not_match", "already_closed",
-                   "incomplete_request"))},
+                   "datasets_differ", "plans_differ", "weights_differ", "nothing_shared", "do_not_match",
+                   "already_closed", "incomplete_request"))},
     "/v1/session": {
         "post": Operation(summary="Log in to the page: a cookie.", who="observer or operator",
                           body=sessions.LoginRequest, answers={200: sessions.Viewer},
