@@ -69,6 +69,7 @@ def describe_foreign(url: str, status: int, reason: str, headers: Mapping[str, s
     # The same line for all requests: what differs behind /v1 says nothing about who answers.
     line = ", ".join([f"{url.partition('/v1/')[0]} answers with status {status}" + (f" ({reason})" if reason else ""),
                       *details, "not as a coordinator would"])
+    line = "".join(character if character.isprintable() else "?" for character in line)  # a stranger's words
     return f"{line}: {_CAUSES[status]}" if status in _CAUSES else line
 
 

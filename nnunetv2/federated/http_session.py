@@ -175,8 +175,9 @@ def check_status(response: requests.Response) -> None:
 
 def foreign_answer(response: requests.Response) -> NoAnswerError:
     """Return the error for an answer that does not come from the coordinator."""
-    return NoAnswerError(describe_foreign(response.url, response.status_code, response.reason or "", response.headers),
-                         _retry_after_s(response))
+    line = describe_foreign(response.url or "an unknown address", response.status_code, response.reason or "",
+                            response.headers)
+    return NoAnswerError(line, _retry_after_s(response))
 
 
 def read_answer(model: type[Model], response: requests.Response) -> Model:

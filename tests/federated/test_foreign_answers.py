@@ -74,6 +74,7 @@ def test_the_line_says_what_has_answered():
         "would")
     assert "it points to https://login.hospital.example, not as" in describe_foreign(
         url, 302, "Found", {"Location": "https://login.hospital.example/secret?token=x"})
+    assert "\x1b" not in describe_foreign(url, 404, "Not \x1b[2J Found", {"Content-Type": "text/\x1b[31m"})
     assert "client_max_body_size" in describe_foreign(url, 413, "Request Entity Too Large", html)
 
 
