@@ -26,7 +26,7 @@ def recursive_find_trainer_class_by_name(trainer_name: str) -> type:
         AssertionError: What was found is no subclass of nnUNetTrainer.
         UntrustedNameError: It is no name that a class can have.
     """
-    check_name(trainer_name, "the trainer's name")
+    check_name(trainer_name, "the trainer's name", may_be_private=True)
     package_folder = _package_folder()
     internal_folder = os.path.join(package_folder, "training", "nnUNetTrainer")
     trainer_class = recursive_find_python_class(internal_folder, trainer_name, "nnunetv2.training.nnUNetTrainer",

@@ -45,16 +45,18 @@ class UntrustedNameError(ValueError):
 
 
 # -------------------------------------------------------------------------------------------------- names of classes
-def check_name(name: object, field: str) -> str:
+def check_name(name: object, field: str, *, may_be_private: bool = False) -> str:
     """Return the name of a class or function that a file gives.
 
     Args:
         field: How error messages call the place where it stands.
+        may_be_private: Whether it may begin with one underscore, as some trainers of the release do.
 
     Raises:
         UntrustedNameError: It is no plain, public Python name.
     """
-    if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+    hidden = "__" if may_be_private else "_"
+    if not isinstance(name, str) or not name.isidentifier() or name.startswith(hidden):
         raise UntrustedNameError(f"{field} is {_shown(name)}: expected the plain name of a class or function, without "
                                  "dots, slashes and leading underscores")
     return name
