@@ -63,7 +63,7 @@ setup(
     packages=find_packages(include=["nnunetv2", "nnunetv2.*"]),
     package_data={"nnunetv2.federated.coordinator": ["static/*"]},
     install_requires=[
-        "torch>=2.3",
+        "torch>=2.6,!=2.9.*",
         "dynamic-network-architectures>=0.4.4",
         "batchgenerators>=0.25.4",
         "batchgeneratorsv2>=0.3.6",
@@ -83,10 +83,12 @@ setup(
         "tqdm",
         # the federation; the coordinator alone needs these and numpy only
         "pydantic>=2.8",
-        "requests>=2.31",
+        "requests>=2.32.4",
         "safetensors>=0.4.2",
-        "starlette>=0.49.1",
-        "uvicorn>=0.31",
+        # with upper bounds: coordinator/connections.py is built on the inside of uvicorn; newest tested: 0.54 and 1.10
+        "h11>=0.16",
+        "starlette>=0.49.1,<2",
+        "uvicorn>=0.31,<0.55",
     ],
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx", "setuptools>=70.1"],

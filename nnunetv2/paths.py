@@ -8,7 +8,8 @@ class EnvironmentPath(os.PathLike):
     """A folder that an environment variable names.
 
     Importing nnunetv2 needs no variable. Using the path (`str`, `os.path.join`, `open`, ...) while its variable is
-    unset raises an error that says which one to set.
+    unset raises an error that says which one to set. One that is set to nothing counts as unset, for it would name the
+    current folder.
     """
 
     # Its value may change between two uses, so it must not become a key.
@@ -20,7 +21,8 @@ class EnvironmentPath(os.PathLike):
 
     def get(self) -> str | None:
         """Return the folder, or None while the variable is unset."""
-        return os.environ.get(self.env_var_name)
+        folder = os.environ.get(self.env_var_name, "")
+        return folder if folder.strip() else None
 
     def is_set(self) -> bool:
         """Tell whether the variable is set."""
@@ -34,7 +36,8 @@ class EnvironmentPath(os.PathLike):
         """
         folder = self.get()
         if folder is None:
-            raise RuntimeError(f"The environment variable {self.env_var_name} is not set. {self.missing_message} "
+            state = "is set to nothing" if self.env_var_name in os.environ else "is not set"
+            raise RuntimeError(f"The environment variable {self.env_var_name} {state}. {self.missing_message} "
                                "documentation/getting-started.md explains how to set it.")
         return folder
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from nnunetv2.federated import admin
 from nnunetv2.federated.coordinator import cli
@@ -36,7 +37,7 @@ def systemd_analyze(*arguments: str) -> str:
     command = shutil.which("systemd-analyze")
     if command is None:
         pytest.skip("systemd-analyze is not installed")
-    done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=PATIENCE_S)
     if "bus" in done.stderr and done.returncode:
         pytest.skip(f"systemd-analyze does not work here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,7 +69,7 @@ def test_the_command_of_the_backup_saves_the_federation_of_the_unit(tmp_path):
     assert (shell, option) == ("/bin/sh", "-c")
     (tmp_path / "federation").mkdir()
     script = script.replace("/opt/nnunet-coordinator/bin", str(Path(sys.executable).parent))
-    done = subprocess.run([shell, option, script], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run([shell, option, script], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE_S)
     assert "federation holds no federation" in done.stderr
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.json_files import read_json
 
 ENDING = ".nii.gz"
 
@@ -33,7 +34,7 @@ def convert_msd_dataset(source_folder: str, overwrite_target_id: int | None = No
         RuntimeError: An image has neither three nor four axes.
     """
     from nnunetv2.dataset_conversion.new_dataset import building_dataset
-    source = Path(source_folder)
+    source = Path(source_folder).resolve()  # -i . within the folder
     task_id, name = parse_task_name(source)
     target_id = task_id if overwrite_target_id is None else overwrite_target_id
     dataset_json = convert_dataset_json(source / "dataset.json")
@@ -73,7 +74,7 @@ def convert_dataset_json(file: Path) -> dict[str, Any]:
         InvalidInputError: It lacks labels or channels.
     """
     from nnunetv2.dataset_conversion.new_dataset import invert_labels, require_keys
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     require_keys(content, ("labels", "modality"), file)
     kept = {key: value for key, value in content.items() if key not in ("modality", "training", "test")}
     return {**kept, "labels": invert_labels(content["labels"]), "file_ending": ENDING,

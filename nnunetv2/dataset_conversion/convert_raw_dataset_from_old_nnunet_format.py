@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.json_files import read_json
 
 FOLDERS = ("imagesTr", "labelsTr")
 OPTIONAL_FOLDERS = ("imagesTs", "labelsTs", "imagesVal", "labelsVal")
@@ -44,7 +45,7 @@ def convert_dataset_json(file: Path) -> dict[str, Any]:
         InvalidInputError: It lacks labels or channels.
     """
     from nnunetv2.dataset_conversion.new_dataset import invert_labels, require_keys
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     require_keys(content, ("labels", "modality"), file)
     kept = {key: value for key, value in content.items() if key not in _NO_LONGER_USED}
     return {**kept, "channel_names": content["modality"], "labels": invert_labels(content["labels"]),

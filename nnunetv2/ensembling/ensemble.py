@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from nnunetv2.ensembling.probability_files import average_classes
 from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.restricted_pickle import load_pickle_safely, save_pickle
 
 if TYPE_CHECKING:
@@ -221,4 +221,4 @@ def _read_json(folder: str, name: str, given: str | os.PathLike[str] | Mapping[s
     path = Path(folder, name) if given is None else Path(given)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: it says which labels were predicted, and how files are written")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

@@ -1,13 +1,13 @@
 """Collect the validation predictions of all folds of a model in one folder, and score them together."""
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.json_files import read_json
 
 
 def accumulate_cv_results(trained_model_folder: str, merged_output_folder: str, folds: Sequence[int | str],
@@ -27,7 +27,7 @@ def accumulate_cv_results(trained_model_folder: str, merged_output_folder: str, 
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 
     model, merged = Path(trained_model_folder), Path(merged_output_folder)
-    dataset_json, plans = (json.loads((model / name).read_text(encoding="utf-8"))
+    dataset_json, plans = (read_json(model / name)
                            for name in ("dataset.json", "plans.json"))
     folders = {fold: _validation_folder(model, fold) for fold in folds}
     if overwrite:
@@ -71,7 +71,8 @@ def _copy_predictions(folders: dict[int | str, Path], merged: Path, ending: str,
                 continue
             if overwrite and file.name in origin:
                 raise RuntimeError(f"{file.name} was predicted in two folds, {origin[file.name]} and {fold}: the folds "
-                                   "of one model must not share validation cases")
+                                   "of one model must not share validation cases. If splits_final.json was changed, "
+                                   "nnUNetv2_train ... FOLD --val validates each fold on its cases alone")
             origin.setdefault(file.name, fold)
             if not (merged / file.name).exists():
                 shutil.copyfile(file, merged / file.name)

@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunetv2.utilities import file_endings
+
 
 def list_pairs(folder_ref: str, folder_pred: str, file_ending: str, *, chill: bool) -> dict[str, tuple[str, str]]:
     """Return name -> (prediction, reference) of all predictions of a folder, sorted by name.
@@ -31,15 +33,14 @@ def list_pairs(folder_ref: str, folder_pred: str, file_ending: str, *, chill: bo
 
 
 def list_names(folder: str, file_ending: str) -> list[str]:
-    """Return the sorted names of all files of a folder with an ending.
+    """Return the sorted names of all files of a folder with an ending, links to files that are not there included.
 
     Raises:
         FileNotFoundError: There is no such folder.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.endswith(file_ending) and entry.is_file())
+    return file_endings.list_names(folder, file_ending)
 
 
 def first_reference(folder_ref: str, endings: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from nnunetv2.evaluation.summary import (
 )
 from nnunetv2.evaluation.surface_scores import score_surfaces
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.json_files import DATASET, read_json
 from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def compute_metrics_on_folder2(folder_ref: str, folder_pred: str, dataset_json_f
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    dataset_json = json.loads(Path(dataset_json_file).read_text(encoding="utf-8"))
+    dataset_json = read_json(dataset_json_file, required={**DATASET, "file_ending": str})
     ending = dataset_json["file_ending"]
     example = os.path.join(folder_ref, first_reference(folder_ref, [ending]))
     reader = determine_reader_writer_from_dataset_json(dataset_json, example)()

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.command_line import run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ensemble_name, get_output_folder
+from nnunetv2.utilities.json_files import PLANS, read_json
 from nnunetv2.utilities.plain_text import show
 
 __all__ = ["default_trained_models", "filter_available_models", "generate_inference_command",
@@ -56,7 +56,7 @@ def filter_available_models(model_dict: Sequence[Model], dataset_name_or_id: int
         plans_file = Path(nnUNet_preprocessed, dataset, f"{model['plans']}.json")
         if not plans_file.is_file():
             raise FileNotFoundError(f"there is no {plans_file}; run nnUNetv2_plan_experiment, or name other plans (-p)")
-        if model["configuration"] not in json.loads(plans_file.read_text(encoding="utf-8"))["configurations"]:
+        if model["configuration"] not in read_json(plans_file, required=PLANS)["configurations"]:
             logger.info("configuration %s is not in plans %s of %s: left out", model["configuration"], model["plans"],
                         dataset)
             continue

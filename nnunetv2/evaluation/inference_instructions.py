@@ -1,13 +1,13 @@
 """Write down the commands with which the best model of a dataset predicts new images."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import shell_command, show
 
 Model = Mapping[str, str]
@@ -91,7 +91,7 @@ def _previous_stage(dataset_name_or_id: int | str, model: Model) -> str | None:
     path = Path(folder, "plans.json")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no trained model: it has no plans.json")
-    plans = PlansManager(json.loads(path.read_text(encoding="utf-8")))
+    plans = PlansManager(read_json(path))
     return plans.get_configuration(model["configuration"]).previous_stage_name
 
 

@@ -1,12 +1,10 @@
 """What summary.json holds: scores per case and class, their means, and how classes are spelled as keys."""
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from nnunetv2.evaluation.confusion import Confusion
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def save_summary_json(results: Results, output_file: str | os.PathLike[str]) -> 
 
 def load_summary_json(filename: str | os.PathLike[str]) -> Results:
     """Read results as they were before `save_summary_json`: classes are ints and tuples again."""
-    return _change_keys(json.loads(Path(filename).read_text(encoding="utf-8")), key_to_label_or_region)
+    return _change_keys(read_json(filename), key_to_label_or_region)
 
 
 def _change_keys(results: Results, change: Callable) -> Results:

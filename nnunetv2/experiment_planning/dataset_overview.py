@@ -1,7 +1,6 @@
 """Look at the cases of a raw dataset and write `dataset_overview.png`, in which odd ones catch the eye."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 OVERVIEW_FILE = "dataset_overview.png"
@@ -77,8 +77,8 @@ def look_at_dataset(raw_folder: Path, fingerprint_file: Path) -> DatasetOverview
     """Read what the picture shows."""
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.preprocessing.worker_count import bytes_to_read, choose_num_processes
-    dataset_json = json.loads((raw_folder / "dataset.json").read_text(encoding="utf-8"))
-    fingerprint = json.loads(fingerprint_file.read_text(encoding="utf-8"))
+    dataset_json = read_json(raw_folder / "dataset.json")
+    fingerprint = read_json(fingerprint_file)
     dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
     first = next(iter(dataset.values()))["images"][0]
     reader = determine_reader_writer_from_dataset_json(dataset_json, first, verbose=False)

@@ -1,13 +1,11 @@
 """Fingerprint, plan and preprocess datasets: what the commands do, as functions."""
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnunetv2
 from nnunetv2.configuration import default_num_processes
@@ -18,11 +16,14 @@ from nnunetv2.experiment_planning.fingerprint_files import find_local_fingerprin
 from nnunetv2.experiment_planning.prerequisites import require_dataset
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import show
+from nnunetv2.utilities.trusted_names import find_class
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+if TYPE_CHECKING:
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,8 @@ def find_planning_class(name: str) -> type:
         if name == standard.__name__:
             return standard  # without importing every module on the way
     folder = Path(nnunetv2.__path__[0]) / "experiment_planning"
-    found = recursive_find_python_class(str(folder), name, current_module="nnunetv2.experiment_planning")
+    found = find_class(name, field="the planner or fingerprint extractor", folder=folder,
+                       package="nnunetv2.experiment_planning", base=(DatasetFingerprintExtractor, ExperimentPlanner))
     if found is None:
         raise RuntimeError(f"there is no class {name} in {folder} or below. Check its spelling, or put the module that "
                            f"defines it there")
@@ -219,7 +221,7 @@ def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPla
             preprocessor.show_progress_bar = show_progress_bar
         preprocessor.run(dataset_id, configuration, plans_identifier,
                          num_processes=count_for(preprocessor, configuration) if count is None else count)
-    copy_labels(dataset_name)
+    copy_labels(dataset_name, plans_manager.image_reader_writer_class())
 
 
 def preprocess(dataset_ids: Iterable[int | str], plans_identifier: str = "nnUNetPlans",
@@ -231,16 +233,18 @@ def preprocess(dataset_ids: Iterable[int | str], plans_identifier: str = "nnUNet
         preprocess_dataset(dataset_id, plans_identifier, configurations, num_processes, verbose, show_progress_bar)
 
 
-def copy_labels(dataset_name: str) -> None:
-    """Copy the labels of a dataset to gt_segmentations, those that are newer than a copy made earlier."""
+def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> None:
+    """Copy the labels of a dataset to gt_segmentations, those that are missing there or were changed.
+
+    Args:
+        reader: Knows which files belong to a label. None: there are no such files.
+    """
+    from nnunetv2.experiment_planning.reference_labels import copy_references
     raw, target = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name / "gt_segmentations"
-    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
-    target.mkdir(parents=True, exist_ok=True)
-    for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items():
-        source, copy = Path(files["label"]), target / f"{case}{dataset_json['file_ending']}"
-        if not copy.is_file() or source.stat().st_mtime > copy.stat().st_mtime:
-            with replacing(copy) as written:
-                shutil.copy2(source, written)
+    dataset_json = read_json(raw / "dataset.json")
+    labels = {case: files["label"]
+              for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items()}
+    copy_references(labels, target, dataset_json["file_ending"], reader)
 
 
 def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequence[str]) -> list[int | None]:

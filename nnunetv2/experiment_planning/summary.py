@@ -7,6 +7,7 @@ from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2.experiment_planning.experiment_planners.hints import find_too_small
 from nnunetv2.utilities.plain_text import printable, shell_command
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def summarise(plans_manager: PlansManager, dataset_folder: Path, num_cases: int,
     rows = [_HEADINGS, *(_describe(plans_manager, name, dataset_folder, num_cases)
                          for name in plans_manager.available_configurations)]
     title = printable(f"{plans_manager.dataset_name}: {num_cases} training cases, plans {plans_manager.plans_name}")
-    return "\n".join(["", title, *_lay_out(rows), "", f"Next: {_training_command(plans_manager, trainer)}"])
+    return "\n".join(["", title, *_lay_out(rows), "", *_describe_next_step(plans_manager, trainer)])
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -71,8 +72,18 @@ def _describe_data(use: FolderUse, num_cases: int) -> str:
     return f"{format_bytes(use.num_bytes)}, {cases}"
 
 
-def _training_command(plans_manager: PlansManager, trainer: str | None) -> str:
-    names = plans_manager.available_configurations
+def _describe_next_step(plans_manager: PlansManager, trainer: str | None) -> list[str]:
+    """Return the command that trains, and why some configurations cannot be trained."""
+    configurations = {name: plans_manager.get_configuration(name).configuration
+                      for name in plans_manager.available_configurations}
+    too_small = find_too_small(configurations)
+    trainable = [name for name in configurations if name not in too_small]
+    if not trainable:
+        return [*too_small.values(), "Next: correct the images, and plan again"]
+    return [*too_small.values(), f"Next: {_training_command(plans_manager, trainable, trainer)}"]
+
+
+def _training_command(plans_manager: PlansManager, names: Sequence[str], trainer: str | None) -> str:
     configuration = "3d_fullres" if "3d_fullres" in names else names[0]
     trainers = [] if trainer is None else [("-tr", trainer)]
     plans = [] if plans_manager.plans_name == "nnUNetPlans" else [("-p", plans_manager.plans_name)]

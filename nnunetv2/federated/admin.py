@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
 from nnunetv2.federated import audit_commands, backup
-from nnunetv2.federated.certificates import untrusted_certificate
+from nnunetv2.federated.certificates import load_chain, untrusted_certificate
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
-from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, is_loopback, load_credential
+from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, load_credential
+from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.plain_text import printable_json, shell_command, show
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _opener(credential: SiteCredential) -> urllib.request.OpenerDirector:
     # As the library that training uses: what this site has pinned, else the file in the variable, else the system's.
     context = ssl.create_default_context(cafile=credential.authority or os.environ.get("REQUESTS_CA_BUNDLE") or None)
     if credential.client_certificate is not None:
-        context.load_cert_chain(credential.client_certificate, credential.client_key)
+        load_chain(context, credential.client_certificate, credential.client_key)
     handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context), _NoRedirects()]
     if is_loopback(urlsplit(credential.url).hostname):
         handlers.append(urllib.request.ProxyHandler({}))

@@ -1,4 +1,8 @@
-"""Know a certificate by its fingerprint, and ask a coordinator for the authority that vouches for it."""
+"""Know a certificate by its fingerprint, and ask a coordinator for the authority that vouches for it.
+
+TLS libraries trust every certificate in a file that they are given, and pass over what is none. So a text is compared,
+kept and handed on only if it is one certificate and nothing else.
+"""
 from __future__ import annotations
 
 import base64
@@ -8,26 +12,84 @@ import re
 import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
+from nnunetv2.utilities.loopback import is_loopback
 
 TIMEOUT_S = 20.0
 LARGEST_PEM = 64 << 10
-_PEM = re.compile(r"-----BEGIN CERTIFICATE-----\s+([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----")
+_BOUNDARY = re.compile(r"-----BEGIN ([^-]*)-----")
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\s+([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----")
+_SEQUENCE = 0x30  # in DER
+
+
+def only_certificate(pem: str) -> str:
+    """Return the one certificate in a PEM text, encoded anew, so that nothing else comes along.
+
+    Raises:
+        FederationError: It is no certificate, or something stands beside it: another one, text, a key.
+    """
+    return ssl.DER_cert_to_PEM_cert(_only_der(pem))
 
 
 def fingerprint_of(pem: str) -> str:
-    """Return the SHA-256 of the first certificate in a PEM text, as 64 hexadecimal digits.
+    """Return the SHA-256 of the one certificate in a PEM text, as 64 hexadecimal digits.
 
     Raises:
-        FederationError: There is none.
+        FederationError: It is no certificate, or something stands beside it.
     """
-    found = _PEM.search(pem)
+    return hashlib.sha256(_only_der(pem)).hexdigest()
+
+
+def check_authorities(pem: str) -> None:
+    """Check that a PEM text holds certificates and nothing else, text between them aside.
+
+    Raises:
+        FederationError: There is none, or there is a key or a certificate with trust settings of its own.
+    """
+    kinds = _BOUNDARY.findall(pem)
+    for kind in kinds:
+        if kind != "CERTIFICATE":
+            raise FederationError(f"expected certificates only, found a block {kind[:40]!r}")
+    blocks = _CERTIFICATE.findall(pem)
+    if not blocks or len(blocks) != len(kinds):
+        raise FederationError("this is no certificate in PEM format")
+    for block in blocks:
+        _decode(block)
+
+
+def _only_der(pem: str) -> bytes:
+    kinds = _BOUNDARY.findall(pem)
+    if len(kinds) > 1:
+        raise FederationError(f"expected one certificate, found {len(kinds)} blocks: "
+                              f"{', '.join(kind[:40] for kind in kinds[:4])}")
+    found = _CERTIFICATE.fullmatch(pem.strip())
+    if found is None:
+        raise FederationError("this is no certificate in PEM format, or there is text beside it")
+    return _decode(found[1])
+
+
+def _decode(block: str) -> bytes:
+    """Return the DER of a certificate from its base64 lines."""
     try:
-        return hashlib.sha256(base64.b64decode("".join(found[1].split()), validate=True)).hexdigest()
-    except (TypeError, ValueError, binascii.Error) as error:
+        der = base64.b64decode("".join(block.split()), validate=True)
+    except (ValueError, binascii.Error) as error:
         raise FederationError("this is no certificate in PEM format") from error
+    if len(der) != _der_length(der):
+        raise FederationError("this certificate is cut off, or more follows in its block")
+    return der
+
+
+def _der_length(der: bytes) -> int | None:
+    """Return the bytes that a DER sequence says it has, with its header; None if it is none."""
+    if len(der) < 2 or der[0] != _SEQUENCE:
+        return None
+    if der[1] < 0x80:
+        return 2 + der[1]
+    count = der[1] & 0x7F
+    return 2 + count + int.from_bytes(der[2:2 + count], "big")
 
 
 def untrusted_certificate(cause: str) -> FederationError:
@@ -37,20 +99,45 @@ def untrusted_certificate(cause: str) -> FederationError:
                            f"coordinating site ({cause})")
 
 
+def load_chain(context: ssl.SSLContext, certificate: str | Path, key: str | Path | None) -> None:
+    """Let a context show a certificate.
+
+    Raises:
+        FederationError: The files are missing, do not belong together, or the key has a password.
+    """
+    files = f"{certificate} and {key}" if key else f"{certificate}"
+
+    def refuse_to_ask() -> str:
+        raise FederationError(f"{files} cannot be used for TLS: the key has a password, and nobody may be there to "
+                              "type it. Expected a key without one")
+
+    try:
+        context.load_cert_chain(certificate, key, password=refuse_to_ask)
+    except OSError as error:  # which ssl.SSLError is
+        raise FederationError(f"{files} cannot be used for TLS: {error}. Expected the certificate (with those between "
+                              "it and its authority) and its key without a password, in PEM format") from error
+
+
+def check_chain(certificate: str | Path, key: str | Path | None) -> None:
+    """Check that a certificate and its key can be shown; raise FederationError like `load_chain` if not."""
+    load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
+
+
 def fetch_authority(url: str, *, client_certificate: str | None = None, client_key: str | None = None) -> str:
     """Return the private authority of a coordinator as it says itself, in PEM; whoever asks compares the fingerprint.
 
-    Nothing is verified here and nothing secret is sent.
+    Nothing is verified here and nothing secret is sent. The text may be anything.
 
     Raises:
         CoordinatorUnreachable: Nobody answers.
+        FederationError: This site's own certificate cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     if client_certificate is not None:
-        context.load_cert_chain(client_certificate, client_key)
+        load_chain(context, client_certificate, client_key)
     handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
-    if urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):
+    if is_loopback(urlsplit(url).hostname):
         handlers.append(urllib.request.ProxyHandler({}))
     try:
         with urllib.request.build_opener(*handlers).open(f"{url}/v1/authority", timeout=TIMEOUT_S) as answer:

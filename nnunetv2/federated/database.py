@@ -81,6 +81,7 @@ class Database:
 
     Raises:
         FederationError: It was written by a version that this one does not know, or by another program.
+        OSError: It cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +91,8 @@ class Database:
         path.chmod(0o600)
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            self._prepare()
+            with _trouble_as_os_error():  # a disk that is full or read-only is no reason to restore a backup
+                self._prepare()
         except sqlite3.DatabaseError as error:
             self.close()
             raise FederationError(f"{path} cannot be used: {error}. Restore a backup (nnUNetv2_fed_admin restore), or "
@@ -142,6 +144,8 @@ class Database:
             self._connection.execute(f"PRAGMA {pragma}")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
+            if self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise sqlite3.DatabaseError("it belongs to another program")
             self._connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
         elif version == 1:
             with self.transaction() as connection:

@@ -19,8 +19,9 @@ from requests.adapters import HTTPAdapter
 from nnunetv2.federated import bodies
 from nnunetv2.federated.certificates import untrusted_certificate
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError, in_sentences
-from nnunetv2.federated.site import SiteCredential, is_loopback
+from nnunetv2.federated.site import SiteCredential
 from nnunetv2.federated.strict_json import decode_json
+from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.resumable_download import PIECE_BYTES
 
 BLOCK_BYTES = 1 << 20

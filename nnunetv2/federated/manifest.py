@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ def _count_cases(folder: Path, dataset_json: Mapping[str, Any]) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -17,11 +17,11 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.plain_text import show
 
 INVITATION_PREFIX = "nnunet-fed:"
@@ -126,16 +126,6 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def is_loopback(host: str | None) -> bool:
-    """Tell whether a host is this machine itself."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
 def check_transport_is_safe(url: str, *, insecure: bool) -> None:
     """Raise FederationError if the token would cross a network in plain text without anyone having allowed it."""
     parts = urlsplit(url)
@@ -171,11 +161,28 @@ def load_credential(path: Path | None = None) -> SiteCredential:
     if version not in (1, CREDENTIAL_VERSION) or not needed <= content.keys() <= known:
         raise NotJoinedError(f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
                              "join again with a new invitation and --replace")
-    if content.get("authority") and not Path(content["authority"]).is_file():
-        raise NotJoinedError(f"{content['authority']} is missing: it says who vouches for the coordinator, and belongs "
-                             f"to the credential {path}. Bring it back, or join again with a new invitation and "
-                             "--replace")
+    if content.get("authority"):
+        _check_authority(Path(content["authority"]), path)
     return SiteCredential(**content)
+
+
+def _check_authority(authority: Path, credential: Path) -> None:
+    """Check that a credential trusts one authority: TLS would believe whatever else stands in the file.
+
+    Earlier versions kept everything that the coordinator's address had answered when a site joined.
+    """
+    from nnunetv2.federated.certificates import only_certificate
+
+    if not authority.is_file():
+        raise NotJoinedError(f"{authority} is missing: it says who vouches for the coordinator, and belongs "
+                             f"to the credential {credential}. Bring it back, or join again with a new invitation and "
+                             "--replace")
+    try:
+        only_certificate(authority.read_text(encoding="ascii"))
+    except (OSError, ValueError, FederationError) as error:
+        raise NotJoinedError(f"{authority} does not hold the coordinator's authority alone ({error}), so that somebody "
+                             "in between may be believed: ask the coordinating site to revoke this site's credential, "
+                             "and join again with a new invitation and --replace") from error
 
 
 def save_credential(credential: SiteCredential, path: Path | None = None) -> Path:
@@ -208,9 +215,10 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
 
     Raises:
         RefusedError: The coordinator does not accept the invitation.
-        FederationError: The credential of another federation is in the way, or the coordinator is not the one that the
-            invitation speaks of.
+        FederationError: The credential of another federation is in the way, the coordinator is not the one that the
+            invitation speaks of, or the client certificate cannot be used.
     """
+    from nnunetv2.federated.certificates import check_chain
     from nnunetv2.federated.client import request_to_join
 
     path = path or credential_path()
@@ -218,6 +226,8 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
     known = _credential_in_the_way(invitation, path, replace=replace)
     pending = path.with_name(path.name + ".joining")
     certificate, key = (None if file is None else str(file.resolve()) for file in (client_certificate, client_key))
+    if certificate is not None:
+        check_chain(certificate, key)
     authority = None if invitation.authority is None else _fetch_authority(invitation, pending, certificate, key)
     credential = SiteCredential(check_url(invitation.url), invitation.federation, invitation.site,
                                 known or _pending_token(invitation, pending) or new_token(invitation.site), insecure,
@@ -242,22 +252,31 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
 def _fetch_authority(invitation: Invitation, pending: Path, certificate: str | None, key: str | None) -> Path:
     """Ask the coordinator for its private authority, and keep it beside the attempt to join that needs it.
 
+    What is kept is the certificate whose fingerprint was compared, and nothing that came with it.
+
     Raises:
-        FederationError: It is not the one in the invitation.
+        FederationError: It is not the one in the invitation, or not alone.
     """
-    from nnunetv2.federated.certificates import fetch_authority, fingerprint_of
+    from nnunetv2.federated.certificates import fetch_authority, fingerprint_of, only_certificate
     from nnunetv2.utilities.atomic_write import replacing
 
-    pem = fetch_authority(check_url(invitation.url), client_certificate=certificate, client_key=key)
+    answer = fetch_authority(check_url(invitation.url), client_certificate=certificate, client_key=key)
+    try:
+        pem = only_certificate(answer)
+    except FederationError as error:
+        raise _impostor(invitation, f"it does not tell a certificate authority alone ({error})") from error
     if fingerprint_of(pem) != invitation.authority:
-        raise FederationError(f"what answers at {invitation.url} is not the coordinator of the invitation: its "
-                              "certificate authority has another fingerprint. Somebody may be in between: ask the "
-                              "coordinating site, and check the address")
+        raise _impostor(invitation, "its certificate authority has another fingerprint")
     kept = _authority_path(pending)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with replacing(kept) as partial:
         partial.write_text(pem, encoding="ascii")
     return kept
+
+
+def _impostor(invitation: Invitation, why: str) -> FederationError:
+    return FederationError(f"what answers at {invitation.url} is not the coordinator of the invitation: {why}. "
+                           "Somebody may be in between: ask the coordinating site, and check the address")
 
 
 def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:

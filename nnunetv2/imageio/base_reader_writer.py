@@ -6,8 +6,9 @@ is listed in the same order. A 2D image is `(c, 1, x, y)`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +44,20 @@ class BaseReaderWriter(ABC):
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
         """Write a label map `(x, y, z)` with the geometry in `properties`, as `read_images` returned them."""
 
+    def require_properties(self, properties: Mapping[str, Any]) -> None:  # noqa: B027 (most formats need none)
+        """Check that `write_seg` can do with the properties of an image, before work is spent on it.
+
+        Raises:
+            ValueError: Another reader made them.
+        """
+
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
         """Find what is wrong with a file although it can be read. The integrity check calls this; it may take time."""
+        return []
+
+    def list_side_cars(self, fname: FilePath, is_label: bool = False) -> list[str]:
+        """Return the files beside an image that belong to it, whether they exist or not. Their stem is that of the
+        case."""
         return []
 
     @staticmethod

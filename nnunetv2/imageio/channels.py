@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,16 @@ def list_files(image_fnames: Sequence[FilePath]) -> list[str]:
         raise ValueError("read_images was given an empty list of files")
     for file in files:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"image file {file} does not exist")
+            raise FileNotFoundError(describe_missing(file))
     return files
+
+
+def describe_missing(file: FilePath) -> str:
+    """Return in words that an image file is not there, or that it is a link to one that is not."""
+    if Path(file).is_symlink():
+        return (f"image file {os.fspath(file)} is a link to {Path(file).readlink()}, which does not exist. Is the disk "
+                "mounted that it is on?")
+    return f"image file {os.fspath(file)} does not exist"
 
 
 @contextmanager
@@ -77,6 +86,18 @@ def warn_unless_same(are_same: Callable[[Sequence], bool], what: str, values: Se
                        "network will learn nonsense: %s", what, _describe(values, files))
 
 
+def require_key(properties: Mapping[str, Any], key: str, reader: str) -> None:
+    """Check that the properties of an image hold the geometry that a reader notes.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if key not in properties:
+        raise ValueError(f"these properties were not made by {reader}: they lack {key!r} and have "
+                         f"{', '.join(map(repr, properties)) or 'nothing'}. Read the image with {reader}, the model's "
+                         "reader, or ask for the label map as an array (no output file) and write it yourself")
+
+
 def as_labels(seg: np.ndarray) -> np.ndarray:
     """Return a label map in the type in which it is written: uint8 if its maximum is below 255, else uint16."""
     return seg.astype(np.uint8 if np.max(seg) < 255 else np.uint16, copy=False)
@@ -89,7 +110,8 @@ def require_single_channel(seg: np.ndarray, file: FilePath) -> None:
         RuntimeError: The file has several channels.
     """
     if seg.shape[0] != 1:
-        raise RuntimeError(f"{os.fspath(file)} has {seg.shape[0]} channels; a label map must have one")
+        raise RuntimeError(f"{os.fspath(file)} has {seg.shape[0]} channels; a label map must have one, with the label "
+                           "of each voxel as its value (gray, not in colours)")
 
 
 def _describe(values: Sequence, files: Sequence[str]) -> str:

@@ -18,6 +18,8 @@ DAMAGED = "damaged file"
 COPY_AGAIN = "copy the file again from where it came from, or leave the case out"
 REPLACE_NON_FINITE = ("replace these values by numbers that mean nothing is there, such as the lowest of the image "
                       "(numpy.nan_to_num), and save the file")
+FORMS_REMEDY = ("find out in a viewer which of the two is right, and write it into the other (fslorient, or set_qform "
+                "and set_sform of nibabel); programs choose differently, so that predictions lie elsewhere for some")
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTES_AT_ONCE = 1 << 22
 # codes of the types of NIfTI that hold real numbers
@@ -34,6 +36,8 @@ class Fault(NamedTuple):
     found: str
     expected: str
     remedy: str
+    is_error: bool = True
+    """Otherwise it is only worth a warning."""
 
 
 class DamagedFileError(RuntimeError):
@@ -75,6 +79,26 @@ def find_faults_in_nifti(file: str) -> list[Fault]:
     except DamagedFileError as error:
         return [_damage(error)]
     return [describe_non_finite(num_non_finite)] if num_non_finite else []
+
+
+def find_form_faults(file: str) -> list[Fault]:
+    """Find a NIfTI header whose two ways to say where the image lies, qform and sform, disagree by half a voxel."""
+    import nibabel
+
+    try:
+        image = nibabel.load(file)
+        (qform, has_qform), (sform, has_sform) = image.header.get_qform(coded=True), image.header.get_sform(coded=True)
+    except Exception:  # whatever is wrong with the file, reading it will say so
+        return []
+    if not (has_qform and has_sform):
+        return []
+    corners = np.array(list(itertools.product(*((0, size - 1) for size in image.shape[:3]), (1,))), dtype=float)
+    corners = np.hstack([corners[:, :-1], np.zeros((len(corners), 4 - corners.shape[1])), corners[:, -1:]])
+    apart = np.linalg.norm((corners @ (qform - sform).T)[:, :3], axis=1).max()
+    if apart <= 0.5 * min(np.linalg.norm(sform[:3, :3], axis=0)):
+        return []
+    return [Fault("qform and sform of a header disagree", f"up to {apart:.3g} mm apart", "the same place", FORMS_REMEDY,
+                  is_error=False)]
 
 
 def describe_non_finite(count: int) -> Fault:

@@ -31,12 +31,14 @@ class NaturalImage2DIO(BaseReaderWriter):
         return stack_channels(images, files), {"spacing": (999, 1, 1)}
 
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
-        """Read a label map stored as gray values.
+        """Read a label map stored as gray values, or as numbers of colours in a palette.
 
         Raises:
             RuntimeError: It has colours.
         """
         seg, properties = self.read_images((seg_fname,))
+        if len(seg) > 1 and (numbers := _read_palette_numbers(seg_fname)) is not None:
+            return numbers[None, None].astype(np.float32), properties
         require_single_channel(seg, seg_fname)
         return seg, properties
 
@@ -53,6 +55,14 @@ def _read(file: str) -> np.ndarray:
 
     with naming(file):
         return io.imread(file)
+
+
+def _read_palette_numbers(file: FilePath) -> np.ndarray | None:
+    """Return the numbers `(x, y)` that stand for colours, which VOC-like tools use as labels; None without palette."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image) if image.mode == "P" else None
 
 
 def _channels_first(image: np.ndarray, file: str) -> np.ndarray:

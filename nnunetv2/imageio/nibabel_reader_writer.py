@@ -5,15 +5,23 @@ NIfTI arrays are (x, y, z); ours are their transpose (z, y, x), as with SimpleIT
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import fspath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter, FilePath
-from nnunetv2.imageio.channels import as_labels, list_files, naming, require_same, stack_channels, warn_unless_same
-from nnunetv2.imageio.faults import Fault, find_damage
+from nnunetv2.imageio.channels import (
+    as_labels,
+    list_files,
+    naming,
+    require_key,
+    require_same,
+    stack_channels,
+    warn_unless_same,
+)
+from nnunetv2.imageio.faults import Fault, find_damage, find_form_faults
 from nnunetv2.utilities.atomic_write import replacing
 
 if TYPE_CHECKING:
@@ -46,11 +54,16 @@ class NibabelIO(BaseReaderWriter):
 
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
         """Write a label map `(z, y, x)` with the affine of the image."""
+        self.require_properties(properties)
         _save(_to_image(seg, properties["nibabel_stuff"]["original_affine"]), output_fname)
+
+    def require_properties(self, properties: Mapping[str, Any]) -> None:
+        """Check that the affine of the image is there."""
+        require_key(properties, "nibabel_stuff", type(self).__name__)
 
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
         """Find damage, since nibabel does not look at checksums."""
-        return find_damage(fspath(fname))
+        return [*find_damage(fspath(fname)), *find_form_faults(fspath(fname))]
 
 
 class NibabelIOWithReorient(NibabelIO):
@@ -75,6 +88,7 @@ class NibabelIOWithReorient(NibabelIO):
         """Write a label map `(z, y, x)` in the orientation that the image had."""
         from nibabel.orientations import io_orientation, ornt_transform
 
+        self.require_properties(properties)
         stuff = properties["nibabel_stuff"]
         image = _to_image(seg, stuff["reoriented_affine"])
         way_back = ornt_transform(io_orientation(image.affine), io_orientation(stuff["original_affine"]))

@@ -10,7 +10,7 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.trusted_names import find_class
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def determine_reader_writer_from_dataset_json(dataset_json_content: Mapping, exa
     """
     name = dataset_json_content.get("overwrite_image_reader_writer")
     if name not in (None, "None"):
-        found = _find_by_name(name)
+        found = _find_by_name(name, "overwrite_image_reader_writer in dataset.json")
         if found is not None:
             _log_choice(found, verbose)
             return found
@@ -74,15 +74,16 @@ def recursive_find_reader_writer_by_name(rw_class_name: str) -> type[BaseReaderW
 
     Raises:
         RuntimeError: There is none.
+        UntrustedNameError: The name means something else.
     """
-    found = _find_by_name(rw_class_name)
+    found = _find_by_name(rw_class_name, "the image_reader_writer")
     if found is None:
         raise RuntimeError(f"no reader and writer named {rw_class_name!r} found in {_FOLDER}")
     return found
 
 
-def _find_by_name(rw_class_name: str) -> type[BaseReaderWriter] | None:
-    return recursive_find_python_class(_FOLDER, rw_class_name, "nnunetv2.imageio")
+def _find_by_name(rw_class_name: str, field: str) -> type[BaseReaderWriter] | None:
+    return find_class(rw_class_name, field=field, folder=_FOLDER, package="nnunetv2.imageio", base=BaseReaderWriter)
 
 
 def _why_unreadable(reader_class: type[BaseReaderWriter], example_file: FilePath) -> str | None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import fspath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,12 +16,20 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter, FilePath
 from nnunetv2.imageio.channels import (
     as_labels,
     list_files,
+    require_key,
     require_same,
     require_single_channel,
     stack_channels,
     warn_unless_same,
 )
-from nnunetv2.imageio.faults import DamagedFileError, Fault, find_damage, find_faults_in_nifti, require_complete
+from nnunetv2.imageio.faults import (
+    DamagedFileError,
+    Fault,
+    find_damage,
+    find_faults_in_nifti,
+    find_form_faults,
+    require_complete,
+)
 from nnunetv2.utilities.atomic_write import replacing
 
 if TYPE_CHECKING:
@@ -32,6 +40,19 @@ logger = logging.getLogger(__name__)
 # bytes
 _GIPL_HEADER = 256
 _NIFTI_HEADER = 352
+
+
+_LAYERS_REMEDY = ("If it holds overlapping segments in layers (.seg.nrrd of 3D Slicer), export them as one label map; "
+                  "for structures that overlap, train on regions (documentation/regions.md)")
+
+
+class SeveralComponentsError(RuntimeError):
+    """An image has several values per voxel."""
+
+    def __init__(self, file: str, number: int) -> None:
+        super().__init__(f"{file} has {number} values per voxel (a colour or vector image). Store each component as a "
+                         "channel in a file of its own: CASE_0000, CASE_0001, ...")
+        self.number = number
 
 
 class SimpleITKIO(BaseReaderWriter):
@@ -51,7 +72,11 @@ class SimpleITKIO(BaseReaderWriter):
 
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
         """Read a label map as float32 `(1, z, y, x)`."""
-        seg, properties = self.read_images((seg_fname,))
+        try:
+            seg, properties = self.read_images((seg_fname,))
+        except SeveralComponentsError as error:
+            raise RuntimeError(f"{fspath(seg_fname)} has {error.number} values per voxel, but a label map must have "
+                               f"one. {_LAYERS_REMEDY}") from error
         require_single_channel(seg, seg_fname)
         return seg, properties
 
@@ -61,12 +86,17 @@ class SimpleITKIO(BaseReaderWriter):
         Raises:
             AssertionError: `seg` does not have three axes.
         """
+        self.require_properties(properties)
         _write(_to_image(seg, properties), output_fname)
+
+    def require_properties(self, properties: Mapping[str, Any]) -> None:
+        """Check that the geometry in ITK's order is there."""
+        require_key(properties, "sitk_stuff", type(self).__name__)
 
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
         """Find damage, and in NIfTI files NaN and infinity, in whose place ITK puts 0."""
         file = fspath(fname)
-        return find_faults_in_nifti(file) if _is_nifti(file) else find_damage(file)
+        return [*find_faults_in_nifti(file), *find_form_faults(file)] if _is_nifti(file) else find_damage(file)
 
 
 class SimpleITKIOWithReorient(SimpleITKIO):
@@ -88,6 +118,7 @@ class SimpleITKIOWithReorient(SimpleITKIO):
 
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
         """Write a label map `(z, y, x)` in the orientation that the image had."""
+        self.require_properties(properties)
         image = _to_image(seg, properties)
         code = properties["sitk_stuff"].get("original_orientation")
         _write(image if code is None else _orient(image, code), output_fname)
@@ -101,8 +132,7 @@ def _read(file: str) -> sitk.Image:
     except RuntimeError as error:
         raise RuntimeError(_explain(error, file)) from error
     if image.GetNumberOfComponentsPerPixel() > 1:
-        raise RuntimeError(f"{file} has {image.GetNumberOfComponentsPerPixel()} values per voxel (a colour or vector "
-                           "image). Store each component as a channel in a file of its own: CASE_0000, CASE_0001, ...")
+        raise SeveralComponentsError(file, image.GetNumberOfComponentsPerPixel())
     if image.GetDimension() not in (2, 3, 4):
         raise RuntimeError(f"{file} has {image.GetDimension()} dimensions; expected 2, 3 or 4")
     _require_complete(image, file)

@@ -19,6 +19,7 @@ from nnunetv2.imageio.faults import Fault
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.file_endings import strip_ending
 from nnunetv2.utilities.json_export import fix_types_iterable
+from nnunetv2.utilities.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class Tiff3DIO(BaseReaderWriter):
             # without a photometric, three or four columns would be taken for colours
             tifffile.imwrite(file, as_labels(seg), compression="zlib", photometric="minisblack")
 
+    def list_side_cars(self, fname: FilePath, is_label: bool = False) -> list[str]:
+        """Return the JSON file with the spacing."""
+        return [_side_car(fspath(fname), is_label)]
 
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
         """Find that the spacing is not given. A wrong one makes wrong plans, so it should not be taken by default."""
@@ -100,10 +104,10 @@ def _read_spacing(json_file: str, image_file: str) -> Sequence[float]:
         logger.warning("%s: there is no %s, so the spacing is taken to be (1, 1, 1)", image_file, json_file)
         return (1, 1, 1)
     try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        content = read_json(json_file)
     except ValueError as error:
-        raise RuntimeError(f'{json_file} is not valid JSON ({error}); it must hold {{"spacing": [a, b, c]}}') from error
-    spacing = content.get("spacing") if isinstance(content, dict) else None
+        raise RuntimeError(f'{error}; it must hold {{"spacing": [a, b, c]}}') from error
+    spacing = content.get("spacing")
     assert isinstance(spacing, list) and len(spacing) == 3 and all(map(_is_number, spacing)), \
         f'{json_file} must hold {{"spacing": [a, b, c]}}, three numbers, first that of the pages; it holds {content}'
     return spacing

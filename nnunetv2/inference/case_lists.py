@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 PathOrText = str | os.PathLike
 Inputs = PathOrText | Sequence[Sequence[PathOrText]]
 Outputs = PathOrText | Sequence[PathOrText] | None
+
+NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,23 @@ def case_id(file: PathOrText, ending: str) -> str:
     name = Path(file).name
     name = name[:-len(ending)] if name.endswith(ending) else Path(name).stem
     return re.sub(r"_[0-9]{4}$", "", name)
+
+
+def drop_nifti_ending(output: PathOrText, endings: Collection[str], reader: type) -> str:
+    """Return an output path without the ending of a NIfTI file that a program has left on it, else as it is.
+
+    ITK's writer takes `a.nii.gz.nii.gz` and `a.nii.nii.gz` for `a.nii.gz`, so programs pass such names. That of
+    nibabel doubles the ending.
+
+    Args:
+        endings: Those to be dropped.
+        reader: The model's class that reads and writes images.
+    """
+    from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+
+    output = os.fspath(output)
+    ending = next((ending for ending in endings if ending in NIFTI_ENDINGS and output.endswith(ending)), "")
+    return output if issubclass(reader, NibabelIO) else output[:len(output) - len(ending)]
 
 
 def list_cases(images: Sequence[Sequence[PathOrText]], outputs: Outputs, ending: str, *,

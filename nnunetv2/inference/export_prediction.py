@@ -1,19 +1,18 @@
 """Turn a network's logits into a label map in the image's own space, and write it."""
 from __future__ import annotations
 
-import json
 import logging
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.case_lists import drop_nifti_ending
 from nnunetv2.inference.cropped_logits import write_labels_near_predictions
 from nnunetv2.inference.logit_resampling import (
     find_grid_change,
@@ -23,6 +22,7 @@ from nnunetv2.inference.logit_resampling import (
 )
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.device import usable_cpu_count
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.restricted_pickle import save_pickle
 
 if TYPE_CHECKING:
@@ -90,17 +90,29 @@ def export_prediction_from_logits(
         use_cropped_logits_resampling: bool = False) -> None:
     """Convert logits and write the label map, and if asked for `.npz` (probabilities) and `.pkl` (properties).
 
-    Each file appears complete or not at all; the label map comes last, so a case that has one is complete.
+    Each file appears complete or not at all; the label map comes last, so a case that has one is complete. An output
+    named with the whole ending of a NIfTI file gets no second one, as ITK has it.
     """
     dataset_json = read_dataset_json(dataset_json_dict_or_file)
+    output = drop_nifti_ending(output_file_truncated, (dataset_json["file_ending"],),
+                               plans_manager.image_reader_writer_class)
+    export_case(predicted_array_or_file, properties_dict, configuration_manager, plans_manager, dataset_json, output,
+                save_probabilities, num_threads_torch, use_cropped_logits_resampling)
+
+
+def export_case(logits: ArrayOrTensor, properties: Mapping[str, Any], configuration_manager: ConfigurationManager,
+                plans_manager: PlansManager, dataset_json: Mapping[str, Any], output: str,
+                save_probabilities: bool = False, num_threads_torch: int = default_num_processes,
+                use_cropped_logits_resampling: bool = False) -> None:
+    """Export a case as `export_prediction_from_logits` does, under exactly the name `output` plus ending."""
     label_manager = plans_manager.get_label_manager(dataset_json)
     converted = convert_predicted_logits_to_segmentation_with_correct_shape(
-        predicted_array_or_file, plans_manager, configuration_manager, label_manager, properties_dict,
+        logits, plans_manager, configuration_manager, label_manager, properties,
         return_probabilities=save_probabilities, num_threads_torch=num_threads_torch,
         use_cropped_logits_resampling=use_cropped_logits_resampling)
     segmentation, probabilities = converted if save_probabilities else (converted, None)
-    write_case(plans_manager.image_reader_writer_class(), segmentation, probabilities, properties_dict,
-               output_file_truncated, dataset_json["file_ending"])
+    write_case(plans_manager.image_reader_writer_class(), segmentation, probabilities, properties, output,
+               dataset_json["file_ending"])
 
 
 def resample_and_save(predicted: ArrayOrTensor, target_shape: Sequence[int], output_file: str,
@@ -163,12 +175,8 @@ def save_probabilities_file(probabilities: np.ndarray, path: str | os.PathLike[s
 def write_segmentation(writer: BaseReaderWriter, segmentation: np.ndarray, path: str | os.PathLike[str],
                        properties: Mapping[str, Any]) -> None:
     """Write a label map in one step, whatever the writer does itself. Side-cars it writes come along."""
-    folder = Path(path).parent
     with replacing(path) as written:
         writer.write_seg(segmentation, str(written), properties)
-        for file in list(written.parent.iterdir()):
-            if file.name != written.name:
-                file.replace(folder / file.name)
 
 
 @contextmanager
@@ -258,7 +266,7 @@ def read_dataset_json(content_or_path: Mapping[str, Any] | str | os.PathLike[str
     """Return the content of a dataset.json that may be given as such or as a path."""
     if isinstance(content_or_path, Mapping):
         return content_or_path
-    return json.loads(Path(content_or_path).read_text(encoding="utf-8"))
+    return read_json(content_or_path)
 
 
 def _as_array(values: ArrayOrTensor) -> np.ndarray:

@@ -114,11 +114,9 @@ def _log_failure(name: str, done: Future) -> None:
 
 
 def _failure(failed: dict[str, BaseException], total: int) -> RuntimeError:
-    """Return one error for all cases that failed. Programs look for how the first two of its messages begin."""
+    """Return one error for all cases that failed. Programs look for how the message about memory begins."""
     lines = "; ".join(f"{name}: {_describe(error)}" for name, error in failed.items())
     missing = f"{len(failed)} of {total} cases could not be predicted: {lines}"
-    if any(isinstance(error, UnpreparedCaseError) for error in failed.values()):
-        return RuntimeError(f"Background workers died. {missing}")
     if any(isinstance(error, MemoryError) for error in failed.values()):
         return RuntimeError("Segmentation export worker died. The memory did not suffice: use fewer export workers "
                             f"(-nps). {missing}")

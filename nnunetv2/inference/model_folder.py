@@ -1,10 +1,9 @@
 """Read a trained model folder: plans.json, dataset.json and a checkpoint per fold become a network and its weights."""
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from torch import nn
 
 from nnunetv2.training import networks
 from nnunetv2.training.checkpoint import load_checkpoint_file
+from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.trusted_names import UntrustedNameError
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +54,20 @@ def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str]
     Raises:
         FileNotFoundError: The folder, plans.json, dataset.json or a checkpoint is missing.
         RuntimeError: A checkpoint does not fit the network that the plans describe.
+        UntrustedNameError: The plans name something that a file must not have called.
     """
     folder = Path(folder)
-    dataset_json, plans = (_read_json(folder / name) for name in ("dataset.json", "plans.json"))
+    dataset_json, plans = (_read_json(folder / name, required)
+                           for name, required in (("dataset.json", DATASET), ("plans.json", PLANS)))
     checkpoints = [load_checkpoint_file(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)]
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
     trainer_name = checkpoints[0]["trainer_name"]
     trainer_class = _find_trainer(find_trainer, trainer_name)
-    network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
+    try:
+        network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
+    except UntrustedNameError as error:
+        raise UntrustedNameError(f"{folder / 'plans.json'}: {error}") from error
     parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
     network.load_state_dict(parameters[0])
     return TrainedModel(network, parameters, plans_manager, configuration_manager, dataset_json, trainer_name,
@@ -112,8 +118,7 @@ def _describe_folds(folder: Path, checkpoint_name: str) -> str:
     return ", ".join(name.removeprefix("fold_") for name in names) or "none"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, required: Mapping[str, type]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a trained model: it has no {path.name}")
-    with path.open(encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(path, required=required)

@@ -1,8 +1,8 @@
 """Predict cases from raw images: the two commands, and every name that scripts import from this module.
 
 The predictor itself lives in `predictor.py`, which needs torch. Its names are looked up here when first asked for, so
-that `nnUNetv2_predict -h` answers at once. Programs replace functions of this module (for instance
-`recursive_find_trainer_class_by_name`); the predictor therefore reaches its collaborators through it, at each call.
+that `nnUNetv2_predict -h` answers at once. Programs replace names of this module (for instance `nnUNetPredictor` or
+`recursive_find_trainer_class_by_name`); the commands and the predictor therefore reach them through it, at each call.
 """
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.interruption import run_until_interrupted
 from nnunetv2.utilities.command_line import add_device_option, run_command
+from nnunetv2.utilities.legacy_names import names_from, origins
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predictor import nnUNetPredictor
@@ -29,59 +29,40 @@ CITATION = ("If you publish results, please cite: Isensee, Jaeger, Kohl, Peterse
             "self-configuring method for deep learning-based biomedical image segmentation. Nature Methods 18, 203-211 "
             "(2021).")
 
-_FILES = "batchgenerators.utilities.file_and_folder_operations"
-# Name -> where it comes from, as module:attribute. The second half is there for programs that replace methods of the
-# predictor by their own and find the tools for it in this module.
-_ORIGINS = {
-    "nnUNetPredictor": "nnunetv2.inference.predictor:nnUNetPredictor",
-    "compute_gaussian": "nnunetv2.inference.sliding_window_prediction:compute_gaussian",
-    "compute_steps_for_sliding_window":
-        "nnunetv2.inference.sliding_window_prediction:compute_steps_for_sliding_window",
-    "convert_predicted_logits_to_segmentation_with_correct_shape":
-        "nnunetv2.inference.export_prediction:convert_predicted_logits_to_segmentation_with_correct_shape",
-    "export_prediction_from_logits": "nnunetv2.inference.export_prediction:export_prediction_from_logits",
-    "preprocessing_iterator_fromfiles": "nnunetv2.inference.data_iterators:preprocessing_iterator_fromfiles",
-    "preprocessing_iterator_fromnpy": "nnunetv2.inference.data_iterators:preprocessing_iterator_fromnpy",
-    "PreprocessAdapterFromNpy": "nnunetv2.inference.data_iterators:PreprocessAdapterFromNpy",
-    "recursive_find_trainer_class_by_name": "nnunetv2.utilities.find_objects:recursive_find_trainer_class_by_name",
-    "recursive_find_python_class": "nnunetv2.utilities.find_class_by_name:recursive_find_python_class",
-    "PlansManager": "nnunetv2.utilities.plans_handling.plans_handler:PlansManager",
-    "ConfigurationManager": "nnunetv2.utilities.plans_handling.plans_handler:ConfigurationManager",
-    "determine_num_input_channels": "nnunetv2.utilities.label_handling.label_handling:determine_num_input_channels",
-    "convert_labelmap_to_one_hot": "nnunetv2.utilities.label_handling.label_handling:convert_labelmap_to_one_hot",
-    "create_lists_from_splitted_dataset_folder": "nnunetv2.utilities.utils:create_lists_from_splitted_dataset_folder",
-    "get_output_folder": "nnunetv2.utilities.file_path_utilities:get_output_folder",
-    "check_workers_alive_and_busy": "nnunetv2.utilities.file_path_utilities:check_workers_alive_and_busy",
-    "recursive_fix_for_json_export": "nnunetv2.utilities.json_export:recursive_fix_for_json_export",
-    "empty_cache": "nnunetv2.utilities.helpers:empty_cache",
-    "dummy_context": "nnunetv2.utilities.helpers:dummy_context",
-    "pad_nd_image": "acvl_utils.cropping_and_padding.padding:pad_nd_image",
-    "MultiThreadedAugmenter": "batchgenerators.dataloading.multi_threaded_augmenter:MultiThreadedAugmenter",
-    **{name: f"{_FILES}:{name}" for name in ("load_json", "save_json", "join", "isfile", "isdir", "subdirs",
-                                             "maybe_mkdir_p")},
-    "OptimizedModule": "torch._dynamo:OptimizedModule",
-    "DistributedDataParallel": "torch.nn.parallel:DistributedDataParallel",
-    "tqdm": "tqdm:tqdm",
-    "deepcopy": "copy:deepcopy",
-    "sleep": "time:sleep",
-    "Queue": "queue:Queue",
-    "Thread": "threading:Thread",
-    "np": "numpy",
-    "torch": "torch",
-    "nn": "torch.nn",
-    "itertools": "itertools",
-    "inspect": "inspect",
-    "multiprocessing": "multiprocessing",
-    "warnings": "warnings",
-}
+# Names that are looked up here. The second half is for programs that replace methods of the predictor by their own, and
+# find the tools for it in this module.
+_ORIGINS = origins({
+    "nnunetv2.inference.predictor": "nnUNetPredictor",
+    "nnunetv2.inference.sliding_window_prediction": "compute_gaussian compute_steps_for_sliding_window",
+    "nnunetv2.inference.export_prediction":
+        "convert_predicted_logits_to_segmentation_with_correct_shape export_prediction_from_logits",
+    "nnunetv2.inference.data_iterators":
+        "preprocessing_iterator_fromfiles preprocessing_iterator_fromnpy PreprocessAdapterFromNpy",
+    "nnunetv2.utilities.find_objects": "recursive_find_trainer_class_by_name",
+    "nnunetv2.utilities.find_class_by_name": "recursive_find_python_class",
+    "nnunetv2.utilities.plans_handling.plans_handler": "PlansManager ConfigurationManager",
+    "nnunetv2.utilities.label_handling.label_handling": "determine_num_input_channels convert_labelmap_to_one_hot",
+    "nnunetv2.utilities.utils": "create_lists_from_splitted_dataset_folder",
+    "nnunetv2.utilities.file_path_utilities": "get_output_folder check_workers_alive_and_busy",
+    "nnunetv2.utilities.json_export": "recursive_fix_for_json_export",
+    "nnunetv2.utilities.helpers": "empty_cache dummy_context",
+    "acvl_utils.cropping_and_padding.padding": "pad_nd_image",
+    "batchgenerators.dataloading.multi_threaded_augmenter": "MultiThreadedAugmenter",
+    "batchgenerators.utilities.file_and_folder_operations":
+        "load_json save_json join isfile isdir subdirs maybe_mkdir_p",
+    "torch._dynamo": "OptimizedModule",
+    "torch.nn.parallel": "DistributedDataParallel",
+    "copy": "deepcopy",
+    "queue": "Queue",
+    "threading": "Thread",
+    "time": "sleep",
+    "tqdm": "tqdm",
+    "typing": "List Optional Tuple Union",
+}, inspect="inspect", itertools="itertools", multiprocessing="multiprocessing", nn="torch.nn", np="numpy", os="os",
+   torch="torch", warnings="warnings")
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _ORIGINS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module_name, _, attribute = _ORIGINS[name].partition(":")
-    module = import_module(module_name)
-    return getattr(module, attribute) if attribute else module
+__all__ = ["default_num_processes", "predict_entry_point", "predict_entry_point_modelfolder", *_ORIGINS]
+__getattr__ = names_from(_ORIGINS, __name__)
 
 
 def __dir__() -> list[str]:
@@ -165,11 +146,11 @@ def _add_prediction_options(parser: argparse.ArgumentParser, *, npp: int, nps: i
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from nnunetv2.utilities.file_path_utilities import get_output_folder
+    from nnunetv2.inference import predict_from_raw_data as public
 
     if not 0 <= args.part_id < args.num_parts:
         raise ValueError(f"-part_id must be 0 to -num_parts - 1, got part {args.part_id} of {args.num_parts}")
-    model_folder = get_output_folder(args.d, args.tr, args.p, args.c)
+    model_folder = public.get_output_folder(args.d, args.tr, args.p, args.c)
     _predict_folder(args, model_folder, part_id=args.part_id, num_parts=args.num_parts)
 
 
@@ -209,14 +190,15 @@ def _with_previous_stage(args: argparse.Namespace, model_folder: str, previous_s
 
 
 def _build_predictor(args: argparse.Namespace) -> nnUNetPredictor:
-    from nnunetv2.inference.predictor import nnUNetPredictor
+    from nnunetv2.inference import predict_from_raw_data as public
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
 
     device = resolve_device(args.device)
     set_torch_threads(device.type)
-    return nnUNetPredictor(tile_step_size=args.step_size, use_gaussian=True, use_mirroring=not args.disable_tta,
-                           perform_everything_on_device=not args.not_on_device, device=device, verbose=args.verbose,
-                           verbose_preprocessing=args.verbose, allow_tqdm=not args.disable_progress_bar)
+    return public.nnUNetPredictor(
+        tile_step_size=args.step_size, use_gaussian=True, use_mirroring=not args.disable_tta,
+        perform_everything_on_device=not args.not_on_device, device=device, verbose=args.verbose,
+        verbose_preprocessing=args.verbose, allow_tqdm=not args.disable_progress_bar)
 
 
 def _parse_folds(folds: list[str]) -> list[int | str]:
@@ -235,5 +217,3 @@ def _getDefaultValue(env: str, dtype: Callable[[str], Value], default: Value) ->
     except ValueError:
         return default
 
-
-__all__ = ["default_num_processes", "nnUNetPredictor", "predict_entry_point", "predict_entry_point_modelfolder"]

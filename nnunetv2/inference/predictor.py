@@ -46,7 +46,8 @@ class nnUNetPredictor:
     """Holds a model and predicts with it. Attributes are public: programs read them, and set them by hand.
 
     Args:
-        tile_step_size: Distance of neighbouring tiles as a fraction of the patch size, above 0 and at most 1.
+        tile_step_size: Distance of neighbouring tiles as a fraction of the patch size, above 0 and at most 1; another
+            one raises a ValueError.
         use_gaussian: Weigh the centre of a tile more than its rim.
         use_mirroring: Average over mirrored copies, along the axes that training mirrored.
         perform_everything_on_device: Collect logits on the GPU; without effect on other devices.
@@ -60,6 +61,8 @@ class nnUNetPredictor:
                  perform_everything_on_device: bool = True,
                  device: torch.device = torch.device("cuda"),  # noqa: B008
                  verbose: bool = False, verbose_preprocessing: bool = False, allow_tqdm: bool = True) -> None:
+        if not 0 < tile_step_size <= 1:
+            raise ValueError(f"tile_step_size must be above 0 and at most 1, got {tile_step_size}")
         self.tile_step_size = tile_step_size
         self.use_gaussian = use_gaussian
         self.use_mirroring = use_mirroring
@@ -250,6 +253,11 @@ class nnUNetPredictor:
         Returns:
             The label map `(*spatial)`, or (label map, probabilities), or None if a file is written.
         """
+        if output_file_truncated is not None:
+            output_file_truncated = self._without_ending(output_file_truncated)
+            writer = self.plans_manager.image_reader_writer_class()
+            if hasattr(writer, "require_properties"):  # readers need not be our subclasses
+                writer.require_properties(image_properties)
         adapter = public.PreprocessAdapterFromNpy(
             [input_image], [segmentation_previous_stage], [image_properties], [output_file_truncated],
             self.plans_manager, self.dataset_json, self.configuration_manager, num_threads_in_multithreaded=1,
@@ -290,6 +298,8 @@ class nnUNetPredictor:
         previous_stage = _as_list(segs_from_prev_stage_or_list_of_segs_from_prev_stage, np.ndarray)
         properties = _as_list(properties_or_list_of_properties, Mapping)
         outputs = _as_list(truncated_ofname, (str, os.PathLike))
+        if outputs is not None:
+            outputs = [None if output is None else self._without_ending(output) for output in outputs]
         return public.preprocessing_iterator_fromnpy(
             images, previous_stage, properties, outputs, self.plans_manager, self.dataset_json,
             self.configuration_manager, min(num_processes, len(images)), self.device.type == "cuda",
@@ -393,7 +403,10 @@ class nnUNetPredictor:
         if case_lists.is_path(images):
             images = case_lists.list_folder(images, self.dataset_json,
                                             public.create_lists_from_splitted_dataset_folder)
-        cases = case_lists.list_cases(images, output_folder_or_list_of_truncated_output_files, ending,
+        outputs = output_folder_or_list_of_truncated_output_files
+        if outputs is not None and not case_lists.is_path(outputs):
+            outputs = [self._without_ending(output) for output in outputs]
+        cases = case_lists.list_cases(images, outputs, ending,
                                       previous_stage_folder=folder_with_segs_from_prev_stage, part_id=part_id,
                                       num_parts=num_parts)
         if not overwrite and cases.outputs is not None:
@@ -401,7 +414,17 @@ class nnUNetPredictor:
             cases = case_lists.without_finished(cases, ending, save_probabilities)
             logger.info("%d of %d cases are there already", total - len(cases.images), total)
         case_lists.require_previous_stage(cases)
-        return cases.images, cases.outputs, cases.previous_stage
+        named = cases.outputs
+        if case_lists.is_path(outputs):  # the export takes one ending off, which here belongs to the name of the case
+            reader = self.plans_manager.image_reader_writer_class
+            named = [name if case_lists.drop_nifti_ending(name, (ending,), reader) == name else f"{name}{ending}"
+                     for name in named]
+        return cases.images, named, cases.previous_stage
+
+    def _without_ending(self, output: PathOrText) -> str:
+        """Return an output path that a program gave without the ending of a NIfTI file."""
+        endings = case_lists.NIFTI_ENDINGS if self.dataset_json["file_ending"] in case_lists.NIFTI_ENDINGS else ()
+        return case_lists.drop_nifti_ending(output, endings, self.plans_manager.image_reader_writer_class)
 
     def _internal_get_data_iterator_from_lists_of_filenames(
             self, input_list_of_lists: list[list[str]], seg_from_prev_stage_files: list[str | None],

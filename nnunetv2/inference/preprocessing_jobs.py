@@ -88,9 +88,12 @@ class ArrayCase:
 
     def preprocess(self, preprocessor: DefaultPreprocessor, model: Model) -> Item:
         """Preprocess the case. Preprocessors add entries to the properties: ours is a copy."""
+        from nnunetv2.preprocessing.odd_sizes import warn_of_odd_size
+
         data, seg, properties = preprocessor.run_case_npy(
             self.image, self.previous_stage, dict(self.properties), model.plans_manager, model.configuration_manager,
             model.dataset_json)
+        warn_of_odd_size(self.name, properties, model.plans_manager, model.configuration_manager)
         return _as_item(data, seg if self.previous_stage is not None else None, properties, self.output, model)
 
 
@@ -107,13 +110,6 @@ class UnpreparedCaseError(RuntimeError):
 
     def __str__(self) -> str:
         return f"case {self.case}: {self.reason}"
-
-
-class _WorkerFailedError(UnpreparedCaseError):
-    """The same from a worker; programs look for how this message begins."""
-
-    def __str__(self) -> str:
-        return f"Background workers died. {super().__str__()}"
 
 
 def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
@@ -154,8 +150,9 @@ class PreprocessedCases(Iterator[Item]):
         """Return the next case.
 
         Raises:
-            UnpreparedCaseError: It failed. From workers, the text begins with "Background workers died.".
-            RuntimeError: A worker process died, and the iteration is over. The text begins in the same way.
+            UnpreparedCaseError: It failed.
+            RuntimeError: A worker process died, and the iteration is over. Programs look for how the text begins,
+                "Background workers died.".
         """
         if self._num_workers == 0:
             return self._finish(preprocess_case(next(self._to_do), self._model, self._verbose))
@@ -181,8 +178,6 @@ class PreprocessedCases(Iterator[Item]):
     def _result(self, future: Future) -> Item:
         try:
             return future.result()
-        except UnpreparedCaseError as error:
-            raise _WorkerFailedError(error.case, error.reason) from error
         except BrokenProcessPool as error:
             self.close()
             raise RuntimeError(

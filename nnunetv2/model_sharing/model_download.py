@@ -14,6 +14,7 @@ from nnunetv2.model_sharing.archive_check import ArchiveLimits
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.resumable_download import PartialDownload, announced_size, strong_tag
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ _ATTEMPTS = 8
 """Connections in a row that bring nothing new before a download that has begun is given up."""
 _PAUSE_S = 1.0
 """Pause after the first of them; it doubles with each."""
-_LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 
 def download_and_install_from_url(url: str, sha256: str | None = None) -> None:
@@ -73,6 +73,7 @@ def download_file(url: str, local_filename: str, chunk_size: int = 8192 * 16, *,
     expected = None if sha256 is None else _normalize_digest(sha256)
     limit = ArchiveLimits.from_environment().total_bytes if max_bytes is None else max_bytes
     with requests.Session() as session, replacing(local_filename) as written:
+        session.trust_env = urlsplit(url).scheme == "https"  # plain HTTP is this machine: no proxy in between
         digest = _persist(session, url, PartialDownload(written), chunk_size, limit)
         if expected is not None and digest != expected:
             raise ValueError(f"{url} is not the expected file: its SHA-256 is {digest}, expected {expected}. "
@@ -138,8 +139,7 @@ def _answer(session: Session, url: str, download: PartialDownload) -> Iterator[R
 
 def _check_address(url: str) -> None:
     parts = urlsplit(url)
-    is_local = parts.hostname in _LOCAL_HOSTS
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_local):
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
         raise ValueError(f"{url} is not downloaded: models come over https only, since anybody on the way could "
                          "exchange them. Download it by other means, compare its checksum and install it with "
                          "nnUNetv2_install_pretrained_model_from_zip")

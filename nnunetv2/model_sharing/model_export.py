@@ -1,7 +1,6 @@
 """Pack trained models of a dataset into a zip file that `nnUNetv2_install_pretrained_model_from_zip` installs."""
 from __future__ import annotations
 
-import json
 import logging
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from nnunetv2.utilities.file_path_utilities import (
     convert_ensemble_folder_to_model_identifiers_and_folds,
     convert_trainer_plans_config_to_identifier,
 )
+from nnunetv2.utilities.json_files import PLANS, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def _find_models(dataset: Path, configurations: Sequence[str], trainer: str, pla
 
 
 def _planned_configurations(model: Path) -> list[str]:
-    return list(json.loads(_require(model / "plans.json").read_text(encoding="utf-8"))["configurations"])
+    return list(read_json(_require(model / "plans.json"), required=PLANS)["configurations"])
 
 
 def _files_of_model(model: Path, folds: Sequence[int | str], checkpoints: Sequence[str],

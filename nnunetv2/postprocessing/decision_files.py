@@ -1,7 +1,6 @@
 """Write postprocessing.pkl and postprocessing.json, and read either without running anything that stands in them."""
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from nnunetv2.evaluation.summary import label_or_region_to_key, save_summary_jso
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.restricted_pickle import load_pickle_safely, save_pickle
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load_functions(path: str | os.PathLike[str]) -> tuple[Functions, Keywords]:
 
 def _load_json(path: Path) -> tuple[Functions, Keywords]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         names, kwargs = content["postprocessing_fns"], content["postprocessing_kwargs"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no postprocessing.json: it needs the keys postprocessing_fns and "

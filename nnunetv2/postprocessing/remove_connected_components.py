@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -17,6 +16,8 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.postprocessing.components import find_smaller_components
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.file_endings import list_names
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def apply_postprocessing_to_folder(
     """
     dataset = _DatasetFiles.read(input_folder, plans_file_or_dict, dataset_json_file_or_dict)
     Path(output_folder).mkdir(parents=True, exist_ok=True)
-    names = _list_label_maps(input_folder, dataset.ending)
+    names = list_names(input_folder, dataset.ending)
     if not names:
         raise FileNotFoundError(f"nothing to postprocess in {input_folder}: no file ends in {dataset.ending}")
     _postprocess_files(names, input_folder, output_folder, dataset.reader, pp_fns, pp_fn_kwargs, num_processes)
@@ -205,11 +206,7 @@ def _read_json(folder: str, name: str, given: str | os.PathLike[str] | dict | No
     path = Path(folder, name) if given is None else Path(given)
     if given is None and not path.is_file():
         raise RuntimeError(f"{folder} has no {name}: name the one of the model that made these predictions ({option})")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _list_label_maps(folder: str, ending: str) -> list[str]:
-    return sorted(entry.name for entry in Path(folder).iterdir() if entry.name.endswith(ending) and entry.is_file())
+    return read_json(path)
 
 
 def _postprocess_files(names: Sequence[str], source: str, target: str, reader: BaseReaderWriter,

@@ -4,19 +4,22 @@ Beside a folder such as `nnUNetPlans_3d_fullres` lies the journal `.nnUNetPlans_
 folder, where nnU-Net takes every file for part of a case. Its first line says what the run was made from, each further
 one names a finished case with the files it came from and the files it became:
 
-    {"format": 1, "made_from": {"plans": "9f...", "dataset.json": "c0...", "code": "11..."}}
-    {"case": "liver_0", "sources": [["/raw/imagesTr/liver_0_0000.nii.gz", 139220, 1790]], "outputs": [...]}
+    {"format": 2, "made_from": {"plans": "9f...", "dataset.json": "c0...", "code": "11..."}}
+    {"case": "liver_0", "sources": [["/raw/imagesTr/liver_0_0000.nrrd", 13922, 1790, 1795, "5e..."]], "outputs": [...]}
 
-A case counts as finished only while all of that is still so, by sizes and times of change. Lines are appended once the
-files are complete; half a line at the end, left by a killed run, is cut off.
+A case counts as finished only while all of that is still so. Of a source file the journal holds size, time of
+modification, time of any change (ctime), and a digest. Anybody can set the former time, and archives do; nobody the
+latter. A file of which only the latter differs is read again, and counts if its digest is the same. Lines are appended
+once the files are complete, and the last one of a case holds; half a line at the end, left by a killed run, is cut off.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -25,10 +28,11 @@ from nnunetv2.preprocessing.errors import FolderInUseError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _OUTPUT_ENDINGS = (".b2nd", "_seg.b2nd", ".pkl", ".npz", ".npy", "_seg.npy")
+_BYTES_AT_ONCE = 1 << 20
 FileState = list
-"""Name, bytes, time of change in ns."""
+"""Name, bytes, time of modification in ns."""
 
 
 class FinishedCases:
@@ -68,7 +72,7 @@ class FinishedCases:
         Args:
             sources: Case -> its files.
         """
-        finished = {case for case, files in sources.items() if self._is_finished(case, files)}
+        finished = {case for case, files in sources.items() if self._is_finished(case, list(files))}
         kept = {name for case in finished for name, *_ in self._cases[case]["outputs"]}
         for entry in list(self._folder.iterdir()):
             if entry.name not in kept:
@@ -78,16 +82,30 @@ class FinishedCases:
     def add(self, case: str, sources: Iterable[str]) -> None:
         """Note that all files of a case are complete."""
         outputs = [state for ending in _OUTPUT_ENDINGS if (state := _state(self._folder / f"{case}{ending}"))]
-        entry = {"case": case, "sources": _states_of(sources),
+        entry = {"case": case, "sources": [_state_with_digest(Path(file)) for file in sources],
                  "outputs": [[Path(path).name, *rest] for path, *rest in outputs]}
-        self._append(entry)
-        self._cases[case] = entry
+        self._note(entry)
 
-    def _is_finished(self, case: str, sources: Iterable[str]) -> bool:
+    def _is_finished(self, case: str, sources: Sequence[str]) -> bool:
         entry = self._cases.get(case)
         # Cases in the format of a user are not among the outputs we know, and are done again.
-        return bool(entry and entry["outputs"]) and entry["sources"] == _states_of(sources) and all(
-            [name, *(_state(self._folder / name) or [""])[1:]] == [name, *rest] for name, *rest in entry["outputs"])
+        return bool(entry and entry["outputs"]) and all(
+            [name, *(_state(self._folder / name) or [""])[1:]] == [name, *rest] for name, *rest in entry["outputs"]) \
+            and self._are_same(entry, sources)
+
+    def _are_same(self, entry: dict, sources: Sequence[str]) -> bool:
+        """Tell whether the sources of a case hold what they held; note their new times of change."""
+        now = [_refreshed(Path(file), before) for file, before in zip(sources, entry["sources"])]
+        if len(sources) != len(entry["sources"]) or [_content(state) for state in now] != [
+                _content(state) for state in entry["sources"]]:
+            return False
+        if now != entry["sources"]:
+            self._note({**entry, "sources": now})
+        return True
+
+    def _note(self, entry: dict) -> None:
+        self._append(entry)
+        self._cases[entry["case"]] = entry
 
     def _read_or_start_anew(self) -> dict[str, dict]:
         self._file.seek(0)
@@ -143,16 +161,45 @@ def _difference(header: dict, made_from: Mapping[str, str]) -> str:
     return f"{' and '.join(changed) or 'the format of the journal'} changed since the earlier run"
 
 
-def _states_of(files: Iterable[str]) -> list[FileState | None]:
-    return [_state(Path(file)) for file in files]
-
-
 def _state(file: Path) -> FileState | None:
     try:
         found = file.stat()
     except OSError:
         return None
     return [str(file), found.st_size, found.st_mtime_ns]
+
+
+def _state_with_digest(file: Path) -> FileState | None:
+    """Return the state of a file with its time of any change in ns and a digest, or None if there is none."""
+    try:
+        return [*_state(file), file.stat().st_ctime_ns, _digest(file)]
+    except (OSError, TypeError):
+        return None
+
+
+def _refreshed(file: Path, before: FileState | None) -> FileState | None:
+    """Return the state of a file with a digest, which is taken from an earlier state if nothing changed since."""
+    state = _state(file)
+    if state is None or before is None or state != before[:3]:
+        return state
+    try:
+        changed = file.stat().st_ctime_ns
+    except OSError:
+        return None
+    return before if changed == before[3] else _state_with_digest(file)
+
+
+def _content(state: FileState | None) -> FileState | None:
+    """Return a state without the time of any change."""
+    return state and [*state[:3], *state[4:]]
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_BYTES_AT_ONCE):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:

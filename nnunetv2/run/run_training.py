@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from nnunetv2.run import processes
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
+from nnunetv2.utilities.legacy_names import names_from, origins
 from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
@@ -33,6 +34,21 @@ You are training with the default plans. The residual encoder presets segment be
 datasets: plan with -pl nnUNetPlannerResEncM (L, XL), then train with -p nnUNetResEncUNetMPlans.
 {_RULE}
 """
+
+# Names of other modules that programs import from here, or replace here by their own.
+_ORIGINS = origins({
+    "batchgenerators.utilities.file_and_folder_operations": "isfile join load_json",
+    "nnunetv2.run.load_pretrained_weights": "load_pretrained_weights",
+    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": "nnUNetTrainer",
+    "nnunetv2.utilities.find_objects": "recursive_find_trainer_class_by_name",
+    "typing": "Optional Union",
+}, cudnn="torch.backends.cudnn", dist="torch.distributed", mp="torch.multiprocessing",
+   multiprocessing="multiprocessing", torch="torch")
+
+__all__ = ["cleanup_ddp", "find_free_network_port", "get_trainer_from_args", "maybe_convert_to_dataset_name",
+           "maybe_load_checkpoint", "nnUNet_preprocessed", "os", "run_ddp", "run_training", "run_training_entry",
+           "setup_ddp", "socket", *_ORIGINS]
+__getattr__ = names_from(_ORIGINS, __name__)
 
 
 def run_training_entry() -> None:
@@ -169,12 +185,12 @@ def get_trainer_from_args(dataset_name_or_id: str | int, configuration: str, fol
     """
     import torch
 
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    from nnunetv2.run import run_training as public  # programs may have put a function of their own there
 
-    trainer_class = recursive_find_trainer_class_by_name(trainer_name)
+    trainer_class = public.recursive_find_trainer_class_by_name(trainer_name)
     folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
-    plans = _read_json(folder / f"{plans_identifier}.json")
-    dataset_json = _read_json(folder / "dataset.json")
+    plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
+    dataset_json = _read_json(folder / "dataset.json", DATASET)
     return trainer_class(plans={**plans, "continue_training": continue_training}, configuration=configuration,
                          fold=fold, dataset_json=dataset_json,
                          device=torch.device("cuda") if device is None else device)
@@ -188,7 +204,7 @@ def maybe_load_checkpoint(nnunet_trainer: nnUNetTrainer, continue_training: bool
         RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without
             a final checkpoint.
     """
-    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    from nnunetv2.run import run_training as public
     from nnunetv2.training.checkpoint import FINAL
 
     if continue_training and pretrained_weights_file is not None:
@@ -201,7 +217,7 @@ def maybe_load_checkpoint(nnunet_trainer: nnUNetTrainer, continue_training: bool
     elif pretrained_weights_file is not None:
         if not nnunet_trainer.was_initialized:
             nnunet_trainer.initialize()
-        load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
+        public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
 
 
 def parse_fold(fold: int | str) -> int | str:
@@ -335,11 +351,11 @@ def _seed(rank: int) -> None:
         seed_everything(seed + rank)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, required: Mapping[str, type]) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: plan and preprocess the dataset first "
                                 "(nnUNetv2_plan_and_preprocess), or check -p and the dataset")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, required=required, refuse_duplicates=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +78,8 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: torch.devic
         FileNotFoundError: There is no such file.
         DamagedCheckpointError: It is truncated or no checkpoint.
         UntrustedCheckpointError: It holds more than tensors, numbers, text and containers. Set the environment
-            variable nnUNet_allow_unsafe_checkpoints=1 to load it all the same, if you trust its origin.
+            variable nnUNet_allow_unsafe_checkpoints=1 to load it all the same, if you trust its origin. A TorchScript
+            file is a program, which nothing makes a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,6 +90,9 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: torch.devic
     if not zipfile.is_zipfile(path):
         raise DamagedCheckpointError(f"{path} is damaged or no checkpoint: it is no complete zip archive "
                                      f"({path.stat().st_size} bytes)")
+    if _is_torchscript(path):
+        raise UntrustedCheckpointError(f"{path} is a TorchScript file, which is a program and no checkpoint: expected "
+                                       "a dict that torch.save has written")
     try:
         checkpoint = _load_allow_listed(path, options)
     except pickle.UnpicklingError as error:
@@ -121,12 +124,18 @@ def rank_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(epochs, key=lambda path: -epochs[path])  # a stable sort
 
 
+def _is_torchscript(path: Path) -> bool:
+    """Tell whether a zip archive is a TorchScript file. torch refuses it as well, in other words."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
 def _load_allow_listed(path: Path, options: dict[str, Any]) -> object:
-    if hasattr(torch.serialization, "safe_globals") and _torch_version() >= (2, 6):
-        with torch.serialization.safe_globals([(thing, name) for name, thing in _allow_list().items()]):
-            return torch.load(path, weights_only=True, **options)
-    # Before 2.6 torch cannot be told that NumPy 1 and NumPy 2 call the same function by two names.
-    return torch.load(path, weights_only=False, pickle_module=_restricted_pickle_module(), **options)
+    with torch.serialization.safe_globals([(thing, name) for name, thing in _allow_list().items()]):
+        return torch.load(path, weights_only=True, **options)
 
 
 @lru_cache(maxsize=1)
@@ -150,33 +159,8 @@ def _allow_list() -> dict[str, object]:
     }
 
 
-def _restricted_pickle_module() -> SimpleNamespace:
-    """Return a stand-in for the module `pickle` that finds only what the allow-list names."""
-    from torch import _utils
-
-    rebuild = {f"torch._utils.{name}": getattr(_utils, name)
-               for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")}
-    dtypes = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    admitted = {**_allow_list(), **rebuild, **dtypes}
-
-    class RestrictedUnpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> object:
-            if f"{module}.{name}" not in admitted:
-                raise pickle.UnpicklingError(f"it refers to {module}.{name}.")
-            return admitted[f"{module}.{name}"]
-
-    def load(file: Any, **options: Any) -> object:
-        return RestrictedUnpickler(file, **options).load()
-
-    return SimpleNamespace(Unpickler=RestrictedUnpickler, load=load, __name__="restricted_pickle")
-
-
 def _allows_unsafe_checkpoints() -> bool:
     return os.environ.get(ALLOW_UNSAFE_VARIABLE, "").strip().lower() in ("1", "true", "t", "yes", "on")
-
-
-def _torch_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def _first_line(error: BaseException) -> str:

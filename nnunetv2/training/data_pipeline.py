@@ -10,15 +10,15 @@ from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAu
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
 from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.seeding import seed_from_environment
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 if TYPE_CHECKING:
+    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
-def start_augmenters(trainer: nnUNetTrainer) -> tuple[Iterator[dict], Iterator[dict]]:
+def start_augmenters(trainer: nnUNetTrainer, *, loader_class: type[nnUNetDataLoader],
+                     num_processes: int) -> tuple[Iterator[dict], Iterator[dict]]:
     """Return endless training and validation batches, whose workers are running already.
 
     Nobody waits for their first batches: until the first step there is more to do.
@@ -37,15 +37,15 @@ def start_augmenters(trainer: nnUNetTrainer) -> tuple[Iterator[dict], Iterator[d
     val_transforms = trainer.get_validation_transforms(scales, **shared)
     train_set, val_set = trainer.get_tr_and_val_datasets()
     loaders = [
-        nnUNetDataLoader(dataset, trainer.batch_size, size, patch_size, labels,
-                         oversample_foreground_percent=trainer.oversample_foreground_percent,
-                         sampling_probabilities=None, pad_sides=None, transforms=transforms,
-                         probabilistic_oversampling=trainer.probabilistic_oversampling)
+        loader_class(dataset, trainer.batch_size, size, patch_size, labels,
+                     oversample_foreground_percent=trainer.oversample_foreground_percent,
+                     sampling_probabilities=None, pad_sides=None, transforms=transforms,
+                     probabilistic_oversampling=trainer.probabilistic_oversampling)
         for dataset, size, transforms in ((train_set, initial_patch_size, train_transforms),
                                           (val_set, patch_size, val_transforms))]
     seed, epoch = seed_from_environment(), trainer.current_epoch
     augmenters = build_augmenters(
-        *loaders, num_processes=get_allowed_n_proc_DA(), pin_memory=trainer.device.type == "cuda",
+        *loaders, num_processes=num_processes, pin_memory=trainer.device.type == "cuda",
         entropy=None if seed is None else (seed, trainer.local_rank),
         first_batches=(epoch * trainer.num_iterations_per_epoch, epoch * trainer.num_val_iterations_per_epoch))
     for augmenter in augmenters:

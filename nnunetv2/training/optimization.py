@@ -33,10 +33,17 @@ def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float,
 
     On CUDA it decides on the GPU whether to skip a step, without waiting.
     """
-    options = {"fused": True} if sgd_can_be_fused(device) else {}
+    options = {"fused": True} if can_be_fused(device) else {}
     sgd = torch.optim.SGD if device.type == "cuda" else EagerSGD  # on CUDA the network is compiled, so it is loaded
     return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True,
                **options)
+
+
+def build_adamw(network: nn.Module, *, initial_lr: float, weight_decay: float, betas: tuple[float, float],
+                device: torch.device) -> torch.optim.AdamW:
+    """Return AdamW, which updates all weights in one pass where torch can."""
+    options = {"fused": True} if can_be_fused(device) else {}
+    return torch.optim.AdamW(network.parameters(), initial_lr, weight_decay=weight_decay, betas=betas, **options)
 
 
 def build_grad_scaler(device: torch.device) -> torch.amp.GradScaler | None:
@@ -64,7 +71,6 @@ def load_optimizer_state_(optimizer: torch.optim.Optimizer, state: dict[str, Any
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def sgd_can_be_fused(device: torch.device) -> bool:
-    """Tell whether torch updates all weights in one pass there: on a CPU since 2.4."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return device.type == "cuda" or (device.type == "cpu" and version >= (2, 4))
+def can_be_fused(device: torch.device) -> bool:
+    """Tell whether SGD and Adam update all weights in one pass there."""
+    return device.type in ("cuda", "cpu")

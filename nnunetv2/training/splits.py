@@ -1,14 +1,13 @@
 """Choose the training and validation cases of a fold."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nnunetv2.utilities.atomic_write import save_json_atomically
-from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.crossval_split import generate_crossval_split, read_splits
 
 Report = Callable[..., None]
 Split = tuple[list[str], list[str]]
@@ -17,7 +16,8 @@ SPLITS_FILE = "splits_final.json"
 SEED = 12345
 
 
-def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]], folder: str, report: Report) -> Split:
+def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]], folder: str, report: Report, *,
+                generate: Callable[..., list[dict]] = generate_crossval_split) -> Split:
     """Return the training and validation cases of a fold; write the splits of a dataset that has none.
 
     Args:
@@ -25,34 +25,39 @@ def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]],
         identifiers: Gives all preprocessed cases.
         folder: Where they are, for messages.
         report: Takes lines for the training log.
+        generate: Splits sorted cases, as `generate_crossval_split` does.
 
     Raises:
         FileNotFoundError: Cases of the fold are not preprocessed.
-        ValueError: The fold is negative, the file makes no sense, or there are too few cases to split.
+        ValueError: The fold is negative, the file makes no sense, one of the two lists is empty, or there are too few
+            cases to split.
     """
-    folds = load_or_create_splits(path, identifiers, report)
+    folds = load_or_create_splits(path, identifiers, report, generate=generate)
     train, val = choose_fold(folds, fold, identifiers, report)
+    _require_cases(train, val, f"fold {fold} of {path}")
     require_preprocessed([*train, *val], identifiers(), folder)
     return train, val
 
 
-def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], report: Report) -> list[dict]:
+def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], report: Report, *,
+                          generate: Callable[..., list[dict]] = generate_crossval_split) -> list[dict]:
     """Read the splits of a dataset, or write those of a five-fold cross-validation if there are none.
 
     Args:
         path: The file splits_final.json.
         identifiers: Gives all preprocessed cases; called only if the file is missing.
         report: Takes lines for the training log.
+        generate: Splits sorted cases, as `generate_crossval_split` does.
 
     Raises:
         ValueError: There are fewer than five cases to split, or the file is not a list of train and val lists.
     """
     if path.is_file():
-        splits = _read_splits(path)
+        splits = read_splits(path)
         report(f"Splits: {len(splits)}, read from {path}")
         return splits
     report(f"Splits: five folds, written to {path}")
-    splits = generate_crossval_split(sorted(identifiers()), seed=SEED, n_splits=5)
+    splits = generate(sorted(identifiers()), seed=SEED, n_splits=5)
     splits = [{part: [str(key) for key in keys] for part, keys in split.items()} for split in splits]
     save_json_atomically(splits, path)
     return splits
@@ -81,6 +86,13 @@ def choose_fold(splits: Sequence[dict], fold: int, identifiers: Callable[[], Ite
     return train, val
 
 
+def _require_cases(train: Sequence[str], val: Sequence[str], fold: str) -> None:
+    empty = [what for what, cases in (("training", train), ("validation", val)) if not cases]
+    if empty:
+        raise ValueError(f"{fold} has no {' and no '.join(empty)} cases. Name some there, or train on all cases with "
+                         "fold 'all'")
+
+
 def split_randomly(identifiers: Iterable[str], fold: int) -> Split:
     """Draw 80 % of the cases for training (in the order drawn); the rest is for validation."""
     keys = sorted(identifiers)
@@ -100,11 +112,3 @@ def require_preprocessed(keys: Iterable[str], available: Iterable[str], folder: 
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise FileNotFoundError(f"{len(missing)} cases of {SPLITS_FILE} are not in {folder}: {shown}. Preprocess them, "
                                 "or remove them from the splits")
-
-
-def _read_splits(path: Path) -> list[dict]:
-    splits = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(splits, list) or not all(isinstance(split, dict) and {"train", "val"} <= set(split)
-                                               for split in splits):
-        raise ValueError(f"{path} must hold a list with one entry {{\"train\": [...], \"val\": [...]}} per fold")
-    return splits

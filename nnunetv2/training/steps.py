@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TensorOrList = torch.Tensor | list[torch.Tensor]
 
 MAX_GRADIENT_NORM = 12
+"""What nnU-Net has always clipped the norm of the gradient at."""
 
 
 def move_batch(batch: dict, device: torch.device) -> tuple[torch.Tensor, TensorOrList]:
@@ -39,16 +40,16 @@ def as_loss_input(output: TensorOrList) -> TensorOrList:
 
 
 def update_weights_(loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer,
-                    grad_scaler: torch.amp.GradScaler | None) -> None:
-    """Go one step down the gradient of the loss, with the norm of the gradient clipped at 12."""
+                    grad_scaler: torch.amp.GradScaler | None, max_norm: float = MAX_GRADIENT_NORM) -> None:
+    """Go one step down the gradient of the loss, with its norm clipped."""
     if grad_scaler is None:
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(network.parameters(), max_norm)
         optimizer.step()
         return
     grad_scaler.scale(loss).backward()
     grad_scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+    nn.utils.clip_grad_norm_(network.parameters(), max_norm)
     grad_scaler.step(optimizer)
     grad_scaler.update()
 

@@ -1,7 +1,7 @@
 """Predict the validation cases of a fold with the trained network, and score them."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
+from nnunetv2.inference.export_prediction import export_case, resample_and_save
 from nnunetv2.inference.export_queue import ExportQueue
-from nnunetv2.inference.predictor import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.distributed import wait_for_all
@@ -25,17 +23,26 @@ from nnunetv2.utilities.device import usable_cpu_count, wants_cpu_autocast
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 if TYPE_CHECKING:
+    from nnunetv2.inference.predictor import nnUNetPredictor
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+ASIDE = "validation_of_other_cases"
+"""Folder of a fold with predictions that an earlier split left."""
 
 NextStage = tuple[str, tuple[int, ...], type]
 """Name, preprocessed shape of the case, and dataset class."""
 
 
-def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
+def validate(trainer: nnUNetTrainer, *, save_probabilities: bool, predictor_class: type[nnUNetPredictor],
+             compute_metrics: Callable[..., dict]) -> None:
     """Write segmentations of all validation cases and summary.json into the folder `validation` of the fold.
 
     Goes on where a validation with the same weights was interrupted. Leaves the network in the mode in which it was.
+
+    Args:
+        predictor_class: Predicts the cases.
+        compute_metrics: Scores them, as `compute_metrics_on_folder` does.
     """
     _warn_of_slow_compilation(trainer)
     network = trainer.network
@@ -48,14 +55,16 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         finished = FinishedCases(folder)
         if trainer.local_rank == 0:
+            _set_aside_other_cases(trainer, folder)
             finished.open(fingerprint_of(bare_network(network), [
                 save_probabilities, trainer.inference_allowed_mirroring_axes, trainer.plans_manager.plans,
                 trainer.configuration_name, wants_cpu_autocast(), trainer.device.type]))
         wait_for_all()
-        _predict_cases(trainer, folder, finished, save_probabilities=save_probabilities)
+        _predict_cases(trainer, build_predictor(trainer, predictor_class), folder, finished,
+                       save_probabilities=save_probabilities)
         wait_for_all()
         if trainer.local_rank == 0:
-            _score(trainer, folder)
+            _score(trainer, folder, compute_metrics)
             finished.close()
     finally:
         trainer.set_deep_supervision_enabled(was_supervised)
@@ -63,9 +72,43 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool) -> None:
         compute_gaussian.cache_clear()
 
 
-def _predict_cases(trainer: nnUNetTrainer, folder: Path, finished: FinishedCases, *, save_probabilities: bool) -> None:
+def set_aside_other_cases(folder: Path, cases: Collection[str], ending: str) -> list[str]:
+    """Move predictions of other cases, which an earlier split left, out of a folder that is to be scored.
+
+    They go to the folder ASIDE beside it, whatever lies there under the same name is replaced.
+
+    Args:
+        cases: Those to be kept.
+        ending: Of label maps.
+
+    Returns:
+        The cases moved.
+    """
+    kinds = (ending, ".npz", ".pkl")
+    found = {file.name.removesuffix(kind) for kind in kinds for file in folder.glob(f"*{kind}")}
+    others = sorted(found - set(cases))
+    aside = folder.with_name(ASIDE)
+    for case in others:
+        aside.mkdir(exist_ok=True)
+        for kind in (*kinds, ".json"):  # a label map in tif has its spacing in the latter
+            file = folder / f"{case}{kind}"
+            if file.is_file():
+                file.replace(aside / file.name)
+    return others
+
+
+def _set_aside_other_cases(trainer: nnUNetTrainer, folder: Path) -> None:
+    moved = set_aside_other_cases(folder, list(map(str, trainer.do_split()[1])), trainer.dataset_json["file_ending"])
+    if moved:
+        trainer.print_to_log_file(
+            f"WARNING: {folder} held predictions of {len(moved)} cases that are not for validation in this fold, of an "
+            f"earlier split: {', '.join(moved[:10])}{', ...' if len(moved) > 10 else ''}. They are not scored, and lie "
+            f"in {ASIDE} beside it now", also_print_to_console=True)
+
+
+def _predict_cases(trainer: nnUNetTrainer, predictor: nnUNetPredictor, folder: Path, finished: FinishedCases, *,
+                   save_probabilities: bool) -> None:
     """Predict this process's share of the validation cases, here and for the next stages of a cascade."""
-    predictor = build_predictor(trainer)
     all_keys = trainer.do_split()[1]
     world_size = distributed.get_world_size() if trainer.is_ddp else 1
     dataset = trainer.dataset_class(
@@ -106,14 +149,14 @@ def _export(trainer: nnUNetTrainer, logits: np.ndarray, properties: dict, folder
         resample_and_save(logits, target_shape, str(target_folder / case), trainer.plans_manager,
                           trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
                           dataset_class)
-    export_prediction_from_logits(logits, properties, trainer.configuration_manager, trainer.plans_manager,
-                                  trainer.dataset_json, str(folder / case), save_probabilities)
+    export_case(logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
+                str(folder / case), save_probabilities)
     finished.add(case)
 
 
-def build_predictor(trainer: nnUNetTrainer) -> nnUNetPredictor:
+def build_predictor(trainer: nnUNetTrainer, predictor_class: type[nnUNetPredictor]) -> nnUNetPredictor:
     """Return a predictor that uses the network as it is now, with the settings of inference."""
-    predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
+    predictor = predictor_class(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
                                 perform_everything_on_device=True, device=trainer.device, verbose=False,
                                 verbose_preprocessing=False, allow_tqdm=False)
     # Without DDP, which would compare buffers with processes that predict another number of tiles.
@@ -149,11 +192,11 @@ def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[NextStage]:
         yield name, tuple(data.shape[1:]), dataset_class
 
 
-def _score(trainer: nnUNetTrainer, folder: Path) -> None:
+def _score(trainer: nnUNetTrainer, folder: Path, compute_metrics: Callable[..., dict]) -> None:
     """Compare all predictions with the references and log the result."""
     labels = trainer.label_manager
     world_size = distributed.get_world_size() if trainer.is_ddp else 1
-    metrics = compute_metrics_on_folder(
+    metrics = compute_metrics(
         str(Path(trainer.preprocessed_dataset_folder_base, "gt_segmentations")), str(folder),
         str(folder / "summary.json"), trainer.plans_manager.image_reader_writer_class(),
         trainer.dataset_json["file_ending"],

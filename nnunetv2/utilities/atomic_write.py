@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = ".partial-"
+_NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     The yielded file has the name of `path`, in a fresh folder beside it, because image libraries choose the format by
     the ending. Further files that the block writes into that folder (raw data next to a header) go along, first. If the
     block raises, what it wrote is removed and `path` stays as it was. A symbolic link keeps pointing where it did, and
-    its target is replaced.
+    its target is replaced. A NIfTI file with a dot inside its name is yielded under a plainer one.
 
     Raises:
         FileNotFoundError: The folder of `path` does not exist, or the block wrote no file.
@@ -30,14 +31,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} does not exist")
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
     try:
-        written = scratch / target.name
+        stem, scratch_stem, ending = _split_name(target.name)
+        written = scratch / f"{scratch_stem}{ending}"
         yield written
         if not written.is_file():
             raise FileNotFoundError(f"nothing was written for {path}")
         companions = [file for file in scratch.iterdir() if file != written]
         for file in (*companions, written):
             _flush_to_disk(file)
-            file.replace(target.parent / file.name)
+            name = stem + file.name.removeprefix(scratch_stem) if file.name.startswith(scratch_stem) else file.name
+            file.replace(target.parent / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -61,6 +64,16 @@ def save_json_atomically(obj: object, path: str | os.PathLike[str], *, sort_keys
     text = json.dumps(obj, indent=4, sort_keys=sort_keys)
     with replacing(path) as written:
         written.write_text(text, encoding="utf-8")
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+    """Return the stem of a file name, the one to write under instead, and the ending.
+
+    ITK writes x.nii.gz when it is told x.nii.nii.gz, and pairs of files for x.img.nii.gz.
+    """
+    ending = next((ending for ending in _NIFTI_ENDINGS if name.lower().endswith(ending)), "")
+    stem, ending = name[:len(name) - len(ending)], name[len(name) - len(ending):]
+    return stem, "image" if ending and "." in stem else stem, ending
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -46,17 +46,18 @@ def convert_id_to_dataset_name(dataset_id: int) -> str:
                        f"one of them in {roots}")
 
 
-def convert_dataset_name_to_id(name: str) -> int:
+def convert_dataset_name_to_id(dataset_name: str) -> int:
     """Return the id in a dataset name: 4 for Dataset004_Hippocampus.
 
     Raises:
         AssertionError: The name does not start with Dataset.
         ValueError: No number of at least three digits follows.
     """
-    assert name.startswith("Dataset"), f"{name!r} is no dataset name: it does not start with 'Dataset'"
-    match = re.match(r"Dataset(\d{3,})", name)
+    assert dataset_name.startswith("Dataset"), (
+        f"{dataset_name!r} is no dataset name: it does not start with 'Dataset'")
+    match = re.match(r"Dataset(\d{3,})", dataset_name)
     if match is None:
-        raise ValueError(f"{name!r} is no dataset name: three or more digits must follow 'Dataset', as in "
+        raise ValueError(f"{dataset_name!r} is no dataset name: three or more digits must follow 'Dataset', as in "
                          "Dataset004_Hippocampus")
     return int(match[1])
 

@@ -77,8 +77,7 @@ def wants_mps_autocast() -> bool:
 
     if not _read_choice(MPS_AUTOCAST_VARIABLE):
         return False
-    is_available = getattr(torch.amp, "is_autocast_available", lambda device_type: False)
-    if not is_available("mps"):
+    if not torch.amp.is_autocast_available("mps"):
         logger.warning("%s is set, but torch %s has no half precision on MPS: predicting in float32",
                        MPS_AUTOCAST_VARIABLE, torch.__version__)
         return False

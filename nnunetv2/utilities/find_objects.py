@@ -6,10 +6,11 @@ import logging
 import os
 import pkgutil
 import sys
-from pathlib import Path
 
 from nnunetv2.paths import nnUNet_extTrainer
+from nnunetv2.utilities.external_folders import external_folders, keep_importable
 from nnunetv2.utilities.find_class_by_name import is_module_below, modules_below, recursive_find_python_class
+from nnunetv2.utilities.trusted_names import check_name
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,9 @@ def recursive_find_trainer_class_by_name(trainer_name: str) -> type:
     Raises:
         RuntimeError: There is no such class.
         AssertionError: What was found is no subclass of nnUNetTrainer.
+        UntrustedNameError: It is no name that a class can have.
     """
+    check_name(trainer_name, "the trainer's name")
     package_folder = _package_folder()
     internal_folder = os.path.join(package_folder, "training", "nnUNetTrainer")
     trainer_class = recursive_find_python_class(internal_folder, trainer_name, "nnunetv2.training.nnUNetTrainer",
@@ -39,18 +42,12 @@ def recursive_find_trainer_class_by_name(trainer_name: str) -> type:
 
 
 def _find_in_external_folders(trainer_name: str) -> object | None:
-    for folder in _external_folders():
+    for folder in external_folders():
         logger.info("looking for trainer %s in external folder %s", trainer_name, folder)
         trainer_class = find_in_external_folder(folder, trainer_name)
         if trainer_class is not None:
             return trainer_class
     return None
-
-
-def _external_folders() -> list[str]:
-    """Return the existing folders of nnUNet_extTrainer in their order."""
-    folders = (nnUNet_extTrainer.get() or "").split(os.pathsep)
-    return [folder for folder in folders if folder and Path(folder).is_dir()]
 
 
 def find_in_external_folder(folder: str, class_name: str) -> object | None:
@@ -73,7 +70,7 @@ def find_in_external_folder(folder: str, class_name: str) -> object | None:
                     del sys.modules[name]
             sys.modules.update({name: before[name] for name in namesakes})
     if found is not None:
-        _keep_importable(folder)
+        keep_importable(folder)
     return found
 
 
@@ -83,18 +80,10 @@ def _modules_hiding(folder: str) -> list[str]:
     Libraries are not among them: a folder with a file `torch.py` must not take torch away.
     """
     offered = {entry.name for entry in pkgutil.iter_modules([folder])}
-    others = [other for other in _external_folders() if other != folder]
+    others = [other for other in external_folders() if other != folder]
     return [name for name, module in list(sys.modules.items())
             if name.split(".")[0] in offered and any(is_module_below(module, other) for other in others)
             and not is_module_below(module, folder)]
-
-
-def _keep_importable(folder: str) -> None:
-    """Leave a folder in `sys.path`, which spawned processes inherit: behind the libraries, before its peers."""
-    if folder in sys.path:
-        sys.path.remove(folder)
-    peers = [sys.path.index(other) for other in _external_folders() if other in sys.path]
-    sys.path.insert(min(peers, default=len(sys.path)), folder)
 
 
 def _package_folder() -> str:
@@ -104,5 +93,6 @@ def _package_folder() -> str:
 def _require_trainer(trainer_class: object, trainer_name: str) -> None:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    assert isinstance(trainer_class, type) and issubclass(trainer_class, nnUNetTrainer), \
-        f"{trainer_name} was found ({trainer_class!r}), but it is no subclass of nnUNetTrainer"
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, nnUNetTrainer)):
+        # No assert statement, which `python -O` leaves out: the name may come from a checkpoint.
+        raise AssertionError(f"{trainer_name} was found ({trainer_class!r}), but it is no subclass of nnUNetTrainer")

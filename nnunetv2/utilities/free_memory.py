@@ -1,4 +1,4 @@
-"""Tell how much main memory this process may still take."""
+"""Tell how much main memory this process may still take, and how much there is."""
 from __future__ import annotations
 
 import os
@@ -16,6 +16,26 @@ def free_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/c
     """
     known = [_machine(proc), *(_container(cgroup, *names) for names in (_CGROUP_2, _CGROUP_1))]
     return min((value for value in known if value is not None), default=_UNKNOWN_BYTES)
+
+
+def total_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the memory of the machine with its swap space, or a container's limit, if less; None if unknown."""
+    known = [_whole_machine(proc), *(_limit(cgroup / names[0]) for names in (_CGROUP_2, _CGROUP_1))]
+    return min((value for value in known if value is not None), default=None)
+
+
+def _whole_machine(proc: Path) -> int | None:
+    sizes = dict(line.split(":", 1) for line in _read(proc / "meminfo").splitlines() if ":" in line)
+    if "MemTotal" in sizes:
+        return sum(int(sizes[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal") if name in sizes)
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # other Unix systems
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _limit(file: Path) -> int | None:
+    limit = _read(file).strip()
+    return int(limit) if limit.isdecimal() else None  # no such limit, or "max"
 
 
 def _machine(proc: Path) -> int | None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.command_line import run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.label_colours import color_cycle, generate_overlay, hex_to_rgb
 from nnunetv2.utilities.legacy_names import file_helpers_of
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -111,7 +111,7 @@ def generate_overlays_from_raw(dataset_name_or_id: int | str, output_folder: str
     folder = Path(nnUNet_raw, maybe_convert_to_dataset_name(dataset_name_or_id))
     if not (folder / "dataset.json").is_file():
         raise FileNotFoundError(f"there is no {folder / 'dataset.json'}")
-    dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_json(folder / "dataset.json")
     cases = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
     if not cases:
         raise FileNotFoundError(f"{folder} has no training case")

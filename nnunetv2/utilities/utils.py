@@ -1,7 +1,6 @@
 """List the cases of a raw dataset and the files that belong to them."""
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import defaultdict
@@ -9,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.utilities.file_endings import split_channel
+from nnunetv2.utilities.file_endings import list_names, split_channel
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.legacy_names import file_helpers_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def get_filenames_of_train_images_and_targets(raw_dataset_folder: str, dataset_j
         ValueError: An entry of `dataset` lacks its images or its label.
     """
     if dataset_json is None:
-        dataset_json = json.loads(Path(raw_dataset_folder, "dataset.json").read_text(encoding="utf-8"))
+        dataset_json = read_json(Path(raw_dataset_folder, "dataset.json"))
     if "dataset" in dataset_json:
         return {case: _resolve_entry(raw_dataset_folder, case, entry)
                 for case, entry in dataset_json["dataset"].items()}
@@ -88,7 +88,7 @@ def _resolve_path(folder: str, path: str) -> str:
 def _list_cases(folder: str, file_ending: str, *, warn: bool = True) -> dict[str, list[str]]:
     """Return the images of a folder by case, channels in order, in one pass over the folder."""
     cases, strangers = defaultdict(list), []
-    for name in _list_names(folder, file_ending):
+    for name in list_names(folder, file_ending):
         parts = split_channel(name, file_ending)
         if parts is None:
             strangers.append(name)
@@ -99,9 +99,3 @@ def _list_cases(folder: str, file_ending: str, *, warn: bool = True) -> dict[str
                        folder, len(strangers), file_ending, file_ending, ", ".join(strangers[:5]),
                        ", ..." if len(strangers) > 5 else "")
     return dict(cases)
-
-
-def _list_names(folder: str, file_ending: str) -> list[str]:
-    """Return the sorted names of all files with an ending in a folder."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.endswith(file_ending) and entry.is_file())

@@ -150,3 +150,10 @@ def test_dataset_appears_when_it_is_complete(roots):
         assert not (roots["nnUNet_raw"] / "Dataset001_X").exists()
     assert (roots["nnUNet_raw"] / "Dataset001_X" / "dataset.json").is_file()
     assert invert_labels({"0": "background", "1": "a"}) == {"background": 0, "a": 1}
+
+
+@pytest.mark.parametrize("here", [".", "../Task05_My_Organ", "./"])
+def test_a_task_is_converted_from_within_its_folder(task, roots, monkeypatch, here):
+    monkeypatch.chdir(task)
+    convert_msd_dataset(here, num_processes=1)
+    assert (roots["nnUNet_raw"] / "Dataset005_My_Organ" / "dataset.json").is_file()

@@ -193,7 +193,7 @@ def test_missing_fingerprint_is_named(plan, roots):
         ExperimentPlanner(1)
 
 
-def test_network_of_a_user_is_asked_for_its_size(make_planned_dataset):
+def test_network_of_a_user_is_asked_for_its_size(make_planned_dataset, caplog):
     class Planner(ExperimentPlanner):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -214,6 +214,7 @@ def test_network_of_a_user_is_asked_for_its_size(make_planned_dataset):
         del sys.modules["tests_network"]
     fullres = plans["configurations"]["3d_fullres"]
     assert fullres["architecture"]["network_class_name"] == "tests_network.FrugalUNet"
+    assert "nnUNet_extPackages names tests_network" in caplog.text  # or nobody could train with these plans
     # 560e6 / (10 * 40 * 56 * 40) * 2 = 1250 samples fit; 5 % of the voxels are 9 patches
     assert fullres["batch_size"] == 9
 

@@ -12,6 +12,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 COMMANDS = {
@@ -52,18 +53,68 @@ def test_command_goes_from_raw_to_preprocessed_data(folder, roots, capsys):
     assert (preprocessed / "dataset_overview.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_labels_are_copied_when_newer(folder, roots):
+def test_labels_are_copied_when_newer(folder, roots, caplog):
     copies = roots["nnUNet_preprocessed"] / folder.name / "gt_segmentations"
     api.copy_labels(folder.name)
     source, copy = folder / "labelsTr" / "case_1.nii.gz", copies / "case_1.nii.gz"
     assert sorted(file.name for file in copies.iterdir()) == [f"case_{i}.nii.gz" for i in range(3)]
     assert copy.stat().st_mtime == pytest.approx(source.stat().st_mtime)
+    os.utime(source, (copy.stat().st_mtime + 10,) * 2)
+    api.copy_labels(folder.name)
+    assert copy.stat().st_mtime == pytest.approx(source.stat().st_mtime)
+    assert "replaced" not in caplog.text  # it says the same as before
+
+
+def wait_for_the_clock(folder):
+    """Return once the time of a new file differs from that of any other so far: file systems count in ticks."""
+    probe = folder / "probe"
+    probe.touch()
+    before = probe.stat().st_ctime_ns
+    while probe.stat().st_ctime_ns == before:
+        probe.touch()
+    probe.unlink()
+
+
+@pytest.mark.parametrize("seconds", [-86400, 0, 86400])
+@pytest.mark.parametrize("content", [b"corrected", b"of another length"])
+def test_a_label_that_was_replaced_is_copied_whatever_its_time(folder, roots, caplog, seconds, content):
+    source = folder / "labelsTr" / "case_1.nii.gz"
+    source.write_bytes(b"not right")
+    os.utime(source, (1_600_000_000,) * 2)
+    api.copy_labels(folder.name)
+    source.write_bytes(content)
+    os.utime(source, (1_600_000_000 + seconds,) * 2)
+    api.copy_labels(folder.name)
+    assert (roots["nnUNet_preprocessed"] / folder.name / "gt_segmentations" / source.name).read_bytes() == content
+    assert "copies of 1 labels were replaced" in caplog.text
+    assert "case_1" in caplog.text
+
+
+def test_a_copy_that_was_edited_later_stays(folder, roots, tmp_path):
+    copy = roots["nnUNet_preprocessed"] / folder.name / "gt_segmentations" / "case_1.nii.gz"
+    api.copy_labels(folder.name)
+    wait_for_the_clock(tmp_path)
     copy.write_bytes(b"edited by hand")
     api.copy_labels(folder.name)
     assert copy.read_bytes() == b"edited by hand"
-    os.utime(source, (copy.stat().st_mtime + 10,) * 2)
+    wait_for_the_clock(tmp_path)
+    (folder / "labelsTr" / copy.name).write_bytes(b"edited later")
     api.copy_labels(folder.name)
-    assert copy.read_bytes() == source.read_bytes()
+    assert copy.read_bytes() == b"edited later"
+
+
+def test_the_spacing_of_tif_labels_is_copied_with_them(folder, roots):
+    references = roots["nnUNet_preprocessed"] / folder.name / "gt_segmentations"
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    entry = {"images": ["imagesTr/case_1_0000.tif"], "label": "labelsTr/mask.tif"}
+    (folder / "dataset.json").write_text(json.dumps({**dataset_json, "file_ending": ".tif",
+                                                     "dataset": {"case_1": entry}}))
+    (folder / "labelsTr" / "mask.tif").write_bytes(b"pages")
+    api.copy_labels(folder.name, Tiff3DIO())
+    assert sorted(file.name for file in references.iterdir()) == ["case_1.tif"]
+    (folder / "labelsTr" / "mask.json").write_text('{"spacing": [5, 1, 1]}')
+    api.copy_labels(folder.name, Tiff3DIO())
+    assert (references / "case_1.json").read_text() == '{"spacing": [5, 1, 1]}'
 
 
 def test_planner_is_found_by_name_and_its_plans_named(folder):

@@ -56,3 +56,13 @@ def test_names_in_plans_do_not_become_commands(tmp_path):
     assert lines[1] == r"Dataset001_$(id): 3 training cases, plans a; b\x1b[2K" and len(lines) == 6
     assert shlex.split(lines[-1]) == ["Next:", "nnUNetv2_train", "Dataset001_$(id)", "2d`id` ", "0", "-p",
                                       r"a; b\x1b[2K"]
+
+
+def test_configurations_too_small_to_train_are_not_recommended(plans, tmp_path):
+    small = {"median_image_size_in_voxels": [5.0, 6.0, 7.0], "architecture": {"arch_kwargs": {"strides": [[1] * 3]}}}
+    plans.plans["configurations"]["3d_fullres"].update(small)
+    lines = summarise(plans, tmp_path, 3).splitlines()
+    assert "3d_fullres cannot be trained: its images are too small, 5 x 6 x 7 voxels" in "\n".join(lines)
+    assert lines[-1] == "Next: nnUNetv2_train Dataset001_X 2d 0 -p mine"
+    plans = PlansManager({**plans.plans, "configurations": {"3d_fullres": make_configuration("3d_fullres", **small)}})
+    assert summarise(plans, tmp_path, 3).splitlines()[-1] == "Next: correct the images, and plan again"

@@ -70,5 +70,7 @@ class CountingUNet(PlainConvUNet):
 
 def test_other_networks_are_asked(monkeypatch):
     name = f"{CountingUNet.__module__}.{CountingUNet.__name__}"
+    monkeypatch.setenv("nnUNet_extPackages", CountingUNet.__module__)
     arguments = describe((1, 1), (16, 16), residual=False)
-    assert count_feature_map_values((16, 16), 1, 2, name, arguments, REQUIRES_IMPORT) == 4711
+    for network in (name, CountingUNet):
+        assert count_feature_map_values((16, 16), 1, 2, network, arguments, REQUIRES_IMPORT) == 4711

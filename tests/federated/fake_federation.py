@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from patience import MUCH_LONGER_S, PATIENCE_S
+from starlette.applications import Starlette
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.client import FederationClient
+from nnunetv2.federated.coordinator.address import open_socket
 from nnunetv2.federated.coordinator.app import build_app
 from nnunetv2.federated.coordinator.connections import GuardedServer, guarded_config
 from nnunetv2.federated.coordinator.limits import Limits
@@ -31,6 +33,8 @@ from nnunetv2.federated.store import Store
 from nnunetv2.federated.wire import file_digest
 
 PROJECT = Path(__file__).resolve().parents[2]
+TEST_PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+"""What processes of tests need in front of `sys.path`."""
 LABELS = {"background": 0, "liver": 1}
 RUN = "3d_fullres.fold_0.nnUNetTrainerFake"
 SHAPES = {"encoder.weight": (4, 3), "encoder.bias": (4,), "head.weight": (2, 4)}
@@ -95,7 +99,7 @@ def train(client: FederationClient, *, seed: int, num_rounds: int, run: str = RU
     return file_digest(document.path)
 
 
-def in_threads(*functions: Callable[[], object], timeout_s: float = 60.0) -> list[object]:
+def in_threads(*functions: Callable[[], object], timeout_s: float = PATIENCE_S) -> list[object]:
     """Run functions at the same time and return what they return, or raise what the first of them raised."""
     results: list[object] = [None] * len(functions)
 
@@ -116,7 +120,7 @@ def in_threads(*functions: Callable[[], object], timeout_s: float = 60.0) -> lis
 
 def make_client(credential: SiteCredential, lines: list[str] | None = None, **options) -> FederationClient:
     """Return a client that is quick to ask again."""
-    options = {"give_up_after_s": 30.0, "pause_s": 0.05, **options}
+    options = {"give_up_after_s": PATIENCE_S, "pause_s": 0.05, **options}
     return FederationClient(credential, report=(lambda line: None) if lines is None else lines.append, **options)
 
 
@@ -124,8 +128,9 @@ def make_client(credential: SiteCredential, lines: list[str] | None = None, **op
 class LocalFederation:
     """A coordinator that is served by a thread of this process."""
 
-    def __init__(self, coordinator: Coordinator, url: str, lines: list[str]) -> None:
+    def __init__(self, coordinator: Coordinator, app: Starlette, url: str, lines: list[str]) -> None:
         self.coordinator = coordinator
+        self.app = app
         self.url = url
         self.lines = lines
         self._credentials: dict[str, SiteCredential] = {}
@@ -155,24 +160,24 @@ def served(folder: Path, settings: FederationSettings, limits: Limits = Limits()
         if store.load_settings() is None:
             create_federation(store, settings, now=time.time())
         coordinator = Coordinator(store, announce=lines.append)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = open_socket("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         app = build_app(coordinator, Place(url), limits=limits)
-        server = GuardedServer(guarded_config(app, limits=limits, timeout_graceful_shutdown=2))
+        server = GuardedServer(guarded_config(app, timeout_graceful_shutdown=2), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
         try:
-            yield LocalFederation(coordinator, url, lines)
+            yield LocalFederation(coordinator, app, url, lines)
         finally:
             app.state.changes.stop()
             server.should_exit = True
-            thread.join(10)
+            thread.join(PATIENCE_S)
             listener.close()
             assert not thread.is_alive()
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Wait until a condition holds; fail if it never does."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -184,8 +189,10 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None
 class CoordinatorProcess:
     """The command nnUNetv2_fed_coordinator in a process of its own, which can be killed."""
 
-    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+    def __init__(self, folder: Path, *options: str, port: int = 0, grace_s: float | None = None) -> None:
         self.folder = folder
+        self.grace_s = grace_s
+        """How long downloads may go on after a signal to stop; None: as it is."""
         self.options = options
         self.port = port
         self.output = ""
@@ -193,7 +200,8 @@ class CoordinatorProcess:
 
     def start(self) -> None:
         (self.folder / "coordinator.json").unlink(missing_ok=True)
-        code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+        grace = "" if self.grace_s is None else f"cli.STOP_TIMEOUT_S = {self.grace_s}; "
+        code = f"import sys; from nnunetv2.federated.coordinator import cli; {grace}sys.exit(cli.main(sys.argv[1:]))"
         self.log = self.folder.parent / f"{self.folder.name}.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -229,24 +237,32 @@ class CoordinatorProcess:
         """Ask the process to stop and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextmanager
-def coordinator_process(folder: Path, *options: str) -> Iterator[CoordinatorProcess]:
-    process = CoordinatorProcess(folder, *options)
+def coordinator_process(folder: Path, *options: str, grace_s: float | None = None) -> Iterator[CoordinatorProcess]:
+    process = CoordinatorProcess(folder, *options, grace_s=grace_s)
     try:
         yield process
     finally:
         process.stop()
 
 
-def start_site_process(credential: Path, *, seed: int, num_rounds: int, pause_s: float) -> subprocess.Popen:
-    """Start a fake site in a process of its own; it prints every round it finishes, and the last digest."""
-    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import fake_federation as f\n"
+def start_site_process(credential: Path, *, seed: int, num_rounds: int, pause_s: float,
+                       hold_at: int | None = None) -> subprocess.Popen:
+    """Start a fake site in a process of its own; it prints every round it finishes, and the last digest.
+
+    Args:
+        hold_at: The round after which it waits until it is killed.
+    """
+    code = (f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
             "from pathlib import Path\n"
+            "def tell(number):\n"
+            "    print('round', number, flush=True)\n"
+            f"    number == {hold_at} and f.time.sleep({MUCH_LONGER_S})\n"
             f"with f.make_client(f.load_credential(Path({str(credential)!r}))) as client:\n"
             f"    print(f.train(client, seed={seed}, num_rounds={num_rounds}, pause_s={pause_s},\n"
-            "                  on_round=lambda number: print('round', number, flush=True)), flush=True)\n")
+            "                  on_round=tell), flush=True)\n")
     return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True,
                             env={**os.environ, "PYTHONPATH": str(PROJECT)})

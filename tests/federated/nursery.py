@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from patience import PATIENCE_S
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -23,7 +25,7 @@ class Nursery:
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, str(HERE / "nursery.py")], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1],
-                                         env={**os.environ, "PYTHONPATH": str(HERE.parents[1])})
+                                         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2]))})
         self._lock = threading.Lock()
         assert self._process.stdout.readline() == "ready\n"
 
@@ -48,7 +50,7 @@ class Nursery:
     def close(self) -> None:
         """End it, and what it has started."""
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(PATIENCE_S)
         self._process.stdout.close()
 
 

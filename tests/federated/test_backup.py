@@ -16,6 +16,7 @@ from fake_federation import (
     train,
     wait_until,
 )
+from patience import PATIENCE_S
 
 from nnunetv2.federated import backup as backup_module
 from nnunetv2.federated.admin import main
@@ -44,7 +45,7 @@ def test_a_run_that_was_saved_at_work_goes_on_elsewhere_to_the_same_digest(tmp_p
         credentials = process.credentials()
 
         def save():
-            assert middle.wait(30)
+            assert middle.wait(PATIENCE_S)
             return main(["--folder", str(tmp_path / "federation"), "backup", str(file)])
 
         digests, status = in_threads(

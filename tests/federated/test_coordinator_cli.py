@@ -1,19 +1,21 @@
 """The command nnUNetv2_fed_coordinator."""
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from fake_federation import PROJECT, CoordinatorProcess, coordinator_process, make_census, make_client, wait_until
+from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated import admin
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.bodies import InviteRequest
 from nnunetv2.federated.coordinator import address, cli
+from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.messages import CENSUS_KEY
 from nnunetv2.federated.site import decode_invitation, join
@@ -133,11 +135,12 @@ def test_a_start_without_options_keeps_the_address(tmp_path):
 
 
 def test_help_answers_at_once_without_torch():
-    begin = time.perf_counter()
-    code = "import sys; sys.modules['torch'] = None; from nnunetv2.federated.coordinator.cli import main; main(['-h'])"
+    code = ("import sys; from nnunetv2.federated.coordinator.cli import main\n"
+            "try:\n    main(['-h'])\nfinally:\n"
+            "    late = {'torch', 'requests', 'starlette', 'uvicorn', 'pydantic', 'scipy'} & set(sys.modules)\n"
+            "    assert not late, late")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
-    assert done.returncode == 0 and "--deadline S" in done.stdout
-    assert time.perf_counter() - begin < 2  # about 0.15 s on an idle machine
+    assert done.returncode == 0 and "--deadline S" in done.stdout, done.stderr
 
 
 def test_errors_are_one_line(tmp_path):
@@ -146,6 +149,38 @@ def test_errors_are_one_line(tmp_path):
                           capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "a federation has at least two sites, got A" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_disk_that_takes_nothing_is_one_line_that_names_the_folder(tmp_path, exists):
+    import resource
+
+    folder = tmp_path / "f"
+    if exists:
+        open_folder(folder, "--sites", "A", "B")
+    code = "from nnunetv2.federated.coordinator.cli import coordinator_entry; coordinator_entry()"
+    done = subprocess.run([sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A", "B"],
+                          capture_output=True, text=True, cwd=PROJECT, timeout=60, stdin=subprocess.DEVNULL,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and f"the folder {folder} cannot be written" in done.stderr
+    assert "Restore a backup" not in done.stderr
+
+
+@pytest.mark.parametrize("what", ["write_state_file", "appoint_operator"])
+def test_a_disk_that_is_full_when_the_coordinator_is_up_ends_it_in_order(tmp_path, monkeypatch, capsys, what):
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, what, no_room)
+    stopped, stop = [], Coordinator.stop
+    monkeypatch.setattr(Coordinator, "stop", lambda self: (stopped.append(self), stop(self)))
+    folder = tmp_path / "f"
+    with pytest.raises(FederationError, match=f"the folder {folder} cannot be written: .*No space left") as refusal:
+        cli.main(["--folder", str(folder), "--port", "0", "--sites", "A", "B"])
+    assert "\n" not in str(refusal.value) and "Traceback" not in "".join(capsys.readouterr())
+    assert len(stopped) == 1 and not (folder / "operator.json").exists()
 
 
 @pytest.fixture
@@ -195,12 +230,12 @@ def test_later_starts_go_on_at_the_same_port_and_invite_who_has_not_joined(tmp_p
 
 
 def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
-    with coordinator_process(tmp_path / "federation", "--sites", "A", "B") as process:
+    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", grace_s=MUCH_LONGER_S) as process:
         credential = process.credentials()["A"]
-        errors = []
+        errors, lines = [], []
 
         def wait():
-            with make_client(credential, give_up_after_s=0.5) as client:
+            with make_client(credential, lines, give_up_after_s=0.5) as client:
                 try:
                     client.exchange(CENSUS_KEY, make_census())
                 except CoordinatorUnreachable as error:
@@ -208,11 +243,9 @@ def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
 
         thread = threading.Thread(target=wait, daemon=True)
         thread.start()
-        time.sleep(0.5)
-        begin = time.monotonic()
+        wait_until(lambda: any("waiting for B" in line for line in lines))
         assert process.stop() == 0
-        assert time.monotonic() - begin < 4
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert errors
 
 
@@ -231,4 +264,4 @@ def test_a_log_that_is_full_or_narrow_stops_nobody(tmp_path, monkeypatch):
         assert process.poll() is None
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)

@@ -3,17 +3,16 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
 import pytest
-from fake_federation import PROJECT, in_threads, make_client, train
+from fake_federation import PROJECT, in_threads, make_client, train, wait_until
+from patience import PATIENCE_S
 
 from nnunetv2.federated.site import decode_invitation, join, load_credential
 
 REQUIREMENTS = PROJECT / "deploy" / "coordinator-requirements.txt"
-START_S = 2.0
 OF_THE_INSTALLER = {"pip", "setuptools", "wheel"}
 
 
@@ -67,29 +66,24 @@ def test_a_coordinator_needs_twelve_packages_and_forty_megabytes(wheels, install
 
 
 @pytest.mark.slow
-def test_it_starts_at_once_and_two_sites_run_a_round(installed, tmp_path):
+def test_it_starts_again_and_two_sites_run_a_round(installed, tmp_path):
     folder = tmp_path / "federation"
     command = [installed / "bin" / "nnUNetv2_fed_coordinator", "--folder", folder, "--port", "0"]
-    fastest, log = 60.0, tmp_path / "log"
-    for attempt in range(3):  # the first start compiles the modules and makes the federation; others may be busy here
+    log = tmp_path / "log"
+    for attempt in range(3):  # the first start makes the federation
         options = ["--sites", "A", "B", "--epochs", "1", "--validate-every", "0"] if attempt == 0 else []
-        begin = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen([str(word) for word in command + options], stdout=output, stderr=output,
                                        stdin=subprocess.DEVNULL)
         try:
-            while not (folder / "coordinator.json").exists():
-                assert process.poll() is None and time.monotonic() < begin + 60, log.read_text()
-                time.sleep(0.01)
-            fastest = min(fastest, time.monotonic() - begin)
+            wait_until(lambda: (folder / "coordinator.json").exists() or process.poll() is not None)  # noqa: B023
+            assert process.poll() is None, log.read_text()
             if attempt == 2:
                 digests = play_a_round(log, tmp_path, json.loads((folder / "coordinator.json").read_text())["url"])
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE_S)
     assert len(digests) == 1 and all(isinstance(one, str) for one in digests)
-    print(f"\nfastest start {fastest:.2f} s")
-    assert fastest < START_S
 
 
 def play_a_round(log: Path, folder: Path, url: str) -> set:

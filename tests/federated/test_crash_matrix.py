@@ -28,6 +28,7 @@ from fake_federation import (
     wait_until,
 )
 from nursery import Nursery
+from patience import PATIENCE_S
 
 import nnunetv2.federated.client as client_module
 from nnunetv2.federated import audit
@@ -134,7 +135,7 @@ class MortalCoordinator:
         self._nursery.kill(self._pid, signal.SIGTERM)
         wait_until(lambda: not self.is_alive)
 
-    def credentials(self, timeout_s: float = 20.0) -> list:
+    def credentials(self, timeout_s: float = PATIENCE_S) -> list:
         """Let all sites join, however often that takes."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -160,7 +161,7 @@ class SitesInThreads:
         self._thread.start()
 
     def _run(self, coordinator: MortalCoordinator, options: dict) -> None:
-        clients = [make_client(credential, give_up_after_s=120.0) for credential in coordinator.credentials()]
+        clients = [make_client(credential, give_up_after_s=PATIENCE_S) for credential in coordinator.credentials()]
         self.digests = in_threads(*(lambda c=client, n=number: take_part(c, n, num_rounds=coordinator.num_rounds,
                                                                          **options)
                                     for number, client in enumerate(clients)), timeout_s=600.0)
@@ -171,7 +172,7 @@ class SitesInThreads:
     def are_done(self) -> bool:
         return not self._thread.is_alive()
 
-    def join(self, timeout_s: float = 60.0) -> None:
+    def join(self, timeout_s: float = PATIENCE_S) -> None:
         self._thread.join(timeout_s)
         assert self.are_done, "the sites hang"
 
@@ -198,7 +199,7 @@ def test_a_coordinator_that_dies_at_every_record_in_turn(nursery, tmp_path, undi
     lives_on = {"die_at": 2 if side == "before" else 1, "side": side, "skip_start": True}
     coordinator.live(**lives_on)
     sites = SitesInThreads(coordinator)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while not (sites.are_done and coordinator.is_over):
         assert time.monotonic() < deadline, coordinator.log.read_text()[-2000:]
         if not coordinator.is_alive:
@@ -210,7 +211,8 @@ def test_a_coordinator_that_dies_at_every_record_in_turn(nursery, tmp_path, undi
     assert sites.digests == [undisturbed] * len(SITES)
     check_journal(coordinator.folder, NUM_ROUNDS, undisturbed)
     print(f"{coordinator.deaths} deaths {side} the commit of a record")
-    assert coordinator.deaths >= 25
+    # About 30, fewer where the machine is busy: then other threads commit their records before the signal arrives.
+    assert coordinator.deaths > 2 * NUM_ROUNDS
 
 
 def die_once(nursery: Nursery, folder: Path, record: int, side: str, undisturbed: str) -> bool:
@@ -222,7 +224,7 @@ def die_once(nursery: Nursery, folder: Path, record: int, side: str, undisturbed
         coordinator.deaths += 1
         coordinator.live()
     sites = SitesInThreads(coordinator)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (sites.are_done and coordinator.is_over):
         assert time.monotonic() < deadline, (record, side, coordinator.log.read_text()[-2000:])
         if not coordinator.is_alive:
@@ -291,26 +293,30 @@ def test_a_coordinator_that_is_killed_at_random_moments_of_uploads_and_aggregati
         coordinator = MortalCoordinator(nursery, tmp_path / str(number) / "federation", num_rounds)
         coordinator.live()
         sites = SitesInThreads(coordinator, shapes=LARGE)
-        while not sites.are_done and deaths < RANDOM_KILLS:
+        while not (sites.are_done or is_enough(deaths, hits)):
             hits[wait_for_moment(coordinator.folder, rng, sites)] += 1
             coordinator.kill()
             deaths += 1
             coordinator.live()
-        sites.join(600)
+        sites.join(PATIENCE_S)
         wait_until(lambda: coordinator.is_over)  # noqa: B023 - called at once
         coordinator.stop()
         assert sites.digests == [expected] * len(SITES)
         check_journal(coordinator.folder, num_rounds, expected)
-        if deaths >= RANDOM_KILLS:
+        if is_enough(deaths, hits):
             break
     print(f"{deaths} deaths at random moments, aimed at {dict(hits)}, {number + 1} runs")
-    assert deaths >= RANDOM_KILLS and hits["upload"] and hits["aggregation"]
+    assert is_enough(deaths, hits)
+
+
+def is_enough(deaths: int, hits: Counter) -> bool:
+    return deaths >= RANDOM_KILLS and bool(hits["upload"] and hits["aggregation"])
 
 
 def wait_for_moment(folder: Path, rng: random.Random, sites: SitesInThreads) -> str:
     """Wait for a moment to strike at, and a random while longer."""
     aim = rng.choice(["upload", "aggregation", "anything"])
-    deadline = time.monotonic() + 1.0
+    deadline = time.monotonic() + 10.0
     while aim != "anything" and not is_moment(folder, aim) and not sites.are_done:
         if time.monotonic() > deadline:
             aim = "anything"
@@ -347,13 +353,13 @@ def test_sites_that_are_killed_come_back(nursery, tmp_path):
 
     pids = {site: start(site) for site in SITES}
     kills, rng = Counter(), random.Random(10)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE_S
     while not all(path.exists() for path in digests.values()):
         assert time.monotonic() < deadline, (tmp_path / "A.log").read_text()[-1000:]
         alive = [site for site in SITES if kills[site] < KILLS_PER_SITE and not digests[site].exists()]
         time.sleep(rng.uniform(0.02, 0.25))
         if alive:
-            site = rng.choice(alive)
+            site = min(alive, key=lambda one: (kills[one], rng.random()))
             if nursery.is_alive(pids[site]) and not digests[site].exists():
                 nursery.kill(pids[site])
                 wait_until(lambda: not nursery.is_alive(pids[site]))  # noqa: B023 - called at once

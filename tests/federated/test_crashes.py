@@ -19,6 +19,7 @@ from fake_federation import (
     train,
     wait_until,
 )
+from patience import PATIENCE_S
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.coordinator.members import create_federation
@@ -47,26 +48,32 @@ def test_a_run_survives_a_coordinator_that_is_killed_again_and_again(tmp_path, u
         credentials = process.credentials()
         lines: list[str] = []
         digests: list[object] = []
+        reached = {number: threading.Event() for number in (1, 3, 6)}
+        killed = {number: threading.Event() for number in reached}
+
+        def hold(number: int) -> None:
+            """Keep B from going on until the coordinator has been killed, while A sends its update and waits."""
+            if number in reached:
+                reached[number].set()
+                assert killed[number].wait(PATIENCE_S)
 
         def run_sites():
             with make_client(credentials["A"], lines) as a, make_client(credentials["B"]) as b:
-                digests.extend(in_threads(lambda: train(a, seed=1, num_rounds=NUM_ROUNDS, pause_s=0.05),
-                                          lambda: train(b, seed=2, num_rounds=NUM_ROUNDS, pause_s=0.11)))
+                digests.extend(in_threads(lambda: train(a, seed=1, num_rounds=NUM_ROUNDS),
+                                          lambda: train(b, seed=2, num_rounds=NUM_ROUNDS, on_round=hold)))
 
         sites = threading.Thread(target=run_sites, daemon=True)
         sites.start()
-        kills = 0
-        for pause_s in (0.15, 0.3, 0.45):  # lands in registrations, uploads, waits and closings, as it happens
-            time.sleep(pause_s)
-            if sites.is_alive():
-                process.kill()
-                kills += 1
-                process.start()
-        sites.join(60)
+        for number, is_reached in reached.items():
+            assert is_reached.wait(PATIENCE_S)
+            process.kill()
+            told = len(lines)
+            wait_until(lambda: any("trying again" in line for line in lines[told:]))  # noqa: B023 - called at once
+            process.start()
+            killed[number].set()
+        sites.join(PATIENCE_S)
         assert not sites.is_alive()
         assert digests == [undisturbed, undisturbed]
-        assert kills >= 2
-        assert any("trying again" in line for line in lines), lines
         assert "the coordinator answers again" in lines
 
 
@@ -77,7 +84,7 @@ def test_a_site_that_is_killed_comes_back(tmp_path, undisturbed):
         other = threading.Thread(
             target=lambda: digests.append(train(a, seed=1, num_rounds=NUM_ROUNDS, pause_s=0.05)), daemon=True)
         other.start()
-        site = start_site_process(tmp_path / "B.json", seed=2, num_rounds=NUM_ROUNDS, pause_s=0.05)
+        site = start_site_process(tmp_path / "B.json", seed=2, num_rounds=NUM_ROUNDS, pause_s=0.05, hold_at=2)
         for line in site.stdout:
             if line.strip() == "round 2":
                 break
@@ -86,8 +93,8 @@ def test_a_site_that_is_killed_comes_back(tmp_path, undisturbed):
         site.stdout.close()
         assert other.is_alive()  # it waits for B
         site = start_site_process(tmp_path / "B.json", seed=2, num_rounds=NUM_ROUNDS, pause_s=0.0)
-        output, _ = site.communicate(timeout=60)
-        other.join(30)
+        output, _ = site.communicate(timeout=PATIENCE_S)
+        other.join(PATIENCE_S)
         assert digests == [undisturbed]
         assert output.split()[-1] == undisturbed
         assert "round 1\n" not in output  # it went on where the run was

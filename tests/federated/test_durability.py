@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import threading
-import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -25,10 +24,11 @@ from fake_federation import (
     train,
     wait_until,
 )
+from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated import messages
 from nnunetv2.federated import store as store_module
-from nnunetv2.federated.coordinator import partial_uploads
+from nnunetv2.federated.coordinator import partial_uploads, uploads
 from nnunetv2.federated.coordinator.changes import Changes
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
@@ -65,7 +65,7 @@ def write_update(path, seed=0, shapes=LARGE) -> str:
 def request(url, token, method, path, *, headers=None, length=None):
     """Send the head of a request and yield the connection."""
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE_S)
     connection.putrequest(method, f"/v1/{path}")
     for name, value in {"Authorization": f"Bearer {token}", **(headers or {}), **(
             {} if length is None else {"Content-Length": str(length)})}.items():
@@ -281,29 +281,32 @@ def test_uploads_that_are_being_synced_do_not_keep_others_from_being_served(tmp_
     sites = tuple(f"S{index:02d}" for index in range(60))
     release = threading.Event()
     with served(tmp_path / "federation", make_settings(sites=sites)) as federation:
-        contribute = federation.coordinator.contribute
-        monkeypatch.setattr(federation.coordinator, "contribute",
-                            lambda *arguments: (release.wait(30), contribute(*arguments))[1])
+        contribute, held = federation.coordinator.contribute, []
+
+        def hold(*arguments):
+            held.append(arguments)
+            assert release.wait(MUCH_LONGER_S)
+            return contribute(*arguments)
+
+        monkeypatch.setattr(federation.coordinator, "contribute", hold)
         clients = [federation.client(site) for site in sites]
         threads = [threading.Thread(target=client.contribute, args=(CENSUS_KEY, make_census()), daemon=True)
                    for client in clients]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
-        begin = time.monotonic()
+        wait_until(lambda: len(held) == uploads.FINISHING_THREADS)
         with federation.client(sites[0]) as other:
             other.status()
-        assert time.monotonic() - begin < 5
         assert not federation.coordinator.book.is_closed(CENSUS_KEY)
         release.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE_S)
         wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
         for client in clients:
             client.close()
 
 
-def test_progress_wakes_those_who_wait_at_a_bounded_rate_and_the_end_at_once():
+def test_progress_wakes_those_who_wait_at_a_bounded_rate_and_the_end_at_once(monkeypatch):
     async def scenario():
         changes, woken = Changes(), []
         changes.bind()
@@ -321,16 +324,16 @@ def test_progress_wakes_those_who_wait_at_a_bounded_rate_and_the_end_at_once():
         tasks = await everybody()
         for _ in range(100):
             changes.mention("key")
-        await asyncio.sleep(0.1)
-        assert woken == []  # 20 who wait, 50 a second: 0.4 s
-        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        assert woken == []
+        await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
         assert len(woken) == 20
+        monkeypatch.setattr("nnunetv2.federated.coordinator.changes.MENTIONS_PER_S", 20 / MUCH_LONGER_S)
         tasks = await everybody()
         changes.mention("key")
+        await asyncio.sleep(0.1)
+        assert len(woken) == 20  # the others' turn comes much later
         changes.notify("key")
-        begin = time.monotonic()
-        await asyncio.gather(*tasks)
-        assert time.monotonic() - begin < 0.3
+        await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
         assert not changes._waiting and len(woken) == 40
 
     asyncio.run(scenario())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
 
 from nnunetv2.federated.simulate import (
@@ -195,7 +196,8 @@ def start_training(site: LocalSite, logs: Path, lines: list[str], *options: str)
                           environment=site_environment(site, num_sites=2), show=lines.append)
 
 
-def wait_for_line(lines: list[str], pattern: str, processes: list[RunningProcess], timeout_s: float = 240) -> None:
+def wait_for_line(lines: list[str], pattern: str, processes: list[RunningProcess],
+                  timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not any(re.search(pattern, line) for line in list(lines)):
         failed = [process.describe_failure() for process in processes if process.poll() not in (None, 0)]

@@ -19,6 +19,7 @@ from fake_federation import (
     train,
     wait_until,
 )
+from patience import PATIENCE_S
 
 from nnunetv2.federated import fetch_model, messages
 from nnunetv2.federated.audit_commands import describe
@@ -68,7 +69,8 @@ def use_credential(monkeypatch, tmp_path, federation, site: str) -> None:
 
 def ask(federation, token: str | None, run: str = RUN, **headers: str) -> requests.Response:
     authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
-    return requests.get(f"{federation.url}/v1/runs/{run}/model", headers={**authorization, **headers}, timeout=30)
+    return requests.get(f"{federation.url}/v1/runs/{run}/model", headers={**authorization, **headers},
+                        timeout=PATIENCE_S)
 
 
 # ----------------------------------------------------------------------------------------------------------- over HTTP
@@ -81,6 +83,23 @@ def test_a_site_and_an_operator_get_the_file_that_the_coordinator_keeps(finished
         assert path.read_bytes() == kept.read_bytes()
     assert [str(name) for name in fetch_model.checkpoints_in(path)] == [
         f"{MODEL}/fold_0/checkpoint_best.pth", f"{MODEL}/fold_0/checkpoint_final.pth"]
+
+
+def test_asking_whether_there_is_a_model_fetches_none(finished, monkeypatch):
+    def no_digest(*_: object) -> str:
+        raise AssertionError("the whole file was read for HEAD")
+
+    monkeypatch.setattr(models, "_digest", no_digest)
+    url, before = f"{finished.url}/v1/runs/{RUN}/model", finished.coordinator.store.load_events("fetch")
+    authorization = {"Authorization": f"Bearer {finished.credential('B').token}"}
+    answer = requests.head(url, headers=authorization, timeout=30)
+    path = models.find(finished.coordinator, RUN)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["Content-Length"] == str(path.stat().st_size)
+    assert answer.headers["Content-Type"] == "application/zip"
+    assert requests.head(url, timeout=30).status_code == 401
+    assert requests.head(url.replace(RUN, "other"), headers=authorization, timeout=30).status_code == 404
+    assert finished.coordinator.store.load_events("fetch") == before
 
 
 def test_who_has_fetched_a_model_is_logged_once(finished, tmp_path):

@@ -22,6 +22,7 @@ from asgi_caller import Answer, call, running
 from fake_federation import RUN, make_census, make_registration, make_settings, make_weights, served
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 from nnunetv2.federated import audit, messages
 from nnunetv2.federated.bodies import Problem
@@ -432,7 +433,7 @@ def test_bytes_that_are_no_http_do_not_disturb(tmp_path):
         token, port = federation.credential("A").token, int(federation.url.rpartition(":")[2])
         statuses: Counter[bytes] = Counter()
         for request in raw_requests(random.Random(8), token):
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
                 connection.sendall(request)
                 connection.shutdown(socket.SHUT_WR)
                 answer = b""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
@@ -68,8 +69,8 @@ class Receiver:
     def connect(self) -> http.client.HTTPConnection:
         """Return a new connection to it."""
         if self.authority is None:
-            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        return http.client.HTTPSConnection("localhost", self.port, timeout=20,
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        return http.client.HTTPSConnection("localhost", self.port, timeout=PATIENCE_S,
                                            context=ssl.create_default_context(cafile=self.authority))
 
 
@@ -91,7 +92,7 @@ def receiving(folder: Path, *, is_encrypted: bool = False):
             yield receiver
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(PATIENCE_S)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "tls"])
@@ -125,7 +126,7 @@ def answer_of(connection: http.client.HTTPConnection) -> tuple[int, str]:
 
 
 def eventually(condition) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()

@@ -101,9 +101,8 @@ def test_a_connection_at_work_for_a_member_stays():
     book.opened("at work", "192.0.2.1")
     book.busy("at work")
     assert [book.opened(number, "192.0.2.1") for number in range(3)] == [None, None, 0]
-    book.closed(0)
-    book.idle("at work", "192.0.2.1")
-    assert book.opened(3, "192.0.2.1") == 1
+    assert book.idle("at work") == 1, "when it is idle again there is one too many"
+    assert [book.opened(number, "192.0.2.1") for number in (3, 4)] == [2, 3], "a member's is the last to go"
 
 
 def test_all_connections_together_are_bounded():
@@ -111,14 +110,53 @@ def test_all_connections_together_are_bounded():
     for number in range(4):
         assert book.opened(number, f"192.0.2.{number}") is None
     assert book.opened(4, "192.0.2.99") == 0
-    book.closed(0)
     for number in (1, 2, 3, 4):
         book.busy(number)
     assert book.opened(5, "192.0.2.99") is None
     assert book.opened(6, "192.0.2.99") == 5
-    for number in (1, 2, 3, 4, 5, 6):
+    book.busy(6)
+    assert book.opened(7, "192.0.2.99") == 7, "nobody else can make room"
+    assert set(book) == {1, 2, 3, 4, 6}
+    for number in range(8):
         book.closed(number)
-    assert len(book) == 0 and not book._per_address
+    assert len(book) == len(book._idle) == 0 and not book._idle_of_address
+
+
+def test_of_a_burst_all_that_are_too_many_make_room():
+    """None of them has been closed yet when the last one comes."""
+    book = ConnectionBook(Limits())
+    evicted = {book.opened(number, "192.0.2.1") for number in range(15_000)} - {None}
+    assert len(evicted) == 15_000 - Limits().idle_connections_per_address
+    assert len(book) == Limits().idle_connections_per_address
+
+
+def test_silent_connections_make_room_before_those_that_have_said_something():
+    book = make_book(idle_connections_per_address=3)
+    for number in range(3):
+        book.opened(number, "192.0.2.1")
+    book.heard(0)
+    assert [book.opened(number, "192.0.2.1") for number in (3, 4)] == [1, 2]
+    for number in (3, 4):
+        book.heard(number)
+    assert book.opened(5, "192.0.2.1") == 0
+    book.heard(0), book.closed(0)  # what still happens on a connection that has made room
+    assert set(book) == {3, 4, 5}
+
+
+def test_when_files_run_out_only_strangers_make_room():
+    book = make_book(idle_connections_per_address=4)
+    for number in range(4):
+        book.opened(number, "192.0.2.1")
+    book.busy(0), book.busy(1), book.idle(1), book.heard(2)
+    assert book.give_up_strangers(32) == [3, 2]
+    assert set(book) == {0, 1}
+
+
+@pytest.mark.parametrize(("files", "expected"), [(65_536, (8192, 2048, 512)), (4096, (3072, 1536, 512)),
+                                                 (1024, (768, 384, 192)), (256, (192, 96, 48))])
+def test_connections_leave_file_descriptors_to_the_rest(files, expected):
+    limits = Limits().within_files(files)
+    assert (limits.connections, limits.idle_connections, limits.idle_connections_per_address) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------- gate

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 from bad_network import TROUBLES, BadNetwork
-from fake_federation import RUN, in_threads, make_client, make_settings, served, train
+from fake_federation import RUN, in_threads, make_client, make_settings, served, train, wait_until
+from patience import PATIENCE_S
 
 import nnunetv2.federated.client as client_module
 from nnunetv2.federated.messages import registration_key, round_key
@@ -36,7 +37,7 @@ def take_part(client, number: int, pause_s: float) -> str:
 def run_all(clients, pause_s: float = 0.0) -> list[object]:
     try:
         return in_threads(*(lambda c=client, n=number: take_part(c, n, pause_s) for number, client in
-                            enumerate(clients)), timeout_s=CUT_S * 2 * len(CUTS) + 60)
+                            enumerate(clients)), timeout_s=CUT_S * 2 * len(CUTS) + PATIENCE_S)
     finally:
         for client in clients:
             client.close()
@@ -67,10 +68,12 @@ def test_a_run_survives_ten_cuts_of_every_kind(tmp_path, undisturbed, monkeypatc
         for trouble in CUTS:
             time.sleep(rng.uniform(*GOOD_S))
             cuts += sites.is_alive()
+            hits = network.hits[trouble]
             network.set_trouble(trouble)
             time.sleep(CUT_S)
+            wait_until(lambda: network.hits[trouble] > hits or not sites.is_alive())  # noqa: B023 - called at once
             network.set_trouble(None)
-        sites.join(CUT_S * 15 + 60)
+        sites.join(CUT_S * 15 + PATIENCE_S)
         assert not sites.is_alive(), "the sites hang"
         network.close()
         print(f"{cuts} cuts of {CUT_S:g} s: {dict(network.hits)}")

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from chromium import Page, chromium, find_chromium
 from fake_federation import RUN, in_threads, make_registration, make_settings, make_weights, served, wait_until
+from patience import PATIENCE_S
 from prefix_proxy import prefixed
 
 from nnunetv2.federated import messages
@@ -169,7 +170,7 @@ def test_a_round_finishes_before_the_eyes_of_the_viewer(federation, make_page):
     waiting.start()
     shows(page, "Round 3: waiting for B", "has sent, waits")
     federation.b.exchange(round_key(RUN, 3), update(3, 2), make_weights(2))
-    waiting.join(20)
+    waiting.join(PATIENCE_S)
     shows(page, "4 of 5", "Round 4: waiting for A, B")
     page.wait_for(f"{points} === 4 && {validated} === 3")
     play_round(federation, 4)

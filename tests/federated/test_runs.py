@@ -22,6 +22,7 @@ from fake_federation import (
     make_settings,
     make_weights,
 )
+from patience import PATIENCE_S
 
 from nnunetv2.federated import audit, messages
 from nnunetv2.federated.bodies import FailureReport, RunAction, SettingsChange, Waiting
@@ -394,7 +395,7 @@ def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, m
 
     def slowly(*args):
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         return close(*args)
 
     def steer() -> None:
@@ -408,12 +409,12 @@ def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, m
     federation.update(0, "A", 1)
     for thread in threads:
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(PATIENCE_S)
     threads[1].join(0.1)
     assert not seen
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert seen == [1] and coordinator.book.run_state(RUN).rounds_closed == 1
 
 
@@ -446,19 +447,19 @@ def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):
 
     def slowly(*args):
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         save(*args)
 
     monkeypatch.setattr(federation.store, "save_contribution", slowly)
     site = threading.Thread(target=federation.send, args=(registration_key(RUN), "B", make_registration(1)))
     operator = threading.Thread(target=federation.act, args=("reset",))
     site.start()
-    assert begun.wait(10)
+    assert begun.wait(PATIENCE_S)
     operator.start()
     operator.join(0.1)
     assert operator.is_alive()
     go_on.set()
-    site.join(10), operator.join(10)
+    site.join(PATIENCE_S), operator.join(PATIENCE_S)
     assert federation.coordinator.book.runs() == []
     assert federation.store.load_gatherings(federation.coordinator.settings) == []
 

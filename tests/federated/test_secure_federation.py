@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_federation import make_client, wait_until
+from fake_federation import TEST_PATHS, make_client, wait_until
+from patience import PATIENCE_S
 from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
 
 from nnunetv2.federated.errors import CoordinatorUnreachable
@@ -136,7 +137,7 @@ def find_nginx() -> str:
 
 def fake_training(site: LocalSite) -> list[str]:
     """Return a command that trains a few numbers as a site."""
-    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import fake_federation as f\n"
+    code = (f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
             f"with f.make_client(f.load_credential()) as client:\n"
             f"    print('digest', f.train(client, seed={len(site.name)}, num_rounds={NUM_ROUNDS}))\n")
     return [sys.executable, "-c", code]
@@ -144,7 +145,7 @@ def fake_training(site: LocalSite) -> list[str]:
 
 def question(site: LocalSite) -> list[str]:
     """Return a command that asks the coordinator something."""
-    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import fake_federation as f\n"
+    code = (f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
             "with f.make_client(f.load_credential(), give_up_after_s=1) as client:\n"
             "    print(client.settings().federation)\n")
     return [sys.executable, "-c", code]
@@ -262,7 +263,7 @@ def test_a_proxy_that_lets_nobody_out_is_named_as_what_is_wrong(answer, words, m
     finally:
         with suppress(OSError):
             proxy.shutdown(socket.SHUT_RDWR)  # which ends accept()
-        thread.join(10)
+        thread.join(PATIENCE_S)
         proxy.close()
 
 

@@ -9,6 +9,7 @@ import pytest
 from fake_federation import RUN, in_threads, make_registration, make_settings, make_weights, served
 
 from nnunetv2.federated import messages
+from nnunetv2.federated.bodies import SettingsChange
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, RefusedError
 from nnunetv2.federated.session import RunSession
 
@@ -161,7 +162,7 @@ def test_run_names_reject_what_cannot_be_part_of_a_key():
 
 
 def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path):
-    settings = make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=1.5, late_updates="carry", num_epochs=5)
+    settings = make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=0.1, late_updates="carry", num_epochs=5)
     with served(tmp_path / "federation", settings) as federation, ExitStack() as stack:
         sessions = {site: RunSession(stack.enter_context(federation.client(site)), site=site, run=RUN)
                     for site in settings.sites}
@@ -176,6 +177,7 @@ def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path
         assert in_threads(*(lambda one=one: begin(one) for one in sessions.values())) == [0, 0, 0]
         rounds = in_threads(lambda: exchange("A", 0), lambda: exchange("B", 0))
         assert [one.missing for one in rounds] == [("C",), ("C",)]
+        federation.coordinator.change_settings(SettingsChange(deadline_s=1e6), by="boss")  # the next one waits for C
         late, *others = in_threads(lambda: exchange("C", 0), lambda: exchange("A", 1), lambda: exchange("B", 1))
         assert late.round == 1 and late == others[0] == others[1]
         assert late.contributors.keys() == {"A", "B", "C"}

@@ -161,3 +161,28 @@ def test_label_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path, module, wr
                           capture_output=True, text=True, check=False)
     assert "refused:" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def write_forms(file, qform, sform, codes=(1, 2), shape=(4, 5, 6)):
+    image = nibabel.Nifti1Image(np.zeros(shape, np.int16), None)
+    image.header.set_qform(qform, codes[0])
+    image.header.set_sform(sform, codes[1])
+    nibabel.save(image, file)
+    return str(file)
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (40, 50)])
+def test_forms_that_disagree_are_worth_a_warning(tmp_path, reader, shape):
+    moved = np.eye(4)
+    moved[0, 3] = 30
+    (fault,) = reader().find_faults(write_forms(tmp_path / "a.nii.gz", np.eye(4), moved, shape=shape))
+    assert (fault.what, fault.found, fault.is_error) == ("qform and sform of a header disagree", "up to 30 mm apart",
+                                                         False)
+
+
+@pytest.mark.parametrize("codes", [(0, 2), (1, 0), (1, 1)])
+def test_forms_that_agree_or_of_which_one_is_unset_pass(tmp_path, codes):
+    other = np.eye(4)
+    other[0, 3] = 0.1 if all(codes) else 30  # rounding
+    assert SimpleITKIO().find_faults(write_forms(tmp_path / "a.nii.gz", np.eye(4), other, codes)) == []

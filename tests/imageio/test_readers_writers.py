@@ -329,3 +329,40 @@ def test_comparison_helpers():
     assert not BaseReaderWriter._check_all_same([(1, 2), (1, 2), (1, 3)])
     assert BaseReaderWriter._check_all_same_array([np.eye(2), np.eye(2)])
     assert not BaseReaderWriter._check_all_same_array([np.eye(2), np.eye(3)])
+
+
+# Things that are no fault of the file format
+
+@pytest.mark.parametrize("writer", [SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient])
+def test_properties_of_another_reader_are_refused(writer, tmp_path):
+    with pytest.raises(ValueError, match=rf"were not made by {writer.__name__}.*'spacing', 'other_stuff'"):
+        writer().write_seg(np.zeros(SHAPE, np.uint8), tmp_path / "a.nii.gz", {"spacing": (1, 1, 1), "other_stuff": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, SimpleITKIOWithReorient])
+def test_labels_in_layers_get_a_remedy_for_labels(write_itk, reader):
+    file = write_itk("case.seg.nrrd", np.zeros((*SHAPE, 2), np.uint8), isVector=True)
+    with pytest.raises(RuntimeError, match="case.seg.nrrd has 2 values per voxel, but a label map.*3D Slicer"):
+        reader().read_seg(file)
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp"])
+@pytest.mark.parametrize("transparency", [{}, {"transparency": 0}])
+def test_labels_in_a_palette_are_its_numbers(tmp_path, ending, transparency):
+    from PIL import Image
+
+    numbers = np.array([[0, 1, 2, 255], [3, 0, 1, 1]], np.uint8)
+    image = Image.frombytes("P", (4, 2), numbers.tobytes())
+    image.putpalette([channel for i in range(256) for channel in (i, 255 - i, i * 7 % 256)])
+    image.save(tmp_path / f"a{ending}", **(transparency if ending == ".png" else {}))
+    seg, properties = NaturalImage2DIO().read_seg(tmp_path / f"a{ending}")
+    assert seg.dtype == np.float32
+    assert np.array_equal(seg, numbers[None, None])
+    assert properties["spacing"] == (999, 1, 1)
+
+
+def test_labels_in_colours_are_refused(tmp_path):
+    io.imsave(tmp_path / "a.png", np.zeros((4, 5, 3), np.uint8), check_contrast=False)
+    with pytest.raises(RuntimeError, match="a.png has 3 channels; a label map must have one.*not in colours"):
+        NaturalImage2DIO().read_seg(tmp_path / "a.png")

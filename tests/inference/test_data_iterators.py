@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_models import TinyModel
 
 from nnunetv2.inference import preprocessing_jobs
@@ -75,7 +76,7 @@ def test_the_error_of_a_case_is_forwarded_with_its_name(workers):
                                               *make_model(), workers)
     assert next(iterator)["ofile"] == "/o/a"
     assert next(iterator)["ofile"] == "/o/b"
-    with pytest.raises(RuntimeError, match=r"^Background workers died\. case liver_7: .*spacing"):
+    with pytest.raises(RuntimeError, match=r"^case liver_7: .*spacing"):
         next(iterator)
 
 
@@ -127,7 +128,7 @@ def test_a_consumer_that_stops_early_leaves_no_worker_behind():
     iterator.close()
     started = [thread for thread in threading.enumerate() if thread not in before]
     for thread in started:
-        thread.join(60)  # the case that it is at is finished, on a busy machine not at once
+        thread.join(PATIENCE_S)  # the case that it is at is finished, on a busy machine not at once
     assert not [thread.name for thread in started if thread.is_alive()]
 
 
@@ -155,8 +156,8 @@ def test_own_workers_fill_a_queue():
     worker = threading.Thread(target=preprocess_fromnpy_save_to_queue, args=(
         make_arrays(3), None, make_properties(3), ["a", "b", "c"], *make_model(), target, done, abort))
     worker.start()
-    assert [target.get(timeout=30)["ofile"] for _ in range(3)] == ["a", "b", "c"]
-    worker.join(10)
+    assert [target.get(timeout=PATIENCE_S)["ofile"] for _ in range(3)] == ["a", "b", "c"]
+    worker.join(PATIENCE_S)
     assert done.is_set() and not abort.is_set()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_models import write_model
 
 CPU = torch.device("cpu")
@@ -289,5 +290,5 @@ def test_an_older_loop_exports_in_a_pool_of_its_own(model, images, tmp_path):
             results.append(export_pool.starmap_async(export_prediction_from_logits, (
                 (prediction, preprocessed["data_properties"], predictor.configuration_manager, predictor.plans_manager,
                  predictor.dataset_json, preprocessed["ofile"], False),)))
-        assert [result.get(timeout=120)[0] for result in results] == [None]
+        assert [result.get(timeout=PATIENCE_S)[0] for result in results] == [None]
     assert (tmp_path / "volume.nii.gz").exists()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_models import write_model
 
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
 
 MODEL_FILES = {"dataset.json", "plans.json", "predict_from_raw_data_args.json"}
-SECONDS_TO_END = 10
 
 # The command with a writer that stops in the middle of the file of case b.
 STOPPING = """
@@ -30,7 +30,7 @@ def write_half(self, seg, output_fname, properties):
     if path.name == "b.nii.gz":
         path.write_bytes(path.read_bytes()[:50])
         Path(os.environ["STOPPED"]).touch()
-        time.sleep(600)
+        time.sleep(10_000)
 
 write_whole, SimpleITKIO.write_seg = SimpleITKIO.write_seg, write_half
 predict_entry_point_modelfolder()
@@ -136,7 +136,7 @@ def stopped(folders, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOPPED": str(marker)}
     process = subprocess.Popen([sys.executable, str(script), *arguments_for(*folders, "-npp", 1, "-nps", 1)],
                                env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not marker.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -149,10 +149,8 @@ def stopped(folders, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_while_it_writes_leaves_whole_files_only(stopped, folders, monkeypatch, kind):
-    start = time.monotonic()
     stopped.send_signal(kind)
-    _, message = stopped.communicate(timeout=30)
-    assert time.monotonic() - start < SECONDS_TO_END
+    _, message = stopped.communicate(timeout=PATIENCE_S)
     if kind == signal.SIGINT:
         assert stopped.returncode == 130
         assert "interrupted" in message
@@ -177,9 +175,7 @@ import sys
 sys.argv[1:] = {arguments_for(*folders, *few_tiles)!r}
 predict_entry_point_modelfolder()
 """
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert time.monotonic() - start < 60
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert "is the disk full" in done.stderr
     assert not results_in(folders[1])

@@ -4,9 +4,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from patience import PATIENCE_S
 
 from nnunetv2.inference.interruption import run_until_interrupted
 
@@ -20,7 +20,7 @@ def command():
     for _ in range(3):
         try:
             print("ready", flush=True)  # the interrupt may come before this returns
-            time.sleep(60)
+            time.sleep(10_000)
         except KeyboardInterrupt:  # as destructors and callbacks of C code do
             pass
 
@@ -49,8 +49,6 @@ def test_handlers_of_the_program_stay(monkeypatch):
 def test_a_command_that_loses_the_interrupt_is_ended():
     process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
-    assert time.monotonic() - start < 20
+    assert process.wait(PATIENCE_S) == 130
     process.stdout.close()

@@ -98,7 +98,7 @@ def test_parts_share_the_cases(make_predictor, write_images, tmp_path):
 def test_a_damaged_image_is_named(make_predictor, write_images, tmp_path):
     images = write_images()
     (images / "liver_2_0000.nii.gz").write_bytes(b"no image")
-    with pytest.raises(RuntimeError, match=r"^Background workers died\. 1 of 2 cases .*: liver_2: "):
+    with pytest.raises(RuntimeError, match=r"^1 of 2 cases .*: liver_2: "):
         make_predictor().predict_from_files(str(images), str(tmp_path / "out"))
     assert (tmp_path / "out" / "liver_1.nii.gz").exists()  # what was predicted before is kept
 
@@ -419,3 +419,62 @@ def test_an_error_of_the_network_is_no_reason_to_try_again(make_predictor):
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         predictor.predict_logits_from_preprocessed_data(torch.randn(1, 20, 14, 24))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_output_that_is_named_with_its_ending_gets_no_second_one(make_predictor, write_images, tmp_path, sequential):
+    images, out, predictor = write_images(["a", "b"]), tmp_path / "out", make_predictor()
+    predict = predictor.predict_from_files_sequential if sequential else predictor.predict_from_files
+    files = [[str(images / f"{name}_0000.nii.gz")] for name in "ab"]
+    predict(files, [str(out / "a_bet.nii.gz"), str(out / "b.nii")])  # b.nii is the stem of b.nii.gz
+    assert {"a_bet.nii.gz", "b.nii.gz"} == set(names_in(out)) - set(MODEL_FILES)
+    assert predict(files, [str(out / "a_bet.nii.gz"), str(out / "b.nii")], overwrite=False) is None
+    with pytest.raises(ValueError, match="two cases would be written to"):
+        predict(files, [str(out / "a"), str(out / "a.nii.gz")])
+
+
+def test_arrays_go_to_files_that_are_named_with_their_ending(make_predictor, write_images, tmp_path):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    image, properties = SimpleITKIO().read_images([str(write_images(["a"]) / "a_0000.nii.gz")])
+    predictor, out = make_predictor(), tmp_path / "out"
+    out.mkdir()
+    predictor.predict_single_npy_array(image, properties, None, str(out / "one.nii.gz"))
+    predictor.predict_from_list_of_npy_arrays([image] * 2, None, [properties] * 2,
+                                              [str(out / "two.nii.gz"), str(out / "three")], 1)
+    assert names_in(out) == ["one.nii.gz", "three.nii.gz", "two.nii.gz"]
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_a_case_with_an_ending_in_its_name_keeps_it(make_predictor, write_images, tmp_path, reader):
+    names = ["scan", "scan.nii.gz", "scan.nii", "scan.hdr", "scan.img", "scan.nia", "1.2.840"]
+    predictor, images, out = make_predictor(reader=reader), str(write_images(names)), tmp_path / "out"
+    predictor.predict_from_files(images, str(out))
+    assert {path.name for path in out.glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
+    assert predictor.predict_from_files(images, str(out), overwrite=False) is None
+
+
+def test_a_link_to_nothing_is_a_case_that_fails(make_predictor, write_images, tmp_path):
+    images = write_images(["a"])
+    (images / "b_0000.nii.gz").symlink_to(tmp_path / "nowhere" / "b_0000.nii.gz")
+    with pytest.raises(RuntimeError, match=r"1 of 2 cases .*: b: .*is a link to .*nowhere.*which does not exist"):
+        make_predictor().predict_from_files(str(images), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "a.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("step", [0, 1.5, -0.5, float("nan")])
+def test_a_step_that_leaves_gaps_is_refused_at_once(step):
+    with pytest.raises(ValueError, match="tile_step_size must be above 0 and at most 1"):
+        nnUNetPredictor(tile_step_size=step, device=torch.device("cpu"))
+
+
+def test_properties_of_another_reader_are_refused(make_predictor, write_images, tmp_path, monkeypatch):
+    from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+
+    image, properties = NibabelIO().read_images([str(write_images(["a"]) / "a_0000.nii.gz")])
+    predictor = make_predictor()
+    with pytest.raises(RuntimeError, match="1 of 1 cases .*not made by SimpleITKIO"):
+        predictor.predict_from_list_of_npy_arrays(image, None, properties, str(tmp_path / "a"), 1)
+    monkeypatch.setattr(predictor, "predict_logits_from_preprocessed_data", lambda data: pytest.fail("predicted"))
+    with pytest.raises(ValueError, match="not made by SimpleITKIO: they lack 'sitk_stuff'"):
+        predictor.predict_single_npy_array(image, properties, None, str(tmp_path / "a"))

@@ -247,6 +247,7 @@ class _Server:
 def test_a_model_is_downloaded_and_installed(exported, tmp_path, monkeypatch, with_length):
     body = exported.read_bytes()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody is there, and nobody has to be: it is this machine
     with _Server(body, len(body) if with_length else None) as server:
         download_and_install_from_url(server.url, hashlib.sha256(body).hexdigest())
     assert sorted(everything_below(tmp_path / "elsewhere")) == sorted(names_in(exported))

@@ -79,6 +79,40 @@ def test_changed_source_files_are_read_again(tmp_path, sources):
     assert not (folder / "liver_2.b2nd").exists()
 
 
+@pytest.mark.parametrize("seconds", [-86400, 0, 86400])
+def test_a_source_of_equal_size_is_read_again_whatever_its_time(tmp_path, sources, seconds):
+    folder, file = tmp_path / "data", Path(sources["liver_2"][0])
+    os.utime(file, (1_600_000_000,) * 2)
+    make_finished(folder, sources, *sources)
+    file.write_text("LIVER_2")
+    os.utime(file, (1_600_000_000 + seconds,) * 2)
+    assert remaining(folder, sources) == ["liver_2"]
+
+
+def test_a_source_that_was_moved_back_and_forth_is_the_same(tmp_path, sources):
+    folder, file = tmp_path / "data", Path(sources["liver_2"][0])
+    make_finished(folder, sources, *sources)
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_text("liver_2")
+    os.utime(file, ns=times)
+    assert remaining(folder, sources) == []
+    before = journal_path(folder).read_bytes()
+    assert remaining(folder, sources) == []
+    assert journal_path(folder).read_bytes() == before  # the new time of change was noted
+
+
+def test_a_source_that_appears_or_goes_makes_the_case_anew(tmp_path, sources):
+    folder, side_car = tmp_path / "data", tmp_path / "liver_2.json"
+    sources["liver_2"].append(str(side_car))
+    make_finished(folder, sources, *sources)
+    assert remaining(folder, sources) == []
+    side_car.write_text("spacing")
+    assert remaining(folder, sources) == ["liver_2"]
+    make_finished(folder, sources, "liver_2")
+    side_car.unlink()
+    assert remaining(folder, sources) == ["liver_2"]
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("shorter")])
 def test_damaged_results_are_made_anew(tmp_path, sources, damage):
     folder = tmp_path / "data"

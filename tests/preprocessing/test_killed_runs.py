@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from preprocessing_scans import write_raw_dataset
 
 from nnunetv2.preprocessing.finished_cases import journal_path
@@ -51,17 +52,18 @@ def cases_in_journal(folder: Path) -> list[str]:
 
 
 def wait_for_cases(process: subprocess.Popen, folder: Path, more_than: int) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None and len(visible_cases(folder)) <= more_than:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def kill(process: subprocess.Popen, with_workers: bool) -> None:
-    if with_workers:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()  # the workers have to notice
+    if process.poll() is None:  # on a busy machine it may be over already
+        if with_workers:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()  # the workers have to notice
     process.wait()
 
 

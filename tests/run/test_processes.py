@@ -3,11 +3,11 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_dataset import NAME, make_tiny_dataset
 
 from nnunetv2.run import processes
@@ -46,8 +46,8 @@ def fold(roots, monkeypatch, tmp_path) -> Path:
 
 def start(launcher: list, *options: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *launcher, "998", "3d_fullres", "0", "-tr", "DdpTrainer", "-device", "cpu", *options]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=240, cwd=PROJECT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True,
+                          timeout=PATIENCE_S, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 COMMAND = ["-m", "nnunetv2.run.run_training"]
@@ -73,9 +73,8 @@ def test_processes_train_together_on_a_cpu(fold, launcher, options):
 @pytest.mark.slow
 @pytest.mark.parametrize(("cause", "message"), [("DIE", "was killed"), ("FAIL", "rank one is not well")])
 def test_a_process_that_ends_ends_all_with_a_message(fold, cause, message):
-    begin = time.monotonic()
     done = start(COMMAND, "-num_gpus", "2", **{cause: "1"})
-    assert done.returncode == 1 and time.monotonic() - begin < 120
+    assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "process 1 of 2" in last and message in last
 

@@ -2,11 +2,11 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_dataset import NAME, make_tiny_dataset
 
 from nnunetv2.run import run_training as module
@@ -68,11 +68,11 @@ def test_the_parser_knows_the_options_of_the_reference():
 
 def test_help_answers_at_once_without_torch():
     code = ("import sys, nnunetv2.run.run_training as m; sys.argv = ['nnUNetv2_train', '-h']\n"
-            "try:\n    m.run_training_entry()\nfinally:\n    assert 'torch' not in sys.modules, 'torch was imported'")
-    start = time.perf_counter()
+            "try:\n    m.run_training_entry()\nfinally:\n"
+            "    late = {'torch', 'scipy', 'pandas', 'SimpleITK', 'matplotlib', 'skimage'} & set(sys.modules)\n"
+            "    assert not late, late")
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "pretrained_weights" in done.stdout, done.stderr
-    assert time.perf_counter() - start < 2
 
 
 def test_the_command_trains_validates_and_reports_errors_in_one_line(dataset, monkeypatch, capsys):
@@ -319,7 +319,7 @@ run_training.main(["998", "3d_fullres", "0", "-tr", "ShortTrainer", "-device", "
 
 
 def test_a_training_starts_without_the_slow_libraries_it_does_not_need(dataset):
-    finished = subprocess.run([sys.executable, "-c", FIRST_STEP], check=False, timeout=120, text=True,
+    finished = subprocess.run([sys.executable, "-c", FIRST_STEP], check=False, timeout=PATIENCE_S, text=True,
                               capture_output=True)
     assert "loaded: []" in finished.stdout, finished.stderr
 

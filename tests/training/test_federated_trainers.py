@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "federated"))
@@ -55,7 +56,7 @@ class Sites:
         log = trainer.print_to_log_file
         trainer.print_to_log_file = lambda *words, **options: (trainer.lines.append(" ".join(map(str, words))),
                                                                log(*words, **options))
-        options = {"pause_s": 0.05, "give_up_after_s": 30.0, **client_options}
+        options = {"pause_s": 0.05, "give_up_after_s": PATIENCE_S, **client_options}
         trainer.make_transport = lambda credential, report: FederationClient(credential, report=report, **options)
         trainer.initialize()  # before the environment is another site's
         if go_on:
@@ -179,7 +180,7 @@ def test_a_validation_that_fails_during_the_exchange_is_reported_and_nothing_han
     assert isinstance(failed, torch.cuda.OutOfMemoryError) and done is None
     assert [(event.site, event.detail["round"], event.detail["reason"])
             for event in sites.federation.coordinator.store.load_events("failure")] == [("A", 1, "OutOfMemoryError")]
-    assert wait([ailing._exchange], 30).done, "the thread that exchanges goes on"
+    assert wait([ailing._exchange], PATIENCE_S).done, "the thread that exchanges goes on"
     again = sites.trainer("A", Ailing, go_on=True)
     assert sites.run(again) == [None]
     assert_equal_weights(again, healthy)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.errors import NonFiniteError, RefusedError, ShortEpochError
@@ -235,12 +236,12 @@ def test_weights_travel_while_they_are_validated():
 
     def exchange(number, weights, update):
         has_begun.set()
-        assert is_validated.wait(10)
+        assert is_validated.wait(PATIENCE_S)
         return trainer.exchange(number, weights, update)
 
     class Patient(Meeting):
         def validate(self):
-            assert has_begun.wait(10)
+            assert has_begun.wait(PATIENCE_S)
             assert self.weight == 1  # its own weights, whatever has arrived
             super().validate()
             is_validated.set()

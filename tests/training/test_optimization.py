@@ -6,11 +6,9 @@ from nnunetv2.training.optimization import (
     build_sgd,
     load_optimizer_state_,
     portable_optimizer_state,
-    sgd_can_be_fused,
 )
 
 CPU = torch.device("cpu")
-needs_fused = pytest.mark.skipif(not sgd_can_be_fused(CPU), reason="torch fuses SGD on a CPU since 2.4")
 
 
 def make_trained(**options):
@@ -23,7 +21,6 @@ def make_trained(**options):
     return network, optimizer
 
 
-@needs_fused
 def test_the_stored_state_says_what_to_compute_and_not_how():
     _, optimizer = make_trained(fused=True)
     group = portable_optimizer_state(optimizer)["param_groups"][0]
@@ -32,7 +29,6 @@ def test_the_stored_state_says_what_to_compute_and_not_how():
     make_trained()[1].load_state_dict(portable_optimizer_state(optimizer))
 
 
-@needs_fused
 def test_a_loaded_state_computes_as_here_and_lies_in_memory_as_the_weights():
     network, optimizer = make_trained(fused=True)
     momentum = optimizer.state[network.weight]["momentum_buffer"].clone()
@@ -46,7 +42,6 @@ def test_a_loaded_state_computes_as_here_and_lies_in_memory_as_the_weights():
     assert loaded.is_contiguous(memory_format=torch.channels_last)
 
 
-@needs_fused
 @pytest.mark.parametrize("is_finite", [True, False])
 def test_a_fused_step_with_a_gradient_scaler_is_skipped_on_overflow(is_finite):
     network, optimizer = make_trained(fused=True)

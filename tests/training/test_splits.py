@@ -37,7 +37,7 @@ def test_four_cases_cannot_be_split(tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "splits_final.json").write_text('{"train": []}')
-    with pytest.raises(ValueError, match="splits_final.json must hold a list"):
+    with pytest.raises(ValueError, match="splits_final.json .*must hold a list"):
         splits.load_or_create_splits(tmp_path / "splits_final.json", lambda: TEN, print)
 
 
@@ -63,3 +63,22 @@ def test_cases_on_both_sides_are_named():
 def test_cases_that_are_not_preprocessed_are_named():
     with pytest.raises(FileNotFoundError, match="1 cases of splits_final.json are not in there: b"):
         splits.require_preprocessed(["a", "b"], ["a"], "there")
+
+
+@pytest.mark.parametrize(("split", "problem"), [
+    ({"train": ["a"], "val": []}, "fold 0 of .*splits_final.json has no validation cases"),
+    ({"train": [], "val": ["a"]}, "fold 0 of .*splits_final.json has no training cases"),
+    ({"train": [], "val": []}, "has no training and no validation cases")])
+def test_an_empty_list_is_named(tmp_path, split, problem):
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([split]))
+    with pytest.raises(ValueError, match=problem):
+        splits.split_cases(path, 0, lambda: TEN, str(tmp_path), print)
+
+
+@pytest.mark.parametrize("split", [{"train": "a", "val": ["b"]}, {"train": [1], "val": ["b"]}, {"train": ["a"]}, ["a"]])
+def test_the_fold_that_is_none_is_named(tmp_path, split):
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, split]))
+    with pytest.raises(ValueError, match="splits_final.json must hold a list.*fold 1 is none"):
+        splits.load_or_create_splits(path, lambda: TEN, print)

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 
@@ -20,12 +21,12 @@ START = """
 
     def terminate():
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(20)
+        time.sleep(10_000)
 """
 
 
 def run(script: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(START) + textwrap.dedent(script)], timeout=60,
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(START) + textwrap.dedent(script)], timeout=PATIENCE_S,
                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)})
 
 
@@ -59,7 +60,7 @@ def test_a_worker_that_is_ended_says_nothing():
         with before_termination(lambda: print("last word", flush=True)):
             worker = os.fork()
             if worker == 0:
-                time.sleep(20)
+                time.sleep(10_000)
                 os._exit(0)
             time.sleep(0.2)
             os.kill(worker, signal.SIGTERM)
@@ -88,5 +89,5 @@ def test_other_threads_leave_signals_alone():
 
     thread = threading.Thread(target=look)
     thread.start()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert found == [before]

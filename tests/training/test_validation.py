@@ -24,7 +24,7 @@ def trainer(roots, monkeypatch) -> nnUNetTrainer:
 
 
 def record_exports(monkeypatch, *, fails=lambda case: False):
-    exported, export = [], validation.export_prediction_from_logits
+    exported, export = [], validation.export_case
 
     def recording(*arguments):
         case = Path(arguments[5]).name
@@ -33,7 +33,7 @@ def record_exports(monkeypatch, *, fails=lambda case: False):
         exported.append(case)
         return export(*arguments)
 
-    monkeypatch.setattr(validation, "export_prediction_from_logits", recording)
+    monkeypatch.setattr(validation, "export_case", recording)
     return exported
 
 
@@ -83,3 +83,19 @@ def test_the_fingerprint_depends_on_weights_and_settings():
     assert before == fingerprint_of(network, ["npz"]) != fingerprint_of(network, ["no npz"])
     network.num_batches_tracked += 1
     assert before != fingerprint_of(network, ["npz"])
+
+
+def test_predictions_of_an_earlier_split_are_not_scored(trainer, monkeypatch, capsys):
+    trainer.perform_actual_validation()
+    folder = Path(trainer.output_folder, "validation")
+    (folder / "case_01.npz").write_bytes(b"probabilities")
+    (folder / "notes.txt").write_text("a user's")
+    train, val = trainer.do_split()
+    monkeypatch.setattr(trainer, "do_split", lambda: (train[:4], val[4:]))
+    trainer.perform_actual_validation()
+    scored = json.loads((folder / "summary.json").read_text())["metric_per_case"]
+    assert [Path(case["prediction_file"]).name for case in scored] == ["case_04.nii.gz", "case_05.nii.gz"]
+    aside = sorted(path.name for path in (folder.parent / validation.ASIDE).iterdir())
+    assert aside == ["case_00.nii.gz", "case_01.nii.gz", "case_01.npz", "case_02.nii.gz", "case_03.nii.gz"]
+    assert (folder / "notes.txt").read_text() == "a user's"
+    assert "case_00, case_01, case_02, case_03" in capsys.readouterr().out

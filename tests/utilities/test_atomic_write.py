@@ -81,3 +81,22 @@ def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
     (tmp_path / "case.nii.gz").write_text("whole")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-young", "case.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["x.nii.nii.gz", "x.nii.gz.nii.gz", "x.hdr.nii.gz", "x.img.nii.gz", "x.nia.nii.gz",
+                                  "x.NII.GZ.nii.gz", "x.gz.nii", "1.2.3.nii.gz"])
+def test_itk_writes_nifti_files_with_an_ending_inside_their_name(tmp_path, name):
+    import SimpleITK as sitk
+
+    with replacing(tmp_path / name) as file:
+        sitk.WriteImage(sitk.Image(4, 5, 6, sitk.sitkUInt8), str(file))
+    assert names_in(tmp_path) == [name]
+    assert sitk.ReadImage(str(tmp_path / name)).GetSize() == (4, 5, 6)
+
+
+def test_what_is_written_beside_gets_the_name_of_the_file(tmp_path):
+    with replacing(tmp_path / "x.nii.nii.gz") as file:
+        file.write_text("voxels")
+        file.with_name(file.name.replace(".nii.gz", ".json")).write_text("spacing")
+        (file.parent / "other.txt").write_text("note")
+    assert names_in(tmp_path) == ["other.txt", "x.nii.json", "x.nii.nii.gz"]

@@ -89,15 +89,15 @@ def test_networks_normalize_fast_on_a_cpu_only():
 def test_mps_predicts_in_half_precision_on_request(monkeypatch, choice, is_inference, dtype):
     contexts = []
     monkeypatch.setenv("nnUNet_mps_autocast", choice)
-    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: True, raising=False)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: True)
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype: contexts.append((kind, dtype)))
     autocast_context("mps", is_inference=is_inference)
     assert contexts == ([] if dtype is None else [("mps", dtype)])
 
 
-def test_old_versions_of_torch_predict_in_float32_on_mps(monkeypatch, caplog):
+def test_where_torch_has_no_half_precision_on_mps_it_predicts_in_float32(monkeypatch, caplog):
     monkeypatch.setenv("nnUNet_mps_autocast", "1")
-    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False, raising=False)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
     assert not device.wants_mps_autocast()
     assert "predicting in float32" in caplog.text
 

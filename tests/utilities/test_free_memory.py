@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from nnunetv2.utilities import free_memory
-from nnunetv2.utilities.free_memory import free_memory_bytes
+from nnunetv2.utilities.free_memory import free_memory_bytes, total_memory_bytes
 
 
 @pytest.fixture
@@ -36,3 +36,13 @@ def test_no_limit_is_no_limit(system):
 
 def test_this_machine_has_memory():
     assert free_memory_bytes() > 2**20
+
+
+def test_all_memory_is_that_of_the_machine_or_of_a_container(system):
+    assert total_memory_bytes(system, system) == 2000 * 1024
+    (system / "meminfo").write_text("MemTotal: 2000 kB\nMemAvailable:    1000 kB\nSwapTotal: 500 kB\n")
+    assert total_memory_bytes(system, system) == 2500 * 1024
+    (system / "memory.max").write_text("max\n")
+    assert total_memory_bytes(system, system) == 2500 * 1024
+    (system / "memory.max").write_text("9000\n")
+    assert total_memory_bytes(system, system) == 9000

@@ -38,6 +38,14 @@ def test_unset_path_is_falsy_and_says_what_to_set():
             use(nnUNet_raw)
 
 
+@pytest.mark.parametrize("nothing", ["", " ", "\t"])
+def test_path_set_to_nothing_is_unset(monkeypatch, nothing):
+    monkeypatch.setenv("nnUNet_raw", nothing)
+    assert not nnUNet_raw
+    with pytest.raises(RuntimeError, match="nnUNet_raw is set to nothing"):
+        os.path.join(nnUNet_raw, "x")
+
+
 def test_path_follows_the_environment(monkeypatch):
     monkeypatch.setenv("nnUNet_raw", "/a")
     assert os.path.join(nnUNet_raw, "x") == "/a/x"

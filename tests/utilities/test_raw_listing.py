@@ -85,3 +85,10 @@ def test_thousands_of_files_are_listed_at_once(tmp_path):
     seconds = time.process_time() - start
     assert len(cases) == 1500 and all(len(files["images"]) == 2 for files in cases.values())
     assert seconds < 0.1
+
+
+def test_a_link_to_nothing_is_a_file_of_its_case(folder, tmp_path):
+    (folder / "c_0000.nii.gz").symlink_to(tmp_path / "nowhere" / "c_0000.nii.gz")
+    (folder / "d_0000.nii.gz").symlink_to(folder / "folder_0000.nii.gz")  # a folder
+    (folder / ".#a_0000.nii.gz").symlink_to("someone@somewhere.1234")  # the lock of an editor
+    assert get_identifiers_from_splitted_dataset_folder(folder, ".nii.gz").tolist() == ["a", "a_1", "b", "c"]

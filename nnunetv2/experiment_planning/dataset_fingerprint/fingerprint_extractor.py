@@ -1,7 +1,6 @@
 """Turn a raw dataset into its fingerprint, the file `dataset_fingerprint.json` that planning starts from."""
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint import compute
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class DatasetFingerprintExtractor:
         self.output_folder = str(Path(nnUNet_preprocessed) / self.dataset_name)
         self.num_processes = num_processes
         self.verbose = verbose
-        self.dataset_json = json.loads((Path(self.input_folder) / "dataset.json").read_text(encoding="utf-8"))
+        self.dataset_json = read_json(Path(self.input_folder) / "dataset.json")
         self.dataset = get_filenames_of_train_images_and_targets(self.input_folder, self.dataset_json)
         self.show_progress_bar = True
         # Shared out evenly among the cases, whatever their size, and drawn with replacement.
@@ -153,7 +153,7 @@ class DatasetFingerprintExtractor:
         return choose_num_processes(bytes_to_read(files), len(files))
 
     def _load(self, file: Path) -> dict:
-        fingerprint = json.loads(file.read_text(encoding="utf-8"))
+        fingerprint = read_json(file)
         if len(fingerprint["spacings"]) != self.count_cases():
             logger.warning("%s describes %d cases, the dataset has %d now. Run again with --clean to renew it.", file,
                            len(fingerprint["spacings"]), self.count_cases())

@@ -1,11 +1,16 @@
 """Describe a network in the words of a plans file: its class by a dotted path, its arguments as plain values."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.network_topology import Topology
+from nnunetv2.utilities.trusted_names import PACKAGES_VARIABLE, may_be_named
+
+logger = logging.getLogger(__name__)
 
 CLASSES_AMONG_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
@@ -15,6 +20,21 @@ def class_path(class_or_path: type | str) -> str:
     if isinstance(class_or_path, str):
         return class_or_path
     return f"{class_or_path.__module__}.{class_or_path.__name__}"
+
+
+def class_to_build(path: str, given: type | str) -> type | str:
+    """Return the class that was given for a path if plans need the user's word to name it, else the path."""
+    if isinstance(given, str) or class_path(given) != path or may_be_named(path):
+        return path
+    _tell_how_to_allow(path)
+    return given
+
+
+@cache
+def _tell_how_to_allow(path: str) -> None:
+    """Say it once, however many patch sizes are tried."""
+    logger.warning("plans that name %s are trained and used only where the environment variable %s names %s",
+                   path, PACKAGES_VARIABLE, path.split(".")[0])
 
 
 def load_class(class_or_path: type | str) -> type:

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
-from nnunetv2.experiment_planning.experiment_planners.architecture import describe_unet, load_class
+from nnunetv2.experiment_planning.experiment_planners.architecture import (
+    class_to_build,
+    describe_unet,
+    load_class,
+)
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
     coarsest_axis_first,
@@ -19,11 +23,11 @@ from nnunetv2.experiment_planning.experiment_planners.geometry import (
     median_resampled_shape,
     median_target_spacing,
 )
+from nnunetv2.experiment_planning.experiment_planners.hints import describe_flat_axes, find_too_small
 from nnunetv2.experiment_planning.experiment_planners.inputs import (
     checked_spacing,
     count_training_cases,
     read_fingerprint,
-    read_json,
 )
 from nnunetv2.experiment_planning.experiment_planners.network_topology import Topology, get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.plans_file import write_plans
@@ -33,6 +37,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
@@ -229,7 +234,8 @@ class ExperimentPlanner:
             architecture = self._describe_architecture(topology)
             cache[key] = self.static_estimate_VRAM_usage(
                 topology.patch_size, len(self._channel_names()), len(self.dataset_json["labels"]),
-                architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"])
+                class_to_build(architecture["network_class_name"], self._unet_class), architecture["arch_kwargs"],
+                architecture["_kw_requires_import"])
         return cache[key]
 
     def _describe_architecture(self, topology: Topology) -> dict[str, Any]:
@@ -271,6 +277,9 @@ class ExperimentPlanner:
         target = np.asarray(self.determine_fullres_target_spacing())
         median_shape = median_resampled_shape(spacings, shapes, target)[forward]
         configurations = self._plan_configurations(target[forward], median_shape)
+        for hint in (describe_flat_axes(median_shape, forward), *find_too_small(configurations).values()):
+            if hint is not None:
+                logger.warning("%s: %s", self.dataset_name, hint)
 
         preprocessed = Path(self.preprocessed_dataset_folder)
         preprocessed.mkdir(parents=True, exist_ok=True)
@@ -322,8 +331,9 @@ class ExperimentPlanner:
             coarse = coarsen(coarse)
             exact_shape = spacing / coarse * median_shape
             num_image = np.prod(exact_shape)
+            shape = tuple(max(1, round(length)) for length in exact_shape)
             lowres = self.get_plans_for_configuration(
-                coarse, tuple(round(length) for length in exact_shape), self.generate_data_identifier("3d_lowres"),
+                coarse, shape, self.generate_data_identifier("3d_lowres"),
                 float(num_image * self.num_training_cases), cache)
             num_patch = math.prod(lowres["patch_size"])
         if lowres is not None and np.prod(median_shape) / num_image < 2:

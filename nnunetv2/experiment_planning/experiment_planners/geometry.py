@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.preprocessing.resampling.default_resampling import round_lengths
 
 # Volume of the patch that shrinking starts from, in voxels of isotropic images; key: number of dimensions.
 INITIAL_PATCH_VOLUME = {2: 2048 ** 2, 3: 256 ** 3}
@@ -47,8 +47,10 @@ def coarsest_axis_first(spacing: Sequence[float]) -> tuple[list[int], list[int]]
 
 def median_resampled_shape(spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]],
                            target: Sequence[float]) -> np.ndarray:
-    """Return the median shape per axis once each case has the target spacing. May be a half."""
-    return np.median([compute_new_shape(shape, spacing, target) for spacing, shape in zip(spacings, shapes)], axis=0)
+    """Return the median shape per axis once each case has the target spacing. May be a half, but is never 0."""
+    # Without the one voxel that preprocessing keeps of a thin case: plans are those of the release.
+    median = np.median([round_lengths(shape, spacing, target) for spacing, shape in zip(spacings, shapes)], axis=0)
+    return np.where(median == 0, 1.0, median)
 
 
 def initial_patch_size(spacing: Sequence[float], median_shape: Sequence[float]) -> np.ndarray:

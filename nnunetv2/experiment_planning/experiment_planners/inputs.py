@@ -1,7 +1,6 @@
 """Read and check what a planner starts from."""
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,19 +8,7 @@ from typing import Any
 
 from nnunetv2.experiment_planning.fingerprint_files import has_pooled_fingerprint
 from nnunetv2.preprocessing.errors import InvalidInputError
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON file.
-
-    Raises:
-        ValueError: It is not valid JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}. Correct it with an editor that shows errors in JSON") \
-            from error
+from nnunetv2.utilities.json_files import read_json
 
 
 def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
@@ -34,7 +21,7 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RuntimeError(f"{file} is missing. Run nnUNetv2_extract_fingerprint (or nnUNetv2_plan_and_preprocess) "
                            f"first")
-    return read_json(file)
+    return read_json(file, required={"spacings": list, "shapes_after_crop": list})
 
 
 def count_training_cases(dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str,

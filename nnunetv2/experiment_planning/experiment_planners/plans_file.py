@@ -1,13 +1,13 @@
 """Write plans beside those that exist, and warn where the two would get in each other's way."""
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.json_files import PLANS, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def write_plans(plans: dict[str, Any], file: Path) -> None:
 def _configurations_to_keep(plans: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    existing = json.loads(file.read_text(encoding="utf-8"))["configurations"]
+    existing = read_json(file, required=PLANS)["configurations"]
     earlier = {name: content for name, content in existing.items() if name not in plans["configurations"]}
     needed = _ancestors([name for name in earlier if name not in _OPTIONAL_CONFIGURATIONS], earlier)
     stale = [name for name in earlier if name in _OPTIONAL_CONFIGURATIONS and name not in needed]
@@ -86,7 +86,7 @@ def _find_conflicts(plans: Mapping[str, Any], file: Path) -> Iterator[tuple[Path
 
 def _read_plans(file: Path) -> dict[str, Any] | None:
     """Return the content of a plans file, None for another kind of JSON file."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file, object)
     return content if isinstance(content, dict) and {"configurations", "transpose_forward"} <= set(content) else None
 
 

@@ -1,11 +1,11 @@
 """Carry the splits that come with a raw dataset over to its preprocessed folder."""
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.utilities.crossval_split import read_splits
 
 SPLITS_FILE = "splits_final.json"
 
@@ -17,6 +17,7 @@ def adopt_splits(raw_folder: Path, preprocessed_folder: Path) -> None:
 
     Raises:
         InvalidInputError: A fold differs.
+        ValueError: One of the files makes no sense.
     """
     source, target = raw_folder / SPLITS_FILE, preprocessed_folder / SPLITS_FILE
     if not source.is_file():
@@ -25,7 +26,7 @@ def adopt_splits(raw_folder: Path, preprocessed_folder: Path) -> None:
         preprocessed_folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
         return
-    wanted, present = (json.loads(file.read_text(encoding="utf-8")) for file in (source, target))
+    wanted, present = (read_splits(file) for file in (source, target))
     for fold, split in enumerate(wanted):
         if fold >= len(present) or any(set(split[part]) != set(present[fold][part]) for part in ("train", "val")):
             raise InvalidInputError(f"fold {fold} of {source} differs from {target}. Remove the latter if the former "

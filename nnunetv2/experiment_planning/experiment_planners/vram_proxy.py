@@ -22,9 +22,9 @@ _COVERED_ARGUMENTS = frozenset({
 
 
 def count_feature_map_values(patch_size: Sequence[int], input_channels: int, output_channels: int,
-                             arch_class_name: str, arch_kwargs: Mapping[str, Any],
+                             arch_class_name: str | type, arch_kwargs: Mapping[str, Any],
                              arch_kwargs_req_import: Sequence[str]) -> int:
-    """Count the values in the feature maps of a network given as a plans file describes it.
+    """Count the values in the feature maps of a network given as a plans file describes it, or with its class.
 
     A network other than the two standard ones is built and asked: its class needs a method
     `compute_conv_feature_map_size(input_size)`.

@@ -90,6 +90,7 @@ def _group_files(images: Sequence[str], reader: type) -> list[list[str]]:
 def _inspect_images(reader: BaseReaderWriter, paths: list[str], files: CaseFiles, report: CaseReport) -> _Volume | None:
     """Report what is wrong with images on their own, and return what others can be compared with."""
     faults, content = _read(reader, paths)
+    faults = _report_doubts(report, files, paths[0], faults)
     volume = None
     if content is not None:
         image, properties = content
@@ -106,6 +107,7 @@ def _inspect_label(reader: BaseReaderWriter, files: CaseFiles, expected: Expecta
                    report: CaseReport) -> _Volume | None:
     """Report what is wrong with the label on its own, note its values, and return what images can be compared with."""
     faults, content = _read(reader, [files.label], is_label=True)
+    faults = _report_doubts(report, files, files.label, faults)
     volume = None
     if content is not None:
         label, properties = content
@@ -225,7 +227,13 @@ def _compare(report: CaseReport, files: CaseFiles, first: _Volume, other: _Volum
 
 
 def _add(report: CaseReport, files: CaseFiles, file: str, faults: Sequence[Fault], *, is_error: bool = True) -> None:
-    report.findings += [Finding(files.case, relative(file, files.folder), *fault, is_error) for fault in faults]
+    report.findings += [Finding(files.case, relative(file, files.folder), *fault[:4], is_error) for fault in faults]
+
+
+def _report_doubts(report: CaseReport, files: CaseFiles, file: str, faults: Sequence[Fault]) -> list[Fault]:
+    """Report the faults that are worth a warning only, and return the others."""
+    _add(report, files, file, [fault for fault in faults if not fault.is_error], is_error=False)
+    return [fault for fault in faults if fault.is_error]
 
 
 def _by(shape: Sequence[int]) -> str:

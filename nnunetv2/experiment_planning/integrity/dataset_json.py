@@ -8,11 +8,10 @@ from typing import Any
 
 from nnunetv2.experiment_planning.errors import InvalidDatasetError
 from nnunetv2.experiment_planning.integrity.findings import Finding, enumerate_some
+from nnunetv2.utilities.json_files import KINDS, JsonFileError, kind_of, read_json
 
 REQUIRED_KEYS = ("labels", "channel_names", "numTraining", "file_ending")
 NAME = "dataset.json"
-_KINDS = {dict: "names in braces, {...}", list: "a list, [...]", str: "a text", int: "a whole number",
-          float: "a number with decimals", bool: "true or false", type(None): "null"}
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
@@ -70,32 +69,10 @@ def parse_dataset_json(file: Path, *, refuse_duplicates: bool = False) -> dict[s
     Raises:
         InvalidDatasetError: It is no valid JSON, or no object. The message names the file.
     """
-    remedy = "Remedy: correct the file with an editor that shows errors in JSON"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"),
-                             object_pairs_hook=_refuse_duplicates if refuse_duplicates else None)
-    except UnicodeDecodeError as error:
-        raise InvalidDatasetError(f"{file} is not encoded in UTF-8: {error}. Remedy: save it as UTF-8") from error
-    except _DuplicateKeyError as error:
-        raise InvalidDatasetError(f"{file}: {error} occurs twice in the same braces. Remedy: keep one of them, or give "
-                                  f"the other its own name") from error
-    except json.JSONDecodeError as error:
-        raise InvalidDatasetError(f"{file} is not valid JSON: {error}. {remedy}") from error
-    if not isinstance(content, dict):
-        raise InvalidDatasetError(f"{file} holds {_kind_of(content)}, but must hold {_KINDS[dict]}. {remedy}")
-    return content
-
-
-class _DuplicateKeyError(ValueError):
-    """A key occurs twice in a JSON object."""
-
-
-def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(repr(next(key for key in keys if keys.count(key) > 1)))
-    return content
+        return read_json(file, refuse_duplicates=refuse_duplicates)
+    except JsonFileError as error:
+        raise InvalidDatasetError(str(error)) from error
 
 
 # -------------------------------------------------------------------------------------------------- what it says
@@ -135,7 +112,7 @@ def determine_expected_labels(content: Mapping[str, Any]) -> list[int]:
 
 def _check_labels(labels: Any) -> list[Finding]:
     if not isinstance(labels, dict):
-        return [_of_key("labels", _kind_of(labels), _KINDS[dict], 'write {"background": 0, "NAME": 1, ...}')]
+        return [_of_key("labels", kind_of(labels), KINDS[dict], 'write {"background": 0, "NAME": 1, ...}')]
     if labels and all(str(name).lstrip("-").isdecimal() and isinstance(value, str) for name, value in labels.items()):
         return [_of_key("labels", "numbers followed by names, as in nnU-Net 1", "names followed by numbers",
                         'turn the entries round: {"background": 0, "NAME": 1, ...}')]
@@ -155,7 +132,7 @@ def _check_labels(labels: Any) -> list[Finding]:
 def _check_channels(channels: Any) -> list[Finding]:
     remedy = 'write {"0": "NAME", "1": "NAME", ...}, in the order of the files _0000, _0001 and so on'
     if not isinstance(channels, dict) or not channels:
-        return [_of_key("channel_names", _kind_of(channels) if channels else "nothing", "a name for each channel",
+        return [_of_key("channel_names", kind_of(channels) if channels else "nothing", "a name for each channel",
                         remedy)]
     findings = [_of_key("channel_names", f"{number!r}: {json.dumps(name)}", "a name in quotes", remedy)
                 for number, name in channels.items() if not isinstance(name, str)]
@@ -170,7 +147,7 @@ def _check_simple_keys(content: Mapping[str, Any]) -> list[Finding]:
     findings = []
     number, ending = content["numTraining"], content["file_ending"]
     if not _is_whole(number):
-        findings.append(_of_key("numTraining", f"{_kind_of(number)}, {json.dumps(number)}", _KINDS[int],
+        findings.append(_of_key("numTraining", f"{kind_of(number)}, {json.dumps(number)}", KINDS[int],
                                 "write the number of training cases, without quotes"))
     if not isinstance(ending, str) or not ending.startswith(".") or len(ending) < 2:
         findings.append(_of_key("file_ending", json.dumps(ending), "an ending with its dot, such as .nii.gz",
@@ -186,7 +163,7 @@ def _check_simple_keys(content: Mapping[str, Any]) -> list[Finding]:
 def _check_lists(dataset: Any) -> list[Finding]:
     remedy = 'write {"CASE": {"images": ["FILE", ...], "label": "FILE"}, ...}'
     if not isinstance(dataset, dict):
-        return [_of_key("dataset", _kind_of(dataset), _KINDS[dict], remedy)]
+        return [_of_key("dataset", kind_of(dataset), KINDS[dict], remedy)]
     return [_of_key("dataset", f"{case!r}: {json.dumps(entry)}", "a list of images and a label", remedy)
             for case, entry in dataset.items() if not _is_case(entry)]
 
@@ -197,7 +174,7 @@ def _check_reader_name(name: Any) -> list[Finding]:
     from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
     try:
         recursive_find_reader_writer_by_name(str(name))
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         known = enumerate_some(reader.__name__ for reader in LIST_OF_IO_CLASSES)
         return [_of_key("overwrite_image_reader_writer", json.dumps(name), f"one of {known}, or a class of your own",
                         "correct the name, remove the key, or put the module that defines the class into "
@@ -255,7 +232,3 @@ def _is_case(entry: Any) -> bool:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _kind_of(value: Any) -> str:
-    return _KINDS.get(type(value), type(value).__name__)

@@ -53,7 +53,8 @@ def _check_access(folder: Path, case: str, files: list[str]) -> Iterator[Finding
         name = relative(file, folder)
         if not Path(file).is_file():
             kind = "label" if file == files[-1] else "image"
-            yield Finding(case, name, MISSING, f"no {kind}", "",
+            found = f"a link to {Path(file).readlink()}" if Path(file).is_symlink() else f"no {kind}"
+            yield Finding(case, name, MISSING, found, "",
                           "add the file, or remove the other files of the case and correct numTraining (and 'dataset', "
                           "if dataset.json lists files)")
         elif not Path(file).stat().st_size:

@@ -1,7 +1,6 @@
 """Give one dataset the plans of another, so that a network trained on the one can be fine-tuned on the other."""
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from argparse import ArgumentParser
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.json_files import PLANS, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def move_plans_between_datasets(source_dataset_name_or_id: int | str, target_dat
     if not (raw_folder / "dataset.json").is_file():
         raise InvalidInputError(f"{raw_folder / 'dataset.json'} does not exist. The images of the target decide how "
                                 f"they are read, so its raw dataset is needed")
-    plans = rename_plans(json.loads(plans_file.read_text(encoding="utf-8")), dataset_name=target,
+    plans = rename_plans(read_json(plans_file, required=PLANS), dataset_name=target,
                          source_name=source_plans_identifier, target_name=target_plans_identifier)
     plans["image_reader_writer"] = _determine_reader(raw_folder, plans)
     target_folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def _determine_reader(raw_folder: Path, plans: dict[str, Any]) -> str:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.preprocessing.errors import InvalidInputError
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-    dataset_json = json.loads((raw_folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_json(raw_folder / "dataset.json")
     _warn_of_other_channels(dataset_json, plans, raw_folder.name)
     dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
     if not dataset:

@@ -119,9 +119,14 @@ async def get_run(request: Request) -> Response:
 
 
 async def get_model(request: Request) -> Response:
-    """Send a site or an operator the model of a run that is over."""
+    """Send a site or an operator the model of a run that is over; to HEAD, say only that it is there, and its size."""
     member = require_role(member_of(request), "site", "operator")
-    model = await run_in_threadpool(models.find, coordinator_of(request), request.path_params["run"], member=member)
+    coordinator, run = coordinator_of(request), request.path_params["run"]
+    if request.method == "HEAD":
+        size = (await run_in_threadpool(models.find, coordinator, run)).stat().st_size
+        return Response(media_type="application/zip", headers={
+            "Content-Length": str(size), "Accept-Ranges": "bytes", "Cache-Control": "no-store"})
+    model = await run_in_threadpool(models.fetch, coordinator, run, member=member)
     return DigestedFile(model.path, model.digest, media_type="application/zip")
 
 

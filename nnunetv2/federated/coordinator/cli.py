@@ -48,8 +48,6 @@ FIRST_SETTINGS = "first_settings"
 """Under this name, the store keeps the settings that a federation was created with."""
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
-OTHER_FILES = 256
-"""Files that a coordinator may need beside one per connection: documents of sites above all."""
 
 SETTINGS_OF_OPTIONS = {
     "sites": "sites",
@@ -219,6 +217,7 @@ def print_invitations(invitations: Sequence[InvitationRecord], federation: str, 
 
 def serve(store: Store, listener: socket.socket, address: Address) -> None:
     """Serve a federation until a signal says to stop."""
+    from nnunetv2.federated.certificates import only_certificate
     from nnunetv2.federated.coordinator.app import build_app
     from nnunetv2.federated.coordinator.connections import GuardedServer, allow_many_files, guarded_config
     from nnunetv2.federated.coordinator.limits import Limits
@@ -228,8 +227,10 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
 
     return_what_is_freed()
     sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
-    certificate = address.certificate(store.folder)
-    private = certificate.authority.read_text(encoding="ascii") if certificate and certificate.authority else None
+    with trouble_names(store.folder):
+        certificate = address.certificate(store.folder)
+    private = only_certificate(certificate.authority.read_text(encoding="ascii")) \
+        if certificate and certificate.authority else None
     place = Place(address.public_url, private)
     coordinator = Coordinator(store, announce=say)
     app = build_app(coordinator, place)
@@ -243,22 +244,26 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
             print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, place)
             say(f"{settings.federation} with {', '.join(settings.sites)} is served at {place.url}; "
                 f"folder {store.folder}")
-            write_state_file(store.folder, place.url)
-            appoint_operator(coordinator, address, certificate)
+            try:
+                with trouble_names(store.folder):
+                    write_state_file(store.folder, place.url)
+                    appoint_operator(coordinator, address, certificate)
+            except FederationError:
+                await self.shutdown(sockets)
+                raise
 
         def handle_exit(self, sig: int, frame: object) -> None:
             app.state.changes.stop()
             super().handle_exit(sig, frame)
 
-    limits = Limits()
-    limits = replace(limits, connections=max(128, min(limits.connections, allow_many_files() - OTHER_FILES)))
-    config = guarded_config(app, limits=limits, timeout_graceful_shutdown=STOP_TIMEOUT_S, **tls_options(certificate))
+    config = guarded_config(app, timeout_graceful_shutdown=STOP_TIMEOUT_S, **tls_options(certificate))
     try:
         with harmless_signals():
-            Server(config).run(sockets=[listener])
+            Server(config, Limits().within_files(allow_many_files())).run(sockets=[listener])
     finally:
-        for name in (STATE_FILE, OPERATOR_FILE):
-            (store.folder / name).unlink(missing_ok=True)
+        with trouble_names(store.folder):
+            for name in (STATE_FILE, OPERATOR_FILE):
+                (store.folder / name).unlink(missing_ok=True)
         say("the coordinator has stopped")
 
 
@@ -286,6 +291,16 @@ def harmless_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def trouble_names(folder: Path) -> Iterator[None]:
+    """Turn trouble with the files of a folder into a FederationError that names it and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise FederationError(f"the federation in the folder {folder} cannot be written: {error}. Make room on its "
+                              "disk, let this user write there, or choose another --folder") from error
+
+
 def write_state_file(folder: Path, url: str) -> None:
     """Let other programs on this machine know where the coordinator is."""
     from nnunetv2.utilities.atomic_write import replacing
@@ -299,12 +314,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from nnunetv2.federated.store import Store
 
-    with Store(arguments.folder.resolve()) as store:
-        open_federation(store, given_settings(arguments))
+    folder = arguments.folder.resolve()
+    with trouble_names(folder):
+        store = Store(folder)
+    with store:
+        with trouble_names(folder):
+            open_federation(store, given_settings(arguments))
         address = settle_address(store.load_meta("address") or {}, arguments)
         with open_socket(address.host, address.port) as listener:
             address = replace(address, port=listener.getsockname()[1])
-            store.save_meta("address", asdict(address))
+            with trouble_names(folder):
+                store.save_meta("address", asdict(address))
             serve(store, listener, address)
     return 0
 

@@ -6,10 +6,11 @@ Its protocol class gets here what it lacks; what is too slow or too much, `limit
 from __future__ import annotations
 
 import asyncio
-import functools
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 import h11
@@ -20,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nnunetv2.federated import bodies
 from nnunetv2.federated.coordinator.large_bodies import BufferBook, LargeBody, can_bypass
 from nnunetv2.federated.coordinator.limits import ConnectionBook, Limits, Pace, Phase
+from nnunetv2.federated.coordinator.listener import Listener
 from nnunetv2.federated.strict_json import encode_json
 
 HEADER_BYTES = 16 << 10
@@ -27,23 +29,30 @@ HEADER_BYTES = 16 << 10
 REST_BYTES = 5 << 20
 """How much of a body is taken, and thrown away, after its request was answered: a sender that is cut off while it
 sends would miss the answer."""
-HANDSHAKE_S = 15.0
 KEEP_ALIVE_S = 75
 WATCH_S = 2.0
+STARTUP_FAILED = 3
+"""Exit status where the application does not start; the log says why."""
 PARTING_S = 0.3
 """How long a connection whose last answer was sent lasts when the server stops."""
 
 
 class GuardedProtocol(H11Protocol):
-    """One connection, watched."""
+    """One connection, watched.
 
-    book: ConnectionBook
-    """Of all connections of this server; a subclass has it."""
+    Args:
+        book: Of all connections of this server.
+        options: What uvicorn gives its protocols.
+    """
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
+    def __init__(self, book: ConnectionBook, **options: Any) -> None:
+        super().__init__(**options)
         self.app_state = {**self.app_state, "connection": self}  # where the application finds it: scope["state"]
-        self.host = ""
+        self._book = book
+        self._socket: asyncio.Transport | None = None
+        """Below TLS. The one above is of little use once it is closed: asyncio then waits for the other side."""
+        self._is_dropped = False
+        self._is_heard = False
         self._body: LargeBody | None = None
         self._pace = Pace()
         self._received = 0
@@ -55,31 +64,66 @@ class GuardedProtocol(H11Protocol):
     # ------------------------------------------------------------------------------------------ what asyncio calls
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.host = self.client[0] if self.client else ""
-        gives_way = self.book.opened(self, self.host)
-        if gives_way is not None:
-            gives_way.transport.abort()
+        if self._socket is None:  # no TLS in between
+            self.attach(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        self.heard()
         self.note_received(len(data))
         if self._phase() == "rest":
             self._received_in_rest += len(data)
             if self._received_in_rest > REST_BYTES:
-                self.transport.abort()
+                self.drop()
                 return
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self.book.closed(self)
+        self.detached()
         super().connection_lost(exc)
+
+    # ------------------------------------------------------------------------------------------ what the listener calls
+    def attach(self, transport: asyncio.Transport) -> None:
+        """Take note of the transport that is the socket itself, below TLS."""
+        self._socket = transport
+        if self._is_dropped:
+            transport.abort()
+
+    def heard(self) -> None:
+        """Take note that something has arrived."""
+        if not self._is_heard:
+            self._is_heard = True
+            self._book.heard(self)
+
+    def detached(self) -> None:
+        """Take note that the socket is closed."""
+        self._book.closed(self)
+        self.app_state = {}  # no circle: what strangers leave behind goes at once
+
+    def drop(self) -> None:
+        """Close the socket at once, whatever the other side does."""
+        self._is_dropped = True
+        if self._socket is not None:
+            self._socket.abort()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Serve a member's request: meanwhile this connection makes room for nobody."""
+        self._book.busy(self)
+        try:
+            yield
+        finally:
+            gives_way = self._book.idle(self)
+            if gives_way is not None:
+                gives_way.drop()
 
     # -------------------------------------------------------------------------------------------- what uvicorn calls
     def shutdown(self) -> None:
         """Let the server stop: take no further request, and go when the present one is answered."""
-        super().shutdown()
+        if not self.transport.is_closing():
+            super().shutdown()
         self._part()
 
     def _part(self) -> None:
@@ -89,8 +133,8 @@ class GuardedProtocol(H11Protocol):
         connection for its next request does not even notice that it should.
         """
         self._timer.cancel()
-        is_over = (self.cycle is None or self.cycle.response_complete) and not self.transport.get_write_buffer_size()
-        self._timer = self.loop.call_later(PARTING_S, self.transport.abort if is_over else self._part)
+        is_over = self._is_answered() and not self._socket.get_write_buffer_size()
+        self._timer = self.loop.call_later(PARTING_S, self.drop if is_over else self._part)
 
     # --------------------------------------------------------------------------------------------------- large bodies
     @asynccontextmanager
@@ -126,28 +170,31 @@ class GuardedProtocol(H11Protocol):
     # ------------------------------------------------------------------------------------------------------ watching
     def _watch(self) -> None:
         """Look again and again whether the connection makes progress, and drop it if not."""
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self._socket.get_write_buffer_size()
         self._times_sent += unsent != self._unsent
         self._unsent = unsent
         phase = self._phase()
         progress = self._times_sent if phase == "answer" else self._received
         if self._pace.is_too_slow(phase, progress, self.loop.time()):
-            self.transport.abort()
+            self.drop()
         else:
             self._timer = self.loop.call_later(WATCH_S, self._watch)
 
     def _phase(self) -> Phase:
         if self._body is not None:
             return "body" if self._body.is_awaited else "other"
-        if self.transport.get_write_buffer_size():
+        if self._socket.get_write_buffer_size():
             return "answer"
-        answered = self.cycle is None or self.cycle.response_complete
+        answered = self._is_answered()
         if self.conn.their_state is h11.SEND_BODY:
             if answered:
                 return "rest"
             return "other" if self.flow.read_paused else "body"
         has_begun = self.cycle is None or bool(self.conn.trailing_data[0])
         return "headers" if answered and has_begun else "other"
+
+    def _is_answered(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
     # ------------------------------------------------------------------------------------------------------- answers
     def send_400_response(self, msg: str) -> None:
@@ -167,23 +214,37 @@ class GuardedProtocol(H11Protocol):
         self.transport.close()
 
 
-def guarded_config(app: ASGIApp, *, limits: Limits | None = None, **options: Any) -> uvicorn.Config:
-    """Return the configuration of a server whose connections are watched."""
-    protocol = type("Protocol", (GuardedProtocol,), {"book": ConnectionBook(limits or Limits())})
+def guarded_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a guarded server."""
     # Below "error", uvicorn writes a line for every request that is no HTTP: whoever likes could fill a disk.
-    return uvicorn.Config(app, http=protocol, ws="none", lifespan="on", loop="asyncio", access_log=False,
+    return uvicorn.Config(app, http="h11", ws="none", lifespan="on", loop="asyncio", access_log=False,
                           log_config=None, log_level="error", server_header=False, timeout_keep_alive=KEEP_ALIVE_S,
                           h11_max_incomplete_event_size=HEADER_BYTES, **options)
 
 
 class GuardedServer(uvicorn.Server):
-    """A server that does not wait for long for the handshakes of TLS."""
+    """A server whose connections are counted when they are accepted, and watched. It is given its sockets."""
+
+    def __init__(self, config: uvicorn.Config, limits: Limits | None = None) -> None:
+        super().__init__(config)
+        self.book = ConnectionBook(limits or Limits())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        if self.config.is_ssl:  # uvicorn has no option for it, and asyncio waits for a minute
-            loop.create_server = functools.partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_S)
-        await super().startup(sockets)
+        """Start the application, then accept connections."""
+        assert sockets, "a guarded server is given the sockets that it listens on"
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILED)
+        make_connection = partial(GuardedProtocol, self.book, config=self.config, server_state=self.server_state,
+                                  app_state=self.lifespan.state, _loop=asyncio.get_running_loop())
+        self.servers = [Listener(one, make_connection, self.book, self.config.ssl) for one in sockets]
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop; connections whose handshake is not over, of which uvicorn does not know, end at once."""
+        for connection in set(self.book) - self.server_state.connections:
+            connection.drop()
+        await super().shutdown(sockets)
 
 
 def allow_many_files() -> int:

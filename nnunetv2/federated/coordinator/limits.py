@@ -10,8 +10,10 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,7 +51,13 @@ class Limits:
     idle_connections: int = 2048
     """those without a member's request on them,"""
     idle_connections_per_address: int = 512
-    """and those of one address. The oldest gives way to the newest."""
+    """and those of one address. The newest is let in: silent ones make room first, members' idle ones last."""
+
+    def within_files(self, files: int) -> Limits:
+        """Return limits that hold with so many file descriptors, a quarter of which connections leave to the rest."""
+        connections = min(self.connections, files * 3 // 4)
+        return replace(self, connections=connections, idle_connections=min(self.idle_connections, connections // 2),
+                       idle_connections_per_address=min(self.idle_connections_per_address, connections // 4))
 
 
 # ------------------------------------------------------------------------------------------------------- allowances
@@ -140,56 +148,135 @@ class Pace:
 
 
 # ------------------------------------------------------------------------------------------------------ connections
+class Standing(IntEnum):
+    """Order in which idle connections make room for others: the lowest first, of those the oldest."""
+
+    SILENT = 0
+    """Nothing has arrived on it."""
+    STRANGER = 1
+    """No request with a valid credential has."""
+    MEMBER = 2
+
+
+class _Idle:
+    """Idle connections, in the order in which they make room."""
+
+    def __init__(self) -> None:
+        self._by_standing: tuple[dict[Hashable, None], ...] = tuple({} for _ in Standing)  # dicts keep their order
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_standing))
+
+    def add(self, connection: Hashable, standing: Standing) -> None:
+        self._by_standing[standing][connection] = None
+
+    def remove(self, connection: Hashable, standing: Standing) -> None:
+        del self._by_standing[standing][connection]
+
+    def first(self, highest: Standing = Standing.MEMBER) -> Hashable | None:
+        """Return the one that makes room first, if its standing is not above the highest."""
+        return next((one for connections in self._by_standing[:highest + 1] for one in connections), None)
+
+
+@dataclass(slots=True)
+class _Entry:
+    group: str
+    standing: Standing = Standing.SILENT
+    is_busy: bool = False
+
+
 class ConnectionBook:
-    """Know the open connections, and which of them has to go when there are too many."""
+    """Know the open connections, and which of them makes room when there are too many.
+
+    One that makes room is forgotten at once, before it is closed: of a burst, all that are too many make room.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._idle: dict[Hashable, str] = {}
-        self._per_address: Counter[str] = Counter()
-        self._busy: set[Hashable] = set()
+        self._entries: dict[Hashable, _Entry] = {}
+        self._idle = _Idle()
+        self._idle_of_address: dict[str, _Idle] = {}
 
     def __len__(self) -> int:
-        return len(self._idle) + len(self._busy)
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._entries)
 
     def opened(self, connection: Hashable, host: str) -> Hashable | None:
-        """Take note of a new connection, and return the one that has to make room for it, if any."""
-        group = address_group(host)
-        self._set_idle(connection, group)
-        if self._per_address[group] > self.limits.idle_connections_per_address:
-            return next(one for one, of in self._idle.items() if of == group)
-        if len(self._idle) > self.limits.idle_connections or len(self) > self.limits.connections:
-            return next(iter(self._idle))
-        return None
+        """Take note of a new connection, and return the one that has to make room for it, if any.
+
+        That is the new one itself, which is not noted then, if all others are at work for members.
+        """
+        entry = _Entry(address_group(host))
+        gives_way = self._crowded_out(entry.group, len(self) >= self.limits.connections, connection)
+        if gives_way is not connection:
+            self._entries[connection] = entry
+            self._add_idle(connection, entry)
+        return gives_way
+
+    def heard(self, connection: Hashable) -> None:
+        """Take note that something has arrived on a connection: silent ones make room before it."""
+        entry = self._entries.get(connection)
+        if entry is not None and entry.standing is Standing.SILENT and not entry.is_busy:
+            self._remove_idle(connection, entry)
+            entry.standing = Standing.STRANGER
+            self._add_idle(connection, entry)
 
     def busy(self, connection: Hashable) -> None:
         """Take note that a connection is at work for a member: it does not have to make room."""
-        group = self._idle.pop(connection, None)
-        if group is not None:
-            self._count_down(group)
-            self._busy.add(connection)
+        entry = self._entries.get(connection)
+        if entry is not None and not entry.is_busy:
+            self._remove_idle(connection, entry)
+            entry.standing, entry.is_busy = Standing.MEMBER, True
 
-    def idle(self, connection: Hashable, host: str) -> None:
-        """Take note that a member's request is over."""
-        if connection in self._busy:
-            self._busy.discard(connection)
-            self._set_idle(connection, address_group(host))
+    def idle(self, connection: Hashable) -> Hashable | None:
+        """Take note that a member's request is over, and return the connection that has to make room, if any."""
+        entry = self._entries.get(connection)
+        if entry is None or not entry.is_busy:
+            return None
+        gives_way = self._crowded_out(entry.group, False, None)
+        entry.is_busy = False
+        self._add_idle(connection, entry)
+        return gives_way
 
     def closed(self, connection: Hashable) -> None:
         """Forget a connection."""
-        self._busy.discard(connection)
-        group = self._idle.pop(connection, None)
-        if group is not None:
-            self._count_down(group)
+        entry = self._entries.pop(connection, None)
+        if entry is not None and not entry.is_busy:
+            self._remove_idle(connection, entry)
 
-    def _set_idle(self, connection: Hashable, group: str) -> None:
-        self._idle[connection] = group
-        self._per_address[group] += 1
+    def give_up_strangers(self, number: int) -> list[Hashable]:
+        """Forget up to so many idle connections of strangers, and return them: files have run out."""
+        given_up = []
+        while len(given_up) < number and (one := self._idle.first(Standing.STRANGER)) is not None:
+            self.closed(one)
+            given_up.append(one)
+        return given_up
 
-    def _count_down(self, group: str) -> None:
-        self._per_address[group] -= 1
-        if not self._per_address[group]:
-            del self._per_address[group]
+    def _crowded_out(self, group: str, is_full: bool, otherwise: Hashable | None) -> Hashable | None:
+        """Forget and return the connection that makes room for one more idle one of an address, if one has to."""
+        of_address = self._idle_of_address.get(group, ())
+        if len(of_address) >= self.limits.idle_connections_per_address:
+            gives_way = of_address.first() if of_address else otherwise
+        elif is_full or len(self._idle) >= self.limits.idle_connections:
+            gives_way = self._idle.first() if len(self._idle) else otherwise
+        else:
+            return None
+        if gives_way is not otherwise:
+            self.closed(gives_way)
+        return gives_way
+
+    def _add_idle(self, connection: Hashable, entry: _Entry) -> None:
+        self._idle.add(connection, entry.standing)
+        self._idle_of_address.setdefault(entry.group, _Idle()).add(connection, entry.standing)
+
+    def _remove_idle(self, connection: Hashable, entry: _Entry) -> None:
+        self._idle.remove(connection, entry.standing)
+        of_address = self._idle_of_address[entry.group]
+        of_address.remove(connection, entry.standing)
+        if not of_address:
+            del self._idle_of_address[entry.group]
 
 
 # ------------------------------------------------------------------------------------------------------- middleware
@@ -256,13 +343,10 @@ class Gate:
             await send(message)
 
         self._at_work[member] += 1
-        if connection is not None:
-            connection.book.busy(connection)
         try:
-            await self.app(scope, receive, watching_send)
+            with nullcontext() if connection is None else connection.at_work():
+                await self.app(scope, receive, watching_send)
         finally:
-            if connection is not None:
-                connection.book.idle(connection, connection.host)
             self._at_work[member] -= 1
             if not self._at_work[member]:
                 del self._at_work[member]

@@ -39,8 +39,16 @@ def keep(coordinator: Coordinator, run: str) -> None:
     coordinator.announce(f"run {run} is over: {text}")
 
 
-def find(coordinator: Coordinator, run: str, *, member: str) -> KeptModel:
-    """Return the model of a run for a member, and note in the log that it has asked for it.
+def fetch(coordinator: Coordinator, run: str, *, member: str) -> KeptModel:
+    """Return the model of a run for a member, and note in the log that it fetches it. Raises as `find`."""
+    path = find(coordinator, run)
+    model = KeptModel(path, _digest(path, *_identity(path)))
+    _note(coordinator, run, member, model.digest)
+    return model
+
+
+def find(coordinator: Coordinator, run: str) -> Path:
+    """Return where the model of a run is.
 
     Raises:
         RefusedError: The run goes on, or there is no model of it.
@@ -64,9 +72,7 @@ def find(coordinator: Coordinator, run: str, *, member: str) -> KeptModel:
     if not path.is_file():
         raise RefusedError(f"the model of run {run} is not in the coordinator's folder any more", "Ask the operator.",
                            code="no_model")
-    model = KeptModel(path, _digest(path, *_identity(path)))
-    _note(coordinator, run, member, model.digest)
-    return model
+    return path
 
 
 def _made_of(coordinator: Coordinator, run: str) -> dict[str, int | None]:

@@ -125,7 +125,10 @@ class Coordinator:
     def stop(self) -> None:
         """Finish the closing that is being computed, if any, and write the counters."""
         self.closer.stop()
-        self.members.save_traffic()
+        try:
+            self.members.save_traffic()
+        except OSError as error:
+            self.announce(f"the newest counters of traffic are lost: {error}")
 
     # -------------------------------------------------------------------------------------------------- members
     def join(self, request: bodies.JoinRequest) -> bodies.JoinAnswer:

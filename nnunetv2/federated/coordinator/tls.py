@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import ssl
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 
-from nnunetv2.federated.certificates import fingerprint_of
+from nnunetv2.federated.certificates import check_authorities, check_chain, fingerprint_of
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
@@ -68,31 +69,45 @@ def private_certificate(folder: Path, hosts: Sequence[str], *, now: float | None
     return made
 
 
-def given_certificate(certificate: Path, key: Path, *, client_authority: Path | None = None) -> Certificate:
+def given_certificate(certificate: Path, key: Path) -> Certificate:
     """Return a certificate that the operator has brought along.
 
     Raises:
         FederationError: The files do not exist or do not belong together.
     """
-    import ssl
-
-    for path in (certificate, key, *([client_authority] if client_authority else [])):
+    for path in (certificate, key):
         if not path.is_file():
             raise FederationError(f"{path} does not exist: expected a certificate or key in PEM format")
+    check_chain(certificate, key)
+    return Certificate(certificate, key)
+
+
+def require_clients_of(certificate: Certificate, authority: Path) -> Certificate:
+    """Return a certificate whose server wants to see one of an authority from everybody who connects.
+
+    Raises:
+        FederationError: The file is missing, or holds anything but certificates, all of which would be trusted.
+    """
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        if client_authority is not None:
-            context.load_verify_locations(client_authority)
-    except (ssl.SSLError, OSError) as error:
-        raise FederationError(f"{certificate} and {key} cannot be used for TLS: {error}. Expected the certificate "
-                              "(with those between it and its authority) and its key without a password") from error
-    return Certificate(certificate, key, None, client_authority)
+        check_authorities(authority.read_text(encoding="utf-8"))
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(authority)
+    except (OSError, ValueError, FederationError) as error:
+        raise FederationError(f"--client-authority {authority} cannot be used: {error}. Expected the certificate of "
+                              "the authority of the sites' certificates in PEM format, and nothing else") from error
+    return replace(certificate, client_authority=authority)
 
 
 def fingerprint(certificate: Path) -> str:
-    """Return the SHA-256 of the first certificate in a PEM file, as 64 hexadecimal digits."""
-    return fingerprint_of(certificate.read_text(encoding="ascii"))
+    """Return the SHA-256 of the one certificate in a PEM file, as 64 hexadecimal digits.
+
+    Raises:
+        FederationError: The file does not hold one certificate alone.
+    """
+    try:
+        return fingerprint_of(certificate.read_text(encoding="ascii"))
+    except (ValueError, FederationError) as error:
+        raise FederationError(f"{certificate}: {error}. Sites know this authority by its fingerprint: bring the file "
+                              "back as it was made") from error
 
 
 # --------------------------------------------------------------------------------------------------------- making

@@ -3,23 +3,28 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
+from nnunetv2.utilities.trusted_names import check_name, find_class
+
+_FIELD = "an entry of normalization_schemes in the plans"
 
 
-@cache
 def find_normalization_class(name: str) -> type[ImageNormalization]:
     """Return the class of that name from the modules in this folder, to which users may add their own.
 
     Raises:
         RuntimeError: No module here defines it.
+        UntrustedNameError: It is no normalization.
     """
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+    return _find(check_name(name, _FIELD))
 
+
+@cache
+def _find(name: str) -> type[ImageNormalization]:
     folder = Path(__file__).parent
-    found = recursive_find_python_class(str(folder), name, "nnunetv2.preprocessing.normalization")
+    found = find_class(name, field=_FIELD, folder=folder, package="nnunetv2.preprocessing.normalization",
+                       base=ImageNormalization)
     if found is None:
         raise RuntimeError(f"the plans ask for the normalization {name}, which no module in {folder} defines")
     return found

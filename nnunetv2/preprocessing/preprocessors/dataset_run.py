@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
+from nnunetv2.utilities.json_files import read_json
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -42,11 +43,16 @@ class DatasetRun:
 
     @property
     def sources(self) -> dict[str, list[str]]:
-        """All files of each case."""
+        """All files of each case, those beside images included."""
         return {case: self.sources_of(case) for case in self.files}
 
     def sources_of(self, case: str) -> list[str]:
-        return [*self.files[case]["images"], self.files[case]["label"]]
+        images, label = self.files[case]["images"], self.files[case]["label"]
+        list_side_cars = getattr(self.plans_manager.image_reader_writer_class(), "list_side_cars", None)
+        if list_side_cars is None:  # readers need not be our subclasses
+            return [*images, label]
+        return [*images, label, *sorted({*(name for image in images for name in list_side_cars(image)),
+                                         *list_side_cars(label, is_label=True)})]
 
     @property
     def fingerprint(self) -> dict | None:
@@ -105,7 +111,7 @@ def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
 def read_if_path(dataset_json: dict | str | os.PathLike[str]) -> dict:
     """Return the content of a JSON file, or the dict itself."""
     if isinstance(dataset_json, (str, os.PathLike)):
-        return json.loads(Path(dataset_json).read_text(encoding="utf-8"))
+        return read_json(dataset_json)
     return dataset_json
 
 

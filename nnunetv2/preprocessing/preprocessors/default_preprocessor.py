@@ -13,6 +13,7 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.finished_cases import FinishedCases
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
+from nnunetv2.preprocessing.odd_sizes import describe_grids, require_memory, warn_of_odd_size
 from nnunetv2.preprocessing.preprocessors.dataset_run import (
     DatasetRun,
     digest_ingredients,
@@ -72,12 +73,16 @@ class DefaultPreprocessor:
         wanted = list(configuration_manager.spacing)
         wanted = spacing[:len(spacing) - len(wanted)] + wanted  # 2d: slices stay as far apart as they are
         grid = (compute_new_shape(old_shape, spacing, wanted), spacing, wanted)
+        require_memory(len(data), old_shape, *grid)
 
         # Before resampling, which blurs the border of the mask that some normalizations work within.
         data = self._normalize(data, seg, configuration_manager,
                                plans_manager.foreground_intensity_properties_per_channel)
-        data = configuration_manager.resampling_fn_data(data, *grid)
-        seg = configuration_manager.resampling_fn_seg(seg, *grid)
+        try:
+            data = configuration_manager.resampling_fn_data(data, *grid)
+            seg = configuration_manager.resampling_fn_seg(seg, *grid)
+        except MemoryError as error:
+            raise MemoryError(f"{error} ({describe_grids(old_shape, *grid)})") from error
         if self.verbose:
             logger.info("shape %s with spacing %s became shape %s with spacing %s", old_shape, spacing,
                         data.shape[1:], wanted)
@@ -131,10 +136,14 @@ class DefaultPreprocessor:
         arrays = [seg, data]
         del seg, data
         try:
-            return self.run_case_npy(arrays.pop(), arrays.pop(), properties, plans_manager, configuration_manager,
-                                     read_if_path(dataset_json))
+            result = self.run_case_npy(arrays.pop(), arrays.pop(), properties, plans_manager, configuration_manager,
+                                       read_if_path(dataset_json))
         except InvalidInputError as error:
             raise InvalidInputError(f"{image_files[0]}: {error}") from error
+        except MemoryError as error:
+            raise MemoryError(f"{image_files[0]}: {error}") from error
+        warn_of_odd_size(str(image_files[0]), properties, plans_manager, configuration_manager)
+        return result
 
     def run_case_save(self, output_filename_truncated: str, image_files: Sequence[str], seg_file: str,
                       plans_manager: PlansManager, configuration_manager: ConfigurationManager,

@@ -33,12 +33,23 @@ def get_lowres_axis(new_spacing: Spacing) -> np.ndarray:
 
 
 def compute_new_shape(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) -> np.ndarray:
-    """Return how many voxels of `new_spacing` cover the image, rounded half to even, per axis."""
+    """Return how many voxels of `new_spacing` cover the image, rounded half to even but at least one, per axis."""
+    # A slab that is thinner than half a voxel is still there.
+    return np.array([max(length, min(old, 1)) for length, old in
+                     zip(round_lengths(old_shape, old_spacing, new_spacing), old_shape)])
+
+
+def round_lengths(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) -> list[int]:
+    """Return how many voxels of `new_spacing` cover the image, rounded half to even, per axis; that may be none.
+
+    Raises:
+        InvalidInputError: The arguments differ in length.
+    """
     if not len(old_shape) == len(old_spacing) == len(new_spacing):
         raise InvalidInputError(f"shape {tuple(old_shape)}, spacing {tuple(old_spacing)} and new spacing "
                            f"{tuple(new_spacing)} must have the same length")
     # This order of operations decides on which side of .5 a quotient falls.
-    return np.array([int(round(old / new * n)) for old, new, n in zip(old_spacing, new_spacing, old_shape)])
+    return [int(round(old / new * n)) for old, new, n in zip(old_spacing, new_spacing, old_shape)]
 
 
 def determine_do_sep_z_and_axis(force_separate_z: bool | None, current_spacing: Spacing, new_spacing: Spacing,

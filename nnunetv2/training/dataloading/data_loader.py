@@ -25,6 +25,7 @@ from nnunetv2.training.dataloading.patch_position import (
 )
 from nnunetv2.training.dataloading.patch_reading import read_sample
 from nnunetv2.training.dataloading.properties_cache import PropertiesCache
+from nnunetv2.utilities.legacy_names import names_from, origins
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -32,6 +33,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Target = Tensor | list[Tensor]
+
+# Names that copies of the loader import from here.
+_ORIGINS = origins({
+    "acvl_utils.cropping_and_padding.bounding_boxes": "crop_and_pad_nd",
+    "batchgenerators.utilities.file_and_folder_operations": "join load_json",
+    "nnunetv2.paths": "nnUNet_preprocessed",
+    "nnunetv2.training.dataloading.nnunet_dataset": "nnUNetDatasetBlosc2",
+    "nnunetv2.utilities.label_handling.label_handling": "LabelManager",
+    "nnunetv2.utilities.plans_handling.plans_handler": "PlansManager",
+    "threadpoolctl": "threadpool_limits",
+    "typing": "List Tuple Union",
+}, os="os", warnings="warnings")
+
+__all__ = ["DataLoader", "nnUNetBaseDataset", "nnUNetDataLoader", "np", "torch", *_ORIGINS]
+__getattr__ = names_from(_ORIGINS, __name__)
 
 
 class nnUNetDataLoader(DataLoader):
@@ -98,10 +114,21 @@ class nnUNetDataLoader(DataLoader):
         return (slices, *lengths) if self.patch_size_was_2d else lengths
 
     def get_do_oversample(self, sample_idx: int) -> bool:
-        """Tell whether the sample with this number in its batch must hold foreground."""
+        """Tell whether the sample with this number in its batch must hold foreground.
+
+        One of the two rules below decides, which a subclass may override one by one.
+        """
         if self.probabilistic_oversampling:
-            return np.random.uniform() < self.oversample_foreground_percent
+            return self._probabilistic_oversampling(sample_idx)
+        return self._oversample_last_XX_percent(sample_idx)
+
+    def _oversample_last_XX_percent(self, sample_idx: int) -> bool:
+        """Choose the last samples of each batch, as many as make up the share."""
         return sample_idx >= round(self.batch_size * (1 - self.oversample_foreground_percent))
+
+    def _probabilistic_oversampling(self, sample_idx: int) -> bool:
+        """Toss a coin for each sample."""
+        return np.random.uniform() < self.oversample_foreground_percent
 
     def get_bbox(
         self,

@@ -32,9 +32,9 @@ class TopKLoss(RobustCrossEntropyLoss):
         super().__init__(weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
         self.k = k
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, inp: Tensor, target: Tensor) -> Tensor:
         """Compare logits `(b, c, *spatial)` with a label map `(b, 1, *spatial)` or `(b, *spatial)`."""
-        losses = super().forward(input, target).flatten()
+        losses = super().forward(inp, target).flatten()
         # The number of counted voxels stays on the device: asking for it would wait for the GPU. Ignored voxels have
         # loss 0, so they come last.
         counted = (target != self.ignore_index).sum()

@@ -77,6 +77,10 @@ class CosineAnnealingLR_offset(StepwiseLRScheduler):
         self.offset = offset
         super().__init__(optimizer, last_epoch + 1, last_epoch)
 
+    def step(self, epoch: int | None = None) -> None:
+        """Set the learning rates of `epoch`, or of the next one if that is None or -1."""
+        super().step(epoch)
+
     def lrs_at(self, step: int) -> list[float]:
         """Return the learning rate of each parameter group at a step, counted from 0."""
         share = (1 + math.cos(math.pi * (step - self.offset) / (self.T_max - self.offset))) / 2

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
+from nnunetv2.experiment_planning.experiment_planners.hints import describe_too_small
 from nnunetv2.training import checkpoint as checkpoint_files
 from nnunetv2.training import log_file as log_files
 from nnunetv2.training import model_folder, splits, steps
@@ -39,7 +40,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.networks import bare_network, build_network, deep_supervision_scales
-from nnunetv2.training.nnUNetTrainer.reexports import look_up
+from nnunetv2.training.nnUNetTrainer.reexports import ORIGINS
 from nnunetv2.training.optimization import build_grad_scaler, build_sgd
 from nnunetv2.training.progress_line import Position, ProgressLine
 from nnunetv2.training.seeding import seed_epoch
@@ -53,6 +54,7 @@ from nnunetv2.utilities.device import autocast_context, speed_up_on_cpu_
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.legacy_names import names_from
 from nnunetv2.utilities.plain_text import show
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -61,7 +63,8 @@ if TYPE_CHECKING:
 
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
-__getattr__ = look_up
+__getattr__ = names_from(ORIGINS, __name__)
+__all__ = ["nnUNetTrainer", *ORIGINS]
 
 HYPERPARAMETERS = ("initial_lr", "weight_decay", "oversample_foreground_percent", "probabilistic_oversampling",
                    "num_iterations_per_epoch", "num_val_iterations_per_epoch", "num_epochs",
@@ -93,6 +96,9 @@ class nnUNetTrainer:
 
     leaves_checkpoint_files_alone = True
     """Whether the hooks that this very class defines do without the files; a subclass has to say so for its own."""
+
+    max_gradient_norm: float = steps.MAX_GRADIENT_NORM
+    """What `train_step` clips the norm of the gradient at."""
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
                  device: torch.device = CUDA, unpack_dataset: bool | torch.device | None = None):
@@ -260,9 +266,12 @@ class nnUNetTrainer:
         """Add a loss up over the outputs of deep supervision; without it, return the loss as it is."""
         if not self.enable_deep_supervision:
             return loss
+        scales = self._get_deep_supervision_scales()
+        if not scales:
+            raise ValueError(describe_too_small(self.configuration_name,
+                                                self.configuration_manager.median_image_size_in_voxels))
         # DDP fails on parameters without a gradient, unless the network is compiled.
-        weights = deep_supervision_weights(len(self._get_deep_supervision_scales()),
-                                           keep_last_tiny=self.is_ddp and not self._do_i_compile())
+        weights = deep_supervision_weights(len(scales), keep_last_tiny=self.is_ddp and not self._do_i_compile())
         return DeepSupervisionWrapper(loss, weights)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
@@ -324,7 +333,8 @@ class nnUNetTrainer:
             everything = identifiers()
             return everything, everything
         path = Path(self.preprocessed_dataset_folder_base, splits.SPLITS_FILE)
-        return splits.split_cases(path, int(self.fold), identifiers, folder, self.print_to_log_file)
+        return splits.split_cases(path, int(self.fold), identifiers, folder, self.print_to_log_file,
+                                  generate=_in_use("generate_crossval_split"))
 
     def get_tr_and_val_datasets(self) -> tuple[nnUNetBaseDataset, nnUNetBaseDataset]:
         """Return the datasets of the training and of the validation cases."""
@@ -335,7 +345,7 @@ class nnUNetTrainer:
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         """Return endless batches of training and validation data, whose workers are running already."""
-        return start_augmenters(self)
+        return start_augmenters(self, loader_class=_in_use("nnUNetDataLoader"), num_processes=get_allowed_n_proc_DA())
 
     # ---------------------------------------------------------------- training
 
@@ -429,7 +439,7 @@ class nnUNetTrainer:
         data, target = steps.move_batch(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._forward(data, target)[1]
-        steps.update_weights_(loss, self.network, self.optimizer, self.grad_scaler)
+        steps.update_weights_(loss, self.network, self.optimizer, self.grad_scaler, self.max_gradient_norm)
         return {"loss": as_result(loss)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -473,10 +483,14 @@ class nnUNetTrainer:
 
     def _forward(self, data: torch.Tensor, target: steps.TensorOrList) -> tuple[steps.TensorOrList, torch.Tensor]:
         """Return output and loss of a batch, in the precision of the device."""
-        with autocast_context(self.device):
+        with self._autocast():
             output = self.network(data)
             loss = self.loss(steps.as_loss_input(output), target)
         return output, loss if self._loss_weight == 1 else loss * self._loss_weight
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which network and loss are computed; it chooses their precision."""
+        return autocast_context(self.device)
 
     def _report_epoch(self) -> None:
         def latest(key: str) -> Any:
@@ -555,7 +569,8 @@ class nnUNetTrainer:
         """Predict all validation cases as in inference, and write their segmentations and summary.json."""
         from nnunetv2.training.validation import validate
 
-        validate(self, save_probabilities=save_probabilities)
+        validate(self, save_probabilities=save_probabilities, predictor_class=_in_use("nnUNetPredictor"),
+                 compute_metrics=_in_use("compute_metrics_on_folder"))
 
     # ---------------------------------------------------------------- files and reports
 
@@ -614,3 +629,8 @@ class nnUNetTrainer:
 
     def _require(self, folder: str | None) -> str:
         return model_folder.require_folder(folder, type(self).__name__)
+
+
+def _in_use(name: str) -> Any:
+    """Return a class or function by its name in this module, where programs put one of their own in its place."""
+    return getattr(sys.modules[__name__], name)

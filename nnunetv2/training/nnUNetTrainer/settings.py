@@ -1,9 +1,10 @@
-"""Make trainers that differ from another one in a few attributes only."""
+"""Make trainers that differ from another one in a few attributes, or entries of the plans, only."""
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from copy import deepcopy
+from typing import Any, TypeVar
 
 Trainer = TypeVar("Trainer", bound=type)
 
@@ -15,17 +16,52 @@ def with_settings(**settings: object) -> Callable[[Trainer], Trainer]:
     in the ways of earlier releases.
     """
 
+    def construct(parent: Any, self: Any, *arguments: Any, **options: Any) -> None:
+        parent(*arguments, **options)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    return _constructed_by(construct)
+
+
+def with_batch_size(batch_size: int) -> Callable[[Trainer], Trainer]:
+    """Let the decorated trainer use another batch size than its plans, which stay as they are."""
+
+    def construct(parent: Any, self: Any, *arguments: Any, **options: Any) -> None:
+        parent(*arguments, **options)
+        self.configuration_manager.configuration["batch_size"] = batch_size
+
+    return _constructed_by(construct)
+
+
+def with_plans(**entries: object) -> Callable[[Trainer], Trainer]:
+    """Let the decorated trainer replace entries of its configuration in a copy of the plans.
+
+    They are part of the trained model, so that prediction knows them.
+    """
+
+    def construct(parent: Any, self: Any, plans: dict, configuration: str, *arguments: Any, **options: Any) -> None:
+        configurations = plans["configurations"]
+        if configuration in configurations:  # if not, the trainer says so
+            changed = {**configurations[configuration], **deepcopy(entries)}
+            plans = {**plans, "configurations": {**configurations, configuration: changed}}
+        parent(plans, configuration, *arguments, **options)
+
+    return _constructed_by(construct)
+
+
+def _constructed_by(construct: Callable[..., None]) -> Callable[[Trainer], Trainer]:
+    """Return a decorator that gives a class the constructor `construct(parent's constructor, self, ...)`."""
+
     def decorate(trainer_class: Trainer) -> Trainer:
         if "__init__" in vars(trainer_class):
             raise TypeError(f"{trainer_class.__name__} has a constructor of its own: set the attributes there")
 
         @functools.wraps(trainer_class.__init__)
-        def construct(self: object, *arguments: object, **options: object) -> None:
-            super(trainer_class, self).__init__(*arguments, **options)
-            for name, value in settings.items():
-                setattr(self, name, value)
+        def constructor(self: object, *arguments: object, **options: object) -> None:
+            construct(super(trainer_class, self).__init__, self, *arguments, **options)
 
-        trainer_class.__init__ = construct
+        trainer_class.__init__ = constructor
         return trainer_class
 
     return decorate

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.helpers import softmax_helper_dim0
+from nnunetv2.utilities.trusted_names import find_class
 
 if TYPE_CHECKING:
     import torch
@@ -235,12 +235,14 @@ def get_labelmanager_class_from_plans(plans: Mapping) -> type[LabelManager]:
 
     Raises:
         RuntimeError: There is no class of this name.
+        UntrustedNameError: The name means something else.
     """
     if "label_manager" not in plans:
         logger.info("the plans name no label_manager; using LabelManager")
         return LabelManager
     folder = str(Path(__file__).parent)
-    found = recursive_find_python_class(folder, plans["label_manager"], "nnunetv2.utilities.label_handling")
+    found = find_class(plans["label_manager"], field="label_manager in the plans", folder=folder,
+                       package="nnunetv2.utilities.label_handling", base=LabelManager)
     if found is None:
         raise RuntimeError(f"no label manager named {plans['label_manager']!r} found in {folder}")
     return found

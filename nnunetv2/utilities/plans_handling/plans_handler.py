@@ -1,17 +1,16 @@
 """Read plans: a dataset's configurations, and the classes and functions that they name."""
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.json_files import PLANS, read_json
 from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
 from nnunetv2.utilities.plans_handling.old_plans import add_architecture, is_old_configuration
+from nnunetv2.utilities.trusted_names import check_folder_name, find_class
 
 if TYPE_CHECKING:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -37,7 +36,7 @@ class ConfigurationManager:
     @property
     def data_identifier(self) -> str:
         """Folder of the preprocessed data below the dataset's folder."""
-        return self.configuration["data_identifier"]
+        return check_folder_name(self.configuration["data_identifier"], "data_identifier in the plans")
 
     @property
     def preprocessor_name(self) -> str:
@@ -47,7 +46,9 @@ class ConfigurationManager:
     @cached_property
     def preprocessor_class(self) -> type[DefaultPreprocessor]:
         """The preprocessor class, from anywhere below nnunetv2/preprocessing."""
-        return _find_class("preprocessing", self.preprocessor_name, "preprocessor")
+        from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+        return _find_class("preprocessing", self.preprocessor_name, "preprocessor_name", DefaultPreprocessor)
 
     @property
     def batch_size(self) -> int:
@@ -133,7 +134,7 @@ class ConfigurationManager:
     def _find_resampling_function(self, key: str) -> Callable:
         from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
-        function = recursive_find_resampling_fn_by_name(self.configuration[key])
+        function = recursive_find_resampling_fn_by_name(self.configuration[key], key)
         return partial(function, **self.configuration[f"{key}_kwargs"])
 
 
@@ -148,7 +149,7 @@ class PlansManager:
         if isinstance(plans_file_or_dict, dict):
             self.plans = plans_file_or_dict
         else:
-            self.plans = json.loads(Path(plans_file_or_dict).read_text(encoding="utf-8"))
+            self.plans = read_json(plans_file_or_dict, required=PLANS, refuse_duplicates=True)
         self._configurations: dict[str, ConfigurationManager] = {}
 
     def __repr__(self) -> str:
@@ -165,9 +166,14 @@ class PlansManager:
             raise RuntimeError(f"the plans have no configuration {configuration_name!r}; available: "
                                f"{', '.join(self.available_configurations)}")
         if configuration_name not in self._configurations:
-            resolved = resolve_inheritance(self.plans["configurations"], configuration_name)
+            resolved = self._internal_resolve_configuration_inheritance(configuration_name)
             self._configurations[configuration_name] = ConfigurationManager(resolved)
         return self._configurations[configuration_name]
+
+    def _internal_resolve_configuration_inheritance(self, configuration_name: str,
+                                                    visited: tuple[str, ...] | None = None) -> dict:
+        """Return a configuration with all it inherits; programs call it by this name. `visited` is not used."""
+        return resolve_inheritance(self.plans["configurations"], configuration_name)
 
     def get_label_manager(self, dataset_json: Mapping, **kwargs: Any) -> LabelManager:
         """Build the dataset's label manager; keywords are passed on to it."""
@@ -182,7 +188,7 @@ class PlansManager:
     @property
     def dataset_name(self) -> str:
         """Folder name of the dataset."""
-        return self.plans["dataset_name"]
+        return check_folder_name(self.plans["dataset_name"], "dataset_name in the plans")
 
     @property
     def plans_name(self) -> str:
@@ -232,7 +238,10 @@ class PlansManager:
     @cached_property
     def experiment_planner_class(self) -> type[ExperimentPlanner]:
         """The planner class, from anywhere below nnunetv2/experiment_planning."""
-        return _find_class("experiment_planning", self.experiment_planner_name, "experiment planner")
+        from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+        return _find_class("experiment_planning", self.experiment_planner_name, "experiment_planner_used",
+                           ExperimentPlanner)
 
     @cached_property
     def label_manager_class(self) -> type[LabelManager]:
@@ -244,9 +253,11 @@ def resolve_inheritance(configurations: Mapping[str, dict], name: str) -> dict:
     """Return a deep copy of a configuration, completed by its ancestors' entries; nested dicts are not merged.
 
     Raises:
-        ValueError: An ancestor is missing.
+        ValueError: The configuration or an ancestor is missing.
         RuntimeError: The configuration is its own ancestor.
     """
+    if name not in configurations:
+        raise ValueError(f"the plans have no configuration {name!r}; available: {', '.join(configurations)}")
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
         if parent not in configurations:
@@ -261,12 +272,13 @@ def resolve_inheritance(configurations: Mapping[str, dict], name: str) -> dict:
     return resolved
 
 
-def _find_class(subpackage: str, class_name: str, kind: str) -> type:
+def _find_class(subpackage: str, class_name: str, key: str, base: type) -> type:
     import nnunetv2
 
     folder = os.path.join(nnunetv2.__path__[0], subpackage)
-    found = recursive_find_python_class(folder, class_name, f"nnunetv2.{subpackage}")
+    found = find_class(class_name, field=f"{key} in the plans", folder=folder, package=f"nnunetv2.{subpackage}",
+                       base=base)
     if found is None:
-        raise RuntimeError(f"no {kind} named {class_name!r} found in {folder}. Check the spelling in the plans, or "
-                           "add a module with this class to that folder")
+        raise RuntimeError(f"the plans ask for {key} {class_name!r}, which no module in {folder} defines. Check the "
+                           "spelling in the plans, or add a module with this class to that folder")
     return found

@@ -14,6 +14,7 @@ import pytest
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.training.data_augmentation import augmenters
 from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters, seed_everything
@@ -57,7 +58,7 @@ def start():
 
 def first_of_each_worker(augmenter, number: int) -> list[dict]:
     firsts = {}
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while len(firsts) < number and time.monotonic() < deadline:
         batch = next(augmenter)
         firsts.setdefault(batch["worker"], batch)
@@ -95,17 +96,15 @@ def test_an_error_in_a_worker_arrives_with_its_text_and_a_hint(start):
 
 
 def test_a_dead_worker_is_noticed_and_explained(start):
-    start_time = time.monotonic()
     with pytest.raises(RuntimeError, match="memory ran out"):
         next(start(Dies()))
-    assert time.monotonic() - start_time < 10
 
 
 def test_a_worker_that_dies_is_noticed_while_others_go_on(start):
     augmenter = start(Draws())
     next(augmenter)
     os.kill(augmenter._processes[0].pid, signal.SIGKILL)
-    augmenter._processes[0].join(5)
+    augmenter._processes[0].join(PATIENCE_S)
     with pytest.raises(RuntimeError, match="augmentation-0 ended with exit status -9"):
         next(augmenter)
 
@@ -205,7 +204,7 @@ def _ask_and_wait(connection) -> None:
     augmenter = WorkerAugmenter(Draws(), None, 1, num_cached=1)
     next(augmenter)
     connection.send(augmenter._processes[0].pid)
-    time.sleep(60)
+    time.sleep(MUCH_LONGER_S)
 
 
 def test_workers_end_when_the_process_that_started_them_is_killed():
@@ -213,11 +212,11 @@ def test_workers_end_when_the_process_that_started_them_is_killed():
     here, there = context.Pipe()
     starter = context.Process(target=_ask_and_wait, args=(there,))
     starter.start()
-    assert here.poll(20)
+    assert here.poll(PATIENCE_S)
     worker = here.recv()
     os.kill(starter.pid, signal.SIGKILL)
-    starter.join(5)
-    deadline = time.monotonic() + 10
+    starter.join(PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and _is_running(worker):
         time.sleep(0.05)
     assert not _is_running(worker)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from importable_torchvision import make_torchvision_importable
 from tiny_dataset import make_tiny_dataset
 
 
@@ -34,10 +35,9 @@ def cuda_on_paper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Paper GPU 1")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
-    # The optimizers of a build with CUDA ask the GPU what it is doing; from 2.6 on by way of torch.accelerator.
+    # The optimizers of a build with CUDA ask the GPU what it is doing.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    if hasattr(torch, "accelerator"):
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
 
 
 @pytest.fixture
@@ -50,3 +50,22 @@ def adan(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "adan_pytorch", SimpleNamespace(Adan=Adan))
     return Adan
+
+
+@pytest.fixture
+def small_primus(monkeypatch):
+    """Build every Primus network with a width and depth that train in a moment."""
+    make_torchvision_importable()
+    from dynamic_network_architectures.architectures import primus
+
+    from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
+
+    small = {"embed_dim": 66, "eva_depth": 1, "eva_numheads": 1}
+    for size in "SBML":
+        monkeypatch.setitem(primus._PRIMUS_CONFIGS, size, small)
+    embedding = primus.PatchEmbedDeeperControlled
+    monkeypatch.setattr(primus, "PatchEmbedDeeperControlled",
+                        lambda **options: embedding(**{**options, "ch_per_level": (4, 4, 8, 8)}))
+    find_primus = primus_trainers.find_primus
+    monkeypatch.setattr(primus_trainers, "find_primus", lambda name: (
+        lambda **options: find_primus(name)(**{**options, **(small if name == "Primus" else {})})))

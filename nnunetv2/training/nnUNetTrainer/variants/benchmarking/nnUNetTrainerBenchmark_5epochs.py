@@ -1,7 +1,6 @@
 """A trainer that measures how fast a machine trains."""
 from __future__ import annotations
 
-import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import distributed
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.json_files import read_json
 
 RESULT_FILE = "benchmark_result.json"
 
@@ -47,7 +47,7 @@ class nnUNetTrainerBenchmark_5epochs(nnUNetTrainer):
         if self.local_rank != 0:
             return
         path = Path(self.output_folder, RESULT_FILE)
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        results = read_json(path) if path.is_file() else {}
         result = self._describe_result()
         results[_key_of(result)] = result
         save_json_atomically(results, path)

@@ -32,13 +32,17 @@ class nnUNetTrainer_warmup(nnUNetTrainer):
         if stage == self.training_stage:
             return self.optimizer, self.lr_scheduler
         goes_on = stage == TRAIN and self.training_stage == WARMUP
-        optimizer = self.optimizer if goes_on else super().configure_optimizers()[0]
+        optimizer = self.optimizer if goes_on else self._build_optimizer()
         self.print_to_log_file(f"Learning rate schedule of stage {stage}")
         self.training_stage = stage
         if stage == WARMUP:
             return optimizer, Lin_incr_LRScheduler(optimizer, self.initial_lr, self.warmup_duration_whole_net)
         return optimizer, PolyLRScheduler_offset(optimizer, self.initial_lr, self.num_epochs,
                                                  self.warmup_duration_whole_net)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        """Return a new optimizer, whose learning rate the schedules of both stages set."""
+        return super().configure_optimizers()[0]
 
     def on_train_epoch_start(self) -> None:
         """Enter the stage that begins with this epoch, if one does."""

@@ -1,0 +1,30 @@
+"""Let torchvision import where its compiled part does not fit torch, for tests of networks that do not compute with it.
+
+The package index has torchvision built for CUDA only. Beside a CPU build of torch it does not load its operators and
+then fails while it describes them. Networks from timm need nothing of it but its import. This is a double for tests:
+users install the torchvision that belongs to their torch.
+"""
+from __future__ import annotations
+
+import sys
+
+import torch
+
+DECLARE_OPERATORS = """
+import torch
+for name in ("nms", "qnms"):
+    torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+"""Runs before torchvision is imported; also given to other processes."""
+
+
+def make_torchvision_importable() -> None:
+    """Declare the operators that torchvision describes, if it cannot do so itself."""
+    try:
+        import torchvision  # noqa: F401
+    except (AttributeError, RuntimeError):  # the first and every later failure
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        if not hasattr(torch.ops.torchvision, "nms"):
+            exec(DECLARE_OPERATORS, {})
+        import torchvision  # noqa: F401
