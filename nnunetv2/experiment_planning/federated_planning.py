@@ -6,6 +6,9 @@ Three short exchanges, none of which carries an image or says where a voxel lies
     coarse    geometry, moments, 65536-bin histograms    -> the bins that hold the wanted ranks
     fine      histograms inside those bins               -> the pooled fingerprint
 
+The outermost values of a site are counted farther out, so that its smallest and largest voxel stay there; where that
+would change a percentile, the third exchange is repeated (`federated/outermost.py`).
+
 A site that comes after that sends its census only, and plans from the pooled fingerprint of the others.
 
 The number of cases comes first because nnU-Net draws 1e8 / cases foreground voxels per case. The result equals, to the
@@ -16,6 +19,7 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), with exact pooling 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,13 +33,16 @@ from nnunetv2.experiment_planning.fingerprint_files import (
     forget_pooled_fingerprint,
     has_pooled_fingerprint,
 )
-from nnunetv2.federated import messages, results, statistics
+from nnunetv2.federated import messages, outermost, plausibility, results, statistics
 from nnunetv2.federated.client import FederationClient, show_progress
-from nnunetv2.federated.errors import RefusedError, WireError
+from nnunetv2.federated.errors import FederationError, RefusedError, WireError
+from nnunetv2.federated.min_cases import check_enough_cases
 from nnunetv2.federated.site import load_credential
 from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
+MOST_LOOKS = 20
+"""How often a site lets the coordinator look into bins: honest ones need one look, seldom two or three."""
 
 
 def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | None = None,
@@ -57,6 +64,7 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
 
     Raises:
         NotJoinedError: The site has not joined a federation.
+        NotAllowedError: The site has fewer cases than it wants to take part with; nothing was sent.
         RefusedError: The sites' channels, labels or plans differ.
     """
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -70,6 +78,7 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
         extractor.run(overwrite_existing=clean or has_pooled_fingerprint(folder))
         forget_pooled_fingerprint(folder)
         return plan_experiment_dataset(dataset_id, **planning)[1]
+    check_enough_cases(extractor.count_cases(), extractor.dataset_name)
     with FederationClient(credential, report=show_progress) as client:
         num_cases = pool_fingerprint(client, extractor, site=credential.site, share_extrema=share_extrema)
         plans, plans_name = plan_experiment_dataset(dataset_id, **planning)
@@ -117,13 +126,87 @@ def _take_part(client: FederationClient, extractor: Any, census: messages.Census
                         f"{census.num_cases}")
     samples = _sample(extractor, num_cases)
     values = intensities_per_channel(samples)
-    coarse = {f"coarse.{c}": statistics.coarse_histogram(*channel) for c, channel in enumerate(values)}
+    others = extractor.num_samples_per_case(num_cases) * (num_cases - census.num_cases)
     summary = summarise(samples, values, census.share_extrema)
-    wanted = client.exchange(messages.COARSE_KEY, summary, coarse).message
-    results.check_bins(wanted, len(values))
-    bins = wanted.bins
-    fine = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1]) for c, channel in enumerate(values)}
-    return client.exchange(messages.FINE_KEY, messages.FineSummary(bins=bins), fine).message
+    channels = [outermost.Channel.of(*channel, hide=not census.share_extrema) for channel in values]
+    coarse = {f"coarse.{c}": channel.coarse_histogram() for c, channel in enumerate(channels)}
+    answer = client.exchange(messages.COARSE_KEY, summary, coarse).message
+    for number in range(MOST_LOOKS):
+        if not isinstance(answer, messages.WantedBins):
+            results.check_fingerprint(answer, len(channels))
+            _compare_geometry(summary, answer)
+            return answer
+        results.check_bins(answer, len(channels))
+        channels, answer = _look_into(client, number, values, channels, answer.bins, others)
+    raise FederationError(f"the coordinator wants to look into the intensities for the {MOST_LOOKS + 1}th time, which "
+                          "no percentile needs: nothing more is sent. Ask the coordinating site which version it runs")
+
+
+def _look_into(client: FederationClient, number: int, values: Sequence[tuple[np.ndarray, np.ndarray]],
+               channels: Sequence[outermost.Channel], bins: Sequence[Sequence[int]],
+               others: int) -> tuple[list[outermost.Channel], messages.Message]:
+    """Send the histograms inside some bins; return the channels, with what had to be shown of them, and the answer.
+
+    Args:
+        number: How often that was done before.
+        values: Per channel, values and how often each occurs.
+        channels: Per channel, the histogram of these as the coordinator has it.
+        bins: Per channel, what it wants to look into.
+        others: How many values the other sites may have together.
+    """
+    for channel, wanted in zip(channels, bins):
+        channel.check_wanted_bins(wanted, others)
+    shown = [channel.showing(wanted) for channel, wanted in zip(channels, bins)]
+    corrected = tuple(c for c, channel in enumerate(shown) if channel is not channels[c])
+    if corrected:
+        show("A percentile of all sites' intensities lies among this site's outermost values, in channel "
+             f"{', '.join(map(str, corrected))}: more of these values are counted where they are, "
+             f"{' and '.join(_describe_hidden(shown[c]) for c in corrected)} stay hidden.", flush=True)
+    histograms = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1])
+                  for c, channel in enumerate(values)}
+    histograms |= {f"coarse.{c}": shown[c].coarse_histogram() for c in corrected}
+    summary = messages.FineSummary(bins=bins, corrected=corrected)
+    try:
+        answer = client.exchange(messages.fine_key(number), summary, histograms)
+    except RefusedError as error:
+        if corrected and error.code == "invalid":
+            raise FederationError("a percentile of all sites' intensities lies among this site's outermost values, and "
+                                  "the coordinator's version is too old to find it without the smallest or largest "
+                                  "voxel of this site: update the coordinator, or plan in a new federation with "
+                                  "--share_extrema at this site") from error
+        raise
+    return shown, answer.message
+
+
+def _describe_hidden(channel: outermost.Channel) -> str:
+    return f"{channel.lowest:,} at the lower and {channel.highest:,} at the upper end"
+
+
+def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFingerprint) -> None:
+    """Say, before anything is preprocessed, if the scans of this site have another size than those of the others.
+
+    Raises:
+        FederationError: They differ so much that their units must.
+    """
+    rest = Counter(zip(map(tuple, pooled.fingerprint["spacings"]), map(tuple, pooled.fingerprint["shapes_after_crop"])))
+    rest -= Counter(zip(map(tuple, own.spacings), map(tuple, own.shapes)))
+    if not rest:
+        return
+    spacings, shapes = zip(*rest.elements())
+    here = plausibility.Geometry.of(own.spacings, own.shapes)
+    others = plausibility.Geometry.of(spacings, shapes)
+    factor = here.factor_to(others)
+    if not plausibility.is_at_least(factor, plausibility.ODD_FACTOR):
+        return
+    spacing, extent = (f"{plausibility.in_mm(own_lengths)} here, {plausibility.in_mm(their_lengths)} there"
+                       for own_lengths, their_lengths in ((here.spacing, others.spacing), (here.extent, others.extent)))
+    line = (f"The scans of this site are {plausibility.describe_factor(factor)} than those of the others: median "
+            f"spacing {spacing}; median extent {extent}")
+    if plausibility.is_at_least(factor, plausibility.IMPOSSIBLE_FACTOR):
+        raise FederationError(f"{line}. They cannot all have spacings in millimetres: look at the images' headers, "
+                              "here and with the others, before anything is preprocessed")
+    show(f"{line}. Is that right? If units are mixed up, stop, mend the headers, and tell the coordinating site.",
+         flush=True)
 
 
 def _come_late(client: FederationClient, extractor: Any, census: messages.Census,
@@ -133,9 +216,12 @@ def _come_late(client: FederationClient, extractor: Any, census: messages.Census
     show(f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
          f"cases are not part of the plans, which are made from {num_cases} cases of the others.", flush=True)
     _sample(extractor, num_cases)
-    for key in (messages.COARSE_KEY, messages.FINE_KEY):  # in order: the second cannot begin before the first is closed
-        pooled = client.result(key).message
-    return pooled
+    answer = client.result(messages.COARSE_KEY).message
+    for number in range(MOST_LOOKS):  # in order: none can begin before the one before it is closed
+        if not isinstance(answer, messages.WantedBins):
+            return answer
+        answer = client.result(messages.fine_key(number)).message
+    raise FederationError("the other sites find no percentiles of their intensities: use matching versions")
 
 
 def _sample(extractor: Any, num_cases: int) -> list[CaseSample]:

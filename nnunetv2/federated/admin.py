@@ -140,7 +140,8 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
     from nnunetv2.federated.bodies import FederationSettings, SettingsChange
     from nnunetv2.federated.strict_json import validated
 
-    given = {name: getattr(arguments, name) for name in ("quorum", "deadline_s", "late_updates", "validate_every")
+    given = {name: getattr(arguments, name) for name in ("quorum", "deadline_s", "late_updates", "validate_every",
+                                                         "min_sites")
              if getattr(arguments, name) is not None}
     if arguments.wait_for_all:
         given |= {"quorum": None, "deadline_s": None}
@@ -149,7 +150,8 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
         settings = ask(credential, "PATCH", "settings", FederationSettings, change)
     else:
         settings = ask(credential, "GET", "settings", FederationSettings)
-    show(*printable_json(settings.model_dump(mode="json"), indent=4).split("\n"))
+    content = {**settings.model_dump(mode="json"), "min_sites": settings.min_sites}
+    show(*printable_json(content, indent=4).split("\n"))
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -193,6 +195,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wait-for-all", action="store_true", help="neither quorum nor deadline")
     parser.add_argument("--late-updates", choices=("drop", "carry"))
     parser.add_argument("--validate-every", type=int, metavar="N")
+    parser.add_argument("--min-sites", type=int, metavar="N",
+                        help="nothing is averaged over fewer sites; can be raised, not lowered")
 
 
 def operator_credential(folder: Path | None) -> SiteCredential:

@@ -57,11 +57,13 @@ class Aggregated:
     """SHA-256 of the aggregate; it does not depend on the order in which the updates came."""
     changes: Mapping[str, Change]
     """Site -> how far it has moved; empty if there was no aggregate before."""
+    kept: tuple[str, ...] = ()
+    """Tensors that keep the values of the aggregate before, although some site has sent others: too few have."""
 
 
 def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str, float], *, out_path: Path,
                         message: Message, previous: Document | None = None,
-                        precision: Precision = "float32") -> Aggregated:
+                        precision: Precision = "float32", min_sites: int = 1) -> Aggregated:
     """Average, per tensor, over the sites that have it, and write the result as a document.
 
     Args:
@@ -72,17 +74,23 @@ def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str,
         previous: The aggregate before, with which updates are compared. Tensors that no document has keep its values;
             without it they are missing.
         precision: How the updates have travelled, and `previous` to the sites.
+        min_sites: Tensors that fewer documents have keep their values of `previous`, as if nobody had sent them.
 
     Raises:
-        AggregationError: There is no document, a weight is missing, or a tensor cannot be averaged; it is named.
+        AggregationError: There is no document, a weight is missing, or a tensor cannot be averaged or has no values to
+            keep; it is named.
     """
     if not documents:
         raise AggregationError("there is no update to aggregate")
     sites = sorted(documents)
     if missing := documents.keys() - weights.keys():
         raise AggregationError(f"site {min(missing)} has no weight")
-    holders = _holders(documents, sites)
+    held = _holders(documents, sites)
     known = {} if previous is None else previous.specs
+    kept = tuple(sorted(name for name, contributors in held.items() if len(contributors) < min_sites))
+    if missing := set(kept) - known.keys():
+        raise AggregationError(f"tensor {min(missing)} of fewer than {min_sites} sites has no earlier values to keep")
+    holders = {name: contributors for name, contributors in held.items() if len(contributors) >= min_sites}
     sent = {name: documents[contributors[0]].specs[name] for name, contributors in holders.items()}
     _check_specs(documents, holders, sent)
     in_half = precision == "float16"
@@ -103,7 +111,7 @@ def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str,
         return mean.reshape(specs[name].shape)
 
     digest = _write(out_path, message, specs, value_of)
-    return Aggregated(digest, comparison.changes())
+    return Aggregated(digest, comparison.changes(), kept)
 
 
 def outliers(changes: Mapping[str, Change]) -> list[str]:

@@ -61,6 +61,11 @@ class Archive:
         gathering = self._find(key)
         return gathering is not None and gathering.is_closed
 
+    def has_contributed(self, key: str, site: str) -> bool:
+        """Tell whether there is something that a site has contributed to a gathering."""
+        gathering = self._find(key)
+        return gathering is not None and site in gathering.contributions
+
     def contribution(self, key: str, site: str) -> Document:
         """Open what a site contributed to a gathering that has begun."""
         return open_document(self._contribution_path(key, site, self._find(key).contributions[site].digest))
@@ -77,6 +82,16 @@ class Archive:
             yield {site: stack.enter_context(open_document(
                        self._contribution_path(key, site, gathering.contributions[site].digest)))
                    for site in gathering.outcome.contributors}
+
+    def pooled_fingerprint(self) -> dict[str, Any] | None:
+        """Return the fingerprint that the sites have pooled, or None if they have not, or not yet."""
+        number = 0
+        while self.is_closed(messages.fine_key(number)):
+            with self.result(messages.fine_key(number)) as document:
+                if isinstance(document.message, messages.PooledFingerprint):
+                    return document.message.fingerprint
+            number += 1
+        return None
 
     def messages(self, key: str) -> dict[str, Any]:
         """Return the messages of a closed gathering's contributions: site -> message."""
@@ -110,6 +125,12 @@ class Archive:
     def registrations(self, run: str) -> dict[str, messages.Registration]:
         """Return what every site of a run registered, in the order of their names."""
         return dict(self._each_registration(run))
+
+    def registration(self, run: str, site: str) -> messages.Registration:
+        """Return what one site of a run registered, at first or when it was admitted."""
+        key = admission_key(run, site) if site in self._admitted(run) else registration_key(run)
+        with self.contribution(key, site) as document:
+            return document.message
 
     def _each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
         """Yield every site and what it registered, in the order of their names: all at once are large."""

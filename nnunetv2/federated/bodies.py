@@ -18,6 +18,7 @@ from nnunetv2.federated.messages import (
     SiteName,
     SiteNames,
     Text,
+    WithAdditions,
     WithPrecision,
 )
 from nnunetv2.utilities.plain_text import printable
@@ -25,9 +26,15 @@ from nnunetv2.utilities.plain_text import printable
 ShownText = Annotated[LongText, AfterValidator(lambda text: printable(text, most=8000))]
 """What people read, and others may have put into words: printable once it was read."""
 
+LEAST_SITES = 2
+"""What is made of one site is that site's own."""
+MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
+
 
 class FederationSettings(WithPrecision):
     """What holds for every site of a federation, fixed when it was created."""
+
+    ADDED = ("precision", "min_sites")
 
     federation: Text
     sites: SiteNames
@@ -44,6 +51,18 @@ class FederationSettings(WithPrecision):
     """An update that comes after its round was closed does not count, or counts in the round that is open then."""
     validate_every: Annotated[int, Field(ge=0, le=10**7)] = 5
     """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
+    min_sites: MinSites = LEAST_SITES
+    """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
+
+
+def check_floor(settings: FederationSettings) -> None:
+    """Raise FederationError if the smallest number of sites contradicts the other settings."""
+    if settings.min_sites > len(settings.sites):
+        raise FederationError(f"--min-sites {settings.min_sites} is more than the {len(settings.sites)} sites: nothing "
+                              "could ever be averaged")
+    if settings.quorum is not None and settings.quorum < settings.min_sites:
+        raise FederationError(f"--quorum {settings.quorum} is less than --min-sites {settings.min_sites}, with fewer "
+                              f"than which no round is closed: choose a quorum of {settings.min_sites} or more")
 
 
 def check_quorum(settings: FederationSettings) -> None:
@@ -61,6 +80,8 @@ class SettingsChange(Part):
     deadline_s: Positive | None = None
     late_updates: Literal["drop", "carry"] = "drop"
     validate_every: Annotated[int, Field(ge=0, le=10**7)] = 5
+    min_sites: MinSites = LEAST_SITES
+    """May be raised, never lowered: sites have joined with that promise."""
 
 
 class InviteRequest(Part):
@@ -123,10 +144,17 @@ class Receipt(Part):
     waiting_for: SiteNames = ()
 
 
+LACKS_HEADER = "X-Sites-Lacking"
+"""Where `Waiting.lacks` travels."""
+
+
 class Waiting(Part):
     waiting_for: SiteNames
     paused: bool = False
     """Whether the operator has paused the run."""
+    lacks: Annotated[Count, Field(exclude=True)] = 0
+    """How many further sites it takes although nobody in particular is waited for. Travels as a header: an older site
+    would refuse the field, and its training end."""
 
 
 class Problem(Part):
@@ -180,7 +208,9 @@ class SiteStatus(Part):
     bytes_sent: Count = 0
 
 
-class GatheringStatus(Part):
+class GatheringStatus(WithAdditions):
+    ADDED = ("lacks",)
+
     key: Text
     contributed: SiteNames
     waiting_for: SiteNames
@@ -188,6 +218,8 @@ class GatheringStatus(Part):
     """Seconds since 1970, by the coordinator's clock."""
     refusal: ShownText = ""
     """Why there is no result although all have contributed."""
+    lacks: Count = 0
+    """How many further sites have to contribute before it may be closed, whoever is waited for: `min_sites` says so."""
 
 
 class FailureStatus(Part):

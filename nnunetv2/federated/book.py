@@ -162,7 +162,7 @@ class RoundBook:
         control = self.control(key.run) if key.run else RunControl()
         now = fresh_gathering(key, self.settings, expected=self.expected(key))
         return replace(
-            gathering, expected=now.expected, quorum=now.quorum, deadline_s=now.deadline_s,
+            gathering, expected=now.expected, quorum=now.quorum, floor=now.floor, deadline_s=now.deadline_s,
             excused=frozenset(site for site, number in control.failed.items()
                               if key.number is not None and number <= key.number),
             is_held=control.state != "running" and key.kind in ("round", "initial"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import tempfile
 import threading
 import time
@@ -198,6 +199,9 @@ class FederationClient:
                 self._say(f"{key}: the operator has paused the run")
             elif waiting.waiting_for:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
+            elif waiting.lacks:
+                self._say(f"{key}: too few sites take part at the moment, waiting for {waiting.lacks} more "
+                          "(--min-sites or --quorum of the coordinator)")
             waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
         limits = result_limits(parse_key(key).kind, num_cases=self._num_cases)
         self._document = open_document(download.path, limits=replace(limits, file_bytes=largest))
@@ -290,7 +294,9 @@ class FederationClient:
         try:
             with self._request("GET", path, headers=download.headers()) as response:
                 if response.status_code == 202:
-                    return decode_json(bodies.Waiting, read_small(response))
+                    lacks = re.fullmatch("[0-9]{1,4}", response.headers.get(bodies.LACKS_HEADER, "0"))
+                    return decode_json(bodies.Waiting, read_small(response)).model_copy(
+                        update={"lacks": int(lacks[0]) if lacks else 0})
                 expected = response.headers.get("X-Content-SHA256", "")
                 digest = download.receive(response, tag=f'"{expected}"')
         except RangeError:

@@ -6,7 +6,7 @@ all of them. Documents come from an `Archive` and results go to it; nothing here
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,22 @@ from nnunetv2.federated import (
     half_precision,
     matching,
     messages,
+    plausibility,
     statistics,
     validation,
 )
 from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.comparing import first_difference
-from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
-from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, round_key
+from nnunetv2.federated.errors import MatchingError, RefusedError, StatisticsError, WireError
+from nnunetv2.federated.messages import (
+    CENSUS_KEY,
+    COARSE_KEY,
+    fine_key,
+    initial_key,
+    late_census_key,
+    round_key,
+)
 from nnunetv2.federated.rounds import (
     WEIGHT_KINDS,
     Closed,
@@ -34,6 +42,7 @@ from nnunetv2.federated.rounds import (
     GatheringKey,
     Kind,
     changed_since,
+    parse_key,
     prerequisite,
 )
 from nnunetv2.federated.strict_json import json_digest
@@ -87,14 +96,20 @@ def limits_of(key: GatheringKey, site: str, archive: Archive) -> Limits:
             cases, channels = earlier.message.num_cases, len(earlier.message.channel_names)
         return document_limits.coarse_limits(cases, channels, tensor_bytes=channels * _HISTOGRAM_BYTES)
     if key.kind == "fine":
-        with archive.result(COARSE_KEY) as wanted:
-            histograms = sum(map(len, wanted.message.bins))
+        with archive.result(str(prerequisite(key))) as wanted:
+            bins = getattr(wanted.message, "bins", ())
+        histograms = sum(map(len, bins)) + len(bins)  # what lies inside the bins, and coarse ones that are corrected
         return document_limits.message_limits("fine", tensor_bytes=histograms * _HISTOGRAM_BYTES)
     return document_limits.message_limits(key.kind)
 
 
-def check_contribution(key: GatheringKey, site: str, document: Document, archive: Archive) -> None:
-    """Raise WireError unless a document is what its gathering expects of a site: kind, names, shapes, finite values."""
+def check_contribution(key: GatheringKey, site: str, document: Document, archive: Archive,
+                       settings: FederationSettings) -> None:
+    """Raise WireError unless a document is what its gathering expects of a site.
+
+    That is its kind, the names, shapes and finite values of its tensors, and that it contradicts neither itself nor
+    what the site has said before.
+    """
     expected = MESSAGE_OF_KIND[key.kind]
     if not isinstance(document.message, expected):
         raise WireError(f"{key} takes messages of kind {expected.model_fields['kind'].default}, "
@@ -103,19 +118,25 @@ def check_contribution(key: GatheringKey, site: str, document: Document, archive
     if key.kind == "round":
         _check_precision(document, expected_tensors)
     check_tensors(document, expected_tensors)
-    if key.kind == "coarse":
-        _check_coarse(site, document, archive)
-    elif key.kind == "fine":
-        _check_fine(site, document, archive)
-    elif key.kind in ("registration", "admission"):
-        _check_registration(key, document.message)
+    try:
+        if key.kind == "coarse":
+            _check_coarse(site, document, archive)
+        elif key.kind == "fine":
+            _check_fine(key, site, document, archive)
+        elif key.kind in ("registration", "admission"):
+            _check_registration(key, site, document.message, archive)
+        elif key.kind == "validation":
+            _check_validation(key, site, document.message, archive, settings)
+    except StatisticsError as error:
+        raise WireError(f"what site {site} sends cannot be right: {error}") from error
 
 
 def _expected_tensors(key: GatheringKey, site: str, message: Any, archive: Archive) -> Mapping[str, TensorSpec]:
     if key.kind == "coarse":
         return {f"coarse.{c}": TensorSpec("I64", (statistics.NUM_BINS,)) for c in range(len(message.moments))}
     if key.kind == "fine":
-        return {f"fine.{c}": TensorSpec("I64", (len(bins), statistics.NUM_BINS)) for c, bins in enumerate(message.bins)}
+        fine = {f"fine.{c}": TensorSpec("I64", (len(bins), statistics.NUM_BINS)) for c, bins in enumerate(message.bins)}
+        return fine | {f"coarse.{c}": TensorSpec("I64", (statistics.NUM_BINS,)) for c in message.corrected}
     if key.kind in WEIGHT_KINDS:
         return _expected_weights(key, site, archive)
     return {}
@@ -143,30 +164,72 @@ def _check_coarse(site: str, document: Document, archive: Archive) -> None:
     if (len(summary.spacings), len(summary.moments)) != (census.num_cases, len(census.channel_names)):
         raise WireError(f"the summary has {len(summary.spacings)} cases and {len(summary.moments)} channels, the "
                         f"census of site {site} {census.num_cases} and {len(census.channel_names)}")
+    plausibility.check_geometry(summary.spacings, summary.relative_sizes)
     for channel, moments in enumerate(summary.moments):
         histogram = statistics.pool_histograms([document.read(f"coarse.{channel}")])
-        if int(histogram.sum()) != moments.count:
-            raise WireError(f"channel {channel}: moments and histogram count different numbers of voxels")
+        try:
+            plausibility.check_moments(moments, histogram, is_whole=summary.extrema is not None)
+        except StatisticsError as error:
+            raise StatisticsError(f"channel {channel}: {error}") from error
 
 
-def _check_fine(site: str, document: Document, archive: Archive) -> None:
-    with archive.result(COARSE_KEY) as wanted:
-        if document.message.bins != wanted.message.bins:
+def _check_fine(key: GatheringKey, site: str, document: Document, archive: Archive) -> None:
+    with archive.result(str(prerequisite(key))) as wanted:
+        if getattr(wanted.message, "bins", None) != document.message.bins:
             raise WireError("the bins are not those that were asked for")
-    with archive.contribution(COARSE_KEY, site) as coarse:
-        for channel, bins in enumerate(document.message.bins):
-            fine = statistics.pool_histograms([document.read(f"fine.{channel}")])
-            if (fine.sum(axis=1) != coarse.read(f"coarse.{channel}")[list(bins)]).any():
-                raise WireError(f"channel {channel}: fine and coarse histograms of site {site} count different voxels")
+    for channel, bins in enumerate(document.message.bins):
+        coarse = before = statistics.pool_histograms([_coarse_of(key, site, channel, archive)])
+        if channel in document.message.corrected:
+            coarse = statistics.pool_histograms([document.read(f"coarse.{channel}")])
+        fine = statistics.pool_histograms([document.read(f"fine.{channel}")])
+        if coarse.sum() != before.sum() or (fine.sum(axis=1) != coarse[list(bins)]).any():
+            raise WireError(f"channel {channel}: fine and coarse histograms of site {site} count different voxels")
 
 
-def _check_registration(key: GatheringKey, message: messages.Registration) -> None:
+def _coarse_of(key: GatheringKey, site: str, channel: int, archive: Archive) -> Any:
+    """Return a site's coarse histogram as it was before it contributed to a fine one: the last that it has sent."""
+    earlier = prerequisite(key)
+    while earlier.kind == "fine":
+        with archive.contribution(str(earlier), site) as document:
+            if channel in document.message.corrected:
+                return document.read(f"coarse.{channel}")
+        earlier = prerequisite(earlier)
+    with archive.contribution(str(earlier), site) as document:
+        return document.read(f"coarse.{channel}")
+
+
+def _check_validation(key: GatheringKey, site: str, message: messages.Validation, archive: Archive,
+                      settings: FederationSettings) -> None:
+    registration = archive.registration(key.run, site)
+    largest = plausibility.largest_validation(registration.plans, registration.configuration,
+                                              settings.num_val_iterations_per_epoch)
+    counted = max(sum(voxels) for voxels in zip(message.tp, message.fp, message.fn, strict=True))
+    if counted > largest:
+        raise StatisticsError("more voxels were validated than so many batches of such patches have")
+
+
+def _check_registration(key: GatheringKey, site: str, message: messages.Registration, archive: Archive) -> None:
     named = messages.run_name(message.configuration, message.fold, message.trainer)
     if named != key.run:
         raise WireError(f"a registration for {named} was sent to the run {key.run}")
     plans_name = message.plans.get("plans_name")
     if not isinstance(plans_name, str) or not re.fullmatch(messages.SEGMENT_PATTERN.strip("^$"), plans_name):
         raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
+    planned = _planned_cases(site, archive)
+    # What was registered before the software compared this is left alone: its run goes on.
+    if planned is not None and message.num_training_cases > planned and not archive.has_contributed(str(key), site):
+        raise WireError(f"site {site} registers {message.num_training_cases} training cases, and had {planned} cases "
+                        "in all when the fingerprints were pooled. Train with the dataset that was planned with, or "
+                        "plan with all cases in a new federation")
+
+
+def _planned_cases(site: str, archive: Archive) -> int | None:
+    """Return how many cases a site had when it planned with the others; None if it has not."""
+    for key in (CENSUS_KEY, late_census_key(site)):
+        if archive.has_contributed(key, site):
+            with archive.contribution(key, site) as document:
+                return document.message.num_cases
+    return None
 
 
 def check_unchanged(key: GatheringKey, site: str, message: messages.Registration, archive: Archive) -> None:
@@ -186,6 +249,8 @@ class Computed:
     """Its SHA-256."""
     record: Mapping[str, Any] | None = None
     """What is to be remembered of a round or validation, as JSON, when its documents are gone."""
+    remarks: tuple[str, ...] = ()
+    """What the person at the coordinator should know of it, a line each."""
 
 
 def close(gathering: Gathering, settings: FederationSettings, archive: Archive) -> Computed:
@@ -204,11 +269,12 @@ def close(gathering: Gathering, settings: FederationSettings, archive: Archive) 
         if gathering.key.kind == "round":
             return _close_round(gathering, documents, settings, archive)
         result = _compute_message(gathering.key, documents, settings, archive)
+        remarks = _remarks(gathering.key, documents, result)
     record = None
     if isinstance(result, messages.PooledValidation):
         record = result.model_dump(mode="json")
         result = result.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})  # not for the other sites
-    return Computed(write_document(archive.result_path(str(gathering.key)), result, {}, []), record)
+    return Computed(write_document(archive.result_path(str(gathering.key)), result, {}, []), record, remarks)
 
 
 def _compute_message(key: GatheringKey, documents: Mapping[str, Document], settings: FederationSettings,
@@ -218,10 +284,10 @@ def _compute_message(key: GatheringKey, documents: Mapping[str, Document], setti
     if key.kind == "census":
         return pool_census(contributed)
     if key.kind == "coarse":
-        return messages.WantedBins(bins=tuple(
-            statistics.wanted_bins(histogram) for histogram in _pool_channels(documents.values(), "coarse")))
+        check_same_units({site: _geometry_of(message) for site, message in contributed.items()})
+        return _wanted_bins(_pool_channels(documents.values(), "coarse"))
     if key.kind == "fine":
-        return _pool_fingerprint(documents, archive)
+        return _pool_fingerprint(key, documents, archive)
     if key.kind == "plans":
         return agree_on_plans({site: message.plans for site, message in contributed.items()})
     if key.kind == "late_census":
@@ -230,7 +296,8 @@ def _compute_message(key: GatheringKey, documents: Mapping[str, Document], setti
         before = archive.messages(prerequisite(key).text)
         return agree_on_plans({site: message.plans for site, message in {**before, **contributed}.items()})
     if key.kind == "validation":
-        return validation.pool(key.number, contributed, before=archive.last_validation(key.run))
+        return validation.pool(key.number, contributed, before=archive.last_validation(key.run),
+                               min_sites=settings.min_sites)
     if key.kind == "admission":
         return _admit(key, contributed[key.site], archive)
     return match_registrations(contributed, settings)
@@ -257,28 +324,96 @@ def _show_in(contributed: Mapping[str, messages.Census], archive: Archive) -> me
     return pool_census(before)
 
 
-def _pool_fingerprint(documents: Mapping[str, Document], archive: Archive) -> messages.PooledFingerprint:
+def _pool_fingerprint(key: GatheringKey, documents: Mapping[str, Document],
+                      archive: Archive) -> messages.PooledFingerprint | messages.WantedBins:
+    """Pool the fingerprint; or return other bins, if corrected histograms show that the percentiles lie in those."""
+    following = parse_key(fine_key((key.number or 0) + 1))  # before which these histograms are the last
     with ExitStack() as stack:
-        coarse = [stack.enter_context(archive.contribution(COARSE_KEY, site)) for site in documents]
-        summaries = [document.message for document in coarse]
-        fingerprint = statistics.pool_fingerprint(
-            summaries, _pool_channels(coarse, "coarse"), _pool_channels(documents.values(), "fine"))
+        summaries = [stack.enter_context(archive.contribution(COARSE_KEY, site)).message for site in documents]
+        coarse = [statistics.pool_histograms(_coarse_of(following, site, channel, archive) for site in documents)
+                  for channel in range(len(summaries[0].moments))]
+        wanted = _wanted_bins(coarse)
+        if any(document.message.bins != wanted.bins for document in documents.values()):
+            return wanted
+        fingerprint = statistics.pool_fingerprint(summaries, coarse, _pool_channels(documents.values(), "fine"))
     return messages.PooledFingerprint(num_cases=sum(len(summary.spacings) for summary in summaries),
                                       fingerprint=fingerprint)
+
+
+def _wanted_bins(coarse: Iterable[Any]) -> messages.WantedBins:
+    return messages.WantedBins(bins=tuple(statistics.wanted_bins(histogram) for histogram in coarse))
 
 
 def _pool_channels(documents: Iterable[Document], name: str) -> list[Any]:
     """Add up the histograms `<name>.<channel>` of all sites, channel by channel."""
     documents = list(documents)
+    num_channels = sum(tensor.startswith(f"{name}.") for tensor in documents[0].specs)
     return [statistics.pool_histograms(document.read(f"{name}.{channel}") for document in documents)
-            for channel in range(len(documents[0].specs))]
+            for channel in range(num_channels)]
+
+
+def _geometry_of(summary: messages.CoarseSummary) -> plausibility.Geometry:
+    return plausibility.Geometry.of(summary.spacings, summary.shapes)
+
+
+def check_same_units(geometries: Mapping[str, plausibility.Geometry]) -> None:
+    """Raise RefusedError, naming the sites, if scans differ so much in size that their units must differ."""
+    odd = {site: factor for site, factor in plausibility.factors_to_nearest(geometries).items()
+           if plausibility.is_at_least(factor, plausibility.IMPOSSIBLE_FACTOR)}
+    if odd:
+        described = ", ".join(f"those of site {site} are {plausibility.describe_factor(factor)}"
+                              for site, factor in sorted(odd.items()))
+        raise RefusedError(f"the scans cannot all have spacings in millimetres: in every direction and in voxel size, "
+                           f"{described} than those of any other site", "Look at the spacings in the images' headers "
+                           "at these sites, mend them, and plan again.", code="datasets_differ")
+
+
+# ------------------------------------------------------------------------------------------------------------ remarks
+def _remarks(key: GatheringKey, documents: Mapping[str, Document], result: messages.Message) -> tuple[str, ...]:
+    """Say what the person at the coordinator should know of a result without tensors."""
+    if key.kind == "coarse":
+        return tuple(_remarks_on_geometry({site: _geometry_of(one.message) for site, one in documents.items()}))
+    if key.kind in ("registration", "admission") and isinstance(result, messages.Match):
+        return tuple(_remarks_on_match(key, {site: one.message for site, one in documents.items()}, result))
+    return ()
+
+
+def _remarks_on_geometry(geometries: Mapping[str, plausibility.Geometry]) -> Iterator[str]:
+    for site, factor in sorted(plausibility.factors_to_nearest(geometries).items()):
+        if plausibility.is_at_least(factor, plausibility.ODD_FACTOR):
+            spacing, extent = (plausibility.in_mm(lengths) for lengths in (geometries[site].spacing,
+                                                                           geometries[site].extent))
+            yield (f"the scans of site {site} are {plausibility.describe_factor(factor)} than those of any other site: "
+                   f"median spacing {spacing}, extent {extent}. Ask whether its units are right before anybody "
+                   "preprocesses")
+
+
+def _remarks_on_match(key: GatheringKey, registered: Mapping[str, messages.Registration],
+                      match: messages.Match) -> Iterator[str]:
+    """Say what each site counts, and what only two of them have."""
+    cases = {site: message.num_training_cases for site, message in registered.items()}
+    weights = cases if match.weighting == "cases" else dict.fromkeys(cases, 1)
+    counted = ", ".join(f"{site} {_cases(number)}" + (f" ({weights[site] / sum(weights.values()):.0%})"
+                                                      if key.kind == "registration" else "")
+                        for site, number in sorted(cases.items()))
+    yield (f"run {key.run}: {counted}; sites count "
+           f"{'by their training cases' if match.weighting == 'cases' else 'the same'}")
+    pairs = sum(len(sites) == 2 for sites in match.shared.values())
+    if pairs and len(match.coverage) > 2:
+        yield (f"run {key.run}: {pairs} of {len(match.shared)} shared tensors are those of two sites only, which can "
+               "compute each other's: found federations with --min-sites 3 where that must not be")
+
+
+def _cases(number: int) -> str:
+    return f"{number} training case{'' if number == 1 else 's'}"
 
 
 def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgreement:
     """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference."""
     comparable = {site: comparable_plans(content) for site, content in plans.items()}
-    difference = first_difference(comparable, "plans")
+    difference = first_difference(comparable, "plans", with_values=False)
     if difference:
+        # The values stay here: those of plans that a site has made alone tell of its data.
         raise RefusedError(f"the plans differ: {difference}", "Plan again at all sites, with the same options and the "
                            "same version: nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
     return messages.PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
@@ -296,7 +431,7 @@ def match_registrations(contributed: Mapping[str, messages.Registration],
     cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
     try:
         matched = matching.match_tensors({site: message.tensors for site, message in contributed.items()},
-                                         rule=settings.matching)
+                                         rule=settings.matching, min_sites=settings.min_sites)
     except MatchingError as error:
         raise RefusedError(str(error), code="nothing_shared") from error
     return messages.Match(
@@ -349,8 +484,12 @@ def _close_round(gathering: Gathering, documents: Mapping[str, Document], settin
     with archive.result(before) as previous:
         done = aggregation.aggregate_documents(documents, weights, message=message, previous=previous,
                                                out_path=archive.result_path(str(key)),
-                                               precision=agreement.match.precision)
-    return Computed(done.digest, record_of_round(gathering, weights, measured, settings, done))
+                                               precision=agreement.match.precision, min_sites=settings.min_sites)
+    remarks = () if not done.kept else (
+        f"run {key.run}, round {key.number}: {len(done.kept)} tensors keep their values, since fewer than "
+        f"{settings.min_sites} of the sites that have them took part: {', '.join(done.kept[:3])}"
+        f"{', ...' if len(done.kept) > 3 else ''}",)
+    return Computed(done.digest, record_of_round(gathering, weights, measured, settings, done), remarks)
 
 
 def record_of_round(gathering: Gathering, weights: Mapping[str, float], measured: Mapping[str, Mapping[str, Any]],
@@ -368,5 +507,5 @@ def record_of_round(gathering: Gathering, weights: Mapping[str, float], measured
     return {"round": gathering.key.number, "opened": gathering.opened, "closed": gathering.outcome.time,
             "digest": done.digest, "sites": contributed, "missing": list(gathering.outcome.missing),
             "failed": sorted(gathering.excused & set(gathering.outcome.missing)),
-            "outliers": aggregation.outliers(done.changes),
+            "outliers": aggregation.outliers(done.changes), "kept": len(done.kept),
             "settings": settings.model_dump(mode="json", exclude={"federation", "sites"})}

@@ -13,28 +13,34 @@ _SHOWN_CHARACTERS = 160
 _MOST_CHARACTERS = 4000
 
 
-def first_difference(values: Mapping[str, Any], place: str) -> str | None:
+def first_difference(values: Mapping[str, Any], place: str, *, with_values: bool = True) -> str | None:
     """Say where the first difference between sites is, and which sites have what; None if there is none.
 
     Args:
         values: Site -> JSON value.
         place: What the values are, such as "labels".
+        with_values: Whether everybody may see the values; else only which sites have the same.
 
     Returns:
-        For example "labels.liver is 1 at A, B and 2 at C". Names and values are printable, and cut where they are long.
+        For example "labels.liver is 1 at A, B and 2 at C", or "labels.liver is not the same at A, B and at C".
+        Names and values are printable, and cut where they are long.
     """
     if len(_groups(values)) <= 1:
         return None
     if all(isinstance(value, dict) for value in values.values()):
         for name in sorted(set().union(*values.values())):
             inside = {site: value.get(name, _ABSENT) for site, value in values.items()}
-            if difference := first_difference(inside, f"{place}.{printable(name, most=_SHOWN_CHARACTERS)}"):
+            within = f"{place}.{printable(name, most=_SHOWN_CHARACTERS)}"
+            if difference := first_difference(inside, within, with_values=with_values):
                 return difference
     if _are_lists_of_one_length(values):
         for index in range(len(next(iter(values.values())))):
             inside = {site: value[index] for site, value in values.items()}
-            if difference := first_difference(inside, f"{place}[{index}]"):
+            if difference := first_difference(inside, f"{place}[{index}]", with_values=with_values):
                 return difference
+    if not with_values:
+        groups = [f"at {', '.join(sites)}" for sites in _groups(values).values()]
+        return printable(f"{place} is not the same {', '.join(groups[:-1])} and {groups[-1]}", most=_MOST_CHARACTERS)
     held = [f"{printable(text, most=_SHOWN_CHARACTERS)} at {', '.join(sites)}" for text, sites in
             _groups(values).items()]
     return printable(f"{place} is {', '.join(held[:-1])} and {held[-1]}", most=_MOST_CHARACTERS)

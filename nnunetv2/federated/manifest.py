@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
+from nnunetv2.federated.min_cases import refusal_of
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import shell_command, show
 
@@ -73,13 +74,17 @@ def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans
     channels = dataset_json.get("channel_names") or dataset_json["modality"]
     moments = messages.ChannelMoments(count=10**9, mean=MEASURED, m2=-MEASURED)
     triple = (-MEASURED,) * 3
+    bins = (tuple(range(65_530, 65_530 + MAX_BINS)),) * len(channels)
+    fine = {f"fine.{c}": TensorSpec("I64", (MAX_BINS, statistics.NUM_BINS)) for c in range(len(channels))}
     documents = [
         Leaving(when="planning, first exchange", passed_on="the sum of the cases of all sites",
                 message=messages.Census(num_cases=num_cases, channel_names=channels, labels=dataset_json["labels"],
                                         regions_class_order=dataset_json.get("regions_class_order"),
                                         share_extrema=share_extrema)),
         Leaving(when="planning, second exchange", known=False,
-                passed_on="nothing of it; later all spacings and shapes in one sorted list, without names of sites",
+                passed_on="nothing of it; later all spacings and shapes in one sorted list, without names of sites"
+                          + ("" if share_extrema else ". Smallest and largest voxel stay here: in the histograms, the "
+                             "outermost values are counted farther out"),
                 message=messages.CoarseSummary(
                     spacings=(triple,) * num_cases, shapes=((1000, 1000, 1000),) * num_cases,
                     relative_sizes=(-MEASURED,) * num_cases, moments=(moments,) * len(channels),
@@ -88,9 +93,15 @@ def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans
                 specs={f"coarse.{c}": TensorSpec("I64", (statistics.NUM_BINS,)) for c in range(len(channels))}),
         Leaving(when="planning, third exchange", known=False,
                 passed_on="per channel: mean, standard deviation, median and percentiles of all sites together",
-                message=messages.FineSummary(bins=(tuple(range(65_530, 65_530 + MAX_BINS)),) * len(channels)),
-                specs={f"fine.{c}": TensorSpec("I64", (MAX_BINS, statistics.NUM_BINS)) for c in range(len(channels))}),
+                message=messages.FineSummary(bins=bins), specs=fine),
     ]
+    if not share_extrema:
+        documents.append(Leaving(
+            when="planning, third exchange, where a percentile of all sites lies among this site's outermost values: "
+                 "then fewer of them are hidden, if need be none", known=False,
+            passed_on="which bins of all sites' histograms hold the percentiles, and then the same as above",
+            message=messages.FineSummary(bins=bins, corrected=tuple(range(len(channels)))),
+            specs=fine | {f"coarse.{c}": TensorSpec("I64", (statistics.NUM_BINS,)) for c in range(len(channels))}))
     if plans is not None:
         documents.append(Leaving(when="planning, to compare the plans", message=messages.PlansReport(plans=dict(plans)),
                                  known=False, passed_on="the digest; if plans differ, the first field that does"))
@@ -142,6 +153,10 @@ def training_documents(registration: Registration, *, metrics: Sequence[str], la
 # ------------------------------------------------------------------------------------------------------- describing
 def describe(documents: Sequence[Leaving], credential: SiteCredential | None) -> Iterator[str]:
     """Yield the lines that people read."""
+    refusal = next(filter(None, map(_refusal_of, documents)), None)
+    if refusal is not None:
+        yield f"As it is, nothing of what follows leaves this site: {refusal}"
+        yield ""
     if credential is None:
         yield "This site has not joined a federation. What is listed here would go to the coordinator that it joins."
     else:
@@ -201,6 +216,17 @@ def _count(values: Any, what: str = "value") -> str:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+
+
+def _refusal_of(document: Leaving) -> str | None:
+    """Say why this site would not send a document, because it has too few cases."""
+    from nnunetv2.federated.messages import Census, Registration
+
+    if isinstance(document.message, Census):
+        return refusal_of(document.message.num_cases, "the dataset")
+    if isinstance(document.message, Registration):
+        return refusal_of(document.message.num_training_cases, "the dataset")
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------- allow-list

@@ -11,7 +11,8 @@ Two rules give a tensor the name under which it is compared:
     by resolution      r0 r1 r2 r3          r0 r1 r2 r3 r4
 
 A layer (the weight, bias, ... of one module) is shared whole or not at all, by the sites whose layers agree in the
-name, shape and dtype of every tensor; there must be at least two of them. Integer tensors are never shared.
+name, shape and dtype of every tensor; there must be at least two of them, or as many as the federation asks for.
+Integer tensors are never shared.
 """
 from __future__ import annotations
 
@@ -93,43 +94,46 @@ class Matching:
     """What sites share."""
 
     shared: dict[str, dict[str, str]]
-    """Canonical name -> site -> the site's own name; at least two sites each."""
+    """Canonical name -> site -> the site's own name; at least so many sites each as were asked for."""
     entries: dict[str, TensorEntry]
     """Canonical name -> dtype and shape, the same at all its sites."""
     coverage: dict[str, tuple[int, int]]
     """Site -> (parameters it shares, parameters it has)."""
 
 
-def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule) -> Matching:
+def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: int = 2) -> Matching:
     """Match the tensors of all sites, and refuse a match that cannot be what the sites want.
 
     Args:
         manifests: Site -> its distinct tensors.
         rule: "name" or "resolution".
+        min_sites: Tensors that fewer sites have are not shared.
 
     Raises:
-        MatchingError: There are fewer than two sites, or some site shares less than `MIN_COVERAGE` of its parameters;
-            the message names the likely cause.
+        MatchingError: There are fewer than `min_sites` sites, or some site shares less than `MIN_COVERAGE` of its
+            parameters; the message names the likely cause.
     """
-    if len(manifests) < 2:
-        raise MatchingError(f"{', '.join(manifests) or 'nobody'} alone shares nothing: a run needs at least two sites")
-    matching = {"name": match_by_name, "resolution": match_by_resolution}[rule](manifests)
+    if len(manifests) < min_sites:
+        raise MatchingError(f"{', '.join(manifests) or 'nobody'} alone shares nothing: a run needs at least "
+                            f"{min_sites} sites")
+    match = {"name": match_by_name, "resolution": match_by_resolution}[rule]
+    matching = match(manifests, min_sites=min_sites)
     for site, (shared, total) in matching.coverage.items():
         if shared < MIN_COVERAGE * total or shared == 0:
             share = f"{shared} of its {total} parameters ({shared / max(total, 1):.1%})"
-            cause = _likely_cause(site, manifests, rule)
+            cause = _too_few(site, match(manifests), min_sites) or _likely_cause(site, manifests, rule)
             raise MatchingError(f"site {site} shares only {share} with the others. {cause}")
     return matching
 
 
-def match_by_name(manifests: Mapping[str, Manifest]) -> Matching:
+def match_by_name(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
     """Match tensors whose names are equal. Nothing is refused; see `match_tensors`."""
-    return _match(manifests, lambda manifest: {entry.name: normalise_name(entry.name) for entry in manifest})
+    return _match(manifests, lambda manifest: {entry.name: normalise_name(entry.name) for entry in manifest}, min_sites)
 
 
-def match_by_resolution(manifests: Mapping[str, Manifest]) -> Matching:
+def match_by_resolution(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
     """Match tensors whose names are equal once decoder stages are numbered from the top. Nothing is refused."""
-    return _match(manifests, _names_by_resolution)
+    return _match(manifests, _names_by_resolution, min_sites)
 
 
 def choose_owners(shared: Mapping[str, Mapping[str, str]], weights: Mapping[str, float]) -> dict[str, str]:
@@ -156,7 +160,8 @@ def _decoder_stages(names: Iterable[str]) -> dict[str, int]:
     return stages
 
 
-def _match(manifests: Mapping[str, Manifest], name_tensors: Callable[[Manifest], Mapping[str, str]]) -> Matching:
+def _match(manifests: Mapping[str, Manifest], name_tensors: Callable[[Manifest], Mapping[str, str]],
+           min_sites: int) -> Matching:
     """Group, layer by layer, the sites whose layers look the same."""
     layers: dict[str, dict[str, dict[str, TensorEntry]]] = defaultdict(dict)  # layer -> site -> common name -> tensor
     for site in sorted(manifests):
@@ -168,7 +173,7 @@ def _match(manifests: Mapping[str, Manifest], name_tensors: Callable[[Manifest],
     shared: dict[str, dict[str, str]] = {}
     entries: dict[str, TensorEntry] = {}
     for layer in sorted(layers):
-        groups = _groups_of_sites(layers[layer])
+        groups = _groups_of_sites(layers[layer], min_sites)
         for sites in groups:
             suffix = _suffix(groups, sites, layers[layer])
             for common, entry in layers[layer][sites[0]].items():
@@ -183,13 +188,13 @@ def _layer_of(name: str) -> str:
     return layer or leaf
 
 
-def _groups_of_sites(layer: Mapping[str, Mapping[str, TensorEntry]]) -> list[list[str]]:
-    """Return the groups, of two sites at least, whose tensors of this layer agree in every respect."""
+def _groups_of_sites(layer: Mapping[str, Mapping[str, TensorEntry]], min_sites: int) -> list[list[str]]:
+    """Return the groups, of so many sites at least, whose tensors of this layer agree in every respect."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for site, tensors in layer.items():
         if all(entry.dtype in SHAREABLE for entry in tensors.values()):
             groups[tuple(sorted((name, entry.dtype, entry.shape) for name, entry in tensors.items()))].append(site)
-    return [sites for _, sites in sorted(groups.items()) if len(sites) >= 2]
+    return [sites for _, sites in sorted(groups.items()) if len(sites) >= min_sites]
 
 
 def _suffix(groups: Sequence[Sequence[str]], sites: Sequence[str],
@@ -213,6 +218,19 @@ def _coverage(manifests: Mapping[str, Manifest], shared: Mapping[str, Mapping[st
 
 
 # ------------------------------------------------------------------------------------------------------------ causes
+def _too_few(site: str, with_fewer: Matching, min_sites: int) -> str:
+    """Say that a site shares little because too few others have its layers; nothing, where that is not the cause.
+
+    Args:
+        with_fewer: What two sites would be enough for.
+    """
+    shared, total = with_fewer.coverage[site]
+    if shared == 0 or shared < MIN_COVERAGE * total:
+        return ""
+    return (f"What it has in common with others, fewer than {min_sites} sites have, and --min-sites {min_sites} keeps "
+            "it from being averaged. Plan with --federated at all sites, so that their networks are the same.")
+
+
 def _likely_cause(site: str, manifests: Mapping[str, Manifest], rule: Rule) -> str:
     """Say in a sentence or two why a site shares so little, and what to do."""
     own = _shapes(manifests[site])
@@ -233,7 +251,7 @@ def _likely_cause(site: str, manifests: Mapping[str, Manifest], rule: Rule) -> s
         return (f"Its network and that of site {nearest} differ in depth. Start the coordinator with "
                 "--matching resolution, or plan with --federated at all sites.")
     differing = sorted(name for name in common if own[name] != theirs[name])
-    example = f" (first {differing[0]}: {own[differing[0]]} against {theirs[differing[0]]})" if differing else ""
+    example = f", first in {differing[0]}" if differing else ""  # no shapes: they follow from plans made alone
     return (f"Kernels or numbers of features differ from those of site {nearest}{example}. "
             "Plan with --federated at all sites, or use the same planner.")
 

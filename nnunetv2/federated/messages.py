@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -146,18 +146,26 @@ class Message(Part):
     protocol: Literal[1] = PROTOCOL
 
 
-class WithPrecision(Part):
+class WithAdditions(Part):
+    """Base of what has got fields since protocol 1 began; those are left out while they say what they always meant."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ()
+    """Names of these fields. A peer that does not know them yet does what they say by default."""
+
+    @model_serializer(mode="wrap")
+    def _leave_defaults_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields, added = type(self).model_fields, self.ADDED
+        return {name: value for name, value in serialize(self).items()
+                if name not in added or getattr(self, name) != fields[name].default}
+
+
+class WithPrecision(WithAdditions):
     """Base of what says how weights travel."""
+
+    ADDED = ("precision",)
 
     precision: Precision = "float32"
     """float16 is sent with error feedback, see `half_precision`."""
-
-    @model_serializer(mode="wrap")
-    def _leave_default_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A site or coordinator that does not know the field yet can do what it says by default.
-        content = serialize(self)
-        return content if self.precision != "float32" else {
-            name: value for name, value in content.items() if name != "precision"}
 
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
@@ -217,11 +225,17 @@ class WantedBins(Message):
     bins: Annotated[tuple[BinList, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
 
 
-class FineSummary(Message):
+class FineSummary(WithAdditions, Message):
     """The bins a site looked into; its tensors `fine.<channel>` are int64 of shape (number of bins, 65536)."""
+
+    ADDED = ("corrected",)
 
     kind: Literal["fine_summary"] = "fine_summary"
     bins: Annotated[tuple[BinList, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
+    corrected: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_CHANNELS)], ...], Field(max_length=MAX_CHANNELS),
+                         AfterValidator(_check_unique)] = ()
+    """Channels whose coarse histograms come again, as tensors `coarse.<channel>`: a wanted bin lies among the
+    outermost values of the site, fewer of which are counted elsewhere now; see `outermost`."""
 
 
 class PooledFingerprint(Message):
@@ -395,6 +409,11 @@ DocumentMessage = Annotated[
 CENSUS_KEY = "fingerprint/census"
 COARSE_KEY = "fingerprint/coarse"
 FINE_KEY = "fingerprint/fine"
+
+
+def fine_key(number: int) -> str:
+    """Return the key under which bins are looked into: the first ones, or the others that these have led to."""
+    return f"{FINE_KEY}/{number:d}" if number else FINE_KEY
 
 
 def plans_key(plans_name: str) -> str:

@@ -19,7 +19,7 @@ from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
 from nnunetv2.federated.closing import PLANS_OF_A_SITE, agree_on_plans, comparable_plans
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.messages import FINE_KEY, Registration, plans_key, round_key
+from nnunetv2.federated.messages import Registration, plans_key, round_key
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 TRAINER = "nnUNetTrainer"
@@ -66,8 +66,14 @@ def name_of_zip(outcome: str) -> str:
     """
     match = re.fullmatch(r"model written to .*[/\\]([^/\\]+\.zip)", outcome)
     if match is None:
-        raise RefusedError(f"there is no model that everybody could use: {outcome.partition(': ')[2]}", code="no_model")
+        reason = without_values(outcome).partition(": ")[2]
+        raise RefusedError(f"there is no model that everybody could use: {reason}", code="no_model")
     return match[1]
+
+
+def without_values(outcome: str) -> str:
+    """Return a line of `keep_models` without values of plans, which those of earlier versions quote."""
+    return re.sub(r"(the plans differ): .* is (?!not the same ).*", r"\1", outcome, flags=re.DOTALL)
 
 
 def _write_description(folder: Path, registrations: Mapping[str, Registration], archive: Archive) -> Path:
@@ -149,6 +155,6 @@ def of_most_sites(values: Iterable[Any]) -> Any:
 
 def save_fingerprint(path: Path, archive: Archive) -> None:
     """Write the pooled fingerprint beside the model, if this federation has made one."""
-    if archive.is_closed(FINE_KEY):
-        with archive.result(FINE_KEY) as document:
-            save_json_atomically(document.message.fingerprint, path)
+    fingerprint = archive.pooled_fingerprint()
+    if fingerprint is not None:
+        save_json_atomically(fingerprint, path)

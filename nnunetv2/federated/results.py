@@ -21,18 +21,18 @@ LARGEST_MESSAGE = 64 << 20
 MAX_ROUNDS = 100_000
 """No run has more. A site keeps curves with a value per round."""
 
-RESULT_OF_KIND: dict[Kind, type[messages.Message]] = {
-    "census": messages.PooledCensus,
-    "coarse": messages.WantedBins,
-    "fine": messages.PooledFingerprint,
-    "plans": messages.PlansAgreement,
-    "late_census": messages.PooledCensus,
-    "late_plans": messages.PlansAgreement,
-    "registration": messages.Match,
-    "admission": messages.Match,
-    "initial": messages.Aggregate,
-    "round": messages.Aggregate,
-    "validation": messages.PooledValidation,
+RESULTS_OF_KIND: dict[Kind, tuple[type[messages.Message], ...]] = {
+    "census": (messages.PooledCensus,),
+    "coarse": (messages.WantedBins,),
+    "fine": (messages.PooledFingerprint, messages.WantedBins),
+    "plans": (messages.PlansAgreement,),
+    "late_census": (messages.PooledCensus,),
+    "late_plans": (messages.PlansAgreement,),
+    "registration": (messages.Match,),
+    "admission": (messages.Match,),
+    "initial": (messages.Aggregate,),
+    "round": (messages.Aggregate,),
+    "validation": (messages.PooledValidation,),
 }
 
 
@@ -59,10 +59,10 @@ def largest_result(key: str, weights: int) -> int:
 def check_result(key: str, message: messages.Message) -> None:
     """Raise WireError unless a message is what the result of a gathering says."""
     kind = parse_key(key).kind
-    expected = RESULT_OF_KIND[kind]
+    expected = RESULTS_OF_KIND[kind]
     if not isinstance(message, expected):
         raise WireError(f"the coordinator answers {key} with a message of kind {message.kind}, expected "
-                        f"{expected.model_fields['kind'].default}")
+                        f"{' or '.join(one.model_fields['kind'].default for one in expected)}")
     if isinstance(message, messages.Aggregate):
         if (message.round is None) != (kind == "initial"):
             raise WireError(f"the coordinator answers {key} with an aggregate of "

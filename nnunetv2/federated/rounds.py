@@ -28,6 +28,7 @@ from nnunetv2.federated.messages import (
     FINE_KEY,
     SEGMENT_PATTERN,
     SITE_PATTERN,
+    fine_key,
     initial_key,
     registration_key,
     round_key,
@@ -38,6 +39,9 @@ Kind = Literal["census", "coarse", "fine", "plans", "late_census", "late_plans",
                "round", "validation"]
 FINAL_KINDS: frozenset[Kind] = frozenset({"initial", "round", "validation"})
 """Where the first acknowledged contribution stays: weights are never sent twice with different values in good faith."""
+POOLED_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "registration", "initial", "round"})
+"""What makes one thing of the sites' contributions, and is closed with no fewer of them than `min_sites`. A validation
+is closed with fewer, and then without a result; see `validation`."""
 WEIGHT_KINDS: frozenset[Kind] = frozenset({"initial", "round"})
 """Whose documents carry the tensors of a network."""
 MISSABLE_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "plans", "registration"})
@@ -61,7 +65,7 @@ class GatheringKey:
     kind: Kind
     run: str | None = None
     number: int | None = None
-    """The round, counted from 0."""
+    """The round, counted from 0; of a fine histogram, how often bins were looked into before, if they were."""
     site: str | None = None
     """The site that is let in late, in a gathering of its own."""
 
@@ -78,6 +82,8 @@ def parse_key(text: str) -> GatheringKey:
     fixed: dict[str, Kind] = {CENSUS_KEY: "census", COARSE_KEY: "coarse", FINE_KEY: "fine"}
     if text in fixed:
         return GatheringKey(text, fixed[text])
+    if match := re.fullmatch(f"{FINE_KEY}/([1-9][0-9]{{0,2}})", text):
+        return GatheringKey(text, "fine", number=int(match[1]))
     if re.fullmatch(f"plans/{_SEGMENT}", text):
         return GatheringKey(text, "plans")
     if match := re.fullmatch(f"(fingerprint|plans/{_SEGMENT})/admissions/({_SITE})", text):
@@ -97,7 +103,7 @@ def prerequisite(key: GatheringKey) -> GatheringKey | None:
     if key.kind in ("coarse", "late_census"):
         return parse_key(CENSUS_KEY)
     if key.kind == "fine":
-        return parse_key(COARSE_KEY)
+        return parse_key(fine_key(key.number - 1) if key.number else COARSE_KEY)
     if key.kind == "late_plans":
         return parse_key(key.text.removesuffix(f"/admissions/{key.site}"))
     if key.kind in ("initial", "admission"):
@@ -155,6 +161,8 @@ class Gathering:
     """Sites without which no deadline closes it."""
     quorum: int | None = None
     """Contributions that suffice at the deadline. None: all."""
+    floor: int = 1
+    """Contributions without which nothing closes it: no deadline, no failure, no operator, nobody's leaving."""
     deadline_s: float | None = None
     """Seconds from `opened` to the deadline. None: there is none."""
     opened: float = 0.0
@@ -184,6 +192,18 @@ class Gathering:
         return tuple(sorted(self.expected - self.contributions.keys()))
 
     @property
+    def least(self) -> int:
+        """Return the smallest number of contributions with which it is closed. The operator can go below a quorum."""
+        if self.quorum is None or self.is_superseded or self.key.kind not in POOLED_KINDS:
+            return self.floor
+        return max(self.floor, self.quorum)
+
+    @property
+    def lacks(self) -> int:
+        """Return how many contributions are missing to that number."""
+        return max(0, self.least - len(self.counted))
+
+    @property
     def counted(self) -> tuple[str, ...]:
         """Name the expected sites that have contributed. A site that was sent away does not count any more."""
         return tuple(sorted(self.expected & self.contributions.keys()))
@@ -196,6 +216,7 @@ def fresh_gathering(key: GatheringKey, settings: FederationSettings, *, expected
     return Gathering(key=key, expected=frozenset(settings.sites if expected is None else expected),
                      required=frozenset(required),
                      quorum=settings.quorum if by_quorum else None,
+                     floor=settings.min_sites if key.kind in POOLED_KINDS else 1,
                      deadline_s=settings.deadline_s if by_quorum else None)
 
 
@@ -228,7 +249,7 @@ def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
                                "Start the command again: it asks to be let in late.", code="closed_without")
         raise RefusedError(f"site {site} does not take part in {gathering.key}", code="not_expected")
     if gathering.key.kind in FINAL_KINDS:
-        is_over = held is not None or gathering.is_closed or gathering.is_superseded
+        is_over = held is not None or gathering.is_closed or (gathering.is_superseded and is_enough(gathering))
         return Verdict.KEEP_FIRST if is_over else Verdict.STORE
     if gathering.is_closed and held is not None and gathering.key.kind in REGISTRATION_KINDS:
         return Verdict.COMPARE
@@ -261,7 +282,7 @@ def without_contribution(gathering: Gathering, site: str) -> Gathering:
 
 def may_close(gathering: Gathering, now: float) -> bool:
     """Tell whether the gathering can be closed: it is complete, due, or overtaken."""
-    if gathering.outcome is not None or gathering.is_held or not gathering.counted:
+    if gathering.outcome is not None or gathering.is_held or not gathering.counted or gathering.lacks:
         return False
     due = due_at(gathering)
     return (not gathering.waiting_for or (gathering.is_superseded and is_enough(gathering))
@@ -269,9 +290,9 @@ def may_close(gathering: Gathering, now: float) -> bool:
 
 
 def is_enough(gathering: Gathering) -> bool:
-    """Tell whether something can be made of the contributions that count: a run has at least two sites."""
-    least = 2 if gathering.key.kind == "registration" else 1
-    return len(gathering.counted) >= least and gathering.required.issubset(gathering.counted)
+    """Tell whether something can be made of the contributions that count, if the operator wants that."""
+    counted = gathering.counted
+    return bool(counted) and len(counted) >= gathering.floor and gathering.required.issubset(counted)
 
 
 def due_at(gathering: Gathering) -> float | None:
@@ -285,7 +306,7 @@ def due_at(gathering: Gathering) -> float | None:
 
 def has_quorum(gathering: Gathering) -> bool:
     """Tell whether enough sites have contributed to go on without the others, among them all that are needed."""
-    enough = min(gathering.quorum or len(gathering.expected), len(gathering.expected))
+    enough = max(gathering.least, min(gathering.quorum or len(gathering.expected), len(gathering.expected)))
     return 0 < enough <= len(gathering.counted) and gathering.required <= gathering.contributions.keys()
 
 

@@ -81,9 +81,12 @@ class RunSession:
     @property
     def local_names(self) -> dict[str, str]:
         """Canonical name -> this site's own name, of every tensor that it shares."""
+        return {name: sites[self.site] for name, sites in self._match().shared.items() if self.site in sites}
+
+    def _match(self) -> messages.Match:
         if self.match is None:
             raise FederationError("register first: what is shared is not known yet")
-        return {name: sites[self.site] for name, sites in self.match.shared.items() if self.site in sites}
+        return self.match
 
     def start(self, epoch: int, weights: Weights, *, staleness: int = 0) -> Position:
         """Find out where to go on, and with which weights.
@@ -103,6 +106,10 @@ class RunSession:
             raise FederationError(f"the operator has stopped run {self.run} before its first round was closed. "
                                   "Ask the coordinating site")
         if not state.closed and state.open_round is None:
+            if epoch > 0 and self.site in self._match().initial_owner.values():
+                raise FederationError(
+                    f"run {self.run} has not begun, and this site's checkpoint is at epoch {epoch}: what it has "
+                    "trained alone would go to all others as it is, for they begin with its weights. Start without --c")
             return Position(0, self._begin(weights, is_registered=self.site in state.registered))
         next_round = state.rounds_closed if state.closed else state.open_round
         check_round(next_round)

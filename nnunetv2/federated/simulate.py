@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.min_cases import VARIABLE as MIN_CASES_VARIABLE
 from nnunetv2.utilities.plain_text import printable, show
 
 START_TIMEOUT_S = 60.0
@@ -59,13 +60,17 @@ def find_command(name: str) -> str:
 
 
 def site_environment(site: LocalSite, *, num_sites: int) -> dict[str, str]:
-    """Build the environment of a site's process: its credential, and its share of the machine's cores."""
+    """Build the environment of a site's process: its credential, and its share of the machine's cores.
+
+    Sites may have any number of cases: there is nobody here whose cases are to be kept from the others.
+    """
     cores = os.cpu_count() or 1
     share = max(1, cores // num_sites)
     environment = {"OMP_NUM_THREADS": str(share), "nnUNet_n_proc_DA": str(share - 1), "nnUNet_def_n_proc": str(share)}
     environment.update(os.environ)
     environment.update(site.environment)
     environment["nnUNet_fed_site"] = str(site.credential)
+    environment.setdefault(MIN_CASES_VARIABLE, "1")
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TQDM_DISABLE"] = "1"  # the bars of several sites on one terminal are noise
     return environment
@@ -186,6 +191,8 @@ def running_coordinator(folder: Path, sites: Sequence[LocalSite], options: Seque
         lines.append(line)
         show(line)
 
+    if MIN_CASES_VARIABLE not in os.environ:
+        show(f"[coordinator] sites of this machine take part with any number of cases: {MIN_CASES_VARIABLE}=1")
     process = RunningProcess("coordinator", [find_command("nnUNetv2_fed_coordinator"), *arguments], show=remember,
                              environment={**os.environ, "PYTHONUNBUFFERED": "1"},
                              log_file=folder.parent / "logs" / "coordinator.log")

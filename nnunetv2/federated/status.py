@@ -81,6 +81,9 @@ def _describe_wait(gathering: GatheringStatus, name: str, now: float) -> str:
     since = duration(now - gathering.opened)
     if gathering.refusal:
         return f"{name} is refused, until a site sends something else: {gathering.refusal}"
+    if gathering.lacks and not gathering.waiting_for:
+        return (f"waiting for {gathering.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "
+                f"than take part at the moment ({', '.join(gathering.contributed)} contributed)")
     if not gathering.waiting_for:
         return f"all have contributed: {name}, since {since}; it is not closed yet"
     there = f" ({', '.join(gathering.contributed)} contributed)" if gathering.contributed else ""
@@ -99,6 +102,8 @@ def _describe_site(site: SiteStatus, now: float) -> str:
     if site.state != "active":
         return "invited, has not joined yet" if site.state == "invited" else "revoked"
     seen = "joined" if site.last_seen is None else f"heard of {duration(now - site.last_seen)} ago"
+    if not site.bytes_received and not site.bytes_sent:  # nothing yet, or not to be known here
+        return seen
     return f"{seen}; it has sent {site.bytes_received / 1e6:,.1f} MB and got {site.bytes_sent / 1e6:,.1f} MB"
 
 

@@ -1,7 +1,8 @@
 """Pool what the sites found when they validated an aggregate, and choose the best one.
 
 Voxels are summed over the sites before the Dice is computed, as one centre would, so a site with little data weighs
-little. The score is nnU-Net's pseudo Dice: a moving average with factor 0.9 over the rounds that were validated.
+little. The score is nnU-Net's pseudo Dice: a moving average with factor 0.9 over the rounds that were validated. What
+fewer sites than the federation asks for have found is not pooled: it would tell the others of a single one.
 """
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ MEMORY = 0.9
 """Share of the earlier average in the new one."""
 
 
-def pool(number: int, contributed: Mapping[str, Validation], *, before: PooledValidation | None) -> PooledValidation:
+def pool(number: int, contributed: Mapping[str, Validation], *, before: PooledValidation | None,
+         min_sites: int = 1) -> PooledValidation:
     """Return the pooled validation of round `number`, given the one before.
+
+    With fewer than `min_sites` contributions, nothing is known of the round, and what was best stays so.
 
     Raises:
         RefusedError: The sites counted different numbers of classes.
@@ -25,6 +29,8 @@ def pool(number: int, contributed: Mapping[str, Validation], *, before: PooledVa
         raise RefusedError(f"the sites validated different numbers of classes: {lengths}", code="datasets_differ")
     found = list(contributed.values())
     dice = dice_per_class(*(_sum([getattr(one, name) for one in found]) for name in ("tp", "fp", "fn")))
+    if len(found) < min_sites:
+        dice = (None,) * len(dice)
     mean = mean_of_known(dice)
     average = moving_average(None if before is None else before.ema_dice, mean)
     best_round, best = (None, None) if before is None else (before.best_round, before.best_ema_dice)

@@ -93,12 +93,15 @@ def test_a_revoked_site_is_told_so(federation, run):
 
 
 def test_settings_are_changed_one_by_one(run):
-    assert json.loads(run("settings", "--quorum", "1", "--deadline", "60"))["quorum"] == 1
+    assert json.loads(run("settings", "--quorum", "2", "--deadline", "60"))["quorum"] == 2
     changed = json.loads(run("settings", "--late-updates", "carry"))
-    assert (changed["quorum"], changed["deadline_s"], changed["late_updates"]) == (1, 60.0, "carry")
+    assert (changed["quorum"], changed["deadline_s"], changed["late_updates"]) == (2, 60.0, "carry")
     assert json.loads(run("settings", "--wait-for-all"))["quorum"] is None
+    assert json.loads(run("settings"))["min_sites"] == 2
     with pytest.raises(WireError, match="the command line is not valid: quorum"):
         run("settings", "--quorum", "0")
+    with pytest.raises(RefusedError, match="--quorum 1 is less than --min-sites 2"):
+        run("settings", "--quorum", "1", "--deadline", "60")
 
 
 def test_a_run_is_steered(federation, run):

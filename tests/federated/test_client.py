@@ -403,3 +403,22 @@ def test_patience_is_a_number_of_hours(federation, monkeypatch):
     monkeypatch.setenv("nnUNet_fed_give_up_after_h", "a day")
     with pytest.raises(ValueError, match="set it to a number of hours"):
         FederationClient(federation.credential("A"))
+
+
+def test_a_site_says_that_too_few_take_part(tmp_path):
+    with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"), min_sites=3)) as federation:
+        federation.coordinator.revoke("C", by="boss")
+        lines: list[str] = []
+
+        def take_part(site):
+            with federation.client(site, lines) as client:
+                return client.exchange(CENSUS_KEY, make_census()).message
+
+        def come_back():
+            wait_until(lambda: any("too few sites take part at the moment, waiting for 1 more" in one for one in lines))
+            assert any("fingerprint/census waits: A, B have contributed" in one for one in federation.lines)
+            federation.coordinator.invite("C", "site", by="boss")
+            return take_part("C")
+
+        results = in_threads(lambda: take_part("A"), lambda: take_part("B"), come_back)
+        assert [result.num_cases for result in results] == [9, 9, 9]

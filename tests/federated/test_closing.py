@@ -89,8 +89,8 @@ def test_plans_that_differ_are_refused_with_the_field():
     other["configurations"] = {"3d_fullres": {"patch_size": [16, 16, 32]}}
     with pytest.raises(RefusedError) as info:
         agree_on_plans({"A": make_plans(), "B": other, "C": make_plans()})
-    assert info.value.message == ("the plans differ: plans.configurations.3d_fullres.patch_size[2] is 16 at A, C "
-                                  "and 32 at B")
+    assert info.value.message == ("the plans differ: plans.configurations.3d_fullres.patch_size[2] is not the same at "
+                                  "A, C and at B")
 
 
 # ------------------------------------------------------------------------------------------------------------ matches
@@ -115,7 +115,7 @@ def test_networks_that_share_nothing_are_refused():
 def test_plans_are_compared_where_a_trainer_wants_them_equal():
     different = make_plans(transpose_forward=[0, 1, 2])
     match_registrations({"A": make_registration(), "B": make_registration(plans=different)}, make_settings())
-    with pytest.raises(RefusedError, match="transpose_forward is absent at A"):
+    with pytest.raises(RefusedError, match="transpose_forward is not the same at A and at B"):
         match_registrations({"A": make_registration(), "B": make_registration(plans=different, equal=True)},
                             make_settings())
 
@@ -211,7 +211,8 @@ def test_a_registration_must_belong_to_its_run(federation):
 def test_the_last_aggregate_becomes_a_model_folder(federation):
     torch = pytest.importorskip("torch")
     with federation.client("A") as a, federation.client("B") as b:
-        in_threads(lambda: train(a, seed=1, num_rounds=3), lambda: train(b, seed=2, num_rounds=3))
+        in_threads(*(lambda client=client, seed=seed: train(client, seed=seed, num_rounds=3, num_cases=2)
+                     for seed, client in enumerate((a, b))))
     wait_until(lambda: federation.coordinator.store.load_events("model"))
     model = federation.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
     assert any(f"run {RUN} is over: model written to {model}" in line for line in federation.lines)
@@ -228,7 +229,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
     assert checkpoint["inference_allowed_mirroring_axes"] == (0, 1, 2)
     assert json.loads((model / "plans.json").read_text()) == make_plans()
     assert json.loads((model / "dataset.json").read_text()) == {
-        "channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz", "numTraining": 6}
+        "channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz", "numTraining": 4}
     has_fingerprint = federation.coordinator.book.is_closed(FINE_KEY)  # depends on which tests have run
     assert (model / "dataset_fingerprint.json").exists() == has_fingerprint
 
@@ -273,6 +274,6 @@ def test_without_equal_plans_the_reason_is_given(tmp_path):
         assert in_threads(lambda: register("A", make_plans()), lambda: register("B", other)) == [None, None]
         coordinator = federation.coordinator
         text = keep_models(RUN, tmp_path / "models", final=0, best=None, archive=coordinator.archive)
-        assert text.startswith("no model folder is written") and "transpose_forward is absent at A" in text
+        assert text.startswith("no model folder is written") and "transpose_forward is not the same at A" in text
         assert not (tmp_path / "models").exists()
 

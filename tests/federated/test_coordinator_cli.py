@@ -81,6 +81,10 @@ def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_cha
     (["--sites", "A", "B.C"], "no name for a site"), (["--sites", "A", "B", "--epochs", "0"], "num_epochs"),
     (["--sites", "A", "B", "--quorum", "3", "--deadline", "1"], "--quorum 3 is more than the 2 sites"),
     (["--sites", "A", "B", "--quorum", "1"], "--quorum needs --deadline"),
+    (["--sites", "A", "B", "--quorum", "1", "--deadline", "9"], "--quorum 1 is less than --min-sites 2"),
+    (["--sites", "A", "B", "C", "--quorum", "2", "--deadline", "9", "--min-sites", "3"], "--quorum 2 is less than"),
+    (["--sites", "A", "B", "--min-sites", "3"], "--min-sites 3 is more than the 2 sites"),
+    (["--sites", "A", "B", "--min-sites", "1"], "min_sites"),
     (["--sites", "A", "B", "--deadline", "-1"], "deadline_s")])
 def test_settings_that_make_no_sense_are_refused(tmp_path, options, complaint):
     with pytest.raises(FederationError, match=complaint):

@@ -218,7 +218,7 @@ def test_owners_are_the_sites_with_the_largest_weight():
     (lambda: tuple(entry.model_copy(update={"dtype": "BF16"}) for entry in manifest_of(6)), "name",
      "weights of site B are neither float32 nor float16"),
     (lambda: tuple(entry.model_copy(update={"shape": (*entry.shape[:-1], entry.shape[-1] + 1)})
-                   for entry in manifest_of(6)), "resolution", r"Kernels or numbers of features differ .*against"),
+                   for entry in manifest_of(6)), "resolution", "Kernels or numbers of features differ .*in decoder"),
 ])
 def test_a_hopeless_match_is_refused_with_its_cause(other, rule, message):
     with pytest.raises(MatchingError, match=message):
@@ -234,7 +234,7 @@ def test_a_difference_in_depth_suggests_the_other_rule():
 
 
 def test_one_site_is_no_federation():
-    with pytest.raises(MatchingError, match="at least two sites"):
+    with pytest.raises(MatchingError, match="at least 2 sites"):
         match_tensors({"A": entries(w=(3,))}, rule="name")
 
 

@@ -70,6 +70,7 @@ def done(tmp_path_factory):
         with federation.client("A") as a, federation.client("B") as b:
             in_threads(lambda: train(a, seed=1, num_rounds=3, num_cases=1),
                        lambda: train(b, seed=2, num_rounds=3, num_cases=3))
+        wait_until(lambda: federation.coordinator.store.load_events("model"))  # written behind the last round
         eve = Watcher(federation)
         eve.enrol()
         yield SimpleNamespace(federation=federation, eve=eve, coordinator=federation.coordinator)

@@ -68,7 +68,7 @@ def test_every_kind_of_gathering_has_a_result_of_its_own():
     from typing import get_args
 
     from nnunetv2.federated.rounds import Kind
-    assert results.RESULT_OF_KIND.keys() == set(get_args(Kind))
+    assert results.RESULTS_OF_KIND.keys() == set(get_args(Kind))
 
 
 def test_a_late_update_counts_in_another_round_of_its_run_and_nowhere_else():

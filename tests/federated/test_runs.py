@@ -17,6 +17,7 @@ from fake_federation import (
     RUN,
     SHAPES,
     incoming_path,
+    make_census,
     make_plans,
     make_registration,
     make_settings,
@@ -25,8 +26,9 @@ from fake_federation import (
 from patience import PATIENCE_S
 
 from nnunetv2.federated import audit, messages
-from nnunetv2.federated.bodies import FailureReport, RunAction, SettingsChange, Waiting
-from nnunetv2.federated.coordinator import steering
+from nnunetv2.federated.bodies import FailureReport, GatheringStatus, RunAction, SettingsChange, Waiting
+from nnunetv2.federated.coordinator import models, steering
+from nnunetv2.federated.coordinator.log_tail import LogTail
 from nnunetv2.federated.coordinator.members import Member, create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import FederationError, RefusedError
@@ -37,7 +39,8 @@ from nnunetv2.federated.messages import (
     round_key,
     validation_key,
 )
-from nnunetv2.federated.store import Store
+from nnunetv2.federated.model_keeping import without_values
+from nnunetv2.federated.store import Store, Traffic
 from nnunetv2.federated.wire import TensorSpec, open_document, write_document
 
 OPERATOR = Member("boss", "operator")
@@ -326,6 +329,7 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     federation = make_federation("A", "B", "C")
     federation.start("A", "B", "C")
     federation.update(0, "A", 1)
+    federation.update(0, "B", 2)
     federation.act("pause")
     federation.act("proceed")
     assert federation.coordinator.book.latest_round(RUN) is None
@@ -333,8 +337,9 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     again = Federation(federation.store.folder)
     federation.store = again.store  # closed by the fixture
     again.act("resume")
-    assert again.coordinator.book.get(round_key(RUN, 0)).outcome.missing == ("B", "C")
+    assert again.coordinator.book.get(round_key(RUN, 0)).outcome.missing == ("C",)
     again.update(1, "A", 1)
+    again.update(1, "B", 2)
     assert not again.coordinator.book.is_closed(round_key(RUN, 1)), "it was for one round"
     again.act("proceed")
     assert again.coordinator.book.control(RUN).proceeding == {round_key(RUN, 1)}
@@ -668,3 +673,257 @@ CREATE TABLE events (number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NUL
 CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
 CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
 """
+
+
+# ----------------------------------------------------------------------------------------------- a floor is a floor
+def lines_with(federation: Federation, text: str) -> list[str]:
+    federation.coordinator.closer._announce_lacking()
+    return [line for line in federation.lines if text in line]
+
+
+def leave(federation: Federation, site: str) -> None:
+    federation.act("leave", Member(site, "site"))
+
+
+def be_revoked(federation: Federation, site: str) -> None:
+    federation.coordinator.revoke(site, by="boss")
+    federation.close()
+
+
+def fail(federation: Federation, site: str) -> None:
+    steering.report_failure(federation.coordinator, site, FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
+    federation.close()
+
+
+@pytest.mark.parametrize("settings", [{"min_sites": 3}, {"min_sites": 3, "quorum": 3, "deadline_s": 10.0},
+                                      {"quorum": 3, "deadline_s": 10.0}])
+@pytest.mark.parametrize("go", [leave, be_revoked, fail])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_no_round_is_closed_with_fewer_sites_whoever_goes(make_federation, settings, go, late):
+    federation = make_federation(*"ABCD", **settings)
+    federation.start(*"ABCD")
+    for site in "CD" if not late else "":
+        go(federation, site)
+    federation.update(0, "A", 1)
+    federation.update(0, "B", 2)
+    for site in "CD" if late else "":
+        go(federation, site)
+    federation.now += 1e6
+    federation.close()
+    assert not federation.coordinator.book.is_closed(round_key(RUN, 0))
+    status, = (one for one in federation.coordinator.status().waiting if one.key == round_key(RUN, 0))
+    assert status.lacks == 1
+    waiting = federation.coordinator.result(round_key(RUN, 0), "A")
+    assert waiting.lacks == (0 if go is fail else 1) and waiting.waiting_for == (("C", "D") if go is fail else ())
+    assert bool(lines_with(federation, "rounds/0 waits: A, B have contributed")) == (go is not fail)
+
+
+def test_a_site_that_returns_lets_the_round_close(make_federation):
+    federation = make_federation(*"ABCD", min_sites=3)
+    federation.start(*"ABCD")
+    leave(federation, "C")
+    leave(federation, "D")
+    for number, site in enumerate("AB"):
+        federation.update(0, site, number)
+    federation.act("return", Member("C", "site"))
+    federation.update(0, "C", 3)
+    message, _ = federation.aggregate(0)
+    assert sorted(message.contributors) == ["A", "B", "C"]
+
+
+def test_nobody_is_handed_the_update_of_a_single_site(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    leave(federation, "B")
+    federation.update(0, "A", 1)
+    federation.act("return", Member("B", "site"))
+    assert isinstance(federation.coordinator.result(round_key(RUN, 0), "B"), Waiting)
+    with pytest.raises(RefusedError, match="cannot be closed with A: it needs at least 2 contributions"):
+        federation.act("proceed")
+
+
+def test_the_operator_may_go_below_a_quorum_and_not_below_the_floor(make_federation):
+    federation = make_federation(*"ABCD", min_sites=2, quorum=3, deadline_s=10.0)
+    federation.start(*"ABCD")
+    federation.update(0, "A", 1)
+    with pytest.raises(RefusedError, match="at least 2 contributions .--min-sites"):
+        federation.act("proceed")
+    federation.update(0, "B", 1)
+    federation.act("proceed")
+    assert federation.coordinator.book.is_closed(round_key(RUN, 0))
+
+
+def test_who_goes_after_the_operator_has_decided_is_not_counted(make_federation):
+    federation = make_federation(*"ABC", min_sites=2)
+    federation.start(*"ABC")
+    federation.update(0, "A", 1)
+    federation.update(0, "B", 1)
+    federation.act("pause")
+    federation.act("proceed")
+    be_revoked(federation, "B")
+    federation.act("resume")
+    assert not federation.coordinator.book.is_closed(round_key(RUN, 0))
+    federation.update(0, "C", 1)  # is not too late
+    assert sorted(federation.aggregate(0)[0].contributors) == ["A", "C"]
+
+
+PAIR = {**SHAPES, "deep.weight": (5, 2)}
+
+
+def test_what_too_few_sites_have_is_not_shared(make_federation):
+    federation = make_federation(*"ABCD", min_sites=3)
+    for number, (site, shapes) in enumerate(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES))):
+        federation.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+    shared = federation.coordinator.archive.agreement(RUN).match.shared
+    assert set(shared) == set(SHAPES)
+    other = make_federation(*"ABCD")
+    for number, (site, shapes) in enumerate(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES))):
+        other.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+    assert sorted(other.coordinator.archive.agreement(RUN).match.shared["deep.weight"]) == ["A", "B"]
+    assert [line for line in other.lines if "1 of 4 shared tensors are those of two sites only" in line]
+
+
+def test_a_network_of_which_too_few_sites_have_anything_is_refused_with_the_cause(make_federation):
+    federation = make_federation(*"ABCD", min_sites=3)
+    foreign = {"foreign.weight": (7, 3)}
+    for site, shapes in zip("ABCD", (SHAPES, SHAPES, foreign, foreign)):
+        federation.send(registration_key(RUN), site, make_registration(2, shapes, {}))
+    refusal = federation.coordinator.book.get(registration_key(RUN)).refusal
+    assert "fewer than 3 sites have, and --min-sites 3 keeps it from being averaged" in refusal
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_tensor_with_too_few_holders_in_a_round_keeps_its_values(make_federation, precision):
+    federation = make_federation(*"ABCD", min_sites=2, quorum=2, deadline_s=10.0, precision=precision)
+    dtype = np.float16 if precision == "float16" else np.float32
+    networks = dict(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES)))
+    for number, (site, shapes) in enumerate(networks.items()):
+        federation.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+    owners = federation.coordinator.archive.agreement(RUN).match.initial_owner
+    for site in networks:
+        initial = make_weights(0, PAIR)
+        federation.send(initial_key(RUN), site, messages.Update(),
+                        {name: initial[name] for name, owner in owners.items() if owner == site})
+    deep, head = [], []
+    for number, sites in enumerate(("ACD", "ABC", "BCD")):
+        for seed, site in enumerate(sites):
+            weights = make_weights(10 * number + seed, networks[site])
+            federation.send(round_key(RUN, number), site, messages.Update(),
+                            {name: values.astype(dtype) for name, values in weights.items()})
+        federation.now += 100
+        federation.close()
+        with federation.coordinator.archive.result(round_key(RUN, number)) as document:
+            deep.append(document.read("deep.weight"))
+            head.append(document.read("head.weight"))
+    assert np.array_equal(deep[0], initial["deep.weight"]) and not np.array_equal(deep[1], deep[0])
+    assert np.array_equal(deep[2], deep[1]) and not np.array_equal(head[2], head[1])
+    assert [record["kept"] for record in federation.store.load_rounds(RUN, 0)] == [1, 0, 1]
+    assert len(lines_with(federation, "1 tensors keep their values, since fewer than 2 of the sites")) == 2
+
+
+def test_a_latecomer_changes_nothing_of_what_is_shared(make_federation):
+    federation = make_federation(*"ABCD", min_sites=3)
+    for number, (site, shapes) in enumerate(zip("ABC", (PAIR, PAIR, SHAPES))):
+        federation.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+    federation.act("proceed")
+    federation.send(admission_key(RUN, "D"), "D", make_registration(9, PAIR))
+    match = federation.coordinator.archive.agreement(RUN).match
+    assert set(match.shared) == set(SHAPES) and all("D" in sites for sites in match.shared.values())
+
+
+def test_a_run_does_not_begin_with_too_few_sites(make_federation):
+    federation = make_federation(*"ABCD", min_sites=3)
+    for site in "AB":
+        federation.send(registration_key(RUN), site, make_registration(1))
+    with pytest.raises(RefusedError, match="registration cannot be closed with A, B: it needs at least 3"):
+        federation.act("proceed")
+    be_revoked(federation, "C")
+    be_revoked(federation, "D")
+    assert not federation.coordinator.book.is_closed(registration_key(RUN))
+    assert lines_with(federation, "registration waits: A, B have contributed")
+
+
+def test_statistics_of_too_few_sites_are_not_pooled(make_federation):
+    federation = make_federation("A", "B", "C", min_sites=2)
+    for site in "BC":
+        be_revoked(federation, site)
+    federation.send(messages.CENSUS_KEY, "A", make_census(5))
+    assert not federation.coordinator.book.is_closed(messages.CENSUS_KEY)
+    federation.coordinator.invite("B", "site", by="boss")
+    federation.send(messages.CENSUS_KEY, "B", make_census(6))
+    assert federation.coordinator.book.is_closed(messages.CENSUS_KEY)
+
+
+def test_what_too_few_sites_have_validated_is_told_to_nobody_else(make_federation):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    for number in range(2):
+        federation.update(number, "A", 1)
+        federation.update(number, "B", 2)
+        if number == 0:
+            federation.send(validation_key(RUN, 0), "A", messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
+    record, = federation.store.load_validations(RUN)
+    assert (record["dice"], record["mean_dice"], record["best_round"]) == ([None], None, None)
+    assert record["dice_of_site"] == {"A": [0.8]}, "who may see curves sees it"
+    with federation.coordinator.archive.result(validation_key(RUN, 0)) as document:
+        assert document.message.dice == (None,) and not document.message.dice_of_site
+
+
+def test_the_floor_can_be_raised_and_not_lowered(make_federation):
+    coordinator = make_federation("A", "B", "C", min_sites=2).coordinator
+    assert coordinator.change_settings(SettingsChange(min_sites=3), by="boss").min_sites == 3
+    for change, complaint in ((SettingsChange(min_sites=2), "raised, not lowered"),
+                              (SettingsChange(min_sites=4), "--min-sites 4 is more than the 3 sites"),
+                              (SettingsChange(quorum=2, deadline_s=9.0), "--quorum 2 is less than --min-sites 3")):
+        with pytest.raises(FederationError, match=complaint):
+            coordinator.change_settings(change, by="boss")
+    assert coordinator.change_settings(SettingsChange(late_updates="carry"), by="boss").min_sites == 3
+    assert coordinator.store.load_settings().min_sites == 3
+
+
+def test_settings_say_what_they_always_said_while_the_floor_is_two():
+    plain = make_settings().model_dump(mode="json")
+    assert "min_sites" not in plain and make_settings(min_sites=3).model_dump(mode="json")["min_sites"] == 3
+    assert type(make_settings()).model_validate(plain) == make_settings()
+    assert "lacks" not in GatheringStatus(key="k", contributed=(), waiting_for=(), opened=0.0).model_dump()
+    assert "lacks" not in Waiting(waiting_for=(), lacks=3).model_dump()
+
+
+def test_a_site_sees_no_traffic_of_others(make_federation):
+    federation = make_federation("A", "B")
+    members = federation.coordinator.members
+    for site, received in (("A", 100), ("B", 12_345)):
+        federation.send(messages.CENSUS_KEY, site, make_census(received))
+        members.count(site, messages.CENSUS_KEY, Traffic(received, 7, 1000.0))
+    seen = federation.coordinator.status(Member("A", "site"))
+    assert [(one.site, one.bytes_received) for one in seen.traffic] == [("A", 100)]
+    assert {one.site: (one.bytes_received, one.bytes_sent) for one in seen.sites} == {"A": (100, 7), "B": (0, 0)}
+    assert "12345" not in seen.model_dump_json()
+    for viewer in (OPERATOR, Member("eve", "observer"), None):
+        assert "12345" in federation.coordinator.status(viewer).model_dump_json()
+
+
+def test_no_values_of_plans_are_told_when_a_run_ends_without_a_model(make_federation):
+    federation = make_federation("A", "B", num_epochs=1)
+    for site, voxels in (("A", 311), ("B", 173)):
+        plans = make_plans(configurations={"3d_fullres": {"median_image_size_in_voxels": [voxels, 9, 9]}})
+        federation.send(registration_key(RUN), site, make_registration(2, plans=plans))
+    for site in "AB":
+        federation.send(initial_key(RUN), site, messages.Update(), make_weights(0) if site == "A" else {})
+    federation.update(0, "A", 1)
+    federation.update(0, "B", 1)
+    with pytest.raises(RefusedError) as info:
+        models.find(federation.coordinator, RUN, member="B")
+    tail = LogTail(federation.store)
+    tail.read_on()
+    for text in (str(info.value), tail.models[RUN]):
+        assert "median_image_size_in_voxels[0] is not the same at A and at B" in text
+        assert "311" not in text and "173" not in text
+
+
+def test_lines_of_earlier_versions_lose_the_values_of_plans():
+    old = ("no model folder is written, the last aggregate is /x: the plans differ: plans.configurations.2d.spacing[0] "
+           "is 0.7 at A and {\"a\": 1} at B, C")
+    assert without_values(old).endswith("/x: the plans differ")
+    for kept in ("model written to /x/y and /x/y.zip", "plans differ: plans.x is not the same at A and at B"):
+        assert without_values(f"the {kept}") == f"the {kept}"

@@ -181,3 +181,10 @@ def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path
         late, *others = in_threads(lambda: exchange("C", 0), lambda: exchange("A", 1), lambda: exchange("B", 1))
         assert late.round == 1 and late == others[0] == others[1]
         assert late.contributors.keys() == {"A", "B", "C"}
+
+
+def test_what_a_site_has_trained_alone_does_not_become_the_first_weights_of_all():
+    with pytest.raises(FederationError, match="has not begun, and .* checkpoint is at epoch 1: .* without --c"):
+        make_session({}, {}).start(1, {"w.local": np.ones(2), "v": np.ones(3)})
+    answer = document(w=np.ones(2), v=np.zeros(3), x=np.ones(1))
+    assert make_session({}, {"runs/run/initial": answer}, site="c").start(1, {}).weights.keys() == {"x"}  # it owns none

@@ -101,7 +101,8 @@ def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
         text = capsys.readouterr().out
         assert f"run {RUN}: complete, 2 of 2 rounds closed" in text and "pseudo Dice 0.8000" in text
         assert re.search(r"waiting for B, C since [0-9]+ \w+: fingerprint/census \(A contributed\)", text)
-        assert "plans/p is refused, until a site sends something else: the plans differ: plans.a is 1 at A" in text
+        assert ("plans/p is refused, until a site sends something else: the plans differ: plans.a is not the same at A"
+                in text)
         assert status.main(["--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["progress"][0]["round_s"] is not None and content["runs"][0]["state"] == "complete"

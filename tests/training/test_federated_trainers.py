@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,15 @@ from nnunetv2.federated.bodies import RunAction
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.coordinator import curves, steering
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, ShortEpochError
+from nnunetv2.federated.errors import (
+    CoordinatorUnreachable,
+    FederationError,
+    NonFiniteError,
+    NotAllowedError,
+    ShortEpochError,
+)
 from nnunetv2.run.run_training import maybe_load_checkpoint
-from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
     nnUNetTrainerAsymFedAvg,
     nnUNetTrainerAsymFedAvgOverlapped,
@@ -154,16 +161,16 @@ class Ailing(nnUNetTrainerAsymFedAvg):
     ("weights", NonFiniteError, "NonFiniteError"), ("short", ShortEpochError, "ShortEpochError"),
     ("memory", torch.cuda.OutOfMemoryError, "OutOfMemoryError")])
 def test_a_failure_is_reported_as_one_and_never_as_weights(make_sites, cause, error, kind):
-    sites = make_sites(quorum=1, deadline_s=1e6)
-    ailing, healthy = sites.trainer("A", Ailing), sites.trainer("B", Ailing)
+    sites = make_sites(sites=("A", "B", "C"), quorum=2, deadline_s=1e6)
+    ailing, healthy, other = (sites.trainer(site, Ailing) for site in "ABC")
     ailing.cause = cause
-    failed, done = sites.run(ailing, healthy)
-    assert isinstance(failed, error) and done is None
+    failed, *done = sites.run(ailing, healthy, other)
+    assert isinstance(failed, error) and done == [None, None]
     coordinator, run = sites.federation.coordinator, run_of(ailing)
     assert [(event.site, event.detail["round"], event.detail["reason"])
             for event in coordinator.store.load_events("failure")] == [("A", 1, kind)]
     first, second, third = coordinator.store.load_rounds(run)
-    assert set(first["sites"]) == {"A", "B"} and set(second["sites"]) == set(third["sites"]) == {"B"}
+    assert set(first["sites"]) == {"A", "B", "C"} and set(second["sites"]) == set(third["sites"]) == {"B", "C"}
     assert second["failed"] == ["A"]
     # The site goes on from the last aggregate, and ends with that of the run.
     again = sites.trainer("A", Ailing, go_on=True)
@@ -173,17 +180,47 @@ def test_a_failure_is_reported_as_one_and_never_as_weights(make_sites, cause, er
 
 
 def test_a_validation_that_fails_during_the_exchange_is_reported_and_nothing_hangs(make_sites):
-    sites = make_sites(quorum=1, deadline_s=1e6, validate_every=0)
-    ailing, healthy = sites.trainer("A", Ailing), sites.trainer("B", Ailing)
+    sites = make_sites(sites=("A", "B", "C"), quorum=2, deadline_s=1e6, validate_every=0)
+    ailing, healthy, other = (sites.trainer(site, Ailing) for site in "ABC")
     ailing.cause = "validation"
-    failed, done = sites.run(ailing, healthy)
-    assert isinstance(failed, torch.cuda.OutOfMemoryError) and done is None
+    failed, *done = sites.run(ailing, healthy, other)
+    assert isinstance(failed, torch.cuda.OutOfMemoryError) and done == [None, None]
     assert [(event.site, event.detail["round"], event.detail["reason"])
             for event in sites.federation.coordinator.store.load_events("failure")] == [("A", 1, "OutOfMemoryError")]
     assert wait([ailing._exchange], PATIENCE_S).done, "the thread that exchanges goes on"
     again = sites.trainer("A", Ailing, go_on=True)
     assert sites.run(again) == [None]
     assert_equal_weights(again, healthy)
+
+
+def test_a_fold_with_too_few_cases_sends_nothing(make_sites, monkeypatch):
+    sites = make_sites()
+    trainer = sites.trainer("A")
+    monkeypatch.setenv("nnUNet_fed_min_cases", "3")
+    with pytest.raises(NotAllowedError, match=f"fold 0 of {NAME} has 2 training cases, .* with 3 or more"):
+        trainer.run_training()
+    coordinator = sites.federation.coordinator
+    assert not list(coordinator.book) and not coordinator.store.load_events("failure")
+
+
+def test_the_log_names_the_floor_and_what_only_two_sites_share(make_sites):
+    sites = make_sites(num_epochs=1)
+    trainers = [sites.trainer(site) for site in "AB"]
+    assert sites.run(*trainers) == [None, None]
+    for trainer in trainers:
+        lines = "\n".join(trainer.lines)
+        assert "Nothing is averaged over fewer than 2 sites" in lines
+        assert "only: each of the two can compute what the other has sent" in lines
+
+
+@pytest.mark.parametrize(("contributors", "is_told"), [(("A",), True), (("A", "B"), False)])
+def test_an_average_of_too_few_sites_is_told(contributors, is_told):
+    """As a coordinator hands out that is older, or that lies."""
+    lines = []
+    trainer = SimpleNamespace(min_sites=2, received_megabytes=1.0, tell=lines.append)
+    FederatedTraining.report_round(trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)),
+                                   waited_s=0.0)
+    assert any("fewer than 2 sites" in line for line in lines) == is_told
 
 
 def test_the_validation_of_a_round_comes_with_the_next_and_is_drawn_where_it_belongs(make_sites):

@@ -107,9 +107,9 @@ async def get_settings(request: Request) -> Response:
 
 async def get_status(request: Request) -> Response:
     """Tell a member what the federation is doing."""
-    member_of(request)
+    member = member_of(request)
     coordinator = coordinator_of(request)
-    return await run_in_threadpool(lambda: json_response(coordinator.status()))
+    return await run_in_threadpool(lambda: json_response(coordinator.status(member)))
 
 
 async def get_run(request: Request) -> Response:
@@ -227,7 +227,10 @@ async def get_result(request: Request) -> Response:
                 outcome = await run_in_threadpool(coordinator.result, key, site)
     if isinstance(outcome, Result):
         return DigestedFile(outcome.path, outcome.digest, {"X-Gathering": outcome.key})
-    return json_response(outcome, 202)
+    answer = json_response(outcome, 202)
+    if outcome.lacks:
+        answer.headers[bodies.LACKS_HEADER] = str(outcome.lacks)
+    return answer
 
 
 def wanted_wait(request: Request) -> float:

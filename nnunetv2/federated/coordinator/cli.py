@@ -61,6 +61,7 @@ SETTINGS_OF_OPTIONS = {
     "deadline": "deadline_s",
     "late_updates": "late_updates",
     "validate_every": "validate_every",
+    "min_sites": "min_sites",
 }
 
 
@@ -111,6 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
                       "closed is dropped, or counts in the round that is open then (default: drop)")
     what.add_argument("--validate-every", type=int, metavar="N", help="every how many rounds the sites validate the "
                       "aggregate, so that the best one can be kept; 0: never (default: 5)")
+    what.add_argument("--min-sites", type=int, metavar="N", help="no statistics, round or tensor is ever averaged over "
+                      "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
+                      "compute each other's part of what only they have: take 3 where you can (default: 2)")
     return parser
 
 
@@ -155,7 +159,7 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
 
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
-    from nnunetv2.federated.bodies import check_quorum
+    from nnunetv2.federated.bodies import check_floor, check_quorum
 
     num_sites = len(settings.sites)
     if num_sites < 2:
@@ -163,6 +167,7 @@ def check_settings(settings: FederationSettings) -> None:
     if len({site.lower() for site in settings.sites}) != num_sites:
         raise FederationError("names of sites must differ in more than upper and lower case")
     check_quorum(settings)
+    check_floor(settings)
 
 
 def check_unchanged(stored: FederationSettings, first: FederationSettings, given: dict[str, object],

@@ -49,6 +49,10 @@ class Closer:
         """Time that this took altogether."""
         self._trouble: dict[str, tuple[float, str]] = {}
         """Gathering -> when to try again, and why it could not be closed."""
+        self._remarks: tuple[str, ...] = ()
+        """What is to be said of the gathering that was closed last."""
+        self._lacking: set[str] = set()
+        """Gatherings of which it has been said that too few sites take part."""
         self._untidy: dict[str, float] = {}
         """Run -> when to try again to tidy it up."""
         self._tidying = threading.Lock()
@@ -91,6 +95,7 @@ class Closer:
             with self._wake:
                 pause_s = self._seconds_until_next()  # asked first, lest a moment between the two be missed
                 while not (self._ready() or self._overdue() or self._stopping):
+                    self._announce_lacking()
                     self._wake.wait(LONGEST_SLEEP_S if pause_s is None else min(pause_s, LONGEST_SLEEP_S))
                     pause_s = self._seconds_until_next()
                 if self._stopping:
@@ -121,6 +126,18 @@ class Closer:
             moments.append(due)
         return max(0.0, min(moments) - now) if moments else None
 
+    def _announce_lacking(self) -> None:
+        """Say once of each gathering that all who take part have contributed, and that they are too few."""
+        lacking = {str(one.key): one for one in self._coordinator.book.open_gatherings()
+                   if one.outcome is None and one.counted and one.lacks and not one.waiting_for}
+        for key in sorted(lacking.keys() - self._lacking):
+            one = lacking[key]
+            self._coordinator.announce(
+                f"{key} waits: {', '.join(one.counted)} have contributed, nobody else takes part at the moment, and it "
+                f"needs {one.least} sites ({'--min-sites' if one.least == one.floor else '--quorum'}). Sites that have "
+                "left or were revoked can come back")
+        self._lacking = set(lacking)
+
     def _close(self, key: GatheringKey) -> None:
         coordinator = self._coordinator
         begin = time.perf_counter()
@@ -130,6 +147,8 @@ class Closer:
             self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
             try:
                 coordinator.announce(_describe_outcome(gathering, seconds))
+                for remark in self._remarks:
+                    coordinator.announce(remark)
                 self._announce_outliers(gathering)
                 if gathering.is_closed and key.kind in ("round", "validation"):
                     self.tidy_up(key.run)
@@ -171,6 +190,7 @@ class Closer:
         """Compute the result of a gathering and write it, or write down why there is none."""
         coordinator = self._coordinator
         coordinator.store.result_folder(gathering.key)
+        self._remarks = ()
         try:
             done = closed(gathering, coordinator.clock())
             computed = closing.close(done, coordinator.settings, coordinator.archive)
@@ -180,6 +200,7 @@ class Closer:
             coordinator.store.save_refusal(failed)
             return failed
         coordinator.store.save_closing(done, computed.digest, record=computed.record)
+        self._remarks = computed.remarks
         return done
 
     # ---------------------------------------------------------------------------------------------------- afterwards
@@ -234,7 +255,7 @@ def _times(value: float, reference: float) -> str:
 
 def _describe_outcome(gathering: Gathering, seconds: float) -> str:
     key, outcome = gathering.key, gathering.outcome
-    name = f"run {key.run}, {key.kind} {key.number}" if key.number is not None else str(key)
+    name = f"run {key.run}, {key.kind} {key.number}" if key.run and key.number is not None else str(key)
     if isinstance(outcome, Refused):
         return f"{name} is refused: {gathering.refusal}"
     assert isinstance(outcome, Closed)

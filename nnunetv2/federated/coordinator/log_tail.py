@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any, Literal
 
 from nnunetv2.federated.audit import LOGGED_CHARACTERS, START
+from nnunetv2.federated.model_keeping import without_values
 from nnunetv2.federated.store import Store
 from nnunetv2.utilities.plain_text import excerpt
 
@@ -81,7 +82,7 @@ class LogTail:
 
     def _take(self, moment: float, kind: str, site: str | None, key: str, detail: Mapping[str, Any]) -> None:
         if kind == "model":
-            self.models[key] = detail.get("outcome", "")
+            self.models[key] = without_values(detail.get("outcome", ""))
         elif kind == "failure":
             run, reason = (excerpt(detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
             if self._is_run(run):
@@ -90,7 +91,7 @@ class LogTail:
             where = run if number is None else f"{run}, round {number}"
             self.troubles.append(Trouble(moment, kind, site, where, reason))
         elif kind == "refusal":
-            self.troubles.append(Trouble(moment, kind, site, key, detail["message"]))
+            self.troubles.append(Trouble(moment, kind, site, key, without_values(detail["message"])))
         elif kind == "late":
             text = f"came {detail['seconds']:.1f} s after the round was closed, and does not count"
             self.troubles.append(Trouble(moment, kind, site, key, text))

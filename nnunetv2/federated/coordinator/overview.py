@@ -35,6 +35,7 @@ from nnunetv2.federated.messages import (
     registration_key,
     round_key,
 )
+from nnunetv2.federated.model_keeping import without_values
 from nnunetv2.federated.rounds import Closed, Gathering, due_at, parse_key, prerequisite
 from nnunetv2.federated.strict_json import encode_json
 
@@ -87,6 +88,8 @@ class Meeting(Part):
     due: Finite | None = None
     """When it closes without those who are missing."""
     quorum: Count | None = None
+    lacks: Count = 0
+    """How many further sites have to contribute before anything closes it: `min_sites` says so."""
     refusal: LongText = ""
     """Why the contributions that came do not go together."""
 
@@ -150,6 +153,8 @@ class Overview(Part):
     time: Finite
     federation: Text
     quorum: Count | None
+    min_sites: Count
+    """Nothing is averaged over fewer sites."""
     deadline_s: Finite | None
     sites: Annotated[tuple[SiteView, ...], Field(max_length=10 * MAX_SITES)]
     runs: Annotated[tuple[RunView, ...], Field(max_length=10_000)]
@@ -180,8 +185,8 @@ class Lookout:
         runs = tuple(self._run(run) for run in book.runs())
         return Overview(
             revision=revision, time=coordinator.clock(), federation=coordinator.settings.federation,
-            quorum=coordinator.settings.quorum, deadline_s=coordinator.settings.deadline_s, runs=runs,
-            sites=self._sites(sites, runs),
+            quorum=coordinator.settings.quorum, min_sites=coordinator.settings.min_sites,
+            deadline_s=coordinator.settings.deadline_s, runs=runs, sites=self._sites(sites, runs),
             meetings=tuple(self._meeting(one) for one in book.open_gatherings() if one.key.run is None),
             troubles=tuple(TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500],
                                        text=one.text[:8000]) for one in reversed(list(self.tail.troubles))),
@@ -233,7 +238,7 @@ class Lookout:
     def _meeting(self, gathering: Gathering) -> Meeting:
         return Meeting(key=str(gathering.key), kind=gathering.key.kind, since=self._since(gathering),
                        contributed=gathering.counted, waiting_for=gathering.waiting_for, quorum=gathering.quorum,
-                       due=due_at(gathering), refusal=gathering.refusal[:8000])
+                       due=due_at(gathering), lacks=gathering.lacks, refusal=without_values(gathering.refusal)[:8000])
 
     def _since(self, gathering: Gathering) -> float | None:
         before = prerequisite(gathering.key)

@@ -27,6 +27,7 @@ from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
 from nnunetv2.federated.coordinator.quotas import check_room
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import registration_key, round_key
+from nnunetv2.federated.model_keeping import without_values
 from nnunetv2.federated.rounds import (
     FINAL_KINDS,
     WEIGHT_KINDS,
@@ -172,13 +173,18 @@ class Coordinator:
         """Change what may be changed while a federation is at work; it holds from the next closing on.
 
         Raises:
-            FederationError: No round could ever close with the quorum.
+            FederationError: No round could ever close with the quorum, or the smallest number of sites is lowered.
         """
         with self.locks["settings"]:
             values = {**self.settings.model_dump(), **change.model_dump(exclude_unset=True)}
             settings = bodies.FederationSettings.model_validate(values)
             if change.model_fields_set & {"quorum", "deadline_s"}:  # a revocation may leave fewer sites than a quorum
                 bodies.check_quorum(settings)
+            if settings.min_sites < self.settings.min_sites:
+                raise FederationError(f"--min-sites is {self.settings.min_sites}, with which sites have joined: it can "
+                                      "be raised, not lowered. For another one, start a new federation")
+            if change.model_fields_set & {"quorum", "min_sites"}:
+                bodies.check_floor(settings)
             self.store.save_settings(settings, Event(self.clock(), "settings", by, None,
                                                      change.model_dump(mode="json", exclude_unset=True)))
             self._take_over(settings)
@@ -228,7 +234,7 @@ class Coordinator:
         try:
             self._begin(sent_to)
             with self._opened(sent_to, site, incoming) as document:
-                closing.check_contribution(sent_to, site, document, self.archive)
+                closing.check_contribution(sent_to, site, document, self.archive, self.settings)
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
@@ -246,7 +252,8 @@ class Coordinator:
                 self.store.save_contribution(gathering, site, incoming)
                 self.book.put(gathering)
         if verdict is Verdict.STORE:
-            if gathering.waiting_for:  # else the closing, which comes at once, is what the others want to hear of
+            # Else the closing, which comes at once, is what the others want to hear of.
+            if gathering.waiting_for or gathering.lacks:
                 self.on_progress(str(place))
             self.closer.wake()
         elif verdict is Verdict.KEEP_FIRST and gathering.is_closed and site in gathering.outcome.missing:
@@ -331,7 +338,8 @@ class Coordinator:
                 and self.book.control(gathering.key.run).state == "stopped":
             return self._result_of_stopped(gathering, site)
         self.closer.raise_trouble(gathering)
-        return bodies.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held)
+        return bodies.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held,
+                              lacks=0 if gathering.waiting_for else gathering.lacks)
 
     def _result_of_stopped(self, gathering: Gathering, site: str) -> Result:
         """Return the last aggregate of a run that the operator has stopped."""
@@ -369,8 +377,21 @@ class Coordinator:
         parse_key(f"runs/{run}/registration")
         return self.book.run_state(run)
 
-    def status(self) -> bodies.Status:
-        """Say what the federation is doing."""
+    def status(self, viewer: Member | None = None) -> bodies.Status:
+        """Say what the federation is doing.
+
+        Args:
+            viewer: Who asks. A site sees its own traffic only: sizes tell how many cases the others have.
+        """
+        status = self._status()
+        if viewer is None or viewer.role != "site":
+            return status
+        return status.model_copy(update={
+            "sites": tuple(one if one.site == viewer.name else
+                           one.model_copy(update={"bytes_received": 0, "bytes_sent": 0}) for one in status.sites),
+            "traffic": tuple(one for one in status.traffic if one.site == viewer.name)})
+
+    def _status(self) -> bodies.Status:
         open_gatherings = self.book.open_gatherings()[:SHOWN_GATHERINGS]
         runs = self.book.runs()[:SHOWN_GATHERINGS]
         failures = self.store.load_events("failure", last=SHOWN_FAILURES)
@@ -379,7 +400,8 @@ class Coordinator:
             sites=self.members.status(),
             waiting=tuple(bodies.GatheringStatus(
                 key=str(gathering.key), contributed=tuple(sorted(gathering.contributions)),
-                waiting_for=gathering.waiting_for, opened=gathering.opened, refusal=gathering.refusal[:8000])
+                waiting_for=gathering.waiting_for, opened=gathering.opened, lacks=gathering.lacks,
+                refusal=without_values(gathering.refusal)[:8000])
                 for gathering in open_gatherings),
             runs=tuple(self.book.run_state(run) for run in runs),
             progress=tuple(self._progress(run) for run in runs),

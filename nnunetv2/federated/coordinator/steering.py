@@ -94,18 +94,20 @@ def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:
 def _proceed(coordinator: Coordinator, run: str, gathering: str | None, name: str) -> None:
     """Close a gathering with the contributions that there are, whoever is missing."""
     book = coordinator.book
-    waiting = [one for one in book.open_gatherings() if one.key.run == run and one.outcome is None and one.waiting_for
-               and gathering in (None, str(one.key))]
+    waiting = [one for one in book.open_gatherings() if one.key.run == run and one.outcome is None
+               and (one.waiting_for or one.lacks) and gathering in (None, str(one.key))]
     if len(waiting) != 1:
         names = ", ".join(str(one.key) for one in waiting) or "none"
         raise RefusedError(f"run {run} has no single gathering to close; waiting: {names}", "Name one.",
                            code="not_open")
     key, counted = waiting[0].key, waiting[0].counted
     if not is_enough(waiting[0]):
-        least = "at least 2 contributions" if key.kind == "registration" else "a contribution"
-        raise RefusedError(f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs {least}, and "
-                           f"that of {', '.join(sorted(waiting[0].required)) or 'nobody in particular'}",
-                           code="too_early")
+        least = waiting[0].floor
+        raise RefusedError(f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs at least {least} "
+                           f"contribution{'' if least == 1 else 's (--min-sites)'}, and that of "
+                           f"{', '.join(sorted(waiting[0].required)) or 'nobody in particular'}",
+                           "Sites that have left or were revoked can come back: nnUNetv2_train ... --c, or invite them "
+                           "again. Else stop the run.", code="too_early")
     control = book.control(run)
     still_open = frozenset(one for one in control.proceeding if not book.is_closed(one))
     _save(coordinator, run, replace(control, proceeding=still_open | {str(key)}),

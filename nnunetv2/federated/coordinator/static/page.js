@@ -259,10 +259,11 @@
   }
   function rules(overview) {
     const active = overview.sites.filter((site) => site.state !== "revoked").length;
+    const floor = ` Nothing is averaged over fewer than ${overview.min_sites}.`;
     if (overview.quorum && overview.deadline_s) {
-      return `${active} sites; after ${duration(overview.deadline_s)}, a round goes on with ${overview.quorum} of them.`;
+      return `${active} sites; after ${duration(overview.deadline_s)}, a round goes on with ${overview.quorum} of them.${floor}`;
     }
-    return `${active} sites; rounds wait for all of them.`;
+    return `${active} sites; rounds wait for all of them.${floor}`;
   }
   function drawSummary(overview) {
     const count = (list, test) => list.filter(test).length;
@@ -296,6 +297,9 @@
     if (nodes.some((node, i) => byId("runs").children[i] !== node)) byId("runs").replaceChildren(...nodes);
     for (const run of runs) await cards.get(run.run).draw(run);
   }
+  function lacking(open) {
+    return `all that take part have sent; too few sites, waiting for ${open.lacks} more.`;
+  }
   const STAGE = { census: "Comparison of the datasets", coarse: "Statistics of the intensities, first part",
     fine: "Statistics of the intensities, second part", plans: "Comparison of the plans",
     late_census: "Comparison of a latecomer's dataset", late_plans: "Comparison of a latecomer's plans" };
@@ -304,7 +308,7 @@
     byId("meetings").replaceChildren(...meetings.map((one) => h("li", {},
       h("p", { class: "what" }, h("strong", {}, STAGE[one.kind] || one.key)),
       one.refusal ? h("p", { class: "error what" }, one.refusal) : h("p", { class: "quiet what" },
-        `Waiting for ${names(one.waiting_for)}`, one.since ? ago(one.since, (d) => ` for ${d}`) : ""))));
+        !one.waiting_for.length && one.lacks ? lacking(one) : `Waiting for ${names(one.waiting_for)}`, one.since ? ago(one.since, (d) => ` for ${d}`) : ""))));
   }
   function drawSites(sites) {
     const most = Math.max(1, ...sites.map((site) => Math.max(site.bytes_received, site.bytes_sent)));
@@ -416,6 +420,7 @@
       const parts = [h("strong", {}, `${what}: `)];
       if (open.refusal) parts.push(open.refusal);
       else if (run.state === "paused") parts.push("paused by the operator; the sites' work is taken and kept.");
+      else if (!open.waiting_for.length && open.lacks) parts.push(lacking(open));
       else if (!open.waiting_for.length) parts.push("everybody has sent; the result is being computed.");
       else {
         parts.push(`waiting for ${names(open.waiting_for)}`);

@@ -44,9 +44,10 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from nnunetv2.federated import messages
-from nnunetv2.federated.bodies import FederationSettings
+from nnunetv2.federated.bodies import LEAST_SITES, FederationSettings
 from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
+from nnunetv2.federated.min_cases import check_enough_cases
 from nnunetv2.federated.session import RunSession, Weights
 from nnunetv2.federated.site import SiteCredential, load_credential
 from nnunetv2.training.distributed import is_distributed
@@ -104,13 +105,21 @@ class FederatedTraining:
     _exchange: Future[tuple[Weights, messages.Aggregate]] | None = None
     """What was sent, and the exchange itself; in the first process only."""
 
+    min_sites = LEAST_SITES
+    """Over so many sites, at least, everything is averaged, as the coordinator has promised."""
+
     received_megabytes = 0.0
     """Size of the weights that came last."""
 
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
-        """Train as a member of the federation that this site has joined; report to it if the training fails."""
+        """Train as a member of the federation that this site has joined; report to it if the training fails.
+
+        Raises:
+            NotAllowedError: The fold has fewer training cases than the site wants to take part with; nothing was sent.
+        """
         credential = self.credential or load_credential()
+        check_enough_cases(len(self.do_split()[0]), f"fold {self.fold} of {self.plans_manager.dataset_name}")
         run = messages.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
@@ -177,6 +186,8 @@ class FederatedTraining:
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
+        self.min_sites = settings.min_sites
+        self.tell(f"Nothing is averaged over fewer than {self.min_sites} sites")
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -309,6 +320,9 @@ class FederatedTraining:
         missing = f"; missing: {', '.join(aggregate.missing)}" if aggregate.missing else ""
         self.tell(f"Round {aggregate.round}: {self.received_megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
                   f"sites: {', '.join(sorted(aggregate.contributors))}{missing}")
+        if len(aggregate.contributors) < self.min_sites:
+            self.tell(f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
+                      "--min-sites, or it does not keep to it. Show this line to the coordinating site")
 
     def tell(self, line: str, **options: bool) -> None:
         """Log a line, once per site."""

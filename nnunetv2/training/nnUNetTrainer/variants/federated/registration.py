@@ -37,6 +37,7 @@ def describe_match(match: messages.Match, site: str) -> list[str]:
         if site in sites:
             partners[tuple(sorted(sites))] = partners.get(tuple(sorted(sites)), 0) + 1
     lines += [f"  {count} tensors with {', '.join(name for name in names if name != site)}"
+              f"{' only: each of the two can compute what the other has sent' if len(names) == 2 else ''}"
               for names, count in sorted(partners.items(), key=lambda item: -item[1])]
     weighting = {"cases": "counts by its training cases", "uniform": "counts the same"}[match.weighting]
     return [*lines, f"Each of {', '.join(sorted(match.weights))} {weighting}"]
