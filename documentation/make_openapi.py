@@ -66,8 +66,13 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "/v1/members/{name}": {"delete": Operation(
         summary="Revoke a credential, at once.", who="operator", answers={204: None},
         codes=(*MEMBERS, "unknown_member"))},
-    "/v1/runs/{run}": {"get": Operation(summary="How far a run is.", who="member", answers={200: bodies.RunState},
-                                        codes=(*MEMBERS, "unknown_gathering"))},
+    "/v1/outlooks": {"get": Operation(
+        summary="Which runs will have a common model, whose network it has, and why others will have none.",
+        who="member", answers={200: bodies.Outlooks})},
+    "/v1/runs/{run}": {"get": Operation(
+        summary="How far a run is; with the name of a site's plans, how far the run is that they belong to.",
+        who="member", query=("plans",), answers={200: bodies.RunState},
+        codes=(*MEMBERS, "unknown_gathering", "incomplete_request"))},
     "/v1/runs/{run}/model": {"get": Operation(
         summary="The model of a run that is over, for nnUNetv2_install_pretrained_model_from_zip.",
         who="site or operator", headers=("Range", "If-Range"),
@@ -97,8 +102,8 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             headers=("Range", "If-Range"),
             answers={200: "application/octet-stream", 202: bodies.Waiting, 206: "application/octet-stream", 416: None},
             codes=(*MEMBERS, "unknown_gathering", "not_expected", "too_early", "run_stopped", "refused",
-                   "datasets_differ", "plans_differ", "nothing_shared", "do_not_match", "already_closed",
-                   "incomplete_request"))},
+                   "datasets_differ", "plans_differ", "weights_differ", "nothing_shared", "do_not_match",
+                   "already_closed", "incomplete_request"))},
     "/v1/session": {
         "post": Operation(summary="Log in to the page: a cookie.", who="observer or operator",
                           body=sessions.LoginRequest, answers={200: sessions.Viewer},

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from nnunetv2.federated import audit_commands, backup
 from nnunetv2.federated.certificates import load_chain, untrusted_certificate
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.site import SiteCredential, check_site_name, decode_invitation, load_credential
 from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.plain_text import printable_json, shell_command, show
@@ -51,7 +51,7 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
         RefusedError: The coordinator says no.
         CoordinatorUnreachable: Nobody answers.
     """
-    from nnunetv2.federated.strict_json import decode_json
+    from nnunetv2.federated.answers import ForeignAnswerError, decode_answer, describe_foreign
 
     # What was not given on the command line is not sent: it stays as it is.
     data = None if body is None else body.model_dump_json(exclude_unset=True).encode()
@@ -61,16 +61,19 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
     try:
         with _opener(credential).open(request, timeout=TIMEOUT_S) as answer:
             content = answer.read(LARGEST_ANSWER)
+        return decode_answer(model, content, answer.headers) if model is not None else None
+    except ForeignAnswerError as error:
+        raise FederationError(describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)) \
+            from error
     except urllib.error.HTTPError as error:
         with error:
             raise _refusal(error) from None
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise untrusted_certificate(reason.verify_message) from error
+            raise untrusted_certificate(reason, credential.url) from error
         raise CoordinatorUnreachable(f"the coordinator at {credential.url} does not answer: {reason}. Is it "
                                      "running?") from error
-    return decode_json(model, content) if model is not None else None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -92,13 +95,11 @@ def _opener(credential: SiteCredential) -> urllib.request.OpenerDirector:
 
 
 def _refusal(error: urllib.error.HTTPError) -> FederationError:
-    from nnunetv2.federated.bodies import Problem
-    from nnunetv2.federated.strict_json import decode_json
+    from nnunetv2.federated.answers import describe_foreign, find_problem
 
-    try:
-        problem = decode_json(Problem, error.read(LARGEST_ANSWER))
-    except WireError:
-        return FederationError(f"{error.url} answers with status {error.code}, not as a coordinator would")
+    problem = find_problem(error.read(LARGEST_ANSWER), error.headers)
+    if problem is None:
+        return FederationError(describe_foreign(error.url, error.code, error.reason, error.headers))
     return RefusedError(problem.message, problem.remedy, code=problem.code)
 
 
@@ -144,6 +145,8 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
                                                          "min_sites")
              if getattr(arguments, name) is not None}
     if arguments.wait_for_all:
+        if "quorum" in given or "deadline_s" in given:
+            raise FederationError("--wait-for-all is without --quorum and --deadline: give one or the other")
         given |= {"quorum": None, "deadline_s": None}
     if given:
         change = validated(lambda: SettingsChange(**given), "the command line")

@@ -24,6 +24,8 @@ class Agreement:
     """Canonical name -> dtype and shape of every shared tensor."""
     weights: Mapping[str, float]
     """What each site counts in an average. The sites do not know it of each other."""
+    plans_names: Mapping[str, str]
+    """Site -> the name of its plans."""
 
     def specs_for(self, site: str) -> dict[str, TensorSpec]:
         """Return the tensors that a site sends and receives in every round."""
@@ -113,18 +115,30 @@ class Archive:
         for site in admitted:
             with self.result(admission_key(run, site)) as document:
                 match = admission.with_site(match, document.message, site)
-        specs, weights = {}, {}
-        for site, message in self._each_registration(run):
+        specs, weights, plans_names = {}, {}, {}
+        for site, message in self.each_registration(run):
             canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
             for entry in message.tensors:
                 if entry.name in canonical:  # dtype and shape are the same at all sites
                     specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
             weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
-        return Agreement(match, {name: specs[name] for name in match.shared}, weights)
+            plans_names[site] = str(message.plans.get("plans_name"))
+        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names)
+
+    def plans_names(self, run: str) -> Mapping[str, str]:
+        """Return the names of the plans that sites have registered with, also while some have not: site -> name."""
+        key = registration_key(run)
+        if self.is_closed(key):
+            return self.agreement(run).plans_names
+        names = {}
+        for site in self._find(key).contributions:
+            with self.contribution(key, site) as document:
+                names[site] = str(document.message.plans.get("plans_name"))
+        return names
 
     def registrations(self, run: str) -> dict[str, messages.Registration]:
         """Return what every site of a run registered, in the order of their names."""
-        return dict(self._each_registration(run))
+        return dict(self.each_registration(run))
 
     def registration(self, run: str, site: str) -> messages.Registration:
         """Return what one site of a run registered, at first or when it was admitted."""
@@ -132,7 +146,7 @@ class Archive:
         with self.contribution(key, site) as document:
             return document.message
 
-    def _each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
+    def each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
         """Yield every site and what it registered, in the order of their names: all at once are large."""
         keys = {site: registration_key(run) for site in self._find(registration_key(run)).outcome.contributors}
         keys |= {site: admission_key(run, site) for site in self._admitted(run)}

@@ -66,11 +66,21 @@ def check_floor(settings: FederationSettings) -> None:
 
 
 def check_quorum(settings: FederationSettings) -> None:
-    """Raise FederationError if no round could ever close with the quorum."""
+    """Raise FederationError if no round could ever close with the quorum, or the deadline would change nothing."""
     if settings.quorum is not None and settings.quorum > len(settings.sites):
         raise FederationError(f"--quorum {settings.quorum} is more than the {len(settings.sites)} sites")
     if settings.quorum is not None and settings.deadline_s is None:
         raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
+    if settings.deadline_s is not None and settings.quorum is None:
+        raise FederationError("--deadline needs --quorum: without one, a round waits for all sites, however late they "
+                              "are")
+
+
+def check_late_updates(settings: FederationSettings) -> None:
+    """Raise FederationError if updates are to be carried although no round closes before they come."""
+    if settings.late_updates == "carry" and settings.deadline_s is None:
+        raise FederationError("--late-updates carry needs --quorum and --deadline: without them no update is late, "
+                              "since every round waits for all sites")
 
 
 class SettingsChange(Part):
@@ -180,6 +190,25 @@ class RunState(Part):
     members: SiteNames = ()
     """Sites that take part in its rounds now; empty before the registration is closed."""
     left: SiteNames = ()
+
+
+class RunOutlook(Part):
+    """What will become of a run's averages, as it is known once its sites have registered."""
+
+    run: Text
+    trainer: Text = ""
+    """Class that builds the network of the common model; empty where there will be none."""
+    obstacle: LongText = ""
+    """Why there will be no common model."""
+
+
+class Outlooks(Part):
+    """What will become of the averages of every run whose sites have registered.
+
+    An answer of its own: sites that do not know it yet do not ask, and could not read it as part of another.
+    """
+
+    runs: Annotated[tuple[RunOutlook, ...], Field(max_length=10_000)] = ()
 
 
 class FailureReport(Part):

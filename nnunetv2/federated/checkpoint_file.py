@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nnunetv2.federated.matching import normalise_name
@@ -52,7 +53,8 @@ def model_checkpoint(*, plans: Mapping[str, Any], configuration: str, fold: int 
     }
 
 
-def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], content: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], content: Mapping[str, Any], *,
+                     counters: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> None:
     """Write a checkpoint atomically, copying the tensors piece by piece.
 
     Args:
@@ -61,6 +63,7 @@ def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], c
         names: Parameter of the network -> tensor in the document. Parameters of the same tensor share its storage,
             as aliases do in a network. Prefixes of wrappers are removed.
         content: The other entries: None, numbers, texts, and lists, tuples and dicts of these.
+        counters: Parameters that only count steps, and are written as int64 zeros -> their shapes.
 
     Raises:
         WireError: The document does not hold a tensor.
@@ -70,6 +73,8 @@ def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], c
     numbers = {tensor: str(number) for number, tensor in enumerate(dict.fromkeys(names.values()))}
     weights = OrderedDict((normalise_name(parameter), _Tensor(numbers[tensor], document.spec(tensor)))
                           for parameter, tensor in names.items())
+    for parameter, shape in counters.items():
+        weights[normalise_name(parameter)] = _Tensor(f"counter{len(weights)}", TensorSpec("I64", shape))
     pickled = io.BytesIO()
     _CheckpointPickler(pickled, protocol=2).dump({"network_weights": weights, **content})
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
@@ -77,6 +82,8 @@ def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], c
         _add(archive, "archive/byteorder", [b"little"])
         for tensor, number in numbers.items():
             _add(archive, f"archive/data/{number}", document.pieces(tensor), size=document.spec(tensor).nbytes)
+        for tensor in list(weights.values())[len(names):]:
+            _add(archive, f"archive/data/{tensor.number}", [bytes(tensor.spec.nbytes)], size=tensor.spec.nbytes)
         _add(archive, "archive/version", [b"3\n"])
 
 
@@ -85,7 +92,7 @@ def parameter_names(tensors: Iterable[str], aliases: Mapping[str, str],
     """Return what `write_checkpoint` wants to know: every name of a site's network -> tensor in the aggregate.
 
     Args:
-        tensors: Names of the site's distinct tensors.
+        tensors: Names of the site's distinct tensors that are in the aggregate.
         aliases: Further name -> name in `tensors`.
         canonical: Name in `tensors` -> name in the aggregate.
 
@@ -93,7 +100,7 @@ def parameter_names(tensors: Iterable[str], aliases: Mapping[str, str],
         KeyError: A tensor is not in the aggregate, so this network cannot be made from it.
     """
     names = {name: canonical[name] for name in tensors}
-    return names | {alias: names[name] for alias, name in aliases.items()}
+    return names | {alias: names[name] for alias, name in aliases.items() if name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------- pickling

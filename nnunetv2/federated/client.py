@@ -30,20 +30,24 @@ from nnunetv2.federated.http_session import (
     NoAnswerError,
     RangeError,
     check_status,
+    foreign_answer,
     open_session,
-    read_small,
+    read_answer,
     translated_errors,
 )
 from nnunetv2.federated.messages import PooledCensus
 from nnunetv2.federated.rounds import parse_key
 from nnunetv2.federated.site import SiteCredential, check_transport_is_safe, check_url
-from nnunetv2.federated.strict_json import decode_json, encode_json
+from nnunetv2.federated.strict_json import encode_json
 from nnunetv2.federated.wire import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.utilities.plain_text import printable, show
 from nnunetv2.utilities.resumable_download import OversizedError, PartialDownload
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+
+    Model = TypeVar("Model", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -153,7 +157,10 @@ class FederationClient:
             WireError: What it sends is not the result of such a gathering, or larger than it can be.
         """
         receipt = self.contribute(key, message, tensors, specs=specs)
-        return self.result(results.check_receipt(key, receipt.key))
+        document = self.result(results.check_receipt(key, receipt.key))
+        if receipt.already and is_late(self.credential.site, key, document.message):
+            self._say(f"{key}: this site's update came when the round was closed already: it did not count")
+        return document
 
     def contribute(self, key: str, message: messages.Message, tensors: Mapping[str, np.ndarray] | None = None, *,
                    specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> bodies.Receipt:
@@ -185,7 +192,13 @@ class FederationClient:
                 answer = self._offer(key, offer)
             return answer if isinstance(answer, bodies.Receipt) else self._upload(key, document, answer.offset)
 
-        return self._persist(send, patience_s)
+        receipt = self._persist(send, patience_s)
+        if receipt.already and receipt.digest != document.digest:
+            self._say(f"{key}: the coordinator holds another contribution of this site, which counts; what was sent "
+                      "now is dropped. A second training with this site's credential, or one that was started again")
+        elif receipt.key:
+            self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
+        return receipt
 
     def result(self, key: str) -> Document:
         """Wait until a gathering is closed and return its result; see `exchange`."""
@@ -219,9 +232,14 @@ class FederationClient:
         """Return what holds for all sites of the federation."""
         return self._persist(lambda: self._ask("GET", "settings", bodies.FederationSettings), patience_s)
 
-    def run_state(self, run: str) -> bodies.RunState:
-        """Return how far a training run is."""
-        return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}", bodies.RunState))
+    def run_state(self, run: str, *, plans: str | None = None) -> bodies.RunState:
+        """Return how far a training run is; with `plans`, the one that a training with these plans belongs to."""
+        query = "" if plans is None else f"?plans={quote(plans, safe='')}"
+        return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}{query}", bodies.RunState))
+
+    def outlooks(self) -> bodies.Outlooks:
+        """Return which runs will have a common model, and why others will not."""
+        return self._persist(lambda: self._ask("GET", "outlooks", bodies.Outlooks))
 
     def fetch_model(self, run: str, path: Path, *, largest: int | None = None) -> None:
         """Write the model of a run that is over, a zip file; in several connections, if need be.
@@ -258,23 +276,23 @@ class FederationClient:
                     f"{self.credential.url}/v1/failures", data=encode_json(report), timeout=timeout_s, stream=True,
                     allow_redirects=False) as response:
                 check_status(response)
+                if response.status_code != 204:
+                    raise foreign_answer(response)
         except (FederationError, ValueError) as error:
             logger.warning("the coordinator could not be told of the failure: %s", error)
 
     # -------------------------------------------------------------------------------------------------- requests
-    def _ask(self, method: str, path: str, model: type[BaseModel] | None, *, json_body: BaseModel | None = None,
-             timeout_s: float | None = None, largest: int = LARGEST_ANSWER) -> Any:
-        """Send one request with a small answer; None if the answer has no body."""
+    def _ask(self, method: str, path: str, model: type[Model], *, json_body: BaseModel | None = None,
+             largest: int = LARGEST_ANSWER) -> Model:
+        """Send one request with a small answer."""
         data = None if json_body is None else encode_json(json_body)
-        with self._request(method, path, data=data, timeout_s=timeout_s) as response:
-            content = read_small(response, largest)
-        return decode_json(model, content) if model is not None and content else None
+        with self._request(method, path, data=data) as response:
+            return read_answer(model, response, largest)
 
     def _offer(self, key: str, offer: bodies.Offer) -> bodies.Receipt | bodies.Wanted:
         """Ask whether a document is wanted, and from which byte on."""
         with self._request("POST", f"offers/{quote(key)}", data=encode_json(offer)) as response:
-            content = read_small(response)
-            return decode_json(bodies.Wanted if response.status_code == 202 else bodies.Receipt, content)
+            return read_answer(bodies.Wanted if response.status_code == 202 else bodies.Receipt, response)
 
     def _upload(self, key: str, document: OutgoingDocument, offset: int) -> bodies.Receipt:
         """Send a document from a byte on."""
@@ -283,7 +301,7 @@ class FederationClient:
             headers["Content-Range"] = f"bytes {offset}-{size - 1}/{size}"
         document.seek(offset if offset < size else 0)
         with self._request("PUT", f"gatherings/{quote(key)}", data=document, headers=headers) as response:
-            return decode_json(bodies.Receipt, read_small(response))
+            return read_answer(bodies.Receipt, response)
 
     def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> bodies.Waiting | None:
         """Ask once for a result, going on behind what there is of it; None once it is there completely."""
@@ -295,9 +313,11 @@ class FederationClient:
             with self._request("GET", path, headers=download.headers()) as response:
                 if response.status_code == 202:
                     lacks = re.fullmatch("[0-9]{1,4}", response.headers.get(bodies.LACKS_HEADER, "0"))
-                    return decode_json(bodies.Waiting, read_small(response)).model_copy(
+                    return read_answer(bodies.Waiting, response).model_copy(
                         update={"lacks": int(lacks[0]) if lacks else 0})
                 expected = response.headers.get("X-Content-SHA256", "")
+                if not re.fullmatch("[0-9a-f]{64}", expected):  # a coordinator sends no file without
+                    raise foreign_answer(response)
                 digest = download.receive(response, tag=f'"{expected}"')
         except RangeError:
             download.forget()
@@ -311,8 +331,8 @@ class FederationClient:
         return None
 
     @contextmanager
-    def _request(self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] | None = None,
-                 timeout_s: float | None = None) -> Iterator[requests.Response]:
+    def _request(self, method: str, path: str, *, data: Any = None,
+                 headers: Mapping[str, str] | None = None) -> Iterator[requests.Response]:
         """Send one request and yield the answer if it is a good one.
 
         Raises:
@@ -320,11 +340,10 @@ class FederationClient:
             RefusedError: The coordinator says no.
             NotJoinedError: It does not know this site.
         """
-        timeout_s = timeout_s or self.timeout_s
         with translated_errors():
             response = self._session.request(method, f"{self.credential.url}/v1/{path}", data=data, headers=headers,
                                              stream=True, allow_redirects=False,
-                                             timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s))
+                                             timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s))
             with response:
                 check_status(response)
                 yield response
@@ -378,6 +397,15 @@ class FederationClient:
 
 
 # -------------------------------------------------------------------------------------------------------- functions
+def is_late(site: str, key: str, message: messages.Message) -> bool:
+    """Tell whether a result shows that what a site had sent to a gathering came too late to count."""
+    from nnunetv2.federated.messages import Aggregate
+
+    if not isinstance(message, Aggregate) or message.round is None:
+        return False
+    return site not in message.contributors or key.rpartition("/")[2] != str(message.round)
+
+
 def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinAnswer:
     """Ask the coordinator once to let a site join with the secret of its invitation."""
     request = bodies.JoinRequest(invitation=invitation, token=credential.token)
@@ -385,4 +413,4 @@ def request_to_join(credential: SiteCredential, invitation: str) -> bodies.JoinA
             f"{check_url(credential.url)}/v1/join", data=encode_json(request), timeout=CONNECT_TIMEOUT_S, stream=True,
             allow_redirects=False) as response:
         check_status(response)
-        return decode_json(bodies.JoinAnswer, read_small(response))
+        return read_answer(bodies.JoinAnswer, response)

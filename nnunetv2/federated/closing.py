@@ -25,7 +25,7 @@ from nnunetv2.federated import (
 )
 from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.bodies import FederationSettings
-from nnunetv2.federated.comparing import first_difference
+from nnunetv2.federated.comparing import comparable_plans, find_difference, first_change, first_difference
 from nnunetv2.federated.errors import MatchingError, RefusedError, StatisticsError, WireError
 from nnunetv2.federated.messages import (
     CENSUS_KEY,
@@ -48,9 +48,6 @@ from nnunetv2.federated.rounds import (
 from nnunetv2.federated.strict_json import json_digest
 from nnunetv2.federated.voxel_extrema import without_extrema
 from nnunetv2.federated.wire import Document, Limits, TensorSpec, check_tensors, write_document, write_subset
-
-PLANS_OF_A_SITE = ("dataset_name", "image_reader_writer")
-"""Fields of plans that say nothing about the network, and may differ."""
 
 _HISTOGRAM_BYTES = 8 * statistics.NUM_BINS
 
@@ -209,12 +206,12 @@ def _check_validation(key: GatheringKey, site: str, message: messages.Validation
 
 
 def _check_registration(key: GatheringKey, site: str, message: messages.Registration, archive: Archive) -> None:
-    named = messages.run_name(message.configuration, message.fold, message.trainer)
-    if named != key.run:
-        raise WireError(f"a registration for {named} was sent to the run {key.run}")
     plans_name = message.plans.get("plans_name")
     if not isinstance(plans_name, str) or not re.fullmatch(messages.SEGMENT_PATTERN.strip("^$"), plans_name):
         raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
+    named = messages.run_name(message.configuration, message.fold, message.trainer)
+    if key.run not in (named, f"{named}.{plans_name}"):
+        raise WireError(f"a registration for {named} was sent to the run {key.run}")
     planned = _planned_cases(site, archive)
     # What was registered before the software compared this is left alone: its run goes on.
     if planned is not None and message.num_training_cases > planned and not archive.has_contributed(str(key), site):
@@ -232,12 +229,28 @@ def _planned_cases(site: str, archive: Archive) -> int | None:
     return None
 
 
-def check_unchanged(key: GatheringKey, site: str, message: messages.Registration, archive: Archive) -> None:
-    """Raise RefusedError unless a site registers again what it has registered, whichever version it had then."""
+def check_unchanged(key: GatheringKey, site: str, message: messages.Message, archive: Archive) -> None:
+    """Raise RefusedError, naming the difference, unless a site contributes again what it has contributed.
+
+    Versions of the software may word a registration differently: extrema of voxels, and what only one of them says, do
+    not count. Nor do the weights that a training starts from, once the initial ones are settled.
+    """
     with archive.contribution(str(key), site) as held:
-        before, now = (one.model_copy(update={"plans": without_extrema(one.plans)}) for one in (held.message, message))
-    if before != now:
-        raise changed_since(key, site)
+        before, now = _comparable(held.message), _comparable(message)
+    if isinstance(message, messages.Registration):
+        for name in messages.NEW_IN_REGISTRATION:
+            is_settled = name == "pretrained_weights" and archive.is_closed(initial_key(key.run))
+            is_unknown = name != "pretrained_weights" and not (name in before and name in now)
+            if is_settled or is_unknown:
+                before.pop(name, None), now.pop(name, None)
+    change = first_change(before, now)
+    if change is not None:
+        raise changed_since(key, site, change)
+
+
+def _comparable(message: messages.Message) -> dict[str, Any]:
+    content = message.model_dump(mode="json")
+    return {**content, "plans": without_extrema(content["plans"])} if "plans" in content else content
 
 
 # ------------------------------------------------------------------------------------------------------------ closing
@@ -411,23 +424,33 @@ def _cases(number: int) -> str:
 def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgreement:
     """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference."""
     comparable = {site: comparable_plans(content) for site, content in plans.items()}
-    difference = first_difference(comparable, "plans", with_values=False)
+    difference = find_difference(comparable, "plans")
     if difference:
         # The values stay here: those of plans that a site has made alone tell of its data.
-        raise RefusedError(f"the plans differ: {difference}", "Plan again at all sites, with the same options and the "
-                           "same version: nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
+        raise RefusedError(f"the plans differ: {difference.without_values()}",
+                           "Plan again at all sites, with the same options and the same version: "
+                           "nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
     return messages.PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
 
 
-def comparable_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of plans has to agree between the sites."""
-    return {name: value for name, value in without_extrema(plans).items() if name not in PLANS_OF_A_SITE}
+def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:
+    """Raise RefusedError, saying who gave what, unless all sites start from the same weights or from random ones."""
+    groups: dict[str | None, list[str]] = {}
+    for site, digest in sorted(digests.items()):
+        groups.setdefault(digest, []).append(site)
+    if len(groups) > 1:
+        given = "; ".join(f"{', '.join(sites)}: {'none' if digest is None else f'SHA-256 {digest[:12]}...'}"
+                          for digest, sites in groups.items())
+        raise RefusedError(f"the sites do not start from the same pretrained weights ({given})",
+                           "Give the same file as -pretrained_weights at all sites, or give none anywhere.",
+                           code="weights_differ")
 
 
 def match_registrations(contributed: Mapping[str, messages.Registration],
                         settings: FederationSettings) -> messages.Match:
     """Decide what the sites of a run share."""
     _check_compatible(contributed)
+    check_pretrained_weights({site: message.pretrained_weights for site, message in contributed.items()})
     cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
     try:
         matched = matching.match_tensors({site: message.tensors for site, message in contributed.items()},

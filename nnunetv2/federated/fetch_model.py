@@ -5,6 +5,8 @@ Sites and operators may. What is in the file is data: it is checked before anyth
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -57,24 +59,72 @@ def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
             from error
 
 
-def install(path: Path, *, replace: bool) -> None:
-    """Install the models in a zip file below nnUNet_results.
+def install(path: Path, *, replace: bool) -> str:
+    """Install the models in a zip file below nnUNet_results, and return the name of the dataset that they are under.
 
     Args:
         replace: Give up files that are there already.
 
     Raises:
-        FederationError: There are some, and they are to stay.
+        FederationError: There are some, and they are to stay; or another dataset has the id. Nothing was written.
     """
     from nnunetv2.model_sharing.model_import import install_model_from_zip_file
     from nnunetv2.paths import nnUNet_results
 
-    root = Path(nnUNet_results)
-    present = [name for name in checkpoints_in(path) if (root / name).exists()]
+    root, dataset = Path(nnUNet_results), local_dataset(path)
+    present = [place for place in (root.joinpath(dataset, *name.parts[1:]) for name in checkpoints_in(path))
+               if place.exists()]
     if present and not replace:
-        raise FederationError(f"{root / present[0]} is there already, most likely from this site's own training. "
+        raise FederationError(f"{present[0]} is there already, most likely from this site's own training. "
                               f"--replace gives it up; {path} stays where it is")
-    install_model_from_zip_file(str(path))
+    install_model_from_zip_file(str(path), dataset_name=dataset)
+    return dataset
+
+
+def local_dataset(path: Path) -> str:
+    """Return the name that the dataset of a model has at this site, where it may be called and numbered differently.
+
+    That is the dataset with the plans of the model, which all its sites have; where there is none, the name that the
+    zip file gives, if no other dataset has its id.
+
+    Raises:
+        FederationError: Another dataset has the id, or several have the plans.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    named = checkpoints_in(path)[0].parts[0]
+    own = _datasets_with_plans(path)
+    if named in own or not own:
+        number = re.match("Dataset([0-9]{3,})", named)
+        others = set() if number is None else set(map(str, find_candidate_datasets(int(number[1])))) - {named}
+        if others and named not in own:
+            raise FederationError(
+                f"the model is of {named}, but here the id {int(number[1])} is that of {', '.join(sorted(others))}: "
+                f"nothing was installed. {path} stays where it is; unpack it elsewhere, and predict with "
+                "nnUNetv2_predict_from_modelfolder")
+        return named
+    if len(own) > 1:
+        raise FederationError(f"several datasets here have the plans of the model: {', '.join(sorted(own))}. Nothing "
+                              f"was installed; {path} stays where it is")
+    return own.pop()
+
+
+def _datasets_with_plans(path: Path) -> set[str]:
+    """Return the datasets of this site that were planned, or else trained, with the plans of a model."""
+    from nnunetv2.federated.comparing import comparable_plans
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+
+    model = checkpoints_in(path)[0].parent.parent
+    with zipfile.ZipFile(path) as archive:
+        plans = json.loads(archive.read(f"{model}/plans.json"))
+    for root, place in ((nnUNet_preprocessed, f"*/{plans.get('plans_name')}.json"),
+                        (nnUNet_results, f"*/{model.name}/plans.json")):
+        files = Path(str(root)).glob(place) if root.is_set() else ()
+        found = {file.relative_to(str(root)).parts[0] for file in files
+                 if comparable_plans(json.loads(file.read_text(encoding="utf-8"))) == comparable_plans(plans)}
+        if found:
+            return found
+    return set()
 
 
 def checkpoints_in(path: Path) -> list[PurePosixPath]:
@@ -85,12 +135,16 @@ def checkpoints_in(path: Path) -> list[PurePosixPath]:
                   and name.parts[1].count("__") >= 2 and name.parts[2].startswith("fold_"))
 
 
-def describe_prediction(path: Path) -> Iterator[str]:
-    """Yield the commands that predict with the models in a zip file, one per kind of checkpoint."""
-    folds: dict[tuple[str, str, str], list[str]] = {}
-    for dataset, model, fold, checkpoint in (name.parts for name in checkpoints_in(path)):
-        folds.setdefault((dataset, model, checkpoint), []).append(fold.removeprefix("fold_"))
-    for (dataset, model, checkpoint), numbers in folds.items():
+def describe_prediction(path: Path, dataset: str) -> Iterator[str]:
+    """Yield the commands that predict with the models in a zip file, one per kind of checkpoint.
+
+    Args:
+        dataset: Name that the models are installed under.
+    """
+    folds: dict[tuple[str, str], list[str]] = {}
+    for _, model, fold, checkpoint in (name.parts for name in checkpoints_in(path)):
+        folds.setdefault((model, checkpoint), []).append(fold.removeprefix("fold_"))
+    for (model, checkpoint), numbers in folds.items():
         trainer, *plans, configuration = model.split("__")
         yield shell_command("nnUNetv2_predict", options=[
             ("-d", dataset), ("-c", configuration), *(("-f", number) for number in numbers), ("-tr", trainer),
@@ -149,12 +203,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = fetch(client, run, arguments.o)
     show(f"The model of run {run} is in {path}")
     if arguments.install:
-        install(path, replace=arguments.replace)
-        show("It is installed. Predict with one of")
+        dataset = install(path, replace=arguments.replace)
+        show(f"It is installed as a model of {dataset}. Predict with one of")
     else:
-        show("Install it by", f"  {shell_command('nnUNetv2_install_pretrained_model_from_zip', path)}",
-             "then predict with one of")
-    show(*(f"  {line}" for line in describe_prediction(path)))
+        try:
+            dataset = local_dataset(path)
+        except FederationError as error:
+            show(f"It cannot be installed here: {error}")
+            return 0
+        # What the zip file calls the dataset may be called otherwise here.
+        command = shell_command("nnUNetv2_install_pretrained_model_from_zip", path) \
+            if dataset == checkpoints_in(path)[0].parts[0] \
+            else shell_command("nnUNetv2_fed_fetch_model", run, options=[("--install", None), ("-o", arguments.o)])
+        show("Install it by", f"  {command}", "then predict with one of")
+    show(*(f"  {line}" for line in describe_prediction(path, dataset)))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Send one HTTP request to a coordinator, and turn whatever goes wrong into one of three errors.
 
-    NoAnswerError     nobody answered properly: asking again may help
+    NoAnswerError     nobody answered, or something that is not the coordinator: asking again may help
     NotJoinedError    the coordinator does not know this site
     RefusedError      the coordinator says no, and why
 """
@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import errno
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 
-from nnunetv2.federated import bodies
-from nnunetv2.federated.certificates import untrusted_certificate
-from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError, in_sentences
+from nnunetv2.federated.answers import ForeignAnswerError, decode_answer, describe_foreign, find_problem
+from nnunetv2.federated.certificates import has_wrong_dates, untrusted_certificate
+from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, in_sentences
 from nnunetv2.federated.site import SiteCredential
-from nnunetv2.federated.strict_json import decode_json
 from nnunetv2.utilities.loopback import is_loopback
 from nnunetv2.utilities.resumable_download import PIECE_BYTES
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from nnunetv2.federated.bodies import Problem
+
+    Model = TypeVar("Model", bound=BaseModel)
 
 BLOCK_BYTES = 1 << 20
 """Bytes that are sent at a time."""
@@ -105,8 +112,11 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except requests.exceptions.SSLError as error:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise untrusted_certificate(_cause_of(error)) from error
+        refused = _verification_error(error)
+        if refused is not None:
+            untrusted = untrusted_certificate(refused, error.request.url.partition("/v1/")[0])
+            # Clocks are set and certificates renewed while trainings wait; another authority stays another one.
+            raise (NoAnswerError(str(untrusted)) if has_wrong_dates(refused) else untrusted) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
     except requests.exceptions.ProxyError as error:
         raise NoAnswerError("the proxy in the environment variable HTTPS_PROXY does not lead to the coordinator "
@@ -117,6 +127,21 @@ def translated_errors() -> Iterator[None]:
         raise NoAnswerError(f"the coordinator cannot be reached ({_cause_of(error)})") from error
 
 
+def _verification_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    """Return what the verification of a certificate raised, from inside of the layers around it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = _inner_error(cause)
+    return cause
+
+
+def _inner_error(error: BaseException) -> BaseException | None:
+    """Return the error that another one wraps, in any of the ways of the libraries below."""
+    reason = getattr(error, "reason", None)
+    inner = next((part for part in error.args if isinstance(part, BaseException)), None)
+    return reason if isinstance(reason, BaseException) else error.__cause__ or inner or error.__context__
+
+
 def _cause_of(error: BaseException) -> str:
     """Return the system's own words for a network error, without the layers around them."""
     cause: BaseException | None = error
@@ -125,25 +150,49 @@ def _cause_of(error: BaseException) -> str:
             return (cause.strerror or errno.errorcode.get(cause.errno, str(cause.errno))).lower()
         if isinstance(cause, OSError) and str(cause).startswith("Tunnel connection failed"):
             return str(cause).lower()  # what a proxy says
-        reason = getattr(cause, "reason", None)
-        inner = next((part for part in cause.args if isinstance(part, BaseException)), None)
-        cause = reason if isinstance(reason, BaseException) else cause.__cause__ or inner or cause.__context__
+        cause = _inner_error(cause)
     return "the connection broke"
 
 
 def check_status(response: requests.Response) -> None:
-    """Return if an answer is a good one, else raise what its problem says."""
+    """Return if an answer is a good one, else raise what the coordinator's problem says.
+
+    Only the coordinator's own word is final. A page of a proxy, or of a login, is as good as no answer.
+    """
     status = response.status_code
     if status in (200, 202, 204, 206):
         return
     problem = _problem_of(response)
-    if status in (408, 425, 429) or status >= 500 or problem.code in SENT_AGAIN:
-        raise NoAnswerError(problem.message, _retry_after_s(response))
     if status == 416:
         raise RangeError("the coordinator has another result now than before")
+    if problem is None:
+        raise foreign_answer(response)
+    if status in (408, 425, 429) or status >= 500 or problem.code in SENT_AGAIN:
+        raise NoAnswerError(problem.message, _retry_after_s(response))
     if status == 401:
         raise NotJoinedError(in_sentences(problem.message, problem.remedy))
     raise RefusedError(problem.message, problem.remedy, code=problem.code)
+
+
+def foreign_answer(response: requests.Response) -> NoAnswerError:
+    """Return the error for an answer that does not come from the coordinator."""
+    line = describe_foreign(response.url or "an unknown address", response.status_code, response.reason or "",
+                            response.headers)
+    return NoAnswerError(line, _retry_after_s(response))
+
+
+def read_answer(model: type[Model], response: requests.Response, largest: int = LARGEST_ANSWER) -> Model:
+    """Read the body of a good answer.
+
+    Raises:
+        NoAnswerError: It was cut off, or does not come from the coordinator.
+        WireError: The coordinator speaks another version.
+    """
+    content = read_small(response, largest)
+    try:
+        return decode_answer(model, content, response.headers)
+    except ForeignAnswerError as error:
+        raise foreign_answer(response) from error
 
 
 def _retry_after_s(response: requests.Response) -> float:
@@ -152,27 +201,22 @@ def _retry_after_s(response: requests.Response) -> float:
     return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch("[0-9]{1,9}", text) else 0.0
 
 
-def _problem_of(response: requests.Response) -> bodies.Problem:
+def _problem_of(response: requests.Response) -> Problem | None:
     """Return the problem in an answer; a proxy in between sends pages that are none."""
-    try:
-        return decode_json(bodies.Problem, read_small(response))
-    except WireError:
-        return bodies.Problem(code="unexpected_answer", message=f"{response.url} answers with status "
-                              f"{response.status_code} ({response.reason}), not as a coordinator would")
+    return find_problem(read_small(response), response.headers)
 
 
 def read_small(response: requests.Response, largest: int = LARGEST_ANSWER) -> bytes:
     """Read an answer that must not be larger than so many bytes.
 
     Raises:
-        WireError: It is.
-        NoAnswerError: It was cut off, in its headers maybe, which Python takes for complete ones.
+        NoAnswerError: It is too large, or was cut off, in its headers maybe, which Python takes for complete ones.
     """
     content = bytearray()
     for piece in response.iter_content(PIECE_BYTES):
         content += piece
         if len(content) > largest:
-            raise WireError(f"the coordinator's answer has more than {largest} bytes")
+            raise NoAnswerError(f"an answer has more than {largest} bytes, which no coordinator sends")
     if _is_cut_off(response, len(content)):
         raise NoAnswerError("the coordinator's answer was cut off")
     return bytes(content)

@@ -274,11 +274,13 @@ def tensor_pattern(name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- the site's own files
 def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_name: str,
-            share_extrema: bool = False, precision: Precision = "float32") -> list[Leaving]:
+            share_extrema: bool = False, precision: Precision = "float32",
+            pretrained_weights: Path | None = None) -> list[Leaving]:
     """Return what this site sends of a dataset, from its folders in nnUNet_raw and nnUNet_preprocessed.
 
     Args:
         configurations: Those to be trained. None given: all that the plans have, if there are plans.
+        pretrained_weights: Checkpoint that training is to start from.
 
     Raises:
         FederationError: The dataset is not there, or the trainer is none for federations.
@@ -300,16 +302,17 @@ def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_
                               "leave out the configurations")
     documents = planning_documents(dataset_json, num_cases, plans=plans, share_extrema=share_extrema)
     for configuration in configurations or (plans or {"configurations": ()})["configurations"]:
-        documents += _training_documents(plans, dataset_json, configuration, trainer, num_cases, precision)
+        documents += _training_documents(plans, dataset_json, configuration, trainer, num_cases, precision,
+                                         pretrained_weights)
     return documents
 
 
 def _training_documents(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer: str,
-                        num_cases: int, precision: Precision) -> list[Leaving]:
+                        num_cases: int, precision: Precision, pretrained_weights: Path | None) -> list[Leaving]:
     from nnunetv2.training.nnUNetTrainer.variants.federated.foreseen_training import foresee_training
 
     foreseen = foresee_training(plans, dataset_json, configuration=configuration, trainer_name=trainer,
-                                num_cases=num_cases)
+                                num_cases=num_cases, pretrained_weights=pretrained_weights)
     return training_documents(foreseen.registration, metrics=foreseen.metrics, later_metrics=foreseen.later_metrics,
                               num_classes=foreseen.num_classes, precision=precision)
 
@@ -337,6 +340,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="what is to be trained, for example 3d_fullres; default: all that the plans have")
     parser.add_argument("-tr", default="nnUNetTrainerAsymFedAvg", help="trainer (default: %(default)s)")
     parser.add_argument("-p", default="nnUNetPlans", help="plans (default: %(default)s)")
+    parser.add_argument("-pretrained_weights", type=Path, metavar="FILE",
+                        help="checkpoint that training is to start from: its SHA-256 leaves, to be compared")
     parser.add_argument("--share_extrema", action="store_true",
                         help="as if planned with --share_extrema: smallest and largest voxel of each channel leave too")
     parser.add_argument("--write-allow-list", type=Path, metavar="FILE",
@@ -356,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotJoinedError:
         credential = None
     documents = collect(arguments.dataset, arguments.configurations, trainer=arguments.tr, plans_name=arguments.p,
-                        share_extrema=arguments.share_extrema,
+                        share_extrema=arguments.share_extrema, pretrained_weights=arguments.pretrained_weights,
                         precision=(credential and credential.precision) or "float32")
     show(*describe(documents, credential))
     if not any(document.kind == "plans_report" for document in documents):

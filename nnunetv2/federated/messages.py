@@ -278,6 +278,10 @@ class TrainingData(Part):
     file_ending: Annotated[str, Field(max_length=32)]
 
 
+NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights")
+"""Fields that versions before 2.8.1+fed.4 do not know. They travel only where there is something to say."""
+
+
 class Registration(Message):
     """What a site is about to train."""
 
@@ -295,6 +299,19 @@ class Registration(Message):
     aliases: Annotated[dict[LocalName, LocalName], Field(max_length=4 * MAX_TENSORS),
                        BeforeValidator(_check_aliases)] = {}
     """Further names of these tensors: alias -> name in `tensors`."""
+    network_trainer: Segment | None = None
+    """Class whose method builds the network, for those who predict. None: `trainer`, or nnUNetTrainer where that is one
+    of the package's own federated trainers."""
+    architecture: Digest | None = None
+    """Digest of the kinds of modules in the network; tensors do not tell one activation from another."""
+    pretrained_weights: Digest | None = None
+    """SHA-256 of the checkpoint that this site starts from."""
+
+    @model_serializer(mode="wrap")
+    def _leave_what_is_not_said_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A coordinator before 2.8.1+fed.4 does not know these fields, nor does an older list of what may leave.
+        return {name: value for name, value in serialize(self).items()
+                if value is not None or name not in NEW_IN_REGISTRATION}
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> Registration:
@@ -434,6 +451,15 @@ def late_plans_key(plans_name: str, site: str) -> str:
 def run_name(configuration: str, fold: int | str, trainer: str) -> str:
     """Return the name that a training run has in this federation."""
     return _segment(f"{configuration}.fold_{fold}.{trainer}")
+
+
+def run_with_plans(run: str, plans_name: str) -> str:
+    """Return the name of a run whose sites have trained with other plans under its plain name before.
+
+    Raises:
+        ValueError: It is too long, or cannot be part of a key.
+    """
+    return _segment(f"{run}.{plans_name}")
 
 
 def registration_key(run: str) -> str:

@@ -5,7 +5,8 @@
         fold_<fold>/checkpoint_final.pth  checkpoint_best.pth (if aggregates were validated)
     <folder>/<trainer>__<plans>__<configuration>.zip        the same, to be installed elsewhere
 
-That needs the same plans at all sites and every tensor of the network shared; else the aggregate stays what it is.
+That needs the same plans and networks at all sites, and every tensor of the network shared; else the aggregate stays
+what it is. Which of the two it will be is known, and told, when the sites have registered: see `outlook`.
 """
 from __future__ import annotations
 
@@ -17,13 +18,12 @@ from typing import Any
 
 from nnunetv2.federated.archive import Archive
 from nnunetv2.federated.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
-from nnunetv2.federated.closing import PLANS_OF_A_SITE, agree_on_plans, comparable_plans
+from nnunetv2.federated.comparing import PLANS_OF_A_SITE, comparable_plans
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.messages import Registration, plans_key, round_key
+from nnunetv2.federated.outlook import counters_of, foresee_model
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
-TRAINER = "nnUNetTrainer"
-"""Class that loads the model, also where the federated trainers are not known."""
 FALLBACK_DATASET = "Dataset999_Federated"
 """Folder in the zip where the plans name no proper dataset."""
 
@@ -38,23 +38,21 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
     """
     registrations = archive.registrations(run)
     site, registration = next(iter(registrations.items()))
-    unavailable = f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
-    try:
-        agree_on_plans({name: message.plans for name, message in registrations.items()})
-    except RefusedError as error:
-        return unavailable + error.message
-    shared = archive.agreement(run).match.shared
-    canonical = {sites[site]: name for name, sites in shared.items() if site in sites}
-    try:
-        names = parameter_names([entry.name for entry in registration.tensors], registration.aliases, canonical)
-    except KeyError as error:
-        return unavailable + f"tensor {error} of the network is not shared"
+    match = archive.agreement(run).match
+    outlook = foresee_model(registrations.items(), match)
+    if outlook.obstacle:
+        return (f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
+                f"{outlook.obstacle}")
+    canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
+    names = parameter_names([entry.name for entry in registration.tensors if entry.name in canonical],
+                            registration.aliases, canonical)
     registration = registration.model_copy(update={"plans": plans_of_sites(registrations, archive)})
     registrations[site] = registration
     model = _write_description(folder, registrations, archive)
     for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
         if number is not None:
-            _write_checkpoint(model / f"fold_{registration.fold}" / name, run, number, registrations, names, archive)
+            _write_checkpoint(model / f"fold_{registration.fold}" / name, run, number, registrations, names, archive,
+                              trainer=outlook.trainer)
     return f"model written to {model} and {_write_zip(model, registration)}"
 
 
@@ -89,16 +87,20 @@ def _write_description(folder: Path, registrations: Mapping[str, Registration], 
 
 
 def _write_checkpoint(path: Path, run: str, number: int, registrations: Mapping[str, Registration],
-                      names: Mapping[str, str], archive: Archive) -> None:
-    """Write the aggregate of a round as a checkpoint."""
+                      names: Mapping[str, str], archive: Archive, *, trainer: str) -> None:
+    """Write the aggregate of a round as a checkpoint.
+
+    Args:
+        trainer: Class that builds the network, which prediction finds by this name.
+    """
     registration = next(iter(registrations.values()))
     dataset_json = describe_dataset(registrations)
     content = model_checkpoint(
         plans=registration.plans, configuration=registration.configuration, dataset_json=dataset_json,
         fold=registration.fold if registration.fold == "all" else int(registration.fold),
-        mirroring_axes=common_mirroring_axes(registrations), current_epoch=number + 1, trainer_name=TRAINER)
+        mirroring_axes=common_mirroring_axes(registrations), current_epoch=number + 1, trainer_name=trainer)
     with archive.result(round_key(run, number)) as aggregate:
-        write_checkpoint(path, aggregate, names, content)
+        write_checkpoint(path, aggregate, names, content, counters=counters_of(registration))
 
 
 def _write_zip(model: Path, registration: Registration) -> Path:

@@ -50,6 +50,8 @@ REGISTRATION_KINDS: frozenset[Kind] = frozenset({"registration", "admission"})
 """What a site sends again whenever its training goes on; versions of the software may word it differently."""
 REFUSAL_CHARACTERS = 3900
 """Of a refusal, and of its remedy: both together fit into what tells of them."""
+COMPARED_KINDS = REGISTRATION_KINDS | {"census", "plans"}
+"""Of which it is worth receiving what differs from before: they are small, and a person wants to know what it is."""
 LATE_KINDS: frozenset[Kind] = frozenset({"late_census", "late_plans"})
 """What only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
@@ -251,17 +253,21 @@ def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
     if gathering.key.kind in FINAL_KINDS:
         is_over = held is not None or gathering.is_closed or (gathering.is_superseded and is_enough(gathering))
         return Verdict.KEEP_FIRST if is_over else Verdict.STORE
-    if gathering.is_closed and held is not None and gathering.key.kind in REGISTRATION_KINDS:
+    if gathering.is_closed and held is not None and gathering.key.kind in COMPARED_KINDS:
         return Verdict.COMPARE
     if gathering.is_closed and gathering.key.kind not in LATE_KINDS:
         raise changed_since(gathering.key, site)
     return Verdict.STORE
 
 
-def changed_since(key: GatheringKey, site: str) -> RefusedError:
-    """Return the refusal of what differs from a contribution that a closed gathering was made of."""
+def changed_since(key: GatheringKey, site: str, change: str = "") -> RefusedError:
+    """Return the refusal of what differs from a contribution that a closed gathering was made of.
+
+    Args:
+        change: What has changed, where that is known.
+    """
     return RefusedError(
-        f"{key} is closed, and what site {site} sends now differs from what it sent before",
+        f"{key} is closed, and what site {site} sends now differs from what it sent before{change and f': {change}'}",
         "Its data, plans or network have changed since: undo the change, or start a new federation "
         "(nnUNetv2_fed_coordinator --folder NEW). Changed plans can also go by another name "
         "(-overwrite_plans_name).", code="already_closed")

@@ -13,6 +13,7 @@ from nnunetv2.federated import messages
 from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError, WireError
 from nnunetv2.federated.half_precision import ErrorFeedback
 from nnunetv2.federated.matching import SHAREABLE
+from nnunetv2.federated.outlook import Outlook
 from nnunetv2.federated.results import check_round
 from nnunetv2.federated.transport import Transport
 from nnunetv2.federated.wire import Document, TensorSpec
@@ -31,6 +32,8 @@ class Position:
     """The next epoch to train; the number of rounds that were closed if the run is over."""
     weights: Weights
     """The shared weights to go on with, under the site's own names."""
+    begins: bool = False
+    """Whether the run begins now, with the initial weights of the sites that take part in it."""
     is_over: bool = False
     """Whether there is nothing left to train: the run is complete, or the operator has stopped it."""
 
@@ -62,7 +65,8 @@ class RunSession:
             RefusedError: The networks, labels or channels of the sites do not go together.
             WireError: The tensors that the coordinator takes for shared are not those of this site.
         """
-        state = self.transport.run_state(self.run)
+        state = self.transport.run_state(self.run, plans=registration.plans.get("plans_name"))
+        self.run = state.run  # another one where the sites have trained with other plans before
         has_begun = bool(state.members or state.left)
         key = messages.registration_key(self.run)
         if has_begun and self.site not in state.registered:
@@ -77,6 +81,19 @@ class RunSession:
         self.match = answer
         self._feedback = ErrorFeedback() if answer.precision == "float16" else None
         return answer
+
+    def describe_outlook(self) -> str:
+        """Say what will become of the averages, as the coordinator foresees it."""
+        try:
+            outlooks = self.transport.outlooks().runs
+        except RefusedError as error:
+            if error.code != "unknown_path":
+                raise
+            return "Whether there will be a common model, this coordinator (an older version) says when the run is over"
+        found = next((one for one in outlooks if one.run == self.run), None)
+        text = "it is not known whether there will be a common model" if found is None \
+            else str(Outlook(found.trainer, found.obstacle))
+        return text[0].upper() + text[1:]
 
     @property
     def local_names(self) -> dict[str, str]:
@@ -110,7 +127,8 @@ class RunSession:
                 raise FederationError(
                     f"run {self.run} has not begun, and this site's checkpoint is at epoch {epoch}: what it has "
                     "trained alone would go to all others as it is, for they begin with its weights. Start without --c")
-            return Position(0, self._begin(weights, is_registered=self.site in state.registered))
+            is_registered = self.site in state.registered
+            return Position(0, self._begin(weights, is_registered=is_registered), begins=is_registered)
         next_round = state.rounds_closed if state.closed else state.open_round
         check_round(next_round)
         if epoch > next_round + 1 + staleness:

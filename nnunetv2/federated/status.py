@@ -10,27 +10,44 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.admin import add_folder_option, ask, operator_credential
+from nnunetv2.federated.errors import RefusedError
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
 if TYPE_CHECKING:
-    from nnunetv2.federated.bodies import GatheringStatus, RunProgress, RunState, SiteStatus, Status
+    from nnunetv2.federated.bodies import (
+        GatheringStatus,
+        Outlooks,
+        RunOutlook,
+        RunProgress,
+        RunState,
+        SiteStatus,
+        Status,
+    )
+    from nnunetv2.federated.site import SiteCredential
 
 SHOWN_FAILURES = 10
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 # ----------------------------------------------------------------------------------------------------- describing
-def describe(status: Status, *, url: str) -> Iterator[str]:
-    """Yield the lines that people read, all of them printable."""
-    yield from map(printable, _describe(status, url=url))
+def describe(status: Status, *, url: str, outlooks: Outlooks | None = None) -> Iterator[str]:
+    """Yield the lines that people read, all of them printable.
+
+    Args:
+        outlooks: What will become of the averages of the runs; None where the coordinator does not say.
+    """
+    yield from map(printable, _describe(status, url=url, outlooks=outlooks))
 
 
-def _describe(status: Status, *, url: str) -> Iterator[str]:
+def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterator[str]:
     yield f"Federation {status.federation} at {url}, {_moment(status.time)}"
     progress = {one.run: one for one in status.progress}
+    foreseen = {one.run: one for one in outlooks.runs} if outlooks else {}
     for state in status.runs:
         yield ""
         yield from _describe_run(state, progress[state.run], status)
+        if state.run in foreseen:
+            yield f"  {_describe_outlook(foreseen[state.run])}"
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
     if elsewhere:
         yield ""
@@ -67,6 +84,11 @@ def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Ite
             f"; best {_number(found.best_ema_dice)} after round {found.best_round}"
         yield (f"  last validation, round {found.round}: pseudo Dice {_number(found.mean_dice)}, moving average "
                f"{_number(found.ema_dice)}{best}; per class {', '.join(_number(value) for value in found.dice)}")
+
+
+def _describe_outlook(outlook: RunOutlook) -> str:
+    return f"no common model: {outlook.obstacle}" if outlook.obstacle else \
+        f"common model: with the network of {outlook.trainer}"
 
 
 def _describe_pace(state: RunState, progress: RunProgress) -> str:
@@ -144,9 +166,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     credential = operator_credential(arguments.folder)
     status = ask(credential, "GET", "status", Status)
     lines = printable_json(status.model_dump(mode="json"), indent=4).split("\n") if arguments.json \
-        else describe(status, url=credential.url)
+        else describe(status, url=credential.url, outlooks=_ask_for_outlooks(credential))
     show(*lines)
     return 0
+
+
+def _ask_for_outlooks(credential: SiteCredential) -> Outlooks | None:
+    """Ask which runs will have a common model; None if the coordinator is too old to say."""
+    from nnunetv2.federated.bodies import Outlooks
+
+    try:
+        return ask(credential, "GET", "outlooks", Outlooks)
+    except RefusedError as error:
+        if error.code != "unknown_path":
+            raise
+        return None
 
 
 def build_leave_parser() -> argparse.ArgumentParser:

@@ -376,6 +376,11 @@ class Store:
                                    "ORDER BY number DESC LIMIT ?", *values, last)
         return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
 
+    def has_event(self, kind: str, site: str, key: str) -> bool:
+        """Tell whether the audit log has such a line."""
+        return bool(self._database.rows("SELECT 1 FROM events WHERE kind = ? AND site = ? AND key = ? LIMIT 1",
+                                        kind, site, key))
+
     def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
         """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
         return self._database.rows(f"{audit.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from nnunetv2.federated.bodies import FederationSettings, Receipt, RunState
+    from nnunetv2.federated.bodies import FederationSettings, Outlooks, Receipt, RunState
     from nnunetv2.federated.messages import Message
     from nnunetv2.federated.wire import Document, TensorSpec
 
@@ -35,8 +35,17 @@ class Transport(Protocol):
         """Wait until a gathering is closed and return its result, without contributing."""
         ...
 
-    def run_state(self, run: str) -> RunState:
-        """Return how far a training run is."""
+    def run_state(self, run: str, *, plans: str | None = None) -> RunState:
+        """Return how far a training run is.
+
+        Args:
+            plans: Name of the plans that this site trains with. The run that the answer names is the one that such a
+                training belongs to: another one, where this site has trained with other plans under this name.
+        """
+        ...
+
+    def outlooks(self) -> Outlooks:
+        """Return which runs will have a common model, and why others will not."""
         ...
 
     def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,

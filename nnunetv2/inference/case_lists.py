@@ -49,10 +49,22 @@ def list_folder(folder: PathOrText, dataset_json: Mapping[str, Any],
     cases = create_lists(folder, ending)
     if not cases:
         raise FileNotFoundError(f"no case found in {folder}: the model expects files named CASE_0000{ending}, with one "
-                                f"number per channel ({_describe_channels(dataset_json)})")
+                                f"number per channel ({_describe_channels(dataset_json)})"
+                                + _describe_other_endings(folder, ending))
     for files in cases:
         _check_channels(files, cases, dataset_json)
     return cases
+
+
+def _describe_other_endings(folder: str, ending: str) -> str:
+    """Say what to do about images in another format than that of the data that the model was trained with."""
+    matches = (re.search(r"_[0-9]{4}((?:\.[A-Za-z0-9]+)+)$", file.name) for file in Path(folder).iterdir())
+    found = {match[1] for match in matches if match is not None}
+    others = sorted(found - {ending})
+    if not others:
+        return ""
+    return (f". There are files that end in {', '.join(others)}: convert them to {ending}, or write "
+            f"\"file_ending\": \"{others[0]}\" into the model's dataset.json, if its reader reads that format")
 
 
 def case_id(file: PathOrText, ending: str) -> str:

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from nnunetv2.model_sharing.archive_check import ArchiveLimits, UnsafeArchiveError, check_archive
 from nnunetv2.paths import nnUNet_results
@@ -13,11 +13,14 @@ from nnunetv2.paths import nnUNet_results
 _CHUNK = 2**20
 
 
-def install_model_from_zip_file(zip_file: str) -> None:
+def install_model_from_zip_file(zip_file: str, *, dataset_name: str | None = None) -> None:
     """Unpack a zip file that `export_pretrained_model` wrote; files that exist already are replaced.
 
     Everything is checked, then unpacked beside its place, and then renamed: if anything is wrong with the file, no
     model changes. Nothing in it is executed; checkpoints and pickles are read with care whenever they are used.
+
+    Args:
+        dataset_name: Folder in nnUNet_results that takes the place of the one that the file names.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -33,12 +36,13 @@ def install_model_from_zip_file(zip_file: str) -> None:
     try:
         with zipfile.ZipFile(zip_file) as archive:
             files = check_archive(archive, target, ArchiveLimits.from_environment())
-            _install(archive, files, target)
+            _install(archive, files, target, dataset_name)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{zip_file} is no zip file, or it is damaged: {error}") from error
 
 
-def _install(archive: zipfile.ZipFile, files: Sequence[zipfile.ZipInfo], target: Path) -> None:
+def _install(archive: zipfile.ZipFile, files: Sequence[zipfile.ZipInfo], target: Path,
+             dataset_name: str | None) -> None:
     needed, free = sum(member.file_size for member in files), shutil.disk_usage(target).free
     if needed > free:
         raise OSError(f"{archive.filename} needs {needed / 2**30:.1f} GiB in {target}, {free / 2**30:.1f} are free")
@@ -47,7 +51,9 @@ def _install(archive: zipfile.ZipFile, files: Sequence[zipfile.ZipInfo], target:
         for member in files:
             _unpack(archive, member, scratch / member.filename)
         for member in files:
-            _replace(scratch / member.filename, target / member.filename)
+            first, *rest = PurePosixPath(member.filename).parts
+            place = target.joinpath(dataset_name or first, *rest) if rest else target / first
+            _replace(scratch / member.filename, place)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -218,6 +218,7 @@ def maybe_load_checkpoint(nnunet_trainer: nnUNetTrainer, continue_training: bool
         if not nnunet_trainer.was_initialized:
             nnunet_trainer.initialize()
         public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
+        nnunet_trainer.pretrained_weights = pretrained_weights_file  # the sites of a federation compare them
 
 
 def parse_fold(fold: int | str) -> int | str:

@@ -13,6 +13,10 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".training.lock"
 
 
+class FolderInUseError(RuntimeError):
+    """Another process trains into the same folder."""
+
+
 @contextmanager
 def training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder while training into it. The lock ends with the process, however that ends.
@@ -20,7 +24,7 @@ def training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     Where the operating system or the file system knows no locks, nothing is held.
 
     Raises:
-        RuntimeError: Another process trains there; the message says which.
+        FolderInUseError: Another process trains there; the message says which.
     """
     path = Path(folder) / LOCK_FILE
     descriptor = _lock(path)
@@ -45,8 +49,9 @@ def _lock(path: Path) -> int | None:
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)
-            raise RuntimeError(f"another training writes into {path.parent} already ({holder or 'unknown process'}); "
-                               "two would overwrite each other's checkpoints. Stop one of them") from error
+            raise FolderInUseError(
+                f"another training writes into {path.parent} already ({holder or 'unknown process'}); two would "
+                "overwrite each other's checkpoints. Stop one of them") from error
         except OSError as error:  # some network file systems
             logger.debug("cannot lock %s: %s", path, error)
             os.close(descriptor)

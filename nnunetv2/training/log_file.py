@@ -5,6 +5,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from nnunetv2.utilities.atomic_write import naming
 from nnunetv2.utilities.plain_text import printable
 
 ATTEMPTS = 5
@@ -39,7 +40,7 @@ def append_to_log(path: Path, text: str, *, header: str) -> None:
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with path.open("a", encoding="utf-8") as file:
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(f"{header}\n{text}\n" if file.tell() == 0 else f"{text}\n")
             return
         except OSError:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,27 @@ def require_folder(folder: str | None, trainer_name: str) -> str:
         raise RuntimeError(f"{' and '.join(unset) or 'a folder'} was not set when {trainer_name} was constructed: it "
                            "can build networks, but not train")
     return folder
+
+
+def require_previous_stage(folder: str, cases: Iterable[str], configuration: str) -> None:
+    """Check that the previous stage of a cascade has segmented all cases.
+
+    Args:
+        folder: Where it leaves its segmentations.
+        cases: Those that are trained and validated with.
+        configuration: The previous stage.
+
+    Raises:
+        FileNotFoundError: It has not; the message says what to train.
+    """
+    needed = sorted(set(cases))
+    there = {path.stem for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+    missing = [case for case in needed if case not in there]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(needed)} cases, such as {missing[0]}, have no segmentation of the previous stage "
+            f"in {folder}. Each fold of {configuration} segments its own validation cases: train all its folds with "
+            "the same trainer and plans, or fold 'all'")
 
 
 def save_model_description(folder: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any],

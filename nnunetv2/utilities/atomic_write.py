@@ -1,6 +1,7 @@
 """Write files so that a reader sees either the old content or the complete new one."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,18 @@ from pathlib import Path
 
 _PREFIX = ".partial-"
 _NIFTI_ENDINGS = (".nii.gz", ".nii")
+_DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EIO", "EROFS") if hasattr(errno, name)}
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors of a disk that is full or broken name the file that was written, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_TROUBLE and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager
@@ -33,14 +46,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         stem, scratch_stem, ending = _split_name(target.name)
         written = scratch / f"{scratch_stem}{ending}"
-        yield written
-        if not written.is_file():
-            raise FileNotFoundError(f"nothing was written for {path}")
-        companions = [file for file in scratch.iterdir() if file != written]
-        for file in (*companions, written):
-            _flush_to_disk(file)
-            name = stem + file.name.removeprefix(scratch_stem) if file.name.startswith(scratch_stem) else file.name
-            file.replace(target.parent / name)
+        with naming(path):
+            yield written
+            if not written.is_file():
+                raise FileNotFoundError(f"nothing was written for {path}")
+            companions = [file for file in scratch.iterdir() if file != written]
+            for file in (*companions, written):
+                _flush_to_disk(file)
+                name = stem + file.name.removeprefix(scratch_stem) if file.name.startswith(scratch_stem) else file.name
+                file.replace(target.parent / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

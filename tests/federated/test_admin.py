@@ -125,6 +125,13 @@ def test_without_a_coordinator_the_way_out_is_named(tmp_path):
         admin.main(["--folder", str(tmp_path), "settings"])
 
 
+def test_settings_without_effect_are_refused(federation, run):
+    for options in (["--deadline", "60"], ["--late-updates", "carry"], ["--wait-for-all", "--deadline", "60"]):
+        with pytest.raises(FederationError, match="--quorum"):
+            run("settings", *options)
+    assert federation.coordinator.settings.deadline_s is None
+
+
 def test_the_command_runs_with_little_more_than_the_standard_library():
     code = ("import sys\nfor name in ('torch', 'requests', 'numpy'): sys.modules[name] = None\n"
             "from nnunetv2.federated.admin import main; main(['-h'])")
@@ -152,7 +159,7 @@ def test_a_token_is_not_sent_to_where_an_answer_points(tmp_path):
     with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         credential = SiteCredential(f"http://127.0.0.1:{server.server_port}", "test", "A", "A.secret")
-        with pytest.raises(FederationError, match="answers with status 302, not as a coordinator would"):
+        with pytest.raises(FederationError, match="answers with status 302.*not as a coordinator would"):
             admin.ask(credential, "GET", "status")
         server.shutdown()
     assert asked == ["/v1/status"]

@@ -224,7 +224,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
         document = client.result(f"runs/{RUN}/rounds/2")
         for name in SHAPES:
             np.testing.assert_array_equal(weights[name].numpy(), document.read(name))
-    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+    assert checkpoint["trainer_name"] == "nnUNetTrainerFake", "it does not say that its network is another trainer's"
     assert (checkpoint["init_args"]["configuration"], checkpoint["init_args"]["fold"]) == ("3d_fullres", 0)
     assert checkpoint["inference_allowed_mirroring_axes"] == (0, 1, 2)
     assert json.loads((model / "plans.json").read_text()) == make_plans()

@@ -61,14 +61,17 @@ def test_settings_that_differ_later_are_refused_with_the_difference(tmp_path, op
         open_folder(tmp_path / "f", *options)
 
 
-def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_changed_it(tmp_path):
+def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_changed_it(tmp_path, capsys):
     created = ("--sites", "A", "B", "--epochs", "20")
     settings = open_folder(tmp_path / "f", *created)
     with Store(tmp_path / "f") as store:
         store.save_settings(settings.model_copy(update={"sites": ("A", "B", "C"), "validate_every": 5}),
                             Event(0.0, "settings", "operator", None, {}))
+    capsys.readouterr()
     changed = open_folder(tmp_path / "f", *created)
     assert (changed.sites, changed.validate_every) == (("A", "B", "C"), 5)
+    assert capsys.readouterr().out.splitlines()[0].endswith(
+        "--sites A B is that of the first start and has no effect: an operator has changed it to A B C since")
     assert open_folder(tmp_path / "f", "--sites", "A", "B", "C") == changed
     with pytest.raises(FederationError, match="with --sites A B C, not A C"):
         open_folder(tmp_path / "f", "--sites", "A", "C")
@@ -85,6 +88,8 @@ def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_cha
     (["--sites", "A", "B", "C", "--quorum", "2", "--deadline", "9", "--min-sites", "3"], "--quorum 2 is less than"),
     (["--sites", "A", "B", "--min-sites", "3"], "--min-sites 3 is more than the 2 sites"),
     (["--sites", "A", "B", "--min-sites", "1"], "min_sites"),
+    (["--sites", "A", "B", "--deadline", "60"], "--deadline needs --quorum"),
+    (["--sites", "A", "B", "--late-updates", "carry"], "--late-updates carry needs --quorum and --deadline"),
     (["--sites", "A", "B", "--deadline", "-1"], "deadline_s")])
 def test_settings_that_make_no_sense_are_refused(tmp_path, options, complaint):
     with pytest.raises(FederationError, match=complaint):

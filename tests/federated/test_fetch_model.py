@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 
 import pytest
@@ -268,3 +269,48 @@ def test_the_only_run_that_is_over_is_chosen():
 def test_what_is_to_be_replaced_is_to_be_installed():
     with pytest.raises(SystemExit):
         fetch_model.main(["--replace"])
+
+
+# ----------------------------------------------------------------------------------- where a model belongs at this site
+def give_plans(root, dataset: str, **fields) -> None:
+    """Let a dataset be planned at this site, as all sites of the run have planned theirs."""
+    folder = root / dataset
+    folder.mkdir(parents=True)
+    (folder / "nnUNetPlans.json").write_text(json.dumps(make_plans(dataset_name=dataset, **fields)))
+
+
+@pytest.mark.parametrize("own", ["Dataset001_Liver", "Dataset205_Cor"])
+def test_the_model_is_installed_under_the_sites_own_name(finished, tmp_path, monkeypatch, capsys, roots, own):
+    use_credential(monkeypatch, tmp_path, finished, "A")
+    give_plans(roots["nnUNet_preprocessed"], own)
+    give_plans(roots["nnUNet_preprocessed"], "Dataset300_Unrelated", transpose_forward=[2, 1, 0])
+    assert fetch_model.main([RUN]) == 0
+    assert f"nnUNetv2_fed_fetch_model {RUN} --install" in capsys.readouterr().out
+    assert fetch_model.main([RUN, "--install"]) == 0
+    text = capsys.readouterr().out
+    assert f"as a model of {own}" in text and f"nnUNetv2_predict -d {own} " in text
+    assert [path.name for path in roots["nnUNet_results"].iterdir()] == [own]
+    model = MODEL.partition("/")[2]
+    assert (roots["nnUNet_results"] / own / model / "fold_0" / "checkpoint_final.pth").is_file()
+    with pytest.raises(FederationError, match=f"{own}.*is there already"):
+        fetch_model.main([RUN, "--install"])
+
+
+def test_an_id_that_is_another_datasets_stays_unambiguous(finished, tmp_path, monkeypatch, capsys, roots):
+    use_credential(monkeypatch, tmp_path, finished, "A")
+    (roots["nnUNet_raw"] / "Dataset001_Liver").mkdir(parents=True)
+    with pytest.raises(FederationError, match="the id 1 is that of Dataset001_Liver: nothing was installed"):
+        fetch_model.main([RUN, "-o", "m.zip", "--install", "--replace"])
+    assert fetch_model.main([RUN, "-o", "m.zip"]) == 0
+    text = capsys.readouterr().out
+    assert "the id 1 is that of Dataset001_Liver" in text and "install_pretrained" not in text
+    assert not roots["nnUNet_results"].exists() or not list(roots["nnUNet_results"].iterdir())
+    assert (tmp_path / "m.zip").is_file()
+
+
+def test_of_several_datasets_with_the_same_plans_none_is_chosen(finished, tmp_path, monkeypatch, roots):
+    use_credential(monkeypatch, tmp_path, finished, "A")
+    for name in ("Dataset205_Cor", "Dataset206_Copy"):
+        give_plans(roots["nnUNet_preprocessed"], name)
+    with pytest.raises(FederationError, match="have the plans of the model: Dataset205_Cor, Dataset206_Copy"):
+        fetch_model.main([RUN, "--install"])

@@ -130,10 +130,12 @@ def test_weights_that_come_too_late_do_not_count():
 
 
 def test_statistics_may_be_corrected_until_they_are_closed():
-    state = add(gathering("fingerprint/census"), "A")
+    state = add(gathering("fingerprint/coarse"), "A")
     assert judge(state, "A", D2) is Verdict.STORE
     with pytest.raises(RefusedError, match="closed.*differs"):
         judge(closed(add(state, "B"), 0), "A", D2)
+    census = closed(add(add(gathering("fingerprint/census"), "A"), "B"), 0)
+    assert judge(census, "A", D2) is Verdict.COMPARE, "it is small: what differs can be named"
 
 
 def test_a_refused_gathering_opens_again_with_a_correction():

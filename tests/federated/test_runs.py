@@ -877,7 +877,7 @@ def test_the_floor_can_be_raised_and_not_lowered(make_federation):
                               (SettingsChange(quorum=2, deadline_s=9.0), "--quorum 2 is less than --min-sites 3")):
         with pytest.raises(FederationError, match=complaint):
             coordinator.change_settings(change, by="boss")
-    assert coordinator.change_settings(SettingsChange(late_updates="carry"), by="boss").min_sites == 3
+    assert coordinator.change_settings(SettingsChange(validate_every=2), by="boss").min_sites == 3
     assert coordinator.store.load_settings().min_sites == 3
 
 
@@ -913,8 +913,8 @@ def test_no_values_of_plans_are_told_when_a_run_ends_without_a_model(make_federa
     federation.update(0, "A", 1)
     federation.update(0, "B", 1)
     with pytest.raises(RefusedError) as info:
-        models.find(federation.coordinator, RUN, member="B")
-    tail = LogTail(federation.store)
+        models.find(federation.coordinator, RUN)
+    tail = LogTail(federation.store, is_run=federation.coordinator.book.has_run)
     tail.read_on()
     for text in (str(info.value), tail.models[RUN]):
         assert "median_image_size_in_voxels[0] is not the same at A and at B" in text

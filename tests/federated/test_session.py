@@ -29,9 +29,9 @@ class FakeTransport:
     def result(self, key):
         return self.results[key]
 
-    def run_state(self, run):
-        return SimpleNamespace(**{"open_round": None, "num_rounds": 4, "closed": False, "registered": ("a", "b"),
-                                  "rounds_closed": 0, "left": (), **self.state})
+    def run_state(self, run, *, plans=None):
+        return SimpleNamespace(**{"run": run, "open_round": None, "num_rounds": 4, "closed": False,
+                                  "registered": ("a", "b"), "rounds_closed": 0, "left": (), **self.state})
 
 
 def document(message=None, **tensors):

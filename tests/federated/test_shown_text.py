@@ -189,7 +189,9 @@ STATUS = {"federation": ESCAPES, "sites": [], "runs": [{"run": ESCAPES, "closed"
     (admin.main, ["invite", "NAME"], {"name": "NAME", "role": "site", "invitation": ESCAPES, "expires": 1.0}),
 ], ids=lambda value: value if isinstance(value, list) else "")
 def test_no_good_answer_commands_the_terminal_of_a_command(function, arguments, body, hostile_text, shown):
-    hostile_text(lambda handler: send(handler, json.dumps(body).encode()))
+    outlooks = {"runs": [{"run": ESCAPES, "obstacle": ESCAPES}]}
+    hostile_text(lambda handler: send(handler, json.dumps(
+        outlooks if handler.path.endswith("/outlooks") else body).encode()))
     text = shown(function, *arguments)
     assert r"\x1b" in text or r"\u001b" in text
 
@@ -237,7 +239,7 @@ def parse_prediction(line: str) -> argparse.Namespace:
 def test_commands_to_type_keep_names_of_a_zip_in_their_places(dataset, trainer, configuration, fold, tmp_path):
     with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
         archive.writestr(f"{dataset}/{trainer}__P__{configuration}/fold_{fold}/checkpoint_final.pth", b"x")
-    [line] = fetch_model.describe_prediction(tmp_path / "m.zip")
+    [line] = fetch_model.describe_prediction(tmp_path / "m.zip", dataset)
     read = parse_prediction(line)
     assert is_harmless(line) and "\n" not in line
     assert (read.d, read.tr, read.c, read.f) == (dataset, trainer.replace("\n", " "), configuration, [fold])

@@ -62,10 +62,12 @@ def test_plans_are_compared_without_extrema():
 
 def test_a_registration_holds_no_extrema():
     torch = pytest.importorskip("torch")
+    from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
     from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_training
 
     registration = describe_training(
-        torch.nn.Linear(2, 1), plans=with_intensities(), configuration="3d_fullres", fold=0, trainer="T",
+        torch.nn.Linear(2, 1), plans=with_intensities(), configuration="3d_fullres", fold=0,
+        trainer=nnUNetTrainerFedAvg,
         dataset_json={"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz",
                       "name": "secret", "numTraining": 3, "dataset": {"case_1": {"images": ["/home/x.nii.gz"]}}},
         num_training_cases=3, mirroring_axes=(0,), requires_equal_plans=False)

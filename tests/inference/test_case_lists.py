@@ -112,3 +112,13 @@ def test_missing_predictions_of_the_previous_stage_are_named(tmp_path):
     cases = list_all([["a_0000.nii.gz"], ["b_0000.nii.gz"]], None, previous_stage_folder=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"1 of 2 cases.*b\.nii\.gz"):
         require_previous_stage(cases)
+
+
+def test_images_in_another_format_are_named_with_what_to_do(tmp_path):
+    folder = make_folder(tmp_path, "a_0000.mha", "a_0001.mha", "notes.txt")
+    with pytest.raises(FileNotFoundError, match=r"expects files named CASE_0000.nii.gz.*end in .mha: convert them to "
+                                                r".nii.gz, or write \"file_ending\": \".mha\" into the model's"):
+        list_it(folder)
+    with pytest.raises(FileNotFoundError) as info:
+        list_it(tmp_path / "empty")
+    assert "convert" not in str(info.value)

@@ -378,6 +378,77 @@ def test_an_overlapped_training_resumes(make_sites):
     assert_equal_weights(*again)
 
 
+# ------------------------------------------------------------------------------------- what sites are told at the start
+def test_a_second_start_in_the_same_folder_is_no_failure_of_the_site(make_sites):
+    sites = make_sites()
+    first, second = sites.trainer("A"), sites.trainer("A")
+    with first._hold_output_folder(), pytest.raises(RuntimeError, match="another training writes into"):
+        second.run_training()
+    assert sites.federation.coordinator.status().failures == ()
+
+
+class OtherNetwork(nnUNetTrainerAsymFedAvg):
+    """The same tensors, another activation."""
+
+    @staticmethod
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
+                                   enable_deep_supervision=True):
+        network = nnUNetTrainerAsymFedAvg.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
+        for module in network.modules():
+            for name, child in list(module.named_children()):
+                if isinstance(child, torch.nn.LeakyReLU):
+                    setattr(module, name, torch.nn.Tanh())
+        return network
+
+
+class OtherSteps(nnUNetTrainerAsymFedAvg):
+    """Another trainer, with the usual network."""
+
+
+def test_registrations_say_whose_network_it_is(make_sites):
+    sites = make_sites()
+    usual, tanh, steps = (sites.trainer("A", one).describe_training()
+                          for one in (nnUNetTrainerAsymFedAvg, OtherNetwork, OtherSteps))
+    assert (usual.network_trainer, usual.architecture, usual.pretrained_weights) == (None, None, None)
+    assert (tanh.network_trainer, steps.network_trainer) == ("OtherNetwork", "nnUNetTrainer")
+    assert tanh.architecture != steps.architecture and tanh.tensors == steps.tensors
+    again = sites.trainer("B", OtherSteps).describe_training()
+    assert again.architecture == steps.architecture
+
+
+def test_every_log_says_what_becomes_of_the_run_and_where_it_starts(make_sites):
+    sites = make_sites(num_epochs=1)
+    trainers = [sites.trainer(site, OtherSteps) for site in "AB"]
+    assert sites.run(*trainers) == [None, None]
+    for trainer, owner in zip(trainers, ("this site", "site A")):
+        text = "\n".join(trainer.lines)
+        assert "There will be a common model, with the network of nnUNetTrainer" in text
+        assert f"Initial weights: those of {owner} (" in text
+        assert "All sites start from the initial weights" in text
+
+
+def test_pretrained_weights_are_those_of_all_sites_or_refused(make_sites):
+    sites = make_sites(num_epochs=1)
+    a, b = sites.trainer("A"), sites.trainer("B")
+    torch.save({"network_weights": a.network.state_dict()}, sites.folder / "weights.pth")
+    weights = str(sites.folder / "weights.pth")
+    maybe_load_checkpoint(a, False, False, weights)
+    errors = sites.run(a, b)
+    assert all("do not start from the same pretrained weights (A: SHA-256" in str(error) for error in errors)
+    again = [sites.trainer(site) for site in "AB"]
+    for trainer in again:
+        maybe_load_checkpoint(trainer, False, False, weights)
+    sites.act("reset", run_of(again[0]))  # else whoever changes nothing hears of the old refusal
+    assert sites.run(*again) == [None, None]
+    for trainer in again:
+        assert f"All sites start from the same pretrained weights, {weights}" in "\n".join(trainer.lines)
+    late = sites.trainer("A")
+    maybe_load_checkpoint(late, False, False, weights)
+    assert sites.run(late) == [None]
+    assert f"-pretrained_weights {weights} are not used" in "\n".join(late.lines)
+
+
 def spy_on_updates(trainer, sent: dict) -> None:
     """Remember what a trainer sends: (site, round) -> weights under the site's own names."""
     own_weights, site = trainer.own_weights, trainer.credential.site

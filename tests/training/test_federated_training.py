@@ -13,6 +13,7 @@ from patience import PATIENCE_S
 
 from nnunetv2.federated import messages
 from nnunetv2.federated.errors import NonFiniteError, RefusedError, ShortEpochError
+from nnunetv2.federated.min_cases import DEFAULT
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
@@ -132,10 +133,13 @@ def test_a_delayed_average_loses_and_repeats_nothing():
 def test_the_log_says_what_is_shared_with_whom():
     shared = {"w": {"a": "w", "b": "w"}, "v": {"a": "v", "b": "v", "c": "v"}, "u": {"b": "u", "c": "u"}}
     match = SimpleNamespace(rule="name", weighting="cases", coverage={"a": (75, 100)}, weights={"b": 1.0, "a": 1.0},
-                            shared=shared)
+                            shared=shared, initial_owner={"w": "a", "v": "b", "u": "b"})
     lines = describe_match(match, "a")
     assert "75 of 100 parameters (75.0%)" in lines[0]
-    assert lines[1:] == ["  1 tensors with b", "  1 tensors with b, c", "Each of a, b counts by its training cases"]
+    assert lines[1:] == ["  1 tensors with b only: each of the two can compute what the other has sent",
+                         "  1 tensors with b, c",
+                         "Initial weights: those of this site (1 tensors), site b (1 tensors)",
+                         "Each of a, b counts by its training cases"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is said
@@ -164,6 +168,10 @@ def test_every_process_reports_what_went_wrong_in_it(error, reports):
     class Failing(FederatedTraining, Base):
         credential = SimpleNamespace(site="a")
         configuration_name, fold, round_in_training = "3d_fullres", 0, 5
+        plans_manager = SimpleNamespace(dataset_name="Dataset001_X")
+
+        def do_split(self):
+            return [f"case_{number}" for number in range(DEFAULT)], []
 
         def print_to_log_file(self, *_):
             pass

@@ -1,4 +1,5 @@
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,10 @@ def test_a_disk_that_stays_away_is_an_error(tmp_path, monkeypatch):
 
 def test_names_of_others_do_not_command_whoever_reads_a_log():
     assert log_file.format_log_line(("Plans:\n{'x\x1b[2K': 1}", "\u202e"), None) == "Plans:\n{'x\\x1b[2K': 1} \\u202e "
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_full_disk_names_the_log(monkeypatch):
+    monkeypatch.setattr(log_file, "PAUSE_S", 0.0)
+    with pytest.raises(OSError, match="/dev/full"):
+        log_file.append_to_log(Path("/dev/full"), "text", header="header")

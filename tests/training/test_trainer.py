@@ -514,6 +514,13 @@ def test_the_next_stage_of_a_cascade_receives_segmentations_and_trains_on_them(d
     folder = Path(first.output_folder_base, "predicted_next_stage", "3d_cascade_fullres")
     assert nnUNetDatasetBlosc2.get_identifiers(str(folder)) == first.do_split()[0]
 
+    missing = next(folder.glob("*.b2nd"))
+    kept = missing.rename(missing.with_suffix(".away").with_stem("elsewhere"))
+    incomplete = nnUNetTrainer(plans, "3d_cascade_fullres", "all", make_dataset_json(), CPU)
+    with pytest.raises(FileNotFoundError, match=f"1 of .* cases, such as {missing.stem}, .*train all its folds"):
+        incomplete.run_training()
+    kept.rename(missing)
+
     second = nnUNetTrainer(plans, "3d_cascade_fullres", 0, make_dataset_json(), CPU)
     second.num_epochs = second.num_iterations_per_epoch = second.num_val_iterations_per_epoch = 1
     second.run_training()

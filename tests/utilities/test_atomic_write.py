@@ -100,3 +100,15 @@ def test_what_is_written_beside_gets_the_name_of_the_file(tmp_path):
         file.with_name(file.name.replace(".nii.gz", ".json")).write_text("spacing")
         (file.parent / "other.txt").write_text("note")
     assert names_in(tmp_path) == ["other.txt", "x.nii.json", "x.nii.nii.gz"]
+
+
+def test_a_full_disk_names_the_file_that_was_written(tmp_path):
+    import errno
+
+    def fill():
+        with replacing(tmp_path / "checkpoint.pth"):
+            raise OSError(errno.EFBIG, "File too large")
+
+    with pytest.raises(OSError, match="File too large: '.*checkpoint.pth'"):
+        fill()
+    assert list(tmp_path.iterdir()) == []

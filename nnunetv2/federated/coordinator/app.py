@@ -4,7 +4,8 @@
     POST /v1/join                    {invitation, token} -> {federation, site, settings}; what follows needs the token
     GET  /v1/settings                what holds for all sites
     GET  /v1/status                  what the federation is doing
-    GET  /v1/runs/<run>              how far a run of training is
+    GET  /v1/runs/<run>?plans=       how far a run of training is, or the one that a training with plans belongs to
+    GET  /v1/outlooks                which runs will have a common model, and why others will not
     GET  /v1/runs/<run>/model        the model of a run that is over, in a zip file (ranges allowed); operators too
     POST /v1/runs/<run>/actions      {action, gathering}: an operator steers a run, a site leaves it or returns
     POST /v1/failures                {run, round, reason}: a site cannot go on
@@ -47,7 +48,7 @@ from nnunetv2.federated.coordinator.limits import Gate, Limits
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.problems import answer_error, answer_nobody, answer_unknown, json_response
-from nnunetv2.federated.coordinator.service import Coordinator, Result, require_role
+from nnunetv2.federated.coordinator.service import SHOWN_GATHERINGS, Coordinator, Result, require_role
 from nnunetv2.federated.coordinator.uploads import BYPASSED, Reception, announced, drain, read_json, receive
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.store import Traffic
@@ -113,9 +114,20 @@ async def get_status(request: Request) -> Response:
 
 
 async def get_run(request: Request) -> Response:
-    """Tell a member how far a run is."""
+    """Tell a member how far a run is; a site that names its plans, how far the run is that they belong to."""
+    member, run = member_of(request), request.path_params["run"]
+    plans, coordinator = request.query_params.get("plans"), coordinator_of(request)
+    if plans is not None:
+        run = await run_in_threadpool(coordinator.run_of_plans, run, require_role(member, "site"), plans)
+    return json_response(coordinator.run_state(run))
+
+
+async def get_outlooks(request: Request) -> Response:
+    """Tell a member which runs will have a common model."""
     member_of(request)
-    return json_response(coordinator_of(request).run_state(request.path_params["run"]))
+    coordinator = coordinator_of(request)
+    runs = coordinator.book.runs()[:SHOWN_GATHERINGS]
+    return json_response(await run_in_threadpool(models.outlooks, coordinator, runs))
 
 
 async def get_model(request: Request) -> Response:
@@ -332,6 +344,7 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         Route("/v1/members", post_member, methods=["POST"]),
         Route("/v1/members/{name}", delete_member, methods=["DELETE"]),
         Route("/v1/status", get_status),
+        Route("/v1/outlooks", get_outlooks),
         Route("/v1/runs/{run}", get_run),
         Route("/v1/runs/{run}/model", get_model),
         Route("/v1/runs/{run}/actions", post_action, methods=["POST"]),

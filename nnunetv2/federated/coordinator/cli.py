@@ -159,7 +159,7 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
 
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
-    from nnunetv2.federated.bodies import check_floor, check_quorum
+    from nnunetv2.federated.bodies import check_floor, check_late_updates, check_quorum
 
     num_sites = len(settings.sites)
     if num_sites < 2:
@@ -168,6 +168,7 @@ def check_settings(settings: FederationSettings) -> None:
         raise FederationError("names of sites must differ in more than upper and lower case")
     check_quorum(settings)
     check_floor(settings)
+    check_late_updates(settings)
 
 
 def check_unchanged(stored: FederationSettings, first: FederationSettings, given: dict[str, object],
@@ -187,6 +188,17 @@ def check_unchanged(stored: FederationSettings, first: FederationSettings, given
                                   f"{wanted}: leave the option out, or start a new federation in another --folder")
 
 
+def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> Iterator[str]:
+    """Yield a line for every option that is repeated from the first start and does nothing any more."""
+    options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
+    for name, value in given.items():
+        present = getattr(stored, name)
+        if value != present:
+            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            yield (f"--{options[name].replace('_', '-')} {wanted} is that of the first start and has no effect: an "
+                   f"operator has changed it to {was} since")
+
+
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
     """Return the settings of the federation in a folder, which is created if there is none."""
     from nnunetv2.federated.bodies import FederationSettings
@@ -199,6 +211,8 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
         store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
     first = store.load_meta(FIRST_SETTINGS)
     check_unchanged(settings, FederationSettings.model_validate(first) if first else settings, given, store.folder)
+    for line in describe_overruled(settings, given):
+        say(line)
     return settings
 
 

@@ -15,7 +15,16 @@ from nnunetv2.federated import closing
 from nnunetv2.federated.coordinator import models
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.messages import initial_key, round_key, validation_key
-from nnunetv2.federated.rounds import Closed, Gathering, GatheringKey, Refused, closed, may_close, refused
+from nnunetv2.federated.rounds import (
+    REGISTRATION_KINDS,
+    Closed,
+    Gathering,
+    GatheringKey,
+    Refused,
+    closed,
+    may_close,
+    refused,
+)
 
 if TYPE_CHECKING:
     from nnunetv2.federated.coordinator.service import Coordinator
@@ -150,6 +159,7 @@ class Closer:
                 for remark in self._remarks:
                     coordinator.announce(remark)
                 self._announce_outliers(gathering)
+                self._announce_outlook(gathering)
                 if gathering.is_closed and key.kind in ("round", "validation"):
                     self.tidy_up(key.run)
                 coordinator.members.save_traffic()
@@ -185,6 +195,12 @@ class Closer:
                 times = _times(changes.pop(site), statistics.median(changes.values()))
                 self._coordinator.announce(f"{gathering.key}: the update of site {site} moves {times} as far as the "
                                            "median of the others; it was counted")
+
+    def _announce_outlook(self, gathering: Gathering) -> None:
+        """Say whether there will be a common model as soon as it is known who takes part with what."""
+        if gathering.is_closed and gathering.key.kind in REGISTRATION_KINDS:
+            run = gathering.key.run
+            self._coordinator.announce(f"run {run}: {models.outlook(self._coordinator, run)}")
 
     def _compute_outcome(self, gathering: Gathering) -> Gathering:
         """Compute the result of a gathering and write it, or write down why there is none."""

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2.federated import bodies
 from nnunetv2.federated.audit import Event
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.messages import registration_key
 from nnunetv2.federated.model_keeping import keep_models, name_of_zip
+from nnunetv2.federated.outlook import Outlook, foresee_model
 from nnunetv2.federated.wire import file_digest
 
 if TYPE_CHECKING:
@@ -37,6 +40,26 @@ def keep(coordinator: Coordinator, run: str) -> None:
     text = keep_models(run, folder, final=rounds["final"], best=rounds["best"], archive=coordinator.archive)
     coordinator.store.add_event(Event(coordinator.clock(), "model", None, run, {"outcome": text, "rounds": rounds}))
     coordinator.announce(f"run {run} is over: {text}")
+
+
+def outlook(coordinator: Coordinator, run: str) -> Outlook | None:
+    """Return what will become of a run's averages; None before its sites have registered. Computed once."""
+    if not coordinator.book.is_closed(registration_key(run)):
+        return None
+    agreement = coordinator.archive.agreement(run)  # another one when a site is admitted, or the run begins anew
+    known = coordinator.outlooks.get(run)
+    if known is None or known[0] is not agreement:
+        known = agreement, foresee_model(coordinator.archive.each_registration(run), agreement.match)
+        coordinator.outlooks[run] = known
+    return known[1]
+
+
+def outlooks(coordinator: Coordinator, runs: Iterable[str]) -> bodies.Outlooks:
+    """Return what will become of the averages of these runs, as far as it is known."""
+    found = {run: outlook(coordinator, run) for run in runs}
+    return bodies.Outlooks(runs=tuple(
+        bodies.RunOutlook(run=run, trainer=one.trainer, obstacle=one.obstacle[:8000])
+        for run, one in found.items() if one is not None))
 
 
 def fetch(coordinator: Coordinator, run: str, *, member: str) -> KeptModel:

@@ -18,6 +18,7 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from nnunetv2.federated.bodies import SiteStatus
+from nnunetv2.federated.coordinator import models
 from nnunetv2.federated.coordinator.changes import ANYTHING, Changes
 from nnunetv2.federated.coordinator.log_tail import LogTail
 from nnunetv2.federated.coordinator.service import Coordinator
@@ -118,7 +119,7 @@ class RunView(Part):
     best_round: Count | None = None
     best_ema_dice: Finite | None = None
     model: LongText = ""
-    """Where the finished model is, or why there is none."""
+    """Where the finished model is, or why there is none; before, whether there will be one."""
 
 
 class TroubleView(Part):
@@ -223,8 +224,11 @@ class Lookout:
             members=() if gathering is None else self._members(run, gathering), round_s=round_s,
             left_s=None if state.closed else self._seconds_left(run, round_s),
             last_closed=latest.outcome.time if latest else None, last_missing=latest.outcome.missing if latest else (),
-            validated_round=validation.get("round"), model=self.tail.models.get(run, "")[:8000],
+            validated_round=validation.get("round"), model=self._model(run)[:8000],
             **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")})
+
+    def _model(self, run: str) -> str:
+        return self.tail.models.get(run, "") or str(models.outlook(self.coordinator, run) or "")
 
     def _open_gathering(self, run: str) -> Gathering:
         """Return what a run waits for, begun or not."""

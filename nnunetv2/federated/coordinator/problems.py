@@ -57,6 +57,7 @@ STATUS_OF_CODE = {
     "do_not_match": 409,
     "datasets_differ": 409,
     "plans_differ": 409,
+    "weights_differ": 409,
     "nothing_shared": 409,
     # how much one member may ask for
     "too_many_requests": 429,

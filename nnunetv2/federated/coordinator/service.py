@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunetv2.federated import bodies, closing
-from nnunetv2.federated.archive import Archive
+from nnunetv2.federated.archive import Agreement, Archive
 from nnunetv2.federated.audit import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.book import RoundBook
 from nnunetv2.federated.coordinator.closer import Closer
@@ -26,8 +26,9 @@ from nnunetv2.federated.coordinator.members import INVITATION_LIFETIME_S, Member
 from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
 from nnunetv2.federated.coordinator.quotas import check_room
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.messages import registration_key, round_key
+from nnunetv2.federated.messages import registration_key, round_key, run_with_plans
 from nnunetv2.federated.model_keeping import without_values
+from nnunetv2.federated.outlook import Outlook
 from nnunetv2.federated.rounds import (
     FINAL_KINDS,
     WEIGHT_KINDS,
@@ -109,6 +110,8 @@ class Coordinator:
         self.failure_reports = Allowance(per_s=FAILURES_PER_DAY / 86_400, at_once=FAILURES_PER_DAY)
         """What each site may still report, since the start."""
         self._reading = threading.Lock()
+        self.outlooks: dict[str, tuple[Agreement, Outlook]] = {}
+        """Run -> what will become of its averages, and what that follows from."""
         self.uploads = PartialUploads(store.folder / "incoming")
         self.closer = Closer(self)
 
@@ -185,6 +188,8 @@ class Coordinator:
                                       "be raised, not lowered. For another one, start a new federation")
             if change.model_fields_set & {"quorum", "min_sites"}:
                 bodies.check_floor(settings)
+            if "late_updates" in change.model_fields_set:
+                bodies.check_late_updates(settings)
             self.store.save_settings(settings, Event(self.clock(), "settings", by, None,
                                                      change.model_dump(mode="json", exclude_unset=True)))
             self._take_over(settings)
@@ -212,6 +217,7 @@ class Coordinator:
         verdict = judge(gathering, site, digest)
         self._take_back_failure(sent_to, site)
         if verdict in (Verdict.SAME, Verdict.KEEP_FIRST):
+            self._note_late(gathering, site)
             return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.limits_of(gathering.key, site, self.archive).file_bytes
         if size > limit:
@@ -256,8 +262,7 @@ class Coordinator:
             if gathering.waiting_for or gathering.lacks:
                 self.on_progress(str(place))
             self.closer.wake()
-        elif verdict is Verdict.KEEP_FIRST and gathering.is_closed and site in gathering.outcome.missing:
-            self._log_late(gathering, site)
+        self._note_late(gathering, site)
         return _receipt(gathering, site, digest, verdict, sent_to=key)
 
     @contextmanager
@@ -315,10 +320,18 @@ class Coordinator:
                                    {"message": excerpt(str(error), LOGGED_CHARACTERS)}))
         self.announce(f"{key}: the contribution of site {site} is not accepted: {error}")
 
-    def _log_late(self, gathering: Gathering, site: str) -> None:
-        delay = self.clock() - gathering.outcome.time
-        self.store.add_event(Event(self.clock(), "late", site, str(gathering.key), {"seconds": delay}))
-        self.announce(f"{gathering.key}: the contribution of site {site} is {delay:.1f} s late and does not count")
+    def _note_late(self, gathering: Gathering, site: str) -> None:
+        """Write down, once, that a site's update came when its round was closed already."""
+        if gathering.key.kind != "round" or not gathering.is_closed or site not in gathering.outcome.missing:
+            return
+        key = str(gathering.key)
+        with self.locks[key]:
+            if self.store.has_event("late", site, key):
+                return
+            delay = self.clock() - gathering.outcome.time
+            self.store.add_event(Event(self.clock(), "late", site, key, {"seconds": delay}))
+        self.announce(f"{key}: the update of site {site} is {delay:.1f} s late and does not count")
+        self.on_progress(key)
 
     # --------------------------------------------------------------------------------------------------- results
     def result(self, key: str, site: str) -> Result | bodies.Waiting:
@@ -376,6 +389,32 @@ class Coordinator:
         """Say how far a run is."""
         parse_key(f"runs/{run}/registration")
         return self.book.run_state(run)
+
+    def run_of_plans(self, run: str, site: str, plans_name: str) -> str:
+        """Return the name of the run that a site's training with these plans belongs to.
+
+        The plans that a run began with have its plain name `<configuration>.fold_<fold>.<trainer>`, as have all in
+        federations of earlier versions. A further training of the same site, with other plans, has theirs behind it.
+        Plans of other names belong to the plain run where a site registers for it first, or comes late: networks may
+        differ.
+        """
+        registration = self.book.get(parse_key(f"runs/{run}/registration"))
+        names = self.archive.plans_names(run) if registration is not None else {}
+        if names.get(site) == plans_name:
+            return run
+        further = f"{run}.{plans_name}"
+        if registration is None or not registration.is_closed:
+            may_be_plain = site not in names or plans_name in names.values() or registration.outcome is not None
+        else:
+            may_be_plain = site not in names and (
+                plans_name in names.values() or not self.book.run_state(run).closed)
+        if may_be_plain and further not in self.book.runs():
+            return run
+        try:
+            return run_with_plans(run, plans_name)
+        except ValueError as error:
+            raise RefusedError(str(error), "Give the plans a shorter name (-overwrite_plans_name).",
+                               code="incomplete_request") from error
 
     def status(self, viewer: Member | None = None) -> bodies.Status:
         """Say what the federation is doing.

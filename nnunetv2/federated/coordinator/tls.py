@@ -13,6 +13,7 @@ import json
 import shutil
 import ssl
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ CERTIFICATE_DAYS = 397
 RENEWED_BEFORE_S = 60 * 86_400
 """Time left at which a start makes a new certificate."""
 OPENSSL_TIMEOUT_S = 60.0
+BACKDATED_S = 86_400
+"""By how much certificates are dated back: the clocks of sites may lag behind."""
 _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 
@@ -112,28 +115,62 @@ def fingerprint(certificate: Path) -> str:
 
 # --------------------------------------------------------------------------------------------------------- making
 def _make_authority(certificate: Path, key: Path) -> None:
+    extensions = "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n"
     with replacing(key) as new_key, replacing(certificate) as new_certificate:
-        _openssl("req", "-x509", *_CURVE, "-days", str(AUTHORITY_DAYS), "-subj", "/CN=nnU-Net federation authority",
-                 "-addext", "basicConstraints=critical,CA:TRUE,pathlen:0",
-                 "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", new_key, "-out", new_certificate)
+        request = new_key.with_suffix(".csr")
+        _openssl("req", *_CURVE, "-subj", "/CN=nnU-Net federation authority", "-keyout", new_key, "-out", request)
+        _sign(request, new_certificate, key=new_key, authority=None, extensions=extensions, days=AUTHORITY_DAYS)
+        request.unlink()
         new_key.chmod(0o600)
 
 
 def _make_certificate(made: Certificate, authority_key: Path, hosts: Sequence[str]) -> None:
     names = ",".join(f"{'IP' if _is_address(host) else 'DNS'}:{host}" for host in hosts)
-    request, extensions = made.key.with_suffix(".csr"), made.key.with_suffix(".ext")
-    extensions.write_text(f"subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\n"
-                          "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\n", encoding="ascii")
-    try:
-        with replacing(made.key) as new_key, replacing(made.certificate) as new_certificate:
-            _openssl("req", *_CURVE, "-subj", "/CN=nnU-Net federation coordinator", "-keyout", new_key, "-out", request)
-            _openssl("x509", "-req", "-in", request, "-CA", made.authority, "-CAkey", authority_key, "-set_serial",
-                     str(time.time_ns()), "-days", str(CERTIFICATE_DAYS), "-extfile", extensions,
-                     "-out", new_certificate)
-            new_key.chmod(0o600)
-    finally:
-        request.unlink(missing_ok=True)
-        extensions.unlink()
+    extensions = (f"subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\n"
+                  "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\n")
+    with replacing(made.key) as new_key, replacing(made.certificate) as new_certificate:
+        request = new_key.with_suffix(".csr")
+        _openssl("req", *_CURVE, "-subj", "/CN=nnU-Net federation coordinator", "-keyout", new_key, "-out", request)
+        _sign(request, new_certificate, key=authority_key, authority=made.authority, extensions=extensions,
+              days=CERTIFICATE_DAYS)
+        request.unlink()
+        new_key.chmod(0o600)
+
+
+def _sign(request: Path, certificate: Path, *, key: Path, authority: Path | None, extensions: str,
+          days: int) -> None:
+    """Make a certificate of a request, valid since a day ago.
+
+    By `openssl ca`, which lets a certificate begin when it is told to; `x509` and `req` do so in OpenSSL 3.4 only.
+
+    Args:
+        authority: Certificate of the authority; None where it signs itself.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "index.txt").touch()
+        (folder / "extensions").write_text(extensions, encoding="ascii")
+        (folder / "config").write_text(_AUTHORITY_CONFIG.format(folder=folder.as_posix()), encoding="utf-8")
+        now = time.time()
+        signed_by = ("-selfsign",) if authority is None else ("-cert", authority)
+        dates = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(moment))
+                 for moment in (now - BACKDATED_S, now + days * 86_400)]
+        _openssl("ca", "-batch", "-notext", "-config", folder / "config", "-keyfile", key, *signed_by, "-in", request,
+                 "-startdate", dates[0], "-enddate", dates[1], "-extfile", folder / "extensions", "-out", certificate)
+
+
+_AUTHORITY_CONFIG = """[ca]
+default_ca = federation
+[federation]
+new_certs_dir = {folder}
+database = {folder}/index.txt
+rand_serial = yes
+default_md = sha256
+policy = any
+unique_subject = no
+[any]
+commonName = supplied
+"""
 
 
 def _is_good(record: Path, made: Certificate, hosts: Sequence[str], now: float) -> bool:

@@ -338,10 +338,13 @@ class nnUNetTrainer:
 
     def get_tr_and_val_datasets(self) -> tuple[nnUNetBaseDataset, nnUNetBaseDataset]:
         """Return the datasets of the training and of the validation cases."""
+        cases = self.do_split()
+        if self.is_cascaded:
+            model_folder.require_previous_stage(self._require(self.folder_with_segs_from_previous_stage),
+                                                [*cases[0], *cases[1]], self.configuration_manager.previous_stage_name)
         return tuple(self.dataset_class(
             self.preprocessed_dataset_folder, keys,
-            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
-            for keys in self.do_split())
+            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage) for keys in cases)
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         """Return endless batches of training and validation data, whose workers are running already."""

@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 from nnunetv2.federated import messages
@@ -50,7 +51,9 @@ from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.min_cases import check_enough_cases
 from nnunetv2.federated.session import RunSession, Weights
 from nnunetv2.federated.site import SiteCredential, load_credential
+from nnunetv2.federated.wire import file_digest
 from nnunetv2.training.distributed import is_distributed
+from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
     describe_validation,
     validate_network,
@@ -89,6 +92,9 @@ class FederatedTraining:
     """Whether an update leaves before its weights are validated, and the metrics of that with the next one."""
 
     leaves_checkpoint_files_alone = True
+
+    pretrained_weights: str | None = None
+    """Checkpoint that the network of this site starts from. All sites of a run give the same, or none."""
 
     credential: SiteCredential | None = None
     """Who this site is; None: whoever the credential of this machine says."""
@@ -130,8 +136,8 @@ class FederatedTraining:
             try:
                 with speaks_last:
                     super().run_training()
-            except FirstProcessError:
-                raise  # which has reported it
+            except (FirstProcessError, FolderInUseError):
+                raise  # which has been reported, or is no failure of the training that goes on there
             except BaseException as error:
                 # The text of an error may quote paths or case names; only its kind leaves the site.
                 self.session.report_failure(self.round_in_training, kind_of(error))
@@ -141,11 +147,12 @@ class FederatedTraining:
         """Take over the settings of the run, register, and load the weights that all sites start from."""
         self.apply_settings(ask_first_process(lambda: self.session.transport.settings()))
         super().on_train_start()
-        match = ask_first_process(lambda: self.session.register(self.describe_training()))
-        for line in describe_match(match, self.session.site):
+        match, self.session.run, outlook = ask_first_process(self._register)
+        for line in (*describe_match(match, self.session.site), outlook):
             self.tell(line, add_timestamp=False)
         own = self.own_weights()
         position = self.receive_weights(lambda: self._start(own))
+        self.tell(self._describe_start(begins=position["begins"]))
         self.go_on_at(position["epoch"])
         if position["is_over"]:
             self.tell(f"Run {self.session.run} is over after {self.current_epoch} rounds: ending with its aggregate")
@@ -202,13 +209,30 @@ class FederatedTraining:
         """Say what this site trains."""
         return describe_training(
             self.network, plans=self.plans_manager.plans, dataset_json=self.dataset_json, fold=self.fold,
-            configuration=self.configuration_name, trainer=type(self).__name__,
+            configuration=self.configuration_name, trainer=type(self),
             num_training_cases=len(self.do_split()[0]), mirroring_axes=self.inference_allowed_mirroring_axes,
-            requires_equal_plans=self.requires_equal_plans)
+            requires_equal_plans=self.requires_equal_plans,
+            pretrained_weights=None if self.pretrained_weights is None else file_digest(Path(self.pretrained_weights)))
+
+    def _register(self) -> tuple[messages.Match, str, str]:
+        """Return what is shared, the name of the run, and a line on what will become of its averages."""
+        match = self.session.register(self.describe_training())
+        return match, self.session.run, self.session.describe_outlook()
 
     def _start(self, own: Weights) -> tuple[Weights, dict]:
         position = self.session.start(self.current_epoch, own, staleness=self.staleness)
-        return position.weights, {"epoch": position.epoch, "is_over": position.is_over}
+        return position.weights, {"epoch": position.epoch, "is_over": position.is_over, "begins": position.begins}
+
+    def _describe_start(self, *, begins: bool) -> str:
+        """Say what this site starts from, and that weights it was given are of no use, where they are not."""
+        weights = self.pretrained_weights
+        if not begins:
+            unused = f"; -pretrained_weights {weights} are not used" if weights else ""
+            return f"The run has begun: going on from its weights{unused}"
+        if weights is None:
+            return "All sites start from the initial weights"
+        return (f"All sites start from the same pretrained weights, {weights}; the layers that output classes are "
+                "those of the site named above")
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.messages import Registration
+from nnunetv2.federated.wire import file_digest
 from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
 from nnunetv2.training.networks import build_network
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
@@ -34,11 +36,13 @@ class ForeseenTraining:
 
 
 def foresee_training(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], *, configuration: str,
-                     trainer_name: str, num_cases: int) -> ForeseenTraining:
+                     trainer_name: str, num_cases: int,
+                     pretrained_weights: Path | None = None) -> ForeseenTraining:
     """Build the network that would be trained, for the names and shapes of its tensors.
 
     Args:
         num_cases: All cases of the site; a fold registers those that it trains with.
+        pretrained_weights: Checkpoint that it would start from.
 
     Raises:
         FederationError: The trainer is none for federations.
@@ -53,9 +57,10 @@ def foresee_training(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
         dataset_json=dataset_json, num_output_channels=labels.num_segmentation_heads, enable_deep_supervision=True,
         num_input_channels=determine_num_input_channels(manager, description, dataset_json))
     registration = describe_training(
-        network, plans=plans, dataset_json=dataset_json, configuration=configuration, fold=0, trainer=trainer_name,
+        network, plans=plans, dataset_json=dataset_json, configuration=configuration, fold=0, trainer=trainer,
         num_training_cases=num_cases, mirroring_axes=rotation_and_patch_size(description.patch_size)[3],
-        requires_equal_plans=trainer.requires_equal_plans)
+        requires_equal_plans=trainer.requires_equal_plans,
+        pretrained_weights=None if pretrained_weights is None else file_digest(pretrained_weights))
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
     return ForeseenTraining(registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (),
                             len(classes))

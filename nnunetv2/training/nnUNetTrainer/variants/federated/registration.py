@@ -1,31 +1,72 @@
 """Describe what a site is about to train, as it registers for a run and as its people may see beforehand."""
 from __future__ import annotations
 
+import hashlib
+import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from nnunetv2.federated import matching, messages
+from nnunetv2.federated.outlook import OWN_TRAINERS
 from nnunetv2.federated.voxel_extrema import without_extrema
 from nnunetv2.training.networks import bare_network
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 def describe_training(network: torch.nn.Module, *, plans: Mapping[str, Any], dataset_json: Mapping[str, Any],
-                      configuration: str, fold: int | str, trainer: str, num_training_cases: int,
-                      mirroring_axes: Sequence[int] | None, requires_equal_plans: bool) -> messages.Registration:
+                      configuration: str, fold: int | str, trainer: type, num_training_cases: int,
+                      mirroring_axes: Sequence[int] | None, requires_equal_plans: bool,
+                      pretrained_weights: str | None = None) -> messages.Registration:
     """Return plans, labels, number of training cases, and the tensors of a network without their values.
 
     The smallest and largest voxel that plans hold are not among it.
+
+    Args:
+        trainer: Class of the trainer.
+        pretrained_weights: SHA-256 of the checkpoint that the network starts from.
     """
     distinct, aliases = matching.distinct_tensors(bare_network(network).state_dict())
     description = {key: value for key, value in dataset_json.items() if key in messages.TrainingData.model_fields}
     description.setdefault("channel_names", dataset_json.get("modality"))  # the name in old datasets
     return messages.Registration(
-        configuration=configuration, fold=str(fold), trainer=trainer, num_training_cases=num_training_cases,
+        configuration=configuration, fold=str(fold), trainer=trainer.__name__, num_training_cases=num_training_cases,
         plans=without_extrema(plans), dataset_json=messages.TrainingData(**description),
         mirroring_axes=None if mirroring_axes is None else tuple(mirroring_axes),
-        requires_equal_plans=requires_equal_plans, tensors=tuple(matching.describe_tensors(distinct)), aliases=aliases)
+        requires_equal_plans=requires_equal_plans, tensors=tuple(matching.describe_tensors(distinct)), aliases=aliases,
+        pretrained_weights=pretrained_weights, **_describe_network(trainer, network))
+
+
+def _describe_network(trainer: type, network: torch.nn.Module) -> dict[str, str]:
+    """Return what tensors do not tell of a network; of those of this package's own trainers there is nothing to say."""
+    if trainer.__name__ in OWN_TRAINERS:
+        return {}
+    return {"network_trainer": building_class(trainer).__name__, "architecture": architecture_digest(network)}
+
+
+def building_class(trainer: type) -> type:
+    """Return the class whose method builds the network of a trainer, which may be known where the trainer is not."""
+    method = inspect.getattr_static(trainer, "build_network_architecture")
+    if not isinstance(method, staticmethod):
+        return trainer  # what it builds may depend on the class
+    return next(base for base in reversed(trainer.__mro__) if issubclass(base, nnUNetTrainer)
+                and inspect.getattr_static(base, "build_network_architecture") is method or base is trainer)
+
+
+def architecture_digest(network: torch.nn.Module) -> str:
+    """Return a digest of the kinds of modules in a network, and of the settings of those without tensors.
+
+    It is the same on all devices, and whether the network is compiled or distributed.
+    """
+    lines = []
+    for name, module in bare_network(network).named_modules():
+        kind = type(module).__name__
+        kind = kind.removeprefix("Fast") if "InstanceNorm" in kind else kind  # what a CPU computes it with
+        is_plain = not any(True for _ in module.children()) and not module.state_dict()
+        lines.append(f"{matching.normalise_name(name)} {kind}" + (f" {module.extra_repr()}" if is_plain else ""))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def describe_match(match: messages.Match, site: str) -> list[str]:
@@ -39,5 +80,9 @@ def describe_match(match: messages.Match, site: str) -> list[str]:
     lines += [f"  {count} tensors with {', '.join(name for name in names if name != site)}"
               f"{' only: each of the two can compute what the other has sent' if len(names) == 2 else ''}"
               for names, count in sorted(partners.items(), key=lambda item: -item[1])]
+    owners = Counter(owner for name, owner in match.initial_owner.items() if site in match.shared[name])
+    lines.append("Initial weights: those of " + ", ".join(
+        f"{'this site' if owner == site else f'site {owner}'} ({count} tensors)"
+        for owner, count in owners.most_common()))
     weighting = {"cases": "counts by its training cases", "uniform": "counts the same"}[match.weighting]
     return [*lines, f"Each of {', '.join(sorted(match.weights))} {weighting}"]
