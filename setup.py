@@ -41,7 +41,7 @@ COMMANDS = {
 
 setup(
     name="nnunetv2",
-    version="2.8.1+fed.3",
+    version="2.8.1+fed.4",
     description="nnU-Net v2 with native federated learning: several sites train one network, no scan leaves its site.",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
