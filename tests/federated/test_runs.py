@@ -905,7 +905,7 @@ def test_a_site_sees_no_traffic_of_others(make_federation):
 
 def test_no_values_of_plans_are_told_when_a_run_ends_without_a_model(make_federation):
     federation = make_federation("A", "B", num_epochs=1)
-    for site, voxels in (("A", 311), ("B", 173)):
+    for site, voxels in (("A", 987001), ("B", 654002)):
         plans = make_plans(configurations={"3d_fullres": {"median_image_size_in_voxels": [voxels, 9, 9]}})
         federation.send(registration_key(RUN), site, make_registration(2, plans=plans))
     for site in "AB":
@@ -918,7 +918,7 @@ def test_no_values_of_plans_are_told_when_a_run_ends_without_a_model(make_federa
     tail.read_on()
     for text in (str(info.value), tail.models[RUN]):
         assert "median_image_size_in_voxels[0] is not the same at A and at B" in text
-        assert "311" not in text and "173" not in text
+        assert "987001" not in text and "654002" not in text
 
 
 def test_lines_of_earlier_versions_lose_the_values_of_plans():
