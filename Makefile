@@ -39,7 +39,7 @@ reference: $(REFERENCE)/.installed
 # Crashes, cut networks and invented requests in full number: half an hour. `make test` runs fewer of each.
 federation-matrix: $(VENV)/.installed
 	NNUNET_FED_MATRIX=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s \
-		tests/federated/test_crash_matrix.py tests/federated/test_network_cuts.py tests/federated/test_fuzz.py
+		tests/federated/system/test_crash_matrix.py tests/federated/system/test_network_cuts.py tests/federated/system/test_fuzz.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check nnunetv2 tests benchmarks demo setup.py

@@ -29,14 +29,14 @@ COMMANDS = {
     "nnUNetv2_install_pretrained_model_from_zip": "model_sharing.entry_points:install_from_zip_entry_point",
     "nnUNetv2_export_model_to_zip": "model_sharing.entry_points:export_pretrained_model_entry",
     "nnUNetv2_evaluate_simple": "evaluation.evaluate_predictions:evaluate_simple_entry_point",
-    "nnUNetv2_fed_coordinator": "federated.coordinator.cli:coordinator_entry",
-    "nnUNetv2_fed_admin": "federated.admin:admin_entry",
-    "nnUNetv2_fed_join": "federated.site:join_entry",
-    "nnUNetv2_fed_leave": "federated.status:leave_entry",
-    "nnUNetv2_fed_status": "federated.status:status_entry",
-    "nnUNetv2_fed_manifest": "federated.manifest:manifest_entry",
-    "nnUNetv2_fed_fetch_model": "federated.fetch_model:fetch_model_entry",
-    "nnUNetv2_fed_simulate": "federated.simulate:simulate_entry",
+    "nnUNetv2_fed_coordinator": "federated.commands.coordinator:coordinator_entry",
+    "nnUNetv2_fed_admin": "federated.commands.admin:admin_entry",
+    "nnUNetv2_fed_join": "federated.site.credential:join_entry",
+    "nnUNetv2_fed_leave": "federated.commands.status:leave_entry",
+    "nnUNetv2_fed_status": "federated.commands.status:status_entry",
+    "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
+    "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
+    "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
 }
 
 setup(
@@ -61,7 +61,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["nnunetv2", "nnunetv2.*"]),
-    package_data={"nnunetv2.federated.coordinator": ["static/*"]},
+    package_data={"nnunetv2.federated.coordinator.dashboard": ["static/*"]},
     install_requires=[
         "torch>=2.6,!=2.9.*",
         "dynamic-network-architectures>=0.4.4",

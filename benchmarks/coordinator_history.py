@@ -20,11 +20,11 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nnunetv2.federated import audit
-from nnunetv2.federated.bodies import FederationSettings
 from nnunetv2.federated.coordinator.members import create_federation
-from nnunetv2.federated.messages import initial_key, registration_key, round_key
-from nnunetv2.federated.store import DATABASE_FILE, Store
+from nnunetv2.federated.coordinator.storage import audit_log
+from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE, Store
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key
 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
 INTERVAL_S = 0.6
@@ -65,7 +65,7 @@ def _write_gathering(database: sqlite3.Connection, key: str, names: Sequence[str
         {"digest": DIGEST, "contributions": dict.fromkeys(names, DIGEST), "missing": []})))
     for line in lines:
         row = (last[0] + 1, *line)
-        last = (row[0], audit.chained_hash(last[1], row))
+        last = (row[0], audit_log.chained_hash(last[1], row))
         database.execute("INSERT INTO events (number, time, kind, site, key, detail, hash) "
                          "VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, last[1]))
     return last
@@ -80,7 +80,7 @@ def _record(number: int, names: Sequence[str], moment: float) -> dict[str, objec
 
 def measure(folder: Path, *, rounds: int, requests: int) -> dict[str, float]:
     """Serve a folder and return what each question costs, and the coordinator's memory in MiB."""
-    code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
     begin = time.monotonic()
     with (folder.parent / "coordinator.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", code, "--folder", folder, "--port", "0"], stdout=log,
@@ -121,7 +121,7 @@ def _milliseconds(question: Callable[[], object]) -> float:
 
 def verify_log(folder: Path) -> tuple[float, float]:
     """Verify a log, and return seconds and the most memory in MiB."""
-    code = ("import resource, sys; from nnunetv2.federated.admin import main; main(sys.argv[1:]); "
+    code = ("import resource, sys; from nnunetv2.federated.commands.admin import main; main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, "--folder", folder, "verify-log"], capture_output=True,

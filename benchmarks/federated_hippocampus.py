@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunetv2.federated.simulate import LocalSite, run_everywhere, running_coordinator
+from nnunetv2.federated.commands.simulate import LocalSite, run_everywhere, running_coordinator
 
 SITES = ("A", "B", "C", "D", "E")
 POOLED = "all"

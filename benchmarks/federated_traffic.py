@@ -21,11 +21,12 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from benchmarks.byte_counter import ByteCounter
-from nnunetv2.federated import matching, messages
-from nnunetv2.federated.client import FederationClient
-from nnunetv2.federated.session import RunSession
-from nnunetv2.federated.simulate import LocalSite, running_coordinator
-from nnunetv2.federated.site import load_credential
+from nnunetv2.federated.aggregation import matching
+from nnunetv2.federated.commands.simulate import LocalSite, running_coordinator
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.transports.http import FederationClient
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import export_weights
 
 PLANS = {"plans_name": "nnUNetPlans"}

@@ -37,16 +37,16 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.federation_load import PlayedSite, play_round, poll_for
-from nnunetv2.federated import messages
-from nnunetv2.federated.aggregation import aggregate_documents
-from nnunetv2.federated.bodies import FederationSettings
+from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
-from nnunetv2.federated.messages import CENSUS_KEY, initial_key, registration_key, round_key
-from nnunetv2.federated.rounds import Closed, Contribution, fresh_gathering, parse_key, with_contribution
-from nnunetv2.federated.site import new_token
-from nnunetv2.federated.store import Store
-from nnunetv2.federated.wire import TensorSpec, open_document, write_document
+from nnunetv2.federated.coordinator.storage.store import Store
+from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_gathering, parse_key, with_contribution
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
+from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.site.credential import new_token
 
 MIB, GIB = 2**20, 2**30
 RUN = messages.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
@@ -116,7 +116,7 @@ class Running:
         """Start it and wait until it answers a request."""
         state, begin = self.folder / "coordinator.json", time.monotonic()
         state.unlink(missing_ok=True)
-        code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, "--folder", str(self.folder), "--port", "0", *self.options],

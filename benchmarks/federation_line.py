@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.federation import address, make_federation, running
 from benchmarks.federation_load import SlowLine
 from benchmarks.shaped_lines import HOST, can_be_shaped, enter, shaped_lines
-from nnunetv2.federated.site import SiteCredential
+from nnunetv2.federated.site.credential import SiteCredential
 
 EPOCH_S = 30.0
 GIGABIT = 125e6

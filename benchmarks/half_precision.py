@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2.federated import half_precision, messages, validation
-from nnunetv2.federated.aggregation import aggregate_documents
-from nnunetv2.federated.wire import TensorSpec, open_document, write_document
+from nnunetv2.federated.aggregation import half_precision, pooled_validation
+from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
 
 PROJECT = Path(__file__).resolve().parents[1]
 PARAMETERS = 31_200_000
@@ -185,7 +186,7 @@ def train(folder: Path, kind: str, *, rounds: int, rate: float,
         weights = wire.download()
     found = list(validate(trainers, weights, seed))
     counted = [sum(one[name] for one in found) for name in ("tp_hard", "fp_hard", "fn_hard")]
-    dice = statistics.fmean(validation.dice_per_class(*counted))
+    dice = statistics.fmean(pooled_validation.dice_per_class(*counted))
     for trainer in trainers:
         trainer._shut_down_dataloaders()
     return statistics.fmean(float(one["loss"]) for one in found), dice, {

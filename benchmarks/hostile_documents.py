@@ -25,11 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nnunetv2.federated import messages
-from nnunetv2.federated.document_limits import OF_MESSAGE, coarse_limits, weights_limits
-from nnunetv2.federated.messages import CENSUS_KEY, COARSE_KEY, initial_key, plans_key, registration_key, round_key
-from nnunetv2.federated.site import decode_invitation, join, load_credential
-from nnunetv2.federated.wire import TensorSpec, encode_header
+from nnunetv2.federated.exchanges.document_limits import OF_MESSAGE, coarse_limits, weights_limits
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.document import TensorSpec, encode_header
+from nnunetv2.federated.protocol.messages import (
+    CENSUS_KEY,
+    COARSE_KEY,
+    initial_key,
+    plans_key,
+    registration_key,
+    round_key,
+)
+from nnunetv2.federated.site.credential import decode_invitation, join, load_credential
 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
 def _list(item: str, size: int) -> str:
@@ -171,7 +178,7 @@ def measure(pid: int, url: str, tokens: dict[str, str], key: str, body: bytes) -
 def coordinator(folder: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
     """Serve a federation of the sites A and M; yield the process's number, the address and the tokens."""
     log = folder.parent / "log"
-    code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, "-c", code, "--folder", folder, "--port", "0", "--sites", "A", "M"],
                                    stdout=output, stderr=output)

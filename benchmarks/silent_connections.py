@@ -142,7 +142,7 @@ class Coordinator:
 def coordinator(folder: Path, *options: str, files: int) -> Iterator[Coordinator]:
     """Run a coordinator that may open so many files."""
     log = folder.with_suffix(".log")
-    code = "import sys; from nnunetv2.federated.coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A", "B", *options],

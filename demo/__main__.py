@@ -14,7 +14,7 @@ from pathlib import Path
 
 from demo.phantoms import LABELS, Scanner, write_dataset
 from demo.report import mean_dice, print_table, save_picture
-from nnunetv2.federated.simulate import LocalSite, run_everywhere, running_coordinator
+from nnunetv2.federated.commands.simulate import LocalSite, run_everywhere, running_coordinator
 
 CONFIGURATION, FOLD, TRAINER = "3d_fullres", "0", "nnUNetTrainerAsymFedAvg"
 PLANS, SMALL_PLANS = "nnUNetPlans", "nnUNetPlansSmall"

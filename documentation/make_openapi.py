@@ -15,9 +15,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from nnunetv2.federated import bodies, messages
-from nnunetv2.federated.coordinator import curves, overview, sessions
-from nnunetv2.federated.coordinator.problems import STATUS_OF_CODE
+from nnunetv2.federated.coordinator.dashboard import curves, login_sessions, overview
+from nnunetv2.federated.coordinator.http.error_responses import STATUS_OF_CODE
+from nnunetv2.federated.protocol import api, messages
 
 TARGET = Path(__file__).with_name("openapi.json")
 REFERENCE = "#/components/schemas/{model}"
@@ -50,28 +50,28 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         who="nobody", answers={200: "application/x-pem-file"}, codes=(*EVERYBODY, "no_authority"))},
     "/v1/join": {"post": Operation(
         summary="Join with the secret of an invitation and a token of one's own. May be repeated with both the same.",
-        who="nobody", body=bodies.JoinRequest, answers={200: bodies.JoinAnswer},
+        who="nobody", body=api.JoinRequest, answers={200: api.JoinAnswer},
         codes=(*EVERYBODY, "invitation_unknown", "invitation_used", "invitation_expired", "token_reused",
                "too_large"))},
     "/v1/settings": {
-        "get": Operation(summary="What holds for all sites.", who="member", answers={200: bodies.FederationSettings}),
+        "get": Operation(summary="What holds for all sites.", who="member", answers={200: api.FederationSettings}),
         "patch": Operation(summary="Change settings; what is not sent stays.", who="operator",
-                           body=bodies.SettingsChange, answers={200: bodies.FederationSettings})},
+                           body=api.SettingsChange, answers={200: api.FederationSettings})},
     "/v1/status": {"get": Operation(summary="Sites, runs, open gatherings, failures, traffic.", who="member",
-                                    answers={200: bodies.Status})},
+                                    answers={200: api.Status})},
     "/v1/members": {"post": Operation(
         summary="Invite a member. An earlier invitation of the same name ends.", who="operator",
-        body=bodies.InviteRequest, answers={200: bodies.InviteAnswer},
+        body=api.InviteRequest, answers={200: api.InviteAnswer},
         codes=(*MEMBERS, "name_taken", "too_many_sites"))},
     "/v1/members/{name}": {"delete": Operation(
         summary="Revoke a credential, at once.", who="operator", answers={204: None},
         codes=(*MEMBERS, "unknown_member"))},
     "/v1/outlooks": {"get": Operation(
         summary="Which runs will have a common model, whose network it has, and why others will have none.",
-        who="member", answers={200: bodies.Outlooks})},
+        who="member", answers={200: api.Outlooks})},
     "/v1/runs/{run}": {"get": Operation(
         summary="How far a run is; with the name of a site's plans, how far the run is that they belong to.",
-        who="member", query=("plans",), answers={200: bodies.RunState},
+        who="member", query=("plans",), answers={200: api.RunState},
         codes=(*MEMBERS, "unknown_gathering", "incomplete_request"))},
     "/v1/runs/{run}/model": {"get": Operation(
         summary="The model of a run that is over, for nnUNetv2_install_pretrained_model_from_zip.",
@@ -80,36 +80,36 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         codes=(*MEMBERS, "unknown_run", "no_model"))},
     "/v1/runs/{run}/actions": {"post": Operation(
         summary="Steer a run (operators), or leave it and return to it (sites).", who="operator or site",
-        body=bodies.RunAction, answers={200: bodies.RunState},
+        body=api.RunAction, answers={200: api.RunState},
         codes=(*MEMBERS, "unknown_run", "has_rounds", "not_open", "too_early"))},
     "/v1/runs/{run}/curves": {"get": Operation(
         summary="What the sites measured, from a round on.", who="observer or operator",
         query=("since", "since_validation"), answers={200: curves.Curves},
         codes=(*MEMBERS, "unknown_run", "incomplete_request"))},
     "/v1/failures": {"post": Operation(summary="Say that this site cannot go on.", who="site",
-                                       body=bodies.FailureReport, answers={204: None})},
+                                       body=api.FailureReport, answers={204: None})},
     "/v1/offers/{key}": {"post": Operation(
-        summary="Ask whether a document is wanted, and from which byte on.", who="site", body=bodies.Offer,
-        answers={200: bodies.Receipt, 202: bodies.Wanted}, codes=UPLOADS)},
+        summary="Ask whether a document is wanted, and from which byte on.", who="site", body=api.Offer,
+        answers={200: api.Receipt, 202: api.Wanted}, codes=UPLOADS)},
     "/v1/gatherings/{key}": {
         "put": Operation(
             summary="Contribute a document, or the rest of one. May be repeated.", who="site", body="document",
-            headers=("Content-Length", "X-Content-SHA256", "Content-Range"), answers={200: bodies.Receipt},
+            headers=("Content-Length", "X-Content-SHA256", "Content-Range"), answers={200: api.Receipt},
             codes=(*UPLOADS, "incomplete_request", "length_required", "damaged_in_transit", "wrong_offset",
                    "taken_over")),
         "get": Operation(
             summary="The result, or whom it waits for; waits up to 55 s for it.", who="site", query=("wait",),
             headers=("Range", "If-Range"),
-            answers={200: "application/octet-stream", 202: bodies.Waiting, 206: "application/octet-stream", 416: None},
+            answers={200: "application/octet-stream", 202: api.Waiting, 206: "application/octet-stream", 416: None},
             codes=(*MEMBERS, "unknown_gathering", "not_expected", "too_early", "run_stopped", "refused",
                    "datasets_differ", "plans_differ", "weights_differ", "nothing_shared", "do_not_match",
                    "already_closed", "incomplete_request"))},
     "/v1/session": {
         "post": Operation(summary="Log in to the page: a cookie.", who="observer or operator",
-                          body=sessions.LoginRequest, answers={200: sessions.Viewer},
+                          body=login_sessions.LoginRequest, answers={200: login_sessions.Viewer},
                           codes=(*MEMBERS, "too_many_attempts", "incomplete_request", "invitation_unknown",
                                  "invitation_used", "invitation_expired", "token_reused")),
-        "get": Operation(summary="Who is logged in.", who="session", answers={200: sessions.Viewer}),
+        "get": Operation(summary="Who is logged in.", who="session", answers={200: login_sessions.Viewer}),
         "delete": Operation(summary="Log out.", who="session", answers={204: None})},
     "/v1/overview": {"get": Operation(
         summary="What the page shows; waits up to 25 s until that is not what was seen.", who="observer or operator",
@@ -128,7 +128,7 @@ def build() -> dict[str, Any]:
     union = get_args(get_args(messages.DocumentMessage)[0])
     models = {part for methods in OPERATIONS.values() for operation in methods.values()
               for part in (operation.body, *operation.answers.values()) if isinstance(part, type)}
-    models |= {bodies.Problem, *union}
+    models |= {api.Problem, *union}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=REFERENCE)
     return {
@@ -169,7 +169,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
         codes_of.setdefault(STATUS_OF_CODE[code], []).append(code)
     for status, codes in sorted(codes_of.items()):
         responses[str(status)] = {"description": f"refused: {', '.join(sorted(codes))}",
-                                  "content": _content(bodies.Problem)}
+                                  "content": _content(api.Problem)}
     return responses
 
 

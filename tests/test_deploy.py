@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_S
 
-from nnunetv2.federated import admin
-from nnunetv2.federated.coordinator import cli
+from nnunetv2.federated.commands import admin, coordinator
 
 PROJECT = Path(__file__).resolve().parents[1]
 UNIT = PROJECT / "deploy" / "nnunet-coordinator.service"
@@ -60,7 +59,7 @@ def test_the_command_of_the_unit_is_one():
     line = re.search(r"^ExecStart=(.*)$", UNIT.read_text(encoding="utf-8"), flags=re.M)[1]
     program, *arguments = shlex.split(line.replace("$COORDINATOR_OPTIONS", "--host 192.0.2.10"))
     assert Path(program).name == "nnUNetv2_fed_coordinator"
-    assert cli.build_parser().parse_args(arguments).folder == Path("/var/lib/nnunet-coordinator/federation")
+    assert coordinator.build_parser().parse_args(arguments).folder == Path("/var/lib/nnunet-coordinator/federation")
 
 
 def test_the_command_of_the_backup_saves_the_federation_of_the_unit(tmp_path):
@@ -94,7 +93,7 @@ def test_the_container_runs_as_nobody_in_particular_and_answers_for_its_health()
     assert given["USER"].isdigit() and int(given["USER"]) > 1000
     program, *arguments = json.loads(given["ENTRYPOINT"])
     assert program == "nnUNetv2_fed_coordinator"
-    cli.build_parser().parse_args([*arguments, "--url", "https://coordinator.example:8750"])
+    coordinator.build_parser().parse_args([*arguments, "--url", "https://coordinator.example:8750"])
     program, *arguments = json.loads(given["HEALTHCHECK"].partition("CMD ")[2])
     assert program == "nnUNetv2_fed_admin"
     admin.build_parser().parse_args(arguments)

@@ -70,12 +70,12 @@ def built() -> dict:
 
 def routes_of_app(tmp_path: Path) -> set[tuple[str, str]]:
     """Return (method, path) of everything that a coordinator serves."""
-    from nnunetv2.federated.bodies import FederationSettings
     from nnunetv2.federated.coordinator.app import build_app
+    from nnunetv2.federated.coordinator.http.endpoint import Place
     from nnunetv2.federated.coordinator.members import create_federation
-    from nnunetv2.federated.coordinator.place import Place
     from nnunetv2.federated.coordinator.service import Coordinator
-    from nnunetv2.federated.store import Store
+    from nnunetv2.federated.coordinator.storage.store import Store
+    from nnunetv2.federated.protocol.api import FederationSettings
 
     with Store(tmp_path / "federation") as store:
         create_federation(store, FederationSettings(federation="test", sites=("A", "B")), now=0.0)
@@ -107,7 +107,7 @@ def test_the_description_is_that_of_the_models_as_they_are(described, built):
 
 
 def test_every_refusal_belongs_to_a_route_and_is_on_the_page(built):
-    from nnunetv2.federated.coordinator.problems import STATUS_OF_CODE
+    from nnunetv2.federated.coordinator.http.error_responses import STATUS_OF_CODE
 
     generator = load_generator()
     named = {code for methods in generator.OPERATIONS.values() for one in methods.values() for code in one.codes}
@@ -118,7 +118,7 @@ def test_every_refusal_belongs_to_a_route_and_is_on_the_page(built):
 
 
 def test_every_kind_of_document_is_on_the_page(built):
-    from nnunetv2.federated import messages
+    from nnunetv2.federated.protocol import messages
 
     text = (PROJECT / "documentation" / "wire-protocol.md").read_text(encoding="utf-8")
     for name in built["x-documents"]:
@@ -126,29 +126,32 @@ def test_every_kind_of_document_is_on_the_page(built):
 
 
 def test_limits_on_the_page_are_those_of_the_code():
-    from nnunetv2.federated.coordinator import app, connections, limits, page, quotas, service, sessions, uploads
-    from nnunetv2.federated.document_limits import METRICS_BYTES, OF_MESSAGE
-    from nnunetv2.federated.messages import MAX_METRIC_NUMBERS, MAX_METRICS
+    from nnunetv2.federated.coordinator import app, service
+    from nnunetv2.federated.coordinator.dashboard import login_sessions, pages
+    from nnunetv2.federated.coordinator.http import connections, rate_limits, request_bodies
+    from nnunetv2.federated.coordinator.storage import quotas
+    from nnunetv2.federated.exchanges.document_limits import METRICS_BYTES, OF_MESSAGE
+    from nnunetv2.federated.protocol.messages import MAX_METRIC_NUMBERS, MAX_METRICS
 
-    granted = limits.Limits()
-    assert (app.LONGEST_WAIT_S, page.LONGEST_WAIT_S) == (55, 25)
-    assert {kind: limits.header_bytes >> 20 for kind, limits in OF_MESSAGE.items()} == {
+    granted = rate_limits.Limits()
+    assert (app.LONGEST_WAIT_S, pages.LONGEST_WAIT_S) == (55, 25)
+    assert {kind: rate_limits.header_bytes >> 20 for kind, rate_limits in OF_MESSAGE.items()} == {
         "plans": 2, "late_plans": 2, "registration": 4, "admission": 4, "census": 1, "late_census": 1, "fine": 1,
         "validation": 1}
-    assert (METRICS_BYTES >> 10, MAX_METRICS, MAX_METRIC_NUMBERS, uploads.SMALL_BODY >> 10) == (128, 64, 2000, 64)
+    assert (METRICS_BYTES >> 10, MAX_METRICS, MAX_METRIC_NUMBERS, request_bodies.SMALL_BODY >> 10) == (128, 64, 2000, 64)
     assert (service.FAILURES_PER_DAY, service.LOGGED_CHARACTERS) == (200, 1000)
     assert (quotas.MAX_OPEN, quotas.MAX_OPEN_BYTES >> 30, quotas.RESERVED_BYTES >> 20) == (200, 1, 256)
     assert (granted.requests_per_s, granted.requests_at_once, granted.simultaneous_requests) == (50, 2000, 32)
     assert (granted.lines_per_s, granted.lines_at_once) == (1 / 6, 300)
     assert (granted.stranger_requests_per_s, granted.stranger_requests_at_once) == (20, 300)
     assert (granted.connections, granted.idle_connections, granted.idle_connections_per_address) == (8192, 2048, 512)
-    assert (sessions.MAX_ATTEMPTS, sessions.ATTEMPTS_S) == (10, 300)
-    assert (limits.PACE["body"], limits.PACE["headers"][0], limits.PACE["rest"][0]) == ((30, 32 << 10), 20, 5)
+    assert (login_sessions.MAX_ATTEMPTS, login_sessions.ATTEMPTS_S) == (10, 300)
+    assert (rate_limits.PACE["body"], rate_limits.PACE["headers"][0], rate_limits.PACE["rest"][0]) == ((30, 32 << 10), 20, 5)
     assert (connections.REST_BYTES >> 20, connections.HEADER_BYTES >> 10) == (5, 16)
 
 
 def test_figures_on_the_page_are_those_for_prometheus():
     guide = (PROJECT / "documentation" / "operators-guide.md").read_text(encoding="utf-8")
     named = set(re.findall(r"nnunet_fed_(\w+)", guide))
-    source = (PROJECT / "nnunetv2" / "federated" / "coordinator" / "metrics.py").read_text(encoding="utf-8")
+    source = (PROJECT / "nnunetv2" / "federated" / "coordinator" / "dashboard" / "prometheus.py").read_text(encoding="utf-8")
     assert named and {name for name in named if f'"{name}"' not in source} == set()

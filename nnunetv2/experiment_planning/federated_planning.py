@@ -7,7 +7,7 @@ Three short exchanges, none of which carries an image or says where a voxel lies
     fine      histograms inside those bins               -> the pooled fingerprint
 
 The outermost values of a site are counted farther out, so that its smallest and largest voxel stay there; where that
-would change a percentile, the third exchange is repeated (`federated/outermost.py`).
+would change a percentile, the third exchange is repeated (`federated/aggregation/outermost.py`).
 
 A site that comes after that sends its census only, and plans from the pooled fingerprint of the others.
 
@@ -33,11 +33,14 @@ from nnunetv2.experiment_planning.fingerprint_files import (
     forget_pooled_fingerprint,
     has_pooled_fingerprint,
 )
-from nnunetv2.federated import messages, outermost, plausibility, results, statistics
-from nnunetv2.federated.client import FederationClient, show_progress
+from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
-from nnunetv2.federated.min_cases import check_enough_cases
-from nnunetv2.federated.site import load_credential
+from nnunetv2.federated.exchanges import plausibility
+from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.site import results
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.transports.http import FederationClient, show_progress
 from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
@@ -162,7 +165,7 @@ def _look_into(client: FederationClient, number: int, values: Sequence[tuple[np.
         show("A percentile of all sites' intensities lies among this site's outermost values, in channel "
              f"{', '.join(map(str, corrected))}: more of these values are counted where they are, "
              f"{' and '.join(_describe_hidden(shown[c]) for c in corrected)} stay hidden.", flush=True)
-    histograms = {f"fine.{c}": statistics.fine_histogram(channel[0], bins[c], channel[1])
+    histograms = {f"fine.{c}": fingerprint_statistics.fine_histogram(channel[0], bins[c], channel[1])
                   for c, channel in enumerate(values)}
     histograms |= {f"coarse.{c}": shown[c].coarse_histogram() for c in corrected}
     summary = messages.FineSummary(bins=bins, corrected=corrected)
@@ -253,9 +256,9 @@ def intensities_per_channel(samples: Sequence[CaseSample]) -> list[tuple[np.ndar
 def summarise(samples: Sequence[CaseSample], intensities: Sequence[tuple[np.ndarray, np.ndarray]],
               share_extrema: bool) -> messages.CoarseSummary:
     """Summarise the cases of this site; their order does not leave it."""
-    spacings, shapes = statistics.sorted_geometry([sample.spacing for sample in samples],
+    spacings, shapes = fingerprint_statistics.sorted_geometry([sample.spacing for sample in samples],
                                                   [sample.shape_after_crop for sample in samples])
-    moments = [statistics.Moments.of(values, counts) for values, counts in intensities]
+    moments = [fingerprint_statistics.Moments.of(values, counts) for values, counts in intensities]
     has_foreground = all(len(values) for values, _ in intensities)
     extrema = tuple((float(values.min()), float(values.max())) for values, _ in intensities) \
         if share_extrema and has_foreground else None

@@ -5,7 +5,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from nnunetv2.federated.site import SiteCredential
+from nnunetv2.federated.site.credential import SiteCredential
 
 
 class Cutter:

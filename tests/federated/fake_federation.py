@@ -17,20 +17,20 @@ import numpy as np
 from patience import MUCH_LONGER_S, PATIENCE_S
 from starlette.applications import Starlette
 
-from nnunetv2.federated import messages
-from nnunetv2.federated.bodies import FederationSettings
-from nnunetv2.federated.client import FederationClient
-from nnunetv2.federated.coordinator.address import open_socket
 from nnunetv2.federated.coordinator.app import build_app
-from nnunetv2.federated.coordinator.connections import GuardedServer, guarded_config
-from nnunetv2.federated.coordinator.limits import Limits
+from nnunetv2.federated.coordinator.http.connections import GuardedServer, guarded_config
+from nnunetv2.federated.coordinator.http.endpoint import Place
+from nnunetv2.federated.coordinator.http.listen_address import open_socket
+from nnunetv2.federated.coordinator.http.rate_limits import Limits
 from nnunetv2.federated.coordinator.members import create_federation
-from nnunetv2.federated.coordinator.place import Place
 from nnunetv2.federated.coordinator.service import Coordinator
-from nnunetv2.federated.messages import initial_key, registration_key, round_key
-from nnunetv2.federated.site import Invitation, SiteCredential, decode_invitation, join, load_credential
-from nnunetv2.federated.store import Store
-from nnunetv2.federated.wire import file_digest
+from nnunetv2.federated.coordinator.storage.store import Store
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key
+from nnunetv2.federated.site.credential import Invitation, SiteCredential, decode_invitation, join, load_credential
+from nnunetv2.federated.site.transports.http import FederationClient
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEST_PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -200,8 +200,8 @@ class CoordinatorProcess:
 
     def start(self) -> None:
         (self.folder / "coordinator.json").unlink(missing_ok=True)
-        grace = "" if self.grace_s is None else f"cli.STOP_TIMEOUT_S = {self.grace_s}; "
-        code = f"import sys; from nnunetv2.federated.coordinator import cli; {grace}sys.exit(cli.main(sys.argv[1:]))"
+        grace = "" if self.grace_s is None else f"coordinator.STOP_TIMEOUT_S = {self.grace_s}; "
+        code = f"import sys; from nnunetv2.federated.commands import coordinator; {grace}sys.exit(coordinator.main(sys.argv[1:]))"
         self.log = self.folder.parent / f"{self.folder.name}.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

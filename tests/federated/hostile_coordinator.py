@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from nnunetv2.federated.site import SiteCredential
+from nnunetv2.federated.site.credential import SiteCredential
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2K\rrun x: complete\x9b8m\u202eenif lla\u2028forged line\nforged too\u200b\x7f"
 """Sets a terminal's title, rings, deletes a line, hides and turns what follows."""

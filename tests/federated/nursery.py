@@ -58,8 +58,8 @@ class Nursery:
 def main() -> None:
     import fake_federation  # noqa: F401 - so that children have it already
 
-    from nnunetv2.federated.coordinator import app, cli, connections, members, tls  # noqa: F401
-    from nnunetv2.federated.store import Store  # noqa: F401
+    from nnunetv2.federated.coordinator.http import connections, tls  # noqa: F401
+    from nnunetv2.federated.coordinator.storage.store import Store  # noqa: F401
 
     children: set[int] = set()
     print("ready", flush=True)
@@ -106,11 +106,11 @@ def be_born(order: dict) -> NoReturn:
 
 def coordinate(order: dict) -> int:
     """Be a coordinator, which may be doomed to die at a record of its journal."""
-    from nnunetv2.federated.coordinator import cli
+    from nnunetv2.federated.commands import coordinator
 
     if order.get("die_at"):
         doom(order["die_at"], order["side"], skip_start=order["skip_start"])
-    return cli.main(order["arguments"])
+    return coordinator.main(order["arguments"])
 
 
 def take_part(order: dict) -> int:
@@ -131,10 +131,10 @@ def doom(record: int, side: str, *, skip_start: bool) -> None:
         record: Counted from 1.
         skip_start: Whether those do not count that come before the coordinator says that it serves.
     """
-    from nnunetv2.federated.coordinator import cli
-    from nnunetv2.federated.database import Database
+    from nnunetv2.federated.commands import coordinator
+    from nnunetv2.federated.coordinator.storage.database import Database
 
-    original, write_state_file = Database.transaction, cli.write_state_file
+    original, write_state_file = Database.transaction, coordinator.write_state_file
     count, serves = 0, not skip_start
 
     @contextmanager
@@ -153,7 +153,7 @@ def doom(record: int, side: str, *, skip_start: bool) -> None:
         write_state_file(*args)
         serves = True
 
-    Database.transaction, cli.write_state_file = transaction, state_file_written
+    Database.transaction, coordinator.write_state_file = transaction, state_file_written
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.phantoms import Scanner, write_dataset
-from nnunetv2.federated.simulate import LocalSite
+from nnunetv2.federated.commands.simulate import LocalSite
 
 SCANNERS = {"north": Scanner(spacing_mm=(2.5, 2.5, 2.5), intensities=(300, 520, 760), noise=0.2, bias=0.1),
             "south": Scanner(spacing_mm=(3.0, 2.0, 2.0), intensities=(60, 95, 130), noise=0.3, bias=0.05),

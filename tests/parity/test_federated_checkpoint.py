@@ -9,10 +9,10 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunetv2.federated.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
-from nnunetv2.federated.matching import distinct_tensors
-from nnunetv2.federated.messages import Aggregate
-from nnunetv2.federated.wire import TensorSpec, open_document, write_document
+from nnunetv2.federated.aggregation.matching import distinct_tensors
+from nnunetv2.federated.coordinator.models.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
+from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
+from nnunetv2.federated.protocol.messages import Aggregate
 
 ARCHITECTURE = {
     "n_stages": 3, "features_per_stage": [4, 8, 8], "kernel_sizes": [[3, 3]] * 3, "strides": [[1, 1], [2, 2], [2, 2]],

@@ -10,7 +10,7 @@ from test_federated_trainers import (
     weights_of,
 )
 
-from nnunetv2.federated.messages import round_key
+from nnunetv2.federated.protocol.messages import round_key
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
     nnUNetTrainerAsymFedAvg,
     nnUNetTrainerAsymFedAvgOverlapped,

@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_federation import make_settings, served, wait_until
 from patience import PATIENCE_S
 from tiny_dataset import NAME, make_configuration, make_plans, make_tiny_dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "federated"))
-from fake_federation import make_settings, served, wait_until
-
-from nnunetv2.federated import messages
+from nnunetv2.federated.protocol import messages
 from nnunetv2.run.run_training import find_free_network_port
 
 pytestmark = pytest.mark.slow
@@ -33,7 +31,7 @@ LISTENERS = """
     import torch
     from torch import distributed
     from nnunetv2.federated.errors import RefusedError
-    from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import FirstProcessError, ask_first_process
+    from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process
     from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import copy_from_first_process_
 
     def work(rank, port):

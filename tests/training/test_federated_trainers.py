@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from concurrent.futures import wait
 from pathlib import Path
@@ -11,16 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fake_federation import in_threads, make_settings, served, wait_until
 from patience import PATIENCE_S
 from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "federated"))
-from fake_federation import in_threads, make_settings, served, wait_until
-
-from nnunetv2.federated import manifest, messages
-from nnunetv2.federated.bodies import RunAction
-from nnunetv2.federated.client import FederationClient
-from nnunetv2.federated.coordinator import curves, steering
+from nnunetv2.federated.commands import manifest
+from nnunetv2.federated.coordinator import run_control
+from nnunetv2.federated.coordinator.dashboard import curves
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import (
     CoordinatorUnreachable,
@@ -29,6 +25,9 @@ from nnunetv2.federated.errors import (
     NotAllowedError,
     ShortEpochError,
 )
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.api import RunAction
+from nnunetv2.federated.site.transports.http import FederationClient
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
@@ -74,7 +73,7 @@ class Sites:
         return in_threads(*(trainer.run_training for trainer in trainers))
 
     def act(self, action: str, run: str) -> None:
-        steering.act(self.federation.coordinator, run, RunAction(action=action), OPERATOR)
+        run_control.act(self.federation.coordinator, run, RunAction(action=action), OPERATOR)
 
 
 @pytest.fixture
@@ -320,7 +319,7 @@ def test_a_training_outlasts_a_coordinator_that_is_away_for_too_long(make_sites,
 
             def unreachable_in_round_1(key, *rest):
                 if key.endswith("rounds/1"):
-                    from nnunetv2.federated.http_session import NoAnswerError
+                    from nnunetv2.federated.site.transports.http_requests import NoAnswerError
                     raise NoAnswerError("the coordinator cannot be reached")
                 return upload(key, *rest)
 

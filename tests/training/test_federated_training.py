@@ -11,13 +11,12 @@ import pytest
 import torch
 from patience import PATIENCE_S
 
-from nnunetv2.federated import messages
 from nnunetv2.federated.errors import NonFiniteError, RefusedError, ShortEpochError
-from nnunetv2.federated.min_cases import DEFAULT
+from nnunetv2.federated.privacy.min_cases import DEFAULT
+from nnunetv2.federated.protocol import messages
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
-from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import FirstProcessError
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import export_weights, import_weights_
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
@@ -25,6 +24,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg impo
     nnUNetTrainerAsymFedAvgOverlapped,
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import OverlappedTraining, catch_up
+from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match
 
 

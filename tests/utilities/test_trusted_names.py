@@ -38,7 +38,7 @@ NOT_TO_BE_CALLED = [
     "dynamic_network_architectures.architectures.unet.Union", "dynamic_network_architectures.architectures.unet.torch",
     "dynamic_network_architectures.building_blocks.helper.np",
     "nnunetv2.run.run_training.run_training", "nnunetv2.paths.os", "nnunetv2.utilities.atomic_write.replacing",
-    "nnunetv2.utilities.find_class_by_name.importlib", "nnunetv2.federated.coordinator.tls.subprocess",
+    "nnunetv2.utilities.find_class_by_name.importlib", "nnunetv2.federated.coordinator.http.tls.subprocess",
     "nnunetv2.inference.predictor.nnUNetPredictor", "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer",
 ]
 NO_PATHS = ["system", "", ".", "torch.nn.", ".torch.nn.ReLU", "torch..nn.ReLU", "torch.nn.Module.__init__",

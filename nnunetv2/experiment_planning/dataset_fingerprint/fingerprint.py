@@ -7,7 +7,9 @@ from functools import reduce
 import numpy as np
 
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample, WeightedValues
-from nnunetv2.federated import statistics  # one centre is pooled like several: by counts, exactly
+from nnunetv2.federated.aggregation import (
+    fingerprint_statistics,  # one centre is pooled like several: by counts, exactly
+)
 
 
 def compute_fingerprint(samples: Sequence[CaseSample]) -> dict:
@@ -40,11 +42,11 @@ def describe_intensities(samples: Sequence[WeightedValues]) -> Mapping[str, floa
     """
     dtype = np.float32 if all(len(values) for values, _ in samples) else np.float64
     drawn = [sample for sample in samples if len(sample[0])]
-    coarse = statistics.pool_histograms(statistics.coarse_histogram(values, counts) for values, counts in drawn)
-    bins = statistics.wanted_bins(coarse)
-    fine = statistics.pool_histograms(statistics.fine_histogram(values, bins, counts) for values, counts in drawn)
-    low, median, high = statistics.pooled_percentiles(coarse, fine, promotes_to_float64=dtype is np.float64)
-    moments = reduce(statistics.Moments.merge, (statistics.Moments.of(values, counts) for values, counts in drawn))
+    coarse = fingerprint_statistics.pool_histograms(fingerprint_statistics.coarse_histogram(values, counts) for values, counts in drawn)
+    bins = fingerprint_statistics.wanted_bins(coarse)
+    fine = fingerprint_statistics.pool_histograms(fingerprint_statistics.fine_histogram(values, bins, counts) for values, counts in drawn)
+    low, median, high = fingerprint_statistics.pooled_percentiles(coarse, fine, promotes_to_float64=dtype is np.float64)
+    moments = reduce(fingerprint_statistics.Moments.merge, (fingerprint_statistics.Moments.of(values, counts) for values, counts in drawn))
     return {
         "mean": float(dtype(moments.mean)),
         "median": median,

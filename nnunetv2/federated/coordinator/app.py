@@ -41,17 +41,24 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nnunetv2.federated import bodies
-from nnunetv2.federated.coordinator import models, page, steering
-from nnunetv2.federated.coordinator.changes import Changes
-from nnunetv2.federated.coordinator.limits import Gate, Limits
+from nnunetv2.federated.coordinator import run_control
+from nnunetv2.federated.coordinator.dashboard import pages
+from nnunetv2.federated.coordinator.http.endpoint import Place
+from nnunetv2.federated.coordinator.http.error_responses import (
+    answer_error,
+    answer_nobody,
+    answer_unknown,
+    json_response,
+)
+from nnunetv2.federated.coordinator.http.notifications import Changes
+from nnunetv2.federated.coordinator.http.rate_limits import Gate, Limits
+from nnunetv2.federated.coordinator.http.request_bodies import BYPASSED, Reception, announced, drain, read_json, receive
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.coordinator.place import Place
-from nnunetv2.federated.coordinator.problems import answer_error, answer_nobody, answer_unknown, json_response
+from nnunetv2.federated.coordinator.models import model_store
 from nnunetv2.federated.coordinator.service import SHOWN_GATHERINGS, Coordinator, Result, require_role
-from nnunetv2.federated.coordinator.uploads import BYPASSED, Reception, announced, drain, read_json, receive
+from nnunetv2.federated.coordinator.storage.store import Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.store import Traffic
+from nnunetv2.federated.protocol import api
 
 LONGEST_WAIT_S = 55.0
 """Below the minute after which many proxies give up on an answer."""
@@ -96,7 +103,7 @@ async def get_authority(request: Request) -> Response:
 
 async def post_join(request: Request) -> Response:
     """Let a site join."""
-    join = await read_json(request, bodies.JoinRequest)
+    join = await read_json(request, api.JoinRequest)
     return json_response(await run_in_threadpool(coordinator_of(request).join, join))
 
 
@@ -127,7 +134,7 @@ async def get_outlooks(request: Request) -> Response:
     member_of(request)
     coordinator = coordinator_of(request)
     runs = coordinator.book.runs()[:SHOWN_GATHERINGS]
-    return json_response(await run_in_threadpool(models.outlooks, coordinator, runs))
+    return json_response(await run_in_threadpool(model_store.outlooks, coordinator, runs))
 
 
 async def get_model(request: Request) -> Response:
@@ -135,28 +142,28 @@ async def get_model(request: Request) -> Response:
     member = require_role(member_of(request), "site", "operator")
     coordinator, run = coordinator_of(request), request.path_params["run"]
     if request.method == "HEAD":
-        size = (await run_in_threadpool(models.find, coordinator, run)).stat().st_size
+        size = (await run_in_threadpool(model_store.find, coordinator, run)).stat().st_size
         return Response(media_type="application/zip", headers={
             "Content-Length": str(size), "Accept-Ranges": "bytes", "Cache-Control": "no-store"})
-    model = await run_in_threadpool(models.fetch, coordinator, run, member=member)
+    model = await run_in_threadpool(model_store.fetch, coordinator, run, member=member)
     return DigestedFile(model.path, model.digest, media_type="application/zip")
 
 
 async def post_action(request: Request) -> Response:
     """Do what an operator wants of a run, or a site of its own part in it."""
     member = member_of(request)
-    action = await read_json(request, bodies.RunAction)
+    action = await read_json(request, api.RunAction)
     return json_response(await run_in_threadpool(
-        steering.act, coordinator_of(request), request.path_params["run"], action, member))
+        run_control.act, coordinator_of(request), request.path_params["run"], action, member))
 
 
 async def post_member(request: Request) -> Response:
     """Invite somebody."""
     operator, coordinator = operator_of(request), coordinator_of(request)
-    wanted = await read_json(request, bodies.InviteRequest)
+    wanted = await read_json(request, api.InviteRequest)
     secret = await run_in_threadpool(coordinator.invite, wanted.name, wanted.role, by=operator,
                                      lifetime_s=wanted.lifetime_s)
-    return json_response(bodies.InviteAnswer(
+    return json_response(api.InviteAnswer(
         name=wanted.name, role=wanted.role, expires=coordinator.clock() + wanted.lifetime_s,
         invitation=request.app.state.place.invitation(coordinator.settings.federation, wanted.name, secret)))
 
@@ -171,29 +178,29 @@ async def delete_member(request: Request) -> Response:
 async def patch_settings(request: Request) -> Response:
     """Change settings of a federation at work."""
     operator = operator_of(request)
-    change = await read_json(request, bodies.SettingsChange)
+    change = await read_json(request, api.SettingsChange)
     return json_response(await run_in_threadpool(coordinator_of(request).change_settings, change, by=operator))
 
 
 async def post_failure(request: Request) -> Response:
     """Take a site's report that it cannot go on."""
     site = site_of(request)
-    report = await read_json(request, bodies.FailureReport)
-    await run_in_threadpool(steering.report_failure, coordinator_of(request), site, report)
+    report = await read_json(request, api.FailureReport)
+    await run_in_threadpool(run_control.report_failure, coordinator_of(request), site, report)
     return Response(status_code=204)
 
 
 async def post_offer(request: Request) -> Response:
     """Say whether a document is wanted."""
     site = site_of(request)
-    offer = await read_json(request, bodies.Offer)
+    offer = await read_json(request, api.Offer)
     receipt = await run_in_threadpool(
         coordinator_of(request).offer, request.path_params["key"], site, offer.digest, offer.size)
     if receipt is not None:
         return json_response(receipt)
     offset = await run_in_threadpool(coordinator_of(request).uploads.offset, request.path_params["key"], site,
                                      offer.digest)
-    return json_response(bodies.Wanted(offset=offset), 202)
+    return json_response(api.Wanted(offset=offset), 202)
 
 
 async def put_contribution(request: Request) -> Response:
@@ -241,7 +248,7 @@ async def get_result(request: Request) -> Response:
         return DigestedFile(outcome.path, outcome.digest, {"X-Gathering": outcome.key})
     answer = json_response(outcome, 202)
     if outcome.lacks:
-        answer.headers[bodies.LACKS_HEADER] = str(outcome.lacks)
+        answer.headers[api.LACKS_HEADER] = str(outcome.lacks)
     return answer
 
 
@@ -352,14 +359,14 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
         Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),
         Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
-        *page.ROUTES,
+        *pages.ROUTES,
     ])
     app.router.redirect_slashes = False  # it would send people wherever a Host header says
     app.state.coordinator = coordinator
     app.state.changes = changes
     app.state.reception = Reception()
     app.state.place = place
-    app.state.observatory = page.Observatory(coordinator, changes, url=place.url)
+    app.state.observatory = pages.Observatory(coordinator, changes, url=place.url)
     app.add_middleware(TrafficMeter, coordinator=coordinator)
     app.add_middleware(Gate, limits=limits, identify=identify)
     return app

@@ -17,11 +17,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nnunetv2.federated import bodies
-from nnunetv2.federated.audit import Event
+from nnunetv2.federated.coordinator.storage.audit_log import Event
+from nnunetv2.federated.coordinator.storage.store import InvitationRecord, MemberRecord, Role, Store, Traffic
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.messages import MAX_SITES
-from nnunetv2.federated.store import InvitationRecord, MemberRecord, Role, Store, Traffic
+from nnunetv2.federated.protocol import api
+from nnunetv2.federated.protocol.messages import MAX_SITES
 
 SHOWN_TRAFFIC = 1000
 """Entries of the status; the latest ones."""
@@ -51,7 +51,7 @@ def new_invitation(member: str, *, now: float, lifetime_s: float) -> InvitationR
     return InvitationRecord(hash_secret(secret), member, secret, now + lifetime_s)
 
 
-def create_federation(store: Store, settings: bodies.FederationSettings, *, now: float,
+def create_federation(store: Store, settings: api.FederationSettings, *, now: float,
                       lifetime_s: float = INVITATION_LIFETIME_S) -> None:
     """Write a new federation, with one invitation per site.
 
@@ -79,8 +79,8 @@ class Members:
         self._local_operator = ""
 
     # ------------------------------------------------------------------------------------------------- enrolment
-    def invite(self, name: str, role: Role, settings: bodies.FederationSettings, *, now: float, by: str,
-               lifetime_s: float = INVITATION_LIFETIME_S) -> tuple[str, bodies.FederationSettings]:
+    def invite(self, name: str, role: Role, settings: api.FederationSettings, *, now: float, by: str,
+               lifetime_s: float = INVITATION_LIFETIME_S) -> tuple[str, api.FederationSettings]:
         """Invite somebody new, or somebody again whose credential is lost or was revoked.
 
         Returns:
@@ -111,8 +111,8 @@ class Members:
                                                                  "expires": invitation.expires}))
             return invitation.secret, settings
 
-    def revoke(self, name: str, settings: bodies.FederationSettings, *, now: float,
-               by: str) -> bodies.FederationSettings:
+    def revoke(self, name: str, settings: api.FederationSettings, *, now: float,
+               by: str) -> api.FederationSettings:
         """Take a member's credential and invitations away, at once.
 
         Returns:
@@ -215,7 +215,7 @@ class Members:
                 if one.member == name and one.secret is not None]
 
     def _save(self, members: Iterable[MemberRecord], invitations: Iterable[InvitationRecord], *, event: Event,
-              settings: bodies.FederationSettings | None = None) -> None:
+              settings: api.FederationSettings | None = None) -> None:
         """Write first, then remember: what the disk refuses has not happened."""
         members, invitations = list(members), list(invitations)
         self._store.save_members(members, invitations, event=event, settings=settings)
@@ -246,22 +246,22 @@ class Members:
                     self._unsaved_traffic[place] += traffic
             raise
 
-    def status(self) -> tuple[bodies.SiteStatus, ...]:
+    def status(self) -> tuple[api.SiteStatus, ...]:
         """Say which sites there are, and what each has sent and been sent."""
         with self._lock:
-            return tuple(bodies.SiteStatus(
+            return tuple(api.SiteStatus(
                 site=record.name, joined=record.state == "active", state=record.state,
                 last_seen=total.last_seen or None, bytes_received=total.received, bytes_sent=total.sent)
                 for record in self._members.values() if record.role == "site"
                 for total in (self._totals.get(record.name, Traffic()),))
 
-    def traffic_status(self) -> tuple[bodies.TrafficStatus, ...]:
+    def traffic_status(self) -> tuple[api.TrafficStatus, ...]:
         """Say what each site has sent and been sent for the gatherings that were busy last."""
         with self._lock:
             counters = [(count.last_seen, site, key, count) for key, counts in self._traffic.items()
                         for site, count in counts.items()]
         latest = sorted(counters, key=lambda entry: entry[:3])[-SHOWN_TRAFFIC:]
-        return tuple(bodies.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
+        return tuple(api.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
                      for _, site, key, count in latest)
 
 

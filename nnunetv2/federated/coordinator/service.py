@@ -16,20 +16,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nnunetv2.federated import bodies, closing
-from nnunetv2.federated.archive import Agreement, Archive
-from nnunetv2.federated.audit import LOGGED_CHARACTERS, Event
-from nnunetv2.federated.book import RoundBook
-from nnunetv2.federated.coordinator.closer import Closer
-from nnunetv2.federated.coordinator.limits import Allowance
+from nnunetv2.federated.coordinator.aggregation_worker import Closer
+from nnunetv2.federated.coordinator.http.rate_limits import Allowance
 from nnunetv2.federated.coordinator.members import INVITATION_LIFETIME_S, Member, Members
-from nnunetv2.federated.coordinator.partial_uploads import PartialUploads
-from nnunetv2.federated.coordinator.quotas import check_room
+from nnunetv2.federated.coordinator.models.model_folder import without_values
+from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, Event
+from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUploads
+from nnunetv2.federated.coordinator.storage.quotas import check_room
+from nnunetv2.federated.coordinator.storage.store import Role, Store, flush
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.messages import registration_key, round_key, run_with_plans
-from nnunetv2.federated.model_keeping import without_values
-from nnunetv2.federated.outlook import Outlook
-from nnunetv2.federated.rounds import (
+from nnunetv2.federated.exchanges import closing
+from nnunetv2.federated.exchanges.documents import Agreement, Archive
+from nnunetv2.federated.exchanges.exchange import (
     FINAL_KINDS,
     WEIGHT_KINDS,
     Closed,
@@ -43,8 +41,11 @@ from nnunetv2.federated.rounds import (
     with_contribution,
     without_contribution,
 )
-from nnunetv2.federated.store import Role, Store, flush
-from nnunetv2.federated.wire import Document, open_document
+from nnunetv2.federated.exchanges.outlook import Outlook
+from nnunetv2.federated.exchanges.state import RoundBook
+from nnunetv2.federated.protocol import api
+from nnunetv2.federated.protocol.document import Document, open_document
+from nnunetv2.federated.protocol.messages import registration_key, round_key, run_with_plans
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Coordinator:
         self.closer = Closer(self)
 
     @property
-    def settings(self) -> bodies.FederationSettings:
+    def settings(self) -> api.FederationSettings:
         """What holds for all sites at the moment."""
         return self.book.settings
 
@@ -135,12 +136,12 @@ class Coordinator:
             self.announce(f"the newest counters of traffic are lost: {error}")
 
     # -------------------------------------------------------------------------------------------------- members
-    def join(self, request: bodies.JoinRequest) -> bodies.JoinAnswer:
+    def join(self, request: api.JoinRequest) -> api.JoinAnswer:
         """Let a member join; see `Members.join`."""
         member, is_new = self.members.join(request.invitation, request.token, now=self.clock())
         if is_new:
             self.announce(f"{member.role} {member.name} has joined")
-        return bodies.JoinAnswer(federation=self.settings.federation, site=member.name, role=member.role,
+        return api.JoinAnswer(federation=self.settings.federation, site=member.name, role=member.role,
                                  settings=self.settings)
 
     def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
@@ -172,7 +173,7 @@ class Coordinator:
                     {"site": site, "digest": gathering.contributions[site].digest}))
                 self.book.put(without_contribution(gathering, site))
 
-    def change_settings(self, change: bodies.SettingsChange, *, by: str) -> bodies.FederationSettings:
+    def change_settings(self, change: api.SettingsChange, *, by: str) -> api.FederationSettings:
         """Change what may be changed while a federation is at work; it holds from the next closing on.
 
         Raises:
@@ -180,22 +181,22 @@ class Coordinator:
         """
         with self.locks["settings"]:
             values = {**self.settings.model_dump(), **change.model_dump(exclude_unset=True)}
-            settings = bodies.FederationSettings.model_validate(values)
+            settings = api.FederationSettings.model_validate(values)
             if change.model_fields_set & {"quorum", "deadline_s"}:  # a revocation may leave fewer sites than a quorum
-                bodies.check_quorum(settings)
+                api.check_quorum(settings)
             if settings.min_sites < self.settings.min_sites:
                 raise FederationError(f"--min-sites is {self.settings.min_sites}, with which sites have joined: it can "
                                       "be raised, not lowered. For another one, start a new federation")
             if change.model_fields_set & {"quorum", "min_sites"}:
-                bodies.check_floor(settings)
+                api.check_floor(settings)
             if "late_updates" in change.model_fields_set:
-                bodies.check_late_updates(settings)
+                api.check_late_updates(settings)
             self.store.save_settings(settings, Event(self.clock(), "settings", by, None,
                                                      change.model_dump(mode="json", exclude_unset=True)))
             self._take_over(settings)
         return settings
 
-    def _take_over(self, settings: bodies.FederationSettings) -> None:
+    def _take_over(self, settings: api.FederationSettings) -> None:
         self.book.settings = settings
         self.wake_everybody()
 
@@ -206,7 +207,7 @@ class Coordinator:
             self.on_change(str(gathering.key))
 
     # --------------------------------------------------------------------------------------------- contributing
-    def offer(self, key: str, site: str, digest: str, size: int) -> bodies.Receipt | None:
+    def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
         """Return the receipt for a document that need not be sent, or None if it is wanted.
 
         Raises:
@@ -226,7 +227,7 @@ class Coordinator:
         check_room(gathering.key, site, size, book=self.book, folder=self.store.folder)
         return None
 
-    def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> bodies.Receipt:
+    def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
         """Take over a document that has been received completely; it is durable on return.
 
         Args:
@@ -334,7 +335,7 @@ class Coordinator:
         self.on_progress(key)
 
     # --------------------------------------------------------------------------------------------------- results
-    def result(self, key: str, site: str) -> Result | bodies.Waiting:
+    def result(self, key: str, site: str) -> Result | api.Waiting:
         """Return the result of a gathering for a site, or, while it is open, the sites that it waits for.
 
         Raises:
@@ -351,7 +352,7 @@ class Coordinator:
                 and self.book.control(gathering.key.run).state == "stopped":
             return self._result_of_stopped(gathering, site)
         self.closer.raise_trouble(gathering)
-        return bodies.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held,
+        return api.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held,
                               lacks=0 if gathering.waiting_for else gathering.lacks)
 
     def _result_of_stopped(self, gathering: Gathering, site: str) -> Result:
@@ -385,7 +386,7 @@ class Coordinator:
         return Result(str(key), path, digest)
 
     # ---------------------------------------------------------------------------------------------------- status
-    def run_state(self, run: str) -> bodies.RunState:
+    def run_state(self, run: str) -> api.RunState:
         """Say how far a run is."""
         parse_key(f"runs/{run}/registration")
         return self.book.run_state(run)
@@ -416,7 +417,7 @@ class Coordinator:
             raise RefusedError(str(error), "Give the plans a shorter name (-overwrite_plans_name).",
                                code="incomplete_request") from error
 
-    def status(self, viewer: Member | None = None) -> bodies.Status:
+    def status(self, viewer: Member | None = None) -> api.Status:
         """Say what the federation is doing.
 
         Args:
@@ -430,14 +431,14 @@ class Coordinator:
                            one.model_copy(update={"bytes_received": 0, "bytes_sent": 0}) for one in status.sites),
             "traffic": tuple(one for one in status.traffic if one.site == viewer.name)})
 
-    def _status(self) -> bodies.Status:
+    def _status(self) -> api.Status:
         open_gatherings = self.book.open_gatherings()[:SHOWN_GATHERINGS]
         runs = self.book.runs()[:SHOWN_GATHERINGS]
         failures = self.store.load_events("failure", last=SHOWN_FAILURES)
-        return bodies.Status(
+        return api.Status(
             federation=self.settings.federation, time=self.clock(),
             sites=self.members.status(),
-            waiting=tuple(bodies.GatheringStatus(
+            waiting=tuple(api.GatheringStatus(
                 key=str(gathering.key), contributed=tuple(sorted(gathering.contributions)),
                 waiting_for=gathering.waiting_for, opened=gathering.opened, lacks=gathering.lacks,
                 refusal=without_values(gathering.refusal)[:8000])
@@ -447,32 +448,32 @@ class Coordinator:
             failures=tuple(_failure_status(event) for event in failures),
             traffic=self.members.traffic_status())
 
-    def _progress(self, run: str) -> bodies.RunProgress:
+    def _progress(self, run: str) -> api.RunProgress:
         """Say how fast a run is, and what validating its aggregates has shown for all sites together."""
         latest = self.book.latest_round(run)
         if latest is None:
-            return bodies.RunProgress(run=run)
+            return api.RunProgress(run=run)
         moments = self.book.closed_at(run, RECENT_ROUNDS + 1)
         durations = [later - earlier for earlier, later in zip(moments, moments[1:])]
         found = self.store.load_last_validation(run)
-        return bodies.RunProgress(
+        return api.RunProgress(
             run=run, last_closed=latest.outcome.time, round_s=statistics.median(durations) if durations else None,
-            validation=None if found is None else bodies.ValidationStatus(
-                **{name: found[name] for name in bodies.ValidationStatus.model_fields}))
+            validation=None if found is None else api.ValidationStatus(
+                **{name: found[name] for name in api.ValidationStatus.model_fields}))
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
-def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> bodies.Receipt:
+def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> api.Receipt:
     held = gathering.contributions.get(site)
     already = verdict is Verdict.KEEP_FIRST or (gathering.is_closed and gathering.key.kind in FINAL_KINDS)
-    return bodies.Receipt(digest=held.digest if held else digest, already=already, waiting_for=gathering.waiting_for,
+    return api.Receipt(digest=held.digest if held else digest, already=already, waiting_for=gathering.waiting_for,
                           key="" if str(gathering.key) == sent_to else str(gathering.key))
 
 
-def _failure_status(event: Event) -> bodies.FailureStatus:
+def _failure_status(event: Event) -> api.FailureStatus:
     """Return what a line of the log says; before 2.8.1+fed.4, its texts could be longer than a status holds."""
     run, reason = (excerpt(event.detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
-    return bodies.FailureStatus(site=event.site, time=event.time, run=run[:500], round=event.detail["round"],
+    return api.FailureStatus(site=event.site, time=event.time, run=run[:500], round=event.detail["round"],
                                 reason=reason)
 
 

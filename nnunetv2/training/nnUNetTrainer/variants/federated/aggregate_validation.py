@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nnunetv2.federated import messages
-from nnunetv2.federated.validation import dice_per_class
+from nnunetv2.federated.aggregation.pooled_validation import dice_per_class
+from nnunetv2.federated.protocol import messages
 from nnunetv2.training.distributed import gather
 from nnunetv2.utilities.collate_outputs import collate_outputs
 

@@ -44,30 +44,30 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-from nnunetv2.federated import messages
-from nnunetv2.federated.bodies import LEAST_SITES, FederationSettings
-from nnunetv2.federated.client import FederationClient
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
-from nnunetv2.federated.min_cases import check_enough_cases
-from nnunetv2.federated.session import RunSession, Weights
-from nnunetv2.federated.site import SiteCredential, load_credential
-from nnunetv2.federated.wire import file_digest
+from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
+from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.site.credential import SiteCredential, load_credential
+from nnunetv2.federated.site.participant import RunSession, Weights
+from nnunetv2.federated.site.transports.http import FederationClient
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
     describe_validation,
     validate_network,
 )
-from nnunetv2.training.nnUNetTrainer.variants.federated.first_process import (
-    FirstProcessError,
-    ask_first_process,
-    in_thread,
-)
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     copy_from_first_process_,
     export_weights,
     import_weights_,
+)
+from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import (
+    FirstProcessError,
+    ask_first_process,
+    in_thread,
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from nnunetv2.federated import matching
+from nnunetv2.federated.aggregation import matching
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.networks import bare_network
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from nnunetv2.federated import matching, messages
-from nnunetv2.federated.outlook import OWN_TRAINERS
-from nnunetv2.federated.voxel_extrema import without_extrema
+from nnunetv2.federated.aggregation import matching
+from nnunetv2.federated.exchanges.outlook import OWN_TRAINERS
+from nnunetv2.federated.privacy.plans_redaction import without_extrema
+from nnunetv2.federated.protocol import messages
 from nnunetv2.training.networks import bare_network
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 

@@ -1,0 +1,281 @@
+"""Turn the updates of the sites into one aggregate: streaming, and the same to the bit whatever the order of arrival.
+
+Tensors are read block by block from documents on the disk and written as soon as they are summed, so memory holds a
+few tensors of the result however many sites there are. Sums are float64, in the order of the sites' names. How far each
+site has moved from the aggregate before is measured in the same pass. Of updates in half precision, the aggregate is
+float32 all the same; what rounding took from the one before when it was handed out is added to it (`half_precision`).
+"""
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nnunetv2.federated.aggregation import half_precision
+from nnunetv2.federated.errors import AggregationError
+from nnunetv2.federated.protocol.document import DTYPES, Document, TensorSpec, write_document
+from nnunetv2.federated.protocol.messages import Message, Precision
+
+_THREADS = min(4, os.cpu_count() or 1)
+"""Tensors that are averaged at the same time; so many are in memory, and one that is being written."""
+_DOT = 1 << 13
+"""Elements of a scalar product that the linear algebra library does not share out to threads."""
+_BLOCK = 1 << 15
+"""Elements summed at a time: the running sum and what is added to it stay in the processor's cache."""
+OUTLIER_FACTOR = 3.0
+"""An update is conspicuous if it moves more than so many times as far as the others do in the median."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far one site's update is from the aggregate before."""
+
+    norm: float
+    """L2 norm of the difference of all its tensors."""
+    size: int
+    """Number of elements that were compared."""
+
+    @property
+    def rms(self) -> float:
+        """Return the root mean square of the difference: comparable between sites that share more or less."""
+        return self.norm / math.sqrt(self.size) if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What became of the updates of a round."""
+
+    digest: str
+    """SHA-256 of the aggregate; it does not depend on the order in which the updates came."""
+    changes: Mapping[str, Change]
+    """Site -> how far it has moved; empty if there was no aggregate before."""
+    kept: tuple[str, ...] = ()
+    """Tensors that keep the values of the aggregate before, although some site has sent others: too few have."""
+
+
+def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str, float], *, out_path: Path,
+                        message: Message, previous: Document | None = None,
+                        precision: Precision = "float32", min_sites: int = 1) -> Aggregated:
+    """Average, per tensor, over the sites that have it, and write the result as a document.
+
+    Args:
+        documents: Site -> its update, already checked (`wire.check_tensors`).
+        weights: Site -> how much it counts; only ratios matter, and only between the sites that have a tensor.
+        out_path: Where the aggregate appears once it is complete.
+        message: What the aggregate says.
+        previous: The aggregate before, with which updates are compared. Tensors that no document has keep its values;
+            without it they are missing.
+        precision: How the updates have travelled, and `previous` to the sites.
+        min_sites: Tensors that fewer documents have keep their values of `previous`, as if nobody had sent them.
+
+    Raises:
+        AggregationError: There is no document, a weight is missing, or a tensor cannot be averaged or has no values to
+            keep; it is named.
+    """
+    if not documents:
+        raise AggregationError("there is no update to aggregate")
+    sites = sorted(documents)
+    if missing := documents.keys() - weights.keys():
+        raise AggregationError(f"site {min(missing)} has no weight")
+    held = _holders(documents, sites)
+    known = {} if previous is None else previous.specs
+    kept = tuple(sorted(name for name, contributors in held.items() if len(contributors) < min_sites))
+    if missing := set(kept) - known.keys():
+        raise AggregationError(f"tensor {min(missing)} of fewer than {min_sites} sites has no earlier values to keep")
+    holders = {name: contributors for name, contributors in held.items() if len(contributors) >= min_sites}
+    sent = {name: documents[contributors[0]].specs[name] for name, contributors in holders.items()}
+    _check_specs(documents, holders, sent)
+    in_half = precision == "float16"
+    specs = {**known, **(half_precision.widened(sent) if in_half else sent)}
+    comparison = _Comparison(previous, sites, in_half=in_half)
+
+    def value_of(name: str) -> np.ndarray:
+        if name not in holders:
+            return previous.read(name)
+        contributors = [documents[site] for site in holders[name]]
+        _check_weights(used := [float(weights[site]) for site in holders[name]])
+        is_known = known.get(name) == specs[name]
+        mean = _mean(specs[name].size, DTYPES[sent[name].dtype], used,
+                     lambda index, begin, out: contributors[index].read_into(name, begin, out),
+                     comparison.observer(name, holders[name]) if is_known else None,
+                     partial(half_precision.add_rest_, previous, name) if is_known and in_half else None,
+                     DTYPES[specs[name].dtype])
+        return mean.reshape(specs[name].shape)
+
+    digest = _write(out_path, message, specs, value_of)
+    return Aggregated(digest, comparison.changes(), kept)
+
+
+def outliers(changes: Mapping[str, Change]) -> list[str]:
+    """Name the sites whose updates move conspicuously far, sorted. They count all the same: people decide.
+
+    A site is one if the root mean square of its change is more than three times the median of those of the others. The
+    median of at least two others is asked for: with fewer, nobody can tell who is odd.
+    """
+    if len(changes) < 3:
+        return []
+    return [site for site, change in sorted(changes.items()) if change.rms > OUTLIER_FACTOR * statistics.median(
+        other.rms for name, other in changes.items() if name != site)]
+
+
+def collect_from_owners(documents: Mapping[str, Document], owners: Mapping[str, str], *, out_path: Path,
+                        message: Message) -> str:
+    """Take every tensor from the one site that owns it, and write the result as a document.
+
+    Args:
+        documents: Site -> its contribution.
+        owners: Tensor -> site.
+
+    Returns:
+        The SHA-256 of the result, which does not depend on the order of the mappings.
+
+    Raises:
+        AggregationError: An owner has not contributed its tensor.
+    """
+    for name, site in sorted(owners.items()):
+        if site not in documents or name not in documents[site].specs:
+            raise AggregationError(f"site {site} has not contributed tensor {name}, which it owns")
+    specs = {name: documents[site].specs[name] for name, site in owners.items()}
+    return _write(out_path, message, specs, lambda name: documents[owners[name]].read(name))
+
+
+def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[int, int, np.ndarray], None],
+          observe: Callable[[int, int, np.ndarray], None] | None, add: Callable[[int, np.ndarray], None] | None,
+          mean_dtype: np.dtype) -> np.ndarray:
+    """Average the values that `read(index, begin, out)` gives, block by block.
+
+    Every buffer is made once and used for all blocks: that alone is worth a factor of two.
+
+    Args:
+        dtype: Of the values.
+        observe: Shown (index, begin, values in float64) of every block.
+        add: Given (begin, mean in float64) of every block, to which it may add.
+        mean_dtype: Of the mean.
+    """
+    mean, total_weight = np.empty(size, mean_dtype), math.fsum(weights)
+    raw, values, total = (np.empty(min(size, _BLOCK), kind) for kind in (dtype, np.float64, np.float64))
+    for begin in range(0, size, _BLOCK):
+        block = slice(0, min(_BLOCK, size - begin))
+        for index, weight in enumerate(weights):
+            read(index, begin, raw[block])
+            np.copyto(values[block], raw[block])
+            if observe is not None:
+                observe(index, begin, values[block])
+            if index == 0:
+                np.multiply(values[block], weight, out=total[block])
+            else:
+                values[block] *= weight
+                total[block] += values[block]
+        total[block] /= total_weight
+        if add is not None:
+            add(begin, total[block])
+        if not np.isfinite(total[block]).all():
+            raise AggregationError("the mean is not finite")
+        mean[begin:begin + _BLOCK] = total[block]
+    return mean
+
+
+class _Comparison:
+    """Add up how far every site is from the aggregate before, while its blocks come by. Several threads may watch."""
+
+    def __init__(self, previous: Document | None, sites: Sequence[str], *, in_half: bool = False) -> None:
+        self._previous = previous
+        self._in_half = in_half
+        self._squares: dict[str, dict[str, float]] = {site: {} for site in sites}
+        self._sizes: dict[str, dict[str, int]] = {site: {} for site in sites}
+
+    def observer(self, name: str, sites: Sequence[str]) -> Callable[[int, int, np.ndarray], None]:
+        """Return what `_mean` shows the blocks of tensor `name` to."""
+        spec = self._previous.specs[name]
+        raw, before, difference = (np.empty(min(spec.size, _BLOCK), dtype)
+                                   for dtype in (DTYPES[spec.dtype], np.float64, np.float64))
+        for site in sites:
+            self._squares[site][name], self._sizes[site][name] = 0.0, spec.size
+
+        def observe(index: int, begin: int, values: np.ndarray) -> None:
+            block = slice(0, values.size)
+            if index == 0:
+                self._previous.read_into(name, begin, raw[block])
+                # What the sites began with.
+                np.copyto(before[block], half_precision.rounded(raw[block]) if self._in_half else raw[block])
+            np.subtract(values, before[block], out=difference[block])
+            self._squares[sites[index]][name] += _sum_of_squares(difference[block])
+
+        return observe
+
+    def changes(self) -> dict[str, Change]:
+        """Return what has been found, the same whatever the order of the tensors."""
+        if self._previous is None:
+            return {}
+        return {site: Change(math.sqrt(math.fsum(squares.values())), sum(self._sizes[site].values()))
+                for site, squares in self._squares.items()}
+
+
+def _sum_of_squares(values: np.ndarray) -> float:
+    # In pieces for which the linear algebra library (three times as fast as einsum) does not call its threads.
+    return sum(float(piece @ piece) for piece in (values[begin:begin + _DOT] for begin in range(0, values.size, _DOT)))
+
+
+def _holders(documents: Mapping[str, Document], sites: Sequence[str]) -> dict[str, list[str]]:
+    """Return, per tensor, the sites that have it, in the order of their names."""
+    holders: dict[str, list[str]] = {}
+    for site in sites:
+        for name in documents[site].specs:
+            holders.setdefault(name, []).append(site)
+    return holders
+
+
+def _check_specs(documents: Mapping[str, Document], holders: Mapping[str, Sequence[str]],
+                 specs: Mapping[str, TensorSpec]) -> None:
+    for name, sites in sorted(holders.items()):
+        if DTYPES[specs[name].dtype].kind != "f":
+            raise AggregationError(f"tensor {name} is {specs[name]}: integers are not averaged")
+        for site in sites:
+            if documents[site].specs[name] != specs[name]:
+                raise AggregationError(f"tensor {name} is {documents[site].specs[name]} at site {site}, "
+                                       f"{specs[name]} at site {sites[0]}")
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            raise AggregationError(f"a weight must be positive and finite, got {weight}")
+
+
+def _write(path: Path, message: Message, specs: Mapping[str, TensorSpec],
+           value_of: Callable[[str], np.ndarray]) -> str:
+    """Write a document whose tensors are computed by a few threads, slightly ahead of what is written."""
+    ordered = {name: specs[name] for name in sorted(specs)}
+
+    def named_value_of(name: str) -> np.ndarray:
+        try:
+            return value_of(name)
+        except AggregationError as error:
+            raise AggregationError(f"tensor {name}: {error}") from error
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="aggregation") as pool:
+        return write_document(path, message, ordered, _computed_ahead(pool, named_value_of, ordered))
+
+
+def _computed_ahead(pool: ThreadPoolExecutor, compute: Callable[[str], np.ndarray],
+                    names: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield what `compute` returns, in order, while the threads work on the next few."""
+    running: deque[Future[np.ndarray]] = deque()
+    try:
+        for name in names:
+            running.append(pool.submit(compute, name))
+            if len(running) >= _THREADS:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()

@@ -1,0 +1,355 @@
+"""Start a coordinator from the command line: create or reopen a federation's folder and serve it."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2.federated.commands.admin import OPERATOR_FILE
+from nnunetv2.federated.coordinator.http.listen_address import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    Address,
+    open_socket,
+    settle_address,
+    tls_options,
+)
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.site.credential import (
+    SiteCredential,
+    check_site_name,
+    new_token,
+    save_credential,
+)
+from nnunetv2.utilities.plain_text import shell_command, show
+
+if TYPE_CHECKING:
+    import socket
+
+    from nnunetv2.federated.coordinator.http.endpoint import Place
+    from nnunetv2.federated.coordinator.http.tls import Certificate
+    from nnunetv2.federated.coordinator.service import Coordinator
+    from nnunetv2.federated.coordinator.storage.store import InvitationRecord, Store
+    from nnunetv2.federated.protocol.api import FederationSettings
+
+DEFAULT_EPOCHS = 1000
+DEFAULT_SITES = ("site1", "site2", "site3")
+STATE_FILE = "coordinator.json"
+FIRST_SETTINGS = "first_settings"
+"""Under this name, the store keeps the settings that a federation was created with."""
+STOP_TIMEOUT_S = 5
+"""Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
+
+SETTINGS_OF_OPTIONS = {
+    "sites": "sites",
+    "epochs": "num_epochs",
+    "iterations": "num_iterations_per_epoch",
+    "val_iterations": "num_val_iterations_per_epoch",
+    "matching": "matching",
+    "weighting": "weighting",
+    "precision": "precision",
+    "quorum": "quorum",
+    "deadline": "deadline_s",
+    "late_updates": "late_updates",
+    "validate_every": "validate_every",
+    "min_sites": "min_sites",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_fed_coordinator`."""
+    parser = argparse.ArgumentParser(description="Coordinate a federation. The first start creates it and prints one "
+                                     "invitation per site; later starts go on where the federation was.")
+    where = parser.add_argument_group("where")
+    where.add_argument("--folder", type=Path, default=Path("nnUNet_federation"), metavar="F",
+                       help="folder of the federation (default: ./%(default)s)")
+    where.add_argument("--host", help=f"address to listen on (default: as before, at first {DEFAULT_HOST})")
+    where.add_argument("--port", type=int,
+                       help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})")
+    where.add_argument("--url", metavar="PUBLIC_URL", help="address at which sites reach this coordinator, if it is "
+                       "not http://HOST:PORT, for example that of a proxy that adds TLS (default: as before)")
+    secure = parser.add_argument_group("TLS", "Beyond this machine, the coordinator speaks TLS, with a private "
+                                       "certificate authority that it makes on its first start and that invitations "
+                                       "carry the fingerprint of. Behind a proxy with TLS, keep to 127.0.0.1.")
+    secure.add_argument("--tls", action="store_true", default=None, help="speak TLS on this machine too")
+    secure.add_argument("--tls-certificate", type=Path, metavar="FILE",
+                        help="a certificate of your own (PEM, with those between it and its authority)")
+    secure.add_argument("--tls-key", type=Path, metavar="FILE", help="its key (PEM, without a password)")
+    secure.add_argument("--client-authority", type=Path, metavar="FILE",
+                        help="only sites that show a certificate of this authority may connect (PEM)")
+    secure.add_argument("--insecure", action="store_true", default=None, help="listen beyond this machine without TLS; "
+                        "only where the network itself is protected")
+    what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
+    what.add_argument("--sites", nargs="+", metavar="NAME",
+                      help="names of the sites (asked for at a terminal)")
+    what.add_argument("--epochs", type=int, metavar="N",
+                      help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})")
+    what.add_argument("--iterations", type=int, metavar="N",
+                      help="training iterations per epoch (default: the trainer's)")
+    what.add_argument("--val-iterations", type=int, metavar="N",
+                      help="validation iterations per epoch (default: the trainer's)")
+    what.add_argument("--matching", choices=("name", "resolution"),
+                      help="how tensors of different networks are recognised as the same (default: name)")
+    what.add_argument("--weighting", choices=("cases", "uniform"),
+                      help="sites count by their training cases, or all the same (default: cases)")
+    what.add_argument("--precision", choices=("float32", "float16"),
+                      help="how weights travel; float16 halves the traffic, and what rounding takes from a round comes "
+                      "with the next one (default: float32)")
+    what.add_argument("--quorum", type=int, metavar="N",
+                      help="sites that suffice to close a round at its deadline (default: all)")
+    what.add_argument("--deadline", type=float, metavar="S",
+                      help="seconds after its first update at which a round closes with its quorum (default: none)")
+    what.add_argument("--late-updates", choices=("drop", "carry"), help="an update that comes after its round was "
+                      "closed is dropped, or counts in the round that is open then (default: drop)")
+    what.add_argument("--validate-every", type=int, metavar="N", help="every how many rounds the sites validate the "
+                      "aggregate, so that the best one can be kept; 0: never (default: 5)")
+    what.add_argument("--min-sites", type=int, metavar="N", help="no statistics, round or tensor is ever averaged over "
+                      "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
+                      "compute each other's part of what only they have: take 3 where you can (default: 2)")
+    return parser
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the settings that were given on the command line, by their names in FederationSettings."""
+    given = {name: getattr(arguments, option) for option, name in SETTINGS_OF_OPTIONS.items()
+             if getattr(arguments, option) is not None}
+    if "sites" in given:
+        given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))
+    return given
+
+
+def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
+    """Return the settings of a new federation in a folder."""
+    from nnunetv2.federated.protocol.api import FederationSettings
+    from nnunetv2.federated.protocol.strict_json import validated
+
+    if "sites" not in given:
+        given = {**given, "sites": ask_for_sites(folder)}
+    values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
+    settings = validated(lambda: FederationSettings(**values), "the command line")
+    check_settings(settings)
+    return settings
+
+
+def ask_for_sites(folder: Path) -> tuple[str, ...]:
+    """Ask the person at the terminal for the sites' names; without an answer, use the default.
+
+    Raises:
+        FederationError: There is nobody to ask. A folder that was mistyped becomes no federation.
+    """
+    if not sys.stdin.isatty():
+        raise FederationError(f"{folder} holds no federation yet: name its sites to found one, for example "
+                              "--sites north south west, or choose the --folder that holds one")
+    question = f"Names of the sites, with blanks between them [{' '.join(DEFAULT_SITES)}]: "
+    words = input(question).replace(",", " ").split()
+    if not words:
+        say(f"the sites are called {', '.join(DEFAULT_SITES)}; choose other names with --sites and another --folder")
+    return tuple(sorted(check_site_name(word) for word in words or DEFAULT_SITES))
+
+
+def check_settings(settings: FederationSettings) -> None:
+    """Raise FederationError if the settings contradict each other."""
+    from nnunetv2.federated.protocol.api import check_floor, check_late_updates, check_quorum
+
+    num_sites = len(settings.sites)
+    if num_sites < 2:
+        raise FederationError(f"a federation has at least two sites, got {', '.join(settings.sites) or 'none'}")
+    if len({site.lower() for site in settings.sites}) != num_sites:
+        raise FederationError("names of sites must differ in more than upper and lower case")
+    check_quorum(settings)
+    check_floor(settings)
+    check_late_updates(settings)
+
+
+def check_unchanged(stored: FederationSettings, first: FederationSettings, given: dict[str, object],
+                    folder: Path) -> None:
+    """Raise FederationError, naming the difference, if the command line contradicts an existing federation.
+
+    Args:
+        first: The settings that it was created with. A service repeats them at each start; what an operator has
+            changed since then stays.
+    """
+    options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
+    for name, value in given.items():
+        present = getattr(stored, name)
+        if value not in (present, getattr(first, name)):
+            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            raise FederationError(f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
+                                  f"{wanted}: leave the option out, or start a new federation in another --folder")
+
+
+def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> Iterator[str]:
+    """Yield a line for every option that is repeated from the first start and does nothing any more."""
+    options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
+    for name, value in given.items():
+        present = getattr(stored, name)
+        if value != present:
+            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            yield (f"--{options[name].replace('_', '-')} {wanted} is that of the first start and has no effect: an "
+                   f"operator has changed it to {was} since")
+
+
+def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
+    """Return the settings of the federation in a folder, which is created if there is none."""
+    from nnunetv2.federated.coordinator.members import create_federation
+    from nnunetv2.federated.protocol.api import FederationSettings
+
+    settings = store.load_settings()
+    if settings is None:
+        settings = new_settings(given, store.folder)
+        create_federation(store, settings, now=time.time())
+        store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
+    first = store.load_meta(FIRST_SETTINGS)
+    check_unchanged(settings, FederationSettings.model_validate(first) if first else settings, given, store.folder)
+    for line in describe_overruled(settings, given):
+        say(line)
+    return settings
+
+
+# ----------------------------------------------------------------------------------------------------------- serve
+def say(line: str) -> None:
+    """Show a line to the person at the coordinator, with the time; sites do not suffer from a log that is full."""
+    with suppress(OSError, ValueError):
+        show(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
+
+
+def print_invitations(invitations: Sequence[InvitationRecord], federation: str, place: Place) -> None:
+    """Print what every member that has not joined has to type."""
+    with suppress(OSError):
+        if invitations:
+            show("Send each site its own line; a line is good for one site, once, until it expires:")
+        for record in invitations:
+            invitation = place.invitation(federation, record.member, record.secret)
+            show(f"  {record.member}:  {shell_command('nnUNetv2_fed_join', invitation)}")
+        sys.stdout.flush()
+
+
+def serve(store: Store, listener: socket.socket, address: Address) -> None:
+    """Serve a federation until a signal says to stop."""
+    from nnunetv2.federated.coordinator.app import build_app
+    from nnunetv2.federated.coordinator.http.connections import GuardedServer, allow_many_files, guarded_config
+    from nnunetv2.federated.coordinator.http.endpoint import Place
+    from nnunetv2.federated.coordinator.http.malloc import return_what_is_freed
+    from nnunetv2.federated.coordinator.http.rate_limits import Limits
+    from nnunetv2.federated.coordinator.service import Coordinator
+    from nnunetv2.federated.protocol.certificates import only_certificate
+
+    return_what_is_freed()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
+    with trouble_names(store.folder):
+        certificate = address.certificate(store.folder)
+    private = only_certificate(certificate.authority.read_text(encoding="ascii")) \
+        if certificate and certificate.authority else None
+    place = Place(address.public_url, private)
+    coordinator = Coordinator(store, announce=say)
+    app = build_app(coordinator, place)
+
+    class Server(GuardedServer):
+        """Let waiting requests go at once when a signal comes, and say where the server is once it is up."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            settings = coordinator.settings
+            print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, place)
+            say(f"{settings.federation} with {', '.join(settings.sites)} is served at {place.url}; "
+                f"folder {store.folder}")
+            try:
+                with trouble_names(store.folder):
+                    write_state_file(store.folder, place.url)
+                    appoint_operator(coordinator, address, certificate)
+            except FederationError:
+                await self.shutdown(sockets)
+                raise
+
+        def handle_exit(self, sig: int, frame: object) -> None:
+            app.state.changes.stop()
+            super().handle_exit(sig, frame)
+
+    config = guarded_config(app, timeout_graceful_shutdown=STOP_TIMEOUT_S, **tls_options(certificate))
+    try:
+        with harmless_signals():
+            Server(config, Limits().within_files(allow_many_files())).run(sockets=[listener])
+    finally:
+        with trouble_names(store.folder):
+            for name in (STATE_FILE, OPERATOR_FILE):
+                (store.folder / name).unlink(missing_ok=True)
+        say("the coordinator has stopped")
+
+
+def appoint_operator(coordinator: Coordinator, address: Address, certificate: Certificate | None) -> None:
+    """Write the credential with which nnUNetv2_fed_admin on this machine operates the federation."""
+    from nnunetv2.federated.coordinator.members import LOCAL_OPERATOR
+
+    token = new_token(LOCAL_OPERATOR)
+    coordinator.members.appoint_local_operator(token)
+    authority = str(certificate.authority) if certificate and certificate.authority else None
+    save_credential(SiteCredential(address.local_url, coordinator.settings.federation, LOCAL_OPERATOR, token,
+                                   insecure=address.insecure, authority=authority),
+                    coordinator.store.folder / OPERATOR_FILE)
+
+
+@contextmanager
+def harmless_signals() -> Iterator[None]:
+    """Make SIGINT and SIGTERM do nothing: uvicorn acts on them itself, stops, and then raises them once more."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    earlier = [signal.signal(number, lambda *_: None) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, earlier):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def trouble_names(folder: Path) -> Iterator[None]:
+    """Turn trouble with the files of a folder into a FederationError that names it and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise FederationError(f"the federation in the folder {folder} cannot be written: {error}. Make room on its "
+                              "disk, let this user write there, or choose another --folder") from error
+
+
+def write_state_file(folder: Path, url: str) -> None:
+    """Let other programs on this machine know where the coordinator is."""
+    from nnunetv2.utilities.atomic_write import replacing
+
+    with replacing(folder / STATE_FILE) as partial:
+        partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `nnUNetv2_fed_coordinator`."""
+    arguments = build_parser().parse_args(argv)
+    from nnunetv2.federated.coordinator.storage.store import Store
+
+    folder = arguments.folder.resolve()
+    with trouble_names(folder):
+        store = Store(folder)
+    with store:
+        with trouble_names(folder):
+            open_federation(store, given_settings(arguments))
+        address = settle_address(store.load_meta("address") or {}, arguments)
+        with open_socket(address.host, address.port) as listener:
+            address = replace(address, port=listener.getsockname()[1])
+            with trouble_names(folder):
+                store.save_meta("address", asdict(address))
+            serve(store, listener, address)
+    return 0
+
+
+def coordinator_entry() -> None:
+    """Entry point of the console script."""
+    from nnunetv2.utilities.command_line import run_command
+
+    run_command(main)

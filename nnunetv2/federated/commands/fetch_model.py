@@ -1,0 +1,227 @@
+"""Fetch the model of a run that is over from the coordinator, as a zip file, and install it if asked to.
+
+Sites and operators may. What is in the file is data: it is checked before anything of it is installed.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from nnunetv2.federated.commands.admin import add_folder_option, operator_credential
+from nnunetv2.federated.errors import FederationError, WireError
+from nnunetv2.utilities.plain_text import shell_command, show
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.protocol.api import RunState
+    from nnunetv2.federated.site.transports.http import FederationClient
+    from nnunetv2.model_sharing.archive_check import ArchiveLimits
+
+
+def fetch(client: FederationClient, run: str, target: Path) -> Path:
+    """Download the model of a run to a zip file, or into a folder, and return the file.
+
+    Raises:
+        RefusedError: The run goes on, or the coordinator keeps no model of it.
+        UnsafeArchiveError: The file is not what a model export looks like; there is none then.
+        ValueError: Runs are not called so.
+        WireError: The file is no zip file, or larger than nnUNet_max_model_gb or the disk allows.
+    """
+    from nnunetv2.federated.protocol.messages import registration_key
+    from nnunetv2.model_sharing.archive_check import ArchiveLimits
+    from nnunetv2.utilities.atomic_write import replacing
+
+    registration_key(run)  # raises for what is no name; from here on, it is safe as that of a file
+    path = target if target.suffix == ".zip" else target / f"{run}.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    limits = ArchiveLimits.from_environment()
+    with replacing(path) as partial:
+        client.fetch_model(run, partial, largest=min(limits.total_bytes, shutil.disk_usage(path.parent).free))
+        _check(partial, path, limits)
+    return path
+
+
+def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
+    """Raise an error unless a zip file, which is to lie at `path`, holds what models consist of."""
+    from nnunetv2.model_sharing.archive_check import check_archive
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            archive.filename = str(path)  # which messages name
+            check_archive(archive, None, limits)
+    except zipfile.BadZipFile as error:
+        raise WireError(f"what the coordinator sends as {path.name} is no zip file, or it is damaged: {error}") \
+            from error
+
+
+def install(path: Path, *, replace: bool) -> str:
+    """Install the models in a zip file below nnUNet_results, and return the name of the dataset that they are under.
+
+    Args:
+        replace: Give up files that are there already.
+
+    Raises:
+        FederationError: There are some, and they are to stay; or another dataset has the id. Nothing was written.
+    """
+    from nnunetv2.model_sharing.model_import import install_model_from_zip_file
+    from nnunetv2.paths import nnUNet_results
+
+    root, dataset = Path(nnUNet_results), local_dataset(path)
+    present = [place for place in (root.joinpath(dataset, *name.parts[1:]) for name in checkpoints_in(path))
+               if place.exists()]
+    if present and not replace:
+        raise FederationError(f"{present[0]} is there already, most likely from this site's own training. "
+                              f"--replace gives it up; {path} stays where it is")
+    install_model_from_zip_file(str(path), dataset_name=dataset)
+    return dataset
+
+
+def local_dataset(path: Path) -> str:
+    """Return the name that the dataset of a model has at this site, where it may be called and numbered differently.
+
+    That is the dataset with the plans of the model, which all its sites have; where there is none, the name that the
+    zip file gives, if no other dataset has its id.
+
+    Raises:
+        FederationError: Another dataset has the id, or several have the plans.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    named = checkpoints_in(path)[0].parts[0]
+    own = _datasets_with_plans(path)
+    if named in own or not own:
+        number = re.match("Dataset([0-9]{3,})", named)
+        others = set() if number is None else set(map(str, find_candidate_datasets(int(number[1])))) - {named}
+        if others and named not in own:
+            raise FederationError(
+                f"the model is of {named}, but here the id {int(number[1])} is that of {', '.join(sorted(others))}: "
+                f"nothing was installed. {path} stays where it is; unpack it elsewhere, and predict with "
+                "nnUNetv2_predict_from_modelfolder")
+        return named
+    if len(own) > 1:
+        raise FederationError(f"several datasets here have the plans of the model: {', '.join(sorted(own))}. Nothing "
+                              f"was installed; {path} stays where it is")
+    return own.pop()
+
+
+def _datasets_with_plans(path: Path) -> set[str]:
+    """Return the datasets of this site that were planned, or else trained, with the plans of a model."""
+    from nnunetv2.federated.exchanges.consistency import comparable_plans
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+
+    model = checkpoints_in(path)[0].parent.parent
+    with zipfile.ZipFile(path) as archive:
+        plans = json.loads(archive.read(f"{model}/plans.json"))
+    for root, place in ((nnUNet_preprocessed, f"*/{plans.get('plans_name')}.json"),
+                        (nnUNet_results, f"*/{model.name}/plans.json")):
+        files = Path(str(root)).glob(place) if root.is_set() else ()
+        found = {file.relative_to(str(root)).parts[0] for file in files
+                 if comparable_plans(json.loads(file.read_text(encoding="utf-8"))) == comparable_plans(plans)}
+        if found:
+            return found
+    return set()
+
+
+def checkpoints_in(path: Path) -> list[PurePosixPath]:
+    """Name the checkpoints in a zip file: `<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>/<checkpoint>`."""
+    with zipfile.ZipFile(path) as archive:
+        names = [PurePosixPath(name) for name in archive.namelist()]
+    return sorted(name for name in names if name.suffix == ".pth" and len(name.parts) == 4
+                  and name.parts[1].count("__") >= 2 and name.parts[2].startswith("fold_"))
+
+
+def describe_prediction(path: Path, dataset: str) -> Iterator[str]:
+    """Yield the commands that predict with the models in a zip file, one per kind of checkpoint.
+
+    Args:
+        dataset: Name that the models are installed under.
+    """
+    folds: dict[tuple[str, str], list[str]] = {}
+    for _, model, fold, checkpoint in (name.parts for name in checkpoints_in(path)):
+        folds.setdefault((model, checkpoint), []).append(fold.removeprefix("fold_"))
+    for (model, checkpoint), numbers in folds.items():
+        trainer, *plans, configuration = model.split("__")
+        yield shell_command("nnUNetv2_predict", options=[
+            ("-d", dataset), ("-c", configuration), *(("-f", number) for number in numbers), ("-tr", trainer),
+            ("-p", "__".join(plans)), ("-chk", checkpoint), ("-i", "IMAGES"), ("-o", "PREDICTIONS")])
+
+
+def choose_run(runs: Sequence[RunState]) -> str | None:
+    """Return the only run that is over; None if there are several.
+
+    Raises:
+        FederationError: There is none.
+    """
+    over = [state.run for state in runs if state.closed]
+    if not over:
+        going_on = ", ".join(f"{state.run} ({state.rounds_closed} rounds closed)" for state in runs) or "none"
+        raise FederationError(f"no run is over yet. Runs: {going_on}")
+    return over[0] if len(over) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_fed_fetch_model`."""
+    parser = argparse.ArgumentParser(
+        description="Fetch the model of a run that is over: the last average, and the best one by the Dice over all "
+                    "sites, as a zip file.")
+    parser.add_argument("run", metavar="RUN", nargs="?",
+                        help="name of the run (default: the only one that is over; if there are several, list them)")
+    parser.add_argument("-o", type=Path, default=Path(), metavar="FOLDER_OR_ZIP",
+                        help="where the file goes (default: RUN.zip in the current folder)")
+    parser.add_argument("--install", action="store_true",
+                        help="install it in nnUNet_results, as nnUNetv2_install_pretrained_model_from_zip does")
+    parser.add_argument("--replace", action="store_true",
+                        help="with --install: give up the checkpoints that are there, such as those of this site's "
+                             "own training")
+    add_folder_option(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `nnUNetv2_fed_fetch_model`."""
+    from nnunetv2.federated.site.transports.http import FederationClient, show_progress
+
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.replace and not arguments.install:
+        parser.error("--replace needs --install")
+    with FederationClient(operator_credential(arguments.folder), report=show_progress) as client:
+        run = arguments.run
+        if run is None:
+            runs = client.status().runs
+            run = choose_run(runs)
+        if run is None:
+            show("Several runs are over; name one of them:")
+            show(*(f"  {state.run}" for state in runs if state.closed))
+            return 0
+        path = fetch(client, run, arguments.o)
+    show(f"The model of run {run} is in {path}")
+    if arguments.install:
+        dataset = install(path, replace=arguments.replace)
+        show(f"It is installed as a model of {dataset}. Predict with one of")
+    else:
+        try:
+            dataset = local_dataset(path)
+        except FederationError as error:
+            show(f"It cannot be installed here: {error}")
+            return 0
+        # What the zip file calls the dataset may be called otherwise here.
+        command = shell_command("nnUNetv2_install_pretrained_model_from_zip", path) \
+            if dataset == checkpoints_in(path)[0].parts[0] \
+            else shell_command("nnUNetv2_fed_fetch_model", run, options=[("--install", None), ("-o", arguments.o)])
+        show("Install it by", f"  {command}", "then predict with one of")
+    show(*(f"  {line}" for line in describe_prediction(path, dataset)))
+    return 0
+
+
+def fetch_model_entry() -> None:
+    """Entry point of the console script `nnUNetv2_fed_fetch_model`."""
+    from nnunetv2.utilities.command_line import run_command
+
+    run_command(main)

@@ -1,0 +1,221 @@
+"""Tell a member what the federation is doing: whom everybody waits for, how far the runs are, what went wrong.
+
+Any member may ask. Needs the standard library only, and pydantic.
+"""
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from nnunetv2.federated.commands.admin import add_folder_option, ask, operator_credential
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.utilities.plain_text import printable, printable_json, show
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.protocol.api import (
+        GatheringStatus,
+        Outlooks,
+        RunOutlook,
+        RunProgress,
+        RunState,
+        SiteStatus,
+        Status,
+    )
+    from nnunetv2.federated.site.credential import SiteCredential
+
+SHOWN_FAILURES = 10
+_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+# ----------------------------------------------------------------------------------------------------- describing
+def describe(status: Status, *, url: str, outlooks: Outlooks | None = None) -> Iterator[str]:
+    """Yield the lines that people read, all of them printable.
+
+    Args:
+        outlooks: What will become of the averages of the runs; None where the coordinator does not say.
+    """
+    yield from map(printable, _describe(status, url=url, outlooks=outlooks))
+
+
+def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterator[str]:
+    yield f"Federation {status.federation} at {url}, {_moment(status.time)}"
+    progress = {one.run: one for one in status.progress}
+    foreseen = {one.run: one for one in outlooks.runs} if outlooks else {}
+    for state in status.runs:
+        yield ""
+        yield from _describe_run(state, progress[state.run], status)
+        if state.run in foreseen:
+            yield f"  {_describe_outlook(foreseen[state.run])}"
+    elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
+    if elsewhere:
+        yield ""
+    for gathering in elsewhere:
+        yield _describe_wait(gathering, gathering.key, status.time)
+    if not status.runs and not elsewhere:
+        yield "Nothing is under way."
+    yield ""
+    for site in status.sites:
+        yield f"site {site.site}: {_describe_site(site, status.time)}"
+    if status.failures:
+        yield ""
+    for failure in reversed(status.failures[-SHOWN_FAILURES:]):
+        where = f"run {failure.run}" if failure.round is None else f"round {failure.round} of run {failure.run}"
+        yield f"{_moment(failure.time)}: site {failure.site} failed in {where}: {failure.reason}"
+
+
+def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Iterator[str]:
+    total = f" of {state.num_rounds}" if state.num_rounds is not None else ""
+    yield f"run {state.run}: {state.state}, {state.rounds_closed}{total} rounds closed{_describe_pace(state, progress)}"
+    waiting = [one for one in status.waiting if one.key.startswith(f"runs/{state.run}/")]
+    for gathering in waiting:
+        if not gathering.key.startswith(f"runs/{state.run}/validations/"):  # which nobody waits for
+            yield "  " + _describe_wait(gathering, _name_of(gathering.key, state.run), status.time)
+    is_begun = any(one.key == f"runs/{state.run}/rounds/{state.open_round}" for one in waiting)
+    if state.open_round is not None and not is_begun:
+        since = "" if progress.last_closed is None else f" since {duration(status.time - progress.last_closed)}"
+        yield f"  all train{since}: round {state.open_round}; nobody has sent an update yet"
+    if state.left:
+        yield f"  left by {', '.join(state.left)}"
+    found = progress.validation
+    if found is not None:
+        best = "" if found.best_round is None else \
+            f"; best {_number(found.best_ema_dice)} after round {found.best_round}"
+        yield (f"  last validation, round {found.round}: pseudo Dice {_number(found.mean_dice)}, moving average "
+               f"{_number(found.ema_dice)}{best}; per class {', '.join(_number(value) for value in found.dice)}")
+
+
+def _describe_outlook(outlook: RunOutlook) -> str:
+    return f"no common model: {outlook.obstacle}" if outlook.obstacle else \
+        f"common model: with the network of {outlook.trainer}"
+
+
+def _describe_pace(state: RunState, progress: RunProgress) -> str:
+    if progress.round_s is None or state.closed:
+        return ""
+    left = "" if state.num_rounds is None else \
+        f", about {duration(progress.round_s * (state.num_rounds - state.rounds_closed))} left"
+    return f"; {duration(progress.round_s)} per round{left}"
+
+
+def _describe_wait(gathering: GatheringStatus, name: str, now: float) -> str:
+    since = duration(now - gathering.opened)
+    if gathering.refusal:
+        return f"{name} is refused, until a site sends something else: {gathering.refusal}"
+    if gathering.lacks and not gathering.waiting_for:
+        return (f"waiting for {gathering.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "
+                f"than take part at the moment ({', '.join(gathering.contributed)} contributed)")
+    if not gathering.waiting_for:
+        return f"all have contributed: {name}, since {since}; it is not closed yet"
+    there = f" ({', '.join(gathering.contributed)} contributed)" if gathering.contributed else ""
+    return f"waiting for {', '.join(gathering.waiting_for)} since {since}: {name}{there}"
+
+
+def _name_of(key: str, run: str) -> str:
+    """Name a gathering of a run as people do: `runs/<run>/rounds/17` is round 17."""
+    rest = key.removeprefix(f"runs/{run}/").split("/")
+    names = {"rounds": "round", "validations": "validation of round", "admissions": "admission of",
+             "initial": "initial weights"}
+    return " ".join([names.get(rest[0], rest[0]), *rest[1:]])
+
+
+def _describe_site(site: SiteStatus, now: float) -> str:
+    if site.state != "active":
+        return "invited, has not joined yet" if site.state == "invited" else "revoked"
+    seen = "joined" if site.last_seen is None else f"heard of {duration(now - site.last_seen)} ago"
+    if not site.bytes_received and not site.bytes_sent:  # nothing yet, or not to be known here
+        return seen
+    return f"{seen}; it has sent {site.bytes_received / 1e6:,.1f} MB and got {site.bytes_sent / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its largest unit, and the next one while it is below 10: `1 h 12 min`, `25 min`, `40 s`."""
+    seconds = max(0, round(seconds))
+    index = next((index for index, (size, _) in enumerate(_UNITS) if seconds >= size), len(_UNITS) - 1)
+    size, unit = _UNITS[index]
+    count, rest = divmod(seconds, size)
+    if index + 1 == len(_UNITS) or count >= 10 or rest < _UNITS[index + 1][0]:
+        return f"{count} {unit}"
+    smaller, smaller_unit = _UNITS[index + 1]
+    return f"{count} {unit} {rest // smaller} {smaller_unit}"
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+# ---------------------------------------------------------------------------------------------------- command lines
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_fed_status`."""
+    parser = argparse.ArgumentParser(description="Show what the federation is doing, and what everybody waits for.")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
+    add_folder_option(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `nnUNetv2_fed_status`."""
+    from nnunetv2.federated.protocol.api import Status
+
+    arguments = build_parser().parse_args(argv)
+    credential = operator_credential(arguments.folder)
+    status = ask(credential, "GET", "status", Status)
+    lines = printable_json(status.model_dump(mode="json"), indent=4).split("\n") if arguments.json \
+        else describe(status, url=credential.url, outlooks=_ask_for_outlooks(credential))
+    show(*lines)
+    return 0
+
+
+def _ask_for_outlooks(credential: SiteCredential) -> Outlooks | None:
+    """Ask which runs will have a common model; None if the coordinator is too old to say."""
+    from nnunetv2.federated.protocol.api import Outlooks
+
+    try:
+        return ask(credential, "GET", "outlooks", Outlooks)
+    except RefusedError as error:
+        if error.code != "unknown_path":
+            raise
+        return None
+
+
+def build_leave_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_fed_leave`."""
+    parser = argparse.ArgumentParser(
+        description="Let the other sites of a run go on without this one. What it has contributed stays. "
+                    "`nnUNetv2_train ... --c` returns to the run.")
+    parser.add_argument("run", metavar="RUN", help="name of the run, as nnUNetv2_fed_status shows it")
+    return parser
+
+
+def leave(argv: Sequence[str] | None = None) -> int:
+    """Run the command `nnUNetv2_fed_leave`."""
+    from urllib.parse import quote
+
+    from nnunetv2.federated.protocol.api import RunAction, RunState
+    from nnunetv2.federated.site.credential import load_credential
+
+    run = build_leave_parser().parse_args(argv).run
+    credential = load_credential()
+    state = ask(credential, "POST", f"runs/{quote(run)}/actions", RunState, RunAction(action="leave"))
+    others = ", ".join(state.members) or "nobody"
+    show(f"Site {credential.site} has left run {run}; it goes on with {others}. nnUNetv2_train ... --c returns to it.")
+    return 0
+
+
+def status_entry() -> None:
+    """Entry point of the console script `nnUNetv2_fed_status`."""
+    from nnunetv2.utilities.command_line import run_command
+
+    run_command(main)
+
+
+def leave_entry() -> None:
+    """Entry point of the console script `nnUNetv2_fed_leave`."""
+    from nnunetv2.utilities.command_line import run_command
+
+    run_command(leave)

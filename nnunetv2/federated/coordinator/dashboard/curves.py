@@ -1,0 +1,188 @@
+"""Draw a run as numbers: what each site measured in each round, the average, and how good the aggregates were.
+
+Lists (Dice per class in every round) stay in the store; of them, the last validation is enough to look at. What sites
+measure after their updates have left comes with the next round: the newest round is complete once that is closed.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from nnunetv2.federated.aggregation.pooled_validation import mean_of_known
+from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.protocol.messages import (
+    MAX_LABELS,
+    MAX_SITES,
+    Count,
+    Finite,
+    Part,
+    Registration,
+    SiteName,
+    SiteNames,
+    Text,
+    registration_key,
+)
+
+ROUNDS_AT_ONCE = 200
+"""More are asked for with a higher `since`."""
+CHARACTERS_AT_ONCE = 4 << 20
+"""Of their records, as JSON; with more, an answer has fewer rounds, but two."""
+
+Scalars = Annotated[dict[Text, Finite | None], Field(max_length=2_000_000)]
+"""What came with an update and after it; pooled, under the names that any site has."""
+
+
+class CurvePoint(Part):
+    """What one site contributed to one round."""
+
+    weight: Finite
+    bytes: Count
+    received: Finite
+    metrics: Scalars = {}
+
+
+class CurveRound(Part):
+    """A round that is closed."""
+
+    round: Count
+    opened: Finite
+    """Time of its first contribution, in seconds since 1970."""
+    closed: Finite
+    sites: Annotated[dict[SiteName, CurvePoint], Field(max_length=MAX_SITES)]
+    missing: SiteNames = ()
+    failed: SiteNames = ()
+    outliers: SiteNames = ()
+    """Sites whose updates moved conspicuously far."""
+    pooled: Scalars = {}
+    """Mean of the sites' metrics, each counted by its weight."""
+
+
+class CurveValidation(Part):
+    """How good the aggregate of a round was."""
+
+    round: Count
+    mean_dice: Finite | None
+    """Over all sites' voxels together, then over classes."""
+    ema_dice: Finite | None
+    dice_of_site: Annotated[dict[SiteName, Finite | None], Field(max_length=MAX_SITES)]
+    """Mean over the classes, on the site's own data."""
+    loss_of_site: Annotated[dict[SiteName, Finite | None], Field(max_length=MAX_SITES)]
+
+
+class ClassDice(Part):
+    """The last validation, class by class."""
+
+    round: Count
+    names: Annotated[tuple[Text, ...], Field(max_length=MAX_LABELS)]
+    pooled: Annotated[tuple[Finite | None, ...], Field(max_length=MAX_LABELS)]
+    sites: dict[SiteName, Annotated[tuple[Finite | None, ...], Field(max_length=MAX_LABELS)]]
+
+
+class Curves(Part):
+    """A run from some round on."""
+
+    version: Literal[1] = 1
+    run: Text
+    rounds: Annotated[tuple[CurveRound, ...], Field(max_length=ROUNDS_AT_ONCE)]
+    validations: Annotated[tuple[CurveValidation, ...], Field(max_length=ROUNDS_AT_ONCE)]
+    classes: ClassDice | None = None
+    more: bool = False
+    """Whether there are later rounds or validations, to be asked for."""
+
+
+def draw(coordinator: Coordinator, run: str, *, since: int = 0, since_validation: int = 0) -> Curves:
+    """Return the rounds and validations of a run from some number on, at most `ROUNDS_AT_ONCE` of each.
+
+    Raises:
+        RefusedError: There is no such run; the code is `unknown_run`.
+    """
+    if not coordinator.book.has_run(run):
+        raise RefusedError(f"there is no run {run[:200]!r}", code="unknown_run")
+    store = coordinator.store
+    rounds = store.load_rounds(run, since, ROUNDS_AT_ONCE + 1, characters=CHARACTERS_AT_ONCE)
+    validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
+    later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
+    latest, last_validation = coordinator.book.latest_round(run), store.load_last_validation(run)
+    return Curves(run=run, rounds=tuple(_round(record, later) for record in rounds),
+                  validations=tuple(map(_validation, validations)),
+                  classes=_classes(coordinator, run, last_validation) if validations else None,
+                  more=_is_before(rounds, latest and latest.key.number)
+                  or _is_before(validations, last_validation and last_validation["round"]))
+
+
+def _is_before(records: Sequence[Mapping[str, Any]], last: int | None) -> bool:
+    """Tell whether records end before the last one that there is."""
+    return bool(records) and last is not None and records[-1]["round"] < last
+
+
+def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
+    """Return what sites measured in a round and sent with the update of a later one: (round, site) -> metrics."""
+    return {(earlier["round"], site): earlier["metrics"] for record in records
+            for site, held in record["sites"].items() if (earlier := held.get("earlier"))}
+
+
+def _round(record: Mapping[str, Any], later: Mapping[tuple[int, str], Mapping[str, Any]]) -> CurveRound:
+    def point(site: str, held: Mapping[str, Any]) -> CurvePoint:
+        metrics = {**later.get((record["round"], site), {}), **held["metrics"]}
+        return CurvePoint(weight=held["weight"], bytes=held["bytes"], received=held["received"],
+                          metrics=scalars(metrics))
+
+    sites = {site: point(site, held) for site, held in record["sites"].items()}
+    return CurveRound(round=record["round"], opened=record["opened"], closed=record["closed"], sites=sites,
+                      missing=record["missing"], failed=record["failed"], outliers=record.get("outliers", ()),
+                      pooled=pooled((point.weight, point.metrics) for point in sites.values()))
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the metrics that are single numbers."""
+    return {name: value for name, value in metrics.items() if value is None or isinstance(value, int | float)}
+
+
+def pooled(weighted: Iterable[tuple[float, Mapping[str, float | None]]]) -> dict[str, float]:
+    """Return the mean of every metric over the sites that have it, each counted by its weight."""
+    sums: dict[str, list[float]] = {}
+    for weight, metrics in weighted:
+        for name, value in metrics.items():
+            if value is not None:
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += weight * value
+                total[1] += weight
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}  # a sum of huge numbers may not be
+
+
+def _validation(record: Mapping[str, Any]) -> CurveValidation:
+    return CurveValidation(
+        round=record["round"], mean_dice=record["mean_dice"], ema_dice=record["ema_dice"],
+        dice_of_site={site: mean_of_known(dice) for site, dice in record["dice_of_site"].items()},
+        loss_of_site=record["loss_of_site"])
+
+
+def _classes(coordinator: Coordinator, run: str, record: Mapping[str, Any]) -> ClassDice:
+    names = _names_of_classes(coordinator, run)
+    if len(names) != len(record["dice"]):
+        names = [f"class {number}" for number in range(1, len(record["dice"]) + 1)]
+    return ClassDice(round=record["round"], names=names, pooled=record["dice"], sites=record["dice_of_site"])
+
+
+def _names_of_classes(coordinator: Coordinator, run: str) -> list[str]:
+    """Return what the classes or regions of a run are called, in the order in which Dice is counted."""
+    key = registration_key(run)
+    registered = coordinator.book.get(key)
+    if registered is None or not registered.is_closed:
+        return []
+    with coordinator.archive.contribution(key, registered.outcome.contributors[0]) as document:
+        return names_of_classes(document.message)
+
+
+def names_of_classes(registration: Registration) -> list[str]:
+    """Return the names of the labels that are learned and scored, without background and what is ignored."""
+    labels = registration.dataset_json.labels
+    scored = [name for name, value in labels.items() if name != "ignore" and value not in (0, (0,))]
+    if registration.dataset_json.regions_class_order or any(isinstance(labels[name], tuple) for name in scored):
+        return scored
+    return sorted(scored, key=lambda name: labels[name])

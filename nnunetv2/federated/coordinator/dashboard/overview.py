@@ -1,0 +1,361 @@
+"""Say what a federation is doing, for people: sites, runs, who is waited for since when, what went wrong.
+
+`look` computes an `Overview` from the coordinator's state. `Board` shares it between all who look: it is computed at
+most a few times a second, however many they are, and those who wait for a change cost no thread.
+"""
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from contextlib import suppress
+from typing import Annotated, Literal
+
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+
+from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
+from nnunetv2.federated.coordinator.http.notifications import ANYTHING, Changes
+from nnunetv2.federated.coordinator.models import model_store
+from nnunetv2.federated.coordinator.models.model_folder import without_values
+from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.exchanges.exchange import Closed, Gathering, due_at, parse_key, prerequisite
+from nnunetv2.federated.protocol.api import SiteStatus
+from nnunetv2.federated.protocol.messages import (
+    MAX_SITES,
+    Count,
+    Digest,
+    Finite,
+    LongText,
+    Part,
+    SiteName,
+    SiteNames,
+    Text,
+    initial_key,
+    registration_key,
+    round_key,
+)
+from nnunetv2.federated.protocol.strict_json import encode_json
+
+RECENT_ROUNDS = 10
+"""Rounds whose durations tell how long the others will take."""
+SHORTEST_INTERVAL_S = 0.5
+"""Between two computations: what happens faster is shown together."""
+
+Activity = Literal["working", "sending", "waiting", "failed", "left", "idle", "invited", "revoked"]
+
+
+# --------------------------------------------------------------------------------------------------------- messages
+class MemberView(Part):
+    """What a site is doing in a run at the moment."""
+
+    site: SiteName
+    activity: Activity
+    since: Finite | None = None
+    """Seconds since 1970, as all times here, by the coordinator's clock."""
+    note: LongText = ""
+    """Why it failed, or how far its upload is."""
+
+
+class SiteView(Part):
+    """A site, over all runs."""
+
+    site: SiteName
+    state: Literal["invited", "active", "revoked"]
+    activity: Activity
+    """What it is doing in the run where that matters most."""
+    run: Text | None = None
+    """That run."""
+    last_seen: Finite | None = None
+    expires: Finite | None = None
+    """When its open invitation expires."""
+    bytes_received: Count = 0
+    """Bytes that the coordinator received from it."""
+    bytes_sent: Count = 0
+
+
+class Meeting(Part):
+    """A gathering that is open: who has contributed, who has not, until when."""
+
+    key: Text
+    kind: Text
+    contributed: SiteNames
+    waiting_for: SiteNames
+    since: Finite | None = None
+    """When it began to wait: when what comes before it was closed, or with its first contribution."""
+    due: Finite | None = None
+    """When it closes without those who are missing."""
+    quorum: Count | None = None
+    lacks: Count = 0
+    """How many further sites have to contribute before anything closes it: `min_sites` says so."""
+    refusal: LongText = ""
+    """Why the contributions that came do not go together."""
+
+
+class RunView(Part):
+    """A run of training."""
+
+    run: Text
+    state: Literal["running", "paused", "stopped", "complete"]
+    num_rounds: Count | None
+    rounds_closed: Count
+    meeting: Meeting | None
+    """What it waits for; None once it is over."""
+    members: Annotated[tuple[MemberView, ...], Field(max_length=MAX_SITES)] = ()
+    round_s: Finite | None = None
+    """Median seconds of the last rounds."""
+    left_s: Finite | None = None
+    """Seconds until the last round is closed, if they go on like this."""
+    last_closed: Finite | None = None
+    last_missing: SiteNames = ()
+    """Sites that the last closed round went on without."""
+    validated_round: Count | None = None
+    """The last aggregate that was validated."""
+    mean_dice: Finite | None = None
+    ema_dice: Finite | None = None
+    best_round: Count | None = None
+    best_ema_dice: Finite | None = None
+    model: LongText = ""
+    """Where the finished model is, or why there is none; before, whether there will be one."""
+
+
+class TroubleView(Part):
+    """Something that a person should look into."""
+
+    time: Finite
+    kind: Literal["failure", "refusal", "late"]
+    site: SiteName | None
+    key: Text
+    text: LongText
+
+
+class Health(Part):
+    """How the coordinator itself is."""
+
+    started: Finite
+    uploads: Count
+    """Uploads that are being received."""
+    disk_free: Count
+    """Bytes."""
+    log_lines: Count
+    log_head: Digest
+    """Hash of the audit log's last line, to be noted elsewhere."""
+
+
+class Overview(Part):
+    """What a federation is doing."""
+
+    version: Literal[1] = 1
+    revision: Text
+    """Changes whenever a gathering changes; `?seen=` waits until it does."""
+    time: Finite
+    federation: Text
+    quorum: Count | None
+    min_sites: Count
+    """Nothing is averaged over fewer sites."""
+    deadline_s: Finite | None
+    sites: Annotated[tuple[SiteView, ...], Field(max_length=10 * MAX_SITES)]
+    runs: Annotated[tuple[RunView, ...], Field(max_length=10_000)]
+    meetings: Annotated[tuple[Meeting, ...], Field(max_length=10_000)]
+    """Open gatherings that belong to no run: fingerprints and plans."""
+    troubles: Annotated[tuple[TroubleView, ...], Field(max_length=1000)]
+    """The latest first."""
+    health: Health
+
+
+# ---------------------------------------------------------------------------------------------------------- looking
+class Lookout:
+    """Look at a coordinator again and again, and remember what takes long to find out."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+        self.tail = LogTail(coordinator.store, is_run=coordinator.book.has_run)
+        self.started = coordinator.clock()
+        self._invited: set[str] = set()
+        self._durations: dict[str, tuple[int, float | None]] = {}
+
+    def look(self, revision: str = "") -> Overview:
+        """Return what the federation is doing now."""
+        coordinator, book = self.coordinator, self.coordinator.book
+        self.tail.read_on()
+        sites = coordinator.members.status()
+        self._invited = {status.site for status in sites if status.state == "invited"}
+        runs = tuple(self._run(run) for run in book.runs())
+        return Overview(
+            revision=revision, time=coordinator.clock(), federation=coordinator.settings.federation,
+            quorum=coordinator.settings.quorum, min_sites=coordinator.settings.min_sites,
+            deadline_s=coordinator.settings.deadline_s, runs=runs, sites=self._sites(sites, runs),
+            meetings=tuple(self._meeting(one) for one in book.open_gatherings() if one.key.run is None),
+            troubles=tuple(TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500],
+                                       text=one.text[:8000]) for one in reversed(list(self.tail.troubles))),
+            health=self._health())
+
+    def _health(self) -> Health:
+        return Health(started=self.started, uploads=len(self.coordinator.uploads.in_progress()),
+                      disk_free=shutil.disk_usage(self.coordinator.store.folder).free,
+                      log_lines=self.tail.number, log_head=self.tail.head)
+
+    def _sites(self, sites: tuple[SiteStatus, ...], runs: tuple[RunView, ...]) -> tuple[SiteView, ...]:
+        invitations = self.coordinator.members.open_invitations(self.coordinator.clock())
+        expiries = {one.member: one.expires for one in invitations}
+        found, activities = [], _what_matters(runs)
+        for status in sites:
+            run, activity = activities.get(status.site, (None, "idle"))
+            if status.state != "active":
+                run, activity = None, status.state
+            found.append(SiteView(site=status.site, state=status.state, activity=activity, run=run,
+                                  last_seen=status.last_seen, expires=expiries.get(status.site),
+                                  bytes_received=status.bytes_received, bytes_sent=status.bytes_sent))
+        return tuple(sorted(found, key=lambda site: (site.state == "revoked", site.site.lower())))
+
+    # ---------------------------------------------------------------------------------------------------- one run
+    def _run(self, run: str) -> RunView:
+        book = self.coordinator.book
+        state, latest = book.run_state(run), book.latest_round(run)
+        gathering = None if state.closed else self._open_gathering(run)
+        validation = self.coordinator.store.load_last_validation(run) or {}
+        round_s = self._round_seconds(run, state.rounds_closed)
+        return RunView(
+            run=run, state=state.state, num_rounds=state.num_rounds, rounds_closed=state.rounds_closed,
+            meeting=None if gathering is None else self._meeting(gathering),
+            members=() if gathering is None else self._members(run, gathering), round_s=round_s,
+            left_s=None if state.closed else self._seconds_left(run, round_s),
+            last_closed=latest.outcome.time if latest else None, last_missing=latest.outcome.missing if latest else (),
+            validated_round=validation.get("round"), model=self._model(run)[:8000],
+            **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")})
+
+    def _model(self, run: str) -> str:
+        return self.tail.models.get(run, "") or str(model_store.outlook(self.coordinator, run) or "")
+
+    def _open_gathering(self, run: str) -> Gathering:
+        """Return what a run waits for, begun or not."""
+        book = self.coordinator.book
+        for key in (registration_key(run), initial_key(run)):
+            if not book.is_closed(key):
+                return book.begin(parse_key(key))
+        latest = book.latest_round(run)
+        return book.begin(parse_key(round_key(run, 0 if latest is None else latest.key.number + 1)))
+
+    def _meeting(self, gathering: Gathering) -> Meeting:
+        return Meeting(key=str(gathering.key), kind=gathering.key.kind, since=self._since(gathering),
+                       contributed=gathering.counted, waiting_for=gathering.waiting_for, quorum=gathering.quorum,
+                       due=due_at(gathering), lacks=gathering.lacks, refusal=without_values(gathering.refusal)[:8000])
+
+    def _since(self, gathering: Gathering) -> float | None:
+        before = prerequisite(gathering.key)
+        earlier = None if before is None else self.coordinator.book.get(before)
+        if earlier is not None and isinstance(earlier.outcome, Closed):
+            return earlier.outcome.time
+        return gathering.opened if gathering.contributions else None
+
+    def _members(self, run: str, gathering: Gathering) -> tuple[MemberView, ...]:
+        control, since = self.coordinator.book.control(run), self._since(gathering)
+        uploads = {site: size for (_, site), size in self.coordinator.uploads.in_progress(str(gathering.key)).items()}
+        views = []
+        for site in sorted(gathering.expected | (control.left & frozenset(self.coordinator.settings.sites))):
+            held = gathering.contributions.get(site)
+            if site in control.left:
+                view = MemberView(site=site, activity="left")
+            elif site in self._invited:
+                view = MemberView(site=site, activity="invited")
+            elif held is not None:
+                view = MemberView(site=site, activity="waiting", since=held.received)
+            elif site in uploads:
+                view = MemberView(site=site, activity="sending", since=since, note=f"{uploads[site] / 1e6:.1f} MB")
+            elif site in gathering.excused:
+                view = MemberView(site=site, activity="failed", since=since, note=self.tail.reason(run, site)[:8000])
+            else:
+                view = MemberView(site=site, activity="working", since=since)
+            views.append(view)
+        return tuple(views)
+
+    # ------------------------------------------------------------------------------------------------------- time
+    def _round_seconds(self, run: str, rounds_closed: int) -> float | None:
+        """Return how long a round took of late; computed once per round."""
+        known = self._durations.get(run)
+        if known is None or known[0] != rounds_closed:
+            moments = self.coordinator.book.closed_at(run, RECENT_ROUNDS + 1)
+            known = self._durations[run] = (rounds_closed, typical_duration(moments))
+        return known[1]
+
+    def _seconds_left(self, run: str, round_s: float | None) -> float | None:
+        state, latest = self.coordinator.book.run_state(run), self.coordinator.book.latest_round(run)
+        if round_s is None or state.num_rounds is None or latest is None or state.state != "running":
+            return None
+        elapsed = max(0.0, self.coordinator.clock() - latest.outcome.time)
+        return time_left(state.num_rounds - state.rounds_closed, round_s, elapsed)
+
+
+def typical_duration(moments: list[float]) -> float | None:
+    """Return the median time between moments; None if there are fewer than two."""
+    return statistics.median(late - early for early, late in zip(moments, moments[1:])) if len(moments) > 1 else None
+
+
+def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:
+    """Return how long rounds will take, the first of which has begun a while ago; it may be overdue."""
+    return num_rounds * round_s - min(elapsed_s, round_s)
+
+
+def _what_matters(runs: tuple[RunView, ...]) -> dict[str, tuple[str, Activity]]:
+    """Return, for each site, the run in which what it is doing matters most to the others, and what that is."""
+    order = ("failed", "sending", "working", "waiting", "left", "invited")
+    found: dict[str, list[tuple[int, str, Activity]]] = defaultdict(list)
+    for run in runs:
+        for member in run.members:
+            found[member.site].append((order.index(member.activity), run.run, member.activity))
+    return {site: min(entries)[1:] for site, entries in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- sharing
+class Board:
+    """The overview that all who look share, as JSON. Belongs to the event loop."""
+
+    def __init__(self, lookout: Lookout, changes: Changes) -> None:
+        self._lookout = lookout
+        self._changes = changes
+        self._lock = asyncio.Lock()
+        self._start = secrets.token_hex(4)
+        self._made = 0.0
+        self._overview: Overview | None = None
+        self._body = b""
+        self._revision = ""
+        """What the body shows."""
+
+    @property
+    def revision(self) -> str:
+        """Name the present state: other after every change, and after a restart."""
+        return f"{self._start}.{self._changes.count}"
+
+    async def wait(self, seen: str, wait_s: float) -> None:
+        """Wait until something differs from what somebody has seen, but not longer than this."""
+        change = self._changes.expect(ANYTHING)
+        if seen == self.revision and wait_s > 0 and not self._changes.stopping:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(change.wait(), wait_s)
+
+    async def read(self) -> bytes:
+        """Return the overview, which may be half a second old, as JSON."""
+        return (await self._share())[1]
+
+    async def overview(self) -> Overview:
+        """Return the same for programs here."""
+        return (await self._share())[0]
+
+    async def _share(self) -> tuple[Overview, bytes]:
+        async with self._lock:
+            age = time.monotonic() - self._made
+            if self._overview is not None and age < SHORTEST_INTERVAL_S:
+                if self._revision == self.revision:
+                    return self._overview, self._body
+                await asyncio.sleep(SHORTEST_INTERVAL_S - age)
+            revision = self.revision
+            self._overview, self._body = await run_in_threadpool(self._look, revision)
+            self._revision, self._made = revision, time.monotonic()
+            return self._overview, self._body
+
+    def _look(self, revision: str) -> tuple[Overview, bytes]:
+        overview = self._lookout.look(revision)
+        return overview, encode_json(overview)  # not on the event loop: it can be large

@@ -1,0 +1,141 @@
+"""Take the rest of a large body from its connection into one buffer, past the HTTP parser.
+
+A parser for all of HTTP copies every byte three times and wakes the application for every 64 KiB; of an upload of a
+hundred MiB only the first few KiB need one. What follows has a known length, so the connection gets another protocol
+until it is there (asyncio's own way, as for an upgrade to another protocol):
+
+    socket --> parser --> application        headers, and what came with them
+    socket --> buffer --> application        the rest
+    socket <-- parser <-- application        the answer, after which the connection is closed: the parser has lost count
+
+Every upload has one buffer, however long it takes, and all uploads together have about as much as `BUFFERS_BYTES`.
+"""
+from __future__ import annotations
+
+import asyncio
+import mmap
+import sys
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from starlette.requests import ClientDisconnect
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.coordinator.http.connections import GuardedProtocol
+
+BUFFER_BYTES = 1 << 20
+"""What one upload may hold,"""
+SMALLEST_BUFFER_BYTES = 64 << 10
+BUFFERS_BYTES = 16 << 20
+"""or less, so that all that arrive at the same time hold about this much together."""
+
+
+def can_bypass(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> bool:
+    """Tell whether a protocol of this connection may choose the buffer that is received into.
+
+    Elsewhere asyncio fills a buffer of its own first and pours it out, whether or not reading was paused meanwhile:
+    on Windows, and with TLS before Python 3.11.
+    """
+    is_encrypted = transport.get_extra_info("sslcontext") is not None
+    return sys.platform != "win32" and isinstance(loop, asyncio.SelectorEventLoop) and (
+        sys.version_info >= (3, 11) or not is_encrypted)
+
+
+class BufferBook:
+    """Share the memory for bodies among those that arrive. For one event loop."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def opened(self) -> None:
+        """Take note of one more body."""
+        self._number += 1
+
+    def closed(self) -> None:
+        """Take note of one less."""
+        self._number -= 1
+
+    @property
+    def share(self) -> int:
+        """Return how many bytes each of them may hold now."""
+        return min(BUFFER_BYTES, max(SMALLEST_BUFFER_BYTES, BUFFERS_BYTES // max(1, self._number)))
+
+
+class LargeBody(asyncio.BufferedProtocol):
+    """The protocol of a connection while `remaining` bytes of a body arrive on it.
+
+    The connection is read only while somebody waits for the next piece, so a slow disk slows the sender down.
+    """
+
+    def __init__(self, connection: GuardedProtocol, remaining: int, book: BufferBook) -> None:
+        self.remaining = remaining
+        self._connection = connection
+        self._book = book
+        # Pages that are not touched take no memory, and all of it goes back at once.
+        self._memory = mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._buffer = memoryview(self._memory)
+        self._filled = 0
+        self._goal = 0
+        self._arrival: asyncio.Future[None] | None = None
+        self._is_lost = False
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it is the sender's turn."""
+        return self._arrival is not None and not self._arrival.done()
+
+    async def pieces(self) -> AsyncIterator[memoryview]:
+        """Yield what arrives; each piece is valid until the next is asked for.
+
+        Raises:
+            ClientDisconnect: The connection broke before all was there.
+        """
+        while self.remaining:
+            if self._is_lost:
+                raise ClientDisconnect
+            self._set_goal(min(self._book.share, self.remaining))
+            self._arrival = self._connection.loop.create_future()
+            self._connection.transport.resume_reading()
+            await self._arrival
+            yield self._buffer[:self._filled]
+
+    def _set_goal(self, goal: int) -> None:
+        """Make room for so many bytes, and give back the memory of more if more was held before."""
+        kept = -(-goal // mmap.PAGESIZE) * mmap.PAGESIZE
+        if kept < self._goal and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, kept)
+        self._filled, self._goal = 0, goal
+
+    async def discard(self, at_most: int) -> None:
+        """Throw away the rest, if it is not too much: a sender that is cut off while it sends misses the answer."""
+        async for piece in self.pieces():
+            at_most -= len(piece)
+            if at_most < 0:
+                return
+
+    # ------------------------------------------------------------------------------------------ what asyncio calls
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer[self._filled:self._goal]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._filled += nbytes
+        self.remaining -= nbytes
+        self._connection.note_received(nbytes)
+        if self._filled == self._goal:
+            self._hand_over()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
+        self._hand_over()  # what has arrived is kept: the sender goes on behind it
+        self._connection.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
+
+    def _hand_over(self) -> None:
+        self._connection.transport.pause_reading()
+        if self.is_awaited:  # not if the request was cancelled meanwhile
+            self._arrival.set_result(None)

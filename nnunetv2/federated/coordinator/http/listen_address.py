@@ -1,0 +1,113 @@
+"""Settle where a coordinator listens, under which address it is known, and how it is protected."""
+from __future__ import annotations
+
+import argparse
+import socket
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from nnunetv2.federated.coordinator.http import tls
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.site.credential import check_url
+from nnunetv2.utilities.loopback import is_loopback
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8750
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sets TCP_NODELAY where it sees this protocol. Without it, each answer waits 40 ms for an acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise FederationError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port") from error
+    return listener
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a coordinator listens, under which address sites know it, and how it is protected; kept between starts."""
+
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    url: str | None = None
+    tls: bool = False
+    insecure: bool = False
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    client_authority: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise FederationError("--tls-certificate and --tls-key go together")
+        if self.client_authority and not self.speaks_tls:
+            raise FederationError("--client-authority needs TLS: give --tls-certificate and --tls-key, or a --host "
+                                  "beyond this machine")
+        if self.host in ("0.0.0.0", "::", "") and self.url is None:
+            raise FederationError(f"--host {self.host} listens everywhere: say with --url how sites reach this "
+                                  "coordinator, such as https://coordinator.example:8750")
+
+        if self.url is not None and check_url(self.url).startswith("http:") and self.speaks_tls:
+            raise FederationError(f"--url {self.url} is plain HTTP, but the coordinator speaks TLS: give an https "
+                                  "address, or --insecure where the network itself is protected")
+
+    @property
+    def speaks_tls(self) -> bool:
+        """Whether the coordinator itself encrypts: where it is told to, and beyond this machine."""
+        return self.tls or bool(self.tls_certificate) or not (is_loopback(self.host) or self.insecure)
+
+    @property
+    def public_url(self) -> str:
+        """The address that goes into invitations."""
+        if self.url is not None:
+            return check_url(self.url)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.speaks_tls else 'http'}://{host}:{self.port}"
+
+    @property
+    def local_url(self) -> str:
+        """The address for programs on this machine. A given certificate is good for the public address only."""
+        if self.tls_certificate:
+            return self.public_url
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        return replace(self, host=host, url=None, tls=self.speaks_tls).public_url
+
+    def certificate(self, folder: Path) -> tls.Certificate | None:
+        """Return what is needed to speak TLS, made on the first start; None where the coordinator does not."""
+        if not self.speaks_tls:
+            return None
+        if self.tls_certificate:
+            certificate = tls.given_certificate(Path(self.tls_certificate), Path(self.tls_key))
+        else:
+            hosts = {self.host, urlsplit(self.public_url).hostname} - {"0.0.0.0", "::", ""}
+            certificate = tls.private_certificate(folder / "tls", sorted(hosts))
+        return tls.require_clients_of(certificate, Path(self.client_authority)) if self.client_authority \
+            else certificate
+
+
+def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> Address:
+    """Return the address of a start: what the command line says, else what held before."""
+    known = {field.name for field in fields(Address)}
+    given = {name: str(value.resolve()) if isinstance(value, Path) else value
+             for name, value in vars(arguments).items() if name in known and value is not None}
+    return Address(**{**{name: value for name, value in stored.items() if name in known}, **given})
+
+
+def tls_options(certificate: tls.Certificate | None) -> dict[str, object]:
+    """Return uvicorn's options for a certificate."""
+    if certificate is None:
+        return {}
+    options: dict[str, object] = {"ssl_certfile": str(certificate.certificate), "ssl_keyfile": str(certificate.key)}
+    if certificate.client_authority is not None:
+        options |= {"ssl_ca_certs": str(certificate.client_authority), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return options

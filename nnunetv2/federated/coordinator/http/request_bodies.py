@@ -1,0 +1,163 @@
+"""Read the bodies of requests: small ones into messages, large ones into files, none beyond its limit."""
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+
+from nnunetv2.federated.coordinator.http.large_bodies import BufferBook
+from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUpload
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.protocol.strict_json import decode_json
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.coordinator.http.connections import GuardedProtocol
+
+Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
+
+SMALL_BODY = 64 << 10
+"""Bytes that a plain JSON body may have."""
+DRAINED_BYTES = 64 << 20
+"""A body up to this size is read to its end before it is refused, so that the refusal can be read."""
+BYPASSED = "nnunetv2.bypassed_bytes"
+"""Where the scope of a request says how much of its body did not come through `receive`."""
+WRITING_THREADS = min(8, max(2, os.cpu_count() or 1))
+"""Threads that write and hash pieces: with more than there are cores, they only wait for one another."""
+FINISHING_THREADS = 8
+"""Threads that check and sync what is complete. The threads that answer all other requests are not among these: however
+many sites send, the rest is served."""
+
+
+async def read_json(request: Request, model: type[Model]) -> Model:
+    """Read a small JSON body."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > SMALL_BODY:
+            raise RefusedError(f"the body has more than {SMALL_BODY} bytes", code="too_large")
+    return decode_json(model, bytes(body))
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What the headers of an upload say about it."""
+
+    digest: str
+    """SHA-256 of the whole document."""
+    size: int
+    """Bytes of the whole document."""
+    offset: int
+    """The byte at which this request goes on."""
+
+
+def announced(request: Request) -> Announcement:
+    """Read the headers of an upload: Content-Length, X-Content-SHA256, and Content-Range where it goes on."""
+    length = _announced_length(request)
+    text = request.headers.get("content-range")
+    if text is None:
+        return Announcement(announced_digest(request), length, 0)
+    match = re.fullmatch(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", text)
+    offset, last, size = map(int, match.groups()) if match else (0, 0, 0)
+    if match is None or last != size - 1 or size - offset != length or length == 0:
+        raise RefusedError(f"Content-Range {text[:80]!r} does not go with the length {length}",
+                           code="incomplete_request")
+    return Announcement(announced_digest(request), size, offset)
+
+
+def _announced_length(request: Request) -> int:
+    text = request.headers.get("content-length", "")
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise RefusedError("an upload must announce its length (Content-Length)", code="length_required")
+    return int(text)
+
+
+def announced_digest(request: Request) -> str:
+    """Return the SHA-256 that the sender of a body has computed."""
+    digest = request.headers.get("x-content-sha256", "")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise RefusedError("an upload must announce its SHA-256 (X-Content-SHA256)", code="incomplete_request")
+    return digest
+
+
+class Reception:
+    """What all uploads that arrive at the same time share: threads and memory. For one event loop."""
+
+    def __init__(self) -> None:
+        self.buffers = BufferBook()
+        self._writing = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="writing")
+        self._finishing = ThreadPoolExecutor(FINISHING_THREADS, thread_name_prefix="finishing")
+
+    def close(self) -> None:
+        """End the threads as soon as they have done what they are doing."""
+        self._writing.shutdown(wait=False)
+        self._finishing.shutdown(wait=False)
+
+    async def write(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Run a function on a thread for writing."""
+        return await asyncio.get_running_loop().run_in_executor(self._writing, function, *arguments)
+
+    async def finish(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Run a function on a thread for what is complete."""
+        return await asyncio.get_running_loop().run_in_executor(self._finishing, function, *arguments)
+
+
+async def receive(request: Request, upload: PartialUpload, announcement: Announcement, reception: Reception) -> None:
+    """Stream the body of a request to the end of an upload without ever holding much of it.
+
+    Raises:
+        RefusedError: It is not what was announced.
+    """
+    await reception.write(upload.read_beginning)
+    remaining, more_follow = announcement.size - announcement.offset, True
+    while more_follow:
+        piece, more_follow = await _next_piece(request)
+        remaining -= len(piece)
+        if remaining < 0:
+            raise RefusedError(f"the body is longer than the {announcement.size} bytes announced", code="too_large")
+        connection = _bypass(request) if more_follow and remaining else None
+        if connection is None:
+            await reception.write(upload.append, piece)
+            continue
+        async with connection.large_body(remaining, reception.buffers) as rest:
+            await reception.write(upload.append, piece)
+            async for piece in rest.pieces():
+                request.scope[BYPASSED] = request.scope.get(BYPASSED, 0) + len(piece)
+                await reception.write(upload.append, piece)
+        more_follow = False
+    if upload.size != announcement.size:
+        raise RefusedError(f"the body has {upload.size} bytes, {announcement.size} were announced",
+                           code="damaged_in_transit")
+    if upload.hexdigest() != announcement.digest:
+        upload.discard()
+        raise RefusedError("the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit")
+
+
+async def _next_piece(request: Request) -> tuple[bytes, bool]:
+    """Return what has come of the body since, and whether more is to follow."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
+
+
+def _bypass(request: Request) -> GuardedProtocol | None:
+    """Return the connection of a request if its body can be had without the parser."""
+    connection = request.scope.get("state", {}).get("connection")
+    is_plain = "transfer-encoding" not in request.headers
+    return connection if is_plain and connection is not None and connection.can_bypass_parser() else None
+
+
+async def drain(request: Request) -> None:
+    """Read a small body that nobody wants: a client that is still sending would miss the answer."""
+    length = request.headers.get("content-length", "")  # without one, a body has no end
+    if re.fullmatch("[0-9]{1,15}", length) and int(length) <= DRAINED_BYTES:
+        async for _ in request.stream():
+            pass

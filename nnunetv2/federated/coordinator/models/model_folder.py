@@ -1,0 +1,162 @@
+"""Turn the last and the best aggregate of a run into a model folder that `nnUNetv2_predict` loads.
+
+    <folder>/<trainer>__<plans>__<configuration>/
+        plans.json  dataset.json  dataset_fingerprint.json (if the sites pooled one)
+        fold_<fold>/checkpoint_final.pth  checkpoint_best.pth (if aggregates were validated)
+    <folder>/<trainer>__<plans>__<configuration>.zip        the same, to be installed elsewhere
+
+That needs the same plans and networks at all sites, and every tensor of the network shared; else the aggregate stays
+what it is. Which of the two it will be is known, and told, when the sites have registered: see `outlook`.
+"""
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.federated.coordinator.models.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.exchanges.consistency import PLANS_OF_A_SITE, comparable_plans
+from nnunetv2.federated.exchanges.documents import Archive
+from nnunetv2.federated.exchanges.outlook import counters_of, foresee_model
+from nnunetv2.federated.protocol.messages import Registration, plans_key, round_key
+from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+
+FALLBACK_DATASET = "Dataset999_Federated"
+"""Folder in the zip where the plans name no proper dataset."""
+
+
+def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive: Archive) -> str:
+    """Write the model folder of a run that is over, and say in one line where it is or why there is none.
+
+    Args:
+        folder: Where model folders are kept.
+        final: The last round that was closed; its aggregate becomes checkpoint_final.
+        best: The round whose aggregate validated best, which becomes checkpoint_best; None if none was validated.
+    """
+    registrations = archive.registrations(run)
+    site, registration = next(iter(registrations.items()))
+    match = archive.agreement(run).match
+    outlook = foresee_model(registrations.items(), match)
+    if outlook.obstacle:
+        return (f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
+                f"{outlook.obstacle}")
+    canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
+    names = parameter_names([entry.name for entry in registration.tensors if entry.name in canonical],
+                            registration.aliases, canonical)
+    registration = registration.model_copy(update={"plans": plans_of_sites(registrations, archive)})
+    registrations[site] = registration
+    model = _write_description(folder, registrations, archive)
+    for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
+        if number is not None:
+            _write_checkpoint(model / f"fold_{registration.fold}" / name, run, number, registrations, names, archive,
+                              trainer=outlook.trainer)
+    return f"model written to {model} and {_write_zip(model, registration)}"
+
+
+def name_of_zip(outcome: str) -> str:
+    """Return the name of the zip file that `keep_models` has written, by the line that it has returned.
+
+    Raises:
+        RefusedError: It has written none.
+    """
+    match = re.fullmatch(r"model written to .*[/\\]([^/\\]+\.zip)", outcome)
+    if match is None:
+        reason = without_values(outcome).partition(": ")[2]
+        raise RefusedError(f"there is no model that everybody could use: {reason}", code="no_model")
+    return match[1]
+
+
+def without_values(outcome: str) -> str:
+    """Return a line of `keep_models` without values of plans, which those of earlier versions quote."""
+    return re.sub(r"(the plans differ): .* is (?!not the same ).*", r"\1", outcome, flags=re.DOTALL)
+
+
+def _write_description(folder: Path, registrations: Mapping[str, Registration], archive: Archive) -> Path:
+    """Write the JSON files of a model folder and return the folder."""
+    registration = next(iter(registrations.values()))
+    # All three are checked on receipt to be plain segments of a path.
+    model = folder / f"{registration.trainer}__{registration.plans['plans_name']}__{registration.configuration}"
+    (model / f"fold_{registration.fold}").mkdir(parents=True, exist_ok=True)
+    save_json_atomically(registration.plans, model / "plans.json", sort_keys=False)
+    save_json_atomically(describe_dataset(registrations), model / "dataset.json", sort_keys=False)
+    save_fingerprint(model / "dataset_fingerprint.json", archive)
+    return model
+
+
+def _write_checkpoint(path: Path, run: str, number: int, registrations: Mapping[str, Registration],
+                      names: Mapping[str, str], archive: Archive, *, trainer: str) -> None:
+    """Write the aggregate of a round as a checkpoint.
+
+    Args:
+        trainer: Class that builds the network, which prediction finds by this name.
+    """
+    registration = next(iter(registrations.values()))
+    dataset_json = describe_dataset(registrations)
+    content = model_checkpoint(
+        plans=registration.plans, configuration=registration.configuration, dataset_json=dataset_json,
+        fold=registration.fold if registration.fold == "all" else int(registration.fold),
+        mirroring_axes=common_mirroring_axes(registrations), current_epoch=number + 1, trainer_name=trainer)
+    with archive.result(round_key(run, number)) as aggregate:
+        write_checkpoint(path, aggregate, names, content, counters=counters_of(registration))
+
+
+def _write_zip(model: Path, registration: Registration) -> Path:
+    """Pack a model folder, with all its folds, for nnUNetv2_install_pretrained_model_from_zip."""
+    dataset = str(registration.plans.get("dataset_name", ""))
+    place = dataset if re.fullmatch(r"Dataset[0-9]{3,}_[A-Za-z0-9_-]{1,100}", dataset) else FALLBACK_DATASET
+    path = model.with_name(f"{model.name}.zip")
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(file for file in model.rglob("*") if file.suffix in (".json", ".pth")):
+            archive.write(file, f"{place}/{model.name}/{file.relative_to(model).as_posix()}")
+    return path
+
+
+def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any]:
+    """Return what nnU-Net has to know of the data to use the model, as in dataset.json."""
+    described = next(iter(registrations.values())).dataset_json.model_dump(mode="json", exclude_none=True)
+    file_ending = of_most_sites(message.dataset_json.file_ending for message in registrations.values())
+    return {**described, "file_ending": file_ending,
+            "numTraining": sum(message.num_training_cases for message in registrations.values())}
+
+
+def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[int, ...] | None:
+    """Return the axes along which all sites have mirrored, and the model may be asked to."""
+    axes = [message.mirroring_axes for message in registrations.values()]
+    if any(one is None for one in axes):
+        return None
+    return tuple(sorted(set(axes[0]).intersection(*axes[1:])))
+
+
+def plans_of_sites(registrations: Mapping[str, Registration], archive: Archive) -> dict[str, Any]:
+    """Return the plans of a run as they are in the files of the sites, if the sites have made them together.
+
+    What may differ between the sites, and says how files are read and called, is as most of them have it.
+    """
+    plans = next(iter(registrations.values())).plans
+    key = plans_key(plans["plans_name"])
+    compared = archive.messages(key).values() if archive.is_closed(key) else ()
+    agreed = comparable_plans(plans)
+    made_together = next((one.plans for one in compared if comparable_plans(one.plans) == agreed), plans)
+    held = {field: [message.plans[field] for message in registrations.values() if field in message.plans]
+            for field in PLANS_OF_A_SITE}
+    return {**made_together, **{field: of_most_sites(values) for field, values in held.items() if values}}
+
+
+def of_most_sites(values: Iterable[Any]) -> Any:
+    """Return the JSON value that most sites have; of several, the one of the site whose name comes first.
+
+    Args:
+        values: One per site, in the order of the sites' names.
+    """
+    values = list(values)
+    return max(values, key=values.count)
+
+
+def save_fingerprint(path: Path, archive: Archive) -> None:
+    """Write the pooled fingerprint beside the model, if this federation has made one."""
+    fingerprint = archive.pooled_fingerprint()
+    if fingerprint is not None:
+        save_json_atomically(fingerprint, path)

@@ -1,0 +1,513 @@
+"""Keep the state of a federation on the coordinator's disk: a SQLite database, and one file per document.
+
+    coordinator.sqlite                               settings, members, gatherings, contributions, results, events
+    gatherings/<key>/<site>.<digest>.safetensors      contributions
+    gatherings/<key>/result.safetensors               results, and result.<subset>.safetensors of single sites
+    incoming/                                        uploads that are not complete
+
+A row is written after the file that it speaks of is on the disk, and nothing is acknowledged before its row is. Files
+without a row are leftovers of a crash and are removed at the next start.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from sqlite3 import Connection
+from sys import intern
+from typing import IO, Any, Literal
+
+from nnunetv2.federated.coordinator.storage import audit_log
+from nnunetv2.federated.coordinator.storage.audit_log import Event, add_event
+from nnunetv2.federated.coordinator.storage.database import Database
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.exchanges.exchange import (
+    Closed,
+    Contribution,
+    Gathering,
+    GatheringKey,
+    Refused,
+    fresh_gathering,
+    parse_key,
+)
+from nnunetv2.federated.exchanges.state import RunControl
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.utilities.plain_text import excerpt
+
+FULL_RESULT = ""
+"""Name of the result that holds every tensor."""
+DATABASE_FILE = "coordinator.sqlite"
+
+LEAST_RECORDS = 2
+"""Of rounds, in one answer: who has the first of them already must get on."""
+
+Role = Literal["site", "observer", "operator"]
+"""A site takes part, an observer looks on, an operator decides."""
+
+
+@dataclass(frozen=True)
+class MemberRecord:
+    """What is known of a site, an observer or an operator. Of its token, only the SHA-256."""
+
+    name: str
+    role: Role
+    state: Literal["invited", "active", "revoked"]
+    token_hash: str | None
+    since: float
+    """Seconds since 1970 at which the state began."""
+
+
+@dataclass(frozen=True)
+class InvitationRecord:
+    """An invitation; its secret is known in plain only as long as it may still be sent out."""
+
+    hash: str
+    member: str
+    secret: str | None
+    expires: float
+    """Seconds since 1970."""
+    token_hash: str | None = None
+    """Of the token that has used it."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a site has sent and been sent for one gathering ("" is everything else), and when it was last heard of."""
+
+    received: int = 0
+    """Bytes that the coordinator received."""
+    sent: int = 0
+    last_seen: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.received + other.received, self.sent + other.sent, max(self.last_seen, other.last_seen))
+
+
+class Store:
+    """The durable state of one federation. Safe for use by several threads; one process at a time.
+
+    Args:
+        folder: The federation's folder; made if it does not exist.
+
+    Raises:
+        FederationError: Another coordinator serves the folder, or it was written by another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _check_folder(folder)
+        for part in (folder, folder / "gatherings", folder / "incoming"):
+            part.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder_lock = _lock_folder(folder)
+        try:
+            self._database = Database(folder / DATABASE_FILE)
+        except BaseException:
+            self._folder_lock.close()
+            raise
+        self._durable_folders: set[Path] = set()
+        self._remove_orphans()
+
+    def close(self) -> None:
+        """Let go of the database and the folder."""
+        self._database.close()
+        self._folder_lock.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ----------------------------------------------------------------------------------------- meta and members
+    def load_meta(self, name: str) -> Any:
+        """Return a value kept under a name, or None."""
+        rows = self._database.rows("SELECT value FROM meta WHERE name = ?", name)
+        return json.loads(rows[0][0]) if rows else None
+
+    def save_meta(self, name: str, value: Any) -> None:
+        """Keep a JSON value under a name."""
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
+
+    def load_settings(self) -> FederationSettings | None:
+        """Return the settings of the federation, or None before it is created."""
+        content = self.load_meta("settings")
+        return None if content is None else FederationSettings.model_validate_json(json.dumps(content))
+
+    def save_settings(self, settings: FederationSettings, event: Event) -> None:
+        """Write settings that an operator has changed."""
+        self.save_members((), (), settings=settings, event=event)
+
+    def create(self, settings: FederationSettings, members: Iterable[MemberRecord],
+               invitations: Iterable[InvitationRecord], now: float) -> None:
+        """Write a new federation: its settings and members, together."""
+        self.save_members(members, invitations, settings=settings,
+                          event=Event(now, "creation", None, None, settings.model_dump(mode="json")))
+
+    def load_members(self) -> dict[str, MemberRecord]:
+        """Return everybody by name."""
+        rows = self._database.rows("SELECT name, role, state, token_hash, since FROM members ORDER BY name")
+        return {row[0]: MemberRecord(*row) for row in rows}
+
+    def load_invitations(self) -> dict[str, InvitationRecord]:
+        """Return all invitations ever made, by hash."""
+        rows = self._database.rows("SELECT hash, member, secret, expires, token_hash FROM invitations")
+        return {row[0]: InvitationRecord(*row) for row in rows}
+
+    def save_members(self, members: Iterable[MemberRecord], invitations: Iterable[InvitationRecord], *, event: Event,
+                     settings: FederationSettings | None = None) -> None:
+        """Write members and invitations that have changed, and the settings if they have, together."""
+        with self._database.transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", map(astuple, members))
+            connection.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)",
+                                   map(astuple, invitations))
+            if settings is not None:
+                connection.execute("INSERT OR REPLACE INTO meta VALUES ('settings', ?)", (settings.model_dump_json(),))
+            add_event(connection, event)
+
+    # --------------------------------------------------------------------------------------------- runs and rounds
+    def load_controls(self) -> dict[str, RunControl]:
+        """Return what has been said about each run."""
+        return {run: _decode_control(text) for run, text in self._database.rows("SELECT run, control FROM runs")}
+
+    def save_control(self, run: str, control: RunControl, event: Event) -> None:
+        """Remember what has been said about a run, and who said it."""
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (run, _encode_control(control)))
+            add_event(connection, event)
+
+    def forget_run(self, run: str, event: Event) -> None:
+        """Forget the gatherings of a run in which no round has been closed; the log of events still tells of them."""
+        keys = [row[0] for row in self._database.rows(
+            "SELECT key FROM gatherings WHERE substr(key, 1, ?) = ?", len(run) + 6, f"runs/{run}/")]
+        with self._database.transaction() as connection:
+            for table in ("gatherings", "contributions", "results"):
+                connection.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in keys])  # noqa: S608
+            connection.execute("DELETE FROM runs WHERE run = ?", (run,))
+            add_event(connection, event)
+        self._durable_folders.clear()
+        shutil.rmtree(self.folder / "gatherings" / "runs" / run, ignore_errors=True)
+
+    def load_rounds(self, run: str, first: int = 0, limit: int = -1, *,
+                    characters: int | None = None) -> list[dict[str, Any]]:
+        """Return the records of the closed rounds of a run, from round `first` on, in order, at most `limit`.
+
+        Args:
+            characters: Return fewer records, but two at least, where they are longer than this together, as JSON.
+        """
+        return self._records("rounds", run, first, limit, characters)
+
+    def load_validations(self, run: str, first: int = 0, limit: int = -1, *,
+                         characters: int | None = None) -> list[dict[str, Any]]:
+        """Return the pooled validations of a run in the same way."""
+        return self._records("validations", run, first, limit, characters)
+
+    def load_last_validation(self, run: str) -> dict[str, Any] | None:
+        """Return the newest pooled validation of a run, or None."""
+        rows = self._database.rows("SELECT record FROM validations WHERE run = ? ORDER BY number DESC LIMIT 1", run)
+        return json.loads(rows[0][0]) if rows else None
+
+    def _records(self, table: Literal["rounds", "validations"], run: str, first: int, limit: int,
+                 characters: int | None) -> list[dict[str, Any]]:
+        query = f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number LIMIT ?"  # noqa: S608
+        rows = self._database.rows(query, run, first, limit) if characters is None else \
+            self._database.first_rows(query, run, first, limit, characters=characters, least=LEAST_RECORDS)
+        return [json.loads(row[0]) for row in rows]
+
+    # ------------------------------------------------------------------------------------------------ documents
+    def contribution_path(self, key: GatheringKey | str, site: str, digest: str) -> Path:
+        """Return where a contribution is kept."""
+        return self._key_folder(key) / contribution_name(site, digest)
+
+    def result_path(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> Path:
+        """Return where a result is kept; `subset` names a part of its tensors."""
+        return self._key_folder(key) / result_name(subset)
+
+    def result_folder(self, key: GatheringKey | str) -> Path:
+        """Return the folder for the results of a gathering; it exists."""
+        folder = self._key_folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _key_folder(self, key: GatheringKey | str) -> Path:
+        # The keys of a run are "runs/<run>/registration" and so on: proper path segments, checked by parse_key.
+        return self.folder / "gatherings" / str(key)
+
+    def save_contribution(self, gathering: Gathering, site: str, incoming: Path) -> None:
+        """Take over the upload of a site, as it stands in `gathering.contributions`; durable on return."""
+        contribution = gathering.contributions[site]
+        path = self.contribution_path(gathering.key, site, contribution.digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flush(incoming)
+        incoming.replace(path)
+        self._flush_folders(path.parent)
+        with self._database.transaction() as connection:
+            earlier = connection.execute("SELECT digest FROM contributions WHERE key = ? AND site = ?",
+                                       (str(gathering.key), site)).fetchone()
+            _write_gathering(connection, gathering)
+            connection.execute("INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?, ?)",
+                             (str(gathering.key), site, contribution.digest, contribution.size, contribution.received))
+            add_event(connection, Event(contribution.received, "contribution", site, str(gathering.key),
+                                       {"digest": contribution.digest, "bytes": contribution.size}))
+        if earlier is not None and earlier[0] != contribution.digest:
+            self.contribution_path(gathering.key, site, earlier[0]).unlink(missing_ok=True)
+
+    def drop_contribution(self, gathering: Gathering, site: str, event: Event) -> None:
+        """Forget what a site has contributed to an open gathering; the log of events still tells of it."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM contributions WHERE key = ? AND site = ?", (str(gathering.key), site))
+            add_event(connection, event)
+        self.contribution_path(gathering.key, site, gathering.contributions[site].digest).unlink(missing_ok=True)
+
+    def save_closing(self, gathering: Gathering, digest: str, *, record: Mapping[str, Any] | None = None) -> None:
+        """Remember that a gathering is closed; its result, with this digest, is in `result_path` already.
+
+        Args:
+            record: What is to be remembered of a round or of a validation when its documents are gone.
+        """
+        assert isinstance(gathering.outcome, Closed)
+        key = gathering.key
+        self._flush_folders(self.result_path(key).parent)
+        with self._database.transaction() as connection:
+            _write_gathering(connection, gathering)
+            _write_result(connection, key, FULL_RESULT, digest)
+            if record is not None:
+                table = {"round": "rounds", "validation": "validations"}[key.kind]
+                connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)",  # noqa: S608
+                                   (key.run, key.number, json.dumps(record)))
+            for site in (record or {}).get("outliers", ()):
+                add_event(connection, Event(gathering.outcome.time, "outlier", site, str(key), {
+                    name: record["sites"][site][name] for name in ("change_norm", "change_rms")}))
+            add_event(connection, Event(gathering.outcome.time, "closing", None, str(key), {
+                "digest": digest, "contributions": {site: gathering.contributions[site].digest
+                                                    for site in gathering.outcome.contributors},
+                "missing": list(gathering.outcome.missing)}))
+
+    def save_refusal(self, gathering: Gathering) -> None:
+        """Remember that a gathering was refused."""
+        assert isinstance(gathering.outcome, Refused)
+        with self._database.transaction() as connection:
+            _write_gathering(connection, gathering)
+            add_event(connection, Event(gathering.outcome.time, "refusal", None, str(gathering.key), {
+                "code": gathering.outcome.code,
+                "message": excerpt(gathering.outcome.message, audit_log.LOGGED_CHARACTERS)}))
+
+    def load_result_digest(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> str | None:
+        """Return the digest of a result that is on the disk, or None."""
+        rows = self._database.rows("SELECT digest FROM results WHERE key = ? AND subset = ?", str(key), subset)
+        return rows[0][0] if rows else None
+
+    def save_subset(self, key: GatheringKey | str, subset: str, digest: str) -> None:
+        """Remember a part of a result, which is in `result_path` already."""
+        self._flush_folders(self.result_path(key, subset).parent)
+        with self._database.transaction() as connection:
+            _write_result(connection, key, subset, digest)
+
+    def delete_contributions(self, key: GatheringKey | str) -> None:
+        """Delete the files of a gathering's contributions; their digests stay known."""
+        for site, digest in self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", str(key)):
+            self.contribution_path(key, site, digest).unlink(missing_ok=True)
+
+    def rounds_with_results(self, run: str) -> list[int]:
+        """List the rounds of a run whose aggregates are still there, in order."""
+        prefix = f"runs/{run}/rounds/"
+        rows = self._database.rows("SELECT DISTINCT substr(key, ?) FROM results WHERE substr(key, 1, ?) = ?",
+                                   len(prefix) + 1, len(prefix), prefix)
+        return sorted(int(row[0]) for row in rows)
+
+    def delete_results(self, key: GatheringKey | str) -> None:
+        """Delete the results of a gathering: first the rows, so that none speaks of a file that is gone."""
+        subsets = [row[0] for row in self._database.rows("SELECT subset FROM results WHERE key = ?", str(key))]
+        if not subsets:
+            return
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM results WHERE key = ?", (str(key),))
+        for subset in subsets:
+            self.result_path(key, subset).unlink(missing_ok=True)
+
+    def load_gatherings(self, settings: FederationSettings) -> list[Gathering]:
+        """Return every gathering that has begun, as it was last written."""
+        rows = self._database.rows("SELECT key, opened, required, outcome FROM gatherings")
+        return [replace(fresh_gathering(parse_key(key), settings, required=json.loads(required)), opened=opened,
+                        contributions=self._load_contributions(key), outcome=_decode_outcome(outcome))
+                for key, opened, required, outcome in rows]
+
+    def _load_contributions(self, key: str) -> dict[str, Contribution]:
+        return {intern(site): Contribution(*rest) for site, *rest in self._database.rows(  # one name for all rounds
+            "SELECT site, digest, size, received FROM contributions WHERE key = ?", key)}
+
+    def rounds_with_files(self, run: str) -> list[int]:
+        """List the rounds of a run that have files, and those that have had some since the start."""
+        folder = self.folder / "gatherings" / "runs" / run / "rounds"
+        return sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
+
+    def _remove_orphans(self) -> None:
+        """Remove files that no row speaks of: a crash came between the two. Looks at what is there, not at all rows."""
+        top = self.folder / "gatherings"
+        for name, _, files in os.walk(top, topdown=False):
+            folder = Path(name)
+            documents = {file for file in files if file.endswith(".safetensors")}
+            for file in documents - self._known_files(folder.relative_to(top).as_posix()) if documents else ():
+                (folder / file).unlink()
+            if folder != top:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+    def _known_files(self, key: str) -> set[str]:
+        """Name the files that there may be in the folder of a gathering."""
+        contributions = self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", key)
+        results = self._database.rows("SELECT subset FROM results WHERE key = ?", key)
+        return {contribution_name(*row) for row in contributions} | {result_name(row[0]) for row in results}
+
+    def _flush_folders(self, folder: Path) -> None:
+        """Make the names of new files in a folder durable, and its own name and those above it the first time."""
+        flush(folder)
+        while folder != self.folder and folder not in self._durable_folders:
+            flush(folder.parent)
+            self._durable_folders.add(folder)
+            folder = folder.parent
+
+    # --------------------------------------------------------------------------------------- events and traffic
+    def add_event(self, event: Event) -> None:
+        """Append to the audit log."""
+        with self._database.transaction() as connection:
+            add_event(connection, event)
+
+    def load_events(self, kind: str | None = None, *, last: int = -1) -> list[Event]:
+        """Return the audit log, oldest first; only one kind of event, and only the last ones, if asked for."""
+        which, values = ("", ()) if kind is None else ("WHERE kind = ? ", (kind,))  # by their index
+        rows = self._database.rows(f"SELECT time, kind, site, key, detail FROM events {which}"  # noqa: S608
+                                   "ORDER BY number DESC LIMIT ?", *values, last)
+        return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
+
+    def has_event(self, kind: str, site: str, key: str) -> bool:
+        """Tell whether the audit log has such a line."""
+        return bool(self._database.rows("SELECT 1 FROM events WHERE kind = ? AND site = ? AND key = ? LIMIT 1",
+                                        kind, site, key))
+
+    def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
+        """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
+        return self._database.rows(f"{audit_log.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)
+
+    def load_head(self) -> tuple[int, str]:
+        """Return number and hash of the last line of the audit log."""
+        rows = self._database.rows("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1")
+        return rows[0] if rows else (0, audit_log.START)
+
+    def count_events(self, last: int) -> dict[tuple[str, str], int]:
+        """Return how many lines there are up to line `last`, by kind and by who caused them."""
+        return {(kind, site): count for kind, site, count in self._database.rows(
+            "SELECT kind, coalesce(site, ''), count(*) FROM events WHERE number <= ? GROUP BY 1, 2", last)}
+
+    def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple]:
+        """Return (time, kind, site, key, detail as JSON text) of the lines of some kinds up to line `last`."""
+        return self._database.rows(
+            f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "  # noqa: S608
+            "AND number <= ? ORDER BY number", *kinds, last)
+
+    def add_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
+        """Add to the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""
+        with self._database.transaction() as connection:
+            connection.executemany(
+                "INSERT INTO traffic VALUES (?, ?, ?, ?, ?) ON CONFLICT (site, key) DO UPDATE SET "
+                "received = received + excluded.received, sent = sent + excluded.sent, "
+                "last_seen = max(last_seen, excluded.last_seen)", [
+                    (site, key, count.received, count.sent, count.last_seen) for (site, key), count in traffic.items()])
+
+    def load_traffic_totals(self) -> dict[str, Traffic]:
+        """Return what each site has sent and been sent altogether."""
+        return {row[0]: Traffic(*row[1:]) for row in self._database.rows(
+            "SELECT site, sum(received), sum(sent), max(last_seen) FROM traffic GROUP BY site")}
+
+    def load_recent_traffic(self, gatherings: int) -> dict[str, dict[str, Traffic]]:
+        """Return the counters of the gatherings that were busy last, the latest last: key -> site -> counters."""
+        keys = [row[0] for row in self._database.rows(
+            "SELECT key FROM traffic WHERE key != '' GROUP BY key ORDER BY max(last_seen) DESC LIMIT ?", gatherings)]
+        return {key: {row[0]: Traffic(*row[1:]) for row in self._database.rows(
+            "SELECT site, received, sent, last_seen FROM traffic WHERE key = ?", key)} for key in reversed(keys)}
+
+
+# --------------------------------------------------------------------------------------------------------- helpers
+def contribution_name(site: str, digest: str) -> str:
+    """Return the name of the file of a contribution, in the folder of its gathering."""
+    return f"{site}.{digest[:24]}.safetensors"
+
+
+def result_name(subset: str = FULL_RESULT) -> str:
+    """Return the name of the file of a result, in the folder of its gathering."""
+    return f"result.{subset[:24]}.safetensors" if subset else "result.safetensors"
+
+
+def _write_gathering(connection: Connection, gathering: Gathering) -> None:
+    connection.execute("INSERT OR REPLACE INTO gatherings VALUES (?, ?, ?, ?)",
+                     (str(gathering.key), gathering.opened, json.dumps(sorted(gathering.required)),
+                      _encode_outcome(gathering.outcome)))
+
+
+def _write_result(connection: Connection, key: GatheringKey | str, subset: str, digest: str) -> None:
+    connection.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", (str(key), subset, digest))
+
+
+def _encode_control(control: RunControl) -> str:
+    return json.dumps({"state": control.state, "left": sorted(control.left), "failed": dict(control.failed),
+                       "proceeding": sorted(control.proceeding)})
+
+
+def _decode_control(text: str) -> RunControl:
+    content = json.loads(text)
+    return RunControl(state=content["state"], left=frozenset(content["left"]), failed=content["failed"],
+                      proceeding=frozenset(content.get("proceeding", ())))  # not there before 2.8.1+fed.3
+
+
+def _encode_outcome(outcome: Closed | Refused | None) -> str | None:
+    return None if outcome is None else json.dumps({"closed": isinstance(outcome, Closed), **asdict(outcome)})
+
+
+def _decode_outcome(text: str | None) -> Closed | Refused | None:
+    if text is None:
+        return None
+    content = json.loads(text)
+    if content.pop("closed"):
+        return Closed(content["time"], *(tuple(map(intern, content[name])) for name in ("contributors", "missing")))
+    return Refused(**content)
+
+
+def flush(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, durable."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows keeps folders durable on its own, and does not open them
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is somebody else's: what is found in ours without being known is removed."""
+    ours = [folder / name for name in ("gatherings", "incoming") if (folder / name).exists()]
+    if ours and not (folder / DATABASE_FILE).exists():
+        raise FederationError(f"{folder} is no folder of a federation, but has a folder {ours[0].name}: choose another")
+
+
+def _lock_folder(folder: Path) -> IO[bytes]:
+    """Return an open file that holds the folder for this process; the system lets go of it if the process dies."""
+    file = (folder / "lock").open("a+b")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise FederationError(
+            f"{folder} is served by another coordinator: stop that one, or use another folder") from error
+    return file

@@ -1,0 +1,170 @@
+"""Open documents that were contributed or computed earlier, and know what the sites of a run agreed on."""
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.federated.aggregation import late_join
+from nnunetv2.federated.exchanges.exchange import Gathering
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document
+from nnunetv2.federated.protocol.messages import admission_key, registration_key
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the sites of a run agreed on when they registered."""
+
+    match: messages.Match
+    specs: Mapping[str, TensorSpec]
+    """Canonical name -> dtype and shape of every shared tensor."""
+    weights: Mapping[str, float]
+    """What each site counts in an average. The sites do not know it of each other."""
+    plans_names: Mapping[str, str]
+    """Site -> the name of its plans."""
+
+    def specs_for(self, site: str) -> dict[str, TensorSpec]:
+        """Return the tensors that a site sends and receives in every round."""
+        return {name: spec for name, spec in self.specs.items() if site in self.match.shared[name]}
+
+    def specs_owned_by(self, site: str) -> dict[str, TensorSpec]:
+        """Return the tensors whose initial values a site sends."""
+        return {name: spec for name, spec in self.specs.items() if self.match.initial_owner[name] == site}
+
+
+class Archive:
+    """Open documents that were contributed or computed earlier.
+
+    Args:
+        contribution_path: (key, site, digest) -> file.
+        result_path: Key -> file.
+        find: Key -> its gathering, or None.
+        admitted: Run -> the sites that joined it after it had begun.
+        last_validation: Run -> the record of its newest pooled validation, or None.
+    """
+
+    def __init__(self, contribution_path: Callable[[str, str, str], Path], result_path: Callable[[str], Path],
+                 find: Callable[[str], Gathering | None], admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
+                 last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None) -> None:
+        self._contribution_path = contribution_path
+        self.result_path = result_path
+        self._find = find
+        self._admitted = admitted
+        self._last_validation = last_validation
+        self._lock = threading.Lock()
+        self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
+
+    def is_closed(self, key: str) -> bool:
+        """Tell whether a gathering has its result."""
+        gathering = self._find(key)
+        return gathering is not None and gathering.is_closed
+
+    def has_contributed(self, key: str, site: str) -> bool:
+        """Tell whether there is something that a site has contributed to a gathering."""
+        gathering = self._find(key)
+        return gathering is not None and site in gathering.contributions
+
+    def contribution(self, key: str, site: str) -> Document:
+        """Open what a site contributed to a gathering that has begun."""
+        return open_document(self._contribution_path(key, site, self._find(key).contributions[site].digest))
+
+    def result(self, key: str) -> Document:
+        """Open the result of a closed gathering."""
+        return open_document(self.result_path(key))
+
+    @contextmanager
+    def contributions(self, gathering: Gathering) -> Iterator[dict[str, Document]]:
+        """Open everything that counts in a gathering: site -> document, in the order of the sites' names."""
+        key = str(gathering.key)
+        with ExitStack() as stack:
+            yield {site: stack.enter_context(open_document(
+                       self._contribution_path(key, site, gathering.contributions[site].digest)))
+                   for site in gathering.outcome.contributors}
+
+    def pooled_fingerprint(self) -> dict[str, Any] | None:
+        """Return the fingerprint that the sites have pooled, or None if they have not, or not yet."""
+        number = 0
+        while self.is_closed(messages.fine_key(number)):
+            with self.result(messages.fine_key(number)) as document:
+                if isinstance(document.message, messages.PooledFingerprint):
+                    return document.message.fingerprint
+            number += 1
+        return None
+
+    def messages(self, key: str) -> dict[str, Any]:
+        """Return the messages of a closed gathering's contributions: site -> message."""
+        with self.contributions(self._find(key)) as documents:
+            return {site: document.message for site, document in documents.items()}
+
+    def agreement(self, run: str) -> Agreement:
+        """Return what the sites of a run agreed on, with those that were admitted later. Its registration is closed."""
+        with self._lock:  # after a restart all sites ask at once, and one answer does for all
+            admitted = self._admitted(run)
+            known = self._agreements.get(run)
+            if known is None or known[0] != admitted:
+                known = self._agreements[run] = (admitted, self._read_agreement(run, admitted))
+            return known[1]
+
+    def _read_agreement(self, run: str, admitted: tuple[str, ...]) -> Agreement:
+        with self.result(registration_key(run)) as document:
+            match = document.message
+        for site in admitted:
+            with self.result(admission_key(run, site)) as document:
+                match = late_join.with_site(match, document.message, site)
+        specs, weights, plans_names = {}, {}, {}
+        for site, message in self.each_registration(run):
+            canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
+            for entry in message.tensors:
+                if entry.name in canonical:  # dtype and shape are the same at all sites
+                    specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
+            weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
+            plans_names[site] = str(message.plans.get("plans_name"))
+        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names)
+
+    def plans_names(self, run: str) -> Mapping[str, str]:
+        """Return the names of the plans that sites have registered with, also while some have not: site -> name."""
+        key = registration_key(run)
+        if self.is_closed(key):
+            return self.agreement(run).plans_names
+        names = {}
+        for site in self._find(key).contributions:
+            with self.contribution(key, site) as document:
+                names[site] = str(document.message.plans.get("plans_name"))
+        return names
+
+    def registrations(self, run: str) -> dict[str, messages.Registration]:
+        """Return what every site of a run registered, in the order of their names."""
+        return dict(self.each_registration(run))
+
+    def registration(self, run: str, site: str) -> messages.Registration:
+        """Return what one site of a run registered, at first or when it was admitted."""
+        key = admission_key(run, site) if site in self._admitted(run) else registration_key(run)
+        with self.contribution(key, site) as document:
+            return document.message
+
+    def each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
+        """Yield every site and what it registered, in the order of their names: all at once are large."""
+        keys = {site: registration_key(run) for site in self._find(registration_key(run)).outcome.contributors}
+        keys |= {site: admission_key(run, site) for site in self._admitted(run)}
+        for site, key in sorted(keys.items()):
+            with self.contribution(key, site) as document:
+                yield site, document.message
+
+    def last_validation(self, run: str) -> messages.PooledValidation | None:
+        """Return the newest pooled validation of a run, or None."""
+        record = self._last_validation(run)
+        return None if record is None else messages.PooledValidation.model_validate_json(json.dumps(record))
+
+    def best_round(self, run: str) -> int | None:
+        """Return the round whose aggregate is the best so far, or None if none was validated."""
+        last = self.last_validation(run)
+        return None if last is None else last.best_round
+
+    def forget(self, run: str) -> None:
+        """Forget what was agreed on for a run that begins anew."""
+        self._agreements.pop(run, None)

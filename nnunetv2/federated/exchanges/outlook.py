@@ -1,0 +1,93 @@
+"""Foresee, from what the sites of a run have registered, whether its averages make a model that everybody can use.
+
+Plans that a site has made alone tell of its data: what is said here names fields and sites, never values.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from nnunetv2.federated.exchanges.consistency import comparable_plans, find_difference
+from nnunetv2.federated.protocol.messages import Match, Registration
+
+NETWORK_TRAINER = "nnUNetTrainer"
+OWN_TRAINERS = frozenset({"nnUNetTrainerFedAvg", "nnUNetTrainerAsymFedAvg", "nnUNetTrainerAsymFedAvgOverlapped"})
+"""Federated trainers of this package. Their network is that of `NETWORK_TRAINER`, which every nnU-Net has."""
+COUNTERS = ("num_batches_tracked",)
+"""Buffers of batch normalization that count training steps: sites do not share them, and no prediction reads them."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What will become of a run's averages."""
+
+    trainer: str = ""
+    """Class that builds the network of the common model; empty if there will be none."""
+    obstacle: str = ""
+    """Why there will be none."""
+
+    def __str__(self) -> str:
+        return f"there will be no common model: {self.obstacle}" if self.obstacle else \
+            f"there will be a common model, with the network of {self.trainer}"
+
+
+def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) -> Outlook:
+    """Tell whether there will be a common model, and who builds its network.
+
+    Args:
+        registered: Each site and what it registered, in the order of their names; they are looked at one by one.
+        match: What they share.
+    """
+    registrations = iter(registered)
+    first, model = next(registrations)
+    obstacle = missing_tensor(first, model, match)
+    for site, other in registrations:
+        obstacle = _difference(first, model, site, other) or obstacle
+        if obstacle:
+            break
+    return Outlook(obstacle=obstacle) if obstacle else Outlook(trainer=network_trainer(model))
+
+
+def network_trainer(registration: Registration) -> str:
+    """Return the class that builds the network of a site."""
+    default = NETWORK_TRAINER if registration.trainer in OWN_TRAINERS else registration.trainer
+    return registration.network_trainer or default
+
+
+def missing_tensor(site: str, registration: Registration, match: Match) -> str:
+    """Say which tensor the model of a site would lack; empty if there is none."""
+    shared = {sites[site] for sites in match.shared.values() if site in sites}
+    lacking = next((entry for entry in registration.tensors if entry.name not in shared and not is_counter(entry.name)),
+                   None)
+    if lacking is None:
+        return ""
+    what = "holds whole numbers, which are not averaged" if lacking.dtype.startswith(("I", "U", "B")) \
+        and lacking.dtype != "BF16" else "is not shared by the sites"
+    return f"tensor {lacking.name} of the network {what}"
+
+
+def is_counter(name: str) -> bool:
+    """Tell whether a tensor only counts steps of training, so that a model has any number in its place."""
+    return name.rpartition(".")[2] in COUNTERS
+
+
+def counters_of(registration: Registration) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a network that only count: name -> shape, under all their names."""
+    shapes: Mapping[str, tuple[int, ...]] = {
+        entry.name: entry.shape for entry in registration.tensors if is_counter(entry.name)}
+    return {**shapes, **{alias: shapes[name] for alias, name in registration.aliases.items() if name in shapes}}
+
+
+def _difference(first: str, model: Registration, site: str, other: Registration) -> str:
+    """Say what keeps two sites from using one model; empty if nothing does."""
+    plans = {first: comparable_plans(model.plans), site: comparable_plans(other.plans)}
+    difference = find_difference(plans, "plans")
+    if difference is not None:
+        return f"the plans differ: {difference.without_values()}"
+    trainers = network_trainer(model), network_trainer(other)
+    if trainers[0] != trainers[1]:
+        return f"the network of site {first} is that of {trainers[0]}, the network of site {site} that of {trainers[1]}"
+    if None not in (model.architecture, other.architecture) and model.architecture != other.architecture:
+        return (f"the networks of sites {first} and {site} are made of other modules, although the trainer is called "
+                f"{model.trainer} at both")
+    return ""

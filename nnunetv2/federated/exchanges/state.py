@@ -1,0 +1,231 @@
+"""Hold every gathering of a federation: what exists, what may begin, who is expected, how far the runs are.
+
+Gatherings are stored as they were written down. Whatever can change while one is open (the sites of the federation, who
+has left a run, who has failed, whether the run is paused) is put in when it is handed out.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.exchanges.exchange import (
+    Closed,
+    Gathering,
+    GatheringKey,
+    due_at,
+    fresh_gathering,
+    may_close,
+    prerequisite,
+)
+from nnunetv2.federated.protocol.api import FederationSettings, RunState
+from nnunetv2.federated.protocol.messages import initial_key, late_census_key, registration_key, round_key
+
+ORDER_OF_CLOSING = {"validation": 0}
+"""What is closed first if several gatherings are ready: a validation belongs to the round before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunControl:
+    """What the operator and the sites have said about a run."""
+
+    state: Literal["running", "paused", "stopped"] = "running"
+    left: frozenset[str] = frozenset()
+    """Sites that have left the run, and are not expected until they return."""
+    failed: Mapping[str, int] = field(default_factory=dict)
+    """Site -> the round from which on it cannot go on, as it has reported. Contributing again takes that back."""
+    proceeding: frozenset[str] = frozenset()
+    """Open gatherings that the operator wants closed with what there is."""
+
+
+class RoundBook:
+    """Every gathering of a federation, and what has been said about its runs.
+
+    Not safe for concurrent changes: its owner sees to that. Gatherings are immutable, so what was read stays true
+    of its moment.
+    """
+
+    def __init__(self, settings: FederationSettings, gatherings: Iterable[Gathering] = (),
+                 controls: Mapping[str, RunControl] | None = None) -> None:
+        self.settings = settings
+        self.controls = dict(controls or {})
+        self._gatherings: dict[str, Gathering] = {}
+        self._open: set[str] = set()
+        self._runs: dict[str, None] = {}
+        self._latest: dict[str, int] = {}
+        self._admitted: dict[str, set[str]] = {}
+        for gathering in gatherings:
+            self.put(gathering)
+
+    def __iter__(self) -> Iterator[Gathering]:
+        return (self._present(gathering) for gathering in list(self._gatherings.values()))
+
+    def get(self, key: GatheringKey | str) -> Gathering | None:
+        """Return a gathering that has begun, as it is at this moment, or None."""
+        gathering = self._gatherings.get(str(key))
+        return None if gathering is None else self._present(gathering)
+
+    def put(self, gathering: Gathering) -> None:
+        """Remember the newest state of a gathering."""
+        key = gathering.key
+        self._gatherings[key.text] = gathering
+        if key.run is not None:
+            self._runs[key.run] = None
+        if not gathering.is_closed:
+            self._open.add(key.text)
+            return
+        self._open.discard(key.text)
+        if key.kind == "round":
+            self._latest[key.run] = max(key.number, self._latest.get(key.run, 0))
+        elif key.kind == "admission":
+            self._admitted.setdefault(key.run, set()).add(key.site)
+
+    def forget_run(self, run: str) -> None:
+        """Forget a run in which no round has been closed."""
+        for text in [text for text, gathering in self._gatherings.items() if gathering.key.run == run]:
+            del self._gatherings[text]
+            self._open.discard(text)
+        self._runs.pop(run, None)
+        self._admitted.pop(run, None)
+        self.controls.pop(run, None)
+
+    def begin(self, key: GatheringKey, *, required: Iterable[str] = ()) -> Gathering:
+        """Return the gathering, or a fresh one if it may begin now.
+
+        Args:
+            required: Sites without which a fresh one cannot be closed at its deadline.
+
+        Raises:
+            RefusedError: What comes before is not closed yet, or the run has fewer rounds or is stopped.
+        """
+        existing = self.get(key)
+        if existing is not None:
+            return existing
+        before = prerequisite(key)
+        if before is not None and not self.is_closed(before):
+            raise RefusedError(f"{key} cannot begin before {before} is closed", "If the coordinator was restored from "
+                               "a backup, start the training without --c.", code="too_early")
+        if key.kind == "round" and self.num_rounds is not None and key.number >= self.num_rounds:
+            raise RefusedError(f"{key}: the run has {self.num_rounds} rounds, counted from 0", code="unknown_gathering")
+        return self._present(fresh_gathering(key, self.settings, required=required))
+
+    def is_closed(self, key: GatheringKey | str) -> bool:
+        """Tell whether a gathering has its result."""
+        gathering = self._gatherings.get(str(key))
+        return gathering is not None and gathering.is_closed
+
+    # ---------------------------------------------------------------------------------------- who is expected where
+    def control(self, run: str) -> RunControl:
+        """Return what has been said about a run."""
+        return self.controls.get(run, RunControl())
+
+    def expected(self, key: GatheringKey) -> frozenset[str]:
+        """Return the sites that are to contribute to an open gathering now."""
+        sites = frozenset(self.settings.sites)
+        if key.site is not None:
+            return sites & {key.site}
+        if key.kind in ("coarse", "fine"):
+            return sites & self._contributors(prerequisite(key).text)
+        if key.kind == "initial":
+            return (sites & self._contributors(registration_key(key.run))) - self.control(key.run).left
+        if key.kind == "validation":
+            return sites & self._contributors(round_key(key.run, key.number))
+        return self.members(key.run) if key.kind == "round" else sites
+
+    def members(self, run: str) -> frozenset[str]:
+        """Return the sites that take part in the rounds of a run: registered or admitted, and not gone since."""
+        registered = self._contributors(registration_key(run)) | self._admitted.get(run, set())
+        return (registered & frozenset(self.settings.sites)) - self.control(run).left
+
+    def may_read(self, gathering: Gathering, site: str) -> bool:
+        """Tell whether a site may have the result: it is expected, takes part in the run, or plans late."""
+        key = gathering.key
+        is_late = key.kind in ("coarse", "fine") and self.is_closed(late_census_key(site))
+        return site in gathering.expected or is_late or (key.run is not None and site in self.members(key.run))
+
+    def admitted(self, run: str) -> tuple[str, ...]:
+        """Name the sites that joined a run after it had begun."""
+        return tuple(sorted(self._admitted.get(run, ())))
+
+    def _contributors(self, key: str) -> frozenset[str]:
+        gathering = self._gatherings.get(key)
+        return frozenset(gathering.outcome.contributors) if gathering and isinstance(gathering.outcome, Closed) \
+            else frozenset()
+
+    def _present(self, gathering: Gathering) -> Gathering:
+        """Return a gathering with what holds at this moment. Of a closed one, nothing changes any more."""
+        key = gathering.key
+        if isinstance(gathering.outcome, Closed):
+            outcome = gathering.outcome
+            return replace(gathering, expected=frozenset(outcome.contributors) | frozenset(outcome.missing))
+        control = self.control(key.run) if key.run else RunControl()
+        now = fresh_gathering(key, self.settings, expected=self.expected(key))
+        return replace(
+            gathering, expected=now.expected, quorum=now.quorum, floor=now.floor, deadline_s=now.deadline_s,
+            excused=frozenset(site for site, number in control.failed.items()
+                              if key.number is not None and number <= key.number),
+            is_held=control.state != "running" and key.kind in ("round", "initial"),
+            is_superseded=str(key) in control.proceeding or (
+                key.kind == "validation" and self.is_closed(round_key(key.run, key.number + 1))))
+
+    # ------------------------------------------------------------------------------------------------------ closing
+    def ready(self, now: float) -> list[Gathering]:
+        """List what can be closed now, in the order in which it should be."""
+        ready = [gathering for gathering in self.open_gatherings() if may_close(gathering, now)]
+        return sorted(ready, key=lambda one: (ORDER_OF_CLOSING.get(one.key.kind, 1), one.key.number or 0))
+
+    def next_due(self) -> float | None:
+        """Return when the next gathering closes by itself."""
+        return min((due for gathering in self.open_gatherings() if (due := due_at(gathering)) is not None),
+                   default=None)
+
+    def restarted(self, now: float) -> None:
+        """Let deadlines count from the coordinator's start: nobody could contribute while it was away."""
+        for text in self._open:
+            gathering = self._gatherings[text]
+            if gathering.outcome is None:
+                self._gatherings[text] = replace(gathering, opened=now)
+
+    def open_gatherings(self) -> list[Gathering]:
+        """List the gatherings that have begun and have no result; among them those that were refused."""
+        return [self._present(self._gatherings[text]) for text in sorted(self._open) if text in self._gatherings]
+
+    # --------------------------------------------------------------------------------------------------------- runs
+    @property
+    def num_rounds(self) -> int | None:
+        """Number of rounds of every run; None where the trainers decide, so that a run never counts as complete."""
+        return self.settings.num_epochs
+
+    def runs(self) -> list[str]:
+        """Name the runs that some site has registered for."""
+        return sorted(self._runs)
+
+    def has_run(self, run: str) -> bool:
+        """Tell whether some site has registered for a run."""
+        return run in self._runs
+
+    def latest_round(self, run: str) -> Gathering | None:
+        """Return the last round of a run that is closed, or None."""
+        return self.get(round_key(run, self._latest[run])) if run in self._latest else None
+
+    def closed_at(self, run: str, rounds: int) -> list[float]:
+        """Return when the last rounds of a run were closed, at most so many, in order."""
+        last = self._latest.get(run, -1)
+        found = (self._gatherings.get(round_key(run, number)) for number in range(max(0, last + 1 - rounds), last + 1))
+        return [one.outcome.time for one in found if one is not None and isinstance(one.outcome, Closed)]
+
+    def run_state(self, run: str) -> RunState:
+        """Say how far a run is. Of one that nobody has registered for, all fields are empty."""
+        registration = self.get(registration_key(run))
+        latest = self.latest_round(run)
+        next_round = 0 if latest is None else latest.key.number + 1
+        control = self.control(run)
+        complete = self.num_rounds is not None and next_round >= self.num_rounds
+        is_over = complete or control.state == "stopped"
+        takes_updates = self.is_closed(initial_key(run)) and not is_over
+        return RunState(run=run, registered=tuple(sorted(registration.contributions)) if registration else (),
+                        members=tuple(sorted(self.members(run))), left=tuple(sorted(control.left)),
+                        state="complete" if complete else control.state, num_rounds=self.num_rounds, closed=is_over,
+                        open_round=next_round if takes_updates else None,
+                        rounds_closed=next_round)

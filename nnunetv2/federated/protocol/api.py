@@ -1,0 +1,308 @@
+"""Every message that travels as a plain JSON body, as models of protocol 1."""
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.protocol.messages import (
+    MAX_SITES,
+    PROTOCOL,
+    Count,
+    Digest,
+    Finite,
+    LongText,
+    Part,
+    Positive,
+    SiteName,
+    SiteNames,
+    Text,
+    WithAdditions,
+    WithPrecision,
+)
+from nnunetv2.utilities.plain_text import printable
+
+ShownText = Annotated[LongText, AfterValidator(lambda text: printable(text, most=8000))]
+"""What people read, and others may have put into words: printable once it was read."""
+
+LEAST_SITES = 2
+"""What is made of one site is that site's own."""
+MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
+
+
+class FederationSettings(WithPrecision):
+    """What holds for every site of a federation, fixed when it was created."""
+
+    ADDED = ("precision", "min_sites")
+
+    federation: Text
+    sites: SiteNames
+    matching: Literal["name", "resolution"] = "name"
+    weighting: Literal["cases", "uniform"] = "cases"
+    num_epochs: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    num_iterations_per_epoch: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    num_val_iterations_per_epoch: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    quorum: Annotated[int, Field(ge=1, le=MAX_SITES)] | None = None
+    """Smallest number of sites with which a round may close at its deadline. None: all of them."""
+    deadline_s: Positive | None = None
+    """Seconds after its first contribution at which a round closes with its quorum. None: it waits."""
+    late_updates: Literal["drop", "carry"] = "drop"
+    """An update that comes after its round was closed does not count, or counts in the round that is open then."""
+    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 5
+    """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
+    min_sites: MinSites = LEAST_SITES
+    """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
+
+
+def check_floor(settings: FederationSettings) -> None:
+    """Raise FederationError if the smallest number of sites contradicts the other settings."""
+    if settings.min_sites > len(settings.sites):
+        raise FederationError(f"--min-sites {settings.min_sites} is more than the {len(settings.sites)} sites: nothing "
+                              "could ever be averaged")
+    if settings.quorum is not None and settings.quorum < settings.min_sites:
+        raise FederationError(f"--quorum {settings.quorum} is less than --min-sites {settings.min_sites}, with fewer "
+                              f"than which no round is closed: choose a quorum of {settings.min_sites} or more")
+
+
+def check_quorum(settings: FederationSettings) -> None:
+    """Raise FederationError if no round could ever close with the quorum, or the deadline would change nothing."""
+    if settings.quorum is not None and settings.quorum > len(settings.sites):
+        raise FederationError(f"--quorum {settings.quorum} is more than the {len(settings.sites)} sites")
+    if settings.quorum is not None and settings.deadline_s is None:
+        raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
+    if settings.deadline_s is not None and settings.quorum is None:
+        raise FederationError("--deadline needs --quorum: without one, a round waits for all sites, however late they "
+                              "are")
+
+
+def check_late_updates(settings: FederationSettings) -> None:
+    """Raise FederationError if updates are to be carried although no round closes before they come."""
+    if settings.late_updates == "carry" and settings.deadline_s is None:
+        raise FederationError("--late-updates carry needs --quorum and --deadline: without them no update is late, "
+                              "since every round waits for all sites")
+
+
+class SettingsChange(Part):
+    """What an operator may change while a federation is at work; what is not given stays."""
+
+    quorum: Annotated[int, Field(ge=1, le=MAX_SITES)] | None = None
+    deadline_s: Positive | None = None
+    late_updates: Literal["drop", "carry"] = "drop"
+    validate_every: Annotated[int, Field(ge=0, le=10**7)] = 5
+    min_sites: MinSites = LEAST_SITES
+    """May be raised, never lowered: sites have joined with that promise."""
+
+
+class InviteRequest(Part):
+    """An operator invites somebody."""
+
+    name: SiteName
+    role: Literal["site", "observer", "operator"] = "site"
+    lifetime_s: Annotated[float, Field(gt=0, le=366 * 86_400)] = 14 * 86_400.0
+
+
+class InviteAnswer(Part):
+    """An invitation, as the one word that the member types."""
+
+    name: SiteName
+    role: Literal["site", "observer", "operator"]
+    invitation: LongText
+    expires: Finite
+
+
+class JoinRequest(Part):
+    protocol: Literal[1] = PROTOCOL
+    invitation: Annotated[str, Field(min_length=1, max_length=500)]
+    token: Annotated[str, Field(min_length=16, max_length=500)]
+    """The secret that the site has made for itself and stored before asking."""
+
+
+class JoinAnswer(Part):
+    protocol: Literal[1] = PROTOCOL
+    federation: Text
+    site: SiteName
+    """Name of the member, which may be an observer or an operator too."""
+    role: Literal["site", "observer", "operator"] = "site"
+    settings: FederationSettings
+
+
+class Offer(Part):
+    """What a site is about to contribute. The answer may spare it the upload."""
+
+    digest: Digest
+    size: Count
+    """Bytes."""
+
+
+class Wanted(Part):
+    """The document that was offered is wanted."""
+
+    offset: Count = 0
+    """How many bytes of it have arrived already."""
+
+
+class Receipt(Part):
+    """A contribution is durably stored."""
+
+    digest: Digest
+    """SHA-256 of the stored contribution, which is an earlier one where `already` is true."""
+    already: bool = False
+    key: Text = ""
+    """The gathering in which it counts, where that is not the one it was sent to: a late update can count in the next
+    round."""
+    waiting_for: SiteNames = ()
+
+
+LACKS_HEADER = "X-Sites-Lacking"
+"""Where `Waiting.lacks` travels."""
+
+
+class Waiting(Part):
+    waiting_for: SiteNames
+    paused: bool = False
+    """Whether the operator has paused the run."""
+    lacks: Annotated[Count, Field(exclude=True)] = 0
+    """How many further sites it takes although nobody in particular is waited for. Travels as a header: an older site
+    would refuse the field, and its training end."""
+
+
+class Problem(Part):
+    """Why a request failed."""
+
+    code: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
+    message: ShownText
+    remedy: ShownText = ""
+
+
+class RunState(Part):
+    """How far a run of training has come."""
+
+    run: Text
+    registered: SiteNames = ()
+    open_round: Count | None = None
+    """The round that takes updates now; None before the initial weights are known and after the last round."""
+    num_rounds: Count | None = None
+    closed: bool = False
+    """Whether there will be no more rounds: the run is complete, or the operator has stopped it."""
+    state: Literal["running", "paused", "stopped", "complete"] = "running"
+    rounds_closed: Count = 0
+    members: SiteNames = ()
+    """Sites that take part in its rounds now; empty before the registration is closed."""
+    left: SiteNames = ()
+
+
+class RunOutlook(Part):
+    """What will become of a run's averages, as it is known once its sites have registered."""
+
+    run: Text
+    trainer: Text = ""
+    """Class that builds the network of the common model; empty where there will be none."""
+    obstacle: LongText = ""
+    """Why there will be no common model."""
+
+
+class Outlooks(Part):
+    """What will become of the averages of every run whose sites have registered.
+
+    An answer of its own: sites that do not know it yet do not ask, and could not read it as part of another.
+    """
+
+    runs: Annotated[tuple[RunOutlook, ...], Field(max_length=10_000)] = ()
+
+
+class FailureReport(Part):
+    """A site cannot go on, and says so instead of sending old weights."""
+
+    run: Text
+    round: Count | None = None
+    reason: LongText
+
+
+class RunAction(Part):
+    """What an operator wants of a run, or a site of its own part in it."""
+
+    action: Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
+    gathering: Text | None = None
+    """The gathering to close with what there is, for `proceed`."""
+
+
+class SiteStatus(Part):
+    site: SiteName
+    joined: bool
+    state: Literal["invited", "active", "revoked"] = "invited"
+    last_seen: Finite | None = None
+    """Seconds since 1970, by the coordinator's clock."""
+    bytes_received: Count = 0
+    bytes_sent: Count = 0
+
+
+class GatheringStatus(WithAdditions):
+    ADDED = ("lacks",)
+
+    key: Text
+    contributed: SiteNames
+    waiting_for: SiteNames
+    opened: Finite
+    """Seconds since 1970, by the coordinator's clock."""
+    refusal: ShownText = ""
+    """Why there is no result although all have contributed."""
+    lacks: Count = 0
+    """How many further sites have to contribute before it may be closed, whoever is waited for: `min_sites` says so."""
+
+
+class FailureStatus(Part):
+    site: SiteName
+    run: Text
+    round: Count | None
+    reason: ShownText
+    time: Finite
+
+
+class TrafficStatus(Part):
+    """What one site and the coordinator have sent each other for one gathering."""
+
+    site: SiteName
+    key: Text
+    bytes_received: Count
+    """Bytes that the coordinator received."""
+    bytes_sent: Count
+
+
+class ValidationStatus(Part):
+    """How good the last validated aggregate of a run is on the data of all sites together."""
+
+    round: Count
+    dice: Annotated[tuple[Finite | None, ...], Field(max_length=10_000)]
+    """Per class or region."""
+    mean_dice: Finite | None
+    ema_dice: Finite | None
+    best_round: Count | None
+    best_ema_dice: Finite | None
+
+
+class RunProgress(Part):
+    """How fast a run is, and how good."""
+
+    run: Text
+    last_closed: Finite | None = None
+    """When its last round was closed; seconds since 1970, by the coordinator's clock."""
+    round_s: Finite | None = None
+    """Median seconds from one closing to the next, of the last rounds."""
+    validation: ValidationStatus | None = None
+
+
+class Status(Part):
+    """What the federation is doing, for people to look at."""
+
+    federation: Text
+    time: Finite = 0.0
+    """Seconds since 1970, by the coordinator's clock."""
+    sites: Annotated[tuple[SiteStatus, ...], Field(max_length=MAX_SITES)]
+    waiting: Annotated[tuple[GatheringStatus, ...], Field(max_length=10_000)] = ()
+    runs: Annotated[tuple[RunState, ...], Field(max_length=10_000)] = ()
+    progress: Annotated[tuple[RunProgress, ...], Field(max_length=10_000)] = ()
+    """Of the same runs."""
+    failures: Annotated[tuple[FailureStatus, ...], Field(max_length=10_000)] = ()
+    traffic: Annotated[tuple[TrafficStatus, ...], Field(max_length=10_000)] = ()
+    """Of the gatherings that were busy last."""

@@ -1,0 +1,275 @@
+"""One site's way through a training run: register, start from common weights, exchange every round, rejoin.
+
+Knows weights as named arrays and the coordinator as a `Transport`; knows nothing of networks, trainers or files.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from nnunetv2.federated.aggregation.half_precision import ErrorFeedback
+from nnunetv2.federated.aggregation.matching import SHAREABLE
+from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError, WireError
+from nnunetv2.federated.exchanges.outlook import Outlook
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.site.results import check_round
+from nnunetv2.federated.site.transport import Transport
+
+Weights = Mapping[str, np.ndarray]
+"""Local name -> array: float32, or as they came from the coordinator, which may be float16."""
+VALIDATION_PATIENCE_S = 120.0
+"""How long to try to deliver what nobody waits for."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a site that starts or returns has to go on."""
+
+    epoch: int
+    """The next epoch to train; the number of rounds that were closed if the run is over."""
+    weights: Weights
+    """The shared weights to go on with, under the site's own names."""
+    begins: bool = False
+    """Whether the run begins now, with the initial weights of the sites that take part in it."""
+    is_over: bool = False
+    """Whether there is nothing left to train: the run is complete, or the operator has stopped it."""
+
+
+class RunSession:
+    """A site's membership in one training run.
+
+    Args:
+        transport: The way to the coordinator.
+        site: Name of this site.
+        run: Name of the run, see `messages.run_name`.
+    """
+
+    def __init__(self, transport: Transport, *, site: str, run: str) -> None:
+        self.transport = transport
+        self.site = site
+        self.run = run
+        self.match: messages.Match | None = None
+        self._tensors: dict[str, messages.TensorEntry] = {}
+        """Local name -> what this site has registered."""
+        self._feedback: ErrorFeedback | None = None
+
+    def register(self, registration: messages.Registration) -> messages.Match:
+        """Say what this site trains, wait for the others, and learn what is shared.
+
+        A run that has begun without this site admits it; one that it has left takes it back.
+
+        Raises:
+            RefusedError: The networks, labels or channels of the sites do not go together.
+            WireError: The tensors that the coordinator takes for shared are not those of this site.
+        """
+        state = self.transport.run_state(self.run, plans=registration.plans.get("plans_name"))
+        self.run = state.run  # another one where the sites have trained with other plans before
+        has_begun = bool(state.members or state.left)
+        key = messages.registration_key(self.run)
+        if has_begun and self.site not in state.registered:
+            key = messages.admission_key(self.run, self.site)
+        answer = self.transport.exchange(key, registration).message
+        if self.site in state.left:
+            self.transport.act(self.run, "return")
+        if self.site not in answer.coverage:
+            raise MatchingError(f"site {self.site} is not among those that registered for run {self.run}")
+        self._tensors = {entry.name: entry for entry in registration.tensors}
+        check_match(answer, self.site, self._tensors)
+        self.match = answer
+        self._feedback = ErrorFeedback() if answer.precision == "float16" else None
+        return answer
+
+    def describe_outlook(self) -> str:
+        """Say what will become of the averages, as the coordinator foresees it."""
+        try:
+            outlooks = self.transport.outlooks().runs
+        except RefusedError as error:
+            if error.code != "unknown_path":
+                raise
+            return "Whether there will be a common model, this coordinator (an older version) says when the run is over"
+        found = next((one for one in outlooks if one.run == self.run), None)
+        text = "it is not known whether there will be a common model" if found is None \
+            else str(Outlook(found.trainer, found.obstacle))
+        return text[0].upper() + text[1:]
+
+    @property
+    def local_names(self) -> dict[str, str]:
+        """Canonical name -> this site's own name, of every tensor that it shares."""
+        return {name: sites[self.site] for name, sites in self._match().shared.items() if self.site in sites}
+
+    def _match(self) -> messages.Match:
+        if self.match is None:
+            raise FederationError("register first: what is shared is not known yet")
+        return self.match
+
+    def start(self, epoch: int, weights: Weights, *, staleness: int = 0) -> Position:
+        """Find out where to go on, and with which weights.
+
+        Args:
+            epoch: The epoch that the site would train next on its own. It may be one ahead of the run: a site that
+                saved its weights before an exchange that did not come about trains that epoch again.
+            weights: Its present weights. Where the run has not begun, those that this site owns become everybody's.
+            staleness: By how many more epochs a site may be ahead, because it trains on while a round is exchanged.
+
+        Raises:
+            FederationError: The site's checkpoint is ahead of the run, so it belongs to another federation; or the
+                operator has stopped the run before there was anything to go on from.
+        """
+        state = self.transport.run_state(self.run)
+        if state.closed and state.rounds_closed == 0:
+            raise FederationError(f"the operator has stopped run {self.run} before its first round was closed. "
+                                  "Ask the coordinating site")
+        if not state.closed and state.open_round is None:
+            if epoch > 0 and self.site in self._match().initial_owner.values():
+                raise FederationError(
+                    f"run {self.run} has not begun, and this site's checkpoint is at epoch {epoch}: what it has "
+                    "trained alone would go to all others as it is, for they begin with its weights. Start without --c")
+            is_registered = self.site in state.registered
+            return Position(0, self._begin(weights, is_registered=is_registered), begins=is_registered)
+        next_round = state.rounds_closed if state.closed else state.open_round
+        check_round(next_round)
+        if epoch > next_round + 1 + staleness:
+            raise FederationError(
+                f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
+                "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
+                "this run, or use the credential of the other federation.")
+        key = messages.round_key(self.run, next_round - 1) if next_round else messages.initial_key(self.run)
+        return Position(next_round, self._fetch(key), is_over=state.closed)
+
+    def exchange(self, number: int, weights: Weights,
+                 update: messages.Update) -> tuple[Weights, messages.Aggregate]:
+        """Send the shared weights of a round, wait until it closes, and return the aggregate under local names.
+
+        It may be that of another round, as its message says: of a later one if this site was late, of an earlier one
+        if the operator has stopped the run.
+
+        Args:
+            update: What travels with the weights.
+
+        Raises:
+            NonFiniteError: The weights hold NaN or infinity; nothing was sent.
+            PrecisionError: A weight is too large for the precision of the federation; nothing was sent.
+            FederationError: This site has left the run.
+        """
+        shared = self._under_canonical_names(weights, self.local_names)
+        check_finite(weights)
+        shared = shared if self._feedback is None else self._feedback.encode(shared)
+        try:
+            document = self.transport.exchange(messages.round_key(self.run, number), update, shared)
+        except RefusedError as error:
+            raise self._explained(error) from error
+        if self._feedback is not None and self.site in document.message.contributors:
+            self._feedback.settle()
+        return self._read(document), document.message
+
+    def wants_validation(self, aggregate: messages.Aggregate, *, is_last: bool) -> bool:
+        """Tell whether this site is to validate an aggregate: every so many rounds, as the operator says now."""
+        if aggregate.round is None or self.site not in aggregate.contributors:
+            return False
+        try:
+            every = self.transport.settings(patience_s=VALIDATION_PATIENCE_S).validate_every
+        except FederationError:
+            return False  # a coordinator that is away is the next exchange's affair
+        return every > 0 and (is_last or (aggregate.round + 1) % every == 0)
+
+    def send_validation(self, number: int, found: messages.Validation) -> str | None:
+        """Contribute what validating the aggregate of a round has shown; return why not, if it is not taken.
+
+        Nobody waits for it, and no training ends because of it.
+        """
+        try:
+            self.transport.contribute(messages.validation_key(self.run, number), found,
+                                      patience_s=VALIDATION_PATIENCE_S)
+        except FederationError as error:
+            return str(error)
+        return None
+
+    def _begin(self, weights: Weights, *, is_registered: bool) -> Weights:
+        """Give the initial weights that this site owns, and get all. A newcomer owns none."""
+        key = messages.initial_key(self.run)
+        if not is_registered:
+            return self._fetch(key)
+        owned = {name: local for name, local in self.local_names.items() if self.match.initial_owner[name] == self.site}
+        update = self._under_canonical_names(weights, owned)
+        check_finite(update)
+        if self._feedback is not None:
+            self._feedback.encode(update)  # raises for what could not come back
+        return self._read(self.transport.exchange(key, messages.Update(), update))
+
+    def _explained(self, error: RefusedError) -> FederationError:
+        """Say why this site is not expected in a round, where it has left the run itself."""
+        if error.code == "not_expected" and self.site in self.transport.run_state(self.run).left:
+            return FederationError(f"site {self.site} has left run {self.run}: its rounds go on without it. "
+                                   "nnUNetv2_train ... --c returns to it")
+        return error
+
+    def _fetch(self, key: str) -> Weights:
+        return self._read(self.transport.result(key))
+
+    @staticmethod
+    def _under_canonical_names(weights: Weights, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+        return {name: weights[local] for name, local in sorted(names.items())}
+
+    def _read(self, document: Document) -> Weights:
+        """Map the aggregate to local names, checked as the coordinator checks an update.
+
+        Raises:
+            WireError: A tensor is missing, so that the site would train on half a network, or not expected; one has
+                another shape or dtype than it is to have, or holds NaN or infinity.
+        """
+        names = self.local_names
+        missing, unexpected = names.keys() - document.specs.keys(), document.specs.keys() - names.keys()
+        if missing:
+            raise WireError(f"the coordinator's aggregate lacks tensor {min(missing)} ({len(missing)} in all)")
+        if unexpected and self._tensors:
+            raise WireError(f"the coordinator's aggregate holds tensor {min(unexpected)}, which is not shared "
+                            f"({len(unexpected)} in all)")
+        weights = {local: document.read(name) for name, local in names.items()}
+        for name, local in names.items():
+            self._check_tensor(name, weights[local], self._tensors.get(local))
+        return weights
+
+    def _check_tensor(self, name: str, values: np.ndarray, registered: messages.TensorEntry | None) -> None:
+        """Raise WireError unless a tensor is finite, of floating point, and of the dtype and shape expected."""
+        problem = None
+        if values.dtype.kind != "f":
+            problem = f"is of {values.dtype}"
+        elif registered is not None:
+            expected = TensorSpec("F32" if self._feedback is None else "F16", registered.shape)
+            found = TensorSpec.of(values)
+            problem = f"is {found}, expected {expected}" if found != expected else None
+        if problem is None and not np.isfinite(values).all():
+            problem = "holds NaN or infinity"
+        if problem is not None:
+            raise WireError(f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the "
+                            "coordinating site")
+
+    def report_failure(self, number: int | None, reason: str) -> None:
+        """Tell the coordinator that this site cannot go on, so that the others know whom they wait for."""
+        self.transport.report_failure(self.run, number, reason)
+
+
+def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages.TensorEntry]) -> None:
+    """Raise WireError unless all that a site is to share are distinct tensors of its own, and can be shared.
+
+    Args:
+        tensors: Its own name -> what it has registered.
+    """
+    shared = [sites[site] for sites in match.shared.values() if site in sites]
+    unknown = sorted(name for name in shared if name not in tensors or tensors[name].dtype not in SHAREABLE)
+    if unknown:
+        raise WireError(f"the coordinator takes tensor {unknown[0]} for shared, which site {site} does not have or "
+                        f"cannot share ({len(unknown)} of {len(shared)}): use matching versions")
+    if len(set(shared)) < len(shared):
+        raise WireError(f"the coordinator takes a tensor of site {site} for several: use matching versions")
+
+
+def check_finite(weights: Weights) -> None:
+    """Raise NonFiniteError, naming the tensor, if any value is NaN or infinite."""
+    broken = [name for name, values in weights.items() if not np.isfinite(values).all()]
+    if broken:
+        raise NonFiniteError(f"tensor {broken[0]} holds NaN or infinity ({len(broken)} of {len(weights)} tensors do): "
+                             "nothing was sent. Look at the last losses, and go on from the last checkpoint with --c")

@@ -1,0 +1,418 @@
+"""Connect a site to its coordinator over HTTP: contribute, wait, download, and outlast what networks do.
+
+The site only ever asks; nobody calls it. Every request may be repeated, so a broken connection, a coordinator that is
+down for hours and a site that was killed have one remedy: ask again.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+import requests
+
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
+from nnunetv2.federated.exchanges.document_limits import result_limits
+from nnunetv2.federated.exchanges.exchange import parse_key
+from nnunetv2.federated.privacy import allow_list
+from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
+from nnunetv2.federated.protocol.messages import PooledCensus
+from nnunetv2.federated.protocol.strict_json import encode_json
+from nnunetv2.federated.site import results
+from nnunetv2.federated.site.credential import SiteCredential, check_transport_is_safe, check_url
+from nnunetv2.federated.site.transports.http_requests import (
+    LARGEST_ANSWER,
+    NoAnswerError,
+    RangeError,
+    check_status,
+    foreign_answer,
+    open_session,
+    read_answer,
+    translated_errors,
+)
+from nnunetv2.utilities.plain_text import printable, show
+from nnunetv2.utilities.resumable_download import OversizedError, PartialDownload
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+    Model = TypeVar("Model", bound=BaseModel)
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+GIVE_UP_AFTER_S = 86_400.0
+GIVE_UP_VARIABLE = "nnUNet_fed_give_up_after_h"
+TIMEOUT_S = 60.0
+POLL_S = 25.0
+"""How long the coordinator may hold an answer back while it waits for other sites."""
+CONNECT_TIMEOUT_S = 10.0
+FAILURE_TIMEOUT_S = 3.0
+TRYING_AGAIN = "; trying again"
+LONGEST_PAUSE_S = 60.0
+LARGEST_STATUS = 32 << 20
+"""Bytes: it lists sites for every run and open gathering."""
+OFFER_FROM_BYTES = 64 << 10
+"""From this size on, a document is announced before it is sent."""
+
+
+def show_progress(text: str) -> None:
+    """Show a line of progress to the person at the terminal."""
+    show(text, flush=True)
+
+
+def patience_from_environment() -> float:
+    """Return for how many seconds the people at this site let it wait for a coordinator that is away.
+
+    Raises:
+        ValueError: The environment variable holds no number of hours.
+    """
+    text = os.environ.get(GIVE_UP_VARIABLE)
+    if text is None:
+        return GIVE_UP_AFTER_S
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = -1.0
+    if not 0 <= hours < float("inf"):
+        raise ValueError(f"{GIVE_UP_VARIABLE} is {text!r}: set it to a number of hours, such as 48")
+    return hours * 3600
+
+
+class FederationClient:
+    """A site's connection to its coordinator; a `Transport`. For one thread at a time.
+
+    Args:
+        credential: Who the site is, and where the coordinator.
+        report: Told in one line what the site waits for, whenever that changes.
+        give_up_after_s: How long the coordinator may be away before `CoordinatorUnreachable` is raised. None: as the
+            environment variable nnUNet_fed_give_up_after_h says, else a day.
+        timeout_s: How long a connection may be silent before it counts as broken.
+        pause_s: First pause before asking again; it doubles up to a minute.
+    """
+
+    def __init__(self, credential: SiteCredential, *, report: Callable[[str], object] = logger.info,
+                 give_up_after_s: float | None = None, timeout_s: float = TIMEOUT_S, pause_s: float = 1.0) -> None:
+        check_transport_is_safe(credential.url, insecure=credential.insecure)
+        self.credential = credential
+        self.give_up_after_s = patience_from_environment() if give_up_after_s is None else give_up_after_s
+        self.timeout_s = timeout_s
+        self.pause_s = pause_s
+        self._report = report
+        self._last_line: str | None = None
+        self._session = open_session(credential)
+        self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-", ignore_cleanup_errors=True)
+        self._document: Document | None = None
+        self._number = 0
+        self._num_cases: int | None = None
+        """Cases of all sites, once the coordinator has said it."""
+        self._weights_bytes: dict[str, int] = {}
+        """Run -> bytes of the weights that this site has registered for it."""
+        self._is_closing = threading.Event()
+
+    def close(self) -> None:
+        """Close connections and remove temporary files. The last result cannot be read any more.
+
+        An exchange that another thread is waiting for ends with an error, at the latest with its next request.
+        """
+        self._is_closing.set()
+        self._forget_document()
+        self._session.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> FederationClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------- exchanges
+    def exchange(self, key: str, message: messages.Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+                 specs: Mapping[str, TensorSpec] | None = None) -> Document:
+        """Contribute to a gathering, wait until it is closed, and return its result.
+
+        Args:
+            tensors: Name -> array of a dtype that travels.
+            specs: Dtype and shape of the tensors, where they are not to be taken from the arrays.
+
+        Returns:
+            The result. It stays open until the next call of `exchange` or `result`. A round that took place without
+            this site gives the aggregate of the last round; its message says which.
+
+        Raises:
+            RefusedError: The contribution is not accepted, or the contributions do not go together.
+            NotJoinedError: The coordinator does not know this site.
+            CoordinatorUnreachable: It did not answer for `give_up_after_s`.
+            WireError: What it sends is not the result of such a gathering, or larger than it can be.
+        """
+        receipt = self.contribute(key, message, tensors, specs=specs)
+        document = self.result(results.check_receipt(key, receipt.key))
+        if receipt.already and is_late(self.credential.site, key, document.message):
+            self._say(f"{key}: this site's update came when the round was closed already: it did not count")
+        return document
+
+    def contribute(self, key: str, message: messages.Message, tensors: Mapping[str, np.ndarray] | None = None, *,
+                   specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> api.Receipt:
+        """Send this site's part of a gathering. Doing so again changes nothing.
+
+        This is the one place where documents leave the site; what its allow-list does not name stays.
+
+        Args:
+            patience_s: How long the coordinator may be away, where that differs from `give_up_after_s`.
+
+        Raises:
+            NotAllowedError: The allow-list of this site does not name a field or tensor; nothing was sent.
+        """
+        if isinstance(message, messages.Registration):
+            self._weights_bytes[parse_key(key).run] = results.weights_bytes(message)
+        tensors = tensors or {}
+        specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
+        allow_list.check_document(message, specs, url=self.credential.url)
+        document = OutgoingDocument(message, specs, tensors)
+        offer = api.Offer(digest=document.digest, size=document.size)
+        attempts = 0
+
+        def send() -> api.Receipt:
+            nonlocal attempts
+            attempts += 1
+            # What is large, or may have arrived although its receipt did not, is announced before it is sent.
+            answer = api.Wanted()
+            if offer.size >= OFFER_FROM_BYTES or attempts > 1:
+                answer = self._offer(key, offer)
+            return answer if isinstance(answer, api.Receipt) else self._upload(key, document, answer.offset)
+
+        receipt = self._persist(send, patience_s)
+        if receipt.already and receipt.digest != document.digest:
+            self._say(f"{key}: the coordinator holds another contribution of this site, which counts; what was sent "
+                      "now is dropped. A second training with this site's credential, or one that was started again")
+        elif receipt.key:
+            self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
+        return receipt
+
+    def result(self, key: str) -> Document:
+        """Wait until a gathering is closed and return its result; see `exchange`."""
+        self._forget_document()
+        largest = results.largest_result(key, self._weights_bytes.get(parse_key(key).run, 0))
+        download = PartialDownload(self._new_path(), largest=largest)
+        # The first answer comes at once, so that people see whom they wait for.
+        waiting = self._persist(lambda: self._poll(key, download, wait_s=0))
+        while waiting is not None:
+            if waiting.paused:
+                self._say(f"{key}: the operator has paused the run")
+            elif waiting.waiting_for:
+                self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
+            elif waiting.lacks:
+                self._say(f"{key}: too few sites take part at the moment, waiting for {waiting.lacks} more "
+                          "(--min-sites or --quorum of the coordinator)")
+            waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
+        limits = result_limits(parse_key(key).kind, num_cases=self._num_cases)
+        self._document = open_document(download.path, limits=replace(limits, file_bytes=largest))
+        try:
+            results.check_result(key, self._document.message)
+        except WireError:
+            self._forget_document()
+            raise
+        if isinstance(self._document.message, PooledCensus):
+            self._num_cases = self._document.message.num_cases
+        return self._document
+
+    # ------------------------------------------------------------------------------------------------- questions
+    def settings(self, *, patience_s: float | None = None) -> api.FederationSettings:
+        """Return what holds for all sites of the federation."""
+        return self._persist(lambda: self._ask("GET", "settings", api.FederationSettings), patience_s)
+
+    def run_state(self, run: str, *, plans: str | None = None) -> api.RunState:
+        """Return how far a training run is; with `plans`, the one that a training with these plans belongs to."""
+        query = "" if plans is None else f"?plans={quote(plans, safe='')}"
+        return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}{query}", api.RunState))
+
+    def outlooks(self) -> api.Outlooks:
+        """Return which runs will have a common model, and why others will not."""
+        return self._persist(lambda: self._ask("GET", "outlooks", api.Outlooks))
+
+    def fetch_model(self, run: str, path: Path, *, largest: int | None = None) -> None:
+        """Write the model of a run that is over, a zip file; in several connections, if need be.
+
+        Args:
+            largest: Bytes that it may have.
+
+        Raises:
+            RefusedError: The run goes on, or the coordinator keeps no model of it.
+            WireError: It is larger.
+        """
+        download = PartialDownload(path, largest=largest)
+        self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
+
+    def act(self, run: str, action: str, gathering: str | None = None) -> api.RunState:
+        """Steer a run, as an operator, or leave it or return to it, as a site."""
+        body = api.RunAction(action=action, gathering=gathering)
+        return self._persist(lambda: self._ask("POST", f"runs/{quote(run)}/actions", api.RunState, json_body=body))
+
+    def status(self) -> api.Status:
+        """Return what the federation is doing."""
+        return self._persist(lambda: self._ask("GET", "status", api.Status, largest=LARGEST_STATUS))
+
+    def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
+        """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises.
+
+        With a connection of its own: the other one may be in use by a thread that waits for a round.
+        """
+        timeout_s = min(FAILURE_TIMEOUT_S, self.timeout_s)
+        try:
+            report = api.FailureReport(run=run, round=round_number, reason=reason[:8000])
+            allow_list.check_body("failure_report", report, url=self.credential.url)
+            with open_session(self.credential) as session, translated_errors(), session.post(
+                    f"{self.credential.url}/v1/failures", data=encode_json(report), timeout=timeout_s, stream=True,
+                    allow_redirects=False) as response:
+                check_status(response)
+                if response.status_code != 204:
+                    raise foreign_answer(response)
+        except (FederationError, ValueError) as error:
+            logger.warning("the coordinator could not be told of the failure: %s", error)
+
+    # -------------------------------------------------------------------------------------------------- requests
+    def _ask(self, method: str, path: str, model: type[Model], *, json_body: BaseModel | None = None,
+             largest: int = LARGEST_ANSWER) -> Model:
+        """Send one request with a small answer."""
+        data = None if json_body is None else encode_json(json_body)
+        with self._request(method, path, data=data) as response:
+            return read_answer(model, response, largest)
+
+    def _offer(self, key: str, offer: api.Offer) -> api.Receipt | api.Wanted:
+        """Ask whether a document is wanted, and from which byte on."""
+        with self._request("POST", f"offers/{quote(key)}", data=encode_json(offer)) as response:
+            return read_answer(api.Wanted if response.status_code == 202 else api.Receipt, response)
+
+    def _upload(self, key: str, document: OutgoingDocument, offset: int) -> api.Receipt:
+        """Send a document from a byte on."""
+        headers, size = {"X-Content-SHA256": document.digest}, document.size
+        if 0 < offset < size:
+            headers["Content-Range"] = f"bytes {offset}-{size - 1}/{size}"
+        document.seek(offset if offset < size else 0)
+        with self._request("PUT", f"gatherings/{quote(key)}", data=document, headers=headers) as response:
+            return read_answer(api.Receipt, response)
+
+    def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> api.Waiting | None:
+        """Ask once for a result, going on behind what there is of it; None once it is there completely."""
+        return self._download(f"gatherings/{quote(key)}?wait={wait_s:g}", download)
+
+    def _download(self, path: str, download: PartialDownload) -> api.Waiting | None:
+        """Ask once for a file or its rest; return None once it is there completely, or what it waits for."""
+        try:
+            with self._request("GET", path, headers=download.headers()) as response:
+                if response.status_code == 202:
+                    lacks = re.fullmatch("[0-9]{1,4}", response.headers.get(api.LACKS_HEADER, "0"))
+                    return read_answer(api.Waiting, response).model_copy(
+                        update={"lacks": int(lacks[0]) if lacks else 0})
+                expected = response.headers.get("X-Content-SHA256", "")
+                if not re.fullmatch("[0-9a-f]{64}", expected):  # a coordinator sends no file without
+                    raise foreign_answer(response)
+                digest = download.receive(response, tag=f'"{expected}"')
+        except RangeError:
+            download.forget()
+            raise
+        except OversizedError as error:
+            download.path.unlink(missing_ok=True)
+            raise WireError(f"what the coordinator sends for {path.partition('?')[0]} is refused: {error}") from error
+        if digest != expected:
+            download.forget()
+            raise NoAnswerError("what the coordinator sent was damaged on its way")
+        return None
+
+    @contextmanager
+    def _request(self, method: str, path: str, *, data: Any = None,
+                 headers: Mapping[str, str] | None = None) -> Iterator[requests.Response]:
+        """Send one request and yield the answer if it is a good one.
+
+        Raises:
+            NoAnswerError: Asking again may help.
+            RefusedError: The coordinator says no.
+            NotJoinedError: It does not know this site.
+        """
+        with translated_errors():
+            response = self._session.request(method, f"{self.credential.url}/v1/{path}", data=data, headers=headers,
+                                             stream=True, allow_redirects=False,
+                                             timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s))
+            with response:
+                check_status(response)
+                yield response
+
+    def _persist(self, ask: Callable[[], Answer], patience_s: float | None = None) -> Answer:
+        """Ask until there is an answer, with growing pauses, for as long as the site is willing to wait."""
+        pause, patience_s = self.pause_s, self.give_up_after_s if patience_s is None else patience_s
+        first_failure: float | None = None
+        while True:
+            if self._is_closing.is_set():
+                raise FederationError("the connection was closed while it was in use")
+            try:
+                answer = ask()
+            except NoAnswerError as error:
+                now = time.monotonic()
+                if first_failure is None:
+                    first_failure = now  # most likely a connection that was idle for too long: not worth a line
+                else:
+                    self._say(f"{error}{TRYING_AGAIN}")
+                remaining = first_failure + patience_s - now
+                if remaining <= 0:
+                    raise CoordinatorUnreachable(f"the coordinator at {self.credential.url} has not answered for "
+                                                 f"{patience_s:g} s: {error}") from error
+                # Sites do not come back all at once.
+                if self._is_closing.wait(min(max(pause * random.uniform(0.5, 1.0), error.wait_s), remaining)):
+                    raise FederationError("the connection was closed while it was in use") from error
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                if first_failure is not None and self._last_line is not None and self._last_line.endswith(TRYING_AGAIN):
+                    self._say("the coordinator answers again")
+                return answer
+
+    def _say(self, line: str) -> None:
+        """Report a line unless it is what was reported last."""
+        line = printable(line)
+        if line != self._last_line:
+            self._last_line = line
+            self._report(line)
+
+    # ----------------------------------------------------------------------------------------------------- files
+    def _new_path(self) -> Path:
+        self._number += 1
+        return Path(self._folder.name) / f"{self._number}.safetensors"
+
+    def _forget_document(self) -> None:
+        """Close and delete the last result, so that files do not pile up over a thousand rounds."""
+        if self._document is not None:
+            self._document.close()
+            self._document.path.unlink(missing_ok=True)
+            self._document = None
+
+
+# -------------------------------------------------------------------------------------------------------- functions
+def is_late(site: str, key: str, message: messages.Message) -> bool:
+    """Tell whether a result shows that what a site had sent to a gathering came too late to count."""
+    from nnunetv2.federated.protocol.messages import Aggregate
+
+    if not isinstance(message, Aggregate) or message.round is None:
+        return False
+    return site not in message.contributors or key.rpartition("/")[2] != str(message.round)
+
+
+def request_to_join(credential: SiteCredential, invitation: str) -> api.JoinAnswer:
+    """Ask the coordinator once to let a site join with the secret of its invitation."""
+    request = api.JoinRequest(invitation=invitation, token=credential.token)
+    with open_session(credential, with_token=False) as session, translated_errors(), session.post(
+            f"{check_url(credential.url)}/v1/join", data=encode_json(request), timeout=CONNECT_TIMEOUT_S, stream=True,
+            allow_redirects=False) as response:
+        check_status(response)
+        return read_answer(api.JoinAnswer, response)

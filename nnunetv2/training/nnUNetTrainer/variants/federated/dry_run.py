@@ -1,0 +1,66 @@
+"""Foresee what a site would register and send if it trained, from its plans alone."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.messages import Registration
+from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
+from nnunetv2.training.networks import build_network
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
+    METRICS,
+    METRICS_OF_VALIDATION,
+    FederatedTraining,
+)
+from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_training
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+
+@dataclass(frozen=True)
+class ForeseenTraining:
+    """What is known of a training before it begins."""
+
+    registration: Registration
+    metrics: tuple[str, ...]
+    """Names of the figures of an epoch that travel with its update."""
+    later_metrics: tuple[str, ...]
+    """Names of those that travel with the update of the next epoch."""
+    num_classes: int
+    """Foreground classes or regions, whose voxels are counted in a validation."""
+
+
+def foresee_training(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], *, configuration: str,
+                     trainer_name: str, num_cases: int,
+                     pretrained_weights: Path | None = None) -> ForeseenTraining:
+    """Build the network that would be trained, for the names and shapes of its tensors.
+
+    Args:
+        num_cases: All cases of the site; a fold registers those that it trains with.
+        pretrained_weights: Checkpoint that it would start from.
+
+    Raises:
+        FederationError: The trainer is none for federations.
+    """
+    trainer = recursive_find_trainer_class_by_name(trainer_name)
+    if not issubclass(trainer, FederatedTraining):
+        raise FederationError(f"{trainer_name} trains without a federation: nothing leaves the site")
+    manager = PlansManager(dict(plans))
+    description, labels = manager.get_configuration(configuration), manager.get_label_manager(dataset_json)
+    network = build_network(
+        trainer.build_network_architecture, plans_manager=manager, configuration_manager=description,
+        dataset_json=dataset_json, num_output_channels=labels.num_segmentation_heads, enable_deep_supervision=True,
+        num_input_channels=determine_num_input_channels(manager, description, dataset_json))
+    registration = describe_training(
+        network, plans=plans, dataset_json=dataset_json, configuration=configuration, fold=0, trainer=trainer,
+        num_training_cases=num_cases, mirroring_axes=rotation_and_patch_size(description.patch_size)[3],
+        requires_equal_plans=trainer.requires_equal_plans,
+        pretrained_weights=None if pretrained_weights is None else file_digest(pretrained_weights))
+    classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    return ForeseenTraining(registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (),
+                            len(classes))

@@ -1,0 +1,206 @@
+"""Whole federations as users run them: real commands, real processes, real HTTP over loopback."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patience import PATIENCE_S
+from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
+
+from nnunetv2.federated.commands.simulate import (
+    LocalSite,
+    RunningProcess,
+    SimulationError,
+    find_command,
+    run_everywhere,
+    running_coordinator,
+    site_environment,
+    wait_for_all,
+)
+
+pytestmark = pytest.mark.slow
+
+RUN = f"{CONFIGURATION}.fold_0.nnUNetTrainerAsymFedAvg"
+
+
+def plan(sites: list[LocalSite], folder: Path, mode: str = "ffe") -> None:
+    run_everywhere(sites, lambda site: plan_command(site, mode), step="plan", log_folder=folder)
+    for site in sites:
+        shrink_plans(site)
+
+
+def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
+    sites = make_sites(tmp_path)
+    options = ("--epochs", "2", "--iterations", "2", "--val-iterations", "1")
+    with running_coordinator(tmp_path / "coordinator", sites, options):
+        plan(sites, tmp_path / "logs")
+        run_everywhere(sites, train_command, step="train", log_folder=tmp_path / "logs")
+        own = [final_weights(site) for site in sites]
+        run_everywhere(sites, lambda site: [
+            "nnUNetv2_fed_fetch_model", "-o", str(tmp_path / site.name), "--install", "--replace"],
+            step="fetch", log_folder=tmp_path / "logs")
+    first, second = own
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+    model = tmp_path / "coordinator" / "models" / f"nnUNetTrainerAsymFedAvg__nnUNetPlans__{CONFIGURATION}"
+    images = Path(sites[0].environment["nnUNet_raw"]) / f"Dataset{sites[0].dataset}_Phantom" / "imagesTs"
+    run_everywhere(sites[:1], lambda _: [
+        "nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", "0", "-i", str(images), "-o",
+        str(tmp_path / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"],
+        step="predict", log_folder=tmp_path / "logs")
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["phantom_005.nii.gz"]
+    run_everywhere(sites, lambda site: [  # what was fetched has the name that it has at the first site
+        "nnUNetv2_predict", "-d", f"Dataset{sites[0].dataset}_Phantom", "-c", CONFIGURATION, "-f", "0",
+        "-tr", "nnUNetTrainerAsymFedAvg", "-chk", "checkpoint_best.pth", "-i", str(images), "-o",
+        str(tmp_path / site.name / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"],
+        step="predict_best", log_folder=tmp_path / "logs")
+    assert all((tmp_path / site.name / "out" / "phantom_005.nii.gz").is_file() for site in sites)
+
+
+def test_sites_with_plans_of_their_own_share_what_matches(tmp_path):
+    sites = make_sites(tmp_path)
+    options = ("--epochs", "2", "--iterations", "1", "--val-iterations", "1", "--matching", "resolution")
+    with running_coordinator(tmp_path / "coordinator", sites, options):
+        plan(sites, tmp_path / "logs", mode="asym")
+        shrink_plans(sites[1], features=4)
+        edit_deepest_stage(sites[1])
+        run_everywhere(sites, train_command, step="train", log_folder=tmp_path / "logs")
+    first, second = (final_weights(site) for site in sites)
+    name = "encoder.stages.0.0.convs.0.conv.weight"
+    np.testing.assert_array_equal(first[name], second[name])
+    different = [n for n in first.keys() & second.keys() if first[n].shape != second[n].shape]
+    assert different, "the networks were meant to differ"
+
+
+def edit_deepest_stage(site: LocalSite) -> None:
+    """Give the bottleneck another width, so that the sites' networks differ there."""
+    path = Path(site.environment["nnUNet_preprocessed"]) / f"Dataset{site.dataset}_Phantom" / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]["features_per_stage"][-1] += 2
+    path.write_text(json.dumps(plans))
+
+
+def test_equal_plans_are_demanded_by_the_trainer_that_averages_whole_networks(tmp_path):
+    sites = make_sites(tmp_path)
+    with running_coordinator(tmp_path / "coordinator", sites, ("--epochs", "2", "--iterations", "1")):
+        plan(sites, tmp_path / "logs")
+        edit_deepest_stage(sites[1])
+        with pytest.raises(SimulationError, match="features_per_stage"):
+            run_everywhere(sites, lambda site: train_command(site, trainer="nnUNetTrainerFedAvg"), step="train",
+                           log_folder=tmp_path / "logs")
+
+
+def test_killed_coordinator_and_killed_site_complete_the_run(tmp_path):
+    sites = make_sites(tmp_path)
+    options = ["--epochs", "4", "--iterations", "2", "--val-iterations", "1"]
+    folder, logs = tmp_path / "coordinator", tmp_path / "logs"
+    with running_coordinator(folder, sites, options):
+        plan(sites, logs)
+    coordinator = Coordinator(folder, sites, options, logs)
+    coordinator.start()
+    lines: list[str] = []
+    training = [start_training(site, logs, lines) for site in sites]
+    try:
+        wait_for_line(lines, r"\[north\] .*Round 0:", training)
+        coordinator.kill()
+        time.sleep(1)
+        coordinator.start()
+        wait_for_line(lines, r"\[south\] .*Round 1:", training)
+        os.kill(training[1].pid, signal.SIGKILL)
+        training[1].finish_reading()
+        training[1] = start_training(sites[1], logs, lines, "--c")
+        wait_for_all(training)
+    finally:
+        for process in training:
+            process.stop()
+        coordinator.kill()
+    first, second = (final_weights(site) for site in sites)
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+
+
+def test_a_site_that_joins_a_running_federation_types_the_same_commands(tmp_path):
+    *sites, late = make_sites(tmp_path, num_sites=3)
+    folder, logs = tmp_path / "coordinator", tmp_path / "logs"
+    lines: list[str] = []
+    training: list[RunningProcess] = []
+    options = ("--epochs", "4", "--iterations", "1", "--val-iterations", "1")
+    with running_coordinator(folder, sites, options, show=lines.append):
+        plan(sites, logs)
+        training += [start_training(site, logs, lines) for site in sites]
+        try:
+            wait_for_line(lines, r"\[north\] .*Round 1:", training)
+            administrate(folder, "pause", RUN)  # so that the machine's pace decides nothing
+            join(late, administrate(folder, "invite", late.name))
+            plan([late], logs)
+            training.append(start_training(late, logs, lines))
+            wait_for_line(lines, r"\[west\] .*the operator has paused the run", training)
+            administrate(folder, "resume", RUN)
+            wait_for_all(training)
+        finally:
+            for process in training:
+                process.stop()
+    shown = "\n".join(lines)
+    assert "site west plans late" in shown and "site west has planned late" in shown
+    first, *others = (final_weights(site) for site in (*sites, late))
+    for other in others:
+        assert first.keys() == other.keys()
+        for name, values in first.items():
+            np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+def administrate(folder: Path, *words: str) -> str:
+    return subprocess.run([find_command("nnUNetv2_fed_admin"), "--folder", str(folder), *words], check=True, text=True,
+                          capture_output=True).stdout
+
+
+def join(site: LocalSite, text: str) -> None:
+    invitation = re.search(r"nnunet-fed:\S+", text)[0]
+    subprocess.run([find_command("nnUNetv2_fed_join"), invitation], check=True, capture_output=True,
+                   env={**os.environ, "nnUNet_fed_site": str(site.credential)})
+
+
+class Coordinator:
+    """A coordinator process that can be killed and started again on the same folder and port."""
+
+    def __init__(self, folder: Path, sites: list[LocalSite], options: list[str], logs: Path) -> None:
+        port = json.loads((folder / "coordinator.json").read_text())["url"].rsplit(":", 1)[1].rstrip("/") \
+            if (folder / "coordinator.json").exists() else \
+            json.loads(sites[0].credential.read_text())["url"].rsplit(":", 1)[1].rstrip("/")
+        self.command = [find_command("nnUNetv2_fed_coordinator"), "--folder", str(folder), "--port", port,
+                        "--sites", *[site.name for site in sites], *options]
+        self.log = logs / "coordinator.log"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def start_training(site: LocalSite, logs: Path, lines: list[str], *options: str) -> RunningProcess:
+    program, *arguments = train_command(site, *options)
+    return RunningProcess(site.name, [find_command(program), *arguments], log_file=logs / f"{site.name}.train.log",
+                          environment=site_environment(site, num_sites=2), show=lines.append)
+
+
+def wait_for_line(lines: list[str], pattern: str, processes: list[RunningProcess],
+                  timeout_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not any(re.search(pattern, line) for line in list(lines)):
+        failed = [process.describe_failure() for process in processes if process.poll() not in (None, 0)]
+        assert not failed, failed[0]
+        assert time.monotonic() < deadline, "\n".join(["no line " + pattern, *lines[-20:]])
+        threading.Event().wait(0.02)

@@ -1,0 +1,86 @@
+"""Cut the network between sites and coordinator, in every way a network has: the result stays the same to the bit.
+
+NNUNET_FED_MATRIX=full cuts it 10 times for 60 s; without it, the cuts take a second or two.
+"""
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from bad_network import TROUBLES, BadNetwork
+from fake_federation import RUN, in_threads, make_client, make_settings, served, train, wait_until
+from patience import PATIENCE_S
+
+import nnunetv2.federated.site.transports.http as client_module
+from nnunetv2.federated.protocol.messages import registration_key, round_key
+
+FULL = os.environ.get("NNUNET_FED_MATRIX") == "full"
+SITES = ("A", "B", "C")
+NUM_ROUNDS = 150 if FULL else 18
+CUT_S = 60.0 if FULL else 1.0
+CUTS = TROUBLES * 2
+PAUSE_S = 1.0 if FULL else 0.1
+GOOD_S = (5.0, 20.0) if FULL else (0.05, 0.4)
+"""How long the network is good between two cuts."""
+SHAPES = {"encoder.weight": (512, 1024), "encoder.bias": (512,), "head.weight": (64, 512)}
+"""Two MiB: uploads that can break, and that go on where they broke."""
+
+
+def take_part(client, number: int, pause_s: float) -> str:
+    return train(client, seed=number, num_rounds=NUM_ROUNDS, num_cases=number + 1, pause_s=pause_s, shapes=SHAPES)
+
+
+def run_all(clients, pause_s: float = 0.0) -> list[object]:
+    try:
+        return in_threads(*(lambda c=client, n=number: take_part(c, n, pause_s) for number, client in
+                            enumerate(clients)), timeout_s=CUT_S * 2 * len(CUTS) + PATIENCE_S)
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> str:
+    settings = make_settings(sites=SITES, num_epochs=NUM_ROUNDS)
+    with served(tmp_path_factory.mktemp("undisturbed") / "federation", settings) as federation:
+        first, *others = run_all([federation.client(site) for site in SITES])
+    assert others == [first, first]
+    return first
+
+
+@pytest.mark.timeout(CUT_S * 30 + 600)
+def test_a_run_survives_ten_cuts_of_every_kind(tmp_path, undisturbed, monkeypatch):
+    if not FULL:
+        monkeypatch.setattr(client_module, "POLL_S", 0.5)
+    monkeypatch.setattr(client_module, "LONGEST_PAUSE_S", CUT_S / 10)  # be there when the network is good
+    with served(tmp_path / "federation", make_settings(sites=SITES, num_epochs=NUM_ROUNDS)) as federation:
+        network = BadNetwork(int(federation.url.rpartition(":")[2]), seed=3)
+        clients = [make_client(replace(federation.credential(site), url=f"http://127.0.0.1:{network.port}"),
+                               give_up_after_s=600.0, timeout_s=30.0 if FULL else 1.5) for site in SITES]
+        digests: list[object] = []
+        sites = threading.Thread(target=lambda: digests.extend(run_all(clients, pause_s=PAUSE_S)), daemon=True)
+        sites.start()
+        cuts, rng = 0, random.Random(5)
+        for trouble in CUTS:
+            time.sleep(rng.uniform(*GOOD_S))
+            cuts += sites.is_alive()
+            hits = network.hits[trouble]
+            network.set_trouble(trouble)
+            time.sleep(CUT_S)
+            wait_until(lambda: network.hits[trouble] > hits or not sites.is_alive())  # noqa: B023 - called at once
+            network.set_trouble(None)
+        sites.join(CUT_S * 15 + PATIENCE_S)
+        assert not sites.is_alive(), "the sites hang"
+        network.close()
+        print(f"{cuts} cuts of {CUT_S:g} s: {dict(network.hits)}")
+        assert digests == [undisturbed] * len(SITES)
+        store = federation.coordinator.store
+        assert store.load_result_digest(round_key(RUN, NUM_ROUNDS - 1)) == undisturbed
+        contributions = [(event.site, event.key) for event in store.load_events("contribution")]
+        assert len(contributions) == len(set(contributions)) == len(SITES) * (NUM_ROUNDS + 2)
+        assert (SITES[0], registration_key(RUN)) in contributions
+        assert set(network.hits) == set(TROUBLES) and cuts >= (10 if FULL else 6)
