@@ -1,4 +1,5 @@
 """Package nnU-Net with native federated learning."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,20 +9,16 @@ COMMANDS = {
     "nnUNetv2_extract_fingerprint": "experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
     "nnUNetv2_plan_experiment": "experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
     "nnUNetv2_preprocess": "experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry",
-    "nnUNetv2_move_plans_between_datasets":
-        "experiment_planning.plans_for_pretraining.move_plans_between_datasets:entry_point_move_plans_between_datasets",
+    "nnUNetv2_move_plans_between_datasets": "experiment_planning.plans_for_pretraining.move_plans_between_datasets:entry_point_move_plans_between_datasets",
     "nnUNetv2_convert_MSD_dataset": "dataset_conversion.convert_MSD_dataset:entry_point",
-    "nnUNetv2_convert_old_nnUNet_dataset":
-        "dataset_conversion.convert_raw_dataset_from_old_nnunet_format:convert_entry_point",
+    "nnUNetv2_convert_old_nnUNet_dataset": "dataset_conversion.convert_raw_dataset_from_old_nnunet_format:convert_entry_point",
     "nnUNetv2_train": "run.run_training:run_training_entry",
     "nnUNetv2_predict": "inference.predict_from_raw_data:predict_entry_point",
     "nnUNetv2_predict_from_modelfolder": "inference.predict_from_raw_data:predict_entry_point_modelfolder",
     "nnUNetv2_evaluate_folder": "evaluation.evaluate_predictions:evaluate_folder_entry_point",
     "nnUNetv2_find_best_configuration": "evaluation.find_best_configuration:find_best_configuration_entry_point",
-    "nnUNetv2_accumulate_crossval_results":
-        "evaluation.find_best_configuration:accumulate_crossval_results_entry_point",
-    "nnUNetv2_determine_postprocessing":
-        "postprocessing.remove_connected_components:entry_point_determine_postprocessing_folder",
+    "nnUNetv2_accumulate_crossval_results": "evaluation.find_best_configuration:accumulate_crossval_results_entry_point",
+    "nnUNetv2_determine_postprocessing": "postprocessing.remove_connected_components:entry_point_determine_postprocessing_folder",
     "nnUNetv2_apply_postprocessing": "postprocessing.remove_connected_components:entry_point_apply_postprocessing",
     "nnUNetv2_ensemble": "ensembling.ensemble:entry_point_ensemble_folders",
     "nnUNetv2_plot_overlay_pngs": "utilities.overlay_plots:entry_point_generate_overlay",

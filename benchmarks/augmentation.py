@@ -7,6 +7,7 @@ Time is the processor time of the process, all its threads: other jobs on the ma
     python -m benchmarks.augmentation                 # 3d, 2d and thin patches
     python -m benchmarks.augmentation --task 3d --rounds 9
 """
+
 from __future__ import annotations
 
 import argparse
@@ -105,8 +106,13 @@ class LoaderProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "nnUNet_compile": "f"}
         environment.pop("PYTHONPATH", None)
         self._process = subprocess.Popen(
-            [str(python), "-c", WORKER, json.dumps({**vars(task), "folder": str(folder)})], text=True, cwd=folder,
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            [str(python), "-c", WORKER, json.dumps({**vars(task), "folder": str(folder)})],
+            text=True,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         while self._read_line() != "ready":
             pass  # imports may print
 
@@ -146,8 +152,15 @@ def write_cases(folder: Path, task: Task, number: int = 3) -> None:
         blocks, chunks = comp_blosc2_params((1, *task.shape), task.patch, 4)
         blocks_seg, chunks_seg = comp_blosc2_params((1, *task.shape), task.patch, 1)
         nnUNetDatasetBlosc2.save_case(
-            image[None], seg[None], {"class_locations": locations}, str(folder / f"case_{case}"), chunks=chunks,
-            blocks=blocks, chunks_seg=chunks_seg, blocks_seg=blocks_seg)
+            image[None],
+            seg[None],
+            {"class_locations": locations},
+            str(folder / f"case_{case}"),
+            chunks=chunks,
+            blocks=blocks,
+            chunks_seg=chunks_seg,
+            blocks_seg=blocks_seg,
+        )
 
 
 def _draw_labels(task: Task, rng: np.random.Generator) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -175,8 +188,10 @@ def measure(name: str, rounds: int = 5, *, reference: Path = REFERENCE) -> dict[
     task = TASKS[name]
     with tempfile.TemporaryDirectory(prefix="augmentation-") as folder:
         write_cases(Path(folder), task)
-        with LoaderProcess(Path(sys.executable), task, Path(folder)) as ours, \
-                LoaderProcess(reference, task, Path(folder)) as theirs:
+        with (
+            LoaderProcess(Path(sys.executable), task, Path(folder)) as ours,
+            LoaderProcess(reference, task, Path(folder)) as theirs,
+        ):
             seconds = _alternate(ours, theirs, task.batches, rounds)
     samples = task.batches * task.batch_size
     our_median, their_median = (median(column) for column in zip(*seconds))
@@ -203,8 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.task:
         result = measure(name, options.rounds)
         patch = "x".join(map(str, TASKS[name].patch))
-        print(f"| {name} | {patch} | {result['reference']:.2f} | {result['ours']:.2f} | {result['ratio']:.2f} |",
-              flush=True)
+        print(
+            f"| {name} | {patch} | {result['reference']:.2f} | {result['ours']:.2f} | {result['ratio']:.2f} |",
+            flush=True,
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
 """Count what crosses the network: a TCP relay that stands between one site and the coordinator."""
+
 from __future__ import annotations
 
 import socket

@@ -6,6 +6,7 @@ Rows are written directly: what is measured is reading, not the rounds themselve
 fastest request, so that what else the machine does hardly counts. The overview is asked for at intervals at which it
 is computed anew. All should be the same after any number of rounds: the last column is the ratio to the first block.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,8 +30,12 @@ from nnunetv2.federated.protocol.messages import initial_key, registration_key, 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
 INTERVAL_S = 0.6
 """Between two requests: an overview is shared for half a second."""
-PATHS = {"status": "v1/status", "overview": "v1/overview", "figures": "metrics",
-         "curves": f"v1/runs/{RUN}/curves?since={{since}}"}
+PATHS = {
+    "status": "v1/status",
+    "overview": "v1/overview",
+    "figures": "metrics",
+    "curves": f"v1/runs/{RUN}/curves?since={{since}}",
+}
 DIGEST = "0" * 64
 
 
@@ -38,8 +43,9 @@ def write_history(folder: Path, *, sites: int, rounds: int) -> None:
     """Write a federation of which so many rounds are over."""
     names = tuple(f"s{number:03d}" for number in range(sites))
     with Store(folder) as store:
-        create_federation(store, FederationSettings(federation="history", sites=names, num_epochs=10**6),
-                          now=time.time())
+        create_federation(
+            store, FederationSettings(federation="history", sites=names, num_epochs=10**6), now=time.time()
+        )
     with sqlite3.connect(folder / DATABASE_FILE) as database:
         last = database.execute("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1").fetchone()
         keys = [registration_key(RUN), initial_key(RUN), *(round_key(RUN, number) for number in range(rounds))]
@@ -52,30 +58,58 @@ def write_history(folder: Path, *, sites: int, rounds: int) -> None:
     database.close()
 
 
-def _write_gathering(database: sqlite3.Connection, key: str, names: Sequence[str], moment: float,
-                     last: tuple[int, str]) -> tuple[int, str]:
+def _write_gathering(
+    database: sqlite3.Connection, key: str, names: Sequence[str], moment: float, last: tuple[int, str]
+) -> tuple[int, str]:
     """Write a closed gathering with its lines of the log, and return number and hash of the last line."""
     outcome = {"closed": True, "time": moment + 9, "contributors": names, "missing": []}
     database.execute("INSERT INTO gatherings VALUES (?, ?, '[]', ?)", (key, moment, json.dumps(outcome)))
-    database.executemany("INSERT INTO contributions VALUES (?, ?, ?, 1000, ?)",
-                         [(key, name, DIGEST, moment) for name in names])
+    database.executemany(
+        "INSERT INTO contributions VALUES (?, ?, ?, 1000, ?)", [(key, name, DIGEST, moment) for name in names]
+    )
     database.executemany("INSERT INTO traffic VALUES (?, ?, 1000, 1000, ?)", [(name, key, moment) for name in names])
     lines = [(moment, "contribution", name, key, json.dumps({"digest": DIGEST, "bytes": 1000})) for name in names]
-    lines.append((moment + 9, "closing", None, key, json.dumps(
-        {"digest": DIGEST, "contributions": dict.fromkeys(names, DIGEST), "missing": []})))
+    lines.append(
+        (
+            moment + 9,
+            "closing",
+            None,
+            key,
+            json.dumps({"digest": DIGEST, "contributions": dict.fromkeys(names, DIGEST), "missing": []}),
+        )
+    )
     for line in lines:
         row = (last[0] + 1, *line)
         last = (row[0], audit_log.chained_hash(last[1], row))
-        database.execute("INSERT INTO events (number, time, kind, site, key, detail, hash) "
-                         "VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, last[1]))
+        database.execute(
+            "INSERT INTO events (number, time, kind, site, key, detail, hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*row, last[1]),
+        )
     return last
 
 
 def _record(number: int, names: Sequence[str], moment: float) -> dict[str, object]:
-    site = {"weight": 1.0, "digest": DIGEST, "bytes": 1000, "received": moment, "metrics": {"train_losses": 0.5},
-            "earlier": None, "change_norm": 1.0, "change_rms": 1.0}
-    return {"round": number, "opened": moment, "closed": moment + 9, "digest": DIGEST, "missing": [], "failed": [],
-            "outliers": [], "settings": {}, "sites": dict.fromkeys(names, site)}
+    site = {
+        "weight": 1.0,
+        "digest": DIGEST,
+        "bytes": 1000,
+        "received": moment,
+        "metrics": {"train_losses": 0.5},
+        "earlier": None,
+        "change_norm": 1.0,
+        "change_rms": 1.0,
+    }
+    return {
+        "round": number,
+        "opened": moment,
+        "closed": moment + 9,
+        "digest": DIGEST,
+        "missing": [],
+        "failed": [],
+        "outliers": [],
+        "settings": {},
+        "sites": dict.fromkeys(names, site),
+    }
 
 
 def measure(folder: Path, *, rounds: int, requests: int) -> dict[str, float]:
@@ -83,8 +117,9 @@ def measure(folder: Path, *, rounds: int, requests: int) -> dict[str, float]:
     code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
     begin = time.monotonic()
     with (folder.parent / "coordinator.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", code, "--folder", folder, "--port", "0"], stdout=log,
-                                   stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--folder", folder, "--port", "0"], stdout=log, stderr=log
+        )
     try:
         while not (folder / "operator.json").exists():
             if process.poll() is not None or time.monotonic() - begin > 300:
@@ -94,8 +129,9 @@ def measure(folder: Path, *, rounds: int, requests: int) -> dict[str, float]:
         operator = json.loads((folder / "operator.json").read_text(encoding="utf-8"))
 
         def ask(path: str) -> Callable[[], object]:
-            request = urllib.request.Request(f"{operator['url']}/{path}",
-                                             headers={"Authorization": f"Bearer {operator['token']}"})
+            request = urllib.request.Request(
+                f"{operator['url']}/{path}", headers={"Authorization": f"Bearer {operator['token']}"}
+            )
             return lambda: urllib.request.urlopen(request, timeout=120).read()
 
         for name, path in PATHS.items():
@@ -121,11 +157,14 @@ def _milliseconds(question: Callable[[], object]) -> float:
 
 def verify_log(folder: Path) -> tuple[float, float]:
     """Verify a log, and return seconds and the most memory in MiB."""
-    code = ("import resource, sys; from nnunetv2.federated.commands.admin import main; main(sys.argv[1:]); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+    code = (
+        "import resource, sys; from nnunetv2.federated.commands.admin import main; main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, "--folder", folder, "verify-log"], capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--folder", folder, "verify-log"], capture_output=True, text=True, check=True
+    )
     return time.monotonic() - begin, float(done.stdout.split()[-1])
 
 

@@ -7,6 +7,7 @@ Both sides run the same commands on the same files with the same number of proce
 fresh process; seconds are those that a user waits, medians over the repeats. Memory is the peak of the resident memory
 of a command and all its workers together, sampled every 50 ms.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -61,8 +62,13 @@ def write_labels(path: Path, labels: np.ndarray) -> None:
 def write_dataset(folder: Path, labels: int) -> None:
     names = {"background": 0, **{f"class {number}": number for number in range(1, labels + 1)}}
     dataset_json = {"channel_names": {"0": "CT"}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
-    plans = {"dataset_name": "Dataset996_Benchmark", "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO",
-             "label_manager": "LabelManager", "configurations": {}}
+    plans = {
+        "dataset_name": "Dataset996_Benchmark",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "label_manager": "LabelManager",
+        "configurations": {},
+    }
     (folder / "dataset.json").write_text(json.dumps(dataset_json))
     (folder / "plans.json").write_text(json.dumps(plans))
 
@@ -98,8 +104,9 @@ def make_ensemble(folder: Path, options: argparse.Namespace) -> None:
         target.mkdir(parents=True)
         write_dataset(target, classes - 1)
         for number in range(options.ensemble_cases):
-            logits = np.stack([zoom(rng.normal(0, 4, coarse), np.divide(options.shape, coarse), order=1)
-                               for _ in range(classes)])
+            logits = np.stack(
+                [zoom(rng.normal(0, 4, coarse), np.divide(options.shape, coarse), order=1) for _ in range(classes)]
+            )
             probabilities = np.exp(logits - logits.max(0))
             probabilities = (probabilities / probabilities.sum(0)).astype(np.float32)
             np.savez_compressed(target / f"case_{number}.npz", probabilities=probabilities)
@@ -115,15 +122,29 @@ def write_properties(path: Path, shape: Sequence[int]) -> None:
 
 TASKS = {
     "evaluate": Task(
-        "nnunetv2.evaluation.evaluate_predictions:evaluate_folder_entry_point", make_evaluation,
-        lambda data, out: [data / "references", data / "predictions", "-djfile", data / "predictions/dataset.json",
-                           "-pfile", data / "predictions/plans.json", "-o", out / "summary.json"]),
+        "nnunetv2.evaluation.evaluate_predictions:evaluate_folder_entry_point",
+        make_evaluation,
+        lambda data, out: [
+            data / "references",
+            data / "predictions",
+            "-djfile",
+            data / "predictions/dataset.json",
+            "-pfile",
+            data / "predictions/plans.json",
+            "-o",
+            out / "summary.json",
+        ],
+    ),
     "postprocessing": Task(
         "nnunetv2.postprocessing.remove_connected_components:entry_point_determine_postprocessing_folder",
-        make_postprocessing, lambda data, out: ["-i", out / "predictions", "-ref", data / "references"]),
+        make_postprocessing,
+        lambda data, out: ["-i", out / "predictions", "-ref", data / "references"],
+    ),
     "ensemble": Task(
-        "nnunetv2.ensembling.ensemble:entry_point_ensemble_folders", make_ensemble,
-        lambda data, out: ["-i", data / "model_1", data / "model_2", "-o", out / "merged"]),
+        "nnunetv2.ensembling.ensemble:entry_point_ensemble_folders",
+        make_ensemble,
+        lambda data, out: ["-i", data / "model_1", data / "model_2", "-o", out / "merged"],
+    ),
 }
 
 
@@ -138,11 +159,21 @@ def run(python: Path, task: Task, data: Path, out: Path, processes: int) -> tupl
     # Spawned workers import the script anew, hence the guard.
     script.write_text(f"if __name__ == '__main__':\n    from {module} import {function}\n    {function}()\n")
     command = [python, script, *task.arguments(data, out), "-np", processes]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{f"nnUNet_{root}": str(out) for root in
-                                                           ("raw", "preprocessed", "results")}}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        **{f"nnUNet_{root}": str(out) for root in ("raw", "preprocessed", "results")},
+    }
     start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], env=environment, cwd=out, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        env=environment,
+        cwd=out,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     watch = _Memory(process.pid)
     output, _ = process.communicate(timeout=1800)
     seconds = time.perf_counter() - start
@@ -193,8 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     sides = {"reference": options.reference, "ours": Path(sys.executable)}
     print(f"load {os.getloadavg()[0]:.1f}, {options.np} processes, shape {options.shape}", flush=True)
-    print(f"{'':18}{'seconds':>20}{'':>9}{'memory GB':>20}\n{'':18}{'reference':>11}{'ours':>9}{'ratio':>9}"
-          f"{'reference':>11}{'ours':>9}{'ratio':>9}", flush=True)
+    print(
+        f"{'':18}{'seconds':>20}{'':>9}{'memory GB':>20}\n{'':18}{'reference':>11}{'ours':>9}{'ratio':>9}"
+        f"{'reference':>11}{'ours':>9}{'ratio':>9}",
+        flush=True,
+    )
     with TemporaryDirectory() as folder:
         for name in options.only:
             data, figures = Path(folder, name), {side: [] for side in sides}

@@ -8,6 +8,7 @@ are always on the same side. Networks, patches and batches are small, as two CPU
 
 Prints a Markdown table of test Dice per site and arm and writes it, with all settings, to WORK/result.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -61,8 +62,12 @@ def write_raw_datasets(data: Path, raw: Path) -> None:
             case = row["case"]
             (folder / f"images{kind}" / f"{case}_0000.nii.gz").symlink_to(data / "images" / f"{case}.nii.gz")
             (folder / f"labels{kind}" / f"{case}.nii.gz").symlink_to(data / "labels" / f"{case}.nii.gz")
-        description = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz",
-                       "numTraining": sum(row["split"] == "train" for row in chosen)}
+        description = {
+            "channel_names": {"0": "MRI"},
+            "labels": LABELS,
+            "file_ending": ".nii.gz",
+            "numTraining": sum(row["split"] == "train" for row in chosen),
+        }
         (folder / "dataset.json").write_text(json.dumps(description, indent=4), encoding="utf-8")
 
 
@@ -99,11 +104,21 @@ class Comparison:
         trainers = folder / "trainers"
         trainers.mkdir(exist_ok=True)
         (trainers / "nnUNetTrainerShort.py").write_text(SHORT_TRAINER, encoding="utf-8")
-        environment = {**roots, "nnUNet_extTrainer": str(trainers), "BENCHMARK_EPOCHS": str(epochs),
-                       "BENCHMARK_ITERATIONS": str(iterations)}
-        self.sites = [LocalSite(name=name, dataset=dataset_name(number), environment=environment,
-                                credential=folder / "credentials" / f"{name}.json")
-                      for number, name in enumerate([*SITES, POOLED])]
+        environment = {
+            **roots,
+            "nnUNet_extTrainer": str(trainers),
+            "BENCHMARK_EPOCHS": str(epochs),
+            "BENCHMARK_ITERATIONS": str(iterations),
+        }
+        self.sites = [
+            LocalSite(
+                name=name,
+                dataset=dataset_name(number),
+                environment=environment,
+                credential=folder / "credentials" / f"{name}.json",
+            )
+            for number, name in enumerate([*SITES, POOLED])
+        ]
 
     def everywhere(self, step: str, sites: Sequence[LocalSite], command_of) -> float:
         """Run a command at all sites and return the seconds it took."""
@@ -113,23 +128,58 @@ class Comparison:
 
     def plan(self, sites: Sequence[LocalSite], plans_name: str, *options: str) -> None:
         """Plan, shrink the plans, preprocess."""
-        self.everywhere(f"plan.{plans_name}", sites, lambda site: [
-            "nnUNetv2_plan_and_preprocess", "-d", site.dataset[7:10], "-c", CONFIGURATION, "-npfp", "1", "-np", "1",
-            "-overwrite_plans_name", plans_name, *options])
+        self.everywhere(
+            f"plan.{plans_name}",
+            sites,
+            lambda site: [
+                "nnUNetv2_plan_and_preprocess",
+                "-d",
+                site.dataset[7:10],
+                "-c",
+                CONFIGURATION,
+                "-npfp",
+                "1",
+                "-np",
+                "1",
+                "-overwrite_plans_name",
+                plans_name,
+                *options,
+            ],
+        )
         for site in sites:
             shrink_plans(self.folder / "nnUNet_preprocessed" / site.dataset, plans_name)
 
     def train(self, sites: Sequence[LocalSite], plans_name: str, trainer: str) -> float:
         """Train at all sites at the same time."""
-        return self.everywhere(f"train.{plans_name}.{trainer}", sites, lambda site: [
-            "nnUNetv2_train", site.dataset, CONFIGURATION, FOLD, "-tr", trainer, "-p", plans_name, "-device", "cpu"])
+        return self.everywhere(
+            f"train.{plans_name}.{trainer}",
+            sites,
+            lambda site: [
+                "nnUNetv2_train",
+                site.dataset,
+                CONFIGURATION,
+                FOLD,
+                "-tr",
+                trainer,
+                "-p",
+                plans_name,
+                "-device",
+                "cpu",
+            ],
+        )
 
     def federate(self, name: str, plans_name: str, *options: str) -> float:
         """Plan and train with a coordinator of their own."""
         # Each arm is a federation of its own, so that no credential and no weight is left from another one.
-        sites = [LocalSite(name=site.name, dataset=site.dataset, environment=site.environment,
-                           credential=self.folder / "credentials" / f"{site.name}.{name}.json")
-                 for site in self.sites[:-1]]
+        sites = [
+            LocalSite(
+                name=site.name,
+                dataset=site.dataset,
+                environment=site.environment,
+                credential=self.folder / "credentials" / f"{site.name}.{name}.json",
+            )
+            for site in self.sites[:-1]
+        ]
         settings = ("--epochs", str(self.epochs), "--iterations", str(self.iterations), "--val-iterations", "2")
         with running_coordinator(self.folder / f"federation_{name}", sites, settings):
             self.plan(sites, plans_name, "--federated", name, *options)
@@ -145,15 +195,45 @@ class Comparison:
         sites = self.sites[:-1]
         outputs = {site.name: self.folder / "predictions" / arm / site.name for site in sites}
         raw = self.folder / "nnUNet_raw"
-        self.everywhere(f"predict.{arm}", sites, lambda site: [
-            "nnUNetv2_predict_from_modelfolder", "-i", str(raw / site.dataset / "imagesTs"), "-o",
-            str(outputs[site.name]), "-m", model(site), "-f", FOLD, "-device", "cpu", "-npp", "1", "-nps", "1",
-            "--disable_progress_bar"])
-        self.everywhere(f"evaluate.{arm}", sites, lambda site: [
-            "nnUNetv2_evaluate_simple", str(raw / site.dataset / "labelsTs"), str(outputs[site.name]), "-l", "1", "2",
-            "-np", "1"])
-        return {name: json.loads((output / "summary.json").read_text(encoding="utf-8"))
-                for name, output in outputs.items()}
+        self.everywhere(
+            f"predict.{arm}",
+            sites,
+            lambda site: [
+                "nnUNetv2_predict_from_modelfolder",
+                "-i",
+                str(raw / site.dataset / "imagesTs"),
+                "-o",
+                str(outputs[site.name]),
+                "-m",
+                model(site),
+                "-f",
+                FOLD,
+                "-device",
+                "cpu",
+                "-npp",
+                "1",
+                "-nps",
+                "1",
+                "--disable_progress_bar",
+            ],
+        )
+        self.everywhere(
+            f"evaluate.{arm}",
+            sites,
+            lambda site: [
+                "nnUNetv2_evaluate_simple",
+                str(raw / site.dataset / "labelsTs"),
+                str(outputs[site.name]),
+                "-l",
+                "1",
+                "2",
+                "-np",
+                "1",
+            ],
+        )
+        return {
+            name: json.loads((output / "summary.json").read_text(encoding="utf-8")) for name, output in outputs.items()
+        }
 
     def run_arm(self, arm: str) -> tuple[dict[str, dict], float]:
         """Run one arm; return its summaries per site and the seconds of training."""
@@ -202,9 +282,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arm in arguments.arms:
         if arm not in result:
             summaries, seconds = comparison.run_arm(arm)
-            result[arm] = {"summaries": summaries, "training_s": seconds, "epochs": arguments.epochs,
-                           "iterations": arguments.iterations, "features": FEATURES, "batch_size": BATCH_SIZE,
-                           "patch_size": PATCH_SIZE}
+            result[arm] = {
+                "summaries": summaries,
+                "training_s": seconds,
+                "epochs": arguments.epochs,
+                "iterations": arguments.iterations,
+                "features": FEATURES,
+                "batch_size": BATCH_SIZE,
+                "patch_size": PATCH_SIZE,
+            }
             result_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
     print_table({arm: content["summaries"] for arm, content in result.items()})
     for arm, content in result.items():

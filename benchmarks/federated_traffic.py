@@ -6,6 +6,7 @@ A real coordinator process serves sites that send the weights of the default 3d_
 through a relay that counts every byte of its connection, headers of HTTP included. Also prints the time of an exchange
 and the coordinator's peak memory.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,28 +40,49 @@ def build_network(num_stages: int):
 
     features = [min(320, 32 * 2**stage) for stage in range(num_stages)]
     return PlainConvUNet(
-        1, num_stages, features, torch.nn.Conv3d, [[3] * 3] * num_stages,
-        [[1] * 3, *[[2] * 3] * (num_stages - 1)], [2] * num_stages, 3, [2] * (num_stages - 1), conv_bias=True,
-        norm_op=torch.nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=torch.nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True}, deep_supervision=True)
+        1,
+        num_stages,
+        features,
+        torch.nn.Conv3d,
+        [[3] * 3] * num_stages,
+        [[1] * 3, *[[2] * 3] * (num_stages - 1)],
+        [2] * num_stages,
+        3,
+        [2] * (num_stages - 1),
+        conv_bias=True,
+        norm_op=torch.nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=torch.nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+    )
 
 
 def describe(network) -> messages.Registration:
     """Register the network as a trainer would."""
     distinct, aliases = matching.distinct_tensors(network.state_dict())
-    data = messages.TrainingData(channel_names={"0": "CT"}, labels={"background": 0, "a": 1, "b": 2},
-                                 file_ending=".nii.gz")
+    data = messages.TrainingData(
+        channel_names={"0": "CT"}, labels={"background": 0, "a": 1, "b": 2}, file_ending=".nii.gz"
+    )
     return messages.Registration(
-        configuration="3d_fullres", fold="0", trainer="nnUNetTrainerAsymFedAvg", num_training_cases=10, plans=PLANS,
-        dataset_json=data, requires_equal_plans=False, tensors=tuple(matching.describe_tensors(distinct)),
-        aliases=aliases)
+        configuration="3d_fullres",
+        fold="0",
+        trainer="nnUNetTrainerAsymFedAvg",
+        num_training_cases=10,
+        plans=PLANS,
+        dataset_json=data,
+        requires_equal_plans=False,
+        tensors=tuple(matching.describe_tensors(distinct)),
+        aliases=aliases,
+    )
 
 
 class MeasuredSite(threading.Thread):
     """A site that sends the same weights every round and notes bytes and seconds."""
 
-    def __init__(self, site: LocalSite, registration: messages.Registration, weights: dict[str, np.ndarray],
-                 rounds: int) -> None:
+    def __init__(
+        self, site: LocalSite, registration: messages.Registration, weights: dict[str, np.ndarray], rounds: int
+    ) -> None:
         super().__init__(name=site.name, daemon=True)
         self.site, self.registration, self.weights, self.rounds = site, registration, weights, rounds
         self.sent: list[int] = []
@@ -116,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     naive = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sites = [LocalSite(name=f"site{n}", dataset="0", credential=folder / f"site{n}.json")
-                 for n in range(arguments.sites)]
+        sites = [
+            LocalSite(name=f"site{n}", dataset="0", credential=folder / f"site{n}.json") for n in range(arguments.sites)
+        ]
         options = ("--epochs", str(arguments.rounds), "--precision", arguments.precision)
         with running_coordinator(folder / "coordinator", sites, options, show=lambda line: None):
             threads = [MeasuredSite(site, registration, weights, arguments.rounds) for site in sites]
@@ -129,12 +152,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise thread.error
             state = json.loads((folder / "coordinator" / "coordinator.json").read_text(encoding="utf-8"))
             memory = peak_memory_mib(state["pid"])
-    print(f"{arguments.precision}; distinct tensors in float32: {unique / 2**20:.1f} MiB; the state dict with all "
-          f"aliases: {naive / 2**20:.1f} MiB")
+    print(
+        f"{arguments.precision}; distinct tensors in float32: {unique / 2**20:.1f} MiB; the state dict with all "
+        f"aliases: {naive / 2**20:.1f} MiB"
+    )
     for thread in threads:
         up, down = max(thread.sent) / unique, max(thread.received) / unique
-        print(f"{thread.name}: sent {max(thread.sent):,} B ({up:.4f} x), received {max(thread.received):,} B "
-              f"({down:.4f} x), median exchange {statistics.median(thread.seconds):.2f} s")
+        print(
+            f"{thread.name}: sent {max(thread.sent):,} B ({up:.4f} x), received {max(thread.received):,} B "
+            f"({down:.4f} x), median exchange {statistics.median(thread.seconds):.2f} s"
+        )
     print(f"coordinator's peak memory: {memory:.0f} MiB with {arguments.sites} sites")
     return 0
 

@@ -10,6 +10,7 @@
 
 Needs about 130 MB of disk per site in --folder (default: a temporary folder), which is removed again. Linux.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -90,8 +91,9 @@ class Memory:
     def of(cls, pid: int) -> Memory:
         """Read what a process holds now."""
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-        return cls(*(int(re.search(rf"^{name}: +([0-9]+)", text, re.M)[1]) / 1024
-                     for name in ("Rss", "Pss", "Anonymous")))
+        return cls(
+            *(int(re.search(rf"^{name}: +([0-9]+)", text, re.M)[1]) / 1024 for name in ("Rss", "Pss", "Anonymous"))
+        )
 
     def upper(self, other: Memory) -> Memory:
         """Return the larger of both, figure by figure."""
@@ -120,14 +122,20 @@ class Running:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, "--folder", str(self.folder), "--port", "0", *self.options],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
         while not state.exists():
             if self.process.poll() is not None:
                 raise RuntimeError(self.log.read_text())
             time.sleep(0.01)
         self.url = json.loads(state.read_text())["url"]
-        token = json.loads((self.folder / "operator.json").read_text())["token"] if (
-            self.folder / "operator.json").exists() else None
+        token = (
+            json.loads((self.folder / "operator.json").read_text())["token"]
+            if (self.folder / "operator.json").exists()
+            else None
+        )
         request = urllib.request.Request(f"{self.url}/v1/settings", headers={"Authorization": f"Bearer {token}"})
         with suppress_http_error(), urllib.request.urlopen(request, timeout=10):
             pass
@@ -197,8 +205,13 @@ def make_federation(folder: Path, num_sites: int, num_epochs: int = 3, validate_
     """Create a federation whose sites have all joined; return site -> token."""
     sites = tuple(f"site{index:03d}" for index in range(num_sites))
     with Store(folder) as store:
-        create_federation(store, FederationSettings(federation="benchmark", sites=sites, num_epochs=num_epochs,
-                                                    validate_every=validate_every), now=time.time())
+        create_federation(
+            store,
+            FederationSettings(
+                federation="benchmark", sites=sites, num_epochs=num_epochs, validate_every=validate_every
+            ),
+            now=time.time(),
+        )
         coordinator = Coordinator(store, announce=lambda line: None)
         tokens = {}
         for record in coordinator.members.open_invitations(time.time()):
@@ -210,11 +223,20 @@ def make_federation(folder: Path, num_sites: int, num_epochs: int = 3, validate_
 def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
     """Let all sites of a federation register and agree on the initial weights."""
     entries = tuple(messages.TensorEntry(name=name, dtype=spec.dtype, shape=spec.shape) for name, spec in specs.items())
-    data = messages.TrainingData(channel_names={"0": "CT"}, labels={"background": 0, "a": 1, "b": 2},
-                                 file_ending=".nii.gz")
+    data = messages.TrainingData(
+        channel_names={"0": "CT"}, labels={"background": 0, "a": 1, "b": 2}, file_ending=".nii.gz"
+    )
     registration = messages.Registration(
-        configuration="3d_fullres", fold="0", trainer="nnUNetTrainerFedAvg", num_training_cases=10, aliases={},
-        plans={"plans_name": "nnUNetPlans"}, dataset_json=data, requires_equal_plans=False, tensors=entries)
+        configuration="3d_fullres",
+        fold="0",
+        trainer="nnUNetTrainerFedAvg",
+        num_training_cases=10,
+        aliases={},
+        plans={"plans_name": "nnUNetPlans"},
+        dataset_json=data,
+        requires_equal_plans=False,
+        tensors=entries,
+    )
     with Store(folder) as store:
         coordinator = Coordinator(store, announce=lambda line: None)
         coordinator.closer.start()
@@ -229,8 +251,12 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
         wait_until(lambda: coordinator.book.is_closed(registration_key(RUN)))
         owners = coordinator.archive.agreement(RUN).match.initial_owner
         for site in coordinator.settings.sites:
-            send(initial_key(RUN), site, messages.Update(),
-                 {name: specs[name] for name, owner in owners.items() if owner == site})
+            send(
+                initial_key(RUN),
+                site,
+                messages.Update(),
+                {name: specs[name] for name, owner in owners.items() if owner == site},
+            )
         wait_until(lambda: coordinator.book.is_closed(initial_key(RUN)))
         coordinator.stop()
 
@@ -266,7 +292,7 @@ def disk_rate(folder: Path, size: int, number: int) -> float:
     for index in range(number):
         with (folder / f"disk{index}").open("wb", buffering=0) as file:
             for offset in range(0, size, MIB):
-                file.write(content[offset:offset + MIB])
+                file.write(content[offset : offset + MIB])
             os.fsync(file.fileno())
     seconds = time.monotonic() - begin
     for index in range(number):
@@ -278,7 +304,8 @@ def loopback_rate(path: Path, number: int = 16) -> float:
     """Return the MiB/s at which a file goes from one process to another over the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sender = multiprocessing.get_context("spawn").Process(
-            target=_send_file, args=(listener.getsockname()[1], path, number))
+            target=_send_file, args=(listener.getsockname()[1], path, number)
+        )
         sender.start()
         connection, _ = listener.accept()
         buffer, count, begin = bytearray(MIB), 0, time.monotonic()
@@ -326,13 +353,18 @@ def measure_round(folder: Path, num_sites: int) -> float:
     print(f"\n{num_sites} sites, {size / MIB:.1f} MiB each; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     print(f"  limits: disk with fsync {_range(disk)}, loopback {_range(loopback)} MiB/s")
     print(f"  upload {upload:.0f} MiB/s: {upload / limit:.0%} of the lower limit (wanted: 80 %)")
-    print(f"  aggregation {total / 1024 / closing:.2f} GiB/s in {closing:.2f} s; {alone:.2f} GiB per second of "
-          "processor time (wanted: 1.5 GiB/s)")
+    print(
+        f"  aggregation {total / 1024 / closing:.2f} GiB/s in {closing:.2f} s; {alone:.2f} GiB per second of "
+        "processor time (wanted: 1.5 GiB/s)"
+    )
     print(f"  download about {download:.0f} MiB/s; processor time of the coordinator {cpu:.1f} s")
     print(f"  memory idle: {idle}; peak: {peak}")
     allowed = 1.5 * size / MIB + 64
-    print(f"  peak over idle: RSS {peak.rss - idle.rss:.0f}, anonymous {peak.anonymous - idle.anonymous:.0f} MiB "
-          f"(wanted: at most {allowed:.0f})", flush=True)
+    print(
+        f"  peak over idle: RSS {peak.rss - idle.rss:.0f}, anonymous {peak.anonymous - idle.anonymous:.0f} MiB "
+        f"(wanted: at most {allowed:.0f})",
+        flush=True,
+    )
     return peak.rss - idle.rss
 
 
@@ -340,13 +372,21 @@ def aggregation_per_core(federation: Path, out_path: Path) -> float:
     """Sum up the round's updates once more; return GiB of input per second of processor time, whatever the load."""
     folder = federation / "gatherings" / round_key(RUN, 0)
     with ExitStack() as stack:
-        documents = {path.name: stack.enter_context(open_document(path))
-                     for path in folder.glob("*.safetensors") if not path.name.startswith("result")}
+        documents = {
+            path.name: stack.enter_context(open_document(path))
+            for path in folder.glob("*.safetensors")
+            if not path.name.startswith("result")
+        }
         before = federation / "gatherings" / initial_key(RUN) / "result.safetensors"
         previous = stack.enter_context(open_document(before))
         begin = time.process_time()
-        aggregate_documents(documents, dict.fromkeys(documents, 10.0), out_path=out_path, previous=previous,
-                            message=messages.Aggregate(round=0, contributors={"site000": 1.0}))
+        aggregate_documents(
+            documents,
+            dict.fromkeys(documents, 10.0),
+            out_path=out_path,
+            previous=previous,
+            message=messages.Aggregate(round=0, contributors={"site000": 1.0}),
+        )
         seconds = time.process_time() - begin
     out_path.unlink()
     return sum(path.stat().st_size for path in folder.glob("site*.safetensors")) / GIB / seconds
@@ -369,16 +409,21 @@ def _range(values: Sequence[float]) -> str:
 def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
     """Let sites wait for a gathering that does not close, and print what that costs the coordinator."""
     tokens = make_federation(folder / "federation", num_sites)
-    with running(folder / "federation") as coordinator, ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn")) as pool:
+    with (
+        running(folder / "federation") as coordinator,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
         answers = pool.submit(poll_for, coordinator.url, CENSUS_KEY, list(tokens.values()), seconds)
         time.sleep(27)  # all have connected and asked once
         cpu, begin = coordinator.cpu_seconds(), time.monotonic()
         while not answers.done() and time.monotonic() - begin < seconds - 30:
             time.sleep(0.2)
         share = (coordinator.cpu_seconds() - cpu) / (time.monotonic() - begin)
-        print(f"\n{num_sites} idle sites: {share:.1%} of a core (wanted: below 10 %), {answers.result()} answers in "
-              f"{seconds:.0f} s; {Memory.of(coordinator.process.pid)}", flush=True)
+        print(
+            f"\n{num_sites} idle sites: {share:.1%} of a core (wanted: below 10 %), {answers.result()} answers in "
+            f"{seconds:.0f} s; {Memory.of(coordinator.process.pid)}",
+            flush=True,
+        )
 
 
 def measure_line(folder: Path) -> None:
@@ -406,6 +451,7 @@ def measure_start(folder: Path, num_sites: int) -> None:
         coordinator.start()
         times.append(coordinator.start_time())
         from benchmarks.federation_load import contribute
+
         for token in list(tokens.values())[:3]:
             contribute(coordinator.url, round_key(RUN, 0), PlayedSite(token, *updates[0]))
         coordinator.end(signal.SIGKILL)
@@ -417,9 +463,12 @@ def measure_start(folder: Path, num_sites: int) -> None:
     write_history(folder / "old", HISTORY_ROUNDS)
     with running(folder / "old") as old:
         times.append(old.start_time())
-    print(f"\nstart to first answer: {times[0]}; after kill -9 with three updates of an open round {times[1]}; with "
-          f"{HISTORY_ROUNDS} rounds of {num_sites} sites behind it {times[2]} (wanted: below 2 s); load "
-          f"{os.getloadavg()[0]:.1f}", flush=True)
+    print(
+        f"\nstart to first answer: {times[0]}; after kill -9 with three updates of an open round {times[1]}; with "
+        f"{HISTORY_ROUNDS} rounds of {num_sites} sites behind it {times[2]} (wanted: below 2 s); load "
+        f"{os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
 
 
 def write_history(folder: Path, num_rounds: int) -> None:
@@ -432,12 +481,17 @@ def write_history(folder: Path, num_rounds: int) -> None:
                 digest = hashlib.sha256(f"{number}{site}".encode()).hexdigest()
                 gathering = with_contribution(gathering, site, Contribution(digest, 1, time.time()))
             with store._database.transaction() as connection:
-                connection.executemany("INSERT INTO contributions VALUES (?, ?, ?, ?, ?)", [
-                    (str(gathering.key), site, one.digest, one.size, one.received)
-                    for site, one in gathering.contributions.items()])
+                connection.executemany(
+                    "INSERT INTO contributions VALUES (?, ?, ?, ?, ?)",
+                    [
+                        (str(gathering.key), site, one.digest, one.size, one.received)
+                        for site, one in gathering.contributions.items()
+                    ],
+                )
             store.result_folder(gathering.key)
-            store.save_closing(replace(gathering, outcome=Closed(time.time(), settings.sites)), "0" * 64,
-                               record={"round": number})
+            store.save_closing(
+                replace(gathering, outcome=Closed(time.time(), settings.sites)), "0" * 64, record={"round": number}
+            )
             if number < num_rounds - 2:
                 store.delete_results(gathering.key)
 
@@ -448,14 +502,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sites", type=int, default=64)
     parser.add_argument("--few", type=int, default=4)
     parser.add_argument("--idle", type=int, default=500)
-    parser.add_argument("--only", nargs="+", choices=("round", "idle", "line", "start"),
-                        default=("round", "idle", "line", "start"))
+    parser.add_argument(
+        "--only", nargs="+", choices=("round", "idle", "line", "start"), default=("round", "idle", "line", "start")
+    )
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args(argv)
-    numbers = {"round": (arguments.few, arguments.sites), "idle": (arguments.idle,), "line": (0,),
-               "start": (arguments.sites,)}
-    measurements = {"round": measure_round, "idle": measure_idle, "start": measure_start,
-                    "line": lambda folder, _: measure_line(folder)}
+    numbers = {
+        "round": (arguments.few, arguments.sites),
+        "idle": (arguments.idle,),
+        "line": (0,),
+        "start": (arguments.sites,),
+    }
+    measurements = {
+        "round": measure_round,
+        "idle": measure_idle,
+        "start": measure_start,
+        "line": lambda folder, _: measure_line(folder),
+    }
     for name in arguments.only:
         for number in numbers[name]:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -10,6 +10,7 @@ How long the validation takes matters, since it hides the exchange. An epoch has
 validation, which only go forward; backward takes about twice as long as forward, so the validation takes
 50 / (3 * 250 + 50) of an epoch, 1.9 s.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -136,23 +137,34 @@ def measure(folder: Path) -> None:
     with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
         alone = pool.submit(train, folder / "alone", PLAIN, None)
         is_shaped = can_be_shaped()
-        print(f"\nepochs of {EPOCH_S:.0f} s, {VALIDATION_S:.1f} s of it validation, two sites at 1 Gbit/s "
-              f"({'shaped by the kernel' if is_shaped else 'relays'}), load {os.getloadavg()[0]:.1f}", flush=True)
-        never = measure_federation(folder / "never", pool, "nnUNetTrainerAsymFedAvg", validate_every=0,
-                                   is_shaped=is_shaped)
+        print(
+            f"\nepochs of {EPOCH_S:.0f} s, {VALIDATION_S:.1f} s of it validation, two sites at 1 Gbit/s "
+            f"({'shaped by the kernel' if is_shaped else 'relays'}), load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
+        never = measure_federation(
+            folder / "never", pool, "nnUNetTrainerAsymFedAvg", validate_every=0, is_shaped=is_shaped
+        )
         plain = statistics.median(alone.result().seconds)
         print(f"  {PLAIN}: {plain:.2f} s")
-        always = measure_federation(folder / "always", pool, "nnUNetTrainerAsymFedAvg", validate_every=1,
-                                    is_shaped=is_shaped)
-        overlapped = measure_federation(folder / "overlapped", pool, "nnUNetTrainerAsymFedAvgOverlapped",
-                                        validate_every=0, is_shaped=is_shaped)
+        always = measure_federation(
+            folder / "always", pool, "nnUNetTrainerAsymFedAvg", validate_every=1, is_shaped=is_shaped
+        )
+        overlapped = measure_federation(
+            folder / "overlapped", pool, "nnUNetTrainerAsymFedAvgOverlapped", validate_every=0, is_shaped=is_shaped
+        )
     default = never.seconds + (always.seconds - never.seconds) / DEFAULT_EVERY
     print(f"  nnUNetTrainerAsymFedAvg, no average validated: {never.beside(plain)}")
     print(f"  the same, every average validated: {always.beside(plain)}")
-    print(f"  the same, every {DEFAULT_EVERY}th validated, from these two: {default / plain - 1:.1%} (wanted: at most "
-          f"{WANTED:.0%})")
-    print(f"  nnUNetTrainerAsymFedAvgOverlapped, no average validated: {overlapped.beside(plain)}; load "
-          f"{os.getloadavg()[0]:.1f}", flush=True)
+    print(
+        f"  the same, every {DEFAULT_EVERY}th validated, from these two: {default / plain - 1:.1%} (wanted: at most "
+        f"{WANTED:.0%})"
+    )
+    print(
+        f"  nnUNetTrainerAsymFedAvgOverlapped, no average validated: {overlapped.beside(plain)}; load "
+        f"{os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -164,12 +176,15 @@ class Cost:
 
     def beside(self, plain: float) -> str:
         """Compare with the epoch of a training without a federation."""
-        return (f"{self.seconds:.2f} s, {self.seconds / plain - 1:.1%} more; {self.waited:.2f} s of it waiting for the "
-                "exchange")
+        return (
+            f"{self.seconds:.2f} s, {self.seconds / plain - 1:.1%} more; {self.waited:.2f} s of it waiting for the "
+            "exchange"
+        )
 
 
-def measure_federation(folder: Path, pool: ProcessPoolExecutor, trainer_name: str, *, validate_every: int,
-                       is_shaped: bool) -> Cost:
+def measure_federation(
+    folder: Path, pool: ProcessPoolExecutor, trainer_name: str, *, validate_every: int, is_shaped: bool
+) -> Cost:
     """Let two sites train with a coordinator of their own."""
     tokens = make_federation(folder / "federation", 2, num_epochs=NUM_EPOCHS + 2, validate_every=validate_every)
     with contextlib.ExitStack() as stack:
@@ -179,12 +194,15 @@ def measure_federation(folder: Path, pool: ProcessPoolExecutor, trainer_name: st
             credential = SiteCredential(url, "benchmark", site, token, insecure=True)
             trainings.append(pool.submit(train, folder / site, trainer_name, credential, namespace))
         epochs = [training.result() for training in trainings]
-    return Cost(statistics.median(one for site in epochs for one in site.seconds),
-                statistics.median(one for site in epochs for one in site.waited))
+    return Cost(
+        statistics.median(one for site in epochs for one in site.seconds),
+        statistics.median(one for site in epochs for one in site.waited),
+    )
 
 
-def open_lines(stack: contextlib.ExitStack, federation: Path, number: int, *,
-               is_shaped: bool) -> list[tuple[str, str | None]]:
+def open_lines(
+    stack: contextlib.ExitStack, federation: Path, number: int, *, is_shaped: bool
+) -> list[tuple[str, str | None]]:
     """Run a coordinator behind so many lines; return where each site reaches it, and from which namespace."""
     if is_shaped:
         namespaces = stack.enter_context(shaped_lines(number, GIGABIT))

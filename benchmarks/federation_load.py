@@ -3,6 +3,7 @@
 A site here costs next to nothing, so that the machine's cores are the coordinator's: documents are made beforehand, go
 out by sendfile, and what comes back is counted and thrown away.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -125,8 +126,10 @@ async def _poll_all(url: str, key: str, tokens: Sequence[str], seconds: float, w
         nonlocal answers
         await asyncio.sleep(wait_s * index / len(tokens))  # sites do not ask all at once
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        request = (f"GET /v1/gatherings/{key}?wait={wait_s:g} HTTP/1.1\r\nHost: {address.netloc}\r\n"
-                   f"Authorization: Bearer {token}\r\n\r\n").encode()
+        request = (
+            f"GET /v1/gatherings/{key}?wait={wait_s:g} HTTP/1.1\r\nHost: {address.netloc}\r\n"
+            f"Authorization: Bearer {token}\r\n\r\n"
+        ).encode()
         try:
             while True:
                 writer.write(request)

@@ -7,6 +7,7 @@ with the rounding of what sites download. The trainings are those of nnU-Net's t
 with cases of their own; between the epochs weights go the way that they go in a federation, through documents, but in
 one process, so that chance is the same in float32, in float16, and in float16 whose rests are forgotten.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -53,8 +54,9 @@ def fastest(function: Callable[[], Any], repeats: int = 5) -> float:
 def large_weights(seed: int) -> dict[str, np.ndarray]:
     """Draw weights of the size of nnU-Net's default 3D network."""
     rng = np.random.default_rng(seed)
-    return {f"layer.{number:02}": rng.standard_normal(PARAMETERS // TENSORS, np.float32) / 50
-            for number in range(TENSORS)}
+    return {
+        f"layer.{number:02}": rng.standard_normal(PARAMETERS // TENSORS, np.float32) / 50 for number in range(TENSORS)
+    }
 
 
 def measure_conversion() -> None:
@@ -63,28 +65,37 @@ def measure_conversion() -> None:
     feedback = half_precision.ErrorFeedback()
     sent = feedback.encode(weights)
     feedback.settle()
-    print(f"round with feedback: {fastest(lambda: feedback.encode(weights)):.2f} s, "
-          f"widen: {fastest(lambda: [values.astype(np.float32) for values in sent.values()]):.2f} s")
+    print(
+        f"round with feedback: {fastest(lambda: feedback.encode(weights)):.2f} s, "
+        f"widen: {fastest(lambda: [values.astype(np.float32) for values in sent.values()]):.2f} s"
+    )
 
 
 def measure_closing(folder: Path) -> None:
     """Time the aggregation of three updates, and of what sites download where that is a file of its own."""
     for precision in ("float32", "float16"):
-        documents = [write(folder / f"{precision}.{site}", large_weights(seed), precision if seed else "float32")
-                     for seed, site in enumerate(("before", *SITES))]
+        documents = [
+            write(folder / f"{precision}.{site}", large_weights(seed), precision if seed else "float32")
+            for seed, site in enumerate(("before", *SITES))
+        ]
         aggregate = fastest(lambda: merge(documents[0], documents[1:], folder / "result", precision), 3)  # noqa: B023
         publish = 0.0
         if precision == "float16":
-            publish = fastest(lambda: half_precision.write_rounded(
-                open_document(folder / "result"), folder / "half", open_document(folder / "result").specs), 3)
+            publish = fastest(
+                lambda: half_precision.write_rounded(
+                    open_document(folder / "result"), folder / "half", open_document(folder / "result").specs
+                ),
+                3,
+            )
         print(f"{precision}: aggregate {aggregate:.2f} s, round and write for the sites {publish:.2f} s")
 
 
 # ------------------------------------------------------------------------------------------------------------ a round
 def write(path: Path, weights: Mapping[str, np.ndarray], precision: str = "float32") -> Path:
     """Write weights as an update."""
-    weights = {name: half_precision.rounded(values) if precision == "float16" else values
-               for name, values in weights.items()}
+    weights = {
+        name: half_precision.rounded(values) if precision == "float16" else values for name, values in weights.items()
+    }
     specs = {name: TensorSpec.of(values) for name, values in weights.items()}
     write_document(path, messages.Update(), specs, weights.values())
     return path
@@ -95,8 +106,14 @@ def merge(before: Path, updates: Sequence[Path], result: Path, precision: str) -
     with ExitStack() as stack:
         previous, *documents = [stack.enter_context(open_document(path)) for path in (before, *updates)]
         sites = dict(zip(SITES, documents))
-        aggregate_documents(sites, dict.fromkeys(sites, 1.0), out_path=result, previous=previous, precision=precision,
-                            message=messages.Aggregate(round=0, contributors=dict.fromkeys(sites, 1.0)))
+        aggregate_documents(
+            sites,
+            dict.fromkeys(sites, 1.0),
+            out_path=result,
+            previous=previous,
+            precision=precision,
+            message=messages.Aggregate(round=0, contributors=dict.fromkeys(sites, 1.0)),
+        )
 
 
 class Wire:
@@ -149,10 +166,15 @@ def make_trainers(folder: Path, rounds: int, rate: float) -> list[Any]:
         preprocessed = folder / site / "nnUNet_preprocessed"
         plans = make_tiny_dataset(preprocessed, cases=0)
         for case in range(CASES):
-            write_case(preprocessed / NAME / "nnUNetPlans_3d_fullres", preprocessed / NAME / "gt_segmentations",
-                       f"case_{case:02}", np.random.default_rng([number, case]))
-        trainer = nnUNetTrainer({**plans, "continue_training": False}, "3d_fullres", 0, make_dataset_json(),
-                                torch.device("cpu"))
+            write_case(
+                preprocessed / NAME / "nnUNetPlans_3d_fullres",
+                preprocessed / NAME / "gt_segmentations",
+                f"case_{case:02}",
+                np.random.default_rng([number, case]),
+            )
+        trainer = nnUNetTrainer(
+            {**plans, "continue_training": False}, "3d_fullres", 0, make_dataset_json(), torch.device("cpu")
+        )
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.initial_lr = rounds, ITERATIONS, rate
         trainer.print_to_log_file = lambda *words, **options: None
         trainer.initialize()
@@ -161,8 +183,9 @@ def make_trainers(folder: Path, rounds: int, rate: float) -> list[Any]:
     return trainers
 
 
-def train(folder: Path, kind: str, *, rounds: int, rate: float,
-          seed: int) -> tuple[float, float, dict[str, np.ndarray]]:
+def train(
+    folder: Path, kind: str, *, rounds: int, rate: float, seed: int
+) -> tuple[float, float, dict[str, np.ndarray]]:
     """Train at all sites; return the loss and the mean Dice of the last aggregate, and that itself."""
     from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import export_weights, import_weights_
     from nnunetv2.training.seeding import seed_everything
@@ -189,8 +212,11 @@ def train(folder: Path, kind: str, *, rounds: int, rate: float,
     dice = statistics.fmean(pooled_validation.dice_per_class(*counted))
     for trainer in trainers:
         trainer._shut_down_dataloaders()
-    return statistics.fmean(float(one["loss"]) for one in found), dice, {
-        name: values.astype(np.float64) for name, values in weights.items()}
+    return (
+        statistics.fmean(float(one["loss"]) for one in found),
+        dice,
+        {name: values.astype(np.float64) for name, values in weights.items()},
+    )
 
 
 def validate(trainers: Sequence[Any], weights: Mapping[str, np.ndarray], seed: int) -> Iterator[dict[str, Any]]:
@@ -214,8 +240,10 @@ def measure_training(folder: Path, *, rounds: int, rates: Sequence[float], seeds
     print("| rate | seed | " + " | ".join(f"{kind}: loss, Dice, distance" for kind in KINDS) + " |")
     for rate, seed in product(rates, range(seeds)):
         with redirect_stdout(StringIO()):  # trainers like to talk
-            ends = {kind: train(folder / f"{rate}.{seed}.{number}", kind, rounds=rounds, rate=rate, seed=seed)
-                    for number, kind in enumerate(KINDS)}
+            ends = {
+                kind: train(folder / f"{rate}.{seed}.{number}", kind, rounds=rounds, rate=rate, seed=seed)
+                for number, kind in enumerate(KINDS)
+            }
         reference = ends["float32"][2]
         cells = [f"{loss:.4f}, {dice:.4f}, {distance(weights, reference):.1e}" for loss, dice, weights in ends.values()]
         print(f"| {rate:g} | {seed} | " + " | ".join(cells) + " |", flush=True)

@@ -7,6 +7,7 @@ a summary of cases: the kind that may be largest, of a site that says that it ha
 a document is on its way, another site asks for the settings again and again. A line tells the answer, the seconds
 until it was there, the coordinator's peak of memory over what it held before, and the other site's longest wait.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,6 +40,8 @@ from nnunetv2.federated.protocol.messages import (
 from nnunetv2.federated.site.credential import decode_invitation, join, load_credential
 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
+
+
 def _list(item: str, size: int) -> str:
     """Return a list of equal items with about so many characters."""
     return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
@@ -62,19 +65,26 @@ SHAPES: dict[str, Callable[[int], str]] = {
 MESSAGES = {
     "plans": (plans_key("p"), '"kind":"plans_report","plans":{"x":%s}'),
     "census": (CENSUS_KEY, '"kind":"census","num_cases":3,"channel_names":{"0":"CT"},"labels":%s'),
-    "registration": (registration_key(RUN),
-                     '"kind":"registration","configuration":"3d_fullres","fold":"0","trainer":"nnUNetTrainer",'
-                     '"num_training_cases":3,"plans":{},"dataset_json":{"channel_names":{"0":"CT"},"labels":{"a":1},'
-                     '"file_ending":".nii.gz"},"requires_equal_plans":false,"tensors":%s'),
-    "coarse": (COARSE_KEY, '"kind":"coarse_summary","spacings":%s,"shapes":[[1,1,1]],"relative_sizes":[1],'
-                           '"moments":[{"count":1,"mean":1,"m2":1}],"promotes_to_float64":false'),
+    "registration": (
+        registration_key(RUN),
+        '"kind":"registration","configuration":"3d_fullres","fold":"0","trainer":"nnUNetTrainer",'
+        '"num_training_cases":3,"plans":{},"dataset_json":{"channel_names":{"0":"CT"},"labels":{"a":1},'
+        '"file_ending":".nii.gz"},"requires_equal_plans":false,"tensors":%s',
+    ),
+    "coarse": (
+        COARSE_KEY,
+        '"kind":"coarse_summary","spacings":%s,"shapes":[[1,1,1]],"relative_sizes":[1],'
+        '"moments":[{"count":1,"mean":1,"m2":1}],"promotes_to_float64":false',
+    ),
     "update": (round_key(RUN, 0), '"kind":"update","metrics":{"x":%s}'),
 }
 CASES = 100_000
 TENSORS = {"w": TensorSpec("F32", (2,))}
-LIMITS = {**{kind: OF_MESSAGE[kind].header_bytes for kind in ("plans", "census", "registration")},
-          "coarse": coarse_limits(CASES, 1, tensor_bytes=0).header_bytes,
-          "update": weights_limits(TENSORS).header_bytes}
+LIMITS = {
+    **{kind: OF_MESSAGE[kind].header_bytes for kind in ("plans", "census", "registration")},
+    "coarse": coarse_limits(CASES, 1, tensor_bytes=0).header_bytes,
+    "update": weights_limits(TENSORS).header_bytes,
+}
 """Kind -> bytes of the largest header."""
 
 
@@ -105,8 +115,12 @@ def send(url: str, token: str, key: str, body: bytes) -> str:
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=300)
     try:
         with suppress(BrokenPipeError, ConnectionResetError):  # it may be refused before it is there
-            connection.request("PUT", f"/v1/gatherings/{key}", body, {
-                "Authorization": f"Bearer {token}", "X-Content-SHA256": hashlib.sha256(body).hexdigest()})
+            connection.request(
+                "PUT",
+                f"/v1/gatherings/{key}",
+                body,
+                {"Authorization": f"Bearer {token}", "X-Content-SHA256": hashlib.sha256(body).hexdigest()},
+            )
         answer = connection.getresponse()
         content = answer.read()
         return f"{answer.status} {json.loads(content).get('message', '')}"
@@ -140,15 +154,23 @@ def go_on(url: str, tokens: dict[str, str]) -> None:
     for site, token in tokens.items():
         census = messages.Census(num_cases=CASES if site == "M" else 3, channel_names={"0": "CT"}, labels={"a": 1})
         registration = messages.Registration(
-            configuration="3d_fullres", fold="0", trainer="nnUNetTrainer", num_training_cases=3,
-            plans={"plans_name": "p"}, requires_equal_plans=False,
+            configuration="3d_fullres",
+            fold="0",
+            trainer="nnUNetTrainer",
+            num_training_cases=3,
+            plans={"plans_name": "p"},
+            requires_equal_plans=False,
             dataset_json=messages.TrainingData(channel_names={"0": "CT"}, labels={"a": 1}, file_ending=".nii.gz"),
-            tensors=(messages.TensorEntry(name="w", dtype="F32", shape=(2,)),))
+            tensors=(messages.TensorEntry(name="w", dtype="F32", shape=(2,)),),
+        )
         for key, message in ((CENSUS_KEY, census), (registration_key(RUN), registration)):
             send(url, token, key, encode_header(message, {}))
     for site, token in tokens.items():  # the tensor of both is everybody's from the site that comes first
-        update = encode_header(messages.Update(), TENSORS) + bytes(8) if site == "A" else \
-            encode_header(messages.Update(), {})
+        update = (
+            encode_header(messages.Update(), TENSORS) + bytes(8)
+            if site == "A"
+            else encode_header(messages.Update(), {})
+        )
         while not (answer := send(url, token, initial_key(RUN), update)).startswith("200"):
             if not answer.startswith("409"):
                 raise RuntimeError(answer)
@@ -180,8 +202,11 @@ def coordinator(folder: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
     log = folder.parent / "log"
     code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
     with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, "-c", code, "--folder", folder, "--port", "0", "--sites", "A", "M"],
-                                   stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--folder", folder, "--port", "0", "--sites", "A", "M"],
+            stdout=output,
+            stderr=output,
+        )
     try:
         while not (folder / "operator.json").exists():
             if process.poll() is not None:
@@ -216,11 +241,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     body = document(text % shape(size))
                     one = measure(pid, url, tokens, key, body)
                     found.append(one)
-                    print(f"{kind:12} {name:22} {len(body) / 2**20:5.1f} MiB: {one.seconds:5.2f} s, peak "
-                          f"{one.peak_mib:6.1f} MiB, others wait {one.others_wait_s:5.2f} s; {one.answer[:90]}",
-                          flush=True)
-        print(f"at most {max(one.seconds for one in found):.2f} s, {max(one.peak_mib for one in found):.1f} MiB, "
-              f"others {max(one.others_wait_s for one in found):.2f} s; afterwards {memory(pid, 'VmRSS'):.0f} MiB")
+                    print(
+                        f"{kind:12} {name:22} {len(body) / 2**20:5.1f} MiB: {one.seconds:5.2f} s, peak "
+                        f"{one.peak_mib:6.1f} MiB, others wait {one.others_wait_s:5.2f} s; {one.answer[:90]}",
+                        flush=True,
+                    )
+        print(
+            f"at most {max(one.seconds for one in found):.2f} s, {max(one.peak_mib for one in found):.1f} MiB, "
+            f"others {max(one.others_wait_s for one in found):.2f} s; afterwards {memory(pid, 'VmRSS'):.0f} MiB"
+        )
     return 0
 
 

@@ -7,6 +7,7 @@
 Each measurement is a fresh process; ours and the reference take turns, and medians count. Memory is what the processes
 of a measurement hold together at most (proportional set size), libraries and logits included.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -67,9 +68,11 @@ class Way:
 def ways(reference: Path, threads: int) -> list[Way]:
     common = {"OMP_NUM_THREADS": str(threads), "nnUNet_compile": "f"}
     ours = Path(sys.executable)
-    return [Way("reference", reference / "bin" / "python", common),
-            Way("ours, float32", ours, {**common, "nnUNet_cpu_autocast": "0"}),
-            Way("ours, bfloat16", ours, {**common, "nnUNet_cpu_autocast": "1"})]
+    return [
+        Way("reference", reference / "bin" / "python", common),
+        Way("ours, float32", ours, {**common, "nnUNet_cpu_autocast": "0"}),
+        Way("ours, bfloat16", ours, {**common, "nnUNet_cpu_autocast": "1"}),
+    ]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,11 +107,20 @@ def write_export_case(folder: Path, classes: int, scale: float) -> None:
     model = TinyModel(spacing=(2.0, 1.5, 1.5))
     dataset_json = model.dataset_json()
     dataset_json["labels"] = {"background": 0, **{f"class {i}": i for i in range(1, classes)}}
-    (folder / "case.json").write_text(json.dumps({
-        "plans": model.plans(), "dataset_json": dataset_json,
-        "properties": {"spacing": [1.0, 0.75, 0.75], "shape_before_cropping": new,
-                       "bbox_used_for_cropping": [[0, n] for n in new],
-                       "shape_after_cropping_and_before_resampling": new}}))
+    (folder / "case.json").write_text(
+        json.dumps(
+            {
+                "plans": model.plans(),
+                "dataset_json": dataset_json,
+                "properties": {
+                    "spacing": [1.0, 0.75, 0.75],
+                    "shape_before_cropping": new,
+                    "bbox_used_for_cropping": [[0, n] for n in new],
+                    "shape_after_cropping_and_before_resampling": new,
+                },
+            }
+        )
+    )
     np.save(folder / "logits.npy", draw_logits(classes, old))
 
 
@@ -127,17 +139,32 @@ def measure_predict(arguments: argparse.Namespace, folder: Path) -> None:
     write_predict_cases(folder, arguments.scale)
 
     def run(way: Way, result: Path) -> tuple[float, float]:
-        done = measure([way.command("nnUNetv2_predict_from_modelfolder"), "-i", str(folder / "images"), "-o",
-                        str(result), "-m", str(folder / "model"), "-f", "0", "-device", "cpu",
-                        "--disable_progress_bar"], way.environment)
+        done = measure(
+            [
+                way.command("nnUNetv2_predict_from_modelfolder"),
+                "-i",
+                str(folder / "images"),
+                "-o",
+                str(result),
+                "-m",
+                str(folder / "model"),
+                "-f",
+                "0",
+                "-device",
+                "cpu",
+                "--disable_progress_bar",
+            ],
+            way.environment,
+        )
         return done.seconds, done.peak_mb
 
     compared = ways(arguments.reference, arguments.threads)
     heading = f"predict {CASES} volumes of about {scaled(VOLUME, arguments.scale)}, mirroring on"
     results = compare(heading, compared, run, folder, arguments.repeats)
     for result in results[1:]:
-        report_agreement(*([read_labels(path) for path in sorted(Path(one[0]).glob("*.nii.gz"))]
-                           for one in (results[0], result)))
+        report_agreement(
+            *([read_labels(path) for path in sorted(Path(one[0]).glob("*.nii.gz"))] for one in (results[0], result))
+        )
 
 
 def write_predict_cases(folder: Path, scale: float) -> None:
@@ -152,8 +179,9 @@ def write_predict_cases(folder: Path, scale: float) -> None:
         grid = np.ogrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
         image[(grid[1] / 0.9) ** 2 + (grid[2] / 0.95) ** 2 + 0 * grid[0] > 1] = -1000
         write_nifti(image.astype(np.int16), folder / "images" / f"ct_{case}_0000.nii.gz", SPACING[::-1])
-    model = TinyModel(patch_size=(16, 32, 32), spacing=(3.0, 1.8, 1.8), labels=LABELS, channels=("CT",),
-                      features=FEATURES, lessons=30)
+    model = TinyModel(
+        patch_size=(16, 32, 32), spacing=(3.0, 1.8, 1.8), labels=LABELS, channels=("CT",), features=FEATURES, lessons=30
+    )
     write_model(folder / "model", model)
     # The lessons are quick with a small patch; the network takes any.
     plans = dataclasses.replace(model, patch_size=PATCH).plans()
@@ -166,8 +194,9 @@ def read_labels(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def compare(heading: str, compared: Sequence[Way], run: Callable[[Way, Path], tuple[float, float]], folder: Path,
-            repeats: int) -> list[list[Path]]:
+def compare(
+    heading: str, compared: Sequence[Way], run: Callable[[Way, Path], tuple[float, float]], folder: Path, repeats: int
+) -> list[list[Path]]:
     """Let the ways take turns, print the medians, and return where each wrote its results.
 
     Beside seconds on the clock there is the time of all cores, imports included: on a busy machine it says more.
@@ -183,11 +212,15 @@ def compare(heading: str, compared: Sequence[Way], run: Callable[[Way, Path], tu
             print(f"{way.name}: {figures[number][-1][0]:.2f} s", file=sys.stderr, flush=True)
     medians = [[statistics.median(values) for values in zip(*pairs)] for pairs in figures]
     ratios = [[first / own for first, own in zip(medians[0], row)] for row in medians]
-    print(f"{heading} (load {os.getloadavg()[0]:.1f})\n{'':18}{'seconds':>9}{'cpu s':>8}{'peak MB':>9}"
-          f"   times less: {'seconds':>8}{'cpu s':>7}{'memory':>8}")
+    print(
+        f"{heading} (load {os.getloadavg()[0]:.1f})\n{'':18}{'seconds':>9}{'cpu s':>8}{'peak MB':>9}"
+        f"   times less: {'seconds':>8}{'cpu s':>7}{'memory':>8}"
+    )
     for way, figure, ratio in zip(compared, medians, ratios):
-        print(f"{way.name:18}{figure[0]:9.2f}{figure[1]:8.1f}{figure[2]:9.0f}{'':15}{ratio[0]:8.2f}{ratio[1]:7.1f}"
-              f"{ratio[2]:8.1f}")
+        print(
+            f"{way.name:18}{figure[0]:9.2f}{figure[1]:8.1f}{figure[2]:9.0f}{'':15}{ratio[0]:8.2f}{ratio[1]:7.1f}"
+            f"{ratio[2]:8.1f}"
+        )
     return results
 
 

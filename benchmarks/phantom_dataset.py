@@ -1,4 +1,5 @@
 """Write the volumes that `preprocessing.py` measures on, each once."""
+
 from __future__ import annotations
 
 import json
@@ -70,6 +71,7 @@ def write_ct_dataset(folder: Path, scale: float) -> None:
 def write_nifti(array: np.ndarray, path: Path, spacing: Sequence[float]) -> None:
     """Write `(z, y, x)` voxels; the spacing in ITK's order."""
     import SimpleITK as sitk
+
     image = sitk.GetImageFromArray(array)
     image.SetSpacing([float(side) for side in spacing])
     sitk.WriteImage(image, str(path), True)
@@ -77,5 +79,6 @@ def write_nifti(array: np.ndarray, path: Path, spacing: Sequence[float]) -> None
 
 def write_dataset_json(folder: Path, cases: int) -> None:
     """Come last: a folder with this file is complete."""
-    (folder / "dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": cases, "file_ending": ".nii.gz"}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": cases, "file_ending": ".nii.gz"})
+    )

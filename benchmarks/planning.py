@@ -5,6 +5,7 @@
 Both sides take turns; medians are printed as rows of RESULTS.md. FEDNNUNET_REFERENCE names the environment of the
 reference release (default: .venv-reference).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,12 +22,19 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 ENDING = ".nii.gz"
 DATASETS = {  # name -> spacings, shapes, training cases, channels
-    "liver (CT, low resolution)": ([[1, .7676, .7676]] * 5 + [[.7, .8, .8]] * 4, [[432, 512, 512]] * 9, 131, ["CT"]),
-    "prostate (thick slices)": ([[3.6, .625, .625]], [[20, 320, 319]], 32, ["T2", "ADC"]),
+    "liver (CT, low resolution)": (
+        [[1, 0.7676, 0.7676]] * 5 + [[0.7, 0.8, 0.8]] * 4,
+        [[432, 512, 512]] * 9,
+        131,
+        ["CT"],
+    ),
+    "prostate (thick slices)": ([[3.6, 0.625, 0.625]], [[20, 320, 319]], 32, ["T2", "ADC"]),
     "roads (2d)": ([[999, 1, 1]], [[1, 1500, 1500]], 770, ["R", "G", "B"]),
 }
-PLANNERS = {"ExperimentPlanner": "default_experiment_planner",
-            "nnUNetPlannerResEncL": "residual_unets.residual_encoder_unet_planners"}
+PLANNERS = {
+    "ExperimentPlanner": "default_experiment_planner",
+    "nnUNetPlannerResEncL": "residual_unets.residual_encoder_unet_planners",
+}
 PARTS = ("planning", "listing", "help")
 
 PLAN = """
@@ -86,8 +94,10 @@ class Benchmark:
     def compare_planning(self) -> None:
         for planner, module in PLANNERS.items():
             for name, title in zip(self.names, DATASETS):
-                self._report(f"planning: {title}, {planner}",
-                             lambda side, of=(planner, module, name): float(self._run(side, "-c", PLAN, *of)))
+                self._report(
+                    f"planning: {title}, {planner}",
+                    lambda side, of=(planner, module, name): float(self._run(side, "-c", PLAN, *of)),
+                )
 
     def compare_listing(self) -> None:
         raw = self.folder / "listing"
@@ -112,8 +122,14 @@ class Benchmark:
         print(f"| {what} | {theirs:.3g} s | {ours:.3g} s | {theirs / ours:.1f} |", flush=True)
 
     def _run(self, side: str, *arguments: str) -> str:
-        done = subprocess.run([str(self.pythons[side]), *arguments], env=self._environment(side), cwd=self.folder,
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [str(self.pythons[side]), *arguments],
+            env=self._environment(side),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise RuntimeError(f"{side}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
         return done.stdout.split()[-1]
@@ -121,26 +137,39 @@ class Benchmark:
     def _time(self, side: str, command: str, *arguments: str) -> float:
         program = self.pythons[side].parent / command
         start = time.perf_counter()
-        subprocess.run([str(program), *arguments], env=self._environment(side), cwd=self.folder, capture_output=True,
-                       check=True)
+        subprocess.run(
+            [str(program), *arguments], env=self._environment(side), cwd=self.folder, capture_output=True, check=True
+        )
         return time.perf_counter() - start
 
     def _environment(self, side: str) -> dict[str, str]:
-        roots = {root: str(self.folder / side / root)
-                 for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        roots = {
+            root: str(self.folder / side / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        }
         return {**os.environ, **roots, "OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "1"}
 
 
-def write_planned_dataset(folder: Path, name: str, spacings: list, shapes: list, num_training: int,
-                          channels: list[str]) -> None:
+def write_planned_dataset(
+    folder: Path, name: str, spacings: list, shapes: list, num_training: int, channels: list[str]
+) -> None:
     """Write dataset.json and a fingerprint, which is all that planning reads."""
-    dataset_json = {"channel_names": {str(i): channel for i, channel in enumerate(channels)},
-                    "labels": {"background": 0, "organ": 1, "tumour": 2}, "numTraining": num_training,
-                    "file_ending": ENDING, "dataset": {"case": {"images": ["absent"], "label": "absent"}}}
-    fingerprint = {"spacings": spacings, "shapes_after_crop": shapes, "median_relative_size_after_cropping": 1.0,
-                   "foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}}}
-    for root, file, content in (("nnUNet_raw", "dataset.json", dataset_json),
-                                ("nnUNet_preprocessed", "dataset_fingerprint.json", fingerprint)):
+    dataset_json = {
+        "channel_names": {str(i): channel for i, channel in enumerate(channels)},
+        "labels": {"background": 0, "organ": 1, "tumour": 2},
+        "numTraining": num_training,
+        "file_ending": ENDING,
+        "dataset": {"case": {"images": ["absent"], "label": "absent"}},
+    }
+    fingerprint = {
+        "spacings": spacings,
+        "shapes_after_crop": shapes,
+        "median_relative_size_after_cropping": 1.0,
+        "foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}},
+    }
+    for root, file, content in (
+        ("nnUNet_raw", "dataset.json", dataset_json),
+        ("nnUNet_preprocessed", "dataset_fingerprint.json", fingerprint),
+    ):
         (folder / root / name).mkdir()
         (folder / root / name / file).write_text(json.dumps(content))
 

@@ -7,6 +7,7 @@ Both packages work on the same files, with the same number of processes, in turn
 Medians count. Resampling, listing and planning are timed inside a fresh Python, the rest as whole commands with all
 their processes. Prints a table in Markdown; it takes about 20 minutes on two cores.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,12 +26,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path.insert(0, str(PROJECT))
 
-from benchmarks.phantom_dataset import (  # noqa: E402  (the line above makes it importable)
-    DATASET,
-    write_ct_dataset,
-    write_many_names,
-    write_resampling_volumes,
-)
+from benchmarks.phantom_dataset import DATASET, write_ct_dataset, write_many_names, write_resampling_volumes  # noqa: E402  (the line above makes it importable)
 from benchmarks.process_tree import Measured, measure  # noqa: E402
 
 TASKS_FILE = Path(__file__).with_name("preprocessing_tasks.py")
@@ -50,8 +46,12 @@ class Side:
     @property
     def environment(self) -> dict[str, str]:
         threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-        return {"nnUNet_raw": str(self.folder.parent / "raw"), "nnUNet_preprocessed": str(self.folder),
-                "nnUNet_results": str(self.folder / "results"), **threads}
+        return {
+            "nnUNet_raw": str(self.folder.parent / "raw"),
+            "nnUNet_preprocessed": str(self.folder),
+            "nnUNet_results": str(self.folder / "results"),
+            **threads,
+        }
 
     def task(self, name: str) -> Measured:
         """Time one of `preprocessing_tasks.py`, without the start of Python."""
@@ -96,15 +96,26 @@ MEASUREMENTS: dict[str, tuple[str, Callable[[Side], Measured], float]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, default=PROJECT / ".venv-reference/bin/python", metavar="PYTHON",
-                        help="Python of an environment with the reference release (default: %(default)s)")
-    parser.add_argument("--ours", type=Path, default=Path(sys.executable), metavar="PYTHON",
-                        help="Python of an environment with this package (default: the one that runs this)")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        default=PROJECT / ".venv-reference/bin/python",
+        metavar="PYTHON",
+        help="Python of an environment with the reference release (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ours",
+        type=Path,
+        default=Path(sys.executable),
+        metavar="PYTHON",
+        help="Python of an environment with this package (default: the one that runs this)",
+    )
     parser.add_argument("--processes", type=int, default=2, help="workers of both packages (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the median counts (default: 3)")
     parser.add_argument("--scale", type=float, default=1.0, help="scale every side of the volumes")
-    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS),
-                        help="measure these only")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS), help="measure these only"
+    )
     parser.add_argument("--folder", type=Path, help="keep the volumes here and reuse them (default: a temporary one)")
     return parser
 
@@ -130,14 +141,20 @@ def prepare(folder: Path, sides: Sequence[Side], scale: float) -> None:
 def measure_in_turn(run: Callable[[Side], Measured], sides: Sequence[Side], repeats: int) -> list[Measured]:
     """Return the medians of time and memory of each side."""
     runs = [[run(side) for side in sides] for _ in range(repeats)]
-    return [Measured(statistics.median(run.seconds for run in of_side),
-                     statistics.median(run.peak_mb for run in of_side), "") for of_side in zip(*runs)]
+    return [
+        Measured(
+            statistics.median(run.seconds for run in of_side), statistics.median(run.peak_mb for run in of_side), ""
+        )
+        for of_side in zip(*runs)
+    ]
 
 
 def describe(title: str, wanted: float, ours: Measured, reference: Measured) -> str:
     faster, leaner = reference.seconds / ours.seconds, reference.peak_mb / ours.peak_mb
-    return (f"| {title} | {ours.seconds:.3g} s | {reference.seconds:.3g} s | {faster:.1f}x | {wanted:g}x | "
-            f"{ours.peak_mb:.0f} MB | {reference.peak_mb:.0f} MB | {leaner:.1f}x |")
+    return (
+        f"| {title} | {ours.seconds:.3g} s | {reference.seconds:.3g} s | {faster:.1f}x | {wanted:g}x | "
+        f"{ours.peak_mb:.0f} MB | {reference.peak_mb:.0f} MB | {leaner:.1f}x |"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,13 +163,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         pythons = dict(zip(SIDES, (arguments.ours, arguments.reference)))
         # absolute, but a link stays a link: it tells Python which environment it is in
-        sides = [Side(Path(os.path.abspath(python)), folder.resolve() / name, arguments.processes)  # noqa: PTH100
-                 for name, python in pythons.items()]
+        sides = [
+            Side(Path(os.path.abspath(python)), folder.resolve() / name, arguments.processes)  # noqa: PTH100
+            for name, python in pythons.items()
+        ]
         prepare(folder.resolve(), sides, arguments.scale)
-        print(f"{arguments.processes} processes, medians of {arguments.repeats}, sides of volumes scaled by "
-              f"{arguments.scale:g}, load before: {os.getloadavg()[0]:.2f}")
-        print("| what | ours | reference | faster | wanted | peak memory, ours | reference | less |\n"
-              "|---|---|---|---|---|---|---|---|", flush=True)
+        print(
+            f"{arguments.processes} processes, medians of {arguments.repeats}, sides of volumes scaled by "
+            f"{arguments.scale:g}, load before: {os.getloadavg()[0]:.2f}"
+        )
+        print(
+            "| what | ours | reference | faster | wanted | peak memory, ours | reference | less |\n"
+            "|---|---|---|---|---|---|---|---|",
+            flush=True,
+        )
         for name in arguments.only:
             title, run, wanted = MEASUREMENTS[name]
             print(describe(title, wanted, *measure_in_turn(run, sides, arguments.repeats)), flush=True)

@@ -4,6 +4,7 @@
 
 Runs in the environment of either; prints the seconds.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,6 +21,7 @@ LABELS = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 
 def resample(array: np.ndarray, new_shape: np.ndarray, options: dict) -> None:
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
     resample_data_or_seg_to_shape(array[None], new_shape, (1, 1, 1), (0.8, 0.8, 0.8), **options)
 
 
@@ -34,11 +36,13 @@ def prepare_listing(folder: Path):
 
     def list_cases() -> None:
         assert len(get_filenames_of_train_images_and_targets(str(folder / "many"))) == 3000
+
     return list_cases
 
 
 def prepare_planning(_: Path):
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+
     return lambda: plan_experiments([990], "nnUNetPlannerResEncL")
 
 

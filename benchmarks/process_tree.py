@@ -1,4 +1,5 @@
 """Measure a command: how long it takes, and how much memory it and all its children hold together at most."""
+
 from __future__ import annotations
 
 import os
@@ -29,8 +30,14 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        process = subprocess.Popen(list(command), cwd=folder, env={**os.environ, **(environment or {})},
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            list(command),
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         peak = _Peak(process.pid)
         with peak:
             output, _ = process.communicate()

@@ -5,6 +5,7 @@ seed; three sites plan together, preprocess, train two epochs of ten steps over 
 every product whether both versions made the same values: fingerprints, plans, preprocessed cases, checkpoints of the
 sites, aggregates of the coordinator, label maps.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,27 +32,57 @@ SEED = "12345"
 
 def run_version(commands: Path, raw: Path, folder: Path) -> None:
     """Plan, preprocess, train and predict with one version, everything below `folder`."""
-    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "nnUNet_seed": SEED,
-                   "nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1",
-                   **{root: str(raw if root == "nnUNet_raw" else folder / root) for root in ROOTS}}
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "nnUNet_seed": SEED,
+        "nnUNet_n_proc_DA": "0",
+        "OMP_NUM_THREADS": "1",
+        **{root: str(raw if root == "nnUNet_raw" else folder / root) for root in ROOTS},
+    }
     environment.pop("PYTHONPATH", None)
     for root in ROOTS[1:]:
         (folder / root).mkdir(parents=True)
 
     def run(*command: str) -> None:
-        done = subprocess.run([str(commands / command[0]), *command[1:]], env=environment, cwd=folder, text=True,
-                              capture_output=True)
+        done = subprocess.run(
+            [str(commands / command[0]), *command[1:]], env=environment, cwd=folder, text=True, capture_output=True
+        )
         (folder / "log.txt").open("a").write(done.stdout + done.stderr)
         if done.returncode:
             raise SystemExit(f"{commands / command[0]} failed; see {folder / 'log.txt'}")
 
-    run("nnUNetv2_fed_simulate", "-d", *SITES, "-device", "cpu", "--folder", "federation",
-        "--coordinator_options", COORDINATOR_OPTIONS)
+    run(
+        "nnUNetv2_fed_simulate",
+        "-d",
+        *SITES,
+        "-device",
+        "cpu",
+        "--folder",
+        "federation",
+        "--coordinator_options",
+        COORDINATOR_OPTIONS,
+    )
     model = next((folder / "federation" / "coordinator" / "models").glob("*/plans.json")).parent
     for site in SITES:
-        run("nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", "0", "-device", "cpu",
-            "-npp", "1", "-nps", "1", "-i", str(raw / f"Dataset{site}_Phantom" / "imagesTs"),
-            "-o", str(folder / "predictions" / site), "--disable_progress_bar")
+        run(
+            "nnUNetv2_predict_from_modelfolder",
+            "-m",
+            str(model),
+            "-f",
+            "0",
+            "-device",
+            "cpu",
+            "-npp",
+            "1",
+            "-nps",
+            "1",
+            "-i",
+            str(raw / f"Dataset{site}_Phantom" / "imagesTs"),
+            "-o",
+            str(folder / "predictions" / site),
+            "--disable_progress_bar",
+        )
 
 
 def digests(folder: Path) -> Iterator[tuple[str, str, str]]:

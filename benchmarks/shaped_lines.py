@@ -4,6 +4,7 @@
 
 Unlike a relay, that takes next to no processor time. Linux, root, the commands ip and tc (package iproute2).
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -48,8 +49,12 @@ def _shaped_line(index: int, bytes_per_s: float) -> Iterator[str]:
         _run("ip", "link", "add", name, "type", "veth", "peer", "name", "line", "netns", name)
         _run("ip", "address", "add", f"{here}/30", "dev", name)
         _run("ip", "link", "set", name, "up")
-        for command in (("address", "add", f"{there}/30", "dev", "line"), ("link", "set", "line", "up"),
-                        ("link", "set", "lo", "up"), ("route", "add", "default", "via", here)):
+        for command in (
+            ("address", "add", f"{there}/30", "dev", "line"),
+            ("link", "set", "line", "up"),
+            ("link", "set", "lo", "up"),
+            ("route", "add", "default", "via", here),
+        ):
             _run("ip", "-n", name, *command)
         _run("tc", "qdisc", "add", "dev", name, *shape)
         _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "line", *shape)

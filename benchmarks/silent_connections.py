@@ -10,6 +10,7 @@ that may open `--files` files. Meanwhile two members ask for the settings on new
 stranger's own address, whose older connection is to last. Wanted: answers within a second at the median, at most 64 MiB
 of memory over idle. Linux; this side needs some more open files than connections (ulimit -Hn).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -52,8 +53,11 @@ class Stranger:
         context = multiprocessing.get_context("spawn")
         self._begun, self._over = context.Event(), context.Event()
         self._opened = context.Value("q", 0)
-        self._process = context.Process(target=_stay_silent, daemon=True, args=(
-            address, number, seconds, reopens, self._begun, self._over, self._opened))
+        self._process = context.Process(
+            target=_stay_silent,
+            daemon=True,
+            args=(address, number, seconds, reopens, self._begun, self._over, self._opened),
+        )
 
     def __enter__(self) -> Stranger:
         self._process.start()
@@ -146,8 +150,11 @@ def coordinator(folder: Path, *options: str, files: int) -> Iterator[Coordinator
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A", "B", *options],
-            stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)))
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
+        )
     try:
         deadline = time.monotonic() + 60
         while not (folder / "operator.json").exists():
@@ -237,10 +244,13 @@ def measure(folder: Path, *, is_encrypted: bool, reopens: bool, number: int, fil
         over_idle = server.memory_mib(peak=True) - idle
     median = statistics.median(figures.seconds) if figures.seconds else float("inf")
     worst = max(figures.seconds, default=float("inf"))
-    print(f"{'TLS' if is_encrypted else 'plain'}, {number} {'held' if reopens else 'in a burst'}, {opened} opened: "
-          f"{len(figures.seconds)} answers, median {median * 1000:.0f} ms, longest {worst * 1000:.0f} ms, none "
-          f"{figures.failures} times; a member's kept connection {'lasts' if is_kept else 'IS LOST'}; at most "
-          f"{figures.most_files} of {files} files; memory {idle:.0f} MiB and {over_idle:.0f} more", flush=True)
+    print(
+        f"{'TLS' if is_encrypted else 'plain'}, {number} {'held' if reopens else 'in a burst'}, {opened} opened: "
+        f"{len(figures.seconds)} answers, median {median * 1000:.0f} ms, longest {worst * 1000:.0f} ms, none "
+        f"{figures.failures} times; a member's kept connection {'lasts' if is_kept else 'IS LOST'}; at most "
+        f"{figures.most_files} of {files} files; memory {idle:.0f} MiB and {over_idle:.0f} more",
+        flush=True,
+    )
     return median <= WANTED_SECONDS and over_idle <= WANTED_MIB
 
 
@@ -256,9 +266,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for is_encrypted in (False, True):
             for reopens in (True, False):
-                is_well &= measure(Path(folder, f"{is_encrypted}{reopens}"), is_encrypted=is_encrypted, reopens=reopens,
-                                   number=arguments.held if reopens else arguments.burst, files=arguments.files,
-                                   seconds=arguments.seconds)
+                is_well &= measure(
+                    Path(folder, f"{is_encrypted}{reopens}"),
+                    is_encrypted=is_encrypted,
+                    reopens=reopens,
+                    number=arguments.held if reopens else arguments.burst,
+                    files=arguments.files,
+                    seconds=arguments.seconds,
+                )
     return 0 if is_well else 1
 
 

@@ -8,6 +8,7 @@ One process of each package, and one more of ours in float32, take turns: a trai
 epoch each. Times are medians, with the range in brackets. The start is timed for the whole command, from the shell to
 the first training step. Augmentation is measured by `augmentation.py`, in processor time.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,8 +25,12 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 FEATURES = [32, 64, 128, 256, 320]
-LIMITS = {"training step, bfloat16": 2.3, "training step, float32": 1.0,
-          "start to first step, default trainer": 2.0, "start to first step, own trainer": 2.0}
+LIMITS = {
+    "training step, bfloat16": 2.3,
+    "training step, float32": 1.0,
+    "start to first step, default trainer": 2.0,
+    "start to first step, own trainer": 2.0,
+}
 PARTS = ("turns", "start", "augmentation")
 LONGEST_BETWEEN_EPOCHS_S = 0.1
 
@@ -119,13 +124,20 @@ run_training_entry()
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", default=str(PROJECT / ".venv-reference" / "bin" / "python"),
-                        help="Python with the reference release")
+    parser.add_argument(
+        "--reference",
+        default=str(PROJECT / ".venv-reference" / "bin" / "python"),
+        help="Python with the reference release",
+    )
     parser.add_argument("--patch", type=int, default=64, help="edge of the cubic patch. Default: 64")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each process; the median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each step")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
-                        help="what training steps are timed with; cpu, with --threads 1, on a machine that others use")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="what training steps are timed with; cpu, with --threads 1, on a machine that others use",
+    )
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="what to measure. Default: everything")
     return parser
 
@@ -147,17 +159,30 @@ def environment(folder: Path, who: str, *, autocast: bool = True) -> dict[str, s
     """Return the variables of a process; each has its own folder for results."""
     results = folder / f"results_{who}"
     results.mkdir(exist_ok=True)
-    return {**{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-            "nnUNet_raw": str(folder), "nnUNet_preprocessed": str(folder / "preprocessed"),
-            "nnUNet_results": str(results), "nnUNet_extTrainer": str(folder / "trainers"), "nnUNet_n_proc_DA": "2",
-            "nnUNet_cpu_autocast": "1" if autocast else "0", "MPLBACKEND": "Agg"}
+    return {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "nnUNet_raw": str(folder),
+        "nnUNet_preprocessed": str(folder / "preprocessed"),
+        "nnUNet_results": str(results),
+        "nnUNet_extTrainer": str(folder / "trainers"),
+        "nnUNet_n_proc_DA": "2",
+        "nnUNet_cpu_autocast": "1" if autocast else "0",
+        "MPLBACKEND": "Agg",
+    }
 
 
 @contextmanager
 def worker(python: str, variables: dict[str, str], value: dict, folder: Path) -> Iterator[subprocess.Popen]:
     """Run a process that answers commands, and end it afterwards."""
-    process = subprocess.Popen([python, "-c", WORKER, json.dumps(value)], env=variables, cwd=folder, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [python, "-c", WORKER, json.dumps(value)],
+        env=variables,
+        cwd=folder,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         yield process
     finally:
@@ -185,9 +210,16 @@ def time_start(python: str, variables: dict[str, str], folder: Path, trainer: st
     start = time.time()
     command = [python, "-c", COMMAND, "stub" if is_reference else "-", trainer, "998", "3d_fullres", "0"]
     name = [] if trainer == "default" else ["-tr", "FirstStepTrainer"]
-    subprocess.run([*command, *name, "-device", "cpu"], env={**variables, "FIRST_STEP_FILE": str(file)}, cwd=folder,
-                   check=False, timeout=600, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                   start_new_session=True)
+    subprocess.run(
+        [*command, *name, "-device", "cpu"],
+        env={**variables, "FIRST_STEP_FILE": str(file)},
+        cwd=folder,
+        check=False,
+        timeout=600,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     return float(file.read_text()) - start  # the file is missing if the training did not come that far
 
 
@@ -204,6 +236,7 @@ def measure_starts(folder: Path, python: str, repeats: int) -> None:
 
 def summarize(name: str, theirs: Sequence[float], ours: Sequence[float], unit: str = "s") -> None:
     """Print both medians and their ratio."""
+
     def show(values: Sequence[float]) -> str:
         return f"{statistics.median(values):.3f} {unit} ({min(values):.3f} to {max(values):.3f})"
 
@@ -216,9 +249,10 @@ def measure_turns(folder: Path, python: str, value: dict, repeats: int) -> None:
     """Let the processes take turns at training steps and at ends of epochs."""
     who = {"reference": (python, True), "bfloat16": (sys.executable, True), "float32": (sys.executable, False)}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(worker(
-            interpreter, environment(folder, name, autocast=autocast), value, folder))
-            for name, (interpreter, autocast) in who.items()}
+        processes = {
+            name: stack.enter_context(worker(interpreter, environment(folder, name, autocast=autocast), value, folder))
+            for name, (interpreter, autocast) in who.items()
+        }
         for process in processes.values():
             ask(process, "step")  # warm-up
         steps = {name: [] for name in processes}
@@ -236,8 +270,9 @@ def measure_turns(folder: Path, python: str, value: dict, repeats: int) -> None:
         summarize("between epochs", pauses["reference"], pauses["bfloat16"])
         print(f"  limit: {LONGEST_BETWEEN_EPOCHS_S} s", flush=True)
         for name in ("bfloat16", "float32"):
-            summarize(f"peak memory, {name}", [ask(processes["reference"], "memory")], [ask(processes[name], "memory")],
-                      "GiB")
+            summarize(
+                f"peak memory, {name}", [ask(processes["reference"], "memory")], [ask(processes[name], "memory")], "GiB"
+            )
 
 
 def measure_augmentation(python: Path, rounds: int) -> None:
@@ -247,21 +282,26 @@ def measure_augmentation(python: Path, rounds: int) -> None:
 
     for task in TASKS:
         result = measure(task, rounds, reference=python)
-        print(f"augmentation, {task}: reference {result['reference']:.1f}, ours {result['ours']:.1f} samples/s: "
-              f"{result['ratio']:.2f}x, wanted {WANTED[task]:g}", flush=True)
+        print(
+            f"augmentation, {task}: reference {result['reference']:.1f}, ours {result['ours']:.1f} samples/s: "
+            f"{result['ratio']:.2f}x, wanted {WANTED[task]:g}",
+            flush=True,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     args = build_parser().parse_args(argv)
-    print(f"load {os.getloadavg()}, {args.threads} threads, {args.clock} time, patch {args.patch}, "
-          f"{args.repeats} repeats", flush=True)
+    print(
+        f"load {os.getloadavg()}, {args.threads} threads, {args.clock} time, patch {args.patch}, "
+        f"{args.repeats} repeats",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "trainers").mkdir()
         (folder / "trainers" / "first_step.py").write_text(FIRST_STEP)
-        value = {**make_dataset(folder / "preprocessed", args.patch), "threads": args.threads,
-                 "clock": args.clock}
+        value = {**make_dataset(folder / "preprocessed", args.patch), "threads": args.threads, "clock": args.clock}
         if "turns" in args.only:
             measure_turns(folder, args.reference, value, args.repeats)
         if "start" in args.only:

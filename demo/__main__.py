@@ -3,6 +3,7 @@
 Phantom scans are drawn, then the commands run that hospitals type: a coordinator starts, the sites join, plan from the
 pooled fingerprint, preprocess, train together, and predict test cases that nobody trained on.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,8 +33,9 @@ SITES = {
 def make_site(name: str, folder: Path) -> LocalSite:
     """Give a site its own three nnU-Net folders, as if it were another hospital."""
     roots = {root: str(folder / name / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    return LocalSite(name=name, dataset=SITES[name][0], credential=folder / name / "federated_site.json",
-                     environment=roots)
+    return LocalSite(
+        name=name, dataset=SITES[name][0], credential=folder / name / "federated_site.json", environment=roots
+    )
 
 
 def dataset_folder(site: LocalSite, root: str) -> Path:
@@ -62,8 +64,9 @@ def find_model(folder: Path) -> Path:
     return found[0]
 
 
-def everywhere(step: str, sites: Sequence[LocalSite], folder: Path,
-               command_of: Callable[[LocalSite], list[str]]) -> None:
+def everywhere(
+    step: str, sites: Sequence[LocalSite], folder: Path, command_of: Callable[[LocalSite], list[str]]
+) -> None:
     """Run a command at all sites at once and say how long it took."""
     print(f"\n--- {step} ---", flush=True)
     start = time.monotonic()
@@ -76,27 +79,89 @@ def run(folder: Path) -> bool:
     start = time.monotonic()
     sites = [make_site(name, folder) for name in SITES]
     for seed, site in enumerate(sites):
-        write_dataset(dataset_folder(site, "nnUNet_raw"), SITES[site.name][1], num_train=NUM_TRAIN, num_test=NUM_TEST,
-                      seed=seed)
+        write_dataset(
+            dataset_folder(site, "nnUNet_raw"), SITES[site.name][1], num_train=NUM_TRAIN, num_test=NUM_TEST, seed=seed
+        )
     with running_coordinator(folder / "coordinator", sites, COORDINATOR_OPTIONS):
-        everywhere("plan", sites, folder, lambda site: [
-            "nnUNetv2_plan_and_preprocess", "-d", site.dataset, "--federated", "-c", CONFIGURATION,
-            "-npfp", "1", "-np", "1"])
+        everywhere(
+            "plan",
+            sites,
+            folder,
+            lambda site: [
+                "nnUNetv2_plan_and_preprocess",
+                "-d",
+                site.dataset,
+                "--federated",
+                "-c",
+                CONFIGURATION,
+                "-npfp",
+                "1",
+                "-np",
+                "1",
+            ],
+        )
         for site in sites:
             write_small_plans(site)
-        everywhere("train", sites, folder, lambda site: [
-            "nnUNetv2_train", site.dataset, CONFIGURATION, FOLD, "-tr", TRAINER, "-p", SMALL_PLANS, "-device", "cpu"])
+        everywhere(
+            "train",
+            sites,
+            folder,
+            lambda site: [
+                "nnUNetv2_train",
+                site.dataset,
+                CONFIGURATION,
+                FOLD,
+                "-tr",
+                TRAINER,
+                "-p",
+                SMALL_PLANS,
+                "-device",
+                "cpu",
+            ],
+        )
     model = find_model(folder)
-    everywhere("predict", sites, folder, lambda site: [
-        "nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", FOLD, "-device", "cpu", "-npp", "1", "-nps", "1",
-        "-i", str(dataset_folder(site, "nnUNet_raw") / "imagesTs"), "-o", str(folder / site.name / "predictions"),
-        "--disable_progress_bar"])
-    everywhere("evaluate", sites, folder, lambda site: [
-        "nnUNetv2_evaluate_simple", str(dataset_folder(site, "nnUNet_raw") / "labelsTs"),
-        str(folder / site.name / "predictions"), "-np", "1", "-l", *[str(value) for value in LABELS.values() if value]])
+    everywhere(
+        "predict",
+        sites,
+        folder,
+        lambda site: [
+            "nnUNetv2_predict_from_modelfolder",
+            "-m",
+            str(model),
+            "-f",
+            FOLD,
+            "-device",
+            "cpu",
+            "-npp",
+            "1",
+            "-nps",
+            "1",
+            "-i",
+            str(dataset_folder(site, "nnUNet_raw") / "imagesTs"),
+            "-o",
+            str(folder / site.name / "predictions"),
+            "--disable_progress_bar",
+        ],
+    )
+    everywhere(
+        "evaluate",
+        sites,
+        folder,
+        lambda site: [
+            "nnUNetv2_evaluate_simple",
+            str(dataset_folder(site, "nnUNet_raw") / "labelsTs"),
+            str(folder / site.name / "predictions"),
+            "-np",
+            "1",
+            "-l",
+            *[str(value) for value in LABELS.values() if value],
+        ],
+    )
     summaries = {site.name: folder / site.name / "predictions" / "summary.json" for site in sites}
-    picture = save_picture({site.name: (dataset_folder(site, "nnUNet_raw"), folder / site.name / "predictions")
-                            for site in sites}, folder / "predictions.png")
+    picture = save_picture(
+        {site.name: (dataset_folder(site, "nnUNet_raw"), folder / site.name / "predictions") for site in sites},
+        folder / "predictions.png",
+    )
     print_table(summaries, LABELS)
     print(f"\nPicture: {picture}\nModel of all sites: {model}\nTime: {(time.monotonic() - start) / 60:.1f} min")
     return all(mean_dice(summary) >= WANTED_DICE for summary in summaries.values())

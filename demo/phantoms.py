@@ -1,4 +1,5 @@
 """Draw phantom scans: a body with one organ and a lesion inside it, as three scanners would see them."""
+
 from __future__ import annotations
 
 import json
@@ -70,8 +71,10 @@ def scan(scanner: Scanner, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     """Draw one subject and its image: float32 (Z, Y, X) and label map uint8 (Z, Y, X)."""
     from scipy.ndimage import gaussian_filter
 
-    axes = [np.arange(round(length / step)) * step - length / 2 + step / 2
-            for length, step in zip(FIELD_OF_VIEW_MM, scanner.spacing_mm)]
+    axes = [
+        np.arange(round(length / step)) * step - length / 2 + step / 2
+        for length, step in zip(FIELD_OF_VIEW_MM, scanner.spacing_mm)
+    ]
     grid_mm = np.stack(np.meshgrid(*axes, indexing="ij"))
     labels, body = draw_labels(grid_mm, rng)
     level_body, level_organ, level_lesion = (level * rng.uniform(0.95, 1.05) for level in scanner.intensities)

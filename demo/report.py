@@ -1,4 +1,5 @@
 """Show what the demo has reached: a table of Dice per site, and a picture of slices with truth and prediction."""
+
 from __future__ import annotations
 
 import json

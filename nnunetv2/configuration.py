@@ -1,4 +1,5 @@
 """Numbers that hold for the whole package."""
+
 import os
 
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA

@@ -1,4 +1,5 @@
 """The three roots of nnU-Net and the folder of external trainers, read from the environment whenever they are used."""
+
 from __future__ import annotations
 
 import os
@@ -37,8 +38,10 @@ class EnvironmentPath(os.PathLike):
         folder = self.get()
         if folder is None:
             state = "is set to nothing" if self.env_var_name in os.environ else "is not set"
-            raise RuntimeError(f"The environment variable {self.env_var_name} {state}. {self.missing_message} "
-                               "documentation/getting-started.md explains how to set it.")
+            raise RuntimeError(
+                f"The environment variable {self.env_var_name} {state}. {self.missing_message} "
+                "documentation/getting-started.md explains how to set it."
+            )
         return folder
 
     def __bool__(self) -> bool:
@@ -64,8 +67,11 @@ class EnvironmentPath(os.PathLike):
 
 nnUNet_raw = EnvironmentPath("nnUNet_raw", "It names the folder of raw datasets, needed to plan and preprocess.")
 nnUNet_preprocessed = EnvironmentPath(
-    "nnUNet_preprocessed", "It names the folder of preprocessed data, needed to preprocess and to train.")
+    "nnUNet_preprocessed", "It names the folder of preprocessed data, needed to preprocess and to train."
+)
 nnUNet_results = EnvironmentPath(
-    "nnUNet_results", "It names the folder of trained models, needed to train and to predict.")
+    "nnUNet_results", "It names the folder of trained models, needed to train and to predict."
+)
 nnUNet_extTrainer = EnvironmentPath(
-    "nnUNet_extTrainer", "It names one or several folders with trainer classes of your own.")
+    "nnUNet_extTrainer", "It names one or several folders with trainer classes of your own."
+)

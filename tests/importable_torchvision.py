@@ -4,6 +4,7 @@ The package index has torchvision built for CUDA only. Beside a CPU build of tor
 then fails while it describes them. Networks from timm need nothing of it but its import. This is a double for tests:
 users install the torchvision that belongs to their torch.
 """
+
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,5 @@
 """Pictures that take no time: drawing the curves and examples of a short training takes longer than its steps."""
+
 import pytest
 
 
@@ -21,5 +22,6 @@ def stand_in_pictures(request, monkeypatch):
     if "real_pictures" in request.fixturenames:
         return
     monkeypatch.setattr("nnunetv2.training.logging.progress_plot.draw_progress", _write_curves)
-    monkeypatch.setattr("nnunetv2.training.data_augmentation.example_picture.save_augmentation_examples",
-                        _write_examples)
+    monkeypatch.setattr(
+        "nnunetv2.training.data_augmentation.example_picture.save_augmentation_examples", _write_examples
+    )

@@ -1,4 +1,5 @@
 """The files under deploy/ are accepted by the programs that read them, and speak of what there is."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """What the pages say exists: commands, options, environment variables, links."""
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +29,11 @@ def read(path: Path) -> str:
 @cache
 def commands() -> dict[str, str]:
     """Return what the package installs: command -> module:function."""
-    (table,) = (node.value for node in ast.parse(read(PROJECT / "setup.py")).body
-                if isinstance(node, ast.Assign) and node.targets[0].id == "COMMANDS")
+    (table,) = (
+        node.value
+        for node in ast.parse(read(PROJECT / "setup.py")).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "COMMANDS"
+    )
     return ast.literal_eval(table)
 
 
@@ -40,6 +44,7 @@ class Found(BaseException):  # noqa: N818 - not an error: it leaves a command wi
 @cache
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Return the parser of a command, by starting it up to where it would read its arguments."""
+
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
         raise Found(parser)
 
@@ -53,8 +58,12 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
     """Return the names of all options of a parser, and of the commands below it."""
-    below = [one for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-             for one in action.choices.values()]
+    below = [
+        one
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for one in action.choices.values()
+    ]
     return {name for action in parser._actions for name in action.option_strings}.union(*map(options_of, below))
 
 
@@ -62,8 +71,11 @@ def commands_in(text: str) -> Iterator[str]:
     """Yield the command lines in a page: indented ones, and whole ones between backticks. Backslashes join lines."""
     joined = re.sub(r"\s*\\\n[\s#]*", " ", text)
     for line in joined.splitlines():
-        if match := re.match(r"(?:\s{4,}|#   |ExecStart=)(?:docker exec \S+ |runuser -u \S+ -- )?(?:\w+=\S+ )*(?:\S*/)?"
-                             r"(nnUNetv2_\w+(?: .*)?)$", line):
+        if match := re.match(
+            r"(?:\s{4,}|#   |ExecStart=)(?:docker exec \S+ |runuser -u \S+ -- )?(?:\w+=\S+ )*(?:\S*/)?"
+            r"(nnUNetv2_\w+(?: .*)?)$",
+            line,
+        ):
             yield re.split(r"  +#|     ", match[1])[0]
     yield from re.findall(r"`(nnUNetv2_\w+ [^`]*)`", text)
     for words in re.findall(rf"`((?:{ADMIN_COMMANDS}) [^`]+)`", text):
@@ -110,8 +122,11 @@ def test_every_environment_variable_on_the_pages_is_read_somewhere():
 
 # ---------------------------------------------------------------------------------------------------------- python
 def python_blocks() -> list[tuple[str, str]]:
-    return [(path.stem, block) for path in PAGES
-            for block in re.findall(r"^```python\n(.*?)^```", read(path), flags=re.M | re.S)]
+    return [
+        (path.stem, block)
+        for path in PAGES
+        for block in re.findall(r"^```python\n(.*?)^```", read(path), flags=re.M | re.S)
+    ]
 
 
 def test_what_python_on_the_pages_imports_is_there():

@@ -1,4 +1,5 @@
 """What the pages about federations say is what the package does: messages, routes, refusals, limits, figures."""
+
 from __future__ import annotations
 
 import ast
@@ -22,8 +23,10 @@ def texts_of_source() -> str:
     package = PROJECT / "nnunetv2"
     folders = [package / "federated", package / "training" / "nnUNetTrainer" / "variants" / "federated"]
     found = []
-    for path in [package / "experiment_planning" / "federated_planning.py",
-                 *sorted(file for folder in folders for file in folder.rglob("*.py"))]:
+    for path in [
+        package / "experiment_planning" / "federated_planning.py",
+        *sorted(file for folder in folders for file in folder.rglob("*.py")),
+    ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
@@ -80,13 +83,17 @@ def routes_of_app(tmp_path: Path) -> set[tuple[str, str]]:
     with Store(tmp_path / "federation") as store:
         create_federation(store, FederationSettings(federation="test", sites=("A", "B")), now=0.0)
         app = build_app(Coordinator(store), Place("http://127.0.0.1:1"))
-        return {(method.lower(), route.path.replace(":path}", "}"))
-                for route in app.routes for method in route.methods - {"HEAD"}}
+        return {
+            (method.lower(), route.path.replace(":path}", "}"))
+            for route in app.routes
+            for method in route.methods - {"HEAD"}
+        }
 
 
 def test_the_description_has_every_route_and_no_other(described, tmp_path):
-    assert {(method, path) for path, methods in described["paths"].items() for method in methods} \
-        == routes_of_app(tmp_path)
+    assert {(method, path) for path, methods in described["paths"].items() for method in methods} == routes_of_app(
+        tmp_path
+    )
 
 
 def test_the_page_has_every_route(tmp_path):
@@ -97,6 +104,7 @@ def test_the_page_has_every_route(tmp_path):
 
 def test_the_description_is_that_of_the_models_as_they_are(described, built):
     """Fields, not wording: the wording of a schema is pydantic's, and differs between its versions."""
+
     def fields(description):
         schemas = description["components"]["schemas"]
         return {name: sorted(schema.get("properties", {})) for name, schema in schemas.items()}
@@ -136,9 +144,21 @@ def test_limits_on_the_page_are_those_of_the_code():
     granted = rate_limits.Limits()
     assert (app.LONGEST_WAIT_S, pages.LONGEST_WAIT_S) == (55, 25)
     assert {kind: rate_limits.header_bytes >> 20 for kind, rate_limits in OF_MESSAGE.items()} == {
-        "plans": 2, "late_plans": 2, "registration": 4, "admission": 4, "census": 1, "late_census": 1, "fine": 1,
-        "validation": 1}
-    assert (METRICS_BYTES >> 10, MAX_METRICS, MAX_METRIC_NUMBERS, request_bodies.SMALL_BODY >> 10) == (128, 64, 2000, 64)
+        "plans": 2,
+        "late_plans": 2,
+        "registration": 4,
+        "admission": 4,
+        "census": 1,
+        "late_census": 1,
+        "fine": 1,
+        "validation": 1,
+    }
+    assert (METRICS_BYTES >> 10, MAX_METRICS, MAX_METRIC_NUMBERS, request_bodies.SMALL_BODY >> 10) == (
+        128,
+        64,
+        2000,
+        64,
+    )
     assert (service.FAILURES_PER_DAY, service.LOGGED_CHARACTERS) == (200, 1000)
     assert (quotas.MAX_OPEN, quotas.MAX_OPEN_BYTES >> 30, quotas.RESERVED_BYTES >> 20) == (200, 1, 256)
     assert (granted.requests_per_s, granted.requests_at_once, granted.simultaneous_requests) == (50, 2000, 32)
@@ -146,12 +166,18 @@ def test_limits_on_the_page_are_those_of_the_code():
     assert (granted.stranger_requests_per_s, granted.stranger_requests_at_once) == (20, 300)
     assert (granted.connections, granted.idle_connections, granted.idle_connections_per_address) == (8192, 2048, 512)
     assert (login_sessions.MAX_ATTEMPTS, login_sessions.ATTEMPTS_S) == (10, 300)
-    assert (rate_limits.PACE["body"], rate_limits.PACE["headers"][0], rate_limits.PACE["rest"][0]) == ((30, 32 << 10), 20, 5)
+    assert (rate_limits.PACE["body"], rate_limits.PACE["headers"][0], rate_limits.PACE["rest"][0]) == (
+        (30, 32 << 10),
+        20,
+        5,
+    )
     assert (connections.REST_BYTES >> 20, connections.HEADER_BYTES >> 10) == (5, 16)
 
 
 def test_figures_on_the_page_are_those_for_prometheus():
     guide = (PROJECT / "documentation" / "operators-guide.md").read_text(encoding="utf-8")
     named = set(re.findall(r"nnunet_fed_(\w+)", guide))
-    source = (PROJECT / "nnunetv2" / "federated" / "coordinator" / "dashboard" / "prometheus.py").read_text(encoding="utf-8")
+    source = (PROJECT / "nnunetv2" / "federated" / "coordinator" / "dashboard" / "prometheus.py").read_text(
+        encoding="utf-8"
+    )
     assert named and {name for name in named if f'"{name}"' not in source} == set()

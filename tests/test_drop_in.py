@@ -1,4 +1,5 @@
 """Programs written for the release: what they import by a star, replace, override and pass by name."""
+
 from __future__ import annotations
 
 import inspect
@@ -88,7 +89,8 @@ def test_a_trainer_written_with_a_star_import_trains(tmp_path, roots, monkeypatc
         "    def do_split(self) -> Tuple[List[str], List[str]]:\n"
         "        super().do_split()\n"
         "        splits = load_json(join(self.preprocessed_dataset_folder_base, 'splits_final.json'))\n"
-        "        return deepcopy(splits[0]['val']), splits[0]['val']\n")
+        "        return deepcopy(splits[0]['val']), splits[0]['val']\n"
+    )
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -142,8 +144,27 @@ def test_a_replaced_predictor_predicts(tmp_path, monkeypatch):
             return super().predict_sliding_window_return_logits(data)
 
     monkeypatch.setattr(prediction, "nnUNetPredictor", Mine)
-    monkeypatch.setattr(sys, "argv", ["predict", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m",
-                                      str(model), "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "predict",
+            "-i",
+            str(tmp_path / "in"),
+            "-o",
+            str(tmp_path / "out"),
+            "-m",
+            str(model),
+            "-f",
+            "0",
+            "-device",
+            "cpu",
+            "-npp",
+            "0",
+            "-nps",
+            "0",
+        ],
+    )
     prediction.predict_entry_point_modelfolder()
     assert calls and (tmp_path / "out" / "case.nii.gz").is_file()
 
@@ -192,10 +213,16 @@ def test_the_trainer_uses_what_is_put_in_the_place_of_its_names(roots, monkeypat
         return [{"train": list(identifiers)[1:], "val": list(identifiers)[:1]}]
 
     score = trainers.compute_metrics_on_folder
-    for name, mine in (("nnUNetDataLoader", Loader), ("nnUNetPredictor", Predictor),
-                       ("generate_crossval_split", splits), ("get_allowed_n_proc_DA", lambda: 0),
-                       ("compute_metrics_on_folder",
-                        lambda *given, **options: note("compute_metrics_on_folder") or score(*given, **options))):
+    for name, mine in (
+        ("nnUNetDataLoader", Loader),
+        ("nnUNetPredictor", Predictor),
+        ("generate_crossval_split", splits),
+        ("get_allowed_n_proc_DA", lambda: 0),
+        (
+            "compute_metrics_on_folder",
+            lambda *given, **options: note("compute_metrics_on_folder") or score(*given, **options),
+        ),
+    ):
         monkeypatch.setattr(trainers, name, mine, raising=False)
     trainer = short_trainer()
     trainer.run_training()
@@ -216,16 +243,23 @@ def test_a_name_is_found_again_when_its_replacement_is_gone(monkeypatch):
 # --------------------------------------------------------------------------------------- overridden and passed by name
 
 
-@pytest.mark.parametrize(("by_chance", "rule"), [(False, "_oversample_last_XX_percent"),
-                                                 (True, "_probabilistic_oversampling")])
+@pytest.mark.parametrize(
+    ("by_chance", "rule"), [(False, "_oversample_last_XX_percent"), (True, "_probabilistic_oversampling")]
+)
 def test_a_loader_hears_an_overridden_rule_of_oversampling(by_chance, rule):
     class Data:
         identifiers = ["a"]
 
     labels = PlansManager(make_plans()).get_label_manager(make_dataset_json())
     other = ({"_oversample_last_XX_percent", "_probabilistic_oversampling"} - {rule}).pop()
-    even = type("Even", (nnUNetDataLoader,), {rule: lambda self, sample_idx: sample_idx % 2 == 0,
-                                              other: lambda self, sample_idx: pytest.fail("the other rule was asked")})
+    even = type(
+        "Even",
+        (nnUNetDataLoader,),
+        {
+            rule: lambda self, sample_idx: sample_idx % 2 == 0,
+            other: lambda self, sample_idx: pytest.fail("the other rule was asked"),
+        },
+    )
     loader = even(Data(), 4, (8, 8, 8), (8, 8, 8), labels, probabilistic_oversampling=by_chance)
     assert [loader.get_do_oversample(number) for number in range(4)] == [True, False, True, False]
     plain = nnUNetDataLoader(Data(), 3, (8, 8, 8), (8, 8, 8), labels, oversample_foreground_percent=0.33)
@@ -247,7 +281,10 @@ def test_parameters_have_the_names_of_the_release():
 def test_plans_resolve_inheritance_under_the_name_of_the_release():
     plans = PlansManager({"configurations": {"a": {"x": 1, "y": {"u": 1}}, "b": {"inherits_from": "a", "y": {"v": 2}}}})
     assert plans._internal_resolve_configuration_inheritance("b", visited=("c",)) == {
-        "inherits_from": "a", "x": 1, "y": {"v": 2}}
+        "inherits_from": "a",
+        "x": 1,
+        "y": {"v": 2},
+    }
     with pytest.raises(ValueError, match="no configuration 'c'"):
         plans._internal_resolve_configuration_inheritance("c")
 

@@ -1,4 +1,5 @@
 """Write model folders with small random networks, as a training would leave them behind."""
+
 from __future__ import annotations
 
 import json
@@ -43,24 +44,38 @@ class TinyModel:
         return "2d" if len(self.patch_size) == 2 else "3d_fullres"
 
     def dataset_json(self) -> dict[str, Any]:
-        content = {"channel_names": {str(i): name for i, name in enumerate(self.channels)}, "labels": self.labels,
-                   "numTraining": 5, "file_ending": self.file_ending}
+        content = {
+            "channel_names": {str(i): name for i, name in enumerate(self.channels)},
+            "labels": self.labels,
+            "numTraining": 5,
+            "file_ending": self.file_ending,
+        }
         if self.regions_class_order is not None:
             content["regions_class_order"] = list(self.regions_class_order)
         return content
 
     def plans(self) -> dict[str, Any]:
         backward = [list(self.transpose_forward).index(axis) for axis in range(3)]
-        statistics = {"max": 3000.0, "mean": 300.0, "median": 280.0, "min": 0.0, "percentile_00_5": 5.0,
-                      "percentile_99_5": 2500.0, "std": 200.0}
+        statistics = {
+            "max": 3000.0,
+            "mean": 300.0,
+            "median": 280.0,
+            "min": 0.0,
+            "percentile_00_5": 5.0,
+            "percentile_99_5": 2500.0,
+            "std": 200.0,
+        }
         return {
-            "dataset_name": "Dataset998_Tiny", "plans_name": "nnUNetPlans",
+            "dataset_name": "Dataset998_Tiny",
+            "plans_name": "nnUNetPlans",
             "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
             "original_median_shape_after_transp": [30, 40, 50],
             "image_reader_writer": self.reader,
-            "transpose_forward": list(self.transpose_forward), "transpose_backward": backward,
+            "transpose_forward": list(self.transpose_forward),
+            "transpose_backward": backward,
             "configurations": self._configurations(),
-            "experiment_planner_used": "ExperimentPlanner", "label_manager": "LabelManager",
+            "experiment_planner_used": "ExperimentPlanner",
+            "label_manager": "LabelManager",
             "foreground_intensity_properties_per_channel": {str(i): statistics for i in range(len(self.channels))},
         }
 
@@ -68,16 +83,20 @@ class TinyModel:
         configuration = self._configuration()
         if self.previous_stage is None:
             return {self.configuration_name: configuration}
-        return {self.configuration_name: {**configuration, "previous_stage": self.previous_stage},
-                self.previous_stage: configuration}
+        return {
+            self.configuration_name: {**configuration, "previous_stage": self.previous_stage},
+            self.previous_stage: configuration,
+        }
 
     def _configuration(self) -> dict[str, Any]:
         resampling, resampling_options = self.probabilities
         default = "RGBTo01Normalization" if self.file_ending == ".png" else "ZScoreNormalization"
         return {
-            "data_identifier": f"nnUNetPlans_{self.configuration_name}", "preprocessor_name": "DefaultPreprocessor",
-            "batch_size": 2, "patch_size": list(self.patch_size),
-            "median_image_size_in_voxels": [30.0, 40.0, 50.0][:len(self.patch_size)],
+            "data_identifier": f"nnUNetPlans_{self.configuration_name}",
+            "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": 2,
+            "patch_size": list(self.patch_size),
+            "median_image_size_in_voxels": [30.0, 40.0, 50.0][: len(self.patch_size)],
             "spacing": list(self.spacing),
             "normalization_schemes": [self.normalization or default] * len(self.channels),
             "use_mask_for_norm": [False] * len(self.channels),
@@ -85,8 +104,10 @@ class TinyModel:
             "resampling_fn_seg": "resample_data_or_seg_to_shape",
             "resampling_fn_data_kwargs": {**LINEAR, "order": 3},
             "resampling_fn_seg_kwargs": {**LINEAR, "is_seg": True},
-            "resampling_fn_probabilities": resampling, "resampling_fn_probabilities_kwargs": resampling_options,
-            "architecture": self.architecture(), "batch_dice": False,
+            "resampling_fn_probabilities": resampling,
+            "resampling_fn_probabilities_kwargs": resampling_options,
+            "architecture": self.architecture(),
+            "batch_dice": False,
         }
 
     def architecture(self) -> dict[str, Any]:
@@ -94,15 +115,23 @@ class TinyModel:
         return {
             "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
             "arch_kwargs": {
-                "n_stages": stages, "features_per_stage": list(self.features),
+                "n_stages": stages,
+                "features_per_stage": list(self.features),
                 "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
                 "kernel_sizes": [[3] * dim] * stages,
                 "strides": [[1] * dim] + [[2] * dim] * (stages - 1),
-                "n_conv_per_stage": [1] * stages, "n_conv_per_stage_decoder": [1] * (stages - 1), "conv_bias": True,
+                "n_conv_per_stage": [1] * stages,
+                "n_conv_per_stage_decoder": [1] * (stages - 1),
+                "conv_bias": True,
                 "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
-                "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}},
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}
+                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+            },
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        }
 
 
 def write_model(folder: Path, model: TinyModel | None = None, **changes: Any) -> Path:
@@ -119,18 +148,33 @@ def write_model(folder: Path, model: TinyModel | None = None, **changes: Any) ->
     manager = PlansManager(plans)
     for number, fold in enumerate(model.folds):
         torch.manual_seed(model.seed + number)
-        network = build_network(nnUNetTrainer, manager, manager.get_configuration(model.configuration_name),
-                                dataset_json)
+        network = build_network(
+            nnUNetTrainer, manager, manager.get_configuration(model.configuration_name), dataset_json
+        )
         _teach_intensities(network, model)
         (folder / f"fold_{fold}").mkdir()
-        torch.save({
-            "network_weights": OrderedDict(network.state_dict()), "optimizer_state": {}, "grad_scaler_state": None,
-            "logging": {}, "_best_ema": None, "current_epoch": 1,
-            "init_args": {"plans": plans, "configuration": model.configuration_name, "fold": fold,
-                          "dataset_json": dataset_json, "device": torch.device("cpu")},
-            "trainer_name": model.trainer,
-            "inference_allowed_mirroring_axes": None if model.mirroring_axes is None else tuple(model.mirroring_axes),
-        }, folder / f"fold_{fold}" / "checkpoint_final.pth")
+        torch.save(
+            {
+                "network_weights": OrderedDict(network.state_dict()),
+                "optimizer_state": {},
+                "grad_scaler_state": None,
+                "logging": {},
+                "_best_ema": None,
+                "current_epoch": 1,
+                "init_args": {
+                    "plans": plans,
+                    "configuration": model.configuration_name,
+                    "fold": fold,
+                    "dataset_json": dataset_json,
+                    "device": torch.device("cpu"),
+                },
+                "trainer_name": model.trainer,
+                "inference_allowed_mirroring_axes": None
+                if model.mirroring_axes is None
+                else tuple(model.mirroring_axes),
+            },
+            folder / f"fold_{fold}" / "checkpoint_final.pth",
+        )
     return folder
 
 

@@ -1,4 +1,5 @@
 """Write what trainings of several models leave behind: folds with validation label maps and probabilities."""
+
 from __future__ import annotations
 
 import json
@@ -30,10 +31,16 @@ def make_dataset_json(*, regions: bool = False, ignore: bool = False) -> dict:
 
 def make_model_plans(configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")) -> dict:
     plans = make_plans()
-    described = {"2d": make_configuration(dims=2), "3d_fullres": make_configuration(),
-                 "3d_lowres": {**make_configuration(), "data_identifier": "nnUNetPlans_3d_lowres",
-                               "next_stage": "3d_cascade_fullres"},
-                 "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}}
+    described = {
+        "2d": make_configuration(dims=2),
+        "3d_fullres": make_configuration(),
+        "3d_lowres": {
+            **make_configuration(),
+            "data_identifier": "nnUNetPlans_3d_lowres",
+            "next_stage": "3d_cascade_fullres",
+        },
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
     return {**plans, "dataset_name": NAME, "configurations": {name: described[name] for name in configurations}}
 
 
@@ -70,10 +77,17 @@ def write_label_map(path: Path, labels: np.ndarray) -> None:
 
 
 def properties() -> dict:
-    return {"sitk_stuff": {"spacing": SPACING[::-1], "origin": (0.0, 0.0, 0.0),
-                           "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)},
-            "spacing": list(SPACING), "shape_before_cropping": SHAPE, "bbox_used_for_cropping": [[0, n] for n in SHAPE],
-            "shape_after_cropping_and_before_resampling": SHAPE}
+    return {
+        "sitk_stuff": {
+            "spacing": SPACING[::-1],
+            "origin": (0.0, 0.0, 0.0),
+            "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+        },
+        "spacing": list(SPACING),
+        "shape_before_cropping": SHAPE,
+        "bbox_used_for_cropping": [[0, n] for n in SHAPE],
+        "shape_after_cropping_and_before_resampling": SHAPE,
+    }
 
 
 def write_case(folder: Path, case: str, probabilities: np.ndarray, label_manager) -> None:
@@ -83,9 +97,16 @@ def write_case(folder: Path, case: str, probabilities: np.ndarray, label_manager
     write_label_map(folder / f"{case}.nii.gz", label_manager.convert_probabilities_to_segmentation(probabilities))
 
 
-def make_trained_models(roots: dict[str, Path], *, configurations: dict[str, float] | None = None,
-                        folds: Sequence[int | str] = (0, 1), cases_per_fold: int = 2, regions: bool = False,
-                        ignore: bool = False, planned: Sequence[str] | None = None) -> Path:
+def make_trained_models(
+    roots: dict[str, Path],
+    *,
+    configurations: dict[str, float] | None = None,
+    folds: Sequence[int | str] = (0, 1),
+    cases_per_fold: int = 2,
+    regions: bool = False,
+    ignore: bool = False,
+    planned: Sequence[str] | None = None,
+) -> Path:
     """Write references, plans and trained models below the three roots.
 
     Args:
@@ -102,8 +123,11 @@ def make_trained_models(roots: dict[str, Path], *, configurations: dict[str, flo
     preprocessed, raw = roots["nnUNet_preprocessed"] / NAME, roots["nnUNet_raw"] / NAME
     (preprocessed / "gt_segmentations").mkdir(parents=True)
     (raw / "labelsTr").mkdir(parents=True)
-    for path, content in ((preprocessed / "nnUNetPlans.json", plans), (preprocessed / "dataset.json", dataset_json),
-                          (raw / "dataset.json", dataset_json)):
+    for path, content in (
+        (preprocessed / "nnUNetPlans.json", plans),
+        (preprocessed / "dataset.json", dataset_json),
+        (raw / "dataset.json", dataset_json),
+    ):
         path.write_text(json.dumps(content))
     rng = np.random.default_rng(0)
     cases = {f"case_{number:02}": draw_reference(rng, ignore=ignore) for number in range(len(folds) * cases_per_fold)}
@@ -120,8 +144,13 @@ def make_trained_models(roots: dict[str, Path], *, configurations: dict[str, flo
             validation.mkdir(parents=True)
             (model / f"fold_{fold}" / "checkpoint_final.pth").write_bytes(b"weights" * 20)
             (model / f"fold_{fold}" / "progress.png").write_bytes(b"picture")
-            for case in list(cases)[number * cases_per_fold:(number + 1) * cases_per_fold]:
+            for case in list(cases)[number * cases_per_fold : (number + 1) * cases_per_fold]:
                 write_case(validation, case, draw_probabilities(cases[case], rng, noise, regions), label_manager)
-            compute_metrics_on_folder2(str(preprocessed / "gt_segmentations"), str(validation),
-                                       str(model / "dataset.json"), str(model / "plans.json"), chill=True)
+            compute_metrics_on_folder2(
+                str(preprocessed / "gt_segmentations"),
+                str(validation),
+                str(model / "dataset.json"),
+                str(model / "plans.json"),
+                chill=True,
+            )
     return roots["nnUNet_results"] / NAME

@@ -1,4 +1,5 @@
 """Turn a dataset of the Medical Segmentation Decathlon into a raw dataset."""
+
 from __future__ import annotations
 
 import json
@@ -17,8 +18,9 @@ from nnunetv2.utilities.json_files import read_json
 ENDING = ".nii.gz"
 
 
-def convert_msd_dataset(source_folder: str, overwrite_target_id: int | None = None,
-                        num_processes: int = default_num_processes) -> None:
+def convert_msd_dataset(
+    source_folder: str, overwrite_target_id: int | None = None, num_processes: int = default_num_processes
+) -> None:
     """Convert a folder TaskNN_Name into nnUNet_raw/DatasetNNN_Name.
 
     Images with a time axis, which holds their channels, are split into one file per channel. The dataset appears when
@@ -34,13 +36,17 @@ def convert_msd_dataset(source_folder: str, overwrite_target_id: int | None = No
         RuntimeError: An image has neither three nor four axes.
     """
     from nnunetv2.dataset_conversion.new_dataset import building_dataset
+
     source = Path(source_folder).resolve()  # -i . within the folder
     task_id, name = parse_task_name(source)
     target_id = task_id if overwrite_target_id is None else overwrite_target_id
     dataset_json = convert_dataset_json(source / "dataset.json")
     with building_dataset(f"Dataset{target_id:03d}_{name}") as target:
-        jobs = [(split_4d_nifti, file, target / folder.name) for folder in _image_folders(source)
-                for file in list_images(folder)]
+        jobs = [
+            (split_4d_nifti, file, target / folder.name)
+            for folder in _image_folders(source)
+            for file in list_images(folder)
+        ]
         jobs += [(_copy_into, file, target / "labelsTr") for file in list_images(source / "labelsTr")]
         for folder in {folder for _, _, folder in jobs}:
             folder.mkdir()
@@ -56,10 +62,13 @@ def parse_task_name(source: Path) -> tuple[int, str]:
         InvalidInputError: The folder has another name, or something is missing in it.
     """
     from nnunetv2.preprocessing.errors import InvalidInputError
+
     match = re.fullmatch(r"Task(\d+)_(.+)", source.name)
     if match is None:
-        raise InvalidInputError(f"{source} must be a folder named as in the Decathlon: Task, a number, an underscore "
-                                f"and a name, such as Task01_BrainTumour")
+        raise InvalidInputError(
+            f"{source} must be a folder named as in the Decathlon: Task, a number, an underscore "
+            f"and a name, such as Task01_BrainTumour"
+        )
     missing = [name for name in ("imagesTr", "labelsTr") if not (source / name).is_dir()]
     missing += [name for name in ("dataset.json",) if not (source / name).is_file()]
     if missing:
@@ -74,17 +83,23 @@ def convert_dataset_json(file: Path) -> dict[str, Any]:
         InvalidInputError: It lacks labels or channels.
     """
     from nnunetv2.dataset_conversion.new_dataset import invert_labels, require_keys
+
     content = read_json(file)
     require_keys(content, ("labels", "modality"), file)
     kept = {key: value for key, value in content.items() if key not in ("modality", "training", "test")}
-    return {**kept, "labels": invert_labels(content["labels"]), "file_ending": ENDING,
-            "channel_names": content["modality"]}
+    return {
+        **kept,
+        "labels": invert_labels(content["labels"]),
+        "file_ending": ENDING,
+        "channel_names": content["modality"],
+    }
 
 
 def list_images(folder: Path) -> list[Path]:
     """Return the sorted images of a folder, without the hidden files that some archives carry."""
-    return sorted(file for file in folder.iterdir()
-                  if file.name.endswith(ENDING) and not file.name.startswith((".", "_")))
+    return sorted(
+        file for file in folder.iterdir() if file.name.endswith(ENDING) and not file.name.startswith((".", "_"))
+    )
 
 
 def split_4d_nifti(filename: str, output_folder: str) -> None:
@@ -96,6 +111,7 @@ def split_4d_nifti(filename: str, output_folder: str) -> None:
         RuntimeError: The image has neither three nor four axes.
     """
     import SimpleITK as sitk
+
     base = Path(filename).name.removesuffix(ENDING)
     reader = sitk.ImageFileReader()
     reader.SetFileName(filename)
@@ -112,6 +128,7 @@ def split_4d_nifti(filename: str, output_folder: str) -> None:
 def _split_along_time(image: Any) -> list[Any]:
     """Return the 3-D images of a 4-D one, each with its place in space."""
     import SimpleITK as sitk
+
     direction = image.GetDirection()  # 4 x 4, row by row
     spatial_direction = [direction[4 * row + column] for row in range(3) for column in range(3)]
     parts = []
@@ -133,13 +150,24 @@ def _copy_into(file: str, folder: str) -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Convert a dataset of the Medical Segmentation Decathlon. It is written to "
-                                        "nnUNet_raw.")
+    parser = ArgumentParser(
+        description="Convert a dataset of the Medical Segmentation Decathlon. It is written to nnUNet_raw."
+    )
     parser.add_argument("-i", required=True, metavar="FOLDER", help="Unpacked folder, such as Task04_Hippocampus.")
-    parser.add_argument("-overwrite_id", type=int, default=None, metavar="ID",
-                        help="Number of the new dataset. Default: that of the task.")
-    parser.add_argument("-np", type=int, default=default_num_processes, metavar="N",
-                        help=f"Files converted at a time. Default: {default_num_processes}")
+    parser.add_argument(
+        "-overwrite_id",
+        type=int,
+        default=None,
+        metavar="ID",
+        help="Number of the new dataset. Default: that of the task.",
+    )
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_num_processes,
+        metavar="N",
+        help=f"Files converted at a time. Default: {default_num_processes}",
+    )
     return parser
 
 

@@ -1,4 +1,5 @@
 """Turn a raw dataset of nnU-Net 1 into one of nnU-Net 2: the files stay, dataset.json changes."""
+
 from __future__ import annotations
 
 import json
@@ -28,6 +29,7 @@ def convert(source_folder: str, target_dataset_name: str) -> None:
         RuntimeError: The target, or another dataset of its number, exists.
     """
     from nnunetv2.dataset_conversion.new_dataset import building_dataset
+
     source = Path(source_folder)
     _require_complete(source)
     dataset_json = convert_dataset_json(source / "dataset.json")
@@ -45,25 +47,34 @@ def convert_dataset_json(file: Path) -> dict[str, Any]:
         InvalidInputError: It lacks labels or channels.
     """
     from nnunetv2.dataset_conversion.new_dataset import invert_labels, require_keys
+
     content = read_json(file)
     require_keys(content, ("labels", "modality"), file)
     kept = {key: value for key, value in content.items() if key not in _NO_LONGER_USED}
-    return {**kept, "channel_names": content["modality"], "labels": invert_labels(content["labels"]),
-            "file_ending": ".nii.gz"}
+    return {
+        **kept,
+        "channel_names": content["modality"],
+        "labels": invert_labels(content["labels"]),
+        "file_ending": ".nii.gz",
+    }
 
 
 def _require_complete(source: Path) -> None:
     from nnunetv2.preprocessing.errors import InvalidInputError
+
     missing = [name for name in FOLDERS if not (source / name).is_dir()]
     missing += [name for name in ("dataset.json",) if not (source / name).is_file()]
     if missing:
-        raise InvalidInputError(f"{source} lacks {', '.join(missing)}. Is it a raw dataset of nnU-Net 1, a folder such "
-                                f"as Task005_Prostate?")
+        raise InvalidInputError(
+            f"{source} lacks {', '.join(missing)}. Is it a raw dataset of nnU-Net 1, a folder such as Task005_Prostate?"
+        )
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Convert a raw dataset of nnU-Net 1, a folder TaskNNN_Name of "
-                                        "nnUNet_raw_data. The copy is written to nnUNet_raw.")
+    parser = ArgumentParser(
+        description="Convert a raw dataset of nnU-Net 1, a folder TaskNNN_Name of "
+        "nnUNet_raw_data. The copy is written to nnUNet_raw."
+    )
     parser.add_argument("input_folder", help="The dataset of nnU-Net 1.")
     parser.add_argument("output_dataset_name", help="Name of the new dataset: DatasetNNN_Name.")
     return parser

@@ -1,4 +1,5 @@
 """Write the dataset.json of a raw dataset."""
+
 from __future__ import annotations
 
 import os
@@ -11,13 +12,23 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 _NOT_GIVEN = "not given; whoever converted the dataset should fill this in"
 
 
-def generate_dataset_json(output_folder: str | os.PathLike[str], channel_names: Mapping[str | int, str],
-                          labels: Mapping[str, int | Sequence[int]], num_training_cases: int, file_ending: str,
-                          citation: Sequence[str] | str | None = None,
-                          regions_class_order: Sequence[int] | None = None, dataset_name: str | None = None,
-                          reference: str | None = None, release: str | None = None, description: str | None = None,
-                          overwrite_image_reader_writer: str | None = None, license: str = _NOT_GIVEN,
-                          converted_by: str = _NOT_GIVEN, **kwargs: object) -> None:
+def generate_dataset_json(
+    output_folder: str | os.PathLike[str],
+    channel_names: Mapping[str | int, str],
+    labels: Mapping[str, int | Sequence[int]],
+    num_training_cases: int,
+    file_ending: str,
+    citation: Sequence[str] | str | None = None,
+    regions_class_order: Sequence[int] | None = None,
+    dataset_name: str | None = None,
+    reference: str | None = None,
+    release: str | None = None,
+    description: str | None = None,
+    overwrite_image_reader_writer: str | None = None,
+    license: str = _NOT_GIVEN,
+    converted_by: str = _NOT_GIVEN,
+    **kwargs: object,
+) -> None:
     """Write dataset.json into the folder of a raw dataset.
 
     Args:
@@ -42,20 +53,29 @@ def generate_dataset_json(output_folder: str | os.PathLike[str], channel_names: 
         AssertionError: There are regions, but no regions_class_order.
     """
     has_regions = any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())
-    assert not has_regions or regions_class_order is not None, \
+    assert not has_regions or regions_class_order is not None, (
         "labels with several values (regions) need regions_class_order"
+    )
     content = {
         "channel_names": {str(number): name for number, name in channel_names.items()},
-        "labels": {name: tuple(int(label) for label in value) if isinstance(value, (list, tuple)) else int(value)
-                   for name, value in labels.items()},
+        "labels": {
+            name: tuple(int(label) for label in value) if isinstance(value, (list, tuple)) else int(value)
+            for name, value in labels.items()
+        },
         "numTraining": num_training_cases,
         "file_ending": file_ending,
         "licence": license,
         "converted_by": converted_by,
     }
-    optional = {"name": dataset_name, "reference": reference, "release": release, "citation": citation,
-                "description": description, "overwrite_image_reader_writer": overwrite_image_reader_writer,
-                "regions_class_order": regions_class_order}
+    optional = {
+        "name": dataset_name,
+        "reference": reference,
+        "release": release,
+        "citation": citation,
+        "description": description,
+        "overwrite_image_reader_writer": overwrite_image_reader_writer,
+        "regions_class_order": regions_class_order,
+    }
     content.update({key: value for key, value in optional.items() if value is not None})
     content.update(kwargs)
     recursive_fix_for_json_export(content)

@@ -1,4 +1,5 @@
 """Build a raw dataset beside the others and let it appear among them only when it is complete."""
+
 from __future__ import annotations
 
 import re
@@ -19,6 +20,7 @@ def building_dataset(name: str) -> Iterator[Path]:
         InvalidInputError: The name is no dataset name, or its number is taken.
     """
     from nnunetv2.paths import nnUNet_raw
+
     root = Path(nnUNet_raw)
     require_free_name(name)
     if not root.is_dir():
@@ -36,14 +38,19 @@ def building_dataset(name: str) -> Iterator[Path]:
 def require_free_name(name: str) -> None:
     """Refuse a name that no other command would find, or whose number another dataset has."""
     from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
+
     if re.fullmatch(r"Dataset\d{3,}_\w[\w.-]*", name, re.ASCII) is None:
-        raise InvalidInputError(f"{name!r} is no dataset name: it must be Dataset, three digits, an underscore and a "
-                                f"name without spaces, such as Dataset004_Hippocampus")
+        raise InvalidInputError(
+            f"{name!r} is no dataset name: it must be Dataset, three digits, an underscore and a "
+            f"name without spaces, such as Dataset004_Hippocampus"
+        )
     number = convert_dataset_name_to_id(name)
     present = find_candidate_datasets(number)
     if len(present):
-        raise DatasetExistsError(f"the number {number} is taken by {', '.join(map(str, present))} (in nnUNet_raw, "
-                                 f"nnUNet_preprocessed or nnUNet_results). Choose another, or remove that dataset")
+        raise DatasetExistsError(
+            f"the number {number} is taken by {', '.join(map(str, present))} (in nnUNet_raw, "
+            f"nnUNet_preprocessed or nnUNet_results). Choose another, or remove that dataset"
+        )
 
 
 class DatasetExistsError(InvalidInputError, RuntimeError):
@@ -59,8 +66,10 @@ def invert_labels(labels: Mapping[str, str]) -> dict[str, int]:
     try:
         inverted = {name: int(value) for value, name in labels.items()}
     except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"dataset.json has labels {dict(labels)}; expected numbers with their names, such as "
-                                f'{{"0": "background", "1": "liver"}}') from error
+        raise InvalidInputError(
+            f"dataset.json has labels {dict(labels)}; expected numbers with their names, such as "
+            f'{{"0": "background", "1": "liver"}}'
+        ) from error
     if len(inverted) < len(labels):
         raise InvalidInputError(f"dataset.json gives two labels the same name: {dict(labels)}")
     return inverted

@@ -1,4 +1,5 @@
 """Average the probabilities that several models predicted, and turn the mean into label maps."""
+
 from __future__ import annotations
 
 import argparse
@@ -32,9 +33,14 @@ def average_probabilities(list_of_files: Sequence[str]) -> np.ndarray:
     return mean
 
 
-def merge_files(list_of_files: Sequence[str], output_filename_truncated: str, output_file_ending: str,
-                image_reader_writer: BaseReaderWriter | type[BaseReaderWriter], label_manager: LabelManager,
-                save_probabilities: bool = False) -> None:
+def merge_files(
+    list_of_files: Sequence[str],
+    output_filename_truncated: str,
+    output_file_ending: str,
+    image_reader_writer: BaseReaderWriter | type[BaseReaderWriter],
+    label_manager: LabelManager,
+    save_probabilities: bool = False,
+) -> None:
     """Write the label map of a case from the mean of its probabilities.
 
     Unless probabilities are saved, or the label manager has rules of its own, memory holds two classes per model and
@@ -73,8 +79,10 @@ def _decide(files: Sequence[str], label_manager: LabelManager) -> np.ndarray:
     """Return what `convert_probabilities_to_segmentation` makes of the mean, class by class."""
     shape, classes = average_classes(files)
     if shape[0] != label_manager.num_segmentation_heads:
-        raise ValueError(f"{files[0]} has {shape[0]} classes, but the labels ask for "
-                         f"{label_manager.num_segmentation_heads}: it belongs to another dataset")
+        raise ValueError(
+            f"{files[0]} has {shape[0]} classes, but the labels ask for "
+            f"{label_manager.num_segmentation_heads}: it belongs to another dataset"
+        )
     labels = np.zeros(shape[1:], dtype=np.uint16)
     if label_manager.has_regions:
         for channel, label in zip(classes, label_manager.regions_class_order):
@@ -91,10 +99,14 @@ def _write_most_probable(classes: Iterator[np.ndarray], labels: np.ndarray) -> N
         np.maximum(best, channel, out=best)
 
 
-def ensemble_folders(list_of_input_folders: Sequence[str], output_folder: str, save_merged_probabilities: bool = False,
-                     num_processes: int = default_num_processes,
-                     dataset_json_file_or_dict: str | Mapping[str, Any] | None = None,
-                     plans_json_file_or_dict: str | Mapping[str, Any] | None = None) -> None:
+def ensemble_folders(
+    list_of_input_folders: Sequence[str],
+    output_folder: str,
+    save_merged_probabilities: bool = False,
+    num_processes: int = default_num_processes,
+    dataset_json_file_or_dict: str | Mapping[str, Any] | None = None,
+    plans_json_file_or_dict: str | Mapping[str, Any] | None = None,
+) -> None:
     """Ensemble the predictions of several models for the same images.
 
     Writes one label map per case, and dataset.json and plans.json so that the folder can be postprocessed.
@@ -119,9 +131,13 @@ def ensemble_folders(list_of_input_folders: Sequence[str], output_folder: str, s
     save_json_atomically(plans, Path(output_folder, "plans.json"), sort_keys=False)
 
 
-def ensemble_crossvalidations(list_of_trained_model_folders: Sequence[str], output_folder: str,
-                              folds: Sequence[int | str] = (0, 1, 2, 3, 4),
-                              num_processes: int = default_num_processes, overwrite: bool = True) -> None:
+def ensemble_crossvalidations(
+    list_of_trained_model_folders: Sequence[str],
+    output_folder: str,
+    folds: Sequence[int | str] = (0, 1, 2, 3, 4),
+    num_processes: int = default_num_processes,
+    overwrite: bool = True,
+) -> None:
     """Ensemble what several models predicted for their validation cases. Their splits may differ.
 
     Writes one label map per case, plans.json and dataset.json of the first model.
@@ -134,19 +150,25 @@ def ensemble_crossvalidations(list_of_trained_model_folders: Sequence[str], outp
         RuntimeError: A fold lacks its validation predictions or their probabilities, or a model lacks a case.
         AssertionError: A case was predicted in several folds.
     """
-    dataset_json, plans = (_read_json(list_of_trained_model_folders[0], name, None)
-                           for name in ("dataset.json", "plans.json"))
+    dataset_json, plans = (
+        _read_json(list_of_trained_model_folders[0], name, None) for name in ("dataset.json", "plans.json")
+    )
     by_model = [_validation_files(folder, folds) for folder in list_of_trained_model_folders]
     names = sorted(set().union(*by_model))
     for folder, files in zip(list_of_trained_model_folders, by_model):
         missing = [name for name in names if name not in files]
         if missing:
-            raise RuntimeError(f"{folder}: {len(missing)} cases of the other models have no probabilities in folds "
-                               f"{', '.join(map(str, folds))}: {', '.join(missing[:5])}")
+            raise RuntimeError(
+                f"{folder}: {len(missing)} cases of the other models have no probabilities in folds "
+                f"{', '.join(map(str, folds))}: {', '.join(missing[:5])}"
+            )
     cases = {Path(name).stem: [files[name] for files in by_model] for name in names}
     if not overwrite:
-        cases = {case: files for case, files in cases.items()
-                 if not Path(output_folder, f"{case}{dataset_json['file_ending']}").is_file()}
+        cases = {
+            case: files
+            for case, files in cases.items()
+            if not Path(output_folder, f"{case}{dataset_json['file_ending']}").is_file()
+        }
     Path(output_folder).mkdir(parents=True, exist_ok=True)
     _merge_cases(cases, output_folder, dataset_json, plans, num_processes)
     save_json_atomically(dataset_json, Path(output_folder, "dataset.json"), sort_keys=False)
@@ -155,6 +177,7 @@ def ensemble_crossvalidations(list_of_trained_model_folders: Sequence[str], outp
 
 def entry_point_ensemble_folders() -> None:
     """Run `nnUNetv2_ensemble`."""
+
     def ensemble() -> None:
         args = build_parser().parse_args()
         ensemble_folders(args.i, args.o, args.save_npz, args.np)
@@ -165,24 +188,45 @@ def entry_point_ensemble_folders() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_ensemble`."""
     parser = argparse.ArgumentParser(description="Average the probabilities that several models predicted.")
-    parser.add_argument("-i", nargs="+", required=True,
-                        help="Folders of predictions of the same images, made with --save_probabilities.")
+    parser.add_argument(
+        "-i",
+        nargs="+",
+        required=True,
+        help="Folders of predictions of the same images, made with --save_probabilities.",
+    )
     parser.add_argument("-o", required=True, help="Folder for the label maps; created if needed.")
-    parser.add_argument("-np", type=int, default=default_num_processes,
-                        help=f"Cases worked on at the same time. Default: {default_num_processes}")
-    parser.add_argument("--save_npz", action="store_true",
-                        help="Also write the mean probabilities (.npz and .pkl), to be ensembled further.")
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_num_processes,
+        help=f"Cases worked on at the same time. Default: {default_num_processes}",
+    )
+    parser.add_argument(
+        "--save_npz",
+        action="store_true",
+        help="Also write the mean probabilities (.npz and .pkl), to be ensembled further.",
+    )
     return parser
 
 
-def _merge_cases(cases: Mapping[str, list[str]], output_folder: str, dataset_json: Mapping[str, Any],
-                 plans: Mapping[str, Any], num_processes: int, save_probabilities: bool = False) -> None:
+def _merge_cases(
+    cases: Mapping[str, list[str]],
+    output_folder: str,
+    dataset_json: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    num_processes: int,
+    save_probabilities: bool = False,
+) -> None:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(dict(plans))
-    merge = partial(merge_files, output_file_ending=dataset_json["file_ending"],
-                    image_reader_writer=manager.image_reader_writer_class(),
-                    label_manager=manager.get_label_manager(dataset_json), save_probabilities=save_probabilities)
+    merge = partial(
+        merge_files,
+        output_file_ending=dataset_json["file_ending"],
+        image_reader_writer=manager.image_reader_writer_class(),
+        label_manager=manager.get_label_manager(dataset_json),
+        save_probabilities=save_probabilities,
+    )
     arguments = {case: (files, os.path.join(output_folder, case)) for case, files in cases.items()}
     map_cases(merge, arguments, num_processes, [file for files in cases.values() for file in files])
 
@@ -191,8 +235,9 @@ def _common_names(folders: Sequence[str]) -> list[str]:
     names = [sorted(file.name for file in Path(folder).glob("*.npz")) for folder in folders]
     for folder, found in zip(folders, names):
         difference = sorted(set(found) ^ set(names[0]))
-        assert not difference, \
+        assert not difference, (
             f"{folder} and {folders[0]} must have the same .npz files; in one of them only: {', '.join(difference[:5])}"
+        )
     if not names[0]:
         raise FileNotFoundError(f"there is no .npz file in {folders[0]}; predict with --save_probabilities")
     return names[0]
@@ -206,11 +251,14 @@ def _validation_files(model_folder: str, folds: Sequence[int | str]) -> dict[str
         found = sorted(folder.glob("*.npz")) if folder.is_dir() else []
         if not found:
             what = "no .npz files in" if folder.is_dir() else "no folder"
-            raise RuntimeError(f"{model_folder}, fold {fold}: there is {what} {folder}. Run the validation again and "
-                               f"save probabilities: nnUNetv2_train ... {fold} --val --npz")
+            raise RuntimeError(
+                f"{model_folder}, fold {fold}: there is {what} {folder}. Run the validation again and "
+                f"save probabilities: nnUNetv2_train ... {fold} --val --npz"
+            )
         for file in found:
-            assert file.name not in files, \
+            assert file.name not in files, (
                 f"{file.stem} was predicted in two folds of {model_folder}: {files[file.name]} and {file}"
+            )
             files[file.name] = str(file)
     return files
 

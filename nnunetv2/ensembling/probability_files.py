@@ -1,4 +1,5 @@
 """Average the probabilities of several models class by class, reading only one class of each at a time."""
+
 from __future__ import annotations
 
 import zipfile
@@ -22,8 +23,10 @@ def average_classes(files: Sequence[str]) -> tuple[tuple[int, ...], Iterator[np.
     shapes = [_read_shape(file) for file in files]
     for file, shape in zip(files, shapes):
         if shape != shapes[0]:
-            raise ValueError(f"{file} has probabilities of shape {shape}, {files[0]} of shape {shapes[0]}: models of "
-                             "one ensemble must predict the same classes of the same images")
+            raise ValueError(
+                f"{file} has probabilities of shape {shape}, {files[0]} of shape {shapes[0]}: models of "
+                "one ensemble must predict the same classes of the same images"
+            )
     return shapes[0], _average(files)
 
 
@@ -71,8 +74,9 @@ def _read_header(stream: zipfile.ZipExtFile, file: str) -> tuple[tuple[int, ...]
     version = np.lib.format.read_magic(stream)
     shape, is_fortran, dtype = read[version](stream)
     if dtype.kind != "f" or len(shape) < 2:
-        raise ValueError(f"{file}: {KEY} must be floating point numbers (classes, x, y, z), they are {dtype} of shape "
-                         f"{shape}")
+        raise ValueError(
+            f"{file}: {KEY} must be floating point numbers (classes, x, y, z), they are {dtype} of shape {shape}"
+        )
     return shape, is_fortran, dtype
 
 

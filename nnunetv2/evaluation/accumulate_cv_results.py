@@ -1,4 +1,5 @@
 """Collect the validation predictions of all folds of a model in one folder, and score them together."""
+
 from __future__ import annotations
 
 import shutil
@@ -10,8 +11,13 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.json_files import read_json
 
 
-def accumulate_cv_results(trained_model_folder: str, merged_output_folder: str, folds: Sequence[int | str],
-                          num_processes: int = default_num_processes, overwrite: bool = True) -> None:
+def accumulate_cv_results(
+    trained_model_folder: str,
+    merged_output_folder: str,
+    folds: Sequence[int | str],
+    num_processes: int = default_num_processes,
+    overwrite: bool = True,
+) -> None:
     """Copy the validation predictions of some folds into one folder and write its summary.json.
 
     Args:
@@ -27,8 +33,7 @@ def accumulate_cv_results(trained_model_folder: str, merged_output_folder: str, 
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 
     model, merged = Path(trained_model_folder), Path(merged_output_folder)
-    dataset_json, plans = (read_json(model / name)
-                           for name in ("dataset.json", "plans.json"))
+    dataset_json, plans = (read_json(model / name) for name in ("dataset.json", "plans.json"))
     folders = {fold: _validation_folder(model, fold) for fold in folds}
     if overwrite:
         shutil.rmtree(merged, ignore_errors=True)
@@ -37,8 +42,15 @@ def accumulate_cv_results(trained_model_folder: str, merged_output_folder: str, 
         shutil.copyfile(model / name, merged / name)
     has_new = _copy_predictions(folders, merged, dataset_json["file_ending"], overwrite)
     if has_new or not (merged / "summary.json").is_file():
-        compute_metrics_on_folder2(find_references(plans["dataset_name"]), str(merged), str(merged / "dataset.json"),
-                                   str(merged / "plans.json"), str(merged / "summary.json"), num_processes, chill=True)
+        compute_metrics_on_folder2(
+            find_references(plans["dataset_name"]),
+            str(merged),
+            str(merged / "dataset.json"),
+            str(merged / "plans.json"),
+            str(merged / "summary.json"),
+            num_processes,
+            chill=True,
+        )
 
 
 def find_references(dataset_name: str) -> str:
@@ -53,11 +65,15 @@ def find_references(dataset_name: str) -> str:
 def _validation_folder(model: Path, fold: int | str) -> Path:
     folder = model / f"fold_{fold}" / "validation"
     if not folder.parent.is_dir():
-        raise RuntimeError(f"fold {fold} of {model} is missing: {folder.parent} does not exist. Train it, or name the "
-                           "folds to use (-f)")
+        raise RuntimeError(
+            f"fold {fold} of {model} is missing: {folder.parent} does not exist. Train it, or name the "
+            "folds to use (-f)"
+        )
     if not folder.is_dir():
-        raise RuntimeError(f"fold {fold} of {model} has no validation predictions: {folder} does not exist. Run "
-                           "nnUNetv2_train with --val, or name the folds to use (-f)")
+        raise RuntimeError(
+            f"fold {fold} of {model} has no validation predictions: {folder} does not exist. Run "
+            "nnUNetv2_train with --val, or name the folds to use (-f)"
+        )
     return folder
 
 
@@ -70,9 +86,11 @@ def _copy_predictions(folders: dict[int | str, Path], merged: Path, ending: str,
             if not file.name.endswith(ending):
                 continue
             if overwrite and file.name in origin:
-                raise RuntimeError(f"{file.name} was predicted in two folds, {origin[file.name]} and {fold}: the folds "
-                                   "of one model must not share validation cases. If splits_final.json was changed, "
-                                   "nnUNetv2_train ... FOLD --val validates each fold on its cases alone")
+                raise RuntimeError(
+                    f"{file.name} was predicted in two folds, {origin[file.name]} and {fold}: the folds "
+                    "of one model must not share validation cases. If splits_final.json was changed, "
+                    "nnUNetv2_train ... FOLD --val validates each fold on its cases alone"
+                )
             origin.setdefault(file.name, fold)
             if not (merged / file.name).exists():
                 shutil.copyfile(file, merged / file.name)

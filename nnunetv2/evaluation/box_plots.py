@@ -1,4 +1,5 @@
 """Draw box plots as SVG text, one row per class."""
+
 from __future__ import annotations
 
 import math
@@ -35,15 +36,18 @@ def _axis(upper: float, height: int) -> str:
     parts = []
     for fraction in (0, 0.25, 0.5, 0.75, 1):
         x = _x(fraction * upper, upper)
-        parts.append(f"<line x1='{x}' x2='{x}' y1='{_TOP}' y2='{height - 22}' stroke='#8886'/>"
-                     f"<text x='{x}' y='{height - 6}' text-anchor='middle'>{fraction * upper:.3g}</text>")
+        parts.append(
+            f"<line x1='{x}' x2='{x}' y1='{_TOP}' y2='{height - 22}' stroke='#8886'/>"
+            f"<text x='{x}' y='{height - 6}' text-anchor='middle'>{fraction * upper:.3g}</text>"
+        )
     return "".join(parts)
 
 
 def _row(name: str, pairs: Sequence[tuple[float, str]], upper: float, y: float) -> str:
     label = name if len(name) <= 26 else name[:25] + "…"
-    parts = [f"<text x='{_LEFT - 10}' y='{y + 4}' text-anchor='end'>{escape(label)}<title>{escape(name)}</title>"
-             "</text>"]
+    parts = [
+        f"<text x='{_LEFT - 10}' y='{y + 4}' text-anchor='end'>{escape(label)}<title>{escape(name)}</title></text>"
+    ]
     if not pairs:
         parts.append(f"<text x='{_LEFT + 4}' y='{y + 4}' opacity='.6'>in no case</text>")
         return "".join(parts)
@@ -53,14 +57,20 @@ def _row(name: str, pairs: Sequence[tuple[float, str]], upper: float, y: float) 
     start, end = numbers[numbers >= low - reach].min(), numbers[numbers <= high + reach].max()
     line = f"stroke='{_COLOUR}' stroke-width='1.5'"
     parts.append(f"<line x1='{_x(start, upper)}' x2='{_x(end, upper)}' y1='{y}' y2='{y}' {line}/>")
-    parts.append(f"<rect x='{_x(low, upper)}' y='{y - 9}' width='{max(1.0, _x(high, upper) - _x(low, upper)):.1f}' "
-                 f"height='18' fill='{_COLOUR}' fill-opacity='.25' {line}/>")
-    parts.append(f"<line x1='{_x(middle, upper)}' x2='{_x(middle, upper)}' y1='{y - 9}' y2='{y + 9}' "
-                 f"stroke='{_COLOUR}' stroke-width='3'/>")
+    parts.append(
+        f"<rect x='{_x(low, upper)}' y='{y - 9}' width='{max(1.0, _x(high, upper) - _x(low, upper)):.1f}' "
+        f"height='18' fill='{_COLOUR}' fill-opacity='.25' {line}/>"
+    )
+    parts.append(
+        f"<line x1='{_x(middle, upper)}' x2='{_x(middle, upper)}' y1='{y - 9}' y2='{y + 9}' "
+        f"stroke='{_COLOUR}' stroke-width='3'/>"
+    )
     for place, (value, case) in enumerate(pairs):
         # spread over the row, so that equal cases do not hide each other
-        parts.append(f"<circle cx='{_x(value, upper)}' cy='{y + (place % 5 - 2) * 3}' r='2.6' fill='#e6194B' "
-                     f"fill-opacity='.65'><title>{escape(case)}: {value:.4g}</title></circle>")
+        parts.append(
+            f"<circle cx='{_x(value, upper)}' cy='{y + (place % 5 - 2) * 3}' r='2.6' fill='#e6194B' "
+            f"fill-opacity='.65'><title>{escape(case)}: {value:.4g}</title></circle>"
+        )
     return "".join(parts)
 
 

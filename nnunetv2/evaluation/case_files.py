@@ -1,4 +1,5 @@
 """List predicted label maps with their references."""
+
 from __future__ import annotations
 
 import os
@@ -21,14 +22,18 @@ def list_pairs(folder_ref: str, folder_pred: str, file_ending: str, *, chill: bo
     predicted, references = list_names(folder_pred, file_ending), list_names(folder_ref, file_ending)
     missing = sorted(set(references) - set(predicted))
     if missing and not chill:
-        raise AssertionError(f"{len(missing)} of {len(references)} references in {folder_ref} have no prediction in "
-                             f"{folder_pred}: {_shorten(missing)}. Pass --chill (chill=True) to score the others alone")
+        raise AssertionError(
+            f"{len(missing)} of {len(references)} references in {folder_ref} have no prediction in "
+            f"{folder_pred}: {_shorten(missing)}. Pass --chill (chill=True) to score the others alone"
+        )
     if not predicted:
         raise FileNotFoundError(f"no prediction found in {folder_pred}: no file ends in {file_ending}")
     strangers = sorted(set(predicted) - set(references))
     if strangers:
-        raise FileNotFoundError(f"{len(strangers)} of {len(predicted)} predictions in {folder_pred} have no reference "
-                                f"in {folder_ref}: {_shorten(strangers)}")
+        raise FileNotFoundError(
+            f"{len(strangers)} of {len(predicted)} predictions in {folder_pred} have no reference "
+            f"in {folder_ref}: {_shorten(strangers)}"
+        )
     return {name: (os.path.join(folder_pred, name), os.path.join(folder_ref, name)) for name in predicted}
 
 

@@ -1,4 +1,5 @@
 """Do the same work for every case, at the same time where that pays."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,8 +13,9 @@ PROCESSES_PAY_FROM = 4 * 2**20
 counting takes about a second per MiB, starting a process and its imports half a second."""
 
 
-def map_cases(function: Callable[..., Any], cases: Mapping[str, tuple], num_processes: int,
-              files: Iterable[str] | None = None) -> dict[str, Any]:
+def map_cases(
+    function: Callable[..., Any], cases: Mapping[str, tuple], num_processes: int, files: Iterable[str] | None = None
+) -> dict[str, Any]:
     """Return what `function(*arguments)` yields for each case, in the order of `cases`.
 
     Args:

@@ -1,4 +1,5 @@
 """Count how two label maps agree, in one pass over their voxels."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,11 @@ _DENSE_VALUES = 256
 class Confusion:
     """How many voxels have which pair of labels.
 
-                     prediction
-                     values[0]  values[1]  ...
-        reference  +---------------------
-        values[0]  |
-        values[1]  |     counts
+                 prediction
+                 values[0]  values[1]  ...
+    reference  +---------------------
+    values[0]  |
+    values[1]  |     counts
     """
 
     values: np.ndarray
@@ -53,8 +54,10 @@ class Confusion:
         for label in labels:
             inside |= self.values == label
         rows_in, rows_out = self.counts[inside].sum(axis=0), self.counts[~inside].sum(axis=0)
-        return tuple(int(row[columns].sum()) for row, columns in
-                     ((rows_in, inside), (rows_out, inside), (rows_in, ~inside), (rows_out, ~inside)))
+        return tuple(
+            int(row[columns].sum())
+            for row, columns in ((rows_in, inside), (rows_out, inside), (rows_in, ~inside), (rows_out, ~inside))
+        )
 
 
 def compute_confusion(reference: np.ndarray, prediction: np.ndarray) -> Confusion:
@@ -91,5 +94,5 @@ def _choose_code(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndar
 def _are_whole(array: np.ndarray) -> bool:
     if array.dtype.kind in "iub":
         return True
-    steps = (array[start:start + _STEP_VOXELS] for start in range(0, array.size, _STEP_VOXELS))
+    steps = (array[start : start + _STEP_VOXELS] for start in range(0, array.size, _STEP_VOXELS))
     return all(np.array_equal(step, np.rint(step)) for step in steps)

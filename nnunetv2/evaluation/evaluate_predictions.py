@@ -1,4 +1,5 @@
 """Score predicted label maps against references: overlap per case and class, and their means in summary.json."""
+
 from __future__ import annotations
 
 import argparse
@@ -35,10 +36,21 @@ from nnunetv2.utilities.plain_text import show
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-__all__ = ["key_to_label_or_region", "label_or_region_to_key", "labels_to_list_of_regions", "load_summary_json",
-           "save_summary_json", "region_or_label_to_mask", "compute_tp_fp_fn_tn", "compute_metrics",
-           "compute_metrics_on_folder", "compute_metrics_on_folder2", "compute_metrics_on_folder_simple",
-           "evaluate_folder_entry_point", "evaluate_simple_entry_point"]
+__all__ = [
+    "key_to_label_or_region",
+    "label_or_region_to_key",
+    "labels_to_list_of_regions",
+    "load_summary_json",
+    "save_summary_json",
+    "region_or_label_to_mask",
+    "compute_tp_fp_fn_tn",
+    "compute_metrics",
+    "compute_metrics_on_folder",
+    "compute_metrics_on_folder2",
+    "compute_metrics_on_folder_simple",
+    "evaluate_folder_entry_point",
+    "evaluate_simple_entry_point",
+]
 
 
 def region_or_label_to_mask(segmentation: np.ndarray, region_or_label: LabelOrRegion) -> np.ndarray:
@@ -46,17 +58,24 @@ def region_or_label_to_mask(segmentation: np.ndarray, region_or_label: LabelOrRe
     return np.isin(segmentation, labels_of(region_or_label))
 
 
-def compute_tp_fp_fn_tn(mask_ref: np.ndarray, mask_pred: np.ndarray,
-                        ignore_mask: np.ndarray | None = None) -> tuple[int, int, int, int]:
+def compute_tp_fp_fn_tn(
+    mask_ref: np.ndarray, mask_pred: np.ndarray, ignore_mask: np.ndarray | None = None
+) -> tuple[int, int, int, int]:
     """Count true positives, false positives, false negatives and true negatives outside `ignore_mask`."""
     counted = np.ones_like(mask_ref, dtype=bool) if ignore_mask is None else ~ignore_mask.astype(bool)
     reference, prediction = mask_ref.astype(bool)[counted], mask_pred.astype(bool)[counted]
     return compute_confusion(reference, prediction).of_class([True])
 
 
-def compute_metrics(reference_file: str, prediction_file: str, image_reader_writer: BaseReaderWriter,
-                    labels_or_regions: Sequence[LabelOrRegion], ignore_label: int | None = None, *,
-                    surface_tolerance_mm: float | None = None) -> Results:
+def compute_metrics(
+    reference_file: str,
+    prediction_file: str,
+    image_reader_writer: BaseReaderWriter,
+    labels_or_regions: Sequence[LabelOrRegion],
+    ignore_label: int | None = None,
+    *,
+    surface_tolerance_mm: float | None = None,
+) -> Results:
     """Score one case. Each file is read once, and its voxels are counted in one pass.
 
     Args:
@@ -75,21 +94,32 @@ def compute_metrics(reference_file: str, prediction_file: str, image_reader_writ
     reference, properties = image_reader_writer.read_seg(reference_file)
     prediction, _ = image_reader_writer.read_seg(prediction_file)
     if reference.shape != prediction.shape:
-        raise ValueError(f"{prediction_file} has shape {prediction.shape[1:]}, but its reference {reference_file} has "
-                         f"{reference.shape[1:]}; predictions are compared on the grid of the reference")
+        raise ValueError(
+            f"{prediction_file} has shape {prediction.shape[1:]}, but its reference {reference_file} has "
+            f"{reference.shape[1:]}; predictions are compared on the grid of the reference"
+        )
     metrics = score_classes(compute_confusion(reference, prediction), labels_or_regions, ignore_label)
     if surface_tolerance_mm is not None:
-        surfaces = score_surfaces(reference[0], prediction[0], labels_or_regions, properties["spacing"],
-                                  surface_tolerance_mm, ignore_label)
+        surfaces = score_surfaces(
+            reference[0], prediction[0], labels_or_regions, properties["spacing"], surface_tolerance_mm, ignore_label
+        )
         metrics = {which: {**scores, **surfaces[which]} for which, scores in metrics.items()}
     return {"reference_file": reference_file, "prediction_file": prediction_file, "metrics": metrics}
 
 
-def compute_metrics_on_folder(folder_ref: str, folder_pred: str, output_file: str | None,
-                              image_reader_writer: BaseReaderWriter, file_ending: str,
-                              regions_or_labels: Sequence[LabelOrRegion], ignore_label: int | None = None,
-                              num_processes: int = default_num_processes, chill: bool = True, *,
-                              surface_tolerance_mm: float | None = None) -> Results:
+def compute_metrics_on_folder(
+    folder_ref: str,
+    folder_pred: str,
+    output_file: str | None,
+    image_reader_writer: BaseReaderWriter,
+    file_ending: str,
+    regions_or_labels: Sequence[LabelOrRegion],
+    ignore_label: int | None = None,
+    num_processes: int = default_num_processes,
+    chill: bool = True,
+    *,
+    surface_tolerance_mm: float | None = None,
+) -> Results:
     """Score all predictions of a folder.
 
     Args:
@@ -111,8 +141,13 @@ def compute_metrics_on_folder(folder_ref: str, folder_pred: str, output_file: st
     if output_file is not None:
         assert str(output_file).endswith(".json"), f"the output file must end in .json, got {output_file}"
     pairs = list_pairs(folder_ref, folder_pred, file_ending, chill=chill)
-    score = partial(_score_pair, reader=image_reader_writer, classes=list(regions_or_labels),
-                    ignore_label=ignore_label, surface_tolerance_mm=surface_tolerance_mm)
+    score = partial(
+        _score_pair,
+        reader=image_reader_writer,
+        classes=list(regions_or_labels),
+        ignore_label=ignore_label,
+        surface_tolerance_mm=surface_tolerance_mm,
+    )
     files = None if surface_tolerance_mm is not None else [file for pair in pairs.values() for file in pair]
     per_case = list(map_cases(score, pairs, num_processes, files).values())
     results = {"metric_per_case": per_case, **summarize([case["metrics"] for case in per_case])}
@@ -123,17 +158,33 @@ def compute_metrics_on_folder(folder_ref: str, folder_pred: str, output_file: st
     return results
 
 
-def _score_pair(prediction_file: str, reference_file: str, *, reader: BaseReaderWriter,
-                classes: Sequence[LabelOrRegion], ignore_label: int | None,
-                surface_tolerance_mm: float | None) -> Results:
-    return compute_metrics(reference_file, prediction_file, reader, classes, ignore_label,
-                           surface_tolerance_mm=surface_tolerance_mm)
+def _score_pair(
+    prediction_file: str,
+    reference_file: str,
+    *,
+    reader: BaseReaderWriter,
+    classes: Sequence[LabelOrRegion],
+    ignore_label: int | None,
+    surface_tolerance_mm: float | None,
+) -> Results:
+    return compute_metrics(
+        reference_file, prediction_file, reader, classes, ignore_label, surface_tolerance_mm=surface_tolerance_mm
+    )
 
 
-def compute_metrics_on_folder2(folder_ref: str, folder_pred: str, dataset_json_file: str, plans_file: str,
-                               output_file: str | None = None, num_processes: int = default_num_processes,
-                               chill: bool = False, *, surface_tolerance_mm: float | None = None,
-                               html_file: str | None = None, image_folder: str | None = None) -> None:
+def compute_metrics_on_folder2(
+    folder_ref: str,
+    folder_pred: str,
+    dataset_json_file: str,
+    plans_file: str,
+    output_file: str | None = None,
+    num_processes: int = default_num_processes,
+    chill: bool = False,
+    *,
+    surface_tolerance_mm: float | None = None,
+    html_file: str | None = None,
+    image_folder: str | None = None,
+) -> None:
     """Score all predictions of a folder on the classes of a dataset, into `folder_pred`/summary.json by default.
 
     Args:
@@ -149,43 +200,72 @@ def compute_metrics_on_folder2(folder_ref: str, folder_pred: str, dataset_json_f
     reader = determine_reader_writer_from_dataset_json(dataset_json, example)()
     labels = PlansManager(plans_file).get_label_manager(dataset_json)
     results = compute_metrics_on_folder(
-        folder_ref, folder_pred, output_file or os.path.join(folder_pred, "summary.json"), reader, ending,
-        labels.foreground_regions if labels.has_regions else labels.foreground_labels, labels.ignore_label,
-        num_processes, chill=chill, surface_tolerance_mm=surface_tolerance_mm)
+        folder_ref,
+        folder_pred,
+        output_file or os.path.join(folder_pred, "summary.json"),
+        reader,
+        ending,
+        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+        labels.ignore_label,
+        num_processes,
+        chill=chill,
+        surface_tolerance_mm=surface_tolerance_mm,
+    )
     if html_file is not None:
         _write_report(results, html_file, reader, ending, image_folder, dataset_json["labels"])
 
 
-def compute_metrics_on_folder_simple(folder_ref: str, folder_pred: str, labels: Sequence[LabelOrRegion],
-                                     output_file: str | None = None, num_processes: int = default_num_processes,
-                                     ignore_label: int | None = None, chill: bool = False, *,
-                                     surface_tolerance_mm: float | None = None, html_file: str | None = None,
-                                     image_folder: str | None = None) -> None:
+def compute_metrics_on_folder_simple(
+    folder_ref: str,
+    folder_pred: str,
+    labels: Sequence[LabelOrRegion],
+    output_file: str | None = None,
+    num_processes: int = default_num_processes,
+    ignore_label: int | None = None,
+    chill: bool = False,
+    *,
+    surface_tolerance_mm: float | None = None,
+    html_file: str | None = None,
+    image_folder: str | None = None,
+) -> None:
     """Score all predictions of a folder on these labels; the file format is that of the references.
 
     The last two arguments are those of `compute_metrics_on_folder2`.
     """
-    from nnunetv2.imageio.reader_writer_registry import (
-        LIST_OF_IO_CLASSES,
-        determine_reader_writer_from_file_ending,
-    )
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, determine_reader_writer_from_file_ending
 
     known = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
     example = first_reference(folder_ref, sorted(known))
     # Of .nii.gz and .gz, say, the longer one.
     ending = max((ending for ending in known if example.lower().endswith(ending)), key=len)
-    ending = example[-len(ending):]
-    reader = determine_reader_writer_from_file_ending(ending, os.path.join(folder_ref, example),
-                                                      allow_nonmatching_filename=True, verbose=False)()
+    ending = example[-len(ending) :]
+    reader = determine_reader_writer_from_file_ending(
+        ending, os.path.join(folder_ref, example), allow_nonmatching_filename=True, verbose=False
+    )()
     results = compute_metrics_on_folder(
-        folder_ref, folder_pred, output_file or os.path.join(folder_pred, "summary.json"), reader, ending, labels,
-        ignore_label, num_processes, chill=chill, surface_tolerance_mm=surface_tolerance_mm)
+        folder_ref,
+        folder_pred,
+        output_file or os.path.join(folder_pred, "summary.json"),
+        reader,
+        ending,
+        labels,
+        ignore_label,
+        num_processes,
+        chill=chill,
+        surface_tolerance_mm=surface_tolerance_mm,
+    )
     if html_file is not None:
         _write_report(results, html_file, reader, ending, image_folder, {})
 
 
-def _write_report(results: Results, html_file: str, reader: BaseReaderWriter, ending: str, image_folder: str | None,
-                  label_names: dict[str, LabelOrRegion]) -> None:
+def _write_report(
+    results: Results,
+    html_file: str,
+    reader: BaseReaderWriter,
+    ending: str,
+    image_folder: str | None,
+    label_names: dict[str, LabelOrRegion],
+) -> None:
     from nnunetv2.evaluation.report import write_report
 
     names = {plain_class(value): name for name, value in label_names.items()}
@@ -194,10 +274,19 @@ def _write_report(results: Results, html_file: str, reader: BaseReaderWriter, en
 
 def evaluate_folder_entry_point() -> None:
     """Run `nnUNetv2_evaluate_folder`."""
+
     def evaluate() -> None:
         args = build_folder_parser().parse_args()
-        compute_metrics_on_folder2(args.gt_folder, args.pred_folder, args.djfile, args.pfile, args.o, args.np,
-                                   chill=args.chill, **_read_extras(args))
+        compute_metrics_on_folder2(
+            args.gt_folder,
+            args.pred_folder,
+            args.djfile,
+            args.pfile,
+            args.o,
+            args.np,
+            chill=args.chill,
+            **_read_extras(args),
+        )
         _print_result(args)
 
     run_command(evaluate)
@@ -205,10 +294,12 @@ def evaluate_folder_entry_point() -> None:
 
 def evaluate_simple_entry_point() -> None:
     """Run `nnUNetv2_evaluate_simple`."""
+
     def evaluate() -> None:
         args = build_simple_parser().parse_args()
-        compute_metrics_on_folder_simple(args.gt_folder, args.pred_folder, args.l, args.o, args.np, args.il,
-                                         chill=args.chill, **_read_extras(args))
+        compute_metrics_on_folder_simple(
+            args.gt_folder, args.pred_folder, args.l, args.o, args.np, args.il, chill=args.chill, **_read_extras(args)
+        )
         _print_result(args)
 
     run_command(evaluate)
@@ -241,17 +332,32 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", default=None, help="Output file. Default: summary.json in the folder of predictions")
-    parser.add_argument("-np", type=int, default=default_num_processes,
-                        help=f"Cases worked on at the same time. Default: {default_num_processes}")
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_num_processes,
+        help=f"Cases worked on at the same time. Default: {default_num_processes}",
+    )
     parser.add_argument("--chill", action="store_true", help="Accept that some references have not been predicted.")
-    parser.add_argument("--surface", action="store_true",
-                        help="Compare surfaces too, in mm: HD95, ASSD and SurfaceDice. Takes several times as long.")
-    parser.add_argument("-tolerance", type=float, default=None,
-                        help="With --surface: surfaces closer than this (mm) agree in SurfaceDice. Default: 1")
-    parser.add_argument("--html", action="store_true",
-                        help="Write a report to look at beside the output file, with the same name and ending .html.")
-    parser.add_argument("-images", default=None,
-                        help="With --html: folder of images (CASE_0000...) to show under the label maps.")
+    parser.add_argument(
+        "--surface",
+        action="store_true",
+        help="Compare surfaces too, in mm: HD95, ASSD and SurfaceDice. Takes several times as long.",
+    )
+    parser.add_argument(
+        "-tolerance",
+        type=float,
+        default=None,
+        help="With --surface: surfaces closer than this (mm) agree in SurfaceDice. Default: 1",
+    )
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="Write a report to look at beside the output file, with the same name and ending .html.",
+    )
+    parser.add_argument(
+        "-images", default=None, help="With --html: folder of images (CASE_0000...) to show under the label maps."
+    )
 
 
 def _read_extras(args: argparse.Namespace) -> dict[str, float | str | None]:
@@ -261,8 +367,11 @@ def _read_extras(args: argparse.Namespace) -> dict[str, float | str | None]:
         raise ValueError("-images needs --html")
     tolerance = 1.0 if args.tolerance is None else args.tolerance
     html_file = str(Path(_output_file(args)).with_suffix(".html")) if args.html else None
-    return {"surface_tolerance_mm": tolerance if args.surface else None, "html_file": html_file,
-            "image_folder": args.images}
+    return {
+        "surface_tolerance_mm": tolerance if args.surface else None,
+        "html_file": html_file,
+        "image_folder": args.images,
+    }
 
 
 def _output_file(args: argparse.Namespace) -> str:

@@ -1,4 +1,5 @@
 """Write down the commands with which the best model of a dataset predicts new images."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,17 @@ Model = Mapping[str, str]
 Option = tuple[str, object | None]
 
 
-def generate_inference_command(dataset_name_or_id: int | str, configuration_name: str,
-                               plans_identifier: str = "nnUNetPlans", trainer_name: str = "nnUNetTrainer",
-                               folds: Sequence[int | str] = (0, 1, 2, 3, 4),
-                               folder_with_segs_from_prev_stage: str | None = None,
-                               input_folder: str = "INPUT_FOLDER", output_folder: str = "OUTPUT_FOLDER",
-                               save_npz: bool = False) -> str:
+def generate_inference_command(
+    dataset_name_or_id: int | str,
+    configuration_name: str,
+    plans_identifier: str = "nnUNetPlans",
+    trainer_name: str = "nnUNetTrainer",
+    folds: Sequence[int | str] = (0, 1, 2, 3, 4),
+    folder_with_segs_from_prev_stage: str | None = None,
+    input_folder: str = "INPUT_FOLDER",
+    output_folder: str = "OUTPUT_FOLDER",
+    save_npz: bool = False,
+) -> str:
     """Return the command that predicts with a model, preceded, for a cascade, by that of its previous stage.
 
     Args:
@@ -39,8 +45,16 @@ def generate_inference_command(dataset_name_or_id: int | str, configuration_name
     if previous_stage is not None:
         if folder_with_segs_from_prev_stage is None:
             folder_with_segs_from_prev_stage = f"{output_folder}_PREV_STAGE"
-            lines.append(_predict_command(dataset_name_or_id, {**model, "configuration": previous_stage}, folds,
-                                          input_folder, folder_with_segs_from_prev_stage, []))
+            lines.append(
+                _predict_command(
+                    dataset_name_or_id,
+                    {**model, "configuration": previous_stage},
+                    folds,
+                    input_folder,
+                    folder_with_segs_from_prev_stage,
+                    [],
+                )
+            )
         options.append(("-prev_stage_predictions", folder_with_segs_from_prev_stage))
     lines.append(_predict_command(dataset_name_or_id, model, folds, input_folder, output_folder, options))
     return "\n".join(lines)
@@ -68,19 +82,37 @@ def describe_inference(inference_info_dict: Mapping[str, Any]) -> str:
     sections = ["***Predict new images***"]
     if is_ensemble:
         sections.append(f"{len(models)} models together score best. Predict with each of them, then average:")
-    outputs = [f"OUTPUT_FOLDER_MODEL_{number}" for number in range(1, len(models) + 1)] if is_ensemble \
-        else ["OUTPUT_FOLDER"]
+    outputs = (
+        [f"OUTPUT_FOLDER_MODEL_{number}" for number in range(1, len(models) + 1)] if is_ensemble else ["OUTPUT_FOLDER"]
+    )
     for model, output in zip(models, outputs):
-        sections.append(generate_inference_command(
-            dataset, model["configuration"], model["plans_identifier"], model["trainer"], folds,
-            output_folder=output, save_npz=is_ensemble))
+        sections.append(
+            generate_inference_command(
+                dataset,
+                model["configuration"],
+                model["plans_identifier"],
+                model["trainer"],
+                folds,
+                output_folder=output,
+                save_npz=is_ensemble,
+            )
+        )
     if is_ensemble:
         sections.append("Average the probabilities:")
         sections.append(f"nnUNetv2_ensemble -i {' '.join(outputs)} -o OUTPUT_FOLDER -np {default_num_processes}")
     sections.append("***Postprocess the predictions***")
-    sections.append(shell_command("nnUNetv2_apply_postprocessing", options=[
-        ("-i", "OUTPUT_FOLDER"), ("-o", "OUTPUT_FOLDER_PP"), ("-pp_pkl_file", best["postprocessing_file"]),
-        ("-np", default_num_processes), ("-plans_json", best["some_plans_file"])]))
+    sections.append(
+        shell_command(
+            "nnUNetv2_apply_postprocessing",
+            options=[
+                ("-i", "OUTPUT_FOLDER"),
+                ("-o", "OUTPUT_FOLDER_PP"),
+                ("-pp_pkl_file", best["postprocessing_file"]),
+                ("-np", default_num_processes),
+                ("-plans_json", best["some_plans_file"]),
+            ],
+        )
+    )
     return "\n\n".join(sections)
 
 
@@ -95,8 +127,24 @@ def _previous_stage(dataset_name_or_id: int | str, model: Model) -> str | None:
     return plans.get_configuration(model["configuration"]).previous_stage_name
 
 
-def _predict_command(dataset_name_or_id: int | str, model: Model, folds: Sequence[int | str], input_folder: str,
-                     output_folder: str, options: Sequence[Option]) -> str:
-    return shell_command("nnUNetv2_predict", options=[
-        ("-d", dataset_name_or_id), ("-i", input_folder), ("-o", output_folder), *(("-f", fold) for fold in folds),
-        ("-tr", model["trainer"]), ("-c", model["configuration"]), ("-p", model["plans"]), *options])
+def _predict_command(
+    dataset_name_or_id: int | str,
+    model: Model,
+    folds: Sequence[int | str],
+    input_folder: str,
+    output_folder: str,
+    options: Sequence[Option],
+) -> str:
+    return shell_command(
+        "nnUNetv2_predict",
+        options=[
+            ("-d", dataset_name_or_id),
+            ("-i", input_folder),
+            ("-o", output_folder),
+            *(("-f", fold) for fold in folds),
+            ("-tr", model["trainer"]),
+            ("-c", model["configuration"]),
+            ("-p", model["plans"]),
+            *options,
+        ],
+    )

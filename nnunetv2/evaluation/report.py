@@ -1,4 +1,5 @@
 """Write an evaluation as one HTML file that needs nothing else: tables, box plots, and the worst cases as pictures."""
+
 from __future__ import annotations
 
 import math
@@ -26,8 +27,16 @@ METRICS = {"Dice": "", "IoU": "", "HD95": " (mm)", "ASSD": " (mm)", "SurfaceDice
 _LOWER_IS_BETTER = {"HD95", "ASSD"}
 
 
-def write_report(results: Results, path: str | os.PathLike[str], *, reader: BaseReaderWriter, file_ending: str,
-                 class_names: ClassNames | None = None, image_folder: str | None = None, num_worst: int = 6) -> None:
+def write_report(
+    results: Results,
+    path: str | os.PathLike[str],
+    *,
+    reader: BaseReaderWriter,
+    file_ending: str,
+    class_names: ClassNames | None = None,
+    image_folder: str | None = None,
+    num_worst: int = 6,
+) -> None:
     """Write a report of the results of `compute_metrics_on_folder`.
 
     Args:
@@ -40,12 +49,19 @@ def write_report(results: Results, path: str | os.PathLike[str], *, reader: Base
     """
     names = {which: (class_names or {}).get(which, f"class {which}") for which in results["mean"]}
     metrics = [name for name in METRICS if name in next(iter(results["mean"].values()), {})]
-    sections = [_overview(results, metrics), _table_of_classes(results, names, metrics),
-                *(_box_plots(results, names, metric) for metric in metrics if metric != "IoU"),
-                _worst_cases(results, names, reader, file_ending, image_folder, num_worst),
-                _table_of_cases(results, names, metrics)]
-    page = _PAGE.format(title=f"Evaluation of {len(results['metric_per_case'])} cases", style=_STYLE, script=_SCRIPT,
-                        body="\n".join(sections))
+    sections = [
+        _overview(results, metrics),
+        _table_of_classes(results, names, metrics),
+        *(_box_plots(results, names, metric) for metric in metrics if metric != "IoU"),
+        _worst_cases(results, names, reader, file_ending, image_folder, num_worst),
+        _table_of_cases(results, names, metrics),
+    ]
+    page = _PAGE.format(
+        title=f"Evaluation of {len(results['metric_per_case'])} cases",
+        style=_STYLE,
+        script=_SCRIPT,
+        body="\n".join(sections),
+    )
     with replacing(path) as written:
         written.write_text(page, encoding="utf-8")
 
@@ -63,13 +79,18 @@ def rank_cases(results: Results) -> list[tuple[float, dict]]:
 def _overview(results: Results, metrics: Sequence[str]) -> str:
     cases = results["metric_per_case"]
     folders = {what: str(Path(cases[0][f"{what}_file"]).parent) for what in ("prediction", "reference")}
-    cards = "".join(f"<div class='card'><b>{_number(results['foreground_mean'][metric])}</b>"
-                    f"<span>mean {metric}{METRICS[metric]}</span></div>" for metric in metrics)
+    cards = "".join(
+        f"<div class='card'><b>{_number(results['foreground_mean'][metric])}</b>"
+        f"<span>mean {metric}{METRICS[metric]}</span></div>"
+        for metric in metrics
+    )
     tolerance = results.get("surface_tolerance_mm")
     note = "" if tolerance is None else f" Surfaces closer than {tolerance:g} mm agree in SurfaceDice."
-    return (f"<p>{len(cases)} cases, {len(results['mean'])} classes.{note}<br>Predictions: "
-            f"<code>{escape(folders['prediction'])}</code><br>References: <code>{escape(folders['reference'])}</code>"
-            f"</p><div class='cards'>{cards}</div>")
+    return (
+        f"<p>{len(cases)} cases, {len(results['mean'])} classes.{note}<br>Predictions: "
+        f"<code>{escape(folders['prediction'])}</code><br>References: <code>{escape(folders['reference'])}</code>"
+        f"</p><div class='cards'>{cards}</div>"
+    )
 
 
 def _table_of_classes(results: Results, names: ClassNames, metrics: Sequence[str]) -> str:
@@ -79,34 +100,54 @@ def _table_of_classes(results: Results, names: ClassNames, metrics: Sequence[str
         known = sum(not math.isnan(case["metrics"][which]["Dice"]) for case in results["metric_per_case"])
         cells = "".join(_cell(metric, scores[metric]) for metric in metrics)
         rows.append(f"<tr><th scope='row'>{escape(names[which])}</th>{cells}<td>{known}</td></tr>")
-    return ("<h2>Classes</h2><p>Means over the cases in which a score is defined. A class that is in neither map of a "
-            "case has no score there.</p><div class='wide'><table class='sortable'><thead><tr><th>class</th>"
-            f"{head}<th>cases</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+    return (
+        "<h2>Classes</h2><p>Means over the cases in which a score is defined. A class that is in neither map of a "
+        "case has no score there.</p><div class='wide'><table class='sortable'><thead><tr><th>class</th>"
+        f"{head}<th>cases</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def _box_plots(results: Results, names: ClassNames, metric: str) -> str:
-    values = {names[which]: [(case["metrics"][which][metric], Path(case["prediction_file"]).name)
-                             for case in results["metric_per_case"]] for which in results["mean"]}
+    values = {
+        names[which]: [
+            (case["metrics"][which][metric], Path(case["prediction_file"]).name) for case in results["metric_per_case"]
+        ]
+        for which in results["mean"]
+    }
     upper = None if metric in _LOWER_IS_BETTER else 1.0
     return f"<h2>{metric}{METRICS[metric]}</h2>{draw_box_plots(values, upper)}"
 
 
-def _worst_cases(results: Results, names: ClassNames, reader: BaseReaderWriter, file_ending: str,
-                 image_folder: str | None, num_worst: int) -> str:
+def _worst_cases(
+    results: Results,
+    names: ClassNames,
+    reader: BaseReaderWriter,
+    file_ending: str,
+    image_folder: str | None,
+    num_worst: int,
+) -> str:
     figures = []
     for dice, case in rank_cases(results)[:num_worst]:
         name = strip_ending(Path(case["prediction_file"]).name, file_ending)
-        worst = min((which for which in case["metrics"] if not math.isnan(case["metrics"][which]["Dice"])),
-                    key=lambda which: case["metrics"][which]["Dice"])
+        worst = min(
+            (which for which in case["metrics"] if not math.isnan(case["metrics"][which]["Dice"])),
+            key=lambda which: case["metrics"][which]["Dice"],
+        )
         image = None if image_folder is None else os.path.join(image_folder, f"{name}_0000{file_ending}")
         picture, place = draw_case(case, list(results["mean"]), reader, image)
-        caption = (f"<b>{escape(name)}</b> mean Dice {dice:.3f}, {place}; lowest: {escape(names[worst])} "
-                   f"{case['metrics'][worst]['Dice']:.3f}")
-        figures.append(f"<figure><img alt='reference and prediction of {escape(name)}' "
-                       f"src='data:image/png;base64,{picture}'><figcaption>{caption}</figcaption></figure>")
-    return ("<h2>Worst cases</h2><p>Left the reference, in the middle the prediction, right where they differ (red: "
-            "missed, yellow: too much, blue: another class), in the slice where they differ most.</p>"
-            f"<div class='figures'>{''.join(figures)}</div>")
+        caption = (
+            f"<b>{escape(name)}</b> mean Dice {dice:.3f}, {place}; lowest: {escape(names[worst])} "
+            f"{case['metrics'][worst]['Dice']:.3f}"
+        )
+        figures.append(
+            f"<figure><img alt='reference and prediction of {escape(name)}' "
+            f"src='data:image/png;base64,{picture}'><figcaption>{caption}</figcaption></figure>"
+        )
+    return (
+        "<h2>Worst cases</h2><p>Left the reference, in the middle the prediction, right where they differ (red: "
+        "missed, yellow: too much, blue: another class), in the slice where they differ most.</p>"
+        f"<div class='figures'>{''.join(figures)}</div>"
+    )
 
 
 def _table_of_cases(results: Results, names: ClassNames, metrics: Sequence[str]) -> str:
@@ -118,8 +159,10 @@ def _table_of_cases(results: Results, names: ClassNames, metrics: Sequence[str])
     for case in results["metric_per_case"]:
         cells = "".join(_cell(metric, case["metrics"][which][metric]) for which in classes for metric in shown)
         rows.append(f"<tr><th scope='row'>{escape(Path(case['prediction_file']).name)}</th>{cells}</tr>")
-    return ("<h2>Cases</h2><p>Click on a heading to sort.</p><div class='wide'><table class='sortable'><thead>"
-            f"<tr><th></th>{top}</tr><tr><th>case</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+    return (
+        "<h2>Cases</h2><p>Click on a heading to sort.</p><div class='wide'><table class='sortable'><thead>"
+        f"<tr><th></th>{top}</tr><tr><th>case</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def _cell(metric: str, value: float) -> str:

@@ -1,4 +1,5 @@
 """Draw a case for the report: reference, prediction and where they differ, side by side in one PNG."""
+
 from __future__ import annotations
 
 import base64
@@ -20,8 +21,9 @@ _MAX_SIDE = 400
 _GAP = 4
 
 
-def draw_case(case: Mapping[str, Any], classes: Sequence[LabelOrRegion], reader: BaseReaderWriter,
-              image_file: str | None) -> tuple[str, str]:
+def draw_case(
+    case: Mapping[str, Any], classes: Sequence[LabelOrRegion], reader: BaseReaderWriter, image_file: str | None
+) -> tuple[str, str]:
     """Return the picture of a case, as PNG in base64, and the place of its slice in words.
 
     Args:

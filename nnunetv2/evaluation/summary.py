@@ -1,4 +1,5 @@
 """What summary.json holds: scores per case and class, their means, and how classes are spelled as keys."""
+
 from __future__ import annotations
 
 import logging
@@ -52,8 +53,9 @@ def labels_to_list_of_regions(labels: Iterable[int]) -> list[tuple[int, ...]]:
     return [(label,) for label in labels]
 
 
-def score_classes(confusion: Confusion, classes: Sequence[LabelOrRegion],
-                  ignore_label: int | None = None) -> dict[LabelOrRegion, dict[str, float]]:
+def score_classes(
+    confusion: Confusion, classes: Sequence[LabelOrRegion], ignore_label: int | None = None
+) -> dict[LabelOrRegion, dict[str, float]]:
     """Return overlaps and counts of voxels per class; voxels whose reference is `ignore_label` do not count."""
     if ignore_label is not None:
         confusion = confusion.without_reference(ignore_label)
@@ -67,16 +69,22 @@ def summarize(metrics_of_cases: Sequence[Mapping[LabelOrRegion, Mapping[str, flo
     foreground mean, with a warning unless `warn` is False.
     """
     first = metrics_of_cases[0]
-    mean = {which: {name: _nanmean([metrics[which][name] for metrics in metrics_of_cases]) for name in scores}
-            for which, scores in first.items()}
+    mean = {
+        which: {name: _nanmean([metrics[which][name] for metrics in metrics_of_cases]) for name in scores}
+        for which, scores in first.items()
+    }
     foreground = [which for which in mean if which not in (0, "0")]
     undefined = [label_or_region_to_key(which) for which in foreground if np.isnan(mean[which]["Dice"])]
     if undefined and warn:
-        logger.warning("class %s is in no reference and no prediction: the foreground mean is over the other classes",
-                       ", ".join(undefined))
+        logger.warning(
+            "class %s is in no reference and no prediction: the foreground mean is over the other classes",
+            ", ".join(undefined),
+        )
     names = next(iter(first.values())) if first else ()
-    return {"mean": mean,
-            "foreground_mean": {name: _nanmean([mean[which][name] for which in foreground]) for name in names}}
+    return {
+        "mean": mean,
+        "foreground_mean": {name: _nanmean([mean[which][name] for which in foreground]) for name in names},
+    }
 
 
 def save_summary_json(results: Results, output_file: str | os.PathLike[str]) -> None:
@@ -100,9 +108,16 @@ def _change_keys(results: Results, change: Callable) -> Results:
 
 def _scores(tp: int, fp: int, fn: int, tn: int) -> dict[str, float]:
     found_or_wanted = tp + fp + fn
-    return {"Dice": 2 * tp / (2 * tp + fp + fn) if found_or_wanted else np.nan,
-            "IoU": tp / found_or_wanted if found_or_wanted else np.nan,
-            "FP": fp, "TP": tp, "FN": fn, "TN": tn, "n_pred": fp + tp, "n_ref": fn + tp}
+    return {
+        "Dice": 2 * tp / (2 * tp + fp + fn) if found_or_wanted else np.nan,
+        "IoU": tp / found_or_wanted if found_or_wanted else np.nan,
+        "FP": fp,
+        "TP": tp,
+        "FN": fn,
+        "TN": tn,
+        "n_pred": fp + tp,
+        "n_ref": fn + tp,
+    }
 
 
 def _nanmean(values: Sequence[float]) -> float:

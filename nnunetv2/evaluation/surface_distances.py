@@ -5,6 +5,7 @@ cube of 2x2x2 voxels is one element: its place is its centre of gravity, its wei
 count more than large ones, and flat and slanted parts count by their size. In 2D, elements lie in squares of 2x2 pixels
 and weights are lengths. Distances between elements come from a k-d tree (SciPy).
 """
+
 from __future__ import annotations
 
 import math
@@ -26,8 +27,9 @@ class Surface:
     areas: np.ndarray
 
 
-def compute_surface_metrics(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float],
-                            tolerance_mm: float) -> dict[str, float]:
+def compute_surface_metrics(
+    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
+) -> dict[str, float]:
     """Compare two masks of equal shape, 2D or 3D.
 
     Args:
@@ -48,15 +50,17 @@ def compute_surface_metrics(reference: np.ndarray, prediction: np.ndarray, spaci
     distances = _distances(*surfaces), _distances(*surfaces[::-1])
     total = sum(area.sum() for area in areas)
     close = sum(area[distance <= tolerance_mm].sum() for area, distance in zip(areas, distances))
-    return {"HD95": max(_percentile(distance, area, 0.95) for area, distance in zip(areas, distances)),
-            "ASSD": float(sum((area * distance).sum() for area, distance in zip(areas, distances)) / total),
-            "SurfaceDice": float(close / total)}
+    return {
+        "HD95": max(_percentile(distance, area, 0.95) for area, distance in zip(areas, distances)),
+        "ASSD": float(sum((area * distance).sum() for area, distance in zip(areas, distances)) / total),
+        "SurfaceDice": float(close / total),
+    }
 
 
 def find_surface(mask: np.ndarray, spacing_mm: Sequence[float]) -> Surface:
     """Return the surface elements of a mask that is not empty. Outside of the array there is nothing."""
     codes = _neighbourhood_codes(mask)
-    cubes = np.argwhere((codes > 0) & (codes < 2 ** 2**mask.ndim - 1))
+    cubes = np.argwhere((codes > 0) & (codes < 2**2**mask.ndim - 1))
     areas, centres = _element_table(tuple(float(size) for size in spacing_mm))
     codes = codes[tuple(cubes.T)]
     return Surface(cubes * np.asarray(spacing_mm, dtype=np.float64) + centres[codes], areas[codes])
@@ -82,7 +86,7 @@ def _element_table(spacing_mm: tuple[float, ...]) -> tuple[np.ndarray, np.ndarra
         sizes = np.linalg.norm(edges[:, 0], axis=-1)
     else:
         sizes = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=-1) / 2
-    areas = np.bincount(codes, weights=sizes, minlength=2 ** 2**axes)
+    areas = np.bincount(codes, weights=sizes, minlength=2**2**axes)
     moments = [np.bincount(codes, weights=sizes * along, minlength=len(areas)) for along in corners.mean(axis=1).T]
     return areas, np.stack(moments, axis=-1) / np.maximum(areas, np.finfo(float).tiny)[:, None]
 
@@ -96,7 +100,7 @@ def _surface_parts(axes: int) -> tuple[np.ndarray, np.ndarray]:
     from skimage.measure import find_contours, marching_cubes
 
     codes, parts = [], []
-    for code in range(1, 2 ** 2**axes - 1):
+    for code in range(1, 2**2**axes - 1):
         cube = ((code >> np.arange(2**axes)) & 1).reshape((2,) * axes).astype(np.float32)
         if axes == 3:
             vertices, faces, _, _ = marching_cubes(cube, 0.5)

@@ -1,4 +1,5 @@
 """Score the surfaces of all classes of a case, each inside the box that holds it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,9 +12,14 @@ from nnunetv2.evaluation.surface_distances import compute_surface_metrics
 Box = tuple[slice, ...]
 
 
-def score_surfaces(reference: np.ndarray, prediction: np.ndarray, classes: Sequence[LabelOrRegion],
-                   spacing_mm: Sequence[float], tolerance_mm: float,
-                   ignore_label: int | None = None) -> dict[LabelOrRegion, dict[str, float]]:
+def score_surfaces(
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    classes: Sequence[LabelOrRegion],
+    spacing_mm: Sequence[float],
+    tolerance_mm: float,
+    ignore_label: int | None = None,
+) -> dict[LabelOrRegion, dict[str, float]]:
     """Return HD95, ASSD and SurfaceDice per class.
 
     Args:
@@ -36,13 +42,14 @@ def score_surfaces(reference: np.ndarray, prediction: np.ndarray, classes: Seque
     return scores
 
 
-def _without_flat_axis(reference: np.ndarray, prediction: np.ndarray,
-                       spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+def _without_flat_axis(
+    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Leave the first axis of length 1 out: what has no depth has an outline, no surface."""
     if 1 not in reference.shape:
         return reference, prediction, list(spacing_mm)
     axis = reference.shape.index(1)
-    return reference.squeeze(axis), prediction.squeeze(axis), [*spacing_mm[:axis], *spacing_mm[axis + 1:]]
+    return reference.squeeze(axis), prediction.squeeze(axis), [*spacing_mm[:axis], *spacing_mm[axis + 1 :]]
 
 
 def _boxes_of_labels(labelled: np.ndarray) -> dict[int, Box]:

@@ -1,4 +1,5 @@
 """Look at the cases of a raw dataset and write `dataset_overview.png`, in which odd ones catch the eye."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -55,8 +56,13 @@ class DatasetOverview:
 
     def label_sizes(self, name: str) -> np.ndarray:
         """Return the size of a label in all cases looked at: ml, or pixels of 2-D images."""
-        return np.array([sum(look.label_voxels.get(value, 0) for value in self.labels[name])
-                         * (1 if self.is_2d else look.voxel_mm3 / 1000) for look in self.looks])
+        return np.array(
+            [
+                sum(look.label_voxels.get(value, 0) for value in self.labels[name])
+                * (1 if self.is_2d else look.voxel_mm3 / 1000)
+                for look in self.looks
+            ]
+        )
 
 
 def write_dataset_overview(raw_folder: Path, fingerprint_file: Path, picture: Path) -> None:
@@ -68,6 +74,7 @@ def write_dataset_overview(raw_folder: Path, fingerprint_file: Path, picture: Pa
         picture: Where the PNG goes.
     """
     from nnunetv2.experiment_planning.overview_picture import draw_overview
+
     overview = look_at_dataset(raw_folder, fingerprint_file)
     with replacing(picture) as written:
         draw_overview(overview).savefig(written, dpi=110)
@@ -77,6 +84,7 @@ def look_at_dataset(raw_folder: Path, fingerprint_file: Path) -> DatasetOverview
     """Read what the picture shows."""
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.preprocessing.worker_count import bytes_to_read, choose_num_processes
+
     dataset_json = read_json(raw_folder / "dataset.json")
     fingerprint = read_json(fingerprint_file)
     dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
@@ -88,9 +96,14 @@ def look_at_dataset(raw_folder: Path, fingerprint_file: Path) -> DatasetOverview
         looks = list(threads.map(lambda case: look_at_case(case, dataset[case], reader), chosen))
     channels = dataset_json["channel_names" if "channel_names" in dataset_json else "modality"]
     return DatasetOverview(
-        dataset_name=raw_folder.name, num_cases=len(dataset), shapes=np.array(fingerprint["shapes_after_crop"]),
-        spacings=np.array(fingerprint["spacings"], dtype=float), channel_names=list(channels.values()),
-        labels=foreground_labels(dataset_json["labels"]), looks=looks)
+        dataset_name=raw_folder.name,
+        num_cases=len(dataset),
+        shapes=np.array(fingerprint["shapes_after_crop"]),
+        spacings=np.array(fingerprint["spacings"], dtype=float),
+        channel_names=list(channels.values()),
+        labels=foreground_labels(dataset_json["labels"]),
+        looks=looks,
+    )
 
 
 def look_at_case(case: str, files: Mapping[str, Any], reader_class: type) -> CaseLook:
@@ -99,16 +112,19 @@ def look_at_case(case: str, files: Mapping[str, Any], reader_class: type) -> Cas
     images, properties = reader.read_images(files["images"])
     label, _ = reader.read_seg(files["label"])
     values, counts = np.unique(label, return_counts=True)
-    return CaseLook(str(case), np.stack([describe_intensities(image, label[0]) for image in images]),
-                    {int(value): int(count) for value, count in zip(values, counts)},
-                    float(np.prod(properties["spacing"])))
+    return CaseLook(
+        str(case),
+        np.stack([describe_intensities(image, label[0]) for image in images]),
+        {int(value): int(count) for value, count in zip(values, counts)},
+        float(np.prod(properties["spacing"])),
+    )
 
 
 def describe_intensities(image: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Return `PERCENTILES` of the foreground of an image, of all that is not 0 without foreground."""
     foreground = label > 0
     values = image[foreground] if foreground.any() else image[image != 0]
-    values = values[::max(1, len(values) // _MAX_VOXELS)]
+    values = values[:: max(1, len(values) // _MAX_VOXELS)]
     return np.percentile(values, PERCENTILES) if len(values) else np.zeros(len(PERCENTILES))
 
 

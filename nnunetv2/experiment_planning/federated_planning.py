@@ -16,6 +16,7 @@ bit for all order statistics, what `nnUNetv2_extract_fingerprint` computes where
 
 Method: Skorupko et al., Scientific Reports 15:38312 (2025), with exact pooling in the place of averages.
 """
+
 from __future__ import annotations
 
 import json
@@ -48,10 +49,19 @@ MOST_LOOKS = 20
 """How often a site lets the coordinator look into bins: honest ones need one look, seldom two or three."""
 
 
-def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | None = None,
-                   num_processes: int | None = 8, clean: bool = True, share_extrema: bool = False,
-                   show_progress_bar: bool = True, verbose: bool = False, credential_file: Path | None = None,
-                   **planning: Any) -> str:
+def plan_federated(
+    dataset_id: int | str,
+    *,
+    mode: str,
+    extractor_class: type | None = None,
+    num_processes: int | None = 8,
+    clean: bool = True,
+    share_extrema: bool = False,
+    show_progress_bar: bool = True,
+    verbose: bool = False,
+    credential_file: Path | None = None,
+    **planning: Any,
+) -> str:
     """Plan one dataset as a member of a federation.
 
     Args:
@@ -86,8 +96,10 @@ def plan_federated(dataset_id: int | str, *, mode: str, extractor_class: type | 
         num_cases = pool_fingerprint(client, extractor, site=credential.site, share_extrema=share_extrema)
         plans, plans_name = plan_experiment_dataset(dataset_id, **planning)
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
-        _or_late(lambda: client.exchange(messages.plans_key(plans_name), report),
-                 lambda: client.exchange(messages.late_plans_key(plans_name, credential.site), report))
+        _or_late(
+            lambda: client.exchange(messages.plans_key(plans_name), report),
+            lambda: client.exchange(messages.late_plans_key(plans_name, credential.site), report),
+        )
         show(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
     return plans_name
 
@@ -104,8 +116,9 @@ def pool_fingerprint(client: FederationClient, extractor: Any, *, site: str, sha
     from nnunetv2.utilities.atomic_write import save_json_atomically
 
     census = make_census(extractor, share_extrema)
-    pooled = _or_late(lambda: _take_part(client, extractor, census),
-                      lambda: _come_late(client, extractor, census, site))
+    pooled = _or_late(
+        lambda: _take_part(client, extractor, census), lambda: _come_late(client, extractor, census, site)
+    )
     results.check_fingerprint(pooled, len(census.channel_names))
     save_json_atomically(pooled.fingerprint, Path(extractor.output_folder) / FINGERPRINT_FILE)
     return pooled.num_cases
@@ -125,8 +138,9 @@ def _take_part(client: FederationClient, extractor: Any, census: messages.Census
     """Exchange summaries until the pooled fingerprint is known."""
     num_cases = client.exchange(messages.CENSUS_KEY, census).message.num_cases
     if num_cases < census.num_cases:
-        raise WireError(f"the coordinator counts {num_cases} cases of all sites; this site alone has "
-                        f"{census.num_cases}")
+        raise WireError(
+            f"the coordinator counts {num_cases} cases of all sites; this site alone has {census.num_cases}"
+        )
     samples = _sample(extractor, num_cases)
     values = intensities_per_channel(samples)
     others = extractor.num_samples_per_case(num_cases) * (num_cases - census.num_cases)
@@ -141,13 +155,20 @@ def _take_part(client: FederationClient, extractor: Any, census: messages.Census
             return answer
         results.check_bins(answer, len(channels))
         channels, answer = _look_into(client, number, values, channels, answer.bins, others)
-    raise FederationError(f"the coordinator wants to look into the intensities for the {MOST_LOOKS + 1}th time, which "
-                          "no percentile needs: nothing more is sent. Ask the coordinating site which version it runs")
+    raise FederationError(
+        f"the coordinator wants to look into the intensities for the {MOST_LOOKS + 1}th time, which "
+        "no percentile needs: nothing more is sent. Ask the coordinating site which version it runs"
+    )
 
 
-def _look_into(client: FederationClient, number: int, values: Sequence[tuple[np.ndarray, np.ndarray]],
-               channels: Sequence[outermost.Channel], bins: Sequence[Sequence[int]],
-               others: int) -> tuple[list[outermost.Channel], messages.Message]:
+def _look_into(
+    client: FederationClient,
+    number: int,
+    values: Sequence[tuple[np.ndarray, np.ndarray]],
+    channels: Sequence[outermost.Channel],
+    bins: Sequence[Sequence[int]],
+    others: int,
+) -> tuple[list[outermost.Channel], messages.Message]:
     """Send the histograms inside some bins; return the channels, with what had to be shown of them, and the answer.
 
     Args:
@@ -162,21 +183,28 @@ def _look_into(client: FederationClient, number: int, values: Sequence[tuple[np.
     shown = [channel.showing(wanted) for channel, wanted in zip(channels, bins)]
     corrected = tuple(c for c, channel in enumerate(shown) if channel is not channels[c])
     if corrected:
-        show("A percentile of all sites' intensities lies among this site's outermost values, in channel "
-             f"{', '.join(map(str, corrected))}: more of these values are counted where they are, "
-             f"{' and '.join(_describe_hidden(shown[c]) for c in corrected)} stay hidden.", flush=True)
-    histograms = {f"fine.{c}": fingerprint_statistics.fine_histogram(channel[0], bins[c], channel[1])
-                  for c, channel in enumerate(values)}
+        show(
+            "A percentile of all sites' intensities lies among this site's outermost values, in channel "
+            f"{', '.join(map(str, corrected))}: more of these values are counted where they are, "
+            f"{' and '.join(_describe_hidden(shown[c]) for c in corrected)} stay hidden.",
+            flush=True,
+        )
+    histograms = {
+        f"fine.{c}": fingerprint_statistics.fine_histogram(channel[0], bins[c], channel[1])
+        for c, channel in enumerate(values)
+    }
     histograms |= {f"coarse.{c}": shown[c].coarse_histogram() for c in corrected}
     summary = messages.FineSummary(bins=bins, corrected=corrected)
     try:
         answer = client.exchange(messages.fine_key(number), summary, histograms)
     except RefusedError as error:
         if corrected and error.code == "invalid":
-            raise FederationError("a percentile of all sites' intensities lies among this site's outermost values, and "
-                                  "the coordinator's version is too old to find it without the smallest or largest "
-                                  "voxel of this site: update the coordinator, or plan in a new federation with "
-                                  "--share_extrema at this site") from error
+            raise FederationError(
+                "a percentile of all sites' intensities lies among this site's outermost values, and "
+                "the coordinator's version is too old to find it without the smallest or largest "
+                "voxel of this site: update the coordinator, or plan in a new federation with "
+                "--share_extrema at this site"
+            ) from error
         raise
     return shown, answer.message
 
@@ -201,23 +229,35 @@ def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFinger
     factor = here.factor_to(others)
     if not plausibility.is_at_least(factor, plausibility.ODD_FACTOR):
         return
-    spacing, extent = (f"{plausibility.in_mm(own_lengths)} here, {plausibility.in_mm(their_lengths)} there"
-                       for own_lengths, their_lengths in ((here.spacing, others.spacing), (here.extent, others.extent)))
-    line = (f"The scans of this site are {plausibility.describe_factor(factor)} than those of the others: median "
-            f"spacing {spacing}; median extent {extent}")
+    spacing, extent = (
+        f"{plausibility.in_mm(own_lengths)} here, {plausibility.in_mm(their_lengths)} there"
+        for own_lengths, their_lengths in ((here.spacing, others.spacing), (here.extent, others.extent))
+    )
+    line = (
+        f"The scans of this site are {plausibility.describe_factor(factor)} than those of the others: median "
+        f"spacing {spacing}; median extent {extent}"
+    )
     if plausibility.is_at_least(factor, plausibility.IMPOSSIBLE_FACTOR):
-        raise FederationError(f"{line}. They cannot all have spacings in millimetres: look at the images' headers, "
-                              "here and with the others, before anything is preprocessed")
-    show(f"{line}. Is that right? If units are mixed up, stop, mend the headers, and tell the coordinating site.",
-         flush=True)
+        raise FederationError(
+            f"{line}. They cannot all have spacings in millimetres: look at the images' headers, "
+            "here and with the others, before anything is preprocessed"
+        )
+    show(
+        f"{line}. Is that right? If units are mixed up, stop, mend the headers, and tell the coordinating site.",
+        flush=True,
+    )
 
 
-def _come_late(client: FederationClient, extractor: Any, census: messages.Census,
-               site: str) -> messages.PooledFingerprint:
+def _come_late(
+    client: FederationClient, extractor: Any, census: messages.Census, site: str
+) -> messages.PooledFingerprint:
     """Wait, if need be, for the fingerprint that the other sites pool without this one."""
     num_cases = client.exchange(messages.late_census_key(site), census).message.num_cases
-    show(f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
-         f"cases are not part of the plans, which are made from {num_cases} cases of the others.", flush=True)
+    show(
+        f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
+        f"cases are not part of the plans, which are made from {num_cases} cases of the others.",
+        flush=True,
+    )
     _sample(extractor, num_cases)
     answer = client.result(messages.COARSE_KEY).message
     for number in range(MOST_LOOKS):  # in order: none can begin before the one before it is closed
@@ -242,28 +282,41 @@ def make_census(extractor: Any, share_extrema: bool) -> messages.Census:
     """Describe the dataset as far as the sites must agree on it."""
     description = extractor.dataset_json
     return messages.Census(
-        num_cases=extractor.count_cases(), labels=description["labels"],
+        num_cases=extractor.count_cases(),
+        labels=description["labels"],
         channel_names=description.get("channel_names") or description["modality"],
-        regions_class_order=description.get("regions_class_order"), share_extrema=share_extrema)
+        regions_class_order=description.get("regions_class_order"),
+        share_extrema=share_extrema,
+    )
 
 
 def intensities_per_channel(samples: Sequence[CaseSample]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Join the drawn foreground values of all cases: per channel, values (float32) and how often each was drawn."""
-    return [tuple(np.concatenate(parts) for parts in zip(*channel))
-            for channel in zip(*(sample.intensities for sample in samples))]
+    return [
+        tuple(np.concatenate(parts) for parts in zip(*channel))
+        for channel in zip(*(sample.intensities for sample in samples))
+    ]
 
 
-def summarise(samples: Sequence[CaseSample], intensities: Sequence[tuple[np.ndarray, np.ndarray]],
-              share_extrema: bool) -> messages.CoarseSummary:
+def summarise(
+    samples: Sequence[CaseSample], intensities: Sequence[tuple[np.ndarray, np.ndarray]], share_extrema: bool
+) -> messages.CoarseSummary:
     """Summarise the cases of this site; their order does not leave it."""
-    spacings, shapes = fingerprint_statistics.sorted_geometry([sample.spacing for sample in samples],
-                                                  [sample.shape_after_crop for sample in samples])
+    spacings, shapes = fingerprint_statistics.sorted_geometry(
+        [sample.spacing for sample in samples], [sample.shape_after_crop for sample in samples]
+    )
     moments = [fingerprint_statistics.Moments.of(values, counts) for values, counts in intensities]
     has_foreground = all(len(values) for values, _ in intensities)
-    extrema = tuple((float(values.min()), float(values.max())) for values, _ in intensities) \
-        if share_extrema and has_foreground else None
+    extrema = (
+        tuple((float(values.min()), float(values.max())) for values, _ in intensities)
+        if share_extrema and has_foreground
+        else None
+    )
     return messages.CoarseSummary(
-        spacings=spacings, shapes=shapes, relative_sizes=tuple(sorted(sample.relative_size for sample in samples)),
+        spacings=spacings,
+        shapes=shapes,
+        relative_sizes=tuple(sorted(sample.relative_size for sample in samples)),
         moments=tuple(messages.ChannelMoments(count=m.count, mean=m.mean, m2=m.m2) for m in moments),
         promotes_to_float64=not all(sample.has_foreground for sample in samples),
-        extrema=extrema)
+        extrema=extrema,
+    )

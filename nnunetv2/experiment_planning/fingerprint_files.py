@@ -1,4 +1,5 @@
 """Where the fingerprint of a dataset lies: alone, and beside the pooled one of a federation."""
+
 from __future__ import annotations
 
 from pathlib import Path

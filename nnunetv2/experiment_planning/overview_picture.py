@@ -1,4 +1,5 @@
 """Draw what a dataset is like on one page: shapes, spacings, label sizes and intensities per channel."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ _ROW_INCHES, _LABEL_INCHES = 3.4, 0.22
 def draw_overview(overview: DatasetOverview) -> Figure:
     """Return the page: geometry and labels above, one panel per channel below."""
     from matplotlib.figure import Figure
+
     num_channels = min(len(overview.channel_names), MAX_CHANNELS)
     rows = ceil(num_channels / COLUMNS)
     top = max(_ROW_INCHES, 1.2 + _LABEL_INCHES * min(len(overview.labels), MAX_LABELS))
@@ -45,8 +47,10 @@ def _title(overview: DatasetOverview) -> str:
     seen = "" if looked_at == overview.num_cases else f" (labels and intensities: {looked_at} of them)"
     hidden = len(overview.channel_names) - MAX_CHANNELS
     more = f", {hidden} not shown" if hidden > 0 else ""
-    return (f"{overview.dataset_name}: {overview.num_cases} training cases{seen}, "
-            f"{len(overview.channel_names)} channel(s){more}, {len(overview.labels)} label(s)")
+    return (
+        f"{overview.dataset_name}: {overview.num_cases} training cases{seen}, "
+        f"{len(overview.channel_names)} channel(s){more}, {len(overview.labels)} label(s)"
+    )
 
 
 def _draw_per_axis(axes: Axes, values: np.ndarray, title: str, unit: str, colour: str) -> None:
@@ -72,8 +76,14 @@ def _draw_labels(axes: Axes, overview: DatasetOverview) -> None:
         axes.scatter(present, np.full(len(present), row), s=14, alpha=0.45, color=GREEN, lw=0)
         if len(present):
             axes.plot(np.median(present), row, marker="|", ms=11, mew=1.8, color="black")
-        axes.annotate(f"{len(present)}/{len(of_label)}", (1.02, row), xycoords=("axes fraction", "data"),
-                      fontsize=8, va="center", color=ORANGE if len(present) < len(of_label) else GREY)
+        axes.annotate(
+            f"{len(present)}/{len(of_label)}",
+            (1.02, row),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            va="center",
+            color=ORANGE if len(present) < len(of_label) else GREY,
+        )
     _use_log_scale_if_wide(axes, "x", np.concatenate(sizes) if sizes else [])
     axes.set_yticks(range(len(names)), [_shorten(name) for name in names], fontsize=9)
     axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
@@ -95,8 +105,9 @@ def _draw_intensities(axes: Axes, overview: DatasetOverview, channel: int) -> No
     _use_log_scale_if_wide(axes, "y", ranges[:, 2], from_zero=False)
     for place in find_outliers(ranges[:, 2]):
         side = "right" if place > len(ranges) / 2 else "left"
-        axes.annotate(f" {_shorten(cases[place])} ", (place, ranges[place, 2]), ha=side, va="center", fontsize=8,
-                      color=ORANGE)
+        axes.annotate(
+            f" {_shorten(cases[place])} ", (place, ranges[place, 2]), ha=side, va="center", fontsize=8, color=ORANGE
+        )
     axes.set_xticks([])
     axes.set_xlim(-1, len(ranges))
     axes.set_xlabel("cases by median; 0.5 to 99.5 %, 25 to 75 %, median", fontsize=8, color=GREY)
@@ -144,4 +155,4 @@ def _finish(axes: Axes, title: str, *, grid_axis: str) -> None:
 def _shorten(text: str, at_most: int = 24) -> str:
     # $ would start a formula
     text = str(text).replace("$", r"\$")
-    return text if len(text) <= at_most else f"{text[:at_most - 1]}…"
+    return text if len(text) <= at_most else f"{text[: at_most - 1]}…"

@@ -1,4 +1,5 @@
 """Fingerprint, plan and preprocess datasets: what the commands do, as functions."""
+
 from __future__ import annotations
 
 import logging
@@ -35,11 +36,15 @@ PROCESSES_OTHERWISE = 4
 # ------------------------------------------------------------------------------------------------ fingerprint
 
 
-def extract_fingerprint_dataset(dataset_id: int | str,
-                                fingerprint_extractor_class: type = DatasetFingerprintExtractor,
-                                num_processes: int | None = default_num_processes,
-                                check_dataset_integrity: bool = False, clean: bool = True, verbose: bool = True,
-                                show_progress_bar: bool = True) -> dict:
+def extract_fingerprint_dataset(
+    dataset_id: int | str,
+    fingerprint_extractor_class: type = DatasetFingerprintExtractor,
+    num_processes: int | None = default_num_processes,
+    check_dataset_integrity: bool = False,
+    clean: bool = True,
+    verbose: bool = True,
+    show_progress_bar: bool = True,
+) -> dict:
     """Return the fingerprint of a dataset; `clean` computes it anew even if there is one.
 
     Args:
@@ -60,27 +65,34 @@ def extract_fingerprint_dataset(dataset_id: int | str,
     return extractor.run(overwrite_existing=clean)
 
 
-def extract_fingerprints(dataset_ids: Iterable[int | str],
-                         fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
-                         num_processes: int | None = default_num_processes,
-                         check_dataset_integrity: bool = False, clean: bool = True, verbose: bool = True,
-                         show_progress_bar: bool = True) -> None:
+def extract_fingerprints(
+    dataset_ids: Iterable[int | str],
+    fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
+    num_processes: int | None = default_num_processes,
+    check_dataset_integrity: bool = False,
+    clean: bool = True,
+    verbose: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
     """Extract the fingerprints of several datasets, with an extractor given by its class name."""
     extractor_class = find_planning_class(fingerprint_extractor_class_name)
     for dataset_id in dataset_ids:
-        extract_fingerprint_dataset(dataset_id, extractor_class, num_processes, check_dataset_integrity, clean,
-                                    verbose, show_progress_bar)
+        extract_fingerprint_dataset(
+            dataset_id, extractor_class, num_processes, check_dataset_integrity, clean, verbose, show_progress_bar
+        )
 
 
 # ------------------------------------------------------------------------------------------------ planning
 
 
-def plan_experiment_dataset(dataset_id: int | str,
-                            experiment_planner_class: type[ExperimentPlanner] = ExperimentPlanner,
-                            gpu_memory_target_in_gb: float | None = None,
-                            preprocess_class_name: str = "DefaultPreprocessor",
-                            overwrite_target_spacing: Sequence[float] | None = None,
-                            overwrite_plans_name: str | None = None) -> tuple[dict[str, Any], str]:
+def plan_experiment_dataset(
+    dataset_id: int | str,
+    experiment_planner_class: type[ExperimentPlanner] = ExperimentPlanner,
+    gpu_memory_target_in_gb: float | None = None,
+    preprocess_class_name: str = "DefaultPreprocessor",
+    overwrite_target_spacing: Sequence[float] | None = None,
+    overwrite_plans_name: str | None = None,
+) -> tuple[dict[str, Any], str]:
     """Plan a dataset from its fingerprint.
 
     Args:
@@ -97,33 +109,53 @@ def plan_experiment_dataset(dataset_id: int | str,
         chosen["plans_name"] = overwrite_plans_name
     if overwrite_target_spacing is not None:
         overwrite_target_spacing = [float(spacing) for spacing in overwrite_target_spacing]
-    planner = experiment_planner_class(dataset_id, preprocessor_name=preprocess_class_name,
-                                       overwrite_target_spacing=overwrite_target_spacing, suppress_transpose=False,
-                                       **chosen)
+    planner = experiment_planner_class(
+        dataset_id,
+        preprocessor_name=preprocess_class_name,
+        overwrite_target_spacing=overwrite_target_spacing,
+        suppress_transpose=False,
+        **chosen,
+    )
     return planner.plan_experiment(), planner.plans_identifier
 
 
-def plan_experiments(dataset_ids: Iterable[int | str], experiment_planner_class_name: str = "ExperimentPlanner",
-                     gpu_memory_target_in_gb: float | None = None, preprocess_class_name: str = "DefaultPreprocessor",
-                     overwrite_target_spacing: Sequence[float] | None = None,
-                     overwrite_plans_name: str | None = None) -> str | None:
+def plan_experiments(
+    dataset_ids: Iterable[int | str],
+    experiment_planner_class_name: str = "ExperimentPlanner",
+    gpu_memory_target_in_gb: float | None = None,
+    preprocess_class_name: str = "DefaultPreprocessor",
+    overwrite_target_spacing: Sequence[float] | None = None,
+    overwrite_plans_name: str | None = None,
+) -> str | None:
     """Plan several datasets and return the name of the plans of the last one."""
     planner_class = find_planner_class(experiment_planner_class_name)
     plans_identifier = None
     for dataset_id in dataset_ids:
-        _, plans_identifier = plan_experiment_dataset(dataset_id, planner_class, gpu_memory_target_in_gb,
-                                                      preprocess_class_name, overwrite_target_spacing,
-                                                      overwrite_plans_name)
+        _, plans_identifier = plan_experiment_dataset(
+            dataset_id,
+            planner_class,
+            gpu_memory_target_in_gb,
+            preprocess_class_name,
+            overwrite_target_spacing,
+            overwrite_plans_name,
+        )
     return plans_identifier
 
 
-def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
-                               fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
-                               experiment_planner_class_name: str = "ExperimentPlanner", *,
-                               num_processes: int | None = default_num_processes,
-                               check_dataset_integrity: bool = False, clean: bool = False,
-                               share_extrema: bool = False, verbose: bool = True,
-                               show_progress_bar: bool = True, **planning: Any) -> str | None:
+def plan_federated_experiments(
+    dataset_ids: Iterable[int | str],
+    mode: str,
+    fingerprint_extractor_class_name: str = "DatasetFingerprintExtractor",
+    experiment_planner_class_name: str = "ExperimentPlanner",
+    *,
+    num_processes: int | None = default_num_processes,
+    check_dataset_integrity: bool = False,
+    clean: bool = False,
+    share_extrema: bool = False,
+    verbose: bool = True,
+    show_progress_bar: bool = True,
+    **planning: Any,
+) -> str | None:
     """Fingerprint and plan datasets together with the other sites of the federation that this site has joined.
 
     Args:
@@ -136,6 +168,7 @@ def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
         The name of the plans of the last dataset.
     """
     from nnunetv2.experiment_planning.federated_planning import plan_federated
+
     extractor_class = find_planning_class(fingerprint_extractor_class_name)
     planner_class = find_planner_class(experiment_planner_class_name)
     plans_identifier = None
@@ -143,10 +176,18 @@ def plan_federated_experiments(dataset_ids: Iterable[int | str], mode: str,
         dataset_name = require_dataset(dataset_id)
         if check_dataset_integrity:
             verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes or default_num_processes)
-        plans_identifier = plan_federated(dataset_id, mode=mode, extractor_class=extractor_class,
-                                          experiment_planner_class=planner_class, num_processes=num_processes,
-                                          clean=clean, share_extrema=share_extrema, verbose=verbose,
-                                          show_progress_bar=show_progress_bar, **planning)
+        plans_identifier = plan_federated(
+            dataset_id,
+            mode=mode,
+            extractor_class=extractor_class,
+            experiment_planner_class=planner_class,
+            num_processes=num_processes,
+            clean=clean,
+            share_extrema=share_extrema,
+            verbose=verbose,
+            show_progress_bar=show_progress_bar,
+            **planning,
+        )
     return plans_identifier
 
 
@@ -160,9 +201,11 @@ def find_planner_class(name: str) -> type[ExperimentPlanner]:
 @cache
 def _recommend_presets() -> None:
     """Say it once, however many datasets are planned."""
-    logger.info("The residual encoder presets train better networks than the default planner: try -pl "
-                "nnUNetPlannerResEncM, nnUNetPlannerResEncL or nnUNetPlannerResEncXL, the largest that your GPU holds "
-                "(about 10, 24 and 40 GB).")
+    logger.info(
+        "The residual encoder presets train better networks than the default planner: try -pl "
+        "nnUNetPlannerResEncM, nnUNetPlannerResEncL or nnUNetPlannerResEncXL, the largest that your GPU holds "
+        "(about 10, 24 and 40 GB)."
+    )
 
 
 def find_planning_class(name: str) -> type:
@@ -175,21 +218,32 @@ def find_planning_class(name: str) -> type:
         if name == standard.__name__:
             return standard  # without importing every module on the way
     folder = Path(nnunetv2.__path__[0]) / "experiment_planning"
-    found = find_class(name, field="the planner or fingerprint extractor", folder=folder,
-                       package="nnunetv2.experiment_planning", base=(DatasetFingerprintExtractor, ExperimentPlanner))
+    found = find_class(
+        name,
+        field="the planner or fingerprint extractor",
+        folder=folder,
+        package="nnunetv2.experiment_planning",
+        base=(DatasetFingerprintExtractor, ExperimentPlanner),
+    )
     if found is None:
-        raise RuntimeError(f"there is no class {name} in {folder} or below. Check its spelling, or put the module that "
-                           f"defines it there")
+        raise RuntimeError(
+            f"there is no class {name} in {folder} or below. Check its spelling, or put the module that "
+            f"defines it there"
+        )
     return found
 
 
 # ------------------------------------------------------------------------------------------------ preprocessing
 
 
-def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPlans",
-                       configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
-                       num_processes: ProcessCounts = (8, 4, 8), verbose: bool = False,
-                       show_progress_bar: bool = True) -> None:
+def preprocess_dataset(
+    dataset_id: int | str,
+    plans_identifier: str = "nnUNetPlans",
+    configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
+    num_processes: ProcessCounts = (8, 4, 8),
+    verbose: bool = False,
+    show_progress_bar: bool = True,
+) -> None:
     """Preprocess a dataset for the given configurations; one that the plans do not have is passed over.
 
     Args:
@@ -201,6 +255,7 @@ def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPla
         FileNotFoundError: There are no such plans.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
     processes = _one_per_configuration(num_processes, configurations)
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
     preprocessed = Path(nnUNet_preprocessed) / dataset_name
@@ -219,15 +274,23 @@ def preprocess_dataset(dataset_id: int | str, plans_identifier: str = "nnUNetPla
         preprocessor = plans_manager.get_configuration(configuration).preprocessor_class(verbose=verbose)
         if hasattr(preprocessor, "show_progress_bar"):
             preprocessor.show_progress_bar = show_progress_bar
-        preprocessor.run(dataset_id, configuration, plans_identifier,
-                         num_processes=count_for(preprocessor, configuration) if count is None else count)
+        preprocessor.run(
+            dataset_id,
+            configuration,
+            plans_identifier,
+            num_processes=count_for(preprocessor, configuration) if count is None else count,
+        )
     copy_labels(dataset_name, plans_manager.image_reader_writer_class())
 
 
-def preprocess(dataset_ids: Iterable[int | str], plans_identifier: str = "nnUNetPlans",
-               configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
-               num_processes: ProcessCounts = (8, 4, 8), verbose: bool = False,
-               show_progress_bar: bool = True) -> None:
+def preprocess(
+    dataset_ids: Iterable[int | str],
+    plans_identifier: str = "nnUNetPlans",
+    configurations: Sequence[str] = ("2d", "3d_fullres", "3d_lowres"),
+    num_processes: ProcessCounts = (8, 4, 8),
+    verbose: bool = False,
+    show_progress_bar: bool = True,
+) -> None:
     """Preprocess several datasets."""
     for dataset_id in dataset_ids:
         preprocess_dataset(dataset_id, plans_identifier, configurations, num_processes, verbose, show_progress_bar)
@@ -240,10 +303,13 @@ def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> No
         reader: Knows which files belong to a label. None: there are no such files.
     """
     from nnunetv2.experiment_planning.reference_labels import copy_references
+
     raw, target = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name / "gt_segmentations"
     dataset_json = read_json(raw / "dataset.json")
-    labels = {case: files["label"]
-              for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items()}
+    labels = {
+        case: files["label"]
+        for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items()
+    }
     copy_references(labels, target, dataset_json["file_ending"], reader)
 
 
@@ -252,14 +318,17 @@ def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequenc
     if len(counts) == 1:
         counts *= len(configurations)
     if len(counts) != len(configurations):
-        raise RuntimeError(f"num_processes needs one number, or one for each of the configurations "
-                           f"{', '.join(configurations)}; got {counts}")
+        raise RuntimeError(
+            f"num_processes needs one number, or one for each of the configurations "
+            f"{', '.join(configurations)}; got {counts}"
+        )
     return counts
 
 
 def count_for(preprocessor: object, configuration: str) -> int | None:
     """Return None to a preprocessor that chooses for itself, a number to one with a `run` of its own."""
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
     chooses = getattr(type(preprocessor), "run", None) is DefaultPreprocessor.run
     return None if chooses else PROCESSES.get(configuration, PROCESSES_OTHERWISE)
 
@@ -267,8 +336,13 @@ def count_for(preprocessor: object, configuration: str) -> int | None:
 def _warn_if_dataset_json_changed(dataset_name: str) -> None:
     files = [Path(root) / dataset_name / "dataset.json" for root in (nnUNet_raw, nnUNet_preprocessed)]
     if all(file.is_file() for file in files) and len({file.read_bytes() for file in files}) > 1:
-        logger.warning("%s has changed since %s was planned. Preprocessing goes by the copy made then, %s; plan again "
-                       "for the change to take effect.", files[0], dataset_name, files[1])
+        logger.warning(
+            "%s has changed since %s was planned. Preprocessing goes by the copy made then, %s; plan again "
+            "for the change to take effect.",
+            files[0],
+            dataset_name,
+            files[1],
+        )
 
 
 # ------------------------------------------------------------------------------------------------ what came out
@@ -278,6 +352,7 @@ def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str 
     """Print the configurations of a dataset's plans, what preprocessing has made of them so far, and how to go on."""
     from nnunetv2.experiment_planning.summary import summarise
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
     folder = Path(nnUNet_preprocessed) / dataset_name
     num_cases = len(get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / dataset_name)))
@@ -291,6 +366,7 @@ def write_overview(dataset_id: int | str) -> None:
     A picture that cannot be drawn is reported and no error: nothing else depends on it.
     """
     from nnunetv2.experiment_planning.dataset_overview import OVERVIEW_FILE, write_dataset_overview
+
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
     folder = Path(nnUNet_preprocessed) / dataset_name
     try:

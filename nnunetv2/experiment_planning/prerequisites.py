@@ -1,4 +1,5 @@
 """Refuse to start where a run would fail after minutes: variables unset, folders missing or read-only."""
+
 from __future__ import annotations
 
 import tempfile
@@ -32,8 +33,9 @@ def require_dataset(dataset_id: int | str) -> str:
         raise _describe_missing(nnUNet_preprocessed)
     name = maybe_convert_to_dataset_name(dataset_id)
     if not (raw / name).is_dir():
-        raise InvalidDatasetError(f"there is no dataset {name} in nnUNet_raw={raw}. Check its name or number, or put "
-                                  "its folder there")
+        raise InvalidDatasetError(
+            f"there is no dataset {name} in nnUNet_raw={raw}. Check its name or number, or put its folder there"
+        )
     _require_dataset_json(raw / name)
     folders = [preprocessed / name, preprocessed, preprocessed.parent]
     _require_writable(next(folder for folder in folders if folder.exists()))
@@ -54,9 +56,11 @@ def _require_root(variable: EnvironmentPath) -> Path:
 
 
 def _describe_missing(variable: EnvironmentPath) -> InvalidDatasetError:
-    return InvalidDatasetError(f"the environment variable {variable.env_var_name} names the folder {variable.get()}, "
-                               "which does not exist. Correct the variable, create the folder, or mount the disk that "
-                               "it is on")
+    return InvalidDatasetError(
+        f"the environment variable {variable.env_var_name} names the folder {variable.get()}, "
+        "which does not exist. Correct the variable, create the folder, or mount the disk that "
+        "it is on"
+    )
 
 
 def _require_writable(folder: Path) -> None:
@@ -68,5 +72,7 @@ def _require_writable(folder: Path) -> None:
             file.write(bytes(_TRIAL))
             file.flush()
     except OSError as error:
-        raise InvalidDatasetError(f"{folder} cannot be written to ({error.strerror}). Give yourself the right to write "
-                                  "there, free some space, or let nnUNet_preprocessed name another folder") from error
+        raise InvalidDatasetError(
+            f"{folder} cannot be written to ({error.strerror}). Give yourself the right to write "
+            "there, free some space, or let nnUNet_preprocessed name another folder"
+        ) from error

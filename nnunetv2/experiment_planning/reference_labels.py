@@ -1,4 +1,5 @@
 """Keep the copies of a dataset's labels in gt_segmentations, which predictions are scored against, up to date."""
+
 from __future__ import annotations
 
 import filecmp
@@ -41,8 +42,13 @@ def copy_references(labels: dict[str, str], target: Path, file_ending: str, read
             with replacing(copy) as written:
                 shutil.copy2(source, written)
     if replaced:
-        logger.warning("%s: the copies of %d labels were replaced, because the labels were changed: %s%s", target,
-                       len(replaced), ", ".join(replaced[:10]), ", ..." if len(replaced) > 10 else "")
+        logger.warning(
+            "%s: the copies of %d labels were replaced, because the labels were changed: %s%s",
+            target,
+            len(replaced),
+            ", ".join(replaced[:10]),
+            ", ..." if len(replaced) > 10 else "",
+        )
 
 
 def is_up_to_date(source: Path, copy: Path) -> bool:

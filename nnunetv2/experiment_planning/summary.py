@@ -1,4 +1,5 @@
 """Tell in a few lines what was planned for a dataset and what preprocessing has made of it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -40,8 +41,10 @@ def summarise(plans_manager: PlansManager, dataset_folder: Path, num_cases: int,
         num_cases: Training cases of the dataset.
         trainer: The trainer to go on with, if that is not the usual one.
     """
-    rows = [_HEADINGS, *(_describe(plans_manager, name, dataset_folder, num_cases)
-                         for name in plans_manager.available_configurations)]
+    rows = [
+        _HEADINGS,
+        *(_describe(plans_manager, name, dataset_folder, num_cases) for name in plans_manager.available_configurations),
+    ]
     title = printable(f"{plans_manager.dataset_name}: {num_cases} training cases, plans {plans_manager.plans_name}")
     return "\n".join(["", title, *_lay_out(rows), "", *_describe_next_step(plans_manager, trainer)])
 
@@ -50,7 +53,7 @@ def format_bytes(num_bytes: float) -> str:
     """Return a size for people: 1500 -> "1.5 KB". Units are powers of 1000."""
     units = ("bytes", "KB", "MB", "GB", "TB")
     power = min(len(units) - 1, int(log10(max(num_bytes, 1))) // 3)
-    amount = num_bytes / 1000 ** power
+    amount = num_bytes / 1000**power
     return f"{amount:.0f} {units[power]}" if power == 0 or amount >= 100 else f"{amount:.1f} {units[power]}"
 
 
@@ -60,9 +63,15 @@ def _describe(plans_manager: PlansManager, name: str, dataset_folder: Path, num_
     data = _describe_data(measure_folder(dataset_folder / configuration.data_identifier), num_cases)
     if configuration.previous_stage_name is not None:
         data += printable(f"; starts from predictions of {configuration.previous_stage_name}")
-    return (printable(name), _times(f"{s:.3g}" for s in configuration.spacing),
-            _times(f"{length:g}" for length in configuration.median_image_size_in_voxels),
-            _times(map(str, configuration.patch_size)), str(configuration.batch_size), str(stages), data)
+    return (
+        printable(name),
+        _times(f"{s:.3g}" for s in configuration.spacing),
+        _times(f"{length:g}" for length in configuration.median_image_size_in_voxels),
+        _times(map(str, configuration.patch_size)),
+        str(configuration.batch_size),
+        str(stages),
+        data,
+    )
 
 
 def _describe_data(use: FolderUse, num_cases: int) -> str:
@@ -74,8 +83,9 @@ def _describe_data(use: FolderUse, num_cases: int) -> str:
 
 def _describe_next_step(plans_manager: PlansManager, trainer: str | None) -> list[str]:
     """Return the command that trains, and why some configurations cannot be trained."""
-    configurations = {name: plans_manager.get_configuration(name).configuration
-                      for name in plans_manager.available_configurations}
+    configurations = {
+        name: plans_manager.get_configuration(name).configuration for name in plans_manager.available_configurations
+    }
     too_small = find_too_small(configurations)
     trainable = [name for name in configurations if name not in too_small]
     if not trainable:

@@ -1,4 +1,5 @@
 """Check a raw dataset before time is spent on it, and list everything that is wrong with it at once."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -50,16 +51,21 @@ def verify_dataset_integrity(folder: str, num_processes: int = 8) -> None:
     dataset = get_filenames_of_train_images_and_targets(str(root), dataset_json)
     findings += check_files(root, dataset_json, dataset)
     unfit = {finding.case for finding in findings if finding.is_error}
-    cases = [CaseFiles(case, files["images"], files["label"], root)
-             for case, files in dataset.items() if case not in unfit]
+    cases = [
+        CaseFiles(case, files["images"], files["label"], root) for case, files in dataset.items() if case not in unfit
+    ]
     labels = determine_expected_labels(dataset_json)
     reports = _inspect_cases(cases, dataset_json, labels, num_processes, findings)
     findings += _find_unused_labels(reports, dataset_json, labels, complete=not unfit)
     _report(root.name, findings, len(dataset))
     num_channels = count(len(get_channel_names(dataset_json)), "channel")
-    show("", f"{root.name} passed the integrity check: {count(len(dataset), 'case')}, {num_channels}, labels "
-         f"{enumerate_some(labels, 30)}.",
-         "An image may still be wrong in ways no program sees: look at some of them.", "")
+    show(
+        "",
+        f"{root.name} passed the integrity check: {count(len(dataset), 'case')}, {num_channels}, labels "
+        f"{enumerate_some(labels, 30)}.",
+        "An image may still be wrong in ways no program sees: look at some of them.",
+        "",
+    )
 
 
 def verify_labels(label_file: str, readerclass: type, expected_labels: list[int]) -> bool:
@@ -76,10 +82,16 @@ def check_cases(image_files: list[str], label_file: str, expected_num_channels: 
     return _print_errors(report.findings)
 
 
-def _inspect_cases(cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], labels: Sequence[int],
-                   num_processes: int, findings: list[Finding]) -> list[CaseReport]:
+def _inspect_cases(
+    cases: Sequence[CaseFiles],
+    dataset_json: Mapping[str, Any],
+    labels: Sequence[int],
+    num_processes: int,
+    findings: list[Finding],
+) -> list[CaseReport]:
     """Read all cases, and add what is found to `findings`."""
     from tqdm import tqdm
+
     if not cases:
         return []
     reader = _determine_reader(dataset_json, cases)
@@ -102,33 +114,58 @@ def _inspect_cases(cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], 
 def _determine_reader(dataset_json: Mapping[str, Any], cases: Sequence[CaseFiles]) -> type | Finding:
     """Return the reader that the first readable image asks for, or what keeps all of them from being read."""
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
     failures = []
     for files in islice(cases, _EXAMPLES):
         try:
             return determine_reader_writer_from_dataset_json(dataset_json, files.images[0])
         except RuntimeError as error:
             failures.append(str(error))
-    return Finding(cases[0].case, Path(cases[0].images[0]).name, "no reader can read the images", failures[0], "",
-                   "convert the images to a supported format (documentation/dataset-format.md), or name a reader in "
-                   "overwrite_image_reader_writer of dataset.json")
+    return Finding(
+        cases[0].case,
+        Path(cases[0].images[0]).name,
+        "no reader can read the images",
+        failures[0],
+        "",
+        "convert the images to a supported format (documentation/dataset-format.md), or name a reader in "
+        "overwrite_image_reader_writer of dataset.json",
+    )
 
 
-def _find_unused_labels(reports: Sequence[CaseReport], dataset_json: Mapping[str, Any], labels: Sequence[int],
-                        complete: bool) -> list[Finding]:
+def _find_unused_labels(
+    reports: Sequence[CaseReport], dataset_json: Mapping[str, Any], labels: Sequence[int], complete: bool
+) -> list[Finding]:
     """Find labels that no case has. Without any foreground nothing can be learned, which is an error."""
     if not reports or not complete or any(finding.is_error for report in reports for finding in report.findings):
         return []
     ignore = labels[-1] if "ignore" in dataset_json["labels"] else None
-    unused = [label for label in labels if label not in (0, ignore)
-              and not any(label in report.labels for report in reports)]
+    unused = [
+        label for label in labels if label not in (0, ignore) and not any(label in report.labels for report in reports)
+    ]
     if not unused:
         return []
     if len(unused) == len(set(labels) - {0, ignore}):
-        return [Finding("", "labelsTr", "no case has any foreground", "background only", enumerate_some(unused, 30),
-                        "check that the right label files are used; there is nothing to learn from these")]
-    return [Finding("", "dataset.json", "labels occur in no case", enumerate_some(unused, 30), "",
-                    "check that the files use the labels of dataset.json; the network cannot learn these",
-                    is_error=False)]
+        return [
+            Finding(
+                "",
+                "labelsTr",
+                "no case has any foreground",
+                "background only",
+                enumerate_some(unused, 30),
+                "check that the right label files are used; there is nothing to learn from these",
+            )
+        ]
+    return [
+        Finding(
+            "",
+            "dataset.json",
+            "labels occur in no case",
+            enumerate_some(unused, 30),
+            "",
+            "check that the files use the labels of dataset.json; the network cannot learn these",
+            is_error=False,
+        )
+    ]
 
 
 def _report(dataset_name: str, findings: Sequence[Finding], num_cases: int | None = None) -> None:
@@ -147,8 +184,10 @@ def _report(dataset_name: str, findings: Sequence[Finding], num_cases: int | Non
     of_all = f" in {len(concerned)} of {count(num_cases, 'case')}" if concerned and num_cases else ""
     show("", *format_findings(f"{dataset_name}: {count(len(errors), 'error')}{of_all}", errors).split("\n"))
     kind = MissingFilesError if any(finding.what == MISSING for finding in errors) else InvalidDatasetError
-    raise kind(f"{dataset_name} failed the integrity check: {count(len(errors), 'error')}{of_all}, listed above. "
-               f"{'The first: ' if len(errors) > 1 else ''}{errors[0]}")
+    raise kind(
+        f"{dataset_name} failed the integrity check: {count(len(errors), 'error')}{of_all}, listed above. "
+        f"{'The first: ' if len(errors) > 1 else ''}{errors[0]}"
+    )
 
 
 def _print_errors(findings: Sequence[Finding]) -> bool:

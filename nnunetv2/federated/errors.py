@@ -1,4 +1,5 @@
 """The errors of the federation: one root, and a child per kind of trouble."""
+
 from __future__ import annotations
 
 

@@ -3,6 +3,7 @@
 Images are `(c, x, y, z)` arrays, where x is the first spatial axis of the array, whatever it is in the patient; spacing
 is listed in the same order. A 2D image is `(c, 1, x, y)`.
 """
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

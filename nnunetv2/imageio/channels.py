@@ -1,4 +1,5 @@
 """What all readers and writers do alike: take files, compare channels, stack them, choose the type of a label map."""
+
 from __future__ import annotations
 
 import logging
@@ -37,8 +38,10 @@ def list_files(image_fnames: Sequence[FilePath]) -> list[str]:
 def describe_missing(file: FilePath) -> str:
     """Return in words that an image file is not there, or that it is a link to one that is not."""
     if Path(file).is_symlink():
-        return (f"image file {os.fspath(file)} is a link to {Path(file).readlink()}, which does not exist. Is the disk "
-                "mounted that it is on?")
+        return (
+            f"image file {os.fspath(file)} is a link to {Path(file).readlink()}, which does not exist. Is the disk "
+            "mounted that it is on?"
+        )
     return f"image file {os.fspath(file)} does not exist"
 
 
@@ -55,8 +58,9 @@ def naming(file: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RuntimeError(f"{file} cannot be read. It is damaged, or of another format than its name says "
-                           f"({reason})") from error
+        raise RuntimeError(
+            f"{file} cannot be read. It is damaged, or of another format than its name says ({reason})"
+        ) from error
 
 
 def stack_channels(images: Sequence[np.ndarray], files: Sequence[str]) -> np.ndarray:
@@ -82,8 +86,12 @@ def require_same(are_same: Callable[[Sequence], bool], what: str, values: Sequen
 def warn_unless_same(are_same: Callable[[Sequence], bool], what: str, values: Sequence, files: Sequence[str]) -> None:
     """Log a warning if the files of a case disagree in a property."""
     if not are_same(values):
-        logger.warning("the images of one case differ in %s, the first one's is used. If they are not aligned, the "
-                       "network will learn nonsense: %s", what, _describe(values, files))
+        logger.warning(
+            "the images of one case differ in %s, the first one's is used. If they are not aligned, the "
+            "network will learn nonsense: %s",
+            what,
+            _describe(values, files),
+        )
 
 
 def require_key(properties: Mapping[str, Any], key: str, reader: str) -> None:
@@ -93,9 +101,11 @@ def require_key(properties: Mapping[str, Any], key: str, reader: str) -> None:
         ValueError: They do not.
     """
     if key not in properties:
-        raise ValueError(f"these properties were not made by {reader}: they lack {key!r} and have "
-                         f"{', '.join(map(repr, properties)) or 'nothing'}. Read the image with {reader}, the model's "
-                         "reader, or ask for the label map as an array (no output file) and write it yourself")
+        raise ValueError(
+            f"these properties were not made by {reader}: they lack {key!r} and have "
+            f"{', '.join(map(repr, properties)) or 'nothing'}. Read the image with {reader}, the model's "
+            "reader, or ask for the label map as an array (no output file) and write it yourself"
+        )
 
 
 def as_labels(seg: np.ndarray) -> np.ndarray:
@@ -110,10 +120,13 @@ def require_single_channel(seg: np.ndarray, file: FilePath) -> None:
         RuntimeError: The file has several channels.
     """
     if seg.shape[0] != 1:
-        raise RuntimeError(f"{os.fspath(file)} has {seg.shape[0]} channels; a label map must have one, with the label "
-                           "of each voxel as its value (gray, not in colours)")
+        raise RuntimeError(
+            f"{os.fspath(file)} has {seg.shape[0]} channels; a label map must have one, with the label "
+            "of each voxel as its value (gray, not in colours)"
+        )
 
 
 def _describe(values: Sequence, files: Sequence[str]) -> str:
-    return "; ".join(f"{file} has {np.array2string(np.asarray(value), separator=', ')}"
-                     for file, value in zip(files, values))
+    return "; ".join(
+        f"{file} has {np.array2string(np.asarray(value), separator=', ')}" for file, value in zip(files, values)
+    )

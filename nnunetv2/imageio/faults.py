@@ -3,6 +3,7 @@
 ITK reads NIfTI files through a library that fills up what is missing and puts 0 in the place of NaN and infinity, both
 in silence. So sizes are compared whenever a file is read, and contents when a dataset is checked.
 """
+
 from __future__ import annotations
 
 import gzip
@@ -16,10 +17,14 @@ import numpy as np
 
 DAMAGED = "damaged file"
 COPY_AGAIN = "copy the file again from where it came from, or leave the case out"
-REPLACE_NON_FINITE = ("replace these values by numbers that mean nothing is there, such as the lowest of the image "
-                      "(numpy.nan_to_num), and save the file")
-FORMS_REMEDY = ("find out in a viewer which of the two is right, and write it into the other (fslorient, or set_qform "
-                "and set_sform of nibabel); programs choose differently, so that predictions lie elsewhere for some")
+REPLACE_NON_FINITE = (
+    "replace these values by numbers that mean nothing is there, such as the lowest of the image "
+    "(numpy.nan_to_num), and save the file"
+)
+FORMS_REMEDY = (
+    "find out in a viewer which of the two is right, and write it into the other (fslorient, or set_qform "
+    "and set_sform of nibabel); programs choose differently, so that predictions lie elsewhere for some"
+)
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTES_AT_ONCE = 1 << 22
 # codes of the types of NIfTI that hold real numbers
@@ -58,8 +63,9 @@ def require_complete(file: str, num_bytes: int) -> None:
         return
     held = sum(map(len, _decompressed(file)))
     if held < num_bytes:
-        raise DamagedFileError(f"{file} is cut short: it holds {held} bytes, its header announces {num_bytes}; "
-                               f"{COPY_AGAIN}")
+        raise DamagedFileError(
+            f"{file} is cut short: it holds {held} bytes, its header announces {num_bytes}; {COPY_AGAIN}"
+        )
 
 
 def find_damage(file: str) -> list[Fault]:
@@ -97,8 +103,15 @@ def find_form_faults(file: str) -> list[Fault]:
     apart = np.linalg.norm((corners @ (qform - sform).T)[:, :3], axis=1).max()
     if apart <= 0.5 * min(np.linalg.norm(sform[:3, :3], axis=0)):
         return []
-    return [Fault("qform and sform of a header disagree", f"up to {apart:.3g} mm apart", "the same place", FORMS_REMEDY,
-                  is_error=False)]
+    return [
+        Fault(
+            "qform and sform of a header disagree",
+            f"up to {apart:.3g} mm apart",
+            "the same place",
+            FORMS_REMEDY,
+            is_error=False,
+        )
+    ]
 
 
 def describe_non_finite(count: int) -> Fault:

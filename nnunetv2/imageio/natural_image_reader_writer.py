@@ -1,4 +1,5 @@
 """Read and write 2D images: png, bmp, tif."""
+
 from __future__ import annotations
 
 import logging
@@ -69,9 +70,10 @@ def _channels_first(image: np.ndarray, file: str) -> np.ndarray:
     """Turn `(x, y)` or `(x, y, c)` into `(c, 1, x, y)`."""
     if image.ndim == 2:
         return image[None, None]
-    assert image.ndim == 3 and image.shape[-1] in (3, 4), \
-        f"{file} has shape {image.shape}; expected a gray image (x, y) or colours (x, y, 3 or 4). Convert it, for " \
+    assert image.ndim == 3 and image.shape[-1] in (3, 4), (
+        f"{file} has shape {image.shape}; expected a gray image (x, y) or colours (x, y, 3 or 4). Convert it, for "
         "example to gray; 3D stacks need another reader"
+    )
     if image.shape[-1] == 4:
         _warn_of_alpha_once()
     return np.moveaxis(image, -1, 0)[:, None]
@@ -79,5 +81,7 @@ def _channels_first(image: np.ndarray, file: str) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _warn_of_alpha_once() -> None:
-    logger.warning("images with an alpha channel are read as four channels. If alpha means nothing, remove it from "
-                   "the files and from channel_names in dataset.json")
+    logger.warning(
+        "images with an alpha channel are read as four channels. If alpha means nothing, remove it from "
+        "the files and from channel_names in dataset.json"
+    )

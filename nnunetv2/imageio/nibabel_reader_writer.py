@@ -2,6 +2,7 @@
 
 NIfTI arrays are (x, y, z); ours are their transpose (z, y, x), as with SimpleITK.
 """
+
 from __future__ import annotations
 
 import logging
@@ -94,8 +95,12 @@ class NibabelIOWithReorient(NibabelIO):
         way_back = ornt_transform(io_orientation(image.affine), io_orientation(stuff["original_affine"]))
         restored = image.as_reoriented(way_back)
         if not np.allclose(restored.affine, stuff["original_affine"]):
-            logger.warning("%s is written with affine %s, because reorientation did not restore the image's, %s",
-                           fspath(output_fname), restored.affine.tolist(), stuff["original_affine"].tolist())
+            logger.warning(
+                "%s is written with affine %s, because reorientation did not restore the image's, %s",
+                fspath(output_fname),
+                restored.affine.tolist(),
+                stuff["original_affine"].tolist(),
+            )
         _save(restored, output_fname)
 
 
@@ -104,12 +109,15 @@ def _load(file: str) -> nibabel.Nifti1Image:
 
     with naming(file):
         image = nibabel.load(file)
-    assert image.ndim == 3, \
-        f"{file} has {image.ndim} dimensions, shape {image.shape}; the nibabel readers take 3D images only. Store " \
+    assert image.ndim == 3, (
+        f"{file} has {image.ndim} dimensions, shape {image.shape}; the nibabel readers take 3D images only. Store "
         "each channel in a 3D file of its own; 2D images are read by SimpleITKIO"
+    )
     if image.get_data_dtype().fields is not None:
-        raise RuntimeError(f"{file} holds colours ({image.get_data_dtype()}). Store each as a channel in a file of its "
-                           "own: CASE_0000, CASE_0001, ...")
+        raise RuntimeError(
+            f"{file} holds colours ({image.get_data_dtype()}). Store each as a channel in a file of its "
+            "own: CASE_0000, CASE_0001, ..."
+        )
     return image
 
 

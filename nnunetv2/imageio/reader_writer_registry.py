@@ -1,4 +1,5 @@
 """Choose the reader and writer of a dataset's images."""
+
 from __future__ import annotations
 
 import logging
@@ -16,14 +17,23 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = str(Path(__file__).parent)
 
-LIST_OF_IO_CLASSES = [NaturalImage2DIO, SimpleITKIO, Tiff3DIO,
-                      NibabelIO, NibabelIOWithReorient, SimpleITKIOWithReorient]
+LIST_OF_IO_CLASSES = [
+    NaturalImage2DIO,
+    SimpleITKIO,
+    Tiff3DIO,
+    NibabelIO,
+    NibabelIOWithReorient,
+    SimpleITKIOWithReorient,
+]
 """In the order in which they are tried."""
 
 
-def determine_reader_writer_from_dataset_json(dataset_json_content: Mapping, example_file: FilePath | None = None,
-                                              allow_nonmatching_filename: bool = False,
-                                              verbose: bool = True) -> type[BaseReaderWriter]:
+def determine_reader_writer_from_dataset_json(
+    dataset_json_content: Mapping,
+    example_file: FilePath | None = None,
+    allow_nonmatching_filename: bool = False,
+    verbose: bool = True,
+) -> type[BaseReaderWriter]:
     """Return the class that dataset.json names, else the one that its `file_ending` suggests.
 
     See `determine_reader_writer_from_file_ending` for the other arguments.
@@ -34,15 +44,22 @@ def determine_reader_writer_from_dataset_json(dataset_json_content: Mapping, exa
         if found is not None:
             _log_choice(found, verbose)
             return found
-        logger.warning("dataset.json names the reader %s, which is not in %s; choosing one by the file ending instead",
-                       name, _FOLDER)
-    return determine_reader_writer_from_file_ending(dataset_json_content["file_ending"], example_file,
-                                                    allow_nonmatching_filename, verbose)
+        logger.warning(
+            "dataset.json names the reader %s, which is not in %s; choosing one by the file ending instead",
+            name,
+            _FOLDER,
+        )
+    return determine_reader_writer_from_file_ending(
+        dataset_json_content["file_ending"], example_file, allow_nonmatching_filename, verbose
+    )
 
 
-def determine_reader_writer_from_file_ending(file_ending: str, example_file: FilePath | None = None,
-                                             allow_nonmatching_filename: bool = False,
-                                             verbose: bool = True) -> type[BaseReaderWriter]:
+def determine_reader_writer_from_file_ending(
+    file_ending: str,
+    example_file: FilePath | None = None,
+    allow_nonmatching_filename: bool = False,
+    verbose: bool = True,
+) -> type[BaseReaderWriter]:
     """Return the first class that supports the ending and reads the example, if one is given.
 
     Args:
@@ -65,8 +82,10 @@ def determine_reader_writer_from_file_ending(file_ending: str, example_file: Fil
             return candidate
         failures.append(f"{candidate.__name__}: {failure}")
     tried = f" Tried with {example_file}: {'; '.join(failures)}." if failures else ""
-    raise RuntimeError(f"no reader found for files that end in {file_ending!r}.{tried} Name a reader in "
-                       "overwrite_image_reader_writer of dataset.json, or convert the images")
+    raise RuntimeError(
+        f"no reader found for files that end in {file_ending!r}.{tried} Name a reader in "
+        "overwrite_image_reader_writer of dataset.json, or convert the images"
+    )
 
 
 def recursive_find_reader_writer_by_name(rw_class_name: str) -> type[BaseReaderWriter]:

@@ -2,6 +2,7 @@
 
 ITK lists spacing, origin and direction with the fastest array axis first, the reverse of the array's axes.
 """
+
 from __future__ import annotations
 
 import errno
@@ -42,16 +43,20 @@ _GIPL_HEADER = 256
 _NIFTI_HEADER = 352
 
 
-_LAYERS_REMEDY = ("If it holds overlapping segments in layers (.seg.nrrd of 3D Slicer), export them as one label map; "
-                  "for structures that overlap, train on regions (documentation/regions.md)")
+_LAYERS_REMEDY = (
+    "If it holds overlapping segments in layers (.seg.nrrd of 3D Slicer), export them as one label map; "
+    "for structures that overlap, train on regions (documentation/regions.md)"
+)
 
 
 class SeveralComponentsError(RuntimeError):
     """An image has several values per voxel."""
 
     def __init__(self, file: str, number: int) -> None:
-        super().__init__(f"{file} has {number} values per voxel (a colour or vector image). Store each component as a "
-                         "channel in a file of its own: CASE_0000, CASE_0001, ...")
+        super().__init__(
+            f"{file} has {number} values per voxel (a colour or vector image). Store each component as a "
+            "channel in a file of its own: CASE_0000, CASE_0001, ..."
+        )
         self.number = number
 
 
@@ -75,8 +80,10 @@ class SimpleITKIO(BaseReaderWriter):
         try:
             seg, properties = self.read_images((seg_fname,))
         except SeveralComponentsError as error:
-            raise RuntimeError(f"{fspath(seg_fname)} has {error.number} values per voxel, but a label map must have "
-                               f"one. {_LAYERS_REMEDY}") from error
+            raise RuntimeError(
+                f"{fspath(seg_fname)} has {error.number} values per voxel, but a label map must have "
+                f"one. {_LAYERS_REMEDY}"
+            ) from error
         require_single_channel(seg, seg_fname)
         return seg, properties
 
@@ -143,11 +150,15 @@ def _explain(error: RuntimeError, file: str) -> str:
     """Say what ITK's error means, which begins with places in its source code."""
     text = " ".join(str(error).split())
     if "orthonormal" in text:
-        return (f"{file} has axes that are not at right angles, or not of length 1 (shear or rounding in its header), "
-                "which SimpleITK refuses. Resample the image to a straight grid; or if the header is meant, name "
-                "NibabelIO in overwrite_image_reader_writer of dataset.json")
-    return (f"{file} cannot be read. It is empty, damaged, or of another format than its name says "
-            f"({text.rpartition('ERROR: ')[2]})")
+        return (
+            f"{file} has axes that are not at right angles, or not of length 1 (shear or rounding in its header), "
+            "which SimpleITK refuses. Resample the image to a straight grid; or if the header is meant, name "
+            "NibabelIO in overwrite_image_reader_writer of dataset.json"
+        )
+    return (
+        f"{file} cannot be read. It is empty, damaged, or of another format than its name says "
+        f"({text.rpartition('ERROR: ')[2]})"
+    )
 
 
 def _require_complete(image: sitk.Image, file: str) -> None:
@@ -230,8 +241,11 @@ def _require_written(image: sitk.Image, file: str, output_fname: str) -> None:
     try:
         require_complete(file, header + _num_bytes(image))
     except DamagedFileError as error:
-        raise OSError(errno.ENOSPC, "only a part of the file could be written; is the disk full? Free some space, or "
-                      "write elsewhere", output_fname) from error
+        raise OSError(
+            errno.ENOSPC,
+            "only a part of the file could be written; is the disk full? Free some space, or write elsewhere",
+            output_fname,
+        ) from error
 
 
 def _orientation_code(image: sitk.Image) -> str | None:

@@ -3,6 +3,7 @@
 `CASE_0000.tif`, `CASE_0001.tif` and the label map `CASE.tif` share the layout of `CASE.json`: {"spacing": [a, b, c]},
 in the order of the array's axes, that of the pages first.
 """
+
 from __future__ import annotations
 
 import json
@@ -68,9 +69,15 @@ class Tiff3DIO(BaseReaderWriter):
         side_car = Path(_side_car(fspath(fname), is_label))
         if side_car.is_file():
             return []
-        return [Fault("the spacing of a tif is not given", "", side_car.name,
-                      'write {"spacing": [a, b, c]} into this file beside the tif, in mm, pages first; [1, 1, 1] if '
-                      "nothing is known")]
+        return [
+            Fault(
+                "the spacing of a tif is not given",
+                "",
+                side_car.name,
+                'write {"spacing": [a, b, c]} into this file beside the tif, in mm, pages first; [1, 1, 1] if '
+                "nothing is known",
+            )
+        ]
 
 
 def _read(file: str) -> np.ndarray:
@@ -81,8 +88,10 @@ def _read(file: str) -> np.ndarray:
     with naming(file):
         image = tifffile.imread(file)
     if image.ndim != 3:
-        raise RuntimeError(f"{file} has {image.ndim} axes, shape {image.shape}; this reader takes 3D stacks only. "
-                           "Gray and colour images in 2D are read by NaturalImage2DIO")
+        raise RuntimeError(
+            f"{file} has {image.ndim} axes, shape {image.shape}; this reader takes 3D stacks only. "
+            "Gray and colour images in 2D are read by NaturalImage2DIO"
+        )
     return image[None]
 
 
@@ -93,9 +102,10 @@ def _side_car(file: str, is_label: bool = False) -> str:
 
 
 def _strip_tif(file: str) -> str:
-    ending = file[file.rfind("."):]
-    assert ending.lower() in Tiff3DIO.supported_file_endings, \
+    ending = file[file.rfind(".") :]
+    assert ending.lower() in Tiff3DIO.supported_file_endings, (
         f"{file} must end in {' or '.join(Tiff3DIO.supported_file_endings)}"
+    )
     return strip_ending(file, ending)
 
 
@@ -108,8 +118,9 @@ def _read_spacing(json_file: str, image_file: str) -> Sequence[float]:
     except ValueError as error:
         raise RuntimeError(f'{error}; it must hold {{"spacing": [a, b, c]}}') from error
     spacing = content.get("spacing")
-    assert isinstance(spacing, list) and len(spacing) == 3 and all(map(_is_number, spacing)), \
+    assert isinstance(spacing, list) and len(spacing) == 3 and all(map(_is_number, spacing)), (
         f'{json_file} must hold {{"spacing": [a, b, c]}}, three numbers, first that of the pages; it holds {content}'
+    )
     return spacing
 
 

@@ -1,4 +1,5 @@
 """Write each predicted class into a file of its own, beside the usual label map."""
+
 from __future__ import annotations
 
 import os
@@ -25,18 +26,27 @@ if TYPE_CHECKING:
 
 
 def export_prediction_from_logits_singleFiles(
-        predicted_array_or_file: ArrayOrTensor, properties_dict: Mapping[str, Any],
-        configuration_manager: ConfigurationManager, plans_manager: PlansManager,
-        dataset_json_dict_or_file: Mapping[str, Any] | str, output_file_truncated: str,
-        save_probabilities: bool = False) -> None:
+    predicted_array_or_file: ArrayOrTensor,
+    properties_dict: Mapping[str, Any],
+    configuration_manager: ConfigurationManager,
+    plans_manager: PlansManager,
+    dataset_json_dict_or_file: Mapping[str, Any] | str,
+    output_file_truncated: str,
+    save_probabilities: bool = False,
+) -> None:
     """Convert logits; write the label map, and per class a mask as `<output>/predictions/<class><ending>`.
 
     Classes are called as in dataset.json; a region's mask is the union of its labels.
     """
     dataset_json = read_dataset_json(dataset_json_dict_or_file)
     converted = convert_predicted_logits_to_segmentation_with_correct_shape(
-        predicted_array_or_file, plans_manager, configuration_manager, plans_manager.get_label_manager(dataset_json),
-        properties_dict, return_probabilities=save_probabilities)
+        predicted_array_or_file,
+        plans_manager,
+        configuration_manager,
+        plans_manager.get_label_manager(dataset_json),
+        properties_dict,
+        return_probabilities=save_probabilities,
+    )
     segmentation, probabilities = converted if save_probabilities else (converted, None)
     writer, ending = plans_manager.image_reader_writer_class(), dataset_json["file_ending"]
     folder = Path(os.fspath(output_file_truncated), "predictions")
@@ -51,9 +61,13 @@ def export_prediction_from_logits_singleFiles(
 class JHUPredictor(nnUNetPredictor):
     """A predictor whose written cases also have one file per class. Returned predictions are the usual ones."""
 
-    def predict_from_data_iterator(self, data_iterator: Iterable[Item], save_probabilities: bool = False,
-                                   num_processes_segmentation_export: int = default_num_processes,
-                                   use_cropped_logits_resampling: bool = False) -> list[Prediction]:
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[Item],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Prediction]:
         """See `nnUNetPredictor.predict_from_data_iterator`; logits are always resampled as a whole."""
         return super().predict_from_data_iterator(data_iterator, save_probabilities, num_processes_segmentation_export)
 

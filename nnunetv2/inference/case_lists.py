@@ -1,4 +1,5 @@
 """Decide which cases to predict and where their results go."""
+
 from __future__ import annotations
 
 import os
@@ -32,8 +33,9 @@ def is_path(value: object) -> bool:
     return isinstance(value, (str, os.PathLike))
 
 
-def list_folder(folder: PathOrText, dataset_json: Mapping[str, Any],
-                create_lists: Callable[[str, str], list[list[str]]]) -> list[list[str]]:
+def list_folder(
+    folder: PathOrText, dataset_json: Mapping[str, Any], create_lists: Callable[[str, str], list[list[str]]]
+) -> list[list[str]]:
     """Return the image files of each case in a folder.
 
     Args:
@@ -48,9 +50,10 @@ def list_folder(folder: PathOrText, dataset_json: Mapping[str, Any],
         raise FileNotFoundError(f"there is no input folder {folder}")
     cases = create_lists(folder, ending)
     if not cases:
-        raise FileNotFoundError(f"no case found in {folder}: the model expects files named CASE_0000{ending}, with one "
-                                f"number per channel ({_describe_channels(dataset_json)})"
-                                + _describe_other_endings(folder, ending))
+        raise FileNotFoundError(
+            f"no case found in {folder}: the model expects files named CASE_0000{ending}, with one "
+            f"number per channel ({_describe_channels(dataset_json)})" + _describe_other_endings(folder, ending)
+        )
     for files in cases:
         _check_channels(files, cases, dataset_json)
     return cases
@@ -63,14 +66,16 @@ def _describe_other_endings(folder: str, ending: str) -> str:
     others = sorted(found - {ending})
     if not others:
         return ""
-    return (f". There are files that end in {', '.join(others)}: convert them to {ending}, or write "
-            f"\"file_ending\": \"{others[0]}\" into the model's dataset.json, if its reader reads that format")
+    return (
+        f". There are files that end in {', '.join(others)}: convert them to {ending}, or write "
+        f'"file_ending": "{others[0]}" into the model\'s dataset.json, if its reader reads that format'
+    )
 
 
 def case_id(file: PathOrText, ending: str) -> str:
     """Return the name of a case from its first file: without folder, ending and, if there is one, channel number."""
     name = Path(file).name
-    name = name[:-len(ending)] if name.endswith(ending) else Path(name).stem
+    name = name[: -len(ending)] if name.endswith(ending) else Path(name).stem
     return re.sub(r"_[0-9]{4}$", "", name)
 
 
@@ -88,11 +93,18 @@ def drop_nifti_ending(output: PathOrText, endings: Collection[str], reader: type
 
     output = os.fspath(output)
     ending = next((ending for ending in endings if ending in NIFTI_ENDINGS and output.endswith(ending)), "")
-    return output if issubclass(reader, NibabelIO) else output[:len(output) - len(ending)]
+    return output if issubclass(reader, NibabelIO) else output[: len(output) - len(ending)]
 
 
-def list_cases(images: Sequence[Sequence[PathOrText]], outputs: Outputs, ending: str, *,
-               previous_stage_folder: PathOrText | None, part_id: int, num_parts: int) -> CaseLists:
+def list_cases(
+    images: Sequence[Sequence[PathOrText]],
+    outputs: Outputs,
+    ending: str,
+    *,
+    previous_stage_folder: PathOrText | None,
+    part_id: int,
+    num_parts: int,
+) -> CaseLists:
     """Take this part's share of the cases and find their outputs and previous stages.
 
     Args:
@@ -112,16 +124,19 @@ def list_cases(images: Sequence[Sequence[PathOrText]], outputs: Outputs, ending:
     elif outputs is not None:
         outputs = [os.fspath(output) for output in outputs[part_id::num_parts]]
     _require_distinct(outputs or [])
-    previous = [None if previous_stage_folder is None else os.path.join(previous_stage_folder, f"{name}{ending}")
-                for name in names]
+    previous = [
+        None if previous_stage_folder is None else os.path.join(previous_stage_folder, f"{name}{ending}")
+        for name in names
+    ]
     return CaseLists(images, outputs, previous)
 
 
 def without_finished(cases: CaseLists, ending: str, save_probabilities: bool) -> CaseLists:
     """Drop the cases whose results are all there."""
     endings = [ending, *((".npz", ".pkl") if save_probabilities else ())]
-    left = [i for i, output in enumerate(cases.outputs)
-            if not all(Path(f"{output}{kind}").is_file() for kind in endings)]
+    left = [
+        i for i, output in enumerate(cases.outputs) if not all(Path(f"{output}{kind}").is_file() for kind in endings)
+    ]
     return CaseLists(*([values[i] for i in left] for values in (cases.images, cases.outputs, cases.previous_stage)))
 
 
@@ -133,20 +148,23 @@ def require_previous_stage(cases: CaseLists) -> None:
     """
     missing = [file for file in cases.previous_stage if file is not None and not Path(file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(cases.previous_stage)} cases have no prediction of the "
-                                f"previous stage: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(cases.previous_stage)} cases have no prediction of the "
+            f"previous stage: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
 
 
 def _check_channels(files: Sequence[str], cases: Sequence[Sequence[str]], dataset_json: Mapping[str, Any]) -> None:
     ending = dataset_json["file_ending"]
-    numbers = [int(file[-len(ending) - 4:-len(ending)]) for file in files]
+    numbers = [int(file[-len(ending) - 4 : -len(ending)]) for file in files]
     expected = len(_channel_names(dataset_json))
     # One file may hold all channels (colour photographs, 4D images), if it does so for every case.
     holds_all = numbers == [0] and all(len(other) == 1 for other in cases)
     if numbers != list(range(expected)) and not holds_all:
         raise ValueError(
             f"case {case_id(files[0], ending)}: found channels {', '.join(f'{n:04d}' for n in numbers)}, but the model "
-            f"expects {_describe_channels(dataset_json)}")
+            f"expects {_describe_channels(dataset_json)}"
+        )
 
 
 def _channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
@@ -162,6 +180,7 @@ def _require_distinct(outputs: Sequence[str]) -> None:
     seen: set[str] = set()
     for output in outputs:
         if output in seen:
-            raise ValueError(f"two cases would be written to {output}: give their images different names, or list the "
-                             "output files")
+            raise ValueError(
+                f"two cases would be written to {output}: give their images different names, or list the output files"
+            )
         seen.add(output)

@@ -4,6 +4,7 @@ Background is resampled as the plans say. A foreground class is interpolated lin
 low-resolution prediction, a few voxels wider, and wins where its logit exceeds all before it. A class can therefore not
 appear at full resolution far from where it was predicted at low resolution, which is the price of the speed.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,15 @@ _MARGIN_VOXELS = 3
 Box = tuple[slice, ...]
 
 
-def write_labels_near_predictions(logits: np.ndarray, new_shape: Sequence[int], current_spacing: Sequence[float],
-                                  new_spacing: Sequence[float], resampling_fn: Callable,
-                                  label_manager: LabelManager, labels: np.ndarray) -> None:
+def write_labels_near_predictions(
+    logits: np.ndarray,
+    new_shape: Sequence[int],
+    current_spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    resampling_fn: Callable,
+    label_manager: LabelManager,
+    labels: np.ndarray,
+) -> None:
     """Write the label of each voxel into `labels`, an array of zeros of `new_shape`.
 
     Args:
@@ -46,8 +53,10 @@ def _near(channel: np.ndarray, predicted: np.ndarray, new_shape: Sequence[int]) 
     """Yield the box of the new grid around a prediction, with the channel interpolated in it; nothing if empty."""
     if not predicted.any():
         return
-    box = tuple(_scaled_range(predicted.any(axis=tuple(other for other in range(3) if other != axis)), new)
-                for axis, new in enumerate(new_shape))
+    box = tuple(
+        _scaled_range(predicted.any(axis=tuple(other for other in range(3) if other != axis)), new)
+        for axis, new in enumerate(new_shape)
+    )
     yield box, _interpolate(channel, box, new_shape)
 
 

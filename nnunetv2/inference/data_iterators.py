@@ -1,4 +1,5 @@
 """Iterate over cases that are ready for the network. The work is in `preprocessing_jobs`."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +30,16 @@ Properties = Mapping[str, Any]
 
 
 def preprocessing_iterator_fromfiles(
-        list_of_lists: Sequence[Sequence[str]], list_of_segs_from_prev_stage_files: Sequence[str | None] | None,
-        output_filenames_truncated: Sequence[str] | None, plans_manager: PlansManager, dataset_json: dict,
-        configuration_manager: ConfigurationManager, num_processes: int, pin_memory: bool = False,
-        verbose: bool = False) -> Iterator[Item]:
+    list_of_lists: Sequence[Sequence[str]],
+    list_of_segs_from_prev_stage_files: Sequence[str | None] | None,
+    output_filenames_truncated: Sequence[str] | None,
+    plans_manager: PlansManager,
+    dataset_json: dict,
+    configuration_manager: ConfigurationManager,
+    num_processes: int,
+    pin_memory: bool = False,
+    verbose: bool = False,
+) -> Iterator[Item]:
     """Yield preprocessed cases in order, as dicts of `data` (tensor), `data_properties` and `ofile`.
 
     Args:
@@ -50,10 +57,17 @@ def preprocessing_iterator_fromfiles(
 
 
 def preprocessing_iterator_fromnpy(
-        list_of_images: Sequence[np.ndarray], list_of_segs_from_prev_stage: Sequence[np.ndarray | None] | None,
-        list_of_image_properties: Sequence[Properties], truncated_ofnames: Sequence[str] | None,
-        plans_manager: PlansManager, dataset_json: dict, configuration_manager: ConfigurationManager,
-        num_processes: int, pin_memory: bool = False, verbose: bool = False) -> Iterator[Item]:
+    list_of_images: Sequence[np.ndarray],
+    list_of_segs_from_prev_stage: Sequence[np.ndarray | None] | None,
+    list_of_image_properties: Sequence[Properties],
+    truncated_ofnames: Sequence[str] | None,
+    plans_manager: PlansManager,
+    dataset_json: dict,
+    configuration_manager: ConfigurationManager,
+    num_processes: int,
+    pin_memory: bool = False,
+    verbose: bool = False,
+) -> Iterator[Item]:
     """Like `preprocessing_iterator_fromfiles`, for images `(c, *spatial)` in memory. Properties stay unchanged."""
     cases = _array_cases(list_of_images, list_of_segs_from_prev_stage, list_of_image_properties, truncated_ofnames)
     model = Model(plans_manager, configuration_manager, dataset_json)
@@ -61,10 +75,17 @@ def preprocessing_iterator_fromnpy(
 
 
 def preprocess_fromfiles_save_to_queue(
-        list_of_lists: Sequence[Sequence[str]], list_of_segs_from_prev_stage_files: Sequence[str | None] | None,
-        output_filenames_truncated: Sequence[str] | None, plans_manager: PlansManager, dataset_json: dict,
-        configuration_manager: ConfigurationManager, target_queue: Queue, done_event: Event, abort_event: Event,
-        verbose: bool = False) -> None:
+    list_of_lists: Sequence[Sequence[str]],
+    list_of_segs_from_prev_stage_files: Sequence[str | None] | None,
+    output_filenames_truncated: Sequence[str] | None,
+    plans_manager: PlansManager,
+    dataset_json: dict,
+    configuration_manager: ConfigurationManager,
+    target_queue: Queue,
+    done_event: Event,
+    abort_event: Event,
+    verbose: bool = False,
+) -> None:
     """Preprocess cases one after the other into a queue; set `done_event` after the last, `abort_event` on failure.
 
     For programs with workers of their own. Stops early once `abort_event` is set.
@@ -75,10 +96,18 @@ def preprocess_fromfiles_save_to_queue(
 
 
 def preprocess_fromnpy_save_to_queue(
-        list_of_images: Sequence[np.ndarray], list_of_segs_from_prev_stage: Sequence[np.ndarray | None] | None,
-        list_of_image_properties: Sequence[Properties], truncated_ofnames: Sequence[str] | None,
-        plans_manager: PlansManager, dataset_json: dict, configuration_manager: ConfigurationManager,
-        target_queue: Queue, done_event: Event, abort_event: Event, verbose: bool = False) -> None:
+    list_of_images: Sequence[np.ndarray],
+    list_of_segs_from_prev_stage: Sequence[np.ndarray | None] | None,
+    list_of_image_properties: Sequence[Properties],
+    truncated_ofnames: Sequence[str] | None,
+    plans_manager: PlansManager,
+    dataset_json: dict,
+    configuration_manager: ConfigurationManager,
+    target_queue: Queue,
+    done_event: Event,
+    abort_event: Event,
+    verbose: bool = False,
+) -> None:
     """Like `preprocess_fromfiles_save_to_queue`, for images in memory."""
     cases = _array_cases(list_of_images, list_of_segs_from_prev_stage, list_of_image_properties, truncated_ofnames)
     model = Model(plans_manager, configuration_manager, dataset_json)
@@ -88,10 +117,19 @@ def preprocess_fromnpy_save_to_queue(
 class _CaseLoader(DataLoader):
     """A finite loader of one case at a time, in order, for batchgenerators' multi-threading."""
 
-    def __init__(self, cases: Sequence[Case], preprocessor: DefaultPreprocessor, model: Model,
-                 num_threads: int) -> None:
-        super().__init__(cases, 1, num_threads, seed_for_shuffle=1, return_incomplete=True, shuffle=False,
-                         infinite=False, sampling_probabilities=None)
+    def __init__(
+        self, cases: Sequence[Case], preprocessor: DefaultPreprocessor, model: Model, num_threads: int
+    ) -> None:
+        super().__init__(
+            cases,
+            1,
+            num_threads,
+            seed_for_shuffle=1,
+            return_incomplete=True,
+            shuffle=False,
+            infinite=False,
+            sampling_probabilities=None,
+        )
         self.preprocessor = preprocessor
         self.model = model
         self.indices = list(range(len(cases)))
@@ -105,30 +143,48 @@ class _CaseLoader(DataLoader):
 class PreprocessAdapter(_CaseLoader):
     """Load cases from files: `next()` gives one item dict in order, then StopIteration."""
 
-    def __init__(self, list_of_lists: Sequence[Sequence[str]],
-                 list_of_segs_from_prev_stage_files: Sequence[str | None] | None, preprocessor: DefaultPreprocessor,
-                 output_filenames_truncated: Sequence[str] | None, plans_manager: PlansManager, dataset_json: dict,
-                 configuration_manager: ConfigurationManager, num_threads_in_multithreaded: int = 1) -> None:
+    def __init__(
+        self,
+        list_of_lists: Sequence[Sequence[str]],
+        list_of_segs_from_prev_stage_files: Sequence[str | None] | None,
+        preprocessor: DefaultPreprocessor,
+        output_filenames_truncated: Sequence[str] | None,
+        plans_manager: PlansManager,
+        dataset_json: dict,
+        configuration_manager: ConfigurationManager,
+        num_threads_in_multithreaded: int = 1,
+    ) -> None:
         cases = _file_cases(list_of_lists, list_of_segs_from_prev_stage_files, output_filenames_truncated)
-        super().__init__(cases, preprocessor, Model(plans_manager, configuration_manager, dataset_json),
-                         num_threads_in_multithreaded)
+        super().__init__(
+            cases, preprocessor, Model(plans_manager, configuration_manager, dataset_json), num_threads_in_multithreaded
+        )
 
 
 class PreprocessAdapterFromNpy(_CaseLoader):
     """Load cases from arrays: `next()` gives one item dict in order, then StopIteration."""
 
-    def __init__(self, list_of_images: Sequence[np.ndarray],
-                 list_of_segs_from_prev_stage: Sequence[np.ndarray | None] | None,
-                 list_of_image_properties: Sequence[Properties], truncated_ofnames: Sequence[str | None] | None,
-                 plans_manager: PlansManager, dataset_json: dict, configuration_manager: ConfigurationManager,
-                 num_threads_in_multithreaded: int = 1, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        list_of_images: Sequence[np.ndarray],
+        list_of_segs_from_prev_stage: Sequence[np.ndarray | None] | None,
+        list_of_image_properties: Sequence[Properties],
+        truncated_ofnames: Sequence[str | None] | None,
+        plans_manager: PlansManager,
+        dataset_json: dict,
+        configuration_manager: ConfigurationManager,
+        num_threads_in_multithreaded: int = 1,
+        verbose: bool = False,
+    ) -> None:
         cases = _array_cases(list_of_images, list_of_segs_from_prev_stage, list_of_image_properties, truncated_ofnames)
-        super().__init__(cases, configuration_manager.preprocessor_class(verbose=verbose),
-                         Model(plans_manager, configuration_manager, dataset_json), num_threads_in_multithreaded)
+        super().__init__(
+            cases,
+            configuration_manager.preprocessor_class(verbose=verbose),
+            Model(plans_manager, configuration_manager, dataset_json),
+            num_threads_in_multithreaded,
+        )
 
 
-def _iterate(cases: Sequence[Case], model: Model, num_workers: int, pin_memory: bool,
-             verbose: bool) -> Iterator[Item]:
+def _iterate(cases: Sequence[Case], model: Model, num_workers: int, pin_memory: bool, verbose: bool) -> Iterator[Item]:
     if num_workers < 0:
         raise ValueError(f"num_processes must be at least 0, got {num_workers}")
     pin_memory = pin_memory and torch.cuda.is_available()
@@ -140,8 +196,9 @@ def _with_tensor(item: Item, pin_memory: bool = False) -> Item:
     return {**item, "data": tensor.pin_memory() if pin_memory else tensor}
 
 
-def _fill_queue(cases: Sequence[Case], model: Model, queue: Queue, done_event: Event, abort_event: Event,
-                verbose: bool) -> None:
+def _fill_queue(
+    cases: Sequence[Case], model: Model, queue: Queue, done_event: Event, abort_event: Event, verbose: bool
+) -> None:
     try:
         for case in cases:
             item = _with_tensor(preprocess_case(case, model, verbose))
@@ -153,20 +210,26 @@ def _fill_queue(cases: Sequence[Case], model: Model, queue: Queue, done_event: E
         raise
 
 
-def _file_cases(list_of_lists: Sequence[Sequence[str]], previous: Sequence[str | None] | None,
-                outputs: Sequence[str | None] | None) -> list[FileCase]:
+def _file_cases(
+    list_of_lists: Sequence[Sequence[str]], previous: Sequence[str | None] | None, outputs: Sequence[str | None] | None
+) -> list[FileCase]:
     previous, outputs = _one_per_case(len(list_of_lists), previous, outputs)
-    return [FileCase(tuple(files), before, output)
-            for files, before, output in zip(list_of_lists, previous, outputs)]
+    return [FileCase(tuple(files), before, output) for files, before, output in zip(list_of_lists, previous, outputs)]
 
 
-def _array_cases(images: Sequence[np.ndarray], previous: Sequence[np.ndarray | None] | None,
-                 properties: Sequence[Properties], outputs: Sequence[str | None] | None) -> list[ArrayCase]:
+def _array_cases(
+    images: Sequence[np.ndarray],
+    previous: Sequence[np.ndarray | None] | None,
+    properties: Sequence[Properties],
+    outputs: Sequence[str | None] | None,
+) -> list[ArrayCase]:
     if len(properties) != len(images):
         raise ValueError(f"there are {len(images)} images, but properties of {len(properties)}")
     previous, outputs = _one_per_case(len(images), previous, outputs)
-    return [ArrayCase(image, before, about, output, number)
-            for number, (image, before, about, output) in enumerate(zip(images, previous, properties, outputs))]
+    return [
+        ArrayCase(image, before, about, output, number)
+        for number, (image, before, about, output) in enumerate(zip(images, previous, properties, outputs))
+    ]
 
 
 def _one_per_case(count: int, previous: Sequence | None, outputs: Sequence | None) -> tuple[Sequence, Sequence]:

@@ -1,4 +1,5 @@
 """Turn a network's logits into a label map in the image's own space, and write it."""
+
 from __future__ import annotations
 
 import logging
@@ -39,10 +40,15 @@ logger = logging.getLogger(__name__)
 
 
 def convert_predicted_logits_to_segmentation_with_correct_shape(
-        predicted_logits: ArrayOrTensor, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-        label_manager: LabelManager, properties_dict: Mapping[str, Any], return_probabilities: bool = False,
-        num_threads_torch: int = default_num_processes,
-        use_cropped_logits_resampling: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    predicted_logits: ArrayOrTensor,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    label_manager: LabelManager,
+    properties_dict: Mapping[str, Any],
+    return_probabilities: bool = False,
+    num_threads_torch: int = default_num_processes,
+    use_cropped_logits_resampling: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Resample logits, decide on labels, undo cropping and transposition.
 
     Args:
@@ -83,43 +89,83 @@ def convert_predicted_logits_to_segmentation_with_correct_shape(
 
 
 def export_prediction_from_logits(
-        predicted_array_or_file: ArrayOrTensor, properties_dict: Mapping[str, Any],
-        configuration_manager: ConfigurationManager, plans_manager: PlansManager,
-        dataset_json_dict_or_file: Mapping[str, Any] | str, output_file_truncated: str,
-        save_probabilities: bool = False, num_threads_torch: int = default_num_processes,
-        use_cropped_logits_resampling: bool = False) -> None:
+    predicted_array_or_file: ArrayOrTensor,
+    properties_dict: Mapping[str, Any],
+    configuration_manager: ConfigurationManager,
+    plans_manager: PlansManager,
+    dataset_json_dict_or_file: Mapping[str, Any] | str,
+    output_file_truncated: str,
+    save_probabilities: bool = False,
+    num_threads_torch: int = default_num_processes,
+    use_cropped_logits_resampling: bool = False,
+) -> None:
     """Convert logits and write the label map, and if asked for `.npz` (probabilities) and `.pkl` (properties).
 
     Each file appears complete or not at all; the label map comes last, so a case that has one is complete. An output
     named with the whole ending of a NIfTI file gets no second one, as ITK has it.
     """
     dataset_json = read_dataset_json(dataset_json_dict_or_file)
-    output = drop_nifti_ending(output_file_truncated, (dataset_json["file_ending"],),
-                               plans_manager.image_reader_writer_class)
-    export_case(predicted_array_or_file, properties_dict, configuration_manager, plans_manager, dataset_json, output,
-                save_probabilities, num_threads_torch, use_cropped_logits_resampling)
+    output = drop_nifti_ending(
+        output_file_truncated, (dataset_json["file_ending"],), plans_manager.image_reader_writer_class
+    )
+    export_case(
+        predicted_array_or_file,
+        properties_dict,
+        configuration_manager,
+        plans_manager,
+        dataset_json,
+        output,
+        save_probabilities,
+        num_threads_torch,
+        use_cropped_logits_resampling,
+    )
 
 
-def export_case(logits: ArrayOrTensor, properties: Mapping[str, Any], configuration_manager: ConfigurationManager,
-                plans_manager: PlansManager, dataset_json: Mapping[str, Any], output: str,
-                save_probabilities: bool = False, num_threads_torch: int = default_num_processes,
-                use_cropped_logits_resampling: bool = False) -> None:
+def export_case(
+    logits: ArrayOrTensor,
+    properties: Mapping[str, Any],
+    configuration_manager: ConfigurationManager,
+    plans_manager: PlansManager,
+    dataset_json: Mapping[str, Any],
+    output: str,
+    save_probabilities: bool = False,
+    num_threads_torch: int = default_num_processes,
+    use_cropped_logits_resampling: bool = False,
+) -> None:
     """Export a case as `export_prediction_from_logits` does, under exactly the name `output` plus ending."""
     label_manager = plans_manager.get_label_manager(dataset_json)
     converted = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, plans_manager, configuration_manager, label_manager, properties,
-        return_probabilities=save_probabilities, num_threads_torch=num_threads_torch,
-        use_cropped_logits_resampling=use_cropped_logits_resampling)
+        logits,
+        plans_manager,
+        configuration_manager,
+        label_manager,
+        properties,
+        return_probabilities=save_probabilities,
+        num_threads_torch=num_threads_torch,
+        use_cropped_logits_resampling=use_cropped_logits_resampling,
+    )
     segmentation, probabilities = converted if save_probabilities else (converted, None)
-    write_case(plans_manager.image_reader_writer_class(), segmentation, probabilities, properties, output,
-               dataset_json["file_ending"])
+    write_case(
+        plans_manager.image_reader_writer_class(),
+        segmentation,
+        probabilities,
+        properties,
+        output,
+        dataset_json["file_ending"],
+    )
 
 
-def resample_and_save(predicted: ArrayOrTensor, target_shape: Sequence[int], output_file: str,
-                      plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                      properties_dict: Mapping[str, Any], dataset_json_dict_or_file: Mapping[str, Any] | str,
-                      num_threads_torch: int = default_num_processes,
-                      dataset_class: type[nnUNetBaseDataset] | None = None) -> None:
+def resample_and_save(
+    predicted: ArrayOrTensor,
+    target_shape: Sequence[int],
+    output_file: str,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    properties_dict: Mapping[str, Any],
+    dataset_json_dict_or_file: Mapping[str, Any] | str,
+    num_threads_torch: int = default_num_processes,
+    dataset_class: type[nnUNetBaseDataset] | None = None,
+) -> None:
     """Resample logits to the grid of a cascade's next stage and save the label map there, without channel axis.
 
     Args:
@@ -151,8 +197,14 @@ def estimate_export_bytes(logits: np.ndarray, properties: Mapping[str, Any], wit
     return logits.nbytes + voxels * (2 + (4 * len(logits) if with_probabilities else 0))
 
 
-def write_case(writer: BaseReaderWriter, segmentation: np.ndarray, probabilities: np.ndarray | None,
-               properties: Mapping[str, Any], output: str | os.PathLike[str], ending: str) -> None:
+def write_case(
+    writer: BaseReaderWriter,
+    segmentation: np.ndarray,
+    probabilities: np.ndarray | None,
+    properties: Mapping[str, Any],
+    output: str | os.PathLike[str],
+    ending: str,
+) -> None:
     """Write the files of a case, each in one step and the label map last; `output` is their path without ending."""
     output = os.fspath(output)
     if probabilities is not None:
@@ -166,14 +218,17 @@ def save_probabilities_file(probabilities: np.ndarray, path: str | os.PathLike[s
 
     numpy.savez_compressed offers no choice of level; level 1 takes a third of the time for files a few percent larger.
     """
-    with replacing(path) as written, \
-            zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, \
-            archive.open("probabilities.npy", "w", force_zip64=True) as file:
+    with (
+        replacing(path) as written,
+        zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("probabilities.npy", "w", force_zip64=True) as file,
+    ):
         np.lib.format.write_array(file, probabilities, allow_pickle=False)
 
 
-def write_segmentation(writer: BaseReaderWriter, segmentation: np.ndarray, path: str | os.PathLike[str],
-                       properties: Mapping[str, Any]) -> None:
+def write_segmentation(
+    writer: BaseReaderWriter, segmentation: np.ndarray, path: str | os.PathLike[str], properties: Mapping[str, Any]
+) -> None:
     """Write a label map in one step, whatever the writer does itself. Side-cars it writes come along."""
     with replacing(path) as written:
         writer.write_seg(segmentation, str(written), properties)
@@ -195,8 +250,9 @@ def torch_threads(count: int) -> Iterator[None]:
 class _Canvas:
     """The uncropped label map in the image's axis order, and the views of it through which it is filled."""
 
-    def __init__(self, shape: Sequence[int], crop: Sequence[Sequence[int]], transpose_backward: Sequence[int],
-                 dtype: type) -> None:
+    def __init__(
+        self, shape: Sequence[int], crop: Sequence[Sequence[int]], transpose_backward: Sequence[int], dtype: type
+    ) -> None:
         self._shape, self._backward = tuple(shape), tuple(transpose_backward)
         self._forward = tuple(np.argsort(transpose_backward))
         self._crop = tuple(slice(int(start), int(stop)) for start, stop in crop)
@@ -205,10 +261,15 @@ class _Canvas:
         self.cropped = self.labels.transpose(self._forward)[self._crop]
 
     @classmethod
-    def for_case(cls, plans_manager: PlansManager, label_manager: LabelManager,
-                 properties: Mapping[str, Any]) -> _Canvas:
-        return cls(properties["shape_before_cropping"], properties["bbox_used_for_cropping"],
-                   plans_manager.transpose_backward, _label_dtype(label_manager))
+    def for_case(
+        cls, plans_manager: PlansManager, label_manager: LabelManager, properties: Mapping[str, Any]
+    ) -> _Canvas:
+        return cls(
+            properties["shape_before_cropping"],
+            properties["bbox_used_for_cropping"],
+            plans_manager.transpose_backward,
+            _label_dtype(label_manager),
+        )
 
     def probabilities(self, classes: int, label_manager: LabelManager) -> tuple[np.ndarray, np.ndarray]:
         """Return probabilities `(c, *spatial)` of an all-background image, and the view of its cropped part."""
@@ -225,8 +286,9 @@ class _Canvas:
         return full.transpose((0, *(axis + 1 for axis in self._backward)))
 
 
-def _convert_whole(resampled: ArrayOrTensor, label_manager: LabelManager, canvas: _Canvas,
-                   return_probabilities: bool) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+def _convert_whole(
+    resampled: ArrayOrTensor, label_manager: LabelManager, canvas: _Canvas, return_probabilities: bool
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Decide on labels from logits of full size, as any resampling function and label manager allow."""
     if not return_probabilities:
         canvas.cropped[...] = _as_array(label_manager.convert_logits_to_segmentation(resampled))
@@ -236,8 +298,9 @@ def _convert_whole(resampled: ArrayOrTensor, label_manager: LabelManager, canvas
     return canvas.labels, canvas.uncropped(probabilities, label_manager)
 
 
-def _target_grid(plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                 properties: Mapping[str, Any]) -> tuple[tuple[int, ...], list[float], list[float]]:
+def _target_grid(
+    plans_manager: PlansManager, configuration_manager: ConfigurationManager, properties: Mapping[str, Any]
+) -> tuple[tuple[int, ...], list[float], list[float]]:
     """Return shape and spacing of the cropped image, and the network's spacing: (shape, network's, image's)."""
     shape = tuple(int(n) for n in properties["shape_after_cropping_and_before_resampling"])
     image_spacing = [properties["spacing"][i] for i in plans_manager.transpose_forward]
@@ -247,8 +310,9 @@ def _target_grid(plans_manager: PlansManager, configuration_manager: Configurati
     return shape, spacing, image_spacing
 
 
-def _save_stage_labels(labels: np.ndarray, output_file: str, patch_size: Sequence[int],
-                       dataset_class: type[nnUNetBaseDataset]) -> None:
+def _save_stage_labels(
+    labels: np.ndarray, output_file: str, patch_size: Sequence[int], dataset_class: type[nnUNetBaseDataset]
+) -> None:
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
     if not issubclass(dataset_class, nnUNetDatasetBlosc2):

@@ -3,6 +3,7 @@
 Threads do it: resampling, deciding and compressing release the interpreter lock, and threads neither copy the logits,
 which are the largest arrays of a prediction, nor need seconds to start, nor can be killed one by one.
 """
+
 from __future__ import annotations
 
 import errno
@@ -45,8 +46,9 @@ class ExportQueue:
     def __enter__(self) -> ExportQueue:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         # Exports that have been handed over are finished even if a later case failed, but not after Ctrl-C.
         is_interrupted = isinstance(error, KeyboardInterrupt)
         self._executor.shutdown(wait=not is_interrupted, cancel_futures=is_interrupted)
@@ -89,14 +91,19 @@ class ExportQueue:
         return [future.result() for *_, future in self._exports]
 
     def _failed(self) -> dict[str, BaseException]:
-        return {name: future.exception() for name, _, future in self._exports
-                if future.done() and future.exception() is not None}
+        return {
+            name: future.exception()
+            for name, _, future in self._exports
+            if future.done() and future.exception() is not None
+        }
 
     def _wait_for_room(self, num_bytes: int) -> None:
         while True:
             unfinished = {future: size for _, size, future in self._exports if not future.done()}
-            has_room = len(unfinished) < self._num_workers + _MOST_WAITING_EXPORTS \
+            has_room = (
+                len(unfinished) < self._num_workers + _MOST_WAITING_EXPORTS
                 and sum(unfinished.values()) + num_bytes <= self._most_bytes
+            )
             if has_room or not unfinished:
                 return
             wait(unfinished, return_when=FIRST_COMPLETED)
@@ -118,8 +125,9 @@ def _failure(failed: dict[str, BaseException], total: int) -> RuntimeError:
     lines = "; ".join(f"{name}: {_describe(error)}" for name, error in failed.items())
     missing = f"{len(failed)} of {total} cases could not be predicted: {lines}"
     if any(isinstance(error, MemoryError) for error in failed.values()):
-        return RuntimeError("Segmentation export worker died. The memory did not suffice: use fewer export workers "
-                            f"(-nps). {missing}")
+        return RuntimeError(
+            f"Segmentation export worker died. The memory did not suffice: use fewer export workers (-nps). {missing}"
+        )
     return RuntimeError(missing)
 
 

@@ -1,4 +1,5 @@
 """Decide how many tiles and mirrored copies go through the network together."""
+
 from __future__ import annotations
 
 import logging
@@ -59,4 +60,5 @@ def free_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell a failed allocation, on a device or in main memory, from every other failure."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS_OF_TORCH))
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS_OF_TORCH)
+    )

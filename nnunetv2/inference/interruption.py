@@ -3,6 +3,7 @@
 Python waits for threads before it ends, and one that resamples a large image may take long. Each file is written beside
 its name, so a thread that is cut short leaves nothing that looks like a result.
 """
+
 from __future__ import annotations
 
 import concurrent.futures.thread

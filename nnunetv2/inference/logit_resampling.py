@@ -7,6 +7,7 @@ interest. Here a slab of planes is interpolated for one class after the other, a
           |                          |                          |
           +--- some planes --------> interpolate -------------> best so far ------> written in place
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -39,8 +40,13 @@ class GridChange:
     """Per position of the final grid along `nearest_axis`, the position of the linear grid; None changes nothing."""
 
 
-def find_grid_change(resampling_fn: Callable, old_shape: Sequence[int], new_shape: Sequence[int],
-                     current_spacing: Sequence[float], new_spacing: Sequence[float]) -> GridChange | None:
+def find_grid_change(
+    resampling_fn: Callable,
+    old_shape: Sequence[int],
+    new_shape: Sequence[int],
+    current_spacing: Sequence[float],
+    new_spacing: Sequence[float],
+) -> GridChange | None:
     """Express a plan's `resampling_fn_probabilities` as a grid change; None if it is anything else.
 
     Known are the default function of order 1 and the linear one on torch; both put voxel centres at half positions
@@ -51,8 +57,9 @@ def find_grid_change(resampling_fn: Callable, old_shape: Sequence[int], new_shap
     options = _anisotropy_options(resampling_fn)
     if options is None or len(old_shape) != 3:
         return None
-    separate, axis = determine_do_sep_z_and_axis(options["force_separate_z"], current_spacing, new_spacing,
-                                                 options["separate_z_anisotropy_threshold"])
+    separate, axis = determine_do_sep_z_and_axis(
+        options["force_separate_z"], current_spacing, new_spacing, options["separate_z_anisotropy_threshold"]
+    )
     if not separate:
         return GridChange(tuple(new_shape))
     linear_shape = tuple(old_shape[i] if i == axis else n for i, n in enumerate(new_shape))
@@ -82,14 +89,20 @@ def _anisotropy_options(resampling_fn: Callable) -> dict | None:
 
 def follows_default_rules(label_manager: LabelManager) -> bool:
     """Tell whether labels depend on nothing but the logits of the same voxel, as those of LabelManager do."""
-    rules = ("apply_inference_nonlin", "convert_logits_to_segmentation", "convert_probabilities_to_segmentation",
-             "revert_cropping_on_probabilities")
+    rules = (
+        "apply_inference_nonlin",
+        "convert_logits_to_segmentation",
+        "convert_probabilities_to_segmentation",
+        "revert_cropping_on_probabilities",
+    )
     return all(getattr(type(label_manager), rule) is getattr(LabelManager, rule) for rule in rules)
 
 
-def write_labels(logits: np.ndarray, change: GridChange, label_manager: LabelManager, labels: np.ndarray,
-                 num_threads: int = 1) -> None:
+def write_labels(
+    logits: np.ndarray, change: GridChange, label_manager: LabelManager, labels: np.ndarray, num_threads: int = 1
+) -> None:
     """Resample logits `(c, *spatial)` and write the label of each voxel into `labels`, an array of the new shape."""
+
     def write(band: Band) -> None:
         if label_manager.has_regions:
             slab = label_manager.convert_logits_to_segmentation(_resample_classes(logits, band, change))
@@ -100,9 +113,16 @@ def write_labels(logits: np.ndarray, change: GridChange, label_manager: LabelMan
     _for_all_bands(write, logits, change, num_threads)
 
 
-def write_labels_and_probabilities(logits: np.ndarray, change: GridChange, label_manager: LabelManager,
-                                   labels: np.ndarray, probabilities: np.ndarray, num_threads: int = 1) -> None:
+def write_labels_and_probabilities(
+    logits: np.ndarray,
+    change: GridChange,
+    label_manager: LabelManager,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    num_threads: int = 1,
+) -> None:
     """Resample logits and write labels `(*new)` and float32 probabilities `(c, *new)`."""
+
     def write(band: Band) -> None:
         slab = label_manager.apply_inference_nonlin(_resample_classes(logits, band, change)).numpy()
         _put(label_manager.convert_probabilities_to_segmentation(slab), band, change, labels)

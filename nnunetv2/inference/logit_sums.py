@@ -9,6 +9,7 @@ memory suffices, and where it does not, in float16 with weights that float16 can
 | result          | 2 * classes * voxels               | 2 * classes * voxels         |
 | besides         | 4 * (classes + 1) * window voxels  | 4 * voxels                   |
 """
+
 from __future__ import annotations
 
 import logging
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 # The network's own memory and the next image's share the device with the sums.
 _SHARE_OF_FREE_MEMORY = 0.6
 # The smallest weight in float16, as a fraction of the largest: a logit of 0.1 times this keeps eight bits.
-_SMALLEST_HALF_WEIGHT = 2.0 ** -10
+_SMALLEST_HALF_WEIGHT = 2.0**-10
 
 
 class NonFiniteLogitsError(RuntimeError):
@@ -81,13 +82,14 @@ class WindowedSums:
     def move_to_(self, device: torch.device) -> None:
         """Go on collecting on another device."""
         self._logits, self._sums, self._weights = (
-            tensor.to(device) for tensor in (self._logits, self._sums, self._weights))
+            tensor.to(device) for tensor in (self._logits, self._sums, self._weights)
+        )
 
     def _finish_before(self, plane: int) -> None:
         window = self._weights.shape[0]
         done = min(plane - self._first, window)
         if done > 0:
-            part = self._logits[:, self._first:self._first + done]
+            part = self._logits[:, self._first : self._first + done]
             part.copy_(self._sums[:, :done].div_(_never_zero(self._weights[:done])))
             _require_finite(part)
             self._shift(done, window)
@@ -95,8 +97,8 @@ class WindowedSums:
 
     def _shift(self, done: int, window: int) -> None:
         for planes in (self._weights, *self._sums):  # class by class, so that no copy of all sums is needed
-            planes[:window - done] = planes[done:].clone()
-            planes[window - done:] = 0
+            planes[: window - done] = planes[done:].clone()
+            planes[window - done :] = 0
 
 
 class HalfSums:
@@ -140,8 +142,12 @@ def allocate_sums(classes: int, spatial: Sequence[int], window: int, device: tor
     wanted, free = WindowedSums.num_bytes(classes, spatial, window), free_bytes(device)
     if wanted <= _SHARE_OF_FREE_MEMORY * free:
         return WindowedSums(classes, spatial, window, device)
-    logger.warning("sums in float32 would take %.1f GB of the %.1f GB free on %s: adding tiles in float16",
-                   wanted / 1e9, free / 1e9, device)
+    logger.warning(
+        "sums in float32 would take %.1f GB of the %.1f GB free on %s: adding tiles in float16",
+        wanted / 1e9,
+        free / 1e9,
+        device,
+    )
     return HalfSums(classes, spatial, device)
 
 
@@ -167,6 +173,8 @@ def _never_zero(weights: torch.Tensor) -> torch.Tensor:
 
 def _require_finite(logits: torch.Tensor) -> None:
     if not torch.isfinite(logits).all():
-        raise NonFiniteLogitsError("the network's logits are not finite, or beyond the range of float16 (65504). Check "
-                                   "the image for NaN and extreme values, and the checkpoint for a training that "
-                                   "diverged")
+        raise NonFiniteLogitsError(
+            "the network's logits are not finite, or beyond the range of float16 (65504). Check "
+            "the image for NaN and extreme values, and the checkpoint for a training that "
+            "diverged"
+        )

@@ -1,4 +1,5 @@
 """Average a network's answers over mirrored copies of its input (test-time augmentation)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ def mirror_combinations(axes: Sequence[int]) -> list[tuple[int, ...]]:
     return [subset for size in range(len(axes) + 1) for subset in combinations(axes, size)]
 
 
-def mirrored_mean(network: Callable[[torch.Tensor], torch.Tensor], tiles: torch.Tensor, axes: Sequence[int],
-                  copies_at_once: int = 1) -> torch.Tensor:
+def mirrored_mean(
+    network: Callable[[torch.Tensor], torch.Tensor], tiles: torch.Tensor, axes: Sequence[int], copies_at_once: int = 1
+) -> torch.Tensor:
     """Return the mean of `flip(network(flip(tiles)))` over all combinations of axes, as float32.
 
     Args:
@@ -28,7 +30,7 @@ def mirrored_mean(network: Callable[[torch.Tensor], torch.Tensor], tiles: torch.
     at_once = 1 << (min(copies_at_once, len(subsets)).bit_length() - 1)
     total = None
     for first in range(0, len(subsets), at_once):
-        group = subsets[first:first + at_once]
+        group = subsets[first : first + at_once]
         answers = network(_flipped(tiles, group)).float()
         for subset, answer in zip(group, answers.split(len(tiles))):
             answer = torch.flip(answer, subset) if subset else answer

@@ -1,4 +1,5 @@
 """Read a trained model folder: plans.json, dataset.json and a checkpoint per fold become a network and its weights."""
+
 from __future__ import annotations
 
 import logging
@@ -39,12 +40,19 @@ class TrainedModel:
 def find_folds(folder: str | os.PathLike[str], checkpoint_name: str) -> list[int]:
     """Return the numbers of the folds that have this checkpoint, ordered by folder name; `fold_all` does not count."""
     names = sorted(entry.name for entry in Path(folder).iterdir() if entry.name.startswith("fold_"))
-    return [int(name.split("_")[-1]) for name in names
-            if name != "fold_all" and (Path(folder) / name / checkpoint_name).is_file()]
+    return [
+        int(name.split("_")[-1])
+        for name in names
+        if name != "fold_all" and (Path(folder) / name / checkpoint_name).is_file()
+    ]
 
 
-def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str] | int | str | None,
-                      checkpoint_name: str, find_trainer: Callable[[str], type]) -> TrainedModel:
+def load_model_folder(
+    folder: str | os.PathLike[str],
+    folds: Iterable[int | str] | int | str | None,
+    checkpoint_name: str,
+    find_trainer: Callable[[str], type],
+) -> TrainedModel:
     """Read a model folder.
 
     Args:
@@ -57,8 +65,9 @@ def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str]
         UntrustedNameError: The plans name something that a file must not have called.
     """
     folder = Path(folder)
-    dataset_json, plans = (_read_json(folder / name, required)
-                           for name, required in (("dataset.json", DATASET), ("plans.json", PLANS)))
+    dataset_json, plans = (
+        _read_json(folder / name, required) for name, required in (("dataset.json", DATASET), ("plans.json", PLANS))
+    )
     checkpoints = [load_checkpoint_file(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)]
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
@@ -70,19 +79,33 @@ def load_model_folder(folder: str | os.PathLike[str], folds: Iterable[int | str]
         raise UntrustedNameError(f"{folder / 'plans.json'}: {error}") from error
     parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
     network.load_state_dict(parameters[0])
-    return TrainedModel(network, parameters, plans_manager, configuration_manager, dataset_json, trainer_name,
-                        checkpoints[0].get("inference_allowed_mirroring_axes"))
+    return TrainedModel(
+        network,
+        parameters,
+        plans_manager,
+        configuration_manager,
+        dataset_json,
+        trainer_name,
+        checkpoints[0].get("inference_allowed_mirroring_axes"),
+    )
 
 
-def build_network(trainer_class: type, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                  dataset_json: dict[str, Any]) -> nn.Module:
+def build_network(
+    trainer_class: type,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict[str, Any],
+) -> nn.Module:
     """Build a trainer's network without deep supervision, with freshly initialised weights."""
     return networks.build_network(
-        trainer_class.build_network_architecture, plans_manager=plans_manager,
-        configuration_manager=configuration_manager, dataset_json=dataset_json,
+        trainer_class.build_network_architecture,
+        plans_manager=plans_manager,
+        configuration_manager=configuration_manager,
+        dataset_json=dataset_json,
         num_input_channels=determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
         num_output_channels=plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
-        enable_deep_supervision=False)
+        enable_deep_supervision=False,
+    )
 
 
 def _find_trainer(find_trainer: Callable[[str], type], name: str) -> type:
@@ -92,8 +115,12 @@ def _find_trainer(find_trainer: Callable[[str], type], name: str) -> type:
     try:
         return find_trainer(name)
     except RuntimeError as error:
-        logger.warning("%s. Building the network of nnUNetTrainer instead; if the weights do not fit it, prediction "
-                       "needs the code of %s (a folder named by nnUNet_extTrainer may hold it)", error, name)
+        logger.warning(
+            "%s. Building the network of nnUNetTrainer instead; if the weights do not fit it, prediction "
+            "needs the code of %s (a folder named by nnUNet_extTrainer may hold it)",
+            error,
+            name,
+        )
         return nnUNetTrainer
 
 
@@ -109,7 +136,8 @@ def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | Non
     if missing:
         raise FileNotFoundError(
             f"missing checkpoints: {', '.join(map(str, missing))}. Folds with a {checkpoint_name} in {folder}: "
-            f"{_describe_folds(folder, checkpoint_name)}; name those you want (-f, or use_folds)")
+            f"{_describe_folds(folder, checkpoint_name)}; name those you want (-f, or use_folds)"
+        )
     return paths
 
 

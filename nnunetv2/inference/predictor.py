@@ -1,4 +1,5 @@
 """Predict images with a trained model: preprocessing, sliding window, ensembling of folds, export."""
+
 from __future__ import annotations
 
 import logging
@@ -57,10 +58,17 @@ class nnUNetPredictor:
         allow_tqdm: Show progress bars.
     """
 
-    def __init__(self, tile_step_size: float = 0.5, use_gaussian: bool = True, use_mirroring: bool = True,
-                 perform_everything_on_device: bool = True,
-                 device: torch.device = torch.device("cuda"),  # noqa: B008
-                 verbose: bool = False, verbose_preprocessing: bool = False, allow_tqdm: bool = True) -> None:
+    def __init__(
+        self,
+        tile_step_size: float = 0.5,
+        use_gaussian: bool = True,
+        use_mirroring: bool = True,
+        perform_everything_on_device: bool = True,
+        device: torch.device = torch.device("cuda"),  # noqa: B008
+        verbose: bool = False,
+        verbose_preprocessing: bool = False,
+        allow_tqdm: bool = True,
+    ) -> None:
         if not 0 < tile_step_size <= 1:
             raise ValueError(f"tile_step_size must be above 0 and at most 1, got {tile_step_size}")
         self.tile_step_size = tile_step_size
@@ -90,10 +98,13 @@ class nnUNetPredictor:
 
     # Models
 
-    def initialize_from_trained_model_folder(self, model_training_output_dir: PathOrText,
-                                             use_folds: Iterable[int | str] | int | str | None,
-                                             checkpoint_name: str = "checkpoint_final.pth",
-                                             trainer_class: type | None = None) -> None:
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: PathOrText,
+        use_folds: Iterable[int | str] | int | str | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+        trainer_class: type | None = None,
+    ) -> None:
         """Load the model in a folder with plans.json, dataset.json and fold_X/checkpoint.
 
         Args:
@@ -101,19 +112,33 @@ class nnUNetPredictor:
                 have the checkpoint.
             trainer_class: Builds the network. Default: the class whose name the checkpoint holds.
         """
+
         def find_trainer(name: str) -> type:
             return public.recursive_find_trainer_class_by_name(name) if trainer_class is None else trainer_class
 
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(model_training_output_dir, checkpoint_name)
         model = model_folder.load_model_folder(model_training_output_dir, use_folds, checkpoint_name, find_trainer)
-        self.manual_initialization(model.network, model.plans_manager, model.configuration_manager, model.parameters,
-                                   model.dataset_json, model.trainer_name, model.mirroring_axes)
+        self.manual_initialization(
+            model.network,
+            model.plans_manager,
+            model.configuration_manager,
+            model.parameters,
+            model.dataset_json,
+            model.trainer_name,
+            model.mirroring_axes,
+        )
 
-    def manual_initialization(self, network: nn.Module, plans_manager: PlansManager,
-                              configuration_manager: ConfigurationManager,
-                              parameters: list[dict[str, Any]] | None, dataset_json: dict[str, Any],
-                              trainer_name: str, inference_allowed_mirroring_axes: tuple[int, ...] | None) -> None:
+    def manual_initialization(
+        self,
+        network: nn.Module,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        parameters: list[dict[str, Any]] | None,
+        dataset_json: dict[str, Any],
+        trainer_name: str,
+        inference_allowed_mirroring_axes: tuple[int, ...] | None,
+    ) -> None:
         """Take a model from memory.
 
         Args:
@@ -138,13 +163,19 @@ class nnUNetPredictor:
 
     # Files
 
-    def predict_from_files(self, list_of_lists_or_source_folder: Inputs,
-                           output_folder_or_list_of_truncated_output_files: Outputs,
-                           save_probabilities: bool = False, overwrite: bool = True,
-                           num_processes_preprocessing: int = default_num_processes,
-                           num_processes_segmentation_export: int = default_num_processes,
-                           folder_with_segs_from_prev_stage: PathOrText | None = None, num_parts: int = 1,
-                           part_id: int = 0, use_cropped_logits_resampling: bool = False) -> list[Prediction] | None:
+    def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: Inputs,
+        output_folder_or_list_of_truncated_output_files: Outputs,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = default_num_processes,
+        num_processes_segmentation_export: int = default_num_processes,
+        folder_with_segs_from_prev_stage: PathOrText | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Prediction] | None:
         """Predict image files.
 
         Args:
@@ -165,25 +196,34 @@ class nnUNetPredictor:
         arguments = {
             "list_of_lists_or_source_folder": list_of_lists_or_source_folder,
             "output_folder_or_list_of_truncated_output_files": output_folder_or_list_of_truncated_output_files,
-            "save_probabilities": save_probabilities, "overwrite": overwrite,
+            "save_probabilities": save_probabilities,
+            "overwrite": overwrite,
             "num_processes_preprocessing": num_processes_preprocessing,
             "num_processes_segmentation_export": num_processes_segmentation_export,
             "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage,
-            "num_parts": num_parts, "part_id": part_id}
+            "num_parts": num_parts,
+            "part_id": part_id,
+        }
         images, outputs, previous_stage = self._prepare_run(arguments)
         if not images:
             logger.info("no cases left to predict")
             return None
-        iterator = self._internal_get_data_iterator_from_lists_of_filenames(images, previous_stage, outputs,
-                                                                            num_processes_preprocessing)
-        return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export,
-                                               **_if_set(use_cropped_logits_resampling))
+        iterator = self._internal_get_data_iterator_from_lists_of_filenames(
+            images, previous_stage, outputs, num_processes_preprocessing
+        )
+        return self.predict_from_data_iterator(
+            iterator, save_probabilities, num_processes_segmentation_export, **_if_set(use_cropped_logits_resampling)
+        )
 
-    def predict_from_files_sequential(self, list_of_lists_or_source_folder: Inputs,
-                                      output_folder_or_list_of_truncated_output_files: Outputs,
-                                      save_probabilities: bool = False, overwrite: bool = True,
-                                      folder_with_segs_from_prev_stage: PathOrText | None = None,
-                                      use_cropped_logits_resampling: bool = False) -> list[Prediction] | None:
+    def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: Inputs,
+        output_folder_or_list_of_truncated_output_files: Outputs,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: PathOrText | None = None,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Prediction] | None:
         """Predict image files one after the other, without any worker. See `predict_from_files`.
 
         Returns:
@@ -192,22 +232,37 @@ class nnUNetPredictor:
         arguments = {
             "list_of_lists_or_source_folder": list_of_lists_or_source_folder,
             "output_folder_or_list_of_truncated_output_files": output_folder_or_list_of_truncated_output_files,
-            "save_probabilities": save_probabilities, "overwrite": overwrite,
-            "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage}
+            "save_probabilities": save_probabilities,
+            "overwrite": overwrite,
+            "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage,
+        }
         images, outputs, previous_stage = self._prepare_run(arguments)
         if not images:
             logger.info("no cases left to predict")
             return None
         iterator = public.preprocessing_iterator_fromfiles(
-            images, previous_stage, outputs, self.plans_manager, self.dataset_json, self.configuration_manager,
-            num_processes=0, pin_memory=False, verbose=self.verbose)
-        results = self.predict_from_data_iterator(iterator, save_probabilities, 0,
-                                                  **_if_set(use_cropped_logits_resampling))
+            images,
+            previous_stage,
+            outputs,
+            self.plans_manager,
+            self.dataset_json,
+            self.configuration_manager,
+            num_processes=0,
+            pin_memory=False,
+            verbose=self.verbose,
+        )
+        results = self.predict_from_data_iterator(
+            iterator, save_probabilities, 0, **_if_set(use_cropped_logits_resampling)
+        )
         return results if outputs is None else []
 
-    def predict_from_data_iterator(self, data_iterator: Iterable[Item], save_probabilities: bool = False,
-                                   num_processes_segmentation_export: int = default_num_processes,
-                                   use_cropped_logits_resampling: bool = False) -> list[Prediction]:
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[Item],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Prediction]:
         """Predict preprocessed cases: dicts of `data` (tensor, or the path of a `.npy` that is read and deleted),
         `data_properties` and `ofile` (path without ending; None returns the result).
 
@@ -228,8 +283,9 @@ class nnUNetPredictor:
                         exports.fail(name, error)
                         continue
                     num_bytes = estimate_export_bytes(logits, item["data_properties"], save_probabilities)
-                    exports.submit(name, num_bytes, _with_options, options,
-                                   *self._export_call(logits, item, save_probabilities))
+                    exports.submit(
+                        name, num_bytes, _with_options, options, *self._export_call(logits, item, save_probabilities)
+                    )
                     del item, logits
                 return exports.results()
         finally:
@@ -239,11 +295,15 @@ class nnUNetPredictor:
 
     # Arrays
 
-    def predict_single_npy_array(self, input_image: np.ndarray, image_properties: Mapping[str, Any],
-                                 segmentation_previous_stage: np.ndarray | None = None,
-                                 output_file_truncated: PathOrText | None = None,
-                                 save_or_return_probabilities: bool = False,
-                                 use_cropped_logits_resampling: bool = False) -> Prediction:
+    def predict_single_npy_array(
+        self,
+        input_image: np.ndarray,
+        image_properties: Mapping[str, Any],
+        segmentation_previous_stage: np.ndarray | None = None,
+        output_file_truncated: PathOrText | None = None,
+        save_or_return_probabilities: bool = False,
+        use_cropped_logits_resampling: bool = False,
+    ) -> Prediction:
         """Predict one image `(c, *spatial)` in the calling process.
 
         Args:
@@ -259,40 +319,72 @@ class nnUNetPredictor:
             if hasattr(writer, "require_properties"):  # readers need not be our subclasses
                 writer.require_properties(image_properties)
         adapter = public.PreprocessAdapterFromNpy(
-            [input_image], [segmentation_previous_stage], [image_properties], [output_file_truncated],
-            self.plans_manager, self.dataset_json, self.configuration_manager, num_threads_in_multithreaded=1,
-            verbose=self.verbose)
+            [input_image],
+            [segmentation_previous_stage],
+            [image_properties],
+            [output_file_truncated],
+            self.plans_manager,
+            self.dataset_json,
+            self.configuration_manager,
+            num_threads_in_multithreaded=1,
+            verbose=self.verbose,
+        )
         item = next(adapter)
         logits = self.predict_logits_from_preprocessed_data(item["data"]).cpu()
         options = _if_set(use_cropped_logits_resampling)
         if output_file_truncated is not None:
             public.export_prediction_from_logits(
-                logits, item["data_properties"], self.configuration_manager, self.plans_manager, self.dataset_json,
-                output_file_truncated, save_or_return_probabilities, **options)
+                logits,
+                item["data_properties"],
+                self.configuration_manager,
+                self.plans_manager,
+                self.dataset_json,
+                output_file_truncated,
+                save_or_return_probabilities,
+                **options,
+            )
             return None
         return public.convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits, self.plans_manager, self.configuration_manager, self.label_manager, item["data_properties"],
-            return_probabilities=save_or_return_probabilities, **options)
+            logits,
+            self.plans_manager,
+            self.configuration_manager,
+            self.label_manager,
+            item["data_properties"],
+            return_probabilities=save_or_return_probabilities,
+            **options,
+        )
 
     def predict_from_list_of_npy_arrays(
-            self, image_or_list_of_images: OneOrMany,
-            segs_from_prev_stage_or_list_of_segs_from_prev_stage: OneOrMany | None,
-            properties_or_list_of_properties: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-            truncated_ofname: PathOrText | Sequence[PathOrText] | None, num_processes: int = 3,
-            save_probabilities: bool = False, num_processes_segmentation_export: int = default_num_processes,
-            use_cropped_logits_resampling: bool = False) -> list[Prediction]:
+        self,
+        image_or_list_of_images: OneOrMany,
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: OneOrMany | None,
+        properties_or_list_of_properties: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        truncated_ofname: PathOrText | Sequence[PathOrText] | None,
+        num_processes: int = 3,
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Prediction]:
         """Predict images in memory, in order; single values stand for lists of one."""
         iterator = self.get_data_iterator_from_raw_npy_data(
-            image_or_list_of_images, segs_from_prev_stage_or_list_of_segs_from_prev_stage,
-            properties_or_list_of_properties, truncated_ofname, num_processes)
-        return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export,
-                                               **_if_set(use_cropped_logits_resampling))
+            image_or_list_of_images,
+            segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+            properties_or_list_of_properties,
+            truncated_ofname,
+            num_processes,
+        )
+        return self.predict_from_data_iterator(
+            iterator, save_probabilities, num_processes_segmentation_export, **_if_set(use_cropped_logits_resampling)
+        )
 
     def get_data_iterator_from_raw_npy_data(
-            self, image_or_list_of_images: OneOrMany,
-            segs_from_prev_stage_or_list_of_segs_from_prev_stage: OneOrMany | None,
-            properties_or_list_of_properties: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-            truncated_ofname: PathOrText | Sequence[PathOrText] | None, num_processes: int = 3) -> Iterator[Item]:
+        self,
+        image_or_list_of_images: OneOrMany,
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: OneOrMany | None,
+        properties_or_list_of_properties: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        truncated_ofname: PathOrText | Sequence[PathOrText] | None,
+        num_processes: int = 3,
+    ) -> Iterator[Item]:
         """Return an iterator for `predict_from_data_iterator` over images in memory; single values become lists."""
         images = _as_list(image_or_list_of_images, np.ndarray)
         previous_stage = _as_list(segs_from_prev_stage_or_list_of_segs_from_prev_stage, np.ndarray)
@@ -301,9 +393,17 @@ class nnUNetPredictor:
         if outputs is not None:
             outputs = [None if output is None else self._without_ending(output) for output in outputs]
         return public.preprocessing_iterator_fromnpy(
-            images, previous_stage, properties, outputs, self.plans_manager, self.dataset_json,
-            self.configuration_manager, min(num_processes, len(images)), self.device.type == "cuda",
-            self.verbose_preprocessing)
+            images,
+            previous_stage,
+            properties,
+            outputs,
+            self.plans_manager,
+            self.dataset_json,
+            self.configuration_manager,
+            min(num_processes, len(images)),
+            self.device.type == "cuda",
+            self.verbose_preprocessing,
+        )
 
     # Preprocessed cases
 
@@ -315,8 +415,10 @@ class nnUNetPredictor:
             data: `(c, *spatial)`, preprocessed, in cascades with the previous stage stacked below.
         """
         if not self.list_of_parameters:
-            raise RuntimeError("the predictor has no parameters: initialize it from a model folder, or pass parameters "
-                               "to manual_initialization")
+            raise RuntimeError(
+                "the predictor has no parameters: initialize it from a model folder, or pass parameters "
+                "to manual_initialization"
+            )
         total: torch.Tensor | None = None
         for parameters in self.list_of_parameters:
             # 0.03 s for 31 million weights; remembering which ones are loaded would miss changes made by programs.
@@ -339,12 +441,14 @@ class nnUNetPredictor:
         if input_image.ndim != 4:
             raise ValueError(f"expected an image (c, x, y, z), got shape {tuple(input_image.shape)}")
         self._prepare_network()
-        padded, unpad = public.pad_nd_image(input_image, self.configuration_manager.patch_size, "constant",
-                                            {"value": 0}, True, None)
+        padded, unpad = public.pad_nd_image(
+            input_image, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None
+        )
         slicers = self._internal_get_sliding_window_slicers(padded.shape[1:])
         with autocast_context(self._network_device, is_inference=True):
-            logits = self._internal_predict_sliding_window_return_logits(padded, slicers,
-                                                                         self.perform_everything_on_device)
+            logits = self._internal_predict_sliding_window_return_logits(
+                padded, slicers, self.perform_everything_on_device
+            )
         return logits[(slice(None), *unpad[1:])]
 
     # Points of extension
@@ -359,15 +463,22 @@ class nnUNetPredictor:
             remove_leftovers(folder)
             self._write_provenance(folder, arguments)
         if self.configuration_manager.previous_stage_name is not None:
-            assert previous_stage is not None, \
-                f"this configuration continues {self.configuration_manager.previous_stage_name}: predict the same " \
-                "images with that one first, then pass the folder of its label maps here " \
+            assert previous_stage is not None, (
+                f"this configuration continues {self.configuration_manager.previous_stage_name}: predict the same "
+                "images with that one first, then pass the folder of its label maps here "
                 "(folder_with_segs_from_prev_stage)"
+            )
         elif previous_stage is not None:
             raise ValueError("this configuration has no previous stage, but predictions of one were given")
         return self._manage_input_and_output_lists(
-            arguments["list_of_lists_or_source_folder"], output, previous_stage, arguments["overwrite"],
-            arguments.get("part_id", 0), arguments.get("num_parts", 1), arguments["save_probabilities"])
+            arguments["list_of_lists_or_source_folder"],
+            output,
+            previous_stage,
+            arguments["overwrite"],
+            arguments.get("part_id", 0),
+            arguments.get("num_parts", 1),
+            arguments["save_probabilities"],
+        )
 
     def _predict_item(self, name: str, item: Item) -> np.ndarray:
         """Return the logits of a preprocessed case."""
@@ -380,10 +491,25 @@ class nnUNetPredictor:
         """Return the function that exports a case and its arguments; it writes files where an output is named."""
         properties, output = item["data_properties"], item["ofile"]
         if output is not None:
-            return (public.export_prediction_from_logits, logits, properties, self.configuration_manager,
-                    self.plans_manager, self.dataset_json, output, save_probabilities)
-        return (public.convert_predicted_logits_to_segmentation_with_correct_shape, logits, self.plans_manager,
-                self.configuration_manager, self.label_manager, properties, save_probabilities)
+            return (
+                public.export_prediction_from_logits,
+                logits,
+                properties,
+                self.configuration_manager,
+                self.plans_manager,
+                self.dataset_json,
+                output,
+                save_probabilities,
+            )
+        return (
+            public.convert_predicted_logits_to_segmentation_with_correct_shape,
+            logits,
+            self.plans_manager,
+            self.configuration_manager,
+            self.label_manager,
+            properties,
+            save_probabilities,
+        )
 
     def _write_provenance(self, folder: Path, arguments: Mapping[str, Any]) -> None:
         plain = dict(arguments)
@@ -393,22 +519,31 @@ class nnUNetPredictor:
         save_json_atomically(self.plans_manager.plans, folder / "plans.json", sort_keys=False)
 
     def _manage_input_and_output_lists(
-            self, list_of_lists_or_source_folder: Inputs, output_folder_or_list_of_truncated_output_files: Outputs,
-            folder_with_segs_from_prev_stage: PathOrText | None = None, overwrite: bool = True, part_id: int = 0,
-            num_parts: int = 1,
-            save_probabilities: bool = False) -> tuple[list[list[str]], list[str] | None, list[str | None]]:
+        self,
+        list_of_lists_or_source_folder: Inputs,
+        output_folder_or_list_of_truncated_output_files: Outputs,
+        folder_with_segs_from_prev_stage: PathOrText | None = None,
+        overwrite: bool = True,
+        part_id: int = 0,
+        num_parts: int = 1,
+        save_probabilities: bool = False,
+    ) -> tuple[list[list[str]], list[str] | None, list[str | None]]:
         """Return (image files per case, output per case or None, previous stage per case) of what is to be done."""
         ending = self.dataset_json["file_ending"]
         images = list_of_lists_or_source_folder
         if case_lists.is_path(images):
-            images = case_lists.list_folder(images, self.dataset_json,
-                                            public.create_lists_from_splitted_dataset_folder)
+            images = case_lists.list_folder(images, self.dataset_json, public.create_lists_from_splitted_dataset_folder)
         outputs = output_folder_or_list_of_truncated_output_files
         if outputs is not None and not case_lists.is_path(outputs):
             outputs = [self._without_ending(output) for output in outputs]
-        cases = case_lists.list_cases(images, outputs, ending,
-                                      previous_stage_folder=folder_with_segs_from_prev_stage, part_id=part_id,
-                                      num_parts=num_parts)
+        cases = case_lists.list_cases(
+            images,
+            outputs,
+            ending,
+            previous_stage_folder=folder_with_segs_from_prev_stage,
+            part_id=part_id,
+            num_parts=num_parts,
+        )
         if not overwrite and cases.outputs is not None:
             total = len(cases.images)
             cases = case_lists.without_finished(cases, ending, save_probabilities)
@@ -417,8 +552,10 @@ class nnUNetPredictor:
         named = cases.outputs
         if case_lists.is_path(outputs):  # the export takes one ending off, which here belongs to the name of the case
             reader = self.plans_manager.image_reader_writer_class
-            named = [name if case_lists.drop_nifti_ending(name, (ending,), reader) == name else f"{name}{ending}"
-                     for name in named]
+            named = [
+                name if case_lists.drop_nifti_ending(name, (ending,), reader) == name else f"{name}{ending}"
+                for name in named
+            ]
         return cases.images, named, cases.previous_stage
 
     def _without_ending(self, output: PathOrText) -> str:
@@ -427,36 +564,56 @@ class nnUNetPredictor:
         return case_lists.drop_nifti_ending(output, endings, self.plans_manager.image_reader_writer_class)
 
     def _internal_get_data_iterator_from_lists_of_filenames(
-            self, input_list_of_lists: list[list[str]], seg_from_prev_stage_files: list[str | None],
-            output_filenames_truncated: list[str] | None, num_processes: int) -> Iterator[Item]:
+        self,
+        input_list_of_lists: list[list[str]],
+        seg_from_prev_stage_files: list[str | None],
+        output_filenames_truncated: list[str] | None,
+        num_processes: int,
+    ) -> Iterator[Item]:
         return public.preprocessing_iterator_fromfiles(
-            input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, self.plans_manager,
-            self.dataset_json, self.configuration_manager, num_processes, self.device.type == "cuda",
-            self.verbose_preprocessing)
+            input_list_of_lists,
+            seg_from_prev_stage_files,
+            output_filenames_truncated,
+            self.plans_manager,
+            self.dataset_json,
+            self.configuration_manager,
+            num_processes,
+            self.device.type == "cuda",
+            self.verbose_preprocessing,
+        )
 
     def _internal_get_sliding_window_slicers(self, image_size: Sequence[int]) -> list[Slicer]:
         """Return the tiles of an image `(*spatial)`; patches of two axes go through a volume slice by slice."""
         return compute_tile_slicers(image_size, self.configuration_manager.patch_size, self.tile_step_size)
 
-    def _internal_predict_sliding_window_return_logits(self, data: torch.Tensor, slicers: Sequence[Slicer],
-                                                       do_on_device: bool = True) -> torch.Tensor:
+    def _internal_predict_sliding_window_return_logits(
+        self, data: torch.Tensor, slicers: Sequence[Slicer], do_on_device: bool = True
+    ) -> torch.Tensor:
         """Predict the tiles of an image `(c, *spatial)` and blend them; the result is on the device if asked for."""
         results_device = self._network_device if do_on_device else _MAIN_MEMORY
         budget = self._current_budget()
         can_batch = self._uses_own_tiles()
         with public.tqdm(total=len(slicers), disable=not self.allow_tqdm) as bar:
             return predict_tiles(
-                self._internal_maybe_mirror_and_predict, data, slicers,
-                classes=self.label_manager.num_segmentation_heads, weight=self._tile_weight(results_device),
-                device=self._network_device, results_device=results_device, budget=budget,
+                self._internal_maybe_mirror_and_predict,
+                data,
+                slicers,
+                classes=self.label_manager.num_segmentation_heads,
+                weight=self._tile_weight(results_device),
+                device=self._network_device,
+                results_device=results_device,
+                budget=budget,
                 tiles_at_once=lambda voxels: budget.items(voxels) if can_batch else 1,
-                leave_device=self._leave_device, advance=bar.update)
+                leave_device=self._leave_device,
+                advance=bar.update,
+            )
 
     def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits `(b, classes, *patch)` of tiles `(b, c, *patch)`, averaged over mirrored copies."""
         axes = (self.allowed_mirroring_axes or ()) if self.use_mirroring else ()
-        assert not axes or max(axes) <= x.ndim - 3, \
+        assert not axes or max(axes) <= x.ndim - 3, (
             f"cannot mirror along axes {tuple(axes)}: the tiles have {x.ndim - 2} spatial axes"
+        )
         return mirrored_mean(self.network, x, axes, self._current_budget().items(x[:, 0].numel()))
 
     # What the above share
@@ -464,8 +621,13 @@ class nnUNetPredictor:
     def _tile_weight(self, device: torch.device) -> torch.Tensor | float:
         if not self.use_gaussian:
             return 1.0
-        return public.compute_gaussian(tuple(self.configuration_manager.patch_size), sigma_scale=1. / 8,
-                                       value_scaling_factor=10, dtype=torch.float32, device=device)
+        return public.compute_gaussian(
+            tuple(self.configuration_manager.patch_size),
+            sigma_scale=1.0 / 8,
+            value_scaling_factor=10,
+            dtype=torch.float32,
+            device=device,
+        )
 
     def _prepare_network(self) -> None:
         """Move the network to the device, or to main memory if the device is full."""
@@ -514,8 +676,9 @@ class nnUNetPredictor:
     def _uses_own_tiles(self) -> bool:
         """Tell whether tiles may be batched: not if a subclass or program handles them, or the network is compiled."""
         hooks = ("_internal_maybe_mirror_and_predict", "_internal_get_sliding_window_slicers")
-        is_ours = all(hook not in vars(self) and getattr(type(self), hook) is getattr(nnUNetPredictor, hook)
-                      for hook in hooks)
+        is_ours = all(
+            hook not in vars(self) and getattr(type(self), hook) is getattr(nnUNetPredictor, hook) for hook in hooks
+        )
         # A compiled network is compiled again for the odd number of tiles that comes last.
         return is_ours and not _is_compiled(self.network)
 

@@ -3,6 +3,7 @@
 A case leaves here as a dict: `data` (float32 `(c, *spatial)`, in cascades with the one-hot previous stage stacked
 below the image's channels), `data_properties` and `ofile` (output path without ending, or None).
 """
+
 from __future__ import annotations
 
 import multiprocessing
@@ -61,8 +62,12 @@ class FileCase:
     def preprocess(self, preprocessor: DefaultPreprocessor, model: Model) -> Item:
         """Read and preprocess the case."""
         data, seg, properties = preprocessor.run_case(
-            list(self.files), self.previous_stage_file, model.plans_manager, model.configuration_manager,
-            model.dataset_json)
+            list(self.files),
+            self.previous_stage_file,
+            model.plans_manager,
+            model.configuration_manager,
+            model.dataset_json,
+        )
         return _as_item(data, seg if self.previous_stage_file is not None else None, properties, self.output, model)
 
 
@@ -91,8 +96,13 @@ class ArrayCase:
         from nnunetv2.preprocessing.odd_sizes import warn_of_odd_size
 
         data, seg, properties = preprocessor.run_case_npy(
-            self.image, self.previous_stage, dict(self.properties), model.plans_manager, model.configuration_manager,
-            model.dataset_json)
+            self.image,
+            self.previous_stage,
+            dict(self.properties),
+            model.plans_manager,
+            model.configuration_manager,
+            model.dataset_json,
+        )
         warn_of_odd_size(self.name, properties, model.plans_manager, model.configuration_manager)
         return _as_item(data, seg if self.previous_stage is not None else None, properties, self.output, model)
 
@@ -138,8 +148,14 @@ class PreprocessedCases(Iterator[Item]):
         finish: Applied to each item in the calling thread.
     """
 
-    def __init__(self, cases: Sequence[Case], model: Model, num_workers: int, verbose: bool,
-                 finish: Callable[[Item], Item] = lambda item: item) -> None:
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        model: Model,
+        num_workers: int,
+        verbose: bool,
+        finish: Callable[[Item], Item] = lambda item: item,
+    ) -> None:
         self._cases, self._to_do = cases, iter(cases)
         self._model, self._verbose, self._finish = model, verbose, finish
         self._num_workers = min(num_workers, len(cases))
@@ -183,11 +199,13 @@ class PreprocessedCases(Iterator[Item]):
             raise RuntimeError(
                 "Background workers died. A preprocessing process was killed, most often for lack of memory: use "
                 "fewer (-npp). If none could start, a script that predicts needs `if __name__ == '__main__':` around "
-                "its own code.") from error
+                "its own code."
+            ) from error
 
 
-def without_unprepared(items: Iterable[Item], on_failure: Callable[[str, UnpreparedCaseError], object]
-                       ) -> Iterator[Item]:
+def without_unprepared(
+    items: Iterable[Item], on_failure: Callable[[str, UnpreparedCaseError], object]
+) -> Iterator[Item]:
     """Yield the items that can be prepared; call `on_failure` with the name and error of each case that cannot."""
     items = iter(items)
     while True:
@@ -204,13 +222,15 @@ def without_unprepared(items: Iterable[Item], on_failure: Callable[[str, Unprepa
 def _open_executor(cases: Sequence[Case], num_workers: int) -> Executor:
     is_much = len(cases) >= _CASES_WORTH_PROCESSES and sum(case.input_bytes for case in cases) > _BYTES_WORTH_PROCESSES
     if num_workers > 1 and is_much:
-        return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"),
-                                   initializer=log_plainly)
+        return ProcessPoolExecutor(
+            num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=log_plainly
+        )
     return ThreadPoolExecutor(num_workers, thread_name_prefix="preprocessing")
 
 
-def _as_item(data: np.ndarray, previous_stage: np.ndarray | None, properties: Mapping[str, Any], output: str | None,
-             model: Model) -> Item:
+def _as_item(
+    data: np.ndarray, previous_stage: np.ndarray | None, properties: Mapping[str, Any], output: str | None, model: Model
+) -> Item:
     if previous_stage is not None:
         data = np.vstack((data, _one_hot(previous_stage[0], model, data.dtype)))
     return {"data": np.ascontiguousarray(data, dtype=np.float32), "data_properties": properties, "ofile": output}

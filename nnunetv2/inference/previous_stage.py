@@ -1,4 +1,5 @@
 """Predict the previous stage of a cascade, where the user has not done it."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,19 +16,25 @@ def previous_stage_model(model_folder: Path, previous_stage: str, folds: list[in
     Raises:
         FileNotFoundError: It is not there, or a fold is missing; the message says what to do instead.
     """
-    remedy = (f"predict {previous_stage} yourself and pass the folder of its label maps with -prev_stage_predictions "
-              f"(nnUNetv2_predict ... -c {previous_stage} -o STAGE_1, then this command with -prev_stage_predictions "
-              "STAGE_1)")
+    remedy = (
+        f"predict {previous_stage} yourself and pass the folder of its label maps with -prev_stage_predictions "
+        f"(nnUNetv2_predict ... -c {previous_stage} -o STAGE_1, then this command with -prev_stage_predictions "
+        "STAGE_1)"
+    )
     parts = convert_identifier_to_trainer_plans_config(model_folder.resolve().name)
     if len(parts) != 3:
-        raise FileNotFoundError(f"this model continues {previous_stage}, and the name of its folder, {model_folder}, "
-                                f"does not tell where that is: {remedy}")
+        raise FileNotFoundError(
+            f"this model continues {previous_stage}, and the name of its folder, {model_folder}, "
+            f"does not tell where that is: {remedy}"
+        )
     identifier = convert_trainer_plans_config_to_identifier(*parts[:2], previous_stage)
     folder = model_folder.resolve().parent / identifier
     missing = [path for path in (folder / f"fold_{fold}" / checkpoint for fold in folds) if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"this model continues {previous_stage}, which cannot be predicted first, for there is "
-                                f"no {', '.join(map(str, missing))}: {remedy}")
+        raise FileNotFoundError(
+            f"this model continues {previous_stage}, which cannot be predicted first, for there is "
+            f"no {', '.join(map(str, missing))}: {remedy}"
+        )
     return folder
 
 

@@ -1,4 +1,5 @@
 """Place tiles on an image and weigh their voxels: the geometry of sliding window prediction."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ Slicer = tuple[slice | int, ...]
 """Selects a tile of an image `(c, *spatial)`; an integer picks one slice of a volume."""
 
 
-def compute_steps_for_sliding_window(image_size: Sequence[int], tile_size: Sequence[int],
-                                     tile_step_size: float) -> list[list[int]]:
+def compute_steps_for_sliding_window(
+    image_size: Sequence[int], tile_size: Sequence[int], tile_step_size: float
+) -> list[list[int]]:
     """Return where tiles start along each axis, evenly spread from the first voxel to the last.
 
     Neighbouring tiles start at most `tile_step_size * tile_size` voxels apart: an image of 110 and tiles of 64 voxels
@@ -52,9 +54,13 @@ def compute_tile_slicers(image_size: Sequence[int], tile_size: Sequence[int], ti
 
 
 @lru_cache(maxsize=2)
-def compute_gaussian(tile_size: tuple[int, ...], sigma_scale: float = 1. / 8, value_scaling_factor: float = 1,
-                     dtype: torch.dtype = torch.float16,
-                     device: torch.device = torch.device('cuda', 0)) -> torch.Tensor:  # noqa: B008
+def compute_gaussian(
+    tile_size: tuple[int, ...],
+    sigma_scale: float = 1.0 / 8,
+    value_scaling_factor: float = 1,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device = torch.device("cuda", 0),
+) -> torch.Tensor:  # noqa: B008
     """Return the weight of each voxel of a tile: a Gaussian around its centre, nowhere 0.
 
     Args:

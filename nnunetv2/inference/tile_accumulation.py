@@ -1,4 +1,5 @@
 """Run a network over the tiles of an image and blend the answers into one map of logits."""
+
 from __future__ import annotations
 
 import logging
@@ -20,10 +21,20 @@ Predict = Callable[[torch.Tensor], torch.Tensor]
 _MAIN_MEMORY = torch.device("cpu")
 
 
-def predict_tiles(predict: Predict, image: torch.Tensor, slicers: Sequence[Slicer], *,
-                  classes: int, weight: torch.Tensor | float, device: torch.device, results_device: torch.device,
-                  tiles_at_once: Callable[[int], int], budget: ForwardBudget, leave_device: Callable[[], Predict],
-                  advance: Callable[[int], object]) -> torch.Tensor:
+def predict_tiles(
+    predict: Predict,
+    image: torch.Tensor,
+    slicers: Sequence[Slicer],
+    *,
+    classes: int,
+    weight: torch.Tensor | float,
+    device: torch.device,
+    results_device: torch.device,
+    tiles_at_once: Callable[[int], int],
+    budget: ForwardBudget,
+    leave_device: Callable[[], Predict],
+    advance: Callable[[int], object],
+) -> torch.Tensor:
     """Predict all tiles of an image and return the blended logits `(classes, *spatial)` as float16.
 
     When the memory of a device does not suffice, batches become smaller, then the sums move to main memory, then the
@@ -46,12 +57,12 @@ def predict_tiles(predict: Predict, image: torch.Tensor, slicers: Sequence[Slice
     image, sums = _allocate(image, classes, window, results_device)
     while pending:
         tile_voxels = image[pending[0]][0].numel()
-        batch = pending[:tiles_at_once(tile_voxels)]
+        batch = pending[: tiles_at_once(tile_voxels)]
         answers = _predict_batch(predict, image, batch, device)
         if answers is not None:
             for answer, slicer in zip(answers, batch):
                 sums.add(answer, slicer, weight)
-            del pending[:len(batch)], answers
+            del pending[: len(batch)], answers
             advance(len(batch))
         elif budget.voxels > tile_voxels:
             budget.halve()
@@ -65,13 +76,16 @@ def predict_tiles(predict: Predict, image: torch.Tensor, slicers: Sequence[Slice
             empty_cache(device)
             device = _MAIN_MEMORY
         else:
-            raise RuntimeError("out of memory: one tile alone is too large for what is free of the main memory. End "
-                               "other programs, or use a machine with more memory")
+            raise RuntimeError(
+                "out of memory: one tile alone is too large for what is free of the main memory. End "
+                "other programs, or use a machine with more memory"
+            )
     return sums.finish()
 
 
-def _allocate(image: torch.Tensor, classes: int, window: int,
-              device: torch.device) -> tuple[torch.Tensor, WindowedSums | HalfSums]:
+def _allocate(
+    image: torch.Tensor, classes: int, window: int, device: torch.device
+) -> tuple[torch.Tensor, WindowedSums | HalfSums]:
     """Put the image and new sums on a device, or in main memory if the device is too small for them."""
     try:
         return image.to(device), allocate_sums(classes, image.shape[1:], window, device)
@@ -83,8 +97,9 @@ def _allocate(image: torch.Tensor, classes: int, window: int,
     return image.cpu(), allocate_sums(classes, image.shape[1:], window, _MAIN_MEMORY)
 
 
-def _predict_batch(predict: Predict, image: torch.Tensor, batch: Sequence[Slicer],
-                   device: torch.device) -> torch.Tensor | None:
+def _predict_batch(
+    predict: Predict, image: torch.Tensor, batch: Sequence[Slicer], device: torch.device
+) -> torch.Tensor | None:
     """Predict tiles together; None if the device's memory did not suffice."""
     try:
         tiles = torch.stack([image[slicer] for slicer in batch]).to(device)

@@ -3,6 +3,7 @@
 A zip file from elsewhere may name places outside of the target folder, hold links that lead there, or unpack to a
 thousand times its size. Such a file is refused as a whole; a model that somebody tampered with is not worth a part.
 """
+
 from __future__ import annotations
 
 import os
@@ -52,7 +53,8 @@ class ArchiveLimits:
 # What a model consists of; no member may be an executable, a script or a Python module.
 _EXPECTED_ENDINGS = re.compile(
     r"\.(json|pth|png|pdf|pkl|txt|csv|md|npz|npy|gz|nii|nrrd|mha|gipl|tif|tiff|bmp|jpg|jpeg|html|svg|yaml|yml|log)$",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _WITHOUT_ENDING = {"license", "licence", "readme", "notice", "citation"}
 _RESERVED = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 
@@ -81,8 +83,10 @@ def check_archive(archive: zipfile.ZipFile, target: Path | None, limits: Archive
         seen.add(name)
     total = sum(member.file_size for member in files)
     if total > limits.total_bytes:
-        raise UnsafeArchiveError(f"{archive.filename} unpacks to {total / GIB:.1f} GiB, more than the limit of "
-                                 f"{limits.total_bytes / GIB:.1f} GiB; set nnUNet_max_model_gb if you trust it")
+        raise UnsafeArchiveError(
+            f"{archive.filename} unpacks to {total / GIB:.1f} GiB, more than the limit of "
+            f"{limits.total_bytes / GIB:.1f} GiB; set nnUNet_max_model_gb if you trust it"
+        )
     return files
 
 
@@ -91,8 +95,9 @@ def _check_place(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path
     parts = PurePosixPath(name).parts
 
     def refuse(reason: str) -> UnsafeArchiveError:
-        return UnsafeArchiveError(f"{archive.filename} is refused: its member {name!r} {reason}. It may be an attack; "
-                                  "nothing was installed")
+        return UnsafeArchiveError(
+            f"{archive.filename} is refused: its member {name!r} {reason}. It may be an attack; nothing was installed"
+        )
 
     if not parts or name.startswith("/") or re.match(r"^[A-Za-z]:", name) or "\\" in name or "\0" in name:
         raise refuse("has no relative path")
@@ -120,9 +125,13 @@ def _check_file(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limits: Archi
     if member.flag_bits & 1:
         raise UnsafeArchiveError(f"{archive.filename}: {member.filename!r} is encrypted")
     if not _EXPECTED_ENDINGS.search(name) and name.lower() not in _WITHOUT_ENDING:
-        raise UnsafeArchiveError(f"{archive.filename} is refused: {member.filename!r} is no kind of file that models "
-                                 "consist of (weights, JSON, pictures, label maps). Nothing was installed")
+        raise UnsafeArchiveError(
+            f"{archive.filename} is refused: {member.filename!r} is no kind of file that models "
+            "consist of (weights, JSON, pictures, label maps). Nothing was installed"
+        )
     if member.file_size > limits.ratio_applies_from and member.file_size > limits.ratio * max(1, member.compress_size):
-        raise UnsafeArchiveError(f"{archive.filename} is refused: {member.filename!r} unpacks from "
-                                 f"{member.compress_size} to {member.file_size} bytes, which weights or JSON never do. "
-                                 "Nothing was installed")
+        raise UnsafeArchiveError(
+            f"{archive.filename} is refused: {member.filename!r} unpacks from "
+            f"{member.compress_size} to {member.file_size} bytes, which weights or JSON never do. "
+            "Nothing was installed"
+        )

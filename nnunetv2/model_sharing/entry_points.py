@@ -1,4 +1,5 @@
 """The commands that export, install and download models."""
+
 from __future__ import annotations
 
 import argparse
@@ -9,12 +10,15 @@ from nnunetv2.utilities.plain_text import show
 
 def print_license_warning() -> None:
     """Remind the reader that a model is shared under terms that others chose."""
-    show("Models are shared under the terms of those who trained them, and of the data they were trained with. "
-         "Read these terms before you use a model, and cite what they ask you to cite.")
+    show(
+        "Models are shared under the terms of those who trained them, and of the data they were trained with. "
+        "Read these terms before you use a model, and cite what they ask you to cite."
+    )
 
 
 def download_by_url() -> None:
     """Run `nnUNetv2_download_pretrained_model_by_url`."""
+
     def download() -> None:
         from nnunetv2.model_sharing.model_download import download_and_install_from_url
 
@@ -26,6 +30,7 @@ def download_by_url() -> None:
 
 def install_from_zip_entry_point() -> None:
     """Run `nnUNetv2_install_pretrained_model_from_zip`."""
+
     def install() -> None:
         from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 
@@ -36,12 +41,22 @@ def install_from_zip_entry_point() -> None:
 
 def export_pretrained_model_entry() -> None:
     """Run `nnUNetv2_export_model_to_zip`."""
+
     def export() -> None:
         from nnunetv2.model_sharing.model_export import export_pretrained_model
 
         args = build_export_parser().parse_args()
-        export_pretrained_model(args.d, args.o, args.c, args.tr, args.p, args.f, strict=not args.not_strict,
-                                save_checkpoints=args.chk, export_crossval_predictions=args.exp_cv_preds)
+        export_pretrained_model(
+            args.d,
+            args.o,
+            args.c,
+            args.tr,
+            args.p,
+            args.f,
+            strict=not args.not_strict,
+            save_checkpoints=args.chk,
+            export_crossval_predictions=args.exp_cv_preds,
+        )
 
     run_command(export)
 
@@ -50,8 +65,9 @@ def build_download_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_download_pretrained_model_by_url`."""
     parser = argparse.ArgumentParser(description="Download a zip file of models and install it in nnUNet_results.")
     parser.add_argument("url", help="Address of the zip file, with https.")
-    parser.add_argument("-sha256", default=None,
-                        help="Refuse the file unless it has this SHA-256 (64 hexadecimal digits).")
+    parser.add_argument(
+        "-sha256", default=None, help="Refuse the file unless it has this SHA-256 (64 hexadecimal digits)."
+    )
     return parser
 
 
@@ -68,16 +84,25 @@ def build_export_parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", required=True, help="Dataset name or id.")
     parser.add_argument("-o", required=True, help="The zip file to write.")
     configurations = ["3d_lowres", "3d_fullres", "2d", "3d_cascade_fullres"]
-    parser.add_argument("-c", nargs="+", default=configurations,
-                        help=f"Configurations; those that the plans do not have are left out. Default: "
-                             f"{' '.join(configurations)}")
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        default=configurations,
+        help=f"Configurations; those that the plans do not have are left out. Default: {' '.join(configurations)}",
+    )
     parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer. Default: nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans. Default: nnUNetPlans")
-    parser.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"],
-                        help="Folds: numbers, or all for fold_all. Default: 0 1 2 3 4")
-    parser.add_argument("-chk", nargs="+", default=["checkpoint_final.pth"],
-                        help="Checkpoints to pack. Default: checkpoint_final.pth")
-    parser.add_argument("--not_strict", action="store_true",
-                        help="Leave configurations out that were not trained, instead of stopping.")
+    parser.add_argument(
+        "-f",
+        nargs="+",
+        default=["0", "1", "2", "3", "4"],
+        help="Folds: numbers, or all for fold_all. Default: 0 1 2 3 4",
+    )
+    parser.add_argument(
+        "-chk", nargs="+", default=["checkpoint_final.pth"], help="Checkpoints to pack. Default: checkpoint_final.pth"
+    )
+    parser.add_argument(
+        "--not_strict", action="store_true", help="Leave configurations out that were not trained, instead of stopping."
+    )
     parser.add_argument("--exp_cv_preds", action="store_true", help="Also pack the validation predictions.")
     return parser

@@ -1,4 +1,5 @@
 """Download a zip file of models and install it."""
+
 from __future__ import annotations
 
 import logging
@@ -50,8 +51,14 @@ def download_and_install_from_url(url: str, sha256: str | None = None) -> None:
         install_model_from_zip_file(file)
 
 
-def download_file(url: str, local_filename: str, chunk_size: int = 8192 * 16, *, sha256: str | None = None,
-                  max_bytes: int | None = None) -> str:
+def download_file(
+    url: str,
+    local_filename: str,
+    chunk_size: int = 8192 * 16,
+    *,
+    sha256: str | None = None,
+    max_bytes: int | None = None,
+) -> str:
     """Download a file, showing progress; it appears under its name once it is complete and correct.
 
     Args:
@@ -76,8 +83,9 @@ def download_file(url: str, local_filename: str, chunk_size: int = 8192 * 16, *,
         session.trust_env = urlsplit(url).scheme == "https"  # plain HTTP is this machine: no proxy in between
         digest = _persist(session, url, PartialDownload(written), chunk_size, limit)
         if expected is not None and digest != expected:
-            raise ValueError(f"{url} is not the expected file: its SHA-256 is {digest}, expected {expected}. "
-                             "Nothing was installed")
+            raise ValueError(
+                f"{url} is not the expected file: its SHA-256 is {digest}, expected {expected}. Nothing was installed"
+            )
     return local_filename
 
 
@@ -95,8 +103,10 @@ def _persist(session: Session, url: str, download: PartialDownload, chunk_size: 
             if furthest == 0:
                 raise  # most likely the address is wrong
             if failures >= _ATTEMPTS:
-                raise OSError(f"the download of {url} broke off after {furthest} bytes, {failures} times in a row "
-                              f"({error}); try again") from error
+                raise OSError(
+                    f"the download of {url} broke off after {furthest} bytes, {failures} times in a row "
+                    f"({error}); try again"
+                ) from error
             pause = _PAUSE_S * 2 ** (failures - 1)
             logger.warning("the connection broke after %d bytes; going on in %g s", download.size, pause)
             time.sleep(pause)
@@ -106,14 +116,16 @@ def _receive(session: Session, url: str, download: PartialDownload, chunk_size: 
     """Ask once for a file, or for the rest of it, and return its SHA-256."""
     from tqdm import tqdm
 
-    too_large = ValueError(f"{url} is larger than the limit of {limit / 2**30:.1f} GiB; set nnUNet_max_model_gb if you "
-                           "trust it")
+    too_large = ValueError(
+        f"{url} is larger than the limit of {limit / 2**30:.1f} GiB; set nnUNet_max_model_gb if you trust it"
+    )
     with _answer(session, url, download) as response:
         size = announced_size(response)
         if size is not None and size > limit:
             raise too_large
         begin = download.size if response.status_code == 206 else 0
         with tqdm(total=size, initial=begin, unit="B", unit_scale=True, desc="download") as bar:
+
             def watch(received: int) -> None:
                 if received > limit:
                     raise too_large
@@ -140,9 +152,11 @@ def _answer(session: Session, url: str, download: PartialDownload) -> Iterator[R
 def _check_address(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
-        raise ValueError(f"{url} is not downloaded: models come over https only, since anybody on the way could "
-                         "exchange them. Download it by other means, compare its checksum and install it with "
-                         "nnUNetv2_install_pretrained_model_from_zip")
+        raise ValueError(
+            f"{url} is not downloaded: models come over https only, since anybody on the way could "
+            "exchange them. Download it by other means, compare its checksum and install it with "
+            "nnUNetv2_install_pretrained_model_from_zip"
+        )
 
 
 def _normalize_digest(text: str) -> str:

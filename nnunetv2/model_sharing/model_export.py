@@ -1,4 +1,5 @@
 """Pack trained models of a dataset into a zip file that `nnUNetv2_install_pretrained_model_from_zip` installs."""
+
 from __future__ import annotations
 
 import logging
@@ -24,12 +25,17 @@ _PROBABILITIES = (".npz", ".pkl")
 _STORED = (".pth", ".png", ".gz", ".npz")
 
 
-def export_pretrained_model(dataset_name_or_id: int | str, output_file: str,
-                            configurations: Sequence[str] = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"),
-                            trainer: str = "nnUNetTrainer", plans_identifier: str = "nnUNetPlans",
-                            folds: Sequence[int | str] = (0, 1, 2, 3, 4), strict: bool = True,
-                            save_checkpoints: Sequence[str] = ("checkpoint_final.pth",),
-                            export_crossval_predictions: bool = False) -> None:
+def export_pretrained_model(
+    dataset_name_or_id: int | str,
+    output_file: str,
+    configurations: Sequence[str] = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"),
+    trainer: str = "nnUNetTrainer",
+    plans_identifier: str = "nnUNetPlans",
+    folds: Sequence[int | str] = (0, 1, 2, 3, 4),
+    strict: bool = True,
+    save_checkpoints: Sequence[str] = ("checkpoint_final.pth",),
+    export_crossval_predictions: bool = False,
+) -> None:
     """Write a zip file with everything that prediction needs, and the scores. Paths in it start at nnUNet_results.
 
     Args:
@@ -49,8 +55,11 @@ def export_pretrained_model(dataset_name_or_id: int | str, output_file: str,
     dataset = maybe_convert_to_dataset_name(dataset_name_or_id)
     root = Path(nnUNet_results)
     models = _find_models(root / dataset, configurations, trainer, plans_identifier, strict)
-    files = [file for model in models
-             for file in _files_of_model(model, folds, save_checkpoints, export_crossval_predictions)]
+    files = [
+        file
+        for model in models
+        for file in _files_of_model(model, folds, save_checkpoints, export_crossval_predictions)
+    ]
     files += _files_of_ensembles(root / dataset, {model.name for model in models}, export_crossval_predictions)
     files += _existing(root / dataset, ("inference_information.json", "inference_instructions.txt"))
     Path(output_file).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -61,19 +70,24 @@ def export_pretrained_model(dataset_name_or_id: int | str, output_file: str,
 
 
 def _find_models(dataset: Path, configurations: Sequence[str], trainer: str, plans: str, strict: bool) -> list[Path]:
-    folders = {name: dataset / convert_trainer_plans_config_to_identifier(trainer, plans, name)
-               for name in configurations}
+    folders = {
+        name: dataset / convert_trainer_plans_config_to_identifier(trainer, plans, name) for name in configurations
+    }
     models = [folder for folder in folders.values() if folder.is_dir()]
     if not models:
-        raise RuntimeError(f"nothing to export: none of {', '.join(configurations)} has been trained with {trainer} "
-                           f"and {plans} in {dataset}")
+        raise RuntimeError(
+            f"nothing to export: none of {', '.join(configurations)} has been trained with {trainer} "
+            f"and {plans} in {dataset}"
+        )
     planned = _planned_configurations(models[0])
     for name, folder in folders.items():
         if folder in models:
             continue
         if strict and name in planned:
-            raise RuntimeError(f"{name} has not been trained: {folder} does not exist. Name the configurations to "
-                               "export (-c), or leave those out that are missing (--not_strict)")
+            raise RuntimeError(
+                f"{name} has not been trained: {folder} does not exist. Name the configurations to "
+                "export (-c), or leave those out that are missing (--not_strict)"
+            )
         logger.warning("%s is left out: %s does not exist", name, folder)
     return models
 
@@ -82,8 +96,9 @@ def _planned_configurations(model: Path) -> list[str]:
     return list(read_json(_require(model / "plans.json"), required=PLANS)["configurations"])
 
 
-def _files_of_model(model: Path, folds: Sequence[int | str], checkpoints: Sequence[str],
-                    with_predictions: bool) -> Iterator[Path]:
+def _files_of_model(
+    model: Path, folds: Sequence[int | str], checkpoints: Sequence[str], with_predictions: bool
+) -> Iterator[Path]:
     missing = [fold for fold in folds if not (model / f"fold_{fold}").is_dir()]
     assert not missing, f"{model} lacks the folds {', '.join(map(str, missing))}; name those to export (-f)"
     for fold in folds:
@@ -120,8 +135,11 @@ def _scores(folder: Path, with_predictions: bool) -> list[Path]:
     """Return the scores in a folder of predictions, if there is one, or all files but probabilities."""
     if not with_predictions or not folder.is_dir():
         return _existing(folder, _SCORES)
-    return sorted(file for file in folder.iterdir()
-                  if file.is_file() and (file.suffix not in _PROBABILITIES or file.name in _SCORES))
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and (file.suffix not in _PROBABILITIES or file.name in _SCORES)
+    )
 
 
 def _existing(folder: Path, names: Sequence[str]) -> list[Path]:

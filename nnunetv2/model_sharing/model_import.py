@@ -1,4 +1,5 @@
 """Install models from a zip file below nnUNet_results."""
+
 from __future__ import annotations
 
 import shutil
@@ -41,8 +42,9 @@ def install_model_from_zip_file(zip_file: str, *, dataset_name: str | None = Non
         raise ValueError(f"{zip_file} is no zip file, or it is damaged: {error}") from error
 
 
-def _install(archive: zipfile.ZipFile, files: Sequence[zipfile.ZipInfo], target: Path,
-             dataset_name: str | None) -> None:
+def _install(
+    archive: zipfile.ZipFile, files: Sequence[zipfile.ZipInfo], target: Path, dataset_name: str | None
+) -> None:
     needed, free = sum(member.file_size for member in files), shutil.disk_usage(target).free
     if needed > free:
         raise OSError(f"{archive.filename} needs {needed / 2**30:.1f} GiB in {target}, {free / 2**30:.1f} are free")

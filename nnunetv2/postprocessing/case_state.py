@@ -1,4 +1,5 @@
 """A predicted case and its reference while postprocessing is decided: compressed in memory, read from disk once."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,8 +28,9 @@ class PackedArray:
         import blosc2
 
         array = np.ascontiguousarray(array)
-        content = blosc2.compress2(array, typesize=array.itemsize, codec=blosc2.Codec.LZ4, nthreads=1) \
-            if array.size else b""
+        content = (
+            blosc2.compress2(array, typesize=array.itemsize, codec=blosc2.Codec.LZ4, nthreads=1) if array.size else b""
+        )
         return cls(array.shape, array.dtype.str, content)
 
     def unpack(self) -> np.ndarray:
@@ -56,16 +58,18 @@ def open_case(prediction_file: str, reference_file: str, reader: BaseReaderWrite
     """
     reference, prediction = (reader.read_seg(file)[0][0] for file in (reference_file, prediction_file))
     if reference.shape != prediction.shape:
-        raise ValueError(f"{prediction_file} has shape {prediction.shape}, but its reference {reference_file} has "
-                         f"{reference.shape}")
+        raise ValueError(
+            f"{prediction_file} has shape {prediction.shape}, but its reference {reference_file} has {reference.shape}"
+        )
     labels = _as_labels(prediction, prediction_file)
     box = bounding_box(labels) or (slice(0, 0),) * labels.ndim
     state = CaseState(PackedArray.pack(labels[box]), PackedArray.pack(reference[box]))
     return state, compute_confusion(reference, prediction)
 
 
-def try_entries(state: CaseState, accepted: Sequence[int],
-                entries: Sequence[Entry]) -> tuple[CaseState, list[Confusion]]:
+def try_entries(
+    state: CaseState, accepted: Sequence[int], entries: Sequence[Entry]
+) -> tuple[CaseState, list[Confusion]]:
     """Find what keeping the largest component of each entry would remove from a case.
 
     Args:
@@ -81,8 +85,10 @@ def try_entries(state: CaseState, accepted: Sequence[int],
     candidates = np.where(find_smaller_components(groups), groups, 0).astype(groups.dtype, copy=False)
     touched = candidates > 0
     numbers, true, predicted = candidates[touched], reference[touched], prediction[touched]
-    removals = [compute_confusion(true[mine], predicted[mine])
-                for mine in (numbers == number for number in range(1, len(entries) + 1))]
+    removals = [
+        compute_confusion(true[mine], predicted[mine])
+        for mine in (numbers == number for number in range(1, len(entries) + 1))
+    ]
     if accepted:
         state = replace(state, prediction=PackedArray.pack(prediction))
     return replace(state, candidates=PackedArray.pack(candidates)), removals
@@ -111,5 +117,6 @@ def _as_labels(prediction: np.ndarray, file: str) -> np.ndarray:
         labels = prediction.astype(np.uint8 if highest < 256 else np.uint16)
         if np.array_equal(labels, prediction):
             return labels
-    raise ValueError(f"{file} is no label map: expected whole numbers from 0 to 65535, its values go from "
-                     f"{lowest} to {highest}")
+    raise ValueError(
+        f"{file} is no label map: expected whole numbers from 0 to 65535, its values go from {lowest} to {highest}"
+    )

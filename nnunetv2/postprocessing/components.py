@@ -1,4 +1,5 @@
 """Find connected components: which voxels of a class lie outside its largest one."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -60,6 +61,7 @@ def _label_components(groups: np.ndarray) -> tuple[np.ndarray, int]:
         squeezed = squeezed.reshape(1, -1)
     if squeezed.ndim not in _FULL_CONNECTIVITY:
         raise ValueError(f"components are found in 2D and 3D label maps, not in one of shape {groups.shape}")
-    components, count = cc3d.connected_components(squeezed, connectivity=_FULL_CONNECTIVITY[squeezed.ndim],
-                                                  return_N=True)
+    components, count = cc3d.connected_components(
+        squeezed, connectivity=_FULL_CONNECTIVITY[squeezed.ndim], return_N=True
+    )
     return components.reshape(groups.shape), count

@@ -1,4 +1,5 @@
 """Decide for which classes to keep the largest component only, from counts of voxels per case."""
+
 from __future__ import annotations
 
 import logging
@@ -55,8 +56,14 @@ class Decision:
 
     def _summary(self, counts: Counts, folder: str) -> dict[str, Any]:
         metrics = self.score(counts)
-        cases = [{"metrics": metrics[name], "prediction_file": os.path.join(folder, name),
-                  "reference_file": os.path.join(self.folder_ref, name)} for name in counts]
+        cases = [
+            {
+                "metrics": metrics[name],
+                "prediction_file": os.path.join(folder, name),
+                "reference_file": os.path.join(self.folder_ref, name),
+            }
+            for name in counts
+        ]
         return {"metric_per_case": cases, **summarize([case["metrics"] for case in cases])}
 
     def score(self, counts: Counts, classes: Sequence[LabelOrRegion] | None = None) -> dict[str, dict]:
@@ -64,15 +71,22 @@ class Decision:
         classes = self.classes if classes is None else classes
         return {name: score_classes(confusion, classes, self.ignore_label) for name, confusion in counts.items()}
 
-    def mean_dice(self, counts: Counts,
-                  classes: Sequence[LabelOrRegion] | None = None) -> tuple[float, dict[LabelOrRegion, float]]:
+    def mean_dice(
+        self, counts: Counts, classes: Sequence[LabelOrRegion] | None = None
+    ) -> tuple[float, dict[LabelOrRegion, float]]:
         """Return the mean Dice over the classes, and of each of them."""
         result = summarize(list(self.score(counts, classes).values()), warn=False)
         return result["foreground_mean"]["Dice"], {which: scores["Dice"] for which, scores in result["mean"].items()}
 
 
-def decide(folder_predictions: str, folder_ref: str, reader: BaseReaderWriter, file_ending: str,
-           label_manager: LabelManager, num_processes: int) -> Decision:
+def decide(
+    folder_predictions: str,
+    folder_ref: str,
+    reader: BaseReaderWriter,
+    file_ending: str,
+    label_manager: LabelManager,
+    num_processes: int,
+) -> Decision:
     """Find the removals that pay; see `determine_postprocessing`. Each file is read once.
 
     Raises:
@@ -157,5 +171,7 @@ def _accept(decision: Decision, entry: LabelOrRegion | list[int], removals: Coun
 
 
 def _after(counts: Counts, removals: Counts) -> Counts:
-    return {name: confusion.moved_to(0, removals[name]) if removals[name].counts.any() else confusion
-            for name, confusion in counts.items()}
+    return {
+        name: confusion.moved_to(0, removals[name]) if removals[name].counts.any() else confusion
+        for name, confusion in counts.items()
+    }

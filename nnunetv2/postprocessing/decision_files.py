@@ -1,4 +1,5 @@
 """Write postprocessing.pkl and postprocessing.json, and read either without running anything that stands in them."""
+
 from __future__ import annotations
 
 import os
@@ -33,8 +34,12 @@ def save_decision(folder: str | os.PathLike[str], decision: Decision, functions:
     if not (folder / "summary.json").is_file():
         save_summary_json(before, folder / "summary.json")
     save_pickle((functions, kwargs), folder / "postprocessing.pkl")
-    content = {"input_folder": _means(before), "postprocessed": _means(after),
-               "postprocessing_fns": [function.__name__ for function in functions], "postprocessing_kwargs": kwargs}
+    content = {
+        "input_folder": _means(before),
+        "postprocessed": _means(after),
+        "postprocessing_fns": [function.__name__ for function in functions],
+        "postprocessing_kwargs": kwargs,
+    }
     recursive_fix_for_json_export(content)
     save_json_atomically(content, folder / "postprocessing.json")
 
@@ -51,8 +56,10 @@ def load_functions(path: str | os.PathLike[str]) -> tuple[Functions, Keywords]:
     if twin.is_file():
         return _load_json(twin)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; nnUNetv2_determine_postprocessing and "
-                                "nnUNetv2_find_best_configuration write postprocessing.pkl")
+        raise FileNotFoundError(
+            f"there is no {path}; nnUNetv2_determine_postprocessing and "
+            "nnUNetv2_find_best_configuration write postprocessing.pkl"
+        )
     return _load_pickle(path)
 
 
@@ -61,12 +68,16 @@ def _load_json(path: Path) -> tuple[Functions, Keywords]:
         content = read_json(path)
         names, kwargs = content["postprocessing_fns"], content["postprocessing_kwargs"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no postprocessing.json: it needs the keys postprocessing_fns and "
-                         f"postprocessing_kwargs ({error!r})") from error
+        raise ValueError(
+            f"{path} is no postprocessing.json: it needs the keys postprocessing_fns and "
+            f"postprocessing_kwargs ({error!r})"
+        ) from error
     unknown = [name for name in names if name != _FUNCTION.__name__]
     if unknown:
-        raise ValueError(f"{path} names the postprocessing {', '.join(map(str, unknown))}; only {_FUNCTION.__name__} "
-                         "is applied from a file. Call functions of your own from Python (apply_postprocessing)")
+        raise ValueError(
+            f"{path} names the postprocessing {', '.join(map(str, unknown))}; only {_FUNCTION.__name__} "
+            "is applied from a file. Call functions of your own from Python (apply_postprocessing)"
+        )
     return [_FUNCTION] * len(names), _check_keywords(path, len(names), kwargs)
 
 
@@ -74,21 +85,36 @@ def _load_pickle(path: Path) -> tuple[Functions, Keywords]:
     try:
         content = load_pickle_safely(path, {(_FUNCTION.__module__, _FUNCTION.__name__): _FUNCTION})
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{error}. A pickle can run any program, so that {path.name} is accepted only if it refers to "
-                         f"nothing but {_FUNCTION.__name__} and plain data. Determine the postprocessing anew, or use "
-                         "the postprocessing.json written with it") from error
-    is_pair = isinstance(content, (tuple, list)) and len(content) == 2 and all(
-        isinstance(part, (tuple, list)) for part in content)
+        raise ValueError(
+            f"{error}. A pickle can run any program, so that {path.name} is accepted only if it refers to "
+            f"nothing but {_FUNCTION.__name__} and plain data. Determine the postprocessing anew, or use "
+            "the postprocessing.json written with it"
+        ) from error
+    is_pair = (
+        isinstance(content, (tuple, list))
+        and len(content) == 2
+        and all(isinstance(part, (tuple, list)) for part in content)
+    )
     if not is_pair or any(function is not _FUNCTION for function in content[0]):
-        raise ValueError(f"{path} is no postprocessing.pkl: expected a list of functions and a list of their keywords, "
-                         f"it holds a {type(content).__name__}. Was the .pkl file of a case given?")
+        raise ValueError(
+            f"{path} is no postprocessing.pkl: expected a list of functions and a list of their keywords, "
+            f"it holds a {type(content).__name__}. Was the .pkl file of a case given?"
+        )
     return list(content[0]), _check_keywords(path, len(content[0]), content[1])
 
 
 def _check_keywords(path: Path, count: int, kwargs: Sequence[Mapping[str, Any]]) -> Keywords:
-    is_valid = isinstance(kwargs, (list, tuple)) and len(kwargs) == count and all(
-        isinstance(entry, Mapping) and set(entry) <= _KEYWORDS and "labels_or_regions" in entry
-        and all(_is_label_data(value) for value in entry.values()) for entry in kwargs)
+    is_valid = (
+        isinstance(kwargs, (list, tuple))
+        and len(kwargs) == count
+        and all(
+            isinstance(entry, Mapping)
+            and set(entry) <= _KEYWORDS
+            and "labels_or_regions" in entry
+            and all(_is_label_data(value) for value in entry.values())
+            for entry in kwargs
+        )
+    )
     if not is_valid:
         raise ValueError(f"{path}: each of the {count} functions needs labels_or_regions: a label, or a list of labels")
     return [{key: _plain(value) for key, value in entry.items()} for entry in kwargs]
@@ -107,5 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def _means(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {"foreground_mean": summary["foreground_mean"],
-            "mean": {label_or_region_to_key(which): scores for which, scores in summary["mean"].items()}}
+    return {
+        "foreground_mean": summary["foreground_mean"],
+        "mean": {label_or_region_to_key(which): scores for which, scores in summary["mean"].items()},
+    }

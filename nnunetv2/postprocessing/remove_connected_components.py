@@ -1,4 +1,5 @@
 """Remove what lies outside the largest component of a class; find out where that helps, and apply it to folders."""
+
 from __future__ import annotations
 
 import argparse
@@ -30,8 +31,8 @@ PostprocessingFunction = Callable[..., np.ndarray]
 
 
 def remove_all_but_largest_component_from_segmentation(
-        segmentation: np.ndarray, labels_or_regions: LabelOrRegion | list[LabelOrRegion],
-        background_label: int = 0) -> np.ndarray:
+    segmentation: np.ndarray, labels_or_regions: LabelOrRegion | list[LabelOrRegion], background_label: int = 0
+) -> np.ndarray:
     """Return a label map in which some labels, taken together, keep their largest connected component only.
 
     Voxels that share a corner are connected. Components that tie for the largest all stay.
@@ -49,17 +50,22 @@ def remove_all_but_largest_component_from_segmentation(
     return result
 
 
-def apply_postprocessing(segmentation: np.ndarray, pp_fns: Sequence[PostprocessingFunction],
-                         pp_fn_kwargs: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def apply_postprocessing(
+    segmentation: np.ndarray, pp_fns: Sequence[PostprocessingFunction], pp_fn_kwargs: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
     """Apply functions one after the other, each with its own keywords."""
     for function, kwargs in zip(pp_fns, pp_fn_kwargs):
         segmentation = function(segmentation, **kwargs)
     return segmentation
 
 
-def load_postprocess_save(segmentation_file: str, output_fname: str, image_reader_writer: BaseReaderWriter,
-                          pp_fns: Sequence[PostprocessingFunction],
-                          pp_fn_kwargs: Sequence[Mapping[str, Any]]) -> None:
+def load_postprocess_save(
+    segmentation_file: str,
+    output_fname: str,
+    image_reader_writer: BaseReaderWriter,
+    pp_fns: Sequence[PostprocessingFunction],
+    pp_fn_kwargs: Sequence[Mapping[str, Any]],
+) -> None:
     """Read a label map, postprocess it, and write it with the geometry it had."""
     from nnunetv2.inference.export_prediction import write_segmentation
 
@@ -69,9 +75,13 @@ def load_postprocess_save(segmentation_file: str, output_fname: str, image_reade
 
 
 def determine_postprocessing(
-        folder_predictions: str, folder_ref: str, plans_file_or_dict: str | dict | None,
-        dataset_json_file_or_dict: str | dict | None, num_processes: int = default_num_processes,
-        keep_postprocessed_files: bool = True) -> tuple[list[PostprocessingFunction], list[dict[str, Any]]]:
+    folder_predictions: str,
+    folder_ref: str,
+    plans_file_or_dict: str | dict | None,
+    dataset_json_file_or_dict: str | dict | None,
+    num_processes: int = default_num_processes,
+    keep_postprocessed_files: bool = True,
+) -> tuple[list[PostprocessingFunction], list[dict[str, Any]]]:
     """Find out for which classes keeping the largest component only raises the mean Dice.
 
     First all foreground is taken as one mask, which must raise the foreground mean and lower no class; then each class
@@ -96,8 +106,9 @@ def determine_postprocessing(
     from nnunetv2.postprocessing.decision_files import save_decision
 
     dataset = _DatasetFiles.read(folder_predictions, plans_file_or_dict, dataset_json_file_or_dict)
-    decision = decide(folder_predictions, folder_ref, dataset.reader, dataset.ending, dataset.label_manager,
-                      num_processes)
+    decision = decide(
+        folder_predictions, folder_ref, dataset.reader, dataset.ending, dataset.label_manager, num_processes
+    )
     functions = [remove_all_but_largest_component_from_segmentation] * len(decision.accepted)
     kwargs = [{"labels_or_regions": entry} for entry in decision.accepted]
     save_decision(folder_predictions, decision, functions, kwargs)
@@ -109,9 +120,14 @@ def determine_postprocessing(
 
 
 def apply_postprocessing_to_folder(
-        input_folder: str, output_folder: str, pp_fns: Sequence[PostprocessingFunction],
-        pp_fn_kwargs: Sequence[Mapping[str, Any]], plans_file_or_dict: str | dict | None = None,
-        dataset_json_file_or_dict: str | dict | None = None, num_processes: int = 8) -> None:
+    input_folder: str,
+    output_folder: str,
+    pp_fns: Sequence[PostprocessingFunction],
+    pp_fn_kwargs: Sequence[Mapping[str, Any]],
+    plans_file_or_dict: str | dict | None = None,
+    dataset_json_file_or_dict: str | dict | None = None,
+    num_processes: int = 8,
+) -> None:
     """Postprocess all label maps of a folder into another one, which is created.
 
     Args:
@@ -130,10 +146,17 @@ def apply_postprocessing_to_folder(
 
 def entry_point_determine_postprocessing_folder() -> None:
     """Run `nnUNetv2_determine_postprocessing`."""
+
     def determine() -> None:
         args = build_determine_parser().parse_args()
-        _, kwargs = determine_postprocessing(args.i, args.ref, args.plans_json, args.dataset_json, args.np,
-                                             keep_postprocessed_files=not args.remove_postprocessed)
+        _, kwargs = determine_postprocessing(
+            args.i,
+            args.ref,
+            args.plans_json,
+            args.dataset_json,
+            args.np,
+            keep_postprocessed_files=not args.remove_postprocessed,
+        )
         kept = "; ".join(str(entry["labels_or_regions"]) for entry in kwargs) or "nothing"
         show(f"largest component only for: {kept}. Details in {Path(args.i, 'postprocessing.json')}")
 
@@ -142,6 +165,7 @@ def entry_point_determine_postprocessing_folder() -> None:
 
 def entry_point_apply_postprocessing() -> None:
     """Run `nnUNetv2_apply_postprocessing`."""
+
     def apply() -> None:
         from nnunetv2.postprocessing.decision_files import load_functions
 
@@ -155,13 +179,20 @@ def entry_point_apply_postprocessing() -> None:
 def build_determine_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_determine_postprocessing`."""
     parser = argparse.ArgumentParser(
-        description="Find out for which classes it helps to keep the largest component only.")
-    parser.add_argument("-i", required=True,
-                        help="Folder of cross-validation predictions; gets postprocessing.pkl and postprocessing.json.")
+        description="Find out for which classes it helps to keep the largest component only."
+    )
+    parser.add_argument(
+        "-i",
+        required=True,
+        help="Folder of cross-validation predictions; gets postprocessing.pkl and postprocessing.json.",
+    )
     parser.add_argument("-ref", required=True, help="Folder of reference label maps with the same names.")
     _add_json_options(parser)
-    parser.add_argument("--remove_postprocessed", action="store_true",
-                        help="Do not keep the postprocessed label maps (folder postprocessed).")
+    parser.add_argument(
+        "--remove_postprocessed",
+        action="store_true",
+        help="Do not keep the postprocessed label maps (folder postprocessed).",
+    )
     return parser
 
 
@@ -170,8 +201,11 @@ def build_apply_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Apply a postprocessing that was determined before.")
     parser.add_argument("-i", required=True, help="Folder of predictions.")
     parser.add_argument("-o", required=True, help="Folder for the postprocessed label maps.")
-    parser.add_argument("-pp_pkl_file", required=True,
-                        help="postprocessing.pkl; if there is a postprocessing.json beside it, that one is read.")
+    parser.add_argument(
+        "-pp_pkl_file",
+        required=True,
+        help="postprocessing.pkl; if there is a postprocessing.json beside it, that one is read.",
+    )
     _add_json_options(parser)
     return parser
 
@@ -179,8 +213,12 @@ def build_apply_parser() -> argparse.ArgumentParser:
 def _add_json_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-plans_json", default=None, help="plans.json. Default: the one in the folder given by -i")
     parser.add_argument("-dataset_json", default=None, help="dataset.json. Default: the one in the folder given by -i")
-    parser.add_argument("-np", type=int, default=default_num_processes,
-                        help=f"Cases worked on at the same time. Default: {default_num_processes}")
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_num_processes,
+        help=f"Cases worked on at the same time. Default: {default_num_processes}",
+    )
 
 
 class _DatasetFiles:
@@ -196,8 +234,10 @@ class _DatasetFiles:
 
     @classmethod
     def read(cls, folder: str, plans: str | dict | None, dataset_json: str | dict | None) -> _DatasetFiles:
-        return cls(_read_json(folder, "plans.json", plans, "-plans_json"),
-                   _read_json(folder, "dataset.json", dataset_json, "-dataset_json"))
+        return cls(
+            _read_json(folder, "plans.json", plans, "-plans_json"),
+            _read_json(folder, "dataset.json", dataset_json, "-dataset_json"),
+        )
 
 
 def _read_json(folder: str, name: str, given: str | os.PathLike[str] | dict | None, option: str) -> dict:
@@ -209,17 +249,28 @@ def _read_json(folder: str, name: str, given: str | os.PathLike[str] | dict | No
     return read_json(path)
 
 
-def _postprocess_files(names: Sequence[str], source: str, target: str, reader: BaseReaderWriter,
-                       functions: Sequence[PostprocessingFunction], kwargs: Sequence[Mapping[str, Any]],
-                       num_processes: int) -> None:
+def _postprocess_files(
+    names: Sequence[str],
+    source: str,
+    target: str,
+    reader: BaseReaderWriter,
+    functions: Sequence[PostprocessingFunction],
+    kwargs: Sequence[Mapping[str, Any]],
+    num_processes: int,
+) -> None:
     work = partial(load_postprocess_save, image_reader_writer=reader, pp_fns=functions, pp_fn_kwargs=kwargs)
     files = {name: (os.path.join(source, name), os.path.join(target, name)) for name in names}
     map_cases(work, files, num_processes, [paths[0] for paths in files.values()])
 
 
-def _write_postprocessed(folder: str, decision: Any, dataset: _DatasetFiles,
-                         functions: Sequence[PostprocessingFunction], kwargs: Sequence[Mapping[str, Any]],
-                         num_processes: int) -> None:
+def _write_postprocessed(
+    folder: str,
+    decision: Any,
+    dataset: _DatasetFiles,
+    functions: Sequence[PostprocessingFunction],
+    kwargs: Sequence[Mapping[str, Any]],
+    num_processes: int,
+) -> None:
     """Write postprocessed label maps, their summary, and the two JSON files that a prediction folder has."""
     from nnunetv2.evaluation.evaluate_predictions import save_summary_json
 

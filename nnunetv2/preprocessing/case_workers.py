@@ -4,6 +4,7 @@
 tell what the worker was at. Here each worker has a pipe of its own and one case at a time: a closed pipe is a dead
 worker, and its case is known. Nothing is polled.
 """
+
 from __future__ import annotations
 
 import multiprocessing
@@ -26,8 +27,9 @@ class CaseFailedError(RuntimeError):
     """A case could not be processed. The message names it; the cause is the error of the worker."""
 
 
-def process_cases(function: Callable[..., object], cases: Mapping[str, tuple],
-                  num_processes: int) -> Iterator[tuple[str, Any]]:
+def process_cases(
+    function: Callable[..., object], cases: Mapping[str, tuple], num_processes: int
+) -> Iterator[tuple[str, Any]]:
     """Call `function(*arguments)` for each case and yield the case's name and result when it is done.
 
     Args:
@@ -115,11 +117,15 @@ class _Worker:
         self.process.join(_SECONDS_TO_EXIT)
         code = self.process.exitcode
         if code == -getattr(signal, "SIGKILL", 9):
-            reason = ("was killed by the system, most likely because memory ran out. Use fewer processes (-np), "
-                      "or a machine with more memory")
+            reason = (
+                "was killed by the system, most likely because memory ran out. Use fewer processes (-np), "
+                "or a machine with more memory"
+            )
         elif not self.has_answered and code == 1:
-            reason = ("could not start; its error is printed above. If this was called from a script, put the call "
-                      'below `if __name__ == "__main__":`')
+            reason = (
+                "could not start; its error is printed above. If this was called from a script, put the call "
+                'below `if __name__ == "__main__":`'
+            )
         else:
             reason = f"ended unexpectedly (exit code {code}). Memory may have run out: try fewer processes (-np)"
         return CaseFailedError(f"case {self.case}: the worker process {reason}")
@@ -128,6 +134,7 @@ class _Worker:
 def _serve(function: Callable[..., object], connection: Connection) -> None:
     """Run in the worker: take arguments from the pipe, answer the result and None, or None and the error."""
     from threadpoolctl import threadpool_limits
+
     log_plainly()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -12,6 +12,7 @@ modification, time of any change (ctime), and a digest. Anybody can set the form
 latter. A file of which only the latter differs is read again, and counts if its digest is the same. Lines are appended
 once the files are complete, and the last one of a case holds; half a line at the end, left by a killed run, is cut off.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -62,8 +63,9 @@ class FinishedCases:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def remaining(self, sources: Mapping[str, Iterable[str]]) -> list[str]:
@@ -82,22 +84,30 @@ class FinishedCases:
     def add(self, case: str, sources: Iterable[str]) -> None:
         """Note that all files of a case are complete."""
         outputs = [state for ending in _OUTPUT_ENDINGS if (state := _state(self._folder / f"{case}{ending}"))]
-        entry = {"case": case, "sources": [_state_with_digest(Path(file)) for file in sources],
-                 "outputs": [[Path(path).name, *rest] for path, *rest in outputs]}
+        entry = {
+            "case": case,
+            "sources": [_state_with_digest(Path(file)) for file in sources],
+            "outputs": [[Path(path).name, *rest] for path, *rest in outputs],
+        }
         self._note(entry)
 
     def _is_finished(self, case: str, sources: Sequence[str]) -> bool:
         entry = self._cases.get(case)
         # Cases in the format of a user are not among the outputs we know, and are done again.
-        return bool(entry and entry["outputs"]) and all(
-            [name, *(_state(self._folder / name) or [""])[1:]] == [name, *rest] for name, *rest in entry["outputs"]) \
+        return (
+            bool(entry and entry["outputs"])
+            and all(
+                [name, *(_state(self._folder / name) or [""])[1:]] == [name, *rest] for name, *rest in entry["outputs"]
+            )
             and self._are_same(entry, sources)
+        )
 
     def _are_same(self, entry: dict, sources: Sequence[str]) -> bool:
         """Tell whether the sources of a case hold what they held; note their new times of change."""
         now = [_refreshed(Path(file), before) for file, before in zip(sources, entry["sources"])]
         if len(sources) != len(entry["sources"]) or [_content(state) for state in now] != [
-                _content(state) for state in entry["sources"]]:
+            _content(state) for state in entry["sources"]
+        ]:
             return False
         if now != entry["sources"]:
             self._note({**entry, "sources": now})
@@ -211,7 +221,8 @@ def _lock(file: IO[bytes], folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise FolderInUseError(f"another process is preprocessing into {folder}; wait for it, or stop it first") \
-            from error
+        raise FolderInUseError(
+            f"another process is preprocessing into {folder}; wait for it, or stop it first"
+        ) from error
     except OSError as error:  # some network file systems have no locks
         logger.debug("cannot lock the journal of %s: %s", folder, error)

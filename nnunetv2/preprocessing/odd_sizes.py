@@ -1,4 +1,5 @@
 """Point out images whose size in voxels or mm hardly suits a model: headers in wrong units, pictures for 3D models."""
+
 from __future__ import annotations
 
 import logging
@@ -20,8 +21,13 @@ _MARKS_A_PICTURE = 900
 _BYTES_PER_VOXEL = 4
 
 
-def require_memory(num_channels: int, old_shape: Sequence[int], new_shape: Sequence[int], spacing: Sequence[float],
-                   new_spacing: Sequence[float]) -> None:
+def require_memory(
+    num_channels: int,
+    old_shape: Sequence[int],
+    new_shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+) -> None:
     """Check that an image fits into the machine's memory once it is resampled.
 
     Raises:
@@ -29,20 +35,26 @@ def require_memory(num_channels: int, old_shape: Sequence[int], new_shape: Seque
     """
     num_bytes, total = num_channels * prod(map(int, new_shape)) * _BYTES_PER_VOXEL, total_memory_bytes()
     if total is not None and num_bytes > total:
-        raise InvalidInputError(f"{describe_grids(old_shape, new_shape, spacing, new_spacing)}, which takes "
-                                f"{num_bytes / 1e9:,.0f} GB, more than this machine's {total / 1e9:,.0f} GB. Is the "
-                                "spacing in the image's header right, and in mm?")
+        raise InvalidInputError(
+            f"{describe_grids(old_shape, new_shape, spacing, new_spacing)}, which takes "
+            f"{num_bytes / 1e9:,.0f} GB, more than this machine's {total / 1e9:,.0f} GB. Is the "
+            "spacing in the image's header right, and in mm?"
+        )
 
 
-def describe_grids(old_shape: Sequence[int], new_shape: Sequence[int], spacing: Sequence[float],
-                   new_spacing: Sequence[float]) -> str:
+def describe_grids(
+    old_shape: Sequence[int], new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
+) -> str:
     """Return what resampling does to an image, in words."""
-    return (f"{_by(old_shape)} voxels with spacing {_by(spacing)} mm become {_by(new_shape)} voxels at the plans' "
-            f"spacing {_by(new_spacing)} mm")
+    return (
+        f"{_by(old_shape)} voxels with spacing {_by(spacing)} mm become {_by(new_shape)} voxels at the plans' "
+        f"spacing {_by(new_spacing)} mm"
+    )
 
 
-def warn_of_odd_size(name: str, properties: Mapping[str, Any], plans_manager: PlansManager,
-                     configuration_manager: ConfigurationManager) -> None:
+def warn_of_odd_size(
+    name: str, properties: Mapping[str, Any], plans_manager: PlansManager, configuration_manager: ConfigurationManager
+) -> None:
     """Warn of a preprocessed image of which hardly a voxel is left, or which is a picture where volumes are expected.
 
     Args:
@@ -54,16 +66,22 @@ def warn_of_odd_size(name: str, properties: Mapping[str, Any], plans_manager: Pl
         return  # a preprocessor of a user's own
     wanted = [float(entry) for entry in configuration_manager.spacing]
     spacing = [float(properties["spacing"][axis]) for axis in plans_manager.transpose_forward]
-    wanted = [*spacing[:3 - len(wanted)], *wanted]
+    wanted = [*spacing[: 3 - len(wanted)], *wanted]
     shape = properties["shape_after_cropping_and_before_resampling"]
     new_shape = round_lengths(shape, spacing, wanted)
     if 0 in new_shape:
         kept = [max(1, length) for length in new_shape]
-        logger.warning("%s: %s, where one voxel is kept along an axis that is shorter than half of one. Is its spacing "
-                       "right?", name, describe_grids(shape, kept, spacing, wanted))
+        logger.warning(
+            "%s: %s, where one voxel is kept along an axis that is shorter than half of one. Is its spacing right?",
+            name,
+            describe_grids(shape, kept, spacing, wanted),
+        )
     elif len(configuration_manager.spacing) == 3 and _is_picture(properties["shape_before_cropping"], spacing):
-        logger.warning("%s is a 2D image, but the model is 3D: %s. Use a 2d configuration", name,
-                       describe_grids(shape, new_shape, spacing, wanted))
+        logger.warning(
+            "%s is a 2D image, but the model is 3D: %s. Use a 2d configuration",
+            name,
+            describe_grids(shape, new_shape, spacing, wanted),
+        )
 
 
 def _is_picture(shape: Sequence[int], spacing: Sequence[float]) -> bool:

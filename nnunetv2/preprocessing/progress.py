@@ -1,4 +1,5 @@
 """Show how a run over many cases gets on: a bar, or a line per case."""
+
 from __future__ import annotations
 
 import logging
@@ -13,8 +14,9 @@ Item = TypeVar("Item")
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
-def follow(done: Iterator[tuple[str, Item]], *, total: int, description: str, show_bar: bool = True,
-           log_cases: bool = False) -> Iterator[tuple[str, Item]]:
+def follow(
+    done: Iterator[tuple[str, Item]], *, total: int, description: str, show_bar: bool = True, log_cases: bool = False
+) -> Iterator[tuple[str, Item]]:
     """Pass on (case, result) pairs and show their number, cases per second and the time left.
 
     Args:
@@ -24,6 +26,7 @@ def follow(done: Iterator[tuple[str, Item]], *, total: int, description: str, sh
         yield from _log_each(done, total, description)
         return
     from tqdm import tqdm
+
     yield from tqdm(done, desc=description, total=total, disable=not show_bar, unit=" cases", bar_format=_BAR)
 
 
@@ -31,6 +34,13 @@ def _log_each(done: Iterator[tuple[str, Item]], total: int, description: str) ->
     start = time.monotonic()
     for number, (case, result) in enumerate(done, start=1):
         per_case = (time.monotonic() - start) / number
-        logger.info("%s: %s done, %d of %d, %.2f cases/s, about %.0f s left", description, case, number, total,
-                    1 / max(per_case, 1e-9), per_case * (total - number))
+        logger.info(
+            "%s: %s done, %d of %d, %.2f cases/s, about %.0f s left",
+            description,
+            case,
+            number,
+            total,
+            1 / max(per_case, 1e-9),
+            per_case * (total - number),
+        )
         yield case, result

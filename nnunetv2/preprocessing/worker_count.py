@@ -1,4 +1,5 @@
 """Choose how many processes work on cases: as many as cores, cases and the machine's free memory allow."""
+
 from __future__ import annotations
 
 import logging
@@ -22,8 +23,9 @@ _SHARE_OF_FREE_MEMORY = 0.8
 _MARGIN = 1.25
 
 
-def choose_num_processes(bytes_per_case: int, num_cases: int, *, free_bytes: int | None = None,
-                         cores: int | None = None) -> int:
+def choose_num_processes(
+    bytes_per_case: int, num_cases: int, *, free_bytes: int | None = None, cores: int | None = None
+) -> int:
     """Return a number of worker processes, at least 1.
 
     Args:
@@ -35,8 +37,12 @@ def choose_num_processes(bytes_per_case: int, num_cases: int, *, free_bytes: int
     by_memory = int(_SHARE_OF_FREE_MEMORY * free_bytes // bytes_per_case)
     chosen = max(1, min(cores, num_cases, by_memory))
     if by_memory < min(cores, num_cases):
-        logger.info("%d process(es), because a case may take %.1f GB and %.1f GB are free; -np decides otherwise",
-                    chosen, bytes_per_case / 1e9, free_bytes / 1e9)
+        logger.info(
+            "%d process(es), because a case may take %.1f GB and %.1f GB are free; -np decides otherwise",
+            chosen,
+            bytes_per_case / 1e9,
+            free_bytes / 1e9,
+        )
     return chosen
 
 
@@ -50,14 +56,16 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         return cores
 
 
-def bytes_to_preprocess(fingerprint: dict, plans_manager: PlansManager,
-                        configuration_manager: ConfigurationManager) -> int:
+def bytes_to_preprocess(
+    fingerprint: dict, plans_manager: PlansManager, configuration_manager: ConfigurationManager
+) -> int:
     """Estimate the memory of a process that preprocesses the case that takes most.
 
     Args:
         fingerprint: The content of dataset_fingerprint.json.
     """
     from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+
     channels = len(configuration_manager.normalization_schemes)
     before_cropping = 1 / max(fingerprint["median_relative_size_after_cropping"], 0.1)
     forward = plans_manager.transpose_forward
@@ -65,7 +73,7 @@ def bytes_to_preprocess(fingerprint: dict, plans_manager: PlansManager,
     for shape, spacing in zip(fingerprint["shapes_after_crop"], fingerprint["spacings"]):
         shape, spacing = [shape[axis] for axis in forward], [spacing[axis] for axis in forward]
         wanted = list(configuration_manager.spacing)
-        wanted = spacing[:len(spacing) - len(wanted)] + wanted
+        wanted = spacing[: len(spacing) - len(wanted)] + wanted
         old, new = prod(shape), prod(map(int, compute_new_shape(shape, spacing, wanted)))
         largest = max(largest, case_bytes(old * before_cropping, old, new, channels))
     return WORKER_BYTES + largest
@@ -95,6 +103,7 @@ def bytes_to_read(cases: Iterable[Iterable[str]]) -> int:
 def voxels_in_file(file: str) -> int:
     """Return the voxels of an image from its header; from its size where SimpleITK knows no such format."""
     import SimpleITK as sitk
+
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     try:

@@ -1,4 +1,5 @@
 """Start a training from the weights of another one."""
+
 from __future__ import annotations
 
 import os
@@ -28,11 +29,13 @@ def load_pretrained_weights(network: nn.Module, fname: str | os.PathLike[str], v
     pretrained = adapt_weight_names(load_checkpoint_file(fname)["network_weights"], current)
     wanted = [name for name in current if SEGMENTATION_LAYERS not in name]
     for name in wanted:
-        assert name in pretrained, (f"pretrained weights {fname} have no tensor {name}; they must come from a network "
-                                    "of the same architecture")
+        assert name in pretrained, (
+            f"pretrained weights {fname} have no tensor {name}; they must come from a network of the same architecture"
+        )
         assert pretrained[name].shape == current[name].shape, (
             f"pretrained weights {fname}: {name} has shape {tuple(pretrained[name].shape)}, the network needs "
-            f"{tuple(current[name].shape)}; train with the plans that the weights were trained with")
+            f"{tuple(current[name].shape)}; train with the plans that the weights were trained with"
+        )
     network.load_state_dict({**current, **{name: pretrained[name] for name in wanted}})
     show(f"Loaded {len(wanted)} of {len(current)} tensors from {fname}; the layers that output classes start anew")
     if verbose:

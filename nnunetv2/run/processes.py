@@ -1,4 +1,5 @@
 """Start the processes of a distributed training, or find out that torchrun has started them."""
+
 from __future__ import annotations
 
 import os
@@ -84,11 +85,14 @@ def spawn(function: Callable[..., None], arguments: tuple[Any, ...], num_process
         multiprocessing.spawn(function, arguments, nprocs=num_processes, join=True)
     except ProcessRaisedException as error:
         last_line = str(error).strip().splitlines()[-1]
-        raise RuntimeError(f"process {error.error_index} of {num_processes} failed, the others were stopped: "
-                           f"{last_line}") from error
+        raise RuntimeError(
+            f"process {error.error_index} of {num_processes} failed, the others were stopped: {last_line}"
+        ) from error
     except ProcessExitedException as error:
-        raise RuntimeError(f"process {error.error_index} of {num_processes} {_describe_death(error)}; the others were "
-                           "stopped. Go on with --c") from error
+        raise RuntimeError(
+            f"process {error.error_index} of {num_processes} {_describe_death(error)}; the others were "
+            "stopped. Go on with --c"
+        ) from error
 
 
 def _describe_death(error: Any) -> str:

@@ -2,6 +2,7 @@
 
 Set the environment variable nnUNet_seed to a whole number to seed all generators; see `training/seeding.py`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,18 +37,36 @@ datasets: plan with -pl nnUNetPlannerResEncM (L, XL), then train with -p nnUNetR
 """
 
 # Names of other modules that programs import from here, or replace here by their own.
-_ORIGINS = origins({
-    "batchgenerators.utilities.file_and_folder_operations": "isfile join load_json",
-    "nnunetv2.run.load_pretrained_weights": "load_pretrained_weights",
-    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": "nnUNetTrainer",
-    "nnunetv2.utilities.find_objects": "recursive_find_trainer_class_by_name",
-    "typing": "Optional Union",
-}, cudnn="torch.backends.cudnn", dist="torch.distributed", mp="torch.multiprocessing",
-   multiprocessing="multiprocessing", torch="torch")
+_ORIGINS = origins(
+    {
+        "batchgenerators.utilities.file_and_folder_operations": "isfile join load_json",
+        "nnunetv2.run.load_pretrained_weights": "load_pretrained_weights",
+        "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": "nnUNetTrainer",
+        "nnunetv2.utilities.find_objects": "recursive_find_trainer_class_by_name",
+        "typing": "Optional Union",
+    },
+    cudnn="torch.backends.cudnn",
+    dist="torch.distributed",
+    mp="torch.multiprocessing",
+    multiprocessing="multiprocessing",
+    torch="torch",
+)
 
-__all__ = ["cleanup_ddp", "find_free_network_port", "get_trainer_from_args", "maybe_convert_to_dataset_name",
-           "maybe_load_checkpoint", "nnUNet_preprocessed", "os", "run_ddp", "run_training", "run_training_entry",
-           "setup_ddp", "socket", *_ORIGINS]
+__all__ = [
+    "cleanup_ddp",
+    "find_free_network_port",
+    "get_trainer_from_args",
+    "maybe_convert_to_dataset_name",
+    "maybe_load_checkpoint",
+    "nnUNet_preprocessed",
+    "os",
+    "run_ddp",
+    "run_training",
+    "run_training_entry",
+    "setup_ddp",
+    "socket",
+    *_ORIGINS,
+]
 __getattr__ = names_from(_ORIGINS, __name__)
 
 
@@ -77,34 +96,49 @@ def limit_threads(device_type: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_train`."""
     parser = argparse.ArgumentParser(
-        description="Train one fold of a configuration, then predict its validation cases.")
+        description="Train one fold of a configuration, then predict its validation cases."
+    )
     parser.add_argument("dataset_name_or_id", help="Dataset: its name or id.")
     parser.add_argument("configuration", help="Configuration, for example 2d or 3d_fullres.")
     parser.add_argument("fold", help="Fold of the cross-validation: 0, 1, ... or 'all' to train with all cases.")
     parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer class name. Default: nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument("-pretrained_weights", help="Checkpoint to start from. Not with --c.")
-    parser.add_argument("-num_gpus", type=int, default=1,
-                        help="Number of GPUs to train on; with -device cpu, of processes. Default: 1")
-    parser.add_argument("--npz", action="store_true",
-                        help="Also save the probabilities of the final validation, for ensembling.")
-    parser.add_argument("--c", action="store_true",
-                        help="Continue: go on from the checkpoint with most epochs behind it.")
+    parser.add_argument(
+        "-num_gpus", type=int, default=1, help="Number of GPUs to train on; with -device cpu, of processes. Default: 1"
+    )
+    parser.add_argument(
+        "--npz", action="store_true", help="Also save the probabilities of the final validation, for ensembling."
+    )
+    parser.add_argument(
+        "--c", action="store_true", help="Continue: go on from the checkpoint with most epochs behind it."
+    )
     parser.add_argument("--val", action="store_true", help="Only validate; the training must be finished.")
-    parser.add_argument("--val_best", action="store_true",
-                        help="Validate with checkpoint_best instead of checkpoint_final. Writes into the same folder "
-                             "'validation'.")
+    parser.add_argument(
+        "--val_best",
+        action="store_true",
+        help="Validate with checkpoint_best instead of checkpoint_final. Writes into the same folder 'validation'.",
+    )
     parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
     add_device_option(parser)
     return parser
 
 
-def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | str,
-                 trainer_class_name: str = "nnUNetTrainer", plans_identifier: str = "nnUNetPlans",
-                 pretrained_weights: str | None = None, num_gpus: int = 1,
-                 export_validation_probabilities: bool = False, continue_training: bool = False,
-                 only_run_validation: bool = False, disable_checkpointing: bool = False, val_with_best: bool = False,
-                 device: torch.device | None = None) -> None:
+def run_training(
+    dataset_name_or_id: str | int,
+    configuration: str,
+    fold: int | str,
+    trainer_class_name: str = "nnUNetTrainer",
+    plans_identifier: str = "nnUNetPlans",
+    pretrained_weights: str | None = None,
+    num_gpus: int = 1,
+    export_validation_probabilities: bool = False,
+    continue_training: bool = False,
+    only_run_validation: bool = False,
+    disable_checkpointing: bool = False,
+    val_with_best: bool = False,
+    device: torch.device | None = None,
+) -> None:
     """Train a fold, unless only its validation is asked for, and predict its validation cases.
 
     Args:
@@ -126,16 +160,31 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
 
     device = torch.device("cuda") if device is None else device
     fold = parse_fold(fold)
-    _check_options(continue_training=continue_training, only_run_validation=only_run_validation,
-                   disable_checkpointing=disable_checkpointing, val_with_best=val_with_best,
-                   pretrained_weights=pretrained_weights)
+    _check_options(
+        continue_training=continue_training,
+        only_run_validation=only_run_validation,
+        disable_checkpointing=disable_checkpointing,
+        val_with_best=val_with_best,
+        pretrained_weights=pretrained_weights,
+    )
     for root in (nnUNet_preprocessed, nnUNet_results):
         root.require()
     if plans_identifier == "nnUNetPlans":
         show(*PRESETS_HINT.split("\n"))
     processes.check_device(device, num_gpus)
-    what = (dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier, disable_checkpointing,
-            continue_training, only_run_validation, pretrained_weights, export_validation_probabilities, val_with_best)
+    what = (
+        dataset_name_or_id,
+        configuration,
+        fold,
+        trainer_class_name,
+        plans_identifier,
+        disable_checkpointing,
+        continue_training,
+        only_run_validation,
+        pretrained_weights,
+        export_validation_probabilities,
+        val_with_best,
+    )
     if processes.are_launched_by_torchrun():
         rank, world_size = processes.torchrun_rank(num_gpus)
         run_ddp(rank, *what, world_size, device.type)
@@ -145,16 +194,42 @@ def run_training(dataset_name_or_id: str | int, configuration: str, fold: int | 
         return
     _seed(rank=0)
     # A validation goes on with what a training has logged, and deletes nothing of it.
-    trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, trainer_class_name, plans_identifier,
-                                    continue_training or only_run_validation, device)
-    _run(trainer, disable_checkpointing=disable_checkpointing, continue_training=continue_training,
-         only_run_validation=only_run_validation, pretrained_weights=pretrained_weights,
-         export_validation_probabilities=export_validation_probabilities, val_with_best=val_with_best)
+    trainer = get_trainer_from_args(
+        dataset_name_or_id,
+        configuration,
+        fold,
+        trainer_class_name,
+        plans_identifier,
+        continue_training or only_run_validation,
+        device,
+    )
+    _run(
+        trainer,
+        disable_checkpointing=disable_checkpointing,
+        continue_training=continue_training,
+        only_run_validation=only_run_validation,
+        pretrained_weights=pretrained_weights,
+        export_validation_probabilities=export_validation_probabilities,
+        val_with_best=val_with_best,
+    )
 
 
-def run_ddp(rank: int, dataset_name_or_id: str | int, configuration: str, fold: int | str, tr: str, p: str,
-            disable_checkpointing: bool, c: bool, val: bool, pretrained_weights: str | None, npz: bool,
-            val_with_best: bool, world_size: int, device_type: str = "cuda") -> None:
+def run_ddp(
+    rank: int,
+    dataset_name_or_id: str | int,
+    configuration: str,
+    fold: int | str,
+    tr: str,
+    p: str,
+    disable_checkpointing: bool,
+    c: bool,
+    val: bool,
+    pretrained_weights: str | None,
+    npz: bool,
+    val_with_best: bool,
+    world_size: int,
+    device_type: str = "cuda",
+) -> None:
     """Be one of several processes that train together, each with a GPU, or with its share of the processor."""
     import torch
 
@@ -165,17 +240,31 @@ def run_ddp(rank: int, dataset_name_or_id: str | int, configuration: str, fold: 
         else:
             processes.share_cores(world_size)
         _seed(rank)
-        trainer = get_trainer_from_args(dataset_name_or_id, configuration, fold, tr, p, c or val,
-                                        torch.device(device_type))
-        _run(trainer, disable_checkpointing=disable_checkpointing, continue_training=c, only_run_validation=val,
-             pretrained_weights=pretrained_weights, export_validation_probabilities=npz, val_with_best=val_with_best)
+        trainer = get_trainer_from_args(
+            dataset_name_or_id, configuration, fold, tr, p, c or val, torch.device(device_type)
+        )
+        _run(
+            trainer,
+            disable_checkpointing=disable_checkpointing,
+            continue_training=c,
+            only_run_validation=val,
+            pretrained_weights=pretrained_weights,
+            export_validation_probabilities=npz,
+            val_with_best=val_with_best,
+        )
     finally:
         cleanup_ddp()
 
 
-def get_trainer_from_args(dataset_name_or_id: str | int, configuration: str, fold: int | str,
-                          trainer_name: str = "nnUNetTrainer", plans_identifier: str = "nnUNetPlans",
-                          continue_training: bool = False, device: torch.device | None = None) -> nnUNetTrainer:
+def get_trainer_from_args(
+    dataset_name_or_id: str | int,
+    configuration: str,
+    fold: int | str,
+    trainer_name: str = "nnUNetTrainer",
+    plans_identifier: str = "nnUNetPlans",
+    continue_training: bool = False,
+    device: torch.device | None = None,
+) -> nnUNetTrainer:
     """Construct the trainer of this name for a preprocessed dataset.
 
     Raises:
@@ -191,13 +280,21 @@ def get_trainer_from_args(dataset_name_or_id: str | int, configuration: str, fol
     folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
     plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
     dataset_json = _read_json(folder / "dataset.json", DATASET)
-    return trainer_class(plans={**plans, "continue_training": continue_training}, configuration=configuration,
-                         fold=fold, dataset_json=dataset_json,
-                         device=torch.device("cuda") if device is None else device)
+    return trainer_class(
+        plans={**plans, "continue_training": continue_training},
+        configuration=configuration,
+        fold=fold,
+        dataset_json=dataset_json,
+        device=torch.device("cuda") if device is None else device,
+    )
 
 
-def maybe_load_checkpoint(nnunet_trainer: nnUNetTrainer, continue_training: bool, validation_only: bool,
-                          pretrained_weights_file: str | None = None) -> None:
+def maybe_load_checkpoint(
+    nnunet_trainer: nnUNetTrainer,
+    continue_training: bool,
+    validation_only: bool,
+    pretrained_weights_file: str | None = None,
+) -> None:
     """Bring a trainer to where it shall start: the latest checkpoint, the final one, or pretrained weights.
 
     Raises:
@@ -208,8 +305,10 @@ def maybe_load_checkpoint(nnunet_trainer: nnUNetTrainer, continue_training: bool
     from nnunetv2.training.checkpoint import FINAL
 
     if continue_training and pretrained_weights_file is not None:
-        raise RuntimeError("-pretrained_weights are for the start of a training; --c goes on with the weights of an "
-                           "earlier start. Use one of them")
+        raise RuntimeError(
+            "-pretrained_weights are for the start of a training; --c goes on with the weights of an "
+            "earlier start. Use one of them"
+        )
     if continue_training:
         _load_most_advanced_checkpoint(nnunet_trainer)
     elif validation_only:
@@ -249,8 +348,9 @@ def setup_ddp(rank: int, world_size: int, device_type: str = "cuda") -> None:
     """Join the processes of a distributed training."""
     from torch import distributed
 
-    distributed.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=world_size,
-                                   timeout=processes.LONGEST_WAIT)
+    distributed.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=world_size, timeout=processes.LONGEST_WAIT
+    )
 
 
 def cleanup_ddp() -> None:
@@ -267,8 +367,21 @@ def _train(args: argparse.Namespace) -> None:
         import nnunetv2.training.nnUNetTrainer.nnUNetTrainer  # noqa: F401  every trainer needs it, and torch
     device = resolve_device(args.device)
     set_torch_threads(device.type)
-    run_training(args.dataset_name_or_id, args.configuration, args.fold, args.tr, args.p, args.pretrained_weights,
-                 args.num_gpus, args.npz, args.c, args.val, args.disable_checkpointing, args.val_best, device=device)
+    run_training(
+        args.dataset_name_or_id,
+        args.configuration,
+        args.fold,
+        args.tr,
+        args.p,
+        args.pretrained_weights,
+        args.num_gpus,
+        args.npz,
+        args.c,
+        args.val,
+        args.disable_checkpointing,
+        args.val_best,
+        device=device,
+    )
 
 
 @contextmanager
@@ -285,23 +398,40 @@ def _without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _check_options(*, continue_training: bool, only_run_validation: bool, disable_checkpointing: bool,
-                   val_with_best: bool, pretrained_weights: str | None) -> None:
+def _check_options(
+    *,
+    continue_training: bool,
+    only_run_validation: bool,
+    disable_checkpointing: bool,
+    val_with_best: bool,
+    pretrained_weights: str | None,
+) -> None:
     """Refuse options that exclude each other before anything is written."""
-    assert not (val_with_best and disable_checkpointing), \
+    assert not (val_with_best and disable_checkpointing), (
         "--val_best needs checkpoint_best, which --disable_checkpointing does not save"
-    assert not (continue_training and only_run_validation), \
+    )
+    assert not (continue_training and only_run_validation), (
         "--c goes on training, --val only validates: use one of them"
+    )
     if pretrained_weights is not None:
         if continue_training:
-            raise RuntimeError("-pretrained_weights are for the start of a training, --c goes on with an earlier one: "
-                               "use one of them")
+            raise RuntimeError(
+                "-pretrained_weights are for the start of a training, --c goes on with an earlier one: use one of them"
+            )
         if not Path(pretrained_weights).is_file():
             raise FileNotFoundError(f"there are no pretrained weights {pretrained_weights}")
 
 
-def _run(trainer: nnUNetTrainer, *, disable_checkpointing: bool, continue_training: bool, only_run_validation: bool,
-         pretrained_weights: str | None, export_validation_probabilities: bool, val_with_best: bool) -> None:
+def _run(
+    trainer: nnUNetTrainer,
+    *,
+    disable_checkpointing: bool,
+    continue_training: bool,
+    only_run_validation: bool,
+    pretrained_weights: str | None,
+    export_validation_probabilities: bool,
+    val_with_best: bool,
+) -> None:
     """Load what is to be loaded, train, validate."""
     from nnunetv2.training.checkpoint import BEST
 
@@ -354,8 +484,10 @@ def _seed(rank: int) -> None:
 
 def _read_json(path: Path, required: Mapping[str, type]) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: plan and preprocess the dataset first "
-                                "(nnUNetv2_plan_and_preprocess), or check -p and the dataset")
+        raise FileNotFoundError(
+            f"{path} is missing: plan and preprocess the dataset first "
+            "(nnUNetv2_plan_and_preprocess), or check -p and the dataset"
+        )
     return read_json(path, required=required, refuse_duplicates=True)
 
 

@@ -1,4 +1,5 @@
 """Write files beside the training rather than in its way, one after the other and in order."""
+
 from __future__ import annotations
 
 import logging

@@ -1,4 +1,5 @@
 """Share a batch, and the foreground samples in it, among the processes of a distributed training."""
+
 from __future__ import annotations
 
 
@@ -9,8 +10,10 @@ def split_batch_size(batch_size: int, world_size: int) -> list[int]:
         ValueError: There are more processes than samples.
     """
     if batch_size < world_size:
-        raise ValueError(f"a batch of {batch_size} cannot be shared among {world_size} GPUs: every GPU needs a sample "
-                         "(use fewer GPUs, or plans with a larger batch size)")
+        raise ValueError(
+            f"a batch of {batch_size} cannot be shared among {world_size} GPUs: every GPU needs a sample "
+            "(use fewer GPUs, or plans with a larger batch size)"
+        )
     base, extra = divmod(batch_size, world_size)
     return [base + (rank < extra) for rank in range(world_size)]
 

@@ -4,6 +4,7 @@ A checkpoint is a dict that `torch.save` has written. Besides tensors it holds N
 `torch.device` and plain containers, so the reader admits these and refuses everything else: a pickle is a program, and
 checkpoints are passed from hospital to hospital.
 """
+
 from __future__ import annotations
 
 import _codecs
@@ -31,8 +32,22 @@ ALLOW_UNSAFE_VARIABLE = "nnUNet_allow_unsafe_checkpoints"
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 
-_NUMPY_DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-                 "float16", "float32", "float64", "U1", "S1")
+_NUMPY_DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "U1",
+    "S1",
+)
 
 
 class CheckpointError(RuntimeError):
@@ -65,8 +80,9 @@ def is_better(score: float, best: float | None) -> bool:
     return bool(score > best) or bool(np.isnan(best) and not np.isnan(score))
 
 
-def load_checkpoint_file(path: str | os.PathLike[str], map_location: torch.device | str = "cpu", *,
-                         mmap: bool = False) -> dict[str, Any]:
+def load_checkpoint_file(
+    path: str | os.PathLike[str], map_location: torch.device | str = "cpu", *, mmap: bool = False
+) -> dict[str, Any]:
     """Read a checkpoint of this package or of the reference.
 
     Args:
@@ -88,18 +104,22 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: torch.devic
     if _allows_unsafe_checkpoints():
         return torch.load(path, weights_only=False, **options)
     if not zipfile.is_zipfile(path):
-        raise DamagedCheckpointError(f"{path} is damaged or no checkpoint: it is no complete zip archive "
-                                     f"({path.stat().st_size} bytes)")
+        raise DamagedCheckpointError(
+            f"{path} is damaged or no checkpoint: it is no complete zip archive ({path.stat().st_size} bytes)"
+        )
     if _is_torchscript(path):
-        raise UntrustedCheckpointError(f"{path} is a TorchScript file, which is a program and no checkpoint: expected "
-                                       "a dict that torch.save has written")
+        raise UntrustedCheckpointError(
+            f"{path} is a TorchScript file, which is a program and no checkpoint: expected "
+            "a dict that torch.save has written"
+        )
     try:
         checkpoint = _load_allow_listed(path, options)
     except pickle.UnpicklingError as error:
         raise UntrustedCheckpointError(
             f"{path} holds more than tensors, numbers, text and containers, and rebuilding the rest would run code "
             f"from the file: {_first_line(error)} If you trust its origin, set the environment variable "
-            f"{ALLOW_UNSAFE_VARIABLE}=1 and try again") from error
+            f"{ALLOW_UNSAFE_VARIABLE}=1 and try again"
+        ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     if not isinstance(checkpoint, dict):
@@ -145,8 +165,11 @@ def _allow_list() -> dict[str, object]:
     scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     multiarray = {"scalar": scalar, "_reconstruct": reconstruct}
     return {
-        **{f"{module}.{name}": thing for module in ("numpy._core.multiarray", "numpy.core.multiarray")
-           for name, thing in multiarray.items()},
+        **{
+            f"{module}.{name}": thing
+            for module in ("numpy._core.multiarray", "numpy.core.multiarray")
+            for name, thing in multiarray.items()
+        },
         **{f"{cls.__module__}.{cls.__name__}": cls for cls in dtype_classes},
         "numpy.ndarray": np.ndarray,
         "numpy.dtype": np.dtype,

@@ -1,4 +1,5 @@
 """Decide whether to compile networks with torch.compile."""
+
 from __future__ import annotations
 
 import os

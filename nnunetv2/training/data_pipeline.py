@@ -1,4 +1,5 @@
 """Build the streams of training and validation batches from the hooks of a trainer, and end them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
-def start_augmenters(trainer: nnUNetTrainer, *, loader_class: type[nnUNetDataLoader],
-                     num_processes: int) -> tuple[Iterator[dict], Iterator[dict]]:
+def start_augmenters(
+    trainer: nnUNetTrainer, *, loader_class: type[nnUNetDataLoader], num_processes: int
+) -> tuple[Iterator[dict], Iterator[dict]]:
     """Return endless training and validation batches, whose workers are running already.
 
     Nobody waits for their first batches: until the first step there is more to do.
@@ -26,28 +28,52 @@ def start_augmenters(trainer: nnUNetTrainer, *, loader_class: type[nnUNetDataLoa
     patch_size = trainer.configuration_manager.patch_size
     scales = trainer._get_deep_supervision_scales()
     rotation, dummy_2d, initial_patch_size, mirror_axes = (
-        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size())
+        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    )
     labels = trainer.label_manager
-    shared = {"is_cascaded": trainer.is_cascaded, "foreground_labels": labels.foreground_labels,
-              "regions": labels.foreground_regions if labels.has_regions else None,
-              "ignore_label": labels.ignore_label}
+    shared = {
+        "is_cascaded": trainer.is_cascaded,
+        "foreground_labels": labels.foreground_labels,
+        "regions": labels.foreground_regions if labels.has_regions else None,
+        "ignore_label": labels.ignore_label,
+    }
     train_transforms = trainer.get_training_transforms(
-        patch_size, rotation, scales, mirror_axes, dummy_2d,
-        use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm, **shared)
+        patch_size,
+        rotation,
+        scales,
+        mirror_axes,
+        dummy_2d,
+        use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm,
+        **shared,
+    )
     val_transforms = trainer.get_validation_transforms(scales, **shared)
     train_set, val_set = trainer.get_tr_and_val_datasets()
     loaders = [
-        loader_class(dataset, trainer.batch_size, size, patch_size, labels,
-                     oversample_foreground_percent=trainer.oversample_foreground_percent,
-                     sampling_probabilities=None, pad_sides=None, transforms=transforms,
-                     probabilistic_oversampling=trainer.probabilistic_oversampling)
-        for dataset, size, transforms in ((train_set, initial_patch_size, train_transforms),
-                                          (val_set, patch_size, val_transforms))]
+        loader_class(
+            dataset,
+            trainer.batch_size,
+            size,
+            patch_size,
+            labels,
+            oversample_foreground_percent=trainer.oversample_foreground_percent,
+            sampling_probabilities=None,
+            pad_sides=None,
+            transforms=transforms,
+            probabilistic_oversampling=trainer.probabilistic_oversampling,
+        )
+        for dataset, size, transforms in (
+            (train_set, initial_patch_size, train_transforms),
+            (val_set, patch_size, val_transforms),
+        )
+    ]
     seed, epoch = seed_from_environment(), trainer.current_epoch
     augmenters = build_augmenters(
-        *loaders, num_processes=num_processes, pin_memory=trainer.device.type == "cuda",
+        *loaders,
+        num_processes=num_processes,
+        pin_memory=trainer.device.type == "cuda",
         entropy=None if seed is None else (seed, trainer.local_rank),
-        first_batches=(epoch * trainer.num_iterations_per_epoch, epoch * trainer.num_val_iterations_per_epoch))
+        first_batches=(epoch * trainer.num_iterations_per_epoch, epoch * trainer.num_val_iterations_per_epoch),
+    )
     for augmenter in augmenters:
         if isinstance(augmenter, WorkerAugmenter):
             augmenter.start()

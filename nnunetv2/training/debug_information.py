@@ -1,4 +1,5 @@
 """Describe a trainer and the machine it runs on, for debug.json."""
+
 from __future__ import annotations
 
 import socket

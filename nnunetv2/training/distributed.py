@@ -1,4 +1,5 @@
 """What several processes that train one network have to agree on."""
+
 from __future__ import annotations
 
 import os
@@ -32,8 +33,11 @@ def distribute(network: nn.Module, device: torch.device, *, has_unused_parameter
     """
     if device.type == "cuda":  # on a CPU there are no common batch statistics
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                   find_unused_parameters=has_unused_parameters)
+    return DistributedDataParallel(
+        network,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        find_unused_parameters=has_unused_parameters,
+    )
 
 
 def gather(values: np.ndarray) -> list[np.ndarray]:

@@ -1,4 +1,5 @@
 """Remember which validation cases are done, so that a validation that was interrupted goes on where it was."""
+
 from __future__ import annotations
 
 import hashlib

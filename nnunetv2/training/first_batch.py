@@ -1,4 +1,5 @@
 """Show the first batch of a training as a picture, so that wrong data is seen at once."""
+
 from __future__ import annotations
 
 import logging
@@ -23,24 +24,34 @@ def draw_first_batch(trainer: nnUNetTrainer, batch: dict) -> None:
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # somebody's loader
         logger.warning("no %s: batches are unlike those of nnU-Net's data loader: %r", PICTURE, error)
         return
-    trainer._writer.submit(PICTURE, _draw, Path(trainer.output_folder, PICTURE), samples,
-                           trainer.configuration_manager.spacing, trainer.dataset_json["labels"],
-                           trainer.label_manager.has_regions, is_vital=False)
+    trainer._writer.submit(
+        PICTURE,
+        _draw,
+        Path(trainer.output_folder, PICTURE),
+        samples,
+        trainer.configuration_manager.spacing,
+        trainer.dataset_json["labels"],
+        trainer.label_manager.has_regions,
+        is_vital=False,
+    )
 
 
 def _draw(path: Path, batch: dict, spacing: list[float], labels: dict[str, Any], has_regions: bool) -> None:
     from nnunetv2.training.data_augmentation.example_picture import save_augmentation_examples
 
-    save_augmentation_examples(path, [batch], max_samples=MAX_SAMPLES, spacing=spacing,
-                               names=_names(labels, has_regions))
+    save_augmentation_examples(
+        path, [batch], max_samples=MAX_SAMPLES, spacing=spacing, names=_names(labels, has_regions)
+    )
 
 
 def _copy_samples(batch: dict) -> dict[str, Any]:
     """Copy what is drawn; the training may change the batch meanwhile."""
     target = batch["target"][0] if isinstance(batch["target"], (list, tuple)) else batch["target"]
-    return {"data": torch.as_tensor(batch["data"])[:MAX_SAMPLES].cpu().clone().numpy(),
-            "target": torch.as_tensor(target)[:MAX_SAMPLES].cpu().clone().numpy(),
-            "keys": [str(key) for key in batch.get("keys", range(MAX_SAMPLES))]}
+    return {
+        "data": torch.as_tensor(batch["data"])[:MAX_SAMPLES].cpu().clone().numpy(),
+        "target": torch.as_tensor(target)[:MAX_SAMPLES].cpu().clone().numpy(),
+        "keys": [str(key) for key in batch.get("keys", range(MAX_SAMPLES))],
+    }
 
 
 def _names(labels: dict[str, Any], has_regions: bool) -> dict[int, str]:

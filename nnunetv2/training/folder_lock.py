@@ -1,4 +1,5 @@
 """Keep two trainings from writing into one folder."""
+
 from __future__ import annotations
 
 import logging
@@ -51,7 +52,8 @@ def _lock(path: Path) -> int | None:
             os.close(descriptor)
             raise FolderInUseError(
                 f"another training writes into {path.parent} already ({holder or 'unknown process'}); two would "
-                "overwrite each other's checkpoints. Stop one of them") from error
+                "overwrite each other's checkpoints. Stop one of them"
+            ) from error
         except OSError as error:  # some network file systems
             logger.debug("cannot lock %s: %s", path, error)
             os.close(descriptor)

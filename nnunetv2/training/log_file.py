@@ -1,4 +1,5 @@
 """Append lines to the log of a training."""
+
 from __future__ import annotations
 
 import time

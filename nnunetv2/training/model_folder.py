@@ -1,4 +1,5 @@
 """Where a training reads and writes, and what lies beside the folds of a trained model."""
+
 from __future__ import annotations
 
 import os
@@ -45,7 +46,9 @@ def locate_folders(plans: PlansManager, configuration: str, fold: int | str, tra
         output_folder_base=below(results, model(configuration)),
         output_folder=below(results, model(configuration), f"fold_{fold}"),
         folder_with_segs_from_previous_stage=(
-            below(results, model(previous), "predicted_next_stage", configuration) if previous is not None else None))
+            below(results, model(previous), "predicted_next_stage", configuration) if previous is not None else None
+        ),
+    )
 
 
 def require_folder(folder: str | None, trainer_name: str) -> str:
@@ -56,8 +59,10 @@ def require_folder(folder: str | None, trainer_name: str) -> str:
     """
     if folder is None:
         unset = [root.env_var_name for root in (nnUNet_preprocessed, nnUNet_results) if not root.is_set()]
-        raise RuntimeError(f"{' and '.join(unset) or 'a folder'} was not set when {trainer_name} was constructed: it "
-                           "can build networks, but not train")
+        raise RuntimeError(
+            f"{' and '.join(unset) or 'a folder'} was not set when {trainer_name} was constructed: it "
+            "can build networks, but not train"
+        )
     return folder
 
 
@@ -79,11 +84,13 @@ def require_previous_stage(folder: str, cases: Iterable[str], configuration: str
         raise FileNotFoundError(
             f"{len(missing)} of {len(needed)} cases, such as {missing[0]}, have no segmentation of the previous stage "
             f"in {folder}. Each fold of {configuration} segments its own validation cases: train all its folds with "
-            "the same trainer and plans, or fold 'all'")
+            "the same trainer and plans, or fold 'all'"
+        )
 
 
-def save_model_description(folder: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any],
-                           preprocessed_folder: str) -> None:
+def save_model_description(
+    folder: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any], preprocessed_folder: str
+) -> None:
     """Write plans, dataset description and fingerprint, which prediction needs besides the weights.
 
     Raises:
@@ -99,8 +106,9 @@ def save_model_description(folder: str, plans: Mapping[str, Any], dataset_json: 
         shutil.copy(fingerprint, written)
 
 
-def log_plans(report: Callable[..., None], plans: Mapping[str, Any], configuration_name: str,
-              configuration: object) -> None:
+def log_plans(
+    report: Callable[..., None], plans: Mapping[str, Any], configuration_name: str, configuration: object
+) -> None:
     """Log a configuration, and the plans without the others."""
     general = {key: value for key, value in plans.items() if key != "configurations"}
     report(f"\nConfiguration {configuration_name}:\n{configuration}\n", add_timestamp=False)

@@ -1,4 +1,5 @@
 """Build networks with the builders of trainers of all generations, and reach them inside their wrappers."""
+
 from __future__ import annotations
 
 import inspect
@@ -15,23 +16,38 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 
-def build_network(builder: Callable[..., nn.Module], *, plans_manager: PlansManager,
-                  configuration_manager: ConfigurationManager, dataset_json: dict, num_input_channels: int,
-                  num_output_channels: int, enable_deep_supervision: bool) -> nn.Module:
+def build_network(
+    builder: Callable[..., nn.Module],
+    *,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool,
+) -> nn.Module:
     """Call a trainer's `build_network_architecture`, whose parameters tell which generation it is of."""
     names = inspect.signature(builder).parameters
     if "plans_manager" in names and "dataset_json" in names:  # before 2.3; finds the number of outputs by itself
         return builder(plans_manager, dataset_json, configuration_manager, num_input_channels, enable_deep_supervision)
     if "plans_manager" in names:
-        return builder(plans_manager, configuration_manager, num_input_channels, num_output_channels,
-                       enable_deep_supervision)
+        return builder(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
     warnings.warn(
         "build_network_architecture(architecture_class_name, arch_init_kwargs, ...) is deprecated; use the signature "
         "(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)",
-        DeprecationWarning, stacklevel=2)
-    return builder(configuration_manager.network_arch_class_name, configuration_manager.network_arch_init_kwargs,
-                   configuration_manager.network_arch_init_kwargs_req_import, num_input_channels, num_output_channels,
-                   enable_deep_supervision)
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return builder(
+        configuration_manager.network_arch_class_name,
+        configuration_manager.network_arch_init_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+        num_input_channels,
+        num_output_channels,
+        enable_deep_supervision,
+    )
 
 
 def bare_network(network: nn.Module) -> nn.Module:

@@ -1,4 +1,5 @@
 """Build the optimizer, and keep what it remembers independent of how it computes."""
+
 from __future__ import annotations
 
 import inspect
@@ -27,20 +28,19 @@ class EagerSGD(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float,
-              device: torch.device) -> torch.optim.SGD:
+def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float, device: torch.device) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum, which updates all weights in one pass where torch can.
 
     On CUDA it decides on the GPU whether to skip a step, without waiting.
     """
     options = {"fused": True} if can_be_fused(device) else {}
     sgd = torch.optim.SGD if device.type == "cuda" else EagerSGD  # on CUDA the network is compiled, so it is loaded
-    return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True,
-               **options)
+    return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True, **options)
 
 
-def build_adamw(network: nn.Module, *, initial_lr: float, weight_decay: float, betas: tuple[float, float],
-                device: torch.device) -> torch.optim.AdamW:
+def build_adamw(
+    network: nn.Module, *, initial_lr: float, weight_decay: float, betas: tuple[float, float], device: torch.device
+) -> torch.optim.AdamW:
     """Return AdamW, which updates all weights in one pass where torch can."""
     options = {"fused": True} if can_be_fused(device) else {}
     return torch.optim.AdamW(network.parameters(), initial_lr, weight_decay=weight_decay, betas=betas, **options)
@@ -54,8 +54,10 @@ def build_grad_scaler(device: torch.device) -> torch.amp.GradScaler | None:
 def portable_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimizer's state as any machine and any version of torch loads it."""
     state = optimizer.state_dict()
-    groups = [{key: None if key in ("foreach", "fused") else value for key, value in group.items()}
-              for group in state["param_groups"]]
+    groups = [
+        {key: None if key in ("foreach", "fused") else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
     return {**state, "param_groups": groups}
 
 

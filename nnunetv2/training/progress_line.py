@@ -1,7 +1,8 @@
 """Show on a terminal where a training is: one line that is written again and again.
 
-    Epoch 12/1000  training 137/250  loss -0.4312  pseudo Dice 0.8123  0.21 s/it  54 h 12 min left
+Epoch 12/1000  training 137/250  loss -0.4312  pseudo Dice 0.8123  0.21 s/it  54 h 12 min left
 """
+
 from __future__ import annotations
 
 import shutil
@@ -25,11 +26,19 @@ class Position:
     iteration: int = 0
 
 
-def format_progress(position: Position, *, loss: float | None, dice: float | None, seconds_per_iteration: float | None,
-                    seconds_left: float | None) -> str:
+def format_progress(
+    position: Position,
+    *,
+    loss: float | None,
+    dice: float | None,
+    seconds_per_iteration: float | None,
+    seconds_left: float | None,
+) -> str:
     """Return the line; figures that are not known yet are left out."""
-    parts = [f"Epoch {position.epoch}/{position.num_epochs}",
-             f"{position.phase} {position.iteration}/{position.num_iterations}"]
+    parts = [
+        f"Epoch {position.epoch}/{position.num_epochs}",
+        f"{position.phase} {position.iteration}/{position.num_iterations}",
+    ]
     if loss is not None:
         parts.append(f"loss {loss:.4f}")
     if dice is not None:
@@ -94,13 +103,20 @@ class ProgressLine:
             if self.is_live and self.clock() - self._last_update >= SECONDS_BETWEEN_UPDATES:
                 reached = replace(phase, iteration=number + 1)
                 pace = (self.clock() - start) / (number + 1)
-                self.show(format_progress(reached, loss=loss(), dice=dice, seconds_per_iteration=pace,
-                                          seconds_left=self._seconds_left(reached, pace)))
+                self.show(
+                    format_progress(
+                        reached,
+                        loss=loss(),
+                        dice=dice,
+                        seconds_per_iteration=pace,
+                        seconds_left=self._seconds_left(reached, pace),
+                    )
+                )
 
     def show(self, text: str) -> None:
         """Write the line in place of the last one, cut to the width of the terminal."""
         width = shutil.get_terminal_size().columns
-        self.stream.write(CLEAR_LINE + text[:width - 1])
+        self.stream.write(CLEAR_LINE + text[: width - 1])
         self.stream.flush()
         self._is_shown, self._last_update = True, self.clock()
 

@@ -1,4 +1,5 @@
 """Make trainings repeat: the environment variable nnUNet_seed, an extension of this package."""
+
 from __future__ import annotations
 
 import os
@@ -15,8 +16,8 @@ def seed_from_environment() -> int | None:
     text = os.environ.get(SEED_VARIABLE)
     if not text:
         return None
-    if not text.isdecimal() or int(text) >= 2 ** 32:
-        raise ValueError(f"{SEED_VARIABLE} is {text!r}: set it to a whole number from 0 to {2 ** 32 - 1}, or unset it")
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise ValueError(f"{SEED_VARIABLE} is {text!r}: set it to a whole number from 0 to {2**32 - 1}, or unset it")
     return int(text)
 
 

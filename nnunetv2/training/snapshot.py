@@ -1,4 +1,5 @@
 """Copy the state of a training, so that it can be written while the training goes on."""
+
 from __future__ import annotations
 
 import weakref

@@ -1,4 +1,5 @@
 """Choose the training and validation cases of a fold."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +17,15 @@ SPLITS_FILE = "splits_final.json"
 SEED = 12345
 
 
-def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]], folder: str, report: Report, *,
-                generate: Callable[..., list[dict]] = generate_crossval_split) -> Split:
+def split_cases(
+    path: Path,
+    fold: int,
+    identifiers: Callable[[], Iterable[str]],
+    folder: str,
+    report: Report,
+    *,
+    generate: Callable[..., list[dict]] = generate_crossval_split,
+) -> Split:
     """Return the training and validation cases of a fold; write the splits of a dataset that has none.
 
     Args:
@@ -39,8 +47,13 @@ def split_cases(path: Path, fold: int, identifiers: Callable[[], Iterable[str]],
     return train, val
 
 
-def load_or_create_splits(path: Path, identifiers: Callable[[], Iterable[str]], report: Report, *,
-                          generate: Callable[..., list[dict]] = generate_crossval_split) -> list[dict]:
+def load_or_create_splits(
+    path: Path,
+    identifiers: Callable[[], Iterable[str]],
+    report: Report,
+    *,
+    generate: Callable[..., list[dict]] = generate_crossval_split,
+) -> list[dict]:
     """Read the splits of a dataset, or write those of a five-fold cross-validation if there are none.
 
     Args:
@@ -75,22 +88,27 @@ def choose_fold(splits: Sequence[dict], fold: int, identifiers: Callable[[], Ite
     if fold < len(splits):
         train, val = list(splits[fold]["train"]), list(splits[fold]["val"])
     else:
-        report(f"INFO: fold {fold} is not among the {len(splits)} splits of the dataset: splitting its cases 80:20 at "
-               f"random, with seed {SEED + fold}. Such folds overlap with each other.")
+        report(
+            f"INFO: fold {fold} is not among the {len(splits)} splits of the dataset: splitting its cases 80:20 at "
+            f"random, with seed {SEED + fold}. Such folds overlap with each other."
+        )
         train, val = split_randomly(identifiers(), fold)
     report(f"Cases: {len(train)} for training, {len(val)} for validation")
     both = sorted(set(train) & set(val))
     if both:
-        report(f"WARNING: {len(both)} cases are in both the training and the validation set: {', '.join(both)}. "
-               "Validation scores will be too good.")
+        report(
+            f"WARNING: {len(both)} cases are in both the training and the validation set: {', '.join(both)}. "
+            "Validation scores will be too good."
+        )
     return train, val
 
 
 def _require_cases(train: Sequence[str], val: Sequence[str], fold: str) -> None:
     empty = [what for what, cases in (("training", train), ("validation", val)) if not cases]
     if empty:
-        raise ValueError(f"{fold} has no {' and no '.join(empty)} cases. Name some there, or train on all cases with "
-                         "fold 'all'")
+        raise ValueError(
+            f"{fold} has no {' and no '.join(empty)} cases. Name some there, or train on all cases with fold 'all'"
+        )
 
 
 def split_randomly(identifiers: Iterable[str], fold: int) -> Split:
@@ -110,5 +128,7 @@ def require_preprocessed(keys: Iterable[str], available: Iterable[str], folder: 
     missing = sorted(set(keys) - set(available))
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise FileNotFoundError(f"{len(missing)} cases of {SPLITS_FILE} are not in {folder}: {shown}. Preprocess them, "
-                                "or remove them from the splits")
+        raise FileNotFoundError(
+            f"{len(missing)} cases of {SPLITS_FILE} are not in {folder}: {shown}. Preprocess them, "
+            "or remove them from the splits"
+        )

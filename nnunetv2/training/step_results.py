@@ -1,4 +1,5 @@
 """Results of steps that stay on the GPU until somebody looks: fetching each at once would stop it in every step."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

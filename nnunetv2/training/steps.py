@@ -1,4 +1,5 @@
 """The arithmetic of one step: move a batch, update the weights, count hits and misses."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -39,8 +40,13 @@ def as_loss_input(output: TensorOrList) -> TensorOrList:
     return output.float() if output.device.type == "cpu" else output
 
 
-def update_weights_(loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer,
-                    grad_scaler: torch.amp.GradScaler | None, max_norm: float = MAX_GRADIENT_NORM) -> None:
+def update_weights_(
+    loss: torch.Tensor,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    grad_scaler: torch.amp.GradScaler | None,
+    max_norm: float = MAX_GRADIENT_NORM,
+) -> None:
     """Go one step down the gradient of the loss, with its norm clipped."""
     if grad_scaler is None:
         loss.backward()
@@ -54,8 +60,9 @@ def update_weights_(loss: torch.Tensor, network: nn.Module, optimizer: torch.opt
     grad_scaler.update()
 
 
-def count_hits(output: torch.Tensor, target: torch.Tensor,
-               label_manager: LabelManager) -> tuple[np.ndarray | PendingArray, ...]:
+def count_hits(
+    output: torch.Tensor, target: torch.Tensor, label_manager: LabelManager
+) -> tuple[np.ndarray | PendingArray, ...]:
     """Count voxels of hard predictions over a batch, without voxels to be ignored.
 
     Args:
@@ -93,8 +100,8 @@ def _count_label_hits(output: torch.Tensor, target: torch.Tensor, ignore_label: 
     # to be ignored.
     index = wanted * num_classes + predicted
     if ignore_label is not None:
-        index = torch.where(wanted == ignore_label, num_classes ** 2, index)
-    confusion = _histogram(index, num_classes ** 2 + 1)[:-1].reshape(num_classes, num_classes)
+        index = torch.where(wanted == ignore_label, num_classes**2, index)
+    confusion = _histogram(index, num_classes**2 + 1)[:-1].reshape(num_classes, num_classes)
     tp = confusion.diagonal()
     return tp[1:], (confusion.sum(0) - tp)[1:], (confusion.sum(1) - tp)[1:]
 

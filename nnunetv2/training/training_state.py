@@ -1,4 +1,5 @@
 """Gather what a checkpoint holds from a trainer, and put it back."""
+
 from __future__ import annotations
 
 import inspect
@@ -38,8 +39,9 @@ def restore_state_(trainer: nnUNetTrainer, checkpoint: Mapping[str, Any]) -> Non
     trainer.current_epoch, trainer._best_ema = checkpoint["current_epoch"], checkpoint["_best_ema"]
     trainer.my_init_kwargs = checkpoint["init_args"]
     trainer.logger.load_checkpoint(checkpoint["logging"])
-    trainer.inference_allowed_mirroring_axes = checkpoint.get("inference_allowed_mirroring_axes",
-                                                              trainer.inference_allowed_mirroring_axes)
+    trainer.inference_allowed_mirroring_axes = checkpoint.get(
+        "inference_allowed_mirroring_axes", trainer.inference_allowed_mirroring_axes
+    )
     load_optimizer_state_(trainer.optimizer, checkpoint["optimizer_state"])
     if trainer.grad_scaler is not None and checkpoint.get("grad_scaler_state") is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

@@ -1,4 +1,5 @@
 """Predict the validation cases of a fold with the trained network, and score them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,8 +35,13 @@ NextStage = tuple[str, tuple[int, ...], type]
 """Name, preprocessed shape of the case, and dataset class."""
 
 
-def validate(trainer: nnUNetTrainer, *, save_probabilities: bool, predictor_class: type[nnUNetPredictor],
-             compute_metrics: Callable[..., dict]) -> None:
+def validate(
+    trainer: nnUNetTrainer,
+    *,
+    save_probabilities: bool,
+    predictor_class: type[nnUNetPredictor],
+    compute_metrics: Callable[..., dict],
+) -> None:
     """Write segmentations of all validation cases and summary.json into the folder `validation` of the fold.
 
     Goes on where a validation with the same weights was interrupted. Leaves the network in the mode in which it was.
@@ -56,12 +62,23 @@ def validate(trainer: nnUNetTrainer, *, save_probabilities: bool, predictor_clas
         finished = FinishedCases(folder)
         if trainer.local_rank == 0:
             _set_aside_other_cases(trainer, folder)
-            finished.open(fingerprint_of(bare_network(network), [
-                save_probabilities, trainer.inference_allowed_mirroring_axes, trainer.plans_manager.plans,
-                trainer.configuration_name, wants_cpu_autocast(), trainer.device.type]))
+            finished.open(
+                fingerprint_of(
+                    bare_network(network),
+                    [
+                        save_probabilities,
+                        trainer.inference_allowed_mirroring_axes,
+                        trainer.plans_manager.plans,
+                        trainer.configuration_name,
+                        wants_cpu_autocast(),
+                        trainer.device.type,
+                    ],
+                )
+            )
         wait_for_all()
-        _predict_cases(trainer, build_predictor(trainer, predictor_class), folder, finished,
-                       save_probabilities=save_probabilities)
+        _predict_cases(
+            trainer, build_predictor(trainer, predictor_class), folder, finished, save_probabilities=save_probabilities
+        )
         wait_for_all()
         if trainer.local_rank == 0:
             _score(trainer, folder, compute_metrics)
@@ -103,35 +120,60 @@ def _set_aside_other_cases(trainer: nnUNetTrainer, folder: Path) -> None:
         trainer.print_to_log_file(
             f"WARNING: {folder} held predictions of {len(moved)} cases that are not for validation in this fold, of an "
             f"earlier split: {', '.join(moved[:10])}{', ...' if len(moved) > 10 else ''}. They are not scored, and lie "
-            f"in {ASIDE} beside it now", also_print_to_console=True)
+            f"in {ASIDE} beside it now",
+            also_print_to_console=True,
+        )
 
 
-def _predict_cases(trainer: nnUNetTrainer, predictor: nnUNetPredictor, folder: Path, finished: FinishedCases, *,
-                   save_probabilities: bool) -> None:
+def _predict_cases(
+    trainer: nnUNetTrainer,
+    predictor: nnUNetPredictor,
+    folder: Path,
+    finished: FinishedCases,
+    *,
+    save_probabilities: bool,
+) -> None:
     """Predict this process's share of the validation cases, here and for the next stages of a cascade."""
     all_keys = trainer.do_split()[1]
     world_size = distributed.get_world_size() if trainer.is_ddp else 1
     dataset = trainer.dataset_class(
-        trainer.preprocessed_dataset_folder, list(all_keys[trainer.local_rank::world_size]),
-        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage)
+        trainer.preprocessed_dataset_folder,
+        list(all_keys[trainer.local_rank :: world_size]),
+        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage,
+    )
     num_workers = max(1, min(default_num_processes, usable_cpu_count(), len(dataset.identifiers)))
     with ExportQueue(num_workers) as queue, ThreadPoolExecutor(1, thread_name_prefix="validation-reader") as reader:
         cases = [case for case in dataset.identifiers if case not in finished]
         if len(cases) < len(dataset.identifiers):
-            trainer.print_to_log_file(f"{len(dataset.identifiers) - len(cases)} cases were predicted before this "
-                                      "validation was interrupted; going on with the others")
-        for case, (data, properties) in _read_ahead(reader, lambda case: load_network_input(trainer, dataset, case),
-                                                    cases):
+            trainer.print_to_log_file(
+                f"{len(dataset.identifiers) - len(cases)} cases were predicted before this "
+                "validation was interrupted; going on with the others"
+            )
+        for case, (data, properties) in _read_ahead(
+            reader, lambda case: load_network_input(trainer, dataset, case), cases
+        ):
             trainer.print_to_log_file(f"predicting {case}")
             trainer.print_to_log_file(f"{case}, shape {tuple(data.shape)}, rank {trainer.local_rank}")
             logits = predictor.predict_sliding_window_return_logits(data).cpu().numpy()
-            queue.submit(case, logits.nbytes, _export, trainer, logits, properties, folder, case,
-                         list(_next_stages(trainer, case)), finished, save_probabilities)
+            queue.submit(
+                case,
+                logits.nbytes,
+                _export,
+                trainer,
+                logits,
+                properties,
+                folder,
+                case,
+                list(_next_stages(trainer, case)),
+                finished,
+                save_probabilities,
+            )
         queue.results()
 
 
-def _read_ahead(reader: ThreadPoolExecutor, read: Callable[[str], Any],
-                cases: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _read_ahead(
+    reader: ThreadPoolExecutor, read: Callable[[str], Any], cases: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     """Yield each case with what was read for it, while the next one is being read."""
     following = reader.submit(read, cases[0]) if cases else None
     for i, case in enumerate(cases):
@@ -140,30 +182,66 @@ def _read_ahead(reader: ThreadPoolExecutor, read: Callable[[str], Any],
         yield case, content
 
 
-def _export(trainer: nnUNetTrainer, logits: np.ndarray, properties: dict, folder: Path, case: str,
-            next_stages: Sequence[NextStage], finished: FinishedCases, save_probabilities: bool) -> None:
+def _export(
+    trainer: nnUNetTrainer,
+    logits: np.ndarray,
+    properties: dict,
+    folder: Path,
+    case: str,
+    next_stages: Sequence[NextStage],
+    finished: FinishedCases,
+    save_probabilities: bool,
+) -> None:
     """Write the segmentation of a case and what the next stages of a cascade need; then note that it is done."""
     for stage, target_shape, dataset_class in next_stages:
         target_folder = Path(trainer.output_folder_base, "predicted_next_stage", stage)
         target_folder.mkdir(parents=True, exist_ok=True)
-        resample_and_save(logits, target_shape, str(target_folder / case), trainer.plans_manager,
-                          trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
-                          dataset_class)
-    export_case(logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
-                str(folder / case), save_probabilities)
+        resample_and_save(
+            logits,
+            target_shape,
+            str(target_folder / case),
+            trainer.plans_manager,
+            trainer.configuration_manager,
+            properties,
+            trainer.dataset_json,
+            default_num_processes,
+            dataset_class,
+        )
+    export_case(
+        logits,
+        properties,
+        trainer.configuration_manager,
+        trainer.plans_manager,
+        trainer.dataset_json,
+        str(folder / case),
+        save_probabilities,
+    )
     finished.add(case)
 
 
 def build_predictor(trainer: nnUNetTrainer, predictor_class: type[nnUNetPredictor]) -> nnUNetPredictor:
     """Return a predictor that uses the network as it is now, with the settings of inference."""
-    predictor = predictor_class(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
-                                perform_everything_on_device=True, device=trainer.device, verbose=False,
-                                verbose_preprocessing=False, allow_tqdm=False)
+    predictor = predictor_class(
+        tile_step_size=0.5,
+        use_gaussian=True,
+        use_mirroring=True,
+        perform_everything_on_device=True,
+        device=trainer.device,
+        verbose=False,
+        verbose_preprocessing=False,
+        allow_tqdm=False,
+    )
     # Without DDP, which would compare buffers with processes that predict another number of tiles.
     network = trainer.network.module if isinstance(trainer.network, DistributedDataParallel) else trainer.network
-    predictor.manual_initialization(network, trainer.plans_manager, trainer.configuration_manager, None,
-                                    trainer.dataset_json, type(trainer).__name__,
-                                    trainer.inference_allowed_mirroring_axes)
+    predictor.manual_initialization(
+        network,
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        None,
+        trainer.dataset_json,
+        type(trainer).__name__,
+        trainer.inference_allowed_mirroring_axes,
+    )
     return predictor
 
 
@@ -172,8 +250,9 @@ def load_network_input(trainer: nnUNetTrainer, dataset: nnUNetBaseDataset, case:
     data, _, previous, properties = dataset.load_case(case)
     data = data[:]
     if trainer.is_cascaded:
-        one_hot = convert_labelmap_to_one_hot(previous[:], trainer.label_manager.foreground_labels,
-                                              output_dtype=data.dtype)
+        one_hot = convert_labelmap_to_one_hot(
+            previous[:], trainer.label_manager.foreground_labels, output_dtype=data.dtype
+        )
         data = np.vstack((data, one_hot))
     return torch.from_numpy(np.ascontiguousarray(data)), properties
 
@@ -197,11 +276,16 @@ def _score(trainer: nnUNetTrainer, folder: Path, compute_metrics: Callable[..., 
     labels = trainer.label_manager
     world_size = distributed.get_world_size() if trainer.is_ddp else 1
     metrics = compute_metrics(
-        str(Path(trainer.preprocessed_dataset_folder_base, "gt_segmentations")), str(folder),
-        str(folder / "summary.json"), trainer.plans_manager.image_reader_writer_class(),
+        str(Path(trainer.preprocessed_dataset_folder_base, "gt_segmentations")),
+        str(folder),
+        str(folder / "summary.json"),
+        trainer.plans_manager.image_reader_writer_class(),
         trainer.dataset_json["file_ending"],
-        labels.foreground_regions if labels.has_regions else labels.foreground_labels, labels.ignore_label,
-        chill=True, num_processes=default_num_processes * world_size)
+        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+        labels.ignore_label,
+        chill=True,
+        num_processes=default_num_processes * world_size,
+    )
     for label, values in metrics["mean"].items():
         trainer.logger.log_summary(f"final_val/class_{label}_dice", values["Dice"])
     mean_dice = metrics["foreground_mean"]["Dice"]
@@ -212,5 +296,7 @@ def _score(trainer: nnUNetTrainer, folder: Path, compute_metrics: Callable[..., 
 
 def _warn_of_slow_compilation(trainer: nnUNetTrainer) -> None:
     if trainer.is_ddp and trainer.batch_size == 1 and trainer.enable_deep_supervision and trainer._do_i_compile():
-        trainer.print_to_log_file("WARNING: validation of a compiled network with batch size 1 per GPU in distributed "
-                                  "training can fail. If it does, validate with --val on one GPU")
+        trainer.print_to_log_file(
+            "WARNING: validation of a compiled network with batch size 1 per GPU in distributed "
+            "training can fail. If it does, validate with --val on one GPU"
+        )

@@ -1,4 +1,5 @@
 """Write files so that a reader sees either the old content or the complete new one."""
+
 from __future__ import annotations
 
 import errno
@@ -86,7 +87,7 @@ def _split_name(name: str) -> tuple[str, str, str]:
     ITK writes x.nii.gz when it is told x.nii.nii.gz, and pairs of files for x.img.nii.gz.
     """
     ending = next((ending for ending in _NIFTI_ENDINGS if name.lower().endswith(ending)), "")
-    stem, ending = name[:len(name) - len(ending)], name[len(name) - len(ending):]
+    stem, ending = name[: len(name) - len(ending)], name[len(name) - len(ending) :]
     return stem, "image" if ending and "." in stem else stem, ending
 
 

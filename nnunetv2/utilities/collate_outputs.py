@@ -1,4 +1,5 @@
 """Merge what the steps of an epoch returned."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

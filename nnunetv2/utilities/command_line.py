@@ -1,4 +1,5 @@
 """What all commands share: options, logging, and how an error reaches the person at the terminal."""
+
 from __future__ import annotations
 
 import argparse
@@ -21,9 +22,13 @@ _EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, AssertionError, ImportErr
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Add `-device` to a parser. Its value stays text; `utilities.device.resolve_device` makes it a device."""
-    parser.add_argument("-device", default="cuda", choices=DEVICES,
-                        help="Where the network runs: cuda (default), cpu or mps. To pick one of several GPUs, set "
-                             "CUDA_VISIBLE_DEVICES, for example CUDA_VISIBLE_DEVICES=1.")
+    parser.add_argument(
+        "-device",
+        default="cuda",
+        choices=DEVICES,
+        help="Where the network runs: cuda (default), cpu or mps. To pick one of several GPUs, set "
+        "CUDA_VISIBLE_DEVICES, for example CUDA_VISIBLE_DEVICES=1.",
+    )
 
 
 def run_command(function: Callable[[], int | None]) -> None:

@@ -1,4 +1,5 @@
 """Split training cases into the folds of a cross-validation, and read such splits."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,8 +25,10 @@ def generate_crossval_split(train_identifiers: Sequence[str], seed: int = 12345,
     """
     identifiers = np.array(train_identifiers)
     if n_splits < 2 or len(identifiers) < n_splits:
-        raise ValueError(f"cannot split {len(identifiers)} training cases into {n_splits} folds; every fold needs a "
-                         "case (train with fold 'all', or write splits_final.json yourself)")
+        raise ValueError(
+            f"cannot split {len(identifiers)} training cases into {n_splits} folds; every fold needs a "
+            "case (train with fold 'all', or write splits_final.json yourself)"
+        )
     order = np.arange(len(identifiers))
     np.random.RandomState(seed).shuffle(order)
     folds = [np.sort(fold) for fold in np.array_split(order, n_splits)]
@@ -41,12 +44,15 @@ def read_splits(path: Path) -> list[dict]:
     splits = read_json(path, list, refuse_duplicates=True)
     wrong = [str(fold) for fold, split in enumerate(splits) if not _is_split(split)]
     if wrong:
-        raise ValueError(f"{path} must hold a list with one entry {{\"train\": [...], \"val\": [...]}} per fold, where "
-                         f"the dots are names of cases in quotes; fold {', '.join(wrong)} is none (folds count from 0)")
+        raise ValueError(
+            f'{path} must hold a list with one entry {{"train": [...], "val": [...]}} per fold, where '
+            f"the dots are names of cases in quotes; fold {', '.join(wrong)} is none (folds count from 0)"
+        )
     return splits
 
 
 def _is_split(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(value.get(part), list) and all(isinstance(case, str) for case in value[part])
-        for part in ("train", "val"))
+        for part in ("train", "val")
+    )

@@ -1,4 +1,5 @@
 """Turn dataset ids into folder names and back: 4 <-> Dataset004_Hippocampus."""
+
 from __future__ import annotations
 
 import re
@@ -24,8 +25,12 @@ def find_candidate_datasets(dataset_id: int) -> np.ndarray:
     prefix = f"Dataset{dataset_id:03d}"
     # Another digit after the prefix belongs to a longer id.
     belongs = re.compile(rf"{prefix}(?!\d)").match
-    names = [folder.name for root in _existing_roots() for folder in root.iterdir()
-             if belongs(folder.name) and folder.is_dir()]
+    names = [
+        folder.name
+        for root in _existing_roots()
+        for folder in root.iterdir()
+        if belongs(folder.name) and folder.is_dir()
+    ]
     return np.unique(names)
 
 
@@ -40,10 +45,14 @@ def convert_id_to_dataset_name(dataset_id: int) -> str:
         return candidates[0]
     roots = ", ".join(f"{root.env_var_name}={root.get()}" for root in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results))
     if len(candidates) == 0:
-        raise RuntimeError(f"no dataset with id {dataset_id} found: expected a folder named "
-                           f"Dataset{dataset_id:03d}_NAME in one of {roots}")
-    raise RuntimeError(f"several datasets have the id {dataset_id}: {', '.join(candidates)}. Rename or remove all but "
-                       f"one of them in {roots}")
+        raise RuntimeError(
+            f"no dataset with id {dataset_id} found: expected a folder named "
+            f"Dataset{dataset_id:03d}_NAME in one of {roots}"
+        )
+    raise RuntimeError(
+        f"several datasets have the id {dataset_id}: {', '.join(candidates)}. Rename or remove all but "
+        f"one of them in {roots}"
+    )
 
 
 def convert_dataset_name_to_id(dataset_name: str) -> int:
@@ -53,12 +62,13 @@ def convert_dataset_name_to_id(dataset_name: str) -> int:
         AssertionError: The name does not start with Dataset.
         ValueError: No number of at least three digits follows.
     """
-    assert dataset_name.startswith("Dataset"), (
-        f"{dataset_name!r} is no dataset name: it does not start with 'Dataset'")
+    assert dataset_name.startswith("Dataset"), f"{dataset_name!r} is no dataset name: it does not start with 'Dataset'"
     match = re.match(r"Dataset(\d{3,})", dataset_name)
     if match is None:
-        raise ValueError(f"{dataset_name!r} is no dataset name: three or more digits must follow 'Dataset', as in "
-                         "Dataset004_Hippocampus")
+        raise ValueError(
+            f"{dataset_name!r} is no dataset name: three or more digits must follow 'Dataset', as in "
+            "Dataset004_Hippocampus"
+        )
     return int(match[1])
 
 
@@ -75,8 +85,10 @@ def maybe_convert_to_dataset_name(dataset_name_or_id: int | str) -> str:
         try:
             dataset_name_or_id = int(dataset_name_or_id)
         except ValueError as error:
-            raise ValueError(f"{dataset_name_or_id!r} is neither a dataset id (a whole number such as 4) nor a dataset "
-                             "name (such as Dataset004_Hippocampus)") from error
+            raise ValueError(
+                f"{dataset_name_or_id!r} is neither a dataset id (a whole number such as 4) nor a dataset "
+                "name (such as Dataset004_Hippocampus)"
+            ) from error
     return convert_id_to_dataset_name(int(dataset_name_or_id))
 
 

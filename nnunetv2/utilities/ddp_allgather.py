@@ -1,4 +1,5 @@
 """Exchange tensors between the processes of a distributed training."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """Decide how many processes augment training data."""
+
 import os
 
 _DEFAULT = 12

@@ -5,6 +5,7 @@ AVX512-BF16), and in float32 elsewhere. The environment variable nnUNet_cpu_auto
 or off keep float32 everywhere; 1, true, t, yes or on ask for bfloat16 even where it is emulated and slow. In the same
 way nnUNet_mps_autocast asks for float16 in predictions on MPS, where float32 is the default.
 """
+
 from __future__ import annotations
 
 import logging
@@ -40,8 +41,10 @@ def resolve_device(name: str) -> torch.device:
     if name not in is_available:
         raise ValueError(f"unknown device {name!r}: use one of {', '.join(is_available)}")
     if not is_available[name]():
-        raise ValueError(f"device {name} was asked for, but torch {torch.__version__} finds none on this machine; "
-                         "pass -device cpu to run without it")
+        raise ValueError(
+            f"device {name} was asked for, but torch {torch.__version__} finds none on this machine; "
+            "pass -device cpu to run without it"
+        )
     return torch.device(name)
 
 
@@ -78,8 +81,11 @@ def wants_mps_autocast() -> bool:
     if not _read_choice(MPS_AUTOCAST_VARIABLE):
         return False
     if not torch.amp.is_autocast_available("mps"):
-        logger.warning("%s is set, but torch %s has no half precision on MPS: predicting in float32",
-                       MPS_AUTOCAST_VARIABLE, torch.__version__)
+        logger.warning(
+            "%s is set, but torch %s has no half precision on MPS: predicting in float32",
+            MPS_AUTOCAST_VARIABLE,
+            torch.__version__,
+        )
         return False
     return True
 

@@ -3,6 +3,7 @@
 The system keeps what is written in memory for up to half a minute. A sync at the end then waits for the whole file;
 with this, for its last few MiB.
 """
+
 from __future__ import annotations
 
 import ctypes

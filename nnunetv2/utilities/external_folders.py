@@ -1,4 +1,5 @@
 """Know the folders outside of the package that hold a user's own modules, from nnUNet_extTrainer."""
+
 from __future__ import annotations
 
 import os

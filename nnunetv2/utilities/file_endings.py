@@ -1,4 +1,5 @@
 """Take file names apart. An ending such as `.nii.gz` is two suffixes, so pathlib's own notion of one does not fit."""
+
 from __future__ import annotations
 
 import os
@@ -21,7 +22,7 @@ def split_channel(name: str, ending: str) -> tuple[str, int] | None:
     Returns:
         None if the name does not end in an underscore, four digits and the ending.
     """
-    stem = name[:-len(ending)] if ending and name.endswith(ending) else ""
+    stem = name[: -len(ending)] if ending and name.endswith(ending) else ""
     # Not a regular expression: this runs once per file of a dataset, of which there may be tens of thousands.
     case, underscore, channel = stem[:-5], stem[-5:-4], stem[-4:]
     is_image = case and underscore == "_" and channel.isascii() and channel.isdecimal()
@@ -34,8 +35,11 @@ def list_names(folder: str | os.PathLike[str], ending: str) -> list[str]:
     What reads those can say so; left out, their cases would be missed by nobody.
     """
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries
-                      if entry.name.endswith(ending) and (entry.is_file() or _is_broken_link(entry)))
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.endswith(ending) and (entry.is_file() or _is_broken_link(entry))
+        )
 
 
 def _is_broken_link(entry: os.DirEntry) -> bool:

@@ -1,4 +1,5 @@
 """Names of model folders: nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION/fold_X and back."""
+
 from __future__ import annotations
 
 import os
@@ -31,9 +32,13 @@ def convert_identifier_to_trainer_plans_config(identifier: str) -> list[str]:
     return Path(identifier).name.split(_BETWEEN_PARTS)
 
 
-def get_output_folder(dataset_name_or_id: str | int, trainer_name: str = "nnUNetTrainer",
-                      plans_identifier: str = "nnUNetPlans", configuration: str = "3d_fullres",
-                      fold: str | int | None = None) -> str:
+def get_output_folder(
+    dataset_name_or_id: str | int,
+    trainer_name: str = "nnUNetTrainer",
+    plans_identifier: str = "nnUNetPlans",
+    configuration: str = "3d_fullres",
+    fold: str | int | None = None,
+) -> str:
     """Return the folder of a model below nnUNet_results, or of one of its folds."""
     identifier = convert_trainer_plans_config_to_identifier(trainer_name, plans_identifier, configuration)
     folder = os.path.join(nnUNet_results, maybe_convert_to_dataset_name(dataset_name_or_id), identifier)
@@ -77,8 +82,9 @@ def get_ensemble_name(model1_folder: str, model2_folder: str, folds: Sequence[in
     return _BETWEEN_MODELS.join((_ENSEMBLE, *models, folds_tuple_to_string(folds)))
 
 
-def get_ensemble_name_from_d_tr_c(dataset: str | int, tr1: str, p1: str, c1: str, tr2: str, p2: str, c2: str,
-                                  folds: Sequence[int | str]) -> str:
+def get_ensemble_name_from_d_tr_c(
+    dataset: str | int, tr1: str, p1: str, c1: str, tr2: str, p2: str, c2: str, folds: Sequence[int | str]
+) -> str:
     """Return the folder name of an ensemble of two models of a dataset, each given by trainer, plans, configuration."""
     return get_ensemble_name(get_output_folder(dataset, tr1, p1, c1), get_output_folder(dataset, tr2, p2, c2), folds)
 
@@ -112,8 +118,12 @@ def _parse_fold(text: str) -> int | str:
         return text
 
 
-def check_workers_alive_and_busy(export_pool: Pool, worker_list: Sequence[BaseProcess],
-                                 results_list: Sequence[AsyncResult], allowed_num_queued: int = 0) -> bool:
+def check_workers_alive_and_busy(
+    export_pool: Pool,
+    worker_list: Sequence[BaseProcess],
+    results_list: Sequence[AsyncResult],
+    allowed_num_queued: int = 0,
+) -> bool:
     """Tell whether a pool has all the work it should have: as many unfinished results as workers, and some queued.
 
     Args:
@@ -128,7 +138,9 @@ def check_workers_alive_and_busy(export_pool: Pool, worker_list: Sequence[BasePr
     dead = [worker for worker in worker_list if not worker.is_alive()]
     if dead:
         codes = ", ".join(str(worker.exitcode) for worker in dead)
-        raise RuntimeError(f"{len(dead)} of {len(worker_list)} worker processes died (exit codes {codes}; -9 means "
-                           "killed, mostly for lack of memory: try fewer processes)")
+        raise RuntimeError(
+            f"{len(dead)} of {len(worker_list)} worker processes died (exit codes {codes}; -9 means "
+            "killed, mostly for lack of memory: try fewer processes)"
+        )
     unfinished = sum(not result.ready() for result in results_list)
     return unfinished >= len(export_pool._pool) + allowed_num_queued

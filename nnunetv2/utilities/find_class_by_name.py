@@ -4,6 +4,7 @@ Trainers, planners, preprocessors, readers and so on are named in plans and on c
 their own into the package folders. A module is imported only if its source can bind the wanted name, so that a lookup
 takes milliseconds and a broken module in the same folder does not stand in the way.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -20,9 +21,14 @@ from nnunetv2.utilities.module_names import may_bind
 logger = logging.getLogger(__name__)
 
 
-def recursive_find_python_class(folder: str, class_name: str, current_module: str | None,
-                                base_folder: str | None = None, verbose: bool = False,
-                                cleanup_imports_from_base_folder: bool = False) -> object | None:
+def recursive_find_python_class(
+    folder: str,
+    class_name: str,
+    current_module: str | None,
+    base_folder: str | None = None,
+    verbose: bool = False,
+    cleanup_imports_from_base_folder: bool = False,
+) -> object | None:
     """Return what a module in or below `folder` calls `class_name`, or None.
 
     Modules of a folder come before those of its sub-packages, in alphabetical order, and any attribute counts,

@@ -1,4 +1,5 @@
 """Find trainer classes by name, in the package and in the folders of nnUNet_extTrainer."""
+
 from __future__ import annotations
 
 import importlib
@@ -29,14 +30,17 @@ def recursive_find_trainer_class_by_name(trainer_name: str) -> type:
     check_name(trainer_name, "the trainer's name", may_be_private=True)
     package_folder = _package_folder()
     internal_folder = os.path.join(package_folder, "training", "nnUNetTrainer")
-    trainer_class = recursive_find_python_class(internal_folder, trainer_name, "nnunetv2.training.nnUNetTrainer",
-                                                base_folder=package_folder)
+    trainer_class = recursive_find_python_class(
+        internal_folder, trainer_name, "nnunetv2.training.nnUNetTrainer", base_folder=package_folder
+    )
     if trainer_class is None:
         trainer_class = _find_in_external_folders(trainer_name)
     if trainer_class is None:
-        raise RuntimeError(f"no trainer named {trainer_name!r} found, neither in {internal_folder} nor in the folders "
-                           f"of the environment variable nnUNet_extTrainer ({nnUNet_extTrainer.get()}). Check the "
-                           "spelling, or add a module with this class to one of these folders")
+        raise RuntimeError(
+            f"no trainer named {trainer_name!r} found, neither in {internal_folder} nor in the folders "
+            f"of the environment variable nnUNet_extTrainer ({nnUNet_extTrainer.get()}). Check the "
+            "spelling, or add a module with this class to one of these folders"
+        )
     _require_trainer(trainer_class, trainer_name)
     return trainer_class
 
@@ -81,9 +85,13 @@ def _modules_hiding(folder: str) -> list[str]:
     """
     offered = {entry.name for entry in pkgutil.iter_modules([folder])}
     others = [other for other in external_folders() if other != folder]
-    return [name for name, module in list(sys.modules.items())
-            if name.split(".")[0] in offered and any(is_module_below(module, other) for other in others)
-            and not is_module_below(module, folder)]
+    return [
+        name
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] in offered
+        and any(is_module_below(module, other) for other in others)
+        and not is_module_below(module, folder)
+    ]
 
 
 def _package_folder() -> str:

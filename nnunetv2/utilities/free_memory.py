@@ -1,4 +1,5 @@
 """Tell how much main memory this process may still take, and how much there is."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """Build the network that plans describe."""
+
 from __future__ import annotations
 
 import os
@@ -12,9 +13,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def get_network_from_plans(arch_class_name: str | type[nn.Module], arch_kwargs: Mapping,
-                           arch_kwargs_req_import: Sequence[str], input_channels: int, output_channels: int,
-                           allow_init: bool = True, deep_supervision: bool | None = None) -> nn.Module:
+def get_network_from_plans(
+    arch_class_name: str | type[nn.Module],
+    arch_kwargs: Mapping,
+    arch_kwargs_req_import: Sequence[str],
+    input_channels: int,
+    output_channels: int,
+    allow_init: bool = True,
+    deep_supervision: bool | None = None,
+) -> nn.Module:
     """Build a network from the `architecture` entry of a configuration.
 
     Args:
@@ -32,10 +39,13 @@ def get_network_from_plans(arch_class_name: str | type[nn.Module], arch_kwargs: 
         UntrustedNameError: A dotted path leads to something that a file must not have called; see `trusted_names`.
     """
     if not isinstance(arch_kwargs_req_import, (list, tuple)):
-        raise UntrustedNameError("_kw_requires_import in the plans: expected a list of names of arch_kwargs, got "
-                                 f"{arch_kwargs_req_import!r}")
-    kwargs = {**arch_kwargs, **{name: _locate(arch_kwargs[name], name) for name in arch_kwargs_req_import
-                                if arch_kwargs[name] is not None}}
+        raise UntrustedNameError(
+            f"_kw_requires_import in the plans: expected a list of names of arch_kwargs, got {arch_kwargs_req_import!r}"
+        )
+    kwargs = {
+        **arch_kwargs,
+        **{name: _locate(arch_kwargs[name], name) for name in arch_kwargs_req_import if arch_kwargs[name] is not None},
+    }
     if deep_supervision is not None:
         kwargs["deep_supervision"] = deep_supervision
     network_class = find_network_class(arch_class_name)
@@ -64,11 +74,14 @@ def _find_moved_class(arch_class_name: str) -> type[nn.Module]:
     package = "dynamic_network_architectures.architectures"
     warnings.warn(f"network class {arch_class_name} not found; searching {package} for {name}", stacklevel=4)
     folder = os.path.join(dynamic_network_architectures.__path__[0], "architectures")
-    network_class = find_class(name, field="network_class_name in the plans", folder=folder, package=package,
-                               base=nn.Module)
+    network_class = find_class(
+        name, field="network_class_name in the plans", folder=folder, package=package, base=nn.Module
+    )
     if network_class is None:
-        raise ImportError(f"network class {arch_class_name} not found, and {package} has no {name}. Install the "
-                          "package that it comes from, or plan the dataset again")
+        raise ImportError(
+            f"network class {arch_class_name} not found, and {package} has no {name}. Install the "
+            "package that it comes from, or plan the dataset again"
+        )
     return network_class
 
 

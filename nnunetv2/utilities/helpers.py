@@ -1,4 +1,5 @@
 """Small torch helpers that trainers and predictors share."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -4,6 +4,7 @@ Instance normalization is group normalization with a group per channel. torch co
 over each sample and channel, in bfloat16 too; its instance normalization goes through the one of batches, which takes
 several times as long and, in bfloat16, more than half the time of a training step.
 """
+
 from __future__ import annotations
 
 import torch
@@ -34,8 +35,11 @@ class FastInstanceNorm3d(_FastInstanceNorm, nn.InstanceNorm3d):
     """Instance normalization of `(b, c, z, y, x)`."""
 
 
-_FAST = {nn.InstanceNorm1d: FastInstanceNorm1d, nn.InstanceNorm2d: FastInstanceNorm2d,
-         nn.InstanceNorm3d: FastInstanceNorm3d}
+_FAST = {
+    nn.InstanceNorm1d: FastInstanceNorm1d,
+    nn.InstanceNorm2d: FastInstanceNorm2d,
+    nn.InstanceNorm3d: FastInstanceNorm3d,
+}
 
 
 def use_fast_instance_norm_(network: nn.Module) -> nn.Module:

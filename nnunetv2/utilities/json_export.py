@@ -1,4 +1,5 @@
 """Turn NumPy and torch values into ones that the json module can write."""
+
 from __future__ import annotations
 
 import sys

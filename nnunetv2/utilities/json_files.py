@@ -1,4 +1,5 @@
 """Read JSON files that people edit by hand; whatever is wrong with one, the message names it."""
+
 from __future__ import annotations
 
 import json
@@ -8,8 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-KINDS = {dict: "names in braces, {...}", list: "a list, [...]", str: "a text", int: "a whole number",
-          float: "a number with decimals", bool: "true or false", type(None): "null"}
+KINDS = {
+    dict: "names in braces, {...}",
+    list: "a list, [...]",
+    str: "a text",
+    int: "a whole number",
+    float: "a number with decimals",
+    bool: "true or false",
+    type(None): "null",
+}
 """Types of JSON in words."""
 _REMEDY = "Remedy: correct the file with an editor that shows errors in JSON"
 
@@ -23,8 +31,13 @@ DATASET: Mapping[str, type] = MappingProxyType({"labels": dict})
 """What nothing can be done without in plans and in a dataset.json."""
 
 
-def read_json(file: str | os.PathLike[str], kind: type = dict, *, required: Mapping[str, type] = MappingProxyType({}),
-              refuse_duplicates: bool = False) -> Any:
+def read_json(
+    file: str | os.PathLike[str],
+    kind: type = dict,
+    *,
+    required: Mapping[str, type] = MappingProxyType({}),
+    refuse_duplicates: bool = False,
+) -> Any:
     """Return the content of a JSON file in UTF-8, with or without a byte order mark.
 
     Args:
@@ -38,8 +51,9 @@ def read_json(file: str | os.PathLike[str], kind: type = dict, *, required: Mapp
     """
     data = Path(file).read_bytes()
     if not data.strip():
-        raise JsonFileError(f"{os.fspath(file)} is empty, where JSON is expected. Remedy: restore the file, or make it "
-                            "anew")
+        raise JsonFileError(
+            f"{os.fspath(file)} is empty, where JSON is expected. Remedy: restore the file, or make it anew"
+        )
     try:
         content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys if refuse_duplicates else None)
     except UnicodeDecodeError as error:
@@ -49,15 +63,19 @@ def read_json(file: str | os.PathLike[str], kind: type = dict, *, required: Mapp
     except RecursionError as error:
         raise JsonFileError(f"{os.fspath(file)} is nested too deeply to be read. {_REMEDY}") from error
     except _DuplicateKeyError as error:
-        raise JsonFileError(f"{os.fspath(file)}: {error} occurs twice in the same braces. Remedy: keep one of them, or "
-                            "give the other its own name") from error
+        raise JsonFileError(
+            f"{os.fspath(file)}: {error} occurs twice in the same braces. Remedy: keep one of them, or "
+            "give the other its own name"
+        ) from error
     if not isinstance(content, kind):
         raise JsonFileError(f"{os.fspath(file)} holds {kind_of(content)}, but must hold {KINDS[kind]}. {_REMEDY}")
     for key, kind_of_value in required.items():
         if not isinstance(content.get(key), kind_of_value):
             found = kind_of(content[key]) if key in content else "nothing"
-            raise JsonFileError(f"{os.fspath(file)} must hold {KINDS[kind_of_value]} under {key!r}, it holds {found}. "
-                                "Is it another file than its name says? Remedy: restore it, or make it anew")
+            raise JsonFileError(
+                f"{os.fspath(file)} must hold {KINDS[kind_of_value]} under {key!r}, it holds {found}. "
+                "Is it another file than its name says? Remedy: restore it, or make it anew"
+            )
     return content
 
 

@@ -1,12 +1,28 @@
 """Colour the labels of a slice over a grey or colour picture."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-color_cycle = ("000000", "4363d8", "f58231", "3cb44b", "e6194B", "911eb4", "ffe119", "bfef45", "42d4f4", "f032e6",
-               "000075", "9A6324", "808000", "800000", "469990")
+color_cycle = (
+    "000000",
+    "4363d8",
+    "f58231",
+    "3cb44b",
+    "e6194B",
+    "911eb4",
+    "ffe119",
+    "bfef45",
+    "42d4f4",
+    "f032e6",
+    "000075",
+    "9A6324",
+    "808000",
+    "800000",
+    "469990",
+)
 """RGB colours as hexadecimal digits. The first one, black, is background's and changes nothing."""
 
 
@@ -19,12 +35,17 @@ def hex_to_rgb(hex: str) -> tuple[int, int, int]:  # noqa: A002
     digits = hex.removeprefix("#")
     if len(digits) != 6:
         raise ValueError(f"{hex!r} is no colour: expected six hexadecimal digits such as 4363d8")
-    red, green, blue = (int(digits[start:start + 2], 16) for start in (0, 2, 4))
+    red, green, blue = (int(digits[start : start + 2], 16) for start in (0, 2, 4))
     return red, green, blue
 
 
-def generate_overlay(input_image: np.ndarray, segmentation: np.ndarray, mapping: Mapping[int, int] | None = None,
-                     color_cycle: Sequence[str] = color_cycle, overlay_intensity: float = 0.6) -> np.ndarray:
+def generate_overlay(
+    input_image: np.ndarray,
+    segmentation: np.ndarray,
+    mapping: Mapping[int, int] | None = None,
+    color_cycle: Sequence[str] = color_cycle,
+    overlay_intensity: float = 0.6,
+) -> np.ndarray:
     """Return a picture of a slice with its labels in colour, uint8 `(x, y, 3)`.
 
     Args:

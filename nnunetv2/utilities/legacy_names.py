@@ -4,6 +4,7 @@ Programs start as copies of the code of a module, with the imports of where they
 nnunetv2.utilities.utils import join, load_json`, or everything by a star. The modules concerned bind `__getattr__` to a
 function of this module instead of importing dozens of names that they do not use.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,5 @@
 """Know this machine by its names: the addresses that no proxy, no network and nobody else is in between of."""
+
 from __future__ import annotations
 
 from ipaddress import ip_address

@@ -1,4 +1,5 @@
 """Tell from a Python module's source, without importing it, whether the module can have an attribute."""
+
 from __future__ import annotations
 
 import ast
@@ -8,8 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 
 _DYNAMIC_WORDS = re.compile(r"import\s*\(?\s*\*|__getattr__|\bglobals\b|\bvars\b|\bsetattr\b|\bexec\b|\bsys\.modules\b")
-_NEW_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef,
-               ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_NEW_SCOPES = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.Lambda,
+    ast.ClassDef,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """Initialise the weights of networks."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,5 @@
 """Write a PNG per training case: its most telling slice with the labels in colour."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,10 +24,20 @@ if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
-__all__ = ["color_cycle", "hex_to_rgb", "generate_overlay", "select_slice_to_plot", "select_slice_to_plot2",
-           "plot_overlay", "plot_overlay_preprocessed", "multiprocessing_plot_overlay",
-           "multiprocessing_plot_overlay_preprocessed", "generate_overlays_from_raw",
-           "generate_overlays_from_preprocessed", "entry_point_generate_overlay"]
+__all__ = [
+    "color_cycle",
+    "hex_to_rgb",
+    "generate_overlay",
+    "select_slice_to_plot",
+    "select_slice_to_plot2",
+    "plot_overlay",
+    "plot_overlay_preprocessed",
+    "multiprocessing_plot_overlay",
+    "multiprocessing_plot_overlay_preprocessed",
+    "generate_overlays_from_raw",
+    "generate_overlays_from_preprocessed",
+    "entry_point_generate_overlay",
+]
 
 __getattr__ = file_helpers_of(__name__)
 
@@ -50,8 +61,13 @@ def select_slice_to_plot2(image: np.ndarray, segmentation: np.ndarray) -> int:
     return int(np.argmax(np.mean(counts / counts.sum(axis=1, keepdims=True), axis=0)))
 
 
-def plot_overlay(image_file: str, segmentation_file: str, image_reader_writer: BaseReaderWriter, output_file: str,
-                 overlay_intensity: float = 0.6) -> None:
+def plot_overlay(
+    image_file: str,
+    segmentation_file: str,
+    image_reader_writer: BaseReaderWriter,
+    output_file: str,
+    overlay_intensity: float = 0.6,
+) -> None:
     """Write the picture of a case from its files.
 
     Args:
@@ -65,8 +81,9 @@ def plot_overlay(image_file: str, segmentation_file: str, image_reader_writer: B
     _plot(image[0], segmentation[0], output_file, overlay_intensity, f"{image_file} and {segmentation_file}")
 
 
-def plot_overlay_preprocessed(dataset: nnUNetBaseDataset, k: str, output_folder: str, overlay_intensity: float = 0.6,
-                              channel_idx: int = 0) -> None:
+def plot_overlay_preprocessed(
+    dataset: nnUNetBaseDataset, k: str, output_folder: str, overlay_intensity: float = 0.6, channel_idx: int = 0
+) -> None:
     """Write the picture of a preprocessed case into `output_folder`/`k`.png.
 
     Raises:
@@ -79,27 +96,51 @@ def plot_overlay_preprocessed(dataset: nnUNetBaseDataset, k: str, output_folder:
     _plot(np.asarray(data[channel_idx]), segmentation, os.path.join(output_folder, f"{k}.png"), overlay_intensity, k)
 
 
-def multiprocessing_plot_overlay(list_of_image_files: Sequence[str], list_of_seg_files: Sequence[str],
-                                 image_reader_writer: BaseReaderWriter, list_of_output_files: Sequence[str],
-                                 overlay_intensity: float, num_processes: int = 8) -> None:
+def multiprocessing_plot_overlay(
+    list_of_image_files: Sequence[str],
+    list_of_seg_files: Sequence[str],
+    image_reader_writer: BaseReaderWriter,
+    list_of_output_files: Sequence[str],
+    overlay_intensity: float,
+    num_processes: int = 8,
+) -> None:
     """Write the pictures of several cases; see `plot_overlay`."""
     plot = partial(_plot_files, reader=image_reader_writer, overlay_intensity=overlay_intensity)
     files = zip(list_of_image_files, list_of_seg_files, list_of_output_files)
-    _plot_cases(plot, {Path(output).stem: (image, seg, output) for image, seg, output in files}, num_processes,
-                [*list_of_image_files, *list_of_seg_files])
+    _plot_cases(
+        plot,
+        {Path(output).stem: (image, seg, output) for image, seg, output in files},
+        num_processes,
+        [*list_of_image_files, *list_of_seg_files],
+    )
 
 
-def multiprocessing_plot_overlay_preprocessed(dataset: nnUNetBaseDataset, output_folder: str, overlay_intensity: float,
-                                              num_processes: int = 8, channel_idx: int = 0) -> None:
+def multiprocessing_plot_overlay_preprocessed(
+    dataset: nnUNetBaseDataset,
+    output_folder: str,
+    overlay_intensity: float,
+    num_processes: int = 8,
+    channel_idx: int = 0,
+) -> None:
     """Write the pictures of all preprocessed cases; see `plot_overlay_preprocessed`."""
-    plot = partial(_plot_preprocessed, dataset=dataset, output_folder=output_folder,
-                   overlay_intensity=overlay_intensity, channel_idx=channel_idx)
+    plot = partial(
+        _plot_preprocessed,
+        dataset=dataset,
+        output_folder=output_folder,
+        overlay_intensity=overlay_intensity,
+        channel_idx=channel_idx,
+    )
     files = [str(file) for file in Path(dataset.source_folder).iterdir()]
     _plot_cases(plot, {case: (case,) for case in dataset.identifiers}, num_processes, files)
 
 
-def generate_overlays_from_raw(dataset_name_or_id: int | str, output_folder: str, num_processes: int = 8,
-                               channel_idx: int = 0, overlay_intensity: float = 0.6) -> None:
+def generate_overlays_from_raw(
+    dataset_name_or_id: int | str,
+    output_folder: str,
+    num_processes: int = 8,
+    channel_idx: int = 0,
+    overlay_intensity: float = 0.6,
+) -> None:
     """Write the pictures of a raw dataset's training cases, `output_folder`/CASE.png.
 
     Raises:
@@ -117,20 +158,32 @@ def generate_overlays_from_raw(dataset_name_or_id: int | str, output_folder: str
         raise FileNotFoundError(f"{folder} has no training case")
     short = next((case for case, files in cases.items() if not 0 <= channel_idx < len(files["images"])), None)
     if short is not None:
-        raise ValueError(f"case {short} has {len(cases[short]['images'])} image files; there is no channel "
-                         f"{channel_idx} (-channel_idx)")
+        raise ValueError(
+            f"case {short} has {len(cases[short]['images'])} image files; there is no channel "
+            f"{channel_idx} (-channel_idx)"
+        )
     example = next(iter(cases.values()))["images"][channel_idx]
     reader = determine_reader_writer_from_dataset_json(dataset_json, example)()
     Path(output_folder).mkdir(parents=True, exist_ok=True)
-    multiprocessing_plot_overlay([files["images"][channel_idx] for files in cases.values()],
-                                 [files["label"] for files in cases.values()], reader,
-                                 [os.path.join(output_folder, f"{case}.png") for case in cases],
-                                 overlay_intensity, num_processes)
+    multiprocessing_plot_overlay(
+        [files["images"][channel_idx] for files in cases.values()],
+        [files["label"] for files in cases.values()],
+        reader,
+        [os.path.join(output_folder, f"{case}.png") for case in cases],
+        overlay_intensity,
+        num_processes,
+    )
 
 
-def generate_overlays_from_preprocessed(dataset_name_or_id: int | str, output_folder: str, num_processes: int = 8,
-                                        channel_idx: int = 0, configuration: str | None = None,
-                                        plans_identifier: str = "nnUNetPlans", overlay_intensity: float = 0.6) -> None:
+def generate_overlays_from_preprocessed(
+    dataset_name_or_id: int | str,
+    output_folder: str,
+    num_processes: int = 8,
+    channel_idx: int = 0,
+    configuration: str | None = None,
+    plans_identifier: str = "nnUNetPlans",
+    overlay_intensity: float = 0.6,
+) -> None:
     """Write the pictures of a dataset's preprocessed cases, `output_folder`/CASE.png.
 
     Args:
@@ -145,8 +198,9 @@ def generate_overlays_from_preprocessed(dataset_name_or_id: int | str, output_fo
     folder = Path(nnUNet_preprocessed, maybe_convert_to_dataset_name(dataset_name_or_id))
     plans_file = folder / f"{plans_identifier}.json"
     if not plans_file.is_file():
-        raise RuntimeError(f"there is no {plans_file}; plan and preprocess the dataset first, or plot the raw images "
-                           "(--use_raw)")
+        raise RuntimeError(
+            f"there is no {plans_file}; plan and preprocess the dataset first, or plot the raw images (--use_raw)"
+        )
     plans = PlansManager(plans_file)
     if configuration is None:
         configuration = "3d_fullres" if "3d_fullres" in plans.available_configurations else "2d"
@@ -160,13 +214,15 @@ def generate_overlays_from_preprocessed(dataset_name_or_id: int | str, output_fo
 
 def entry_point_generate_overlay() -> None:
     """Run `nnUNetv2_plot_overlay_pngs`."""
+
     def plot() -> None:
         args = build_parser().parse_args()
         if args.use_raw:
             generate_overlays_from_raw(args.d, args.o, args.np, args.channel_idx, args.overlay_intensity)
         else:
-            generate_overlays_from_preprocessed(args.d, args.o, args.np, args.channel_idx, args.c, args.p,
-                                                args.overlay_intensity)
+            generate_overlays_from_preprocessed(
+                args.d, args.o, args.np, args.channel_idx, args.c, args.p, args.overlay_intensity
+            )
 
     run_command(plot)
 
@@ -176,18 +232,25 @@ def build_parser() -> argparse.ArgumentParser:
     from nnunetv2.configuration import default_num_processes
 
     parser = argparse.ArgumentParser(
-        description="Write a PNG per training case: the slice that shows most of its labels, in colour.")
+        description="Write a PNG per training case: the slice that shows most of its labels, in colour."
+    )
     parser.add_argument("-d", required=True, help="Dataset name or id.")
     parser.add_argument("-o", required=True, help="Output folder; created if needed.")
-    parser.add_argument("-np", type=int, default=default_num_processes,
-                        help=f"Cases worked on at the same time. Default: {default_num_processes}")
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_num_processes,
+        help=f"Cases worked on at the same time. Default: {default_num_processes}",
+    )
     parser.add_argument("-channel_idx", type=int, default=0, help="Image channel to show. Default: 0")
     parser.add_argument("--use_raw", action="store_true", help="Show raw images instead of preprocessed ones.")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans, for preprocessed images. Default: nnUNetPlans")
-    parser.add_argument("-c", default=None,
-                        help="Configuration, for preprocessed images. Default: 3d_fullres if planned, else 2d")
-    parser.add_argument("-overlay_intensity", type=float, default=0.6,
-                        help="How strongly labels cover the image. Default: 0.6")
+    parser.add_argument(
+        "-c", default=None, help="Configuration, for preprocessed images. Default: 3d_fullres if planned, else 2d"
+    )
+    parser.add_argument(
+        "-overlay_intensity", type=float, default=0.6, help="How strongly labels cover the image. Default: 0.6"
+    )
     return parser
 
 
@@ -195,8 +258,9 @@ def _plot_files(image: str, seg: str, output: str, *, reader: BaseReaderWriter, 
     plot_overlay(image, seg, reader, output, overlay_intensity)
 
 
-def _plot_preprocessed(case: str, *, dataset: nnUNetBaseDataset, output_folder: str, overlay_intensity: float,
-                       channel_idx: int) -> None:
+def _plot_preprocessed(
+    case: str, *, dataset: nnUNetBaseDataset, output_folder: str, overlay_intensity: float, channel_idx: int
+) -> None:
     plot_overlay_preprocessed(dataset, case, output_folder, overlay_intensity, channel_idx)
 
 

@@ -5,6 +5,7 @@ some that move the cursor, colour a terminal, turn the direction of writing, or 
 prints goes through `show`, whatever it logs through `PlainTextFormatter`, and what it asks people to type through
 `shell_command`.
 """
+
 from __future__ import annotations
 
 import json
@@ -19,8 +20,9 @@ from typing import Any, TextIO
 # Letters and marks that leave no trace, which Python counts among the printable ones: the grapheme joiner, fillers of
 # Hangul, inherent vowels of Khmer, Mongolian and other variation selectors, the empty Braille pattern. The two
 # selectors that follow an emoji (U+FE0E, U+FE0F) stay.
-_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0"
-                        "\U000e0100-\U000e01ef]")
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]"
+)
 _BLANKS = str.maketrans("\n\r\t", "   ")
 
 
@@ -38,12 +40,12 @@ def printable(text: object, *, lines: bool = False, most: int | None = None) -> 
     """
     text = str(text)
     if most is not None:
-        text = text[:most + 1]  # an escape is never shorter than its character
+        text = text[: most + 1]  # an escape is never shorter than its character
     if lines:
         text = "\n".join(map(printable, text.replace("\r\n", "\n").split("\n")))
     elif not text.isprintable() or _INVISIBLE.search(text):
         text = "".join(map(_visible, text.translate(_BLANKS)))
-    return text if most is None or len(text) <= most else f"{text[:most - 3]}..."
+    return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _visible(character: str) -> str:
@@ -75,7 +77,7 @@ def printable_json(value: Any, *, indent: int | None = None) -> str:
 
 def _json_escape(character: str) -> str:
     units = character.encode("utf-16-be", "surrogatepass").hex()
-    return "".join(f"\\u{units[begin:begin + 4]}" for begin in range(0, len(units), 4))
+    return "".join(f"\\u{units[begin : begin + 4]}" for begin in range(0, len(units), 4))
 
 
 def show(*lines: object, file: TextIO | None = None, flush: bool = False) -> None:
@@ -105,8 +107,9 @@ def shell_command(program: str, *words: object, options: Iterable[tuple[str, obj
         else:
             named += [word] if option == last else [option, word]
         last = option
-    plain = [printable(f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else word)
-             for word in words]
+    plain = [
+        printable(f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else word) for word in words
+    ]
     if any(word.startswith("-") for word in plain):
         return shlex.join([program, *named, "--", *plain])
     return shlex.join([program, *plain, *named])
@@ -122,8 +125,9 @@ class PlainTextFormatter(logging.Formatter):
         """Return the record as text."""
         plain = logging.makeLogRecord(record.__dict__)
         if isinstance(plain.args, tuple):
-            plain.args = tuple(printable(one) if isinstance(one, str | PurePath | BaseException) else one
-                               for one in plain.args)
+            plain.args = tuple(
+                printable(one) if isinstance(one, str | PurePath | BaseException) else one for one in plain.args
+            )
         return printable(super().format(plain), lines=True)
 
 

@@ -3,6 +3,7 @@
 A pickle is a program. The files that nnU-Net exchanges need containers, numbers, text and NumPy arrays only, so the
 reader admits just the callables that rebuild these and refuses everything else before it is imported.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -16,8 +17,22 @@ from typing import BinaryIO
 from nnunetv2.utilities.atomic_write import replacing
 
 _HARMLESS = {
-    "builtins": {"bytearray", "complex", "frozenset", "list", "dict", "tuple", "set", "int", "float", "bool", "str",
-                 "bytes", "range", "slice"},
+    "builtins": {
+        "bytearray",
+        "complex",
+        "frozenset",
+        "list",
+        "dict",
+        "tuple",
+        "set",
+        "int",
+        "float",
+        "bool",
+        "str",
+        "bytes",
+        "range",
+        "slice",
+    },
     "collections": {"OrderedDict"},
     "_codecs": {"encode"},  # how old protocols spell bytes
     "numpy": {"ndarray", "dtype"},
@@ -43,12 +58,14 @@ class _RestrictedUnpickler(pickle.Unpickler):
         is_dtype_class = module == "numpy.dtypes" and name.endswith("DType") and name.isidentifier()
         if name not in _HARMLESS.get(module, ()) and not is_dtype_class:
             raise pickle.UnpicklingError(
-                f"it refers to {module}.{name}; only containers, numbers, text and NumPy arrays are admitted")
+                f"it refers to {module}.{name}; only containers, numbers, text and NumPy arrays are admitted"
+            )
         return getattr(_import_numpy_core(module), name)
 
 
-def load_pickle_safely(path: str | os.PathLike[str],
-                       admitted: Mapping[tuple[str, str], object] = MappingProxyType({})) -> object:
+def load_pickle_safely(
+    path: str | os.PathLike[str], admitted: Mapping[tuple[str, str], object] = MappingProxyType({})
+) -> object:
     """Read a pickle that holds nothing but builtin containers, numbers, text and NumPy scalars, arrays and dtypes.
 
     Args:
@@ -61,8 +78,9 @@ def load_pickle_safely(path: str | os.PathLike[str],
         return load_stream_safely(file, name=os.fspath(path), admitted=admitted)
 
 
-def load_stream_safely(file: BinaryIO, *, name: str,
-                       admitted: Mapping[tuple[str, str], object] = MappingProxyType({})) -> object:
+def load_stream_safely(
+    file: BinaryIO, *, name: str, admitted: Mapping[tuple[str, str], object] = MappingProxyType({})
+) -> object:
     """Read a pickle from an open file; `name` is how error messages call it. See `load_pickle_safely`."""
     try:
         return _RestrictedUnpickler(file, admitted).load()

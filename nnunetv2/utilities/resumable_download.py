@@ -1,4 +1,5 @@
 """Receive a file over HTTP in as many connections as it takes, each going on where the one before broke off."""
+
 from __future__ import annotations
 
 import hashlib
@@ -44,8 +45,14 @@ class PartialDownload:
             headers |= {"Range": f"bytes={self.size}-", "If-Range": self._tag}
         return headers
 
-    def receive(self, response: Response, *, tag: str | None, piece_bytes: int = PIECE_BYTES,
-                watch: Callable[[int], object] = lambda size: None) -> str:
+    def receive(
+        self,
+        response: Response,
+        *,
+        tag: str | None,
+        piece_bytes: int = PIECE_BYTES,
+        watch: Callable[[int], object] = lambda size: None,
+    ) -> str:
         """Write the body of a good answer behind what is there, and return the SHA-256 of the whole file.
 
         Args:

@@ -9,6 +9,7 @@ Such files come from other people, and what they name is called. A name may mean
 What counts is where a thing is defined, not where it can be reached: nearly every module leads to `os`. Nothing else is
 imported to find that out.
 """
+
 from __future__ import annotations
 
 import functools
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
 PACKAGES_VARIABLE = "nnUNet_extPackages"
 
 _PACKAGES = ("torch.nn", "dynamic_network_architectures", "nnunetv2")
-_PLAIN_FUNCTIONS = ("torch.nn.functional", "torch._C._nn", "torch.nn.init",
-                    "dynamic_network_architectures.building_blocks", "dynamic_network_architectures.initialization")
+_PLAIN_FUNCTIONS = (
+    "torch.nn.functional",
+    "torch._C._nn",
+    "torch.nn.init",
+    "dynamic_network_architectures.building_blocks",
+    "dynamic_network_architectures.initialization",
+)
 """Where functions and classes are defined that compute and do nothing else; torch._C._nn is `gelu` and its like."""
 
 Base = TypeVar("Base")
@@ -57,8 +63,10 @@ def check_name(name: object, field: str, *, may_be_private: bool = False) -> str
     """
     hidden = "__" if may_be_private else "_"
     if not isinstance(name, str) or not name.isidentifier() or name.startswith(hidden):
-        raise UntrustedNameError(f"{field} is {_shown(name)}: expected the plain name of a class or function, without "
-                                 "dots, slashes and leading underscores")
+        raise UntrustedNameError(
+            f"{field} is {_shown(name)}: expected the plain name of a class or function, without "
+            "dots, slashes and leading underscores"
+        )
     return name
 
 
@@ -69,8 +77,9 @@ def check_folder_name(name: str, field: str) -> str:
     return name
 
 
-def find_class(name: object, *, field: str, folder: str | os.PathLike[str], package: str,
-               base: type[Base] | tuple[type[Base], ...]) -> type[Base] | None:
+def find_class(
+    name: object, *, field: str, folder: str | os.PathLike[str], package: str, base: type[Base] | tuple[type[Base], ...]
+) -> type[Base] | None:
     """Return the class that a file names, from the modules of a package, or None.
 
     Args:
@@ -83,8 +92,9 @@ def find_class(name: object, *, field: str, folder: str | os.PathLike[str], pack
     found = recursive_find_python_class(os.fspath(folder), check_name(name, field), package)
     if found is not None and not (isinstance(found, type) and issubclass(found, base)):
         wanted = " or ".join(one.__name__ for one in (base if isinstance(base, tuple) else (base,)))
-        raise UntrustedNameError(f"{field} is {name!r}, which is {_describe(found)}: expected a class that derives "
-                                 f"from {wanted}")
+        raise UntrustedNameError(
+            f"{field} is {name!r}, which is {_describe(found)}: expected a class that derives from {wanted}"
+        )
     return found
 
 
@@ -97,8 +107,10 @@ def find_function(name: object, *, field: str, folder: str | os.PathLike[str], p
     found = recursive_find_python_class(os.fspath(folder), check_name(name, field), package)
     if found is None or (callable(found) and _is_within(_home(found), (package,))) or _is_of_user(found):
         return found
-    raise UntrustedNameError(f"{field} is {name!r}, which is {_describe(found)}: expected a function that a module in "
-                             f"{folder} defines. {_way_out(_home(found))}")
+    raise UntrustedNameError(
+        f"{field} is {name!r}, which is {_describe(found)}: expected a function that a module in "
+        f"{folder} defines. {_way_out(_home(found))}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- dotted paths
@@ -131,8 +143,9 @@ def locate_argument(path: str, field: str) -> object | None:
     is_module = isinstance(function, type) and issubclass(function, nn.Module)
     if found is None or is_module or _is_within(_home(found), _PLAIN_FUNCTIONS) or _is_of_user(found):
         return found
-    raise UntrustedNameError(f"the plans name {path} as {field}, which is no torch.nn.Module: {_describe(found)}. "
-                             f"{_way_out(_home(found))}")
+    raise UntrustedNameError(
+        f"the plans name {path} as {field}, which is no torch.nn.Module: {_describe(found)}. {_way_out(_home(found))}"
+    )
 
 
 def may_be_named(path: str) -> bool:
@@ -147,8 +160,10 @@ def _locate(path: object, field: str) -> object | None:
     if not may_be_named(path):
         if not _is_installed(module_name):
             return None
-        raise UntrustedNameError(f"the plans name {path} as {field}, which is no torch.nn.Module of a package that "
-                                 f"they may name. {_way_out(module_name)}")
+        raise UntrustedNameError(
+            f"the plans name {path} as {field}, which is no torch.nn.Module of a package that "
+            f"they may name. {_way_out(module_name)}"
+        )
     module = _import(module_name, f"the plans name {path} as {field}")
     if module is None:
         return None
@@ -159,16 +174,21 @@ def _locate(path: object, field: str) -> object | None:
     is_callable = isinstance(found, (type, FunctionType, BuiltinFunctionType, functools.partial))
     if is_callable and (_is_within(_home(found), (*_PACKAGES, *_PLAIN_FUNCTIONS)) or _is_of_user(found)):
         return found
-    raise UntrustedNameError(f"the plans name {path} as {field}, which is no torch.nn.Module: {_describe(found)}. "
-                             f"{_way_out(_home(found))}")
+    raise UntrustedNameError(
+        f"the plans name {path} as {field}, which is no torch.nn.Module: {_describe(found)}. {_way_out(_home(found))}"
+    )
 
 
 def _split(path: object, field: str) -> tuple[str, str]:
     parts = path.split(".") if isinstance(path, str) else []
-    if len(parts) < 2 or not all(part.isidentifier() and not part.startswith("__") for part in parts) \
-            or parts[-1].startswith("_"):
-        raise UntrustedNameError(f"the plans name {_shown(path)} as {field}: expected the dotted path of a class, such "
-                                 "as torch.nn.LeakyReLU")
+    if (
+        len(parts) < 2
+        or not all(part.isidentifier() and not part.startswith("__") for part in parts)
+        or parts[-1].startswith("_")
+    ):
+        raise UntrustedNameError(
+            f"the plans name {_shown(path)} as {field}: expected the dotted path of a class, such as torch.nn.LeakyReLU"
+        )
     return ".".join(parts[:-1]), parts[-1]
 
 
@@ -212,8 +232,11 @@ def _top_level_spec(module: str) -> ModuleSpec | None:
             stack.enter_context(temporarily_extend_syspath(folder, at_end=True))
         top = module.split(".")[0]
         loaded = sys.modules.get(top)
-        return ModuleSpec(top, None) if loaded is not None and getattr(loaded, "__spec__", None) is None \
+        return (
+            ModuleSpec(top, None)
+            if loaded is not None and getattr(loaded, "__spec__", None) is None
             else importlib.util.find_spec(top)
+        )
 
 
 def _is_of_user(found: object) -> bool:
@@ -245,8 +268,10 @@ def _is_within(module: str | None, packages: Iterable[str]) -> bool:
 # ----------------------------------------------------------------------------------------------------------- messages
 def _way_out(module: str | None) -> str:
     package = (module or "").split(".")[0]
-    rule = ("Plans may name torch modules of torch.nn, dynamic_network_architectures, nnunetv2 and the modules in "
-            "nnUNet_extTrainer")
+    rule = (
+        "Plans may name torch modules of torch.nn, dynamic_network_architectures, nnunetv2 and the modules in "
+        "nnUNet_extTrainer"
+    )
     if not package or package in sys.stdlib_module_names or _is_within(package, ("torch", *_PACKAGES)):
         return rule
     return f"{rule}. If you trust that package and these plans, set {PACKAGES_VARIABLE}={package}"

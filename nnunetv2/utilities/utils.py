@@ -1,4 +1,5 @@
 """List the cases of a raw dataset and the files that belong to them."""
+
 from __future__ import annotations
 
 import logging
@@ -34,8 +35,9 @@ def create_paths_fn(folder: str, files: Iterable[str], file_ending: str, f: str)
     return [os.path.join(folder, name) for name in files if (split_channel(name, file_ending) or ("",))[0] == f]
 
 
-def create_lists_from_splitted_dataset_folder(folder: str, file_ending: str, identifiers: Sequence[str] | None = None,
-                                              num_processes: int = 12) -> list[list[str]]:
+def create_lists_from_splitted_dataset_folder(
+    folder: str, file_ending: str, identifiers: Sequence[str] | None = None, num_processes: int = 12
+) -> list[list[str]]:
     """Return one sorted list of channel files per case.
 
     Args:
@@ -50,8 +52,9 @@ def create_lists_from_splitted_dataset_folder(folder: str, file_ending: str, ide
     return [cases.get(str(case), []) for case in identifiers]  # str(): identifiers may be NumPy strings
 
 
-def get_filenames_of_train_images_and_targets(raw_dataset_folder: str, dataset_json: dict | None = None
-                                              ) -> dict[str, dict]:
+def get_filenames_of_train_images_and_targets(
+    raw_dataset_folder: str, dataset_json: dict | None = None
+) -> dict[str, dict]:
     """Return the files of all training cases: {case: {"images": [one per channel], "label": file}}.
 
     They are listed by `dataset` in dataset.json, where relative paths start at the dataset's folder and environment
@@ -63,20 +66,27 @@ def get_filenames_of_train_images_and_targets(raw_dataset_folder: str, dataset_j
     if dataset_json is None:
         dataset_json = read_json(Path(raw_dataset_folder, "dataset.json"))
     if "dataset" in dataset_json:
-        return {case: _resolve_entry(raw_dataset_folder, case, entry)
-                for case, entry in dataset_json["dataset"].items()}
+        return {
+            case: _resolve_entry(raw_dataset_folder, case, entry) for case, entry in dataset_json["dataset"].items()
+        }
     labels_folder, ending = os.path.join(raw_dataset_folder, "labelsTr"), dataset_json["file_ending"]
     cases = _list_cases(os.path.join(raw_dataset_folder, "imagesTr"), ending)
-    return {case: {"images": cases[case], "label": os.path.join(labels_folder, f"{case}{ending}")}
-            for case in sorted(cases)}
+    return {
+        case: {"images": cases[case], "label": os.path.join(labels_folder, f"{case}{ending}")} for case in sorted(cases)
+    }
 
 
 def _resolve_entry(folder: str, case: str, entry: dict) -> dict:
     if "images" not in entry or "label" not in entry:
-        raise ValueError(f"dataset.json in {folder}: case {case} needs the keys 'images' (a list) and 'label', "
-                         f"it has {sorted(entry)}")
-    return {**entry, "images": [_resolve_path(folder, image) for image in entry["images"]],
-            "label": _resolve_path(folder, entry["label"])}
+        raise ValueError(
+            f"dataset.json in {folder}: case {case} needs the keys 'images' (a list) and 'label', "
+            f"it has {sorted(entry)}"
+        )
+    return {
+        **entry,
+        "images": [_resolve_path(folder, image) for image in entry["images"]],
+        "label": _resolve_path(folder, entry["label"]),
+    }
 
 
 def _resolve_path(folder: str, path: str) -> str:
@@ -95,7 +105,13 @@ def _list_cases(folder: str, file_ending: str, *, warn: bool = True) -> dict[str
         else:
             cases[parts[0]].append(os.path.join(folder, name))
     if strangers and warn:
-        logger.warning("%s: %d files are ignored because their name does not end in _0000%s, _0001%s, ...: %s%s",
-                       folder, len(strangers), file_ending, file_ending, ", ".join(strangers[:5]),
-                       ", ..." if len(strangers) > 5 else "")
+        logger.warning(
+            "%s: %d files are ignored because their name does not end in _0000%s, _0001%s, ...: %s%s",
+            folder,
+            len(strangers),
+            file_ending,
+            file_ending,
+            ", ".join(strangers[:5]),
+            ", ..." if len(strangers) > 5 else "",
+        )
     return dict(cases)

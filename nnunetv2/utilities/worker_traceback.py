@@ -1,4 +1,5 @@
 """Let the error of another process be the cause of one in this process, traceback and all."""
+
 from __future__ import annotations
 
 

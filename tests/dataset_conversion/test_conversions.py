@@ -1,4 +1,5 @@
 """Datasets in older formats become raw datasets, whole or not at all."""
+
 import json
 
 import numpy as np
@@ -10,9 +11,16 @@ from nnunetv2.dataset_conversion.convert_MSD_dataset import convert_msd_dataset,
 from nnunetv2.dataset_conversion.convert_raw_dataset_from_old_nnunet_format import convert
 from nnunetv2.dataset_conversion.new_dataset import building_dataset, invert_labels
 
-OLD_JSON = {"name": "X", "tensorImageSize": "4D", "modality": {"0": "T1", "1": "T2"},
-            "labels": {"0": "background", "1": "a", "2": "b"}, "numTraining": 2, "numTest": 1,
-            "training": [{"image": "./imagesTr/c1.nii.gz", "label": "./labelsTr/c1.nii.gz"}], "test": []}
+OLD_JSON = {
+    "name": "X",
+    "tensorImageSize": "4D",
+    "modality": {"0": "T1", "1": "T2"},
+    "labels": {"0": "background", "1": "a", "2": "b"},
+    "numTraining": 2,
+    "numTest": 1,
+    "training": [{"image": "./imagesTr/c1.nii.gz", "label": "./labelsTr/c1.nii.gz"}],
+    "test": [],
+}
 
 
 def write(array, file, spacing=(1.5, 2.0, 3.0), origin=(-4.0, 5.0, 6.0)):
@@ -51,11 +59,22 @@ def names(folder):
 def test_decathlon_task_becomes_a_raw_dataset(task, roots):
     convert_msd_dataset(f"{task}/", num_processes=2)
     folder = roots["nnUNet_raw"] / "Dataset005_My_Organ"
-    assert names(folder) == ["dataset.json", *(f"imagesTr/{c}_000{i}.nii.gz" for c in ("c1", "c2") for i in (0, 1)),
-                             "imagesTs/t1_0000.nii.gz", "labelsTr/c1.nii.gz", "labelsTr/c2.nii.gz"]
+    assert names(folder) == [
+        "dataset.json",
+        *(f"imagesTr/{c}_000{i}.nii.gz" for c in ("c1", "c2") for i in (0, 1)),
+        "imagesTs/t1_0000.nii.gz",
+        "labelsTr/c1.nii.gz",
+        "labelsTr/c2.nii.gz",
+    ]
     assert json.loads((folder / "dataset.json").read_text()) == {
-        "name": "X", "tensorImageSize": "4D", "labels": {"background": 0, "a": 1, "b": 2}, "numTraining": 2,
-        "numTest": 1, "file_ending": ".nii.gz", "channel_names": {"0": "T1", "1": "T2"}}
+        "name": "X",
+        "tensorImageSize": "4D",
+        "labels": {"background": 0, "a": 1, "b": 2},
+        "numTraining": 2,
+        "numTest": 1,
+        "file_ending": ".nii.gz",
+        "channel_names": {"0": "T1", "1": "T2"},
+    }
     assert [entry.name for entry in roots["nnUNet_raw"].iterdir()] == ["Dataset005_My_Organ"]
 
 
@@ -98,10 +117,14 @@ def test_flat_image_is_refused(tmp_path):
         split_4d_nifti(str(tmp_path / "flat.nii.gz"), str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "missing", "message"), [
-    ("Organ", None, "must be a folder named as in the Decathlon"), ("Task07_X", "imagesTr", "lacks imagesTr"),
-    ("Task07_X", "dataset.json", "lacks dataset.json"),
-])
+@pytest.mark.parametrize(
+    ("name", "missing", "message"),
+    [
+        ("Organ", None, "must be a folder named as in the Decathlon"),
+        ("Task07_X", "imagesTr", "lacks imagesTr"),
+        ("Task07_X", "dataset.json", "lacks dataset.json"),
+    ],
+)
 def test_other_folders_are_refused(tmp_path, name, missing, message):
     folder = tmp_path / name
     for part in {"imagesTr", "labelsTr"} - {missing}:
@@ -117,25 +140,36 @@ def test_dataset_of_the_first_nnunet_is_copied(task, roots):
     folder = roots["nnUNet_raw"] / "Dataset012_Organ"
     assert names(folder) == names(task)
     assert json.loads((folder / "dataset.json").read_text()) == {
-        "name": "X", "numTraining": 2, "channel_names": {"0": "T1", "1": "T2"},
-        "labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz"}
+        "name": "X",
+        "numTraining": 2,
+        "channel_names": {"0": "T1", "1": "T2"},
+        "labels": {"background": 0, "a": 1, "b": 2},
+        "file_ending": ".nii.gz",
+    }
 
 
-@pytest.mark.parametrize(("name", "error", "message"), [
-    ("Organ", ValueError, "'Organ' is no dataset name"), ("Dataset012_Organ", RuntimeError, "12 is taken"),
-    ("Dataset012_Other", RuntimeError, "number 12 is taken by Dataset012_Organ"),
-])
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("Organ", ValueError, "'Organ' is no dataset name"),
+        ("Dataset012_Organ", RuntimeError, "12 is taken"),
+        ("Dataset012_Other", RuntimeError, "number 12 is taken by Dataset012_Organ"),
+    ],
+)
 def test_names_that_would_not_be_found_are_refused(task, roots, name, error, message):
     (roots["nnUNet_raw"] / "Dataset012_Organ").mkdir()
     with pytest.raises(error, match=message):
         convert_raw_dataset_from_old_nnunet_format.main([str(task), name])
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"labels": {"0": "background"}}, "dataset.json lacks modality"),
-    ({"modality": {}, "labels": {"background": 0}}, "expected numbers with their names"),
-    ({"modality": {}, "labels": {"0": "background", "1": "background"}}, "the same name"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"labels": {"0": "background"}}, "dataset.json lacks modality"),
+        ({"modality": {}, "labels": {"background": 0}}, "expected numbers with their names"),
+        ({"modality": {}, "labels": {"0": "background", "1": "background"}}, "the same name"),
+    ],
+)
 def test_broken_descriptions_are_refused(task, roots, content, message):
     (task / "dataset.json").write_text(json.dumps(content))
     for conversion in (lambda: convert(str(task), "Dataset012_Organ"), lambda: convert_msd_dataset(str(task))):

@@ -1,4 +1,5 @@
 """Tests of averaging probabilities."""
+
 from __future__ import annotations
 
 import json
@@ -34,8 +35,10 @@ def read(path):
 
 
 def test_the_mean_is_float32_and_exact(tmp_path):
-    arrays = [np.random.default_rng(i).random((2, 3, 4, 5)).astype(dtype)
-              for i, dtype in enumerate((np.float16, np.float32, np.float32))]
+    arrays = [
+        np.random.default_rng(i).random((2, 3, 4, 5)).astype(dtype)
+        for i, dtype in enumerate((np.float16, np.float32, np.float32))
+    ]
     files = []
     for number, array in enumerate(arrays):
         files.append(str(tmp_path / f"{number}.npz"))
@@ -48,16 +51,21 @@ def test_the_mean_is_float32_and_exact(tmp_path):
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_label_maps_follow_from_the_mean(tmp_path, regions):
-    folders = [write_folder(tmp_path / name, seed, regions=regions)
-               for seed, name in enumerate(("one", "two", "three"))]
+    folders = [
+        write_folder(tmp_path / name, seed, regions=regions) for seed, name in enumerate(("one", "two", "three"))
+    ]
     ensemble_folders(folders, str(tmp_path / "merged"), num_processes=1)
     manager = PlansManager(make_model_plans()).get_label_manager(make_dataset_json(regions=regions))
     for case in "ab":
         mean = average_probabilities([f"{folder}/{case}.npz" for folder in folders])
         expected = manager.convert_probabilities_to_segmentation(mean)
         assert np.array_equal(read(tmp_path / "merged" / f"{case}.nii.gz"), expected) and len(np.unique(expected)) > 2
-    assert {file.name for file in (tmp_path / "merged").iterdir()} == {"a.nii.gz", "b.nii.gz", "dataset.json",
-                                                                      "plans.json"}
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == {
+        "a.nii.gz",
+        "b.nii.gz",
+        "dataset.json",
+        "plans.json",
+    }
 
 
 def test_merged_probabilities_can_be_merged_again(tmp_path):
@@ -82,15 +90,22 @@ def test_probabilities_of_another_dataset_are_refused(tmp_path):
     with pytest.raises(ValueError, match="same classes"):
         ensemble_folders([one, two], str(tmp_path / "merged"), num_processes=1)
     with pytest.raises(ValueError, match="another dataset"):
-        ensemble_folders([one], str(tmp_path / "merged"), num_processes=1,
-                         dataset_json_file_or_dict=make_dataset_json(regions=True))
+        ensemble_folders(
+            [one], str(tmp_path / "merged"), num_processes=1, dataset_json_file_or_dict=make_dataset_json(regions=True)
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", "other key", "truncated", "integers"])
 def test_damaged_probabilities_are_named(tmp_path, content):
     file = tmp_path / "a.npz"
-    np.savez(file, **{"other" if content == "other key" else "probabilities":
-                      np.zeros((2, 3, 3, 3), np.int64 if content == "integers" else np.float32)})
+    np.savez(
+        file,
+        **{
+            "other" if content == "other key" else "probabilities": np.zeros(
+                (2, 3, 3, 3), np.int64 if content == "integers" else np.float32
+            )
+        },
+    )
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content == "truncated":
@@ -130,7 +145,8 @@ def test_validation_predictions_of_models_are_merged(roots, tmp_path):
 
 def test_the_command(tmp_path, monkeypatch):
     folders = [write_folder(tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_ensemble", "-i", *folders, "-o", str(tmp_path / "m"), "-np", "1",
-                                      "--save_npz"])
+    monkeypatch.setattr(
+        sys, "argv", ["nnUNetv2_ensemble", "-i", *folders, "-o", str(tmp_path / "m"), "-np", "1", "--save_npz"]
+    )
     ensemble.entry_point_ensemble_folders()
     assert {"a.npz", "a.pkl", "a.nii.gz"} <= {file.name for file in (tmp_path / "m").iterdir()}

@@ -1,4 +1,5 @@
 """Tests of scores, summaries and their commands."""
+
 from __future__ import annotations
 
 import json
@@ -74,16 +75,26 @@ def test_a_mismatch_of_shapes_names_both_files():
         compute_metrics("ref", "pred", reader, [1])
 
 
-@pytest.mark.parametrize(("dtype", "values"), [
-    (np.uint8, (0, 1, 255)), (np.int16, (-30000, 0, 30000)), (np.int64, (-1, 0, 255)), (np.float32, (-1, 0, 1)),
-    (np.float32, (0, 3, 70000)), (np.float32, (0, 0.5, 1))])
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (np.uint8, (0, 1, 255)),
+        (np.int16, (-30000, 0, 30000)),
+        (np.int64, (-1, 0, 255)),
+        (np.float32, (-1, 0, 1)),
+        (np.float32, (0, 3, 70000)),
+        (np.float32, (0, 0.5, 1)),
+    ],
+)
 def test_counts_equal_those_of_masks(values, dtype):
     reference, prediction = np.random.default_rng(0).choice(np.array(values, dtype=dtype), (2, 3, 70, 40, 41))
     confusion = compute_confusion(reference, prediction)
     for label in {int(value) for value in values}:
         masks = reference == label, prediction == label
-        expected = [int(np.sum(a & b)) for a, b in ((masks[0], masks[1]), (~masks[0], masks[1]),
-                                                    (masks[0], ~masks[1]), (~masks[0], ~masks[1]))]
+        expected = [
+            int(np.sum(a & b))
+            for a, b in ((masks[0], masks[1]), (~masks[0], masks[1]), (masks[0], ~masks[1]), (~masks[0], ~masks[1]))
+        ]
         assert list(confusion.of_class([label])) == expected
 
 
@@ -100,8 +111,10 @@ def test_masks_of_labels_and_regions():
     assert labels_to_list_of_regions([1, 2]) == [(1,), (2,)]
 
 
-@pytest.mark.parametrize(("which", "key"), [(1, "1"), (np.int64(2), "2"), ((1, 2, 3), "(1, 2, 3)"), ((1,), "(1,)"),
-                                            ((np.int64(1), np.int64(2)), "(1, 2)")])
+@pytest.mark.parametrize(
+    ("which", "key"),
+    [(1, "1"), (np.int64(2), "2"), ((1, 2, 3), "(1, 2, 3)"), ((1,), "(1,)"), ((np.int64(1), np.int64(2)), "(1, 2)")],
+)
 def test_keys_of_classes_come_back(which, key):
     assert label_or_region_to_key(which) == key
     assert key_to_label_or_region(key) == which
@@ -124,8 +137,15 @@ def folders(tmp_path):
 def score_folders(folders, classes=(1, 2, 3), output=None, **options):
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-    return compute_metrics_on_folder(str(folders / "references"), str(folders / "predictions"), output, SimpleITKIO(),
-                                     ".nii.gz", list(classes), **options)
+    return compute_metrics_on_folder(
+        str(folders / "references"),
+        str(folders / "predictions"),
+        output,
+        SimpleITKIO(),
+        ".nii.gz",
+        list(classes),
+        **options,
+    )
 
 
 def test_means_leave_out_what_is_not_defined(folders, caplog):
@@ -198,8 +218,9 @@ def write_json_files(folder, **changes):
 
 
 def test_a_dataset_says_which_classes_to_score(folders):
-    files = write_json_files(folders, labels={"background": 0, "whole": [1, 2], "core": [2], "ignore": 3},
-                             regions_class_order=(1, 2))
+    files = write_json_files(
+        folders, labels={"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, regions_class_order=(1, 2)
+    )
     assert compute_metrics_on_folder2(str(folders / "references"), str(folders / "predictions"), *files) is None
     assert set(load_summary_json(folders / "predictions" / "summary.json")["mean"]) == {(1, 2), (2,)}
 
@@ -220,9 +241,23 @@ def test_simple_scores_need_references(folders, tmp_path):
 
 def test_the_command_for_datasets(folders, monkeypatch, capsys):
     dataset_json, plans = write_json_files(folders)
-    monkeypatch.setattr(sys, "argv", [
-        "nnUNetv2_evaluate_folder", str(folders / "references"), str(folders / "predictions"), "-djfile", dataset_json,
-        "-pfile", plans, "-o", str(folders / "scores.json"), "-np", "2"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "nnUNetv2_evaluate_folder",
+            str(folders / "references"),
+            str(folders / "predictions"),
+            "-djfile",
+            dataset_json,
+            "-pfile",
+            plans,
+            "-o",
+            str(folders / "scores.json"),
+            "-np",
+            "2",
+        ],
+    )
     evaluate_folder_entry_point()
     dice = load_summary_json(folders / "scores.json")["foreground_mean"]["Dice"]
     assert f"{dice:.4f}" in capsys.readouterr().out
@@ -230,8 +265,16 @@ def test_the_command_for_datasets(folders, monkeypatch, capsys):
 
 def test_the_command_for_labels(folders, monkeypatch, capsys):
     (folders / "predictions" / "b.nii.gz").unlink()
-    arguments = ["nnUNetv2_evaluate_simple", str(folders / "references"), str(folders / "predictions"), "-l", "1", "2",
-                 "-il", "2"]
+    arguments = [
+        "nnUNetv2_evaluate_simple",
+        str(folders / "references"),
+        str(folders / "predictions"),
+        "-l",
+        "1",
+        "2",
+        "-il",
+        "2",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stop:
         evaluate_simple_entry_point()
@@ -244,5 +287,16 @@ def test_the_command_for_labels(folders, monkeypatch, capsys):
 
 def test_default_options():
     args = evaluate_predictions.build_simple_parser().parse_args(["ref", "pred", "-l", "1", "2"])
-    assert vars(args) == {"gt_folder": "ref", "pred_folder": "pred", "l": [1, 2], "il": None, "o": None, "np": 8,
-                          "chill": False, "surface": False, "tolerance": None, "html": False, "images": None}
+    assert vars(args) == {
+        "gt_folder": "ref",
+        "pred_folder": "pred",
+        "l": [1, 2],
+        "il": None,
+        "o": None,
+        "np": 8,
+        "chill": False,
+        "surface": False,
+        "tolerance": None,
+        "html": False,
+        "images": None,
+    }

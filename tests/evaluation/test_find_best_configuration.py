@@ -1,4 +1,5 @@
 """Tests of collecting cross-validation results and choosing the best configuration."""
+
 from __future__ import annotations
 
 import json
@@ -22,17 +23,26 @@ def model(configuration):
 def test_all_combinations_trainers_first():
     models = module.dumb_trainer_config_plans_to_trained_models_dict(["t", "u"], ["2d"], ["p", "q"])
     assert [(m["trainer"], m["configuration"], m["plans"]) for m in models] == [
-        ("t", "2d", "p"), ("t", "2d", "q"), ("u", "2d", "p"), ("u", "2d", "q")]
-    assert [m["configuration"] for m in module.default_trained_models] == ["2d", "3d_fullres", "3d_lowres",
-                                                                          "3d_cascade_fullres"]
+        ("t", "2d", "p"),
+        ("t", "2d", "q"),
+        ("u", "2d", "p"),
+        ("u", "2d", "q"),
+    ]
+    assert [m["configuration"] for m in module.default_trained_models] == [
+        "2d",
+        "3d_fullres",
+        "3d_lowres",
+        "3d_cascade_fullres",
+    ]
 
 
 def test_the_best_of_single_models(roots, capsys):
     results = make_trained_models(roots, configurations={"2d": 3.0, "3d_fullres": 0.3}, planned=["2d", "3d_fullres"])
     found = module.find_best_configuration(NAME, allow_ensembling=False, num_processes=1, folds=(0, 1))
     best = found["best_model_or_ensemble"]
-    assert best["selected_model_or_models"] == [{"configuration": "3d_fullres", "plans_identifier": "nnUNetPlans",
-                                                 "trainer": "nnUNetTrainer"}]
+    assert best["selected_model_or_models"] == [
+        {"configuration": "3d_fullres", "plans_identifier": "nnUNetPlans", "trainer": "nnUNetTrainer"}
+    ]
     assert list(found["all_results"]) == ["nnUNetTrainer__nnUNetPlans__2d", "nnUNetTrainer__nnUNetPlans__3d_fullres"]
     assert best["result_on_crossval_post_pp"] >= best["result_on_crossval_pre_pp"]
     assert json.loads((results / "inference_information.json").read_text()) == found
@@ -45,8 +55,9 @@ def test_the_best_of_single_models(roots, capsys):
 
 def test_instructions_for_a_cascade_have_both_stages(roots):
     results = make_trained_models(roots, configurations=CASCADE)
-    found = module.find_best_configuration(NAME, [model(name) for name in CASCADE], allow_ensembling=False,
-                                           num_processes=1, folds=(0, 1))
+    found = module.find_best_configuration(
+        NAME, [model(name) for name in CASCADE], allow_ensembling=False, num_processes=1, folds=(0, 1)
+    )
     assert found["best_model_or_ensemble"]["selected_model_or_models"][0]["configuration"] == "3d_cascade_fullres"
     text = (results / "inference_instructions.txt").read_text()
     first, second = [line for line in text.splitlines() if line.startswith("nnUNetv2_predict ")]
@@ -57,8 +68,9 @@ def test_instructions_for_a_cascade_have_both_stages(roots):
 
 def test_a_cascade_in_an_ensemble_saves_the_probabilities_of_its_last_stage(roots):
     make_trained_models(roots, configurations=CASCADE)
-    command = generate_inference_command(NAME, "3d_cascade_fullres", folds=("all",), output_folder="OUT_1",
-                                         save_npz=True)
+    command = generate_inference_command(
+        NAME, "3d_cascade_fullres", folds=("all",), output_folder="OUT_1", save_npz=True
+    )
     first, second = command.splitlines()
     assert "--save_probabilities" not in first and "-o OUT_1_PREV_STAGE" in first and "-f all" in first
     assert "--save_probabilities" in second and "-prev_stage_predictions OUT_1_PREV_STAGE" in second

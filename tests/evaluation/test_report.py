@@ -1,4 +1,5 @@
 """Tests of the HTML report."""
+
 from __future__ import annotations
 
 import json
@@ -37,9 +38,22 @@ def folders(tmp_path):
 
 
 def run(folders, monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", [
-        "evaluate", str(folders / "references"), str(folders / "predictions"), "-djfile", str(folders / "dataset.json"),
-        "-pfile", str(folders / "plans.json"), "-np", "1", *options])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate",
+            str(folders / "references"),
+            str(folders / "predictions"),
+            "-djfile",
+            str(folders / "dataset.json"),
+            "-pfile",
+            str(folders / "plans.json"),
+            "-np",
+            "1",
+            *options,
+        ],
+    )
     evaluate_folder_entry_point()
     return folders / "predictions" / "summary.html"
 
@@ -79,8 +93,19 @@ def test_the_summary_beside_it_keeps_its_keys(folders, monkeypatch):
     run(folders, monkeypatch, "--surface", "-tolerance", "2")
     summary = load_summary_json(folders / "predictions" / "summary.json")
     assert summary["surface_tolerance_mm"] == 2
-    assert set(summary["mean"][1]) == {"Dice", "IoU", "TP", "FP", "FN", "TN", "n_pred", "n_ref", "HD95", "ASSD",
-                                       "SurfaceDice"}
+    assert set(summary["mean"][1]) == {
+        "Dice",
+        "IoU",
+        "TP",
+        "FP",
+        "FN",
+        "TN",
+        "n_pred",
+        "n_ref",
+        "HD95",
+        "ASSD",
+        "SurfaceDice",
+    }
     assert not (folders / "predictions" / "summary.html").exists()
 
 

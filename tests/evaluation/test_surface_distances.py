@@ -1,4 +1,5 @@
 """Tests of distances between surfaces."""
+
 from __future__ import annotations
 
 import math
@@ -69,7 +70,8 @@ def test_lines_in_images_of_one_slice():
 def test_results_do_not_depend_on_which_map_is_which():
     one, other = ball(9), ball(11, shift=3)
     assert compute_surface_metrics(one, other, (1, 2, 3), 1) == pytest.approx(
-        compute_surface_metrics(other, one, (1, 2, 3), 1))
+        compute_surface_metrics(other, one, (1, 2, 3), 1)
+    )
 
 
 def test_without_a_surface_there_is_no_distance():

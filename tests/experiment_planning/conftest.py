@@ -1,4 +1,5 @@
 """Datasets made for planning: a fingerprint and a dataset.json without images, or a few small scans."""
+
 from __future__ import annotations
 
 import json
@@ -14,9 +15,19 @@ from planning_scans import write_nifti
 def make_planned_dataset(roots, monkeypatch) -> Callable[..., str]:
     """Write dataset.json and a fingerprint; the planner then works without any image."""
 
-    def make(*, spacings: Sequence, shapes: Sequence, num_training: int, channels: Sequence[str] = ("CT",),
-             labels: dict | None = None, relative_size: float = 1.0, number: int = 1, **more: object) -> str:
+    def make(
+        *,
+        spacings: Sequence,
+        shapes: Sequence,
+        num_training: int,
+        channels: Sequence[str] = ("CT",),
+        labels: dict | None = None,
+        relative_size: float = 1.0,
+        number: int = 1,
+        **more: object,
+    ) -> str:
         from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
         name = f"Dataset{number:03d}_Made"
         raw, preprocessed = roots["nnUNet_raw"] / name, roots["nnUNet_preprocessed"] / name
         raw.mkdir()
@@ -51,8 +62,14 @@ class Reader:
 def make_scans(roots) -> Callable[..., Path]:
     """Write a dataset of NIfTI files. Each case is (images per channel, label, spacing), arrays (z, y, x)."""
 
-    def make(cases: dict[str, tuple[Sequence[np.ndarray], np.ndarray, Sequence[float]]], *, number: int = 2,
-             labels: dict | None = None, channels: Sequence[str] | None = None, **more: object) -> Path:
+    def make(
+        cases: dict[str, tuple[Sequence[np.ndarray], np.ndarray, Sequence[float]]],
+        *,
+        number: int = 2,
+        labels: dict | None = None,
+        channels: Sequence[str] | None = None,
+        **more: object,
+    ) -> Path:
         folder = roots["nnUNet_raw"] / f"Dataset{number:03d}_Scans"
         for name in ("imagesTr", "labelsTr"):
             (folder / name).mkdir(parents=True)
@@ -78,8 +95,14 @@ def make_scans(roots) -> Callable[..., Path]:
 def make_case() -> Callable[..., tuple]:
     """Make one case for `make_scans`: all sides unequal, so that swapped axes show."""
 
-    def make(seed: int = 0, *, shape: Sequence[int] = (6, 8, 10), spacing: Sequence[float] = (3.0, 1.5, 1.0),
-             num_channels: int = 1, foreground: bool = True) -> tuple:
+    def make(
+        seed: int = 0,
+        *,
+        shape: Sequence[int] = (6, 8, 10),
+        spacing: Sequence[float] = (3.0, 1.5, 1.0),
+        num_channels: int = 1,
+        foreground: bool = True,
+    ) -> tuple:
         generator = np.random.default_rng(seed)
         images = [generator.normal(100, 20, shape).astype(np.float32) for _ in range(num_channels)]
         label = np.zeros(shape, dtype=np.uint8)

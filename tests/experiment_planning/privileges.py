@@ -1,4 +1,5 @@
 """Let file permissions count for a test that root runs."""
+
 from __future__ import annotations
 
 import ctypes

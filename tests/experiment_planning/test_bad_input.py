@@ -1,6 +1,7 @@
 """Bad input, fault by fault: the real command refuses it with one message that names the file and the remedy, and
 leaves no trace on the disk.
 """
+
 from __future__ import annotations
 
 import gzip
@@ -44,8 +45,22 @@ def refuse(monkeypatch, capsys, roots) -> Callable[..., Outcome]:
 
     def run(*arguments: str, dataset: str = "2", check: bool = True) -> Outcome:
         options = ["--verify_dataset_integrity"] if check else []
-        monkeypatch.setattr(sys, "argv", ["nnUNetv2_plan_and_preprocess", "-d", dataset, "-np", "1", "-npfp", "2",
-                                          "--no_pbar", *options, *arguments])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "nnUNetv2_plan_and_preprocess",
+                "-d",
+                dataset,
+                "-np",
+                "1",
+                "-npfp",
+                "2",
+                "--no_pbar",
+                *options,
+                *arguments,
+            ],
+        )
         before = snapshot(roots)
         with pytest.raises(SystemExit) as caught:
             entrypoints.plan_and_preprocess_entry()
@@ -121,18 +136,30 @@ def damage(file: Path, change: Callable[[bytes], bytes]) -> None:
 
 def flip(content: bytes) -> bytes:
     middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1:]
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
 
 def swap_channels_in_list(folder: Path) -> None:
-    change_json(folder, dataset={f"case_{i}": {
-        "images": [f"imagesTr/case_{i}_000{c}.nii.gz" for c in ((1, 0) if i == 1 else (0, 1))],
-        "label": f"labelsTr/case_{i}.nii.gz"} for i in range(3)})
+    change_json(
+        folder,
+        dataset={
+            f"case_{i}": {
+                "images": [f"imagesTr/case_{i}_000{c}.nii.gz" for c in ((1, 0) if i == 1 else (0, 1))],
+                "label": f"labelsTr/case_{i}.nii.gz",
+            }
+            for i in range(3)
+        },
+    )
 
 
 def list_files(folder: Path, **of_case_1: object) -> None:
-    entries = {f"case_{i}": {"images": [f"imagesTr/case_{i}_000{c}.nii.gz" for c in (0, 1)],
-                             "label": f"labelsTr/case_{i}.nii.gz"} for i in range(3)}
+    entries = {
+        f"case_{i}": {
+            "images": [f"imagesTr/case_{i}_000{c}.nii.gz" for c in (0, 1)],
+            "label": f"labelsTr/case_{i}.nii.gz",
+        }
+        for i in range(3)
+    }
     entries["case_1"].update(of_case_1)
     change_json(folder, dataset=entries)
 
@@ -171,184 +198,360 @@ def fault(spoil: Callable[[Path], object], *names: str, remedy: str) -> Fault:
 
 FILES = {
     "last channel missing": fault(
-        lambda d: image_of(d, channel=1).unlink(), "case_1", "imagesTr/case_1_0001.nii.gz", remedy="add the file"),
+        lambda d: image_of(d, channel=1).unlink(), "case_1", "imagesTr/case_1_0001.nii.gz", remedy="add the file"
+    ),
     "first channel missing": fault(
-        lambda d: image_of(d).unlink(), "case_1", "imagesTr/case_1_0000.nii.gz", remedy="add the file"),
+        lambda d: image_of(d).unlink(), "case_1", "imagesTr/case_1_0000.nii.gz", remedy="add the file"
+    ),
     "a channel too many": fault(
-        lambda d: shutil.copy(image_of(d), image_of(d, channel=2)), "case_1", "found 3",
-        remedy="remove those too many"),
+        lambda d: shutil.copy(image_of(d), image_of(d, channel=2)), "case_1", "found 3", remedy="remove those too many"
+    ),
     "image without label": fault(
-        lambda d: label_of(d).unlink(), "case_1", "labelsTr/case_1.nii.gz", "no label", remedy="add the file"),
+        lambda d: label_of(d).unlink(), "case_1", "labelsTr/case_1.nii.gz", "no label", remedy="add the file"
+    ),
     "label without image": fault(
-        lambda d: shutil.copy(label_of(d), label_of(d, 7)), "case_7", "labelsTr/case_7.nii.gz", "no image",
-        remedy="add its images"),
+        lambda d: shutil.copy(label_of(d), label_of(d, 7)),
+        "case_7",
+        "labelsTr/case_7.nii.gz",
+        "no image",
+        remedy="add its images",
+    ),
     "image without channel number": fault(
-        lambda d: shutil.copy(image_of(d), d / "imagesTr" / "case_1.nii.gz"), "imagesTr/case_1.nii.gz",
-        "CASE_0000.nii.gz", remedy="rename"),
+        lambda d: shutil.copy(image_of(d), d / "imagesTr" / "case_1.nii.gz"),
+        "imagesTr/case_1.nii.gz",
+        "CASE_0000.nii.gz",
+        remedy="rename",
+    ),
     "second ending": fault(
-        lambda d: (d / "imagesTr" / "case_9_0000.nrrd").write_bytes(b"x"), "imagesTr/case_9_0000.nrrd",
-        remedy="rename or convert"),
+        lambda d: (d / "imagesTr" / "case_9_0000.nrrd").write_bytes(b"x"),
+        "imagesTr/case_9_0000.nrrd",
+        remedy="rename or convert",
+    ),
     "hidden file that looks like an image": fault(
-        lambda d: (d / "imagesTr" / "._case_1.nii.gz").write_bytes(b"x"), "imagesTr/._case_1.nii.gz", remedy="delete"),
-    "empty image": fault(lambda d: image_of(d).write_bytes(b""), "imagesTr/case_1_0000.nii.gz", "0 bytes",
-                         remedy="copy the file again"),
-    "empty label": fault(lambda d: label_of(d).write_bytes(b""), "labelsTr/case_1.nii.gz", "0 bytes",
-                         remedy="copy the file again"),
+        lambda d: (d / "imagesTr" / "._case_1.nii.gz").write_bytes(b"x"), "imagesTr/._case_1.nii.gz", remedy="delete"
+    ),
+    "empty image": fault(
+        lambda d: image_of(d).write_bytes(b""), "imagesTr/case_1_0000.nii.gz", "0 bytes", remedy="copy the file again"
+    ),
+    "empty label": fault(
+        lambda d: label_of(d).write_bytes(b""), "labelsTr/case_1.nii.gz", "0 bytes", remedy="copy the file again"
+    ),
     "truncated image": fault(
-        lambda d: damage(image_of(d), lambda content: content[:len(content) // 2]), "imagesTr/case_1_0000.nii.gz",
-        "damaged file", remedy="copy the file again"),
+        lambda d: damage(image_of(d), lambda content: content[: len(content) // 2]),
+        "imagesTr/case_1_0000.nii.gz",
+        "damaged file",
+        remedy="copy the file again",
+    ),
     "truncated label": fault(
-        lambda d: damage(label_of(d), lambda content: content[:-12]), "labelsTr/case_1.nii.gz", "damaged file",
-        remedy="copy the file again"),
+        lambda d: damage(label_of(d), lambda content: content[:-12]),
+        "labelsTr/case_1.nii.gz",
+        "damaged file",
+        remedy="copy the file again",
+    ),
     "header announces more than there is": fault(
         lambda d: damage(image_of(d), lambda content: gzip.compress(gzip.decompress(content)[:900])),
-        "imagesTr/case_1_0000.nii.gz", "cut short", remedy="replace it"),
-    "flipped bits": fault(lambda d: damage(image_of(d), flip), "imagesTr/case_1_0000.nii.gz", "damaged file",
-                          remedy="copy the file again"),
-    "no image at all": fault(lambda d: image_of(d).write_bytes(b"no image"), "imagesTr/case_1_0000.nii.gz",
-                             "cannot be read", remedy="open the file in a viewer"),
+        "imagesTr/case_1_0000.nii.gz",
+        "cut short",
+        remedy="replace it",
+    ),
+    "flipped bits": fault(
+        lambda d: damage(image_of(d), flip), "imagesTr/case_1_0000.nii.gz", "damaged file", remedy="copy the file again"
+    ),
+    "no image at all": fault(
+        lambda d: image_of(d).write_bytes(b"no image"),
+        "imagesTr/case_1_0000.nii.gz",
+        "cannot be read",
+        remedy="open the file in a viewer",
+    ),
     "link to nowhere": fault(
-        lambda d: (label_of(d).unlink(), label_of(d).symlink_to(d / "gone.nii.gz")), "labelsTr/case_1.nii.gz",
-        "missing", remedy="add the file"),
+        lambda d: (label_of(d).unlink(), label_of(d).symlink_to(d / "gone.nii.gz")),
+        "labelsTr/case_1.nii.gz",
+        "missing",
+        remedy="add the file",
+    ),
     "a folder in place of a label": fault(
-        lambda d: (label_of(d).unlink(), label_of(d).mkdir()), "labelsTr/case_1.nii.gz", "missing",
-        remedy="add the file"),
+        lambda d: (label_of(d).unlink(), label_of(d).mkdir()),
+        "labelsTr/case_1.nii.gz",
+        "missing",
+        remedy="add the file",
+    ),
 }
 
 VOXELS = {
     "image of another shape": fault(
-        lambda d: write_nifti(np.ones((6, 8, 11), np.float32), image_of(d, channel=1), SPACING), "case_1_0001.nii.gz",
-        "6 x 8 x 11", "6 x 8 x 10", remedy="resample"),
+        lambda d: write_nifti(np.ones((6, 8, 11), np.float32), image_of(d, channel=1), SPACING),
+        "case_1_0001.nii.gz",
+        "6 x 8 x 11",
+        "6 x 8 x 10",
+        remedy="resample",
+    ),
     "label of another shape": fault(
-        lambda d: write_nifti(np.ones((7, 8, 10), np.uint8), label_of(d), SPACING), "labelsTr/case_1.nii.gz",
-        "7 x 8 x 10", "6 x 8 x 10", remedy="resample"),
+        lambda d: write_nifti(np.ones((7, 8, 10), np.uint8), label_of(d), SPACING),
+        "labelsTr/case_1.nii.gz",
+        "7 x 8 x 10",
+        "6 x 8 x 10",
+        remedy="resample",
+    ),
     "image of another spacing": fault(
-        lambda d: change_header(image_of(d, channel=1), Spacing=(1.0, 1.5, 3.5)), "case_1_0001.nii.gz",
-        "3.5, 1.5, 1 mm", "3, 1.5, 1 mm", remedy="write it into the other file"),
+        lambda d: change_header(image_of(d, channel=1), Spacing=(1.0, 1.5, 3.5)),
+        "case_1_0001.nii.gz",
+        "3.5, 1.5, 1 mm",
+        "3, 1.5, 1 mm",
+        remedy="write it into the other file",
+    ),
     "label of another spacing": fault(
-        lambda d: change_header(label_of(d), Spacing=(2.0, 1.5, 3.0)), "labelsTr/case_1.nii.gz", "3, 1.5, 2 mm",
-        remedy="write it into the other file"),
+        lambda d: change_header(label_of(d), Spacing=(2.0, 1.5, 3.0)),
+        "labelsTr/case_1.nii.gz",
+        "3, 1.5, 2 mm",
+        remedy="write it into the other file",
+    ),
     "image of another origin": fault(
-        lambda d: change_header(image_of(d, channel=1), Origin=(0.0, 9.0, 0.0)), "case_1_0001.nii.gz", "origin",
-        "off by up to 9 mm", remedy="overlay both in a viewer"),
+        lambda d: change_header(image_of(d, channel=1), Origin=(0.0, 9.0, 0.0)),
+        "case_1_0001.nii.gz",
+        "origin",
+        "off by up to 9 mm",
+        remedy="overlay both in a viewer",
+    ),
     "label of another origin": fault(
-        lambda d: change_header(label_of(d), Origin=(5.0, 0.0, 0.0)), "labelsTr/case_1.nii.gz", "origin", "5, 0, 0",
-        remedy="overlay both in a viewer"),
+        lambda d: change_header(label_of(d), Origin=(5.0, 0.0, 0.0)),
+        "labelsTr/case_1.nii.gz",
+        "origin",
+        "5, 0, 0",
+        remedy="overlay both in a viewer",
+    ),
     "label of another direction": fault(
-        lambda d: change_header(label_of(d), Direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1)), "labelsTr/case_1.nii.gz",
-        "direction", remedy="overlay both in a viewer"),
+        lambda d: change_header(label_of(d), Direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1)),
+        "labelsTr/case_1.nii.gz",
+        "direction",
+        remedy="overlay both in a viewer",
+    ),
     "image of another direction": fault(
-        lambda d: change_header(image_of(d, channel=1), Direction=(0, 1, 0, 1, 0, 0, 0, 0, -1)), "case_1_0001.nii.gz",
-        "direction", remedy="overlay both in a viewer"),
-    "NaN": fault(lambda d: write_values(image_of(d), a=np.nan), "imagesTr/case_1_0000.nii.gz", "1 voxels",
-                 remedy="numpy.nan_to_num"),
-    "infinity": fault(lambda d: write_values(image_of(d), a=np.inf, b=-np.inf, dtype=np.float64),
-                      "imagesTr/case_1_0000.nii.gz", "2 voxels", remedy="numpy.nan_to_num"),
-    "NaN in a label": fault(lambda d: write_values(label_of(d), a=np.nan), "labelsTr/case_1.nii.gz", "1 voxels",
-                            remedy="numpy.nan_to_num"),
-    "series (4D)": fault(lambda d: (write_series(image_of(d)), image_of(d, channel=1).unlink(),
-                                    change_json(d, channel_names={"0": "MR"}), image_of(d, 0, 1).unlink(),
-                                    image_of(d, 2, 1).unlink()),
-                         "case_1_0000.nii.gz", "series (4D)", "5 volumes", remedy="split time points"),
-    "label as a series (4D)": fault(lambda d: write_series(label_of(d)), "labelsTr/case_1.nii.gz", "5 channels",
-                                    remedy="open the file in a viewer"),
-    "sheared axes": fault(lambda d: shear(image_of(d)), "imagesTr/case_1_0000.nii.gz", "not at right angles",
-                          remedy="NibabelIO"),
+        lambda d: change_header(image_of(d, channel=1), Direction=(0, 1, 0, 1, 0, 0, 0, 0, -1)),
+        "case_1_0001.nii.gz",
+        "direction",
+        remedy="overlay both in a viewer",
+    ),
+    "NaN": fault(
+        lambda d: write_values(image_of(d), a=np.nan),
+        "imagesTr/case_1_0000.nii.gz",
+        "1 voxels",
+        remedy="numpy.nan_to_num",
+    ),
+    "infinity": fault(
+        lambda d: write_values(image_of(d), a=np.inf, b=-np.inf, dtype=np.float64),
+        "imagesTr/case_1_0000.nii.gz",
+        "2 voxels",
+        remedy="numpy.nan_to_num",
+    ),
+    "NaN in a label": fault(
+        lambda d: write_values(label_of(d), a=np.nan), "labelsTr/case_1.nii.gz", "1 voxels", remedy="numpy.nan_to_num"
+    ),
+    "series (4D)": fault(
+        lambda d: (
+            write_series(image_of(d)),
+            image_of(d, channel=1).unlink(),
+            change_json(d, channel_names={"0": "MR"}),
+            image_of(d, 0, 1).unlink(),
+            image_of(d, 2, 1).unlink(),
+        ),
+        "case_1_0000.nii.gz",
+        "series (4D)",
+        "5 volumes",
+        remedy="split time points",
+    ),
+    "label as a series (4D)": fault(
+        lambda d: write_series(label_of(d)), "labelsTr/case_1.nii.gz", "5 channels", remedy="open the file in a viewer"
+    ),
+    "sheared axes": fault(
+        lambda d: shear(image_of(d)), "imagesTr/case_1_0000.nii.gz", "not at right angles", remedy="NibabelIO"
+    ),
     "colours in NIfTI": fault(
-        lambda d: sitk.WriteImage(sitk.GetImageFromArray(np.ones((*SHAPE, 3), np.uint8), isVector=True),
-                                  str(image_of(d))), "imagesTr/case_1_0000.nii.gz", "3 values per voxel",
-        remedy="Store each component"),
-    "unknown label": fault(lambda d: write_values(label_of(d), a=3, b=7, dtype=np.uint8), "labelsTr/case_1.nii.gz",
-                           "found 3, 7", "expected 0, 1, 2", remedy="name these values"),
-    "negative label": fault(lambda d: write_values(label_of(d), a=-1, dtype=np.int16), "labelsTr/case_1.nii.gz",
-                            "found -1", remedy="correct the label file"),
-    "fractional label": fault(lambda d: write_values(label_of(d), a=1.5), "labelsTr/case_1.nii.gz", "found 1.5",
-                              remedy="correct the label file"),
+        lambda d: sitk.WriteImage(
+            sitk.GetImageFromArray(np.ones((*SHAPE, 3), np.uint8), isVector=True), str(image_of(d))
+        ),
+        "imagesTr/case_1_0000.nii.gz",
+        "3 values per voxel",
+        remedy="Store each component",
+    ),
+    "unknown label": fault(
+        lambda d: write_values(label_of(d), a=3, b=7, dtype=np.uint8),
+        "labelsTr/case_1.nii.gz",
+        "found 3, 7",
+        "expected 0, 1, 2",
+        remedy="name these values",
+    ),
+    "negative label": fault(
+        lambda d: write_values(label_of(d), a=-1, dtype=np.int16),
+        "labelsTr/case_1.nii.gz",
+        "found -1",
+        remedy="correct the label file",
+    ),
+    "fractional label": fault(
+        lambda d: write_values(label_of(d), a=1.5),
+        "labelsTr/case_1.nii.gz",
+        "found 1.5",
+        remedy="correct the label file",
+    ),
     "no foreground in any case": fault(make_labels_empty, "labelsTr", "background only", remedy="nothing to learn"),
 }
 
 JSON = {
-    "no dataset.json": fault(lambda d: (d / "dataset.json").unlink(), "Dataset002_Scans has no dataset.json",
-                             remedy="write one"),
-    "broken JSON": fault(lambda d: (d / "dataset.json").write_text('{"labels": {'), "dataset.json is not valid JSON",
-                         remedy="correct the file"),
-    "a list instead of an object": fault(lambda d: (d / "dataset.json").write_text("[]"), "dataset.json", "a list",
-                                         remedy="correct the file"),
-    "not UTF-8": fault(lambda d: (d / "dataset.json").write_bytes('{"name": "Müller"}'.encode("latin1")),
-                       "dataset.json is not encoded in UTF-8", remedy="save it as UTF-8"),
+    "no dataset.json": fault(
+        lambda d: (d / "dataset.json").unlink(), "Dataset002_Scans has no dataset.json", remedy="write one"
+    ),
+    "broken JSON": fault(
+        lambda d: (d / "dataset.json").write_text('{"labels": {'),
+        "dataset.json is not valid JSON",
+        remedy="correct the file",
+    ),
+    "a list instead of an object": fault(
+        lambda d: (d / "dataset.json").write_text("[]"), "dataset.json", "a list", remedy="correct the file"
+    ),
+    "not UTF-8": fault(
+        lambda d: (d / "dataset.json").write_bytes('{"name": "Müller"}'.encode("latin1")),
+        "dataset.json is not encoded in UTF-8",
+        remedy="save it as UTF-8",
+    ),
     "a key twice": fault(
-        lambda d: damage(d / "dataset.json", lambda content: content.replace(b'"tumour"', b'"organ"')), "dataset.json",
-        "'organ' occurs twice", remedy="keep one of them"),
-    "no imagesTr": fault(lambda d: (d / "imagesTr").rename(d / "images"), "has no folder imagesTr",
-                         remedy="create it"),
-    "no labelsTr": fault(lambda d: (d / "labelsTr").rename(d / "labels"), "has no folder labelsTr",
-                         remedy="create it"),
-    **{f"no {key}": fault(lambda d, key=key: change_json(d, remove=key), "dataset.json", f"lacks {key}",
-                          remedy="add what is missing")
-       for key in ("labels", "channel_names", "numTraining", "file_ending")},
-    "labels as a list": fault(lambda d: change_json(d, labels=["background", "organ"]), "'labels' of dataset.json",
-                              "a list", remedy='"background": 0'),
-    "labels the old way round": fault(lambda d: change_json(d, labels={"0": "background", "1": "organ"}),
-                                      "'labels' of dataset.json", "nnU-Net 1", remedy="turn the entries round"),
-    "label as text": fault(lambda d: change_json(d, labels={**LABELS, "tumour": "2"}), "'tumour': \"2\"",
-                           remedy="without quotes"),
-    "label as a fraction": fault(lambda d: change_json(d, labels={**LABELS, "tumour": 2.0}), "'tumour': 2.0",
-                                 remedy="whole numbers"),
-    "label below 0": fault(lambda d: change_json(d, labels={**LABELS, "tumour": -2}), "'tumour': -2",
-                           remedy="whole numbers"),
-    "labels with a gap": fault(lambda d: change_json(d, labels={**LABELS, "tumour": 3}), "1 is followed by 3",
-                               remedy="without gaps"),
-    "background is not 0": fault(lambda d: change_json(d, labels={"background": 1, "organ": 0, "tumour": 2}),
-                                 "'background': 1", remedy="label the background 0"),
-    "no background": fault(lambda d: change_json(d, labels={"organ": 1, "tumour": 2}), "no background",
-                           remedy="label the background 0"),
+        lambda d: damage(d / "dataset.json", lambda content: content.replace(b'"tumour"', b'"organ"')),
+        "dataset.json",
+        "'organ' occurs twice",
+        remedy="keep one of them",
+    ),
+    "no imagesTr": fault(lambda d: (d / "imagesTr").rename(d / "images"), "has no folder imagesTr", remedy="create it"),
+    "no labelsTr": fault(lambda d: (d / "labelsTr").rename(d / "labels"), "has no folder labelsTr", remedy="create it"),
+    **{
+        f"no {key}": fault(
+            lambda d, key=key: change_json(d, remove=key), "dataset.json", f"lacks {key}", remedy="add what is missing"
+        )
+        for key in ("labels", "channel_names", "numTraining", "file_ending")
+    },
+    "labels as a list": fault(
+        lambda d: change_json(d, labels=["background", "organ"]),
+        "'labels' of dataset.json",
+        "a list",
+        remedy='"background": 0',
+    ),
+    "labels the old way round": fault(
+        lambda d: change_json(d, labels={"0": "background", "1": "organ"}),
+        "'labels' of dataset.json",
+        "nnU-Net 1",
+        remedy="turn the entries round",
+    ),
+    "label as text": fault(
+        lambda d: change_json(d, labels={**LABELS, "tumour": "2"}), "'tumour': \"2\"", remedy="without quotes"
+    ),
+    "label as a fraction": fault(
+        lambda d: change_json(d, labels={**LABELS, "tumour": 2.0}), "'tumour': 2.0", remedy="whole numbers"
+    ),
+    "label below 0": fault(
+        lambda d: change_json(d, labels={**LABELS, "tumour": -2}), "'tumour': -2", remedy="whole numbers"
+    ),
+    "labels with a gap": fault(
+        lambda d: change_json(d, labels={**LABELS, "tumour": 3}), "1 is followed by 3", remedy="without gaps"
+    ),
+    "background is not 0": fault(
+        lambda d: change_json(d, labels={"background": 1, "organ": 0, "tumour": 2}),
+        "'background': 1",
+        remedy="label the background 0",
+    ),
+    "no background": fault(
+        lambda d: change_json(d, labels={"organ": 1, "tumour": 2}), "no background", remedy="label the background 0"
+    ),
     "ignore label is not the highest": fault(
         lambda d: change_json(d, labels={"background": 0, "ignore": 1, "tumour": 2}),
-        "ignore label must be the highest label plus one, 3; it is 1", remedy="ignore last"),
-    "ignore label as a list": fault(lambda d: change_json(d, labels={**LABELS, "ignore": [3]}), "'ignore': [3]",
-                                    remedy="as a number"),
+        "ignore label must be the highest label plus one, 3; it is 1",
+        remedy="ignore last",
+    ),
+    "ignore label as a list": fault(
+        lambda d: change_json(d, labels={**LABELS, "ignore": [3]}), "'ignore': [3]", remedy="as a number"
+    ),
     "regions without an order": fault(
-        lambda d: change_json(d, labels={"background": 0, "whole": [1, 2], "core": 2}), "regions_class_order",
-        remedy="one label for each of whole, core"),
+        lambda d: change_json(d, labels={"background": 0, "whole": [1, 2], "core": 2}),
+        "regions_class_order",
+        remedy="one label for each of whole, core",
+    ),
     "order of regions too short": fault(
         lambda d: change_json(d, labels={"background": 0, "whole": [1, 2], "core": 2}, regions_class_order=[1]),
-        "regions_class_order has 1 entries, but there are 2 regions", remedy="one label for each of whole, core"),
-    "order of regions as text": fault(lambda d: change_json(d, regions_class_order="1, 2"), "'regions_class_order'",
-                                      '"1, 2"', remedy="[1, 2, 3]"),
-    "channels out of order": fault(lambda d: change_json(d, channel_names={"1": "T2", "0": "T1"}),
-                                   "'channel_names' of dataset.json", "the order 1, 0", remedy="in the order of the"),
-    "channels as a list": fault(lambda d: change_json(d, channel_names=["T1", "T2"]), "'channel_names'", "a list",
-                                remedy='{"0": "NAME"'),
-    "channel without a name": fault(lambda d: change_json(d, channel_names={"0": "T1", "1": None}), "'1': null",
-                                    remedy='{"0": "NAME"'),
-    "fewer channel names than files": fault(lambda d: change_json(d, channel_names={"0": "T1"}), "case_0", "found 2",
-                                            remedy="correct channel_names"),
-    "numTraining as text": fault(lambda d: change_json(d, numTraining="3"), "'numTraining'", "a text",
-                                 remedy="without quotes"),
-    "numTraining that does not fit": fault(lambda d: change_json(d, numTraining=4), "3 cases", "expected 4 cases",
-                                           remedy="correct numTraining"),
-    "file_ending of no file": fault(lambda d: change_json(d, file_ending=".nrrd"), "imagesTr",
-                                    "6 files ending in .nii.gz", remedy="correct file_ending"),
-    "file_ending without dot": fault(lambda d: change_json(d, file_ending="nii.gz"), "'file_ending'", '"nii.gz"',
-                                     remedy="with the dot"),
+        "regions_class_order has 1 entries, but there are 2 regions",
+        remedy="one label for each of whole, core",
+    ),
+    "order of regions as text": fault(
+        lambda d: change_json(d, regions_class_order="1, 2"), "'regions_class_order'", '"1, 2"', remedy="[1, 2, 3]"
+    ),
+    "channels out of order": fault(
+        lambda d: change_json(d, channel_names={"1": "T2", "0": "T1"}),
+        "'channel_names' of dataset.json",
+        "the order 1, 0",
+        remedy="in the order of the",
+    ),
+    "channels as a list": fault(
+        lambda d: change_json(d, channel_names=["T1", "T2"]), "'channel_names'", "a list", remedy='{"0": "NAME"'
+    ),
+    "channel without a name": fault(
+        lambda d: change_json(d, channel_names={"0": "T1", "1": None}), "'1': null", remedy='{"0": "NAME"'
+    ),
+    "fewer channel names than files": fault(
+        lambda d: change_json(d, channel_names={"0": "T1"}), "case_0", "found 2", remedy="correct channel_names"
+    ),
+    "numTraining as text": fault(
+        lambda d: change_json(d, numTraining="3"), "'numTraining'", "a text", remedy="without quotes"
+    ),
+    "numTraining that does not fit": fault(
+        lambda d: change_json(d, numTraining=4), "3 cases", "expected 4 cases", remedy="correct numTraining"
+    ),
+    "file_ending of no file": fault(
+        lambda d: change_json(d, file_ending=".nrrd"),
+        "imagesTr",
+        "6 files ending in .nii.gz",
+        remedy="correct file_ending",
+    ),
+    "file_ending without dot": fault(
+        lambda d: change_json(d, file_ending="nii.gz"), "'file_ending'", '"nii.gz"', remedy="with the dot"
+    ),
     "file_ending as a number": fault(lambda d: change_json(d, file_ending=1), "'file_ending'", remedy="with the dot"),
     "files renamed to an unknown ending": fault(
-        lambda d: (rename_all(d, ".scan"), change_json(d, file_ending=".scan")), "case_0_0000.scan",
-        "no reader can read", remedy="convert the images"),
-    "unknown reader": fault(lambda d: change_json(d, overwrite_image_reader_writer="NiftiIO"),
-                            "'overwrite_image_reader_writer'", '"NiftiIO"', "NibabelIO", remedy="correct the name"),
-    "dataset as a list": fault(lambda d: change_json(d, dataset=[]), "'dataset' of dataset.json", "a list",
-                               remedy='{"CASE"'),
-    "dataset entry without label": fault(lambda d: change_json(d, dataset={"a": {"images": ["b"]}}), "'a'",
-                                         remedy='"label": "FILE"'),
-    "listed image missing": fault(lambda d: list_files(d, images=["imagesTr/gone_0000.nii.gz"]), "case_1",
-                                  "imagesTr/gone_0000.nii.gz", "no image", remedy="add the file"),
-    "listed label missing": fault(lambda d: list_files(d, label="$NOWHERE/gone.nii.gz"), "case_1", "gone.nii.gz",
-                                  "no label", remedy="add the file"),
-    "listed channels out of order": fault(swap_channels_in_list, "case_1", "case_1_0001.nii.gz, case_1_0000.nii.gz",
-                                          remedy="in the order of channel_names"),
-    "listed file of another ending": fault(lambda d: list_files(d, label="labelsTr/case_1.nrrd"), "case_1",
-                                           "case_1.nrrd", remedy="one ending"),
+        lambda d: (rename_all(d, ".scan"), change_json(d, file_ending=".scan")),
+        "case_0_0000.scan",
+        "no reader can read",
+        remedy="convert the images",
+    ),
+    "unknown reader": fault(
+        lambda d: change_json(d, overwrite_image_reader_writer="NiftiIO"),
+        "'overwrite_image_reader_writer'",
+        '"NiftiIO"',
+        "NibabelIO",
+        remedy="correct the name",
+    ),
+    "dataset as a list": fault(
+        lambda d: change_json(d, dataset=[]), "'dataset' of dataset.json", "a list", remedy='{"CASE"'
+    ),
+    "dataset entry without label": fault(
+        lambda d: change_json(d, dataset={"a": {"images": ["b"]}}), "'a'", remedy='"label": "FILE"'
+    ),
+    "listed image missing": fault(
+        lambda d: list_files(d, images=["imagesTr/gone_0000.nii.gz"]),
+        "case_1",
+        "imagesTr/gone_0000.nii.gz",
+        "no image",
+        remedy="add the file",
+    ),
+    "listed label missing": fault(
+        lambda d: list_files(d, label="$NOWHERE/gone.nii.gz"),
+        "case_1",
+        "gone.nii.gz",
+        "no label",
+        remedy="add the file",
+    ),
+    "listed channels out of order": fault(
+        swap_channels_in_list,
+        "case_1",
+        "case_1_0001.nii.gz, case_1_0000.nii.gz",
+        remedy="in the order of channel_names",
+    ),
+    "listed file of another ending": fault(
+        lambda d: list_files(d, label="labelsTr/case_1.nrrd"), "case_1", "case_1.nrrd", remedy="one ending"
+    ),
     "no image listed": fault(lambda d: list_files(d, images=[]), "case_1", "images: []", remedy="one image per"),
 }
 
@@ -364,8 +567,9 @@ def test_fault_is_refused(name, dataset, refuse):
 
 def test_sound_dataset_is_not_refused(dataset, roots, monkeypatch):
     """The datasets above are refused for their one fault, not for another."""
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar",
-                                      "--verify_dataset_integrity"])
+    monkeypatch.setattr(
+        sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar", "--verify_dataset_integrity"]
+    )
     entrypoints.extract_fingerprint_entry()
     assert (roots["nnUNet_preprocessed"] / dataset.name / "dataset_fingerprint.json").is_file()
 
@@ -382,8 +586,13 @@ def make_2d(roots, **changes: object) -> Path:
     for case in ("a", "b"):
         io.imsave(folder / "imagesTr" / f"{case}_0000.png", rng.integers(0, 255, (12, 14, 3), dtype=np.uint8))
         io.imsave(folder / "labelsTr" / f"{case}.png", np.eye(12, 14, dtype=np.uint8), check_contrast=False)
-    content = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "vessel": 1},
-               "numTraining": 2, "file_ending": ".png", **changes}
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "vessel": 1},
+        "numTraining": 2,
+        "file_ending": ".png",
+        **changes,
+    }
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder
 
@@ -395,51 +604,100 @@ def make_stack(roots) -> Path:
         (folder / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for case in ("a", "b"):
-        for file, values in ((f"imagesTr/{case}_0000.tif", rng.integers(0, 99, SHAPE)),
-                             (f"labelsTr/{case}.tif", rng.integers(0, 2, SHAPE))):
+        for file, values in (
+            (f"imagesTr/{case}_0000.tif", rng.integers(0, 99, SHAPE)),
+            (f"labelsTr/{case}.tif", rng.integers(0, 2, SHAPE)),
+        ):
             tifffile.imwrite(folder / file, values.astype(np.uint8), photometric="minisblack")
         for name in ("imagesTr", "labelsTr"):
             (folder / name / f"{case}.json").write_text('{"spacing": [3, 1.5, 1]}')
-    content = {"channel_names": {"0": "EM"}, "labels": {"background": 0, "cell": 1}, "numTraining": 2,
-               "file_ending": ".tif"}
+    content = {
+        "channel_names": {"0": "EM"},
+        "labels": {"background": 0, "cell": 1},
+        "numTraining": 2,
+        "file_ending": ".tif",
+    }
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder
 
 
 PNG = {
-    "colours named as one channel": fault(lambda d: change_json(d, channel_names={"0": "photo"}), "a_0000.png",
-                                          "found 3", remedy="name one channel per colour"),
+    "colours named as one channel": fault(
+        lambda d: change_json(d, channel_names={"0": "photo"}),
+        "a_0000.png",
+        "found 3",
+        remedy="name one channel per colour",
+    ),
     "one image with alpha": fault(
         lambda d: io.imsave(d / "imagesTr" / "b_0000.png", np.full((12, 14, 4), 9, np.uint8), check_contrast=False),
-        "b_0000.png", "found 4", remedy="convert the image"),
+        "b_0000.png",
+        "found 4",
+        remedy="convert the image",
+    ),
     "label in colours": fault(
         lambda d: io.imsave(d / "labelsTr" / "b.png", np.ones((12, 14, 3), np.uint8), check_contrast=False),
-        "labelsTr/b.png", "3 channels", remedy="convert"),
+        "labelsTr/b.png",
+        "3 channels",
+        remedy="convert",
+    ),
     "label shown in white": fault(
         lambda d: io.imsave(d / "labelsTr" / "b.png", np.eye(12, 14, dtype=np.uint8) * 255, check_contrast=False),
-        "labelsTr/b.png", "found 255", remedy="correct the label file"),
-    "truncated png": fault(lambda d: damage(d / "imagesTr" / "b_0000.png", lambda content: content[:200]),
-                           "imagesTr/b_0000.png", "cannot be read", remedy="replace it if it is damaged"),
+        "labelsTr/b.png",
+        "found 255",
+        remedy="correct the label file",
+    ),
+    "truncated png": fault(
+        lambda d: damage(d / "imagesTr" / "b_0000.png", lambda content: content[:200]),
+        "imagesTr/b_0000.png",
+        "cannot be read",
+        remedy="replace it if it is damaged",
+    ),
     "label turned on its side": fault(
         lambda d: io.imsave(d / "labelsTr" / "b.png", np.eye(14, 12, dtype=np.uint8), check_contrast=False),
-        "labelsTr/b.png", "1 x 14 x 12", "1 x 12 x 14", remedy="replace it"),
+        "labelsTr/b.png",
+        "1 x 14 x 12",
+        "1 x 12 x 14",
+        remedy="replace it",
+    ),
 }
 
 TIF = {
-    "tif without spacing": fault(lambda d: (d / "imagesTr" / "b.json").unlink(), "imagesTr/b_0000.tif", "b.json",
-                                 remedy='write {"spacing"'),
-    "label tif without spacing": fault(lambda d: (d / "labelsTr" / "b.json").unlink(), "labelsTr/b.tif", "b.json",
-                                       remedy='write {"spacing"'),
-    "spacing in broken JSON": fault(lambda d: (d / "imagesTr" / "b.json").write_text("{"), "imagesTr/b_0000.tif",
-                                    "not valid JSON", remedy='{"spacing": [a, b, c]}'),
-    "spacing of two numbers": fault(lambda d: (d / "imagesTr" / "b.json").write_text('{"spacing": [1, 2]}'),
-                                    "imagesTr/b_0000.tif", "three numbers", remedy='{"spacing": [a, b, c]}'),
-    "spacing of 0": fault(lambda d: (d / "imagesTr" / "b.json").write_text('{"spacing": [0, 1, 1]}'),
-                          "imagesTr/b_0000.tif", "0, 1, 1", remedy="size of a voxel"),
-    "spacing in another order": fault(lambda d: (d / "labelsTr" / "b.json").write_text('{"spacing": [1, 1.5, 3]}'),
-                                      "labelsTr/b.tif", "1, 1.5, 3 mm", remedy="which spacing is right"),
-    "truncated tif": fault(lambda d: damage(d / "imagesTr" / "b_0000.tif", lambda content: content[:150]),
-                           "imagesTr/b_0000.tif", "cannot be read", remedy="replace it"),
+    "tif without spacing": fault(
+        lambda d: (d / "imagesTr" / "b.json").unlink(), "imagesTr/b_0000.tif", "b.json", remedy='write {"spacing"'
+    ),
+    "label tif without spacing": fault(
+        lambda d: (d / "labelsTr" / "b.json").unlink(), "labelsTr/b.tif", "b.json", remedy='write {"spacing"'
+    ),
+    "spacing in broken JSON": fault(
+        lambda d: (d / "imagesTr" / "b.json").write_text("{"),
+        "imagesTr/b_0000.tif",
+        "not valid JSON",
+        remedy='{"spacing": [a, b, c]}',
+    ),
+    "spacing of two numbers": fault(
+        lambda d: (d / "imagesTr" / "b.json").write_text('{"spacing": [1, 2]}'),
+        "imagesTr/b_0000.tif",
+        "three numbers",
+        remedy='{"spacing": [a, b, c]}',
+    ),
+    "spacing of 0": fault(
+        lambda d: (d / "imagesTr" / "b.json").write_text('{"spacing": [0, 1, 1]}'),
+        "imagesTr/b_0000.tif",
+        "0, 1, 1",
+        remedy="size of a voxel",
+    ),
+    "spacing in another order": fault(
+        lambda d: (d / "labelsTr" / "b.json").write_text('{"spacing": [1, 1.5, 3]}'),
+        "labelsTr/b.tif",
+        "1, 1.5, 3 mm",
+        remedy="which spacing is right",
+    ),
+    "truncated tif": fault(
+        lambda d: damage(d / "imagesTr" / "b_0000.tif", lambda content: content[:150]),
+        "imagesTr/b_0000.tif",
+        "cannot be read",
+        remedy="replace it",
+    ),
 }
 
 
@@ -463,18 +721,28 @@ def test_real_scans_without_their_partner(shared_data, roots, refuse):
     for file in (folder / "labelsTr").iterdir():
         file.rename(file.with_name(file.name.replace("_label_without_image", "")))
     for name in ("001", "003"):
-        shutil.copy(source / "images" / f"hippocampus_{name}.nii.gz",
-                    folder / "imagesTr" / f"hippocampus_{name}_0000.nii.gz")
+        shutil.copy(
+            source / "images" / f"hippocampus_{name}.nii.gz", folder / "imagesTr" / f"hippocampus_{name}_0000.nii.gz"
+        )
         shutil.copy(source / "labels" / f"hippocampus_{name}.nii.gz", folder / "labelsTr")
-    shutil.copy(source / "bad" / "hippocampus_118_image_without_label.nii.gz",
-                folder / "imagesTr" / "hippocampus_118_0000.nii.gz")
-    content = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "anterior": 1, "posterior": 2},
-               "numTraining": 3, "file_ending": ".nii.gz"}
+    shutil.copy(
+        source / "bad" / "hippocampus_118_image_without_label.nii.gz",
+        folder / "imagesTr" / "hippocampus_118_0000.nii.gz",
+    )
+    content = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "anterior": 1, "posterior": 2},
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
     (folder / "dataset.json").write_text(json.dumps(content))
     outcome = refuse()
     assert "3 errors in 3 of 3 cases" in outcome.message
-    for file in ("labelsTr/hippocampus_010.nii.gz  no image", "labelsTr/hippocampus_281.nii.gz  no image",
-                 "labelsTr/hippocampus_118.nii.gz  no label"):
+    for file in (
+        "labelsTr/hippocampus_010.nii.gz  no image",
+        "labelsTr/hippocampus_281.nii.gz  no image",
+        "labelsTr/hippocampus_118.nii.gz  no label",
+    ):
         assert file in outcome.table
 
 
@@ -501,9 +769,25 @@ def test_unset_variable_is_refused(name, named, check, dataset, refuse, monkeypa
 
 def test_prediction_needs_the_variable_of_results(dataset, roots, monkeypatch, capsys):
     from nnunetv2.inference import predict_from_raw_data
+
     monkeypatch.delenv("nnUNet_results")
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_predict", "-i", str(dataset / "imagesTr"), "-o",
-                                      str(roots["nnUNet_results"] / "out"), "-d", "2", "-c", "2d", "-device", "cpu"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "nnUNetv2_predict",
+            "-i",
+            str(dataset / "imagesTr"),
+            "-o",
+            str(roots["nnUNet_results"] / "out"),
+            "-d",
+            "2",
+            "-c",
+            "2d",
+            "-device",
+            "cpu",
+        ],
+    )
     before = snapshot(roots)
     with pytest.raises(SystemExit):
         predict_from_raw_data.predict_entry_point()
@@ -581,8 +865,16 @@ def full_disk(tmp_path) -> Iterator[Path]:
     """A disk of 300 KB, mounted where that is allowed."""
     folder = tmp_path / "small disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], check=False,
-                           capture_output=True, text=True) if shutil.which("mount") else None
+    mount = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if shutil.which("mount")
+        else None
+    )
     if mount is None or mount.returncode:
         pytest.skip("no disk may be mounted here")
     yield folder
@@ -601,7 +893,8 @@ def run_as_process(limit: int | None, *arguments: str) -> subprocess.CompletedPr
     code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else "") + (
         "import sys; sys.argv[0] = 'nnUNetv2_plan_and_preprocess'\n"
         "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry\n"
-        "if __name__ == '__main__': plan_and_preprocess_entry()")
+        "if __name__ == '__main__': plan_and_preprocess_entry()"
+    )
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
@@ -640,19 +933,31 @@ def test_refusal_is_the_same_as_a_process(dataset):
 # -------------------------------------------------------------------------------------------------- without the check
 
 UNCHECKED = {
-    "broken JSON": fault(lambda d: (d / "dataset.json").write_text("{"), "dataset.json is not valid JSON",
-                         remedy="correct the file"),
-    "no dataset.json": fault(lambda d: (d / "dataset.json").unlink(), "has no dataset.json",
-                             remedy="dataset-format.md"),
-    **{f"no {key}": fault(lambda d, key=key: change_json(d, remove=key), "dataset.json", f"lacks {key}",
-                          remedy="add what is missing") for key in ("labels", "channel_names", "file_ending")},
-    "channel missing": fault(lambda d: image_of(d, channel=1).unlink(), "case_1", "1 channel",
-                             remedy="dataset.json names 2"),
+    "broken JSON": fault(
+        lambda d: (d / "dataset.json").write_text("{"), "dataset.json is not valid JSON", remedy="correct the file"
+    ),
+    "no dataset.json": fault(
+        lambda d: (d / "dataset.json").unlink(), "has no dataset.json", remedy="dataset-format.md"
+    ),
+    **{
+        f"no {key}": fault(
+            lambda d, key=key: change_json(d, remove=key), "dataset.json", f"lacks {key}", remedy="add what is missing"
+        )
+        for key in ("labels", "channel_names", "file_ending")
+    },
+    "channel missing": fault(
+        lambda d: image_of(d, channel=1).unlink(), "case_1", "1 channel", remedy="dataset.json names 2"
+    ),
     "label missing": fault(lambda d: label_of(d).unlink(), "case_1", remedy="does not exist"),
-    "truncated image": fault(lambda d: damage(image_of(d), lambda content: content[:200]), "case_1", "damaged",
-                             remedy="copy the file again"),
-    "label of another shape": fault(lambda d: write_nifti(np.ones((7, 8, 10), np.uint8), label_of(d), SPACING),
-                                    "case_1", "(7, 8, 10)", remedy="must be equal"),
+    "truncated image": fault(
+        lambda d: damage(image_of(d), lambda content: content[:200]), "case_1", "damaged", remedy="copy the file again"
+    ),
+    "label of another shape": fault(
+        lambda d: write_nifti(np.ones((7, 8, 10), np.uint8), label_of(d), SPACING),
+        "case_1",
+        "(7, 8, 10)",
+        remedy="must be equal",
+    ),
     "no foreground": fault(make_labels_empty, "case_0, case_1, case_2", remedy="a label above 0"),
 }
 
@@ -673,25 +978,41 @@ def test_listed_files_may_lie_anywhere(dataset, roots, tmp_path, monkeypatch):
     shutil.copytree(dataset / "imagesTr", elsewhere)
     shutil.rmtree(dataset / "imagesTr")
     monkeypatch.setenv("SCANS", str(elsewhere))
-    change_json(dataset, numTraining=2, dataset={
-        "one": {"images": ["$SCANS/case_0_0000.nii.gz", "${SCANS}/case_2_0000.nii.gz"],
-                "label": "labelsTr/case_0.nii.gz"},
-        "two": {"images": [str(elsewhere / "case_1_0001.nii.gz"), "../../elsewhere/case_1_0000.nii.gz"][::-1],
-                "label": str(dataset / "labelsTr" / "case_1.nii.gz")}})
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar",
-                                      "--verify_dataset_integrity"])
+    change_json(
+        dataset,
+        numTraining=2,
+        dataset={
+            "one": {
+                "images": ["$SCANS/case_0_0000.nii.gz", "${SCANS}/case_2_0000.nii.gz"],
+                "label": "labelsTr/case_0.nii.gz",
+            },
+            "two": {
+                "images": [str(elsewhere / "case_1_0001.nii.gz"), "../../elsewhere/case_1_0000.nii.gz"][::-1],
+                "label": str(dataset / "labelsTr" / "case_1.nii.gz"),
+            },
+        },
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar", "--verify_dataset_integrity"]
+    )
     entrypoints.extract_fingerprint_entry()
     assert (roots["nnUNet_preprocessed"] / dataset.name / "dataset_fingerprint.json").is_file()
 
 
-@pytest.mark.parametrize(("labels", "order"), [
-    ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2]), ({"background": 0, "organ": 1, "ignore": 2}, None),
-    ({"background": 0, "organ": [1], "tumour": 2}, None), ({"background": 0, "all": [1], "part": 1, "ignore": 2}, None),
-])
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2]),
+        ({"background": 0, "organ": 1, "ignore": 2}, None),
+        ({"background": 0, "organ": [1], "tumour": 2}, None),
+        ({"background": 0, "all": [1], "part": 1, "ignore": 2}, None),
+    ],
+)
 def test_kinds_of_labels(labels, order, dataset, roots, monkeypatch):
     change_json(dataset, labels=labels, **({"regions_class_order": order} if order else {}))
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar",
-                                      "--verify_dataset_integrity"])
+    monkeypatch.setattr(
+        sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar", "--verify_dataset_integrity"]
+    )
     entrypoints.extract_fingerprint_entry()
 
 

@@ -1,4 +1,5 @@
 """Results of many cases."""
+
 import time
 
 import pytest
@@ -22,8 +23,9 @@ def fail_or_sleep(number):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_results_come_in_the_order_of_the_cases(num_processes):
     cases = {f"case_{i}": (0.2 if i == 0 else 0, i) for i in range(7)}
-    assert map_cases(wait_and_return, cases, num_processes=num_processes, description="Waiting",
-                     show_progress=False) == list(range(7))
+    assert map_cases(
+        wait_and_return, cases, num_processes=num_processes, description="Waiting", show_progress=False
+    ) == list(range(7))
 
 
 def test_first_failure_does_not_wait_for_the_rest():

@@ -1,4 +1,5 @@
 """Samples of one case."""
+
 import numpy as np
 import pytest
 
@@ -43,8 +44,9 @@ def test_sample_is_the_same_however_the_draws_are_cut(scan, monkeypatch):
     images, label = scan
     whole = draw_foreground(label, images, num_samples=1000)
     monkeypatch.setattr(case_sample, "DRAWS_AT_ONCE", 7)
-    for (values, counts), (expected_values, expected_counts) in zip(draw_foreground(label, images, num_samples=1000),
-                                                                    whole):
+    for (values, counts), (expected_values, expected_counts) in zip(
+        draw_foreground(label, images, num_samples=1000), whole
+    ):
         assert np.array_equal(values, expected_values) and np.array_equal(counts, expected_counts)
 
 
@@ -66,7 +68,7 @@ def test_case_is_cropped_to_its_nonzero_region():
     assert sample.shape_after_crop == (3, 5, 6)
     assert sample.relative_size == pytest.approx(90 / 480)
     assert sample.spacing == (3.0, 1.5, 1) and type(sample.spacing[0]) is float
-    (values, counts), = sample.intensities
+    ((values, counts),) = sample.intensities
     assert values.tolist() == [5] and counts.tolist() == [100]
 
 

@@ -1,4 +1,5 @@
 """What a dataset.json can say, from raw data through plans to preprocessed data."""
+
 from __future__ import annotations
 
 import json
@@ -25,8 +26,9 @@ def plan_and_preprocess(roots, monkeypatch):
     monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", with_few_voxels)
 
     def run(folder, *flags):
-        entrypoints.plan_and_preprocess_main(["-d", folder.name, "-npfp", "1", "-np", "1", "--no_pbar",
-                                              "--verify_dataset_integrity", *flags])
+        entrypoints.plan_and_preprocess_main(
+            ["-d", folder.name, "-npfp", "1", "-np", "1", "--no_pbar", "--verify_dataset_integrity", *flags]
+        )
         preprocessed = roots["nnUNet_preprocessed"] / folder.name
         plans = PlansManager(str(preprocessed / "nnUNetPlans.json"))
 
@@ -43,8 +45,12 @@ def plan_and_preprocess(roots, monkeypatch):
 def test_regions_with_an_ignore_label_and_two_channels(make_scans, make_case, plan_and_preprocess, roots):
     images, label, spacing = make_case(0, shape=(8, 20, 24), num_channels=2)
     label[0, 0, :5] = 3
-    folder = make_scans({"a": (images, label, spacing), "b": (images, label, spacing)}, channels=["CT", "noNorm"],
-                        labels={"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, regions_class_order=[1, 2])
+    folder = make_scans(
+        {"a": (images, label, spacing), "b": (images, label, spacing)},
+        channels=["CT", "noNorm"],
+        labels={"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
+        regions_class_order=[1, 2],
+    )
     plans, load = plan_and_preprocess(folder)
     fullres = plans.get_configuration("3d_fullres")
     assert fullres.normalization_schemes == ["CTNormalization", "NoNormalization"]
@@ -68,11 +74,20 @@ def test_files_listed_in_the_description(make_case, plan_and_preprocess, roots, 
         (image,), label, spacing = make_case(i, shape=(8, 20, 24))
         write_nifti(image, place / f"scan {i}.nii.gz", spacing)
         write_nifti(label, folder / f"label_{i}.nii.gz", spacing)
-    (folder / "dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1, "tumour": 2}, "numTraining": 2,
-        "file_ending": ".nii.gz", "dataset": {
-            "first": {"images": ["../Dataset002_Others/imagesTr/scan 0.nii.gz"], "label": "label_0.nii.gz"},
-            "second": {"images": ["$MY_DISK/scan 1.nii.gz"], "label": "label_1.nii.gz"}}}))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {"0": "MR"},
+                "labels": {"background": 0, "organ": 1, "tumour": 2},
+                "numTraining": 2,
+                "file_ending": ".nii.gz",
+                "dataset": {
+                    "first": {"images": ["../Dataset002_Others/imagesTr/scan 0.nii.gz"], "label": "label_0.nii.gz"},
+                    "second": {"images": ["$MY_DISK/scan 1.nii.gz"], "label": "label_1.nii.gz"},
+                },
+            }
+        )
+    )
     _, load = plan_and_preprocess(folder, "-c", "2d")
     assert load("2d", "first")[0].shape == load("2d", "second")[0].shape == (1, 8, 20, 24)
     copies = roots["nnUNet_preprocessed"] / folder.name / "gt_segmentations"
@@ -81,6 +96,7 @@ def test_files_listed_in_the_description(make_case, plan_and_preprocess, roots, 
 
 def test_photographs_are_2d_only(plan_and_preprocess, roots):
     from skimage import io
+
     folder = roots["nnUNet_raw"] / "Dataset004_Photos"
     rng = np.random.default_rng(0)
     for name in ("imagesTr", "labelsTr"):
@@ -91,8 +107,11 @@ def test_photographs_are_2d_only(plan_and_preprocess, roots):
         io.imsave(folder / "imagesTr" / f"p{i}_0000.png", rng.integers(1, 255, (40, 56, 3)).astype(np.uint8))
         io.imsave(folder / "labelsTr" / f"p{i}.png", label, check_contrast=False)
     channels = {str(i): "rgb_to_0_1" for i in range(3)}
-    (folder / "dataset.json").write_text(json.dumps({
-        "channel_names": channels, "labels": {"background": 0, "road": 1}, "numTraining": 2, "file_ending": ".png"}))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {"channel_names": channels, "labels": {"background": 0, "road": 1}, "numTraining": 2, "file_ending": ".png"}
+        )
+    )
     plans, load = plan_and_preprocess(folder)
     assert plans.available_configurations == ["2d"]
     assert plans.image_reader_writer_class.__name__ == "NaturalImage2DIO"
@@ -102,8 +121,9 @@ def test_photographs_are_2d_only(plan_and_preprocess, roots):
 
 def test_thick_slices_come_first_and_a_reader_is_named(make_scans, make_case, plan_and_preprocess, roots):
     """Slices along the last array axis of a sagittal scan; the description picks the reader."""
-    folder = make_scans({"a": make_case(0, shape=(24, 20, 8), spacing=(1.0, 1.2, 4.0))},
-                        overwrite_image_reader_writer="NibabelIO")
+    folder = make_scans(
+        {"a": make_case(0, shape=(24, 20, 8), spacing=(1.0, 1.2, 4.0))}, overwrite_image_reader_writer="NibabelIO"
+    )
     plans, load = plan_and_preprocess(folder)
     assert plans.image_reader_writer_class.__name__ == "NibabelIO"
     assert plans.transpose_forward == [2, 0, 1] and plans.transpose_backward == [1, 2, 0]

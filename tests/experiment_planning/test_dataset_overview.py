@@ -1,4 +1,5 @@
 """The picture of a dataset, and the numbers in it."""
+
 import json
 
 import numpy as np
@@ -19,17 +20,32 @@ from nnunetv2.experiment_planning.overview_picture import draw_overview, find_ou
 
 def make_overview(*, num_cases=5, num_channels=1, num_labels=2, slices=6, scale=1.0):
     rng = np.random.default_rng(0)
-    looks = [CaseLook(f"case_{i}", np.sort(rng.normal(100, 20 * scale, (num_channels, 5)), axis=1),
-                      {label: int(rng.integers(0, 50)) for label in range(1, num_labels + 1)}, 4.0)
-             for i in range(num_cases)]
-    return DatasetOverview("Dataset001_X", num_cases, np.full((num_cases, 3), (slices, 30, 40)),
-                           np.full((num_cases, 3), (3.0, 1.0, 1.0)), [f"channel {i}" for i in range(num_channels)],
-                           {f"label {i}": [i] for i in range(1, num_labels + 1)}, looks)
+    looks = [
+        CaseLook(
+            f"case_{i}",
+            np.sort(rng.normal(100, 20 * scale, (num_channels, 5)), axis=1),
+            {label: int(rng.integers(0, 50)) for label in range(1, num_labels + 1)},
+            4.0,
+        )
+        for i in range(num_cases)
+    ]
+    return DatasetOverview(
+        "Dataset001_X",
+        num_cases,
+        np.full((num_cases, 3), (slices, 30, 40)),
+        np.full((num_cases, 3), (3.0, 1.0, 1.0)),
+        [f"channel {i}" for i in range(num_channels)],
+        {f"label {i}": [i] for i in range(1, num_labels + 1)},
+        looks,
+    )
 
 
 def test_dataset_is_looked_at(make_scans, make_case, tmp_path):
-    folder = make_scans({f"case_{i}": make_case(i, num_channels=2) for i in range(3)},
-                        labels={"background": 0, "whole": [1, 2], "core": 2}, regions_class_order=[1, 2])
+    folder = make_scans(
+        {f"case_{i}": make_case(i, num_channels=2) for i in range(3)},
+        labels={"background": 0, "whole": [1, 2], "core": 2},
+        regions_class_order=[1, 2],
+    )
     fingerprint = tmp_path / "dataset_fingerprint.json"
     fingerprint.write_text(json.dumps({"shapes_after_crop": [[6, 8, 10]] * 3, "spacings": [[3.0, 1.5, 1.0]] * 3}))
     overview = look_at_dataset(folder, fingerprint)
@@ -42,9 +58,17 @@ def test_dataset_is_looked_at(make_scans, make_case, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("kind", [
-    {}, {"num_cases": 1}, {"num_channels": 11, "num_labels": 60}, {"slices": 1}, {"num_labels": 0},
-    {"scale": 1e4, "num_cases": 100}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"num_cases": 1},
+        {"num_channels": 11, "num_labels": 60},
+        {"slices": 1},
+        {"num_labels": 0},
+        {"scale": 1e4, "num_cases": 100},
+    ],
+)
 def test_every_kind_of_dataset_can_be_drawn(kind, tmp_path):
     draw_overview(make_overview(**kind)).savefig(tmp_path / "picture.png", dpi=40)
     assert (tmp_path / "picture.png").is_file()
@@ -52,7 +76,8 @@ def test_every_kind_of_dataset_can_be_drawn(kind, tmp_path):
 
 def test_sizes_of_flat_images_are_pixels():
     assert make_overview(slices=1).label_sizes("label 1").tolist() == [
-        look.label_voxels[1] for look in make_overview().looks]
+        look.label_voxels[1] for look in make_overview().looks
+    ]
 
 
 def test_intensities_are_those_of_the_foreground():

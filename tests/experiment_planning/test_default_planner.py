@@ -1,4 +1,5 @@
 """Plans of known datasets."""
+
 import importlib
 import json
 import subprocess
@@ -26,20 +27,48 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 )
 from nnunetv2.preprocessing.errors import InvalidInputError
 
-PLANNERS = {"plain": ExperimentPlanner, "M": nnUNetPlannerResEncM, "L": nnUNetPlannerResEncL,
-            "XL": nnUNetPlannerResEncXL}
+PLANNERS = {
+    "plain": ExperimentPlanner,
+    "M": nnUNetPlannerResEncM,
+    "L": nnUNetPlannerResEncL,
+    "XL": nnUNetPlannerResEncXL,
+}
 
-LIVER = {"spacings": [[1, .7676, .7676]] * 5 + [[.7, .8, .8]] * 4, "shapes": [[432, 512, 512]] * 9,
-         "num_training": 131}
+LIVER = {
+    "spacings": [[1, 0.7676, 0.7676]] * 5 + [[0.7, 0.8, 0.8]] * 4,
+    "shapes": [[432, 512, 512]] * 9,
+    "num_training": 131,
+}
 HIPPOCAMPUS = {"spacings": [[1, 1, 1]], "shapes": [[36, 50, 35]], "num_training": 260, "channels": ["MR"]}
-PROSTATE = {"spacings": [[3.6, .625, .625]], "shapes": [[20, 320, 319]], "num_training": 32, "channels": ["T2", "ADC"]}
-ACDC = {"spacings": [[10, 1.5625, 1.5625]] * 6 + [[5, 1.4, 1.4]] * 4, "shapes": [[9, 256, 216]] * 10,
-        "num_training": 200, "channels": ["MR"], "labels": {"background": 0, "a": 1, "b": 2, "c": 3}}
-ROAD = {"spacings": [[999, 1, 1]], "shapes": [[1, 1500, 1500]], "num_training": 770, "channels": ["R", "G", "B"],
-        "labels": {"background": 0, "road": 1}}
-BRATS = {"spacings": [[1, 1, 1]], "shapes": [[140, 171, 137]], "num_training": 1251,
-         "channels": ["T1", "T1ce", "T2", "Flair"], "relative_size": 0.36, "regions_class_order": [1, 2, 3],
-         "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}}
+PROSTATE = {
+    "spacings": [[3.6, 0.625, 0.625]],
+    "shapes": [[20, 320, 319]],
+    "num_training": 32,
+    "channels": ["T2", "ADC"],
+}
+ACDC = {
+    "spacings": [[10, 1.5625, 1.5625]] * 6 + [[5, 1.4, 1.4]] * 4,
+    "shapes": [[9, 256, 216]] * 10,
+    "num_training": 200,
+    "channels": ["MR"],
+    "labels": {"background": 0, "a": 1, "b": 2, "c": 3},
+}
+ROAD = {
+    "spacings": [[999, 1, 1]],
+    "shapes": [[1, 1500, 1500]],
+    "num_training": 770,
+    "channels": ["R", "G", "B"],
+    "labels": {"background": 0, "road": 1},
+}
+BRATS = {
+    "spacings": [[1, 1, 1]],
+    "shapes": [[140, 171, 137]],
+    "num_training": 1251,
+    "channels": ["T1", "T1ce", "T2", "Flair"],
+    "relative_size": 0.36,
+    "regions_class_order": [1, 2, 3],
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]},
+}
 
 # dataset, planner -> configuration -> patch, batch size
 GOLDEN = [
@@ -81,16 +110,22 @@ def plan(make_planned_dataset):
 @pytest.mark.parametrize(("dataset", "planner", "expected"), GOLDEN)
 def test_patch_and_batch_equal_known_values(plan, dataset, planner, expected):
     configurations = plan(dataset, PLANNERS[planner])["configurations"]
-    planned = {name: (list(configuration["patch_size"]), configuration["batch_size"])
-               for name, configuration in configurations.items() if "patch_size" in configuration}
+    planned = {
+        name: (list(configuration["patch_size"]), configuration["batch_size"])
+        for name, configuration in configurations.items()
+        if "patch_size" in configuration
+    }
     assert planned == expected
 
 
-@pytest.mark.parametrize(("planner", "median", "spacing"), [
-    ("plain", [178, 211, 211], [2.4273, 1.8632, 1.8632]),
-    ("L", [269, 319, 319], [1.6047, 1.2318, 1.2318]),
-    ("XL", [321, 381, 381], [1.3439, 1.0316, 1.0316]),
-])
+@pytest.mark.parametrize(
+    ("planner", "median", "spacing"),
+    [
+        ("plain", [178, 211, 211], [2.4273, 1.8632, 1.8632]),
+        ("L", [269, 319, 319], [1.6047, 1.2318, 1.2318]),
+        ("XL", [321, 381, 381], [1.3439, 1.0316, 1.0316]),
+    ],
+)
 def test_lowres_of_large_images_equals_known_values(plan, planner, median, spacing):
     configurations = plan(LIVER, PLANNERS[planner])["configurations"]
     lowres = configurations["3d_lowres"]
@@ -101,10 +136,17 @@ def test_lowres_of_large_images_equals_known_values(plan, planner, median, spaci
     assert configurations["3d_cascade_fullres"] == {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
 
 
-@pytest.mark.parametrize(("dataset", "stages"), [
-    (LIVER, {"2d": 8, "3d_fullres": 6}), (HIPPOCAMPUS, {"3d_fullres": 4}), (PROSTATE, {"3d_fullres": 7}),
-    (ACDC, {"3d_fullres": 6}), (ROAD, {"2d": 9}), (BRATS, {"3d_fullres": 6}),
-])
+@pytest.mark.parametrize(
+    ("dataset", "stages"),
+    [
+        (LIVER, {"2d": 8, "3d_fullres": 6}),
+        (HIPPOCAMPUS, {"3d_fullres": 4}),
+        (PROSTATE, {"3d_fullres": 7}),
+        (ACDC, {"3d_fullres": 6}),
+        (ROAD, {"2d": 9}),
+        (BRATS, {"3d_fullres": 6}),
+    ],
+)
 def test_depth_equals_known_values(plan, dataset, stages):
     configurations = plan(dataset)["configurations"]
     for name, expected in stages.items():
@@ -120,22 +162,53 @@ def test_plans_file_has_the_keys_in_their_order(plan, roots):
     plan(PROSTATE)
     plans = json.loads((roots["nnUNet_preprocessed"] / "Dataset001_Made" / "nnUNetPlans.json").read_text())
     assert list(plans) == [
-        "dataset_name", "plans_name", "original_median_spacing_after_transp", "original_median_shape_after_transp",
-        "image_reader_writer", "transpose_forward", "transpose_backward", "configurations", "experiment_planner_used",
-        "label_manager", "foreground_intensity_properties_per_channel"]
+        "dataset_name",
+        "plans_name",
+        "original_median_spacing_after_transp",
+        "original_median_shape_after_transp",
+        "image_reader_writer",
+        "transpose_forward",
+        "transpose_backward",
+        "configurations",
+        "experiment_planner_used",
+        "label_manager",
+        "foreground_intensity_properties_per_channel",
+    ]
     assert list(plans["configurations"]) == ["2d", "3d_fullres"]
     assert list(plans["configurations"]["2d"]) == [
-        "data_identifier", "preprocessor_name", "batch_size", "patch_size", "median_image_size_in_voxels", "spacing",
-        "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "resampling_fn_seg",
-        "resampling_fn_data_kwargs", "resampling_fn_seg_kwargs", "resampling_fn_probabilities",
-        "resampling_fn_probabilities_kwargs", "architecture", "batch_dice"]
+        "data_identifier",
+        "preprocessor_name",
+        "batch_size",
+        "patch_size",
+        "median_image_size_in_voxels",
+        "spacing",
+        "normalization_schemes",
+        "use_mask_for_norm",
+        "resampling_fn_data",
+        "resampling_fn_seg",
+        "resampling_fn_data_kwargs",
+        "resampling_fn_seg_kwargs",
+        "resampling_fn_probabilities",
+        "resampling_fn_probabilities_kwargs",
+        "architecture",
+        "batch_dice",
+    ]
     assert plans["configurations"]["2d"]["architecture"]["arch_kwargs"] == {
-        "n_stages": 7, "features_per_stage": [32, 64, 128, 256, 512, 512, 512],
-        "conv_op": "torch.nn.modules.conv.Conv2d", "kernel_sizes": [[3, 3]] * 7, "strides": [[1, 1]] + [[2, 2]] * 6,
-        "n_conv_per_stage": [2] * 7, "n_conv_per_stage_decoder": [2] * 6, "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d", "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True}}
+        "n_stages": 7,
+        "features_per_stage": [32, 64, 128, 256, 512, 512, 512],
+        "conv_op": "torch.nn.modules.conv.Conv2d",
+        "kernel_sizes": [[3, 3]] * 7,
+        "strides": [[1, 1]] + [[2, 2]] * 6,
+        "n_conv_per_stage": [2] * 7,
+        "n_conv_per_stage_decoder": [2] * 6,
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
 
 
 def test_dataset_json_is_copied(plan, roots):
@@ -147,8 +220,12 @@ def test_dataset_json_is_copied(plan, roots):
 def test_mask_normalization_needs_zscore_and_a_large_border(plan):
     dataset = {**BRATS, "channels": ["T1", "CT", "rescale_to_0_1", "noNorm"]}
     fullres = plan(dataset)["configurations"]["3d_fullres"]
-    assert fullres["normalization_schemes"] == ["ZScoreNormalization", "CTNormalization", "RescaleTo01Normalization",
-                                                "NoNormalization"]
+    assert fullres["normalization_schemes"] == [
+        "ZScoreNormalization",
+        "CTNormalization",
+        "RescaleTo01Normalization",
+        "NoNormalization",
+    ]
     assert fullres["use_mask_for_norm"] == [True, False, False, False]
 
 
@@ -178,7 +255,7 @@ def test_number_of_training_cases_bounds_the_batch(make_planned_dataset):
 
 def test_memory_target_scales_the_patch(plan):
     patch = plan(LIVER, gpu_memory_target_in_gb=24)["configurations"]["3d_fullres"]["patch_size"]
-    assert np.prod(patch) > 2 * 128 ** 3
+    assert np.prod(patch) > 2 * 128**3
 
 
 def test_hopeless_memory_target_is_refused(plan):
@@ -198,15 +275,20 @@ def test_network_of_a_user_is_asked_for_its_size(make_planned_dataset, caplog):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             from tests_network import FrugalUNet
+
             self.UNet_class = FrugalUNet
 
     import sys
     import types
 
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
     module = types.ModuleType("tests_network")
-    module.FrugalUNet = type("FrugalUNet", (PlainConvUNet,), {
-        "compute_conv_feature_map_size": lambda self, size: 10 * int(np.prod(size)), "__module__": "tests_network"})
+    module.FrugalUNet = type(
+        "FrugalUNet",
+        (PlainConvUNet,),
+        {"compute_conv_feature_map_size": lambda self, size: 10 * int(np.prod(size)), "__module__": "tests_network"},
+    )
     sys.modules["tests_network"] = module
     try:
         plans = Planner(make_planned_dataset(**HIPPOCAMPUS)).plan_experiment()
@@ -243,15 +325,31 @@ def test_residual_plans_share_the_data_of_the_default_plans(plan):
 def test_residual_plans_with_a_name_of_their_own_have_data_of_their_own(plan):
     configurations = plan(LIVER, nnUNetPlannerResEncL, plans_name="mine")["configurations"]
     assert [configurations[name]["data_identifier"] for name in ("2d", "3d_fullres", "3d_lowres")] == [
-        "mine_2d", "mine_3d_fullres", "mine_3d_lowres"]
+        "mine_2d",
+        "mine_3d_fullres",
+        "mine_3d_lowres",
+    ]
 
 
 def test_planners_of_users_share_data_under_their_usual_name(plan):
     class Mine(nnUNetPlannerResEncL):
-        def __init__(self, dataset, gpu_memory_target_in_gb=24, preprocessor_name="DefaultPreprocessor",
-                     plans_name="minePlans", overwrite_target_spacing=None, suppress_transpose=False):
-            super().__init__(dataset, gpu_memory_target_in_gb, preprocessor_name, plans_name,
-                             overwrite_target_spacing, suppress_transpose)
+        def __init__(
+            self,
+            dataset,
+            gpu_memory_target_in_gb=24,
+            preprocessor_name="DefaultPreprocessor",
+            plans_name="minePlans",
+            overwrite_target_spacing=None,
+            suppress_transpose=False,
+        ):
+            super().__init__(
+                dataset,
+                gpu_memory_target_in_gb,
+                preprocessor_name,
+                plans_name,
+                overwrite_target_spacing,
+                suppress_transpose,
+            )
 
     class Thin(Mine):
         pass
@@ -280,13 +378,15 @@ def test_network_class_is_given_as_class_or_path(plan):
 def test_planning_needs_no_torch(make_planned_dataset):
     """torch takes seconds to import, planning takes milliseconds."""
     dataset = make_planned_dataset(number=9, **HIPPOCAMPUS)
-    code = ("import sys\n"
-            "from nnunetv2.experiment_planning.plan_and_preprocess_api import find_planner_class\n"
-            "for name in ('ExperimentPlanner', 'nnUNetPlannerResEncL'):\n"
-            "    planner = find_planner_class(name)\n"
-            "    planner.determine_reader_writer = lambda self: int\n"
-            f"    planner({dataset!r}).plan_experiment()\n"
-            "assert not {'torch', 'scipy', 'SimpleITK', 'matplotlib'} & set(sys.modules), list(sys.modules)")
+    code = (
+        "import sys\n"
+        "from nnunetv2.experiment_planning.plan_and_preprocess_api import find_planner_class\n"
+        "for name in ('ExperimentPlanner', 'nnUNetPlannerResEncL'):\n"
+        "    planner = find_planner_class(name)\n"
+        "    planner.determine_reader_writer = lambda self: int\n"
+        f"    planner({dataset!r}).plan_experiment()\n"
+        "assert not {'torch', 'scipy', 'SimpleITK', 'matplotlib'} & set(sys.modules), list(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -297,11 +397,16 @@ def test_planners_without_resampling_keep_their_data_apart(plan):
     assert fullres["resampling_fn_data"] == "no_resampling_hack" and fullres["resampling_fn_data_kwargs"] == {}
 
 
-@pytest.mark.parametrize(("planner", "more"), [
-    (nnUNetPlanner_torchres, {"force_separate_z": False, "memefficient_seg_resampling": False}),
-    (nnUNetPlannerResEncL_torchres_sepz, {"force_separate_z": None, "memefficient_seg_resampling": False,
-                                          "separate_z_anisotropy_threshold": 3}),
-])
+@pytest.mark.parametrize(
+    ("planner", "more"),
+    [
+        (nnUNetPlanner_torchres, {"force_separate_z": False, "memefficient_seg_resampling": False}),
+        (
+            nnUNetPlannerResEncL_torchres_sepz,
+            {"force_separate_z": None, "memefficient_seg_resampling": False, "separate_z_anisotropy_threshold": 3},
+        ),
+    ],
+)
 def test_planners_with_torch_resampling(plan, planner, more):
     plans = plan(HIPPOCAMPUS, planner)
     fullres = plans["configurations"]["3d_fullres"]

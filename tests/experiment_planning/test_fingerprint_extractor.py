@@ -1,4 +1,5 @@
 """Fingerprints of small datasets."""
+
 import json
 
 import numpy as np
@@ -40,9 +41,18 @@ def test_fingerprint_describes_the_concatenated_samples(extractor):
     drawn = np.concatenate(drawn)
     low, median, high = np.percentile(drawn, [0.5, 50, 99.5])
     assert drawn.dtype == np.float32
-    assert fingerprint["foreground_intensity_properties_per_channel"][0] == pytest.approx({
-        "mean": np.mean(drawn), "median": median, "std": np.std(drawn), "min": drawn.min(), "max": drawn.max(),
-        "percentile_00_5": low, "percentile_99_5": high}, rel=1e-6)
+    assert fingerprint["foreground_intensity_properties_per_channel"][0] == pytest.approx(
+        {
+            "mean": np.mean(drawn),
+            "median": median,
+            "std": np.std(drawn),
+            "min": drawn.min(),
+            "max": drawn.max(),
+            "percentile_00_5": low,
+            "percentile_99_5": high,
+        },
+        rel=1e-6,
+    )
     assert fingerprint["foreground_intensity_properties_per_channel"][0]["median"] == median
 
 
@@ -94,8 +104,10 @@ def test_case_without_foreground_is_reported_and_turns_the_rest_into_float64(ext
     fingerprint = subject.run()
     assert "1 of 2 cases have no foreground and add no intensities: empty" in caplog.text
     drawn = subject.analyze_case(*subject.dataset["a"].values(), SimpleITKIO, 1500)[2][0]
-    assert fingerprint["foreground_intensity_properties_per_channel"][0]["median"] == np.percentile(
-        drawn.astype(np.float64), [50])[0]
+    assert (
+        fingerprint["foreground_intensity_properties_per_channel"][0]["median"]
+        == np.percentile(drawn.astype(np.float64), [50])[0]
+    )
 
 
 def test_dataset_without_any_foreground_is_refused_by_name(extractor, make_case):
@@ -132,8 +144,9 @@ def test_intensities_are_drawn_channel_by_channel_from_one_generator():
 
 
 def test_case_without_foreground_has_empty_lists_and_nan():
-    drawn, statistics = DatasetFingerprintExtractor.collect_foreground_intensities(np.zeros((1, 2, 2, 2)),
-                                                                                   np.ones((1, 2, 2, 2)))
+    drawn, statistics = DatasetFingerprintExtractor.collect_foreground_intensities(
+        np.zeros((1, 2, 2, 2)), np.ones((1, 2, 2, 2))
+    )
     assert drawn == [[]] and np.isnan(statistics[0]["median"])
 
 
@@ -144,8 +157,15 @@ def test_nan_is_an_assertion_error_of_the_public_function():
 
 
 def make_sample(values, counts, **more):
-    return CaseSample(**{"shape_after_crop": (4, 5, 6), "spacing": (3, 1, 1), "relative_size": 0.5,
-                         "intensities": [(np.float32(values), np.array(counts, dtype=np.int64))], **more})
+    return CaseSample(
+        **{
+            "shape_after_crop": (4, 5, 6),
+            "spacing": (3, 1, 1),
+            "relative_size": 0.5,
+            "intensities": [(np.float32(values), np.array(counts, dtype=np.int64))],
+            **more,
+        }
+    )
 
 
 def test_order_of_the_cases_changes_no_intensity():

@@ -1,4 +1,5 @@
 """Spacings, axis orders and initial patches."""
+
 import numpy as np
 import pytest
 
@@ -27,12 +28,15 @@ def test_coarsest_axis_stays_the_coarsest():
     assert median_target_spacing(spacings, np.array([[9, 256, 216]] * 10), 3).tolist() == [1.50001, 1.5, 1.25]
 
 
-@pytest.mark.parametrize(("spacing", "forward", "backward"), [
-    ((3, 1, 1), [0, 1, 2], [0, 1, 2]),
-    ((1, 1, 1), [0, 1, 2], [0, 1, 2]),
-    ((1, 3, 1), [1, 0, 2], [1, 0, 2]),
-    ((1, 2, 3), [2, 0, 1], [1, 2, 0]),
-])
+@pytest.mark.parametrize(
+    ("spacing", "forward", "backward"),
+    [
+        ((3, 1, 1), [0, 1, 2], [0, 1, 2]),
+        ((1, 1, 1), [0, 1, 2], [0, 1, 2]),
+        ((1, 3, 1), [1, 0, 2], [1, 0, 2]),
+        ((1, 2, 3), [2, 0, 1], [1, 2, 0]),
+    ],
+)
 def test_coarsest_axis_goes_first_and_back(spacing, forward, backward):
     assert coarsest_axis_first(spacing) == (forward, backward)
     assert np.array(spacing)[forward][backward].tolist() == list(spacing)

@@ -1,4 +1,5 @@
 """Plans of one dataset for another."""
+
 import json
 
 import pytest
@@ -9,11 +10,17 @@ from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datas
     rename_data_identifier,
 )
 
-PLANS = {"dataset_name": "Dataset009_Source", "plans_name": "nnUNetPlans", "image_reader_writer": "NibabelIO",
-         "foreground_intensity_properties_per_channel": {"0": {"mean": 3.0}},
-         "configurations": {"2d": {"data_identifier": "nnUNetPlans_2d", "normalization_schemes": ["CTNormalization"]},
-                            "3d_fullres": {"data_identifier": "other", "normalization_schemes": ["CTNormalization"]},
-                            "mine": {"inherits_from": "2d"}}}
+PLANS = {
+    "dataset_name": "Dataset009_Source",
+    "plans_name": "nnUNetPlans",
+    "image_reader_writer": "NibabelIO",
+    "foreground_intensity_properties_per_channel": {"0": {"mean": 3.0}},
+    "configurations": {
+        "2d": {"data_identifier": "nnUNetPlans_2d", "normalization_schemes": ["CTNormalization"]},
+        "3d_fullres": {"data_identifier": "other", "normalization_schemes": ["CTNormalization"]},
+        "mine": {"inherits_from": "2d"},
+    },
+}
 
 
 @pytest.fixture
@@ -39,7 +46,10 @@ def test_another_name_renames_the_folders_of_data(target):
     moved = json.loads((target / "mine.json").read_text())
     assert moved["plans_name"] == "mine"
     assert {name: configuration.get("data_identifier") for name, configuration in moved["configurations"].items()} == {
-        "2d": "mine_2d", "3d_fullres": "mine_other", "mine": None}
+        "2d": "mine_2d",
+        "3d_fullres": "mine_other",
+        "mine": None,
+    }
 
 
 def test_identifiers_start_with_the_name_of_the_plans():

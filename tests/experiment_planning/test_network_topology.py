@@ -1,4 +1,5 @@
 """Strides and kernels of networks."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -50,11 +51,10 @@ def test_divisor_is_two_to_the_power_of_halvings():
     assert get_shape_must_be_divisible_by([0, 1, 5]).tolist() == [1, 2, 32]
 
 
-@pytest.mark.parametrize(("shape", "divisor", "padded"), [
-    ((3.5, 8), 4, [4, 8]),
-    ((9, 8), (8, 8), [16, 8]),
-    ((1, 1, 1), (1, 2, 4), [1, 2, 4]),
-])
+@pytest.mark.parametrize(
+    ("shape", "divisor", "padded"),
+    [((3.5, 8), 4, [4, 8]), ((9, 8), (8, 8), [16, 8]), ((1, 1, 1), (1, 2, 4), [1, 2, 4])],
+)
 def test_shapes_are_padded_upwards(shape, divisor, padded):
     result = pad_shape(shape, divisor)
     assert result.tolist() == padded

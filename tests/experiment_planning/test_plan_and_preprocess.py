@@ -1,4 +1,5 @@
 """The functions and commands from raw data to preprocessed data."""
+
 import json
 import os
 import subprocess
@@ -38,12 +39,19 @@ def _with_few_voxels(constructor):
 
 
 def test_command_goes_from_raw_to_preprocessed_data(folder, roots, capsys):
-    entrypoints.plan_and_preprocess_main(["-d", "2", "-npfp", "1", "-np", "1", "--verify_dataset_integrity",
-                                          "--no_pbar"])
+    entrypoints.plan_and_preprocess_main(
+        ["-d", "2", "-npfp", "1", "-np", "1", "--verify_dataset_integrity", "--no_pbar"]
+    )
     preprocessed = roots["nnUNet_preprocessed"] / folder.name
     assert {file.name for file in preprocessed.glob("[!.]*")} == {
-        "dataset.json", "dataset_fingerprint.json", "nnUNetPlans.json", "nnUNetPlans_2d", "nnUNetPlans_3d_fullres",
-        "gt_segmentations", "dataset_overview.png"}
+        "dataset.json",
+        "dataset_fingerprint.json",
+        "nnUNetPlans.json",
+        "nnUNetPlans_2d",
+        "nnUNetPlans_3d_fullres",
+        "gt_segmentations",
+        "dataset_overview.png",
+    }
     assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.b2nd"))) == 6
     printed = capsys.readouterr().out
     assert "INFO: nnUNetPlans.json has no configuration 3d_lowres" in printed
@@ -107,8 +115,9 @@ def test_the_spacing_of_tif_labels_is_copied_with_them(folder, roots):
     references = roots["nnUNet_preprocessed"] / folder.name / "gt_segmentations"
     dataset_json = json.loads((folder / "dataset.json").read_text())
     entry = {"images": ["imagesTr/case_1_0000.tif"], "label": "labelsTr/mask.tif"}
-    (folder / "dataset.json").write_text(json.dumps({**dataset_json, "file_ending": ".tif",
-                                                     "dataset": {"case_1": entry}}))
+    (folder / "dataset.json").write_text(
+        json.dumps({**dataset_json, "file_ending": ".tif", "dataset": {"case_1": entry}})
+    )
     (folder / "labelsTr" / "mask.tif").write_bytes(b"pages")
     api.copy_labels(folder.name, Tiff3DIO())
     assert sorted(file.name for file in references.iterdir()) == ["case_1.tif"]
@@ -120,8 +129,9 @@ def test_the_spacing_of_tif_labels_is_copied_with_them(folder, roots):
 def test_planner_is_found_by_name_and_its_plans_named(folder):
     api.extract_fingerprints([2], num_processes=1, show_progress_bar=False)
     assert api.plan_experiments([2], "nnUNetPlannerResEncM") == "nnUNetResEncUNetMPlans"
-    plans, name = api.plan_experiment_dataset(folder.name, nnUNetPlannerResEncM, overwrite_plans_name="mine",
-                                              overwrite_target_spacing=(1, 2, 1))
+    plans, name = api.plan_experiment_dataset(
+        folder.name, nnUNetPlannerResEncM, overwrite_plans_name="mine", overwrite_target_spacing=(1, 2, 1)
+    )
     assert name == plans["plans_name"] == "mine"
     assert plans["configurations"]["3d_fullres"]["spacing"] == [2, 1, 1]
 
@@ -149,18 +159,43 @@ def test_federated_command_plans_with_the_other_sites(folder, monkeypatch):
         return "nnUNetPlans"
 
     from nnunetv2.experiment_planning import federated_planning
+
     for shown in ("print_summary", "write_overview"):
         monkeypatch.setattr(api, shown, lambda *args, **kwargs: None)
     monkeypatch.setattr(federated_planning, "plan_federated", plan_federated)
-    entrypoints.plan_and_preprocess_main(["-d", "2", "--federated", "asym", "--no_pp", "-gpu_memory_target", "11",
-                                          "-pl", "nnUNetPlannerResEncM", "-npfp", "3", "--no_pbar", "--clean"])
-    (dataset, keywords), = calls
+    entrypoints.plan_and_preprocess_main(
+        [
+            "-d",
+            "2",
+            "--federated",
+            "asym",
+            "--no_pp",
+            "-gpu_memory_target",
+            "11",
+            "-pl",
+            "nnUNetPlannerResEncM",
+            "-npfp",
+            "3",
+            "--no_pbar",
+            "--clean",
+        ]
+    )
+    ((dataset, keywords),) = calls
     assert dataset == 2
     assert keywords == {
-        "mode": "asym", "extractor_class": DatasetFingerprintExtractor, "num_processes": 3, "verbose": False,
-        "clean": True, "share_extrema": False, "show_progress_bar": False,
-        "experiment_planner_class": nnUNetPlannerResEncM, "gpu_memory_target_in_gb": 11,
-        "preprocess_class_name": "DefaultPreprocessor", "overwrite_target_spacing": None, "overwrite_plans_name": None}
+        "mode": "asym",
+        "extractor_class": DatasetFingerprintExtractor,
+        "num_processes": 3,
+        "verbose": False,
+        "clean": True,
+        "share_extrema": False,
+        "show_progress_bar": False,
+        "experiment_planner_class": nnUNetPlannerResEncM,
+        "gpu_memory_target_in_gb": 11,
+        "preprocess_class_name": "DefaultPreprocessor",
+        "overwrite_target_spacing": None,
+        "overwrite_plans_name": None,
+    }
 
 
 def test_unknown_class_is_named():
@@ -207,11 +242,24 @@ def test_datasets_are_numbers_or_names(capsys):
 def test_flags_have_their_defaults():
     arguments = vars(COMMANDS["plan_and_preprocess"]().parse_args(["-d", "1"]))
     assert arguments == {
-        "d": [1], "fpe": "DatasetFingerprintExtractor", "npfp": None, "verify_dataset_integrity": False, "no_pp": False,
-        "clean": False, "pl": "ExperimentPlanner", "gpu_memory_target": None,
-        "preprocessor_name": "DefaultPreprocessor", "overwrite_target_spacing": None, "overwrite_plans_name": None,
-        "c": ["2d", "3d_fullres", "3d_lowres"], "np": None, "verbose": False, "no_pbar": False, "federated": None,
-        "share_extrema": False}
+        "d": [1],
+        "fpe": "DatasetFingerprintExtractor",
+        "npfp": None,
+        "verify_dataset_integrity": False,
+        "no_pp": False,
+        "clean": False,
+        "pl": "ExperimentPlanner",
+        "gpu_memory_target": None,
+        "preprocessor_name": "DefaultPreprocessor",
+        "overwrite_target_spacing": None,
+        "overwrite_plans_name": None,
+        "c": ["2d", "3d_fullres", "3d_lowres"],
+        "np": None,
+        "verbose": False,
+        "no_pbar": False,
+        "federated": None,
+        "share_extrema": False,
+    }
     assert COMMANDS["plan_and_preprocess"]().parse_args(["-d", "1", "--federated"]).federated == "ffe"
     assert COMMANDS["preprocess"]().parse_args(["-d", "1"]).plans_name == "nnUNetPlans"
 
@@ -230,8 +278,9 @@ class InheritingPreprocessor(DefaultPreprocessor):
     pass
 
 
-@pytest.mark.parametrize(("preprocessor", "expected"), [(RecordingPreprocessor, [8, 4, 8, 4]),
-                                                        (InheritingPreprocessor, [None] * 4)])
+@pytest.mark.parametrize(
+    ("preprocessor", "expected"), [(RecordingPreprocessor, [8, 4, 8, 4]), (InheritingPreprocessor, [None] * 4)]
+)
 def test_processes_are_left_to_preprocessors_that_choose_themselves(preprocessor, expected):
     names = ["2d", "3d_fullres", "3d_lowres", "mine"]
     assert [api.count_for(preprocessor(verbose=False), name) for name in names] == expected
@@ -268,9 +317,11 @@ def test_an_undrawable_overview_is_no_error(folder, caplog):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_needs_no_torch(name):
-    code = ("import sys; from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as e\n"
-            f"try: e.{name}_main(['-h'])\n"
-            "finally: assert not {'torch', 'numpy', 'scipy', 'SimpleITK'} & set(sys.modules)")
+    code = (
+        "import sys; from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as e\n"
+        f"try: e.{name}_main(['-h'])\n"
+        "finally: assert not {'torch', 'numpy', 'scipy', 'SimpleITK'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "-d DATASET" in done.stdout

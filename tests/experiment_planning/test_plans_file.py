@@ -1,4 +1,5 @@
 """Plans and splits beside existing files."""
+
 import json
 import logging
 
@@ -10,8 +11,10 @@ from nnunetv2.preprocessing.errors import InvalidInputError
 
 
 def make_plans(*names, spacing=(1.0, 1.0, 1.0), identifier="nnUNetPlans_3d_fullres"):
-    return {"transpose_forward": [0, 1, 2],
-            "configurations": {name: {"data_identifier": identifier, "spacing": spacing} for name in names}}
+    return {
+        "transpose_forward": [0, 1, 2],
+        "configurations": {name: {"data_identifier": identifier, "spacing": spacing} for name in names},
+    }
 
 
 def read(file):

@@ -2,6 +2,7 @@
 
 They go into a copy of the package, since the checkout is no place for a test to write to.
 """
+
 from __future__ import annotations
 
 import json
@@ -42,7 +43,7 @@ class MyPlanner(ExperimentPlanner):
     def determine_resampling(self, *args, **kwargs):
         return resample_by_repetition, {"is_seg": False}, resample_by_repetition, {"is_seg": True}
 ''',
-    "preprocessing/preprocessors/my_preprocessor.py": '''
+    "preprocessing/preprocessors/my_preprocessor.py": """
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 
@@ -50,8 +51,8 @@ class MyPreprocessor(DefaultPreprocessor):
     def modify_seg_fn(self, seg, plans_manager, dataset_json, configuration_manager):
         seg[seg == 2] = 1
         return seg
-''',
-    "preprocessing/normalization/my_normalization.py": '''
+""",
+    "preprocessing/normalization/my_normalization.py": """
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
 
 
@@ -60,8 +61,8 @@ class DivideByThousand(ImageNormalization):
 
     def run(self, image, seg=None):
         return image.astype(self.target_dtype) / 1000
-''',
-    "preprocessing/resampling/my_resampling.py": '''
+""",
+    "preprocessing/resampling/my_resampling.py": """
 import numpy as np
 
 
@@ -69,8 +70,8 @@ def resample_by_repetition(data, new_shape, current_spacing, new_spacing, is_seg
     for axis, (old, new) in enumerate(zip(data.shape[1:], new_shape), start=1):
         data = np.take(data, np.arange(new) * old // new, axis=axis)
     return data
-''',
-    "imageio/my_reader.py": '''
+""",
+    "imageio/my_reader.py": """
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 
@@ -81,8 +82,8 @@ class ReaderThatAddsAHundred(SimpleITKIO):
 
     def read_seg(self, seg_fname):
         return SimpleITKIO().read_images((seg_fname,))
-''',
-    "experiment_planning/dataset_fingerprint/my_extractor.py": '''
+""",
+    "experiment_planning/dataset_fingerprint/my_extractor.py": """
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 
@@ -95,7 +96,7 @@ class QuickExtractor(DatasetFingerprintExtractor):
         fingerprint = super().run(overwrite_existing)
         print("extracted quickly")
         return fingerprint
-''',
+""",
     # Comes first in the alphabet, does not import, and must not stand in the way.
     "experiment_planning/a_broken_module.py": "import no_such_library\n",
 }
@@ -105,31 +106,58 @@ class QuickExtractor(DatasetFingerprintExtractor):
 def package(tmp_path) -> Path:
     """A copy of the package with the plug-ins in it; returns the folder that it is imported from."""
     site = tmp_path / "site"
-    shutil.copytree(Path(nnunetv2.__file__).parent, site / "nnunetv2",
-                    ignore=shutil.ignore_patterns("__pycache__", ".partial-*"))
+    shutil.copytree(
+        Path(nnunetv2.__file__).parent, site / "nnunetv2", ignore=shutil.ignore_patterns("__pycache__", ".partial-*")
+    )
     for name, source in PLUG_INS.items():
         (site / "nnunetv2" / name).write_text(source)
     return site
 
 
 def run_command(package: Path, *arguments: str) -> str:
-    code = ("from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as e\n"
-            "if __name__ == '__main__': e.plan_and_preprocess_entry()")
+    code = (
+        "from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as e\n"
+        "if __name__ == '__main__': e.plan_and_preprocess_entry()"
+    )
     script = package / "command.py"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(package)}
-    done = subprocess.run([sys.executable, str(script), *arguments], env=environment, cwd=package,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=environment,
+        cwd=package,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_plug_ins_of_users_are_found_and_used(package, make_scans, make_case, roots, processes):
-    folder = make_scans({f"case_{i}": make_case(i, shape=(8, 16, 20)) for i in range(2)},
-                        overwrite_image_reader_writer="ReaderThatAddsAHundred")
-    printed = run_command(package, "-d", "2", "-fpe", "QuickExtractor", "-pl", "MyPlanner", "-preprocessor_name",
-                          "MyPreprocessor", "-npfp", processes, "-np", processes, "-c", "3d_fullres", "--no_pbar")
+    folder = make_scans(
+        {f"case_{i}": make_case(i, shape=(8, 16, 20)) for i in range(2)},
+        overwrite_image_reader_writer="ReaderThatAddsAHundred",
+    )
+    printed = run_command(
+        package,
+        "-d",
+        "2",
+        "-fpe",
+        "QuickExtractor",
+        "-pl",
+        "MyPlanner",
+        "-preprocessor_name",
+        "MyPreprocessor",
+        "-npfp",
+        processes,
+        "-np",
+        processes,
+        "-c",
+        "3d_fullres",
+        "--no_pbar",
+    )
     assert "extracted quickly" in printed
     preprocessed = roots["nnUNet_preprocessed"] / folder.name
     plans = json.loads((preprocessed / "myPlans.json").read_text())

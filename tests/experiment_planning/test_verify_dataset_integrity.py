@@ -1,4 +1,5 @@
 """The integrity check of raw datasets: what it notices and how it tells. test_bad_input.py has the faults singly."""
+
 import json
 from contextlib import suppress
 
@@ -48,11 +49,13 @@ def test_all_that_is_wrong_is_reported_at_once(folder, make_case, capsys):
     with pytest.raises(FileNotFoundError, match=r"5 errors in 3 of 3 cases, listed above\. The first: dataset\.json"):
         verify_dataset_integrity(str(folder), 2)
     printed = capsys.readouterr().out
-    for line in ("   case_0  labelsTr/case_0.nii.gz  6 x 8 x 11  6 x 8 x 10",
-                 "   case_1  labelsTr/case_1.nii.gz  3, 6   0, 1, 2",
-                 "   case_1  labelsTr/case_1.nii.gz  3, 1.5, 1.25 mm  3, 1.5, 1 mm",
-                 "   case_2  labelsTr/case_2.nii.gz  no label",
-                 "   dataset.json  3 cases, such as case_0, case_1, case_2  4 cases"):
+    for line in (
+        "   case_0  labelsTr/case_0.nii.gz  6 x 8 x 11  6 x 8 x 10",
+        "   case_1  labelsTr/case_1.nii.gz  3, 6   0, 1, 2",
+        "   case_1  labelsTr/case_1.nii.gz  3, 1.5, 1.25 mm  3, 1.5, 1 mm",
+        "   case_2  labelsTr/case_2.nii.gz  no label",
+        "   dataset.json  3 cases, such as case_0, case_1, case_2  4 cases",
+    ):
         assert line in printed
     assert printed.count("   Remedy: ") == 5
 
@@ -65,8 +68,10 @@ def test_errors_are_of_the_expected_kinds(folder):
 
 
 def test_many_faults_of_one_kind_do_not_hide_the_others():
-    findings = [Finding(f"case_{i:03}", f"labelsTr/case_{i:03}.nii.gz", "shapes differ", str(i), "0", "resample")
-                for i in range(300)]
+    findings = [
+        Finding(f"case_{i:03}", f"labelsTr/case_{i:03}.nii.gz", "shapes differ", str(i), "0", "resample")
+        for i in range(300)
+    ]
     table = format_findings("Errors", [*findings, Finding("", "dataset.json", "odd", "", "", "look")])
     assert len(table.splitlines()) < 25
     assert "1. Shapes differ (300 times)" in table and "... and 290 more" in table
@@ -80,9 +85,14 @@ def test_numbers_in_words():
 
 def test_warnings_do_not_fail_the_check(make_scans, make_case, capsys):
     images, label, spacing = make_case(1)
-    folder = make_scans({"full": make_case(0), "void": make_case(1, foreground=False),
-                         "flat": ([np.ones_like(image) for image in images], label, spacing)},
-                        labels={"background": 0, "organ": 1, "tumour": 2, "never": 3})
+    folder = make_scans(
+        {
+            "full": make_case(0),
+            "void": make_case(1, foreground=False),
+            "flat": ([np.ones_like(image) for image in images], label, spacing),
+        },
+        labels={"background": 0, "organ": 1, "tumour": 2, "never": 3},
+    )
     verify_dataset_integrity(str(folder), 1)
     printed = capsys.readouterr().out
     assert "   void  labelsTr/void.nii.gz" in printed
@@ -92,6 +102,7 @@ def test_warnings_do_not_fail_the_check(make_scans, make_case, capsys):
 
 def test_slightly_different_places_are_a_warning(folder, capsys):
     import SimpleITK
+
     file = str(folder / "labelsTr" / "case_0.nii.gz")
     label = SimpleITK.ReadImage(file)
     label.SetOrigin((0.01, 0.0, 0.0))
@@ -106,10 +117,13 @@ def test_first_image_need_not_be_readable(folder, capsys):
         verify_dataset_integrity(str(folder), 1)
 
 
-@pytest.mark.parametrize(("labels", "message"), [
-    ({"background": 0, "a": 1, "b": 3}, "0, 1, 3; 1 is followed by 3"),
-    ({"background": 0, "a": 2}, "0 is followed by 2"),
-])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 0, "a": 1, "b": 3}, "0, 1, 3; 1 is followed by 3"),
+        ({"background": 0, "a": 2}, "0 is followed by 2"),
+    ],
+)
 def test_labels_must_be_consecutive(labels, message):
     with pytest.raises(AssertionError, match=message):
         determine_expected_labels({"labels": labels})
@@ -117,13 +131,24 @@ def test_labels_must_be_consecutive(labels, message):
 
 def test_ignore_label_and_regions_are_expected():
     assert determine_expected_labels({"labels": {"background": 0, "a": 1, "ignore": 2}}) == [0, 1, 2]
-    assert determine_expected_labels({"labels": {"background": 0, "all": [1, 2], "core": 2, "ignore": 3},
-                                      "regions_class_order": [1, 2]}) == [0, 1, 2, 3]
+    assert determine_expected_labels(
+        {"labels": {"background": 0, "all": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    ) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("values", "found"), [
-    ([0, 1.5], "1.5"), ([0, -1], "-1"), ([0, 1e6], "1e+06"), ([0, 1, 3, 7], "3, 7"),
-    ([0, np.nan], "1 voxels"), ([np.inf, 1], "1 voxels"), ([0, 1], None), ([], None)])
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([0, 1.5], "1.5"),
+        ([0, -1], "-1"),
+        ([0, 1e6], "1e+06"),
+        ([0, 1, 3, 7], "3, 7"),
+        ([0, np.nan], "1 voxels"),
+        ([np.inf, 1], "1 voxels"),
+        ([0, 1], None),
+        ([], None),
+    ],
+)
 def test_label_values(values, found):
     faults, _ = find_label_faults(np.array(values, dtype=np.float32), [0, 1])
     assert [fault.found for fault in faults] == ([] if found is None else [found])
@@ -194,9 +219,15 @@ HOSTILE = "liver\x1b]0;owned\x07\x1b[2K\u202e\nDataset002_Scans passed"
 
 def test_names_in_dataset_json_do_not_command_the_terminal(folder, capsys):
     """The bar of progress returns to the beginning of its line; nothing else moves."""
-    for changes in ({"labels": {"background": 0, HOSTILE: 1, "b": 2}}, {"channel_names": {"0": HOSTILE}},
-                    {"labels": {"background": 0, HOSTILE: 7}}, {"channel_names": {HOSTILE: "MR"}},
-                    {"labels": {"background": 0, "a": HOSTILE}}, {"file_ending": HOSTILE}, {"name": HOSTILE}):
+    for changes in (
+        {"labels": {"background": 0, HOSTILE: 1, "b": 2}},
+        {"channel_names": {"0": HOSTILE}},
+        {"labels": {"background": 0, HOSTILE: 7}},
+        {"channel_names": {HOSTILE: "MR"}},
+        {"labels": {"background": 0, "a": HOSTILE}},
+        {"file_ending": HOSTILE},
+        {"name": HOSTILE},
+    ):
         before = (folder / "dataset.json").read_text()
         change_dataset_json(folder, **changes)
         with suppress(SystemExit):

@@ -1,4 +1,5 @@
 """Call the coordinator's application without a socket: thousands of requests a second."""
+
 from __future__ import annotations
 
 import asyncio
@@ -34,9 +35,19 @@ async def running(app: ASGIApp) -> AsyncIterator[None]:
         await lifespan
 
 
-async def call(app: ASGIApp, method: str, path: str, *, token: str = "", body: bytes = b"", query: bytes = b"",
-               headers: Mapping[bytes, bytes] | None = None, client: str = "192.0.2.1", pieces: int = 1,
-               breaks_off: bool = False) -> Answer:
+async def call(
+    app: ASGIApp,
+    method: str,
+    path: str,
+    *,
+    token: str = "",
+    body: bytes = b"",
+    query: bytes = b"",
+    headers: Mapping[bytes, bytes] | None = None,
+    client: str = "192.0.2.1",
+    pieces: int = 1,
+    breaks_off: bool = False,
+) -> Answer:
     """Send one request and return the answer.
 
     Args:
@@ -45,19 +56,35 @@ async def call(app: ASGIApp, method: str, path: str, *, token: str = "", body: b
         pieces: In how many pieces the body comes.
         breaks_off: Whether the connection ends before the last of them.
     """
-    wanted = {b"host": b"coordinator", b"content-length": str(len(body)).encode(),
-              b"x-content-sha256": hashlib.sha256(body).hexdigest().encode()}
+    wanted = {
+        b"host": b"coordinator",
+        b"content-length": str(len(body)).encode(),
+        b"x-content-sha256": hashlib.sha256(body).hexdigest().encode(),
+    }
     if token:
         wanted[b"authorization"] = b"Bearer " + token.encode("latin-1", "replace")
     wanted.update(headers or {})
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-             "path": unquote(path), "raw_path": path.encode("latin-1", "replace"), "query_string": query,
-             "root_path": "", "headers": [(name.lower(), value) for name, value in wanted.items() if value],
-             "client": (client, 1), "server": ("coordinator", 80), "state": {}}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": unquote(path),
+        "raw_path": path.encode("latin-1", "replace"),
+        "query_string": query,
+        "root_path": "",
+        "headers": [(name.lower(), value) for name, value in wanted.items() if value],
+        "client": (client, 1),
+        "server": ("coordinator", 80),
+        "state": {},
+    }
     step = max(1, -(-len(body) // pieces))
-    chunks = [body[begin:begin + step] for begin in range(0, len(body), step)] or [b""]
-    incoming = [{"type": "http.request", "body": chunk, "more_body": number + 1 < len(chunks)}
-                for number, chunk in enumerate(chunks)]
+    chunks = [body[begin : begin + step] for begin in range(0, len(body), step)] or [b""]
+    incoming = [
+        {"type": "http.request", "body": chunk, "more_body": number + 1 < len(chunks)}
+        for number, chunk in enumerate(chunks)
+    ]
     if breaks_off:
         incoming[-1] = {"type": "http.disconnect"}
     sent: list[dict] = []

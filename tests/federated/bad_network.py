@@ -1,4 +1,5 @@
 """Stand between sites and a coordinator, and do what networks and proxies do on a bad day."""
+
 from __future__ import annotations
 
 import asyncio
@@ -17,11 +18,11 @@ REMEMBERED = 32 << 20
 class BadNetwork:
     """A relay on a port of its own, in a thread of its own; good as long as nobody asks for trouble.
 
-        drop       every connection breaks, new ones break at once
-        freeze     nothing comes through; then everything does
-        truncate   connections break after a random number of bytes, in either direction
-        duplicate  all that a site has sent on a connection arrives a second time, on another one
-        garble     a piece of what comes through comes through twice, inside of large bodies
+    drop       every connection breaks, new ones break at once
+    freeze     nothing comes through; then everything does
+    truncate   connections break after a random number of bytes, in either direction
+    duplicate  all that a site has sent on a connection arrives a second time, on another one
+    garble     a piece of what comes through comes through twice, inside of large bodies
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
@@ -40,6 +41,7 @@ class BadNetwork:
 
     def set_trouble(self, trouble: Trouble | None) -> None:
         """Be bad in one way from now on, or good."""
+
         async def change() -> None:
             self._trouble = trouble
             if trouble == "drop":
@@ -49,6 +51,7 @@ class BadNetwork:
 
     def close(self) -> None:
         """Break everything and end."""
+
         async def end() -> None:
             self._server.close()
             self._break_all()
@@ -84,8 +87,10 @@ class BadNetwork:
                 return
             self._writers.add(back)
             sent = bytearray()
-            both = [asyncio.ensure_future(self._pump(reader, back, sent)),
-                    asyncio.ensure_future(self._pump(there, writer, None))]
+            both = [
+                asyncio.ensure_future(self._pump(reader, back, sent)),
+                asyncio.ensure_future(self._pump(there, writer, None)),
+            ]
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             for one in both:
                 one.cancel()
@@ -118,7 +123,7 @@ class BadNetwork:
                 left -= len(piece)
             if self._trouble == "garble" and len(piece) == 1 << 16 and self._rng.random() < 0.1:
                 self.hits["garble"] += 1
-                piece = piece[:1 << 15] + piece[:1 << 15]
+                piece = piece[: 1 << 15] + piece[: 1 << 15]
             if self._trouble == "duplicate" and sent is not None and self._rng.random() < 0.2:
                 return  # break it, so that what was sent is sent again
             if sent is not None and len(sent) < REMEMBERED:

@@ -1,4 +1,5 @@
 """Drive a headless Chromium through its DevTools pipe: JSON messages, each with a zero byte at its end."""
+
 from __future__ import annotations
 
 import base64
@@ -14,10 +15,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-           "--hide-scrollbars", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
-           "--no-proxy-server", "--remote-debugging-pipe", "--force-color-profile=srgb", "--lang=en-GB",
-           "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")
+OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-proxy-server",
+    "--remote-debugging-pipe",
+    "--force-color-profile=srgb",
+    "--lang=en-GB",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+)
 
 
 def find_chromium() -> str | None:
@@ -35,7 +48,11 @@ class Chromium:
         command = f'exec "$0" "$@" 3<&{own_in} 4>&{own_out}'
         self._process = subprocess.Popen(
             ["bash", "-c", command, find_chromium(), *OPTIONS, f"--user-data-dir={folder}", "about:blank"],
-            pass_fds=(own_in, own_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            pass_fds=(own_in, own_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(own_in), os.close(own_out)
         self._to, self._from = os.fdopen(to_browser, "wb"), os.fdopen(from_browser, "rb")
         self._answers: queue.Queue[dict] = queue.Queue()
@@ -55,7 +72,8 @@ class Chromium:
         """Ask the browser for something and return its answer."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters} | (
-            {"sessionId": session} if session else {})
+            {"sessionId": session} if session else {}
+        )
         self._to.write(json.dumps(message).encode() + b"\0")
         self._to.flush()
         while (answer := self._answers.get(timeout=40))["id"] != self._number:
@@ -92,11 +110,21 @@ class Page:
 
     def look_like(self, width: int, height: int = 900, *, dark: bool = False, phone: bool = False) -> None:
         """Take a size and a colour scheme."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1,
-                  mobile=phone)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
         scheme = "dark" if dark else "light"
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme},
-                                                          {"name": "prefers-reduced-motion", "value": "reduce"}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[
+                {"name": "prefers-color-scheme", "value": scheme},
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ],
+        )
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
@@ -144,16 +172,25 @@ class Page:
     def complaints(self) -> list[str]:
         """Return every error that the browser has noticed in this page: scripts, policies, requests that failed."""
         mine = [event for event in self.browser.events if event.get("sessionId") == self.session]
-        thrown = [json.dumps(event["params"]["exceptionDetails"]) for event in mine
-                  if event["method"] == "Runtime.exceptionThrown"]
-        logged = [f"{event['params']['entry']['text']} {event['params']['entry'].get('url', '')}" for event in mine
-                  if event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error"]
+        thrown = [
+            json.dumps(event["params"]["exceptionDetails"])
+            for event in mine
+            if event["method"] == "Runtime.exceptionThrown"
+        ]
+        logged = [
+            f"{event['params']['entry']['text']} {event['params']['entry'].get('url', '')}"
+            for event in mine
+            if event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error"
+        ]
         return thrown + logged
 
     def requests(self) -> list[str]:
         """Return the addresses that the page has asked for."""
-        return [event["params"]["request"]["url"] for event in self.browser.events
-                if event.get("sessionId") == self.session and event["method"] == "Network.requestWillBeSent"]
+        return [
+            event["params"]["request"]["url"]
+            for event in self.browser.events
+            if event.get("sessionId") == self.session and event["method"] == "Network.requestWillBeSent"
+        ]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 Run as a program, it writes one line per connection to a file: the address that the client asked for.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,8 +23,9 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         pass  # one side has gone; the other is told by the end of the connection
 
 
-async def serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, places: dict[str, str],
-                       log: Path) -> None:
+async def serve_client(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, places: dict[str, str], log: Path
+) -> None:
     """Serve one client: connect it to where it wants to go, or to the place that stands for that."""
     try:
         request = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)[0].decode("ascii").split()
@@ -55,12 +57,19 @@ async def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", type=Path, required=True, help="file of the addresses that were asked for")
-    parser.add_argument("--place", nargs=2, action="append", default=[], metavar=("ASKED", "MEANT"),
-                        help="a name with a port that only this proxy knows, and the address with a port behind it")
+    parser.add_argument(
+        "--place",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("ASKED", "MEANT"),
+        help="a name with a port that only this proxy knows, and the address with a port behind it",
+    )
     arguments = parser.parse_args()
     places = dict(arguments.place)
-    server = await asyncio.start_server(lambda reader, writer: serve_client(reader, writer, places, arguments.log),
-                                        arguments.host, arguments.port)
+    server = await asyncio.start_server(
+        lambda reader, writer: serve_client(reader, writer, places, arguments.log), arguments.host, arguments.port
+    )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

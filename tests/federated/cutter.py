@@ -1,4 +1,5 @@
 """Stand between a site and its coordinator, and break connections after so many bytes."""
+
 from __future__ import annotations
 
 import socket

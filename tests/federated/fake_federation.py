@@ -1,4 +1,5 @@
 """Coordinators in threads and processes, and sites that train a few numbers instead of a network."""
+
 from __future__ import annotations
 
 import json
@@ -51,18 +52,30 @@ def make_census(num_cases=3, labels=LABELS) -> messages.Census:
 
 
 def make_plans(**others) -> dict:
-    return {"dataset_name": "Dataset001_Fake", "plans_name": "nnUNetPlans", "configurations": {"3d_fullres": {
-        "patch_size": [16, 16, 16]}}, **others}
+    return {
+        "dataset_name": "Dataset001_Fake",
+        "plans_name": "nnUNetPlans",
+        "configurations": {"3d_fullres": {"patch_size": [16, 16, 16]}},
+        **others,
+    }
 
 
-def make_registration(num_cases=3, shapes=SHAPES, aliases=ALIASES, labels=LABELS, plans=None, equal=False,
-                      **others) -> messages.Registration:
+def make_registration(
+    num_cases=3, shapes=SHAPES, aliases=ALIASES, labels=LABELS, plans=None, equal=False, **others
+) -> messages.Registration:
     return messages.Registration(
-        configuration="3d_fullres", fold="0", trainer="nnUNetTrainerFake", num_training_cases=num_cases,
-        plans=plans or make_plans(), mirroring_axes=(0, 1, 2), requires_equal_plans=equal, aliases=aliases,
+        configuration="3d_fullres",
+        fold="0",
+        trainer="nnUNetTrainerFake",
+        num_training_cases=num_cases,
+        plans=plans or make_plans(),
+        mirroring_axes=(0, 1, 2),
+        requires_equal_plans=equal,
+        aliases=aliases,
         dataset_json=messages.TrainingData(channel_names={"0": "CT"}, labels=labels, file_ending=".nii.gz"),
         tensors=tuple(messages.TensorEntry(name=name, dtype="F32", shape=shape) for name, shape in shapes.items()),
-        **others)
+        **others,
+    )
 
 
 def incoming_path(store: Store) -> Path:
@@ -76,9 +89,18 @@ def make_weights(seed: int, shapes=SHAPES) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------------ sites
-def train(client: FederationClient, *, seed: int, num_rounds: int, run: str = RUN, num_cases: int = 3,
-          pause_s: float = 0.0, on_round: Callable[[int], None] = lambda number: None, shapes=SHAPES,
-          plans=None) -> str:
+def train(
+    client: FederationClient,
+    *,
+    seed: int,
+    num_rounds: int,
+    run: str = RUN,
+    num_cases: int = 3,
+    pause_s: float = 0.0,
+    on_round: Callable[[int], None] = lambda number: None,
+    shapes=SHAPES,
+    plans=None,
+) -> str:
     """Take part in a run from wherever it is; return the digest of its last aggregate."""
     site = client.credential.site
     match = client.exchange(registration_key(run), make_registration(num_cases, shapes, plans=plans)).message
@@ -206,7 +228,11 @@ class CoordinatorProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, "--folder", str(self.folder), "--port", str(self.port), *self.options],
-                cwd=PROJECT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                cwd=PROJECT,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
         wait_until(lambda: (self.folder / "coordinator.json").exists() or self.process.poll() is not None)
         assert self.process.poll() is None, self.text()
         self.url = json.loads((self.folder / "coordinator.json").read_text())["url"]
@@ -249,20 +275,28 @@ def coordinator_process(folder: Path, *options: str, grace_s: float | None = Non
         process.stop()
 
 
-def start_site_process(credential: Path, *, seed: int, num_rounds: int, pause_s: float,
-                       hold_at: int | None = None) -> subprocess.Popen:
+def start_site_process(
+    credential: Path, *, seed: int, num_rounds: int, pause_s: float, hold_at: int | None = None
+) -> subprocess.Popen:
     """Start a fake site in a process of its own; it prints every round it finishes, and the last digest.
 
     Args:
         hold_at: The round after which it waits until it is killed.
     """
-    code = (f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
-            "from pathlib import Path\n"
-            "def tell(number):\n"
-            "    print('round', number, flush=True)\n"
-            f"    number == {hold_at} and f.time.sleep({MUCH_LONGER_S})\n"
-            f"with f.make_client(f.load_credential(Path({str(credential)!r}))) as client:\n"
-            f"    print(f.train(client, seed={seed}, num_rounds={num_rounds}, pause_s={pause_s},\n"
-            "                  on_round=tell), flush=True)\n")
-    return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    code = (
+        f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
+        "from pathlib import Path\n"
+        "def tell(number):\n"
+        "    print('round', number, flush=True)\n"
+        f"    number == {hold_at} and f.time.sleep({MUCH_LONGER_S})\n"
+        f"with f.make_client(f.load_credential(Path({str(credential)!r}))) as client:\n"
+        f"    print(f.train(client, seed={seed}, num_rounds={num_rounds}, pause_s={pause_s},\n"
+        "                  on_round=tell), flush=True)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )

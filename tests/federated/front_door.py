@@ -1,4 +1,5 @@
 """Stand before a coordinator as a proxy, and answer with pages of one's own when told to."""
+
 from __future__ import annotations
 
 import http.client
@@ -52,11 +53,18 @@ class FrontDoor:
                     self.answer(door.page.status, door.page.headers, door.page.content, door.page.missing)
                     return
                 connection = http.client.HTTPConnection(upstream.hostname, upstream.port, timeout=60)
-                connection.request(self.command, self.path, body, {
-                    name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP})
+                connection.request(
+                    self.command,
+                    self.path,
+                    body,
+                    {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP},
+                )
                 answer = connection.getresponse()
-                self.answer(answer.status, {name: value for name, value in answer.getheaders()
-                                            if name.lower() not in HOP_BY_HOP}, answer.read())
+                self.answer(
+                    answer.status,
+                    {name: value for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP},
+                    answer.read(),
+                )
                 connection.close()
 
             def answer(self, status: int, headers: Mapping[str, str], content: bytes, missing: int = 0) -> None:

@@ -1,4 +1,5 @@
 """A coordinator in this process whose clock stands still and whose closer works on request."""
+
 from __future__ import annotations
 
 from fake_federation import RUN, incoming_path, make_registration, make_settings, make_weights
@@ -59,7 +60,7 @@ class Federation:
 
     def weights(self, number: int) -> dict[str, float]:
         """Return what each site counted in a round, as the coordinator remembers it."""
-        record, = self.store.load_rounds(RUN, number, limit=1)
+        (record,) = self.store.load_rounds(RUN, number, limit=1)
         return {site: contributed["weight"] for site, contributed in record["sites"].items()}
 
     def act(self, action: str, member: Member = OPERATOR, **others):

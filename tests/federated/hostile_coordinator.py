@@ -1,4 +1,5 @@
 """A coordinator that answers as it likes: text that commands terminals, bodies without end, files that are none."""
+
 from __future__ import annotations
 
 import hashlib
@@ -37,8 +38,9 @@ def hostile(answer: Answer) -> Iterator[SiteCredential]:
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield SiteCredential(f"http://127.0.0.1:{server.server_address[1]}", f"federation{ESCAPES}", "A",
-                             "A." + "x" * 43)
+        yield SiteCredential(
+            f"http://127.0.0.1:{server.server_address[1]}", f"federation{ESCAPES}", "A", "A." + "x" * 43
+        )
     finally:
         server.shutdown()
         server.server_close()

@@ -2,6 +2,7 @@
 
 Run as a program, it is that process: it reads one order per line, as JSON, and answers with the process id.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,9 +24,14 @@ class Nursery:
     """The side of the test: starts the program, and asks it for processes."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, str(HERE / "nursery.py")], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1],
-                                         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2]))})
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "nursery.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=HERE.parents[1],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2]))},
+        )
         self._lock = threading.Lock()
         assert self._process.stdout.readline() == "ready\n"
 
@@ -118,8 +124,13 @@ def take_part(order: dict) -> int:
     import fake_federation as f
 
     with f.make_client(f.load_credential(Path(order["credential"]))) as client:
-        digest = f.train(client, seed=order["seed"], num_rounds=order["num_rounds"], pause_s=order["pause_s"],
-                         num_cases=order["num_cases"])
+        digest = f.train(
+            client,
+            seed=order["seed"],
+            num_rounds=order["num_rounds"],
+            pause_s=order["pause_s"],
+            num_cases=order["num_cases"],
+        )
     Path(order["digest"]).write_text(digest, encoding="ascii")
     return 0
 

@@ -1,4 +1,5 @@
 """A reverse proxy that adds a prefix to the paths of a coordinator, as nginx does with `location /prefix/`."""
+
 from __future__ import annotations
 
 import http.client
@@ -14,6 +15,7 @@ HOP_BY_HOP = ("connection", "transfer-encoding", "keep-alive")
 @contextmanager
 def prefixed(url: str, prefix: str) -> Iterator[str]:
     """Serve a coordinator under a prefix, on a free port of this machine."""
+
     class Handler(BaseHTTPRequestHandler):
         def forward(self) -> None:
             if not self.path.startswith(f"{prefix}/"):
@@ -21,7 +23,7 @@ def prefixed(url: str, prefix: str) -> Iterator[str]:
                 return
             size = int(self.headers.get("content-length") or 0)
             behind = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-            behind.request(self.command, self.path[len(prefix):], self.rfile.read(size) or None, dict(self.headers))
+            behind.request(self.command, self.path[len(prefix) :], self.rfile.read(size) or None, dict(self.headers))
             answer = behind.getresponse()
             body = answer.read()
             self.send_response(answer.status)

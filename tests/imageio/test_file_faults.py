@@ -1,4 +1,5 @@
 """Files that image libraries read without complaint although something is wrong with them."""
+
 import gzip
 import subprocess
 import sys
@@ -150,15 +151,26 @@ except (OSError, RuntimeError) as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
-@pytest.mark.parametrize(("module", "writer", "name"), [
-    ("simpleitk_reader_writer", "SimpleITKIO", "a.nii.gz"), ("simpleitk_reader_writer", "SimpleITKIO", "a.nrrd"),
-    ("simpleitk_reader_writer", "SimpleITKIO", "a.mha"), ("simpleitk_reader_writer", "SimpleITKIO", "a.gipl"),
-    ("simpleitk_reader_writer", "SimpleITKIO", "a.nii"),
-    ("nibabel_reader_writer", "NibabelIO", "a.nii.gz"), ("tif_reader_writer", "Tiff3DIO", "a.tif")])
+@pytest.mark.parametrize(
+    ("module", "writer", "name"),
+    [
+        ("simpleitk_reader_writer", "SimpleITKIO", "a.nii.gz"),
+        ("simpleitk_reader_writer", "SimpleITKIO", "a.nrrd"),
+        ("simpleitk_reader_writer", "SimpleITKIO", "a.mha"),
+        ("simpleitk_reader_writer", "SimpleITKIO", "a.gipl"),
+        ("simpleitk_reader_writer", "SimpleITKIO", "a.nii"),
+        ("nibabel_reader_writer", "NibabelIO", "a.nii.gz"),
+        ("tif_reader_writer", "Tiff3DIO", "a.tif"),
+    ],
+)
 def test_label_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path, module, writer, name):
     target = tmp_path / name
-    done = subprocess.run([sys.executable, "-c", FULL_DISK.format(module=module, writer=writer), str(target)],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK.format(module=module, writer=writer), str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "refused:" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -177,8 +189,11 @@ def test_forms_that_disagree_are_worth_a_warning(tmp_path, reader, shape):
     moved = np.eye(4)
     moved[0, 3] = 30
     (fault,) = reader().find_faults(write_forms(tmp_path / "a.nii.gz", np.eye(4), moved, shape=shape))
-    assert (fault.what, fault.found, fault.is_error) == ("qform and sform of a header disagree", "up to 30 mm apart",
-                                                         False)
+    assert (fault.what, fault.found, fault.is_error) == (
+        "qform and sform of a header disagree",
+        "up to 30 mm apart",
+        False,
+    )
 
 
 @pytest.mark.parametrize("codes", [(0, 2), (1, 0), (1, 1)])

@@ -1,4 +1,5 @@
 """Files to arrays and back, for every reader. All sides are unequal, so that swapped axes show."""
+
 import json
 import os
 
@@ -24,8 +25,15 @@ TURNED = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 @pytest.fixture
 def write_itk(tmp_path):
     """Write an array as an image file and return its path."""
-    def write(name="case_0000.nii.gz", voxels=VOLUME, spacing=(1.0, 2.0, 3.5), origin=(7.0, 8.0, 9.0), direction=None,
-              **kwargs):
+
+    def write(
+        name="case_0000.nii.gz",
+        voxels=VOLUME,
+        spacing=(1.0, 2.0, 3.5),
+        origin=(7.0, 8.0, 9.0),
+        direction=None,
+        **kwargs,
+    ):
         image = sitk.GetImageFromArray(voxels, **kwargs)
         dim = image.GetDimension()
         image.SetSpacing((*spacing, 1.0)[:dim])
@@ -34,6 +42,7 @@ def write_itk(tmp_path):
             image.SetDirection(direction)
         sitk.WriteImage(image, str(tmp_path / name))
         return str(tmp_path / name)
+
     return write
 
 
@@ -48,6 +57,7 @@ def itk_stuff(file):
 
 
 # SimpleITK
+
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha", "a.gipl"])
 def test_itk_volume(write_itk, name):
@@ -135,6 +145,7 @@ def test_itk_disagreements(write_itk, caplog):
 
 # nibabel
 
+
 def write_nifti(path, voxels=VOLUME, affine=None):
     affine = np.array([[0, -2.0, 0, 5], [1, 0, 0, 6], [0, 0, 3.5, 7], [0, 0, 0, 1]]) if affine is None else affine
     nibabel.save(nibabel.Nifti1Image(voxels.T, affine), path)
@@ -192,6 +203,7 @@ def test_nifti_disagreements(tmp_path, caplog):
 
 # 2D images
 
+
 def test_gray_image(tmp_path):
     io.imsave(tmp_path / "a.png", VOLUME[0].astype(np.uint8), check_contrast=False)
     data, properties = NaturalImage2DIO().read_images([tmp_path / "a.png"])
@@ -224,6 +236,7 @@ def test_volumes_are_no_2d_images(tmp_path):
 
 
 # 3D tif
+
 
 def write_tif(path, voxels=VOLUME):
     tifffile.imwrite(path, voxels, photometric="minisblack")
@@ -266,15 +279,29 @@ def test_tif_that_cannot_be_read(tmp_path):
 
 # what all have in common
 
-WRITERS = [(NaturalImage2DIO, ".png", {}), (Tiff3DIO, ".tif", {"spacing": (1, 1, 1)}),
-           (NibabelIO, ".nii.gz", {"nibabel_stuff": {"original_affine": np.eye(4)}}),
-           (NibabelIOWithReorient, ".nii", {"nibabel_stuff": {"original_affine": np.eye(4),
-                                                              "reoriented_affine": np.eye(4)}}),
-           (SimpleITKIO, ".mha", {"sitk_stuff": {"spacing": (1.0, 1.0, 1.0), "origin": (0.0, 0.0, 0.0),
-                                                 "direction": tuple(np.eye(3).ravel())}}),
-           (SimpleITKIOWithReorient, ".nrrd", {"sitk_stuff": {"spacing": (1.0, 1.0, 1.0), "origin": (0.0, 0.0, 0.0),
-                                                              "direction": tuple(np.eye(3).ravel()),
-                                                              "original_orientation": "RAI"}})]
+WRITERS = [
+    (NaturalImage2DIO, ".png", {}),
+    (Tiff3DIO, ".tif", {"spacing": (1, 1, 1)}),
+    (NibabelIO, ".nii.gz", {"nibabel_stuff": {"original_affine": np.eye(4)}}),
+    (NibabelIOWithReorient, ".nii", {"nibabel_stuff": {"original_affine": np.eye(4), "reoriented_affine": np.eye(4)}}),
+    (
+        SimpleITKIO,
+        ".mha",
+        {"sitk_stuff": {"spacing": (1.0, 1.0, 1.0), "origin": (0.0, 0.0, 0.0), "direction": tuple(np.eye(3).ravel())}},
+    ),
+    (
+        SimpleITKIOWithReorient,
+        ".nrrd",
+        {
+            "sitk_stuff": {
+                "spacing": (1.0, 1.0, 1.0),
+                "origin": (0.0, 0.0, 0.0),
+                "direction": tuple(np.eye(3).ravel()),
+                "original_orientation": "RAI",
+            }
+        },
+    ),
+]
 
 
 @pytest.mark.parametrize(("writer", "ending", "properties"), WRITERS)
@@ -292,7 +319,8 @@ def test_labels_are_written_in_the_smallest_type(tmp_path, writer, ending, prope
     writer().write_seg(np.full((1, 4, 5), highest, np.float32), tmp_path / f"a{ending}", properties)
     file = str(tmp_path / f"a{ending}")
     dtype = {".png": lambda: io.imread(file).dtype, ".tif": lambda: tifffile.imread(file).dtype}.get(
-        ending, lambda: sitk.GetArrayFromImage(sitk.ReadImage(file)).dtype)()
+        ending, lambda: sitk.GetArrayFromImage(sitk.ReadImage(file)).dtype
+    )()
     assert dtype == f"uint{bits}"
 
 
@@ -332,6 +360,7 @@ def test_comparison_helpers():
 
 
 # Things that are no fault of the file format
+
 
 @pytest.mark.parametrize("writer", [SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient])
 def test_properties_of_another_reader_are_refused(writer, tmp_path):

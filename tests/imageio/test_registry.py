@@ -1,4 +1,5 @@
 """Which reader a dataset gets."""
+
 import logging
 
 import numpy as np
@@ -17,10 +18,18 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWit
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 
-@pytest.mark.parametrize(("ending", "expected"), [
-    (".nii", NibabelIO), (".nii.gz", SimpleITKIO), (".NII.GZ", SimpleITKIO), (".nrrd", SimpleITKIO),
-    (".png", NaturalImage2DIO), (".tif", NaturalImage2DIO), (".tiff", Tiff3DIO),
-])
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        (".nii", NibabelIO),
+        (".nii.gz", SimpleITKIO),
+        (".NII.GZ", SimpleITKIO),
+        (".nrrd", SimpleITKIO),
+        (".png", NaturalImage2DIO),
+        (".tif", NaturalImage2DIO),
+        (".tiff", Tiff3DIO),
+    ],
+)
 def test_ending_alone(ending, expected):
     assert determine_reader_writer_from_file_ending(ending) is expected
 

@@ -1,4 +1,5 @@
 """Fixtures of the tests of inference."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,12 +28,14 @@ def make_predictor(tmp_path):
         predictor = predictor_class(**{"device": torch.device("cpu"), "allow_tqdm": False, **(options or {})})
         predictor.initialize_from_trained_model_folder(folder, use_folds)
         return predictor
+
     return make
 
 
 @pytest.fixture
 def write_images(tmp_path):
     """Return a function that writes NIfTI cases with all sides, spacings and offsets unequal."""
+
     def write(names=("liver_1", "liver_2"), shape=(14, 18, 22), channels=1, folder="images") -> Path:
         import SimpleITK as sitk
 
@@ -48,4 +51,5 @@ def write_images(tmp_path):
                 image.SetDirection((0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0))
                 sitk.WriteImage(image, str(target / f"{name}_{channel:04d}.nii.gz"))
         return target
+
     return write

@@ -1,17 +1,12 @@
 """Tests of deciding what to predict."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 
-from nnunetv2.inference.case_lists import (
-    case_id,
-    list_cases,
-    list_folder,
-    require_previous_stage,
-    without_finished,
-)
+from nnunetv2.inference.case_lists import case_id, list_cases, list_folder, require_previous_stage, without_finished
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
@@ -65,12 +60,21 @@ def test_a_case_with_wrong_channels_is_named(tmp_path, numbers):
 
 def test_one_file_may_hold_all_channels(tmp_path):
     assert list_it(make_folder(tmp_path, "eye_0000.png", "nose_0000.png"), COLOURS) == [
-        ["eye_0000.png"], ["nose_0000.png"]]
+        ["eye_0000.png"],
+        ["nose_0000.png"],
+    ]
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("/x/liver_1_0000.nii.gz", "liver_1"), ("liver_1.nii.gz", "liver_1"), ("year_2020_0001.nii.gz", "year_2020"),
-    ("v1.2_0000.nii.gz", "v1.2"), ("other.mha", "other")])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("/x/liver_1_0000.nii.gz", "liver_1"),
+        ("liver_1.nii.gz", "liver_1"),
+        ("year_2020_0001.nii.gz", "year_2020"),
+        ("v1.2_0000.nii.gz", "v1.2"),
+        ("other.mha", "other"),
+    ],
+)
 def test_cases_are_called_by_their_first_file(name, expected):
     assert case_id(name, ".nii.gz") == expected
 
@@ -116,8 +120,11 @@ def test_missing_predictions_of_the_previous_stage_are_named(tmp_path):
 
 def test_images_in_another_format_are_named_with_what_to_do(tmp_path):
     folder = make_folder(tmp_path, "a_0000.mha", "a_0001.mha", "notes.txt")
-    with pytest.raises(FileNotFoundError, match=r"expects files named CASE_0000.nii.gz.*end in .mha: convert them to "
-                                                r".nii.gz, or write \"file_ending\": \".mha\" into the model's"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"expects files named CASE_0000.nii.gz.*end in .mha: convert them to "
+        r".nii.gz, or write \"file_ending\": \".mha\" into the model's",
+    ):
         list_it(folder)
     with pytest.raises(FileNotFoundError) as info:
         list_it(tmp_path / "empty")

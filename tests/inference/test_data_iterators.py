@@ -1,4 +1,5 @@
 """Tests of preprocessing ahead of the network."""
+
 from __future__ import annotations
 
 import os
@@ -62,8 +63,9 @@ def test_files_come_out_in_order(write_images):
 def test_the_previous_stage_becomes_channels():
     image, labels = make_arrays(1)[0], np.zeros((1, 5, 6, 7), dtype=np.int8)
     labels[0, 2:, 3, 4] = 2
-    item, = preprocessing_iterator_fromnpy([image], [labels], make_properties(1), None,
-                                           *make_model(previous_stage="3d_lowres"), 0)
+    (item,) = preprocessing_iterator_fromnpy(
+        [image], [labels], make_properties(1), None, *make_model(previous_stage="3d_lowres"), 0
+    )
     assert item["data"].shape == (3, 5, 6, 7)
     assert item["data"][1].sum() == 0
     np.testing.assert_array_equal(item["data"][2], labels[0] == 2)
@@ -72,8 +74,9 @@ def test_the_previous_stage_becomes_channels():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_error_of_a_case_is_forwarded_with_its_name(workers):
     properties = [*make_properties(2), {}]
-    iterator = preprocessing_iterator_fromnpy(make_arrays(3), None, properties, ["/o/a", "/o/b", "/o/liver_7"],
-                                              *make_model(), workers)
+    iterator = preprocessing_iterator_fromnpy(
+        make_arrays(3), None, properties, ["/o/a", "/o/b", "/o/liver_7"], *make_model(), workers
+    )
     assert next(iterator)["ofile"] == "/o/a"
     assert next(iterator)["ofile"] == "/o/b"
     with pytest.raises(RuntimeError, match=r"^case liver_7: .*spacing"):
@@ -87,8 +90,9 @@ def test_a_missing_file_is_named():
 
 
 def test_too_few_channels_are_named():
-    iterator = preprocessing_iterator_fromnpy(make_arrays(1), None, make_properties(1), ["/o/brain"],
-                                              *make_model(channels=("T1", "T2")), 0)
+    iterator = preprocessing_iterator_fromnpy(
+        make_arrays(1), None, make_properties(1), ["/o/brain"], *make_model(channels=("T1", "T2")), 0
+    )
     with pytest.raises(RuntimeError, match=r"case brain: .*has 1 channels, but the model expects 2.*T1, T2"):
         next(iterator)
 
@@ -105,8 +109,9 @@ def test_a_killed_worker_process_is_noticed(monkeypatch):
     monkeypatch.setattr(preprocessing_jobs, "_CASES_WORTH_PROCESSES", 2)
     monkeypatch.setattr(preprocessing_jobs, "_BYTES_WORTH_PROCESSES", 0)
     plans_manager, dataset_json, _ = make_model()
-    iterator = preprocessing_iterator_fromnpy(make_arrays(3), None, make_properties(3), None, plans_manager,
-                                              dataset_json, Deadly(), 2)
+    iterator = preprocessing_iterator_fromnpy(
+        make_arrays(3), None, make_properties(3), None, plans_manager, dataset_json, Deadly(), 2
+    )
     with pytest.raises(RuntimeError, match=r"^Background workers died\. .*memory"):
         next(iterator)
 
@@ -132,8 +137,10 @@ def test_a_consumer_that_stops_early_leaves_no_worker_behind():
     assert not [thread.name for thread in started if thread.is_alive()]
 
 
-@pytest.mark.parametrize(("previous", "outputs", "message"), [
-    ([None], None, "2 cases, but 1 segmentations"), (None, ["a"] * 3, "2 cases, but 3 output")])
+@pytest.mark.parametrize(
+    ("previous", "outputs", "message"),
+    [([None], None, "2 cases, but 1 segmentations"), (None, ["a"] * 3, "2 cases, but 3 output")],
+)
 def test_lists_of_different_lengths_are_refused(previous, outputs, message):
     with pytest.raises(ValueError, match=message):
         preprocessing_iterator_fromnpy(make_arrays(2), previous, make_properties(2), outputs, *make_model(), 1)
@@ -153,8 +160,10 @@ def test_adapters_give_one_case_at_a_time_then_stop(write_images):
 
 def test_own_workers_fill_a_queue():
     target, done, abort = queue.Queue(maxsize=1), threading.Event(), threading.Event()
-    worker = threading.Thread(target=preprocess_fromnpy_save_to_queue, args=(
-        make_arrays(3), None, make_properties(3), ["a", "b", "c"], *make_model(), target, done, abort))
+    worker = threading.Thread(
+        target=preprocess_fromnpy_save_to_queue,
+        args=(make_arrays(3), None, make_properties(3), ["a", "b", "c"], *make_model(), target, done, abort),
+    )
     worker.start()
     assert [target.get(timeout=PATIENCE_S)["ofile"] for _ in range(3)] == ["a", "b", "c"]
     worker.join(PATIENCE_S)

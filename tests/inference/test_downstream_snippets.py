@@ -1,4 +1,5 @@
 """Code in the styles of programs built on nnU-Net runs unchanged. Each test is one program's way of predicting."""
+
 from __future__ import annotations
 
 import os
@@ -28,15 +29,28 @@ def images(write_images) -> Path:
 def test_a_brain_extractor_names_its_outputs_and_removes_what_it_does_not_want(model, images, tmp_path):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=False,
-                                perform_everything_on_device=True, device=CPU, verbose=False,
-                                verbose_preprocessing=False)
+    predictor = nnUNetPredictor(
+        tile_step_size=0.5,
+        use_gaussian=True,
+        use_mirroring=False,
+        perform_everything_on_device=True,
+        device=CPU,
+        verbose=False,
+        verbose_preprocessing=False,
+    )
     predictor.initialize_from_trained_model_folder(model, "all")
     (tmp_path / "out").mkdir()
-    predictor.predict_from_files([[str(images / "volume_0000.nii.gz")]], [str(tmp_path / "out" / "brain")],
-                                 save_probabilities=False, overwrite=True, num_processes_preprocessing=4,
-                                 num_processes_segmentation_export=8, folder_with_segs_from_prev_stage=None,
-                                 num_parts=1, part_id=0)
+    predictor.predict_from_files(
+        [[str(images / "volume_0000.nii.gz")]],
+        [str(tmp_path / "out" / "brain")],
+        save_probabilities=False,
+        overwrite=True,
+        num_processes_preprocessing=4,
+        num_processes_segmentation_export=8,
+        folder_with_segs_from_prev_stage=None,
+        num_parts=1,
+        part_id=0,
+    )
     for leftover in ("dataset.json", "plans.json", "predict_from_raw_data_args.json"):
         os.remove(os.path.join(tmp_path, "out", leftover))  # noqa: PTH107
     assert os.listdir(tmp_path / "out") == ["brain.nii.gz"]  # noqa: PTH208
@@ -49,16 +63,23 @@ def test_a_whole_body_tool_feeds_chunks_from_its_own_iterator(model, images):
     def iterate(chunks, properties, predictor):
         preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
         for chunk in chunks:
-            data, _, about = preprocessor.run_case_npy(chunk, None, properties, predictor.plans_manager,
-                                                       predictor.configuration_manager, predictor.dataset_json)
+            data, _, about = preprocessor.run_case_npy(
+                chunk,
+                None,
+                properties,
+                predictor.plans_manager,
+                predictor.configuration_manager,
+                predictor.dataset_json,
+            )
             yield {"data": torch.from_numpy(data).contiguous(), "data_properties": about, "ofile": None}
 
     predictor = nnUNetPredictor(allow_tqdm=False, device=CPU)
     predictor.initialize_from_trained_model_folder(model, use_folds=("all",), checkpoint_name="checkpoint_final.pth")
     image, properties = SimpleITKIO().read_images([str(images / "volume_0000.nii.gz")])
     chunks = [image, image]
-    results = predictor.predict_from_data_iterator(iterate(chunks, properties, predictor), save_probabilities=False,
-                                                   num_processes_segmentation_export=2)
+    results = predictor.predict_from_data_iterator(
+        iterate(chunks, properties, predictor), save_probabilities=False, num_processes_segmentation_export=2
+    )
     assert [result.shape for result in results] == [image.shape[1:]] * 2
 
 
@@ -70,7 +91,7 @@ def test_an_interactive_tool_blends_its_own_tiles(model):
     predictor.initialize_from_trained_model_folder(model, (0,))
     patch = tuple(predictor.configuration_manager.patch_size)
     image = torch.randn(1, 20, 18, 25)
-    gaussian = compute_gaussian(patch, sigma_scale=1. / 8, value_scaling_factor=10, device=CPU)
+    gaussian = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=CPU)
     logits, weights = torch.zeros(3, *image.shape[1:]), torch.zeros(image.shape[1:])
     steps = compute_steps_for_sliding_window(image.shape[1:], patch, 0.5)
     with torch.inference_mode():
@@ -104,10 +125,23 @@ def test_a_challenge_container_reads_predicts_and_writes_by_itself(model, images
 def test_a_microscopy_tool_predicts_flat_images_from_arrays(tmp_path):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    folder = write_model(tmp_path / "flat", patch_size=(16, 24), spacing=(1.0, 1.0), file_ending=".png",
-                         reader="NaturalImage2DIO", mirroring_axes=(0, 1))
-    predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True, device=torch.device("cpu"),
-                                perform_everything_on_device=False, verbose=False, allow_tqdm=False)
+    folder = write_model(
+        tmp_path / "flat",
+        patch_size=(16, 24),
+        spacing=(1.0, 1.0),
+        file_ending=".png",
+        reader="NaturalImage2DIO",
+        mirroring_axes=(0, 1),
+    )
+    predictor = nnUNetPredictor(
+        tile_step_size=0.5,
+        use_gaussian=True,
+        use_mirroring=True,
+        device=torch.device("cpu"),
+        perform_everything_on_device=False,
+        verbose=False,
+        allow_tqdm=False,
+    )
     predictor.initialize_from_trained_model_folder(str(folder), use_folds=[0], checkpoint_name="checkpoint_final.pth")
     image = np.random.default_rng(0).integers(0, 255, (30, 40)).astype(np.float32)
     prediction = predictor.predict_single_npy_array(image[None, None], {"spacing": (999, 1, 1)}, None, None, False)
@@ -122,14 +156,27 @@ def test_a_service_preprocesses_with_the_adapter_and_exports_itself(model):
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(model, [0])
     image = np.random.default_rng(0).normal(size=(1, 9, 20, 21)).astype(np.float32)
-    ppa = PreprocessAdapterFromNpy([image], [None], [{"spacing": [2.0, 1.5, 1.5]}], [None], predictor.plans_manager,
-                                   predictor.dataset_json, predictor.configuration_manager,
-                                   num_threads_in_multithreaded=1, verbose=False)
+    ppa = PreprocessAdapterFromNpy(
+        [image],
+        [None],
+        [{"spacing": [2.0, 1.5, 1.5]}],
+        [None],
+        predictor.plans_manager,
+        predictor.dataset_json,
+        predictor.configuration_manager,
+        num_threads_in_multithreaded=1,
+        verbose=False,
+    )
     dct = next(ppa)
     predicted_logits = predictor.predict_logits_from_preprocessed_data(dct["data"]).cpu()
     segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
-        predicted_logits, predictor.plans_manager, predictor.configuration_manager, predictor.label_manager,
-        dct["data_properties"], return_probabilities=False)
+        predicted_logits,
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.label_manager,
+        dct["data_properties"],
+        return_probabilities=False,
+    )
     assert segmentation.shape == (9, 20, 21)
 
 
@@ -185,8 +232,26 @@ def test_a_wrapper_fills_the_command_line(roots, images, tmp_path, monkeypatch):
 
     write_model(roots["nnUNet_results"] / "Dataset998_Tiny" / "nnUNetTrainer__nnUNetPlans__3d_fullres")
     monkeypatch.setenv("nnUNet_compile", "F")
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "out"), "-d", "998",
-                                      "-c", "3d_fullres", "-f", "0", "-device", "cpu", "--disable_tta"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "nnUNetv2_predict",
+            "-i",
+            str(images),
+            "-o",
+            str(tmp_path / "out"),
+            "-d",
+            "998",
+            "-c",
+            "3d_fullres",
+            "-f",
+            "0",
+            "-device",
+            "cpu",
+            "--disable_tta",
+        ],
+    )
     predict_entry_point()
     assert (tmp_path / "out" / "volume.nii.gz").exists()
 
@@ -208,7 +273,8 @@ def test_custom_trainers_are_injected_by_assignment(tmp_path, monkeypatch):
     monkeypatch.setattr(nnunet_predict, "recursive_find_trainer_class_by_name", find, raising=False)
     predictor = nnunet_predict.nnUNetPredictor(device=CPU)
     predictor.initialize_from_trained_model_folder(
-        str(write_model(tmp_path / "model", trainer="nnUNetTrainerOfTheirs")), use_folds=[0])
+        str(write_model(tmp_path / "model", trainer="nnUNetTrainerOfTheirs")), use_folds=[0]
+    )
     assert predictor.trainer_name == "nnUNetTrainerOfTheirs"
 
 
@@ -226,9 +292,12 @@ def test_attributes_are_assigned_by_hand_instead_of_initialising(model):
     configuration_manager = plans_manager.get_configuration(checkpoint["init_args"]["configuration"])
     label_manager = plans_manager.get_label_manager(dataset_json)
     network = nnUNetTrainer.build_network_architecture(
-        plans_manager, configuration_manager,
+        plans_manager,
+        configuration_manager,
         determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
-        label_manager.num_segmentation_heads, enable_deep_supervision=False)
+        label_manager.num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
     network.load_state_dict(checkpoint["network_weights"])
 
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
@@ -249,9 +318,32 @@ def test_a_viewer_runs_the_executable_on_one_volume(images, tmp_path, model):
     executable = Path(sys.executable).parent / "nnUNetv2_predict_from_modelfolder"
     if not executable.exists():
         pytest.skip("the package is not installed with its commands")
-    subprocess.run([str(executable), "-i", str(images), "-o", str(tmp_path / "out"), "-m", model, "-f", "0", "-npp",
-                    "1", "-nps", "1", "-step_size", "0.5", "-device", "cpu", "-chk", "checkpoint_final.pth",
-                    "--disable_tta"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            str(executable),
+            "-i",
+            str(images),
+            "-o",
+            str(tmp_path / "out"),
+            "-m",
+            model,
+            "-f",
+            "0",
+            "-npp",
+            "1",
+            "-nps",
+            "1",
+            "-step_size",
+            "0.5",
+            "-device",
+            "cpu",
+            "-chk",
+            "checkpoint_final.pth",
+            "--disable_tta",
+        ],
+        check=True,
+        capture_output=True,
+    )
     assert next((tmp_path / "out").rglob("*.nii*")).name == "volume.nii.gz"
 
 
@@ -262,8 +354,12 @@ def test_an_uncertainty_map_comes_from_logits_and_a_plain_softmax(model):
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(model, [0])
     iterator = predictor.get_data_iterator_from_raw_npy_data(
-        [np.random.default_rng(0).normal(size=(1, 16, 12, 20)).astype(np.float32)], None, [{"spacing": [2, 1, 1]}],
-        None, 1)
+        [np.random.default_rng(0).normal(size=(1, 16, 12, 20)).astype(np.float32)],
+        None,
+        [{"spacing": [2, 1, 1]}],
+        None,
+        1,
+    )
     for item in iterator:
         probabilities = softmax_helper_dim0(predictor.predict_logits_from_preprocessed_data(item["data"]).float())
     entropy = -(probabilities * probabilities.clamp(min=1e-8).log()).sum(0)
@@ -280,15 +376,29 @@ def test_an_older_loop_exports_in_a_pool_of_its_own(model, images, tmp_path):
 
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(model, [0])
-    lists, outputs, previous = predictor._manage_input_and_output_lists(str(images), str(tmp_path), None, True, 0, 1,
-                                                                        False)
+    lists, outputs, previous = predictor._manage_input_and_output_lists(
+        str(images), str(tmp_path), None, True, 0, 1, False
+    )
     with multiprocessing.get_context("spawn").Pool(1) as export_pool:
         worker_list, results = list(export_pool._pool), []
         for preprocessed in predictor._internal_get_data_iterator_from_lists_of_filenames(lists, previous, outputs, 1):
             prediction = predictor.predict_logits_from_preprocessed_data(preprocessed["data"]).cpu().numpy()
             assert not check_workers_alive_and_busy(export_pool, worker_list, results, allowed_num_queued=2)
-            results.append(export_pool.starmap_async(export_prediction_from_logits, (
-                (prediction, preprocessed["data_properties"], predictor.configuration_manager, predictor.plans_manager,
-                 predictor.dataset_json, preprocessed["ofile"], False),)))
+            results.append(
+                export_pool.starmap_async(
+                    export_prediction_from_logits,
+                    (
+                        (
+                            prediction,
+                            preprocessed["data_properties"],
+                            predictor.configuration_manager,
+                            predictor.plans_manager,
+                            predictor.dataset_json,
+                            preprocessed["ofile"],
+                            False,
+                        ),
+                    ),
+                )
+            )
         assert [result.get(timeout=PATIENCE_S)[0] for result in results] == [None]
     assert (tmp_path / "volume.nii.gz").exists()

@@ -1,4 +1,5 @@
 """Tests of the way from logits to label maps and files."""
+
 from __future__ import annotations
 
 import json
@@ -11,9 +12,7 @@ import pytest
 import torch
 from tiny_models import LINEAR, TinyModel
 
-from nnunetv2.inference.export_prediction import (
-    convert_predicted_logits_to_segmentation_with_correct_shape as convert,
-)
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape as convert
 from nnunetv2.inference.export_prediction import (
     export_prediction_from_logits,
     resample_and_save,
@@ -37,15 +36,22 @@ def make_logits(shape=(3, 7, 9, 8), seed=0):
 
 def make_case(shape=(7, 9, 8), bbox=((1, 8), (2, 11), (0, 8)), full=(9, 12, 8), spacing=(2.0, 1.0, 1.0)):
     """Properties as preprocessing writes them: shapes in network order, spacing in the image's."""
-    return {"spacing": list(spacing), "shape_before_cropping": full, "bbox_used_for_cropping": [list(b) for b in bbox],
-            "shape_after_cropping_and_before_resampling": shape}
+    return {
+        "spacing": list(spacing),
+        "shape_before_cropping": full,
+        "bbox_used_for_cropping": [list(b) for b in bbox],
+        "shape_after_cropping_and_before_resampling": shape,
+    }
 
 
 def managers(model=None, **changes):
     model = model or TinyModel(**changes)
     plans_manager = PlansManager(model.plans())
-    return (plans_manager, plans_manager.get_configuration(model.configuration_name),
-            plans_manager.get_label_manager(model.dataset_json()))
+    return (
+        plans_manager,
+        plans_manager.get_configuration(model.configuration_name),
+        plans_manager.get_label_manager(model.dataset_json()),
+    )
 
 
 def whole_volume_way(logits, resampling_fn, shape, current, new, label_manager):
@@ -54,11 +60,15 @@ def whole_volume_way(logits, resampling_fn, shape, current, new, label_manager):
 
 
 @pytest.mark.parametrize("label_manager", [LABELS, REGIONS], ids=["labels", "regions"])
-@pytest.mark.parametrize("resampling_fn", [
-    partial(resample_data_or_seg_to_shape, **LINEAR),
-    partial(resample_torch_fornnunet, is_seg=False, force_separate_z=False, memefficient_seg_resampling=False),
-    partial(resample_torch_fornnunet, is_seg=False, force_separate_z=None),
-], ids=["default", "torch", "torch, separate z"])
+@pytest.mark.parametrize(
+    "resampling_fn",
+    [
+        partial(resample_data_or_seg_to_shape, **LINEAR),
+        partial(resample_torch_fornnunet, is_seg=False, force_separate_z=False, memefficient_seg_resampling=False),
+        partial(resample_torch_fornnunet, is_seg=False, force_separate_z=None),
+    ],
+    ids=["default", "torch", "torch, separate z"],
+)
 @pytest.mark.parametrize("spacing", [ISOTROPIC, LONG_FIRST, LONG_LAST])
 @pytest.mark.parametrize("shape", [(14, 6, 17), (3, 20, 8), (7, 9, 8)])
 @pytest.mark.parametrize("threads", [1, 3])
@@ -72,24 +82,29 @@ def test_slabs_give_the_labels_of_whole_volumes(label_manager, resampling_fn, sp
     assert np.mean(labels == expected) > 0.998  # interpolated float32 logits can tie
 
 
-@pytest.mark.parametrize("resampling_fn", [
-    partial(resample_data_or_seg_to_shape, **{**LINEAR, "order": 0}),
-    partial(resample_data_or_seg_to_shape, **{**LINEAR, "order": 3}),
-    partial(resample_data_or_seg_to_shape, **{**LINEAR, "order_z": 1}),
-    partial(resample_data_or_seg_to_shape, **{**LINEAR, "is_seg": True}),
-    partial(resample_torch_fornnunet, is_seg=False, aniso_axis_mode="nearest"),
-    lambda data, new_shape, current_spacing, new_spacing: data,
-])
+@pytest.mark.parametrize(
+    "resampling_fn",
+    [
+        partial(resample_data_or_seg_to_shape, **{**LINEAR, "order": 0}),
+        partial(resample_data_or_seg_to_shape, **{**LINEAR, "order": 3}),
+        partial(resample_data_or_seg_to_shape, **{**LINEAR, "order_z": 1}),
+        partial(resample_data_or_seg_to_shape, **{**LINEAR, "is_seg": True}),
+        partial(resample_torch_fornnunet, is_seg=False, aniso_axis_mode="nearest"),
+        lambda data, new_shape, current_spacing, new_spacing: data,
+    ],
+)
 def test_other_resampling_is_not_done_in_slabs(resampling_fn):
     assert find_grid_change(resampling_fn, (7, 9, 8), (14, 9, 8), ISOTROPIC, ISOTROPIC) is None
 
 
 def test_other_resampling_functions_are_called():
     plans_manager, configuration_manager, label_manager = managers(
-        probabilities=("resample_data_or_seg_to_shape", {**LINEAR, "order": 3}))
+        probabilities=("resample_data_or_seg_to_shape", {**LINEAR, "order": 3})
+    )
     logits, case = make_logits((3, 4, 9, 8)), make_case()
-    expected = whole_volume_way(logits, configuration_manager.resampling_fn_probabilities, (7, 9, 8), (2, 1, 1),
-                                (2, 1, 1), label_manager)
+    expected = whole_volume_way(
+        logits, configuration_manager.resampling_fn_probabilities, (7, 9, 8), (2, 1, 1), (2, 1, 1), label_manager
+    )
     labels = convert(logits, plans_manager, configuration_manager, label_manager, case)
     np.testing.assert_array_equal(labels[1:8, 2:11], expected)
 
@@ -106,24 +121,29 @@ def test_cropping_and_transposition_are_undone(transpose):
     assert np.argwhere(labels).tolist() == [position.tolist()]
 
 
-@pytest.mark.parametrize("probabilities", [("resample_data_or_seg_to_shape", LINEAR),
-                                           ("resample_data_or_seg_to_shape", {**LINEAR, "order": 2})])
+@pytest.mark.parametrize(
+    "probabilities",
+    [("resample_data_or_seg_to_shape", LINEAR), ("resample_data_or_seg_to_shape", {**LINEAR, "order": 2})],
+)
 @pytest.mark.parametrize("regions", [False, True])
 def test_probabilities_are_background_outside_of_the_crop(regions, probabilities):
     changes = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": (1, 2)}
     plans_manager, configuration_manager, label_manager = managers(
-        transpose_forward=(1, 2, 0), probabilities=probabilities, **(changes if regions else {}))
+        transpose_forward=(1, 2, 0), probabilities=probabilities, **(changes if regions else {})
+    )
     logits = make_logits((label_manager.num_segmentation_heads, 5, 9, 8))
-    labels, result = convert(logits, plans_manager, configuration_manager, label_manager, make_case(),
-                             return_probabilities=True)
+    labels, result = convert(
+        logits, plans_manager, configuration_manager, label_manager, make_case(), return_probabilities=True
+    )
     assert result.dtype == np.float32
     assert result.shape == (len(logits), 8, 9, 12)
     outside = result[:, :, 0]  # image axis 1 is network axis 0, cropped to 1:8
     assert np.all(outside[0] == (0 if regions else 1))
     assert np.all(outside[1:] == 0)
     inside = result.transpose(0, 2, 3, 1)[:, 1:8, 2:11]
-    np.testing.assert_array_equal(label_manager.convert_probabilities_to_segmentation(inside),
-                                  labels.transpose(1, 2, 0)[1:8, 2:11])
+    np.testing.assert_array_equal(
+        label_manager.convert_probabilities_to_segmentation(inside), labels.transpose(1, 2, 0)[1:8, 2:11]
+    )
     alone = convert(logits, plans_manager, configuration_manager, label_manager, make_case())
     assert np.mean(alone == labels) > 0.995
 
@@ -136,10 +156,16 @@ def test_flat_models_keep_the_spacing_between_slices():
         seen.append((list(new_shape), list(current_spacing), list(new_spacing)))
         return np.zeros((3, *new_shape), dtype=np.float32)
 
-    configuration_manager = type("Spied", (), {"spacing": configuration_manager.spacing,
-                                               "resampling_fn_probabilities": staticmethod(spy)})
-    convert(make_logits((3, 7, 5, 5)), plans_manager, configuration_manager, label_manager,
-            make_case(spacing=(4.0, 0.5, 0.5)))
+    configuration_manager = type(
+        "Spied", (), {"spacing": configuration_manager.spacing, "resampling_fn_probabilities": staticmethod(spy)}
+    )
+    convert(
+        make_logits((3, 7, 5, 5)),
+        plans_manager,
+        configuration_manager,
+        label_manager,
+        make_case(spacing=(4.0, 0.5, 0.5)),
+    )
     assert seen == [([7, 9, 8], [4.0, 1.0, 1.0], [4.0, 0.5, 0.5])]
 
 
@@ -147,15 +173,25 @@ def test_properties_stay_unchanged(tmp_path):
     plans_manager, configuration_manager, _ = managers()
     case = make_nifti_case()
     before = pickle.dumps(case)
-    export_prediction_from_logits(make_logits(), case, configuration_manager, plans_manager,
-                                  TinyModel().dataset_json(), str(tmp_path / "case"), save_probabilities=True)
+    export_prediction_from_logits(
+        make_logits(),
+        case,
+        configuration_manager,
+        plans_manager,
+        TinyModel().dataset_json(),
+        str(tmp_path / "case"),
+        save_probabilities=True,
+    )
     assert pickle.dumps(case) == before
 
 
 def make_nifti_case():
     case = make_case()
-    case["sitk_stuff"] = {"spacing": (1.0, 1.0, 2.0), "origin": (10.0, -20.0, 5.0),
-                          "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)}
+    case["sitk_stuff"] = {
+        "spacing": (1.0, 1.0, 2.0),
+        "origin": (10.0, -20.0, 5.0),
+        "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+    }
     return case
 
 
@@ -164,8 +200,15 @@ def test_an_export_writes_a_label_map_probabilities_and_properties(tmp_path):
     dataset_json = tmp_path / "dataset.json"
     dataset_json.write_text(json.dumps(TinyModel().dataset_json()))
     (tmp_path / "out").mkdir()
-    export_prediction_from_logits(make_logits(), make_nifti_case(), configuration_manager, plans_manager,
-                                  str(dataset_json), str(tmp_path / "out" / "case"), save_probabilities=True)
+    export_prediction_from_logits(
+        make_logits(),
+        make_nifti_case(),
+        configuration_manager,
+        plans_manager,
+        str(dataset_json),
+        str(tmp_path / "out" / "case"),
+        save_probabilities=True,
+    )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.nii.gz", "case.npz", "case.pkl"]
     with np.load(tmp_path / "out" / "case.npz") as archive:
         assert list(archive) == ["probabilities"]
@@ -208,12 +251,20 @@ def test_labels_for_the_next_stage_have_its_shape(tmp_path):
 
     plans_manager, configuration_manager, label_manager = managers()
     logits = make_logits()
-    resample_and_save(logits, (14, 18, 16), str(tmp_path / "case"), plans_manager, configuration_manager, make_case(),
-                      TinyModel().dataset_json())
+    resample_and_save(
+        logits,
+        (14, 18, 16),
+        str(tmp_path / "case"),
+        plans_manager,
+        configuration_manager,
+        make_case(),
+        TinyModel().dataset_json(),
+    )
     stored = blosc2.open(str(tmp_path / "case.b2nd"), mode="r")[:]
     assert stored.dtype == np.uint8
-    expected = whole_volume_way(logits, configuration_manager.resampling_fn_probabilities, (14, 18, 16), ISOTROPIC,
-                                ISOTROPIC, label_manager)
+    expected = whole_volume_way(
+        logits, configuration_manager.resampling_fn_probabilities, (14, 18, 16), ISOTROPIC, ISOTROPIC, label_manager
+    )
     assert np.mean(stored == expected) > 0.998
 
 
@@ -250,8 +301,13 @@ def test_custom_label_managers_see_the_whole_volume():
             return np.full(predicted_logits.shape[1:], 2)
 
     plans_manager, configuration_manager, _ = managers()
-    labels = convert(make_logits((3, 3, 9, 8)), plans_manager, configuration_manager,
-                     OnlyLargest(TinyModel().labels, None), make_case())
+    labels = convert(
+        make_logits((3, 3, 9, 8)),
+        plans_manager,
+        configuration_manager,
+        OnlyLargest(TinyModel().labels, None),
+        make_case(),
+    )
     assert np.all(labels[1:8, 2:11] == 2)
 
 

@@ -1,4 +1,5 @@
 """Tests of exporting in the background."""
+
 from __future__ import annotations
 
 import errno
@@ -16,7 +17,7 @@ def test_results_keep_the_order_of_arrival(num_workers):
     with ExportQueue(num_workers) as queue:
         for number in range(20):
             queue.submit(f"case {number}", 1, lambda n: n * n, number)
-        assert queue.results() == [number ** 2 for number in range(20)]
+        assert queue.results() == [number**2 for number in range(20)]
 
 
 def test_a_failure_is_named_and_spares_the_other_cases(caplog):

@@ -1,4 +1,5 @@
 """Tests of what happens when something fails in the middle of a prediction: no hang, no half-written file."""
+
 from __future__ import annotations
 
 import os
@@ -42,8 +43,24 @@ def results_in(folder: Path) -> set[str]:
 
 
 def arguments_for(images: Path, out: Path, model: Path, *extra: object) -> list[str]:
-    return [str(part) for part in ("-i", images, "-o", out, "-m", model, "-f", 0, "-device", "cpu", "--disable_tta",
-                                   "--disable_progress_bar", *extra)]
+    return [
+        str(part)
+        for part in (
+            "-i",
+            images,
+            "-o",
+            out,
+            "-m",
+            model,
+            "-f",
+            0,
+            "-device",
+            "cpu",
+            "--disable_tta",
+            "--disable_progress_bar",
+            *extra,
+        )
+    ]
 
 
 def predict(monkeypatch, *arguments) -> None:
@@ -67,7 +84,7 @@ def folders(write_images, tmp_path):
 def test_a_corrupt_image_is_named_and_the_others_are_predicted(folders, monkeypatch, capsys, workers):
     images, out, _ = folders
     good = (images / "b_0000.nii.gz").read_bytes()
-    (images / "b_0000.nii.gz").write_bytes(good[:len(good) // 2])
+    (images / "b_0000.nii.gz").write_bytes(good[: len(good) // 2])
     with pytest.raises(SystemExit) as stop:
         predict(monkeypatch, *folders, *workers)
     assert stop.value.code == 1
@@ -134,8 +151,12 @@ def stopped(folders, tmp_path):
     marker, script = tmp_path / "marker", tmp_path / "stopping.py"
     script.write_text(STOPPING)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOPPED": str(marker)}
-    process = subprocess.Popen([sys.executable, str(script), *arguments_for(*folders, "-npp", 1, "-nps", 1)],
-                               env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script), *arguments_for(*folders, "-npp", 1, "-nps", 1)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + PATIENCE_S
     while not marker.exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -1,4 +1,5 @@
 """Tests of how a command ends after Ctrl-C."""
+
 from __future__ import annotations
 
 import signal

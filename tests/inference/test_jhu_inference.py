@@ -1,4 +1,5 @@
 """Tests of writing one file per class."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,11 +14,16 @@ def read(path):
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({}, {"one": [1], "two": [2]}),
-    ({"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": (1, 2)},
-     {"whole": [1, 2], "core": [2]}),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"one": [1], "two": [2]}),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": (1, 2)},
+            {"whole": [1, 2], "core": [2]},
+        ),
+    ],
+)
 def test_each_class_gets_a_mask_of_its_own(make_predictor, write_images, tmp_path, changes, expected):
     predictor = make_predictor(predictor_class=JHUPredictor, **changes)
     predictor.predict_from_files(str(write_images(["a"])), str(tmp_path / "out"), save_probabilities=True)
@@ -29,5 +35,5 @@ def test_each_class_gets_a_mask_of_its_own(make_predictor, write_images, tmp_pat
 
 
 def test_returned_predictions_are_the_usual_ones(make_predictor, write_images):
-    label_map, = make_predictor(predictor_class=JHUPredictor).predict_from_files(str(write_images(["a"])), None)
+    (label_map,) = make_predictor(predictor_class=JHUPredictor).predict_from_files(str(write_images(["a"])), None)
     assert label_map.shape == (14, 18, 22)

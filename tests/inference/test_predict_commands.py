@@ -1,4 +1,5 @@
 """Tests of the command lines of prediction."""
+
 from __future__ import annotations
 
 import subprocess
@@ -15,10 +16,23 @@ from nnunetv2.inference.predict_from_raw_data import (
     predict_entry_point_modelfolder,
 )
 
-COMMON = {"i": "in", "o": "out", "f": ["0", "1", "2", "3", "4"], "step_size": 0.5, "disable_tta": False,
-          "verbose": False, "save_probabilities": False, "continue_prediction": False, "chk": "checkpoint_final.pth",
-          "npp": 3, "nps": 3, "prev_stage_predictions": None, "device": "cuda", "disable_progress_bar": False,
-          "not_on_device": False}
+COMMON = {
+    "i": "in",
+    "o": "out",
+    "f": ["0", "1", "2", "3", "4"],
+    "step_size": 0.5,
+    "disable_tta": False,
+    "verbose": False,
+    "save_probabilities": False,
+    "continue_prediction": False,
+    "chk": "checkpoint_final.pth",
+    "npp": 3,
+    "nps": 3,
+    "prev_stage_predictions": None,
+    "device": "cuda",
+    "disable_progress_bar": False,
+    "not_on_device": False,
+}
 
 
 def run(monkeypatch, entry, *arguments):
@@ -28,8 +42,15 @@ def run(monkeypatch, entry, *arguments):
 
 def test_defaults_of_predict():
     args = build_parser().parse_args(["-i", "in", "-o", "out", "-d", "4", "-c", "2d"])
-    assert vars(args) == {**COMMON, "d": "4", "c": "2d", "p": "nnUNetPlans", "tr": "nnUNetTrainer", "num_parts": 1,
-                          "part_id": 0}
+    assert vars(args) == {
+        **COMMON,
+        "d": "4",
+        "c": "2d",
+        "p": "nnUNetPlans",
+        "tr": "nnUNetTrainer",
+        "num_parts": 1,
+        "part_id": 0,
+    }
 
 
 def test_defaults_of_predict_from_modelfolder():
@@ -55,14 +76,43 @@ def test_worker_numbers_come_from_the_environment(monkeypatch):
 @pytest.mark.parametrize("extra", [(), ("-npp", 0, "-nps", 0), ("-npp", 0, "-nps", 1)])
 def test_a_model_from_the_results_folder_predicts(monkeypatch, roots, write_images, tmp_path, extra):
     write_model(roots["nnUNet_results"] / "Dataset998_Tiny" / "nnUNetTrainer__nnUNetPlans__3d_fullres", folds=(0, 2))
-    run(monkeypatch, predict_entry_point, "-i", write_images(["a"]), "-o", tmp_path / "out", "-d", 998, "-c",
-        "3d_fullres", "-f", 0, 2, "-device", "cpu", "--disable_progress_bar", *extra)
+    run(
+        monkeypatch,
+        predict_entry_point,
+        "-i",
+        write_images(["a"]),
+        "-o",
+        tmp_path / "out",
+        "-d",
+        998,
+        "-c",
+        "3d_fullres",
+        "-f",
+        0,
+        2,
+        "-device",
+        "cpu",
+        "--disable_progress_bar",
+        *extra,
+    )
     assert (tmp_path / "out" / "a.nii.gz").is_file()
 
 
 def test_a_model_from_any_folder_predicts_what_is_missing(monkeypatch, write_images, tmp_path):
-    arguments = ("-i", write_images(["a", "b"]), "-o", tmp_path / "out", "-m", write_model(tmp_path / "model"), "-f", 0,
-                 "-device", "cpu", "--disable_progress_bar", "--disable_tta")
+    arguments = (
+        "-i",
+        write_images(["a", "b"]),
+        "-o",
+        tmp_path / "out",
+        "-m",
+        write_model(tmp_path / "model"),
+        "-f",
+        0,
+        "-device",
+        "cpu",
+        "--disable_progress_bar",
+        "--disable_tta",
+    )
     run(monkeypatch, predict_entry_point_modelfolder, *arguments)
     (tmp_path / "out" / "a.nii.gz").write_text("kept")
     (tmp_path / "out" / "b.nii.gz").unlink()
@@ -71,14 +121,24 @@ def test_a_model_from_any_folder_predicts_what_is_missing(monkeypatch, write_ima
     assert (tmp_path / "out" / "b.nii.gz").is_file()
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    (("-f", "one"), "-f takes fold numbers or all, got one"),
-    (("-f", "7"), "fold_7"),
-])
+@pytest.mark.parametrize(
+    ("extra", "message"), [(("-f", "one"), "-f takes fold numbers or all, got one"), (("-f", "7"), "fold_7")]
+)
 def test_mistakes_are_told_in_one_line(monkeypatch, write_images, tmp_path, capsys, extra, message):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, predict_entry_point_modelfolder, "-i", write_images(["a"]), "-o", tmp_path / "out", "-m",
-            write_model(tmp_path / "model"), "-device", "cpu", *extra)
+        run(
+            monkeypatch,
+            predict_entry_point_modelfolder,
+            "-i",
+            write_images(["a"]),
+            "-o",
+            tmp_path / "out",
+            "-m",
+            write_model(tmp_path / "model"),
+            "-device",
+            "cpu",
+            *extra,
+        )
     assert stop.value.code == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1
@@ -102,18 +162,40 @@ def test_the_previous_stage_of_a_cascade_is_predicted_first(monkeypatch, cascade
     run(monkeypatch, predict_entry_point_modelfolder, *common, "-m", cascade, "-o", tmp_path / "out")
     first_stage = tmp_path / "out" / "predicted_3d_lowres"
     assert {path.name for path in first_stage.glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
-    run(monkeypatch, predict_entry_point_modelfolder, *common, "-m", cascade, "-o", tmp_path / "by_hand",
-        "-prev_stage_predictions", first_stage)
+    run(
+        monkeypatch,
+        predict_entry_point_modelfolder,
+        *common,
+        "-m",
+        cascade,
+        "-o",
+        tmp_path / "by_hand",
+        "-prev_stage_predictions",
+        first_stage,
+    )
     for name in ("a.nii.gz", "b.nii.gz"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "by_hand" / name).read_bytes()
 
 
-def test_without_a_model_of_the_previous_stage_the_way_out_is_told(monkeypatch, cascade, write_images, tmp_path,
-                                                                   capsys):
+def test_without_a_model_of_the_previous_stage_the_way_out_is_told(
+    monkeypatch, cascade, write_images, tmp_path, capsys
+):
     (tmp_path / "nnUNetTrainer__nnUNetPlans__3d_lowres" / "fold_0" / "checkpoint_final.pth").unlink()
     with pytest.raises(SystemExit):
-        run(monkeypatch, predict_entry_point_modelfolder, "-i", write_images(["a"]), "-o", tmp_path / "out", "-m",
-            cascade, "-f", 0, "-device", "cpu")
+        run(
+            monkeypatch,
+            predict_entry_point_modelfolder,
+            "-i",
+            write_images(["a"]),
+            "-o",
+            tmp_path / "out",
+            "-m",
+            cascade,
+            "-f",
+            0,
+            "-device",
+            "cpu",
+        )
     error = capsys.readouterr().err
     assert "nnUNetTrainer__nnUNetPlans__3d_lowres" in error
     assert "-c 3d_lowres -o STAGE_1" in error and "-prev_stage_predictions STAGE_1" in error
@@ -121,14 +203,30 @@ def test_without_a_model_of_the_previous_stage_the_way_out_is_told(monkeypatch, 
 
 def test_a_part_that_does_not_exist_is_refused(monkeypatch, roots, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, predict_entry_point, "-i", "in", "-o", "out", "-d", "998", "-c", "2d", "-num_parts", "2",
-            "-part_id", "2")
+        run(
+            monkeypatch,
+            predict_entry_point,
+            "-i",
+            "in",
+            "-o",
+            "out",
+            "-d",
+            "998",
+            "-c",
+            "2d",
+            "-num_parts",
+            "2",
+            "-part_id",
+            "2",
+        )
     assert "part 2 of 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("entry", ["predict_entry_point", "predict_entry_point_modelfolder"])
 def test_help_needs_no_torch(entry):
-    code = (f"import sys; sys.argv = ['x', '-h']\nfrom nnunetv2.inference.predict_from_raw_data import {entry}\n"
-            f"try: {entry}()\nexcept SystemExit: pass\nassert not {{'torch', 'numpy'}} & set(sys.modules)")
+    code = (
+        f"import sys; sys.argv = ['x', '-h']\nfrom nnunetv2.inference.predict_from_raw_data import {entry}\n"
+        f"try: {entry}()\nexcept SystemExit: pass\nassert not {{'torch', 'numpy'}} & set(sys.modules)"
+    )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "-device" in shown

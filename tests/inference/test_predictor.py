@@ -1,4 +1,5 @@
 """Tests of the predictor: files in, files out, arrays in, arrays out."""
+
 from __future__ import annotations
 
 import inspect
@@ -30,9 +31,12 @@ def read(path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_predictions_have_the_geometry_of_their_images(make_predictor, write_images, tmp_path, workers):
     images = write_images()
-    results = make_predictor().predict_from_files(str(images), str(tmp_path / "out"),
-                                                  num_processes_preprocessing=workers,
-                                                  num_processes_segmentation_export=workers)
+    results = make_predictor().predict_from_files(
+        str(images),
+        str(tmp_path / "out"),
+        num_processes_preprocessing=workers,
+        num_processes_segmentation_export=workers,
+    )
     assert results == [None, None]
     assert names_in(tmp_path / "out") == [MODEL_FILES[0], "liver_1.nii.gz", "liver_2.nii.gz", *MODEL_FILES[1:]]
     for case in ("liver_1", "liver_2"):
@@ -48,9 +52,16 @@ def test_probabilities_come_with_properties_and_arguments_are_noted(make_predict
     assert names_in(tmp_path / "out") == ["a.nii.gz", "a.npz", "a.pkl", *MODEL_FILES]
     arguments = json.loads((tmp_path / "out" / "predict_from_raw_data_args.json").read_text())
     assert list(arguments) == [
-        "folder_with_segs_from_prev_stage", "list_of_lists_or_source_folder", "num_parts",
-        "num_processes_preprocessing", "num_processes_segmentation_export",
-        "output_folder_or_list_of_truncated_output_files", "overwrite", "part_id", "save_probabilities"]
+        "folder_with_segs_from_prev_stage",
+        "list_of_lists_or_source_folder",
+        "num_parts",
+        "num_processes_preprocessing",
+        "num_processes_segmentation_export",
+        "output_folder_or_list_of_truncated_output_files",
+        "overwrite",
+        "part_id",
+        "save_probabilities",
+    ]
     assert json.loads((tmp_path / "out" / "plans.json").read_text()) == predictor.plans_manager.plans
 
 
@@ -80,8 +91,10 @@ def test_nothing_left_to_do_returns_none(make_predictor, write_images, tmp_path)
 
 def test_lists_of_files_go_to_the_outputs_named_for_them(make_predictor, write_images, tmp_path):
     images = write_images(["x", "y"])
-    make_predictor().predict_from_files([[images / "y_0000.nii.gz"], [str(images / "x_0000.nii.gz")]],
-                                        [tmp_path / "out" / "first", str(tmp_path / "out" / "second")])
+    make_predictor().predict_from_files(
+        [[images / "y_0000.nii.gz"], [str(images / "x_0000.nii.gz")]],
+        [tmp_path / "out" / "first", str(tmp_path / "out" / "second")],
+    )
     assert {"first.nii.gz", "second.nii.gz", *MODEL_FILES} == set(names_in(tmp_path / "out"))
     assert read(tmp_path / "out" / "first.nii.gz").GetOrigin()[2] == 104  # y is the second image
 
@@ -141,9 +154,9 @@ def test_an_array_is_written_where_asked(make_predictor, write_images, tmp_path)
 def test_preprocessed_data_may_come_from_a_file(make_predictor, write_images, tmp_path):
     predictor, images = make_predictor(), write_images(["a"])
     files = [[str(images / "a_0000.nii.gz")]]
-    item, = predictor._internal_get_data_iterator_from_lists_of_filenames(files, [None], None, 1)
+    (item,) = predictor._internal_get_data_iterator_from_lists_of_filenames(files, [None], None, 1)
     np.save(tmp_path / "data.npy", item["data"].numpy())
-    result, = predictor.predict_from_data_iterator([{**item, "data": str(tmp_path / "data.npy")}])
+    (result,) = predictor.predict_from_data_iterator([{**item, "data": str(tmp_path / "data.npy")}])
     assert not (tmp_path / "data.npy").exists()
     np.testing.assert_array_equal(result, predictor.predict_from_files(files, None)[0])
 
@@ -178,8 +191,9 @@ def test_a_gpu_predicts_what_a_cpu_predicts(make_predictor, perform_everything_o
         pytest.skip("no CUDA device")
     image = torch.randn(1, 40, 38, 51)
     expected = make_predictor().predict_logits_from_preprocessed_data(image)
-    predictor = make_predictor(options={"device": torch.device("cuda"),
-                                        "perform_everything_on_device": perform_everything_on_device})
+    predictor = make_predictor(
+        options={"device": torch.device("cuda"), "perform_everything_on_device": perform_everything_on_device}
+    )
     logits = predictor.predict_logits_from_preprocessed_data(image)
     assert logits.dtype == torch.float16 and logits.device.type == "cpu"
     torch.testing.assert_close(logits, expected, atol=2e-2, rtol=2e-2)
@@ -234,15 +248,20 @@ def test_the_patch_size_may_be_edited(make_predictor):
     predictor = make_predictor()
     predictor.configuration_manager.configuration["patch_size"] = [8, 8, 8]
     assert predictor._internal_get_sliding_window_slicers((8, 8, 12))[1] == (
-        slice(None), slice(0, 8), slice(0, 8), slice(4, 12))
+        slice(None),
+        slice(0, 8),
+        slice(0, 8),
+        slice(4, 12),
+    )
 
 
 def test_a_trainer_lookup_put_in_the_place_of_ours_is_used(make_predictor, monkeypatch):
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     asked = []
-    monkeypatch.setattr(public, "recursive_find_trainer_class_by_name",
-                        lambda name: asked.append(name) or nnUNetTrainer)
+    monkeypatch.setattr(
+        public, "recursive_find_trainer_class_by_name", lambda name: asked.append(name) or nnUNetTrainer
+    )
     make_predictor(trainer="nnUNetTrainerOfSomebodyElse")
     assert asked == ["nnUNetTrainerOfSomebodyElse"]
 
@@ -261,10 +280,23 @@ def test_trainers_of_the_older_kind_are_built_with_a_warning(tmp_path):
 
     class Old:
         @staticmethod
-        def build_network_architecture(architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import,
-                                       num_input_channels, num_output_channels, enable_deep_supervision=True):
-            return get_network_from_plans(architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import,
-                                          num_input_channels, num_output_channels, True, enable_deep_supervision)
+        def build_network_architecture(
+            architecture_class_name,
+            arch_init_kwargs,
+            arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision=True,
+        ):
+            return get_network_from_plans(
+                architecture_class_name,
+                arch_init_kwargs,
+                arch_init_kwargs_req_import,
+                num_input_channels,
+                num_output_channels,
+                True,
+                enable_deep_supervision,
+            )
 
     predictor = nnUNetPredictor(device=torch.device("cpu"))
     with pytest.warns(DeprecationWarning, match="build_network_architecture"):
@@ -275,7 +307,7 @@ def test_exports_put_in_the_place_of_ours_are_used(make_predictor, write_images,
     seen = []
     monkeypatch.setattr(public, "export_prediction_from_logits", lambda *arguments: seen.append(arguments))
     make_predictor().predict_from_files(str(write_images(["a"])), str(tmp_path / "out"))
-    (logits, properties, _, _, dataset_json, output, save_probabilities), = seen
+    ((logits, properties, _, _, dataset_json, output, save_probabilities),) = seen
     assert logits.shape[0] == 3
     assert dataset_json["file_ending"] == ".nii.gz"
     assert (output, save_probabilities) == (str(tmp_path / "out" / "a"), False)
@@ -312,7 +344,8 @@ def test_a_cascade_needs_its_previous_stage(make_predictor, write_images, tmp_pa
     for name in ("liver_1", "liver_2"):
         shutil.copy(images / f"{name}_0000.nii.gz", previous / f"{name}.nii.gz")
     iterator = predictor._internal_get_data_iterator_from_lists_of_filenames(
-        [[str(images / "liver_1_0000.nii.gz")]], [str(previous / "liver_1.nii.gz")], None, 1)
+        [[str(images / "liver_1_0000.nii.gz")]], [str(previous / "liver_1.nii.gz")], None, 1
+    )
     assert next(iterator)["data"].shape[0] == 3  # one image channel, two foreground labels
     results = predictor.predict_from_files(str(images), None, folder_with_segs_from_prev_stage=previous)
     assert len(results) == 2
@@ -325,8 +358,15 @@ def test_a_previous_stage_for_a_model_without_one_is_refused(make_predictor, wri
 
 def test_a_predictor_without_parameters_says_so(make_predictor):
     predictor = make_predictor()
-    predictor.manual_initialization(predictor.network, predictor.plans_manager, predictor.configuration_manager, None,
-                                    predictor.dataset_json, "nnUNetTrainer", (0,))
+    predictor.manual_initialization(
+        predictor.network,
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        None,
+        predictor.dataset_json,
+        "nnUNetTrainer",
+        (0,),
+    )
     assert predictor.predict_sliding_window_return_logits(torch.randn(1, 9, 9, 9)).shape == (3, 9, 9, 9)
     with pytest.raises(RuntimeError, match="no parameters"):
         predictor.predict_logits_from_preprocessed_data(torch.randn(1, 9, 9, 9))
@@ -339,16 +379,32 @@ def test_images_without_channel_axis_are_refused(make_predictor):
 
 def test_the_constructor_has_the_parameters_programs_look_for():
     parameters = inspect.signature(nnUNetPredictor).parameters
-    assert list(parameters) == ["tile_step_size", "use_gaussian", "use_mirroring", "perform_everything_on_device",
-                                "device", "verbose", "verbose_preprocessing", "allow_tqdm"]
+    assert list(parameters) == [
+        "tile_step_size",
+        "use_gaussian",
+        "use_mirroring",
+        "perform_everything_on_device",
+        "device",
+        "verbose",
+        "verbose_preprocessing",
+        "allow_tqdm",
+    ]
     assert "perform_everything_on_gpu" not in parameters
     assert parameters["device"].default == torch.device("cuda")
     assert not nnUNetPredictor(device=torch.device("cpu")).perform_everything_on_device
     assert nnUNetPredictor(perform_everything_on_device=False).plans_manager is None
 
 
-@pytest.mark.parametrize("method", ["predict_from_files", "predict_from_data_iterator", "predict_single_npy_array",
-                                    "predict_from_list_of_npy_arrays", "predict_from_files_sequential"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "predict_from_files",
+        "predict_from_data_iterator",
+        "predict_single_npy_array",
+        "predict_from_list_of_npy_arrays",
+        "predict_from_files_sequential",
+    ],
+)
 def test_cropped_resampling_is_offered_last(method):
     assert list(inspect.signature(getattr(nnUNetPredictor, method)).parameters)[-1] == "use_cropped_logits_resampling"
 
@@ -440,8 +496,9 @@ def test_arrays_go_to_files_that_are_named_with_their_ending(make_predictor, wri
     predictor, out = make_predictor(), tmp_path / "out"
     out.mkdir()
     predictor.predict_single_npy_array(image, properties, None, str(out / "one.nii.gz"))
-    predictor.predict_from_list_of_npy_arrays([image] * 2, None, [properties] * 2,
-                                              [str(out / "two.nii.gz"), str(out / "three")], 1)
+    predictor.predict_from_list_of_npy_arrays(
+        [image] * 2, None, [properties] * 2, [str(out / "two.nii.gz"), str(out / "three")], 1
+    )
     assert names_in(out) == ["one.nii.gz", "three.nii.gz", "two.nii.gz"]
 
 

@@ -1,4 +1,5 @@
 """Tests of tiles, their weights and their blending."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,8 +20,10 @@ from nnunetv2.inference.tile_accumulation import predict_tiles
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("image", "tile", "step", "starts"), [
-    (110, 64, 0.5, [0, 23, 46]), (64, 64, 0.5, [0]), (65, 64, 1, [0, 1]), (128, 64, 1, [0, 64])])
+@pytest.mark.parametrize(
+    ("image", "tile", "step", "starts"),
+    [(110, 64, 0.5, [0, 23, 46]), (64, 64, 0.5, [0]), (65, 64, 1, [0, 1]), (128, 64, 1, [0, 64])],
+)
 def test_tiles_start_where_the_reference_starts_them(image, tile, step, starts):
     assert compute_steps_for_sliding_window((image, tile), (tile, tile), step) == [starts, [0]]
 
@@ -51,7 +54,7 @@ def test_tiles_with_two_axes_too_few_are_refused():
 @pytest.mark.parametrize("side", [16, 128])
 def test_half_precision_weights_end_at_the_smallest_number_above_zero(side):
     weights = compute_gaussian((side,) * 3, sigma_scale=1 / 8, value_scaling_factor=10, device=CPU)
-    smallest = 2.0 ** -24  # the smallest subnormal of float16
+    smallest = 2.0**-24  # the smallest subnormal of float16
     assert weights.dtype == torch.float16
     assert weights.max() == 10
     assert weights.min() == smallest
@@ -73,10 +76,19 @@ def test_weights_are_kept_until_cleared():
 def blend(image, tile_size, step=0.5, weight=1.0, predict=None, classes=2, tiles_at_once=3, slicers=None):
     """Blend tiles of which the network returns the first channel and its negative."""
     predict = predict or (lambda tiles: torch.cat((tiles[:, :1], -tiles[:, :1]), dim=1))
-    return predict_tiles(predict, image, slicers or compute_tile_slicers(image.shape[1:], tile_size, step),
-                         classes=classes, weight=weight, device=CPU, results_device=CPU, budget=ForwardBudget(0),
-                         tiles_at_once=lambda voxels: tiles_at_once, leave_device=never,
-                         advance=lambda count: None)
+    return predict_tiles(
+        predict,
+        image,
+        slicers or compute_tile_slicers(image.shape[1:], tile_size, step),
+        classes=classes,
+        weight=weight,
+        device=CPU,
+        results_device=CPU,
+        budget=ForwardBudget(0),
+        tiles_at_once=lambda voxels: tiles_at_once,
+        leave_device=never,
+        advance=lambda count: None,
+    )
 
 
 def never():
@@ -150,8 +162,11 @@ def test_voxels_without_a_tile_are_zero():
 @pytest.mark.parametrize("sums", [WindowedSums(1, (1, 1, 2), 1, CPU), HalfSums(1, (1, 1, 2), CPU)])
 def test_a_rim_weight_below_half_precision_does_not_round_logits(sums):
     # In the reference such voxels are rounded to whole numbers.
-    sums.add(torch.full((1, 1, 1, 2), 0.4), (slice(None), slice(0, 1), slice(0, 1), slice(0, 2)),
-             torch.tensor([[[6e-8, 10]]]))
+    sums.add(
+        torch.full((1, 1, 1, 2), 0.4),
+        (slice(None), slice(0, 1), slice(0, 1), slice(0, 2)),
+        torch.tensor([[[6e-8, 10]]]),
+    )
     np.testing.assert_allclose(sums.finish().float().numpy(), 0.4, rtol=1e-3)
 
 
@@ -178,8 +193,10 @@ def test_an_error_in_the_network_comes_through_at_once():
         blend(torch.ones(1, 4, 4, 4), (4, 4, 4), predict=predict)
 
 
-@pytest.mark.parametrize("error", [
-    torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
 def test_out_of_memory_makes_batches_smaller_and_keeps_what_is_done(error, caplog):
     image, predicted, budget = torch.randn(1, 4, 4, 32), [], ForwardBudget(4 * 64)
 
@@ -189,9 +206,19 @@ def test_out_of_memory_makes_batches_smaller_and_keeps_what_is_done(error, caplo
         predicted.append(len(tiles))
         return tiles
 
-    logits = predict_tiles(predict, image, compute_tile_slicers((4, 4, 32), (4, 4, 4), 1), classes=1, weight=1.0,
-                           device=CPU, results_device=CPU, budget=budget, tiles_at_once=budget.items,
-                           leave_device=never, advance=lambda count: None)
+    logits = predict_tiles(
+        predict,
+        image,
+        compute_tile_slicers((4, 4, 32), (4, 4, 4), 1),
+        classes=1,
+        weight=1.0,
+        device=CPU,
+        results_device=CPU,
+        budget=budget,
+        tiles_at_once=budget.items,
+        leave_device=never,
+        advance=lambda count: None,
+    )
     assert len(predicted) == 8
     assert len(caplog.messages) == 1  # for two steps, from 4 tiles to 2 to 1
     torch.testing.assert_close(logits.float(), image, atol=1e-3, rtol=1e-3)
@@ -211,10 +238,19 @@ def test_a_network_too_large_for_its_device_goes_on_in_main_memory(caplog):
         predicted.append("here")
         return tiles
 
-    logits = predict_tiles(predict_there, image, compute_tile_slicers((4, 4, 16), (4, 4, 4), 1), classes=1, weight=1.0,
-                           device=torch.device("meta"), results_device=CPU, budget=ForwardBudget(0),
-                           tiles_at_once=lambda voxels: 1, leave_device=lambda: predict_here,
-                           advance=lambda count: None)
+    logits = predict_tiles(
+        predict_there,
+        image,
+        compute_tile_slicers((4, 4, 16), (4, 4, 4), 1),
+        classes=1,
+        weight=1.0,
+        device=torch.device("meta"),
+        results_device=CPU,
+        budget=ForwardBudget(0),
+        tiles_at_once=lambda voxels: 1,
+        leave_device=lambda: predict_here,
+        advance=lambda count: None,
+    )
     assert predicted == ["there", "here", "here", "here"]
     assert [message for message in caplog.messages if "on the CPU" in message] == caplog.messages
     torch.testing.assert_close(logits.float(), image, atol=1e-3, rtol=1e-3)

@@ -3,6 +3,7 @@
 pip fetches the package and the few libraries it imports on this way, without their dependencies, into a folder of its
 own. FEDNNUNET_TOTALSEGMENTATOR names a folder that already holds them.
 """
+
 from __future__ import annotations
 
 import json
@@ -54,8 +55,18 @@ def totalsegmentator(tmp_path_factory) -> Path:
     if given:
         return Path(given)
     folder = tmp_path_factory.mktemp("totalsegmentator")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check",
-               "--target", str(folder), *PACKAGES]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--target",
+        str(folder),
+        *PACKAGES,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"pip cannot fetch TotalSegmentator: {done.stderr.strip().splitlines()[-1]}")
@@ -67,11 +78,22 @@ def weights(tmp_path_factory) -> Path:
     """Write the folder of weights: the model of the task "total", and that of the body."""
     folder = tmp_path_factory.mktemp("weights")
     labels = {"background": 0, **{f"class_{i}": i for i in range(1, 12)}}
-    total = TinyModel(patch_size=(16, 16, 16), spacing=(4.5, 4.5, 4.5), channels=("CT",), mirroring_axes=None,
-                      labels=labels, reader="NibabelIOWithReorient", lessons=150)
+    total = TinyModel(
+        patch_size=(16, 16, 16),
+        spacing=(4.5, 4.5, 4.5),
+        channels=("CT",),
+        mirroring_axes=None,
+        labels=labels,
+        reader="NibabelIOWithReorient",
+        lessons=150,
+    )
     # The trainer of this checkpoint is TotalSegmentator's own.
-    body = replace(total, spacing=(6.0, 6.0, 6.0), labels={"background": 0, "trunk": 1, "extremities": 2},
-                   trainer="nnUNetTrainerDiceTopK10Loss_2000epochs")
+    body = replace(
+        total,
+        spacing=(6.0, 6.0, 6.0),
+        labels={"background": 0, "trunk": 1, "extremities": 2},
+        trainer="nnUNetTrainerDiceTopK10Loss_2000epochs",
+    )
     for number, model in ((297, total), (300, body)):
         trainer = "nnUNetTrainer_4000epochs_NoMirroring" if number == 297 else "nnUNetTrainer"
         parent = folder / FOLDERS[number]
@@ -96,15 +118,21 @@ def run(python: Path, packages: Path, weights: Path, image: Path, out: Path, is_
     """Run TotalSegmentator in the environment of an interpreter; it must not tell anybody."""
     home = out / "home"
     home.mkdir(parents=True)
-    (home / "config.json").write_text(json.dumps(
-        {"totalseg_id": "totalseg_TEST", "send_usage_stats": False, "prediction_counter": 0}))
+    (home / "config.json").write_text(
+        json.dumps({"totalseg_id": "totalseg_TEST", "send_usage_stats": False, "prediction_counter": 0})
+    )
     script = out / "run.py"
     script.write_text(RUN)
-    environment = {**os.environ, "PYTHONPATH": str(packages), "TOTALSEG_HOME_DIR": str(home), "OMP_NUM_THREADS": "1",
-                   "TOTALSEG_WEIGHTS_PATH": str(weights), "nnUNet_cpu_autocast": "0"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(packages),
+        "TOTALSEG_HOME_DIR": str(home),
+        "OMP_NUM_THREADS": "1",
+        "TOTALSEG_WEIGHTS_PATH": str(weights),
+        "nnUNet_cpu_autocast": "0",
+    }
     arguments = [str(part) for part in (python, script, image, out, is_reference)]
-    done = subprocess.run(arguments, env=environment, capture_output=True,
-                          text=True, timeout=500)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out
 
@@ -115,8 +143,9 @@ def read(path: Path) -> np.ndarray:
     return np.asanyarray(nib.load(path).dataobj)
 
 
-def test_totalsegmentator_runs_unpatched_and_gives_the_results_of_the_reference(totalsegmentator, weights, image,
-                                                                                tmp_path):
+def test_totalsegmentator_runs_unpatched_and_gives_the_results_of_the_reference(
+    totalsegmentator, weights, image, tmp_path
+):
     mine = run(Path(sys.executable), totalsegmentator, weights, image, tmp_path / "mine")
     assert json.loads((mine / "answer.json").read_text()) == {"patched": False, "patched_now": False}
     assert read(mine / "total.nii.gz").shape == read(image).shape
@@ -127,8 +156,10 @@ def test_totalsegmentator_runs_unpatched_and_gives_the_results_of_the_reference(
     if not reference.exists():
         pytest.skip("no reference environment to compare with; create it with `make reference`")
     theirs = run(reference, totalsegmentator, weights, image, tmp_path / "theirs", is_reference="yes")
-    agreement = {name: np.mean(read(mine / f"{name}.nii.gz") == read(theirs / f"{name}.nii.gz"))
-                 for name in ("total", "cropped", "body")}
+    agreement = {
+        name: np.mean(read(mine / f"{name}.nii.gz") == read(theirs / f"{name}.nii.gz"))
+        for name in ("total", "cropped", "body")
+    }
     assert np.array_equal(read(mine / "with_probabilities.nii.gz"), read(mine / "total.nii.gz"))
     print(agreement)
     # A dozen classes that a few lessons have taught are nearly equal in many voxels.

@@ -1,4 +1,5 @@
 """Tests of exporting, installing and downloading models, and of archives that mean harm."""
+
 from __future__ import annotations
 
 import hashlib
@@ -53,8 +54,14 @@ def everything_below(folder):
 
 def test_an_export_holds_what_prediction_needs_and_no_predictions(exported):
     names = names_in(exported)
-    for name in ("plans.json", "dataset.json", "dataset_fingerprint.json", "fold_0/checkpoint_final.pth",
-                 "fold_0/progress.png", "fold_1/validation/summary.json"):
+    for name in (
+        "plans.json",
+        "dataset.json",
+        "dataset_fingerprint.json",
+        "fold_0/checkpoint_final.pth",
+        "fold_0/progress.png",
+        "fold_1/validation/summary.json",
+    ):
         assert f"{MODEL}/{name}" in names
     assert not [name for name in names if name.endswith((".npz", ".nii.gz", ".pkl"))]
 
@@ -83,8 +90,10 @@ def test_ensembles_are_exported_if_all_their_members_are(models, tmp_path):
             (folder / name).write_bytes(b"{}")
     export_pretrained_model(NAME, str(tmp_path / "m.zip"), folds=(0, 1))
     found = [name.split("/", 2)[2] for name in names_in(tmp_path / "m.zip") if "/ensembles/" in name]
-    assert sorted(found) == [f"ensemble___{one}___nnUNetTrainer__nnUNetPlans__3d_fullres___0_1/{name}"
-                             for name in ("postprocessing.pkl", "summary.json")]
+    assert sorted(found) == [
+        f"ensemble___{one}___nnUNetTrainer__nnUNetPlans__3d_fullres___0_1/{name}"
+        for name in ("postprocessing.pkl", "summary.json")
+    ]
 
 
 def test_planned_configurations_must_be_trained_unless_not_strict(models, tmp_path, monkeypatch):
@@ -101,8 +110,10 @@ def test_planned_configurations_must_be_trained_unless_not_strict(models, tmp_pa
     assert f"{MODEL}/plans.json" in names_in(tmp_path / "m.zip")
 
 
-@pytest.mark.parametrize(("missing", "error"), [
-    ("fold_1/checkpoint_final.pth", FileNotFoundError), ("dataset_fingerprint.json", FileNotFoundError)])
+@pytest.mark.parametrize(
+    ("missing", "error"),
+    [("fold_1/checkpoint_final.pth", FileNotFoundError), ("dataset_fingerprint.json", FileNotFoundError)],
+)
 def test_what_prediction_needs_must_be_there(models, tmp_path, missing, error):
     (models.parent / MODEL / missing).unlink()
     with pytest.raises(error, match=missing.split("/")[-1]):
@@ -186,7 +197,7 @@ def test_a_member_larger_than_the_directory_says_is_refused(roots, tmp_path):
     path = write_zip(tmp_path / "m.zip", [(f"{MODEL}/plans.json", b"0" * 5000)])
     content = bytearray(path.read_bytes())
     place = content.rindex(b"PK\x01\x02") + 24  # uncompressed size in the central directory
-    content[place:place + 4] = (10).to_bytes(4, "little")
+    content[place : place + 4] = (10).to_bytes(4, "little")
     path.write_bytes(content)
     with pytest.raises((UnsafeArchiveError, ValueError)):
         install_model_from_zip_file(str(path))
@@ -273,8 +284,10 @@ def test_models_come_over_https_only(roots, url):
 
 
 def test_redirections_stay_on_https(tmp_path):
-    with _Server(b"", location="http://127.0.0.1.example.invalid/m.zip") as server, \
-            pytest.raises((ValueError, OSError)):
+    with (
+        _Server(b"", location="http://127.0.0.1.example.invalid/m.zip") as server,
+        pytest.raises((ValueError, OSError)),
+    ):
         download_file(server.url, str(tmp_path / "m.zip"))
     assert not (tmp_path / "m.zip").exists()
 

@@ -1,4 +1,5 @@
 """Downloads of models over connections that break."""
+
 from __future__ import annotations
 
 import hashlib
@@ -45,7 +46,7 @@ class Relay:
         handler.send_header("ETag", self.tag)
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
-        sent = body[:self.cuts.pop(0)] if self.cuts else body
+        sent = body[: self.cuts.pop(0)] if self.cuts else body
         handler.wfile.write(sent)
         self.carried += len(sent)
         handler.close_connection = True

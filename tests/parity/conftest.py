@@ -2,6 +2,7 @@
 
 `make reference` creates the environment; FEDNNUNET_REFERENCE names another one (a folder with `bin/python`).
 """
+
 from __future__ import annotations
 
 import json
@@ -65,8 +66,15 @@ class PythonElsewhere:
             program = str(self.python.parent / program)
         environment = {**os.environ, **self.environment}
         environment.pop("PYTHONPATH", None)
-        done = subprocess.run([program, *rest], env=environment, cwd=self.folder, timeout=timeout_s,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [program, *rest],
+            env=environment,
+            cwd=self.folder,
+            timeout=timeout_s,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         if done.returncode:
             raise RuntimeError(f"{Path(program).name} ended with {done.returncode}:\n{done.stdout[-6000:]}")
         return done.stdout

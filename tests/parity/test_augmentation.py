@@ -1,4 +1,5 @@
 """Augmented patches beside the reference release: equal for equal seeds, of one distribution for different ones."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -189,10 +190,12 @@ def write_cases(folder) -> None:
         locations[(-1, 0, 1, 2)] = annotated
         case = rng.normal(size=(1, *shape)).astype(np.float32), seg, {"class_locations": locations}
         nnUNetDatasetBlosc2.save_case(
-            *case, str(folder / f"case_{number}"), chunks=(1, 12, 12, 12), blocks=(1, 6, 6, 6))
+            *case, str(folder / f"case_{number}"), chunks=(1, 12, 12, 12), blocks=(1, 6, 6, 6)
+        )
         nnUNetDatasetNumpy.save_case(*case, str(folder / "numpy" / f"case_{number}"))
-        nnUNetDatasetBlosc2.save_seg(np.roll(seg[0], 1, 0).clip(0).astype(np.uint8),
-                                     str(folder / "previous" / f"case_{number}"))
+        nnUNetDatasetBlosc2.save_seg(
+            np.roll(seg[0], 1, 0).clip(0).astype(np.uint8), str(folder / "previous" / f"case_{number}")
+        )
 
 
 def test_equal_seeds_give_equal_batches(reference, tmp_path):

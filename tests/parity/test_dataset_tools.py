@@ -1,4 +1,5 @@
 """Conversions, moved plans and generated descriptions beside the reference's: the same files, to the byte."""
+
 from __future__ import annotations
 
 import json
@@ -10,14 +11,31 @@ import SimpleITK as sitk
 
 pytestmark = pytest.mark.parity
 
-DESCRIPTION = {"name": "X", "description": "made", "licence": "none", "tensorImageSize": "4D", "release": "1.0",
-               "modality": {"0": "T1", "1": "T2"}, "labels": {"0": "background", "1": "a", "2": "b"}, "numTraining": 2,
-               "numTest": 1, "training": [], "test": ["./imagesTs/t1.nii.gz"]}
-PLANS = {"dataset_name": "Dataset009_Source", "plans_name": "nnUNetPlans", "image_reader_writer": "NibabelIO",
-         "transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": {"0": {"mean": 3.0}},
-         "configurations": {"2d": {"data_identifier": "nnUNetPlans_2d", "normalization_schemes": ["CTNormalization"]},
-                            "3d_fullres": {"data_identifier": "other", "normalization_schemes": ["CTNormalization"]},
-                            "mine": {"inherits_from": "2d"}}}
+DESCRIPTION = {
+    "name": "X",
+    "description": "made",
+    "licence": "none",
+    "tensorImageSize": "4D",
+    "release": "1.0",
+    "modality": {"0": "T1", "1": "T2"},
+    "labels": {"0": "background", "1": "a", "2": "b"},
+    "numTraining": 2,
+    "numTest": 1,
+    "training": [],
+    "test": ["./imagesTs/t1.nii.gz"],
+}
+PLANS = {
+    "dataset_name": "Dataset009_Source",
+    "plans_name": "nnUNetPlans",
+    "image_reader_writer": "NibabelIO",
+    "transpose_forward": [0, 1, 2],
+    "foreground_intensity_properties_per_channel": {"0": {"mean": 3.0}},
+    "configurations": {
+        "2d": {"data_identifier": "nnUNetPlans_2d", "normalization_schemes": ["CTNormalization"]},
+        "3d_fullres": {"data_identifier": "other", "normalization_schemes": ["CTNormalization"]},
+        "mine": {"inherits_from": "2d"},
+    },
+}
 GENERATE = """
 from pathlib import Path
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
@@ -57,8 +75,13 @@ def read(file: Path) -> object:
     if file.suffix == ".json":
         return file.read_text()
     image = sitk.ReadImage(str(file))
-    return (sitk.GetArrayFromImage(image).tolist(), image.GetPixelID(), image.GetSpacing(), image.GetOrigin(),
-            image.GetDirection())
+    return (
+        sitk.GetArrayFromImage(image).tolist(),
+        image.GetPixelID(),
+        image.GetSpacing(),
+        image.GetOrigin(),
+        image.GetDirection(),
+    )
 
 
 @pytest.fixture
@@ -82,10 +105,12 @@ def task(tmp_path) -> Path:
 
 
 def test_conversions(both, task):
-    ours, theirs = both(lambda folders: None,
-                        ("nnUNetv2_convert_MSD_dataset", "-i", task, "-np", 1),
-                        ("nnUNetv2_convert_MSD_dataset", "-i", task, "-np", 1, "-overwrite_id", 77),
-                        ("nnUNetv2_convert_old_nnUNet_dataset", task, "Dataset012_Organ"))
+    ours, theirs = both(
+        lambda folders: None,
+        ("nnUNetv2_convert_MSD_dataset", "-i", task, "-np", 1),
+        ("nnUNetv2_convert_MSD_dataset", "-i", task, "-np", 1, "-overwrite_id", 77),
+        ("nnUNetv2_convert_old_nnUNet_dataset", task, "Dataset012_Organ"),
+    )
     written, expected = (read_all(folders["nnUNet_raw"]) for folders in (ours, theirs))
     assert list(written) == list(expected)
     assert [name for name in written if written[name] != expected[name]] == []
@@ -95,10 +120,14 @@ def test_moved_plans(both):
     def prepare(folders):
         raw = folders["nnUNet_raw"] / "Dataset002_Target"
         (raw / "imagesTr").mkdir(parents=True)
-        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.float32)),
-                        str(raw / "imagesTr" / "a_0000.nii.gz"))
-        (raw / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0},
-                                                      "numTraining": 1, "file_ending": ".nii.gz"}))
+        sitk.WriteImage(
+            sitk.GetImageFromArray(np.zeros((3, 4, 5), np.float32)), str(raw / "imagesTr" / "a_0000.nii.gz")
+        )
+        (raw / "dataset.json").write_text(
+            json.dumps(
+                {"channel_names": {"0": "CT"}, "labels": {"background": 0}, "numTraining": 1, "file_ending": ".nii.gz"}
+            )
+        )
         for name in ("Dataset009_Source", "Dataset002_Target"):
             (folders["nnUNet_preprocessed"] / name).mkdir()
         (folders["nnUNet_preprocessed"] / "Dataset009_Source" / "nnUNetPlans.json").write_text(json.dumps(PLANS))
@@ -106,25 +135,47 @@ def test_moved_plans(both):
     move = ("nnUNetv2_move_plans_between_datasets", "-s", 9, "-t", "Dataset002_Target", "-sp", "nnUNetPlans")
     ours, theirs = both(prepare, move, (*move, "-tp", "mine"))
     for name in ("nnUNetPlans.json", "mine.json"):
-        written, expected = (read(folders["nnUNet_preprocessed"] / "Dataset002_Target" / name)
-                             for folders in (ours, theirs))
+        written, expected = (
+            read(folders["nnUNet_preprocessed"] / "Dataset002_Target" / name) for folders in (ours, theirs)
+        )
         assert written == expected, name
 
 
 def test_generated_descriptions(ours, reference, tmp_path):
-    basic = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1}, "num_training_cases": 5,
-             "file_ending": ".nii.gz"}
-    cases = {"plain": basic,
-             "regions": {**basic, "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
-                         "regions_class_order": [1, 2]},
-             "all": {**basic, "dataset_name": "X", "reference": "r", "release": "1", "description": "d",
-                     "overwrite_image_reader_writer": "NibabelIO", "extra": {"b": 1, "a": 2}}}
+    basic = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "a": 1},
+        "num_training_cases": 5,
+        "file_ending": ".nii.gz",
+    }
+    cases = {
+        "plain": basic,
+        "regions": {
+            **basic,
+            "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
+            "regions_class_order": [1, 2],
+        },
+        "all": {
+            **basic,
+            "dataset_name": "X",
+            "reference": "r",
+            "release": "1",
+            "description": "d",
+            "overwrite_image_reader_writer": "NibabelIO",
+            "extra": {"b": 1, "a": 2},
+        },
+    }
     texts = []
     for side in (ours, reference):
         side.run(GENERATE, {str(tmp_path / f"{id(side)}_{name}"): content for name, content in cases.items()})
         texts.append({name: (tmp_path / f"{id(side)}_{name}" / "dataset.json").read_text() for name in cases})
     # The reference writes the release where the citation belongs; without a release there is nothing to compare.
-    written, expected = ({name: {key: entry for key, entry in json.loads(text).items() if key != "citation"}
-                          for name, text in of_side.items()} for of_side in texts)
+    written, expected = (
+        {
+            name: {key: entry for key, entry in json.loads(text).items() if key != "citation"}
+            for name, text in of_side.items()
+        }
+        for of_side in texts
+    )
     assert written == expected
     assert [list(content) for content in written.values()] == [list(content) for content in expected.values()]

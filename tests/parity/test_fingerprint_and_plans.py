@@ -1,4 +1,5 @@
 """Fingerprints and plans against those of the reference release, on made and on real datasets."""
+
 from __future__ import annotations
 
 import json
@@ -47,9 +48,19 @@ def compare(roots, reference, ours, monkeypatch):
 
 def test_hippocampus(roots, shared_data, compare):
     cases = sorted(file.name.removesuffix(".nii.gz") for file in (shared_data / "hippocampus" / "labels").iterdir())
-    make_dataset(roots, "Dataset004_Hippocampus", {
-        case: ([find(shared_data / "hippocampus" / "images", case)], find(shared_data / "hippocampus" / "labels", case))
-        for case in cases[::6][:40]}, ["MR"], 3)
+    make_dataset(
+        roots,
+        "Dataset004_Hippocampus",
+        {
+            case: (
+                [find(shared_data / "hippocampus" / "images", case)],
+                find(shared_data / "hippocampus" / "labels", case),
+            )
+            for case in cases[::6][:40]
+        },
+        ["MR"],
+        3,
+    )
     compare("Dataset004_Hippocampus")
 
 
@@ -65,6 +76,7 @@ def test_spinal_cord_of_all_sites(roots, shared_data, compare):
 
 def test_retina_as_2d_png(roots, shared_data, compare):
     from skimage import io
+
     folder = start_dataset(roots, "Dataset006_Retina", ["R", "G", "B"], 2, ".png")
     labels = sorted((shared_data / "retina" / "chasedb1" / "labels").iterdir())[:6]
     for label in labels:
@@ -77,8 +89,9 @@ def test_retina_as_2d_png(roots, shared_data, compare):
 
 def test_anisotropic_ct_with_cases_without_foreground_and_an_ignore_label(roots, compare):
     """One empty case turns the intensities into float64; air around the body is cropped."""
-    folder = start_dataset(roots, "Dataset007_CT", ["CT", "PET"], 3, ".nii.gz",
-                           {"background": 0, "a": 1, "b": 2, "ignore": 3})
+    folder = start_dataset(
+        roots, "Dataset007_CT", ["CT", "PET"], 3, ".nii.gz", {"background": 0, "a": 1, "b": 2, "ignore": 3}
+    )
     rng = np.random.default_rng(7)
     for number in range(7):
         shape = (int(rng.integers(9, 14)), int(rng.integers(80, 120)), int(rng.integers(80, 120)))
@@ -99,9 +112,19 @@ def test_anisotropic_ct_with_cases_without_foreground_and_an_ignore_label(roots,
 def test_commands_with_the_full_number_of_samples(roots, shared_data, reference, ours, monkeypatch):
     labels = sorted((shared_data / "hippocampus" / "labels").iterdir())[100:112]
     name = "Dataset008_Hippocampus"
-    make_dataset(roots, name, {label.name.removesuffix(".nii.gz"): ([find(shared_data / "hippocampus" / "images",
-                                                                         label.name.removesuffix(".nii.gz"))], label)
-                               for label in labels}, ["MR"], 3)
+    make_dataset(
+        roots,
+        name,
+        {
+            label.name.removesuffix(".nii.gz"): (
+                [find(shared_data / "hippocampus" / "images", label.name.removesuffix(".nii.gz"))],
+                label,
+            )
+            for label in labels
+        },
+        ["MR"],
+        3,
+    )
     theirs = copy_preprocessed(roots)
     arguments = ["-d", 8, "--verify_dataset_integrity", "--no_pp", "-npfp", 2]
     ours.command("nnUNetv2_plan_and_preprocess", *arguments)
@@ -144,15 +167,26 @@ def compare_json(ours: object, theirs: object, where: str) -> None:
         assert ours == theirs, where
 
 
-def start_dataset(roots: dict[str, Path], name: str, channels: list[str], num_labels: int, file_ending: str,
-                  labels: dict[str, int] | None = None) -> Path:
+def start_dataset(
+    roots: dict[str, Path],
+    name: str,
+    channels: list[str],
+    num_labels: int,
+    file_ending: str,
+    labels: dict[str, int] | None = None,
+) -> Path:
     folder = roots["nnUNet_raw"] / name
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
-    (folder / "dataset.json").write_text(json.dumps({
-        "channel_names": {str(i): channel for i, channel in enumerate(channels)},
-        "labels": labels or {"background": 0, **{f"label {i}": i for i in range(1, num_labels)}},
-        "file_ending": file_ending}))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {str(i): channel for i, channel in enumerate(channels)},
+                "labels": labels or {"background": 0, **{f"label {i}": i for i in range(1, num_labels)}},
+                "file_ending": file_ending,
+            }
+        )
+    )
     return folder
 
 
@@ -161,8 +195,9 @@ def finish_dataset(folder: Path, num_training: int) -> None:
     (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": num_training}))
 
 
-def make_dataset(roots: dict[str, Path], name: str, cases: dict[str, tuple[list[Path], Path]], channels: list[str],
-                 num_labels: int) -> None:
+def make_dataset(
+    roots: dict[str, Path], name: str, cases: dict[str, tuple[list[Path], Path]], channels: list[str], num_labels: int
+) -> None:
     """Link files of cases, (images per channel, label), into a raw dataset."""
     folder = start_dataset(roots, name, channels, num_labels, ".nii.gz")
     for case, (images, label) in cases.items():
@@ -181,6 +216,7 @@ def find(folder: Path, case: str) -> Path:
 
 def write_nifti(array: np.ndarray, file: Path, spacing: tuple[float, ...]) -> None:
     import SimpleITK
+
     image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing(spacing[::-1])
     SimpleITK.WriteImage(image, str(file))

@@ -1,4 +1,5 @@
 """Readers and writers beside the reference's: same arrays, same properties, same files."""
+
 import nibabel
 import numpy as np
 import pytest
@@ -93,14 +94,22 @@ def list_real_scans(shared_data):
     """Return (reader, files) for a scan of each kind in the shared data, and for all odd ones."""
     volumes = ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"]
     hippocampus = sorted((shared_data / "hippocampus").glob("*/*_03*.nii.gz"))[:8]
-    cord = [file for site in ("ucl", "nwu", "chum", "juntendo", "milan", "ceitec") for kind in ("images", "labels")
-            for file in sorted((shared_data / "spinalcord" / site / kind).glob("*.nii.gz"))[:1]]
+    cord = [
+        file
+        for site in ("ucl", "nwu", "chum", "juntendo", "milan", "ceitec")
+        for kind in ("images", "labels")
+        for file in sorted((shared_data / "spinalcord" / site / kind).glob("*.nii.gz"))[:1]
+    ]
     odd = sorted(file for file in (shared_data / "odd").glob("*.nii.gz") if file.name != "sct_dmri.nii.gz")
     cases = [(reader, [str(file)]) for file in (*hippocampus, *cord, *odd) for reader in volumes]
     nrrd = sorted((shared_data / "odd").glob("*.nrrd"))
     cases += [(reader, [str(file)]) for file in nrrd for reader in ("SimpleITKIO", "SimpleITKIOWithReorient")]
-    photographs = [file for site in ("chasedb1", "hrf") for kind in ("images", "labels", "masks")
-                   for file in sorted((shared_data / "retina" / site / kind).iterdir())[:1]]
+    photographs = [
+        file
+        for site in ("chasedb1", "hrf")
+        for kind in ("images", "labels", "masks")
+        for file in sorted((shared_data / "retina" / site / kind).iterdir())[:1]
+    ]
     return cases + [("NaturalImage2DIO", [str(file)]) for file in photographs]
 
 
@@ -115,11 +124,14 @@ def test_real_scans(reference, tmp_path, shared_data):
 def test_real_series(reference, tmp_path, shared_data):
     """A series is read alike; as a label map only we can write it."""
     file = str(shared_data / "odd" / "sct_dmri.nii.gz")
-    theirs, _ = reference.run("""
+    theirs, _ = reference.run(
+        """
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 outputs["image"], properties = SimpleITKIO().read_images([value])
 outputs["spacing"] = np.array(properties["spacing"])
-""", value=file)
+""",
+        value=file,
+    )
     image, properties = recursive_find_reader_writer_by_name("SimpleITKIO")().read_images([file])
     np.testing.assert_array_equal(image, theirs["image"])
     np.testing.assert_array_equal(properties["spacing"], theirs["spacing"])
@@ -130,8 +142,12 @@ def compare(cases, reference, tmp_path):
     folders = {name: tmp_path / name for name in ("ours", "theirs")}
     for folder in folders.values():
         folder.mkdir()
-    jobs = {name: [(reader, files, f"{folder}/{number}{ending_of(files[0])}")
-                   for number, (reader, files) in enumerate(cases)] for name, folder in folders.items()}
+    jobs = {
+        name: [
+            (reader, files, f"{folder}/{number}{ending_of(files[0])}") for number, (reader, files) in enumerate(cases)
+        ]
+        for name, folder in folders.items()
+    }
     theirs, _ = reference.run(CODE, value=jobs["theirs"])
     for number, (reader_name, files, output) in enumerate(jobs["ours"]):
         reader = recursive_find_reader_writer_by_name(reader_name)()

@@ -1,4 +1,5 @@
 """Compare predictions and scores with the reference release, on random networks and real scans."""
+
 from __future__ import annotations
 
 import json
@@ -25,13 +26,26 @@ MODELS = {
     "cascade": TinyModel(previous_stage="3d_lowres", **VOLUME),
     "slices": TinyModel(patch_size=(32, 40), spacing=(0.9, 0.8), mirroring_axes=(0, 1), lessons=LESSONS),
     "spinalcord": TinyModel(patch_size=(8, 64, 64), spacing=(4.0, 1.0, 1.0), mirroring_axes=(1, 2), lessons=LESSONS),
-    "retina": TinyModel(patch_size=(96, 128), spacing=(1.0, 1.0), labels={"background": 0, "vessel": 1},
-                        channels=("R", "G", "B"), file_ending=".png", reader="NaturalImage2DIO", mirroring_axes=(0, 1),
-                        lessons=LESSONS),
-    "ct": TinyModel(patch_size=(24, 48, 48), spacing=(3.0, 4.0, 4.0), channels=("CT",), normalization="CTNormalization",
-                    lessons=LESSONS),
-    "nrrd": TinyModel(patch_size=(8, 64, 64), spacing=(6.5, 2.0, 2.0), file_ending=".nrrd", mirroring_axes=(1, 2),
-                      lessons=LESSONS),
+    "retina": TinyModel(
+        patch_size=(96, 128),
+        spacing=(1.0, 1.0),
+        labels={"background": 0, "vessel": 1},
+        channels=("R", "G", "B"),
+        file_ending=".png",
+        reader="NaturalImage2DIO",
+        mirroring_axes=(0, 1),
+        lessons=LESSONS,
+    ),
+    "ct": TinyModel(
+        patch_size=(24, 48, 48),
+        spacing=(3.0, 4.0, 4.0),
+        channels=("CT",),
+        normalization="CTNormalization",
+        lessons=LESSONS,
+    ),
+    "nrrd": TinyModel(
+        patch_size=(8, 64, 64), spacing=(6.5, 2.0, 2.0), file_ending=".nrrd", mirroring_axes=(1, 2), lessons=LESSONS
+    ),
 }
 
 PREDICT = """
@@ -53,10 +67,15 @@ def predicted(shared_data, reference, ours, tmp_path, monkeypatch) -> Path:
     All cascades continue the reference's first stage.
     """
     if not _predicted:
-        jobs = [{"model": str(write_model(tmp_path / "models" / kind, model)), "folds": list(model.folds),
-                 "images": str(_lay_out(kind, shared_data, tmp_path / "images" / kind)),
-                 "previous_stage": str(tmp_path / "theirs" / "lowres") if kind == "cascade" else None}
-                for kind, model in MODELS.items()]
+        jobs = [
+            {
+                "model": str(write_model(tmp_path / "models" / kind, model)),
+                "folds": list(model.folds),
+                "images": str(_lay_out(kind, shared_data, tmp_path / "images" / kind)),
+                "previous_stage": str(tmp_path / "theirs" / "lowres") if kind == "cascade" else None,
+            }
+            for kind, model in MODELS.items()
+        ]
         for name, python, autocast in (("theirs", reference, "0"), ("ours", ours, "0"), ("bf16", ours, "1")):
             for kind in MODELS:
                 (tmp_path / name / kind).mkdir(parents=True)
@@ -88,8 +107,12 @@ def test_probabilities_agree(kind, predicted):
         assert mine.shape == theirs.shape
         differences = np.abs(mine - theirs).max(axis=0)
         inner = differences[tuple(map(_without_rim, differences.shape))]
-        print(kind, path.name, f"{100 * np.mean(differences <= 2e-3):.2f} % of voxels within 2e-3, without the rim "
-              f"{100 * np.mean(inner <= 2e-3):.3f} %, at most {inner.max():.4f}")
+        print(
+            kind,
+            path.name,
+            f"{100 * np.mean(differences <= 2e-3):.2f} % of voxels within 2e-3, without the rim "
+            f"{100 * np.mean(inner <= 2e-3):.3f} %, at most {inner.max():.4f}",
+        )
         # At the rim of an image only the rims of tiles reach, and there the reference rounds logits to whole numbers.
         assert np.mean(differences <= 2e-3) >= 0.98
         assert np.mean(inner <= 2e-3) >= 0.9999
@@ -117,6 +140,7 @@ def _lay_out(kind: str, shared_data: Path, folder: Path) -> Path:
         target = folder / f"case_{number}_0000{MODELS[kind].file_ending}"
         if source.suffix == ".jpg":
             from skimage import io
+
             io.imsave(target, io.imread(source)[:300, :400], check_contrast=False)
         else:
             shutil.copy(source, target)
@@ -154,6 +178,8 @@ def _shift(source: Path, target: Path) -> None:
 def _read(path: Path) -> np.ndarray:
     if path.suffix == ".png":
         from skimage import io
+
         return io.imread(path)
     import SimpleITK as sitk
+
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))

@@ -1,4 +1,5 @@
 """Losses, schedules, patches and transforms beside the reference release."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,9 +7,7 @@ import pytest
 import torch
 
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
-from nnunetv2.training.data_augmentation.default_transforms import (
-    build_validation_transforms,
-)
+from nnunetv2.training.data_augmentation.default_transforms import build_validation_transforms
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 pytestmark = pytest.mark.parity
@@ -112,13 +111,16 @@ def test_initial_patch_sizes_are_equal(reference):
     rng = np.random.default_rng(0)
     cases = [
         [rng.integers(4, 400, dims).tolist(), *np.sort(rng.uniform(-4, 4, (3, 2))).tolist(), [0.7 + rng.random(), 1.8]]
-        for dims in (2, 3) for _ in range(100)
+        for dims in (2, 3)
+        for _ in range(100)
     ]
     _, theirs = reference.run(
         """
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 answer = [get_patch_size(p, tuple(x), tuple(y), tuple(z), tuple(s)).tolist() for p, x, y, z, s in value]
-""", value=cases)
+""",
+        value=cases,
+    )
     ours = [get_patch_size(p, tuple(x), tuple(y), tuple(z), tuple(s)).tolist() for p, x, y, z, s in cases]
     assert ours == theirs
 
@@ -229,7 +231,9 @@ logger = MetaLogger(value["folder"], False)
 for epoch, dice in enumerate(value["values"]):
     logger.log("mean_fg_dice", dice, epoch)
 answer = logger.get_checkpoint()
-""", value={"folder": str(tmp_path), "values": values})
+""",
+        value={"folder": str(tmp_path), "values": values},
+    )
     ours = MetaLogger(tmp_path, False)
     for epoch, dice in enumerate(values):
         ours.log("mean_fg_dice", dice, epoch)

@@ -1,4 +1,5 @@
 """Names of the release: what a star import brings, and every trainer that -tr finds."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,9 +25,15 @@ answer = {name: module.__name__ for module in modules for name, kind in vars(mod
 """
 
 
-@pytest.mark.parametrize("module", ["nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnunetv2.run.run_training",
-                                    "nnunetv2.inference.predict_from_raw_data",
-                                    "nnunetv2.training.dataloading.data_loader"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nnunetv2.training.nnUNetTrainer.nnUNetTrainer",
+        "nnunetv2.run.run_training",
+        "nnunetv2.inference.predict_from_raw_data",
+        "nnunetv2.training.dataloading.data_loader",
+    ],
+)
 def test_a_star_import_brings_every_name_of_the_release(reference, roots, module):
     _, theirs = reference.run(STAR_IMPORT, module)
     names = {"value": module}

@@ -1,4 +1,5 @@
 """Plans of random fingerprints against those of the reference release, all planners, to the last character."""
+
 from __future__ import annotations
 
 import json
@@ -75,21 +76,27 @@ def make_planning(rng: np.random.Generator, number: int) -> Planning:
     spacings, shapes = make_geometry(rng, kind, num_cases=int(rng.integers(1, 12)))
     dataset_json = make_dataset_json(rng)
     fingerprint = {
-        "spacings": spacings.tolist(), "shapes_after_crop": shapes.tolist(),
+        "spacings": spacings.tolist(),
+        "shapes_after_crop": shapes.tolist(),
         "median_relative_size_after_cropping": float(rng.choice([0.3, 0.7499, 0.75, 1.0])),
         "foreground_intensity_properties_per_channel": {"0": {"mean": float(rng.normal()), "std": float(rng.random())}},
     }
     label = str(rng.choice(list(PLANNERS), p=[share for _, share in PLANNERS.values()]))
     keywords = make_keywords(rng, kind, np.median(spacings, axis=0))
-    return Planning(f"Dataset{number:03d}_Random", kind, dataset_json, fingerprint, label.split()[0],
-                    PLANNERS[label][0], keywords)
+    return Planning(
+        f"Dataset{number:03d}_Random", kind, dataset_json, fingerprint, label.split()[0], PLANNERS[label][0], keywords
+    )
 
 
 def make_geometry(rng: np.random.Generator, kind: str, num_cases: int) -> tuple[np.ndarray, np.ndarray]:
     """Return spacings and shapes `(cases, 3)`; axes are permuted at times."""
-    base = {"isotropic": np.full(3, rng.uniform(0.4, 2.5)), "large": rng.uniform(0.6, 1.2, 3),
-            "any": rng.uniform(0.3, 4, 3), "single slices": np.array([999.0, 1.0, 1.0]),
-            "mixed": rng.uniform(0.5, 1.5, 3)}.get(kind)
+    base = {
+        "isotropic": np.full(3, rng.uniform(0.4, 2.5)),
+        "large": rng.uniform(0.6, 1.2, 3),
+        "any": rng.uniform(0.3, 4, 3),
+        "single slices": np.array([999.0, 1.0, 1.0]),
+        "mixed": rng.uniform(0.5, 1.5, 3),
+    }.get(kind)
     if base is None:
         base = np.array([rng.uniform(2, 10), *[rng.uniform(0.3, 1.6)] * 2])
     if kind != "single slices":
@@ -121,9 +128,14 @@ def make_dataset_json(rng: np.random.Generator) -> dict[str, Any]:
     if rng.random() < 0.2:
         labels["ignore"] = num_labels
     key = "modality" if rng.random() < 0.1 else "channel_names"
-    return {key: {str(i): str(rng.choice(CHANNELS)) for i in range(int(rng.integers(1, 6)))}, "labels": labels,
-            "numTraining": int(np.exp(rng.uniform(np.log(2), np.log(3000)))), "file_ending": ".nii.gz",
-            "dataset": {"case": {"images": ["absent"], "label": "absent"}}, **more}
+    return {
+        key: {str(i): str(rng.choice(CHANNELS)) for i in range(int(rng.integers(1, 6)))},
+        "labels": labels,
+        "numTraining": int(np.exp(rng.uniform(np.log(2), np.log(3000)))),
+        "file_ending": ".nii.gz",
+        "dataset": {"case": {"images": ["absent"], "label": "absent"}},
+        **more,
+    }
 
 
 def make_keywords(rng: np.random.Generator, kind: str, spacing: np.ndarray) -> dict[str, Any]:
@@ -163,8 +175,10 @@ def test_plans_of_random_fingerprints_are_the_same_files(roots, reference, ours,
 
 
 def write_dataset(roots: dict[str, Path], planning: Planning) -> None:
-    for root, file, content in (("nnUNet_raw", "dataset.json", planning.dataset_json),
-                                ("nnUNet_preprocessed", "dataset_fingerprint.json", planning.fingerprint)):
+    for root, file, content in (
+        ("nnUNet_raw", "dataset.json", planning.dataset_json),
+        ("nnUNet_preprocessed", "dataset_fingerprint.json", planning.fingerprint),
+    ):
         (roots[root] / planning.name).mkdir()
         (roots[root] / planning.name / file).write_text(json.dumps(content))
 
@@ -178,8 +192,10 @@ def with_own_folders(planning: Planning, plans: dict[str, str]) -> dict[str, str
     name = planning.keywords.get("plans_name")
     if name is None or planning.planner not in SHARE_FOLDERS:
         return plans
-    return {file: text.replace('"nnUNetPlans_2d"', f'"{name}_2d"').replace('"nnUNetPlans_3d_', f'"{name}_3d_')
-            for file, text in plans.items()}
+    return {
+        file: text.replace('"nnUNetPlans_2d"', f'"{name}_2d"').replace('"nnUNetPlans_3d_', f'"{name}_3d_')
+        for file, text in plans.items()
+    }
 
 
 def require_variety(plannings: list[Planning], written: dict[str, dict[str, str]]) -> None:
@@ -191,6 +207,7 @@ def require_variety(plannings: list[Planning], written: dict[str, dict[str, str]
     assert sum(content["transpose_forward"] != [0, 1, 2] for content in plans) >= 30
     assert {planning.kind for planning in plannings} == set(KINDS)
     assert {(planning.planner, planning.module) for planning in plannings} == {
-        (label.split()[0], module) for label, (module, _) in PLANNERS.items()}
+        (label.split()[0], module) for label, (module, _) in PLANNERS.items()
+    }
     for keyword in ("gpu_memory_target_in_gb", "overwrite_target_spacing", "suppress_transpose", "plans_name"):
         assert sum(keyword in planning.keywords for planning in plannings) >= 20

@@ -1,4 +1,5 @@
 """What this package writes the reference release reads, and the reverse: postprocessing, zip files, overlays."""
+
 from __future__ import annotations
 
 import json
@@ -63,19 +64,33 @@ def test_both_read_what_the_other_writes(roots, tmp_path, reference, monkeypatch
     for name in ("plans.json", "dataset.json"):
         shutil.copy(results / "nnUNetTrainer__nnUNetPlans__2d" / name, predictions)
     functions, kwargs = determine_postprocessing(
-        str(predictions), str(roots["nnUNet_preprocessed"] / NAME / "gt_segmentations"), None, None, 1)
+        str(predictions), str(roots["nnUNet_preprocessed"] / NAME / "gt_segmentations"), None, None, 1
+    )
     assert functions
     export_pretrained_model(NAME, str(tmp_path / "ours.zip"), ("2d", "3d_fullres"), folds=(0, 1))
     slices = [draw_slices(number) for number in range(4)]
 
     monkeypatch.setenv("nnUNet_results", str(roots["nnUNet_results"]))
-    arrays = {f"{name}_{number}": array for number, pair in enumerate(slices)
-              for name, array in zip(("image", "labels"), pair)}
-    theirs, _ = reference.run(THEIR_SIDE, {
-        "dataset": NAME, "ensembles": str(results / "ensembles"), "their_zip": str(tmp_path / "theirs.zip"),
-        "our_zip": str(tmp_path / "ours.zip"), "pickle": str(predictions / "postprocessing.pkl"),
-        "predictions": str(predictions), "applied": str(tmp_path / "applied_by_them"),
-        "results": str(roots["nnUNet_results"]), "pictures": len(slices)}, **arrays)
+    arrays = {
+        f"{name}_{number}": array
+        for number, pair in enumerate(slices)
+        for name, array in zip(("image", "labels"), pair)
+    }
+    theirs, _ = reference.run(
+        THEIR_SIDE,
+        {
+            "dataset": NAME,
+            "ensembles": str(results / "ensembles"),
+            "their_zip": str(tmp_path / "theirs.zip"),
+            "our_zip": str(tmp_path / "ours.zip"),
+            "pickle": str(predictions / "postprocessing.pkl"),
+            "predictions": str(predictions),
+            "applied": str(tmp_path / "applied_by_them"),
+            "results": str(roots["nnUNet_results"]),
+            "pictures": len(slices),
+        },
+        **arrays,
+    )
 
     # our zip file, installed by them, and theirs, installed by us, hold the same model
     installed = files_below(roots["nnUNet_results"])
@@ -85,13 +100,19 @@ def test_both_read_what_the_other_writes(roots, tmp_path, reference, monkeypatch
     install_model_from_zip_file(str(tmp_path / "theirs.zip"))
     assert files_below(tmp_path / "installed_by_us") == installed
     # our pickle, applied by them
-    apply_postprocessing_to_folder(str(predictions), str(tmp_path / "applied_by_us"),
-                                   *load_functions(predictions / "postprocessing.pkl"), num_processes=1)
+    apply_postprocessing_to_folder(
+        str(predictions),
+        str(tmp_path / "applied_by_us"),
+        *load_functions(predictions / "postprocessing.pkl"),
+        num_processes=1,
+    )
     ours, applied = read_folder(tmp_path / "applied_by_us"), read_folder(tmp_path / "applied_by_them")
     assert set(ours) == set(applied) and all(np.array_equal(ours[name], applied[name]) for name in ours)
     assert json.loads((predictions / "postprocessing.json").read_text())["postprocessing_kwargs"] == kwargs
     for number, (image, labels) in enumerate(slices):
         picture = generate_overlay(image[1], labels[1])
         assert np.abs(picture.astype(int) - theirs[f"picture_{number}"]).max() <= 1
-        assert theirs[f"slices_{number}"].tolist() == [select_slice_to_plot(image, labels),
-                                                       select_slice_to_plot2(image, labels)]
+        assert theirs[f"slices_{number}"].tolist() == [
+            select_slice_to_plot(image, labels),
+            select_slice_to_plot2(image, labels),
+        ]

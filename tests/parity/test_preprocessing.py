@@ -1,4 +1,5 @@
 """Preprocessed cases of this package and of the reference release, made from the same scans and the same plans."""
+
 from __future__ import annotations
 
 import json
@@ -37,8 +38,10 @@ for i, (name, new, current, wanted, options) in enumerate(value):
     outputs[str(i)] = resample_data_or_seg_to_shape(inputs[name], new, current, wanted, **options)
 """
 
-TORCH_RESAMPLE = RESAMPLE.replace("default_resampling import resample_data_or_seg_to_shape",
-                                  "resample_torch import resample_torch_fornnunet as resample_data_or_seg_to_shape")
+TORCH_RESAMPLE = RESAMPLE.replace(
+    "default_resampling import resample_data_or_seg_to_shape",
+    "resample_torch import resample_torch_fornnunet as resample_data_or_seg_to_shape",
+)
 
 PREPROCESS = """
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -65,6 +68,7 @@ def relative_difference(result: np.ndarray, expected: np.ndarray) -> float:
 
 def blobs(shape, num_labels, seed):
     from scipy.ndimage import gaussian_filter
+
     smooth = gaussian_filter(np.random.default_rng(seed).normal(size=shape), 3)
     return np.digitize(smooth, np.quantile(smooth, np.linspace(0, 1, num_labels + 1)[1:-1]))
 
@@ -76,8 +80,12 @@ def options_for(is_seg, order, order_z):
 def test_images_are_resampled_alike(reference):
     rng = np.random.default_rng(0)
     arrays = {str(i): rng.normal(2, 3, (2, *old)).astype(np.float32) for i, (old, *_) in enumerate(GRIDS)}
-    calls = [(str(i), *grid[1:], options_for(False, order, order_z)) for i, grid in enumerate(GRIDS)
-             for order in (0, 1, 3) for order_z in (0, 1, 3)]
+    calls = [
+        (str(i), *grid[1:], options_for(False, order, order_z))
+        for i, grid in enumerate(GRIDS)
+        for order in (0, 1, 3)
+        for order_z in (0, 1, 3)
+    ]
     expected, _ = reference.run(RESAMPLE, calls, **arrays)
     for i, (name, *grid, options) in enumerate(calls):
         result = resample_data_or_seg_to_shape(arrays[name], *grid, **options)
@@ -93,8 +101,11 @@ def test_labels_are_resampled_alike(reference, kind):
     for i, (old, *_) in enumerate(GRIDS):
         labels = blobs((1, *old), 5, i) if kind == "smooth" else rng.integers(0, 5, (1, *old))
         arrays[str(i)] = labels.astype(np.int8) - 1
-    calls = [(str(i), *grid[1:], options_for(True, order, order_z)) for i, grid in enumerate(GRIDS)
-             for order, order_z in ((0, 0), (1, 0), (1, 1), (3, 0))]
+    calls = [
+        (str(i), *grid[1:], options_for(True, order, order_z))
+        for i, grid in enumerate(GRIDS)
+        for order, order_z in ((0, 0), (1, 0), (1, 1), (3, 0))
+    ]
     expected, _ = reference.run(RESAMPLE, calls, **arrays)
     for i, (name, *grid, options) in enumerate(calls):
         result = resample_data_or_seg_to_shape(arrays[name], *grid, **options)
@@ -105,9 +116,13 @@ def test_labels_are_resampled_alike(reference, kind):
 
 def test_torch_functions_agree(reference):
     from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
+
     arrays = {str(i): blobs((1, *old), 5, i).astype(np.int16) for i, (old, *_) in enumerate(GRIDS)}
-    calls = [(name, *GRIDS[int(name)][1:], options) for name in arrays
-             for options in ({}, {"is_seg": True}, {"is_seg": True, "memefficient_seg_resampling": True})]
+    calls = [
+        (name, *GRIDS[int(name)][1:], options)
+        for name in arrays
+        for options in ({}, {"is_seg": True}, {"is_seg": True, "memefficient_seg_resampling": True})
+    ]
     expected, _ = reference.run(TORCH_RESAMPLE, calls, **arrays)
     for i, (name, *grid, options) in enumerate(calls):
         result = resample_torch_fornnunet(arrays[name], *grid, **options)
@@ -122,14 +137,17 @@ def test_grids_are_chosen_alike(reference):
         current, new = (np.round(rng.uniform(0.3, 6, 3), int(rng.integers(0, 3))).clip(0.3).tolist() for _ in "ab")
         shape = rng.integers(1, 600, 3).tolist()
         cases.append([shape, current, new, [None, True, False][rng.integers(3)]])
-    _, expected = reference.run("""
+    _, expected = reference.run(
+        """
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, determine_do_sep_z_and_axis
 answer = []
 for shape, current, new, force in value:
     separate, axis = determine_do_sep_z_and_axis(force, current, new)
     shape = [int(n) for n in compute_new_shape(shape, current, new)]
     answer.append([shape, bool(separate), None if axis is None else int(axis)])
-""", cases)
+""",
+        cases,
+    )
     for (shape, current, new, force), (new_shape, *separation) in zip(cases, expected):
         assert compute_new_shape(shape, current, new).tolist() == [max(1, n) for n in new_shape]  # 0 is an error there
         assert list(determine_do_sep_z_and_axis(force, current, new)) == separation
@@ -141,10 +159,13 @@ def test_chunks_are_chosen_alike(reference):
     for _ in range(3000):
         patch = rng.integers(1, 320, rng.integers(2, 4)).tolist()
         cases.append([[int(rng.integers(1, 4)), *rng.integers(1, 700, 3).tolist()], patch, int(rng.choice([1, 2, 4]))])
-    _, expected = reference.run("""
+    _, expected = reference.run(
+        """
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 answer = [[[int(n) for n in shape] for shape in comp_blosc2_params(*case)] for case in value]
-""", cases)
+""",
+        cases,
+    )
     for case, answer in zip(cases, expected):
         assert [list(shape) for shape in comp_blosc2_params(*case)] == answer
 
@@ -154,13 +175,17 @@ def test_crops_are_alike(reference):
     data = (rng.random((2, 14, 15, 16)) > 0.7).astype(np.float32)
     data[:, :3], data[..., -2:] = 0, 0
     seg = rng.integers(0, 3, (1, 14, 15, 16)).astype(np.int16)
-    expected, boxes = reference.run("""
+    expected, boxes = reference.run(
+        """
 from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask, crop_to_nonzero
 outputs["mask"] = create_nonzero_mask(inputs["data"])
 outputs["data"], outputs["seg"], first = crop_to_nonzero(inputs["data"].copy(), inputs["seg"].copy())
 _, outputs["none"], second = crop_to_nonzero(inputs["data"].copy())
 answer = [[list(map(int, side)) for side in box] for box in (first, second)]
-""", data=data, seg=seg)
+""",
+        data=data,
+        seg=seg,
+    )
     np.testing.assert_array_equal(create_nonzero_mask(data), expected["mask"])
     cropped, cropped_seg, bbox = crop_to_nonzero(data, seg)
     np.testing.assert_array_equal(cropped, expected["data"])
@@ -173,18 +198,24 @@ answer = [[list(map(int, side)) for side in box] for box in (first, second)]
 
 def test_intensities_are_normalized_alike(reference):
     from nnunetv2.preprocessing.normalization import default_normalization_schemes
+
     rng = np.random.default_rng(0)
     image = rng.uniform(0, 255, (20, 30, 40)).astype(np.float32)
     seg = rng.integers(-1, 2, image.shape).astype(np.int8)
     statistics = {"mean": 100.0, "std": 30.0, "percentile_00_5": 20.0, "percentile_99_5": 230.0}
     names = ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
     calls = [(f"{name}Normalization", use_mask, statistics) for name in names for use_mask in (False, True)]
-    expected, _ = reference.run("""
+    expected, _ = reference.run(
+        """
 from nnunetv2.preprocessing.normalization import default_normalization_schemes
 for i, (name, *arguments) in enumerate(value):
     scheme = getattr(default_normalization_schemes, name)(*arguments)
     outputs[str(i)] = scheme.run(inputs["image"].copy(), inputs["seg"])
-""", calls, image=image, seg=seg)
+""",
+        calls,
+        image=image,
+        seg=seg,
+    )
     for i, (name, *arguments) in enumerate(calls):
         scheme = getattr(default_normalization_schemes, name)(*arguments)
         np.testing.assert_array_equal(scheme.run(image.copy(), seg), expected[str(i)])
@@ -194,15 +225,20 @@ def test_locations_are_drawn_alike(reference):
     rng = np.random.default_rng(0)
     seg = rng.integers(-1, 4, (1, 30, 40, 50)).astype(np.int8)
     classes = [1, 2, 9, [2, 3], [8, 1], [-1, 0, 1, 2, 3]]
-    expected, keys = reference.run("""
+    expected, keys = reference.run(
+        """
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 classes = [tuple(c) if isinstance(c, list) else c for c in value]
 found = DefaultPreprocessor._sample_foreground_locations(inputs["seg"], classes)
 answer = [repr(key) for key in found]
 outputs = {repr(key): np.asarray(locations) for key, locations in found.items()}
-""", classes, seg=seg)
+""",
+        classes,
+        seg=seg,
+    )
     found = DefaultPreprocessor._sample_foreground_locations(
-        seg, [tuple(c) if isinstance(c, list) else c for c in classes])
+        seg, [tuple(c) if isinstance(c, list) else c for c in classes]
+    )
     assert [repr(key) for key in found] == keys
     for key, locations in found.items():
         np.testing.assert_array_equal(locations, expected[repr(key)])
@@ -211,25 +247,50 @@ outputs = {repr(key): np.asarray(locations) for key, locations in found.items()}
 def make_plans(*, spacing, reader, channels, normalization, use_mask, transpose=(0, 1, 2)) -> dict:
     name = "resample_data_or_seg_to_shape"
     configuration = {
-        "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
-        "normalization_schemes": [normalization] * channels, "use_mask_for_norm": [use_mask] * channels,
-        "resampling_fn_data": name, "resampling_fn_seg": name,
-        "resampling_fn_probabilities": name, "resampling_fn_data_kwargs": options_for(False, 3, 0),
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "normalization_schemes": [normalization] * channels,
+        "use_mask_for_norm": [use_mask] * channels,
+        "resampling_fn_data": name,
+        "resampling_fn_seg": name,
+        "resampling_fn_probabilities": name,
+        "resampling_fn_data_kwargs": options_for(False, 3, 0),
         "resampling_fn_seg_kwargs": options_for(True, 1, 0),
-        "resampling_fn_probabilities_kwargs": options_for(False, 1, 0), "architecture": {}}
-    configurations = {"2d": {**configuration, "data_identifier": "nnUNetPlans_2d", "patch_size": [64, 64],
-                             "spacing": spacing[1:]}}
+        "resampling_fn_probabilities_kwargs": options_for(False, 1, 0),
+        "architecture": {},
+    }
+    configurations = {
+        "2d": {**configuration, "data_identifier": "nnUNetPlans_2d", "patch_size": [64, 64], "spacing": spacing[1:]}
+    }
     if reader != "NaturalImage2DIO":
-        configurations["3d_fullres"] = {**configuration, "data_identifier": "nnUNetPlans_3d_fullres",
-                                        "patch_size": [32, 32, 32], "spacing": spacing}
-    statistics = {"mean": 300.0, "std": 120.0, "percentile_00_5": 20.0, "percentile_99_5": 800.0, "median": 280.0,
-                  "min": 0.0, "max": 2000.0}
-    return {"dataset_name": NAME, "plans_name": "nnUNetPlans", "image_reader_writer": reader,
-            "transpose_forward": list(transpose), "transpose_backward": np.argsort(transpose).tolist(),
-            "label_manager": "LabelManager", "experiment_planner_used": "ExperimentPlanner",
-            "configurations": configurations, "original_median_spacing_after_transp": list(spacing),
-            "original_median_shape_after_transp": [1, 1, 1],
-            "foreground_intensity_properties_per_channel": {str(c): statistics for c in range(channels)}}
+        configurations["3d_fullres"] = {
+            **configuration,
+            "data_identifier": "nnUNetPlans_3d_fullres",
+            "patch_size": [32, 32, 32],
+            "spacing": spacing,
+        }
+    statistics = {
+        "mean": 300.0,
+        "std": 120.0,
+        "percentile_00_5": 20.0,
+        "percentile_99_5": 800.0,
+        "median": 280.0,
+        "min": 0.0,
+        "max": 2000.0,
+    }
+    return {
+        "dataset_name": NAME,
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": reader,
+        "transpose_forward": list(transpose),
+        "transpose_backward": np.argsort(transpose).tolist(),
+        "label_manager": "LabelManager",
+        "experiment_planner_used": "ExperimentPlanner",
+        "configurations": configurations,
+        "original_median_spacing_after_transp": list(spacing),
+        "original_median_shape_after_transp": [1, 1, 1],
+        "foreground_intensity_properties_per_channel": {str(c): statistics for c in range(channels)},
+    }
 
 
 def write_dataset(roots, cases, labels, file_ending, plans, copy) -> Path:
@@ -240,8 +301,12 @@ def write_dataset(roots, cases, labels, file_ending, plans, copy) -> Path:
     for name, (image, label) in cases.items():
         copy(image, raw / "imagesTr" / f"{name}_0000{file_ending}")
         copy(label, raw / "labelsTr" / f"{name}{file_ending}")
-    dataset_json = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": len(cases),
-                    "file_ending": file_ending}
+    dataset_json = {
+        "channel_names": {"0": "MRI"},
+        "labels": labels,
+        "numTraining": len(cases),
+        "file_ending": file_ending,
+    }
     for folder in (raw, preprocessed):
         (folder / "dataset.json").write_text(json.dumps(dataset_json))
     (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
@@ -271,7 +336,8 @@ def compare_preprocessed_folders(reference, preprocessed: Path, configurations: 
             compare_properties(properties, expected_properties, same_labels)
             assert answer[case]["keys"] == sorted(properties)
             assert answer[case]["locations"] == {
-                repr(key): np.asarray(found).tolist() for key, found in properties["class_locations"].items()}
+                repr(key): np.asarray(found).tolist() for key, found in properties["class_locations"].items()
+            }
             assert load_pickle_safely(theirs / f"{case}.pkl").keys() == properties.keys()
 
 
@@ -306,8 +372,14 @@ def test_hippocampus_becomes_the_same(reference, roots, shared_data):
     folder = shared_data / "hippocampus"
     names = sorted(path.name.removesuffix(".nii.gz") for path in (folder / "labels").glob("*.nii.gz"))[::60]
     cases = {name: (find_image(folder / "images", name), folder / "labels" / f"{name}.nii.gz") for name in names}
-    plans = make_plans(spacing=[1.3, 0.8, 0.9], reader="SimpleITKIO", channels=1, normalization="ZScoreNormalization",
-                       use_mask=False, transpose=(1, 2, 0))
+    plans = make_plans(
+        spacing=[1.3, 0.8, 0.9],
+        reader="SimpleITKIO",
+        channels=1,
+        normalization="ZScoreNormalization",
+        use_mask=False,
+        transpose=(1, 2, 0),
+    )
     preprocessed = write_dataset(roots, cases, {"background": 0, "anterior": 1, "posterior": 2}, ".nii.gz", plans, link)
     compare_preprocessed_folders(reference, preprocessed, ["3d_fullres", "2d"])
 
@@ -315,15 +387,18 @@ def test_hippocampus_becomes_the_same(reference, roots, shared_data):
 def test_anisotropic_spinal_cords_become_the_same(reference, roots, shared_data):
     cases = {}
     for site in ("ucl", "chum", "milan"):
-        labels = sorted(path for path in (shared_data / "spinalcord" / site).rglob("*.nii.gz")
-                        if "label" in str(path).lower())
+        labels = sorted(
+            path for path in (shared_data / "spinalcord" / site).rglob("*.nii.gz") if "label" in str(path).lower()
+        )
         name = labels[0].name.removesuffix(".nii.gz")
         image = find_image(labels[0].parents[1] / "images", name)
         cases[f"{site}_{name}"] = (image, labels[0])
-    plans = make_plans(spacing=[4.0, 0.5, 0.5], reader="SimpleITKIO", channels=1, normalization="CTNormalization",
-                       use_mask=True)
-    preprocessed = write_dataset(roots, cases, {"background": 0, "all": [1, 2], "gray": 2, "ignore": 3}, ".nii.gz",
-                                 plans, link)
+    plans = make_plans(
+        spacing=[4.0, 0.5, 0.5], reader="SimpleITKIO", channels=1, normalization="CTNormalization", use_mask=True
+    )
+    preprocessed = write_dataset(
+        roots, cases, {"background": 0, "all": [1, 2], "gray": 2, "ignore": 3}, ".nii.gz", plans, link
+    )
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         path = roots[name] / NAME / "dataset.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "regions_class_order": [1, 2]}))
@@ -340,8 +415,13 @@ def test_fundus_photographs_become_the_same(reference, roots, shared_data):
     folder = shared_data / "retina" / "chasedb1"
     images = sorted((folder / "images").iterdir())[:2]
     cases = {image.stem: (image, find_image(folder / "labels", image.stem)) for image in images}
-    plans = make_plans(spacing=[999.0, 1.4, 1.4], reader="NaturalImage2DIO", channels=3, use_mask=True,
-                       normalization="ZScoreNormalization")
+    plans = make_plans(
+        spacing=[999.0, 1.4, 1.4],
+        reader="NaturalImage2DIO",
+        channels=3,
+        use_mask=True,
+        normalization="ZScoreNormalization",
+    )
     preprocessed = write_dataset(roots, cases, {"background": 0, "vessel": 1}, ".png", plans, convert)
     compare_preprocessed_folders(reference, preprocessed, ["2d"])
 

@@ -2,6 +2,7 @@
 
 A small memory target makes the planners plan a 3d_lowres for images as small as these.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,10 @@ import pytest
 
 pytestmark = pytest.mark.parity
 
-PLANNERS = {"ExperimentPlanner": "default_experiment_planner",
-            "nnUNetPlannerResEncL": "residual_unets.residual_encoder_unet_planners"}
+PLANNERS = {
+    "ExperimentPlanner": "default_experiment_planner",
+    "nnUNetPlannerResEncL": "residual_unets.residual_encoder_unet_planners",
+}
 MEMORY_TARGET_GB = 0.05
 # The hippocampus is so small that only a finer grid makes a 3d_lowres worth it.
 FINER_GRID = {"overwrite_target_spacing": [0.6, 0.5, 0.5]}
@@ -61,6 +64,7 @@ for name, planner, module, keywords in value["tasks"]:
 @pytest.fixture
 def write_dataset(roots):
     """Fill a raw folder with cases, {name: (images, label)}, by links."""
+
     def write(name, cases, labels, ending, channel="MRI", link=lambda source, target: target.symlink_to(source)):
         folder = roots["nnUNet_raw"] / name
         for sub in ("imagesTr", "labelsTr"):
@@ -69,22 +73,39 @@ def write_dataset(roots):
             link(image, folder / "imagesTr" / f"{case}_0000{ending}")
             link(label, folder / "labelsTr" / f"{case}{ending}")
         channels = ("R", "G", "B") if ending == ".png" else (channel,)
-        (folder / "dataset.json").write_text(json.dumps({
-            "channel_names": {str(i): name for i, name in enumerate(channels)}, "labels": labels,
-            "numTraining": len(cases), "file_ending": ending}))
+        (folder / "dataset.json").write_text(
+            json.dumps(
+                {
+                    "channel_names": {str(i): name for i, name in enumerate(channels)},
+                    "labels": labels,
+                    "numTraining": len(cases),
+                    "file_ending": ending,
+                }
+            )
+        )
         return name
+
     return write
 
 
 def test_preprocessed_cases_are_the_same_for_both_planners(roots, write_dataset, shared_data, reference, ours):
-    datasets = [write_hippocampus(write_dataset, shared_data / "hippocampus"),
-                write_spinal_cords(write_dataset, shared_data / "spinalcord"),
-                write_fundus_photographs(write_dataset, shared_data / "retina" / "chasedb1"),
-                write_odd_ct(write_dataset, shared_data / "odd"),
-                write_odd_nrrd(write_dataset, shared_data / "odd")]
-    tasks = [(name, planner, module, {"gpu_memory_target_in_gb": MEMORY_TARGET_GB,
-                                      **(FINER_GRID if name == datasets[0] else {})})
-             for name in datasets for planner, module in PLANNERS.items()]
+    datasets = [
+        write_hippocampus(write_dataset, shared_data / "hippocampus"),
+        write_spinal_cords(write_dataset, shared_data / "spinalcord"),
+        write_fundus_photographs(write_dataset, shared_data / "retina" / "chasedb1"),
+        write_odd_ct(write_dataset, shared_data / "odd"),
+        write_odd_nrrd(write_dataset, shared_data / "odd"),
+    ]
+    tasks = [
+        (
+            name,
+            planner,
+            module,
+            {"gpu_memory_target_in_gb": MEMORY_TARGET_GB, **(FINER_GRID if name == datasets[0] else {})},
+        )
+        for name in datasets
+        for planner, module in PLANNERS.items()
+    ]
     results = []
     for side in (ours, reference):
         preprocessed = side.folder / "preprocessed"
@@ -136,9 +157,12 @@ def assert_locations_agree(arrays: dict, expected: dict) -> None:
 
 def write_hippocampus(write, folder: Path) -> str:
     names = sorted(path.name for path in (folder / "labels").glob("*.nii.gz"))[::100]
-    return write("Dataset981_Hippocampus", {name.removesuffix(".nii.gz"): (folder / "images" / name,
-                                                                           folder / "labels" / name) for name in names},
-                 {"background": 0, "anterior": 1, "posterior": 2}, ".nii.gz")
+    return write(
+        "Dataset981_Hippocampus",
+        {name.removesuffix(".nii.gz"): (folder / "images" / name, folder / "labels" / name) for name in names},
+        {"background": 0, "anterior": 1, "posterior": 2},
+        ".nii.gz",
+    )
 
 
 def write_spinal_cords(write, folder: Path) -> str:
@@ -157,6 +181,7 @@ def write_fundus_photographs(write, folder: Path) -> str:
     def convert(source: Path, target: Path) -> None:
         array = io.imread(source)
         io.imsave(target, array if "imagesTr" in str(target) else (array > 0).astype(np.uint8), check_contrast=False)
+
     cases = {}
     for image in sorted((folder / "images").iterdir())[:2]:
         label = next(path for path in sorted((folder / "labels").iterdir()) if path.name.startswith(image.stem))
@@ -166,12 +191,22 @@ def write_fundus_photographs(write, folder: Path) -> str:
 
 def write_odd_ct(write, folder: Path) -> str:
     import SimpleITK as sitk
+
     label_file = folder / "nnunet_example_ct_sm_T300_output.nii.gz"
     labels = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(label_file)))).astype(int)
-    return write("Dataset984_CT", {"ct": (folder / "nnunet_example_ct_sm.nii.gz", label_file)},
-                 {"background": 0, **{f"organ {i}": i for i in range(1, int(labels.max()) + 1)}}, ".nii.gz", "CT")
+    return write(
+        "Dataset984_CT",
+        {"ct": (folder / "nnunet_example_ct_sm.nii.gz", label_file)},
+        {"background": 0, **{f"organ {i}": i for i in range(1, int(labels.max()) + 1)}},
+        ".nii.gz",
+        "CT",
+    )
 
 
 def write_odd_nrrd(write, folder: Path) -> str:
-    return write("Dataset985_Brain", {"brain": (folder / "pr_brain1_image.nrrd", folder / "pr_brain1_label.nrrd")},
-                 {"background": 0, "lesion": 1}, ".nrrd")
+    return write(
+        "Dataset985_Brain",
+        {"brain": (folder / "pr_brain1_image.nrrd", folder / "pr_brain1_label.nrrd")},
+        {"background": 0, "lesion": 1},
+        ".nrrd",
+    )

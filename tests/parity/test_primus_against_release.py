@@ -1,4 +1,5 @@
 """Primus trainers beside those of the release: the same names, networks and checkpoints."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,5 @@
 """Choice of the best configuration, ensembles and postprocessing: this package against the reference release."""
+
 from __future__ import annotations
 
 import json
@@ -17,8 +18,10 @@ from nnunetv2.postprocessing.decision_files import load_functions
 
 pytestmark = pytest.mark.parity
 
-MODELS = ({"plans": "nnUNetPlans", "configuration": "2d", "trainer": "nnUNetTrainer"},
-          {"plans": "nnUNetPlans", "configuration": "3d_fullres", "trainer": "nnUNetTrainer"})
+MODELS = (
+    {"plans": "nnUNetPlans", "configuration": "2d", "trainer": "nnUNetTrainer"},
+    {"plans": "nnUNetPlans", "configuration": "3d_fullres", "trainer": "nnUNetTrainer"},
+)
 # It opens dozens of pools; forked workers need not import everything anew.
 THEIRS = """
 import multiprocessing
@@ -41,11 +44,21 @@ def assert_same_label_maps(ours, theirs):
 
 def plain(summary):
     """A summary as text, without the paths, which differ between the two roots."""
-    cases = [{"name": case["prediction_file"].split("/")[-1],
-              "metrics": {str(which): scores for which, scores in case["metrics"].items()}}
-             for case in summary["metric_per_case"]]
-    return json.dumps({"cases": cases, "foreground_mean": summary["foreground_mean"],
-                       "mean": {str(k): v for k, v in summary["mean"].items()}}, sort_keys=True)
+    cases = [
+        {
+            "name": case["prediction_file"].split("/")[-1],
+            "metrics": {str(which): scores for which, scores in case["metrics"].items()},
+        }
+        for case in summary["metric_per_case"]
+    ]
+    return json.dumps(
+        {
+            "cases": cases,
+            "foreground_mean": summary["foreground_mean"],
+            "mean": {str(k): v for k, v in summary["mean"].items()},
+        },
+        sort_keys=True,
+    )
 
 
 @pytest.mark.parametrize(("regions", "ignore"), [(False, False), (True, False), (False, True), (True, True)])
@@ -64,7 +77,8 @@ def test_the_same_model_is_best_and_is_postprocessed_alike(tmp_path, monkeypatch
     theirs = json.loads((their_results / "inference_information.json").read_text())
     text = json.dumps(json.loads((our_results / "inference_information.json").read_text()), sort_keys=True)
     assert text.replace(str(our_results), "RESULTS") == json.dumps(theirs, sort_keys=True).replace(
-        str(their_results), "RESULTS")
+        str(their_results), "RESULTS"
+    )
     for folder in [*our_results.glob("*/crossval_results_folds_0_1"), *our_results.glob("ensembles/*")]:
         twin = their_results / folder.relative_to(our_results)
         assert_same_label_maps(read_folder(folder), read_folder(twin))
@@ -75,9 +89,12 @@ def test_the_same_model_is_best_and_is_postprocessed_alike(tmp_path, monkeypatch
     assert_same_label_maps(read_folder(best.parent / "postprocessed"), read_folder(twin.parent / "postprocessed"))
     assert json.loads(best.with_suffix(".json").read_text()) == json.loads(twin.with_suffix(".json").read_text())
     assert plain(load_summary_json(best.parent / "postprocessed" / "summary.json")) == plain(
-        load_summary_json(twin.parent / "postprocessed" / "summary.json"))
-    assert ours["best_model_or_ensemble"]["result_on_crossval_post_pp"] == \
-        theirs["best_model_or_ensemble"]["result_on_crossval_post_pp"]
+        load_summary_json(twin.parent / "postprocessed" / "summary.json")
+    )
+    assert (
+        ours["best_model_or_ensemble"]["result_on_crossval_post_pp"]
+        == theirs["best_model_or_ensemble"]["result_on_crossval_post_pp"]
+    )
     # their pickle, which refers to NumPy scalars, is read without its JSON twin
     twin.with_suffix(".json").unlink()
     functions, kwargs = load_functions(twin)

@@ -1,4 +1,5 @@
 """Trainer variants beside those of the reference release: what they inherit, their numbers, losses and augmentation."""
+
 from __future__ import annotations
 
 import io
@@ -116,8 +117,10 @@ def describe(module, name):
 answer = {name: describe(module, name) for module, name in value["variants"]}
 """
 OUR_SCHEDULES = {"CosineAnnealingLR_offset": "CosineAnnealingLR"}  # a closed form, as torch's warns of epochs
-CHOSEN_DIFFERENCES = ("nnUNetTrainerDiceLoss /loss ignore/",  # the reference's fails on the ignore label
-                      *(f"nnUNetTrainer_{length}epochs_NoMirroring /parents" for length in (250, 2000, 4000, 8000)))
+CHOSEN_DIFFERENCES = (
+    "nnUNetTrainerDiceLoss /loss ignore/",  # the reference's fails on the ignore label
+    *(f"nnUNetTrainer_{length}epochs_NoMirroring /parents" for length in (250, 2000, 4000, 8000)),
+)
 
 
 def describe_ours(value: dict) -> dict:
@@ -134,8 +137,12 @@ def value(roots) -> dict:
     plans = make_tiny_dataset(roots["nnUNet_preprocessed"], stages=3)
     regions = make_dataset_json(labels={"background": 0, "whole": [1, 2], "core": 2}, regions_class_order=[1, 2])
     return {
-        "plans": plans, "flat": make_plans(dims=2, stages=3), "thin": thin, "labels": make_dataset_json(),
-        "regions": regions, "ignore": make_dataset_json(labels={"background": 0, "blob": 1, "ignore": 2}),
+        "plans": plans,
+        "flat": make_plans(dims=2, stages=3),
+        "thin": thin,
+        "labels": make_dataset_json(),
+        "regions": regions,
+        "ignore": make_dataset_json(labels={"background": 0, "blob": 1, "ignore": 2}),
         "variants": [[variant.module, variant.name] for variant in VARIANTS],
     }
 
@@ -143,8 +150,11 @@ def value(roots) -> dict:
 def differences(ours: object, theirs: object, place: str = "") -> list[str]:
     """Name every value that differs; numbers are compared as such."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        return [found for key in sorted({*ours, *theirs})
-                for found in differences(ours.get(key, "-"), theirs.get(key, "-"), f"{place}/{key}")]
+        return [
+            found
+            for key in sorted({*ours, *theirs})
+            for found in differences(ours.get(key, "-"), theirs.get(key, "-"), f"{place}/{key}")
+        ]
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         return [found for i, (a, b) in enumerate(zip(ours, theirs)) for found in differences(a, b, f"{place}/{i}")]
     if isinstance(ours, (int, float)) and isinstance(theirs, (int, float)):
@@ -179,6 +189,5 @@ def test_hooks_take_the_arguments_of_the_reference(reference):
     names = {"value": HOOKS.split()}
     exec(SIGNATURES, names)
     ours = names["answer"]
-    different = {name: (ours[name], theirs[name]) for name in theirs
-                 if ours[name][:len(theirs[name])] != theirs[name]}
+    different = {name: (ours[name], theirs[name]) for name in theirs if ours[name][: len(theirs[name])] != theirs[name]}
     assert different == {}

@@ -1,4 +1,5 @@
 """Training steps and checkpoints beside the reference release."""
+
 import os
 import signal
 import subprocess
@@ -31,8 +32,13 @@ DATASETS = {
     "ignore": make_dataset_json(labels={"background": 0, "blob": 1, "ignore": 2}),
     "cascade": make_dataset_json(),
 }
-CASES = [(dims, kind, supervised) for dims in (3, 2) for kind in DATASETS for supervised in (True, False)
-         if dims == 3 or kind in ("labels", "regions")]
+CASES = [
+    (dims, kind, supervised)
+    for dims in (3, 2)
+    for kind in DATASETS
+    for supervised in (True, False)
+    if dims == 3 or kind in ("labels", "regions")
+]
 
 # Runs where only the reference is importable: `value` tells configuration, plans and dataset.json.
 CONSTRUCT = """
@@ -47,7 +53,9 @@ def construct(value):
 if "plans" in value:
     trainer = construct(value)
 """
-TRAIN = CONSTRUCT + """
+TRAIN = (
+    CONSTRUCT
+    + """
 torch.set_num_threads(1)
 for name, case in value["cases"].items():
     trainer = construct(case)
@@ -65,6 +73,7 @@ for name, case in value["cases"].items():
     outputs.update({f"{name}.val.{key}": np.asarray(entry) for key, entry in validated.items()})
     outputs.update({f"{name}.weight.{key}": tensor.numpy() for key, tensor in trainer.network.state_dict().items()})
 """
+)
 
 
 @pytest.fixture
@@ -85,9 +94,13 @@ def build(roots, monkeypatch):
 def make_cascade(plans):
     """Turn the configuration of plans into the first of two stages; both use its preprocessed data."""
     (low,) = plans["configurations"].values()
-    return {**plans, "configurations": {
-        "3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
-        "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"}}}
+    return {
+        **plans,
+        "configurations": {
+            "3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
+            "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"},
+        },
+    }
 
 
 def make_batch(rng, dims, kind, supervised):
@@ -127,20 +140,31 @@ def test_twenty_steps_from_the_same_weights_end_at_the_same_weights(roots, refer
         trainer.enable_deep_supervision = supervised
         trainer.initialize()
         trainers[name], batches[name] = trainer, [make_batch(rng, dims, kind, supervised) for _ in range(STEPS)]
-        descriptions[name] = {"plans": plans, "configuration": configuration, "dataset_json": DATASETS[kind],
-                              "supervised": supervised}
-        arrays.update({f"{name}.weight.{key}": tensor.numpy().copy()
-                       for key, tensor in trainer.network.state_dict().items()})
+        descriptions[name] = {
+            "plans": plans,
+            "configuration": configuration,
+            "dataset_json": DATASETS[kind],
+            "supervised": supervised,
+        }
+        arrays.update(
+            {f"{name}.weight.{key}": tensor.numpy().copy() for key, tensor in trainer.network.state_dict().items()}
+        )
         for i, (data, targets) in enumerate(batches[name]):
             arrays[f"{name}.data.{i}"] = data
             arrays.update({f"{name}.target.{i}.{k}": target for k, target in enumerate(targets)})
     theirs, _ = reference.run(TRAIN, {"cases": descriptions, "steps": STEPS}, **arrays)
 
-    apart = {name: compare(name, trainer, [as_batch(*batch, is_list=descriptions[name]["supervised"])
-                                           for batch in batches[name]], theirs)
-             for name, trainer in trainers.items()}
+    apart = {
+        name: compare(
+            name,
+            trainer,
+            [as_batch(*batch, is_list=descriptions[name]["supervised"]) for batch in batches[name]],
+            theirs,
+        )
+        for name, trainer in trainers.items()
+    }
     for first in range(0, len(apart), len(SEEDS)):
-        of_case = dict(list(apart.items())[first:first + len(SEEDS)])
+        of_case = dict(list(apart.items())[first : first + len(SEEDS)])
         assert min(of_case.values()) < 1e-4 and max(of_case.values()) < 1e-2, of_case
 
 
@@ -167,7 +191,9 @@ def compare(name, trainer, batches, theirs):
     return apart / size
 
 
-LOAD_OURS = CONSTRUCT + """
+LOAD_OURS = (
+    CONSTRUCT
+    + """
 trainer.load_checkpoint(value["file"])
 answer = {"epoch": trainer.current_epoch, "axes": list(trainer.inference_allowed_mirroring_axes),
           "dice": [float(x) for x in trainer.logger.get_value("mean_fg_dice", step=None)],
@@ -177,13 +203,17 @@ outputs = {name: np.asarray(tensor) for name, tensor in outputs.items()}
 outputs["momentum"] = np.concatenate([state["momentum_buffer"].flatten().numpy()
                                       for state in trainer.optimizer.state.values() if state])
 """
-MAKE_THEIRS = CONSTRUCT + """
+)
+MAKE_THEIRS = (
+    CONSTRUCT
+    + """
 trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 2
 trainer.run_training()
 outputs.update({name: np.asarray(tensor) for name, tensor in trainer.network.state_dict().items()})
 answer = {"folder": trainer.output_folder, "best": float(trainer._best_ema),
           "dice": [float(x) for x in trainer.logger.get_value("mean_fg_dice", step=None)]}
 """
+)
 
 
 @pytest.mark.parametrize("dims", [3, 2])
@@ -193,8 +223,12 @@ def test_the_reference_continues_our_checkpoints(build, reference, dims):
     trainer.run_training()
     theirs, answer = reference.run(LOAD_OURS, {**value, "file": f"{trainer.output_folder}/checkpoint_final.pth"})
     dice = trainer.logger.get_value("mean_fg_dice", step=None)
-    assert answer == {"epoch": 1, "axes": list(range(dims)), "dice": [float(x) for x in dice],
-                      "best": float(trainer._best_ema)}
+    assert answer == {
+        "epoch": 1,
+        "axes": list(range(dims)),
+        "dice": [float(x) for x in dice],
+        "best": float(trainer._best_ema),
+    }
     for name, tensor in trainer.network.state_dict().items():
         np.testing.assert_array_equal(theirs[name], tensor.numpy())
     momentum = [state["momentum_buffer"].flatten() for state in trainer.optimizer.state.values()]
@@ -263,9 +297,27 @@ def test_a_killed_training_is_continued_by_the_other_package(roots, reference, t
     environment.pop("PYTHONPATH", None)
 
     def train(who, *options, **more):
-        return subprocess.run([pythons[who], "-c", COMMAND, str(folder), "998", "3d_fullres", "0", "-tr", "FourEpochs",
-                               "-device", "cpu", *options], env={**environment, **more}, cwd=homes[who],
-                              capture_output=True, text=True, timeout=600)
+        return subprocess.run(
+            [
+                pythons[who],
+                "-c",
+                COMMAND,
+                str(folder),
+                "998",
+                "3d_fullres",
+                "0",
+                "-tr",
+                "FourEpochs",
+                "-device",
+                "cpu",
+                *options,
+            ],
+            env={**environment, **more},
+            cwd=homes[who],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
 
     assert train(first, KILL_AT="2").returncode == -signal.SIGKILL
     fold = roots["nnUNet_results"] / NAME / "FourEpochs__nnUNetPlans__3d_fullres" / "fold_0"

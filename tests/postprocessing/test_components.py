@@ -1,4 +1,5 @@
 """Tests of keeping the largest component."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Tests of the decision on postprocessing, of its files, and of its commands."""
+
 from __future__ import annotations
 
 import json
@@ -43,6 +44,7 @@ def folders(tmp_path):
         (tmp_path / "predictions" / "dataset.json").write_text(json.dumps(make_dataset_json(**changes)))
         (tmp_path / "predictions" / "plans.json").write_text(json.dumps(make_model_plans()))
         return str(tmp_path / "predictions"), str(tmp_path / "references")
+
     return make
 
 
@@ -71,8 +73,9 @@ def test_a_class_that_would_suffer_vetoes_the_foreground_but_not_the_other_class
 
 def test_what_changes_nothing_is_not_accepted(folders):
     predictions, references = folders(draw(), draw())
-    functions, kwargs = module.determine_postprocessing(predictions, references, None, None, 1,
-                                                        keep_postprocessed_files=False)
+    functions, kwargs = module.determine_postprocessing(
+        predictions, references, None, None, 1, keep_postprocessed_files=False
+    )
     assert functions == [] and kwargs == []
     assert not os.path.exists(os.path.join(predictions, "postprocessed"))  # noqa: PTH110
     assert pickle.loads(open(os.path.join(predictions, "postprocessing.pkl"), "rb").read()) == ([], [])  # noqa: PTH123, SIM115
@@ -102,14 +105,20 @@ def test_decisions_equal_those_of_evaluating_written_files(folders, tmp_path):
 
     def score(entries):
         target = tmp_path / f"trial_{len(list(tmp_path.iterdir()))}"
-        module.apply_postprocessing_to_folder(predictions, str(target), [KEEP] * len(entries),
-                                              [{"labels_or_regions": entry} for entry in entries], num_processes=1)
+        module.apply_postprocessing_to_folder(
+            predictions,
+            str(target),
+            [KEEP] * len(entries),
+            [{"labels_or_regions": entry} for entry in entries],
+            num_processes=1,
+        )
         compute_metrics_on_folder2(references, str(target), *files, num_processes=1)
         return load_summary_json(target / "summary.json")
 
     old, new = score([]), score([[1, 2, 3]])
     if new["foreground_mean"]["Dice"] > old["foreground_mean"]["Dice"] and all(
-            new["mean"][which]["Dice"] >= old["mean"][which]["Dice"] for which in (1, 2, 3)):
+        new["mean"][which]["Dice"] >= old["mean"][which]["Dice"] for which in (1, 2, 3)
+    ):
         accepted.append([1, 2, 3])
     for which in (1, 2, 3):
         if score([*accepted, which])["mean"][which]["Dice"] > score(accepted)["mean"][which]["Dice"]:
@@ -173,18 +182,25 @@ def test_a_pickle_that_means_harm_does_nothing(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "proof").exists()
 
 
-@pytest.mark.parametrize("content", [
-    {"spacing": [1, 1, 1]},  # the properties of a case
-    ([KEEP], []), ([KEEP], [{"labels_or_regions": "all"}]), ([KEEP], [{"labels_or_regions": 1, "other": 2}]),
-    ([len], [{}])])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"spacing": [1, 1, 1]},  # the properties of a case
+        ([KEEP], []),
+        ([KEEP], [{"labels_or_regions": "all"}]),
+        ([KEEP], [{"labels_or_regions": 1, "other": 2}]),
+        ([len], [{}]),
+    ],
+)
 def test_other_pickles_are_refused(tmp_path, content):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=r"x\.pkl"):
         load_functions(tmp_path / "x.pkl")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "no json",
-                                     '{"postprocessing_fns": ["os.system"], "postprocessing_kwargs": [{}]}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "no json", '{"postprocessing_fns": ["os.system"], "postprocessing_kwargs": [{}]}']
+)
 def test_other_json_files_are_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=r"x\.json"):
@@ -192,8 +208,11 @@ def test_other_json_files_are_refused(tmp_path, content):
 
 
 def test_a_pickle_with_numpy_numbers_is_read(tmp_path):
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps(([KEEP, KEEP], [{"labels_or_regions": [np.int64(1), np.int64(2)]},
-                                                                 {"labels_or_regions": (np.int64(1), 3)}])))
+    (tmp_path / "x.pkl").write_bytes(
+        pickle.dumps(
+            ([KEEP, KEEP], [{"labels_or_regions": [np.int64(1), np.int64(2)]}, {"labels_or_regions": (np.int64(1), 3)}])
+        )
+    )
     functions, kwargs = load_functions(tmp_path / "x.pkl")
     assert functions == [KEEP, KEEP]
     assert kwargs == [{"labels_or_regions": [1, 2]}, {"labels_or_regions": (1, 3)}]
@@ -202,13 +221,27 @@ def test_a_pickle_with_numpy_numbers_is_read(tmp_path):
 
 def test_the_commands_determine_and_apply(folders, monkeypatch, capsys, tmp_path):
     predictions, references = folders(draw(island_of=1), draw())
-    monkeypatch.setattr(sys, "argv", ["determine", "-i", predictions, "-ref", references, "-np", "1",
-                                      "--remove_postprocessed"])
+    monkeypatch.setattr(
+        sys, "argv", ["determine", "-i", predictions, "-ref", references, "-np", "1", "--remove_postprocessed"]
+    )
     module.entry_point_determine_postprocessing_folder()
     assert "[1, 2, 3]" in capsys.readouterr().out
     target = tmp_path / "applied"
-    monkeypatch.setattr(sys, "argv", ["apply", "-i", predictions, "-o", str(target), "-np", "1", "-pp_pkl_file",
-                                      os.path.join(predictions, "postprocessing.pkl")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "apply",
+            "-i",
+            predictions,
+            "-o",
+            str(target),
+            "-np",
+            "1",
+            "-pp_pkl_file",
+            os.path.join(predictions, "postprocessing.pkl"),
+        ],
+    )
     module.entry_point_apply_postprocessing()
     assert sorted(file.name for file in target.iterdir()) == ["case_0.nii.gz", "case_1.nii.gz"]
     assert np.array_equal(read(str(target), "case_0.nii.gz"), read(references, "case_0.nii.gz"))

@@ -29,8 +29,9 @@ def exit_silently() -> None:
 
 
 def act(action: str, folder: Path) -> None:
-    {"write": partial(write, folder, "done"), "fail": partial(fail, "it"), "kill": be_killed,
-     "exit": exit_silently}[action]()
+    {"write": partial(write, folder, "done"), "fail": partial(fail, "it"), "kill": be_killed, "exit": exit_silently}[
+        action
+    ]()
 
 
 def test_one_process_works_here(tmp_path):

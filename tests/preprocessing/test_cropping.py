@@ -26,7 +26,7 @@ def test_holes_belong_to_the_mask_and_bays_do_not():
     assert (seg == -1).sum() == 1
     mask = create_nonzero_mask(data)
     assert mask.shape == (7, 7, 7)
-    assert mask.sum() == 5 ** 3 - 1
+    assert mask.sum() == 5**3 - 1
 
 
 def test_a_hollow_that_touches_the_image_border_is_no_hole():
@@ -38,6 +38,7 @@ def test_a_hollow_that_touches_the_image_border_is_no_hole():
 @pytest.mark.parametrize("seed", range(5))
 def test_mask_equals_scipys_on_the_full_volume(seed):
     from scipy.ndimage import binary_fill_holes
+
     data = (np.random.default_rng(seed).random((1, 9, 10, 11)) > 0.4).astype(np.float32)
     data[:, :2], data[:, :, -1:] = 0, 0
     np.testing.assert_array_equal(create_nonzero_mask(data), binary_fill_holes(data[0] != 0))

@@ -21,7 +21,8 @@ def preprocess(data, seg, *, spacing=(2.0, 1.0, 1.0), target=(2.0, 1.0, 1.0), da
     manager = PlansManager(make_plans(spacing=target, **plans))
     properties = {"spacing": list(spacing)}
     return DefaultPreprocessor(verbose=False).run_case_npy(
-        data, seg, properties, manager, manager.get_configuration("3d_fullres"), dataset_json or make_dataset_json())
+        data, seg, properties, manager, manager.get_configuration("3d_fullres"), dataset_json or make_dataset_json()
+    )
 
 
 def run(num_processes, preprocessor=None):
@@ -77,8 +78,13 @@ def test_large_labels_need_more_bits():
 
 def test_locations_point_at_their_class():
     data, seg = make_case()
-    _, labels, properties = preprocess(data, seg, dataset_json=make_dataset_json(
-        {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, regions_class_order=[1, 2]))
+    _, labels, properties = preprocess(
+        data,
+        seg,
+        dataset_json=make_dataset_json(
+            {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, regions_class_order=[1, 2]
+        ),
+    )
     locations = properties["class_locations"]
     assert list(locations) == [(1, 2), 2, (-1, 0, 1, 2)]
     assert set(labels[tuple(locations[1, 2].T)]) == {1, 2}
@@ -122,7 +128,8 @@ def test_a_dataset_is_preprocessed_completely(roots, num_processes):
     (folder / "left_over.b2nd").touch()
     run(num_processes)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        f"case_{i}{ending}" for i in range(3) for ending in (".b2nd", ".pkl", "_seg.b2nd"))
+        f"case_{i}{ending}" for i in range(3) for ending in (".b2nd", ".pkl", "_seg.b2nd")
+    )
     data, seg, previous, properties = nnUNetDatasetBlosc2(str(folder))["case_1"]
     assert data.shape == seg.shape == (1, 20, 16, 20)
     assert (data.dtype, seg.dtype, previous) == (np.float32, np.int16, None)
@@ -146,6 +153,7 @@ def test_a_shape_mismatch_names_both_files(roots):
     labels = roots["nnUNet_raw"] / NAME / "labelsTr"
     images = roots["nnUNet_raw"] / NAME / "imagesTr"
     import SimpleITK as sitk
+
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(labels / "case_2.nii.gz"))
     with pytest.raises(CaseFailedError) as caught:
         run(1)
@@ -232,13 +240,18 @@ def test_users_resampling_functions_get_labels_as_they_were_read(monkeypatch):
     from functools import partial
 
     from nnunetv2.utilities.plans_handling import plans_handler
+
     seen = []
 
     def no_resampling_of_a_user(data, new_shape, current_spacing, new_spacing):
         seen.append(data.dtype)
         return data
-    monkeypatch.setattr(plans_handler.ConfigurationManager, "_find_resampling_function",
-                        lambda self, key: partial(no_resampling_of_a_user))
+
+    monkeypatch.setattr(
+        plans_handler.ConfigurationManager,
+        "_find_resampling_function",
+        lambda self, key: partial(no_resampling_of_a_user),
+    )
     preprocess(*make_case())
     assert seen == [np.float32, np.float32]
 

@@ -14,17 +14,20 @@ from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
 
-@pytest.mark.parametrize(("current", "new", "force", "expected"), [
-    ((3.01, 1, 1), (1, 1, 1), None, (True, 0)),
-    ((3, 1, 1), (1, 1, 1), None, (False, None)),
-    ((1, 1, 1), (4, 1, 1), None, (True, 0)),
-    ((1, 1, 5), (1, 1, 1), None, (True, 2)),
-    ((1, 5, 5), (1, 1, 1), None, (False, None)),
-    ((1, 5, 5), (9, 1, 1), None, (False, None)),  # the current spacing decides alone
-    ((2, 1, 1), (1, 1, 1), True, (True, 0)),
-    ((9, 1, 1), (1, 1, 1), False, (False, None)),
-    ((1, 1, 1), (1, 1, 1), True, (False, None)),
-])
+@pytest.mark.parametrize(
+    ("current", "new", "force", "expected"),
+    [
+        ((3.01, 1, 1), (1, 1, 1), None, (True, 0)),
+        ((3, 1, 1), (1, 1, 1), None, (False, None)),
+        ((1, 1, 1), (4, 1, 1), None, (True, 0)),
+        ((1, 1, 5), (1, 1, 1), None, (True, 2)),
+        ((1, 5, 5), (1, 1, 1), None, (False, None)),
+        ((1, 5, 5), (9, 1, 1), None, (False, None)),  # the current spacing decides alone
+        ((2, 1, 1), (1, 1, 1), True, (True, 0)),
+        ((9, 1, 1), (1, 1, 1), False, (False, None)),
+        ((1, 1, 1), (1, 1, 1), True, (False, None)),
+    ],
+)
 def test_separate_z_decision(current, new, force, expected):
     assert determine_do_sep_z_and_axis(force, current, new) == expected
 
@@ -60,13 +63,15 @@ def test_slices_are_repeated_and_dropped_not_mixed():
 def test_each_slice_is_resampled_and_clipped_by_itself(axis, order_z):
     from scipy.ndimage import map_coordinates
     from skimage.transform import resize
+
     data = np.random.default_rng(0).normal(size=(2, 9, 10, 11))
     new = [14, 15, 16]
     in_plane = [n for a, n in enumerate(new) if a != axis]
     result = resample_data_or_seg(data, new, axis=axis, order=3, do_separate_z=True, order_z=order_z)
     for channel, channel_result in zip(data, result):
-        planes = np.stack([resize(plane, in_plane, 3, mode="edge", anti_aliasing=False)
-                           for plane in np.moveaxis(channel, axis, 0)])
+        planes = np.stack(
+            [resize(plane, in_plane, 3, mode="edge", anti_aliasing=False) for plane in np.moveaxis(channel, axis, 0)]
+        )
         old_n, new_n = len(planes), new[axis]
         positions = (old_n / new_n) * (np.arange(new_n) + 0.5) - 0.5
         grid = np.meshgrid(positions, *(np.arange(n) for n in in_plane), indexing="ij")

@@ -142,8 +142,11 @@ def test_a_journal_of_nonsense_is_worth_nothing(tmp_path, sources, nonsense):
 
 def test_two_runs_do_not_meet_in_one_folder(tmp_path, sources):
     folder = tmp_path / "data"
-    with FinishedCases(folder, MADE_FROM), pytest.raises(FolderInUseError, match="another process"), \
-            FinishedCases(folder, MADE_FROM):
+    with (
+        FinishedCases(folder, MADE_FROM),
+        pytest.raises(FolderInUseError, match="another process"),
+        FinishedCases(folder, MADE_FROM),
+    ):
         pass
     remaining(folder, sources)  # the first is over
 
@@ -178,6 +181,7 @@ def cases_done_by_run(roots, monkeypatch):
         vars(preprocessor).update(settings)
         preprocessor.run(987, "3d_fullres", "nnUNetPlans", 1)
         return Counting.done
+
     return run
 
 
@@ -189,8 +193,16 @@ def test_a_second_run_does_what_is_new(roots, cases_done_by_run):
     assert cases_done_by_run() == ["case_1"]
 
 
-@pytest.mark.parametrize("change", [{"spacing": (2.0, 1.0, 1.0)}, {"use_mask_for_norm": [True]},
-                                    {"patch_size": [8, 8, 8]}, {"setting_of_a_user": 1}, {"transpose": (0, 2, 1)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spacing": (2.0, 1.0, 1.0)},
+        {"use_mask_for_norm": [True]},
+        {"patch_size": [8, 8, 8]},
+        {"setting_of_a_user": 1},
+        {"transpose": (0, 2, 1)},
+    ],
+)
 def test_other_plans_mean_other_cases(roots, cases_done_by_run, change):
     write_raw_dataset(roots, cases=2)
     cases_done_by_run()
@@ -251,6 +263,7 @@ def test_a_dead_worker_costs_its_case_only(roots):
 
 def test_a_full_disk_leaves_no_half_of_a_case(roots, monkeypatch):
     from nnunetv2.training.dataloading import nnunet_dataset
+
     folder = write_raw_dataset(roots, cases=2)
     save_pickle = nnunet_dataset.save_pickle
 
@@ -258,6 +271,7 @@ def test_a_full_disk_leaves_no_half_of_a_case(roots, monkeypatch):
         if "case_1" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save_pickle(properties, path)
+
     monkeypatch.setattr(nnunet_dataset, "save_pickle", fail_for_case_1)
     preprocessor = DefaultPreprocessor(verbose=False)
     preprocessor.show_progress_bar = False

@@ -1,4 +1,5 @@
 """A run that is killed at any moment goes on when it is started again, and ends with the same bytes."""
+
 import hashlib
 import json
 import os
@@ -33,12 +34,16 @@ def start(tmp_path):
 
     def start() -> subprocess.Popen:
         return subprocess.Popen([sys.executable, script], cwd=tmp_path, start_new_session=True)
+
     return start
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())
-            if not path.name.startswith(".partial-")}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".partial-")
+    }
 
 
 def visible_cases(folder: Path) -> set[str]:
@@ -88,8 +93,9 @@ def test_a_run_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(roots
             assert found[name] == undisturbed[name]  # none of them is half written
         for path, time_of_change in kept.items():
             assert path.stat().st_mtime_ns == time_of_change  # and what was finished was not done again
-        kept = {folder / f"{case}.b2nd": (folder / f"{case}.b2nd").stat().st_mtime_ns
-                for case in cases_in_journal(folder)}
+        kept = {
+            folder / f"{case}.b2nd": (folder / f"{case}.b2nd").stat().st_mtime_ns for case in cases_in_journal(folder)
+        }
     assert start().wait() == 0
     assert digest_files(folder) == undisturbed
     assert not list(folder.glob(".*"))

@@ -9,6 +9,7 @@ from nnunetv2.preprocessing.resampling.label_resampling import find_mixed_cells,
 
 def blobs(shape, num_labels, seed=0, sigma=4.0, dtype=np.int8):
     from scipy.ndimage import gaussian_filter
+
     smooth = gaussian_filter(np.random.default_rng(seed).normal(size=shape), sigma)
     borders = np.quantile(smooth, np.linspace(0, 1, num_labels + 1)[1:-1])
     return (np.digitize(smooth, borders) - 1).astype(dtype)
@@ -36,9 +37,17 @@ def test_the_smallest_label_wins_a_tie_without_the_nearest():
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-@pytest.mark.parametrize(("old", "new"), [
-    ((20, 31, 17), (40, 62, 34)), ((20, 31, 17), (33, 29, 40)), ((24, 30, 18), (12, 15, 9)), ((30, 40), (77, 21)),
-    ((1, 40, 50), (1, 80, 33)), ((9, 8, 7), (9, 8, 14))])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((20, 31, 17), (40, 62, 34)),
+        ((20, 31, 17), (33, 29, 40)),
+        ((24, 30, 18), (12, 15, 9)),
+        ((30, 40), (77, 21)),
+        ((1, 40, 50), (1, 80, 33)),
+        ((9, 8, 7), (9, 8, 14)),
+    ],
+)
 def test_agrees_with_batchgenerators_on_smooth_objects(old, new, order):
     labels = blobs(old, 6)
     expected = resize_segmentation(labels, new, order)
@@ -73,6 +82,7 @@ def test_mixed_cells_by_hand():
 
 def test_many_slabs_and_chunks_give_the_same_labels(monkeypatch):
     from nnunetv2.preprocessing.resampling import label_resampling
+
     labels = np.random.default_rng(0).integers(0, 9, (11, 12, 13))
     expected = resample_labels(labels, (20, 17, 19), 1)
     monkeypatch.setattr(label_resampling, "_SLAB_VOXELS", 700)

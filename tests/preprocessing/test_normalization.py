@@ -79,8 +79,16 @@ def test_arguments_are_checked():
         ZScoreNormalization(True, [])
 
 
-@pytest.mark.parametrize(("name", "scheme"), [
-    ("CT", CTNormalization), ("noNorm", NoNormalization), ("zscore", ZScoreNormalization), ("T2", ZScoreNormalization),
-    ("rescale_to_0_1", RescaleTo01Normalization), ("RGB_to_0_1", RGBTo01Normalization)])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("CT", CTNormalization),
+        ("noNorm", NoNormalization),
+        ("zscore", ZScoreNormalization),
+        ("T2", ZScoreNormalization),
+        ("rescale_to_0_1", RescaleTo01Normalization),
+        ("RGB_to_0_1", RGBTo01Normalization),
+    ],
+)
 def test_channel_names_choose_the_scheme(name, scheme):
     assert get_normalization_scheme(name) is scheme

@@ -1,4 +1,5 @@
 """Separable interpolation against scikit-image's, which computes every voxel from its 64 neighbours."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,11 +49,19 @@ def test_constants_are_reproduced(old, new, order):
 
 
 @pytest.mark.parametrize("order", range(6))
-@pytest.mark.parametrize(("old", "new"), [
-    ((20, 31, 17), (33, 29, 40)), ((1, 40, 50), (1, 80, 33)), ((5, 3, 100), (2, 9, 30)), ((9, 8, 7), (9, 8, 14)),
-    ((30, 40), (77, 21))])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((20, 31, 17), (33, 29, 40)),
+        ((1, 40, 50), (1, 80, 33)),
+        ((5, 3, 100), (2, 9, 30)),
+        ((9, 8, 7), (9, 8, 14)),
+        ((30, 40), (77, 21)),
+    ],
+)
 def test_agrees_with_scikit_image(old, new, order):
     from skimage.transform import resize
+
     image = np.random.default_rng(0).normal(3, 2, size=old)
     expected = resize(image, new, order, mode="edge", anti_aliasing=False)
     value_range = np.ptp(image)
@@ -62,6 +71,7 @@ def test_agrees_with_scikit_image(old, new, order):
 
 def test_long_axes_agree_across_block_borders():
     from skimage.transform import resize
+
     image = np.random.default_rng(0).normal(size=(2, 700))
     expected = resize(image, (2, 1111), 3, mode="edge", anti_aliasing=False)
     assert np.abs(resampled(image, (2, 1111), 3) - expected).max() < 1e-12

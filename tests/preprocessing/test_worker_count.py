@@ -18,12 +18,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 GB = 2**30
 
 
-@pytest.mark.parametrize(("case_gb", "cases", "free_gb", "cores", "expected"), [
-    (1, 100, 100, 4, 4),  # cores decide
-    (1, 3, 100, 64, 3),  # cases
-    (3, 100, 24, 16, 6),  # memory, of which a fifth stays free
-    (50, 100, 24, 16, 1),  # at least one has to try
-])
+@pytest.mark.parametrize(
+    ("case_gb", "cases", "free_gb", "cores", "expected"),
+    [
+        (1, 100, 100, 4, 4),  # cores decide
+        (1, 3, 100, 64, 3),  # cases
+        (3, 100, 24, 16, 6),  # memory, of which a fifth stays free
+        (50, 100, 24, 16, 1),  # at least one has to try
+    ],
+)
 def test_cores_cases_and_memory_limit_the_processes(case_gb, cases, free_gb, cores, expected):
     assert choose_num_processes(case_gb * GB, cases, free_bytes=free_gb * GB, cores=cores) == expected
 
@@ -34,8 +37,10 @@ def test_short_memory_is_told(caplog):
     assert "2 process(es), because a case may take" in caplog.text
 
 
-@pytest.mark.parametrize(("text", "expected"), [("50000 100000", 1), ("150000 100000", 2), ("max 100000", None),
-                                                ("nonsense", None), (None, None)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("50000 100000", 1), ("150000 100000", 2), ("max 100000", None), ("nonsense", None), (None, None)],
+)
 def test_quotas_of_containers_count(tmp_path, monkeypatch, text, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
     if text is not None:
@@ -44,8 +49,11 @@ def test_quotas_of_containers_count(tmp_path, monkeypatch, text, expected):
 
 
 def fingerprint(*shapes, relative_size=1.0):
-    return {"shapes_after_crop": shapes, "spacings": [(2.0, 1.0, 1.0)] * len(shapes),
-            "median_relative_size_after_cropping": relative_size}
+    return {
+        "shapes_after_crop": shapes,
+        "spacings": [(2.0, 1.0, 1.0)] * len(shapes),
+        "median_relative_size_after_cropping": relative_size,
+    }
 
 
 def case_bytes(fingerprint, **plans) -> int:
@@ -65,7 +73,8 @@ def test_finer_grids_more_channels_and_margins_of_zeros_take_more():
     assert case_bytes(fingerprint((100, 100, 100), relative_size=0.3)) > 1.5 * base
     # 2d keeps the distance of slices
     assert case_bytes(fingerprint((100, 100, 100)), spacing=(0.5, 0.5)) < case_bytes(
-        fingerprint((100, 100, 100)), spacing=(1.0, 0.5, 0.5))
+        fingerprint((100, 100, 100)), spacing=(1.0, 0.5, 0.5)
+    )
 
 
 def test_voxels_are_read_from_headers(tmp_path):
@@ -83,6 +92,7 @@ def test_a_case_takes_about_what_was_estimated():
     import tracemalloc
 
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
     plans = {"spacing": (1.5, 0.9, 0.9), "channels": 2}
     manager = PlansManager(make_plans(**plans))
     configuration = manager.get_configuration("3d_fullres")
@@ -93,8 +103,10 @@ def test_a_case_takes_about_what_was_estimated():
         arrays = [np.zeros((1, *shape), np.float32), np.random.default_rng(0).random((2, *shape), np.float32)]
         arrays[0][:, 2:9] = 1
         # popped, so that nothing but the preprocessor holds them, as after reading
-        DefaultPreprocessor(verbose=False).run_case_npy(arrays.pop(), arrays.pop(), {"spacing": [2.0, 1.0, 1.0]},
-                                                        manager, configuration, dataset_json)
+        DefaultPreprocessor(verbose=False).run_case_npy(
+            arrays.pop(), arrays.pop(), {"spacing": [2.0, 1.0, 1.0]}, manager, configuration, dataset_json
+        )
+
     preprocess((10, 11, 12))  # imports count too
     tracemalloc.start()
     try:
@@ -111,8 +123,10 @@ def test_a_case_takes_about_what_was_estimated():
 def test_the_sites_own_cases_decide_where_the_fingerprint_is_that_of_a_federation(tmp_path, is_federated):
     from nnunetv2.preprocessing.preprocessors.dataset_run import DatasetRun
 
-    for name, shape in (("dataset_fingerprint.json", (10, 100, 100)),
-                        *((("dataset_fingerprint_local.json", (99, 99, 99)),) if is_federated else ())):
+    for name, shape in (
+        ("dataset_fingerprint.json", (10, 100, 100)),
+        *((("dataset_fingerprint_local.json", (99, 99, 99)),) if is_federated else ()),
+    ):
         (tmp_path / name).write_text(json.dumps(fingerprint(shape)))
     run = DatasetRun(PlansManager(make_plans()), None, {}, {}, tmp_path / "nnUNetPlans_3d_fullres")
     assert run.fingerprint["shapes_after_crop"] == [[99, 99, 99] if is_federated else [10, 100, 100]]

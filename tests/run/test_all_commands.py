@@ -1,4 +1,5 @@
 """Every command of setup.py answers -h at once, and its help says something about each option."""
+
 from __future__ import annotations
 
 import ast
@@ -60,10 +61,27 @@ def test_help_comes_at_once_and_without_heavy_libraries(name):
 def test_every_command_of_the_release_is_there():
     """The 21 of release 2.8.1, beside those of the federation."""
     expected = {
-        "accumulate_crossval_results", "apply_postprocessing", "convert_MSD_dataset", "convert_old_nnUNet_dataset",
-        "determine_postprocessing", "download_pretrained_model_by_url", "ensemble", "evaluate_folder",
-        "evaluate_simple", "export_model_to_zip", "extract_fingerprint", "find_best_configuration",
-        "install_pretrained_model_from_zip", "move_plans_between_datasets", "plan_and_preprocess", "plan_experiment",
-        "plot_overlay_pngs", "predict", "predict_from_modelfolder", "preprocess", "train"}
+        "accumulate_crossval_results",
+        "apply_postprocessing",
+        "convert_MSD_dataset",
+        "convert_old_nnUNet_dataset",
+        "determine_postprocessing",
+        "download_pretrained_model_by_url",
+        "ensemble",
+        "evaluate_folder",
+        "evaluate_simple",
+        "export_model_to_zip",
+        "extract_fingerprint",
+        "find_best_configuration",
+        "install_pretrained_model_from_zip",
+        "move_plans_between_datasets",
+        "plan_and_preprocess",
+        "plan_experiment",
+        "plot_overlay_pngs",
+        "predict",
+        "predict_from_modelfolder",
+        "preprocess",
+        "train",
+    }
     assert len(expected) == 21
     assert {f"nnUNetv2_{name}" for name in expected} <= set(COMMANDS)

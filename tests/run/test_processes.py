@@ -1,4 +1,5 @@
 """Several processes that train one network."""
+
 import os
 import subprocess
 import sys
@@ -46,8 +47,14 @@ def fold(roots, monkeypatch, tmp_path) -> Path:
 
 def start(launcher: list, *options: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *launcher, "998", "3d_fullres", "0", "-tr", "DdpTrainer", "-device", "cpu", *options]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True,
-                          timeout=PATIENCE_S, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 COMMAND = ["-m", "nnunetv2.run.run_training"]
@@ -56,14 +63,19 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 def assert_is_one_training(fold: Path) -> None:
     assert len(list(fold.glob("training_log_*.txt"))) == 1
-    assert {path.name for path in fold.parent.iterdir()} == {"fold_0", "plans.json", "dataset.json",
-                                                             "dataset_fingerprint.json"}
+    assert {path.name for path in fold.parent.iterdir()} == {
+        "fold_0",
+        "plans.json",
+        "dataset.json",
+        "dataset_fingerprint.json",
+    }
     assert (fold / "checkpoint_final.pth").is_file() and (fold / "validation" / "summary.json").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "options"), [(COMMAND, ("-num_gpus", "2")), (TORCHRUN, ())],
-                         ids=["num_gpus", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "options"), [(COMMAND, ("-num_gpus", "2")), (TORCHRUN, ())], ids=["num_gpus", "torchrun"]
+)
 def test_processes_train_together_on_a_cpu(fold, launcher, options):
     done = start(launcher, *options)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,5 @@
 """Trainings that were interrupted."""
+
 import os
 import signal
 import subprocess
@@ -84,8 +85,18 @@ def test_a_seeded_training_that_was_interrupted_ends_with_the_same_bits(fold, mo
 
 @pytest.mark.slow
 def test_a_training_killed_in_mid_epoch_goes_on_at_its_last_checkpoint(fold):
-    command = [sys.executable, "-m", "nnunetv2.run.run_training", "998", "3d_fullres", "0", "-tr", "FourEpochs",
-               "-device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "nnunetv2.run.run_training",
+        "998",
+        "3d_fullres",
+        "0",
+        "-tr",
+        "FourEpochs",
+        "-device",
+        "cpu",
+    ]
     killed = subprocess.run(command, env={**os.environ, "KILL_AT": "2"}, cwd=PROJECT, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert load_checkpoint_file(fold / "checkpoint_latest.pth")["current_epoch"] == 2

@@ -56,21 +56,53 @@ def weights_in(file):
 def test_the_parser_knows_the_options_of_the_reference():
     args = build_parser().parse_args(["4", "3d_fullres", "all"])
     assert vars(args) == {
-        "dataset_name_or_id": "4", "configuration": "3d_fullres", "fold": "all", "tr": "nnUNetTrainer",
-        "p": "nnUNetPlans", "pretrained_weights": None, "num_gpus": 1, "npz": False, "c": False, "val": False,
-        "val_best": False, "disable_checkpointing": False, "device": "cuda"}
+        "dataset_name_or_id": "4",
+        "configuration": "3d_fullres",
+        "fold": "all",
+        "tr": "nnUNetTrainer",
+        "p": "nnUNetPlans",
+        "pretrained_weights": None,
+        "num_gpus": 1,
+        "npz": False,
+        "c": False,
+        "val": False,
+        "val_best": False,
+        "disable_checkpointing": False,
+        "device": "cuda",
+    }
     args = build_parser().parse_args(
-        ["Dataset004_H", "2d", "1", "-tr", "T", "-p", "P", "-pretrained_weights", "f", "-num_gpus", "2", "--npz", "--c",
-         "--val", "--val_best", "--disable_checkpointing", "-device", "cpu"])
+        [
+            "Dataset004_H",
+            "2d",
+            "1",
+            "-tr",
+            "T",
+            "-p",
+            "P",
+            "-pretrained_weights",
+            "f",
+            "-num_gpus",
+            "2",
+            "--npz",
+            "--c",
+            "--val",
+            "--val_best",
+            "--disable_checkpointing",
+            "-device",
+            "cpu",
+        ]
+    )
     assert (args.tr, args.p, args.pretrained_weights, args.num_gpus, args.device) == ("T", "P", "f", 2, "cpu")
     assert args.npz and args.c and args.val and args.val_best and args.disable_checkpointing
 
 
 def test_help_answers_at_once_without_torch():
-    code = ("import sys, nnunetv2.run.run_training as m; sys.argv = ['nnUNetv2_train', '-h']\n"
-            "try:\n    m.run_training_entry()\nfinally:\n"
-            "    late = {'torch', 'scipy', 'pandas', 'SimpleITK', 'matplotlib', 'skimage'} & set(sys.modules)\n"
-            "    assert not late, late")
+    code = (
+        "import sys, nnunetv2.run.run_training as m; sys.argv = ['nnUNetv2_train', '-h']\n"
+        "try:\n    m.run_training_entry()\nfinally:\n"
+        "    late = {'torch', 'scipy', 'pandas', 'SimpleITK', 'matplotlib', 'skimage'} & set(sys.modules)\n"
+        "    assert not late, late"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "pretrained_weights" in done.stdout, done.stderr
 
@@ -105,12 +137,16 @@ def test_other_folds_are_refused(fold):
         module.parse_fold(fold)
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"continue_training": True, "only_run_validation": True}, AssertionError, "use one of them"),
-    ({"val_with_best": True, "disable_checkpointing": True}, AssertionError, "--val_best needs checkpoint_best"),
-    ({"continue_training": True, "pretrained_weights": "x"}, RuntimeError, "use one of them"),
-    ({"pretrained_weights": "missing.pth"}, FileNotFoundError, "missing.pth"),
-    ({"num_gpus": 0}, AssertionError, "at least one")])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"continue_training": True, "only_run_validation": True}, AssertionError, "use one of them"),
+        ({"val_with_best": True, "disable_checkpointing": True}, AssertionError, "--val_best needs checkpoint_best"),
+        ({"continue_training": True, "pretrained_weights": "x"}, RuntimeError, "use one of them"),
+        ({"pretrained_weights": "missing.pth"}, FileNotFoundError, "missing.pth"),
+        ({"num_gpus": 0}, AssertionError, "at least one"),
+    ],
+)
 def test_options_that_exclude_each_other_are_refused_before_anything_is_written(dataset, options, error, message):
     with pytest.raises(error, match=message):
         train(**options)
@@ -135,8 +171,9 @@ def test_missing_plans_say_what_to_run(dataset):
         run_training(998, "3d_fullres", 0, plans_identifier="OtherPlans", device=CPU)
 
 
-@pytest.mark.parametrize(("options", "resumes"), [
-    ({}, False), ({"continue_training": True}, True), ({"only_run_validation": True}, True)])
+@pytest.mark.parametrize(
+    ("options", "resumes"), [({}, False), ({"continue_training": True}, True), ({"only_run_validation": True}, True)]
+)
 def test_only_a_fresh_training_starts_its_logging_anew(dataset, monkeypatch, options, resumes):
     asked = []
 
@@ -158,7 +195,7 @@ def test_trainers_are_found_by_name_for_ids_and_names(dataset):
 
 
 def test_a_free_port_is_a_port():
-    assert 1024 <= module.find_free_network_port() < 2 ** 16
+    assert 1024 <= module.find_free_network_port() < 2**16
 
 
 # ---------------------------------------------------------------------------------------------------- going on
@@ -189,7 +226,7 @@ def test_the_checkpoint_with_most_epochs_is_continued_and_damaged_ones_are_passe
     maybe_load_checkpoint(trainer, True, False)
     assert trainer.current_epoch == 7
     whole = (dataset / "checkpoint_best.pth").read_bytes()
-    (dataset / "checkpoint_best.pth").write_bytes(whole[:len(whole) // 2])
+    (dataset / "checkpoint_best.pth").write_bytes(whole[: len(whole) // 2])
     trainer = get_trainer_from_args(998, "3d_fullres", 0, "ShortTrainer", device=CPU)
     maybe_load_checkpoint(trainer, True, False)
     assert trainer.current_epoch == 5
@@ -261,9 +298,10 @@ def test_two_runs_with_a_seed_give_the_same_weights(dataset, monkeypatch):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("seed", ["x", "-1", str(2 ** 32)])
+@pytest.mark.parametrize("seed", ["x", "-1", str(2**32)])
 def test_seeds_are_whole_numbers(monkeypatch, seed):
     from nnunetv2.training.seeding import seed_from_environment
+
     monkeypatch.setenv("nnUNet_seed", seed)
     with pytest.raises(ValueError, match="nnUNet_seed"):
         seed_from_environment()
@@ -319,8 +357,9 @@ run_training.main(["998", "3d_fullres", "0", "-tr", "ShortTrainer", "-device", "
 
 
 def test_a_training_starts_without_the_slow_libraries_it_does_not_need(dataset):
-    finished = subprocess.run([sys.executable, "-c", FIRST_STEP], check=False, timeout=PATIENCE_S, text=True,
-                              capture_output=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", FIRST_STEP], check=False, timeout=PATIENCE_S, text=True, capture_output=True
+    )
     assert "loaded: []" in finished.stdout, finished.stderr
 
 
@@ -329,13 +368,22 @@ def test_two_processes_train_one_network_and_write_one_set_of_files(dataset, roo
     script = tmp_path / "distributed_training.py"
     script.write_text(textwrap.dedent(DISTRIBUTED))
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([sys.executable, script, str(module.find_free_network_port())], capture_output=True,
-                          text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script, str(module.find_free_network_port())],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "SHARE 0 1 0.0" in done.stdout and "SHARE 1 1 1.0" in done.stdout
     assert len(list(dataset.glob("training_log_*.txt"))) == 1
-    assert {path.name for path in dataset.parent.iterdir()} == {"fold_0", "plans.json", "dataset.json",
-                                                                "dataset_fingerprint.json"}
+    assert {path.name for path in dataset.parent.iterdir()} == {
+        "fold_0",
+        "plans.json",
+        "dataset.json",
+        "dataset_fingerprint.json",
+    }
     assert (dataset / "validation" / "summary.json").is_file()
 
 

@@ -1,4 +1,5 @@
 """What trainers of third parties override, read and import: names of the specification, separated by spaces."""
+
 from __future__ import annotations
 
 HOOKS = """__init__ initialize build_network_architecture _build_loss _get_deep_supervision_scales
@@ -23,32 +24,26 @@ LOGGER_MEMBERS = "log get_value local_logger log_summary update_config plot_prog
 
 _TRAINING, _UTILITIES = "nnunetv2.training", "nnunetv2.utilities"
 MODULES = {
-    f"{_TRAINING}.nnUNetTrainer.nnUNetTrainer":
-        "nnUNetTrainer join load_json isfile save_json maybe_mkdir_p autocast dist DDP OptimizedModule GradScaler",
+    f"{_TRAINING}.nnUNetTrainer.nnUNetTrainer": "nnUNetTrainer join load_json isfile save_json maybe_mkdir_p autocast dist DDP OptimizedModule GradScaler",
     f"{_TRAINING}.loss.dice": "SoftDiceLoss MemoryEfficientSoftDiceLoss get_tp_fp_fn_tn",
     f"{_TRAINING}.loss.compound_losses": "DC_and_CE_loss DC_and_BCE_loss DC_and_topk_loss",
     f"{_TRAINING}.loss.robust_ce_loss": "RobustCrossEntropyLoss TopKLoss",
     f"{_TRAINING}.loss.deep_supervision": "DeepSupervisionWrapper",
     f"{_TRAINING}.lr_scheduler.polylr": "PolyLRScheduler",
-    f"{_TRAINING}.lr_scheduler.warmup":
-        "Lin_incr_LRScheduler Lin_incr_offset_LRScheduler PolyLRScheduler_offset CosineAnnealingLR_offset",
+    f"{_TRAINING}.lr_scheduler.warmup": "Lin_incr_LRScheduler Lin_incr_offset_LRScheduler PolyLRScheduler_offset CosineAnnealingLR_offset",
     f"{_TRAINING}.logging.nnunet_logger": "MetaLogger LocalLogger WandbLogger get_cluster_job_id",
-    f"{_TRAINING}.dataloading.nnunet_dataset":
-        "nnUNetBaseDataset nnUNetDatasetNumpy nnUNetDatasetBlosc2 infer_dataset_class file_ending_dataset_mapping",
+    f"{_TRAINING}.dataloading.nnunet_dataset": "nnUNetBaseDataset nnUNetDatasetNumpy nnUNetDatasetBlosc2 infer_dataset_class file_ending_dataset_mapping",
     f"{_TRAINING}.dataloading.data_loader": "nnUNetDataLoader",
     f"{_TRAINING}.dataloading.utils": "unpack_dataset _convert_to_npy",
     f"{_TRAINING}.data_augmentation.compute_initial_patch_size": "get_patch_size",
-    f"{_TRAINING}.data_augmentation.custom_transforms.cascade_transforms":
-        "MoveSegAsOneHotToData RemoveRandomConnectedComponentFromOneHotEncodingTransform "
-        "ApplyRandomBinaryOperatorTransform",
+    f"{_TRAINING}.data_augmentation.custom_transforms.cascade_transforms": "MoveSegAsOneHotToData RemoveRandomConnectedComponentFromOneHotEncodingTransform "
+    "ApplyRandomBinaryOperatorTransform",
     f"{_TRAINING}.data_augmentation.custom_transforms.deep_supervision_donwsampling": "DownsampleSegForDSTransform2",
     f"{_TRAINING}.data_augmentation.custom_transforms.masking": "MaskTransform",
     f"{_TRAINING}.data_augmentation.custom_transforms.region_based_training": "ConvertSegmentationToRegionsTransform",
-    f"{_TRAINING}.data_augmentation.custom_transforms.transforms_for_dummy_2d":
-        "Convert3DTo2DTransform Convert2DTo3DTransform",
-    "nnunetv2.run.run_training":
-        "run_training run_training_entry get_trainer_from_args maybe_load_checkpoint setup_ddp cleanup_ddp run_ddp "
-        "find_free_network_port",
+    f"{_TRAINING}.data_augmentation.custom_transforms.transforms_for_dummy_2d": "Convert3DTo2DTransform Convert2DTo3DTransform",
+    "nnunetv2.run.run_training": "run_training run_training_entry get_trainer_from_args maybe_load_checkpoint setup_ddp cleanup_ddp run_ddp "
+    "find_free_network_port",
     "nnunetv2.run.load_pretrained_weights": "load_pretrained_weights",
     f"{_UTILITIES}.get_network_from_plans": "get_network_from_plans",
     f"{_UTILITIES}.get_network_via_name": "get_network_from_name",
@@ -59,8 +54,7 @@ MODULES = {
     f"{_UTILITIES}.helpers": "softmax_helper_dim0 softmax_helper_dim1 empty_cache dummy_context",
     f"{_UTILITIES}.find_class_by_name": "recursive_find_python_class",
     f"{_UTILITIES}.find_objects": "recursive_find_trainer_class_by_name",
-    f"{_UTILITIES}.label_handling.label_handling":
-        "LabelManager convert_labelmap_to_one_hot determine_num_input_channels get_labelmanager_class_from_plans",
+    f"{_UTILITIES}.label_handling.label_handling": "LabelManager convert_labelmap_to_one_hot determine_num_input_channels get_labelmanager_class_from_plans",
     f"{_UTILITIES}.network_initialization": "InitWeights_He",
     f"{_UTILITIES}.plans_handling.plans_handler": "PlansManager ConfigurationManager",
     "nnunetv2.configuration": "default_num_processes ANISO_THRESHOLD",

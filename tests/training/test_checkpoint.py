@@ -17,13 +17,23 @@ from nnunetv2.training.checkpoint import load_checkpoint_file, rank_checkpoints,
 
 def make_checkpoint(epoch=3, **more):
     weight = torch.arange(6.0).reshape(2, 3)
-    return {"network_weights": collections.OrderedDict(weight=weight, alias=weight), "current_epoch": epoch,
-            "optimizer_state": {"state": {0: {"momentum_buffer": weight * 2}}, "param_groups": [{"lr": 0.01}]},
-            "grad_scaler_state": None, "_best_ema": np.float32(0.5), "trainer_name": "nnUNetTrainer",
-            "logging": {"mean_fg_dice": [np.float64(0.25), np.float32(0.5)], "dice": [[np.float32("nan")]],
-                        "array": [np.arange(3)], "lrs": [0.01]},
-            "init_args": {"fold": 0, "device": torch.device("cpu"), "dataset_json": {"numTraining": np.int64(4)}},
-            "inference_allowed_mirroring_axes": (0, 1, 2), **more}
+    return {
+        "network_weights": collections.OrderedDict(weight=weight, alias=weight),
+        "current_epoch": epoch,
+        "optimizer_state": {"state": {0: {"momentum_buffer": weight * 2}}, "param_groups": [{"lr": 0.01}]},
+        "grad_scaler_state": None,
+        "_best_ema": np.float32(0.5),
+        "trainer_name": "nnUNetTrainer",
+        "logging": {
+            "mean_fg_dice": [np.float64(0.25), np.float32(0.5)],
+            "dice": [[np.float32("nan")]],
+            "array": [np.arange(3)],
+            "lrs": [0.01],
+        },
+        "init_args": {"fold": 0, "device": torch.device("cpu"), "dataset_json": {"numTraining": np.int64(4)}},
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+        **more,
+    }
 
 
 def assert_is_complete(loaded):

@@ -1,4 +1,5 @@
 """Two processes with shares of a batch learn what one process learns from the whole batch."""
+
 import json
 import os
 import subprocess
@@ -74,11 +75,15 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch_size", "batch_dice"), [(4, False), (4, True), (3, False), (3, True)],
-                         ids=["even", "even, batch Dice", "uneven", "uneven, batch Dice"])
+@pytest.mark.parametrize(
+    ("batch_size", "batch_dice"),
+    [(4, False), (4, True), (3, False), (3, True)],
+    ids=["even", "even, batch Dice", "uneven", "uneven, batch Dice"],
+)
 def test_two_processes_end_with_the_weights_and_figures_of_one(roots, tmp_path, batch_size, batch_dice):
-    plans = make_tiny_dataset(roots["nnUNet_preprocessed"], stages=3, batch_size=batch_size, batch_dice=batch_dice,
-                              cases=1)
+    plans = make_tiny_dataset(
+        roots["nnUNet_preprocessed"], stages=3, batch_size=batch_size, batch_dice=batch_dice, cases=1
+    )
     dataset_json = json.loads(next(roots["nnUNet_preprocessed"].glob("*/dataset.json")).read_text())
     script, plans_file = tmp_path / "train.py", tmp_path / "plans.json"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -87,8 +92,13 @@ def test_two_processes_end_with_the_weights_and_figures_of_one(roots, tmp_path, 
     results = []
     for world_size in (1, 2):
         out = tmp_path / f"{world_size}.npz"
-        subprocess.run([sys.executable, script, plans_file, out, str(find_free_network_port()), str(STEPS),
-                        str(world_size)], check=True, env=environment, timeout=300, capture_output=True)
+        subprocess.run(
+            [sys.executable, script, plans_file, out, str(find_free_network_port()), str(STEPS), str(world_size)],
+            check=True,
+            env=environment,
+            timeout=300,
+            capture_output=True,
+        )
         with np.load(out) as loaded:
             results.append(dict(loaded))
     alone, together = results

@@ -1,4 +1,5 @@
 """The examples of the pages on extending and fine-tuning nnU-Net: each trains."""
+
 from __future__ import annotations
 
 import json
@@ -93,7 +94,10 @@ def test_documented_attributes_have_their_documented_defaults(documented):
     assert (trainer.initial_lr, trainer.save_every) == (5e-3, 10)
     trainer_class = recursive_find_trainer_class_by_name("nnUNetTrainerNoSmoothNoMirroring250")
     assert [parent.__name__ for parent in trainer_class.__mro__[1:4]] == [
-        "nnUNetTrainerDiceCELoss_noSmooth", "nnUNetTrainerNoMirroring", "nnUNetTrainer_250epochs"]
+        "nnUNetTrainerDiceCELoss_noSmooth",
+        "nnUNetTrainerNoMirroring",
+        "nnUNetTrainer_250epochs",
+    ]
 
 
 def test_trainers_of_the_last_table_exist():

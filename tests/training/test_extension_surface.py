@@ -1,4 +1,5 @@
 """The contract with trainers of third parties, point by point."""
+
 from __future__ import annotations
 
 import importlib
@@ -85,8 +86,9 @@ def test_the_loss_receives_lists_exactly_with_deep_supervision(trainer, deep_sup
     trainer.enable_deep_supervision = deep_supervision
     trainer.initialize()
     kinds = []
-    trainer.loss = lambda output, target: kinds.append((type(output), type(target))) or (
-        output[0] if deep_supervision else output).sum()
+    trainer.loss = lambda output, target: (
+        kinds.append((type(output), type(target))) or (output[0] if deep_supervision else output).sum()
+    )
     loader, _ = trainer.get_dataloaders()
     trainer.train_step(next(loader))
     assert all(issubclass(kind, (list, tuple)) == deep_supervision for kind in kinds[0])
@@ -97,8 +99,11 @@ def test_any_iterators_can_be_data_loaders(trainer):
 
     def batches():
         while True:
-            yield {"data": torch.zeros(2, 1, *patch), "keys": ["x", "y"],
-                   "target": [torch.zeros(2, 1, *patch), torch.zeros(2, 1, *[length // 2 for length in patch])]}
+            yield {
+                "data": torch.zeros(2, 1, *patch),
+                "keys": ["x", "y"],
+                "target": [torch.zeros(2, 1, *patch), torch.zeros(2, 1, *[length // 2 for length in patch])],
+            }
 
     trainer.get_dataloaders = lambda: (batches(), batches())
     trainer.run_training()

@@ -1,4 +1,5 @@
 """Trainers in the styles that users publish, found through nnUNet_extTrainer and trained with nnUNetv2_train."""
+
 from __future__ import annotations
 
 import json
@@ -15,8 +16,11 @@ from nnunetv2.training.checkpoint import load_checkpoint_file
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 TRAINERS = Path(__file__).parent / "external_trainers"
-NAMES = sorted(name for file in TRAINERS.glob("*.py")
-               for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), flags=re.MULTILINE))
+NAMES = sorted(
+    name
+    for file in TRAINERS.glob("*.py")
+    for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), flags=re.MULTILINE)
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +84,15 @@ def build_for_inference(name, checkpoint):
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(checkpoint["init_args"]["plans"])
-    return build_network(recursive_find_trainer_class_by_name(name).build_network_architecture, plans_manager=manager,
-                         configuration_manager=manager.get_configuration("3d_fullres"),
-                         dataset_json=checkpoint["init_args"]["dataset_json"], num_input_channels=1,
-                         num_output_channels=3, enable_deep_supervision=False)
+    return build_network(
+        recursive_find_trainer_class_by_name(name).build_network_architecture,
+        plans_manager=manager,
+        configuration_manager=manager.get_configuration("3d_fullres"),
+        dataset_json=checkpoint["init_args"]["dataset_json"],
+        num_input_channels=1,
+        num_output_channels=3,
+        enable_deep_supervision=False,
+    )
 
 
 @pytest.mark.slow
@@ -107,8 +116,7 @@ def test_what_a_trainer_did_shows(train):
     assert len(curves["gradient_norm"]) == 2 and all(norm > 0 for norm in curves["gradient_norm"])
     elastic = load_checkpoint_file(train("nnUNetTrainerElastic") / "checkpoint_final.pth")
     assert elastic["inference_allowed_mirroring_axes"] == (0,)
-    mixed = load_checkpoint_file(train("nnUNetTrainerDiceCELoss_noSmooth_NoMirroring_2epochs")
-                                 / "checkpoint_final.pth")
+    mixed = load_checkpoint_file(train("nnUNetTrainerDiceCELoss_noSmooth_NoMirroring_2epochs") / "checkpoint_final.pth")
     assert mixed["inference_allowed_mirroring_axes"] is None
     train("nnUNetTrainerWeightedCases")
     counting = sys.modules["own_sampling"].CountingDataset

@@ -1,4 +1,5 @@
 """Whole trainers in a federation whose weights travel in half precision."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,5 @@
 """A site with several processes, several folds at a time, and a cascade: commands in processes of their own."""
+
 from __future__ import annotations
 
 import json
@@ -71,8 +72,13 @@ LISTENERS = """
 def test_the_first_process_speaks_for_all_however_long_it_takes(tmp_path):
     script = tmp_path / "listeners.py"
     script.write_text(textwrap.dedent(LISTENERS))
-    done = subprocess.run([sys.executable, script, str(find_free_network_port())], capture_output=True, text=True,
-                          timeout=PATIENCE_S, env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, script, str(find_free_network_port())],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.splitlines()) == ["heard by 0", "heard by 1"]
 
@@ -88,14 +94,30 @@ def federation(tmp_path):
 def start(federation, folder: Path, site: str, configuration: str, fold: str, *options: str) -> subprocess.Popen:
     """Start the training of a fold at a site, as people do."""
     federation.credential(site)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1",
-                   "nnUNet_fed_site": str(federation.coordinator.store.folder / f"credential.{site}.json"),
-                   **{root: str(folder / site / root) for root in ("nnUNet_raw", "nnUNet_preprocessed",
-                                                                   "nnUNet_results")}}
-    command = [sys.executable, "-m", "nnunetv2.run.run_training", "998", configuration, fold, "-tr", TRAINER, "-device",
-               "cpu", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT,
-                            env=environment)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "nnUNet_n_proc_DA": "0",
+        "nnUNet_def_n_proc": "1",
+        "nnUNet_fed_site": str(federation.coordinator.store.folder / f"credential.{site}.json"),
+        **{root: str(folder / site / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "nnunetv2.run.run_training",
+        "998",
+        configuration,
+        fold,
+        "-tr",
+        TRAINER,
+        "-device",
+        "cpu",
+        *options,
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT, env=environment
+    )
 
 
 def finish(*processes: subprocess.Popen) -> None:
@@ -109,8 +131,12 @@ def fold_folder(folder: Path, site: str, configuration: str, fold: int) -> Path:
 
 
 def assert_one_network(folder: Path, configuration: str, fold: int) -> None:
-    first, second = (torch.load(fold_folder(folder, site, configuration, fold) / "checkpoint_final.pth",
-                                weights_only=False)["network_weights"] for site in "AB")
+    first, second = (
+        torch.load(fold_folder(folder, site, configuration, fold) / "checkpoint_final.pth", weights_only=False)[
+            "network_weights"
+        ]
+        for site in "AB"
+    )
     assert first.keys() == second.keys()
     for name, values in first.items():
         assert torch.equal(values, second[name]), name
@@ -119,13 +145,16 @@ def assert_one_network(folder: Path, configuration: str, fold: int) -> None:
 def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_path):
     for site in "AB":
         make_tiny_dataset(tmp_path / site / "nnUNet_preprocessed", cases=5)
-    finish(start(federation, tmp_path, "A", "3d_fullres", "0", "-num_gpus", "2"),
-           start(federation, tmp_path, "B", "3d_fullres", "0"))
+    finish(
+        start(federation, tmp_path, "A", "3d_fullres", "0", "-num_gpus", "2"),
+        start(federation, tmp_path, "B", "3d_fullres", "0"),
+    )
     assert_one_network(tmp_path, "3d_fullres", 0)
     run = f"3d_fullres.fold_0.{TRAINER}"
     assert [set(record["sites"]) for record in federation.coordinator.store.load_rounds(run)] == [{"A", "B"}] * 2
     assert [set(record["dice_of_site"]) for record in federation.coordinator.store.load_validations(run)] == [
-        {"A", "B"}] * 2
+        {"A", "B"}
+    ] * 2
     (log,) = fold_folder(tmp_path, "A", "3d_fullres", 0).glob("training_log_*.txt")
     assert log.read_text().count("Round 1:") == 1
 
@@ -139,7 +168,8 @@ def test_a_site_that_a_scheduler_ends_says_so(federation, tmp_path):
     output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == -signal.SIGTERM, output[-3000:]
     assert [(event.site, event.detail["reason"]) for event in federation.coordinator.store.load_events("failure")] == [
-        ("A", "terminated")]
+        ("A", "terminated")
+    ]
 
 
 def make_cascade(preprocessed: Path) -> None:
@@ -149,11 +179,13 @@ def make_cascade(preprocessed: Path) -> None:
     configurations = {
         "3d_lowres": make_configuration(data_identifier="nnUNetPlans_3d_fullres", next_stage="3d_cascade_fullres"),
         "3d_fullres": make_configuration(),
-        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}}
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
     (folder / "nnUNetPlans.json").write_text(json.dumps({**make_plans(), "configurations": configurations}))
     halves = [["case_00", "case_01"], ["case_02", "case_03"]]
-    (folder / "splits_final.json").write_text(json.dumps([
-        {"train": halves[0], "val": halves[1]}, {"train": halves[1], "val": halves[0]}]))
+    (folder / "splits_final.json").write_text(
+        json.dumps([{"train": halves[0], "val": halves[1]}, {"train": halves[1], "val": halves[0]}])
+    )
 
 
 def test_folds_run_side_by_side_and_a_cascade_goes_on_from_them(federation, tmp_path):
@@ -170,8 +202,9 @@ def test_folds_run_side_by_side_and_a_cascade_goes_on_from_them(federation, tmp_
     finish(*(start(federation, tmp_path, site, "3d_cascade_fullres", "0") for site in "AB"))
     assert_one_network(tmp_path, "3d_cascade_fullres", 0)
     assert json.loads((fold_folder(tmp_path, "A", "3d_cascade_fullres", 0) / "validation" / "summary.json").read_text())
-    first_layer = torch.load(fold_folder(tmp_path, "A", "3d_cascade_fullres", 0) / "checkpoint_final.pth",
-                             weights_only=False)["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"]
+    first_layer = torch.load(
+        fold_folder(tmp_path, "A", "3d_cascade_fullres", 0) / "checkpoint_final.pth", weights_only=False
+    )["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"]
     assert np.shape(first_layer)[1] == 3  # the image, and a channel for each label of the stage before
     model = federation.coordinator.store.folder / "models" / f"{TRAINER}__nnUNetPlans__3d_cascade_fullres"
     assert (model / "fold_0" / "checkpoint_final.pth").is_file()

@@ -1,4 +1,5 @@
 """Whole trainers of two sites with one coordinator, all in one process: sites are threads, the network is tiny."""
+
 from __future__ import annotations
 
 import json
@@ -55,13 +56,16 @@ class Sites:
             make_tiny_dataset(preprocessed, cases=3)
             splits = [{"train": ["case_00", "case_01"], "val": ["case_02"]}]
             (preprocessed / NAME / "splits_final.json").write_text(json.dumps(splits))
-        trainer = trainer_class({**make_plans(), "continue_training": go_on}, "3d_fullres", 0, make_dataset_json(),
-                                torch.device("cpu"))
+        trainer = trainer_class(
+            {**make_plans(), "continue_training": go_on}, "3d_fullres", 0, make_dataset_json(), torch.device("cpu")
+        )
         trainer.credential = self.federation.credential(site)
         trainer.lines = []
         log = trainer.print_to_log_file
-        trainer.print_to_log_file = lambda *words, **options: (trainer.lines.append(" ".join(map(str, words))),
-                                                               log(*words, **options))
+        trainer.print_to_log_file = lambda *words, **options: (
+            trainer.lines.append(" ".join(map(str, words))),
+            log(*words, **options),
+        )
         options = {"pause_s": 0.05, "give_up_after_s": PATIENCE_S, **client_options}
         trainer.make_transport = lambda credential, report: FederationClient(credential, report=report, **options)
         trainer.initialize()  # before the environment is another site's
@@ -156,9 +160,14 @@ class Ailing(nnUNetTrainerAsymFedAvg):
         return super().validation_step(batch)
 
 
-@pytest.mark.parametrize(("cause", "error", "kind"), [
-    ("weights", NonFiniteError, "NonFiniteError"), ("short", ShortEpochError, "ShortEpochError"),
-    ("memory", torch.cuda.OutOfMemoryError, "OutOfMemoryError")])
+@pytest.mark.parametrize(
+    ("cause", "error", "kind"),
+    [
+        ("weights", NonFiniteError, "NonFiniteError"),
+        ("short", ShortEpochError, "ShortEpochError"),
+        ("memory", torch.cuda.OutOfMemoryError, "OutOfMemoryError"),
+    ],
+)
 def test_a_failure_is_reported_as_one_and_never_as_weights(make_sites, cause, error, kind):
     sites = make_sites(sites=("A", "B", "C"), quorum=2, deadline_s=1e6)
     ailing, healthy, other = (sites.trainer(site, Ailing) for site in "ABC")
@@ -166,8 +175,10 @@ def test_a_failure_is_reported_as_one_and_never_as_weights(make_sites, cause, er
     failed, *done = sites.run(ailing, healthy, other)
     assert isinstance(failed, error) and done == [None, None]
     coordinator, run = sites.federation.coordinator, run_of(ailing)
-    assert [(event.site, event.detail["round"], event.detail["reason"])
-            for event in coordinator.store.load_events("failure")] == [("A", 1, kind)]
+    assert [
+        (event.site, event.detail["round"], event.detail["reason"])
+        for event in coordinator.store.load_events("failure")
+    ] == [("A", 1, kind)]
     first, second, third = coordinator.store.load_rounds(run)
     assert set(first["sites"]) == {"A", "B", "C"} and set(second["sites"]) == set(third["sites"]) == {"B", "C"}
     assert second["failed"] == ["A"]
@@ -184,8 +195,10 @@ def test_a_validation_that_fails_during_the_exchange_is_reported_and_nothing_han
     ailing.cause = "validation"
     failed, *done = sites.run(ailing, healthy, other)
     assert isinstance(failed, torch.cuda.OutOfMemoryError) and done == [None, None]
-    assert [(event.site, event.detail["round"], event.detail["reason"])
-            for event in sites.federation.coordinator.store.load_events("failure")] == [("A", 1, "OutOfMemoryError")]
+    assert [
+        (event.site, event.detail["round"], event.detail["reason"])
+        for event in sites.federation.coordinator.store.load_events("failure")
+    ] == [("A", 1, "OutOfMemoryError")]
     assert wait([ailing._exchange], PATIENCE_S).done, "the thread that exchanges goes on"
     again = sites.trainer("A", Ailing, go_on=True)
     assert sites.run(again) == [None]
@@ -217,8 +230,9 @@ def test_an_average_of_too_few_sites_is_told(contributors, is_told):
     """As a coordinator hands out that is older, or that lies."""
     lines = []
     trainer = SimpleNamespace(min_sites=2, received_megabytes=1.0, tell=lines.append)
-    FederatedTraining.report_round(trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)),
-                                   waited_s=0.0)
+    FederatedTraining.report_round(
+        trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)), waited_s=0.0
+    )
     assert any("fewer than 2 sites" in line for line in lines) == is_told
 
 
@@ -320,6 +334,7 @@ def test_a_training_outlasts_a_coordinator_that_is_away_for_too_long(make_sites,
             def unreachable_in_round_1(key, *rest):
                 if key.endswith("rounds/1"):
                     from nnunetv2.federated.site.transports.http_requests import NoAnswerError
+
                     raise NoAnswerError("the coordinator cannot be reached")
                 return upload(key, *rest)
 
@@ -390,10 +405,12 @@ class OtherNetwork(nnUNetTrainerAsymFedAvg):
     """The same tensors, another activation."""
 
     @staticmethod
-    def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
-                                   enable_deep_supervision=True):
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
         network = nnUNetTrainerAsymFedAvg.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
         for module in network.modules():
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.LeakyReLU):
@@ -407,8 +424,9 @@ class OtherSteps(nnUNetTrainerAsymFedAvg):
 
 def test_registrations_say_whose_network_it_is(make_sites):
     sites = make_sites()
-    usual, tanh, steps = (sites.trainer("A", one).describe_training()
-                          for one in (nnUNetTrainerAsymFedAvg, OtherNetwork, OtherSteps))
+    usual, tanh, steps = (
+        sites.trainer("A", one).describe_training() for one in (nnUNetTrainerAsymFedAvg, OtherNetwork, OtherSteps)
+    )
     assert (usual.network_trainer, usual.architecture, usual.pretrained_weights) == (None, None, None)
     assert (tanh.network_trainer, steps.network_trainer) == ("OtherNetwork", "nnUNetTrainer")
     assert tanh.architecture != steps.architecture and tanh.tensors == steps.tensors

@@ -1,4 +1,5 @@
 """The mixin that exchanges weights, with a network and a logger of a few lines."""
+
 from __future__ import annotations
 
 import threading
@@ -58,8 +59,11 @@ def test_imported_weights_reach_every_alias():
 
 def make_trainer(epoch: int):
     trainer = FederatedTraining()
-    curves = {"train_losses": [0.5] * epoch, "dice_per_class_or_region": [[0.1, 0.2]] * epoch,
-              "epoch_start_timestamps": [1.0] * epoch}
+    curves = {
+        "train_losses": [0.5] * epoch,
+        "dice_per_class_or_region": [[0.1, 0.2]] * epoch,
+        "epoch_start_timestamps": [1.0] * epoch,
+    }
     trainer.logger = SimpleNamespace(local_logger=SimpleNamespace(my_fantastic_logging=curves))
     trainer.current_epoch = epoch
     trainer.print_to_log_file = lambda *_: None
@@ -83,31 +87,38 @@ def test_an_epoch_that_was_not_exchanged_is_trained_again():
     assert len(curves["train_losses"]) == 3  # overwritten when the epoch ends once more
 
 
-@pytest.mark.parametrize(("losses", "error", "complaint"), [
-    ([0.5, 0.4], ShortEpochError, "had 2 of 3 iterations"),
-    ([0.5, float("nan"), float("inf")], NonFiniteError, "from iteration 1 of epoch 7 on .2 of 3"),
-])
+@pytest.mark.parametrize(
+    ("losses", "error", "complaint"),
+    [
+        ([0.5, 0.4], ShortEpochError, "had 2 of 3 iterations"),
+        ([0.5, float("nan"), float("inf")], NonFiniteError, "from iteration 1 of epoch 7 on .2 of 3"),
+    ],
+)
 def test_what_is_no_proper_epoch_becomes_no_update(losses, error, complaint):
     with pytest.raises(error, match=complaint):
         check_epoch([{"loss": np.float32(loss)} for loss in losses], epoch=7, num_iterations=3)
 
 
-@pytest.mark.parametrize(("error", "kind"), [
-    (torch.cuda.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "OutOfMemoryError"),
-    (MemoryError(), "OutOfMemoryError"),
-    (RuntimeError("One or more background workers are no longer alive.\ncase_17"), "DataLoaderError"),
-    (ValueError("/data/patient 17"), "ValueError"),
-    (KeyboardInterrupt(), "KeyboardInterrupt"),
-])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "OutOfMemoryError"),
+        (MemoryError(), "OutOfMemoryError"),
+        (RuntimeError("One or more background workers are no longer alive.\ncase_17"), "DataLoaderError"),
+        (ValueError("/data/patient 17"), "ValueError"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
 def test_only_the_kind_of_an_error_leaves(error, kind):
     assert kind_of(error) == kind
 
 
 # ------------------------------------------------------------------------------------------------- a delayed average
 def test_catching_up_adds_what_was_learned_meanwhile():
-    caught_up = catch_up({"w": np.array([2.0, 4.0])}, {"w": np.array([1.5, 1.0]), "own": np.ones(1)},
-                         {"w": np.array([1.0, 1.0])})
+    caught_up = catch_up(
+        {"w": np.array([2.0, 4.0])}, {"w": np.array([1.5, 1.0]), "own": np.ones(1)}, {"w": np.array([1.0, 1.0])}
+    )
     assert caught_up.keys() == {"w"}
     np.testing.assert_array_equal(caught_up["w"], [2.5, 4.0])
 
@@ -132,14 +143,22 @@ def test_a_delayed_average_loses_and_repeats_nothing():
 
 def test_the_log_says_what_is_shared_with_whom():
     shared = {"w": {"a": "w", "b": "w"}, "v": {"a": "v", "b": "v", "c": "v"}, "u": {"b": "u", "c": "u"}}
-    match = SimpleNamespace(rule="name", weighting="cases", coverage={"a": (75, 100)}, weights={"b": 1.0, "a": 1.0},
-                            shared=shared, initial_owner={"w": "a", "v": "b", "u": "b"})
+    match = SimpleNamespace(
+        rule="name",
+        weighting="cases",
+        coverage={"a": (75, 100)},
+        weights={"b": 1.0, "a": 1.0},
+        shared=shared,
+        initial_owner={"w": "a", "v": "b", "u": "b"},
+    )
     lines = describe_match(match, "a")
     assert "75 of 100 parameters (75.0%)" in lines[0]
-    assert lines[1:] == ["  1 tensors with b only: each of the two can compute what the other has sent",
-                         "  1 tensors with b, c",
-                         "Initial weights: those of this site (1 tensors), site b (1 tensors)",
-                         "Each of a, b counts by its training cases"]
+    assert lines[1:] == [
+        "  1 tensors with b only: each of the two can compute what the other has sent",
+        "  1 tensors with b, c",
+        "Initial weights: those of this site (1 tensors), site b (1 tensors)",
+        "Each of a, b counts by its training cases",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ what is said
@@ -157,9 +176,13 @@ class Transport:
         self.reports.append(report)
 
 
-@pytest.mark.parametrize(("error", "reports"), [
-    (MemoryError("case_17"), [("3d_fullres.fold_0.Failing", 5, "OutOfMemoryError")]),
-    (FirstProcessError("process 0 of this site failed"), [])])
+@pytest.mark.parametrize(
+    ("error", "reports"),
+    [
+        (MemoryError("case_17"), [("3d_fullres.fold_0.Failing", 5, "OutOfMemoryError")]),
+        (FirstProcessError("process 0 of this site failed"), []),
+    ],
+)
 def test_every_process_reports_what_went_wrong_in_it(error, reports):
     class Base:
         def run_training(self):
@@ -267,8 +290,9 @@ def test_an_update_brings_the_validation_of_the_one_before():
     first, second, last = (update for _, _, update in trainer.sent)
     assert (first.metrics, first.earlier) == ({"train_losses": 0.5}, None)
     assert second.metrics == {"train_losses": 1.5}
-    assert second.earlier == messages.EarlierMetrics(round=0, metrics={
-        "val_losses": 0.25, "mean_fg_dice": 0.25, "dice_per_class_or_region": [0.25, None]})
+    assert second.earlier == messages.EarlierMetrics(
+        round=0, metrics={"val_losses": 0.25, "mean_fg_dice": 0.25, "dice_per_class_or_region": [0.25, None]}
+    )
     assert last.metrics.keys() == set(METRICS) and last.metrics["val_losses"] == 2.25
     assert last.earlier.round == 1 and last.earlier.metrics["val_losses"] == 1.25
 
@@ -353,17 +377,20 @@ class Overlapped(OverlappedTraining):
         self.done.append(("validate", aggregate.round, float(self.weights["w"][0]), is_last))
 
 
-@pytest.mark.parametrize(("epoch", "brought", "done", "ends_at"), [
-    # As usual: validate what came, go on from 7 + (2 - 1), and send that.
-    (4, 3, [("validate", 3, 7.0, False), ("save", 5), ("exchange", 4, 8.0)], None),
-    # The run has closed two rounds without this site: it goes on behind them.
-    (4, 6, [("validate", 6, 7.0, False), ("save", 8), ("exchange", 7, 8.0)], None),
-    # The last round is waited for.
-    (9, 8, [("validate", 8, 7.0, False), ("exchange", 9, 8.0), ("validate", 9, 8.0, True)], 10),
-    # The run is complete without this site, or was stopped: what came stays.
-    (4, 9, [("validate", 9, 7.0, True)], 10),
-    (4, 2, [("validate", 2, 7.0, True)], 5),
-])
+@pytest.mark.parametrize(
+    ("epoch", "brought", "done", "ends_at"),
+    [
+        # As usual: validate what came, go on from 7 + (2 - 1), and send that.
+        (4, 3, [("validate", 3, 7.0, False), ("save", 5), ("exchange", 4, 8.0)], None),
+        # The run has closed two rounds without this site: it goes on behind them.
+        (4, 6, [("validate", 6, 7.0, False), ("save", 8), ("exchange", 7, 8.0)], None),
+        # The last round is waited for.
+        (9, 8, [("validate", 8, 7.0, False), ("exchange", 9, 8.0), ("validate", 9, 8.0, True)], 10),
+        # The run is complete without this site, or was stopped: what came stays.
+        (4, 9, [("validate", 9, 7.0, True)], 10),
+        (4, 2, [("validate", 2, 7.0, True)], 5),
+    ],
+)
 def test_an_overlapped_training_goes_on_where_the_run_is(epoch, brought, done, ends_at):
     trainer = Overlapped(epoch, brought)
     trainer.meet_the_others(epoch)
@@ -380,9 +407,15 @@ class Uploading(nnUNetTrainerAsymFedAvg):
         super().on_epoch_end()  # and then, say, copies checkpoint_latest
 
 
-@pytest.mark.parametrize(("trainer_class", "is_written_meanwhile"), [
-    (nnUNetTrainer, True), (nnUNetTrainerAsymFedAvg, True), (nnUNetTrainerAsymFedAvgOverlapped, True),
-    (Uploading, False)])
+@pytest.mark.parametrize(
+    ("trainer_class", "is_written_meanwhile"),
+    [
+        (nnUNetTrainer, True),
+        (nnUNetTrainerAsymFedAvg, True),
+        (nnUNetTrainerAsymFedAvgOverlapped, True),
+        (Uploading, False),
+    ],
+)
 def test_nobody_waits_for_checkpoints_unless_a_hook_may_look_for_them(trainer_class, is_written_meanwhile):
     trainer = trainer_class.__new__(trainer_class)
     with trainer._writing_in_background():
@@ -390,10 +423,17 @@ def test_nobody_waits_for_checkpoints_unless_a_hook_may_look_for_them(trainer_cl
     assert not trainer._is_writing_in_background
 
 
-@pytest.mark.parametrize("weights", [
-    {"first.weight": np.ones(1, np.float32)}, {"first.weight": np.ones((), np.float32)},
-    {"first.weight": np.ones((2, 2), np.int64)}, {"nobody.weight": np.ones((2, 2), np.float32)},
-    {"again.weight": np.ones((1, 2), np.float32)}], ids=["one value", "no axis", "integers", "unknown", "one row"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"first.weight": np.ones(1, np.float32)},
+        {"first.weight": np.ones((), np.float32)},
+        {"first.weight": np.ones((2, 2), np.int64)},
+        {"nobody.weight": np.ones((2, 2), np.float32)},
+        {"again.weight": np.ones((1, 2), np.float32)},
+    ],
+    ids=["one value", "no axis", "integers", "unknown", "one row"],
+)
 def test_weights_of_another_network_are_refused_before_any_is_written(weights):
     network = Tied()
     before = export_weights(network)

@@ -18,9 +18,15 @@ class FakeConfiguration:
 
 def build(builder):
     configuration = FakeConfiguration()
-    arguments = networks.build_network(builder, plans_manager="plans", configuration_manager=configuration,
-                                       dataset_json="json", num_input_channels=1, num_output_channels=3,
-                                       enable_deep_supervision=True)
+    arguments = networks.build_network(
+        builder,
+        plans_manager="plans",
+        configuration_manager=configuration,
+        dataset_json="json",
+        num_input_channels=1,
+        num_output_channels=3,
+        enable_deep_supervision=True,
+    )
     return ["configuration" if argument is configuration else argument for argument in arguments]
 
 
@@ -45,7 +51,6 @@ class Aliased(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 3, 3)
         self.again = nn.ModuleList([self.conv])
-
 
 
 def test_prefixes_of_wrappers_are_removed_only_where_they_are_foreign():

@@ -37,25 +37,31 @@ def save(dataset_class, folder, name, case):
     dataset_class.save_case(*case, str(folder / name), **options)
 
 
-@pytest.mark.parametrize(("image", "patch", "itemsize", "block", "chunk"), [
-    ((1, 128, 128, 128), (128, 128, 128), 4, (1, 32, 32, 32), (1, 128, 128, 96)),
-    ((1, 128, 128, 128), (128, 128, 128), 2, (1, 64, 32, 32), (1, 128, 128, 128)),
-    ((2, 300, 512, 512), (128, 128, 128), 4, (1, 32, 32, 32), (1, 96, 128, 128)),
-    ((1, 300, 512, 512), (128, 128, 128), 2, (1, 64, 32, 32), (1, 128, 192, 128)),
-    ((1, 300, 512, 512), (128, 128, 128), 1, (1, 64, 64, 32), (1, 192, 192, 160)),
-    ((1, 300, 512, 512), (512, 512), 4, (1, 1, 256, 128), (1, 1, 512, 512)),
-    ((1, 100, 512, 512), (512, 512), 4, (1, 1, 256, 128), (1, 1, 512, 512)),
-    ((1, 1, 1024, 1024), (512, 512), 4, (1, 1, 256, 128), (1, 1, 768, 768)),
-    ((1, 40, 320, 320), (20, 320, 256), 4, (1, 8, 64, 64), (1, 24, 256, 256)),
-    ((1, 123, 423, 645), (96, 160, 160), 4, (1, 32, 32, 32), (1, 96, 128, 128)),
-])
+@pytest.mark.parametrize(
+    ("image", "patch", "itemsize", "block", "chunk"),
+    [
+        ((1, 128, 128, 128), (128, 128, 128), 4, (1, 32, 32, 32), (1, 128, 128, 96)),
+        ((1, 128, 128, 128), (128, 128, 128), 2, (1, 64, 32, 32), (1, 128, 128, 128)),
+        ((2, 300, 512, 512), (128, 128, 128), 4, (1, 32, 32, 32), (1, 96, 128, 128)),
+        ((1, 300, 512, 512), (128, 128, 128), 2, (1, 64, 32, 32), (1, 128, 192, 128)),
+        ((1, 300, 512, 512), (128, 128, 128), 1, (1, 64, 64, 32), (1, 192, 192, 160)),
+        ((1, 300, 512, 512), (512, 512), 4, (1, 1, 256, 128), (1, 1, 512, 512)),
+        ((1, 100, 512, 512), (512, 512), 4, (1, 1, 256, 128), (1, 1, 512, 512)),
+        ((1, 1, 1024, 1024), (512, 512), 4, (1, 1, 256, 128), (1, 1, 768, 768)),
+        ((1, 40, 320, 320), (20, 320, 256), 4, (1, 8, 64, 64), (1, 24, 256, 256)),
+        ((1, 123, 423, 645), (96, 160, 160), 4, (1, 32, 32, 32), (1, 96, 128, 128)),
+    ],
+)
 def test_chunk_shapes_of_the_specification(image, patch, itemsize, block, chunk):
     assert comp_blosc2_params(image, patch, itemsize) == (block, chunk)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.tuples(st.integers(1, 4), *[st.integers(1, 700)] * 3), st.tuples(*[st.integers(1, 300)] * 3),
-       st.sampled_from([1, 2, 4]))
+@given(
+    st.tuples(st.integers(1, 4), *[st.integers(1, 700)] * 3),
+    st.tuples(*[st.integers(1, 300)] * 3),
+    st.sampled_from([1, 2, 4]),
+)
 def test_chunks_fit_their_limits(image, patch, itemsize):
     block, chunk = comp_blosc2_params(image, patch, itemsize)
     assert np.prod(block) * itemsize <= 131072
@@ -63,10 +69,16 @@ def test_chunks_fit_their_limits(image, patch, itemsize):
     assert all(1 <= b <= c <= n for b, c, n in zip(block, chunk, image))
 
 
-@pytest.mark.parametrize(("image", "patch", "options"), [
-    ((9, 9, 9), (4, 4, 4), {}), ((1, 9, 9, 9), (4,), {}), ((1, 0, 9, 9), (4, 4, 4), {}),
-    ((1, 9, 9, 9), (4, 4, 4), {"max_chunk_to_patch_ratio_per_axis": 0.5}),
-    ((1, 9, 9, 9), (4, 4, 4), {"max_block_nbytes": 2})])
+@pytest.mark.parametrize(
+    ("image", "patch", "options"),
+    [
+        ((9, 9, 9), (4, 4, 4), {}),
+        ((1, 9, 9, 9), (4,), {}),
+        ((1, 0, 9, 9), (4, 4, 4), {}),
+        ((1, 9, 9, 9), (4, 4, 4), {"max_chunk_to_patch_ratio_per_axis": 0.5}),
+        ((1, 9, 9, 9), (4, 4, 4), {"max_block_nbytes": 2}),
+    ],
+)
 def test_impossible_sizes_are_refused(image, patch, options):
     with pytest.raises(ValueError, match="got|must|fit"):
         comp_blosc2_params(image, patch, **options)
@@ -157,8 +169,15 @@ def test_compression_settings(tmp_path):
 
 def test_filters_may_be_given(tmp_path):
     data, seg, properties = make_case()
-    nnUNetDatasetBlosc2.save_case(data, seg, properties, str(tmp_path / "a"), **SHAPES,
-                                  filters=blosc2.Filter.BITSHUFFLE, filters_seg=[blosc2.Filter.NOFILTER])
+    nnUNetDatasetBlosc2.save_case(
+        data,
+        seg,
+        properties,
+        str(tmp_path / "a"),
+        **SHAPES,
+        filters=blosc2.Filter.BITSHUFFLE,
+        filters_seg=[blosc2.Filter.NOFILTER],
+    )
     assert blosc2.open(str(tmp_path / "a.b2nd")).schunk.cparams.filters[0] == blosc2.Filter.BITSHUFFLE
     assert blosc2.open(str(tmp_path / "a_seg.b2nd")).schunk.cparams.filters[0] == blosc2.Filter.NOFILTER
 

@@ -1,12 +1,7 @@
 import pytest
 import torch
 
-from nnunetv2.training.optimization import (
-    EagerSGD,
-    build_sgd,
-    load_optimizer_state_,
-    portable_optimizer_state,
-)
+from nnunetv2.training.optimization import EagerSGD, build_sgd, load_optimizer_state_, portable_optimizer_state
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,14 @@ from nnunetv2.training.snapshot import SnapshotTaker
 
 def make_state():
     weight = torch.arange(24.0).reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
-    return {"network_weights": collections.OrderedDict(first=weight, alias=weight, other=torch.ones(2)),
-            "curves": [1.0, np.arange(3)], "axes": (0, 1), "name": "x", "nothing": None, "empty": torch.zeros(0)}
+    return {
+        "network_weights": collections.OrderedDict(first=weight, alias=weight, other=torch.ones(2)),
+        "curves": [1.0, np.arange(3)],
+        "axes": (0, 1),
+        "name": "x",
+        "nothing": None,
+        "empty": torch.zeros(0),
+    }
 
 
 def test_a_snapshot_equals_the_state_and_keeps_its_values():

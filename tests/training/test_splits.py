@@ -16,7 +16,12 @@ def test_the_splits_of_ten_cases_are_those_of_the_reference(tmp_path):
     _, report = make_report()
     folds = splits.load_or_create_splits(tmp_path / "splits_final.json", lambda: TEN[::-1], report)
     assert [[key[-2:] for key in fold["val"]] for fold in folds] == [
-        ["00", "07"], ["03", "09"], ["04", "06"], ["01", "08"], ["02", "05"]]
+        ["00", "07"],
+        ["03", "09"],
+        ["04", "06"],
+        ["01", "08"],
+        ["02", "05"],
+    ]
     assert all(sorted(fold["train"] + fold["val"]) == TEN for fold in folds)
     assert json.loads((tmp_path / "splits_final.json").read_text()) == folds
 
@@ -65,10 +70,14 @@ def test_cases_that_are_not_preprocessed_are_named():
         splits.require_preprocessed(["a", "b"], ["a"], "there")
 
 
-@pytest.mark.parametrize(("split", "problem"), [
-    ({"train": ["a"], "val": []}, "fold 0 of .*splits_final.json has no validation cases"),
-    ({"train": [], "val": ["a"]}, "fold 0 of .*splits_final.json has no training cases"),
-    ({"train": [], "val": []}, "has no training and no validation cases")])
+@pytest.mark.parametrize(
+    ("split", "problem"),
+    [
+        ({"train": ["a"], "val": []}, "fold 0 of .*splits_final.json has no validation cases"),
+        ({"train": [], "val": ["a"]}, "fold 0 of .*splits_final.json has no training cases"),
+        ({"train": [], "val": []}, "has no training and no validation cases"),
+    ],
+)
 def test_an_empty_list_is_named(tmp_path, split, problem):
     path = tmp_path / "splits_final.json"
     path.write_text(json.dumps([split]))

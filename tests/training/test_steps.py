@@ -54,8 +54,9 @@ def test_the_gradient_is_clipped_before_the_step():
     assert torch.allclose(network.weight, torch.tensor([[-12.0]]))
 
 
-@pytest.mark.parametrize(("autocast", "has_amx", "expected"), [("1", True, True), ("0", True, False),
-                                                               ("1", False, False)])
+@pytest.mark.parametrize(
+    ("autocast", "has_amx", "expected"), [("1", True, True), ("0", True, False), ("1", False, False)]
+)
 def test_batches_are_laid_out_channels_last_for_matrix_units(monkeypatch, autocast, has_amx, expected):
     monkeypatch.setenv("nnUNet_cpu_autocast", autocast)
     monkeypatch.setattr(device, "_cpu_has_amx", lambda: has_amx)

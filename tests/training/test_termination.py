@@ -1,4 +1,5 @@
 """A last word before SIGTERM ends a process."""
+
 from __future__ import annotations
 
 import os
@@ -26,8 +27,13 @@ START = """
 
 
 def run(script: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(START) + textwrap.dedent(script)], timeout=PATIENCE_S,
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(START) + textwrap.dedent(script)],
+        timeout=PATIENCE_S,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
 
 
 def test_a_process_ends_by_the_signal_after_its_last_word():

@@ -21,10 +21,27 @@ from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.training_length import nnUNetTrainer_Xepochs
 
 CPU = torch.device("cpu")
-CHECKPOINT_KEYS = {"network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch",
-                   "init_args", "trainer_name", "inference_allowed_mirroring_axes"}
-CURVES = {"mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses", "lrs",
-          "epoch_start_timestamps", "epoch_end_timestamps"}
+CHECKPOINT_KEYS = {
+    "network_weights",
+    "optimizer_state",
+    "grad_scaler_state",
+    "logging",
+    "_best_ema",
+    "current_epoch",
+    "init_args",
+    "trainer_name",
+    "inference_allowed_mirroring_axes",
+}
+CURVES = {
+    "mean_fg_dice",
+    "ema_fg_dice",
+    "dice_per_class_or_region",
+    "train_losses",
+    "val_losses",
+    "lrs",
+    "epoch_start_timestamps",
+    "epoch_end_timestamps",
+}
 
 
 @pytest.fixture
@@ -36,8 +53,13 @@ def dataset(roots, monkeypatch) -> dict:
 
 def make_trainer(plans, trainer_class=nnUNetTrainer, *, epochs=2, fold=0, dataset_json=None, **attributes):
     (configuration,) = plans["configurations"]
-    trainer = trainer_class(plans=plans, configuration=configuration, fold=fold,
-                            dataset_json=dataset_json or make_dataset_json(), device=CPU)
+    trainer = trainer_class(
+        plans=plans,
+        configuration=configuration,
+        fold=fold,
+        dataset_json=dataset_json or make_dataset_json(),
+        device=CPU,
+    )
     trainer.num_epochs = epochs
     trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 2
     for name, value in attributes.items():
@@ -71,8 +93,13 @@ def test_the_signature_of_the_constructor_is_the_one_users_call():
     names = list(inspect.signature(nnUNetTrainer.__init__).parameters)
     assert names[:6] == ["self", "plans", "configuration", "fold", "dataset_json", "device"]
     network = inspect.signature(nnUNetTrainer.build_network_architecture)
-    assert list(network.parameters) == ["plans_manager", "configuration_manager", "num_input_channels",
-                                        "num_output_channels", "enable_deep_supervision"]
+    assert list(network.parameters) == [
+        "plans_manager",
+        "configuration_manager",
+        "num_input_channels",
+        "num_output_channels",
+        "enable_deep_supervision",
+    ]
 
 
 def test_plans_are_not_changed_and_continue_training_is_not_stored():
@@ -95,13 +122,19 @@ def test_a_trainer_can_be_constructed_without_any_folder():
 def test_a_cascade_names_the_folder_of_its_previous_stage(roots):
     plans = make_plans()
     low = plans["configurations"]["3d_fullres"]
-    plans["configurations"] = {"3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
-                               "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"}}
+    plans["configurations"] = {
+        "3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
+        "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"},
+    }
     trainer = nnUNetTrainer(plans, "3d_cascade_fullres", 1, make_dataset_json(), CPU)
     assert trainer.is_cascaded
     assert trainer.folder_with_segs_from_previous_stage == str(
-        roots["nnUNet_results"] / NAME / "nnUNetTrainer__nnUNetPlans__3d_lowres" / "predicted_next_stage"
-        / "3d_cascade_fullres")
+        roots["nnUNet_results"]
+        / NAME
+        / "nnUNetTrainer__nnUNetPlans__3d_lowres"
+        / "predicted_next_stage"
+        / "3d_cascade_fullres"
+    )
 
 
 class OldTrainer(nnUNetTrainer):
@@ -132,16 +165,40 @@ def test_the_log_file_appears_with_the_first_line_and_begins_with_the_citation(d
 
 def test_names_that_third_parties_import_from_the_trainer_module_exist():
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module
-    for name in ("join", "load_json", "isfile", "save_json", "maybe_mkdir_p", "autocast", "dist", "DDP", "GradScaler",
-                 "OptimizedModule", "SpatialTransform", "ComposeTransforms", "RandomTransform", "np", "torch"):
+
+    for name in (
+        "join",
+        "load_json",
+        "isfile",
+        "save_json",
+        "maybe_mkdir_p",
+        "autocast",
+        "dist",
+        "DDP",
+        "GradScaler",
+        "OptimizedModule",
+        "SpatialTransform",
+        "ComposeTransforms",
+        "RandomTransform",
+        "np",
+        "torch",
+    ):
         assert getattr(module, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         module.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize(("device", "choice", "expected"), [
-    ("cuda", None, True), ("cuda", "TRUE", True), ("cuda", "1", True), ("cuda", "f", False), ("cpu", "t", False),
-    ("mps", None, False)])
+@pytest.mark.parametrize(
+    ("device", "choice", "expected"),
+    [
+        ("cuda", None, True),
+        ("cuda", "TRUE", True),
+        ("cuda", "1", True),
+        ("cuda", "f", False),
+        ("cpu", "t", False),
+        ("mps", None, False),
+    ],
+)
 def test_compiling_depends_on_device_and_environment(monkeypatch, device, choice, expected):
     if choice is not None:
         monkeypatch.setenv("nnUNet_compile", choice)
@@ -153,9 +210,23 @@ def test_compiling_depends_on_device_and_environment(monkeypatch, device, choice
 # --------------------------------------------------------------------------------------------------- a training
 
 
-HOOKS = ("on_train_start", "on_epoch_start", "on_train_epoch_start", "train_step", "on_train_epoch_end",
-         "on_validation_epoch_start", "validation_step", "on_validation_epoch_end", "on_epoch_end", "on_train_end",
-         "initialize", "get_dataloaders", "print_plans", "plot_network_architecture", "_save_debug_information")
+HOOKS = (
+    "on_train_start",
+    "on_epoch_start",
+    "on_train_epoch_start",
+    "train_step",
+    "on_train_epoch_end",
+    "on_validation_epoch_start",
+    "validation_step",
+    "on_validation_epoch_end",
+    "on_epoch_end",
+    "on_train_end",
+    "initialize",
+    "get_dataloaders",
+    "print_plans",
+    "plot_network_architecture",
+    "_save_debug_information",
+)
 
 
 def record_calls(trainer):
@@ -166,6 +237,7 @@ def record_calls(trainer):
         def call(*args):
             called.append(name)
             return hook(*args)
+
         return call
 
     for name in HOOKS:
@@ -178,10 +250,24 @@ def test_hooks_are_called_in_the_order_of_the_reference(dataset):
     called = record_calls(trainer)
     trainer.run_training()
     assert called == [
-        "on_train_start", "initialize", "get_dataloaders", "print_plans", "plot_network_architecture",
-        "_save_debug_information", "on_epoch_start", "on_train_epoch_start", "train_step", "train_step",
-        "on_train_epoch_end", "on_validation_epoch_start", "validation_step", "validation_step",
-        "on_validation_epoch_end", "on_epoch_end", "on_train_end"]
+        "on_train_start",
+        "initialize",
+        "get_dataloaders",
+        "print_plans",
+        "plot_network_architecture",
+        "_save_debug_information",
+        "on_epoch_start",
+        "on_train_epoch_start",
+        "train_step",
+        "train_step",
+        "on_train_epoch_end",
+        "on_validation_epoch_start",
+        "validation_step",
+        "validation_step",
+        "on_validation_epoch_end",
+        "on_epoch_end",
+        "on_train_end",
+    ]
 
 
 @pytest.mark.usefixtures("real_pictures")
@@ -192,11 +278,21 @@ def test_three_epochs_leave_the_files_and_figures_of_the_reference(dataset):
     fold = Path(trainer.output_folder)
     names = {path.name for path in fold.iterdir()}
     (log,) = fold.glob("training_log_*.txt")
-    assert names >= {log.name, "progress.png", "debug.json", "checkpoint_best.pth", "checkpoint_final.pth",
-                     "augmentation_examples.png"}
+    assert names >= {
+        log.name,
+        "progress.png",
+        "debug.json",
+        "checkpoint_best.pth",
+        "checkpoint_final.pth",
+        "augmentation_examples.png",
+    }
     assert "checkpoint_latest.pth" not in names and not [name for name in names if name.startswith(".")]
-    assert {path.name for path in fold.parent.iterdir()} == {"plans.json", "dataset.json", "dataset_fingerprint.json",
-                                                            "fold_0"}
+    assert {path.name for path in fold.parent.iterdir()} == {
+        "plans.json",
+        "dataset.json",
+        "dataset_fingerprint.json",
+        "fold_0",
+    }
     assert json.loads((fold.parent / "plans.json").read_text()) == dataset
 
     checkpoint = load_checkpoint_file(fold / "checkpoint_final.pth")
@@ -209,8 +305,17 @@ def test_three_epochs_leave_the_files_and_figures_of_the_reference(dataset):
     assert [round(lr, 5) for lr in checkpoint["logging"]["lrs"]] == [0.01, 0.00694, 0.00372]
 
     text = log.read_text()
-    for wanted in ("Epoch 2 \n", "Current learning rate: 0.00694 ", "train_loss ", "val_loss ", "Pseudo dice [",
-                   "Epoch time: ", "New best EMA pseudo Dice: ", "Training done. ", "do_dummy_2d_data_aug: False"):
+    for wanted in (
+        "Epoch 2 \n",
+        "Current learning rate: 0.00694 ",
+        "train_loss ",
+        "val_loss ",
+        "Pseudo dice [",
+        "Epoch time: ",
+        "New best EMA pseudo Dice: ",
+        "Training done. ",
+        "do_dummy_2d_data_aug: False",
+    ):
         assert wanted in text
     assert "np.float" not in text
     debug = json.loads((fold / "debug.json").read_text())
@@ -230,30 +335,45 @@ def test_aliases_of_a_weight_are_all_saved(dataset):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("trainer_class", [
-    nnUNetTrainer, nnUNetTrainerNoDeepSupervision, nnUNetTrainerNoDA, nnUNetTrainerNoMirroring,
-    nnUNetTrainer_onlyMirror01])
+@pytest.mark.parametrize(
+    "trainer_class",
+    [
+        nnUNetTrainer,
+        nnUNetTrainerNoDeepSupervision,
+        nnUNetTrainerNoDA,
+        nnUNetTrainerNoMirroring,
+        nnUNetTrainer_onlyMirror01,
+    ],
+)
 def test_variants_train_in_2d_and_3d(roots, monkeypatch, trainer_class, dims):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     plans = make_tiny_dataset(roots["nnUNet_preprocessed"], dims=dims, stages=3)
     trainer = make_trainer(plans, trainer_class, epochs=1)
     trainer.run_training()
     assert np.isfinite(curves_of(trainer)["train_losses"][0]) and np.isfinite(curves_of(trainer)["val_losses"][0])
-    axes = {nnUNetTrainerNoDA: None, nnUNetTrainerNoMirroring: None,
-            nnUNetTrainer_onlyMirror01: (0, 1)[:dims - 1]}.get(trainer_class, (0, 1, 2)[:dims])
+    axes = {
+        nnUNetTrainerNoDA: None,
+        nnUNetTrainerNoMirroring: None,
+        nnUNetTrainer_onlyMirror01: (0, 1)[: dims - 1],
+    }.get(trainer_class, (0, 1, 2)[:dims])
     assert trainer.inference_allowed_mirroring_axes == axes
 
 
-@pytest.mark.parametrize("labels", [
-    {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]},
-    {"labels": {"background": 0, "blob": 1, "ignore": 2}},
-    {"labels": {"background": 0, "whole": [1], "ignore": 2}, "regions_class_order": [1]}])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]},
+        {"labels": {"background": 0, "blob": 1, "ignore": 2}},
+        {"labels": {"background": 0, "whole": [1], "ignore": 2}, "regions_class_order": [1]},
+    ],
+)
 def test_regions_and_ignored_voxels_are_trained(dataset, labels):
     trainer = make_trainer(dataset, epochs=1, dataset_json=make_dataset_json(**labels))
     trainer.run_training()
     assert np.isfinite(curves_of(trainer)["train_losses"][0])
     assert len(curves_of(trainer)["dice_per_class_or_region"][0]) == trainer.label_manager.num_segmentation_heads - (
-        not trainer.label_manager.has_regions)
+        not trainer.label_manager.has_regions
+    )
 
 
 def test_a_network_learns(dataset, monkeypatch):
@@ -267,12 +387,24 @@ def test_a_network_learns(dataset, monkeypatch):
 
 class LegacyTrainer(nnUNetTrainer):
     @staticmethod
-    def build_network_architecture(architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import,
-                                   num_input_channels, num_output_channels, enable_deep_supervision=True):
+    def build_network_architecture(
+        architecture_class_name,
+        arch_init_kwargs,
+        arch_init_kwargs_req_import,
+        num_input_channels,
+        num_output_channels,
+        enable_deep_supervision=True,
+    ):
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-        return get_network_from_plans(architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import,
-                                      num_input_channels, num_output_channels,
-                                      deep_supervision=enable_deep_supervision)
+
+        return get_network_from_plans(
+            architecture_class_name,
+            arch_init_kwargs,
+            arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            deep_supervision=enable_deep_supervision,
+        )
 
 
 def test_networks_of_the_legacy_signature_are_built(dataset):
@@ -354,14 +486,17 @@ def test_a_checkpoint_with_foreign_prefixes_and_without_mirror_axes_is_loaded(da
     trainer.save_checkpoint(str(file))
     checkpoint = load_checkpoint_file(file)
     del checkpoint["inference_allowed_mirroring_axes"]
-    checkpoint["network_weights"] = {f"module.{name}": tensor + 1 for name, tensor in
-                                     checkpoint["network_weights"].items()}
+    checkpoint["network_weights"] = {
+        f"module.{name}": tensor + 1 for name, tensor in checkpoint["network_weights"].items()
+    }
     trainer.inference_allowed_mirroring_axes = (1,)
     trainer.load_checkpoint({**checkpoint, "something_else": 1})
     assert trainer.inference_allowed_mirroring_axes == (1,)
     state = trainer.network.state_dict()
-    assert all(torch.equal(state[name.removeprefix("module.")], tensor)
-               for name, tensor in checkpoint["network_weights"].items())
+    assert all(
+        torch.equal(state[name.removeprefix("module.")], tensor)
+        for name, tensor in checkpoint["network_weights"].items()
+    )
 
 
 def test_a_checkpoint_between_epochs_goes_on_with_the_current_epoch(dataset):
@@ -385,8 +520,20 @@ def test_a_trainer_finds_its_checkpoint_as_soon_as_the_epoch_has_ended(dataset):
 
 def test_a_checkpoint_keeps_the_arguments_of_a_subclass_that_are_plain_data(dataset):
     class WithOwnArguments(nnUNetTrainer):
-        def __init__(self, plans, configuration, fold, dataset_json, device, alpha=0.3, sizes=(1, 2), helper=None,
-                     forgotten=1, *args, **kwargs):
+        def __init__(
+            self,
+            plans,
+            configuration,
+            fold,
+            dataset_json,
+            device,
+            alpha=0.3,
+            sizes=(1, 2),
+            helper=None,
+            forgotten=1,
+            *args,
+            **kwargs,
+        ):
             super().__init__(plans, configuration, fold, dataset_json, device)
             self.alpha, self.sizes, self.helper = alpha, sizes, object()
 
@@ -494,7 +641,8 @@ def test_the_final_validation_writes_segmentations_and_scores_and_restores_the_n
     folder = Path(trainer.output_folder, "validation")
     val = trainer.do_split()[1]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [f"{case}{ending}" for case in val for ending in (".nii.gz", ".npz", ".pkl")] + ["summary.json"])
+        [f"{case}{ending}" for case in val for ending in (".nii.gz", ".npz", ".pkl")] + ["summary.json"]
+    )
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == len(val) and set(summary["mean"]) == {"1", "2"}
     assert trainer.network.decoder.deep_supervision is trainer.enable_deep_supervision and trainer.network.training
@@ -503,10 +651,13 @@ def test_the_final_validation_writes_segmentations_and_scores_and_restores_the_n
 
 def test_the_next_stage_of_a_cascade_receives_segmentations_and_trains_on_them(dataset, roots):
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
     plans = make_plans()
     low = plans["configurations"].pop("3d_fullres")
-    plans["configurations"] = {"3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
-                               "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"}}
+    plans["configurations"] = {
+        "3d_lowres": {**low, "next_stage": "3d_cascade_fullres"},
+        "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"},
+    }
     first = nnUNetTrainer(plans, "3d_lowres", "all", make_dataset_json(), CPU)
     first.num_epochs = first.num_iterations_per_epoch = first.num_val_iterations_per_epoch = 1
     first.run_training()

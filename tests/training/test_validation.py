@@ -1,4 +1,5 @@
 """The validation after a training, interrupted and repeated."""
+
 import json
 from pathlib import Path
 

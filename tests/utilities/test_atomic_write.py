@@ -1,4 +1,5 @@
 """Files appear complete or not at all."""
+
 import json
 import os
 import time
@@ -83,8 +84,19 @@ def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-young", "case.nii.gz"]
 
 
-@pytest.mark.parametrize("name", ["x.nii.nii.gz", "x.nii.gz.nii.gz", "x.hdr.nii.gz", "x.img.nii.gz", "x.nia.nii.gz",
-                                  "x.NII.GZ.nii.gz", "x.gz.nii", "1.2.3.nii.gz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.nii.nii.gz",
+        "x.nii.gz.nii.gz",
+        "x.hdr.nii.gz",
+        "x.img.nii.gz",
+        "x.nia.nii.gz",
+        "x.NII.GZ.nii.gz",
+        "x.gz.nii",
+        "1.2.3.nii.gz",
+    ],
+)
 def test_itk_writes_nifti_files_with_an_ending_inside_their_name(tmp_path, name):
     import SimpleITK as sitk
 

@@ -1,4 +1,5 @@
 """What a person at the terminal sees when a command fails."""
+
 import argparse
 import os
 import subprocess
@@ -21,11 +22,20 @@ def _program_name(monkeypatch):
 def fail_with(error):
     def function():
         raise error
+
     return function
 
 
-@pytest.mark.parametrize("error", [ValueError("bad\n  input"), FileNotFoundError("bad input"),
-                                   RuntimeError("bad input"), AssertionError("bad input"), OwnError("bad input")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("bad\n  input"),
+        FileNotFoundError("bad input"),
+        RuntimeError("bad input"),
+        AssertionError("bad input"),
+        OwnError("bad input"),
+    ],
+)
 def test_expected_errors_become_one_line(error, capsys):
     with pytest.raises(SystemExit) as caught:
         run_command(fail_with(error))
@@ -80,16 +90,27 @@ run_command(print_lines)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise")
-@pytest.mark.parametrize(("number", "fails", "unbuffered", "status", "error"), [
-    (3, False, "", 0, ""), (500_000, False, "", 141, ""), (3, False, "1", 141, ""),
-    (3, True, "", 1, "-c: error: something else\n")])
+@pytest.mark.parametrize(
+    ("number", "fails", "unbuffered", "status", "error"),
+    [
+        (3, False, "", 0, ""),
+        (500_000, False, "", 141, ""),
+        (3, False, "1", 141, ""),
+        (3, True, "", 1, "-c: error: something else\n"),
+    ],
+)
 def test_a_reader_that_goes_away_is_no_error(number, fails, unbuffered, status, error):
     """As `head` does."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", PRINTING.format(number=number, fails=fails)], stdout=writer,
-                          stderr=subprocess.PIPE, text=True, check=False,
-                          env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTING.format(number=number, fails=fails)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (status, error)
 
@@ -128,8 +149,12 @@ run_command(show_all)
 @pytest.mark.parametrize("kind", ["ValueError", "OSError", "RuntimeError", "KeyError", "TypeError"])
 def test_no_text_of_others_commands_the_terminal(kind):
     """Neither as an error, a message, or a warning, nor in the traceback of a mistake of our own."""
-    done = subprocess.run([sys.executable, "-c", SHOWING.replace("KIND", kind)], capture_output=True, check=False,
-                          env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogatepass"})
+    done = subprocess.run(
+        [sys.executable, "-c", SHOWING.replace("KIND", kind)],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogatepass"},
+    )
     shown = done.stderr.decode("utf-8", "surrogatepass")
     assert done.returncode == 1
     assert shown.replace("\n", "").isprintable() and shown.count("owned") >= 4

@@ -1,4 +1,5 @@
 """Gathering tensors across processes."""
+
 import pytest
 import torch
 from torch import distributed, multiprocessing
@@ -11,9 +12,9 @@ def gather(rank: int, world: int, folder: str) -> None:
     share = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
     gathered = AllGatherGrad.apply(share)
     # each process weighs the shares differently, so a share's gradient must collect all weights
-    weights = torch.arange(world, dtype=torch.float32)[:, None] + 10 ** rank
+    weights = torch.arange(world, dtype=torch.float32)[:, None] + 10**rank
     (gathered * weights).sum().backward()
-    expected = sum(rank + 10 ** other for other in range(world))
+    expected = sum(rank + 10**other for other in range(world))
     assert gathered.tolist() == [[1.0 + other, 10.0] for other in range(world)]
     assert share.grad.tolist() == [expected, expected]
     print_if_rank0("once")

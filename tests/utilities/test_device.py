@@ -1,4 +1,5 @@
 """Precision, memory layout and threads."""
+
 import pytest
 import torch
 
@@ -12,8 +13,9 @@ from nnunetv2.utilities.device import (
 )
 
 
-@pytest.mark.parametrize(("choice", "expected"), [("0", False), ("f", False), ("False", False), ("no", False),
-                                                  ("1", True), ("TRUE", True)])
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("0", False), ("f", False), ("False", False), ("no", False), ("1", True), ("TRUE", True)]
+)
 def test_environment_decides(monkeypatch, choice, expected):
     monkeypatch.setenv("nnUNet_cpu_autocast", choice)
     assert wants_cpu_autocast() is expected
@@ -52,7 +54,7 @@ def matrix_units(monkeypatch):
 
 
 def test_memory_format_keeps_values(matrix_units):
-    tensor = torch.arange(2 * 3 * 4 * 5 * 6.).reshape(2, 3, 4, 5, 6)
+    tensor = torch.arange(2 * 3 * 4 * 5 * 6.0).reshape(2, 3, 4, 5, 6)
     fast = to_fast_memory_format_(tensor, "cpu")
     assert torch.equal(fast, tensor)
     assert fast.is_contiguous(memory_format=torch.channels_last_3d)
@@ -84,8 +86,9 @@ def test_networks_normalize_fast_on_a_cpu_only():
     torch.testing.assert_close(network(image), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("choice", "is_inference", "dtype"), [
-    ("1", True, torch.float16), ("1", False, None), ("", True, None)])
+@pytest.mark.parametrize(
+    ("choice", "is_inference", "dtype"), [("1", True, torch.float16), ("1", False, None), ("", True, None)]
+)
 def test_mps_predicts_in_half_precision_on_request(monkeypatch, choice, is_inference, dtype):
     contexts = []
     monkeypatch.setenv("nnUNet_mps_autocast", choice)

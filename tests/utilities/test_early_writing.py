@@ -21,7 +21,7 @@ def test_what_is_written_is_the_same_with_and_without_the_hint(tmp_path, monkeyp
     content, begun = bytes(range(256)) * (STEP_BYTES // 64), 0
     with (tmp_path / "file").open("wb", buffering=0) as file:
         for offset in range(0, len(content), STEP_BYTES):
-            file.write(content[offset:offset + STEP_BYTES])
+            file.write(content[offset : offset + STEP_BYTES])
             begun = begin_writing(file, begun)
     early_writing._sync_file_range.cache_clear()
     assert begun == len(content)

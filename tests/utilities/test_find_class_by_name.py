@@ -1,4 +1,5 @@
 """Class lookup in folders of modules that other people write."""
+
 import sys
 import textwrap
 
@@ -21,6 +22,7 @@ def _forget_imports():
 @pytest.fixture
 def write(tmp_path):
     """Write a module below tmp_path, with the packages on the way to it."""
+
     def write(path: str, source: str):
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -28,6 +30,7 @@ def write(tmp_path):
             (tmp_path / folder / "__init__.py").touch()
         file.write_text(textwrap.dedent(source))
         return file
+
     return write
 
 
@@ -123,31 +126,64 @@ def test_changed_file_is_read_again(tmp_path, write):
 def test_search_in_the_package_does_not_hide_the_library_imageio(tmp_path, write):
     from nnunetv2 import __path__ as root
     from nnunetv2.preprocessing import __path__ as folder
+
     recursive_find_python_class(folder[0], "NoSuchThing", "nnunetv2.preprocessing", base_folder=root[0])
     import imageio
+
     assert "nnunetv2" not in imageio.__file__
 
 
-@pytest.mark.parametrize("source", [
-    "class A: pass", "def A(): pass", "A = 1", "import x as A", "from x import A", "import A.b", "(A, b) = 1, 2",
-    "if x:\n    A = 1", "try:\n    from x import A\nexcept ImportError:\n    A = None", "with x as A: pass",
-    "for A in x: pass", "(A := 1)", "def f():\n    global A\n    A = 1", "A: int = 1", "@A_\nclass A: pass",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class A: pass",
+        "def A(): pass",
+        "A = 1",
+        "import x as A",
+        "from x import A",
+        "import A.b",
+        "(A, b) = 1, 2",
+        "if x:\n    A = 1",
+        "try:\n    from x import A\nexcept ImportError:\n    A = None",
+        "with x as A: pass",
+        "for A in x: pass",
+        "(A := 1)",
+        "def f():\n    global A\n    A = 1",
+        "A: int = 1",
+        "@A_\nclass A: pass",
+    ],
+)
 def test_binding_statements(source):
     assert "A" in read_module_names(source).bound
 
 
-@pytest.mark.parametrize("source", [
-    "'A'", "A", "x.A = 1", "def f():\n    A = 1", "class B:\n    A = 1", "[A for A in x]", "lambda A: 1",
-    "from A import b",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "'A'",
+        "A",
+        "x.A = 1",
+        "def f():\n    A = 1",
+        "class B:\n    A = 1",
+        "[A for A in x]",
+        "lambda A: 1",
+        "from A import b",
+    ],
+)
 def test_other_statements(source):
     names = read_module_names(source)
     assert "A" not in names.bound
     assert not names.is_dynamic
 
 
-@pytest.mark.parametrize("source", ["from x import *", "def __getattr__(name): pass", "globals()['A'] = 1",
-                                    "if x:\n    setattr(sys.modules[__name__], 'A', 1)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from x import *",
+        "def __getattr__(name): pass",
+        "globals()['A'] = 1",
+        "if x:\n    setattr(sys.modules[__name__], 'A', 1)",
+    ],
+)
 def test_dynamic_modules(source):
     assert read_module_names(source).is_dynamic

@@ -1,4 +1,5 @@
 """Trainers by name, from the package and from folders of users."""
+
 import os
 import pickle
 import subprocess
@@ -29,12 +30,14 @@ def folders(tmp_path, monkeypatch):
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "helper.py").write_text(f"VALUE = {name!r}")
-        (package / "trainer.py").write_text(textwrap.dedent(f"""
+        (package / "trainer.py").write_text(
+            textwrap.dedent(f"""
             class Trainer{name}:
                 def read_helper(self):
                     from pack.helper import VALUE
                     return VALUE
-            """))
+            """)
+        )
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path / "One"), str(tmp_path / "Two")]))
     return tmp_path / "One", tmp_path / "Two"
 
@@ -46,8 +49,10 @@ def test_imports_inside_methods_work_after_the_lookup(folders):
 
 def test_external_classes_pickle_into_fresh_processes(folders):
     trainer = find_in_external_folder(str(folders[1]), "TrainerTwo")
-    code = f"import pickle, sys; sys.path[:] = {sys.path!r}; " \
-           f"print(pickle.loads({pickle.dumps(trainer())!r}).read_helper())"
+    code = (
+        f"import pickle, sys; sys.path[:] = {sys.path!r}; "
+        f"print(pickle.loads({pickle.dumps(trainer())!r}).read_helper())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Two"
 

@@ -1,4 +1,5 @@
 """Tests of asking for free memory."""
+
 from __future__ import annotations
 
 import pytest
@@ -17,8 +18,9 @@ def test_the_machine_says_what_is_available(system):
     assert free_memory_bytes(system, system) == 1000 * 1024
 
 
-@pytest.mark.parametrize(("names", "cache"), [(free_memory._CGROUP_2, "inactive_file"),
-                                              (free_memory._CGROUP_1, "total_inactive_file")])
+@pytest.mark.parametrize(
+    ("names", "cache"), [(free_memory._CGROUP_2, "inactive_file"), (free_memory._CGROUP_1, "total_inactive_file")]
+)
 def test_a_containers_limit_counts_if_it_leaves_less(system, names, cache):
     limit, usage = (system / name for name in names[:2])
     limit.parent.mkdir(exist_ok=True)

@@ -1,4 +1,5 @@
 """Networks of presets, without plans."""
+
 from __future__ import annotations
 
 import sys
@@ -33,8 +34,12 @@ def test_a_primus_is_given_its_patch(monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("dynamic_network_architectures.architectures.primus", module, raising=False)
     network = get_network_from_name("PrimusM", 1, 3, (32, 64, 64))
-    assert network.options == {"input_channels": 1, "output_channels": 3, "patch_embed_size": (8, 8, 8),
-                               "input_shape": (32, 64, 64)}
+    assert network.options == {
+        "input_channels": 1,
+        "output_channels": 3,
+        "patch_embed_size": (8, 8, 8),
+        "input_shape": (32, 64, 64),
+    }
     with pytest.raises(ValueError, match="needs input_patchsize"):
         get_network_from_name("PrimusM", 1, 3)
 

@@ -1,4 +1,5 @@
 """Whatever is wrong with a JSON file that people edit, the message names the file."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,20 +7,31 @@ import pytest
 from nnunetv2.utilities.json_files import PLANS, JsonFileError, read_json
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}', b'\xef\xbb\xbf{"a": 1}', b'\xef\xbb\xbf{\r\n"a": 1\r\n}\r\n'],
-                         ids=["plain", "byte order mark", "as Windows saves it"])
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": 1}', b'\xef\xbb\xbf{"a": 1}', b'\xef\xbb\xbf{\r\n"a": 1\r\n}\r\n'],
+    ids=["plain", "byte order mark", "as Windows saves it"],
+)
 def test_what_editors_save_is_read(tmp_path, content):
     (tmp_path / "plans.json").write_bytes(content)
     assert read_json(tmp_path / "plans.json") == {"a": 1}
 
 
-@pytest.mark.parametrize(("content", "problem"), [
-    (b'{"a": 1,}', "is not valid JSON"), (b"[1, 2", "is not valid JSON"), (b"", "is empty"), (b" \n", "is empty"),
-    (b"\xef\xbb\xbf", "is not valid JSON"), (b"[1]", "must hold names in braces"),
-    (b"null", "must hold names in braces"),
-    ('{"a": 1}'.encode("utf-16"), "is not encoded in UTF-8"),
-    ('{"ä": 1}'.encode("latin-1"), "is not encoded in UTF-8"),
-    (b"[" * 100_000, "plans.json")])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": 1,}', "is not valid JSON"),
+        (b"[1, 2", "is not valid JSON"),
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"\xef\xbb\xbf", "is not valid JSON"),
+        (b"[1]", "must hold names in braces"),
+        (b"null", "must hold names in braces"),
+        ('{"a": 1}'.encode("utf-16"), "is not encoded in UTF-8"),
+        ('{"ä": 1}'.encode("latin-1"), "is not encoded in UTF-8"),
+        (b"[" * 100_000, "plans.json"),
+    ],
+)
 def test_the_message_names_the_file(tmp_path, content, problem):
     (tmp_path / "plans.json").write_bytes(content)
     with pytest.raises(JsonFileError, match=problem) as caught:

@@ -1,4 +1,5 @@
 """Labels, regions and the ignore label."""
+
 import pickle
 import sys
 
@@ -57,15 +58,18 @@ def test_regions_can_be_read_as_labels():
     assert not manager.has_regions and manager.num_segmentation_heads == 4
 
 
-@pytest.mark.parametrize(("labels", "order", "error"), [
-    ({"liver": 1}, None, RuntimeError),
-    ({"background": [0, 1], "liver": 1}, None, RuntimeError),
-    ({"background": 1, "liver": 2}, None, AssertionError),
-    ({**PLAIN, "ignore": 4}, None, AssertionError),
-    ({**PLAIN, "ignore": 3.0}, None, AssertionError),
-    (REGIONS, None, AssertionError),
-    (REGIONS, [1, 2], AssertionError),
-])
+@pytest.mark.parametrize(
+    ("labels", "order", "error"),
+    [
+        ({"liver": 1}, None, RuntimeError),
+        ({"background": [0, 1], "liver": 1}, None, RuntimeError),
+        ({"background": 1, "liver": 2}, None, AssertionError),
+        ({**PLAIN, "ignore": 4}, None, AssertionError),
+        ({**PLAIN, "ignore": 3.0}, None, AssertionError),
+        (REGIONS, None, AssertionError),
+        (REGIONS, [1, 2], AssertionError),
+    ],
+)
 def test_nonsense_is_refused(labels, order, error):
     with pytest.raises(error, match="dataset.json"):
         LabelManager(labels, order)
@@ -167,8 +171,9 @@ def test_class_from_plans():
 
 
 def test_input_channels_of_a_cascade():
-    plans = PlansManager({"label_manager": "LabelManager", "configurations": {
-        "one": {}, "two": {"previous_stage": "one"}}})
+    plans = PlansManager(
+        {"label_manager": "LabelManager", "configurations": {"one": {}, "two": {"previous_stage": "one"}}}
+    )
     dataset = {"channel_names": {"0": "CT", "1": "PET"}, "labels": PLAIN}
     assert determine_num_input_channels(plans, "one", dataset) == 2
     assert determine_num_input_channels(plans, plans.get_configuration("two"), dataset) == 4

@@ -1,4 +1,5 @@
 """Tests of pictures with labels in colour."""
+
 from __future__ import annotations
 
 import json
@@ -92,8 +93,16 @@ def test_the_command_shows_raw_cases(roots, tmp_path, monkeypatch, capsys):
     labels[3, 2:5, 2:5] = 1
     sitk.WriteImage(sitk.GetImageFromArray(labels), str(folder / "labelsTr/a.nii.gz"))
     sitk.WriteImage(sitk.GetImageFromArray(labels.astype(np.float32)), str(folder / "imagesTr/a_0000.nii.gz"))
-    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MR"}, "labels": {"background": 0, "x": 1},
-                                                     "numTraining": 1, "file_ending": ".nii.gz"}))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {"0": "MR"},
+                "labels": {"background": 0, "x": 1},
+                "numTraining": 1,
+                "file_ending": ".nii.gz",
+            }
+        )
+    )
     monkeypatch.setattr(sys, "argv", ["plot", "-d", NAME, "-o", str(tmp_path / "p"), "--use_raw", "-np", "1"])
     entry_point_generate_overlay()
     assert (tmp_path / "p" / "a.png").stat().st_size > 50

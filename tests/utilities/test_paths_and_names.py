@@ -1,4 +1,5 @@
 """Environment variables, dataset ids and names of model folders."""
+
 import os
 import subprocess
 import sys
@@ -72,11 +73,13 @@ def test_a_path_knows_its_variable():
 
 
 def test_importing_the_basics_is_light():
-    code = ("import sys, nnunetv2.configuration, nnunetv2.imageio.reader_writer_registry, "
-            "nnunetv2.utilities.plans_handling.plans_handler, nnunetv2.utilities.find_objects, "
-            "nnunetv2.utilities.get_network_from_plans, nnunetv2.utilities.command_line, nnunetv2.utilities.device\n"
-            "print([name for name in ('torch', 'SimpleITK', 'skimage', 'nibabel', 'tifffile', 'scipy') "
-            "if name in sys.modules])")
+    code = (
+        "import sys, nnunetv2.configuration, nnunetv2.imageio.reader_writer_registry, "
+        "nnunetv2.utilities.plans_handling.plans_handler, nnunetv2.utilities.find_objects, "
+        "nnunetv2.utilities.get_network_from_plans, nnunetv2.utilities.command_line, nnunetv2.utilities.device\n"
+        "print([name for name in ('torch', 'SimpleITK', 'skimage', 'nibabel', 'tifffile', 'scipy') "
+        "if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -138,13 +141,16 @@ def test_output_folder(roots):
     assert isinstance(get_output_folder("Dataset004_X"), str)
 
 
-@pytest.mark.parametrize(("path", "expected"), [
-    ("/r/Dataset004_H/T__P__3d_fullres/fold_0/validation", ("Dataset004_H", "T", "P", "3d_fullres")),
-    ("/r/Dataset004_H/T__P__3d_fullres", ("Dataset004_H", "T", "P", "3d_fullres")),
-    ("Dataset004_H/T__P__c/", ("Dataset004_H", "T", "P", "c")),
-    ("/r/X/T__P__c/fold_0", None),
-    ("/a/b", None),
-])
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/r/Dataset004_H/T__P__3d_fullres/fold_0/validation", ("Dataset004_H", "T", "P", "3d_fullres")),
+        ("/r/Dataset004_H/T__P__3d_fullres", ("Dataset004_H", "T", "P", "3d_fullres")),
+        ("Dataset004_H/T__P__c/", ("Dataset004_H", "T", "P", "c")),
+        ("/r/X/T__P__c/fold_0", None),
+        ("/a/b", None),
+    ],
+)
 def test_path_into_a_model_folder(path, expected):
     assert parse_dataset_trainer_plans_configuration_from_path(path) == expected
 
@@ -191,6 +197,7 @@ def test_scripts_find_file_helpers_where_they_look():
     from nnunetv2.utilities.dataset_name_id_conversion import isdir  # noqa: F401
     from nnunetv2.utilities.file_path_utilities import load_json, maybe_mkdir_p  # noqa: F401
     from nnunetv2.utilities.utils import join, subfiles  # noqa: F401
+
     assert join("a", "b") == os.path.join("a", "b")
     with pytest.raises(ImportError):
         from nnunetv2.utilities.utils import no_such_helper  # noqa: F401

@@ -1,4 +1,5 @@
 """Text of others on a terminal: every character is seen, none commands anything, and plain text stays as it is."""
+
 import argparse
 import ast
 import io
@@ -21,8 +22,12 @@ EVERYTHING = "".join(map(chr, range(sys.maxunicode + 1)))
 
 def is_harmless(text, *, allowed=""):
     """Tell whether a text has no control, format, surrogate, private, unassigned or separating character."""
-    return all(one in allowed or unicodedata.category(one) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-               and (one == " " or unicodedata.category(one) != "Zs") for one in text)
+    return all(
+        one in allowed
+        or unicodedata.category(one) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+        and (one == " " or unicodedata.category(one) != "Zs")
+        for one in text
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- printable
@@ -35,11 +40,31 @@ def test_every_other_character_stays_as_it_is():
     for character in EVERYTHING:
         if character not in "\n\r\t" and character.isprintable() and printable(character) != character:
             assert unicodedata.name(character).split()[0] in (
-                "COMBINING", "HANGUL", "HALFWIDTH", "KHMER", "MONGOLIAN", "BRAILLE", "VARIATION"), character
+                "COMBINING",
+                "HANGUL",
+                "HALFWIDTH",
+                "KHMER",
+                "MONGOLIAN",
+                "BRAILLE",
+                "VARIATION",
+            ), character
 
 
-@pytest.mark.parametrize("text", ["", "liver", "Prüfung für Köln", "肝臓の腫瘍", "الكبد", "опухоль", "🫀 and ❤️",
-                                  r"C:\data\x1b", "naïve e\u0301", "a 'quoted' \"word\" & more; $HOME `ls`"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "liver",
+        "Prüfung für Köln",
+        "肝臓の腫瘍",
+        "الكبد",
+        "опухоль",
+        "🫀 and ❤️",
+        r"C:\data\x1b",
+        "naïve e\u0301",
+        "a 'quoted' \"word\" & more; $HOME `ls`",
+    ],
+)
 def test_ordinary_text_stays(text):
     assert printable(text) == printable(text, lines=True) == text
 
@@ -67,7 +92,7 @@ def test_what_is_too_long_is_cut_after_it_was_escaped():
 def test_random_text_is_harmless_and_settles_at_once():
     rng = np.random.default_rng(5)
     for _ in range(300):
-        text = "".join(map(chr, rng.choice([*range(0x250), *range(0x2000, 0x2070), 0xfeff, 0xe0001, 0x3164], 40)))
+        text = "".join(map(chr, rng.choice([*range(0x250), *range(0x2000, 0x2070), 0xFEFF, 0xE0001, 0x3164], 40)))
         assert is_harmless(printable(text)) and printable(printable(text)) == printable(text)
 
 
@@ -98,18 +123,29 @@ def test_what_a_terminal_cannot_write_is_escaped():
 def test_the_package_prints_through_one_function():
     """`print` writes what it is given: names of others would reach the terminal as they are."""
     folder = Path(nnunetv2.__file__).parent
-    printing = [f"{file.relative_to(folder)}:{node.lineno}" for file in folder.rglob("*.py")
-                for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-                if isinstance(node, ast.Name) and node.id == "print" and file.name != "plain_text.py"]
+    printing = [
+        f"{file.relative_to(folder)}:{node.lineno}"
+        for file in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id == "print" and file.name != "plain_text.py"
+    ]
     assert printing == []
 
 
 # ------------------------------------------------------------------------------------------------------------- log
 def test_a_log_shows_placeholders_on_one_line_and_keeps_lines_of_its_own():
-    record = logging.LogRecord("x", logging.INFO, __file__, 1, "ours\nalso ours: %s, %s, %.1f", (
-        "label\nWARNING: forged\x1b[2K", ValueError("a\nb"), 1.25), None)
-    assert PlainTextFormatter("%(message)s").format(record) == \
-        "ours\nalso ours: label WARNING: forged\\x1b[2K, a b, 1.2"
+    record = logging.LogRecord(
+        "x",
+        logging.INFO,
+        __file__,
+        1,
+        "ours\nalso ours: %s, %s, %.1f",
+        ("label\nWARNING: forged\x1b[2K", ValueError("a\nb"), 1.25),
+        None,
+    )
+    assert (
+        PlainTextFormatter("%(message)s").format(record) == "ours\nalso ours: label WARNING: forged\\x1b[2K, a b, 1.2"
+    )
 
 
 def test_a_log_shows_tracebacks_without_commands_to_the_terminal():
@@ -123,13 +159,16 @@ def test_a_log_shows_tracebacks_without_commands_to_the_terminal():
 
 # -------------------------------------------------------------------------------------------------------- commands
 def test_a_command_without_odd_words_is_not_quoted():
-    assert shell_command("nnUNetv2_train", "Dataset001_A", "2d", 0, options=[("-p", "Plans"), ("--npz", None)]) == \
-        "nnUNetv2_train Dataset001_A 2d 0 -p Plans --npz"
+    assert (
+        shell_command("nnUNetv2_train", "Dataset001_A", "2d", 0, options=[("-p", "Plans"), ("--npz", None)])
+        == "nnUNetv2_train Dataset001_A 2d 0 -p Plans --npz"
+    )
     assert shell_command("x", options=[("-f", 0), ("-f", 1), ("-c", "2d")]) == "x -f 0 1 -c 2d"
 
 
-@pytest.mark.parametrize("word", ["a; touch pwned #", "$(id)", "`id`", "a b", "a'b", 'a"b', "", "!x", "~", "*",
-                                  "-x", "--help", "-"])
+@pytest.mark.parametrize(
+    "word", ["a; touch pwned #", "$(id)", "`id`", "a b", "a'b", 'a"b', "", "!x", "~", "*", "-x", "--help", "-"]
+)
 def test_a_word_stays_one_word_and_never_becomes_an_option(word):
     parser = argparse.ArgumentParser()
     parser.add_argument("word")

@@ -1,4 +1,5 @@
 """Plans, their configurations, and the networks they describe."""
+
 import json
 import pickle
 from functools import partial
@@ -12,17 +13,29 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 OLD = {
-    "data_identifier": "nnUNetPlans_3d", "patch_size": [16, 16, 16], "UNet_class_name": "PlainConvUNet",
-    "UNet_base_num_features": 4, "unet_max_num_features": 12, "n_conv_per_stage_encoder": [1, 1, 1],
-    "n_conv_per_stage_decoder": [1, 1], "conv_kernel_sizes": [[3, 3, 3]] * 3,
-    "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "num_pool_per_axis": [2, 2, 2],
+    "data_identifier": "nnUNetPlans_3d",
+    "patch_size": [16, 16, 16],
+    "UNet_class_name": "PlainConvUNet",
+    "UNet_base_num_features": 4,
+    "unet_max_num_features": 12,
+    "n_conv_per_stage_encoder": [1, 1, 1],
+    "n_conv_per_stage_decoder": [1, 1],
+    "conv_kernel_sizes": [[3, 3, 3]] * 3,
+    "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+    "num_pool_per_axis": [2, 2, 2],
 }
 
 
 def make_plans(**configurations) -> dict:
-    return {"dataset_name": "Dataset001_X", "plans_name": "nnUNetPlans", "label_manager": "LabelManager",
-            "image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
-            "configurations": configurations}
+    return {
+        "dataset_name": "Dataset001_X",
+        "plans_name": "nnUNetPlans",
+        "label_manager": "LabelManager",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": configurations,
+    }
 
 
 def test_plans_from_file_and_dict(tmp_path):
@@ -49,10 +62,13 @@ def test_configuration_is_cached_and_a_copy():
 
 
 def test_child_overrides_its_parents_key_by_key():
-    manager = PlansManager(make_plans(
-        a={"batch_size": 2, "spacing": [1, 1, 1], "architecture": {"arch_kwargs": {"strides": [1]}}},
-        b={"inherits_from": "a", "batch_size": 3, "next_stage": "c"},
-        c={"inherits_from": "b", "architecture": {"network_class_name": "X"}, "previous_stage": "b"}))
+    manager = PlansManager(
+        make_plans(
+            a={"batch_size": 2, "spacing": [1, 1, 1], "architecture": {"arch_kwargs": {"strides": [1]}}},
+            b={"inherits_from": "a", "batch_size": 3, "next_stage": "c"},
+            c={"inherits_from": "b", "architecture": {"network_class_name": "X"}, "previous_stage": "b"},
+        )
+    )
     c = manager.get_configuration("c")
     assert (c.batch_size, c.spacing, c.previous_stage_name) == (3, [1, 1, 1], "b")
     assert c.configuration["architecture"] == {"network_class_name": "X"}
@@ -73,8 +89,9 @@ def test_bad_inheritance_is_explained():
 
 
 def test_old_name_of_intensity_properties():
-    assert PlansManager({"foreground_intensity_properties_by_modality": {"0": {}}}
-                        ).foreground_intensity_properties_per_channel == {"0": {}}
+    assert PlansManager(
+        {"foreground_intensity_properties_by_modality": {"0": {}}}
+    ).foreground_intensity_properties_per_channel == {"0": {}}
 
 
 def test_label_manager_of_a_dataset():
@@ -85,11 +102,18 @@ def test_label_manager_of_a_dataset():
 
 
 def test_unknown_classes_are_named():
-    plans = PlansManager({**make_plans(a={"preprocessor_name": "TypoPreprocessor"}), "image_reader_writer": "TypoIO",
-                          "experiment_planner_used": "TypoPlanner"})
-    for look_up, name in ((lambda: plans.get_configuration("a").preprocessor_class, "TypoPreprocessor"),
-                          (lambda: plans.image_reader_writer_class, "TypoIO"),
-                          (lambda: plans.experiment_planner_class, "TypoPlanner")):
+    plans = PlansManager(
+        {
+            **make_plans(a={"preprocessor_name": "TypoPreprocessor"}),
+            "image_reader_writer": "TypoIO",
+            "experiment_planner_used": "TypoPlanner",
+        }
+    )
+    for look_up, name in (
+        (lambda: plans.get_configuration("a").preprocessor_class, "TypoPreprocessor"),
+        (lambda: plans.image_reader_writer_class, "TypoIO"),
+        (lambda: plans.experiment_planner_class, "TypoPlanner"),
+    ):
         with pytest.raises(RuntimeError, match=name):
             look_up()
 
@@ -114,16 +138,27 @@ def test_managers_pickle_after_use():
 @pytest.mark.parametrize("name", ["PlainConvUNet", "ResidualEncoderUNet"])
 @pytest.mark.parametrize("dim", [2, 3])
 def test_old_configuration_yields_a_network(name, dim):
-    old = {**OLD, "UNet_class_name": name, "patch_size": [16] * dim, "conv_kernel_sizes": [[3] * dim] * 3,
-           "pool_op_kernel_sizes": [[1] * dim, [2] * dim, [2] * dim]}
+    old = {
+        **OLD,
+        "UNet_class_name": name,
+        "patch_size": [16] * dim,
+        "conv_kernel_sizes": [[3] * dim] * 3,
+        "pool_op_kernel_sizes": [[1] * dim, [2] * dim, [2] * dim],
+    }
     before = json.dumps(old)
     with pytest.warns(UserWarning, match="before 2.4"):
         manager = ConfigurationManager(old)
     assert json.dumps(old) == before
     assert set(manager.configuration) == {"data_identifier", "patch_size", "architecture"}
     assert manager.network_arch_init_kwargs["features_per_stage"] == [4, 8, 12]
-    network = get_network_from_plans(manager.network_arch_class_name, manager.network_arch_init_kwargs,
-                                     manager.network_arch_init_kwargs_req_import, 2, 3, deep_supervision=True)
+    network = get_network_from_plans(
+        manager.network_arch_class_name,
+        manager.network_arch_init_kwargs,
+        manager.network_arch_init_kwargs_req_import,
+        2,
+        3,
+        deep_supervision=True,
+    )
     output = network(torch.zeros(1, 2, *[16] * dim))
     assert [tuple(entry.shape) for entry in output] == [(1, 3, *[16] * dim), (1, 3, *[8] * dim)]
     assert manager.pool_op_kernel_sizes == old["pool_op_kernel_sizes"]
@@ -136,9 +171,17 @@ def test_old_configurations_that_cannot_be_read():
         ConfigurationManager({key: value for key, value in OLD.items() if key != "conv_kernel_sizes"})
 
 
-KWARGS = {"n_stages": 2, "features_per_stage": [4, 8], "conv_op": "torch.nn.modules.conv.Conv2d", "kernel_sizes": 3,
-          "strides": [1, 2], "n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, "norm_op": None,
-          "nonlin": "torch.nn.LeakyReLU"}
+KWARGS = {
+    "n_stages": 2,
+    "features_per_stage": [4, 8],
+    "conv_op": "torch.nn.modules.conv.Conv2d",
+    "kernel_sizes": 3,
+    "strides": [1, 2],
+    "n_conv_per_stage": 1,
+    "n_conv_per_stage_decoder": 1,
+    "norm_op": None,
+    "nonlin": "torch.nn.LeakyReLU",
+}
 IMPORTED = ["conv_op", "norm_op", "nonlin"]
 
 

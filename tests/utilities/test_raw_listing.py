@@ -1,4 +1,5 @@
 """The cases of a raw dataset and their files."""
+
 import json
 import os
 
@@ -38,8 +39,11 @@ def test_files_without_channel_number_are_reported(folder, caplog):
 
 
 def test_channels_are_listed_in_order(folder):
-    expected = [[f"{folder}/a_0000.nii.gz"], [f"{folder}/a_1_0000.nii.gz"],
-                [f"{folder}/b_0000.nii.gz", f"{folder}/b_0001.nii.gz"]]
+    expected = [
+        [f"{folder}/a_0000.nii.gz"],
+        [f"{folder}/a_1_0000.nii.gz"],
+        [f"{folder}/b_0000.nii.gz", f"{folder}/b_0001.nii.gz"],
+    ]
     assert create_lists_from_splitted_dataset_folder(str(folder), ".nii.gz") == expected
     wanted = create_lists_from_splitted_dataset_folder(str(folder), ".nii.gz", ["b", "missing"], num_processes=3)
     assert wanted == [expected[2], []]
@@ -56,7 +60,8 @@ def test_standard_layout(tmp_path):
     (tmp_path / "imagesTr" / "a_0000.png").touch()
     (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".png"}))
     assert get_filenames_of_train_images_and_targets(str(tmp_path)) == {
-        "a": {"images": [f"{tmp_path}/imagesTr/a_0000.png"], "label": f"{tmp_path}/labelsTr/a.png"}}
+        "a": {"images": [f"{tmp_path}/imagesTr/a_0000.png"], "label": f"{tmp_path}/labelsTr/a.png"}
+    }
 
 
 def test_explicit_files(tmp_path, monkeypatch):
@@ -65,7 +70,8 @@ def test_explicit_files(tmp_path, monkeypatch):
     before = json.dumps(content)
     folder = tmp_path / "dataset"
     assert get_filenames_of_train_images_and_targets(str(folder), content) == {
-        "a": {"images": ["/scans/a.png", f"{tmp_path}/other/b.png"], "label": f"{folder}/labels/a.png"}}
+        "a": {"images": ["/scans/a.png", f"{tmp_path}/other/b.png"], "label": f"{folder}/labels/a.png"}
+    }
     assert json.dumps(content) == before
 
 

@@ -1,4 +1,5 @@
 """Pickles are data here, never programs."""
+
 import os
 import pickle
 from collections import OrderedDict
@@ -18,9 +19,16 @@ PROPERTIES = {
     "spacing": [np.float64(3.3), 2.0],
     "shape": (1, 2, 3),
     "class_locations": {1: np.arange(12).reshape(3, 4), (1, 2): [], 2: np.zeros((0, 4), np.int64)},
-    "text": "é", "bytes": b"x", "flag": np.bool_(True), "none": None, "set": {1}, "ordered": OrderedDict(a=1),
-    "affine": np.asfortranarray(np.eye(4, dtype=np.float32)), "names": np.array(["a", "bc"]),
-    "objects": np.array([{"a": 1}, None], dtype=object), "complex": 1j,
+    "text": "é",
+    "bytes": b"x",
+    "flag": np.bool_(True),
+    "none": None,
+    "set": {1},
+    "ordered": OrderedDict(a=1),
+    "affine": np.asfortranarray(np.eye(4, dtype=np.float32)),
+    "names": np.array(["a", "bc"]),
+    "objects": np.array([{"a": 1}, None], dtype=object),
+    "complex": 1j,
 }
 
 
@@ -36,8 +44,19 @@ def test_names_of_numpy_1_are_read(tmp_path):
     np.testing.assert_equal(load_pickle_safely(tmp_path / "a.pkl"), PROPERTIES)
 
 
-@pytest.mark.parametrize("payload", [Exploit(), [Exploit()], {"a": np.array([Exploit()], dtype=object)}, os.system,
-                                     eval, getattr, np.load, pickle.loads])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        Exploit(),
+        [Exploit()],
+        {"a": np.array([Exploit()], dtype=object)},
+        os.system,
+        eval,
+        getattr,
+        np.load,
+        pickle.loads,
+    ],
+)
 def test_everything_else_is_refused(tmp_path, payload, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(payload))

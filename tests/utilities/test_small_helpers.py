@@ -1,4 +1,5 @@
 """JSON export, splits, collation, file names, weights: one line of behaviour each."""
+
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -22,13 +23,28 @@ Point = namedtuple("Point", "x y")
 
 def test_json_export_in_place_at_any_depth():
     content = {
-        np.int64(3): (np.float32(1.5), [np.int16(2), {"d": np.uint64(4)}]), "a": np.array([[1, 2], [3, 4]]),
-        "b": {np.uint8(1): np.bool_(True)}, "path": Path("/x"), "device": torch.device("cpu"),
-        "names": np.array(["n"]), "point": Point(np.int8(1), 2), "scalar": np.array(5), "same": None,
+        np.int64(3): (np.float32(1.5), [np.int16(2), {"d": np.uint64(4)}]),
+        "a": np.array([[1, 2], [3, 4]]),
+        "b": {np.uint8(1): np.bool_(True)},
+        "path": Path("/x"),
+        "device": torch.device("cpu"),
+        "names": np.array(["n"]),
+        "point": Point(np.int8(1), 2),
+        "scalar": np.array(5),
+        "same": None,
     }
     assert recursive_fix_for_json_export(content) is None
-    assert content == {3: (1.5, [2, {"d": 4}]), "a": [[1, 2], [3, 4]], "b": {1: True}, "path": "/x", "device": "cpu",
-                       "names": ["n"], "point": Point(1, 2), "scalar": 5, "same": None}
+    assert content == {
+        3: (1.5, [2, {"d": 4}]),
+        "a": [[1, 2], [3, 4]],
+        "b": {1: True},
+        "path": "/x",
+        "device": "cpu",
+        "names": ["n"],
+        "point": Point(1, 2),
+        "scalar": 5,
+        "same": None,
+    }
     assert type(content[3][0]) is float and type(content["names"][0]) is str and content["b"][1] is True
     assert list(content)[:2] == [3, "a"]
     json.dumps(content)
@@ -40,8 +56,13 @@ def test_fix_types_iterable():
 
 def test_split_golden_values():
     folds = generate_crossval_split([f"case_{i:02d}" for i in range(10)])
-    assert [fold["val"] for fold in folds] == [["case_00", "case_07"], ["case_03", "case_09"], ["case_04", "case_06"],
-                                               ["case_01", "case_08"], ["case_02", "case_05"]]
+    assert [fold["val"] for fold in folds] == [
+        ["case_00", "case_07"],
+        ["case_03", "case_09"],
+        ["case_04", "case_06"],
+        ["case_01", "case_08"],
+        ["case_02", "case_05"],
+    ]
     assert folds[0]["train"] == [f"case_{i:02d}" for i in (1, 2, 3, 4, 5, 6, 8, 9)]
     json.dumps(folds)
 
@@ -53,14 +74,20 @@ def test_split_equals_scikit_learn(n, seed, n_splits):
         with pytest.raises(ValueError, match=f"cannot split {n}"):
             generate_crossval_split(names, seed, n_splits)
         return
-    expected = [{"train": list(names[train]), "val": list(names[val])}
-                for train, val in KFold(n_splits, shuffle=True, random_state=seed).split(names)]
+    expected = [
+        {"train": list(names[train]), "val": list(names[val])}
+        for train, val in KFold(n_splits, shuffle=True, random_state=seed).split(names)
+    ]
     assert generate_crossval_split(names, seed, n_splits) == expected
 
 
 def test_collate_by_type():
-    merged = collate_outputs([{"loss": np.float32(1), "tp": np.zeros(3), "keys": ["a"]},
-                              {"loss": np.float32(2), "tp": np.ones(3), "keys": ["b", "c"]}])
+    merged = collate_outputs(
+        [
+            {"loss": np.float32(1), "tp": np.zeros(3), "keys": ["a"]},
+            {"loss": np.float32(2), "tp": np.ones(3), "keys": ["b", "c"]},
+        ]
+    )
     assert merged["loss"] == [1, 2] and merged["keys"] == ["a", "b", "c"]
     assert merged["tp"].shape == (2, 3)
     with pytest.raises(ValueError, match="'x'"):
@@ -73,10 +100,18 @@ def test_endings_of_two_suffixes():
         strip_ending("liver.png", ".nii.gz")
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("liver_1_0002.nii.gz", ("liver_1", 2)), ("a_b_0000.nii.gz", ("a_b", 0)), ("liver.nii.gz", None),
-    ("liver_002.nii.gz", None), ("liver_00002.nii.gz", None), ("_0000.nii.gz", None), ("liver_0000xnii.gz", None),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("liver_1_0002.nii.gz", ("liver_1", 2)),
+        ("a_b_0000.nii.gz", ("a_b", 0)),
+        ("liver.nii.gz", None),
+        ("liver_002.nii.gz", None),
+        ("liver_00002.nii.gz", None),
+        ("_0000.nii.gz", None),
+        ("liver_0000xnii.gz", None),
+    ],
+)
 def test_channel_of_a_file_name(name, expected):
     assert split_channel(name, ".nii.gz") == expected
 
@@ -97,6 +132,6 @@ def test_he_initialisation_of_convolutions_only():
     network = torch.nn.Sequential(torch.nn.Conv3d(16, 64, 3), torch.nn.InstanceNorm3d(64, affine=True))
     network.apply(InitWeights_He(0.1))
     assert network[0].bias.abs().sum() == 0
-    expected = (2 / (1 + 0.1 ** 2) / (16 * 27)) ** 0.5
+    expected = (2 / (1 + 0.1**2) / (16 * 27)) ** 0.5
     assert network[0].weight.std().item() == pytest.approx(expected, rel=0.02)
     assert network[1].weight.eq(1).all()

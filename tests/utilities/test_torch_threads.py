@@ -1,4 +1,5 @@
 """How many threads torch gets."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """What plans, dataset.json and checkpoints of strangers may name."""
+
 from __future__ import annotations
 
 import os
@@ -21,32 +22,88 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2.utilities.trusted_names import UntrustedNameError, locate_argument, may_be_named
 
 UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
-KWARGS = {"n_stages": 2, "features_per_stage": [4, 8], "conv_op": "torch.nn.modules.conv.Conv2d", "kernel_sizes": 3,
-          "strides": [1, 2], "n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, "norm_op": None,
-          "nonlin": "torch.nn.LeakyReLU"}
+KWARGS = {
+    "n_stages": 2,
+    "features_per_stage": [4, 8],
+    "conv_op": "torch.nn.modules.conv.Conv2d",
+    "kernel_sizes": 3,
+    "strides": [1, 2],
+    "n_conv_per_stage": 1,
+    "n_conv_per_stage_decoder": 1,
+    "norm_op": None,
+    "nonlin": "torch.nn.LeakyReLU",
+}
 IMPORTED = ["conv_op", "norm_op", "nonlin"]
 
 NOT_TO_BE_CALLED = [
-    "os.system", "posix.system", "subprocess.run", "subprocess.Popen", "builtins.exec", "builtins.eval", "pty.spawn",
-    "importlib.import_module", "torch.load", "torch.hub.load", "torch.jit.load", "torch.utils.cpp_extension.load",
-    "torch.compile", "numpy.load", "pathlib.Path", "shutil.rmtree", "webbrowser.open",
+    "os.system",
+    "posix.system",
+    "subprocess.run",
+    "subprocess.Popen",
+    "builtins.exec",
+    "builtins.eval",
+    "pty.spawn",
+    "importlib.import_module",
+    "torch.load",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.utils.cpp_extension.load",
+    "torch.compile",
+    "numpy.load",
+    "pathlib.Path",
+    "shutil.rmtree",
+    "webbrowser.open",
     # what allowed packages have imported, and what they define themselves but no network needs
-    "torch.nn.functional.importlib", "torch.nn.init.warnings", "torch.nn.functional.torch", "torch.nn.functional.grad",
-    "torch.nn.modules.module.functools", "torch.nn.modules.container.OrderedDict", "torch.nn.functional.Tensor",
-    "torch.nn.modules.module.register_module_forward_hook", "torch.nn.utils.skip_init", "torch.nn.Parameter",
-    "torch.nn.parallel.parallel_apply", "torch.nn.parallel.data_parallel",
-    "dynamic_network_architectures.architectures.unet.Union", "dynamic_network_architectures.architectures.unet.torch",
+    "torch.nn.functional.importlib",
+    "torch.nn.init.warnings",
+    "torch.nn.functional.torch",
+    "torch.nn.functional.grad",
+    "torch.nn.modules.module.functools",
+    "torch.nn.modules.container.OrderedDict",
+    "torch.nn.functional.Tensor",
+    "torch.nn.modules.module.register_module_forward_hook",
+    "torch.nn.utils.skip_init",
+    "torch.nn.Parameter",
+    "torch.nn.parallel.parallel_apply",
+    "torch.nn.parallel.data_parallel",
+    "dynamic_network_architectures.architectures.unet.Union",
+    "dynamic_network_architectures.architectures.unet.torch",
     "dynamic_network_architectures.building_blocks.helper.np",
-    "nnunetv2.run.run_training.run_training", "nnunetv2.paths.os", "nnunetv2.utilities.atomic_write.replacing",
-    "nnunetv2.utilities.find_class_by_name.importlib", "nnunetv2.federated.coordinator.http.tls.subprocess",
-    "nnunetv2.inference.predictor.nnUNetPredictor", "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer",
+    "nnunetv2.run.run_training.run_training",
+    "nnunetv2.paths.os",
+    "nnunetv2.utilities.atomic_write.replacing",
+    "nnunetv2.utilities.find_class_by_name.importlib",
+    "nnunetv2.federated.coordinator.http.tls.subprocess",
+    "nnunetv2.inference.predictor.nnUNetPredictor",
+    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer",
 ]
-NO_PATHS = ["system", "", ".", "torch.nn.", ".torch.nn.ReLU", "torch..nn.ReLU", "torch.nn.Module.__init__",
-            "torch.nn.modules.module._global_forward_hooks", "__main__.run", "__builtins__.exec", "torch/nn.ReLU",
-            "../nets.Net", "torch.nn.ReLU()", "torch.nn.ReLU\n", "torch.nn. ReLU"]
-LEAD_NOWHERE = ["torch.nn.NoSuchThing", "torch.nn.os.system", "torch.nn.functional.importlib.import_module",
-                "torch.nn.Module.compile", "nnunetv2.paths.os.system", "nnunetv2.no_such_module.Net",
-                "no_such_package.Net", "dynamic_network_architectures.architectures.unet.np.load"]
+NO_PATHS = [
+    "system",
+    "",
+    ".",
+    "torch.nn.",
+    ".torch.nn.ReLU",
+    "torch..nn.ReLU",
+    "torch.nn.Module.__init__",
+    "torch.nn.modules.module._global_forward_hooks",
+    "__main__.run",
+    "__builtins__.exec",
+    "torch/nn.ReLU",
+    "../nets.Net",
+    "torch.nn.ReLU()",
+    "torch.nn.ReLU\n",
+    "torch.nn. ReLU",
+]
+LEAD_NOWHERE = [
+    "torch.nn.NoSuchThing",
+    "torch.nn.os.system",
+    "torch.nn.functional.importlib.import_module",
+    "torch.nn.Module.compile",
+    "nnunetv2.paths.os.system",
+    "nnunetv2.no_such_module.Net",
+    "no_such_package.Net",
+    "dynamic_network_architectures.architectures.unet.np.load",
+]
 
 
 @pytest.mark.parametrize("path", [*NOT_TO_BE_CALLED, *NO_PATHS])
@@ -88,14 +145,25 @@ def test_nothing_is_imported_to_refuse_a_name():
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", [
-    "torch.nn.LeakyReLU", "torch.nn.modules.activation.LeakyReLU", "torch.nn.InstanceNorm3d", "torch.nn.Conv3d",
-    "torch.nn.modules.dropout.Dropout3d", "torch.nn.GELU", "torch.nn.functional.gelu", "torch.nn.functional.relu",
-    "torch.nn.init.kaiming_normal_", "dynamic_network_architectures.building_blocks.residual.BasicBlockD",
-    "dynamic_network_architectures.building_blocks.residual.BottleneckD",
-    "dynamic_network_architectures.building_blocks.patch_encode_decode.LayerNormNd",
-    "dynamic_network_architectures.initialization.weight_init.InitWeights_He",
-    "nnunetv2.training.loss.dice.MemoryEfficientSoftDiceLoss"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "torch.nn.LeakyReLU",
+        "torch.nn.modules.activation.LeakyReLU",
+        "torch.nn.InstanceNorm3d",
+        "torch.nn.Conv3d",
+        "torch.nn.modules.dropout.Dropout3d",
+        "torch.nn.GELU",
+        "torch.nn.functional.gelu",
+        "torch.nn.functional.relu",
+        "torch.nn.init.kaiming_normal_",
+        "dynamic_network_architectures.building_blocks.residual.BasicBlockD",
+        "dynamic_network_architectures.building_blocks.residual.BottleneckD",
+        "dynamic_network_architectures.building_blocks.patch_encode_decode.LayerNormNd",
+        "dynamic_network_architectures.initialization.weight_init.InitWeights_He",
+        "nnunetv2.training.loss.dice.MemoryEfficientSoftDiceLoss",
+    ],
+)
 def test_parts_of_networks_are_found(path):
     assert locate_argument(path, "nonlin").__name__ == path.split(".")[-1]
 
@@ -174,8 +242,11 @@ def test_networks_in_a_folder_of_the_user_are_found(module, own, monkeypatch):
 
 
 def test_a_package_that_the_user_lists_is_taken(own, monkeypatch):
-    with pytest.raises(UntrustedNameError, match=r"own_library\.net\.Net as network_class_name.*set "
-                                                 r"nnUNet_extPackages=own_library"):
+    with pytest.raises(
+        UntrustedNameError,
+        match=r"own_library\.net\.Net as network_class_name.*set "
+        r"nnUNet_extPackages=own_library",
+    ):
         build("own_library.net", "torch.nn.ReLU")
     assert "own_library" not in sys.modules
     monkeypatch.setenv("nnUNet_extPackages", f"another{os.pathsep}own_library.net")
@@ -211,22 +282,41 @@ def test_plans_name_no_folder_outside_of_their_place(name):
 # -------------------------------------------------------------------------------------------------- names of classes
 LOOKUPS = {
     "normalization_schemes": find_normalization_class,
-    "resampling_fn_data": lambda name: ConfigurationManager({"resampling_fn_data": name,
-                                                             "resampling_fn_data_kwargs": {}}).resampling_fn_data,
+    "resampling_fn_data": lambda name: (
+        ConfigurationManager({"resampling_fn_data": name, "resampling_fn_data_kwargs": {}}).resampling_fn_data
+    ),
     "preprocessor_name": lambda name: ConfigurationManager({"preprocessor_name": name}).preprocessor_class,
     "image_reader_writer": lambda name: PlansManager({"image_reader_writer": name}).image_reader_writer_class,
     "experiment_planner_used": lambda name: PlansManager({"experiment_planner_used": name}).experiment_planner_class,
     "label_manager": lambda name: PlansManager({"label_manager": name}).label_manager_class,
     "overwrite_image_reader_writer": lambda name: determine_reader_writer_from_dataset_json(
-        {"overwrite_image_reader_writer": name, "file_ending": ".nii.gz"}),
+        {"overwrite_image_reader_writer": name, "file_ending": ".nii.gz"}
+    ),
     "trainer's name": recursive_find_trainer_class_by_name,
 }
 
 
 @pytest.mark.parametrize("field", LOOKUPS)
-@pytest.mark.parametrize("name", [
-    "__init__", "_find", "__builtins__", "../SimpleITKIO", "a/b", "a\\b", "os.system", "", " ", 7, None,
-    ["LabelManager"], {"name": "LabelManager"}, "SimpleITKIO\n"], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__init__",
+        "_find",
+        "__builtins__",
+        "../SimpleITKIO",
+        "a/b",
+        "a\\b",
+        "os.system",
+        "",
+        " ",
+        7,
+        None,
+        ["LabelManager"],
+        {"name": "LabelManager"},
+        "SimpleITKIO\n",
+    ],
+    ids=repr,
+)
 def test_names_that_no_class_has_are_refused(field, name):
     if (field, name) in (("overwrite_image_reader_writer", None), ("trainer's name", "_find")):
         return  # dataset.json names none; some trainers of the release are called `_Primus_...`
@@ -234,17 +324,32 @@ def test_names_that_no_class_has_are_refused(field, name):
         LOOKUPS[field](name)
 
 
-@pytest.mark.parametrize(("field", "name"), [
-    ("normalization_schemes", "np"), ("normalization_schemes", "ABC"), ("normalization_schemes", "Path"),
-    ("resampling_fn_data", "np"), ("resampling_fn_data", "Path"), ("resampling_fn_data", "torch"),
-    ("resampling_fn_data", "contextmanager"), ("resampling_fn_data", "find_function"),
-    ("preprocessor_name", "Path"), ("preprocessor_name", "ZScoreNormalization"), ("preprocessor_name", "os"),
-    ("image_reader_writer", "gzip"), ("image_reader_writer", "Path"), ("image_reader_writer", "Fault"),
-    ("experiment_planner_used", "os"), ("experiment_planner_used", "DatasetFingerprintExtractor"),
-    ("experiment_planner_used", "plan_experiments"),
-    ("label_manager", "Path"), ("label_manager", "convert_labelmap_to_one_hot"),
-    ("overwrite_image_reader_writer", "Path"), ("overwrite_image_reader_writer", "stack_channels"),
-])
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("normalization_schemes", "np"),
+        ("normalization_schemes", "ABC"),
+        ("normalization_schemes", "Path"),
+        ("resampling_fn_data", "np"),
+        ("resampling_fn_data", "Path"),
+        ("resampling_fn_data", "torch"),
+        ("resampling_fn_data", "contextmanager"),
+        ("resampling_fn_data", "find_function"),
+        ("preprocessor_name", "Path"),
+        ("preprocessor_name", "ZScoreNormalization"),
+        ("preprocessor_name", "os"),
+        ("image_reader_writer", "gzip"),
+        ("image_reader_writer", "Path"),
+        ("image_reader_writer", "Fault"),
+        ("experiment_planner_used", "os"),
+        ("experiment_planner_used", "DatasetFingerprintExtractor"),
+        ("experiment_planner_used", "plan_experiments"),
+        ("label_manager", "Path"),
+        ("label_manager", "convert_labelmap_to_one_hot"),
+        ("overwrite_image_reader_writer", "Path"),
+        ("overwrite_image_reader_writer", "stack_channels"),
+    ],
+)
 def test_names_that_mean_something_else_are_refused(field, name):
     try:
         with pytest.raises(UntrustedNameError, match=f"{field}.* is {name!r}, which is .*: expected a "):
@@ -254,8 +359,10 @@ def test_names_that_mean_something_else_are_refused(field, name):
 
 
 def test_a_trainer_is_checked_even_where_assertions_are_off():
-    code = ("from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
-            "try:\n    find('Path')\nexcept AssertionError as error:\n    print(error)")
+    code = (
+        "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
+        "try:\n    find('Path')\nexcept AssertionError as error:\n    print(error)"
+    )
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
     assert "no subclass of nnUNetTrainer" in done.stdout, done.stderr
 
@@ -264,7 +371,10 @@ def test_names_that_are_meant_are_found():
     assert find_normalization_class("CTNormalization").__name__ == "CTNormalization"
     assert recursive_find_resampling_fn_by_name("resample_torch_fornnunet").__name__ == "resample_torch_fornnunet"
     assert recursive_find_reader_writer_by_name("NibabelIOWithReorient").__name__ == "NibabelIOWithReorient"
-    for field, name in (("preprocessor_name", "DefaultPreprocessor"), ("label_manager", "LabelManager"),
-                        ("experiment_planner_used", "nnUNetPlannerResEncM"),
-                        ("overwrite_image_reader_writer", "SimpleITKIOWithReorient")):
+    for field, name in (
+        ("preprocessor_name", "DefaultPreprocessor"),
+        ("label_manager", "LabelManager"),
+        ("experiment_planner_used", "nnUNetPlannerResEncM"),
+        ("overwrite_image_reader_writer", "SimpleITKIOWithReorient"),
+    ):
         assert LOOKUPS[field](name).__name__ == name

@@ -3,6 +3,7 @@
 A case is sampled with replacement, often far more draws than it has foreground voxels. So a sample is held as the
 values that were drawn and how often each was, never as the list of draws.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -37,8 +38,13 @@ class CaseSample:
         return any(len(values) for values, _ in self.intensities)
 
 
-def sample_case(image_files: Sequence[str], segmentation_file: str, reader_writer_class: type, num_samples: int,
-                num_channels: int | None = None) -> CaseSample:
+def sample_case(
+    image_files: Sequence[str],
+    segmentation_file: str,
+    reader_writer_class: type,
+    num_samples: int,
+    num_channels: int | None = None,
+) -> CaseSample:
     """Read, check and crop a case and draw `num_samples` foreground intensities of each channel.
 
     Args:
@@ -48,8 +54,9 @@ def sample_case(image_files: Sequence[str], segmentation_file: str, reader_write
         ValueError: Shapes of image and label differ, the number of channels is unexpected, or values are not
             finite.
     """
-    images, segmentation, spacing, relative_size = read_cropped_case(image_files, segmentation_file,
-                                                                     reader_writer_class)
+    images, segmentation, spacing, relative_size = read_cropped_case(
+        image_files, segmentation_file, reader_writer_class
+    )
     if num_channels is not None and len(images) != num_channels:
         raise ValueError(f"the image has {len(images)} channel(s), dataset.json names {num_channels}")
     raise_unless_finite(images, segmentation)
@@ -57,20 +64,24 @@ def sample_case(image_files: Sequence[str], segmentation_file: str, reader_write
     return CaseSample(tuple(images.shape[1:]), tuple(map(_as_number, spacing)), relative_size, intensities)
 
 
-def read_cropped_case(image_files: Sequence[str], segmentation_file: str,
-                      reader_writer_class: type) -> tuple[np.ndarray, np.ndarray, Sequence[float], float]:
+def read_cropped_case(
+    image_files: Sequence[str], segmentation_file: str, reader_writer_class: type
+) -> tuple[np.ndarray, np.ndarray, Sequence[float], float]:
     """Read image and label and crop both to the non-zero region of the image.
 
     Returns:
         Images `(C, Z, Y, X)`, label `(1, Z, Y, X)`, spacing per axis in mm, and voxels after / voxels before cropping.
     """
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
     reader = reader_writer_class()
     images, properties = reader.read_images(image_files)
     segmentation, _ = reader.read_seg(segmentation_file)
     if images.shape[1:] != segmentation.shape[1:]:
-        raise ValueError(f"the label has shape {segmentation.shape[1:]}, the image {images.shape[1:]}; they must be "
-                         f"equal. Label: {segmentation_file}, image: {image_files[0]}")
+        raise ValueError(
+            f"the label has shape {segmentation.shape[1:]}, the image {images.shape[1:]}; they must be "
+            f"equal. Label: {segmentation_file}, image: {image_files[0]}"
+        )
     cropped, cropped_segmentation, _ = crop_to_nonzero(images, segmentation)
     relative_size = float(np.prod(cropped.shape[1:]) / np.prod(images.shape[1:]))
     return cropped, cropped_segmentation, properties["spacing"], relative_size
@@ -81,12 +92,15 @@ def raise_unless_finite(images: np.ndarray, segmentation: np.ndarray) -> None:
     for name, array in (("image", images), ("label", segmentation)):
         number = sum(plane.size - np.count_nonzero(np.isfinite(plane)) for channel in array for plane in channel)
         if number:
-            raise ValueError(f"the {name} contains NaN or infinite values in {number} voxel(s); replace them by a "
-                             "number, for instance by the value of the background")
+            raise ValueError(
+                f"the {name} contains NaN or infinite values in {number} voxel(s); replace them by a "
+                "number, for instance by the value of the background"
+            )
 
 
-def draw_foreground(segmentation: np.ndarray, images: np.ndarray, *, num_samples: int,
-                    seed: int = SEED) -> list[WeightedValues]:
+def draw_foreground(
+    segmentation: np.ndarray, images: np.ndarray, *, num_samples: int, seed: int = SEED
+) -> list[WeightedValues]:
     """Draw foreground voxels of each channel with replacement; return distinct values and their counts.
 
     Foreground is every voxel with a label above 0, the ignore label included. One generator serves all channels

@@ -1,4 +1,5 @@
 """Turn samples of all cases into the fingerprint of the dataset, a plain dict that JSON can hold."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -42,11 +43,18 @@ def describe_intensities(samples: Sequence[WeightedValues]) -> Mapping[str, floa
     """
     dtype = np.float32 if all(len(values) for values, _ in samples) else np.float64
     drawn = [sample for sample in samples if len(sample[0])]
-    coarse = fingerprint_statistics.pool_histograms(fingerprint_statistics.coarse_histogram(values, counts) for values, counts in drawn)
+    coarse = fingerprint_statistics.pool_histograms(
+        fingerprint_statistics.coarse_histogram(values, counts) for values, counts in drawn
+    )
     bins = fingerprint_statistics.wanted_bins(coarse)
-    fine = fingerprint_statistics.pool_histograms(fingerprint_statistics.fine_histogram(values, bins, counts) for values, counts in drawn)
+    fine = fingerprint_statistics.pool_histograms(
+        fingerprint_statistics.fine_histogram(values, bins, counts) for values, counts in drawn
+    )
     low, median, high = fingerprint_statistics.pooled_percentiles(coarse, fine, promotes_to_float64=dtype is np.float64)
-    moments = reduce(fingerprint_statistics.Moments.merge, (fingerprint_statistics.Moments.of(values, counts) for values, counts in drawn))
+    moments = reduce(
+        fingerprint_statistics.Moments.merge,
+        (fingerprint_statistics.Moments.of(values, counts) for values, counts in drawn),
+    )
     return {
         "mean": float(dtype(moments.mean)),
         "median": median,

@@ -1,4 +1,5 @@
 """Turn a raw dataset into its fingerprint, the file `dataset_fingerprint.json` that planning starts from."""
+
 from __future__ import annotations
 
 import logging
@@ -73,8 +74,10 @@ class DatasetFingerprintExtractor:
             raise ValueError(f"{self.dataset_name} has no training cases in {self.input_folder}")
         num_samples = int(self.num_foreground_voxels_for_intensitystats // num_cases)
         if num_samples < 1:
-            raise ValueError(f"{self.num_foreground_voxels_for_intensitystats} foreground voxels cannot be shared out "
-                             f"among {num_cases} cases")
+            raise ValueError(
+                f"{self.num_foreground_voxels_for_intensitystats} foreground voxels cannot be shared out "
+                f"among {num_cases} cases"
+            )
         return num_samples
 
     def sample_cases(self, num_samples_per_case: int) -> list[CaseSample]:
@@ -85,10 +88,18 @@ class DatasetFingerprintExtractor:
         """
         reader = self._determine_reader()
         num_channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
-        arguments = {str(case): (files["images"], files["label"], reader, num_samples_per_case, num_channels)
-                     for case, files in self.dataset.items()}
-        samples = map_cases(sample_case, arguments, num_processes=self._choose_num_processes(),
-                            description="Fingerprint", show_progress=self.show_progress_bar, verbose=self.verbose)
+        arguments = {
+            str(case): (files["images"], files["label"], reader, num_samples_per_case, num_channels)
+            for case, files in self.dataset.items()
+        }
+        samples = map_cases(
+            sample_case,
+            arguments,
+            num_processes=self._choose_num_processes(),
+            description="Fingerprint",
+            show_progress=self.show_progress_bar,
+            verbose=self.verbose,
+        )
         self._report_cases_without_foreground(samples)
         return samples
 
@@ -98,8 +109,9 @@ class DatasetFingerprintExtractor:
         return compute_fingerprint(samples)
 
     @staticmethod
-    def collect_foreground_intensities(segmentation: np.ndarray, images: np.ndarray, seed: int = SEED,
-                                       num_samples: int = 10000) -> tuple[list, list[dict]]:
+    def collect_foreground_intensities(
+        segmentation: np.ndarray, images: np.ndarray, seed: int = SEED, num_samples: int = 10000
+    ) -> tuple[list, list[dict]]:
         """Draw foreground voxels with replacement and describe all of them, per channel.
 
         Args:
@@ -123,23 +135,27 @@ class DatasetFingerprintExtractor:
         return drawn, statistics
 
     @staticmethod
-    def analyze_case(image_files: Sequence[str], segmentation_file: str, reader_writer_class: type,
-                     num_samples: int = 10000) -> tuple:
+    def analyze_case(
+        image_files: Sequence[str], segmentation_file: str, reader_writer_class: type, num_samples: int = 10000
+    ) -> tuple:
         """Read one case and crop it to its non-zero region.
 
         Returns:
             Shape after cropping, spacing, the two lists of `collect_foreground_intensities`, and the number of
             voxels after cropping divided by that before.
         """
-        images, segmentation, spacing, relative_size = read_cropped_case(image_files, segmentation_file,
-                                                                         reader_writer_class)
+        images, segmentation, spacing, relative_size = read_cropped_case(
+            image_files, segmentation_file, reader_writer_class
+        )
         raise_unless_finite(images, segmentation)
-        drawn, statistics = DatasetFingerprintExtractor.collect_foreground_intensities(segmentation, images,
-                                                                                       num_samples=num_samples)
+        drawn, statistics = DatasetFingerprintExtractor.collect_foreground_intensities(
+            segmentation, images, num_samples=num_samples
+        )
         return images.shape[1:], spacing, drawn, statistics, relative_size
 
     def _determine_reader(self) -> type:
         from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
         if not self.dataset:
             raise ValueError(f"{self.dataset_name} has no training cases in {self.input_folder}")
         example = next(iter(self.dataset.values()))["images"][0]
@@ -149,14 +165,19 @@ class DatasetFingerprintExtractor:
         if self.num_processes is not None:
             return int(self.num_processes)
         from nnunetv2.preprocessing.worker_count import bytes_to_read, choose_num_processes
+
         files = [[*files["images"], files["label"]] for files in self.dataset.values()]
         return choose_num_processes(bytes_to_read(files), len(files))
 
     def _load(self, file: Path) -> dict:
         fingerprint = read_json(file)
         if len(fingerprint["spacings"]) != self.count_cases():
-            logger.warning("%s describes %d cases, the dataset has %d now. Run again with --clean to renew it.", file,
-                           len(fingerprint["spacings"]), self.count_cases())
+            logger.warning(
+                "%s describes %d cases, the dataset has %d now. Run again with --clean to renew it.",
+                file,
+                len(fingerprint["spacings"]),
+                self.count_cases(),
+            )
         return fingerprint
 
     def _report_cases_without_foreground(self, samples: Sequence[CaseSample]) -> None:
@@ -164,8 +185,13 @@ class DatasetFingerprintExtractor:
         if len(empty) == len(samples):
             raise ValueError(f"{self.dataset_name}: no case has foreground (a label above 0): {_enumerate(empty)}")
         if empty:
-            logger.warning("%s: %d of %d cases have no foreground and add no intensities: %s", self.dataset_name,
-                           len(empty), len(samples), _enumerate(empty))
+            logger.warning(
+                "%s: %d of %d cases have no foreground and add no intensities: %s",
+                self.dataset_name,
+                len(empty),
+                len(samples),
+                _enumerate(empty),
+            )
 
 
 def _describe(values: np.ndarray) -> dict[str, float]:

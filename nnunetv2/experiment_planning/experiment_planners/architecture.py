@@ -1,4 +1,5 @@
 """Describe a network in the words of a plans file: its class by a dotted path, its arguments as plain values."""
+
 from __future__ import annotations
 
 import logging
@@ -33,8 +34,12 @@ def class_to_build(path: str, given: type | str) -> type | str:
 @cache
 def _tell_how_to_allow(path: str) -> None:
     """Say it once, however many patch sizes are tried."""
-    logger.warning("plans that name %s are trained and used only where the environment variable %s names %s",
-                   path, PACKAGES_VARIABLE, path.split(".")[0])
+    logger.warning(
+        "plans that name %s are trained and used only where the environment variable %s names %s",
+        path,
+        PACKAGES_VARIABLE,
+        path.split(".")[0],
+    )
 
 
 def load_class(class_or_path: type | str) -> type:
@@ -45,9 +50,16 @@ def load_class(class_or_path: type | str) -> type:
     return getattr(import_module(module), name)
 
 
-def describe_unet(network_class: type | str, topology: Topology, *, base_features: int, most_features: int,
-                  encoder_depth_argument: str, encoder_depths: Sequence[int],
-                  decoder_depths: Sequence[int]) -> dict[str, Any]:
+def describe_unet(
+    network_class: type | str,
+    topology: Topology,
+    *,
+    base_features: int,
+    most_features: int,
+    encoder_depth_argument: str,
+    encoder_depths: Sequence[int],
+    decoder_depths: Sequence[int],
+) -> dict[str, Any]:
     """Return the entry `architecture` of a configuration for a U-Net of the given topology.
 
     Args:
@@ -61,12 +73,12 @@ def describe_unet(network_class: type | str, topology: Topology, *, base_feature
         "network_class_name": class_path(network_class),
         "arch_kwargs": {
             "n_stages": num_stages,
-            "features_per_stage": [min(most_features, base_features * 2 ** stage) for stage in range(num_stages)],
+            "features_per_stage": [min(most_features, base_features * 2**stage) for stage in range(num_stages)],
             "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
             "kernel_sizes": topology.kernel_sizes,
             "strides": topology.strides,
             encoder_depth_argument: encoder_depths[:num_stages],
-            "n_conv_per_stage_decoder": decoder_depths[:num_stages - 1],
+            "n_conv_per_stage_decoder": decoder_depths[: num_stages - 1],
             "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
             "norm_op_kwargs": {"eps": 1e-5, "affine": True},

@@ -1,4 +1,5 @@
 """Turn the fingerprint of a dataset into plans: spacing, patch, batch and network of each configuration."""
+
 from __future__ import annotations
 
 import logging
@@ -11,11 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
-from nnunetv2.experiment_planning.experiment_planners.architecture import (
-    class_to_build,
-    describe_unet,
-    load_class,
-)
+from nnunetv2.experiment_planning.experiment_planners.architecture import class_to_build, describe_unet, load_class
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
     coarsest_axis_first,
@@ -60,9 +57,15 @@ class ExperimentPlanner:
 
     _unet_class: type | str = PLAIN_UNET
 
-    def __init__(self, dataset_name_or_id: str | int, gpu_memory_target_in_gb: float = 8,
-                 preprocessor_name: str = "DefaultPreprocessor", plans_name: str = "nnUNetPlans",
-                 overwrite_target_spacing: Sequence[float] | None = None, suppress_transpose: bool = False) -> None:
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float = 8,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str = "nnUNetPlans",
+        overwrite_target_spacing: Sequence[float] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
         """Read what planning needs.
 
         Args:
@@ -80,11 +83,13 @@ class ExperimentPlanner:
         self.dataset_json = read_json(Path(self.raw_dataset_folder) / "dataset.json")
         self.dataset = get_filenames_of_train_images_and_targets(self.raw_dataset_folder, self.dataset_json)
         self.dataset_fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder))
-        self.num_training_cases: int = count_training_cases(self.dataset_json, self.dataset_fingerprint,
-                                                            self.dataset_name, Path(self.preprocessed_dataset_folder))
+        self.num_training_cases: int = count_training_cases(
+            self.dataset_json, self.dataset_fingerprint, self.dataset_name, Path(self.preprocessed_dataset_folder)
+        )
         if "channel_names" not in self.dataset_json:
-            logger.warning("%s: dataset.json has the key 'modality', which is called 'channel_names' by now",
-                           self.dataset_name)
+            logger.warning(
+                "%s: dataset.json has the key 'modality', which is called 'channel_names' by now", self.dataset_name
+            )
         adopt_splits(Path(self.raw_dataset_folder), Path(self.preprocessed_dataset_folder))
 
         self.anisotropy_threshold = ANISO_THRESHOLD
@@ -123,16 +128,23 @@ class ExperimentPlanner:
     def determine_reader_writer(self) -> type:
         """Return the class that reads the images, tried on the first of them."""
         from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
         example = next(iter(self.dataset.values()))["images"][0]
         return determine_reader_writer_from_dataset_json(self.dataset_json, example)
 
     @staticmethod
-    def static_estimate_VRAM_usage(patch_size: Sequence[int], input_channels: int, output_channels: int,
-                                   arch_class_name: str, arch_kwargs: dict,
-                                   arch_kwargs_req_import: Sequence[str]) -> int:
+    def static_estimate_VRAM_usage(
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict,
+        arch_kwargs_req_import: Sequence[str],
+    ) -> int:
         """Return the number of values in the feature maps of one sample, which stands for memory."""
-        return count_feature_map_values(patch_size, input_channels, output_channels, arch_class_name, arch_kwargs,
-                                        arch_kwargs_req_import)
+        return count_feature_map_values(
+            patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
+        )
 
     def exceeds_memory(self, estimate: float, reference: float, reference_batch_size: int) -> bool:
         """Return whether two samples need more than the memory that is known to hold a reference batch."""
@@ -141,6 +153,7 @@ class ExperimentPlanner:
     def determine_resampling(self, *args: Any, **kwargs: Any) -> tuple[Any, dict, Any, dict]:
         """Return function and keywords for images, then for labels."""
         from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
         images = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
         labels = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
         return resample_data_or_seg_to_shape, images, resample_data_or_seg_to_shape, labels
@@ -148,23 +161,29 @@ class ExperimentPlanner:
     def determine_segmentation_softmax_export_fn(self, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         """Return function and keywords that resample the network's output."""
         from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
         return resample_data_or_seg_to_shape, {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
         """Return the spacing of 3d_fullres in array order, before transposition."""
         if self.overwrite_target_spacing is not None:
             return np.array(self.overwrite_target_spacing)
-        return median_target_spacing(np.vstack(self.dataset_fingerprint["spacings"]),
-                                     np.vstack(self.dataset_fingerprint["shapes_after_crop"]),
-                                     self.anisotropy_threshold)
+        return median_target_spacing(
+            np.vstack(self.dataset_fingerprint["spacings"]),
+            np.vstack(self.dataset_fingerprint["shapes_after_crop"]),
+            self.anisotropy_threshold,
+        )
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
         """Return per channel, in the order of dataset.json, the normalization and whether it leaves the border at 0."""
         from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+
         schemes = [get_normalization_scheme(name) for name in self._channel_names().values()]
         is_mostly_border = self.dataset_fingerprint["median_relative_size_after_cropping"] < MASK_NORM_BELOW
-        use_mask = [is_mostly_border and scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
-                    for scheme in schemes]
+        use_mask = [
+            is_mostly_border and scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
+            for scheme in schemes
+        ]
         return [scheme.__name__ for scheme in schemes], use_mask
 
     def determine_transpose(self) -> tuple[list[int], list[int]]:
@@ -179,9 +198,14 @@ class ExperimentPlanner:
 
     # ---------------------------------------------------------------- one configuration
 
-    def get_plans_for_configuration(self, spacing: Sequence[float], median_shape: Sequence[float],
-                                    data_identifier: str, approximate_n_voxels_dataset: float,
-                                    _cache: dict[str, int]) -> dict[str, Any]:
+    def get_plans_for_configuration(
+        self,
+        spacing: Sequence[float],
+        median_shape: Sequence[float],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict[str, int],
+    ) -> dict[str, Any]:
         """Find patch, network and batch size for images of this spacing.
 
         Args:
@@ -224,8 +248,10 @@ class ExperimentPlanner:
         tentative[axis] -= step[axis]
         patch[axis] -= self._design(spacing, tentative).must_be_divisible_by[axis]
         if patch[axis] < 1:
-            raise InvalidInputError(f"no patch is small enough for a GPU memory target of {self.UNet_vram_target_GB} "
-                                    f"GB; the last one tried was {topology.patch_size}")
+            raise InvalidInputError(
+                f"no patch is small enough for a GPU memory target of {self.UNet_vram_target_GB} "
+                f"GB; the last one tried was {topology.patch_size}"
+            )
         return self._design(spacing, patch)
 
     def _estimate(self, topology: Topology, cache: dict[str, int]) -> int:
@@ -233,20 +259,35 @@ class ExperimentPlanner:
         if key not in cache:
             architecture = self._describe_architecture(topology)
             cache[key] = self.static_estimate_VRAM_usage(
-                topology.patch_size, len(self._channel_names()), len(self.dataset_json["labels"]),
-                class_to_build(architecture["network_class_name"], self._unet_class), architecture["arch_kwargs"],
-                architecture["_kw_requires_import"])
+                topology.patch_size,
+                len(self._channel_names()),
+                len(self.dataset_json["labels"]),
+                class_to_build(architecture["network_class_name"], self._unet_class),
+                architecture["arch_kwargs"],
+                architecture["_kw_requires_import"],
+            )
         return cache[key]
 
     def _describe_architecture(self, topology: Topology) -> dict[str, Any]:
         most_features = self.UNet_max_features_2d if len(topology.patch_size) == 2 else self.UNet_max_features_3d
         return describe_unet(
-            self._unet_class, topology, base_features=self.UNet_base_num_features, most_features=most_features,
-            encoder_depth_argument=self.encoder_depth_argument, encoder_depths=self.UNet_blocks_per_stage_encoder,
-            decoder_depths=self.UNet_blocks_per_stage_decoder)
+            self._unet_class,
+            topology,
+            base_features=self.UNet_base_num_features,
+            most_features=most_features,
+            encoder_depth_argument=self.encoder_depth_argument,
+            encoder_depths=self.UNet_blocks_per_stage_encoder,
+            decoder_depths=self.UNet_blocks_per_stage_decoder,
+        )
 
-    def _describe_configuration(self, data_identifier: str, batch_size: int, topology: Topology,
-                                spacing: Sequence[float], median_shape: Sequence[float]) -> dict[str, Any]:
+    def _describe_configuration(
+        self,
+        data_identifier: str,
+        batch_size: int,
+        topology: Topology,
+        spacing: Sequence[float],
+        median_shape: Sequence[float],
+    ) -> dict[str, Any]:
         schemes, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
         resample_data, data_kwargs, resample_seg, seg_kwargs = self.determine_resampling()
         resample_output, output_kwargs = self.determine_segmentation_softmax_export_fn()
@@ -295,8 +336,9 @@ class ExperimentPlanner:
             "configurations": configurations,
             "experiment_planner_used": type(self).__name__,
             "label_manager": "LabelManager",
-            "foreground_intensity_properties_per_channel":
-                self.dataset_fingerprint["foreground_intensity_properties_per_channel"],
+            "foreground_intensity_properties_per_channel": self.dataset_fingerprint[
+                "foreground_intensity_properties_per_channel"
+            ],
         }
         self.plans = plans
         self.save_plans(plans)
@@ -307,13 +349,15 @@ class ExperimentPlanner:
         cache: dict[str, int] = {}
         num_voxels = float(np.prod(median_shape) * self.num_training_cases)
         configurations: dict[str, dict[str, Any]] = {}
-        plan_2d = self.get_plans_for_configuration(spacing[1:], median_shape[1:], self.generate_data_identifier("2d"),
-                                                   num_voxels, cache)
+        plan_2d = self.get_plans_for_configuration(
+            spacing[1:], median_shape[1:], self.generate_data_identifier("2d"), num_voxels, cache
+        )
         configurations["2d"] = {**plan_2d, "batch_dice": True}
         if median_shape[0] == 1:
             return configurations
-        fullres = self.get_plans_for_configuration(spacing, median_shape, self.generate_data_identifier("3d_fullres"),
-                                                   num_voxels, cache)
+        fullres = self.get_plans_for_configuration(
+            spacing, median_shape, self.generate_data_identifier("3d_fullres"), num_voxels, cache
+        )
         lowres = self._plan_lowres(fullres, spacing, median_shape, cache)
         if lowres is not None:
             configurations["3d_lowres"] = {**lowres, "batch_dice": False, "next_stage": "3d_cascade_fullres"}
@@ -322,8 +366,9 @@ class ExperimentPlanner:
             configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
         return configurations
 
-    def _plan_lowres(self, fullres: dict[str, Any], spacing: np.ndarray, median_shape: np.ndarray,
-                     cache: dict[str, int]) -> dict[str, Any] | None:
+    def _plan_lowres(
+        self, fullres: dict[str, Any], spacing: np.ndarray, median_shape: np.ndarray, cache: dict[str, int]
+    ) -> dict[str, Any] | None:
         """Coarsen until a patch covers enough of the median image; None if that is needless or hardly coarser."""
         lowres, coarse = None, spacing.copy()
         num_patch, num_image = math.prod(fullres["patch_size"]), np.prod(median_shape)
@@ -333,12 +378,19 @@ class ExperimentPlanner:
             num_image = np.prod(exact_shape)
             shape = tuple(max(1, round(length)) for length in exact_shape)
             lowres = self.get_plans_for_configuration(
-                coarse, shape, self.generate_data_identifier("3d_lowres"),
-                float(num_image * self.num_training_cases), cache)
+                coarse,
+                shape,
+                self.generate_data_identifier("3d_lowres"),
+                float(num_image * self.num_training_cases),
+                cache,
+            )
             num_patch = math.prod(lowres["patch_size"])
         if lowres is not None and np.prod(median_shape) / num_image < 2:
-            logger.info("3d_lowres is left out: its median image, %s, is hardly smaller than that of 3d_fullres, %s",
-                        lowres["median_image_size_in_voxels"], median_shape.tolist())
+            logger.info(
+                "3d_lowres is left out: its median image, %s, is hardly smaller than that of 3d_fullres, %s",
+                lowres["median_image_size_in_voxels"],
+                median_shape.tolist(),
+            )
             return None
         return lowres
 

@@ -1,4 +1,5 @@
 """Turn the spacings and shapes of all cases into target spacing, axis order and initial patch."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import round_lengths
 
 # Volume of the patch that shrinking starts from, in voxels of isotropic images; key: number of dimensions.
-INITIAL_PATCH_VOLUME = {2: 2048 ** 2, 3: 256 ** 3}
+INITIAL_PATCH_VOLUME = {2: 2048**2, 3: 256**3}
 LOWRES_STEP = 1.03
 
 
@@ -45,8 +46,9 @@ def coarsest_axis_first(spacing: Sequence[float]) -> tuple[list[int], list[int]]
     return forward, [forward.index(axis) for axis in range(len(forward))]
 
 
-def median_resampled_shape(spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]],
-                           target: Sequence[float]) -> np.ndarray:
+def median_resampled_shape(
+    spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], target: Sequence[float]
+) -> np.ndarray:
     """Return the median shape per axis once each case has the target spacing. May be a half, but is never 0."""
     # Without the one voxel that preprocessing keeps of a thin case: plans are those of the release.
     median = np.median([round_lengths(shape, spacing, target) for spacing, shape in zip(spacings, shapes)], axis=0)

@@ -1,4 +1,5 @@
 """Say where a plan is of little use because of the images it was made for."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -7,16 +8,20 @@ from typing import Any
 
 def describe_too_small(configuration_name: str, median_shape: Sequence[float]) -> str:
     """Return why a configuration whose network has a single stage cannot be trained, and what helps."""
-    return (f"{configuration_name} cannot be trained: its images are too small, {_by(median_shape)} voxels in the "
-            "median, for a network of more than one stage. An axis needs at least 8 voxels. Pad or resample the "
-            "images, or plan with a finer spacing (-overwrite_target_spacing)")
+    return (
+        f"{configuration_name} cannot be trained: its images are too small, {_by(median_shape)} voxels in the "
+        "median, for a network of more than one stage. An axis needs at least 8 voxels. Pad or resample the "
+        "images, or plan with a finer spacing (-overwrite_target_spacing)"
+    )
 
 
 def find_too_small(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the planned configurations that cannot be trained, each with the reason."""
-    return {name: describe_too_small(name, configuration["median_image_size_in_voxels"])
-            for name, configuration in configurations.items()
-            if len(configuration.get("architecture", {}).get("arch_kwargs", {}).get("strides", ())) == 1}
+    return {
+        name: describe_too_small(name, configuration["median_image_size_in_voxels"])
+        for name, configuration in configurations.items()
+        if len(configuration.get("architecture", {}).get("arch_kwargs", {}).get("strides", ())) == 1
+    }
 
 
 def describe_flat_axes(median_shape: Sequence[float], transpose_forward: Sequence[int]) -> str | None:
@@ -29,9 +34,11 @@ def describe_flat_axes(median_shape: Sequence[float], transpose_forward: Sequenc
     if not flat:
         return None
     shape = [median_shape[list(transpose_forward).index(axis)] for axis in range(len(median_shape))]
-    return (f"the median image, {_by(shape)} voxels in the order of arrays, has a single voxel along axis "
-            f"{' and '.join(map(str, sorted(flat)))}. If these are 2D images, store them as 2D files, or so that this "
-            "axis is the first of the array (the last of a NIfTI file); as they are, networks see lines")
+    return (
+        f"the median image, {_by(shape)} voxels in the order of arrays, has a single voxel along axis "
+        f"{' and '.join(map(str, sorted(flat)))}. If these are 2D images, store them as 2D files, or so that this "
+        "axis is the first of the array (the last of a NIfTI file); as they are, networks see lines"
+    )
 
 
 def _by(shape: Sequence[float]) -> str:

@@ -1,4 +1,5 @@
 """Read and check what a planner starts from."""
+
 from __future__ import annotations
 
 import math
@@ -19,13 +20,15 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
     """
     file = preprocessed_folder / "dataset_fingerprint.json"
     if not file.is_file():
-        raise RuntimeError(f"{file} is missing. Run nnUNetv2_extract_fingerprint (or nnUNetv2_plan_and_preprocess) "
-                           f"first")
+        raise RuntimeError(
+            f"{file} is missing. Run nnUNetv2_extract_fingerprint (or nnUNetv2_plan_and_preprocess) first"
+        )
     return read_json(file, required={"spacings": list, "shapes_after_crop": list})
 
 
-def count_training_cases(dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str,
-                         preprocessed_folder: Path) -> int:
+def count_training_cases(
+    dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str, preprocessed_folder: Path
+) -> int:
     """Return the number of training cases that dataset.json gives, or of all cases in a pooled fingerprint.
 
     Raises:

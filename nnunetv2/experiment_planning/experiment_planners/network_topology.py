@@ -1,4 +1,5 @@
 """Turn a patch size and a spacing into strides and kernels: how deep a U-Net goes along each axis."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -34,8 +35,9 @@ def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int])
     return (np.ceil(np.asarray(shape) / divisor) * divisor).astype(int)
 
 
-def get_pool_and_conv_props(spacing: Sequence[float], patch_size: Sequence[float], min_feature_map_size: int,
-                            max_numpool: int) -> Topology:
+def get_pool_and_conv_props(
+    spacing: Sequence[float], patch_size: Sequence[float], min_feature_map_size: int, max_numpool: int
+) -> Topology:
     """Halve the feature maps until they are small, the finest axes first.
 
     An axis is halved while its voxels are less than twice as large as the smallest among the axes that still can be
@@ -67,8 +69,9 @@ def get_pool_and_conv_props(spacing: Sequence[float], patch_size: Sequence[float
     return Topology(num_pool, tuple(strides), tuple(kernel_sizes), padded, divisor)
 
 
-def _axes_to_halve(spacing: list[float], size: list[float], num_pool: list[int], min_size: int,
-                   max_numpool: int) -> list[int]:
+def _axes_to_halve(
+    spacing: list[float], size: list[float], num_pool: list[int], min_size: int, max_numpool: int
+) -> list[int]:
     """Return the axes that the next stage halves; none means that the network is deep enough."""
     axes = [axis for axis, length in enumerate(size) if length >= 2 * min_size]
     if not axes:

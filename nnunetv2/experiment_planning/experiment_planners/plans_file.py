@@ -1,4 +1,5 @@
 """Write plans beside those that exist, and warn where the two would get in each other's way."""
+
 from __future__ import annotations
 
 import logging
@@ -14,8 +15,16 @@ logger = logging.getLogger(__name__)
 # What a planner makes or leaves out depending on the dataset. Anything else in a file was added by a person.
 _OPTIONAL_CONFIGURATIONS = ("3d_lowres", "3d_fullres", "3d_cascade_fullres")
 # Two configurations that agree in these make the same preprocessed files.
-_DECIDES_DATA = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data",
-                 "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
+_DECIDES_DATA = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
 
 
 def write_plans(plans: dict[str, Any], file: Path) -> None:
@@ -38,11 +47,16 @@ def _configurations_to_keep(plans: Mapping[str, Any], file: Path) -> dict[str, A
     stale = [name for name in earlier if name in _OPTIONAL_CONFIGURATIONS and name not in needed]
     outdated = [name for name in earlier if name in _OPTIONAL_CONFIGURATIONS and name in needed]
     if stale:
-        logger.warning("%s: %s of an earlier planning removed, since the dataset as it is now needs none",
-                       file, ", ".join(stale))
+        logger.warning(
+            "%s: %s of an earlier planning removed, since the dataset as it is now needs none", file, ", ".join(stale)
+        )
     if outdated:
-        logger.warning("%s keeps %s from an earlier planning, because a configuration of your own builds on it. The "
-                       "dataset as it is now needs none", file, ", ".join(outdated))
+        logger.warning(
+            "%s keeps %s from an earlier planning, because a configuration of your own builds on it. The "
+            "dataset as it is now needs none",
+            file,
+            ", ".join(outdated),
+        )
     return {name: content for name, content in earlier.items() if name not in stale}
 
 
@@ -54,8 +68,11 @@ def _ancestors(names: Sequence[str], configurations: Mapping[str, Mapping[str, A
         if name in found or name not in configurations:
             continue
         found.add(name)
-        pending += [configurations[name][key] for key in ("inherits_from", "previous_stage")
-                    if isinstance(configurations[name].get(key), str)]
+        pending += [
+            configurations[name][key]
+            for key in ("inherits_from", "previous_stage")
+            if isinstance(configurations[name].get(key), str)
+        ]
     return found
 
 
@@ -64,8 +81,14 @@ def warn_of_shared_folders(plans: Mapping[str, Any], file: Path) -> None:
     for other_file, name, other_name, differences in _find_conflicts(plans, file):
         logger.warning(
             "configuration %s of %s and %s of %s share the folder %s but differ in %s. Preprocessing one replaces the "
-            "data of the other; give one a plans name and data identifier of its own.", name, file.name, other_name,
-            other_file.name, plans["configurations"][name]["data_identifier"], ", ".join(differences))
+            "data of the other; give one a plans name and data identifier of its own.",
+            name,
+            file.name,
+            other_name,
+            other_file.name,
+            plans["configurations"][name]["data_identifier"],
+            ", ".join(differences),
+        )
 
 
 def _find_conflicts(plans: Mapping[str, Any], file: Path) -> Iterator[tuple[Path, str, str, list[str]]]:

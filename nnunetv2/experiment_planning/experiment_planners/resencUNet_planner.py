@@ -1,4 +1,5 @@
 """Plan for U-Nets with a residual encoder."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,11 +20,23 @@ class ResEncUNetPlanner(ExperimentPlanner):
 
     encoder_depth_argument = "n_blocks_per_stage"
 
-    def __init__(self, dataset_name_or_id: str | int, gpu_memory_target_in_gb: float = 8,
-                 preprocessor_name: str = "DefaultPreprocessor", plans_name: str = "nnUNetResEncUNetPlans",
-                 overwrite_target_spacing: Sequence[float] | None = None, suppress_transpose: bool = False) -> None:
-        super().__init__(dataset_name_or_id, gpu_memory_target_in_gb, preprocessor_name, plans_name,
-                         overwrite_target_spacing, suppress_transpose)
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float = 8,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str = "nnUNetResEncUNetPlans",
+        overwrite_target_spacing: Sequence[float] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset_name_or_id,
+            gpu_memory_target_in_gb,
+            preprocessor_name,
+            plans_name,
+            overwrite_target_spacing,
+            suppress_transpose,
+        )
         self.UNet_class = RESIDUAL_ENCODER_UNET
         self.UNet_reference_val_3d, self.UNet_reference_val_2d = 680000000, 135000000
         self.UNet_blocks_per_stage_encoder = (1, 3, 4) + (6,) * 10

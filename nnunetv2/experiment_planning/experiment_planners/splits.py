@@ -1,4 +1,5 @@
 """Carry the splits that come with a raw dataset over to its preprocessed folder."""
+
 from __future__ import annotations
 
 import shutil
@@ -29,5 +30,7 @@ def adopt_splits(raw_folder: Path, preprocessed_folder: Path) -> None:
     wanted, present = (read_splits(file) for file in (source, target))
     for fold, split in enumerate(wanted):
         if fold >= len(present) or any(set(split[part]) != set(present[fold][part]) for part in ("train", "val")):
-            raise InvalidInputError(f"fold {fold} of {source} differs from {target}. Remove the latter if the former "
-                                    f"is to be used; models trained so far keep to the latter")
+            raise InvalidInputError(
+                f"fold {fold} of {source} differs from {target}. Remove the latter if the former "
+                f"is to be used; models trained so far keep to the latter"
+            )

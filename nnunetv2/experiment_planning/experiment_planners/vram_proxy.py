@@ -3,6 +3,7 @@
 One training sample, all feature maps that convolutions produce, without deep supervision. The number of input
 channels does not matter. For the two standard networks the count is a sum over stages and needs no network.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,16 +15,35 @@ PLAIN_UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 RESIDUAL_ENCODER_UNET = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 
 # The formulas hold for these arguments; others (bottleneck blocks, another stem) change the feature maps.
-_COVERED_ARGUMENTS = frozenset({
-    "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage",
-    "n_conv_per_stage_decoder", "conv_bias", "norm_op", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs", "nonlin",
-    "nonlin_kwargs",
-})
+_COVERED_ARGUMENTS = frozenset(
+    {
+        "n_stages",
+        "features_per_stage",
+        "conv_op",
+        "kernel_sizes",
+        "strides",
+        "n_conv_per_stage",
+        "n_blocks_per_stage",
+        "n_conv_per_stage_decoder",
+        "conv_bias",
+        "norm_op",
+        "norm_op_kwargs",
+        "dropout_op",
+        "dropout_op_kwargs",
+        "nonlin",
+        "nonlin_kwargs",
+    }
+)
 
 
-def count_feature_map_values(patch_size: Sequence[int], input_channels: int, output_channels: int,
-                             arch_class_name: str | type, arch_kwargs: Mapping[str, Any],
-                             arch_kwargs_req_import: Sequence[str]) -> int:
+def count_feature_map_values(
+    patch_size: Sequence[int],
+    input_channels: int,
+    output_channels: int,
+    arch_class_name: str | type,
+    arch_kwargs: Mapping[str, Any],
+    arch_kwargs_req_import: Sequence[str],
+) -> int:
     """Count the values in the feature maps of a network given as a plans file describes it, or with its class.
 
     A network other than the two standard ones is built and asked: its class needs a method
@@ -35,8 +55,10 @@ def count_feature_map_values(patch_size: Sequence[int], input_channels: int, out
         if arch_class_name == RESIDUAL_ENCODER_UNET:
             return count_residual_encoder_unet(patch_size, output_channels, arch_kwargs)
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-    network = get_network_from_plans(arch_class_name, dict(arch_kwargs), arch_kwargs_req_import, input_channels,
-                                     output_channels, allow_init=False)
+
+    network = get_network_from_plans(
+        arch_class_name, dict(arch_kwargs), arch_kwargs_req_import, input_channels, output_channels, allow_init=False
+    )
     return network.compute_conv_feature_map_size(patch_size)
 
 
@@ -47,8 +69,7 @@ def count_plain_unet(patch_size: Sequence[int], output_channels: int, arch_kwarg
     return encoder + _count_decoder(maps, output_channels, arch_kwargs)
 
 
-def count_residual_encoder_unet(patch_size: Sequence[int], output_channels: int,
-                                arch_kwargs: Mapping[str, Any]) -> int:
+def count_residual_encoder_unet(patch_size: Sequence[int], output_channels: int, arch_kwargs: Mapping[str, Any]) -> int:
     """Count for a ResidualEncoderUNet of basic blocks: two feature maps a block, one for the stem, and one for the
     projection in the first block of a stage that changes the number of channels or the size."""
     maps = _values_per_map(patch_size, arch_kwargs)

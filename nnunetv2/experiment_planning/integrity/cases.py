@@ -1,4 +1,5 @@
 """Read a case and find what is wrong with its voxels, its geometry and its label values."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,18 @@ from nnunetv2.experiment_planning.integrity.geometry import Geometry, find_displ
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.faults import DAMAGED, Fault, describe_non_finite
 
-_SHAPE_REMEDY = ("resample the file onto the first image of its case, or replace it by the right one; all files of a "
-                 "case must have the same voxels")
-_SPACING_REMEDY = ("find out which spacing is right, and write it into the other file; do not resample unless the "
-                   "volumes really differ")
-_PLACE_REMEDY = ("overlay both in a viewer. If they fit voxel by voxel, copy the header of the image into the other "
-                 "file; if they fit in space, resample the other file onto the image")
+_SHAPE_REMEDY = (
+    "resample the file onto the first image of its case, or replace it by the right one; all files of a "
+    "case must have the same voxels"
+)
+_SPACING_REMEDY = (
+    "find out which spacing is right, and write it into the other file; do not resample unless the "
+    "volumes really differ"
+)
+_PLACE_REMEDY = (
+    "overlay both in a viewer. If they fit voxel by voxel, copy the header of the image into the other "
+    "file; if they fit in space, resample the other file onto the image"
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def inspect_case(files: CaseFiles, expected: Expectation) -> CaseReport:
 def _group_files(images: Sequence[str], reader: type) -> list[list[str]]:
     """Return the images to be read at once: one, so that a finding names it; all of them for readers of users."""
     from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
     return [[image] for image in images] if reader in LIST_OF_IO_CLASSES else [list(images)]
 
 
@@ -97,14 +105,27 @@ def _inspect_images(reader: BaseReaderWriter, paths: list[str], files: CaseFiles
         volume = _describe(paths[0], image, properties)
         faults += [*volume.faults, *(find_intensity_faults(image) if not faults else [])]
         if not faults and image.min() == image.max():
-            _add(report, files, paths[0], [Fault("the image has one value everywhere", f"{image.flat[0]:g}", "",
-                 "look at the image; leave the case out if it shows nothing")], is_error=False)
+            _add(
+                report,
+                files,
+                paths[0],
+                [
+                    Fault(
+                        "the image has one value everywhere",
+                        f"{image.flat[0]:g}",
+                        "",
+                        "look at the image; leave the case out if it shows nothing",
+                    )
+                ],
+                is_error=False,
+            )
     _add(report, files, paths[0], faults)
     return volume
 
 
-def _inspect_label(reader: BaseReaderWriter, files: CaseFiles, expected: Expectation,
-                   report: CaseReport) -> _Volume | None:
+def _inspect_label(
+    reader: BaseReaderWriter, files: CaseFiles, expected: Expectation, report: CaseReport
+) -> _Volume | None:
     """Report what is wrong with the label on its own, note its values, and return what images can be compared with."""
     faults, content = _read(reader, [files.label], is_label=True)
     faults = _report_doubts(report, files, files.label, faults)
@@ -116,14 +137,27 @@ def _inspect_label(reader: BaseReaderWriter, files: CaseFiles, expected: Expecta
         # NaN may have been found already, in the file
         faults += [*volume.faults, *(fault for fault in of_values if fault not in faults)]
         if not faults and not report.labels - {0, expected.ignore}:
-            _add(report, files, files.label, [Fault("the label is background only", "", "",
-                 "look at the case; some without foreground are fine if that is how it is")], is_error=False)
+            _add(
+                report,
+                files,
+                files.label,
+                [
+                    Fault(
+                        "the label is background only",
+                        "",
+                        "",
+                        "look at the case; some without foreground are fine if that is how it is",
+                    )
+                ],
+                is_error=False,
+            )
     _add(report, files, files.label, faults)
     return volume
 
 
-def _read(reader: BaseReaderWriter, paths: list[str],
-          is_label: bool = False) -> tuple[list[Fault], tuple[np.ndarray, Mapping[str, Any]] | None]:
+def _read(
+    reader: BaseReaderWriter, paths: list[str], is_label: bool = False
+) -> tuple[list[Fault], tuple[np.ndarray, Mapping[str, Any]] | None]:
     """Read files. Return faults that reading does not show, or why it fails, and array and properties."""
     find_more = getattr(reader, "find_faults", lambda path, is_label: [])  # readers need not be our subclasses
     faults = [fault for path in paths for fault in find_more(path, is_label)]
@@ -132,8 +166,12 @@ def _read(reader: BaseReaderWriter, paths: list[str],
     try:
         return faults, reader.read_seg(paths[0]) if is_label else reader.read_images(paths)
     except Exception as error:  # readers raise whatever their library raises; all of it belongs in the table
-        unreadable = Fault("a file cannot be read", _in_words(error), "", "open the file in a viewer; replace it if it "
-                           "is damaged, convert it if it is of another kind")
+        unreadable = Fault(
+            "a file cannot be read",
+            _in_words(error),
+            "",
+            "open the file in a viewer; replace it if it is damaged, convert it if it is of another kind",
+        )
         return [*faults, unreadable], None
 
 
@@ -143,8 +181,14 @@ def _describe(file: str, array: np.ndarray, properties: Mapping[str, Any]) -> _V
     if not array.size:
         faults.append(Fault("a file has no voxels", _by(array.shape[1:]), "", "replace it, or leave the case out"))
     if len(spacing) != 3 or not np.isfinite(spacing).all() or min(spacing) <= 0:
-        faults.append(Fault("the spacing makes no sense", enumerate_some(spacing), "three numbers above 0",
-                            "write the size of a voxel in mm into the header of the file"))
+        faults.append(
+            Fault(
+                "the spacing makes no sense",
+                enumerate_some(spacing),
+                "three numbers above 0",
+                "write the size of a voxel in mm into the header of the file",
+            )
+        )
     is_series = len(properties.get("sitk_stuff", {}).get("spacing", ())) == 4
     return _Volume(file, len(array), array.shape[1:], spacing, get_geometry(properties), is_series, faults)
 
@@ -169,15 +213,25 @@ def find_label_faults(label: np.ndarray, expected: Sequence[int] | None) -> tupl
     if expected is None:
         return [], frozenset(map(int, present))
     strange = sorted(set(present) - set(expected))
-    faults = [Fault("a label has unexpected values", enumerate_some(strange), enumerate_some(expected, 30),
-                    "correct the label file, or name these values in 'labels' of dataset.json")] if strange else []
+    faults = (
+        [
+            Fault(
+                "a label has unexpected values",
+                enumerate_some(strange),
+                enumerate_some(expected, 30),
+                "correct the label file, or name these values in 'labels' of dataset.json",
+            )
+        ]
+        if strange
+        else []
+    )
     return faults, frozenset(int(value) for value in present if value in set(expected))
 
 
 def _distinct(label: np.ndarray) -> list[float]:
     """Return the distinct values. Whole numbers are marked in a table, which takes a tenth of the time of sorting."""
     low, high = float(label.min()), float(label.max())
-    if low >= 0 and high < 2 ** 16:
+    if low >= 0 and high < 2**16:
         whole = label.astype(np.uint16)
         if np.array_equal(whole, label):
             occurs = np.zeros(int(high) + 1, dtype=bool)
@@ -196,34 +250,77 @@ def find_channel_faults(volumes: Sequence[_Volume], channels: Sequence[str]) -> 
         return []
     expected = f"{len(channels)}: {enumerate_some(channels)}"
     if any(volume.is_series for volume in volumes):
-        return [Fault("an image is a series (4D)", f"{number} volumes", expected,
-                      "store each volume that is a channel in a 3D file of its own, CASE_0000, CASE_0001 ...; split "
-                      "time points into cases")]
+        return [
+            Fault(
+                "an image is a series (4D)",
+                f"{number} volumes",
+                expected,
+                "store each volume that is a channel in a 3D file of its own, CASE_0000, CASE_0001 ...; split "
+                "time points into cases",
+            )
+        ]
     if any(volume.num_channels > 1 for volume in volumes):
-        return [Fault("an image has another number of colours than channels are named", f"{number} in "
-                      f"{Path(volumes[0].file).name}", expected, "name one channel per colour in channel_names (red, "
-                      "green, blue, and alpha where files have it), or convert the image")]
-    return [Fault("a case has another number of channels", str(number), expected,
-                  "add the files that are missing (CASE_0001 ...), remove those too many, or correct channel_names")]
+        return [
+            Fault(
+                "an image has another number of colours than channels are named",
+                f"{number} in {Path(volumes[0].file).name}",
+                expected,
+                "name one channel per colour in channel_names (red, "
+                "green, blue, and alpha where files have it), or convert the image",
+            )
+        ]
+    return [
+        Fault(
+            "a case has another number of channels",
+            str(number),
+            expected,
+            "add the files that are missing (CASE_0001 ...), remove those too many, or correct channel_names",
+        )
+    ]
 
 
 def _compare(report: CaseReport, files: CaseFiles, first: _Volume, other: _Volume) -> None:
     """Report where a file differs from the first image of its case in shape, spacing, origin or direction."""
     kind = "label and image" if other.file == files.label else "images of a case"
     if other.shape != first.shape:
-        _add(report, files, other.file, [Fault(f"{kind} differ in shape", _by(other.shape), _by(first.shape),
-                                               _SHAPE_REMEDY)])
+        _add(
+            report,
+            files,
+            other.file,
+            [Fault(f"{kind} differ in shape", _by(other.shape), _by(first.shape), _SHAPE_REMEDY)],
+        )
         return  # nothing else can fit
     if not (len(other.spacing) == len(first.spacing) and np.allclose(first.spacing, other.spacing)):
-        _add(report, files, other.file, [Fault(f"{kind} differ in spacing", f"{enumerate_some(other.spacing)} mm",
-                                               f"{enumerate_some(first.spacing)} mm", _SPACING_REMEDY)])
+        _add(
+            report,
+            files,
+            other.file,
+            [
+                Fault(
+                    f"{kind} differ in spacing",
+                    f"{enumerate_some(other.spacing)} mm",
+                    f"{enumerate_some(first.spacing)} mm",
+                    _SPACING_REMEDY,
+                )
+            ],
+        )
         return  # places in space differ as a consequence
     displacement = find_displacement(first.geometry, other.geometry, first.shape)
     if displacement is not None:
-        _add(report, files, other.file,
-             [Fault(f"{kind} differ in {displacement.what}" + ("" if displacement.is_material else " slightly"),
-                    f"{displacement.found} (off by up to {displacement.millimetres:.3g} mm)", displacement.expected,
-                    _PLACE_REMEDY)], is_error=displacement.is_material)
+        _add(
+            report,
+            files,
+            other.file,
+            [
+                Fault(
+                    f"{kind} differ in {displacement.what}" + ("" if displacement.is_material else " slightly"),
+                    f"{displacement.found} (off by up to {displacement.millimetres:.3g} mm)",
+                    displacement.expected,
+                    _PLACE_REMEDY,
+                )
+            ],
+            is_error=displacement.is_material,
+        )
 
 
 def _add(report: CaseReport, files: CaseFiles, file: str, faults: Sequence[Fault], *, is_error: bool = True) -> None:

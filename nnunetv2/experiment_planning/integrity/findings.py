@@ -1,4 +1,5 @@
 """What the integrity check has noticed, and the table that shows it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -33,8 +34,14 @@ class Finding:
 
     def __str__(self) -> str:
         place = ", ".join(part for part in (self.case, self.file) if part)
-        details = ", ".join(part for part in (f"found {self.found}" if self.found else "",
-                                              f"expected {self.expected}" if self.expected else "") if part)
+        details = ", ".join(
+            part
+            for part in (
+                f"found {self.found}" if self.found else "",
+                f"expected {self.expected}" if self.expected else "",
+            )
+            if part
+        )
         return f"{place}: {self.what}" + (f" ({details})" if details else "") + f". Remedy: {self.remedy}"
 
 
@@ -69,11 +76,10 @@ def _format_rows(findings: Sequence[Finding], at_most: int) -> list[str]:
     # a column in which no row says anything is left out
     shown = [column for column in zip(_HEADINGS, *rows) if any(column[1:])]
     widths = [max(map(len, column)) for column in shown]
-    lines = [("   " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths))).rstrip()
-             for row in zip(*shown)]
+    lines = [("   " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths))).rstrip() for row in zip(*shown)]
     return lines + ([f"   ... and {len(findings) - at_most} more"] if len(findings) > at_most else [])
 
 
 def _shorten(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _CELL_WIDTH else f"{text[:_CELL_WIDTH - 4]} ..."
+    return text if len(text) <= _CELL_WIDTH else f"{text[: _CELL_WIDTH - 4]} ..."

@@ -1,4 +1,5 @@
 """Compare where two files of a case lie in space, which the network does not see but a viewer does."""
+
 from __future__ import annotations
 
 import itertools
@@ -67,12 +68,17 @@ def find_displacement(first: Geometry | None, other: Geometry | None, shape: Seq
     same_origin = np.allclose(first.origin, other.origin)
     if same_origin and np.allclose(first.direction, other.direction):
         return None
-    sizes = list(shape)[::-1][:len(first.origin)]
+    sizes = list(shape)[::-1][: len(first.origin)]
     corners = np.array(list(itertools.product(*((0, size - 1) for size in sizes))), dtype=float)
     distance = float(np.linalg.norm(_place(other, corners) - _place(first, corners), axis=1).max())
     name = "direction" if not np.allclose(first.direction, other.direction) else "origin"
-    return Displacement(name, _show(getattr(other, name)), _show(getattr(first, name)), distance,
-                        distance > MATERIAL_VOXELS * min(first.spacing))
+    return Displacement(
+        name,
+        _show(getattr(other, name)),
+        _show(getattr(first, name)),
+        distance,
+        distance > MATERIAL_VOXELS * min(first.spacing),
+    )
 
 
 def _place(geometry: Geometry, voxels: np.ndarray) -> np.ndarray:
@@ -81,8 +87,9 @@ def _place(geometry: Geometry, voxels: np.ndarray) -> np.ndarray:
 
 
 def _freeze(origin: Sequence[float], direction: np.ndarray, spacing: Sequence[float]) -> Geometry:
-    return Geometry(tuple(map(float, origin)), tuple(tuple(map(float, row)) for row in direction),
-                    tuple(map(float, spacing)))
+    return Geometry(
+        tuple(map(float, origin)), tuple(tuple(map(float, row)) for row in direction), tuple(map(float, spacing))
+    )
 
 
 def _show(values: Any) -> str:

@@ -1,4 +1,5 @@
 """Give one dataset the plans of another, so that a network trained on the one can be fine-tuned on the other."""
+
 from __future__ import annotations
 
 import logging
@@ -14,8 +15,12 @@ from nnunetv2.utilities.json_files import PLANS, read_json
 logger = logging.getLogger(__name__)
 
 
-def move_plans_between_datasets(source_dataset_name_or_id: int | str, target_dataset_name_or_id: int | str,
-                                source_plans_identifier: str, target_plans_identifier: str | None = None) -> None:
+def move_plans_between_datasets(
+    source_dataset_name_or_id: int | str,
+    target_dataset_name_or_id: int | str,
+    source_plans_identifier: str,
+    target_plans_identifier: str | None = None,
+) -> None:
     """Write the plans of the source dataset to the preprocessed folder of the target dataset.
 
     The reader is chosen for the images of the target. All else stays, the intensities of the source among it, since the
@@ -32,19 +37,28 @@ def move_plans_between_datasets(source_dataset_name_or_id: int | str, target_dat
     from nnunetv2.preprocessing.errors import InvalidInputError
     from nnunetv2.utilities.atomic_write import save_json_atomically
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
     source = maybe_convert_to_dataset_name(source_dataset_name_or_id)
     target = maybe_convert_to_dataset_name(target_dataset_name_or_id)
     target_plans_identifier = target_plans_identifier or source_plans_identifier
     plans_file = Path(nnUNet_preprocessed) / source / f"{source_plans_identifier}.json"
     raw_folder, target_folder = Path(nnUNet_raw) / target, Path(nnUNet_preprocessed) / target
     if not plans_file.is_file():
-        raise InvalidInputError(f"{plans_file} does not exist: plan {source} first (nnUNetv2_plan_experiment), or "
-                                f"check the name of the plans")
+        raise InvalidInputError(
+            f"{plans_file} does not exist: plan {source} first (nnUNetv2_plan_experiment), or "
+            f"check the name of the plans"
+        )
     if not (raw_folder / "dataset.json").is_file():
-        raise InvalidInputError(f"{raw_folder / 'dataset.json'} does not exist. The images of the target decide how "
-                                f"they are read, so its raw dataset is needed")
-    plans = rename_plans(read_json(plans_file, required=PLANS), dataset_name=target,
-                         source_name=source_plans_identifier, target_name=target_plans_identifier)
+        raise InvalidInputError(
+            f"{raw_folder / 'dataset.json'} does not exist. The images of the target decide how "
+            f"they are read, so its raw dataset is needed"
+        )
+    plans = rename_plans(
+        read_json(plans_file, required=PLANS),
+        dataset_name=target,
+        source_name=source_plans_identifier,
+        target_name=target_plans_identifier,
+    )
     plans["image_reader_writer"] = _determine_reader(raw_folder, plans)
     target_folder.mkdir(parents=True, exist_ok=True)
     if not (target_folder / "dataset.json").is_file():  # preprocessing goes by it; planning would have copied it
@@ -58,8 +72,9 @@ def rename_plans(plans: dict[str, Any], *, dataset_name: str, source_name: str, 
     if target_name != source_name:
         for configuration in configurations.values():
             if "data_identifier" in configuration:
-                configuration["data_identifier"] = rename_data_identifier(configuration["data_identifier"],
-                                                                          source_name, target_name)
+                configuration["data_identifier"] = rename_data_identifier(
+                    configuration["data_identifier"], source_name, target_name
+                )
     return {**plans, "dataset_name": dataset_name, "plans_name": target_name, "configurations": configurations}
 
 
@@ -77,35 +92,51 @@ def _determine_reader(raw_folder: Path, plans: dict[str, Any]) -> str:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.preprocessing.errors import InvalidInputError
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
     dataset_json = read_json(raw_folder / "dataset.json")
     _warn_of_other_channels(dataset_json, plans, raw_folder.name)
     dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
     if not dataset:
         raise InvalidInputError(f"{raw_folder} has no training images")
     example = next(iter(dataset.values()))["images"][0]
-    return determine_reader_writer_from_dataset_json(dataset_json, example, allow_nonmatching_filename=True,
-                                                     verbose=False).__name__
+    return determine_reader_writer_from_dataset_json(
+        dataset_json, example, allow_nonmatching_filename=True, verbose=False
+    ).__name__
 
 
 def _warn_of_other_channels(dataset_json: dict[str, Any], plans: dict[str, Any], target: str) -> None:
     channels = len(dataset_json["channel_names" if "channel_names" in dataset_json else "modality"])
-    planned = {len(configuration["normalization_schemes"]) for configuration in plans["configurations"].values()
-               if "normalization_schemes" in configuration}
+    planned = {
+        len(configuration["normalization_schemes"])
+        for configuration in plans["configurations"].values()
+        if "normalization_schemes" in configuration
+    }
     if planned != {channels}:
-        logger.warning("%s has %d channel(s), the plans are for %s. A network can be fine-tuned only on images with "
-                       "the same channels", target, channels, ", ".join(map(str, sorted(planned))))
+        logger.warning(
+            "%s has %d channel(s), the plans are for %s. A network can be fine-tuned only on images with "
+            "the same channels",
+            target,
+            channels,
+            ", ".join(map(str, sorted(planned))),
+        )
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Give a dataset the plans of another, for pretraining: plan the dataset to "
-                                        "fine-tune on, move its plans to the one to pretrain on, preprocess and train "
-                                        "that, then use its checkpoint as -pretrained_weights.")
+    parser = ArgumentParser(
+        description="Give a dataset the plans of another, for pretraining: plan the dataset to "
+        "fine-tune on, move its plans to the one to pretrain on, preprocess and train "
+        "that, then use its checkpoint as -pretrained_weights."
+    )
     parser.add_argument("-s", required=True, metavar="DATASET", help="Dataset that has the plans: number or name.")
     parser.add_argument("-t", required=True, metavar="DATASET", help="Dataset that gets them: number or name.")
     parser.add_argument("-sp", required=True, metavar="NAME", help="Name of the plans, such as nnUNetPlans.")
-    parser.add_argument("-tp", default=None, metavar="NAME",
-                        help="Their name at the target. Default: the same. Give another if the target has plans of "
-                             "that name, which would be replaced.")
+    parser.add_argument(
+        "-tp",
+        default=None,
+        metavar="NAME",
+        help="Their name at the target. Default: the same. Give another if the target has plans of "
+        "that name, which would be replaced.",
+    )
     return parser
 
 

@@ -7,6 +7,7 @@ bins that hold the wanted ranks. Both are counts, which add up whatever the spli
     float32 bits   s eeeeeeee mmmmmmm | mmmmmmmmmmmmmmmm      (flipped so that unsigned order is numerical order)
                    coarse bin, 0..65535 | place in the fine histogram, 0..65535
 """
+
 from __future__ import annotations
 
 import math
@@ -75,8 +76,9 @@ def fine_histogram(values: np.ndarray, bins: Sequence[int], counts: np.ndarray |
         coarse = keys >> np.uint32(16)
         for row, number in enumerate(bins):
             inside = coarse == number
-            histogram[row] += _count(keys[inside] & np.uint32(0xFFFF),
-                                     None if multiplicity is None else multiplicity[inside])
+            histogram[row] += _count(
+                keys[inside] & np.uint32(0xFFFF), None if multiplicity is None else multiplicity[inside]
+            )
     return histogram
 
 
@@ -93,8 +95,8 @@ class Moments:
         """Compute the moments of `values`, each occurring `counts` times, in float64."""
         total = cls()
         for begin in range(0, values.size, _CHUNK):
-            chunk = values[begin:begin + _CHUNK].astype(np.float64)
-            weights = np.ones(chunk.size) if counts is None else counts[begin:begin + _CHUNK].astype(np.float64)
+            chunk = values[begin : begin + _CHUNK].astype(np.float64)
+            weights = np.ones(chunk.size) if counts is None else counts[begin : begin + _CHUNK].astype(np.float64)
             number = int(weights.sum())
             if number:
                 mean = float(weights @ chunk) / number
@@ -118,8 +120,9 @@ class Moments:
 
 def sorted_geometry(spacings: Iterable[Sequence[float]], shapes: Iterable[Sequence[int]]) -> tuple[tuple, tuple]:
     """Return the spacings and shapes of the same cases, sorted together so that the order of cases is not told."""
-    pairs = sorted((tuple(map(float, spacing)), tuple(map(int, shape)))
-                   for spacing, shape in zip(spacings, shapes, strict=True))
+    pairs = sorted(
+        (tuple(map(float, spacing)), tuple(map(int, shape))) for spacing, shape in zip(spacings, shapes, strict=True)
+    )
     return tuple(spacing for spacing, _ in pairs), tuple(shape for _, shape in pairs)
 
 
@@ -159,8 +162,9 @@ def wanted_bins(coarse: np.ndarray) -> tuple[int, ...]:
     return tuple(sorted({_locate(coarse, rank)[0] for rank in wanted_ranks(count)}))
 
 
-def pooled_percentiles(coarse: np.ndarray, fine: np.ndarray, *,
-                       promotes_to_float64: bool) -> tuple[float, float, float]:
+def pooled_percentiles(
+    coarse: np.ndarray, fine: np.ndarray, *, promotes_to_float64: bool
+) -> tuple[float, float, float]:
     """Compute np.percentile(all values, PERCENTILES) to the bit from pooled histograms.
 
     Args:
@@ -217,8 +221,9 @@ class SiteSummary(Protocol):
     extrema: Sequence[tuple[float, float]] | None
 
 
-def pool_fingerprint(summaries: Iterable[SiteSummary], coarse: Sequence[np.ndarray],
-                     fine: Sequence[np.ndarray]) -> dict[str, Any]:
+def pool_fingerprint(
+    summaries: Iterable[SiteSummary], coarse: Sequence[np.ndarray], fine: Sequence[np.ndarray]
+) -> dict[str, Any]:
     """Build the content of dataset_fingerprint.json that one centre with all cases would have written.
 
     Equal for any split of the cases into sites and any order of the sites. Cases are sorted. Mean and standard
@@ -236,22 +241,27 @@ def pool_fingerprint(summaries: Iterable[SiteSummary], coarse: Sequence[np.ndarr
     summaries = list(summaries)
     if any(len(summary.moments) != len(coarse) for summary in summaries) or len(fine) != len(coarse):
         raise StatisticsError(f"the sites' summaries do not all describe {len(coarse)} channels")
-    spacings, shapes = sorted_geometry((spacing for summary in summaries for spacing in summary.spacings),
-                                       (shape for summary in summaries for shape in summary.shapes))
+    spacings, shapes = sorted_geometry(
+        (spacing for summary in summaries for spacing in summary.spacings),
+        (shape for summary in summaries for shape in summary.shapes),
+    )
     promotes = any(summary.promotes_to_float64 for summary in summaries)
     return {
         "foreground_intensity_properties_per_channel": {
             str(channel): _pool_channel(channel, summaries, coarse[channel], fine[channel], promotes)
-            for channel in range(len(coarse))},
+            for channel in range(len(coarse))
+        },
         "median_relative_size_after_cropping": float(
-            np.median([size for summary in summaries for size in summary.relative_sizes])),
+            np.median([size for summary in summaries for size in summary.relative_sizes])
+        ),
         "shapes_after_crop": [list(shape) for shape in shapes],
         "spacings": [list(spacing) for spacing in spacings],
     }
 
 
-def _pool_channel(channel: int, summaries: Sequence[SiteSummary], coarse: np.ndarray, fine: np.ndarray,
-                  promotes_to_float64: bool) -> dict[str, float]:
+def _pool_channel(
+    channel: int, summaries: Sequence[SiteSummary], coarse: np.ndarray, fine: np.ndarray, promotes_to_float64: bool
+) -> dict[str, float]:
     moments = Moments()
     for part in sorted((summary.moments[channel] for summary in summaries), key=lambda m: (m.count, m.mean, m.m2)):
         moments = moments.merge(part)
@@ -259,8 +269,15 @@ def _pool_channel(channel: int, summaries: Sequence[SiteSummary], coarse: np.nda
         raise StatisticsError(f"channel {channel}: moments and histograms do not describe the same values")
     low, median, high = pooled_percentiles(coarse, fine, promotes_to_float64=promotes_to_float64)
     smallest, largest = _extrema(channel, summaries) or outermost_bounds(coarse)
-    properties = {"max": largest, "mean": float(np.float32(moments.mean)), "median": median, "min": smallest,
-                  "percentile_00_5": low, "percentile_99_5": high, "std": float(np.float32(moments.std))}
+    properties = {
+        "max": largest,
+        "mean": float(np.float32(moments.mean)),
+        "median": median,
+        "min": smallest,
+        "percentile_00_5": low,
+        "percentile_99_5": high,
+        "std": float(np.float32(moments.std)),
+    }
     if not all(map(math.isfinite, properties.values())):
         raise StatisticsError(f"channel {channel}: intensities are too large for float32 arithmetic")
     return properties

@@ -17,6 +17,7 @@ e lives in the memory of the site's process, in float32, and starts from zero wh
 but a last rounding: a training that was interrupted and goes on is as good as one that was not, but in half precision,
 even if it is seeded, not equal to it to the bit.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,8 +51,10 @@ def rounded(values: np.ndarray) -> np.ndarray:
         PrecisionError: A value is too large for float16.
     """
     if values.size and not (largest := max(values.max(), -values.min())) < OVERFLOW:
-        raise PrecisionError(f"a value of size {largest:g} does not fit into half precision, which ends at 65504: a "
-                             "federation with --precision float32 can have it")
+        raise PrecisionError(
+            f"a value of size {largest:g} does not fit into half precision, which ends at 65504: a "
+            "federation with --precision float32 can have it"
+        )
     return values.astype(DTYPES["F16"])
 
 

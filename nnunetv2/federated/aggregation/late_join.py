@@ -2,6 +2,7 @@
 
 What is shared was decided when the run began, so nothing changes for the other sites but the sum of the weights.
 """
+
 from __future__ import annotations
 
 import math
@@ -27,32 +28,53 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
     total = matching.count_parameters(registration.tensors)
     count = sum(math.prod(entries[local].shape) for local in names.values())
     if count == 0 or count < matching.MIN_COVERAGE * total:
-        raise RefusedError(f"site {site} shares only {count} of its {total} parameters with the run, which has begun",
-                           "Use the trainer and the plans of the other sites.", code="nothing_shared")
-    return match.model_copy(update={
-        "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
-        "coverage": {**match.coverage, site: (count, total)},
-        "shared": {name: {**sites, site: names[name]} if name in names else sites
-                   for name, sites in match.shared.items()}})
+        raise RefusedError(
+            f"site {site} shares only {count} of its {total} parameters with the run, which has begun",
+            "Use the trainer and the plans of the other sites.",
+            code="nothing_shared",
+        )
+    return match.model_copy(
+        update={
+            "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
+            "coverage": {**match.coverage, site: (count, total)},
+            "shared": {
+                name: {**sites, site: names[name]} if name in names else sites for name, sites in match.shared.items()
+            },
+        }
+    )
 
 
-def shared_names(site: str, registration: Registration, match: Match,
-                 registered: Mapping[str, Registration]) -> dict[str, str]:
+def shared_names(
+    site: str, registration: Registration, match: Match, registered: Mapping[str, Registration]
+) -> dict[str, str]:
     """Return which tensors of the newcomer are which of the run: canonical name -> its own name."""
     manifests = {name: message.tensors for name, message in registered.items()} | {site: registration.tensors}
     rule = {"name": matching.match_by_name, "resolution": matching.match_by_resolution}[match.rule]
     # Its partners tell what a tensor is: canonical names depend on who takes part.
-    own_name_of = {(partner, local): sites[site] for sites in rule(manifests).shared.values() if site in sites
-                   for partner, local in sites.items() if partner != site}
-    return {name: own_name_of[partner] for name, sites in match.shared.items()
-            for partner in [next((pair for pair in sorted(sites.items()) if pair in own_name_of), None)]
-            if partner is not None}
+    own_name_of = {
+        (partner, local): sites[site]
+        for sites in rule(manifests).shared.values()
+        if site in sites
+        for partner, local in sites.items()
+        if partner != site
+    }
+    return {
+        name: own_name_of[partner]
+        for name, sites in match.shared.items()
+        for partner in [next((pair for pair in sorted(sites.items()) if pair in own_name_of), None)]
+        if partner is not None
+    }
 
 
 def with_site(match: Match, admitted: Match, site: str) -> Match:
     """Return a match with a site that was admitted to it, or to an earlier state of it."""
-    return match.model_copy(update={
-        "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
-        "coverage": {**match.coverage, site: admitted.coverage[site]},
-        "shared": {name: {**sites, site: admitted.shared[name][site]} if site in admitted.shared[name] else sites
-                   for name, sites in match.shared.items()}})
+    return match.model_copy(
+        update={
+            "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
+            "coverage": {**match.coverage, site: admitted.coverage[site]},
+            "shared": {
+                name: {**sites, site: admitted.shared[name][site]} if site in admitted.shared[name] else sites
+                for name, sites in match.shared.items()
+            },
+        }
+    )

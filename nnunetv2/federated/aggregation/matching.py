@@ -14,6 +14,7 @@ A layer (the weight, bias, ... of one module) is shared whole or not at all, by 
 name, shape and dtype of every tensor; there must be at least two of them, or as many as the federation asks for.
 Integer tensors are never shared.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,8 +33,18 @@ Manifest = Sequence[TensorEntry]
 MIN_COVERAGE = 0.1
 """A site that shares a smaller part of its parameters has most likely been set up by mistake."""
 
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-           "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 SHAREABLE = frozenset({"F32", "F16"})
 _DECODER = re.compile(r"((?:.*\.)?decoder\.(?:stages|transpconvs|seg_layers)\.)([0-9]+)(\..+)")
@@ -72,8 +83,10 @@ def distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 def describe_tensors(distinct: Mapping[str, Any]) -> tuple[TensorEntry, ...]:
     """Return the manifest of a site's distinct tensors, which it registers with."""
-    return tuple(TensorEntry(name=name, dtype=_dtype_name(name, tensor.dtype), shape=tuple(map(int, tensor.shape)))
-                 for name, tensor in distinct.items())
+    return tuple(
+        TensorEntry(name=name, dtype=_dtype_name(name, tensor.dtype), shape=tuple(map(int, tensor.shape)))
+        for name, tensor in distinct.items()
+    )
 
 
 def count_parameters(manifest: Manifest) -> int:
@@ -114,8 +127,9 @@ def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: i
             parameters; the message names the likely cause.
     """
     if len(manifests) < min_sites:
-        raise MatchingError(f"{', '.join(manifests) or 'nobody'} alone shares nothing: a run needs at least "
-                            f"{min_sites} sites")
+        raise MatchingError(
+            f"{', '.join(manifests) or 'nobody'} alone shares nothing: a run needs at least {min_sites} sites"
+        )
     match = {"name": match_by_name, "resolution": match_by_resolution}[rule]
     matching = match(manifests, min_sites=min_sites)
     for site, (shared, total) in matching.coverage.items():
@@ -147,8 +161,10 @@ def choose_owners(shared: Mapping[str, Mapping[str, str]], weights: Mapping[str,
 def _names_by_resolution(manifest: Manifest) -> dict[str, str]:
     names = {entry.name: normalise_name(entry.name) for entry in manifest}
     stages = _decoder_stages(names.values())
-    return {local: _DECODER.sub(lambda found: f"{found[1]}r{stages[found[1]] - 1 - int(found[2])}{found[3]}", name)
-            for local, name in names.items()}
+    return {
+        local: _DECODER.sub(lambda found: f"{found[1]}r{stages[found[1]] - 1 - int(found[2])}{found[3]}", name)
+        for local, name in names.items()
+    }
 
 
 def _decoder_stages(names: Iterable[str]) -> dict[str, int]:
@@ -160,8 +176,9 @@ def _decoder_stages(names: Iterable[str]) -> dict[str, int]:
     return stages
 
 
-def _match(manifests: Mapping[str, Manifest], name_tensors: Callable[[Manifest], Mapping[str, str]],
-           min_sites: int) -> Matching:
+def _match(
+    manifests: Mapping[str, Manifest], name_tensors: Callable[[Manifest], Mapping[str, str]], min_sites: int
+) -> Matching:
     """Group, layer by layer, the sites whose layers look the same."""
     layers: dict[str, dict[str, dict[str, TensorEntry]]] = defaultdict(dict)  # layer -> site -> common name -> tensor
     for site in sorted(manifests):
@@ -197,19 +214,22 @@ def _groups_of_sites(layer: Mapping[str, Mapping[str, TensorEntry]], min_sites: 
     return [sites for _, sites in sorted(groups.items()) if len(sites) >= min_sites]
 
 
-def _suffix(groups: Sequence[Sequence[str]], sites: Sequence[str],
-            layer: Mapping[str, Mapping[str, TensorEntry]]) -> str:
+def _suffix(
+    groups: Sequence[Sequence[str]], sites: Sequence[str], layer: Mapping[str, Mapping[str, TensorEntry]]
+) -> str:
     """Return what tells the tensors of several groups apart: the shape of the layer's largest tensor."""
     if len(groups) == 1:
         return ""
-    labels = ["x".join(map(str, max((entry.shape for entry in layer[group[0]].values()), key=math.prod)))
-              for group in groups]
+    labels = [
+        "x".join(map(str, max((entry.shape for entry in layer[group[0]].values()), key=math.prod))) for group in groups
+    ]
     number = groups.index(sites)
     return f"#{labels[number]}" if labels.count(labels[number]) == 1 else f"#{labels[number]}.{number}"
 
 
-def _coverage(manifests: Mapping[str, Manifest], shared: Mapping[str, Mapping[str, str]],
-              entries: Mapping[str, TensorEntry]) -> dict[str, tuple[int, int]]:
+def _coverage(
+    manifests: Mapping[str, Manifest], shared: Mapping[str, Mapping[str, str]], entries: Mapping[str, TensorEntry]
+) -> dict[str, tuple[int, int]]:
     counts = dict.fromkeys(sorted(manifests), 0)
     for canonical, sites in shared.items():
         for site in sites:
@@ -227,8 +247,10 @@ def _too_few(site: str, with_fewer: Matching, min_sites: int) -> str:
     shared, total = with_fewer.coverage[site]
     if shared == 0 or shared < MIN_COVERAGE * total:
         return ""
-    return (f"What it has in common with others, fewer than {min_sites} sites have, and --min-sites {min_sites} keeps "
-            "it from being averaged. Plan with --federated at all sites, so that their networks are the same.")
+    return (
+        f"What it has in common with others, fewer than {min_sites} sites have, and --min-sites {min_sites} keeps "
+        "it from being averaged. Plan with --federated at all sites, so that their networks are the same."
+    )
 
 
 def _likely_cause(site: str, manifests: Mapping[str, Manifest], rule: Rule) -> str:
@@ -239,21 +261,29 @@ def _likely_cause(site: str, manifests: Mapping[str, Manifest], rule: Rule) -> s
     theirs = others[nearest]
     common = own.keys() & theirs.keys()
     if not common:
-        return (f"None of its tensors has a name that site {nearest} knows ({_first(own)} against {_first(theirs)}): "
-                "their network classes differ. Use the same planner and trainer at all sites.")
+        return (
+            f"None of its tensors has a name that site {nearest} knows ({_first(own)} against {_first(theirs)}): "
+            "their network classes differ. Use the same planner and trainer at all sites."
+        )
     if _dimensions(own.values()) != _dimensions(theirs.values()):
-        return (f"Its network has {_dimensions(own.values())}-dimensional weights, that of site {nearest} "
-                f"{_dimensions(theirs.values())}-dimensional ones. Train the same configuration at all sites.")
+        return (
+            f"Its network has {_dimensions(own.values())}-dimensional weights, that of site {nearest} "
+            f"{_dimensions(theirs.values())}-dimensional ones. Train the same configuration at all sites."
+        )
     for each in (site, nearest):
         if not {entry.dtype for entry in manifests[each]} & SHAREABLE:
             return f"The weights of site {each} are neither float32 nor float16. Keep its network in float32."
     if rule == "name" and _decoder_stages(own) != _decoder_stages(theirs):
-        return (f"Its network and that of site {nearest} differ in depth. Start the coordinator with "
-                "--matching resolution, or plan with --federated at all sites.")
+        return (
+            f"Its network and that of site {nearest} differ in depth. Start the coordinator with "
+            "--matching resolution, or plan with --federated at all sites."
+        )
     differing = sorted(name for name in common if own[name] != theirs[name])
     example = f", first in {differing[0]}" if differing else ""  # no shapes: they follow from plans made alone
-    return (f"Kernels or numbers of features differ from those of site {nearest}{example}. "
-            "Plan with --federated at all sites, or use the same planner.")
+    return (
+        f"Kernels or numbers of features differ from those of site {nearest}{example}. "
+        "Plan with --federated at all sites, or use the same planner."
+    )
 
 
 def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:

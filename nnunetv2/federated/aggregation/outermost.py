@@ -14,6 +14,7 @@ intensities hardly overlap), it moves a tenth as many values, and so on, and sen
 into. If other bins follow from it, they are asked for in turn. So the outermost values are told only where they are
 what the federation computes, and no more of them than that takes.
 """
+
 from __future__ import annotations
 
 import math
@@ -60,8 +61,9 @@ class Channel:
         if not hide or not np.any(values):  # nothing at all, or nothing but zeros: there is no round number
             return cls(whole=whole, bounds=(0, 0))
         hidden = hidden_of(int(whole.sum()))
-        return cls(whole=whole, bounds=_bins_beyond(float(values.min()), float(values.max())), lowest=hidden,
-                   highest=hidden)
+        return cls(
+            whole=whole, bounds=_bins_beyond(float(values.min()), float(values.max())), lowest=hidden, highest=hidden
+        )
 
     def coarse_histogram(self) -> np.ndarray:
         """Return the histogram as it leaves the site."""
@@ -75,12 +77,16 @@ class Channel:
     def showing(self, bins: Sequence[int]) -> Channel:
         """Return the channel with so few values hidden that no rank inside these bins is another one for it."""
         channel = self
-        while channel.lowest and any(channel.bounds[0] <= wanted <= _last_of(self.whole, channel.lowest)
-                                     for wanted in bins):
+        while channel.lowest and any(
+            channel.bounds[0] <= wanted <= _last_of(self.whole, channel.lowest) for wanted in bins
+        ):
             channel = replace(channel, lowest=channel.lowest // FEWER)
         while channel.highest and any(
-                fingerprint_statistics.NUM_BINS - 1 - _last_of(self.whole[::-1], channel.highest) <= wanted <= channel.bounds[1]
-                for wanted in bins):
+            fingerprint_statistics.NUM_BINS - 1 - _last_of(self.whole[::-1], channel.highest)
+            <= wanted
+            <= channel.bounds[1]
+            for wanted in bins
+        ):
             channel = replace(channel, highest=channel.highest // FEWER)
         return channel
 
@@ -98,9 +104,11 @@ class Channel:
             upto = int(cumulative[wanted])
             below = upto - int(self.whole[wanted])
             if not any(below <= rank < upto + others for rank in ranks):
-                raise StatisticsError(f"the coordinator wants to look into bin {wanted} of the intensities, where none "
-                                      "of the percentiles of all sites can lie: nothing more is sent. Ask the "
-                                      "coordinating site which version it runs")
+                raise StatisticsError(
+                    f"the coordinator wants to look into bin {wanted} of the intensities, where none "
+                    "of the percentiles of all sites can lie: nothing more is sent. Ask the "
+                    "coordinating site which version it runs"
+                )
 
 
 def _first(histogram: np.ndarray, number: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Voxels are summed over the sites before the Dice is computed, as one centre woul
 little. The score is nnU-Net's pseudo Dice: a moving average with factor 0.9 over the rounds that were validated. What
 fewer sites than the federation asks for have found is not pooled: it would tell the others of a single one.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ MEMORY = 0.9
 """Share of the earlier average in the new one."""
 
 
-def pool(number: int, contributed: Mapping[str, Validation], *, before: PooledValidation | None,
-         min_sites: int = 1) -> PooledValidation:
+def pool(
+    number: int, contributed: Mapping[str, Validation], *, before: PooledValidation | None, min_sites: int = 1
+) -> PooledValidation:
     """Return the pooled validation of round `number`, given the one before.
 
     With fewer than `min_sites` contributions, nothing is known of the round, and what was best stays so.
@@ -37,9 +39,15 @@ def pool(number: int, contributed: Mapping[str, Validation], *, before: PooledVa
     if mean is not None and (best is None or average > best):
         best_round, best = number, average
     return PooledValidation(
-        round=number, dice=dice, mean_dice=mean, ema_dice=average, best_round=best_round, best_ema_dice=best,
+        round=number,
+        dice=dice,
+        mean_dice=mean,
+        ema_dice=average,
+        best_round=best_round,
+        best_ema_dice=best,
         dice_of_site={site: dice_per_class(one.tp, one.fp, one.fn) for site, one in contributed.items()},
-        loss_of_site={site: one.loss for site, one in contributed.items()})
+        loss_of_site={site: one.loss for site, one in contributed.items()},
+    )
 
 
 def dice_per_class(tp: Sequence[float], fp: Sequence[float], fn: Sequence[float]) -> tuple[float | None, ...]:

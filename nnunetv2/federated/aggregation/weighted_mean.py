@@ -5,6 +5,7 @@ few tensors of the result however many sites there are. Sums are float64, in the
 site has moved from the aggregate before is measured in the same pass. Of updates in half precision, the aggregate is
 float32 all the same; what rounding took from the one before when it was handed out is added to it (`half_precision`).
 """
+
 from __future__ import annotations
 
 import math
@@ -61,9 +62,16 @@ class Aggregated:
     """Tensors that keep the values of the aggregate before, although some site has sent others: too few have."""
 
 
-def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str, float], *, out_path: Path,
-                        message: Message, previous: Document | None = None,
-                        precision: Precision = "float32", min_sites: int = 1) -> Aggregated:
+def aggregate_documents(
+    documents: Mapping[str, Document],
+    weights: Mapping[str, float],
+    *,
+    out_path: Path,
+    message: Message,
+    previous: Document | None = None,
+    precision: Precision = "float32",
+    min_sites: int = 1,
+) -> Aggregated:
     """Average, per tensor, over the sites that have it, and write the result as a document.
 
     Args:
@@ -103,11 +111,15 @@ def aggregate_documents(documents: Mapping[str, Document], weights: Mapping[str,
         contributors = [documents[site] for site in holders[name]]
         _check_weights(used := [float(weights[site]) for site in holders[name]])
         is_known = known.get(name) == specs[name]
-        mean = _mean(specs[name].size, DTYPES[sent[name].dtype], used,
-                     lambda index, begin, out: contributors[index].read_into(name, begin, out),
-                     comparison.observer(name, holders[name]) if is_known else None,
-                     partial(half_precision.add_rest_, previous, name) if is_known and in_half else None,
-                     DTYPES[specs[name].dtype])
+        mean = _mean(
+            specs[name].size,
+            DTYPES[sent[name].dtype],
+            used,
+            lambda index, begin, out: contributors[index].read_into(name, begin, out),
+            comparison.observer(name, holders[name]) if is_known else None,
+            partial(half_precision.add_rest_, previous, name) if is_known and in_half else None,
+            DTYPES[specs[name].dtype],
+        )
         return mean.reshape(specs[name].shape)
 
     digest = _write(out_path, message, specs, value_of)
@@ -122,12 +134,16 @@ def outliers(changes: Mapping[str, Change]) -> list[str]:
     """
     if len(changes) < 3:
         return []
-    return [site for site, change in sorted(changes.items()) if change.rms > OUTLIER_FACTOR * statistics.median(
-        other.rms for name, other in changes.items() if name != site)]
+    return [
+        site
+        for site, change in sorted(changes.items())
+        if change.rms > OUTLIER_FACTOR * statistics.median(other.rms for name, other in changes.items() if name != site)
+    ]
 
 
-def collect_from_owners(documents: Mapping[str, Document], owners: Mapping[str, str], *, out_path: Path,
-                        message: Message) -> str:
+def collect_from_owners(
+    documents: Mapping[str, Document], owners: Mapping[str, str], *, out_path: Path, message: Message
+) -> str:
     """Take every tensor from the one site that owns it, and write the result as a document.
 
     Args:
@@ -147,9 +163,15 @@ def collect_from_owners(documents: Mapping[str, Document], owners: Mapping[str, 
     return _write(out_path, message, specs, lambda name: documents[owners[name]].read(name))
 
 
-def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[int, int, np.ndarray], None],
-          observe: Callable[[int, int, np.ndarray], None] | None, add: Callable[[int, np.ndarray], None] | None,
-          mean_dtype: np.dtype) -> np.ndarray:
+def _mean(
+    size: int,
+    dtype: np.dtype,
+    weights: Sequence[float],
+    read: Callable[[int, int, np.ndarray], None],
+    observe: Callable[[int, int, np.ndarray], None] | None,
+    add: Callable[[int, np.ndarray], None] | None,
+    mean_dtype: np.dtype,
+) -> np.ndarray:
     """Average the values that `read(index, begin, out)` gives, block by block.
 
     Every buffer is made once and used for all blocks: that alone is worth a factor of two.
@@ -179,7 +201,7 @@ def _mean(size: int, dtype: np.dtype, weights: Sequence[float], read: Callable[[
             add(begin, total[block])
         if not np.isfinite(total[block]).all():
             raise AggregationError("the mean is not finite")
-        mean[begin:begin + _BLOCK] = total[block]
+        mean[begin : begin + _BLOCK] = total[block]
     return mean
 
 
@@ -195,8 +217,9 @@ class _Comparison:
     def observer(self, name: str, sites: Sequence[str]) -> Callable[[int, int, np.ndarray], None]:
         """Return what `_mean` shows the blocks of tensor `name` to."""
         spec = self._previous.specs[name]
-        raw, before, difference = (np.empty(min(spec.size, _BLOCK), dtype)
-                                   for dtype in (DTYPES[spec.dtype], np.float64, np.float64))
+        raw, before, difference = (
+            np.empty(min(spec.size, _BLOCK), dtype) for dtype in (DTYPES[spec.dtype], np.float64, np.float64)
+        )
         for site in sites:
             self._squares[site][name], self._sizes[site][name] = 0.0, spec.size
 
@@ -215,13 +238,17 @@ class _Comparison:
         """Return what has been found, the same whatever the order of the tensors."""
         if self._previous is None:
             return {}
-        return {site: Change(math.sqrt(math.fsum(squares.values())), sum(self._sizes[site].values()))
-                for site, squares in self._squares.items()}
+        return {
+            site: Change(math.sqrt(math.fsum(squares.values())), sum(self._sizes[site].values()))
+            for site, squares in self._squares.items()
+        }
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
     # In pieces for which the linear algebra library (three times as fast as einsum) does not call its threads.
-    return sum(float(piece @ piece) for piece in (values[begin:begin + _DOT] for begin in range(0, values.size, _DOT)))
+    return sum(
+        float(piece @ piece) for piece in (values[begin : begin + _DOT] for begin in range(0, values.size, _DOT))
+    )
 
 
 def _holders(documents: Mapping[str, Document], sites: Sequence[str]) -> dict[str, list[str]]:
@@ -233,15 +260,17 @@ def _holders(documents: Mapping[str, Document], sites: Sequence[str]) -> dict[st
     return holders
 
 
-def _check_specs(documents: Mapping[str, Document], holders: Mapping[str, Sequence[str]],
-                 specs: Mapping[str, TensorSpec]) -> None:
+def _check_specs(
+    documents: Mapping[str, Document], holders: Mapping[str, Sequence[str]], specs: Mapping[str, TensorSpec]
+) -> None:
     for name, sites in sorted(holders.items()):
         if DTYPES[specs[name].dtype].kind != "f":
             raise AggregationError(f"tensor {name} is {specs[name]}: integers are not averaged")
         for site in sites:
             if documents[site].specs[name] != specs[name]:
-                raise AggregationError(f"tensor {name} is {documents[site].specs[name]} at site {site}, "
-                                       f"{specs[name]} at site {sites[0]}")
+                raise AggregationError(
+                    f"tensor {name} is {documents[site].specs[name]} at site {site}, {specs[name]} at site {sites[0]}"
+                )
 
 
 def _check_weights(weights: Sequence[float]) -> None:
@@ -250,8 +279,7 @@ def _check_weights(weights: Sequence[float]) -> None:
             raise AggregationError(f"a weight must be positive and finite, got {weight}")
 
 
-def _write(path: Path, message: Message, specs: Mapping[str, TensorSpec],
-           value_of: Callable[[str], np.ndarray]) -> str:
+def _write(path: Path, message: Message, specs: Mapping[str, TensorSpec], value_of: Callable[[str], np.ndarray]) -> str:
     """Write a document whose tensors are computed by a few threads, slightly ahead of what is written."""
     ordered = {name: specs[name] for name in sorted(specs)}
 
@@ -265,8 +293,9 @@ def _write(path: Path, message: Message, specs: Mapping[str, TensorSpec],
         return write_document(path, message, ordered, _computed_ahead(pool, named_value_of, ordered))
 
 
-def _computed_ahead(pool: ThreadPoolExecutor, compute: Callable[[str], np.ndarray],
-                    names: Iterable[str]) -> Iterator[np.ndarray]:
+def _computed_ahead(
+    pool: ThreadPoolExecutor, compute: Callable[[str], np.ndarray], names: Iterable[str]
+) -> Iterator[np.ndarray]:
     """Yield what `compute` returns, in order, while the threads work on the next few."""
     running: deque[Future[np.ndarray]] = deque()
     try:

@@ -4,6 +4,7 @@ Talks to the coordinator that serves a folder, as the operator that its start ha
 coordinator that this machine's credential belongs to, if that is an operator's. Needs the standard library only, and
 pydantic: so does the coordinator's machine.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,8 +45,9 @@ RUN_ACTIONS = {
 
 
 # -------------------------------------------------------------------------------------------------------- requests
-def ask(credential: SiteCredential, method: str, path: str, model: type[Model] | None = None,
-        body: BaseModel | None = None) -> Model | None:
+def ask(
+    credential: SiteCredential, method: str, path: str, model: type[Model] | None = None, body: BaseModel | None = None
+) -> Model | None:
     """Send one request to a coordinator and return its answer.
 
     Raises:
@@ -57,15 +59,19 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
     # What was not given on the command line is not sent: it stays as it is.
     data = None if body is None else body.model_dump_json(exclude_unset=True).encode()
     request = urllib.request.Request(
-        f"{credential.url}/v1/{path}", method=method, data=data,
-        headers={"Authorization": f"Bearer {credential.token}", "Content-Type": "application/json"})
+        f"{credential.url}/v1/{path}",
+        method=method,
+        data=data,
+        headers={"Authorization": f"Bearer {credential.token}", "Content-Type": "application/json"},
+    )
     try:
         with _opener(credential).open(request, timeout=TIMEOUT_S) as answer:
             content = answer.read(LARGEST_ANSWER)
         return decode_answer(model, content, answer.headers) if model is not None else None
     except ForeignAnswerError as error:
-        raise FederationError(describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)) \
-            from error
+        raise FederationError(
+            describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)
+        ) from error
     except urllib.error.HTTPError as error:
         with error:
             raise _refusal(error) from None
@@ -73,8 +79,9 @@ def ask(credential: SiteCredential, method: str, path: str, model: type[Model] |
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise untrusted_certificate(reason, credential.url) from error
-        raise CoordinatorUnreachable(f"the coordinator at {credential.url} does not answer: {reason}. Is it "
-                                     "running?") from error
+        raise CoordinatorUnreachable(
+            f"the coordinator at {credential.url} does not answer: {reason}. Is it running?"
+        ) from error
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -110,15 +117,23 @@ def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     from nnunetv2.federated.protocol.api import InviteAnswer, InviteRequest
     from nnunetv2.federated.protocol.strict_json import validated
 
-    request = validated(lambda: InviteRequest(name=check_site_name(arguments.name), role=arguments.role,
-                                              lifetime_s=arguments.days * 86_400), "the invitation")
+    request = validated(
+        lambda: InviteRequest(
+            name=check_site_name(arguments.name), role=arguments.role, lifetime_s=arguments.days * 86_400
+        ),
+        "the invitation",
+    )
     answer = ask(credential, "POST", "members", InviteAnswer, request)
-    show(f"Send {answer.role} {answer.name} this line; it is good once, until "
-         f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:",
-         f"  {shell_command('nnUNetv2_fed_join', answer.invitation)}")
+    show(
+        f"Send {answer.role} {answer.name} this line; it is good once, until "
+        f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:",
+        f"  {shell_command('nnUNetv2_fed_join', answer.invitation)}",
+    )
     if answer.role != "site":
-        show("or this link to the page, which its browser opens:",
-             f"  {decode_invitation(answer.invitation).url}/#{answer.invitation}")
+        show(
+            "or this link to the page, which its browser opens:",
+            f"  {decode_invitation(answer.invitation).url}/#{answer.invitation}",
+        )
 
 
 def revoke(credential: SiteCredential, arguments: argparse.Namespace) -> None:
@@ -142,9 +157,11 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
     from nnunetv2.federated.protocol.api import FederationSettings, SettingsChange
     from nnunetv2.federated.protocol.strict_json import validated
 
-    given = {name: getattr(arguments, name) for name in ("quorum", "deadline_s", "late_updates", "validate_every",
-                                                         "min_sites")
-             if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name)
+        for name in ("quorum", "deadline_s", "late_updates", "validate_every", "min_sites")
+        if getattr(arguments, name) is not None
+    }
     if arguments.wait_for_all:
         if "quorum" in given or "deadline_s" in given:
             raise FederationError("--wait-for-all is without --quorum and --deadline: give one or the other")
@@ -167,8 +184,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "invite", invite, "invite a site, an observer or an operator; or one again that lost its credential")
     commands.choices["invite"].add_argument("name", metavar="NAME")
     commands.choices["invite"].add_argument("--role", choices=("site", "observer", "operator"), default="site")
-    commands.choices["invite"].add_argument("--days", type=float, default=14.0, metavar="N",
-                                            help="days until the invitation expires (default: %(default)g)")
+    commands.choices["invite"].add_argument(
+        "--days", type=float, default=14.0, metavar="N", help="days until the invitation expires (default: %(default)g)"
+    )
     _add(commands, "revoke", revoke, "take a credential away, at once")
     commands.choices["revoke"].add_argument("name", metavar="NAME")
     for action, text in RUN_ACTIONS.items():
@@ -184,8 +202,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_folder_option(parser: argparse.ArgumentParser) -> None:
     """Add `--folder` to a parser; `operator_credential` takes its value."""
-    parser.add_argument("--folder", type=Path, metavar="F", help="folder of the federation, on the coordinator's "
-                        f"machine (default: ./{DEFAULT_FOLDER} if it is there, else the credential of this machine)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="F",
+        help="folder of the federation, on the coordinator's "
+        f"machine (default: ./{DEFAULT_FOLDER} if it is there, else the credential of this machine)",
+    )
 
 
 def _add(commands: argparse._SubParsersAction, name: str, function: Callable[..., None], text: str) -> None:
@@ -194,13 +217,19 @@ def _add(commands: argparse._SubParsersAction, name: str, function: Callable[...
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quorum", type=int, metavar="N", help="sites that suffice to close a round at its deadline")
-    parser.add_argument("--deadline", dest="deadline_s", type=float, metavar="S",
-                        help="seconds after its first update at which a round closes with its quorum")
+    parser.add_argument(
+        "--deadline",
+        dest="deadline_s",
+        type=float,
+        metavar="S",
+        help="seconds after its first update at which a round closes with its quorum",
+    )
     parser.add_argument("--wait-for-all", action="store_true", help="neither quorum nor deadline")
     parser.add_argument("--late-updates", choices=("drop", "carry"))
     parser.add_argument("--validate-every", type=int, metavar="N")
-    parser.add_argument("--min-sites", type=int, metavar="N",
-                        help="nothing is averaged over fewer sites; can be raised, not lowered")
+    parser.add_argument(
+        "--min-sites", type=int, metavar="N", help="nothing is averaged over fewer sites; can be raised, not lowered"
+    )
 
 
 def operator_credential(folder: Path | None) -> SiteCredential:
@@ -213,8 +242,10 @@ def operator_credential(folder: Path | None) -> SiteCredential:
         return load_credential()
     path = (folder or DEFAULT_FOLDER) / OPERATOR_FILE
     if not path.exists():
-        raise NotJoinedError(f"no coordinator serves {path.parent} at the moment: start nnUNetv2_fed_coordinator "
-                             f"--folder {path.parent}, or name another --folder")
+        raise NotJoinedError(
+            f"no coordinator serves {path.parent} at the moment: start nnUNetv2_fed_coordinator "
+            f"--folder {path.parent}, or name another --folder"
+        )
     return load_credential(path)
 
 

@@ -5,6 +5,7 @@
 
 The database is opened for reading only: looking at a log changes nothing, not even in a folder that was restored.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -49,8 +50,10 @@ def open_read_only(folder: Path) -> Iterator[sqlite3.Connection]:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        raise FederationError(f"{path} cannot be read as the database of a federation: {error}. If its coordinator is "
-                              "of an older version, start it once with this one") from error
+        raise FederationError(
+            f"{path} cannot be read as the database of a federation: {error}. If its coordinator is "
+            "of an older version, start it once with this one"
+        ) from error
 
 
 def read_log(connection: sqlite3.Connection) -> Iterator[tuple]:
@@ -69,8 +72,10 @@ def parse_since(text: str, now: float) -> float:
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
-        raise FederationError(f"--since {text!r} is no time: expected 2026-11-23, '2026-11-23 14:05', or how long ago, "
-                              "such as 30m, 36h, 7d, 2w") from None
+        raise FederationError(
+            f"--since {text!r} is no time: expected 2026-11-23, '2026-11-23 14:05', or how long ago, "
+            "such as 30m, 36h, 7d, 2w"
+        ) from None
 
 
 # -------------------------------------------------------------------------------------------------------- commands
@@ -103,16 +108,22 @@ def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
     with open_read_only(folder) as connection:
         broken = audit_log.first_break(seen())
     if broken is not None:
-        raise FederationError(f"the audit log of {folder} is broken at line {broken.number}: {broken.reason}. What "
-                              "comes before that line holds; compare with a backup")
+        raise FederationError(
+            f"the audit log of {folder} is broken at line {broken.number}: {broken.reason}. What "
+            "comes before that line holds; compare with a backup"
+        )
     count = last[0] if last is not None else 0
     show(f"The chain of {count} lines holds.")
     if wanted is not None:
         if noted is None:
-            raise FederationError("no line of the audit log has the head that was noted: the log was cut off before "
-                                  "it, or was written anew from some earlier line on")
-        show(f"The head that was noted is that of line {noted}: nothing up to there was changed or cut off, "
-              f"{count - noted} line(s) came after it.")
+            raise FederationError(
+                "no line of the audit log has the head that was noted: the log was cut off before "
+                "it, or was written anew from some earlier line on"
+            )
+        show(
+            f"The head that was noted is that of line {noted}: nothing up to there was changed or cut off, "
+            f"{count - noted} line(s) came after it."
+        )
     if last is not None:
         show(f"Head of line {count}, {_as_time(last[1])}, to be noted elsewhere:", f"  {last[-1]}")
 
@@ -131,17 +142,27 @@ def parse_head(head: str) -> str:
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `log` and `verify-log` to the operator's command."""
-    log = commands.add_parser("log", help="show the audit log of a folder",
-                              description="Show the audit log of a folder: who did what, when.")
-    log.add_argument("--since", metavar="TIME", help="only from then on: 2026-11-23, '2026-11-23 14:05', or how long "
-                     "ago, such as 30m, 36h, 7d")
+    log = commands.add_parser(
+        "log", help="show the audit log of a folder", description="Show the audit log of a folder: who did what, when."
+    )
+    log.add_argument(
+        "--since",
+        metavar="TIME",
+        help="only from then on: 2026-11-23, '2026-11-23 14:05', or how long ago, such as 30m, 36h, 7d",
+    )
     log.add_argument("--json", action="store_true", help="one JSON object per line, hashes included")
     log.set_defaults(function_of_folder=show_log)
-    verify = commands.add_parser("verify-log", help="check that nothing in the audit log was changed or removed",
-                                 description="Check that no line of the audit log was changed, removed, inserted or "
-                                 "moved, and print the hash of its last line, to be noted elsewhere.")
-    verify.add_argument("--head", metavar="HASH", help="a hash that was noted earlier, or its first digits: finds out "
-                        "whether the end of the log was cut off")
+    verify = commands.add_parser(
+        "verify-log",
+        help="check that nothing in the audit log was changed or removed",
+        description="Check that no line of the audit log was changed, removed, inserted or "
+        "moved, and print the hash of its last line, to be noted elsewhere.",
+    )
+    verify.add_argument(
+        "--head",
+        metavar="HASH",
+        help="a hash that was noted earlier, or its first digits: finds out whether the end of the log was cut off",
+    )
     verify.set_defaults(function_of_folder=verify_log)
 
 
@@ -160,9 +181,14 @@ def _describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
     if kind == "closing":
         missing = f", without {', '.join(detail['missing'])}" if detail.get("missing") else ""
         return f"{key} from {', '.join(detail.get('contributions', {}))}{missing}"
-    about = {"contribution": "{key}, {bytes} bytes", "model": "{key}: {outcome}", "control": "{action} {key}",
-             "late": "{key}, {seconds:.1f} s late", "refusal": "{key}: {message}",
-             "fetch": "the model of {key}"}.get(kind)
+    about = {
+        "contribution": "{key}, {bytes} bytes",
+        "model": "{key}: {outcome}",
+        "control": "{action} {key}",
+        "late": "{key}, {seconds:.1f} s late",
+        "refusal": "{key}: {message}",
+        "fetch": "the model of {key}",
+    }.get(kind)
     if about is not None:
         return about.format(key=key, **detail)
     return " ".join(part for part in (key, printable_json(dict(detail)) if detail else "") if part)

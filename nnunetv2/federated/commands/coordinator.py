@@ -1,4 +1,5 @@
 """Start a coordinator from the command line: create or reopen a federation's folder and serve it."""
+
 from __future__ import annotations
 
 import argparse
@@ -24,12 +25,7 @@ from nnunetv2.federated.coordinator.http.listen_address import (
     tls_options,
 )
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.site.credential import (
-    SiteCredential,
-    check_site_name,
-    new_token,
-    save_credential,
-)
+from nnunetv2.federated.site.credential import SiteCredential, check_site_name, new_token, save_credential
 from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
@@ -67,62 +63,125 @@ SETTINGS_OF_OPTIONS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_coordinator`."""
-    parser = argparse.ArgumentParser(description="Coordinate a federation. The first start creates it and prints one "
-                                     "invitation per site; later starts go on where the federation was.")
+    parser = argparse.ArgumentParser(
+        description="Coordinate a federation. The first start creates it and prints one "
+        "invitation per site; later starts go on where the federation was."
+    )
     where = parser.add_argument_group("where")
-    where.add_argument("--folder", type=Path, default=Path("nnUNet_federation"), metavar="F",
-                       help="folder of the federation (default: ./%(default)s)")
+    where.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("nnUNet_federation"),
+        metavar="F",
+        help="folder of the federation (default: ./%(default)s)",
+    )
     where.add_argument("--host", help=f"address to listen on (default: as before, at first {DEFAULT_HOST})")
-    where.add_argument("--port", type=int,
-                       help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})")
-    where.add_argument("--url", metavar="PUBLIC_URL", help="address at which sites reach this coordinator, if it is "
-                       "not http://HOST:PORT, for example that of a proxy that adds TLS (default: as before)")
-    secure = parser.add_argument_group("TLS", "Beyond this machine, the coordinator speaks TLS, with a private "
-                                       "certificate authority that it makes on its first start and that invitations "
-                                       "carry the fingerprint of. Behind a proxy with TLS, keep to 127.0.0.1.")
+    where.add_argument(
+        "--port", type=int, help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})"
+    )
+    where.add_argument(
+        "--url",
+        metavar="PUBLIC_URL",
+        help="address at which sites reach this coordinator, if it is "
+        "not http://HOST:PORT, for example that of a proxy that adds TLS (default: as before)",
+    )
+    secure = parser.add_argument_group(
+        "TLS",
+        "Beyond this machine, the coordinator speaks TLS, with a private "
+        "certificate authority that it makes on its first start and that invitations "
+        "carry the fingerprint of. Behind a proxy with TLS, keep to 127.0.0.1.",
+    )
     secure.add_argument("--tls", action="store_true", default=None, help="speak TLS on this machine too")
-    secure.add_argument("--tls-certificate", type=Path, metavar="FILE",
-                        help="a certificate of your own (PEM, with those between it and its authority)")
+    secure.add_argument(
+        "--tls-certificate",
+        type=Path,
+        metavar="FILE",
+        help="a certificate of your own (PEM, with those between it and its authority)",
+    )
     secure.add_argument("--tls-key", type=Path, metavar="FILE", help="its key (PEM, without a password)")
-    secure.add_argument("--client-authority", type=Path, metavar="FILE",
-                        help="only sites that show a certificate of this authority may connect (PEM)")
-    secure.add_argument("--insecure", action="store_true", default=None, help="listen beyond this machine without TLS; "
-                        "only where the network itself is protected")
+    secure.add_argument(
+        "--client-authority",
+        type=Path,
+        metavar="FILE",
+        help="only sites that show a certificate of this authority may connect (PEM)",
+    )
+    secure.add_argument(
+        "--insecure",
+        action="store_true",
+        default=None,
+        help="listen beyond this machine without TLS; only where the network itself is protected",
+    )
     what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
-    what.add_argument("--sites", nargs="+", metavar="NAME",
-                      help="names of the sites (asked for at a terminal)")
-    what.add_argument("--epochs", type=int, metavar="N",
-                      help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})")
-    what.add_argument("--iterations", type=int, metavar="N",
-                      help="training iterations per epoch (default: the trainer's)")
-    what.add_argument("--val-iterations", type=int, metavar="N",
-                      help="validation iterations per epoch (default: the trainer's)")
-    what.add_argument("--matching", choices=("name", "resolution"),
-                      help="how tensors of different networks are recognised as the same (default: name)")
-    what.add_argument("--weighting", choices=("cases", "uniform"),
-                      help="sites count by their training cases, or all the same (default: cases)")
-    what.add_argument("--precision", choices=("float32", "float16"),
-                      help="how weights travel; float16 halves the traffic, and what rounding takes from a round comes "
-                      "with the next one (default: float32)")
-    what.add_argument("--quorum", type=int, metavar="N",
-                      help="sites that suffice to close a round at its deadline (default: all)")
-    what.add_argument("--deadline", type=float, metavar="S",
-                      help="seconds after its first update at which a round closes with its quorum (default: none)")
-    what.add_argument("--late-updates", choices=("drop", "carry"), help="an update that comes after its round was "
-                      "closed is dropped, or counts in the round that is open then (default: drop)")
-    what.add_argument("--validate-every", type=int, metavar="N", help="every how many rounds the sites validate the "
-                      "aggregate, so that the best one can be kept; 0: never (default: 5)")
-    what.add_argument("--min-sites", type=int, metavar="N", help="no statistics, round or tensor is ever averaged over "
-                      "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
-                      "compute each other's part of what only they have: take 3 where you can (default: 2)")
+    what.add_argument("--sites", nargs="+", metavar="NAME", help="names of the sites (asked for at a terminal)")
+    what.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})",
+    )
+    what.add_argument(
+        "--iterations", type=int, metavar="N", help="training iterations per epoch (default: the trainer's)"
+    )
+    what.add_argument(
+        "--val-iterations", type=int, metavar="N", help="validation iterations per epoch (default: the trainer's)"
+    )
+    what.add_argument(
+        "--matching",
+        choices=("name", "resolution"),
+        help="how tensors of different networks are recognised as the same (default: name)",
+    )
+    what.add_argument(
+        "--weighting",
+        choices=("cases", "uniform"),
+        help="sites count by their training cases, or all the same (default: cases)",
+    )
+    what.add_argument(
+        "--precision",
+        choices=("float32", "float16"),
+        help="how weights travel; float16 halves the traffic, and what rounding takes from a round comes "
+        "with the next one (default: float32)",
+    )
+    what.add_argument(
+        "--quorum", type=int, metavar="N", help="sites that suffice to close a round at its deadline (default: all)"
+    )
+    what.add_argument(
+        "--deadline",
+        type=float,
+        metavar="S",
+        help="seconds after its first update at which a round closes with its quorum (default: none)",
+    )
+    what.add_argument(
+        "--late-updates",
+        choices=("drop", "carry"),
+        help="an update that comes after its round was "
+        "closed is dropped, or counts in the round that is open then (default: drop)",
+    )
+    what.add_argument(
+        "--validate-every",
+        type=int,
+        metavar="N",
+        help="every how many rounds the sites validate the "
+        "aggregate, so that the best one can be kept; 0: never (default: 5)",
+    )
+    what.add_argument(
+        "--min-sites",
+        type=int,
+        metavar="N",
+        help="no statistics, round or tensor is ever averaged over "
+        "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
+        "compute each other's part of what only they have: take 3 where you can (default: 2)",
+    )
     return parser
 
 
 # -------------------------------------------------------------------------------------------------------- settings
 def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the settings that were given on the command line, by their names in FederationSettings."""
-    given = {name: getattr(arguments, option) for option, name in SETTINGS_OF_OPTIONS.items()
-             if getattr(arguments, option) is not None}
+    given = {
+        name: getattr(arguments, option)
+        for option, name in SETTINGS_OF_OPTIONS.items()
+        if getattr(arguments, option) is not None
+    }
     if "sites" in given:
         given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))
     return given
@@ -148,8 +207,10 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
         FederationError: There is nobody to ask. A folder that was mistyped becomes no federation.
     """
     if not sys.stdin.isatty():
-        raise FederationError(f"{folder} holds no federation yet: name its sites to found one, for example "
-                              "--sites north south west, or choose the --folder that holds one")
+        raise FederationError(
+            f"{folder} holds no federation yet: name its sites to found one, for example "
+            "--sites north south west, or choose the --folder that holds one"
+        )
     question = f"Names of the sites, with blanks between them [{' '.join(DEFAULT_SITES)}]: "
     words = input(question).replace(",", " ").split()
     if not words:
@@ -171,8 +232,9 @@ def check_settings(settings: FederationSettings) -> None:
     check_late_updates(settings)
 
 
-def check_unchanged(stored: FederationSettings, first: FederationSettings, given: dict[str, object],
-                    folder: Path) -> None:
+def check_unchanged(
+    stored: FederationSettings, first: FederationSettings, given: dict[str, object], folder: Path
+) -> None:
     """Raise FederationError, naming the difference, if the command line contradicts an existing federation.
 
     Args:
@@ -184,8 +246,10 @@ def check_unchanged(stored: FederationSettings, first: FederationSettings, given
         present = getattr(stored, name)
         if value not in (present, getattr(first, name)):
             was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
-            raise FederationError(f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
-                                  f"{wanted}: leave the option out, or start a new federation in another --folder")
+            raise FederationError(
+                f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
+                f"{wanted}: leave the option out, or start a new federation in another --folder"
+            )
 
 
 def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> Iterator[str]:
@@ -195,8 +259,10 @@ def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> 
         present = getattr(stored, name)
         if value != present:
             was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
-            yield (f"--{options[name].replace('_', '-')} {wanted} is that of the first start and has no effect: an "
-                   f"operator has changed it to {was} since")
+            yield (
+                f"--{options[name].replace('_', '-')} {wanted} is that of the first start and has no effect: an "
+                f"operator has changed it to {was} since"
+            )
 
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
@@ -248,8 +314,11 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
     with trouble_names(store.folder):
         certificate = address.certificate(store.folder)
-    private = only_certificate(certificate.authority.read_text(encoding="ascii")) \
-        if certificate and certificate.authority else None
+    private = (
+        only_certificate(certificate.authority.read_text(encoding="ascii"))
+        if certificate and certificate.authority
+        else None
+    )
     place = Place(address.public_url, private)
     coordinator = Coordinator(store, announce=say)
     app = build_app(coordinator, place)
@@ -261,8 +330,10 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
             await super().startup(sockets)
             settings = coordinator.settings
             print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, place)
-            say(f"{settings.federation} with {', '.join(settings.sites)} is served at {place.url}; "
-                f"folder {store.folder}")
+            say(
+                f"{settings.federation} with {', '.join(settings.sites)} is served at {place.url}; "
+                f"folder {store.folder}"
+            )
             try:
                 with trouble_names(store.folder):
                     write_state_file(store.folder, place.url)
@@ -293,9 +364,17 @@ def appoint_operator(coordinator: Coordinator, address: Address, certificate: Ce
     token = new_token(LOCAL_OPERATOR)
     coordinator.members.appoint_local_operator(token)
     authority = str(certificate.authority) if certificate and certificate.authority else None
-    save_credential(SiteCredential(address.local_url, coordinator.settings.federation, LOCAL_OPERATOR, token,
-                                   insecure=address.insecure, authority=authority),
-                    coordinator.store.folder / OPERATOR_FILE)
+    save_credential(
+        SiteCredential(
+            address.local_url,
+            coordinator.settings.federation,
+            LOCAL_OPERATOR,
+            token,
+            insecure=address.insecure,
+            authority=authority,
+        ),
+        coordinator.store.folder / OPERATOR_FILE,
+    )
 
 
 @contextmanager
@@ -316,8 +395,10 @@ def trouble_names(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FederationError(f"the federation in the folder {folder} cannot be written: {error}. Make room on its "
-                              "disk, let this user write there, or choose another --folder") from error
+        raise FederationError(
+            f"the federation in the folder {folder} cannot be written: {error}. Make room on its "
+            "disk, let this user write there, or choose another --folder"
+        ) from error
 
 
 def write_state_file(folder: Path, url: str) -> None:

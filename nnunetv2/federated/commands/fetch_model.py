@@ -2,6 +2,7 @@
 
 Sites and operators may. What is in the file is data: it is checked before anything of it is installed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -55,8 +56,9 @@ def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
             archive.filename = str(path)  # which messages name
             check_archive(archive, None, limits)
     except zipfile.BadZipFile as error:
-        raise WireError(f"what the coordinator sends as {path.name} is no zip file, or it is damaged: {error}") \
-            from error
+        raise WireError(
+            f"what the coordinator sends as {path.name} is no zip file, or it is damaged: {error}"
+        ) from error
 
 
 def install(path: Path, *, replace: bool) -> str:
@@ -72,11 +74,14 @@ def install(path: Path, *, replace: bool) -> str:
     from nnunetv2.paths import nnUNet_results
 
     root, dataset = Path(nnUNet_results), local_dataset(path)
-    present = [place for place in (root.joinpath(dataset, *name.parts[1:]) for name in checkpoints_in(path))
-               if place.exists()]
+    present = [
+        place for place in (root.joinpath(dataset, *name.parts[1:]) for name in checkpoints_in(path)) if place.exists()
+    ]
     if present and not replace:
-        raise FederationError(f"{present[0]} is there already, most likely from this site's own training. "
-                              f"--replace gives it up; {path} stays where it is")
+        raise FederationError(
+            f"{present[0]} is there already, most likely from this site's own training. "
+            f"--replace gives it up; {path} stays where it is"
+        )
     install_model_from_zip_file(str(path), dataset_name=dataset)
     return dataset
 
@@ -101,11 +106,14 @@ def local_dataset(path: Path) -> str:
             raise FederationError(
                 f"the model is of {named}, but here the id {int(number[1])} is that of {', '.join(sorted(others))}: "
                 f"nothing was installed. {path} stays where it is; unpack it elsewhere, and predict with "
-                "nnUNetv2_predict_from_modelfolder")
+                "nnUNetv2_predict_from_modelfolder"
+            )
         return named
     if len(own) > 1:
-        raise FederationError(f"several datasets here have the plans of the model: {', '.join(sorted(own))}. Nothing "
-                              f"was installed; {path} stays where it is")
+        raise FederationError(
+            f"several datasets here have the plans of the model: {', '.join(sorted(own))}. Nothing "
+            f"was installed; {path} stays where it is"
+        )
     return own.pop()
 
 
@@ -117,11 +125,16 @@ def _datasets_with_plans(path: Path) -> set[str]:
     model = checkpoints_in(path)[0].parent.parent
     with zipfile.ZipFile(path) as archive:
         plans = json.loads(archive.read(f"{model}/plans.json"))
-    for root, place in ((nnUNet_preprocessed, f"*/{plans.get('plans_name')}.json"),
-                        (nnUNet_results, f"*/{model.name}/plans.json")):
+    for root, place in (
+        (nnUNet_preprocessed, f"*/{plans.get('plans_name')}.json"),
+        (nnUNet_results, f"*/{model.name}/plans.json"),
+    ):
         files = Path(str(root)).glob(place) if root.is_set() else ()
-        found = {file.relative_to(str(root)).parts[0] for file in files
-                 if comparable_plans(json.loads(file.read_text(encoding="utf-8"))) == comparable_plans(plans)}
+        found = {
+            file.relative_to(str(root)).parts[0]
+            for file in files
+            if comparable_plans(json.loads(file.read_text(encoding="utf-8"))) == comparable_plans(plans)
+        }
         if found:
             return found
     return set()
@@ -131,8 +144,14 @@ def checkpoints_in(path: Path) -> list[PurePosixPath]:
     """Name the checkpoints in a zip file: `<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>/<checkpoint>`."""
     with zipfile.ZipFile(path) as archive:
         names = [PurePosixPath(name) for name in archive.namelist()]
-    return sorted(name for name in names if name.suffix == ".pth" and len(name.parts) == 4
-                  and name.parts[1].count("__") >= 2 and name.parts[2].startswith("fold_"))
+    return sorted(
+        name
+        for name in names
+        if name.suffix == ".pth"
+        and len(name.parts) == 4
+        and name.parts[1].count("__") >= 2
+        and name.parts[2].startswith("fold_")
+    )
 
 
 def describe_prediction(path: Path, dataset: str) -> Iterator[str]:
@@ -146,9 +165,19 @@ def describe_prediction(path: Path, dataset: str) -> Iterator[str]:
         folds.setdefault((model, checkpoint), []).append(fold.removeprefix("fold_"))
     for (model, checkpoint), numbers in folds.items():
         trainer, *plans, configuration = model.split("__")
-        yield shell_command("nnUNetv2_predict", options=[
-            ("-d", dataset), ("-c", configuration), *(("-f", number) for number in numbers), ("-tr", trainer),
-            ("-p", "__".join(plans)), ("-chk", checkpoint), ("-i", "IMAGES"), ("-o", "PREDICTIONS")])
+        yield shell_command(
+            "nnUNetv2_predict",
+            options=[
+                ("-d", dataset),
+                ("-c", configuration),
+                *(("-f", number) for number in numbers),
+                ("-tr", trainer),
+                ("-p", "__".join(plans)),
+                ("-chk", checkpoint),
+                ("-i", "IMAGES"),
+                ("-o", "PREDICTIONS"),
+            ],
+        )
 
 
 def choose_run(runs: Sequence[RunState]) -> str | None:
@@ -169,16 +198,31 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_fetch_model`."""
     parser = argparse.ArgumentParser(
         description="Fetch the model of a run that is over: the last average, and the best one by the Dice over all "
-                    "sites, as a zip file.")
-    parser.add_argument("run", metavar="RUN", nargs="?",
-                        help="name of the run (default: the only one that is over; if there are several, list them)")
-    parser.add_argument("-o", type=Path, default=Path(), metavar="FOLDER_OR_ZIP",
-                        help="where the file goes (default: RUN.zip in the current folder)")
-    parser.add_argument("--install", action="store_true",
-                        help="install it in nnUNet_results, as nnUNetv2_install_pretrained_model_from_zip does")
-    parser.add_argument("--replace", action="store_true",
-                        help="with --install: give up the checkpoints that are there, such as those of this site's "
-                             "own training")
+        "sites, as a zip file."
+    )
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="name of the run (default: the only one that is over; if there are several, list them)",
+    )
+    parser.add_argument(
+        "-o",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER_OR_ZIP",
+        help="where the file goes (default: RUN.zip in the current folder)",
+    )
+    parser.add_argument(
+        "--install",
+        action="store_true",
+        help="install it in nnUNet_results, as nnUNetv2_install_pretrained_model_from_zip does",
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="with --install: give up the checkpoints that are there, such as those of this site's own training",
+    )
     add_folder_option(parser)
     return parser
 
@@ -212,9 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(f"It cannot be installed here: {error}")
             return 0
         # What the zip file calls the dataset may be called otherwise here.
-        command = shell_command("nnUNetv2_install_pretrained_model_from_zip", path) \
-            if dataset == checkpoints_in(path)[0].parts[0] \
+        command = (
+            shell_command("nnUNetv2_install_pretrained_model_from_zip", path)
+            if dataset == checkpoints_in(path)[0].parts[0]
             else shell_command("nnUNetv2_fed_fetch_model", run, options=[("--install", None), ("-o", arguments.o)])
+        )
         show("Install it by", f"  {command}", "then predict with one of")
     show(*(f"  {line}" for line in describe_prediction(path, dataset)))
     return 0

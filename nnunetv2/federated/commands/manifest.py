@@ -3,6 +3,7 @@
 Nothing is sent, and no coordinator is needed: the documents are built as planning and training build them, with the
 real values where they are known already, and with values of the same size where they are not.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -56,13 +57,19 @@ class Leaving:
         from nnunetv2.federated.protocol.document import document_size
         from nnunetv2.federated.protocol.strict_json import encode_json
 
-        return document_size(self.message, self.specs) if hasattr(self.message, "kind") \
-            else len(encode_json(self.message))
+        return (
+            document_size(self.message, self.specs) if hasattr(self.message, "kind") else len(encode_json(self.message))
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- documents
-def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans: Mapping[str, Any] | None = None,
-                       share_extrema: bool = False) -> list[Leaving]:
+def planning_documents(
+    dataset_json: Mapping[str, Any],
+    num_cases: int,
+    *,
+    plans: Mapping[str, Any] | None = None,
+    share_extrema: bool = False,
+) -> list[Leaving]:
     """Return what `nnUNetv2_plan_and_preprocess --federated` sends.
 
     Args:
@@ -78,39 +85,77 @@ def planning_documents(dataset_json: Mapping[str, Any], num_cases: int, *, plans
     bins = (tuple(range(65_530, 65_530 + MAX_BINS)),) * len(channels)
     fine = {f"fine.{c}": TensorSpec("I64", (MAX_BINS, fingerprint_statistics.NUM_BINS)) for c in range(len(channels))}
     documents = [
-        Leaving(when="planning, first exchange", passed_on="the sum of the cases of all sites",
-                message=messages.Census(num_cases=num_cases, channel_names=channels, labels=dataset_json["labels"],
-                                        regions_class_order=dataset_json.get("regions_class_order"),
-                                        share_extrema=share_extrema)),
-        Leaving(when="planning, second exchange", known=False,
-                passed_on="nothing of it; later all spacings and shapes in one sorted list, without names of sites"
-                          + ("" if share_extrema else ". Smallest and largest voxel stay here: in the histograms, the "
-                             "outermost values are counted farther out"),
-                message=messages.CoarseSummary(
-                    spacings=(triple,) * num_cases, shapes=((1000, 1000, 1000),) * num_cases,
-                    relative_sizes=(-MEASURED,) * num_cases, moments=(moments,) * len(channels),
-                    promotes_to_float64=False,
-                    extrema=((MEASURED, MEASURED),) * len(channels) if share_extrema else None),
-                specs={f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(channels))}),
-        Leaving(when="planning, third exchange", known=False,
-                passed_on="per channel: mean, standard deviation, median and percentiles of all sites together",
-                message=messages.FineSummary(bins=bins), specs=fine),
+        Leaving(
+            when="planning, first exchange",
+            passed_on="the sum of the cases of all sites",
+            message=messages.Census(
+                num_cases=num_cases,
+                channel_names=channels,
+                labels=dataset_json["labels"],
+                regions_class_order=dataset_json.get("regions_class_order"),
+                share_extrema=share_extrema,
+            ),
+        ),
+        Leaving(
+            when="planning, second exchange",
+            known=False,
+            passed_on="nothing of it; later all spacings and shapes in one sorted list, without names of sites"
+            + (
+                ""
+                if share_extrema
+                else ". Smallest and largest voxel stay here: in the histograms, the "
+                "outermost values are counted farther out"
+            ),
+            message=messages.CoarseSummary(
+                spacings=(triple,) * num_cases,
+                shapes=((1000, 1000, 1000),) * num_cases,
+                relative_sizes=(-MEASURED,) * num_cases,
+                moments=(moments,) * len(channels),
+                promotes_to_float64=False,
+                extrema=((MEASURED, MEASURED),) * len(channels) if share_extrema else None,
+            ),
+            specs={f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(channels))},
+        ),
+        Leaving(
+            when="planning, third exchange",
+            known=False,
+            passed_on="per channel: mean, standard deviation, median and percentiles of all sites together",
+            message=messages.FineSummary(bins=bins),
+            specs=fine,
+        ),
     ]
     if not share_extrema:
-        documents.append(Leaving(
-            when="planning, third exchange, where a percentile of all sites lies among this site's outermost values: "
-                 "then fewer of them are hidden, if need be none", known=False,
-            passed_on="which bins of all sites' histograms hold the percentiles, and then the same as above",
-            message=messages.FineSummary(bins=bins, corrected=tuple(range(len(channels)))),
-            specs=fine | {f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(channels))}))
+        documents.append(
+            Leaving(
+                when="planning, third exchange, where a percentile of all sites lies among this site's outermost values: "
+                "then fewer of them are hidden, if need be none",
+                known=False,
+                passed_on="which bins of all sites' histograms hold the percentiles, and then the same as above",
+                message=messages.FineSummary(bins=bins, corrected=tuple(range(len(channels)))),
+                specs=fine
+                | {f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(channels))},
+            )
+        )
     if plans is not None:
-        documents.append(Leaving(when="planning, to compare the plans", message=messages.PlansReport(plans=dict(plans)),
-                                 known=False, passed_on="the digest; if plans differ, the first field that does"))
+        documents.append(
+            Leaving(
+                when="planning, to compare the plans",
+                message=messages.PlansReport(plans=dict(plans)),
+                known=False,
+                passed_on="the digest; if plans differ, the first field that does",
+            )
+        )
     return documents
 
 
-def training_documents(registration: Registration, *, metrics: Sequence[str], later_metrics: Sequence[str],
-                       num_classes: int, precision: Precision = "float32") -> list[Leaving]:
+def training_documents(
+    registration: Registration,
+    *,
+    metrics: Sequence[str],
+    later_metrics: Sequence[str],
+    num_classes: int,
+    precision: Precision = "float32",
+) -> list[Leaving]:
     """Return what training sends, from its registration to its last round.
 
     Args:
@@ -125,8 +170,11 @@ def training_documents(registration: Registration, *, metrics: Sequence[str], la
     from nnunetv2.federated.protocol.document import TensorSpec
 
     run = messages.run_name(registration.configuration, registration.fold, registration.trainer)
-    specs = {entry.name: TensorSpec(entry.dtype, entry.shape) for entry in registration.tensors
-             if entry.dtype in matching.SHAREABLE}
+    specs = {
+        entry.name: TensorSpec(entry.dtype, entry.shape)
+        for entry in registration.tensors
+        if entry.dtype in matching.SHAREABLE
+    }
 
     def values(names: Sequence[str]) -> dict[str, Any]:
         return {name: [MEASURED] * num_classes if name.startswith("dice_per") else MEASURED for name in names}
@@ -134,21 +182,38 @@ def training_documents(registration: Registration, *, metrics: Sequence[str], la
     earlier = messages.EarlierMetrics(round=10**7, metrics=values(later_metrics)) if later_metrics else None
     counted = (float(2**53 - 1),) * num_classes
     return [
-        Leaving(when=f"training {registration.configuration}, before the first round", message=registration,
-                passed_on="which site has most training cases, the names of the tensors, and how many are shared"),
-        Leaving(when=f"training {registration.configuration}, before the first round: initial values",
-                message=messages.Update(), specs=specs, known=False,
-                passed_on="for each tensor, the values of the site with most cases that has it; at most all of these"),
-        Leaving(when=f"training {registration.configuration}, every round: the tensors that another site has too, at "
-                     "most these", message=messages.Update(metrics=values(metrics), earlier=earlier), known=False,
-                specs=narrowed(specs) if precision == "float16" else specs,
-                passed_on="the weighted average of the tensors"),
-        Leaving(when=f"training {registration.configuration}, every round that is validated", known=False,
-                message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
-                passed_on="the Dice per class, of all sites together"),
-        Leaving(when=f"training {registration.configuration}, if it fails", known=False,
-                message=api.FailureReport(run=run, round=10**7, reason="OutOfMemoryError"),
-                passed_on="all of it; the reason is a kind of error, never its text"),
+        Leaving(
+            when=f"training {registration.configuration}, before the first round",
+            message=registration,
+            passed_on="which site has most training cases, the names of the tensors, and how many are shared",
+        ),
+        Leaving(
+            when=f"training {registration.configuration}, before the first round: initial values",
+            message=messages.Update(),
+            specs=specs,
+            known=False,
+            passed_on="for each tensor, the values of the site with most cases that has it; at most all of these",
+        ),
+        Leaving(
+            when=f"training {registration.configuration}, every round: the tensors that another site has too, at "
+            "most these",
+            message=messages.Update(metrics=values(metrics), earlier=earlier),
+            known=False,
+            specs=narrowed(specs) if precision == "float16" else specs,
+            passed_on="the weighted average of the tensors",
+        ),
+        Leaving(
+            when=f"training {registration.configuration}, every round that is validated",
+            known=False,
+            message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
+            passed_on="the Dice per class, of all sites together",
+        ),
+        Leaving(
+            when=f"training {registration.configuration}, if it fails",
+            known=False,
+            message=api.FailureReport(run=run, round=10**7, reason="OutOfMemoryError"),
+            passed_on="all of it; the reason is a kind of error, never its text",
+        ),
     ]
 
 
@@ -162,8 +227,10 @@ def describe(documents: Sequence[Leaving], credential: SiteCredential | None) ->
     if credential is None:
         yield "This site has not joined a federation. What is listed here would go to the coordinator that it joins."
     else:
-        yield (f"Site {credential.site} sends this to the coordinator of {credential.federation} at {credential.url}, "
-               "and to nobody else:")
+        yield (
+            f"Site {credential.site} sends this to the coordinator of {credential.federation} at {credential.url}, "
+            "and to nobody else:"
+        )
     listed: Mapping[str, TensorSpec] = {}
     for document in documents:
         yield ""
@@ -239,8 +306,10 @@ def allow_list_of(documents: Sequence[Leaving], credential: SiteCredential | Non
     by_kind: dict[str, list[Leaving]] = {}
     for document in documents:
         by_kind.setdefault(document.kind, []).append(document)
-    return AllowList(coordinator=None if credential is None else credential.url,
-                     documents={kind: _allow(group) for kind, group in sorted(by_kind.items())})
+    return AllowList(
+        coordinator=None if credential is None else credential.url,
+        documents={kind: _allow(group) for kind, group in sorted(by_kind.items())},
+    )
 
 
 def _allow(documents: Sequence[Leaving]) -> AllowedDocument:
@@ -249,8 +318,9 @@ def _allow(documents: Sequence[Leaving]) -> AllowedDocument:
     size = max(document.size for document in documents)
     fields = {path for document in documents for path in field_patterns(document.message)}
     tensors = {tensor_pattern(name) for document in documents for name in document.specs}
-    return AllowedDocument(fields=tuple(sorted(fields)), tensors=tuple(sorted(tensors)),
-                           largest_bytes=size + max(size // 4, ALLOWANCE))
+    return AllowedDocument(
+        fields=tuple(sorted(fields)), tensors=tuple(sorted(tensors)), largest_bytes=size + max(size // 4, ALLOWANCE)
+    )
 
 
 def field_patterns(message: Part, prefix: str = "") -> Iterator[str]:
@@ -275,9 +345,16 @@ def tensor_pattern(name: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- the site's own files
-def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_name: str,
-            share_extrema: bool = False, precision: Precision = "float32",
-            pretrained_weights: Path | None = None) -> list[Leaving]:
+def collect(
+    dataset: str,
+    configurations: Sequence[str],
+    *,
+    trainer: str,
+    plans_name: str,
+    share_extrema: bool = False,
+    precision: Precision = "float32",
+    pretrained_weights: Path | None = None,
+) -> list[Leaving]:
     """Return what this site sends of a dataset, from its folders in nnUNet_raw and nnUNet_preprocessed.
 
     Args:
@@ -300,23 +377,44 @@ def collect(dataset: str, configurations: Sequence[str], *, trainer: str, plans_
     plans_file = roots[-1] / f"{plans_name}.json"
     plans = _read(plans_file) if plans_file.is_file() else None
     if plans is None and configurations:
-        raise FederationError(f"{plans_file} is missing: plan first. Before, only what planning sends can be listed: "
-                              "leave out the configurations")
+        raise FederationError(
+            f"{plans_file} is missing: plan first. Before, only what planning sends can be listed: "
+            "leave out the configurations"
+        )
     documents = planning_documents(dataset_json, num_cases, plans=plans, share_extrema=share_extrema)
     for configuration in configurations or (plans or {"configurations": ()})["configurations"]:
-        documents += _training_documents(plans, dataset_json, configuration, trainer, num_cases, precision,
-                                         pretrained_weights)
+        documents += _training_documents(
+            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights
+        )
     return documents
 
 
-def _training_documents(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer: str,
-                        num_cases: int, precision: Precision, pretrained_weights: Path | None) -> list[Leaving]:
+def _training_documents(
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    configuration: str,
+    trainer: str,
+    num_cases: int,
+    precision: Precision,
+    pretrained_weights: Path | None,
+) -> list[Leaving]:
     from nnunetv2.training.nnUNetTrainer.variants.federated.dry_run import foresee_training
 
-    foreseen = foresee_training(plans, dataset_json, configuration=configuration, trainer_name=trainer,
-                                num_cases=num_cases, pretrained_weights=pretrained_weights)
-    return training_documents(foreseen.registration, metrics=foreseen.metrics, later_metrics=foreseen.later_metrics,
-                              num_classes=foreseen.num_classes, precision=precision)
+    foreseen = foresee_training(
+        plans,
+        dataset_json,
+        configuration=configuration,
+        trainer_name=trainer,
+        num_cases=num_cases,
+        pretrained_weights=pretrained_weights,
+    )
+    return training_documents(
+        foreseen.registration,
+        metrics=foreseen.metrics,
+        later_metrics=foreseen.later_metrics,
+        num_classes=foreseen.num_classes,
+        precision=precision,
+    )
 
 
 def _count_cases(folder: Path, dataset_json: Mapping[str, Any]) -> int:
@@ -336,20 +434,36 @@ def _read(path: Path) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_manifest`."""
     parser = argparse.ArgumentParser(
-        description="List what leaves this site: fields, tensors, sizes, to whom. Sends nothing.")
+        description="List what leaves this site: fields, tensors, sizes, to whom. Sends nothing."
+    )
     parser.add_argument("dataset", metavar="DATASET", help="name or id of the dataset")
-    parser.add_argument("configurations", metavar="CONFIGURATION", nargs="*",
-                        help="what is to be trained, for example 3d_fullres; default: all that the plans have")
+    parser.add_argument(
+        "configurations",
+        metavar="CONFIGURATION",
+        nargs="*",
+        help="what is to be trained, for example 3d_fullres; default: all that the plans have",
+    )
     parser.add_argument("-tr", default="nnUNetTrainerAsymFedAvg", help="trainer (default: %(default)s)")
     parser.add_argument("-p", default="nnUNetPlans", help="plans (default: %(default)s)")
-    parser.add_argument("-pretrained_weights", type=Path, metavar="FILE",
-                        help="checkpoint that training is to start from: its SHA-256 leaves, to be compared")
-    parser.add_argument("--share_extrema", action="store_true",
-                        help="as if planned with --share_extrema: smallest and largest voxel of each channel leave too")
-    parser.add_argument("--write-allow-list", type=Path, metavar="FILE",
-                        help="write the list of what this site lets out from now on, if FILE is "
-                             "~/.config/nnunet/federated_allow.json or the environment variable nnUNet_fed_allow "
-                             "names it")
+    parser.add_argument(
+        "-pretrained_weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint that training is to start from: its SHA-256 leaves, to be compared",
+    )
+    parser.add_argument(
+        "--share_extrema",
+        action="store_true",
+        help="as if planned with --share_extrema: smallest and largest voxel of each channel leave too",
+    )
+    parser.add_argument(
+        "--write-allow-list",
+        type=Path,
+        metavar="FILE",
+        help="write the list of what this site lets out from now on, if FILE is "
+        "~/.config/nnunet/federated_allow.json or the environment variable nnUNet_fed_allow "
+        "names it",
+    )
     return parser
 
 
@@ -362,14 +476,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         credential = load_credential()
     except NotJoinedError:
         credential = None
-    documents = collect(arguments.dataset, arguments.configurations, trainer=arguments.tr, plans_name=arguments.p,
-                        share_extrema=arguments.share_extrema, pretrained_weights=arguments.pretrained_weights,
-                        precision=(credential and credential.precision) or "float32")
+    documents = collect(
+        arguments.dataset,
+        arguments.configurations,
+        trainer=arguments.tr,
+        plans_name=arguments.p,
+        share_extrema=arguments.share_extrema,
+        pretrained_weights=arguments.pretrained_weights,
+        precision=(credential and credential.precision) or "float32",
+    )
     show(*describe(documents, credential))
     if not any(document.kind == "plans_report" for document in documents):
         command = shell_command("nnUNetv2_plan_and_preprocess", options=[("-d", arguments.dataset), ("--no_pp", None)])
-        show("", "There are no plans yet. That planning sends them at its end, and what training sends, is not listed "
-             f"here: {command}, then look again.")
+        show(
+            "",
+            "There are no plans yet. That planning sends them at its end, and what training sends, is not listed "
+            f"here: {command}, then look again.",
+        )
     if arguments.write_allow_list is not None:
         from nnunetv2.utilities.atomic_write import save_json_atomically
 

@@ -3,6 +3,7 @@
 Useful to try a federation before hospitals are asked to join one, and to measure it: nothing is short-cut, every site
 is a process of its own that knows the others only through the coordinator.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -79,16 +80,30 @@ def site_environment(site: LocalSite, *, num_sites: int) -> dict[str, str]:
 class RunningProcess:
     """A command whose output is shown line by line under a label, and kept in a log file."""
 
-    def __init__(self, label: str, command: Sequence[str], *, environment: Mapping[str, str], log_file: Path,
-                 show: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        label: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log_file: Path,
+        show: Callable[[str], None],
+    ) -> None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         self.label = label
         self.command = list(command)
         self.log_file = log_file
         self.last_lines: deque[str] = deque(maxlen=15)
         self._show = show
-        self._process = subprocess.Popen(self.command, env=dict(environment), stdin=subprocess.DEVNULL,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        self._process = subprocess.Popen(
+            self.command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -129,12 +144,20 @@ class RunningProcess:
     def describe_failure(self) -> str:
         """Say which command ended how, with the last lines that it printed."""
         lines = "\n".join(f"    {line}" for line in self.last_lines)
-        return (f"{self.label}: `{shlex.join(self.command)}` ended with status {self.poll()}; "
-                f"whole output in {self.log_file}; last lines:\n{lines}")
+        return (
+            f"{self.label}: `{shlex.join(self.command)}` ended with status {self.poll()}; "
+            f"whole output in {self.log_file}; last lines:\n{lines}"
+        )
 
 
-def run_everywhere(sites: Sequence[LocalSite], command_of: Callable[[LocalSite], Sequence[str]], *, step: str,
-                   log_folder: Path, show: Callable[[str], None] = show) -> None:
+def run_everywhere(
+    sites: Sequence[LocalSite],
+    command_of: Callable[[LocalSite], Sequence[str]],
+    *,
+    step: str,
+    log_folder: Path,
+    show: Callable[[str], None] = show,
+) -> None:
     """Run one command per site, all at the same time, and wait for all of them.
 
     Args:
@@ -149,9 +172,15 @@ def run_everywhere(sites: Sequence[LocalSite], command_of: Callable[[LocalSite],
         for site in sites:
             program, *arguments = command_of(site)
             show(f"[{site.name}] $ {shlex.join([program, *arguments])}")
-            running.append(RunningProcess(site.name, [find_command(program), *arguments],
-                                          environment=site_environment(site, num_sites=len(sites)),
-                                          log_file=log_folder / f"{site.name}.{step}.log", show=show))
+            running.append(
+                RunningProcess(
+                    site.name,
+                    [find_command(program), *arguments],
+                    environment=site_environment(site, num_sites=len(sites)),
+                    log_file=log_folder / f"{site.name}.{step}.log",
+                    show=show,
+                )
+            )
         wait_for_all(running)
     finally:
         for process in running:
@@ -171,8 +200,9 @@ def wait_for_all(running: Sequence[RunningProcess], *, watched: Sequence[Running
 
 
 @contextmanager
-def running_coordinator(folder: Path, sites: Sequence[LocalSite], options: Sequence[str] = (), *,
-                        show: Callable[[str], None] = show) -> Iterator[str]:
+def running_coordinator(
+    folder: Path, sites: Sequence[LocalSite], options: Sequence[str] = (), *, show: Callable[[str], None] = show
+) -> Iterator[str]:
     """Run a coordinator for the sites, let those join that have not yet, and stop it at the end.
 
     Args:
@@ -193,9 +223,13 @@ def running_coordinator(folder: Path, sites: Sequence[LocalSite], options: Seque
 
     if MIN_CASES_VARIABLE not in os.environ:
         show(f"[coordinator] sites of this machine take part with any number of cases: {MIN_CASES_VARIABLE}=1")
-    process = RunningProcess("coordinator", [find_command("nnUNetv2_fed_coordinator"), *arguments], show=remember,
-                             environment={**os.environ, "PYTHONUNBUFFERED": "1"},
-                             log_file=folder.parent / "logs" / "coordinator.log")
+    process = RunningProcess(
+        "coordinator",
+        [find_command("nnUNetv2_fed_coordinator"), *arguments],
+        show=remember,
+        environment={**os.environ, "PYTHONUNBUFFERED": "1"},
+        log_file=folder.parent / "logs" / "coordinator.log",
+    )
     try:
         url = wait_until_served(process, folder / "coordinator.json", lines)
         join_sites(sites, invitations=find_invitations(lines, sites), show=show)
@@ -252,16 +286,31 @@ def join_sites(sites: Sequence[LocalSite], *, invitations: Mapping[str, str], sh
         if not site.credential.exists():
             site.credential.parent.mkdir(parents=True, exist_ok=True)
             show(f"[{site.name}] $ nnUNetv2_fed_join {invitations[site.name][:40]}...")
-            done = subprocess.run([find_command("nnUNetv2_fed_join"), invitations[site.name]], text=True,
-                                  env={**os.environ, "nnUNet_fed_site": str(site.credential)}, capture_output=True)
+            done = subprocess.run(
+                [find_command("nnUNetv2_fed_join"), invitations[site.name]],
+                text=True,
+                env={**os.environ, "nnUNet_fed_site": str(site.credential)},
+                capture_output=True,
+            )
             if done.returncode:
                 raise SimulationError(f"{site.name}: nnUNetv2_fed_join failed: {printable(done.stderr.strip())}")
 
 
-def simulate(sites: Sequence[LocalSite], *, folder: Path, configuration: str, fold: str, trainer: str, plans_name: str,
-             device: str, federated_planning: str | None, planning_options: Sequence[str] = (),
-             coordinator_options: Sequence[str] = (), continue_training: bool = False,
-             show: Callable[[str], None] = show) -> None:
+def simulate(
+    sites: Sequence[LocalSite],
+    *,
+    folder: Path,
+    configuration: str,
+    fold: str,
+    trainer: str,
+    plans_name: str,
+    device: str,
+    federated_planning: str | None,
+    planning_options: Sequence[str] = (),
+    coordinator_options: Sequence[str] = (),
+    continue_training: bool = False,
+    show: Callable[[str], None] = show,
+) -> None:
     """Plan, preprocess and train at all sites at the same time, with one coordinator.
 
     Args:
@@ -271,34 +320,88 @@ def simulate(sites: Sequence[LocalSite], *, folder: Path, configuration: str, fo
     logs = folder / "logs"
     with running_coordinator(folder / "coordinator", sites, coordinator_options, show=show):
         if federated_planning is not None:
-            run_everywhere(sites, lambda site: [
-                "nnUNetv2_plan_and_preprocess", "-d", site.dataset, "--federated", federated_planning,
-                "-c", configuration, "-np", "1", "-npfp", "1", *planning_options],
-                step="plan", log_folder=logs, show=show)
-        run_everywhere(sites, lambda site: [
-            "nnUNetv2_train", site.dataset, configuration, fold, "-tr", trainer, "-p", plans_name, "-device", device,
-            *(["--c"] if continue_training else [])], step="train", log_folder=logs, show=show)
+            run_everywhere(
+                sites,
+                lambda site: [
+                    "nnUNetv2_plan_and_preprocess",
+                    "-d",
+                    site.dataset,
+                    "--federated",
+                    federated_planning,
+                    "-c",
+                    configuration,
+                    "-np",
+                    "1",
+                    "-npfp",
+                    "1",
+                    *planning_options,
+                ],
+                step="plan",
+                log_folder=logs,
+                show=show,
+            )
+        run_everywhere(
+            sites,
+            lambda site: [
+                "nnUNetv2_train",
+                site.dataset,
+                configuration,
+                fold,
+                "-tr",
+                trainer,
+                "-p",
+                plans_name,
+                "-device",
+                device,
+                *(["--c"] if continue_training else []),
+            ],
+            step="train",
+            log_folder=logs,
+            show=show,
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_simulate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", dest="datasets", nargs="+", required=True, metavar="ID",
-                        help="ids of the datasets; each one becomes a site")
+    parser.add_argument(
+        "-d",
+        dest="datasets",
+        nargs="+",
+        required=True,
+        metavar="ID",
+        help="ids of the datasets; each one becomes a site",
+    )
     parser.add_argument("-c", dest="configuration", default="3d_fullres", help="configuration (default: %(default)s)")
     parser.add_argument("-f", dest="fold", default="0", help="fold, or all (default: %(default)s)")
     parser.add_argument("-tr", dest="trainer", default="nnUNetTrainerAsymFedAvg", help="trainer (default: %(default)s)")
     parser.add_argument("-p", dest="plans_name", default="nnUNetPlans", help="plans (default: %(default)s)")
     parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: %(default)s")
-    parser.add_argument("--federated", default="ffe", choices=("ffe", "asym"),
-                        help="plan from the pooled fingerprint (ffe), or each site on its own (asym)")
+    parser.add_argument(
+        "--federated",
+        default="ffe",
+        choices=("ffe", "asym"),
+        help="plan from the pooled fingerprint (ffe), or each site on its own (asym)",
+    )
     parser.add_argument("--skip_planning", action="store_true", help="every site is planned and preprocessed already")
-    parser.add_argument("--planning_options", default="", metavar="TEXT",
-                        help="more options of nnUNetv2_plan_and_preprocess, in one text")
-    parser.add_argument("--coordinator_options", default="", metavar="TEXT",
-                        help='more options of nnUNetv2_fed_coordinator, in one text: "--epochs 50 --iterations 100"')
-    parser.add_argument("--folder", type=Path, default=Path("nnUNet_simulation"),
-                        help="folder of the federation, the credentials and the logs (default: %(default)s)")
+    parser.add_argument(
+        "--planning_options",
+        default="",
+        metavar="TEXT",
+        help="more options of nnUNetv2_plan_and_preprocess, in one text",
+    )
+    parser.add_argument(
+        "--coordinator_options",
+        default="",
+        metavar="TEXT",
+        help='more options of nnUNetv2_fed_coordinator, in one text: "--epochs 50 --iterations 100"',
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("nnUNet_simulation"),
+        help="folder of the federation, the credentials and the logs (default: %(default)s)",
+    )
     parser.add_argument("--c", dest="continue_training", action="store_true", help="go on where an earlier run stopped")
     return parser
 
@@ -307,14 +410,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_simulate`."""
     arguments = build_parser().parse_args(argv)
     folder = arguments.folder.resolve()
-    sites = [LocalSite(name=f"site{dataset}", dataset=dataset, credential=folder / "sites" / f"site{dataset}.json")
-             for dataset in arguments.datasets]
-    simulate(sites, folder=folder, configuration=arguments.configuration, fold=arguments.fold,
-             trainer=arguments.trainer, plans_name=arguments.plans_name, device=arguments.device,
-             federated_planning=None if arguments.skip_planning else arguments.federated,
-             planning_options=shlex.split(arguments.planning_options),
-             coordinator_options=shlex.split(arguments.coordinator_options),
-             continue_training=arguments.continue_training)
+    sites = [
+        LocalSite(name=f"site{dataset}", dataset=dataset, credential=folder / "sites" / f"site{dataset}.json")
+        for dataset in arguments.datasets
+    ]
+    simulate(
+        sites,
+        folder=folder,
+        configuration=arguments.configuration,
+        fold=arguments.fold,
+        trainer=arguments.trainer,
+        plans_name=arguments.plans_name,
+        device=arguments.device,
+        federated_planning=None if arguments.skip_planning else arguments.federated,
+        planning_options=shlex.split(arguments.planning_options),
+        coordinator_options=shlex.split(arguments.coordinator_options),
+        continue_training=arguments.continue_training,
+    )
     show(f"All sites are done. Aggregates and models: {folder / 'coordinator'}. Logs: {folder / 'logs'}.")
     return 0
 

@@ -2,6 +2,7 @@
 
 Any member may ask. Needs the standard library only, and pydantic.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -80,22 +81,31 @@ def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Ite
         yield f"  left by {', '.join(state.left)}"
     found = progress.validation
     if found is not None:
-        best = "" if found.best_round is None else \
-            f"; best {_number(found.best_ema_dice)} after round {found.best_round}"
-        yield (f"  last validation, round {found.round}: pseudo Dice {_number(found.mean_dice)}, moving average "
-               f"{_number(found.ema_dice)}{best}; per class {', '.join(_number(value) for value in found.dice)}")
+        best = (
+            "" if found.best_round is None else f"; best {_number(found.best_ema_dice)} after round {found.best_round}"
+        )
+        yield (
+            f"  last validation, round {found.round}: pseudo Dice {_number(found.mean_dice)}, moving average "
+            f"{_number(found.ema_dice)}{best}; per class {', '.join(_number(value) for value in found.dice)}"
+        )
 
 
 def _describe_outlook(outlook: RunOutlook) -> str:
-    return f"no common model: {outlook.obstacle}" if outlook.obstacle else \
-        f"common model: with the network of {outlook.trainer}"
+    return (
+        f"no common model: {outlook.obstacle}"
+        if outlook.obstacle
+        else f"common model: with the network of {outlook.trainer}"
+    )
 
 
 def _describe_pace(state: RunState, progress: RunProgress) -> str:
     if progress.round_s is None or state.closed:
         return ""
-    left = "" if state.num_rounds is None else \
-        f", about {duration(progress.round_s * (state.num_rounds - state.rounds_closed))} left"
+    left = (
+        ""
+        if state.num_rounds is None
+        else f", about {duration(progress.round_s * (state.num_rounds - state.rounds_closed))} left"
+    )
     return f"; {duration(progress.round_s)} per round{left}"
 
 
@@ -104,8 +114,10 @@ def _describe_wait(gathering: GatheringStatus, name: str, now: float) -> str:
     if gathering.refusal:
         return f"{name} is refused, until a site sends something else: {gathering.refusal}"
     if gathering.lacks and not gathering.waiting_for:
-        return (f"waiting for {gathering.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "
-                f"than take part at the moment ({', '.join(gathering.contributed)} contributed)")
+        return (
+            f"waiting for {gathering.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "
+            f"than take part at the moment ({', '.join(gathering.contributed)} contributed)"
+        )
     if not gathering.waiting_for:
         return f"all have contributed: {name}, since {since}; it is not closed yet"
     there = f" ({', '.join(gathering.contributed)} contributed)" if gathering.contributed else ""
@@ -115,8 +127,12 @@ def _describe_wait(gathering: GatheringStatus, name: str, now: float) -> str:
 def _name_of(key: str, run: str) -> str:
     """Name a gathering of a run as people do: `runs/<run>/rounds/17` is round 17."""
     rest = key.removeprefix(f"runs/{run}/").split("/")
-    names = {"rounds": "round", "validations": "validation of round", "admissions": "admission of",
-             "initial": "initial weights"}
+    names = {
+        "rounds": "round",
+        "validations": "validation of round",
+        "admissions": "admission of",
+        "initial": "initial weights",
+    }
     return " ".join([names.get(rest[0], rest[0]), *rest[1:]])
 
 
@@ -165,8 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     credential = operator_credential(arguments.folder)
     status = ask(credential, "GET", "status", Status)
-    lines = printable_json(status.model_dump(mode="json"), indent=4).split("\n") if arguments.json \
+    lines = (
+        printable_json(status.model_dump(mode="json"), indent=4).split("\n")
+        if arguments.json
         else describe(status, url=credential.url, outlooks=_ask_for_outlooks(credential))
+    )
     show(*lines)
     return 0
 
@@ -187,7 +206,8 @@ def build_leave_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_leave`."""
     parser = argparse.ArgumentParser(
         description="Let the other sites of a run go on without this one. What it has contributed stays. "
-                    "`nnUNetv2_train ... --c` returns to the run.")
+        "`nnUNetv2_train ... --c` returns to the run."
+    )
     parser.add_argument("run", metavar="RUN", help="name of the run, as nnUNetv2_fed_status shows it")
     return parser
 

@@ -3,6 +3,7 @@
 Trouble of this machine (a full disk, say) is shown to the sites that wait, and tried again; nobody else's gathering
 suffers from it.
 """
+
 from __future__ import annotations
 
 import logging
@@ -117,8 +118,11 @@ class Closer:
     def _ready(self) -> list[Gathering]:
         """List what can be closed now, but for what has just failed."""
         now = self._coordinator.clock()
-        return [gathering for gathering in self._coordinator.book.ready(now)
-                if _is_over(self._trouble.get(str(gathering.key), (now, ""))[0], now, RETRY_CLOSING_S)]
+        return [
+            gathering
+            for gathering in self._coordinator.book.ready(now)
+            if _is_over(self._trouble.get(str(gathering.key), (now, ""))[0], now, RETRY_CLOSING_S)
+        ]
 
     def _overdue(self) -> list[str]:
         """List the runs that are to be tidied up once more."""
@@ -137,14 +141,18 @@ class Closer:
 
     def _announce_lacking(self) -> None:
         """Say once of each gathering that all who take part have contributed, and that they are too few."""
-        lacking = {str(one.key): one for one in self._coordinator.book.open_gatherings()
-                   if one.outcome is None and one.counted and one.lacks and not one.waiting_for}
+        lacking = {
+            str(one.key): one
+            for one in self._coordinator.book.open_gatherings()
+            if one.outcome is None and one.counted and one.lacks and not one.waiting_for
+        }
         for key in sorted(lacking.keys() - self._lacking):
             one = lacking[key]
             self._coordinator.announce(
                 f"{key} waits: {', '.join(one.counted)} have contributed, nobody else takes part at the moment, and it "
                 f"needs {one.least} sites ({'--min-sites' if one.least == one.floor else '--quorum'}). Sites that have "
-                "left or were revoked can come back")
+                "left or were revoked can come back"
+            )
         self._lacking = set(lacking)
 
     def _close(self, key: GatheringKey) -> None:
@@ -193,8 +201,10 @@ class Closer:
             for site in record.get("outliers", ()):
                 changes = {name: one["change_rms"] for name, one in record["sites"].items()}
                 times = _times(changes.pop(site), statistics.median(changes.values()))
-                self._coordinator.announce(f"{gathering.key}: the update of site {site} moves {times} as far as the "
-                                           "median of the others; it was counted")
+                self._coordinator.announce(
+                    f"{gathering.key}: the update of site {site} moves {times} as far as the "
+                    "median of the others; it was counted"
+                )
 
     def _announce_outlook(self, gathering: Gathering) -> None:
         """Say whether there will be a common model as soon as it is known who takes part with what."""
@@ -234,8 +244,10 @@ class Closer:
         except Exception as error:  # whatever it is, runs go on
             logger.exception("tidying up run %s", run)
             self._untidy[run] = self._coordinator.clock() + RETRY_TIDYING_S
-            self._coordinator.announce(f"run {run}: models cannot be written, or old documents deleted, trying again "
-                                       f"in {RETRY_TIDYING_S:.0f} s: {error}")
+            self._coordinator.announce(
+                f"run {run}: models cannot be written, or old documents deleted, trying again "
+                f"in {RETRY_TIDYING_S:.0f} s: {error}"
+            )
         else:
             self._untidy.pop(run, None)
 
@@ -279,5 +291,7 @@ def _describe_outcome(gathering: Gathering, seconds: float) -> str:
         return f"{name} is closed: site {key.site} {WHAT_LATE_SITES_DID[key.kind]}"
     missing = f", missing {', '.join(outcome.missing)}" if outcome.missing else ""
     waited = outcome.time - gathering.opened
-    return (f"{name} is closed: {', '.join(outcome.contributors)}{missing}; "
-            f"{waited:.1f} s from the first contribution, {seconds:.2f} s to compute")
+    return (
+        f"{name} is closed: {', '.join(outcome.contributors)}{missing}; "
+        f"{waited:.1f} s from the first contribution, {seconds:.2f} s to compute"
+    )

@@ -23,6 +23,7 @@ For people who look on: the page and what it shows, see `page.py`.
 
 An offer spares a site the upload of what is held already or would be refused. Errors are JSON {code, message, remedy}.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -143,8 +144,10 @@ async def get_model(request: Request) -> Response:
     coordinator, run = coordinator_of(request), request.path_params["run"]
     if request.method == "HEAD":
         size = (await run_in_threadpool(model_store.find, coordinator, run)).stat().st_size
-        return Response(media_type="application/zip", headers={
-            "Content-Length": str(size), "Accept-Ranges": "bytes", "Cache-Control": "no-store"})
+        return Response(
+            media_type="application/zip",
+            headers={"Content-Length": str(size), "Accept-Ranges": "bytes", "Cache-Control": "no-store"},
+        )
     model = await run_in_threadpool(model_store.fetch, coordinator, run, member=member)
     return DigestedFile(model.path, model.digest, media_type="application/zip")
 
@@ -153,19 +156,26 @@ async def post_action(request: Request) -> Response:
     """Do what an operator wants of a run, or a site of its own part in it."""
     member = member_of(request)
     action = await read_json(request, api.RunAction)
-    return json_response(await run_in_threadpool(
-        run_control.act, coordinator_of(request), request.path_params["run"], action, member))
+    return json_response(
+        await run_in_threadpool(run_control.act, coordinator_of(request), request.path_params["run"], action, member)
+    )
 
 
 async def post_member(request: Request) -> Response:
     """Invite somebody."""
     operator, coordinator = operator_of(request), coordinator_of(request)
     wanted = await read_json(request, api.InviteRequest)
-    secret = await run_in_threadpool(coordinator.invite, wanted.name, wanted.role, by=operator,
-                                     lifetime_s=wanted.lifetime_s)
-    return json_response(api.InviteAnswer(
-        name=wanted.name, role=wanted.role, expires=coordinator.clock() + wanted.lifetime_s,
-        invitation=request.app.state.place.invitation(coordinator.settings.federation, wanted.name, secret)))
+    secret = await run_in_threadpool(
+        coordinator.invite, wanted.name, wanted.role, by=operator, lifetime_s=wanted.lifetime_s
+    )
+    return json_response(
+        api.InviteAnswer(
+            name=wanted.name,
+            role=wanted.role,
+            expires=coordinator.clock() + wanted.lifetime_s,
+            invitation=request.app.state.place.invitation(coordinator.settings.federation, wanted.name, secret),
+        )
+    )
 
 
 async def delete_member(request: Request) -> Response:
@@ -195,11 +205,13 @@ async def post_offer(request: Request) -> Response:
     site = site_of(request)
     offer = await read_json(request, api.Offer)
     receipt = await run_in_threadpool(
-        coordinator_of(request).offer, request.path_params["key"], site, offer.digest, offer.size)
+        coordinator_of(request).offer, request.path_params["key"], site, offer.digest, offer.size
+    )
     if receipt is not None:
         return json_response(receipt)
-    offset = await run_in_threadpool(coordinator_of(request).uploads.offset, request.path_params["key"], site,
-                                     offer.digest)
+    offset = await run_in_threadpool(
+        coordinator_of(request).uploads.offset, request.path_params["key"], site, offer.digest
+    )
     return json_response(api.Wanted(offset=offset), 202)
 
 
@@ -223,7 +235,8 @@ async def put_contribution(request: Request) -> Response:
         try:
             site_of(request)  # it may have been revoked since this began, and invited again
             receipt = await request.app.state.reception.finish(
-                coordinator.contribute, key, site, upload.path, digest, size)
+                coordinator.contribute, key, site, upload.path, digest, size
+            )
         finally:
             upload.discard()  # what is left of it: nothing, or what is of no use
         return json_response(receipt)
@@ -266,8 +279,14 @@ class DigestedFile(FileResponse):
     chunk_size = 256 << 10
     """What a download holds at a time; with hundreds of them that counts."""
 
-    def __init__(self, path: Path, digest: str, headers: Mapping[str, str] | None = None, *,
-                 media_type: str = "application/octet-stream") -> None:
+    def __init__(
+        self,
+        path: Path,
+        digest: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        media_type: str = "application/octet-stream",
+    ) -> None:
         headers = {"X-Content-SHA256": digest, "ETag": f'"{digest}"', "Cache-Control": "no-store", **(headers or {})}
         # Asked here, a file that is gone (old results are deleted) is the machine's trouble, and the site asks again.
         super().__init__(path, headers=headers, media_type=media_type, stat_result=path.stat())
@@ -341,26 +360,35 @@ def build_app(coordinator: Coordinator, place: Place, *, limits: Limits = Limits
         app.state.reception.close()
         await run_in_threadpool(coordinator.stop)
 
-    handlers: dict[Any, Any] = {FederationError: answer_error, OSError: answer_error, HTTPException: answer_unknown,
-                                ClientDisconnect: answer_nobody, Exception: answer_error}
-    app = Starlette(lifespan=lifespan, exception_handlers=handlers, routes=[
-        Route("/v1/authority", get_authority),
-        Route("/v1/join", post_join, methods=["POST"]),
-        Route("/v1/settings", get_settings),
-        Route("/v1/settings", patch_settings, methods=["PATCH"]),
-        Route("/v1/members", post_member, methods=["POST"]),
-        Route("/v1/members/{name}", delete_member, methods=["DELETE"]),
-        Route("/v1/status", get_status),
-        Route("/v1/outlooks", get_outlooks),
-        Route("/v1/runs/{run}", get_run),
-        Route("/v1/runs/{run}/model", get_model),
-        Route("/v1/runs/{run}/actions", post_action, methods=["POST"]),
-        Route("/v1/failures", post_failure, methods=["POST"]),
-        Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
-        Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),
-        Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
-        *pages.ROUTES,
-    ])
+    handlers: dict[Any, Any] = {
+        FederationError: answer_error,
+        OSError: answer_error,
+        HTTPException: answer_unknown,
+        ClientDisconnect: answer_nobody,
+        Exception: answer_error,
+    }
+    app = Starlette(
+        lifespan=lifespan,
+        exception_handlers=handlers,
+        routes=[
+            Route("/v1/authority", get_authority),
+            Route("/v1/join", post_join, methods=["POST"]),
+            Route("/v1/settings", get_settings),
+            Route("/v1/settings", patch_settings, methods=["PATCH"]),
+            Route("/v1/members", post_member, methods=["POST"]),
+            Route("/v1/members/{name}", delete_member, methods=["DELETE"]),
+            Route("/v1/status", get_status),
+            Route("/v1/outlooks", get_outlooks),
+            Route("/v1/runs/{run}", get_run),
+            Route("/v1/runs/{run}/model", get_model),
+            Route("/v1/runs/{run}/actions", post_action, methods=["POST"]),
+            Route("/v1/failures", post_failure, methods=["POST"]),
+            Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
+            Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),
+            Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
+            *pages.ROUTES,
+        ],
+    )
     app.router.redirect_slashes = False  # it would send people wherever a Host header says
     app.state.coordinator = coordinator
     app.state.changes = changes

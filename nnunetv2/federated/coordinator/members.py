@@ -7,6 +7,7 @@
 An invitation is good for one member, once, until it expires. A member that is invited again keeps its old token until
 it joins with the new invitation; then only the new token counts.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -51,8 +52,9 @@ def new_invitation(member: str, *, now: float, lifetime_s: float) -> InvitationR
     return InvitationRecord(hash_secret(secret), member, secret, now + lifetime_s)
 
 
-def create_federation(store: Store, settings: api.FederationSettings, *, now: float,
-                      lifetime_s: float = INVITATION_LIFETIME_S) -> None:
+def create_federation(
+    store: Store, settings: api.FederationSettings, *, now: float, lifetime_s: float = INVITATION_LIFETIME_S
+) -> None:
     """Write a new federation, with one invitation per site.
 
     Raises:
@@ -60,8 +62,12 @@ def create_federation(store: Store, settings: api.FederationSettings, *, now: fl
     """
     for site in settings.sites:
         _check_name(site)
-    store.create(settings, [MemberRecord(site, "site", "invited", None, now) for site in settings.sites],
-                 [new_invitation(site, now=now, lifetime_s=lifetime_s) for site in settings.sites], now)
+    store.create(
+        settings,
+        [MemberRecord(site, "site", "invited", None, now) for site in settings.sites],
+        [new_invitation(site, now=now, lifetime_s=lifetime_s) for site in settings.sites],
+        now,
+    )
 
 
 class Members:
@@ -79,8 +85,16 @@ class Members:
         self._local_operator = ""
 
     # ------------------------------------------------------------------------------------------------- enrolment
-    def invite(self, name: str, role: Role, settings: api.FederationSettings, *, now: float, by: str,
-               lifetime_s: float = INVITATION_LIFETIME_S) -> tuple[str, api.FederationSettings]:
+    def invite(
+        self,
+        name: str,
+        role: Role,
+        settings: api.FederationSettings,
+        *,
+        now: float,
+        by: str,
+        lifetime_s: float = INVITATION_LIFETIME_S,
+    ) -> tuple[str, api.FederationSettings]:
         """Invite somebody new, or somebody again whose credential is lost or was revoked.
 
         Returns:
@@ -95,24 +109,32 @@ class Members:
             _check_name(name)
             if twins or (present is not None and present.role != role):
                 taken_by = self._members[(twins or [name])[0]]
-                raise RefusedError(f"the name {name} is taken: there is {_describe(taken_by)}", "Choose another name.",
-                                   code="name_taken")
+                raise RefusedError(
+                    f"the name {name} is taken: there is {_describe(taken_by)}",
+                    "Choose another name.",
+                    code="name_taken",
+                )
             num_sites = sum(one.role == "site" for one in self._members.values())
             if role == "site" and present is None and num_sites >= MAX_SITES:
-                raise RefusedError(f"there are {num_sites} sites, among them those that were revoked; more are not "
-                                   "possible", "Start another federation.", code="too_many_sites")
+                raise RefusedError(
+                    f"there are {num_sites} sites, among them those that were revoked; more are not possible",
+                    "Start another federation.",
+                    code="too_many_sites",
+                )
             if present is None or present.state == "revoked":
                 present = MemberRecord(name, role, "invited", None, now)
             invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
             if role == "site" and name not in settings.sites:
                 settings = settings.model_copy(update={"sites": tuple(sorted((*settings.sites, name)))})
-            self._save([present], [*self._withdrawn(name), invitation], settings=settings,
-                       event=Event(now, "invitation", by, None, {"member": name, "role": role,
-                                                                 "expires": invitation.expires}))
+            self._save(
+                [present],
+                [*self._withdrawn(name), invitation],
+                settings=settings,
+                event=Event(now, "invitation", by, None, {"member": name, "role": role, "expires": invitation.expires}),
+            )
             return invitation.secret, settings
 
-    def revoke(self, name: str, settings: api.FederationSettings, *, now: float,
-               by: str) -> api.FederationSettings:
+    def revoke(self, name: str, settings: api.FederationSettings, *, now: float, by: str) -> api.FederationSettings:
         """Take a member's credential and invitations away, at once.
 
         Returns:
@@ -125,9 +147,12 @@ class Members:
             if name not in self._members:
                 raise RefusedError(f"there is no member {name[:80]!r}", code="unknown_member")
             settings = settings.model_copy(update={"sites": tuple(site for site in settings.sites if site != name)})
-            self._save([replace(self._members[name], state="revoked", token_hash=None, since=now)],
-                       self._withdrawn(name), settings=settings,
-                       event=Event(now, "revocation", by, None, {"member": name}))
+            self._save(
+                [replace(self._members[name], state="revoked", token_hash=None, since=now)],
+                self._withdrawn(name),
+                settings=settings,
+                event=Event(now, "revocation", by, None, {"member": name}),
+            )
             return settings
 
     def join(self, invitation: str, token: str, *, now: float) -> tuple[Member, bool]:
@@ -145,22 +170,36 @@ class Members:
             record = self._invitations.get(hash_secret(invitation))
             member = self._members.get(name)
             if record is None or member is None or record.member != name:
-                raise RefusedError("this invitation is not known here", "Ask the coordinating site for a new one.",
-                                   code="invitation_unknown")
+                raise RefusedError(
+                    "this invitation is not known here",
+                    "Ask the coordinating site for a new one.",
+                    code="invitation_unknown",
+                )
             if record.token_hash is not None:
                 if record.token_hash == token_hash and member.token_hash == token_hash:
                     return Member(name, member.role), False
-                raise RefusedError(f"the invitation of {member.role} {name} has been used already",
-                                   "If that was not you, tell the coordinating site at once.", code="invitation_used")
+                raise RefusedError(
+                    f"the invitation of {member.role} {name} has been used already",
+                    "If that was not you, tell the coordinating site at once.",
+                    code="invitation_used",
+                )
             if record.secret is None or now >= record.expires:
-                raise RefusedError(f"the invitation of {member.role} {name} has expired or was withdrawn",
-                                   "Ask the coordinating site for a new one.", code="invitation_expired")
+                raise RefusedError(
+                    f"the invitation of {member.role} {name} has expired or was withdrawn",
+                    "Ask the coordinating site for a new one.",
+                    code="invitation_expired",
+                )
             if any(token_hash == one.token_hash for one in self._invitations.values()):
-                raise RefusedError(f"the token of {member.role} {name} has been used before: a new invitation needs a "
-                                   "new one", "Join with --replace.", code="token_reused")
-            self._save([replace(member, state="active", token_hash=token_hash, since=now)],
-                       [replace(record, secret=None, token_hash=token_hash)],
-                       event=Event(now, "join", name, None, {"role": member.role}))
+                raise RefusedError(
+                    f"the token of {member.role} {name} has been used before: a new invitation needs a new one",
+                    "Join with --replace.",
+                    code="token_reused",
+                )
+            self._save(
+                [replace(member, state="active", token_hash=token_hash, since=now)],
+                [replace(record, secret=None, token_hash=token_hash)],
+                event=Event(now, "join", name, None, {"role": member.role}),
+            )
             return Member(name, member.role), True
 
     def authenticate(self, token: str) -> Member:
@@ -178,9 +217,11 @@ class Members:
         record = self._members.get(name)
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
         if not hmac.compare_digest(expected, token_hash):
-            raise RefusedError("the coordinator does not know this credential, or it was revoked",
-                               "Ask the coordinating site for a new invitation, and join with it: "
-                               "nnUNetv2_fed_join INVITE.", code="unauthorized")
+            raise RefusedError(
+                "the coordinator does not know this credential, or it was revoked",
+                "Ask the coordinating site for a new invitation, and join with it: nnUNetv2_fed_join INVITE.",
+                code="unauthorized",
+            )
         return Member(record.name, record.role)
 
     def appoint_local_operator(self, token: str) -> None:
@@ -190,8 +231,10 @@ class Members:
     def open_invitations(self, now: float) -> list[InvitationRecord]:
         """Return the invitations that may still be sent out, by member."""
         with self._lock:
-            return sorted((one for one in self._invitations.values() if one.secret is not None and now < one.expires),
-                          key=lambda one: one.member)
+            return sorted(
+                (one for one in self._invitations.values() if one.secret is not None and now < one.expires),
+                key=lambda one: one.member,
+            )
 
     def role_of_invited(self, name: str, invitation: str) -> Role | None:
         """Return the role in which the secret of an invitation lets a member join, or None if it is not the member's.
@@ -211,11 +254,20 @@ class Members:
         return name in self._members and self._members[name].state == "revoked"
 
     def _withdrawn(self, name: str) -> list[InvitationRecord]:
-        return [replace(one, secret=None) for one in self._invitations.values()
-                if one.member == name and one.secret is not None]
+        return [
+            replace(one, secret=None)
+            for one in self._invitations.values()
+            if one.member == name and one.secret is not None
+        ]
 
-    def _save(self, members: Iterable[MemberRecord], invitations: Iterable[InvitationRecord], *, event: Event,
-              settings: api.FederationSettings | None = None) -> None:
+    def _save(
+        self,
+        members: Iterable[MemberRecord],
+        invitations: Iterable[InvitationRecord],
+        *,
+        event: Event,
+        settings: api.FederationSettings | None = None,
+    ) -> None:
         """Write first, then remember: what the disk refuses has not happened."""
         members, invitations = list(members), list(invitations)
         self._store.save_members(members, invitations, event=event, settings=settings)
@@ -249,26 +301,42 @@ class Members:
     def status(self) -> tuple[api.SiteStatus, ...]:
         """Say which sites there are, and what each has sent and been sent."""
         with self._lock:
-            return tuple(api.SiteStatus(
-                site=record.name, joined=record.state == "active", state=record.state,
-                last_seen=total.last_seen or None, bytes_received=total.received, bytes_sent=total.sent)
-                for record in self._members.values() if record.role == "site"
-                for total in (self._totals.get(record.name, Traffic()),))
+            return tuple(
+                api.SiteStatus(
+                    site=record.name,
+                    joined=record.state == "active",
+                    state=record.state,
+                    last_seen=total.last_seen or None,
+                    bytes_received=total.received,
+                    bytes_sent=total.sent,
+                )
+                for record in self._members.values()
+                if record.role == "site"
+                for total in (self._totals.get(record.name, Traffic()),)
+            )
 
     def traffic_status(self) -> tuple[api.TrafficStatus, ...]:
         """Say what each site has sent and been sent for the gatherings that were busy last."""
         with self._lock:
-            counters = [(count.last_seen, site, key, count) for key, counts in self._traffic.items()
-                        for site, count in counts.items()]
+            counters = [
+                (count.last_seen, site, key, count)
+                for key, counts in self._traffic.items()
+                for site, count in counts.items()
+            ]
         latest = sorted(counters, key=lambda entry: entry[:3])[-SHOWN_TRAFFIC:]
-        return tuple(api.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
-                     for _, site, key, count in latest)
+        return tuple(
+            api.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
+            for _, site, key, count in latest
+        )
 
 
 def _check_name(name: str) -> None:
     if name.lower() == LOCAL_OPERATOR:
-        raise RefusedError(f"the name {name} is that of the operator on the coordinator's machine",
-                           "Choose another name.", code="name_taken")
+        raise RefusedError(
+            f"the name {name} is that of the operator on the coordinator's machine",
+            "Choose another name.",
+            code="name_taken",
+        )
 
 
 def _describe(record: MemberRecord) -> str:

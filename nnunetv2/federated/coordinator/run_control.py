@@ -1,10 +1,11 @@
 """Let operators steer runs, and sites say what becomes of their own part in one.
 
-    pause    contributions are taken, no round is closed      resume   rounds are closed again
-    stop     the run is over with its last closed round       proceed  close a gathering with what there is
-    reset    forget a run in which no round has been closed
-    leave    rounds do not wait for the site any more         return   they do again
+pause    contributions are taken, no round is closed      resume   rounds are closed again
+stop     the run is over with its last closed round       proceed  close a gathering with what there is
+reset    forget a run in which no round has been closed
+leave    rounds do not wait for the site any more         return   they do again
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -59,8 +60,11 @@ def report_failure(coordinator: Coordinator, site: str, report: api.FailureRepor
     if site in coordinator.book.control(report.run).left:
         return  # nobody waits for it, and that its training has ended follows
     if coordinator.failure_reports.wait_s(site, coordinator.clock()):
-        raise RefusedError(f"site {site} has reported {FAILURES_PER_DAY} failures of late", "Look at its output.",
-                           code="too_many_requests")
+        raise RefusedError(
+            f"site {site} has reported {FAILURES_PER_DAY} failures of late",
+            "Look at its output.",
+            code="too_many_requests",
+        )
     coordinator.failure_reports.spend(site, coordinator.clock())
     report = report.model_copy(update={"reason": excerpt(report.reason, LOGGED_CHARACTERS)})
     event = Event(coordinator.clock(), "failure", site, None, report.model_dump(mode="json"))
@@ -76,8 +80,9 @@ def report_failure(coordinator: Coordinator, site: str, report: api.FailureRepor
 
 
 def _unknown_run(coordinator: Coordinator, run: str) -> RefusedError:
-    return RefusedError(f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.",
-                        code="unknown_run")
+    return RefusedError(
+        f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.", code="unknown_run"
+    )
 
 
 def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:
@@ -94,24 +99,38 @@ def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:
 def _proceed(coordinator: Coordinator, run: str, gathering: str | None, name: str) -> None:
     """Close a gathering with the contributions that there are, whoever is missing."""
     book = coordinator.book
-    waiting = [one for one in book.open_gatherings() if one.key.run == run and one.outcome is None
-               and (one.waiting_for or one.lacks) and gathering in (None, str(one.key))]
+    waiting = [
+        one
+        for one in book.open_gatherings()
+        if one.key.run == run
+        and one.outcome is None
+        and (one.waiting_for or one.lacks)
+        and gathering in (None, str(one.key))
+    ]
     if len(waiting) != 1:
         names = ", ".join(str(one.key) for one in waiting) or "none"
-        raise RefusedError(f"run {run} has no single gathering to close; waiting: {names}", "Name one.",
-                           code="not_open")
+        raise RefusedError(
+            f"run {run} has no single gathering to close; waiting: {names}", "Name one.", code="not_open"
+        )
     key, counted = waiting[0].key, waiting[0].counted
     if not is_enough(waiting[0]):
         least = waiting[0].floor
-        raise RefusedError(f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs at least {least} "
-                           f"contribution{'' if least == 1 else 's (--min-sites)'}, and that of "
-                           f"{', '.join(sorted(waiting[0].required)) or 'nobody in particular'}",
-                           "Sites that have left or were revoked can come back: nnUNetv2_train ... --c, or invite them "
-                           "again. Else stop the run.", code="too_early")
+        raise RefusedError(
+            f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs at least {least} "
+            f"contribution{'' if least == 1 else 's (--min-sites)'}, and that of "
+            f"{', '.join(sorted(waiting[0].required)) or 'nobody in particular'}",
+            "Sites that have left or were revoked can come back: nnUNetv2_train ... --c, or invite them "
+            "again. Else stop the run.",
+            code="too_early",
+        )
     control = book.control(run)
     still_open = frozenset(one for one in control.proceeding if not book.is_closed(one))
-    _save(coordinator, run, replace(control, proceeding=still_open | {str(key)}),
-          _event(coordinator, str(key), "proceed", name))
+    _save(
+        coordinator,
+        run,
+        replace(control, proceeding=still_open | {str(key)}),
+        _event(coordinator, str(key), "proceed", name),
+    )
 
 
 def _reset(coordinator: Coordinator, run: str, name: str) -> None:

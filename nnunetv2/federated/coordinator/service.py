@@ -4,6 +4,7 @@ Requests come in on many threads. Each gathering has a lock; whoever changes a g
 immutable. One more thread, the closer (`closer.py`), computes the results, one gathering at a time, so that memory
 stays small. What operators and sites say about a run is in `steering.py`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -89,8 +90,9 @@ class Coordinator:
         clock: Seconds since 1970.
     """
 
-    def __init__(self, store: Store, *, announce: Callable[[str], None] = logger.info,
-                 clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, store: Store, *, announce: Callable[[str], None] = logger.info, clock: Callable[[], float] = time.time
+    ) -> None:
         settings = store.load_settings()
         if settings is None:
             raise FederationError(f"{store.folder} holds no federation yet")
@@ -100,8 +102,9 @@ class Coordinator:
         self.clock = clock
         self.book = RoundBook(settings, store.load_gatherings(settings), store.load_controls())
         self.book.restarted(clock())
-        self.archive = Archive(store.contribution_path, store.result_path, self.book.get, self.book.admitted,
-                                       store.load_last_validation)
+        self.archive = Archive(
+            store.contribution_path, store.result_path, self.book.get, self.book.admitted, store.load_last_validation
+        )
         self.on_change: Callable[[str], None] = lambda key: None
         """Called with a key whenever its gathering has changed in a way that sites wait for, on any thread."""
         self.on_progress: Callable[[str], None] = lambda key: None
@@ -141,16 +144,18 @@ class Coordinator:
         member, is_new = self.members.join(request.invitation, request.token, now=self.clock())
         if is_new:
             self.announce(f"{member.role} {member.name} has joined")
-        return api.JoinAnswer(federation=self.settings.federation, site=member.name, role=member.role,
-                                 settings=self.settings)
+        return api.JoinAnswer(
+            federation=self.settings.federation, site=member.name, role=member.role, settings=self.settings
+        )
 
     def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
         """Invite a member and return the secret of its invitation; see `Members.invite`."""
         with self.locks["settings"]:
             if self.members.is_revoked(name):
                 self._drop_contributions(name, by=by)  # before they could count again
-            secret, settings = self.members.invite(name, role, self.settings, now=self.clock(), by=by,
-                                                   lifetime_s=lifetime_s)
+            secret, settings = self.members.invite(
+                name, role, self.settings, now=self.clock(), by=by, lifetime_s=lifetime_s
+            )
             self._take_over(settings)
         self.announce(f"{by} invites {role} {name}")
         return secret
@@ -168,9 +173,17 @@ class Coordinator:
                 gathering = self.book.get(one.key)
                 if gathering is None or gathering.is_closed or site not in gathering.contributions:
                     continue
-                self.store.drop_contribution(gathering, site, Event(
-                    self.clock(), "dropped", by, str(one.key),
-                    {"site": site, "digest": gathering.contributions[site].digest}))
+                self.store.drop_contribution(
+                    gathering,
+                    site,
+                    Event(
+                        self.clock(),
+                        "dropped",
+                        by,
+                        str(one.key),
+                        {"site": site, "digest": gathering.contributions[site].digest},
+                    ),
+                )
                 self.book.put(without_contribution(gathering, site))
 
     def change_settings(self, change: api.SettingsChange, *, by: str) -> api.FederationSettings:
@@ -185,14 +198,17 @@ class Coordinator:
             if change.model_fields_set & {"quorum", "deadline_s"}:  # a revocation may leave fewer sites than a quorum
                 api.check_quorum(settings)
             if settings.min_sites < self.settings.min_sites:
-                raise FederationError(f"--min-sites is {self.settings.min_sites}, with which sites have joined: it can "
-                                      "be raised, not lowered. For another one, start a new federation")
+                raise FederationError(
+                    f"--min-sites is {self.settings.min_sites}, with which sites have joined: it can "
+                    "be raised, not lowered. For another one, start a new federation"
+                )
             if change.model_fields_set & {"quorum", "min_sites"}:
                 api.check_floor(settings)
             if "late_updates" in change.model_fields_set:
                 api.check_late_updates(settings)
-            self.store.save_settings(settings, Event(self.clock(), "settings", by, None,
-                                                     change.model_dump(mode="json", exclude_unset=True)))
+            self.store.save_settings(
+                settings, Event(self.clock(), "settings", by, None, change.model_dump(mode="json", exclude_unset=True))
+            )
             self._take_over(settings)
         return settings
 
@@ -222,8 +238,10 @@ class Coordinator:
             return _receipt(gathering, site, digest, verdict, sent_to=key)
         limit = closing.limits_of(gathering.key, site, self.archive).file_bytes
         if size > limit:
-            raise RefusedError(f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are "
-                               "allowed", code="too_large")
+            raise RefusedError(
+                f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are allowed",
+                code="too_large",
+            )
         check_room(gathering.key, site, size, book=self.book, folder=self.store.folder)
         return None
 
@@ -270,8 +288,10 @@ class Coordinator:
     def _opened(self, key: GatheringKey, site: str, incoming: Path) -> Iterator[Document]:
         """Open what a site has sent. Of documents that are all JSON, one at a time: they take time and memory."""
         limits = closing.limits_of(key, site, self.archive)
-        with nullcontext() if key.kind in WEIGHT_KINDS else self._reading, \
-                open_document(incoming, limits=limits) as document:
+        with (
+            nullcontext() if key.kind in WEIGHT_KINDS else self._reading,
+            open_document(incoming, limits=limits) as document,
+        ):
             yield document
 
     def _take_back_failure(self, key: GatheringKey, site: str) -> None:
@@ -286,8 +306,9 @@ class Coordinator:
         with self.locks[key.run]:
             control = self.book.control(key.run)
             control = replace(control, failed={name: number for name, number in control.failed.items() if name != site})
-            self.store.save_control(key.run, control,
-                                    Event(self.clock(), "control", site, key.run, {"action": "is back"}))
+            self.store.save_control(
+                key.run, control, Event(self.clock(), "control", site, key.run, {"action": "is back"})
+            )
             self.book.controls[key.run] = control
         self.wake_everybody()
 
@@ -317,8 +338,9 @@ class Coordinator:
         return key if open_round is None else parse_key(round_key(key.run, open_round))
 
     def _log_refusal(self, key: str, site: str, error: FederationError) -> None:
-        self.store.add_event(Event(self.clock(), "refusal", site, key,
-                                   {"message": excerpt(str(error), LOGGED_CHARACTERS)}))
+        self.store.add_event(
+            Event(self.clock(), "refusal", site, key, {"message": excerpt(str(error), LOGGED_CHARACTERS)})
+        )
         self.announce(f"{key}: the contribution of site {site} is not accepted: {error}")
 
     def _note_late(self, gathering: Gathering, site: str) -> None:
@@ -348,19 +370,27 @@ class Coordinator:
             raise gathering.outcome.as_error()
         if isinstance(gathering.outcome, Closed):
             return self._result_of_closed(gathering, site)
-        if gathering.key.kind in ("round", "initial", "registration") \
-                and self.book.control(gathering.key.run).state == "stopped":
+        if (
+            gathering.key.kind in ("round", "initial", "registration")
+            and self.book.control(gathering.key.run).state == "stopped"
+        ):
             return self._result_of_stopped(gathering, site)
         self.closer.raise_trouble(gathering)
-        return api.Waiting(waiting_for=gathering.waiting_for, paused=gathering.is_held,
-                              lacks=0 if gathering.waiting_for else gathering.lacks)
+        return api.Waiting(
+            waiting_for=gathering.waiting_for,
+            paused=gathering.is_held,
+            lacks=0 if gathering.waiting_for else gathering.lacks,
+        )
 
     def _result_of_stopped(self, gathering: Gathering, site: str) -> Result:
         """Return the last aggregate of a run that the operator has stopped."""
         latest = self.book.latest_round(gathering.key.run)
         if latest is None:
-            raise RefusedError(f"the operator has stopped run {gathering.key.run} before its first round was closed",
-                               "Ask the coordinating site.", code="run_stopped")
+            raise RefusedError(
+                f"the operator has stopped run {gathering.key.run} before its first round was closed",
+                "Ask the coordinating site.",
+                code="run_stopped",
+            )
         return self._result_of_closed(latest, site)
 
     def _result_of_closed(self, gathering: Gathering, site: str) -> Result:
@@ -407,15 +437,15 @@ class Coordinator:
         if registration is None or not registration.is_closed:
             may_be_plain = site not in names or plans_name in names.values() or registration.outcome is not None
         else:
-            may_be_plain = site not in names and (
-                plans_name in names.values() or not self.book.run_state(run).closed)
+            may_be_plain = site not in names and (plans_name in names.values() or not self.book.run_state(run).closed)
         if may_be_plain and further not in self.book.runs():
             return run
         try:
             return run_with_plans(run, plans_name)
         except ValueError as error:
-            raise RefusedError(str(error), "Give the plans a shorter name (-overwrite_plans_name).",
-                               code="incomplete_request") from error
+            raise RefusedError(
+                str(error), "Give the plans a shorter name (-overwrite_plans_name).", code="incomplete_request"
+            ) from error
 
     def status(self, viewer: Member | None = None) -> api.Status:
         """Say what the federation is doing.
@@ -426,27 +456,40 @@ class Coordinator:
         status = self._status()
         if viewer is None or viewer.role != "site":
             return status
-        return status.model_copy(update={
-            "sites": tuple(one if one.site == viewer.name else
-                           one.model_copy(update={"bytes_received": 0, "bytes_sent": 0}) for one in status.sites),
-            "traffic": tuple(one for one in status.traffic if one.site == viewer.name)})
+        return status.model_copy(
+            update={
+                "sites": tuple(
+                    one if one.site == viewer.name else one.model_copy(update={"bytes_received": 0, "bytes_sent": 0})
+                    for one in status.sites
+                ),
+                "traffic": tuple(one for one in status.traffic if one.site == viewer.name),
+            }
+        )
 
     def _status(self) -> api.Status:
         open_gatherings = self.book.open_gatherings()[:SHOWN_GATHERINGS]
         runs = self.book.runs()[:SHOWN_GATHERINGS]
         failures = self.store.load_events("failure", last=SHOWN_FAILURES)
         return api.Status(
-            federation=self.settings.federation, time=self.clock(),
+            federation=self.settings.federation,
+            time=self.clock(),
             sites=self.members.status(),
-            waiting=tuple(api.GatheringStatus(
-                key=str(gathering.key), contributed=tuple(sorted(gathering.contributions)),
-                waiting_for=gathering.waiting_for, opened=gathering.opened, lacks=gathering.lacks,
-                refusal=without_values(gathering.refusal)[:8000])
-                for gathering in open_gatherings),
+            waiting=tuple(
+                api.GatheringStatus(
+                    key=str(gathering.key),
+                    contributed=tuple(sorted(gathering.contributions)),
+                    waiting_for=gathering.waiting_for,
+                    opened=gathering.opened,
+                    lacks=gathering.lacks,
+                    refusal=without_values(gathering.refusal)[:8000],
+                )
+                for gathering in open_gatherings
+            ),
             runs=tuple(self.book.run_state(run) for run in runs),
             progress=tuple(self._progress(run) for run in runs),
             failures=tuple(_failure_status(event) for event in failures),
-            traffic=self.members.traffic_status())
+            traffic=self.members.traffic_status(),
+        )
 
     def _progress(self, run: str) -> api.RunProgress:
         """Say how fast a run is, and what validating its aggregates has shown for all sites together."""
@@ -457,29 +500,41 @@ class Coordinator:
         durations = [later - earlier for earlier, later in zip(moments, moments[1:])]
         found = self.store.load_last_validation(run)
         return api.RunProgress(
-            run=run, last_closed=latest.outcome.time, round_s=statistics.median(durations) if durations else None,
-            validation=None if found is None else api.ValidationStatus(
-                **{name: found[name] for name in api.ValidationStatus.model_fields}))
+            run=run,
+            last_closed=latest.outcome.time,
+            round_s=statistics.median(durations) if durations else None,
+            validation=None
+            if found is None
+            else api.ValidationStatus(**{name: found[name] for name in api.ValidationStatus.model_fields}),
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
 def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> api.Receipt:
     held = gathering.contributions.get(site)
     already = verdict is Verdict.KEEP_FIRST or (gathering.is_closed and gathering.key.kind in FINAL_KINDS)
-    return api.Receipt(digest=held.digest if held else digest, already=already, waiting_for=gathering.waiting_for,
-                          key="" if str(gathering.key) == sent_to else str(gathering.key))
+    return api.Receipt(
+        digest=held.digest if held else digest,
+        already=already,
+        waiting_for=gathering.waiting_for,
+        key="" if str(gathering.key) == sent_to else str(gathering.key),
+    )
 
 
 def _failure_status(event: Event) -> api.FailureStatus:
     """Return what a line of the log says; before 2.8.1+fed.4, its texts could be longer than a status holds."""
     run, reason = (excerpt(event.detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
-    return api.FailureStatus(site=event.site, time=event.time, run=run[:500], round=event.detail["round"],
-                                reason=reason)
+    return api.FailureStatus(
+        site=event.site, time=event.time, run=run[:500], round=event.detail["round"], reason=reason
+    )
 
 
 def require_role(member: Member, *roles: Role) -> str:
     """Return the name of a member, or raise RefusedError if its role does not allow what it asks."""
     if member.role not in roles:
-        raise RefusedError(f"{member.name} is {'an' if member.role[0] == 'o' else 'a'} {member.role}: this is for "
-                           f"{' and '.join(f'{role}s' for role in roles)}", code="forbidden")
+        raise RefusedError(
+            f"{member.name} is {'an' if member.role[0] == 'o' else 'a'} {member.role}: this is for "
+            f"{' and '.join(f'{role}s' for role in roles)}",
+            code="forbidden",
+        )
     return member.name

@@ -3,6 +3,7 @@
 Three questions per kind of gathering: how large may a contribution be, is it what it should be, and what follows from
 all of them. Documents come from an `Archive` and results go to it; nothing here knows of sockets, clocks or databases.
 """
+
 from __future__ import annotations
 
 import re
@@ -106,8 +107,9 @@ def limits_of(key: GatheringKey, site: str, archive: Archive) -> Limits:
     return document_limits.message_limits(key.kind)
 
 
-def check_contribution(key: GatheringKey, site: str, document: Document, archive: Archive,
-                       settings: FederationSettings) -> None:
+def check_contribution(
+    key: GatheringKey, site: str, document: Document, archive: Archive, settings: FederationSettings
+) -> None:
     """Raise WireError unless a document is what its gathering expects of a site.
 
     That is its kind, the names, shapes and finite values of its tensors, and that it contradicts neither itself nor
@@ -115,8 +117,10 @@ def check_contribution(key: GatheringKey, site: str, document: Document, archive
     """
     expected = MESSAGE_OF_KIND[key.kind]
     if not isinstance(document.message, expected):
-        raise WireError(f"{key} takes messages of kind {expected.model_fields['kind'].default}, "
-                        f"this one is of kind {document.message.kind}")
+        raise WireError(
+            f"{key} takes messages of kind {expected.model_fields['kind'].default}, "
+            f"this one is of kind {document.message.kind}"
+        )
     expected_tensors = _expected_tensors(key, site, document.message, archive)
     if key.kind == "round":
         _check_precision(document, expected_tensors)
@@ -136,9 +140,14 @@ def check_contribution(key: GatheringKey, site: str, document: Document, archive
 
 def _expected_tensors(key: GatheringKey, site: str, message: Any, archive: Archive) -> Mapping[str, TensorSpec]:
     if key.kind == "coarse":
-        return {f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(message.moments))}
+        return {
+            f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(message.moments))
+        }
     if key.kind == "fine":
-        fine = {f"fine.{c}": TensorSpec("I64", (len(bins), fingerprint_statistics.NUM_BINS)) for c, bins in enumerate(message.bins)}
+        fine = {
+            f"fine.{c}": TensorSpec("I64", (len(bins), fingerprint_statistics.NUM_BINS))
+            for c, bins in enumerate(message.bins)
+        }
         return fine | {f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in message.corrected}
     if key.kind in WEIGHT_KINDS:
         return _expected_weights(key, site, archive)
@@ -156,8 +165,10 @@ def _expected_weights(key: GatheringKey, site: str, archive: Archive) -> dict[st
 def _check_precision(document: Document, expected: Mapping[str, TensorSpec]) -> None:
     for name, spec in document.specs.items():
         if name in expected and expected[name].dtype != spec.dtype:
-            raise WireError(f"tensor {name} travels as {expected[name].dtype} in this federation, not as {spec.dtype}: "
-                            "this site needs the version of the software that the coordinator has")
+            raise WireError(
+                f"tensor {name} travels as {expected[name].dtype} in this federation, not as {spec.dtype}: "
+                "this site needs the version of the software that the coordinator has"
+            )
 
 
 def _check_coarse(site: str, document: Document, archive: Archive) -> None:
@@ -165,8 +176,10 @@ def _check_coarse(site: str, document: Document, archive: Archive) -> None:
         census = earlier.message
     summary = document.message
     if (len(summary.spacings), len(summary.moments)) != (census.num_cases, len(census.channel_names)):
-        raise WireError(f"the summary has {len(summary.spacings)} cases and {len(summary.moments)} channels, the "
-                        f"census of site {site} {census.num_cases} and {len(census.channel_names)}")
+        raise WireError(
+            f"the summary has {len(summary.spacings)} cases and {len(summary.moments)} channels, the "
+            f"census of site {site} {census.num_cases} and {len(census.channel_names)}"
+        )
     plausibility.check_geometry(summary.spacings, summary.relative_sizes)
     for channel, moments in enumerate(summary.moments):
         histogram = fingerprint_statistics.pool_histograms([document.read(f"coarse.{channel}")])
@@ -201,11 +214,13 @@ def _coarse_of(key: GatheringKey, site: str, channel: int, archive: Archive) -> 
         return document.read(f"coarse.{channel}")
 
 
-def _check_validation(key: GatheringKey, site: str, message: messages.Validation, archive: Archive,
-                      settings: FederationSettings) -> None:
+def _check_validation(
+    key: GatheringKey, site: str, message: messages.Validation, archive: Archive, settings: FederationSettings
+) -> None:
     registration = archive.registration(key.run, site)
-    largest = plausibility.largest_validation(registration.plans, registration.configuration,
-                                              settings.num_val_iterations_per_epoch)
+    largest = plausibility.largest_validation(
+        registration.plans, registration.configuration, settings.num_val_iterations_per_epoch
+    )
     counted = max(sum(voxels) for voxels in zip(message.tp, message.fp, message.fn, strict=True))
     if counted > largest:
         raise StatisticsError("more voxels were validated than so many batches of such patches have")
@@ -221,9 +236,11 @@ def _check_registration(key: GatheringKey, site: str, message: messages.Registra
     planned = _planned_cases(site, archive)
     # What was registered before the software compared this is left alone: its run goes on.
     if planned is not None and message.num_training_cases > planned and not archive.has_contributed(str(key), site):
-        raise WireError(f"site {site} registers {message.num_training_cases} training cases, and had {planned} cases "
-                        "in all when the fingerprints were pooled. Train with the dataset that was planned with, or "
-                        "plan with all cases in a new federation")
+        raise WireError(
+            f"site {site} registers {message.num_training_cases} training cases, and had {planned} cases "
+            "in all when the fingerprints were pooled. Train with the dataset that was planned with, or "
+            "plan with all cases in a new federation"
+        )
 
 
 def _planned_cases(site: str, archive: Archive) -> int | None:
@@ -296,8 +313,9 @@ def close(gathering: Gathering, settings: FederationSettings, archive: Archive) 
     return Computed(write_document(archive.result_path(str(gathering.key)), result, {}, []), record, remarks)
 
 
-def _compute_message(key: GatheringKey, documents: Mapping[str, Document], settings: FederationSettings,
-                     archive: Archive) -> messages.Message:
+def _compute_message(
+    key: GatheringKey, documents: Mapping[str, Document], settings: FederationSettings, archive: Archive
+) -> messages.Message:
     """Compute the result of a gathering whose result has no tensors."""
     contributed = {site: document.message for site, document in documents.items()}
     if key.kind == "census":
@@ -315,8 +333,9 @@ def _compute_message(key: GatheringKey, documents: Mapping[str, Document], setti
         before = archive.messages(prerequisite(key).text)
         return agree_on_plans({site: message.plans for site, message in {**before, **contributed}.items()})
     if key.kind == "validation":
-        return pooled_validation.pool(key.number, contributed, before=archive.last_validation(key.run),
-                               min_sites=settings.min_sites)
+        return pooled_validation.pool(
+            key.number, contributed, before=archive.last_validation(key.run), min_sites=settings.min_sites
+        )
     if key.kind == "admission":
         return _admit(key, contributed[key.site], archive)
     return match_registrations(contributed, settings)
@@ -343,20 +362,26 @@ def _show_in(contributed: Mapping[str, messages.Census], archive: Archive) -> me
     return pool_census(before)
 
 
-def _pool_fingerprint(key: GatheringKey, documents: Mapping[str, Document],
-                      archive: Archive) -> messages.PooledFingerprint | messages.WantedBins:
+def _pool_fingerprint(
+    key: GatheringKey, documents: Mapping[str, Document], archive: Archive
+) -> messages.PooledFingerprint | messages.WantedBins:
     """Pool the fingerprint; or return other bins, if corrected histograms show that the percentiles lie in those."""
     following = parse_key(fine_key((key.number or 0) + 1))  # before which these histograms are the last
     with ExitStack() as stack:
         summaries = [stack.enter_context(archive.contribution(COARSE_KEY, site)).message for site in documents]
-        coarse = [fingerprint_statistics.pool_histograms(_coarse_of(following, site, channel, archive) for site in documents)
-                  for channel in range(len(summaries[0].moments))]
+        coarse = [
+            fingerprint_statistics.pool_histograms(_coarse_of(following, site, channel, archive) for site in documents)
+            for channel in range(len(summaries[0].moments))
+        ]
         wanted = _wanted_bins(coarse)
         if any(document.message.bins != wanted.bins for document in documents.values()):
             return wanted
-        fingerprint = fingerprint_statistics.pool_fingerprint(summaries, coarse, _pool_channels(documents.values(), "fine"))
-    return messages.PooledFingerprint(num_cases=sum(len(summary.spacings) for summary in summaries),
-                                      fingerprint=fingerprint)
+        fingerprint = fingerprint_statistics.pool_fingerprint(
+            summaries, coarse, _pool_channels(documents.values(), "fine")
+        )
+    return messages.PooledFingerprint(
+        num_cases=sum(len(summary.spacings) for summary in summaries), fingerprint=fingerprint
+    )
 
 
 def _wanted_bins(coarse: Iterable[Any]) -> messages.WantedBins:
@@ -367,8 +392,10 @@ def _pool_channels(documents: Iterable[Document], name: str) -> list[Any]:
     """Add up the histograms `<name>.<channel>` of all sites, channel by channel."""
     documents = list(documents)
     num_channels = sum(tensor.startswith(f"{name}.") for tensor in documents[0].specs)
-    return [fingerprint_statistics.pool_histograms(document.read(f"{name}.{channel}") for document in documents)
-            for channel in range(num_channels)]
+    return [
+        fingerprint_statistics.pool_histograms(document.read(f"{name}.{channel}") for document in documents)
+        for channel in range(num_channels)
+    ]
 
 
 def _geometry_of(summary: messages.CoarseSummary) -> plausibility.Geometry:
@@ -377,14 +404,21 @@ def _geometry_of(summary: messages.CoarseSummary) -> plausibility.Geometry:
 
 def check_same_units(geometries: Mapping[str, plausibility.Geometry]) -> None:
     """Raise RefusedError, naming the sites, if scans differ so much in size that their units must differ."""
-    odd = {site: factor for site, factor in plausibility.factors_to_nearest(geometries).items()
-           if plausibility.is_at_least(factor, plausibility.IMPOSSIBLE_FACTOR)}
+    odd = {
+        site: factor
+        for site, factor in plausibility.factors_to_nearest(geometries).items()
+        if plausibility.is_at_least(factor, plausibility.IMPOSSIBLE_FACTOR)
+    }
     if odd:
-        described = ", ".join(f"those of site {site} are {plausibility.describe_factor(factor)}"
-                              for site, factor in sorted(odd.items()))
-        raise RefusedError(f"the scans cannot all have spacings in millimetres: in every direction and in voxel size, "
-                           f"{described} than those of any other site", "Look at the spacings in the images' headers "
-                           "at these sites, mend them, and plan again.", code="datasets_differ")
+        described = ", ".join(
+            f"those of site {site} are {plausibility.describe_factor(factor)}" for site, factor in sorted(odd.items())
+        )
+        raise RefusedError(
+            f"the scans cannot all have spacings in millimetres: in every direction and in voxel size, "
+            f"{described} than those of any other site",
+            "Look at the spacings in the images' headers at these sites, mend them, and plan again.",
+            code="datasets_differ",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ remarks
@@ -400,27 +434,37 @@ def _remarks(key: GatheringKey, documents: Mapping[str, Document], result: messa
 def _remarks_on_geometry(geometries: Mapping[str, plausibility.Geometry]) -> Iterator[str]:
     for site, factor in sorted(plausibility.factors_to_nearest(geometries).items()):
         if plausibility.is_at_least(factor, plausibility.ODD_FACTOR):
-            spacing, extent = (plausibility.in_mm(lengths) for lengths in (geometries[site].spacing,
-                                                                           geometries[site].extent))
-            yield (f"the scans of site {site} are {plausibility.describe_factor(factor)} than those of any other site: "
-                   f"median spacing {spacing}, extent {extent}. Ask whether its units are right before anybody "
-                   "preprocesses")
+            spacing, extent = (
+                plausibility.in_mm(lengths) for lengths in (geometries[site].spacing, geometries[site].extent)
+            )
+            yield (
+                f"the scans of site {site} are {plausibility.describe_factor(factor)} than those of any other site: "
+                f"median spacing {spacing}, extent {extent}. Ask whether its units are right before anybody "
+                "preprocesses"
+            )
 
 
-def _remarks_on_match(key: GatheringKey, registered: Mapping[str, messages.Registration],
-                      match: messages.Match) -> Iterator[str]:
+def _remarks_on_match(
+    key: GatheringKey, registered: Mapping[str, messages.Registration], match: messages.Match
+) -> Iterator[str]:
     """Say what each site counts, and what only two of them have."""
     cases = {site: message.num_training_cases for site, message in registered.items()}
     weights = cases if match.weighting == "cases" else dict.fromkeys(cases, 1)
-    counted = ", ".join(f"{site} {_cases(number)}" + (f" ({weights[site] / sum(weights.values()):.0%})"
-                                                      if key.kind == "registration" else "")
-                        for site, number in sorted(cases.items()))
-    yield (f"run {key.run}: {counted}; sites count "
-           f"{'by their training cases' if match.weighting == 'cases' else 'the same'}")
+    counted = ", ".join(
+        f"{site} {_cases(number)}"
+        + (f" ({weights[site] / sum(weights.values()):.0%})" if key.kind == "registration" else "")
+        for site, number in sorted(cases.items())
+    )
+    yield (
+        f"run {key.run}: {counted}; sites count "
+        f"{'by their training cases' if match.weighting == 'cases' else 'the same'}"
+    )
     pairs = sum(len(sites) == 2 for sites in match.shared.values())
     if pairs and len(match.coverage) > 2:
-        yield (f"run {key.run}: {pairs} of {len(match.shared)} shared tensors are those of two sites only, which can "
-               "compute each other's: found federations with --min-sites 3 where that must not be")
+        yield (
+            f"run {key.run}: {pairs} of {len(match.shared)} shared tensors are those of two sites only, which can "
+            "compute each other's: found federations with --min-sites 3 where that must not be"
+        )
 
 
 def _cases(number: int) -> str:
@@ -433,9 +477,12 @@ def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> messages.PlansAgre
     difference = find_difference(comparable, "plans")
     if difference:
         # The values stay here: those of plans that a site has made alone tell of its data.
-        raise RefusedError(f"the plans differ: {difference.without_values()}",
-                           "Plan again at all sites, with the same options and the same version: "
-                           "nnUNetv2_plan_and_preprocess --federated.", code="plans_differ")
+        raise RefusedError(
+            f"the plans differ: {difference.without_values()}",
+            "Plan again at all sites, with the same options and the same version: "
+            "nnUNetv2_plan_and_preprocess --federated.",
+            code="plans_differ",
+        )
     return messages.PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
 
 
@@ -445,30 +492,44 @@ def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:
     for site, digest in sorted(digests.items()):
         groups.setdefault(digest, []).append(site)
     if len(groups) > 1:
-        given = "; ".join(f"{', '.join(sites)}: {'none' if digest is None else f'SHA-256 {digest[:12]}...'}"
-                          for digest, sites in groups.items())
-        raise RefusedError(f"the sites do not start from the same pretrained weights ({given})",
-                           "Give the same file as -pretrained_weights at all sites, or give none anywhere.",
-                           code="weights_differ")
+        given = "; ".join(
+            f"{', '.join(sites)}: {'none' if digest is None else f'SHA-256 {digest[:12]}...'}"
+            for digest, sites in groups.items()
+        )
+        raise RefusedError(
+            f"the sites do not start from the same pretrained weights ({given})",
+            "Give the same file as -pretrained_weights at all sites, or give none anywhere.",
+            code="weights_differ",
+        )
 
 
-def match_registrations(contributed: Mapping[str, messages.Registration],
-                        settings: FederationSettings) -> messages.Match:
+def match_registrations(
+    contributed: Mapping[str, messages.Registration], settings: FederationSettings
+) -> messages.Match:
     """Decide what the sites of a run share."""
     _check_compatible(contributed)
     check_pretrained_weights({site: message.pretrained_weights for site, message in contributed.items()})
     cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
     try:
-        matched = matching.match_tensors({site: message.tensors for site, message in contributed.items()},
-                                         rule=settings.matching, min_sites=settings.min_sites)
+        matched = matching.match_tensors(
+            {site: message.tensors for site, message in contributed.items()},
+            rule=settings.matching,
+            min_sites=settings.min_sites,
+        )
     except MatchingError as error:
         raise RefusedError(str(error), code="nothing_shared") from error
     return messages.Match(
-        rule=settings.matching, weighting=settings.weighting, precision=settings.precision,
+        rule=settings.matching,
+        weighting=settings.weighting,
+        precision=settings.precision,
         weights=dict.fromkeys(contributed, 1.0),
-        num_epochs=settings.num_epochs, num_iterations_per_epoch=settings.num_iterations_per_epoch,
+        num_epochs=settings.num_epochs,
+        num_iterations_per_epoch=settings.num_iterations_per_epoch,
         num_val_iterations_per_epoch=settings.num_val_iterations_per_epoch,
-        shared=matched.shared, initial_owner=matching.choose_owners(matched.shared, cases), coverage=matched.coverage)
+        shared=matched.shared,
+        initial_owner=matching.choose_owners(matched.shared, cases),
+        coverage=matched.coverage,
+    )
 
 
 def _check_compatible(registered: Mapping[str, messages.Registration]) -> None:
@@ -487,54 +548,94 @@ def check_same_dataset(described: Mapping[str, messages.Census | messages.Traini
             # Regions are numbered by their place in the file.
             difference = first_difference({site: list(labels) for site, labels in values.items()}, "order of labels")
         if difference:
-            raise RefusedError(f"the sites' datasets do not go together: {difference}",
-                               "Make dataset.json (and the segmentations) agree, then run the command again.",
-                               code="datasets_differ")
+            raise RefusedError(
+                f"the sites' datasets do not go together: {difference}",
+                "Make dataset.json (and the segmentations) agree, then run the command again.",
+                code="datasets_differ",
+            )
 
 
 def _close_initial(gathering: Gathering, documents: Mapping[str, Document], archive: Archive) -> str:
     match = archive.agreement(gathering.key.run).match
     owners = set(match.initial_owner.values())
-    message = messages.Aggregate(round=None, missing=gathering.outcome.missing,
-                                 contributors={site: 1.0 for site in documents if site in owners})
-    return weighted_mean.collect_from_owners(documents, match.initial_owner, message=message,
-                                           out_path=archive.result_path(str(gathering.key)))
+    message = messages.Aggregate(
+        round=None, missing=gathering.outcome.missing, contributors={site: 1.0 for site in documents if site in owners}
+    )
+    return weighted_mean.collect_from_owners(
+        documents, match.initial_owner, message=message, out_path=archive.result_path(str(gathering.key))
+    )
 
 
-def _close_round(gathering: Gathering, documents: Mapping[str, Document], settings: FederationSettings,
-                 archive: Archive) -> Computed:
+def _close_round(
+    gathering: Gathering, documents: Mapping[str, Document], settings: FederationSettings, archive: Archive
+) -> Computed:
     key, agreement = gathering.key, archive.agreement(gathering.key.run)
     weights = {site: agreement.weights[site] for site in documents}
-    message = messages.Aggregate(round=key.number, missing=gathering.outcome.missing,
-                                 contributors=dict.fromkeys(documents, 1.0))
-    measured = {site: document.message.model_dump(mode="json", include={"metrics", "earlier"})
-                for site, document in documents.items()}
+    message = messages.Aggregate(
+        round=key.number, missing=gathering.outcome.missing, contributors=dict.fromkeys(documents, 1.0)
+    )
+    measured = {
+        site: document.message.model_dump(mode="json", include={"metrics", "earlier"})
+        for site, document in documents.items()
+    }
     before = round_key(key.run, key.number - 1) if key.number else initial_key(key.run)
     with archive.result(before) as previous:
-        done = weighted_mean.aggregate_documents(documents, weights, message=message, previous=previous,
-                                               out_path=archive.result_path(str(key)),
-                                               precision=agreement.match.precision, min_sites=settings.min_sites)
-    remarks = () if not done.kept else (
-        f"run {key.run}, round {key.number}: {len(done.kept)} tensors keep their values, since fewer than "
-        f"{settings.min_sites} of the sites that have them took part: {', '.join(done.kept[:3])}"
-        f"{', ...' if len(done.kept) > 3 else ''}",)
+        done = weighted_mean.aggregate_documents(
+            documents,
+            weights,
+            message=message,
+            previous=previous,
+            out_path=archive.result_path(str(key)),
+            precision=agreement.match.precision,
+            min_sites=settings.min_sites,
+        )
+    remarks = (
+        ()
+        if not done.kept
+        else (
+            f"run {key.run}, round {key.number}: {len(done.kept)} tensors keep their values, since fewer than "
+            f"{settings.min_sites} of the sites that have them took part: {', '.join(done.kept[:3])}"
+            f"{', ...' if len(done.kept) > 3 else ''}",
+        )
+    )
     return Computed(done.digest, record_of_round(gathering, weights, measured, settings, done), remarks)
 
 
-def record_of_round(gathering: Gathering, weights: Mapping[str, float], measured: Mapping[str, Mapping[str, Any]],
-                    settings: FederationSettings, done: weighted_mean.Aggregated) -> dict[str, Any]:
+def record_of_round(
+    gathering: Gathering,
+    weights: Mapping[str, float],
+    measured: Mapping[str, Mapping[str, Any]],
+    settings: FederationSettings,
+    done: weighted_mean.Aggregated,
+) -> dict[str, Any]:
     """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held.
 
     Args:
         measured: Site -> the metrics of its update, and those of an earlier round that came with it. They stay here:
             the other sites do not see them.
     """
-    contributed = {site: {"weight": weight, "digest": held.digest, "bytes": held.size, "received": held.received,
-                          **measured[site], "change_norm": done.changes[site].norm,
-                          "change_rms": done.changes[site].rms}
-                   for site, weight in weights.items() for held in (gathering.contributions[site],)}
-    return {"round": gathering.key.number, "opened": gathering.opened, "closed": gathering.outcome.time,
-            "digest": done.digest, "sites": contributed, "missing": list(gathering.outcome.missing),
-            "failed": sorted(gathering.excused & set(gathering.outcome.missing)),
-            "outliers": weighted_mean.outliers(done.changes), "kept": len(done.kept),
-            "settings": settings.model_dump(mode="json", exclude={"federation", "sites"})}
+    contributed = {
+        site: {
+            "weight": weight,
+            "digest": held.digest,
+            "bytes": held.size,
+            "received": held.received,
+            **measured[site],
+            "change_norm": done.changes[site].norm,
+            "change_rms": done.changes[site].rms,
+        }
+        for site, weight in weights.items()
+        for held in (gathering.contributions[site],)
+    }
+    return {
+        "round": gathering.key.number,
+        "opened": gathering.opened,
+        "closed": gathering.outcome.time,
+        "digest": done.digest,
+        "sites": contributed,
+        "missing": list(gathering.outcome.missing),
+        "failed": sorted(gathering.excused & set(gathering.outcome.missing)),
+        "outliers": weighted_mean.outliers(done.changes),
+        "kept": len(done.kept),
+        "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),
+    }

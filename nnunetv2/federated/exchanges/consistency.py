@@ -1,4 +1,5 @@
 """Find where the sites' settings differ, and say so in one sentence."""
+
 from __future__ import annotations
 
 import json
@@ -28,15 +29,17 @@ class Difference:
     """JSON text of a value, or "absent" -> the names of those that hold it."""
 
     def __str__(self) -> str:
-        texts = [f"{printable(text, most=_SHOWN_CHARACTERS)} at {', '.join(names)}"
-                 for text, names in self.held.items()]
+        texts = [
+            f"{printable(text, most=_SHOWN_CHARACTERS)} at {', '.join(names)}" for text, names in self.held.items()
+        ]
         return printable(f"{self.place} is {', '.join(texts[:-1])} and {texts[-1]}", most=_MOST_CHARACTERS)
 
     def without_values(self) -> str:
         """Say which of them hold the same, and not what: values of plans that a site has made tell of its data."""
         groups = [f"at {', '.join(names)}" for names in self.held.values()]
-        return printable(f"{self.place} is not the same {', '.join(groups[:-1])} and {groups[-1]}",
-                         most=_MOST_CHARACTERS)
+        return printable(
+            f"{self.place} is not the same {', '.join(groups[:-1])} and {groups[-1]}", most=_MOST_CHARACTERS
+        )
 
 
 def first_difference(values: Mapping[str, Any], place: str) -> str | None:
@@ -96,8 +99,10 @@ def _groups(values: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _are_lists_of_one_length(values: Mapping[str, Any]) -> bool:
-    return (all(isinstance(value, list) for value in values.values())
-            and len({len(value) for value in values.values()}) == 1)
+    return (
+        all(isinstance(value, list) for value in values.values())
+        and len({len(value) for value in values.values()}) == 1
+    )
 
 
 def _as_text(value: Any) -> str:

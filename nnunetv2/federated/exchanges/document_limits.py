@@ -3,6 +3,7 @@
 What a header may hold follows from facts that are known already: cases, channels, tensors. So nobody can make another
 one parse megabytes of nonsense, and what is too large is refused before it is sent.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -16,8 +17,15 @@ _PLANS = Limits(header_bytes=2 << 20, elements=5 * MAX_LABELS)
 _REGISTRATION = Limits(header_bytes=4 << 20, elements=5 * MAX_TENSORS)
 """Plans, labels, and the names and shapes of all tensors."""
 OF_MESSAGE: dict[Kind, Limits] = {
-    "census": _SMALL, "late_census": _SMALL, "fine": _SMALL, "validation": _SMALL, "plans": _PLANS,
-    "late_plans": _PLANS, "registration": _REGISTRATION, "admission": _REGISTRATION}
+    "census": _SMALL,
+    "late_census": _SMALL,
+    "fine": _SMALL,
+    "validation": _SMALL,
+    "plans": _PLANS,
+    "late_plans": _PLANS,
+    "registration": _REGISTRATION,
+    "admission": _REGISTRATION,
+}
 """Headers of what sites send, where nothing is known beforehand. Those of real sites have some tens of KiB."""
 METRICS_BYTES = 128 << 10
 """The figures that come with an update, those of its own round and of an earlier one."""
@@ -36,23 +44,31 @@ _LARGEST_HEADER = 64 << 20
 def weights_limits(specs: Mapping[str, TensorSpec]) -> Limits:
     """Return the limits of a set of weights, of which these tensors are expected."""
     header = METRICS_BYTES + sum(_TENSOR_BYTES + len(name) for name in specs)
-    return Limits(file_bytes=8 + header + sum(spec.nbytes for spec in specs.values()), header_bytes=header,
-                  elements=_METRICS_ELEMENTS + _TENSOR_ELEMENTS * len(specs))
+    return Limits(
+        file_bytes=8 + header + sum(spec.nbytes for spec in specs.values()),
+        header_bytes=header,
+        elements=_METRICS_ELEMENTS + _TENSOR_ELEMENTS * len(specs),
+    )
 
 
 def coarse_limits(num_cases: int, num_channels: int, *, tensor_bytes: int) -> Limits:
     """Return the limits of a coarse summary, given what the census of its site says."""
     header = (64 << 10) + _CASE_BYTES * num_cases + _CHANNEL_BYTES * num_channels
     of_channels = _CHANNEL_ELEMENTS * num_channels
-    return Limits(file_bytes=8 + header + tensor_bytes, header_bytes=header, quotes=100 + of_channels,
-                  elements=1000 + _CASE_ELEMENTS * num_cases + of_channels)
+    return Limits(
+        file_bytes=8 + header + tensor_bytes,
+        header_bytes=header,
+        quotes=100 + of_channels,
+        elements=1000 + _CASE_ELEMENTS * num_cases + of_channels,
+    )
 
 
 def message_limits(kind: Kind, *, tensor_bytes: int = 0) -> Limits:
     """Return the limits of a document that is all message, or whose tensors have so many bytes."""
     limits = OF_MESSAGE[kind]
-    return Limits(file_bytes=8 + limits.header_bytes + tensor_bytes, header_bytes=limits.header_bytes,
-                  elements=limits.elements)
+    return Limits(
+        file_bytes=8 + limits.header_bytes + tensor_bytes, header_bytes=limits.header_bytes, elements=limits.elements
+    )
 
 
 def result_limits(kind: Kind, *, num_cases: int | None = None) -> Limits:
@@ -67,6 +83,8 @@ def result_limits(kind: Kind, *, num_cases: int | None = None) -> Limits:
         return Limits(header_bytes=_LARGEST_HEADER, elements=1_000_000)
     if kind == "fine":
         cases = MAX_CASES if num_cases is None else num_cases
-        return Limits(header_bytes=min(_LARGEST_HEADER, (1 << 20) + _CASE_BYTES * cases),
-                      elements=min(4_000_000, 5 * MAX_LABELS + _CASE_ELEMENTS * cases))
+        return Limits(
+            header_bytes=min(_LARGEST_HEADER, (1 << 20) + _CASE_BYTES * cases),
+            elements=min(4_000_000, 5 * MAX_LABELS + _CASE_ELEMENTS * cases),
+        )
     return _SMALL

@@ -1,4 +1,5 @@
 """Open documents that were contributed or computed earlier, and know what the sites of a run agreed on."""
+
 from __future__ import annotations
 
 import json
@@ -48,9 +49,14 @@ class Archive:
         last_validation: Run -> the record of its newest pooled validation, or None.
     """
 
-    def __init__(self, contribution_path: Callable[[str, str, str], Path], result_path: Callable[[str], Path],
-                 find: Callable[[str], Gathering | None], admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
-                 last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None) -> None:
+    def __init__(
+        self,
+        contribution_path: Callable[[str, str, str], Path],
+        result_path: Callable[[str], Path],
+        find: Callable[[str], Gathering | None],
+        admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
+        last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None,
+    ) -> None:
         self._contribution_path = contribution_path
         self.result_path = result_path
         self._find = find
@@ -82,9 +88,12 @@ class Archive:
         """Open everything that counts in a gathering: site -> document, in the order of the sites' names."""
         key = str(gathering.key)
         with ExitStack() as stack:
-            yield {site: stack.enter_context(open_document(
-                       self._contribution_path(key, site, gathering.contributions[site].digest)))
-                   for site in gathering.outcome.contributors}
+            yield {
+                site: stack.enter_context(
+                    open_document(self._contribution_path(key, site, gathering.contributions[site].digest))
+                )
+                for site in gathering.outcome.contributors
+            }
 
     def pooled_fingerprint(self) -> dict[str, Any] | None:
         """Return the fingerprint that the sites have pooled, or None if they have not, or not yet."""

@@ -12,6 +12,7 @@ What compares a latecomer with what the others have settled is a gathering of it
 Who is expected, who has failed and whether a run is paused may change while a gathering is open: `book.py` knows, and
 hands out gatherings with what holds at the moment.
 """
+
 from __future__ import annotations
 
 import re
@@ -35,8 +36,19 @@ from nnunetv2.federated.protocol.messages import (
 )
 from nnunetv2.utilities.plain_text import printable
 
-Kind = Literal["census", "coarse", "fine", "plans", "late_census", "late_plans", "registration", "admission", "initial",
-               "round", "validation"]
+Kind = Literal[
+    "census",
+    "coarse",
+    "fine",
+    "plans",
+    "late_census",
+    "late_plans",
+    "registration",
+    "admission",
+    "initial",
+    "round",
+    "validation",
+]
 FINAL_KINDS: frozenset[Kind] = frozenset({"initial", "round", "validation"})
 """Where the first acknowledged contribution stays: weights are never sent twice with different values in good faith."""
 POOLED_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "registration", "initial", "round"})
@@ -96,8 +108,9 @@ def parse_key(text: str) -> GatheringKey:
         return GatheringKey(text, "round" if match[2] == "rounds" else "validation", match[1], int(match[3]))
     if match := re.fullmatch(f"runs/({_SEGMENT})/admissions/({_SITE})", text):
         return GatheringKey(text, "admission", match[1], site=match[2])
-    raise RefusedError(f"there is no gathering {text[:200]!r}", "Use matching versions at all sites.",
-                       code="unknown_gathering")
+    raise RefusedError(
+        f"there is no gathering {text[:200]!r}", "Use matching versions at all sites.", code="unknown_gathering"
+    )
 
 
 def prerequisite(key: GatheringKey) -> GatheringKey | None:
@@ -211,15 +224,23 @@ class Gathering:
         return tuple(sorted(self.expected & self.contributions.keys()))
 
 
-def fresh_gathering(key: GatheringKey, settings: FederationSettings, *, expected: Iterable[str] | None = None,
-                    required: Iterable[str] = ()) -> Gathering:
+def fresh_gathering(
+    key: GatheringKey,
+    settings: FederationSettings,
+    *,
+    expected: Iterable[str] | None = None,
+    required: Iterable[str] = (),
+) -> Gathering:
     """Return a gathering that nobody has contributed to; all sites are expected unless told otherwise."""
     by_quorum = key.kind in FINAL_KINDS  # statistics, plans and matches are about all sites or about nothing
-    return Gathering(key=key, expected=frozenset(settings.sites if expected is None else expected),
-                     required=frozenset(required),
-                     quorum=settings.quorum if by_quorum else None,
-                     floor=settings.min_sites if key.kind in POOLED_KINDS else 1,
-                     deadline_s=settings.deadline_s if by_quorum else None)
+    return Gathering(
+        key=key,
+        expected=frozenset(settings.sites if expected is None else expected),
+        required=frozenset(required),
+        quorum=settings.quorum if by_quorum else None,
+        floor=settings.min_sites if key.kind in POOLED_KINDS else 1,
+        deadline_s=settings.deadline_s if by_quorum else None,
+    )
 
 
 class Verdict(Enum):
@@ -247,8 +268,11 @@ def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
         return Verdict.SAME
     if site not in gathering.expected:
         if gathering.is_closed and gathering.key.kind in MISSABLE_KINDS:
-            raise RefusedError(f"{gathering.key} was closed before site {site} came",
-                               "Start the command again: it asks to be let in late.", code="closed_without")
+            raise RefusedError(
+                f"{gathering.key} was closed before site {site} came",
+                "Start the command again: it asks to be let in late.",
+                code="closed_without",
+            )
         raise RefusedError(f"site {site} does not take part in {gathering.key}", code="not_expected")
     if gathering.key.kind in FINAL_KINDS:
         is_over = held is not None or gathering.is_closed or (gathering.is_superseded and is_enough(gathering))
@@ -270,7 +294,9 @@ def changed_since(key: GatheringKey, site: str, change: str = "") -> RefusedErro
         f"{key} is closed, and what site {site} sends now differs from what it sent before{change and f': {change}'}",
         "Its data, plans or network have changed since: undo the change, or start a new federation "
         "(nnUNetv2_fed_coordinator --folder NEW). Changed plans can also go by another name "
-        "(-overwrite_plans_name).", code="already_closed")
+        "(-overwrite_plans_name).",
+        code="already_closed",
+    )
 
 
 def with_contribution(gathering: Gathering, site: str, contribution: Contribution) -> Gathering:
@@ -291,8 +317,11 @@ def may_close(gathering: Gathering, now: float) -> bool:
     if gathering.outcome is not None or gathering.is_held or not gathering.counted or gathering.lacks:
         return False
     due = due_at(gathering)
-    return (not gathering.waiting_for or (gathering.is_superseded and is_enough(gathering))
-            or (due is not None and now >= due))
+    return (
+        not gathering.waiting_for
+        or (gathering.is_superseded and is_enough(gathering))
+        or (due is not None and now >= due)
+    )
 
 
 def is_enough(gathering: Gathering) -> bool:

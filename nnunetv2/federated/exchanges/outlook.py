@@ -2,6 +2,7 @@
 
 Plans that a site has made alone tell of its data: what is said here names fields and sites, never values.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -27,8 +28,11 @@ class Outlook:
     """Why there will be none."""
 
     def __str__(self) -> str:
-        return f"there will be no common model: {self.obstacle}" if self.obstacle else \
-            f"there will be a common model, with the network of {self.trainer}"
+        return (
+            f"there will be no common model: {self.obstacle}"
+            if self.obstacle
+            else f"there will be a common model, with the network of {self.trainer}"
+        )
 
 
 def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) -> Outlook:
@@ -57,12 +61,16 @@ def network_trainer(registration: Registration) -> str:
 def missing_tensor(site: str, registration: Registration, match: Match) -> str:
     """Say which tensor the model of a site would lack; empty if there is none."""
     shared = {sites[site] for sites in match.shared.values() if site in sites}
-    lacking = next((entry for entry in registration.tensors if entry.name not in shared and not is_counter(entry.name)),
-                   None)
+    lacking = next(
+        (entry for entry in registration.tensors if entry.name not in shared and not is_counter(entry.name)), None
+    )
     if lacking is None:
         return ""
-    what = "holds whole numbers, which are not averaged" if lacking.dtype.startswith(("I", "U", "B")) \
-        and lacking.dtype != "BF16" else "is not shared by the sites"
+    what = (
+        "holds whole numbers, which are not averaged"
+        if lacking.dtype.startswith(("I", "U", "B")) and lacking.dtype != "BF16"
+        else "is not shared by the sites"
+    )
     return f"tensor {lacking.name} of the network {what}"
 
 
@@ -74,7 +82,8 @@ def is_counter(name: str) -> bool:
 def counters_of(registration: Registration) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a network that only count: name -> shape, under all their names."""
     shapes: Mapping[str, tuple[int, ...]] = {
-        entry.name: entry.shape for entry in registration.tensors if is_counter(entry.name)}
+        entry.name: entry.shape for entry in registration.tensors if is_counter(entry.name)
+    }
     return {**shapes, **{alias: shapes[name] for alias, name in registration.aliases.items() if name in shapes}}
 
 
@@ -88,6 +97,8 @@ def _difference(first: str, model: Registration, site: str, other: Registration)
     if trainers[0] != trainers[1]:
         return f"the network of site {first} is that of {trainers[0]}, the network of site {site} that of {trainers[1]}"
     if None not in (model.architecture, other.architecture) and model.architecture != other.architecture:
-        return (f"the networks of sites {first} and {site} are made of other modules, although the trainer is called "
-                f"{model.trainer} at both")
+        return (
+            f"the networks of sites {first} and {site} are made of other modules, although the trainer is called "
+            f"{model.trainer} at both"
+        )
     return ""

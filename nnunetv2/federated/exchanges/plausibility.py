@@ -3,6 +3,7 @@
 A site that is broken, or whose scans have other units, would otherwise spoil the plans of all. What cannot be right is
 refused; what is odd is said. Refusals name no figures of the data: observers read them too.
 """
+
 from __future__ import annotations
 
 import math
@@ -30,7 +31,9 @@ VALIDATION_SLACK = 10
 
 
 # ---------------------------------------------------------------------------------------------------------- moments
-def check_moments(moments: fingerprint_statistics.ChannelMoments, coarse: np.ndarray, *, is_whole: bool = False) -> None:
+def check_moments(
+    moments: fingerprint_statistics.ChannelMoments, coarse: np.ndarray, *, is_whole: bool = False
+) -> None:
     """Raise StatisticsError if mean and squared deviations cannot be those of the values in a histogram.
 
     Args:
@@ -43,7 +46,9 @@ def check_moments(moments: fingerprint_statistics.ChannelMoments, coarse: np.nda
     if count == 0:
         return
     used = np.flatnonzero(coarse).astype(np.uint32)
-    lower, upper = (fingerprint_statistics.key_values(keys).astype(np.float64) for keys in (used << 16, used << 16 | 0xFFFF))
+    lower, upper = (
+        fingerprint_statistics.key_values(keys).astype(np.float64) for keys in (used << 16, used << 16 | 0xFFFF)
+    )
     share = coarse[used] / count
     width = float(upper[-1] - lower[0])
     hidden = 0.0 if is_whole else outermost.hidden_of(count) / count  # share at each end that may lie farther inside
@@ -52,8 +57,11 @@ def check_moments(moments: fingerprint_statistics.ChannelMoments, coarse: np.nda
     if not share @ lower - room <= moments.mean <= share @ upper + room:
         raise StatisticsError("the mean does not lie where the site's own histogram says")
     farther = np.maximum(np.square(lower - moments.mean), np.square(upper - moments.mean))
-    nearer = np.where((lower <= moments.mean) & (moments.mean <= upper), 0.0,
-                      np.minimum(np.square(lower - moments.mean), np.square(upper - moments.mean)))
+    nearer = np.where(
+        (lower <= moments.mean) & (moments.mean <= upper),
+        0.0,
+        np.minimum(np.square(lower - moments.mean), np.square(upper - moments.mean)),
+    )
     variance, room = moments.m2 / count, 2 * hidden * width**2 + rounding**2
     if not share @ nearer * (1 - ROUNDING) - room <= variance <= share @ farther * (1 + ROUNDING) + room:
         raise StatisticsError("the standard deviation is not what the site's own histogram says")
@@ -63,8 +71,9 @@ def check_moments(moments: fingerprint_statistics.ChannelMoments, coarse: np.nda
 def check_geometry(spacings: Sequence[Sequence[float]], relative_sizes: Sequence[float]) -> None:
     """Raise StatisticsError for lengths that are none in millimetres, and scans that grew by being cropped."""
     if not all(SMALLEST_MM <= edge <= LARGEST_MM for spacing in spacings for edge in spacing):
-        raise StatisticsError(f"a spacing is below {SMALLEST_MM:g} or above {LARGEST_MM:g} mm: look at the headers of "
-                              "the images")
+        raise StatisticsError(
+            f"a spacing is below {SMALLEST_MM:g} or above {LARGEST_MM:g} mm: look at the headers of the images"
+        )
     if max(relative_sizes) > 1 + ROUNDING:
         raise StatisticsError("a case has more voxels after cropping than before")
 
@@ -100,8 +109,14 @@ class Geometry:
 
 def factors_to_nearest(geometries: Mapping[str, Geometry]) -> dict[str, float]:
     """Return, per site, by how much its scans are larger than those of the site whose scans are nearest in size."""
-    return {site: min((own.factor_to(other) for name, other in geometries.items() if name != site),
-                      key=lambda factor: abs(math.log(factor)), default=1.0) for site, own in geometries.items()}
+    return {
+        site: min(
+            (own.factor_to(other) for name, other in geometries.items() if name != site),
+            key=lambda factor: abs(math.log(factor)),
+            default=1.0,
+        )
+        for site, own in geometries.items()
+    }
 
 
 def is_at_least(factor: float, limit: float) -> bool:

@@ -3,6 +3,7 @@
 Gatherings are stored as they were written down. Whatever can change while one is open (the sites of the federation, who
 has left a run, who has failed, whether the run is paused) is put in when it is handed out.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,8 +47,12 @@ class RoundBook:
     of its moment.
     """
 
-    def __init__(self, settings: FederationSettings, gatherings: Iterable[Gathering] = (),
-                 controls: Mapping[str, RunControl] | None = None) -> None:
+    def __init__(
+        self,
+        settings: FederationSettings,
+        gatherings: Iterable[Gathering] = (),
+        controls: Mapping[str, RunControl] | None = None,
+    ) -> None:
         self.settings = settings
         self.controls = dict(controls or {})
         self._gatherings: dict[str, Gathering] = {}
@@ -104,8 +109,11 @@ class RoundBook:
             return existing
         before = prerequisite(key)
         if before is not None and not self.is_closed(before):
-            raise RefusedError(f"{key} cannot begin before {before} is closed", "If the coordinator was restored from "
-                               "a backup, start the training without --c.", code="too_early")
+            raise RefusedError(
+                f"{key} cannot begin before {before} is closed",
+                "If the coordinator was restored from a backup, start the training without --c.",
+                code="too_early",
+            )
         if key.kind == "round" and self.num_rounds is not None and key.number >= self.num_rounds:
             raise RefusedError(f"{key}: the run has {self.num_rounds} rounds, counted from 0", code="unknown_gathering")
         return self._present(fresh_gathering(key, self.settings, required=required))
@@ -150,8 +158,11 @@ class RoundBook:
 
     def _contributors(self, key: str) -> frozenset[str]:
         gathering = self._gatherings.get(key)
-        return frozenset(gathering.outcome.contributors) if gathering and isinstance(gathering.outcome, Closed) \
+        return (
+            frozenset(gathering.outcome.contributors)
+            if gathering and isinstance(gathering.outcome, Closed)
             else frozenset()
+        )
 
     def _present(self, gathering: Gathering) -> Gathering:
         """Return a gathering with what holds at this moment. Of a closed one, nothing changes any more."""
@@ -162,12 +173,18 @@ class RoundBook:
         control = self.control(key.run) if key.run else RunControl()
         now = fresh_gathering(key, self.settings, expected=self.expected(key))
         return replace(
-            gathering, expected=now.expected, quorum=now.quorum, floor=now.floor, deadline_s=now.deadline_s,
-            excused=frozenset(site for site, number in control.failed.items()
-                              if key.number is not None and number <= key.number),
+            gathering,
+            expected=now.expected,
+            quorum=now.quorum,
+            floor=now.floor,
+            deadline_s=now.deadline_s,
+            excused=frozenset(
+                site for site, number in control.failed.items() if key.number is not None and number <= key.number
+            ),
             is_held=control.state != "running" and key.kind in ("round", "initial"),
-            is_superseded=str(key) in control.proceeding or (
-                key.kind == "validation" and self.is_closed(round_key(key.run, key.number + 1))))
+            is_superseded=str(key) in control.proceeding
+            or (key.kind == "validation" and self.is_closed(round_key(key.run, key.number + 1))),
+        )
 
     # ------------------------------------------------------------------------------------------------------ closing
     def ready(self, now: float) -> list[Gathering]:
@@ -177,8 +194,9 @@ class RoundBook:
 
     def next_due(self) -> float | None:
         """Return when the next gathering closes by itself."""
-        return min((due for gathering in self.open_gatherings() if (due := due_at(gathering)) is not None),
-                   default=None)
+        return min(
+            (due for gathering in self.open_gatherings() if (due := due_at(gathering)) is not None), default=None
+        )
 
     def restarted(self, now: float) -> None:
         """Let deadlines count from the coordinator's start: nobody could contribute while it was away."""
@@ -224,8 +242,14 @@ class RoundBook:
         complete = self.num_rounds is not None and next_round >= self.num_rounds
         is_over = complete or control.state == "stopped"
         takes_updates = self.is_closed(initial_key(run)) and not is_over
-        return RunState(run=run, registered=tuple(sorted(registration.contributions)) if registration else (),
-                        members=tuple(sorted(self.members(run))), left=tuple(sorted(control.left)),
-                        state="complete" if complete else control.state, num_rounds=self.num_rounds, closed=is_over,
-                        open_round=next_round if takes_updates else None,
-                        rounds_closed=next_round)
+        return RunState(
+            run=run,
+            registered=tuple(sorted(registration.contributions)) if registration else (),
+            members=tuple(sorted(self.members(run))),
+            left=tuple(sorted(control.left)),
+            state="complete" if complete else control.state,
+            num_rounds=self.num_rounds,
+            closed=is_over,
+            open_round=next_round if takes_updates else None,
+            rounds_closed=next_round,
+        )

@@ -10,6 +10,7 @@ Where there is no such file, everything may leave that the protocol knows; `nnUN
 and writes a list. Patterns are those of a shell: `*` stands for anything. A field of a field is written `a.b`; the
 places in a list have no names. What is null or empty says nothing and is always allowed, as are `protocol` and `kind`.
 """
+
 from __future__ import annotations
 
 import os
@@ -73,8 +74,10 @@ def load_allow_list() -> AllowList | None:
     try:
         return decode_json(AllowList, path.read_bytes())
     except (OSError, WireError) as error:
-        raise FederationError(f"the list of what may leave this site, {path}, cannot be read, so nothing leaves: "
-                              f"{error}. Write it anew with nnUNetv2_fed_manifest --write-allow-list") from error
+        raise FederationError(
+            f"the list of what may leave this site, {path}, cannot be read, so nothing leaves: "
+            f"{error}. Write it anew with nnUNetv2_fed_manifest --write-allow-list"
+        ) from error
 
 
 def check_document(message: Message, specs: Mapping[str, TensorSpec], *, url: str) -> None:
@@ -138,5 +141,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _refusal(what: str) -> NotAllowedError:
-    return NotAllowedError(f"{what} is not allowed to leave this site ({allow_list_path()[0]}): nothing was sent. "
-                           "nnUNetv2_fed_manifest shows what a training sends")
+    return NotAllowedError(
+        f"{what} is not allowed to leave this site ({allow_list_path()[0]}): nothing was sent. "
+        "nnUNetv2_fed_manifest shows what a training sends"
+    )

@@ -2,6 +2,7 @@
 
 The site decides, whatever the federation does: nnUNet_fed_min_cases, 10 if it is not set.
 """
+
 from __future__ import annotations
 
 import os
@@ -23,8 +24,10 @@ def min_cases() -> int:
     if text is None:
         return DEFAULT
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text, re.ASCII) or int(text) < 1:
-        raise FederationError(f"{VARIABLE} must be a whole number from 1 on, not {text[:80]!r}: nothing leaves this "
-                              f"site before that is mended. Without the variable, it is {DEFAULT}")
+        raise FederationError(
+            f"{VARIABLE} must be a whole number from 1 on, not {text[:80]!r}: nothing leaves this "
+            f"site before that is mended. Without the variable, it is {DEFAULT}"
+        )
     return int(text)
 
 
@@ -44,5 +47,7 @@ def refusal_of(num_cases: int, what: str) -> str | None:
     if num_cases >= least:
         return None
     cases = f"{num_cases} training case{'' if num_cases == 1 else 's'}"
-    return (f"{what} has {cases}, and this site takes part in federations with {least} or more: nothing leaves it. If "
-            f"so few may be told of, say so: export {VARIABLE}={max(1, num_cases)}")
+    return (
+        f"{what} has {cases}, and this site takes part in federations with {least} or more: nothing leaves it. If "
+        f"so few may be told of, say so: export {VARIABLE}={max(1, num_cases)}"
+    )

@@ -4,6 +4,7 @@ nnU-Net writes both into its plans and uses neither: normalization goes by mean,
 by the image's own range. Plans that sites make together hold bounds of histograms there, but a site cannot prove of a
 file that it is one of those. So all plans of registrations have percentiles in their place, and are compared that way.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -16,8 +17,12 @@ STAND_INS = {"min": "percentile_00_5", "max": "percentile_99_5"}
 
 def without_extrema(plans: Mapping[str, Any]) -> dict[str, Any]:
     """Return plans that have percentiles where the smallest and largest voxel of each channel were."""
-    return {field: {channel: _stand_in(properties) for channel, properties in value.items()}
-            if field in STATISTICS and isinstance(value, Mapping) else value for field, value in plans.items()}
+    return {
+        field: {channel: _stand_in(properties) for channel, properties in value.items()}
+        if field in STATISTICS and isinstance(value, Mapping)
+        else value
+        for field, value in plans.items()
+    }
 
 
 def _stand_in(properties: Any) -> Any:

@@ -1,4 +1,5 @@
 """Every message that travels as a plain JSON body, as models of protocol 1."""
+
 from __future__ import annotations
 
 from typing import Annotated, Literal
@@ -58,11 +59,15 @@ class FederationSettings(WithPrecision):
 def check_floor(settings: FederationSettings) -> None:
     """Raise FederationError if the smallest number of sites contradicts the other settings."""
     if settings.min_sites > len(settings.sites):
-        raise FederationError(f"--min-sites {settings.min_sites} is more than the {len(settings.sites)} sites: nothing "
-                              "could ever be averaged")
+        raise FederationError(
+            f"--min-sites {settings.min_sites} is more than the {len(settings.sites)} sites: nothing "
+            "could ever be averaged"
+        )
     if settings.quorum is not None and settings.quorum < settings.min_sites:
-        raise FederationError(f"--quorum {settings.quorum} is less than --min-sites {settings.min_sites}, with fewer "
-                              f"than which no round is closed: choose a quorum of {settings.min_sites} or more")
+        raise FederationError(
+            f"--quorum {settings.quorum} is less than --min-sites {settings.min_sites}, with fewer "
+            f"than which no round is closed: choose a quorum of {settings.min_sites} or more"
+        )
 
 
 def check_quorum(settings: FederationSettings) -> None:
@@ -72,15 +77,18 @@ def check_quorum(settings: FederationSettings) -> None:
     if settings.quorum is not None and settings.deadline_s is None:
         raise FederationError("--quorum needs --deadline: without one, a round waits for all sites")
     if settings.deadline_s is not None and settings.quorum is None:
-        raise FederationError("--deadline needs --quorum: without one, a round waits for all sites, however late they "
-                              "are")
+        raise FederationError(
+            "--deadline needs --quorum: without one, a round waits for all sites, however late they are"
+        )
 
 
 def check_late_updates(settings: FederationSettings) -> None:
     """Raise FederationError if updates are to be carried although no round closes before they come."""
     if settings.late_updates == "carry" and settings.deadline_s is None:
-        raise FederationError("--late-updates carry needs --quorum and --deadline: without them no update is late, "
-                              "since every round waits for all sites")
+        raise FederationError(
+            "--late-updates carry needs --quorum and --deadline: without them no update is late, "
+            "since every round waits for all sites"
+        )
 
 
 class SettingsChange(Part):

@@ -3,6 +3,7 @@
 TLS libraries trust every certificate in a file that they are given, and pass over what is none. So a text is compared,
 kept and handed on only if it is one certificate and nothing else.
 """
+
 from __future__ import annotations
 
 import base64
@@ -71,8 +72,9 @@ def check_authorities(pem: str) -> None:
 def _only_der(pem: str) -> bytes:
     kinds = _BOUNDARY.findall(pem)
     if len(kinds) > 1:
-        raise FederationError(f"expected one certificate, found {len(kinds)} blocks: "
-                              f"{', '.join(kind[:40] for kind in kinds[:4])}")
+        raise FederationError(
+            f"expected one certificate, found {len(kinds)} blocks: {', '.join(kind[:40] for kind in kinds[:4])}"
+        )
     found = _CERTIFICATE.fullmatch(pem.strip())
     if found is None:
         raise FederationError("this is no certificate in PEM format, or there is text beside it")
@@ -97,7 +99,7 @@ def _der_length(der: bytes) -> int | None:
     if der[1] < 0x80:
         return 2 + der[1]
     count = der[1] & 0x7F
-    return 2 + count + int.from_bytes(der[2:2 + count], "big")
+    return 2 + count + int.from_bytes(der[2 : 2 + count], "big")
 
 
 def has_wrong_dates(error: BaseException) -> bool:
@@ -117,13 +119,19 @@ def untrusted_certificate(error: BaseException, url: str, *, now: float | None =
     if has_wrong_dates(error):
         there = coordinator_time(url)
         clocks = f"it is {_moment(time.time() if now is None else now)} by the clock of this machine" + (
-            "" if there is None else f", {_moment(there)} by that of the coordinator")
-        what = "Set the clock that is wrong" if error.verify_code == _NOT_YET_VALID else \
-            "Set the clock that is wrong, or, if both are right, restart the coordinator, which renews its certificate"
+            "" if there is None else f", {_moment(there)} by that of the coordinator"
+        )
+        what = (
+            "Set the clock that is wrong"
+            if error.verify_code == _NOT_YET_VALID
+            else "Set the clock that is wrong, or, if both are right, restart the coordinator, which renews its certificate"
+        )
         return FederationError(f"the coordinator's certificate does not fit the clock here ({cause}): {clocks}. {what}")
-    return FederationError("the coordinator's certificate is not trusted: it is not the one that this site joined, or "
-                           "its authority is unknown here (REQUESTS_CA_BUNDLE names a file of authorities). Ask the "
-                           f"coordinating site ({cause})")
+    return FederationError(
+        "the coordinator's certificate is not trusted: it is not the one that this site joined, or "
+        "its authority is unknown here (REQUESTS_CA_BUNDLE names a file of authorities). Ask the "
+        f"coordinating site ({cause})"
+    )
 
 
 def load_chain(context: ssl.SSLContext, certificate: str | Path, key: str | Path | None) -> None:
@@ -135,14 +143,18 @@ def load_chain(context: ssl.SSLContext, certificate: str | Path, key: str | Path
     files = f"{certificate} and {key}" if key else f"{certificate}"
 
     def refuse_to_ask() -> str:
-        raise FederationError(f"{files} cannot be used for TLS: the key has a password, and nobody may be there to "
-                              "type it. Expected a key without one")
+        raise FederationError(
+            f"{files} cannot be used for TLS: the key has a password, and nobody may be there to "
+            "type it. Expected a key without one"
+        )
 
     try:
         context.load_cert_chain(certificate, key, password=refuse_to_ask)
     except OSError as error:  # which ssl.SSLError is
-        raise FederationError(f"{files} cannot be used for TLS: {error}. Expected the certificate (with those between "
-                              "it and its authority) and its key without a password, in PEM format") from error
+        raise FederationError(
+            f"{files} cannot be used for TLS: {error}. Expected the certificate (with those between "
+            "it and its authority) and its key without a password, in PEM format"
+        ) from error
 
 
 def check_chain(certificate: str | Path, key: str | Path | None) -> None:
@@ -179,12 +191,14 @@ def fetch_authority(url: str, *, client_certificate: str | None = None, client_k
         with _open_unverified(f"{url}/v1/authority", certificate=client_certificate, key=client_key) as answer:
             return answer.read(LARGEST_PEM).decode("ascii")
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise CoordinatorUnreachable(f"the coordinator at {url} does not tell its certificate authority: {error}") \
-            from error
+        raise CoordinatorUnreachable(
+            f"the coordinator at {url} does not tell its certificate authority: {error}"
+        ) from error
 
 
-def _open_unverified(url: str, *, certificate: str | None = None, key: str | None = None,
-                     timeout_s: float = TIMEOUT_S) -> http.client.HTTPResponse:
+def _open_unverified(
+    url: str, *, certificate: str | None = None, key: str | None = None, timeout_s: float = TIMEOUT_S
+) -> http.client.HTTPResponse:
     """Ask whoever answers at an address, through the proxies of this system unless it is this machine."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

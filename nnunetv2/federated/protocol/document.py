@@ -8,6 +8,7 @@ The writer streams: it holds one tensor at a time, where the library's own funct
 site has in memory anyway is sent from there.
 The reader trusts nobody: it checks size, names, shapes, dtypes and offsets before it builds anything.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -100,8 +101,9 @@ class Document:
     Several threads may read, one closes. Arrays that `read` has returned stay valid after `close`.
     """
 
-    def __init__(self, path: Path, message: Message, specs: dict[str, TensorSpec], offsets: dict[str, int],
-                 file: FileIO) -> None:
+    def __init__(
+        self, path: Path, message: Message, specs: dict[str, TensorSpec], offsets: dict[str, int], file: FileIO
+    ) -> None:
         self.path = path
         self.message = message
         self.specs = specs
@@ -136,7 +138,7 @@ class Document:
         start, stop = self._offsets[name], self._offsets[name] + self.specs[name].nbytes
         buffer = memoryview(bytearray(min(_PIECE_BYTES, stop - start)))
         for begin in range(start, stop, _PIECE_BYTES):
-            piece = buffer[:min(_PIECE_BYTES, stop - begin)]
+            piece = buffer[: min(_PIECE_BYTES, stop - begin)]
             self._fill(begin, piece)
             yield piece
 
@@ -209,8 +211,8 @@ class OutgoingDocument(io.RawIOBase):
         if index == len(self._pieces):
             return 0
         begin = self._position - (self._ends[index] - len(self._pieces[index]))
-        found = self._pieces[index][begin:begin + len(buffer)]
-        buffer[:len(found)] = found
+        found = self._pieces[index][begin : begin + len(buffer)]
+        buffer[: len(found)] = found
         self._position += len(found)
         return len(found)
 
@@ -308,8 +310,9 @@ def open_document(path: Path, *, limits: Limits = Limits()) -> Document:  # noqa
     file = path.open("rb", buffering=0)  # what happens to its name later does not matter
     try:
         size = _checked_size(file, limits)
-        entries = parse_json(_read_header(file, size, limits), what="the header", elements=limits.elements,
-                             quotes=limits.quotes)
+        entries = parse_json(
+            _read_header(file, size, limits), what="the header", elements=limits.elements, quotes=limits.quotes
+        )
         data_begin = file.tell()
         if not isinstance(entries, dict):
             raise WireError("the header is not a JSON object")
@@ -354,14 +357,17 @@ def _decode_message(metadata: Any, limits: Limits) -> Message:
     content = parse_json(text, what="the message", elements=limits.elements, quotes=limits.quotes)
     if not isinstance(content, dict) or content.get("protocol") != PROTOCOL:
         spoken = content.get("protocol") if isinstance(content, dict) else None
-        raise WireError(f"the message is of protocol {spoken!r:.40}, this program speaks {PROTOCOL}: "
-                        "all sites and the coordinator need matching versions")
+        raise WireError(
+            f"the message is of protocol {spoken!r:.40}, this program speaks {PROTOCOL}: "
+            "all sites and the coordinator need matching versions"
+        )
     del content  # what is built next takes as much memory
     return validated(lambda: _MESSAGES.validate_json(text, strict=True), "the message")
 
 
-def _decode_entries(entries: dict[str, Any], *, data_begin: int,
-                    file_size: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+def _decode_entries(
+    entries: dict[str, Any], *, data_begin: int, file_size: int
+) -> tuple[dict[str, TensorSpec], dict[str, int]]:
     """Return specs and absolute offsets of the tensors, which must lie one after another and fill the file."""
     begins: list[tuple[int, int, str, TensorSpec]] = []
     for name, entry in entries.items():
@@ -395,8 +401,11 @@ def _decode_entry(name: str, entry: Any) -> tuple[int, int, TensorSpec]:
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and len(values) <= MAX_DIMENSIONS and all(
-        type(value) is int and 0 <= value < 2**62 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 2**62 for value in values)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- checking
@@ -421,9 +430,9 @@ def check_finite(document: Document) -> None:
             continue
         values = np.empty(min(elements, spec.size), DTYPES[spec.dtype])
         for begin in range(0, spec.size, elements):
-            block = values[:spec.size - begin]
+            block = values[: spec.size - begin]
             document.read_into(name, begin, block)
-            if not np.isfinite(block, out=verdicts[:block.size]).all():
+            if not np.isfinite(block, out=verdicts[: block.size]).all():
                 raise WireError(f"tensor {name} holds NaN or infinite values")
 
 

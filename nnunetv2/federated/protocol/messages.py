@@ -3,6 +3,7 @@
 Each model is frozen, refuses unknown fields, and bounds every list and text, so that what has been parsed is
 small and finite. `bodies.py` has the messages that travel as plain JSON, `wire.py` the bytes.
 """
+
 from __future__ import annotations
 
 import json
@@ -75,6 +76,7 @@ def _check_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _at_most(most: int) -> BeforeValidator:
     """Refuse longer dictionaries before their entries are looked at: every fault found there takes memory."""
+
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
             raise ValueError(f"has {len(value)} entries, at most {most} are allowed")
@@ -115,17 +117,25 @@ LabelList = Annotated[tuple[Label, ...], Field(min_length=1, max_length=MAX_LABE
 Labels = Annotated[dict[Text, Label | LabelList], Field(min_length=1, max_length=MAX_LABELS), _at_most(MAX_LABELS)]
 ChannelNames = Annotated[dict[Text, Text], Field(min_length=1, max_length=MAX_CHANNELS), _at_most(MAX_CHANNELS)]
 Spacing = tuple[Positive, Positive, Positive]
-Shape = tuple[Annotated[int, Field(ge=1, le=2**31)], Annotated[int, Field(ge=1, le=2**31)],
-              Annotated[int, Field(ge=1, le=2**31)]]
+Shape = tuple[
+    Annotated[int, Field(ge=1, le=2**31)], Annotated[int, Field(ge=1, le=2**31)], Annotated[int, Field(ge=1, le=2**31)]
+]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_check_json)]
 Metric = Annotated[
-    Finite | Annotated[list[Finite | None], Field(max_length=MAX_LISTED)] | None, BeforeValidator(_null_unless_finite)]
-Metrics = Annotated[dict[Annotated[str, Field(pattern=METRIC_NAME_PATTERN)], Metric], Field(max_length=MAX_METRICS),
-                    AfterValidator(_check_numbers)]
+    Finite | Annotated[list[Finite | None], Field(max_length=MAX_LISTED)] | None, BeforeValidator(_null_unless_finite)
+]
+Metrics = Annotated[
+    dict[Annotated[str, Field(pattern=METRIC_NAME_PATTERN)], Metric],
+    Field(max_length=MAX_METRICS),
+    AfterValidator(_check_numbers),
+]
 """Trainers send train_losses, val_losses, mean_fg_dice and dice_per_class_or_region; others are kept like these."""
 SiteNames = Annotated[tuple[SiteName, ...], Field(max_length=MAX_SITES), AfterValidator(_check_unique)]
-VoxelCounts = Annotated[tuple[Annotated[Finite, Field(ge=0, le=2**53)], ...],  # their sums stay finite
-                        Field(min_length=1, max_length=MAX_LABELS), FailFast()]
+VoxelCounts = Annotated[
+    tuple[Annotated[Finite, Field(ge=0, le=2**53)], ...],  # their sums stay finite
+    Field(min_length=1, max_length=MAX_LABELS),
+    FailFast(),
+]
 OneOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
 """The sites that take part, each with a 1. Before 2.8.1+fed.3, it was what each counts: so every site knew how many
 cases the others have, which the coordinator now keeps to itself."""
@@ -155,8 +165,11 @@ class WithAdditions(Part):
     @model_serializer(mode="wrap")
     def _leave_defaults_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields, added = type(self).model_fields, self.ADDED
-        return {name: value for name, value in serialize(self).items()
-                if name not in added or getattr(self, name) != fields[name].default}
+        return {
+            name: value
+            for name, value in serialize(self).items()
+            if name not in added or getattr(self, name) != fields[name].default
+        }
 
 
 class WithPrecision(WithAdditions):
@@ -232,8 +245,11 @@ class FineSummary(WithAdditions, Message):
 
     kind: Literal["fine_summary"] = "fine_summary"
     bins: Annotated[tuple[BinList, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
-    corrected: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_CHANNELS)], ...], Field(max_length=MAX_CHANNELS),
-                         AfterValidator(_check_unique)] = ()
+    corrected: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=MAX_CHANNELS)], ...],
+        Field(max_length=MAX_CHANNELS),
+        AfterValidator(_check_unique),
+    ] = ()
     """Channels whose coarse histograms come again, as tensors `coarse.<channel>`: a wanted bin lies among the
     outermost values of the site, fewer of which are counted elsewhere now; see `outermost`."""
 
@@ -296,8 +312,9 @@ class Registration(Message):
     requires_equal_plans: bool
     tensors: Annotated[tuple[TensorEntry, ...], Field(min_length=1, max_length=MAX_TENSORS), FailFast()]
     """The distinct tensors of the network, under the first of their names."""
-    aliases: Annotated[dict[LocalName, LocalName], Field(max_length=4 * MAX_TENSORS),
-                       BeforeValidator(_check_aliases)] = {}
+    aliases: Annotated[
+        dict[LocalName, LocalName], Field(max_length=4 * MAX_TENSORS), BeforeValidator(_check_aliases)
+    ] = {}
     """Further names of these tensors: alias -> name in `tensors`."""
     network_trainer: Segment | None = None
     """Class whose method builds the network, for those who predict. None: `trainer`, or nnUNetTrainer where that is one
@@ -310,8 +327,11 @@ class Registration(Message):
     @model_serializer(mode="wrap")
     def _leave_what_is_not_said_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A coordinator before 2.8.1+fed.4 does not know these fields, nor does an older list of what may leave.
-        return {name: value for name, value in serialize(self).items()
-                if value is not None or name not in NEW_IN_REGISTRATION}
+        return {
+            name: value
+            for name, value in serialize(self).items()
+            if value is not None or name not in NEW_IN_REGISTRATION
+        }
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> Registration:
@@ -416,8 +436,20 @@ class Aggregate(Message):
 
 
 DocumentMessage = Annotated[
-    Census | PooledCensus | CoarseSummary | WantedBins | FineSummary | PooledFingerprint | PlansReport | PlansAgreement
-    | Registration | Match | Update | Aggregate | Validation | PooledValidation,
+    Census
+    | PooledCensus
+    | CoarseSummary
+    | WantedBins
+    | FineSummary
+    | PooledFingerprint
+    | PlansReport
+    | PlansAgreement
+    | Registration
+    | Match
+    | Update
+    | Aggregate
+    | Validation
+    | PooledValidation,
     Field(discriminator="kind"),
 ]
 

@@ -1,4 +1,5 @@
 """Read JSON from strangers: strict about size, encoding, numbers, repeated keys and depth."""
+
 from __future__ import annotations
 
 import hashlib
@@ -62,8 +63,9 @@ def validated(parse: Callable[[], T], what: str) -> T:
         raise WireError(printable(f"{what} is not valid: {place}: {first['msg']}", most=500)) from None
 
 
-def parse_json(data: bytes | bytearray | str, *, what: str, elements: int = MAX_ELEMENTS,
-               quotes: int | None = None) -> Any:
+def parse_json(
+    data: bytes | bytearray | str, *, what: str, elements: int = MAX_ELEMENTS, quotes: int | None = None
+) -> Any:
     """Parse JSON strictly: UTF-8, finite numbers, no key twice, no abyss of brackets.
 
     Args:
@@ -81,8 +83,13 @@ def parse_json(data: bytes | bytearray | str, *, what: str, elements: int = MAX_
             data.encode("utf-8")  # a lone surrogate can hide in an escape sequence of the outer JSON
         text = data if isinstance(data, str) else data.decode("utf-8")
         del data  # as large as the text
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite,
-                           parse_int=_integer)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
         _check_depth(value)
         return value
     except (ValueError, RecursionError) as error:
@@ -112,8 +119,12 @@ def _check_depth(value: Any) -> None:
     for _ in range(MAX_DEPTH):
         if not layer:
             return
-        layer = [child for node in layer for child in (node.values() if isinstance(node, dict) else node)
-                 if isinstance(child, dict | list)]
+        layer = [
+            child
+            for node in layer
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
     if layer:
         raise ValueError(f"brackets are nested more than {MAX_DEPTH} deep")
 

@@ -1,9 +1,10 @@
 """Turn an invitation into a site's credential, and keep that credential on the site's disk.
 
-    invitation   nnunet-fed:<base64url of JSON {v, url, federation, site, secret, authority}>, used once
-    credential   ~/.config/nnunet/federated_site.json, or the file in nnUNet_fed_site; only its owner can read it
-    authority    the same with .ca.pem at its end: who vouches for the coordinator, where no public authority does
+invitation   nnunet-fed:<base64url of JSON {v, url, federation, site, secret, authority}>, used once
+credential   ~/.config/nnunet/federated_site.json, or the file in nnUNet_fed_site; only its owner can read it
+authority    the same with .ca.pem at its end: who vouches for the coordinator, where no public authority does
 """
+
 from __future__ import annotations
 
 import argparse
@@ -87,7 +88,7 @@ def decode_invitation(text: str) -> Invitation:
     word = text.strip()
     if not word.startswith(INVITATION_PREFIX):
         raise WireError(f"an invitation starts with {INVITATION_PREFIX!r}, this is {word[:20]!r}: copy the whole word")
-    encoded = word[len(INVITATION_PREFIX):]
+    encoded = word[len(INVITATION_PREFIX) :]
     try:
         content = json.loads(base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True))
     except (ValueError, binascii.Error) as error:
@@ -97,8 +98,11 @@ def decode_invitation(text: str) -> Invitation:
         raise WireError(f"the invitation is not of version {INVITATION_VERSION}: use matching versions of the software")
     authority = content.pop("authority", None)
     is_text = all(isinstance(value, str) for value in content.values())
-    if content.keys() != {"url", "federation", "site", "secret"} or not is_text \
-            or not (authority is None or re.fullmatch("[0-9a-f]{64}", str(authority))):
+    if (
+        content.keys() != {"url", "federation", "site", "secret"}
+        or not is_text
+        or not (authority is None or re.fullmatch("[0-9a-f]{64}", str(authority)))
+    ):
         raise WireError("the invitation is incomplete: ask the coordinating site for a new one")
     check_site_name(content["site"])
     check_url(content["url"])
@@ -108,8 +112,10 @@ def decode_invitation(text: str) -> Invitation:
 def check_site_name(name: str) -> str:
     """Return a site's name, or raise WireError if it is none."""
     if not _SITE_NAME.fullmatch(name):
-        raise WireError(f"{name[:80]!r} is no name for a site: use up to 64 letters, digits, '-' and '_', "
-                        "the first one a letter or digit")
+        raise WireError(
+            f"{name[:80]!r} is no name for a site: use up to 64 letters, digits, '-' and '_', "
+            "the first one a letter or digit"
+        )
     return name
 
 
@@ -130,8 +136,10 @@ def check_transport_is_safe(url: str, *, insecure: bool) -> None:
     """Raise FederationError if the token would cross a network in plain text without anyone having allowed it."""
     parts = urlsplit(url)
     if parts.scheme == "http" and not is_loopback(parts.hostname) and not insecure:
-        raise FederationError(f"{url} is plain HTTP: tokens and weights could be read on the way. Use an https "
-                              "address, or --insecure where the network itself is protected (a VPN, for example)")
+        raise FederationError(
+            f"{url} is plain HTTP: tokens and weights could be read on the way. Use an https "
+            "address, or --insecure where the network itself is protected (a VPN, for example)"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ credential
@@ -151,16 +159,20 @@ def load_credential(path: Path | None = None) -> SiteCredential:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise NotJoinedError(f"this site has not joined a federation: {path} does not exist. Run nnUNetv2_fed_join "
-                             "with the invitation from the coordinating site, or let the environment variable "
-                             f"{CREDENTIAL_VARIABLE} name the credential") from None
+        raise NotJoinedError(
+            f"this site has not joined a federation: {path} does not exist. Run nnUNetv2_fed_join "
+            "with the invitation from the coordinating site, or let the environment variable "
+            f"{CREDENTIAL_VARIABLE} name the credential"
+        ) from None
     except (OSError, ValueError) as error:
         raise NotJoinedError(f"the credential {path} cannot be read: {error}") from error
     needed, known = {"url", "federation", "site", "token"}, {field.name for field in fields(SiteCredential)}
     version = content.pop("version", None) if isinstance(content, dict) else None
     if version not in (1, CREDENTIAL_VERSION) or not needed <= content.keys() <= known:
-        raise NotJoinedError(f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
-                             "join again with a new invitation and --replace")
+        raise NotJoinedError(
+            f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
+            "join again with a new invitation and --replace"
+        )
     if content.get("authority"):
         _check_authority(Path(content["authority"]), path)
     return SiteCredential(**content)
@@ -174,15 +186,19 @@ def _check_authority(authority: Path, credential: Path) -> None:
     from nnunetv2.federated.protocol.certificates import only_certificate
 
     if not authority.is_file():
-        raise NotJoinedError(f"{authority} is missing: it says who vouches for the coordinator, and belongs "
-                             f"to the credential {credential}. Bring it back, or join again with a new invitation and "
-                             "--replace")
+        raise NotJoinedError(
+            f"{authority} is missing: it says who vouches for the coordinator, and belongs "
+            f"to the credential {credential}. Bring it back, or join again with a new invitation and "
+            "--replace"
+        )
     try:
         only_certificate(authority.read_text(encoding="ascii"))
     except (OSError, ValueError, FederationError) as error:
-        raise NotJoinedError(f"{authority} does not hold the coordinator's authority alone ({error}), so that somebody "
-                             "in between may be believed: ask the coordinating site to revoke this site's credential, "
-                             "and join again with a new invitation and --replace") from error
+        raise NotJoinedError(
+            f"{authority} does not hold the coordinator's authority alone ({error}), so that somebody "
+            "in between may be believed: ask the coordinating site to revoke this site's credential, "
+            "and join again with a new invitation and --replace"
+        ) from error
 
 
 def save_credential(credential: SiteCredential, path: Path | None = None) -> Path:
@@ -200,8 +216,15 @@ def save_credential(credential: SiteCredential, path: Path | None = None) -> Pat
 
 
 # ----------------------------------------------------------------------------------------------------------- join
-def join(invitation: Invitation, *, replace: bool = False, insecure: bool = False, path: Path | None = None,
-         client_certificate: Path | None = None, client_key: Path | None = None) -> str:
+def join(
+    invitation: Invitation,
+    *,
+    replace: bool = False,
+    insecure: bool = False,
+    path: Path | None = None,
+    client_certificate: Path | None = None,
+    client_key: Path | None = None,
+) -> str:
     """Accept an invitation and keep the credential; say in one line what happened.
 
     The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated.
@@ -229,10 +252,17 @@ def join(invitation: Invitation, *, replace: bool = False, insecure: bool = Fals
     if certificate is not None:
         check_chain(certificate, key)
     authority = None if invitation.authority is None else _fetch_authority(invitation, pending, certificate, key)
-    credential = SiteCredential(check_url(invitation.url), invitation.federation, invitation.site,
-                                known or _pending_token(invitation, pending) or new_token(invitation.site), insecure,
-                                None if authority is None else str(authority), certificate, key,
-                                _hash(invitation.secret))
+    credential = SiteCredential(
+        check_url(invitation.url),
+        invitation.federation,
+        invitation.site,
+        known or _pending_token(invitation, pending) or new_token(invitation.site),
+        insecure,
+        None if authority is None else str(authority),
+        certificate,
+        key,
+        _hash(invitation.secret),
+    )
     save_credential(credential, pending)
     try:
         answer = request_to_join(credential, invitation.secret)
@@ -275,8 +305,10 @@ def _fetch_authority(invitation: Invitation, pending: Path, certificate: str | N
 
 
 def _impostor(invitation: Invitation, why: str) -> FederationError:
-    return FederationError(f"what answers at {invitation.url} is not the coordinator of the invitation: {why}. "
-                           "Somebody may be in between: ask the coordinating site, and check the address")
+    return FederationError(
+        f"what answers at {invitation.url} is not the coordinator of the invitation: {why}. "
+        "Somebody may be in between: ask the coordinating site, and check the address"
+    )
 
 
 def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:
@@ -286,7 +318,8 @@ def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:
     """
     if credential.authority is not None:
         credential = dataclasses.replace(
-            credential, authority=str(Path(credential.authority).replace(_authority_path(path))))
+            credential, authority=str(Path(credential.authority).replace(_authority_path(path)))
+        )
     save_credential(credential, path)
     pending.unlink()
 
@@ -307,8 +340,10 @@ def _credential_in_the_way(invitation: Invitation, path: Path, *, replace: bool)
         return None
     present = load_credential(path)
     if (present.federation, present.site) != (invitation.federation, invitation.site):
-        raise FederationError(f"{path} holds the credential of site {present.site} of {present.federation}; add "
-                              f"--replace to give it up, or let {CREDENTIAL_VARIABLE} name another file")
+        raise FederationError(
+            f"{path} holds the credential of site {present.site} of {present.federation}; add "
+            f"--replace to give it up, or let {CREDENTIAL_VARIABLE} name another file"
+        )
     return present.token if present.joined_with == _hash(invitation.secret) else None
 
 
@@ -329,12 +364,20 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_join`."""
     parser = argparse.ArgumentParser(description="Join a federation as one of its sites.")
     parser.add_argument("invitation", metavar="INVITE", help="the word nnunet-fed:... from the coordinating site")
-    parser.add_argument("--replace", action="store_true",
-                        help="give up the credential of another federation that this site holds")
-    parser.add_argument("--insecure", action="store_true",
-                        help="allow plain HTTP to another machine; only where the network itself is protected")
-    parser.add_argument("--client-certificate", type=Path, metavar="FILE",
-                        help="certificate to show to a coordinator that asks for one (PEM)")
+    parser.add_argument(
+        "--replace", action="store_true", help="give up the credential of another federation that this site holds"
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow plain HTTP to another machine; only where the network itself is protected",
+    )
+    parser.add_argument(
+        "--client-certificate",
+        type=Path,
+        metavar="FILE",
+        help="certificate to show to a coordinator that asks for one (PEM)",
+    )
     parser.add_argument("--client-key", type=Path, metavar="FILE", help="its key, if that is in another file")
     return parser
 
@@ -342,8 +385,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_join`."""
     arguments = build_parser().parse_args(argv)
-    show(join(decode_invitation(arguments.invitation), replace=arguments.replace, insecure=arguments.insecure,
-              client_certificate=arguments.client_certificate, client_key=arguments.client_key))
+    show(
+        join(
+            decode_invitation(arguments.invitation),
+            replace=arguments.replace,
+            insecure=arguments.insecure,
+            client_certificate=arguments.client_certificate,
+            client_key=arguments.client_key,
+        )
+    )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 Knows weights as named arrays and the coordinator as a `Transport`; knows nothing of networks, trainers or files.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -91,8 +92,11 @@ class RunSession:
                 raise
             return "Whether there will be a common model, this coordinator (an older version) says when the run is over"
         found = next((one for one in outlooks if one.run == self.run), None)
-        text = "it is not known whether there will be a common model" if found is None \
+        text = (
+            "it is not known whether there will be a common model"
+            if found is None
             else str(Outlook(found.trainer, found.obstacle))
+        )
         return text[0].upper() + text[1:]
 
     @property
@@ -120,13 +124,15 @@ class RunSession:
         """
         state = self.transport.run_state(self.run)
         if state.closed and state.rounds_closed == 0:
-            raise FederationError(f"the operator has stopped run {self.run} before its first round was closed. "
-                                  "Ask the coordinating site")
+            raise FederationError(
+                f"the operator has stopped run {self.run} before its first round was closed. Ask the coordinating site"
+            )
         if not state.closed and state.open_round is None:
             if epoch > 0 and self.site in self._match().initial_owner.values():
                 raise FederationError(
                     f"run {self.run} has not begun, and this site's checkpoint is at epoch {epoch}: what it has "
-                    "trained alone would go to all others as it is, for they begin with its weights. Start without --c")
+                    "trained alone would go to all others as it is, for they begin with its weights. Start without --c"
+                )
             is_registered = self.site in state.registered
             return Position(0, self._begin(weights, is_registered=is_registered), begins=is_registered)
         next_round = state.rounds_closed if state.closed else state.open_round
@@ -135,12 +141,12 @@ class RunSession:
             raise FederationError(
                 f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
                 "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
-                "this run, or use the credential of the other federation.")
+                "this run, or use the credential of the other federation."
+            )
         key = messages.round_key(self.run, next_round - 1) if next_round else messages.initial_key(self.run)
         return Position(next_round, self._fetch(key), is_over=state.closed)
 
-    def exchange(self, number: int, weights: Weights,
-                 update: messages.Update) -> tuple[Weights, messages.Aggregate]:
+    def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
         """Send the shared weights of a round, wait until it closes, and return the aggregate under local names.
 
         It may be that of another round, as its message says: of a later one if this site was late, of an earlier one
@@ -181,8 +187,9 @@ class RunSession:
         Nobody waits for it, and no training ends because of it.
         """
         try:
-            self.transport.contribute(messages.validation_key(self.run, number), found,
-                                      patience_s=VALIDATION_PATIENCE_S)
+            self.transport.contribute(
+                messages.validation_key(self.run, number), found, patience_s=VALIDATION_PATIENCE_S
+            )
         except FederationError as error:
             return str(error)
         return None
@@ -202,8 +209,10 @@ class RunSession:
     def _explained(self, error: RefusedError) -> FederationError:
         """Say why this site is not expected in a round, where it has left the run itself."""
         if error.code == "not_expected" and self.site in self.transport.run_state(self.run).left:
-            return FederationError(f"site {self.site} has left run {self.run}: its rounds go on without it. "
-                                   "nnUNetv2_train ... --c returns to it")
+            return FederationError(
+                f"site {self.site} has left run {self.run}: its rounds go on without it. "
+                "nnUNetv2_train ... --c returns to it"
+            )
         return error
 
     def _fetch(self, key: str) -> Weights:
@@ -225,8 +234,10 @@ class RunSession:
         if missing:
             raise WireError(f"the coordinator's aggregate lacks tensor {min(missing)} ({len(missing)} in all)")
         if unexpected and self._tensors:
-            raise WireError(f"the coordinator's aggregate holds tensor {min(unexpected)}, which is not shared "
-                            f"({len(unexpected)} in all)")
+            raise WireError(
+                f"the coordinator's aggregate holds tensor {min(unexpected)}, which is not shared "
+                f"({len(unexpected)} in all)"
+            )
         weights = {local: document.read(name) for name, local in names.items()}
         for name, local in names.items():
             self._check_tensor(name, weights[local], self._tensors.get(local))
@@ -244,8 +255,9 @@ class RunSession:
         if problem is None and not np.isfinite(values).all():
             problem = "holds NaN or infinity"
         if problem is not None:
-            raise WireError(f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the "
-                            "coordinating site")
+            raise WireError(
+                f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the coordinating site"
+            )
 
     def report_failure(self, number: int | None, reason: str) -> None:
         """Tell the coordinator that this site cannot go on, so that the others know whom they wait for."""
@@ -261,8 +273,10 @@ def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages
     shared = [sites[site] for sites in match.shared.values() if site in sites]
     unknown = sorted(name for name in shared if name not in tensors or tensors[name].dtype not in SHAREABLE)
     if unknown:
-        raise WireError(f"the coordinator takes tensor {unknown[0]} for shared, which site {site} does not have or "
-                        f"cannot share ({len(unknown)} of {len(shared)}): use matching versions")
+        raise WireError(
+            f"the coordinator takes tensor {unknown[0]} for shared, which site {site} does not have or "
+            f"cannot share ({len(unknown)} of {len(shared)}): use matching versions"
+        )
     if len(set(shared)) < len(shared):
         raise WireError(f"the coordinator takes a tensor of site {site} for several: use matching versions")
 
@@ -271,5 +285,7 @@ def check_finite(weights: Weights) -> None:
     """Raise NonFiniteError, naming the tensor, if any value is NaN or infinite."""
     broken = [name for name, values in weights.items() if not np.isfinite(values).all()]
     if broken:
-        raise NonFiniteError(f"tensor {broken[0]} holds NaN or infinity ({len(broken)} of {len(weights)} tensors do): "
-                             "nothing was sent. Look at the last losses, and go on from the last checkpoint with --c")
+        raise NonFiniteError(
+            f"tensor {broken[0]} holds NaN or infinity ({len(broken)} of {len(weights)} tensors do): "
+            "nothing was sent. Look at the last losses, and go on from the last checkpoint with --c"
+        )

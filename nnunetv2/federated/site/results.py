@@ -2,6 +2,7 @@
 
 Names, shapes, dtypes and values of weights are checked by `session.RunSession`, which knows the network.
 """
+
 from __future__ import annotations
 
 import math
@@ -61,12 +62,16 @@ def check_result(key: str, message: messages.Message) -> None:
     kind = parse_key(key).kind
     expected = RESULTS_OF_KIND[kind]
     if not isinstance(message, expected):
-        raise WireError(f"the coordinator answers {key} with a message of kind {message.kind}, expected "
-                        f"{' or '.join(one.model_fields['kind'].default for one in expected)}")
+        raise WireError(
+            f"the coordinator answers {key} with a message of kind {message.kind}, expected "
+            f"{' or '.join(one.model_fields['kind'].default for one in expected)}"
+        )
     if isinstance(message, messages.Aggregate):
         if (message.round is None) != (kind == "initial"):
-            raise WireError(f"the coordinator answers {key} with an aggregate of "
-                            f"{'no round' if message.round is None else f'round {message.round}'}")
+            raise WireError(
+                f"the coordinator answers {key} with an aggregate of "
+                f"{'no round' if message.round is None else f'round {message.round}'}"
+            )
         check_round(message.round or 0)
 
 
@@ -100,20 +105,26 @@ def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> 
     found = validated(lambda: Fingerprint.model_validate(pooled.fingerprint), "the pooled fingerprint")
     counts = {len(found.spacings), len(found.shapes_after_crop), pooled.num_cases}
     if len(counts) > 1:
-        raise WireError(f"the pooled fingerprint has {len(found.spacings)} spacings and {len(found.shapes_after_crop)} "
-                        f"shapes of {pooled.num_cases} cases")
+        raise WireError(
+            f"the pooled fingerprint has {len(found.spacings)} spacings and {len(found.shapes_after_crop)} "
+            f"shapes of {pooled.num_cases} cases"
+        )
     channels = found.foreground_intensity_properties_per_channel.keys()
     if channels != set(map(str, range(num_channels))):
-        raise WireError(f"the pooled fingerprint describes channels {', '.join(sorted(channels)) or 'none'}; this "
-                        f"site has {num_channels}, counted from 0. Use matching versions at all sites and at the "
-                        "coordinator")
+        raise WireError(
+            f"the pooled fingerprint describes channels {', '.join(sorted(channels)) or 'none'}; this "
+            f"site has {num_channels}, counted from 0. Use matching versions at all sites and at the "
+            "coordinator"
+        )
 
 
 def check_bins(wanted: messages.WantedBins, num_channels: int) -> None:
     """Raise WireError unless bins are asked for, ascending, of as many channels as this site has."""
     if len(wanted.bins) != num_channels or any(list(bins) != sorted(set(bins)) for bins in wanted.bins):
-        raise WireError(f"the coordinator asks for bins of {len(wanted.bins)} channels, or for some twice; this site "
-                        f"has {num_channels} channels")
+        raise WireError(
+            f"the coordinator asks for bins of {len(wanted.bins)} channels, or for some twice; this site "
+            f"has {num_channels} channels"
+        )
 
 
 def check_round(number: int) -> None:

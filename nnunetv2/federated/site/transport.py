@@ -1,4 +1,5 @@
 """The seam between a site and the rest of its federation: HTTP is one transport, an engine's own is another."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -19,8 +20,14 @@ class Transport(Protocol):
         """Return what holds for all sites of the federation."""
         ...
 
-    def exchange(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
-                 specs: Mapping[str, TensorSpec] | None = None) -> Document:
+    def exchange(
+        self,
+        key: str,
+        message: Message,
+        tensors: Mapping[str, np.ndarray] | None = None,
+        *,
+        specs: Mapping[str, TensorSpec] | None = None,
+    ) -> Document:
         """Contribute to a gathering, wait until it is closed, and return its result.
 
         Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
@@ -48,8 +55,15 @@ class Transport(Protocol):
         """Return which runs will have a common model, and why others will not."""
         ...
 
-    def contribute(self, key: str, message: Message, tensors: Mapping[str, np.ndarray] | None = None, *,
-                   specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> Receipt:
+    def contribute(
+        self,
+        key: str,
+        message: Message,
+        tensors: Mapping[str, np.ndarray] | None = None,
+        *,
+        specs: Mapping[str, TensorSpec] | None = None,
+        patience_s: float | None = None,
+    ) -> Receipt:
         """Contribute to a gathering whose result this site does not wait for.
 
         Args:

@@ -1,4 +1,5 @@
 """Cut an image down to the box that holds anything but zeros."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -24,8 +25,9 @@ def create_nonzero_mask(data: np.ndarray) -> np.ndarray:
     return mask
 
 
-def crop_to_nonzero(data: np.ndarray, seg: np.ndarray | None = None,
-                    nonzero_label: int = -1) -> tuple[np.ndarray, np.ndarray, BoundingBox]:
+def crop_to_nonzero(
+    data: np.ndarray, seg: np.ndarray | None = None, nonzero_label: int = -1
+) -> tuple[np.ndarray, np.ndarray, BoundingBox]:
     """Crop to the smallest box around all voxels that are not zero, and mark in `seg` what in it is outside.
 
     Args:
@@ -75,6 +77,7 @@ def _fill_holes(mask: np.ndarray) -> np.ndarray:
     if mask.all():
         return mask
     from scipy.ndimage import binary_fill_holes
+
     return binary_fill_holes(mask)
 
 

@@ -1,4 +1,5 @@
 """Bring the intensities of an image channel to a scale that networks train well on."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -20,8 +21,12 @@ class ImageNormalization(ABC):
 
     leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true: bool = False
 
-    def __init__(self, use_mask_for_norm: bool | None = None, intensityproperties: dict | None = None,
-                 target_dtype: type[np.number] = np.float32):
+    def __init__(
+        self,
+        use_mask_for_norm: bool | None = None,
+        intensityproperties: dict | None = None,
+        target_dtype: type[np.number] = np.float32,
+    ):
         if not (use_mask_for_norm is None or isinstance(use_mask_for_norm, (bool, np.bool_))):
             raise InvalidInputError(f"use_mask_for_norm must be true, false or absent, got {use_mask_for_norm!r}")
         if not (intensityproperties is None or isinstance(intensityproperties, dict)):
@@ -81,8 +86,10 @@ class CTNormalization(ImageNormalization):
         """Normalize with `intensityproperties`."""
         missing = {"mean", "std", "percentile_00_5", "percentile_99_5"} - self.intensityproperties.keys()
         if missing:
-            raise InvalidInputError(f"CTNormalization needs the intensity properties {sorted(missing)} of the plans, "
-                               "which are missing for this channel")
+            raise InvalidInputError(
+                f"CTNormalization needs the intensity properties {sorted(missing)} of the plans, "
+                "which are missing for this channel"
+            )
         image = self._cast(image)
         properties = self.intensityproperties
         np.clip(image, properties["percentile_00_5"], properties["percentile_99_5"], out=image)
@@ -117,8 +124,10 @@ class RGBTo01Normalization(ImageNormalization):
         """Divide by 255, after a check that the values are those of 8-bit images."""
         lowest, highest = image.min(), image.max()
         if lowest < 0 or highest > 255:
-            raise InvalidInputError(f"RGB images must have values between 0 and 255, got {lowest} to {highest}; "
-                               "another channel name in dataset.json chooses another normalization")
+            raise InvalidInputError(
+                f"RGB images must have values between 0 and 255, got {lowest} to {highest}; "
+                "another channel name in dataset.json chooses another normalization"
+            )
         image = self._cast(image)
         image /= 255.0
         return image

@@ -1,4 +1,5 @@
 """Find the normalization class that plans name."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -23,8 +24,9 @@ def find_normalization_class(name: str) -> type[ImageNormalization]:
 @cache
 def _find(name: str) -> type[ImageNormalization]:
     folder = Path(__file__).parent
-    found = find_class(name, field=_FIELD, folder=folder, package="nnunetv2.preprocessing.normalization",
-                       base=ImageNormalization)
+    found = find_class(
+        name, field=_FIELD, folder=folder, package="nnunetv2.preprocessing.normalization", base=ImageNormalization
+    )
     if found is None:
         raise RuntimeError(f"the plans ask for the normalization {name}, which no module in {folder} defines")
     return found

@@ -1,4 +1,5 @@
 """Choose the normalization of a channel by its name in dataset.json."""
+
 from __future__ import annotations
 
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import (

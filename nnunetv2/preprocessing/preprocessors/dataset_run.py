@@ -1,4 +1,5 @@
 """Gather what it takes to preprocess a dataset for one configuration, and what its result depends on."""
+
 from __future__ import annotations
 
 import hashlib
@@ -22,9 +23,19 @@ logger = logging.getLogger(__name__)
 
 # What networks and training need. All other entries of plans count, also those that only a user's preprocessor knows.
 _WITHOUT_INFLUENCE = {
-    "configurations", "plans_name", "experiment_planner_used", "original_median_spacing_after_transp",
-    "original_median_shape_after_transp", "architecture", "batch_size", "batch_dice", "median_image_size_in_voxels",
-    "next_stage", "previous_stage", "inherits_from", "resampling_fn_probabilities",
+    "configurations",
+    "plans_name",
+    "experiment_planner_used",
+    "original_median_spacing_after_transp",
+    "original_median_shape_after_transp",
+    "architecture",
+    "batch_size",
+    "batch_dice",
+    "median_image_size_in_voxels",
+    "next_stage",
+    "previous_stage",
+    "inherits_from",
+    "resampling_fn_probabilities",
     "resampling_fn_probabilities_kwargs",
 }
 
@@ -51,8 +62,13 @@ class DatasetRun:
         list_side_cars = getattr(self.plans_manager.image_reader_writer_class(), "list_side_cars", None)
         if list_side_cars is None:  # readers need not be our subclasses
             return [*images, label]
-        return [*images, label, *sorted({*(name for image in images for name in list_side_cars(image)),
-                                         *list_side_cars(label, is_label=True)})]
+        return [
+            *images,
+            label,
+            *sorted(
+                {*(name for image in images for name in list_side_cars(image)), *list_side_cars(label, is_label=True)}
+            ),
+        ]
 
     @property
     def fingerprint(self) -> dict | None:
@@ -88,18 +104,30 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
     _require(len(files) > 0, f"the dataset {raw_folder} has no training cases")
     # The name comes from the plans, maybe from elsewhere, and what it names is emptied.
     name = configuration_manager.data_identifier
-    _require(Path(name).name == name and name not in (".", ".."),
-             f"the plans' data_identifier must be the name of a folder, got {name!r}")
-    return DatasetRun(plans_manager, configuration_manager, dataset_json,
-                      {str(case): of_case for case, of_case in files.items()}, preprocessed_folder / name)
+    _require(
+        Path(name).name == name and name not in (".", ".."),
+        f"the plans' data_identifier must be the name of a folder, got {name!r}",
+    )
+    return DatasetRun(
+        plans_manager,
+        configuration_manager,
+        dataset_json,
+        {str(case): of_case for case, of_case in files.items()},
+        preprocessed_folder / name,
+    )
 
 
 def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
     """Return digests of all that decides what a case becomes, beside its files: equal ones give equal results."""
-    relevant = {key: value for part in (run.plans_manager.plans, run.configuration_manager.configuration)
-                for key, value in part.items() if key not in _WITHOUT_INFLUENCE}
-    settings = {name: value for name, value in vars(preprocessor).items()
-                if name not in ("verbose", "show_progress_bar")}
+    relevant = {
+        key: value
+        for part in (run.plans_manager.plans, run.configuration_manager.configuration)
+        for key, value in part.items()
+        if key not in _WITHOUT_INFLUENCE
+    }
+    settings = {
+        name: value for name, value in vars(preprocessor).items() if name not in ("verbose", "show_progress_bar")
+    }
     return {
         "plans": _digest(relevant),
         "dataset.json": _digest(run.dataset_json),
@@ -127,8 +155,12 @@ def _code_files(run: DatasetRun, preprocessor: object) -> set[Path]:
     from nnunetv2.training.dataloading import blosc2_layout, nnunet_dataset
 
     configuration = run.configuration_manager
-    classes = [type(preprocessor), run.plans_manager.image_reader_writer_class, run.plans_manager.label_manager_class,
-               *map(find_normalization_class, configuration.normalization_schemes)]
+    classes = [
+        type(preprocessor),
+        run.plans_manager.image_reader_writer_class,
+        run.plans_manager.label_manager_class,
+        *map(find_normalization_class, configuration.normalization_schemes),
+    ]
     parts = [base for of_class in classes for base in inspect.getmro(of_class)]
     parts += [function.func for function in (configuration.resampling_fn_data, configuration.resampling_fn_seg)]
     parts += [blosc2_layout, cropping, foreground_locations, label_resampling, nnunet_dataset, separable]
@@ -151,8 +183,11 @@ def _read_planned_dataset_json(preprocessed_folder: Path, raw_folder: Path) -> d
     _require(planned_file.is_file(), f"there is no {planned_file}; run nnUNetv2_plan_experiment first")
     planned, raw_file = read_if_path(planned_file), raw_folder / "dataset.json"
     if raw_file.is_file() and read_if_path(raw_file) != planned:
-        logger.warning("%s was changed after planning; preprocessing uses the older copy %s. Plan again to use the "
-                       "change", raw_file, planned_file)
+        logger.warning(
+            "%s was changed after planning; preprocessing uses the older copy %s. Plan again to use the change",
+            raw_file,
+            planned_file,
+        )
     return planned
 
 

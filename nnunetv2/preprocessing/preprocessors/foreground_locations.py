@@ -1,4 +1,5 @@
 """Draw voxels of each class, so that training can centre patches on them without searching the segmentation."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +16,14 @@ Locations = Mapping["int | tuple[int, ...]", "np.ndarray | list"]
 _SLAB_VOXELS = 2**20
 
 
-def sample_foreground_locations(seg: np.ndarray, classes_or_regions: Sequence[int | Region], *, seed: int = 1234,
-                                min_num_samples: int = 10000, min_percent_coverage: float = 0.01) -> Locations:
+def sample_foreground_locations(
+    seg: np.ndarray,
+    classes_or_regions: Sequence[int | Region],
+    *,
+    seed: int = 1234,
+    min_num_samples: int = 10000,
+    min_percent_coverage: float = 0.01,
+) -> Locations:
     """Draw voxels of each class or region without replacement.
 
     Args:
@@ -56,7 +63,7 @@ def find_voxels(seg: np.ndarray, labels: Iterable[int]) -> dict[int, np.ndarray]
     is_wanted = _table(flat.dtype, labels)
     parts: dict[int, list[np.ndarray]] = {label: [] for label in labels}
     for start in range(0, flat.size, _SLAB_VOXELS):
-        slab = flat[start:start + _SLAB_VOXELS]
+        slab = flat[start : start + _SLAB_VOXELS]
         found = np.flatnonzero(is_wanted[slab])  # negative labels index from the end, where the table has them
         of_found = slab[found]
         order = np.argsort(of_found, kind="stable")  # a radix sort for integers this small

@@ -3,6 +3,7 @@
 Where voxels are much longer along one axis than along the others ("separate z"), interpolating across slices would
 invent anatomy between them. The slices are then resampled in plane, and along the long axis by `order_z`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,8 +36,9 @@ def get_lowres_axis(new_spacing: Spacing) -> np.ndarray:
 def compute_new_shape(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) -> np.ndarray:
     """Return how many voxels of `new_spacing` cover the image, rounded half to even but at least one, per axis."""
     # A slab that is thinner than half a voxel is still there.
-    return np.array([max(length, min(old, 1)) for length, old in
-                     zip(round_lengths(old_shape, old_spacing, new_spacing), old_shape)])
+    return np.array(
+        [max(length, min(old, 1)) for length, old in zip(round_lengths(old_shape, old_spacing, new_spacing), old_shape)]
+    )
 
 
 def round_lengths(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) -> list[int]:
@@ -46,14 +48,20 @@ def round_lengths(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) 
         InvalidInputError: The arguments differ in length.
     """
     if not len(old_shape) == len(old_spacing) == len(new_spacing):
-        raise InvalidInputError(f"shape {tuple(old_shape)}, spacing {tuple(old_spacing)} and new spacing "
-                           f"{tuple(new_spacing)} must have the same length")
+        raise InvalidInputError(
+            f"shape {tuple(old_shape)}, spacing {tuple(old_spacing)} and new spacing "
+            f"{tuple(new_spacing)} must have the same length"
+        )
     # This order of operations decides on which side of .5 a quotient falls.
     return [int(round(old / new * n)) for old, new, n in zip(old_spacing, new_spacing, old_shape)]
 
 
-def determine_do_sep_z_and_axis(force_separate_z: bool | None, current_spacing: Spacing, new_spacing: Spacing,
-                                separate_z_anisotropy_threshold: float = ANISO_THRESHOLD) -> tuple[bool, int | None]:
+def determine_do_sep_z_and_axis(
+    force_separate_z: bool | None,
+    current_spacing: Spacing,
+    new_spacing: Spacing,
+    separate_z_anisotropy_threshold: float = ANISO_THRESHOLD,
+) -> tuple[bool, int | None]:
     """Decide whether one axis is to be resampled on its own, and which.
 
     Args:
@@ -74,33 +82,63 @@ def determine_do_sep_z_and_axis(force_separate_z: bool | None, current_spacing: 
     return (True, int(axes[0])) if len(axes) == 1 else (False, None)
 
 
-def resample_data_or_seg_to_spacing(data: np.ndarray, current_spacing: Spacing, new_spacing: Spacing,
-                                    is_seg: bool = False, order: int = 3, order_z: int = 0,
-                                    force_separate_z: bool | None = False,
-                                    separate_z_anisotropy_threshold: float = ANISO_THRESHOLD) -> np.ndarray:
+def resample_data_or_seg_to_spacing(
+    data: np.ndarray,
+    current_spacing: Spacing,
+    new_spacing: Spacing,
+    is_seg: bool = False,
+    order: int = 3,
+    order_z: int = 0,
+    force_separate_z: bool | None = False,
+    separate_z_anisotropy_threshold: float = ANISO_THRESHOLD,
+) -> np.ndarray:
     """Resample `(c, x, y, z)` data to the shape that `new_spacing` gives it. See `resample_data_or_seg`."""
     new_shape = compute_new_shape(np.shape(data)[1:], current_spacing, new_spacing)
-    return resample_data_or_seg_to_shape(data, new_shape, current_spacing, new_spacing, is_seg, order, order_z,
-                                         force_separate_z, separate_z_anisotropy_threshold)
+    return resample_data_or_seg_to_shape(
+        data,
+        new_shape,
+        current_spacing,
+        new_spacing,
+        is_seg,
+        order,
+        order_z,
+        force_separate_z,
+        separate_z_anisotropy_threshold,
+    )
 
 
-def resample_data_or_seg_to_shape(data: np.ndarray | torch.Tensor, new_shape: Shape, current_spacing: Spacing,
-                                  new_spacing: Spacing, is_seg: bool = False, order: int = 3, order_z: int = 0,
-                                  force_separate_z: bool | None = False,
-                                  separate_z_anisotropy_threshold: float = ANISO_THRESHOLD) -> np.ndarray:
+def resample_data_or_seg_to_shape(
+    data: np.ndarray | torch.Tensor,
+    new_shape: Shape,
+    current_spacing: Spacing,
+    new_spacing: Spacing,
+    is_seg: bool = False,
+    order: int = 3,
+    order_z: int = 0,
+    force_separate_z: bool | None = False,
+    separate_z_anisotropy_threshold: float = ANISO_THRESHOLD,
+) -> np.ndarray:
     """Resample `(c, x, y, z)` data to a shape; the spacings only decide whether one axis is resampled on its own.
 
     A tensor becomes an array. See `resample_data_or_seg` for the rest.
     """
     data = _to_numpy(data)
-    do_separate_z, axis = determine_do_sep_z_and_axis(force_separate_z, current_spacing, new_spacing,
-                                                      separate_z_anisotropy_threshold)
+    do_separate_z, axis = determine_do_sep_z_and_axis(
+        force_separate_z, current_spacing, new_spacing, separate_z_anisotropy_threshold
+    )
     return resample_data_or_seg(data, new_shape, is_seg, axis, order, do_separate_z, order_z)
 
 
-def resample_data_or_seg(data: np.ndarray, new_shape: Shape, is_seg: bool = False, axis: int | None = None,
-                         order: int = 3, do_separate_z: bool = False, order_z: int = 0,
-                         dtype_out: np.dtype | type | None = None) -> np.ndarray:
+def resample_data_or_seg(
+    data: np.ndarray,
+    new_shape: Shape,
+    is_seg: bool = False,
+    axis: int | None = None,
+    order: int = 3,
+    do_separate_z: bool = False,
+    order_z: int = 0,
+    dtype_out: np.dtype | type | None = None,
+) -> np.ndarray:
     """Resample `(c, x, y, z)` data to a new spatial shape, channel by channel.
 
     Images are interpolated by splines and clipped to the range of their channel (of their slice, with separate z).

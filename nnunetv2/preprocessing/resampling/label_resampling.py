@@ -9,6 +9,7 @@ computed, so the whole map is first filled with nearest labels, and only voxels 
     1 1 1 1 1 2 2 2        cells between input voxels:   . . . . x . .
     1 1 1 1 2 2 2 2                                      only outputs that fall into an x vote
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def _vote_where_mixed(labels: np.ndarray, new_shape: tuple[int, ...], nearest: S
         flat_slab = slab.reshape(-1)
         voters = np.flatnonzero(gather(mixed, [axes[0].lower[rows], *(axis.lower for axis in axes[1:])]))
         for i in range(0, len(voters), _VOTERS):
-            chosen = voters[i:i + _VOTERS]
+            chosen = voters[i : i + _VOTERS]
             first, *others = np.unravel_index(chosen, slab.shape)
             flat_slab[chosen] = _vote(labels, axes, (first + start, *others), flat_slab[chosen])
     return resampled
@@ -100,8 +101,9 @@ def _linear_axis(old: int, new: int) -> _LinearAxis:
     return _LinearAxis(lower.astype(np.intp), (1 - upper_weight, upper_weight), step=int(old > 1))
 
 
-def _vote(labels: np.ndarray, axes: Sequence[_LinearAxis], where: tuple[np.ndarray, ...],
-          nearest: np.ndarray) -> np.ndarray:
+def _vote(
+    labels: np.ndarray, axes: Sequence[_LinearAxis], where: tuple[np.ndarray, ...], nearest: np.ndarray
+) -> np.ndarray:
     """Decide the labels of the output voxels at `where`, whose nearest input voxels hold `nearest`."""
     corner_labels, corner_weights = _corners(labels, axes, where)
     for_nearest = _add_votes(corner_labels, corner_weights, nearest)
@@ -109,16 +111,20 @@ def _vote(labels: np.ndarray, axes: Sequence[_LinearAxis], where: tuple[np.ndarr
     open_votes = np.flatnonzero(for_nearest < 0.5 + 1e-9)
     winners = nearest.copy()
     if open_votes.size:
-        winners[open_votes] = _count([label[open_votes] for label in corner_labels],
-                                     [weight[open_votes] for weight in corner_weights],
-                                     nearest[open_votes], for_nearest[open_votes])
+        winners[open_votes] = _count(
+            [label[open_votes] for label in corner_labels],
+            [weight[open_votes] for weight in corner_weights],
+            nearest[open_votes],
+            for_nearest[open_votes],
+        )
     return winners
 
 
-def _corners(labels: np.ndarray, axes: Sequence[_LinearAxis],
-             where: tuple[np.ndarray, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _corners(
+    labels: np.ndarray, axes: Sequence[_LinearAxis], where: tuple[np.ndarray, ...]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return labels and weights of the input voxels around output voxels: lists over corners."""
-    strides = [prod(labels.shape[a + 1:]) for a in range(labels.ndim)]
+    strides = [prod(labels.shape[a + 1 :]) for a in range(labels.ndim)]
     flat = labels.reshape(-1)
     base = sum(axis.lower[i] * stride for axis, i, stride in zip(axes, where, strides))
     axis_weights = [[side[i] for side in axis.weights] for axis, i in zip(axes, where)]
@@ -130,8 +136,9 @@ def _corners(labels: np.ndarray, axes: Sequence[_LinearAxis],
     return corner_labels, corner_weights
 
 
-def _count(labels: Sequence[np.ndarray], weights: Sequence[np.ndarray], nearest: np.ndarray,
-           for_nearest: np.ndarray) -> np.ndarray:
+def _count(
+    labels: Sequence[np.ndarray], weights: Sequence[np.ndarray], nearest: np.ndarray, for_nearest: np.ndarray
+) -> np.ndarray:
     winners, most = nearest.copy(), for_nearest.copy()
     for candidate in labels:
         votes = _add_votes(labels, weights, candidate)
@@ -150,8 +157,10 @@ def _add_votes(labels: Sequence[np.ndarray], weights: Sequence[np.ndarray], cand
 def _compare_indicators(labels: np.ndarray, new_shape: tuple[int, ...], order: int, nearest: np.ndarray) -> np.ndarray:
     """Resample each label's indicator slab by slab; memory holds one slab per label."""
     present = np.unique(labels)
-    indicators = [resampled_slabs(labels, new_shape, order, lambda part, label=label: (part == label).astype(float))
-                  for label in present]
+    indicators = [
+        resampled_slabs(labels, new_shape, order, lambda part, label=label: (part == label).astype(float))
+        for label in present
+    ]
     resampled = np.empty(new_shape, labels.dtype)
     for parts in zip(*indicators):
         rows = parts[0][0]

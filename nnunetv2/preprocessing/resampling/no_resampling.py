@@ -1,4 +1,5 @@
 """Leave an array as it is: a resampling function for plans whose data must keep its grid."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,7 +11,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def no_resampling_hack(data: np.ndarray | torch.Tensor, new_shape: Sequence[int], current_spacing: Sequence[float],
-                       new_spacing: Sequence[float]) -> np.ndarray | torch.Tensor:
+def no_resampling_hack(
+    data: np.ndarray | torch.Tensor,
+    new_shape: Sequence[int],
+    current_spacing: Sequence[float],
+    new_spacing: Sequence[float],
+) -> np.ndarray | torch.Tensor:
     """Return `data`, whatever shape and spacing are asked for."""
     return data

@@ -1,4 +1,5 @@
 """Resample images and label maps with torch: linear only, on any device. Plans may name these functions."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,15 @@ _CLEAR_MAJORITY = 0.7
 _INDICATOR_SCALE = 1000
 
 
-def resample_torch_simple(data: torch.Tensor | np.ndarray, new_shape: Sequence[int] | np.ndarray,
-                          is_seg: bool = False, num_threads: int = 4, device: torch.device = _CPU,
-                          memefficient_seg_resampling: bool = False, mode: str = "linear") -> torch.Tensor | np.ndarray:
+def resample_torch_simple(
+    data: torch.Tensor | np.ndarray,
+    new_shape: Sequence[int] | np.ndarray,
+    is_seg: bool = False,
+    num_threads: int = 4,
+    device: torch.device = _CPU,
+    memefficient_seg_resampling: bool = False,
+    mode: str = "linear",
+) -> torch.Tensor | np.ndarray:
     """Resample `(c, x, y, z)` or `(c, x, y)` data to a new spatial shape.
 
     Args:
@@ -56,12 +63,20 @@ def resample_torch_simple(data: torch.Tensor | np.ndarray, new_shape: Sequence[i
         return resampled.cpu().numpy() if isinstance(data, np.ndarray) else resampled.to(origin)
 
 
-def resample_torch_fornnunet(data: torch.Tensor | np.ndarray, new_shape: Sequence[int] | np.ndarray,
-                             current_spacing: Sequence[float], new_spacing: Sequence[float], is_seg: bool = False,
-                             num_threads: int = 4, device: torch.device = _CPU,
-                             memefficient_seg_resampling: bool = False, force_separate_z: bool | None = None,
-                             separate_z_anisotropy_threshold: float = ANISO_THRESHOLD, mode: str = "linear",
-                             aniso_axis_mode: str = "nearest-exact") -> torch.Tensor | np.ndarray:
+def resample_torch_fornnunet(
+    data: torch.Tensor | np.ndarray,
+    new_shape: Sequence[int] | np.ndarray,
+    current_spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    is_seg: bool = False,
+    num_threads: int = 4,
+    device: torch.device = _CPU,
+    memefficient_seg_resampling: bool = False,
+    force_separate_z: bool | None = None,
+    separate_z_anisotropy_threshold: float = ANISO_THRESHOLD,
+    mode: str = "linear",
+    aniso_axis_mode: str = "nearest-exact",
+) -> torch.Tensor | np.ndarray:
     """Resample `(c, x, y, z)` data as plans ask for it; anisotropic data in plane first, then across slices.
 
     Args:
@@ -74,10 +89,15 @@ def resample_torch_fornnunet(data: torch.Tensor | np.ndarray, new_shape: Sequenc
     if data.ndim != 4:
         raise InvalidInputError(f"expected data (c, x, y, z), got shape {tuple(data.shape)}")
     new_shape = tuple(int(n) for n in new_shape)
-    settings = {"is_seg": is_seg, "num_threads": num_threads, "device": device,
-                "memefficient_seg_resampling": memefficient_seg_resampling}
-    separate, axis = determine_do_sep_z_and_axis(force_separate_z, current_spacing, new_spacing,
-                                                 separate_z_anisotropy_threshold)
+    settings = {
+        "is_seg": is_seg,
+        "num_threads": num_threads,
+        "device": device,
+        "memefficient_seg_resampling": memefficient_seg_resampling,
+    }
+    separate, axis = determine_do_sep_z_and_axis(
+        force_separate_z, current_spacing, new_spacing, separate_z_anisotropy_threshold
+    )
     if not separate:
         return resample_torch_simple(data, new_shape, mode=mode, **settings)
     was_array = isinstance(data, np.ndarray)

@@ -15,6 +15,7 @@ is a band about 34 inputs wide. We cut it into blocks of outputs and let BLAS mu
           |          #####     |
           +--------------------+
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,7 @@ def nearest_indices(old: int, new: int) -> np.ndarray:
 
 def gather(array: np.ndarray, indices: Sequence[np.ndarray]) -> np.ndarray:
     """Pick rows, columns, ... of an array: `array[np.ix_(*indices)]`, five times as fast."""
+
     def growth(axis: int) -> float:
         return len(indices[axis]) / max(1, array.shape[axis])
 
@@ -85,8 +87,9 @@ def resample_image(image: np.ndarray, new_shape: Sequence[int], order: int, out:
         out[rows] = np.clip(slab, lowest, highest)
 
 
-def resampled_slabs(image: np.ndarray, new_shape: Sequence[int], order: int,
-                    convert: Callable[[np.ndarray], np.ndarray] | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+def resampled_slabs(
+    image: np.ndarray, new_shape: Sequence[int], order: int, convert: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield the interpolated image in slabs along its first axis, not clipped, as (rows of the output, float array).
 
     The arrays may share memory with `image` where nothing changes; do not write to them.
@@ -114,14 +117,14 @@ def resample_axis(array: np.ndarray, axis: int, new: int, order: int) -> np.ndar
     old = array.shape[axis]
     if old == new:
         return array
-    before, after = prod(array.shape[:axis]), prod(array.shape[axis + 1:])
+    before, after = prod(array.shape[:axis]), prod(array.shape[axis + 1 :])
     mixed = np.empty((before, new, after), array.dtype)
     for band in axis_bands(old, new, order, array.dtype):
         if after == 1:  # the last axis: one large product instead of many small ones
             np.matmul(array.reshape(before, old)[:, band.inputs], band.weights.T, out=mixed[:, band.outputs, 0])
         else:
             np.matmul(band.weights, array.reshape(before, old, after)[:, band.inputs], out=mixed[:, band.outputs])
-    return mixed.reshape(*array.shape[:axis], new, *array.shape[axis + 1:])
+    return mixed.reshape(*array.shape[:axis], new, *array.shape[axis + 1 :])
 
 
 def axis_bands(old: int, new: int, order: int, dtype: np.dtype, block: int = _BLOCK) -> tuple[Band, ...]:
@@ -139,7 +142,7 @@ def _cached_bands(old: int, new: int, order: int, dtype: np.dtype, block: int) -
     if old == new:
         return tuple(Band(slice(i, min(i + block, new)), slice(i, min(i + block, new)), None) for i in starts)
     positions = sample_positions(old, new)
-    return tuple(_build_band(positions[i:i + block], i, old, order, dtype) for i in starts)
+    return tuple(_build_band(positions[i : i + block], i, old, order, dtype) for i in starts)
 
 
 def _build_band(positions: np.ndarray, start: int, old: int, order: int, dtype: np.dtype) -> Band:
@@ -150,7 +153,7 @@ def _build_band(positions: np.ndarray, start: int, old: int, order: int, dtype: 
     last = min(old, int(np.ceil(positions[-1])) + reach + 1)
     weights = _interpolation_matrix(positions - first, last - first, order)
     used = np.flatnonzero((np.abs(weights) > 1e-3 * np.finfo(dtype).eps).any(axis=0))
-    weights = np.ascontiguousarray(weights[:, used[0]:used[-1] + 1], dtype=dtype)
+    weights = np.ascontiguousarray(weights[:, used[0] : used[-1] + 1], dtype=dtype)
     weights.flags.writeable = False
     return Band(slice(start, start + len(positions)), slice(first + int(used[0]), first + int(used[-1]) + 1), weights)
 
@@ -160,6 +163,7 @@ def _interpolation_matrix(positions: np.ndarray, length: int, order: int) -> np.
     values = np.eye(length)
     if order > 1:
         from scipy.ndimage import spline_filter1d
+
         padded = np.pad(values, ((_EDGE_VOXELS, _EDGE_VOXELS), (0, 0)), mode="edge")
         values = spline_filter1d(padded, order, axis=0, mode="nearest")
         positions = positions + _EDGE_VOXELS
@@ -170,8 +174,9 @@ def _bspline(order: int, x: np.ndarray) -> np.ndarray:
     """Evaluate the centred B-spline of an order at x (Unser 1999, equation 12: a sum of truncated powers)."""
     half = (order + 1) / 2
     x = np.minimum(np.abs(x), half)  # symmetric and 0 outside; keeps the powers small
-    return sum((-1) ** k * comb(order + 1, k) * np.maximum(half - x - k, 0) ** order
-               for k in range(order + 1)) / factorial(order)
+    return sum(
+        (-1) ** k * comb(order + 1, k) * np.maximum(half - x - k, 0) ** order for k in range(order + 1)
+    ) / factorial(order)
 
 
 def _computing_dtype(dtype: np.dtype) -> np.dtype:

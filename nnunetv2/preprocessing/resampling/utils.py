@@ -1,4 +1,5 @@
 """Find the resampling function that plans name."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,9 +25,12 @@ def recursive_find_resampling_fn_by_name(resampling_fn: str, key: str = "resampl
 @cache
 def _find(resampling_fn: str, key: str) -> Callable:
     folder = Path(__file__).parent
-    found = find_function(resampling_fn, field=f"{key} in the plans", folder=folder,
-                          package="nnunetv2.preprocessing.resampling")
+    found = find_function(
+        resampling_fn, field=f"{key} in the plans", folder=folder, package="nnunetv2.preprocessing.resampling"
+    )
     if found is None:
-        raise RuntimeError(f"the plans ask for the resampling function {resampling_fn}, which no module in {folder} "
-                           "defines; put the module that defines it into this folder")
+        raise RuntimeError(
+            f"the plans ask for the resampling function {resampling_fn}, which no module in {folder} "
+            "defines; put the module that defines it into this folder"
+        )
     return found

@@ -4,6 +4,7 @@
 to work through one by one. The points of an affine grid are sums of one number per axis, and tiles of them stay in the
 processor's cache. Images are interpolated linearly and are 0 outside, as with its padding mode 'zeros'.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -238,4 +239,4 @@ def _position_terms(grid: AffineGrid) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _flat_strides(shape: Sequence[int]) -> list[int]:
-    return [int(np.prod(shape[axis + 1:])) for axis in range(len(shape))]
+    return [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]

@@ -8,6 +8,7 @@ batchgenerators offers the same. These workers differ in that each draws random 
 and Python, in that a failure is raised with its cause where the batch was asked for, and in that nobody polls fast.
 With a seed, batches also come in a fixed order: worker w of n draws the batches w, w + n, w + 2n, ...
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -79,17 +80,26 @@ def build_augmenters(
     if num_processes == 0:
         loaders = [train_loader, val_loader]
         if entropy is not None:
-            loaders = [NumberedBatches(loader, (*entropy, stream), first=first)
-                       for stream, (loader, first) in enumerate(zip(loaders, first_batches))]
+            loaders = [
+                NumberedBatches(loader, (*entropy, stream), first=first)
+                for stream, (loader, first) in enumerate(zip(loaders, first_batches))
+            ]
         return tuple(SingleThreadedAugmenter(loader, None) for loader in loaders)
     sizes = ((num_processes, max(6, num_processes // 2)), (max(1, num_processes // 2), max(3, num_processes // 4)))
     return tuple(
         WorkerAugmenter(
-            loader, None, number, num_cached=num_cached, pin_memory=pin_memory, wait_time=0.002,
-            entropy=None if entropy is None else (*entropy, stream), first_batch=first,
+            loader,
+            None,
+            number,
+            num_cached=num_cached,
+            pin_memory=pin_memory,
+            wait_time=0.002,
+            entropy=None if entropy is None else (*entropy, stream),
+            first_batch=first,
         )
         for stream, (loader, (number, num_cached), first) in enumerate(
-            zip((train_loader, val_loader), sizes, first_batches))
+            zip((train_loader, val_loader), sizes, first_batches)
+        )
     )
 
 
@@ -151,9 +161,16 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         entropies = [np.random.SeedSequence(seed).entropy for seed in self.seeds]
         self._processes = [
             context.Process(
-                target=_produce, daemon=True, name=f"augmentation-{worker}",
-                args=(_Channels(batches, self._failures, self.abort_event, self.pause_event), loader, self.transform,
-                      worker, entropy),
+                target=_produce,
+                daemon=True,
+                name=f"augmentation-{worker}",
+                args=(
+                    _Channels(batches, self._failures, self.abort_event, self.pause_event),
+                    loader,
+                    self.transform,
+                    worker,
+                    entropy,
+                ),
             )
             for worker, (batches, loader, entropy) in enumerate(zip(queues, loaders, entropies))
         ]
@@ -164,7 +181,9 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
                 process.start()
         gpu = torch.cuda.current_device() if self.pin_memory and torch.cuda.is_available() else None
         self.results_loop_thread = threading.Thread(
-            target=_forward, args=(self._queue, self.results_loop_queue, self.abort_event, gpu), daemon=True,
+            target=_forward,
+            args=(self._queue, self.results_loop_queue, self.abort_event, gpu),
+            daemon=True,
             name="augmentation-results",
         )
         self.results_loop_thread.start()
@@ -177,8 +196,10 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
             self._queue = context.Queue(self.num_cached)
             return [self._queue] * number, [self.generator] * number
         self._queue = QueuesInTurn([context.Queue(max(1, self.num_cached // number)) for _ in range(number)])
-        loaders = [NumberedBatches(self.generator, self._entropy, first=self._first_batch + worker, step=number)
-                   for worker in range(number)]
+        loaders = [
+            NumberedBatches(self.generator, self._entropy, first=self._first_batch + worker, step=number)
+            for worker in range(number)
+        ]
         return self._queue.queues, loaders
 
     def __next__(self) -> dict:
@@ -213,8 +234,11 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         dead = [process for process in self._processes if process.exitcode not in (None, 0)]
         reports += [f"{process.name} {_describe_exit(process.exitcode)}." for process in dead]
         self._finish(force=True)
-        lines = [*(reports or ["No cause was reported; see the messages above."]),
-                 "One or more background workers are no longer alive.", FAILURE_HINT]
+        lines = [
+            *(reports or ["No cause was reported; see the messages above."]),
+            "One or more background workers are no longer alive.",
+            FAILURE_HINT,
+        ]
         raise RuntimeError("\n".join(lines)) from (WorkerTracebackError("\n".join(tracebacks)) if tracebacks else None)
 
 

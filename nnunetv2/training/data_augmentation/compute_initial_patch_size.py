@@ -1,4 +1,5 @@
 """Compute how many voxels to load so that a rotated and scaled patch does not run over their edge."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 Beside what the default augmentation does it turns patches by right angles, exchanges axes, filters, blanks rectangles,
 sharpens, and changes brightness and gamma locally. Samples and their order of axes are those of `default_transforms`.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -77,14 +78,27 @@ def build_da5_transforms(
     return ComposeTransforms(transforms)
 
 
-def _turning(patch_size: tuple[int, ...], rotation: RandomScalar, dummy_2d: bool, mode_image: str,
-             mode_seg: str) -> list[BasicTransform]:
+def _turning(
+    patch_size: tuple[int, ...], rotation: RandomScalar, dummy_2d: bool, mode_image: str, mode_seg: str
+) -> list[BasicTransform]:
     """Turn about some of the axes, scale each axis by a factor of its own, and crop."""
     spatial = BoundarySpatialTransform(
-        patch_size[1:] if dummy_2d else patch_size, patch_center_dist_from_border=0, random_crop=False,
-        p_elastic_deform=0, p_rotation=0.4, rotation=rotation, p_rot_per_axis=0.5, p_scaling=0.2, scaling=SCALING,
-        p_synchronize_scaling_across_axes=0, bg_style_seg_sampling=False, border_mode_seg="constant",
-        padding_value_seg=-1, mode_image=mode_image, mode_seg=mode_seg)
+        patch_size[1:] if dummy_2d else patch_size,
+        patch_center_dist_from_border=0,
+        random_crop=False,
+        p_elastic_deform=0,
+        p_rotation=0.4,
+        rotation=rotation,
+        p_rot_per_axis=0.5,
+        p_scaling=0.2,
+        scaling=SCALING,
+        p_synchronize_scaling_across_axes=0,
+        bg_style_seg_sampling=False,
+        border_mode_seg="constant",
+        padding_value_seg=-1,
+        mode_image=mode_image,
+        mode_seg=mode_seg,
+    )
     return [Convert3DTo2DTransform(), spatial, Convert2DTo3DTransform()] if dummy_2d else [spatial]
 
 
@@ -96,8 +110,9 @@ def _exchanging_axes(patch_size: tuple[int, ...]) -> list[BasicTransform]:
         return []
     axes = {axis for axis, length in enumerate(patch_size) if counts[length] == most}
     return [
-        RandomTransform(Rot90Transform(num_axis_combinations=1, num_rot_per_combination=(0, 1, 2, 3),
-                                       allowed_axes=axes), 0.5),
+        RandomTransform(
+            Rot90Transform(num_axis_combinations=1, num_rot_per_combination=(0, 1, 2, 3), allowed_axes=axes), 0.5
+        ),
         RandomTransform(TransposeAxesTransform(allowed_axes=axes), 0.5),
     ]
 
@@ -105,40 +120,85 @@ def _exchanging_axes(patch_size: tuple[int, ...]) -> list[BasicTransform]:
 def _changing_intensities(ignore_axes: tuple[int, ...] | None) -> list[BasicTransform]:
     """Filter, add noise, change brightness, contrast, resolution (but along `ignore_axes`) and gamma."""
     return [
-        OneOfTransform([
-            RandomTransform(MedianFilterTransform((2, 8), p_same_for_each_channel=0, p_per_channel=0.5), 0.2),
-            RandomTransform(SeparableBlurTransform((0.3, 1.5), synchronize_channels=False, synchronize_axes=True,
-                                                   p_per_channel=0.5), 0.2),
-        ]),
+        OneOfTransform(
+            [
+                RandomTransform(MedianFilterTransform((2, 8), p_same_for_each_channel=0, p_per_channel=0.5), 0.2),
+                RandomTransform(
+                    SeparableBlurTransform(
+                        (0.3, 1.5), synchronize_channels=False, synchronize_axes=True, p_per_channel=0.5
+                    ),
+                    0.2,
+                ),
+            ]
+        ),
         RandomTransform(GaussianNoiseTransform((0, 0.1), p_per_channel=1, synchronize_channels=True), 0.1),
-        RandomTransform(BrightnessAdditiveTransform(mu=0, sigma=0.5, synchronize_channels=False, p_per_channel=0.5),
-                        0.1),
+        RandomTransform(
+            BrightnessAdditiveTransform(mu=0, sigma=0.5, synchronize_channels=False, p_per_channel=0.5), 0.1
+        ),
         OneOfTransform([RandomTransform(_contrast(preserve_range), 0.2) for preserve_range in (True, False)]),
-        RandomTransform(SimulateLowResolutionTransform(
-            scale=(0.25, 1), synchronize_channels=False, synchronize_axes=True, ignore_axes=ignore_axes,
-            p_per_channel=0.5), 0.15),
+        RandomTransform(
+            SimulateLowResolutionTransform(
+                scale=(0.25, 1),
+                synchronize_channels=False,
+                synchronize_axes=True,
+                ignore_axes=ignore_axes,
+                p_per_channel=0.5,
+            ),
+            0.15,
+        ),
         # Both of them inverted: trainings with these weights are published, so it stays.
-        *[RandomTransform(FastGammaTransform(BGContrast((0.7, 1.5)), p_invert_image=1, synchronize_channels=False,
-                                             p_per_channel=1, p_retain_stats=1), 0.1) for _ in range(2)],
+        *[
+            RandomTransform(
+                FastGammaTransform(
+                    BGContrast((0.7, 1.5)),
+                    p_invert_image=1,
+                    synchronize_channels=False,
+                    p_per_channel=1,
+                    p_retain_stats=1,
+                ),
+                0.1,
+            )
+            for _ in range(2)
+        ],
     ]
 
 
 def _contrast(preserve_range: bool) -> ContrastTransform:
-    return ContrastTransform(BGContrast((0.5, 2)), preserve_range=preserve_range, synchronize_channels=False,
-                             p_per_channel=0.5)
+    return ContrastTransform(
+        BGContrast((0.5, 2)), preserve_range=preserve_range, synchronize_channels=False, p_per_channel=0.5
+    )
 
 
 def _changing_places(patch_size: tuple[int, ...]) -> list[BasicTransform]:
     """Blank rectangles, change brightness and gamma around some place, and sharpen."""
     return [
-        RandomTransform(BlankRectangleTransform(
-            [_lengths_of_rectangles(length) for length in patch_size], rectangle_value=torch.mean,
-            num_rectangles=(1, 5), force_square=False, p_per_channel=0.5), 0.4),
-        RandomTransform(BrightnessGradientAdditiveTransform(
-            scale=draw_width, loc=LOCAL_CENTRE, max_strength=draw_strength, mean_centered=False,
-            same_for_all_channels=False, p_per_channel=0.5), 0.3),
-        RandomTransform(LocalGammaTransform(
-            scale=draw_width, loc=LOCAL_CENTRE, gamma=draw_gamma, same_for_all_channels=False, p_per_channel=0.5), 0.3),
+        RandomTransform(
+            BlankRectangleTransform(
+                [_lengths_of_rectangles(length) for length in patch_size],
+                rectangle_value=torch.mean,
+                num_rectangles=(1, 5),
+                force_square=False,
+                p_per_channel=0.5,
+            ),
+            0.4,
+        ),
+        RandomTransform(
+            BrightnessGradientAdditiveTransform(
+                scale=draw_width,
+                loc=LOCAL_CENTRE,
+                max_strength=draw_strength,
+                mean_centered=False,
+                same_for_all_channels=False,
+                p_per_channel=0.5,
+            ),
+            0.3,
+        ),
+        RandomTransform(
+            LocalGammaTransform(
+                scale=draw_width, loc=LOCAL_CENTRE, gamma=draw_gamma, same_for_all_channels=False, p_per_channel=0.5
+            ),
+            0.3,
+        ),
         RandomTransform(SharpeningTransform(strength=(0.1, 1), p_same_for_each_channel=0, p_per_channel=0.5), 0.2),
     ]
 
@@ -150,6 +210,7 @@ def _lengths_of_rectangles(length: int) -> list[int]:
 
 
 # Functions of the module rather than lambdas: they are pickled to worker processes.
+
 
 def draw_width(shape: Sequence[int], axis: int) -> float:
     """Draw the width of a bump in voxels, between a sixth of the patch and all of it, even on a logarithmic scale."""

@@ -3,6 +3,7 @@
 Transforms take and return a dict with `image` `(c, *spatial)` float32 and `segmentation` `(c, *spatial)`, one sample at
 a time. Their order matters: -1 marks what lies outside the image until its voxels are masked and it becomes background.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def _spatial_transforms(
 ) -> list[BasicTransform]:
     """Turn, scale and crop. For dummy 2D the slices pass as channels, so that they are all treated alike."""
     spatial = BoundarySpatialTransform(
-        patch_size=tuple(int(length) for length in patch_size)[1 if do_dummy_2d_data_aug else 0:],
+        patch_size=tuple(int(length) for length in patch_size)[1 if do_dummy_2d_data_aug else 0 :],
         patch_center_dist_from_border=0,
         random_crop=False,
         p_elastic_deform=0,
@@ -151,9 +152,13 @@ def _intensity_transforms(ignore_axes: tuple[int, ...] | None) -> list[BasicTran
         ),
         RandomTransform(
             SeparableBlurTransform(
-                blur_sigma=(0.5, 1.0), synchronize_channels=False, synchronize_axes=False, p_per_channel=0.5,
+                blur_sigma=(0.5, 1.0),
+                synchronize_channels=False,
+                synchronize_axes=False,
+                p_per_channel=0.5,
                 benchmark=True,
-            ), 0.2,
+            ),
+            0.2,
         ),
         RandomTransform(
             MultiplicativeBrightnessTransform(BGContrast((0.75, 1.25)), synchronize_channels=False, p_per_channel=1),
@@ -162,13 +167,19 @@ def _intensity_transforms(ignore_axes: tuple[int, ...] | None) -> list[BasicTran
         RandomTransform(
             ContrastTransform(
                 BGContrast((0.75, 1.25)), preserve_range=True, synchronize_channels=False, p_per_channel=1
-            ), 0.15,
+            ),
+            0.15,
         ),
         RandomTransform(
             SimulateLowResolutionTransform(
-                scale=(0.5, 1), synchronize_channels=False, synchronize_axes=True, ignore_axes=ignore_axes,
-                allowed_channels=None, p_per_channel=0.5,
-            ), 0.25,
+                scale=(0.5, 1),
+                synchronize_channels=False,
+                synchronize_axes=True,
+                ignore_axes=ignore_axes,
+                allowed_channels=None,
+                p_per_channel=0.5,
+            ),
+            0.25,
         ),
         RandomTransform(_gamma(p_invert_image=1), 0.1),
         RandomTransform(_gamma(p_invert_image=0), 0.3),
@@ -177,7 +188,10 @@ def _intensity_transforms(ignore_axes: tuple[int, ...] | None) -> list[BasicTran
 
 def _gamma(p_invert_image: float) -> FastGammaTransform:
     return FastGammaTransform(
-        gamma=BGContrast((0.7, 1.5)), p_invert_image=p_invert_image, synchronize_channels=False, p_per_channel=1,
+        gamma=BGContrast((0.7, 1.5)),
+        p_invert_image=p_invert_image,
+        synchronize_channels=False,
+        p_per_channel=1,
         p_retain_stats=1,
     )
 
@@ -218,15 +232,19 @@ def previous_stage_transforms(
     label_channels = list(range(-len(foreground_labels), 0))
     return transforms + [
         RandomTransform(
-            ApplyRandomBinaryOperatorTransform(channel_idx=list(label_channels), strel_size=(1, 8),
-                                               p_per_label=p_per_label),
+            ApplyRandomBinaryOperatorTransform(
+                channel_idx=list(label_channels), strel_size=(1, 8), p_per_label=p_per_label
+            ),
             0.4,
         ),
         RandomTransform(
             RemoveRandomConnectedComponentFromOneHotEncodingTransform(
-                channel_idx=list(label_channels), fill_with_other_class_p=0,
-                dont_do_if_covers_more_than_x_percent=0.15, p_per_label=p_per_label,
-            ), 0.2,
+                channel_idx=list(label_channels),
+                fill_with_other_class_p=0,
+                dont_do_if_covers_more_than_x_percent=0.15,
+                p_per_label=p_per_label,
+            ),
+            0.2,
         ),
     ]
 

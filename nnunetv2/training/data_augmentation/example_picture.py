@@ -2,6 +2,7 @@
 
 One row per sample, one panel per view and channel: slices along the axes of a volume, or the image itself in 2D.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,15 +83,18 @@ def _unpack(batch: Mapping[str, Any], names: Mapping[Any, str]) -> list[Sample]:
     targets = target[0] if isinstance(target, (list, tuple)) else target
     images = np.asarray(batch["data"], dtype=np.float32)
     keys = batch.get("keys", [f"sample {number}" for number in range(len(images))])
-    return [Sample(str(key), image, _named_masks(np.asarray(labels), names))
-            for key, image, labels in zip(keys, images, targets)]
+    return [
+        Sample(str(key), image, _named_masks(np.asarray(labels), names))
+        for key, image, labels in zip(keys, images, targets)
+    ]
 
 
 def _named_masks(target: np.ndarray, names: Mapping[Any, str]) -> dict[str, np.ndarray]:
     """Return a map per label above 0, or per region; those that are nowhere are left out."""
     if target.dtype == bool:
-        return {str(names.get(number, f"region {number}")): region for number, region in enumerate(target)
-                if region.any()}
+        return {
+            str(names.get(number, f"region {number}")): region for number, region in enumerate(target) if region.any()
+        }
     labels = [int(label) for label in np.unique(target[0]) if label > 0]
     return {str(names.get(label, f"label {label}")): target[0] == label for label in labels}
 
@@ -156,8 +160,9 @@ def _draw(samples: Sequence[Sample], spacing: Sequence[float] | None) -> Figure:
     num_channels = min(MAX_CHANNELS, max(len(sample.image) for sample in samples))
     num_views = 1 if samples[0].image.ndim == 3 else 3
     columns = num_channels * num_views
-    figure = Figure((PANEL_INCHES * columns + 1, PANEL_INCHES * len(samples) * 1.15 + 0.6), dpi=DOTS_PER_INCH,
-                    layout="constrained")
+    figure = Figure(
+        (PANEL_INCHES * columns + 1, PANEL_INCHES * len(samples) * 1.15 + 0.6), dpi=DOTS_PER_INCH, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     colors = _choose_colors(samples)
     axes = figure.subplots(len(samples), columns, squeeze=False)
@@ -167,8 +172,13 @@ def _draw(samples: Sequence[Sample], spacing: Sequence[float] | None) -> Figure:
     return figure
 
 
-def _draw_row(row: Sequence[Axes], sample: Sample, colors: Mapping[str, Sequence[float]], num_channels: int,
-              spacing: Sequence[float] | None) -> None:
+def _draw_row(
+    row: Sequence[Axes],
+    sample: Sample,
+    colors: Mapping[str, Sequence[float]],
+    num_channels: int,
+    spacing: Sequence[float] | None,
+) -> None:
     shown = sample.image[:num_channels]
     panels = iter(row)
     for view in choose_views(sample.masks.values(), sample.image.shape[1:]):
@@ -177,10 +187,16 @@ def _draw_row(row: Sequence[Axes], sample: Sample, colors: Mapping[str, Sequence
             axes = next(panels)
             # The contrast of the whole patch, so that a nearly empty slice looks empty.
             image = view.cut(stretch(channel))
-            axes.imshow(overlay(image, masks, [colors[name] for name in sample.masks]), interpolation="nearest",
-                        aspect=_aspect(view, spacing))
-            axes.set_title(f"{view.title}, channel {number}\n{channel.min():.3g} to {channel.max():.3g}, "
-                           f"mean {channel.mean():.3g}", fontsize=6)
+            axes.imshow(
+                overlay(image, masks, [colors[name] for name in sample.masks]),
+                interpolation="nearest",
+                aspect=_aspect(view, spacing),
+            )
+            axes.set_title(
+                f"{view.title}, channel {number}\n{channel.min():.3g} to {channel.max():.3g}, "
+                f"mean {channel.mean():.3g}",
+                fontsize=6,
+            )
             axes.set_xticks([])
             axes.set_yticks([])
     row[0].set_ylabel(f"{sample.key}\n{_foreground_voxels(sample)} voxels of foreground", fontsize=7)

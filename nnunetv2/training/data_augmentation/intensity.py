@@ -2,6 +2,7 @@
 
 They are subclasses, so code that looks for `GaussianBlurTransform` or `GammaTransform` in a pipeline finds them.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -68,11 +69,12 @@ def _blur_plane(plane: np.ndarray, row_kernel: np.ndarray, column_kernel: np.nda
         radius, length = len(kernel) // 2, plane.shape[axis]
         around = [_reflect(index, length) for index in (*range(-radius, 0), *range(length, length + radius))]
         edges = np.take(plane, around, axis)
-        padded = np.concatenate([np.take(edges, range(radius), axis), plane, np.take(edges, range(radius, 2 * radius),
-                                                                                   axis)], axis)
+        padded = np.concatenate(
+            [np.take(edges, range(radius), axis), plane, np.take(edges, range(radius, 2 * radius), axis)], axis
+        )
 
         def shifted(step: int, padded: np.ndarray = padded, axis: int = axis, length: int = length) -> np.ndarray:
-            return padded[step: step + length] if axis == 0 else padded[:, step: step + length]
+            return padded[step : step + length] if axis == 0 else padded[:, step : step + length]
 
         plane = shifted(radius) * kernel[radius]
         for step in range(radius):

@@ -4,6 +4,7 @@ Where all voxels around a point have one label, that is it. Only at the boundari
 computed. They are compared as float16 in thousandths, and among equal ones the label of the nearest voxel wins, then
 the lowest: so does batchgeneratorsv2, and labels agree with its labels voxel for voxel.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -77,9 +78,11 @@ def _label_of_points(points: np.ndarray, grid: AffineGrid, shape: Sequence[int],
     if source.limits is not None:
         positions = [p.clip(low + f, high + f) for p, low, high, f in zip(positions, *source.limits, first)]
     lower = [np.floor(position) for position in positions]
-    strides = [int(np.prod(box_shape[axis + 1:])) for axis in range(len(box_shape))]
-    cells = sum(((low.astype(np.intp) - begin) * stride for low, begin, stride in zip(lower, first, strides)),
-                channels * int(np.prod(box_shape)))
+    strides = [int(np.prod(box_shape[axis + 1 :])) for axis in range(len(box_shape))]
+    cells = sum(
+        ((low.astype(np.intp) - begin) * stride for low, begin, stride in zip(lower, first, strides)),
+        channels * int(np.prod(box_shape)),
+    )
     corners = np.empty((2 ** len(box_shape), len(points)), source.values.dtype)
     weights = np.ones(corners.shape, np.float32)
     flat = source.values.reshape(-1)

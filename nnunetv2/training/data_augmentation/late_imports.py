@@ -3,6 +3,7 @@
 The spatial transform of batchgeneratorsv2 imports pandas and scipy.ndimage for one function each, which our affine
 transforms never call. The two take half a second: a third of what a training needs besides torch until its first step.
 """
+
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,5 @@
 """Draw every batch from random numbers of its own, so that batches repeat exactly, however many workers draw them."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """Rotate and scale image and label patches: the library's transform, several times faster where it is affine."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -43,8 +44,10 @@ class BoundarySpatialTransform(SpatialTransform):
         return (
             self.p_elastic_deform == 0
             and self.mode_image == "bilinear"
-            and (self.padding_mode_image == "zeros"
-                 or (self.padding_mode_image == "constant" and self.padding_value_image == 0))
+            and (
+                self.padding_mode_image == "zeros"
+                or (self.padding_mode_image == "constant" and self.padding_value_image == 0)
+            )
             and self.mode_seg == "bilinear"
             and self.border_mode_seg in ("zeros", "constant")
             and getattr(self, "seg_tiebreak", "nearest") == "nearest"

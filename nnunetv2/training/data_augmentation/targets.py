@@ -2,6 +2,7 @@
 
 They are subclasses, so code that looks for the library's classes in a pipeline finds them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

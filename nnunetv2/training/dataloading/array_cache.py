@@ -1,4 +1,5 @@
 """Keep compressed arrays open: for small patches, opening a file takes longer than reading from it."""
+
 from __future__ import annotations
 
 import platform

@@ -3,6 +3,7 @@
 A block is what Blosc2 decompresses at once and should fit a CPU's L2 cache; a chunk, a stack of blocks, is what it
 finds in the file and should fit the L3 cache.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 Shape4 = tuple[int, int, int, int]
 
 
-def comp_blosc2_params(image_size: Sequence[int], patch_size: Sequence[int], bytes_per_pixel: int = 4,
-                       max_block_nbytes: int = 131072, max_chunk_nbytes: int = 6291456,
-                       max_chunk_to_patch_ratio_per_axis: float | None = 1.5,
-                       grow_singleton_patch_axes: bool = False) -> tuple[Shape4, Shape4]:
+def comp_blosc2_params(
+    image_size: Sequence[int],
+    patch_size: Sequence[int],
+    bytes_per_pixel: int = 4,
+    max_block_nbytes: int = 131072,
+    max_chunk_nbytes: int = 6291456,
+    max_chunk_to_patch_ratio_per_axis: float | None = 1.5,
+    grow_singleton_patch_axes: bool = False,
+) -> tuple[Shape4, Shape4]:
     """Return (block shape, chunk shape) for an image `(c, x, y, z)` that is read in patches.
 
     Both hold one channel. Blocks have sides of powers of two where the image allows; chunks are whole blocks, cut
@@ -48,8 +54,9 @@ def comp_blosc2_params(image_size: Sequence[int], patch_size: Sequence[int], byt
     return (1, *block), (1, *chunk)
 
 
-def choose_filter(array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], codec: blosc2.Codec,
-                  clevel: int) -> blosc2.Filter:
+def choose_filter(
+    array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], codec: blosc2.Codec, clevel: int
+) -> blosc2.Filter:
     """Return SHUFFLE if it makes a chunk from the middle of the array smaller than no filter does, else NOFILTER."""
     import blosc2
     import numpy as np
@@ -60,8 +67,9 @@ def choose_filter(array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int
     blocks = tuple(min(b, e) for b, e in zip(blocks, extent))
 
     def compressed_size(filter_: blosc2.Filter) -> int:
-        compressed = blosc2.asarray(sample, chunks=tuple(extent), blocks=blocks,
-                                    cparams=compression(codec, clevel, filter_))
+        compressed = blosc2.asarray(
+            sample, chunks=tuple(extent), blocks=blocks, cparams=compression(codec, clevel, filter_)
+        )
         return compressed.schunk.cbytes
 
     shuffled, plain = compressed_size(blosc2.Filter.SHUFFLE), compressed_size(blosc2.Filter.NOFILTER)
@@ -94,11 +102,15 @@ def _check_sizes(image_size: Sequence[int], patch_size: Sequence[int], ratio: fl
 
 def _check_limits(bytes_per_pixel: int, max_block_nbytes: int, max_chunk_nbytes: int) -> None:
     if min(bytes_per_pixel, max_block_nbytes, max_chunk_nbytes) < 1:
-        raise InvalidInputError(f"sizes in bytes must be positive, got {bytes_per_pixel} per voxel, "
-                                f"{max_block_nbytes} per block and {max_chunk_nbytes} per chunk")
+        raise InvalidInputError(
+            f"sizes in bytes must be positive, got {bytes_per_pixel} per voxel, "
+            f"{max_block_nbytes} per block and {max_chunk_nbytes} per chunk"
+        )
     if bytes_per_pixel > min(max_block_nbytes, max_chunk_nbytes):
-        raise InvalidInputError(f"a voxel of {bytes_per_pixel} bytes does not fit into a block of {max_block_nbytes} "
-                                f"or a chunk of {max_chunk_nbytes} bytes")
+        raise InvalidInputError(
+            f"a voxel of {bytes_per_pixel} bytes does not fit into a block of {max_block_nbytes} "
+            f"or a chunk of {max_chunk_nbytes} bytes"
+        )
 
 
 def _choose_block(image: Sequence[int], patch: Sequence[int], targets: Sequence[int], max_voxels: int) -> list[int]:
@@ -110,8 +122,9 @@ def _choose_block(image: Sequence[int], patch: Sequence[int], targets: Sequence[
     return block
 
 
-def _grow_chunk(block: Sequence[int], image: Sequence[int], targets: Sequence[int], may_grow: Sequence[bool],
-                max_voxels: int) -> list[int]:
+def _grow_chunk(
+    block: Sequence[int], image: Sequence[int], targets: Sequence[int], may_grow: Sequence[bool], max_voxels: int
+) -> list[int]:
     """Add blocks to the axis that is furthest from its target, as long as the chunk fits."""
     chunk = list(block)
     while True:

@@ -1,4 +1,5 @@
 """Draw training batches: choose cases, choose patches, read them and transform them."""
+
 from __future__ import annotations
 
 import logging
@@ -35,16 +36,20 @@ logger = logging.getLogger(__name__)
 Target = Tensor | list[Tensor]
 
 # Names that copies of the loader import from here.
-_ORIGINS = origins({
-    "acvl_utils.cropping_and_padding.bounding_boxes": "crop_and_pad_nd",
-    "batchgenerators.utilities.file_and_folder_operations": "join load_json",
-    "nnunetv2.paths": "nnUNet_preprocessed",
-    "nnunetv2.training.dataloading.nnunet_dataset": "nnUNetDatasetBlosc2",
-    "nnunetv2.utilities.label_handling.label_handling": "LabelManager",
-    "nnunetv2.utilities.plans_handling.plans_handler": "PlansManager",
-    "threadpoolctl": "threadpool_limits",
-    "typing": "List Tuple Union",
-}, os="os", warnings="warnings")
+_ORIGINS = origins(
+    {
+        "acvl_utils.cropping_and_padding.bounding_boxes": "crop_and_pad_nd",
+        "batchgenerators.utilities.file_and_folder_operations": "join load_json",
+        "nnunetv2.paths": "nnUNet_preprocessed",
+        "nnunetv2.training.dataloading.nnunet_dataset": "nnUNetDatasetBlosc2",
+        "nnunetv2.utilities.label_handling.label_handling": "LabelManager",
+        "nnunetv2.utilities.plans_handling.plans_handler": "PlansManager",
+        "threadpoolctl": "threadpool_limits",
+        "typing": "List Tuple Union",
+    },
+    os="os",
+    warnings="warnings",
+)
 
 __all__ = ["DataLoader", "nnUNetBaseDataset", "nnUNetDataLoader", "np", "torch", *_ORIGINS]
 __getattr__ = names_from(_ORIGINS, __name__)
@@ -86,8 +91,14 @@ class nnUNetDataLoader(DataLoader):
         transforms: BasicTransform | None = None,
     ) -> None:
         super().__init__(
-            data, batch_size, num_threads_in_multithreaded=1, seed_for_shuffle=None, return_incomplete=True,
-            shuffle=False, infinite=True, sampling_probabilities=sampling_probabilities,
+            data,
+            batch_size,
+            num_threads_in_multithreaded=1,
+            seed_for_shuffle=None,
+            return_incomplete=True,
+            shuffle=False,
+            infinite=True,
+            sampling_probabilities=sampling_probabilities,
         )
         if isinstance(data, nnUNetBaseDataset):
             data.properties_cache, data.array_cache = PropertiesCache(), ArrayCache()
@@ -209,12 +220,7 @@ class nnUNetDataLoader(DataLoader):
         return sample["image"], sample["segmentation"]
 
     def _read(
-        self,
-        data: np.ndarray,
-        seg: np.ndarray,
-        seg_prev: np.ndarray | None,
-        lower: Sequence[int],
-        upper: Sequence[int],
+        self, data: np.ndarray, seg: np.ndarray, seg_prev: np.ndarray | None, lower: Sequence[int], upper: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         image, labels = read_sample(data, seg, seg_prev, lower, upper)
         return (image[:, 0], labels[:, 0]) if self.patch_size_was_2d else (image, labels)

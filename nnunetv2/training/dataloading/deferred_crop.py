@@ -4,6 +4,7 @@ A patch that may be turned is loaded larger than the network sees it: 205 voxels
 many. Two thirds of the patches are neither turned nor scaled in the end, only cropped to the middle. The spatial
 transform draws its parameters from the shape of what it is given alone, so it can be asked first.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def split_off_spatial(transforms: BasicTransform | None) -> SpatialStep | None:
         return None
     pipeline = list(transforms.transforms)
     num_before = 1 if type(pipeline[0]) is Convert3DTo2DTransform else 0
-    before, after = pipeline[:num_before], pipeline[num_before + 1: 2 * num_before + 1]
+    before, after = pipeline[:num_before], pipeline[num_before + 1 : 2 * num_before + 1]
     spatial = pipeline[num_before] if len(pipeline) > num_before else None
     if type(spatial) not in (SpatialTransform, BoundarySpatialTransform):
         return None
@@ -50,7 +51,7 @@ def split_off_spatial(transforms: BasicTransform | None) -> SpatialStep | None:
         return None
     if spatial.random_crop or any(callable(setting) for setting in vars(spatial).values()):
         return None
-    return SpatialStep(before, spatial, after, pipeline[2 * num_before + 1:])
+    return SpatialStep(before, spatial, after, pipeline[2 * num_before + 1 :])
 
 
 def central_box(lower: Sequence[int], upper: Sequence[int], size: Sequence[int]) -> Box | None:
@@ -101,15 +102,13 @@ def read_and_transform(
     return sample
 
 
-def _sampled_box(
-    spatial: SpatialTransform, parameters: dict, lower: Sequence[int], upper: Sequence[int]
-) -> Box | None:
+def _sampled_box(spatial: SpatialTransform, parameters: dict, lower: Sequence[int], upper: Sequence[int]) -> Box | None:
     """Return the part of a box that a drawn rotation or scaling draws on; None if that is not known."""
     grid = spatial.affine_grid(parameters) if isinstance(spatial, BoundarySpatialTransform) else None
     if grid is None:
         return None
     inner_lower, inner_upper = list(lower), list(upper)
-    shape = [high - low for low, high in zip(lower, upper)][-len(grid.patch):]
+    shape = [high - low for low, high in zip(lower, upper)][-len(grid.patch) :]
     for axis, first, last in zip(range(-len(shape), 0), *needed_box(grid, shape)):
         inner_lower[axis], inner_upper[axis] = lower[axis] + first, lower[axis] + last
     return inner_lower, inner_upper

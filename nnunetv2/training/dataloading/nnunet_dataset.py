@@ -3,6 +3,7 @@
 Two formats exist: Blosc2 (`case.b2nd`, `case_seg.b2nd`), compressed in chunks so that a patch can be read alone, and
 NumPy (`case.npz`, unpacked to `case.npy` and `case_seg.npy` for training). Properties are in `case.pkl` in both.
 """
+
 from __future__ import annotations
 
 import logging
@@ -29,8 +30,14 @@ if TYPE_CHECKING:
     from nnunetv2.training.dataloading.array_cache import ArrayCache
     from nnunetv2.training.dataloading.properties_cache import PropertiesCache
 
-__all__ = ["comp_blosc2_params", "file_ending_dataset_mapping", "infer_dataset_class", "nnUNetBaseDataset",
-           "nnUNetDatasetBlosc2", "nnUNetDatasetNumpy"]
+__all__ = [
+    "comp_blosc2_params",
+    "file_ending_dataset_mapping",
+    "infer_dataset_class",
+    "nnUNetBaseDataset",
+    "nnUNetDatasetBlosc2",
+    "nnUNetDatasetNumpy",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +59,9 @@ class nnUNetBaseDataset(ABC):
     array_cache: ArrayCache | None = None
     """Both are set by data loaders, which ask for the same cases again and again."""
 
-    def __init__(self, folder: str, identifiers: list[str] | None = None,
-                 folder_with_segs_from_previous_stage: str | None = None):
+    def __init__(
+        self, folder: str, identifiers: list[str] | None = None, folder_with_segs_from_previous_stage: str | None = None
+    ):
         self.source_folder = folder
         self.folder_with_segs_from_previous_stage = folder_with_segs_from_previous_stage
         self.identifiers = self.get_identifiers(folder) if identifiers is None else identifiers
@@ -88,8 +96,9 @@ class nnUNetBaseDataset(ABC):
 
     @staticmethod
     @abstractmethod
-    def unpack_dataset(folder: str, overwrite_existing: bool = False, num_processes: int = default_num_processes,
-                       verify: bool = True) -> None:
+    def unpack_dataset(
+        folder: str, overwrite_existing: bool = False, num_processes: int = default_num_processes, verify: bool = True
+    ) -> None:
         """Prepare the files for fast reading of patches, where the format needs it."""
 
     def _load_properties(self, identifier: str) -> dict:
@@ -100,10 +109,12 @@ class nnUNetBaseDataset(ABC):
 class nnUNetDatasetBlosc2(nnUNetBaseDataset):
     """Cases as compressed arrays of which parts can be read."""
 
-    def __init__(self, folder: str, identifiers: list[str] | None = None,
-                 folder_with_segs_from_previous_stage: str | None = None):
+    def __init__(
+        self, folder: str, identifiers: list[str] | None = None, folder_with_segs_from_previous_stage: str | None = None
+    ):
         super().__init__(folder, identifiers, folder_with_segs_from_previous_stage)
         import blosc2
+
         blosc2.set_nthreads(1)  # one process per CPU reads already
 
     def load_case(self, identifier: str) -> Case:
@@ -122,10 +133,12 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
         return self.array_cache.get(path, partial(_open_blosc2, identifier=identifier))
 
     @staticmethod
-    def _select_filter(arr: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], codec: blosc2.Codec,
-                       clevel: int) -> blosc2.Filter:
+    def _select_filter(
+        arr: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], codec: blosc2.Codec, clevel: int
+    ) -> blosc2.Filter:
         """Return the filter that compresses a chunk from the middle best; after any trouble, none."""
         import blosc2
+
         try:
             return choose_filter(arr, blocks, chunks, codec, clevel)
         except Exception as error:  # whatever it is, the file can be written without a filter
@@ -133,12 +146,20 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
             return blosc2.Filter.NOFILTER
 
     @staticmethod
-    def save_case(data: np.ndarray, seg: np.ndarray, properties: dict, output_filename_truncated: str,
-                  chunks: Sequence[int] | None = None, blocks: Sequence[int] | None = None,
-                  chunks_seg: Sequence[int] | None = None, blocks_seg: Sequence[int] | None = None,
-                  clevel: int = 5, codec: blosc2.Codec | None = None,
-                  filters: blosc2.Filter | Sequence[blosc2.Filter] | None = None,
-                  filters_seg: blosc2.Filter | Sequence[blosc2.Filter] | None = None) -> None:
+    def save_case(
+        data: np.ndarray,
+        seg: np.ndarray,
+        properties: dict,
+        output_filename_truncated: str,
+        chunks: Sequence[int] | None = None,
+        blocks: Sequence[int] | None = None,
+        chunks_seg: Sequence[int] | None = None,
+        blocks_seg: Sequence[int] | None = None,
+        clevel: int = 5,
+        codec: blosc2.Codec | None = None,
+        filters: blosc2.Filter | Sequence[blosc2.Filter] | None = None,
+        filters_seg: blosc2.Filter | Sequence[blosc2.Filter] | None = None,
+    ) -> None:
         """Write a case. The image comes last: it is what makes a case of the files, so every case is complete.
 
         Args:
@@ -151,14 +172,18 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
             RuntimeError: The case exists already.
         """
         import blosc2
+
         codec = blosc2.Codec.LZ4HC if codec is None else codec
         if chunks is None or blocks is None:
-            logger.warning("%s: no chunk and block shapes were given; taking those for patches of 128 voxels a side",
-                           output_filename_truncated)
+            logger.warning(
+                "%s: no chunk and block shapes were given; taking those for patches of 128 voxels a side",
+                output_filename_truncated,
+            )
             default_blocks, default_chunks = comp_blosc2_params(data.shape, (128, 128, 128), data.itemsize)
             chunks, blocks = chunks or default_chunks, blocks or default_blocks
-        image_file, seg_file, properties_file = (Path(f"{output_filename_truncated}{ending}")
-                                                 for ending in (".b2nd", "_seg.b2nd", ".pkl"))
+        image_file, seg_file, properties_file = (
+            Path(f"{output_filename_truncated}{ending}") for ending in (".b2nd", "_seg.b2nd", ".pkl")
+        )
         for path in (image_file, seg_file):
             if path.exists():
                 raise RuntimeError(f"{path} exists already; remove it to write the case anew")
@@ -173,24 +198,37 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
             raise
 
     @staticmethod
-    def _write_array(path: Path, array: np.ndarray, chunks: Sequence[int], blocks: Sequence[int],
-                     codec: blosc2.Codec, clevel: int,
-                     filters: blosc2.Filter | Sequence[blosc2.Filter] | None) -> None:
+    def _write_array(
+        path: Path,
+        array: np.ndarray,
+        chunks: Sequence[int],
+        blocks: Sequence[int],
+        codec: blosc2.Codec,
+        clevel: int,
+        filters: blosc2.Filter | Sequence[blosc2.Filter] | None,
+    ) -> None:
         import blosc2
+
         array = np.ascontiguousarray(array)
         chunks = tuple(min(n, c) for n, c in zip(array.shape, chunks))
         blocks = tuple(min(n, b) for n, b in zip(chunks, blocks))
         if filters is None:
             filters = nnUNetDatasetBlosc2._select_filter(array, blocks, chunks, codec, clevel)
         with replacing(path) as written, _explaining_failure_to_write(path):
-            blosc2.asarray(array, urlpath=str(written), chunks=chunks, blocks=blocks,
-                           cparams=compression(codec, clevel, filters))
+            blosc2.asarray(
+                array, urlpath=str(written), chunks=chunks, blocks=blocks, cparams=compression(codec, clevel, filters)
+            )
 
     @staticmethod
-    def save_seg(seg: np.ndarray, output_filename_truncated: str, chunks_seg: Sequence[int] | None = None,
-                 blocks_seg: Sequence[int] | None = None) -> None:
+    def save_seg(
+        seg: np.ndarray,
+        output_filename_truncated: str,
+        chunks_seg: Sequence[int] | None = None,
+        blocks_seg: Sequence[int] | None = None,
+    ) -> None:
         """Write labels `(x, y, z)` to `{output_filename_truncated}.b2nd`, in the place of an older file."""
         import blosc2
+
         path = Path(f"{output_filename_truncated}.b2nd")
         with replacing(path) as written, _explaining_failure_to_write(path):
             blosc2.asarray(np.ascontiguousarray(seg), urlpath=str(written), chunks=chunks_seg, blocks=blocks_seg)
@@ -199,12 +237,16 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
     def get_identifiers(folder: str) -> list[str]:
         """Return the sorted names of all cases in a folder."""
         ending = ".b2nd"
-        return [name[:-len(ending)] for name in _file_names(folder)
-                if name.endswith(ending) and not name.endswith("_seg.b2nd")]
+        return [
+            name[: -len(ending)]
+            for name in _file_names(folder)
+            if name.endswith(ending) and not name.endswith("_seg.b2nd")
+        ]
 
     @staticmethod
-    def unpack_dataset(folder: str, overwrite_existing: bool = False, num_processes: int = default_num_processes,
-                       verify: bool = True) -> None:
+    def unpack_dataset(
+        folder: str, overwrite_existing: bool = False, num_processes: int = default_num_processes, verify: bool = True
+    ) -> None:
         """Do nothing: parts of these files can be read as they are."""
 
 
@@ -215,13 +257,15 @@ class nnUNetDatasetNumpy(nnUNetBaseDataset):
         """See the base class. Memory maps where the case was unpacked, else arrays."""
         folder = Path(self.source_folder)
         data = _load_unpacked_or_packed(folder / f"{identifier}.npy", folder / f"{identifier}.npz", "data", identifier)
-        seg = _load_unpacked_or_packed(folder / f"{identifier}_seg.npy", folder / f"{identifier}.npz", "seg",
-                                       identifier)
+        seg = _load_unpacked_or_packed(
+            folder / f"{identifier}_seg.npy", folder / f"{identifier}.npz", "seg", identifier
+        )
         seg_prev = None
         if self.folder_with_segs_from_previous_stage is not None:
             previous = Path(self.folder_with_segs_from_previous_stage)
-            seg_prev = _load_unpacked_or_packed(previous / f"{identifier}.npy", previous / f"{identifier}.npz", "seg",
-                                                identifier)
+            seg_prev = _load_unpacked_or_packed(
+                previous / f"{identifier}.npy", previous / f"{identifier}.npz", "seg", identifier
+            )
         return data, seg, seg_prev, self._load_properties(identifier)
 
     @staticmethod
@@ -240,13 +284,15 @@ class nnUNetDatasetNumpy(nnUNetBaseDataset):
     @staticmethod
     def get_identifiers(folder: str) -> list[str]:
         """Return the sorted names of all cases in a folder."""
-        return [name[:-len(".npz")] for name in _file_names(folder) if name.endswith(".npz")]
+        return [name[: -len(".npz")] for name in _file_names(folder) if name.endswith(".npz")]
 
     @staticmethod
-    def unpack_dataset(folder: str, overwrite_existing: bool = False, num_processes: int = default_num_processes,
-                       verify: bool = True) -> None:
+    def unpack_dataset(
+        folder: str, overwrite_existing: bool = False, num_processes: int = default_num_processes, verify: bool = True
+    ) -> None:
         """Unpack each `.npz` to `.npy` and `_seg.npy`, which can be memory-mapped."""
         from nnunetv2.training.dataloading.utils import unpack_dataset
+
         unpack_dataset(folder, True, overwrite_existing, num_processes, verify)
 
 
@@ -256,8 +302,10 @@ def _explaining_failure_to_write(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OSError(f"{path} could not be written ({error}). The disk is probably full: free some space, or let "
-                      "nnUNet_preprocessed name another folder") from error
+        raise OSError(
+            f"{path} could not be written ({error}). The disk is probably full: free some space, or let "
+            "nnUNet_preprocessed name another folder"
+        ) from error
 
 
 file_ending_dataset_mapping: dict[str, type[nnUNetBaseDataset]] = {
@@ -278,10 +326,14 @@ def infer_dataset_class(folder: str) -> type[nnUNetBaseDataset]:
         return file_ending_dataset_mapping[found[0]]
     formats = " or ".join(f".{ending}" for ending in file_ending_dataset_mapping)
     if not found:
-        raise InvalidInputError(f"{folder} holds no preprocessed case ({formats}) among its {len(names)} files; "
-                                "run nnUNetv2_preprocess for this configuration")
-    raise InvalidInputError(f"{folder} holds cases in several formats ({' and '.join(found)}), so it is unclear which "
-                            "to use; remove one, or run nnUNetv2_preprocess again")
+        raise InvalidInputError(
+            f"{folder} holds no preprocessed case ({formats}) among its {len(names)} files; "
+            "run nnUNetv2_preprocess for this configuration"
+        )
+    raise InvalidInputError(
+        f"{folder} holds cases in several formats ({' and '.join(found)}), so it is unclear which "
+        "to use; remove one, or run nnUNetv2_preprocess again"
+    )
 
 
 def _file_names(folder: str) -> list[str]:
@@ -294,17 +346,18 @@ def _file_names(folder: str) -> list[str]:
 
 def _existing(path: Path, identifier: str) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"case {identifier}: {path} is missing; if its preprocessing was interrupted, run "
-                                "nnUNetv2_preprocess again")
+        raise FileNotFoundError(
+            f"case {identifier}: {path} is missing; if its preprocessing was interrupted, run nnUNetv2_preprocess again"
+        )
     return path
 
 
 def _open_blosc2(path: Path, identifier: str) -> blosc2.NDArray:
     import blosc2
+
     # On Windows a memory-mapped file cannot be replaced or removed while it is open.
     mmap_mode = None if platform.system() == "Windows" else "r"
-    return blosc2.open(urlpath=str(_existing(path, identifier)), mode="r", dparams={"nthreads": 1},
-                       mmap_mode=mmap_mode)
+    return blosc2.open(urlpath=str(_existing(path, identifier)), mode="r", dparams={"nthreads": 1}, mmap_mode=mmap_mode)
 
 
 def _load_unpacked_or_packed(unpacked: Path, packed: Path, key: str, identifier: str) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Choose where in an image a patch is cut out. All boxes are half-open and may reach beyond the image."""
+
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence

@@ -1,4 +1,5 @@
 """Read a box out of a case, which may reach beyond the image, without reading the rest of it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

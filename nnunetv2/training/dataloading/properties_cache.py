@@ -3,6 +3,7 @@
 The locations of the classes make up nearly all of them, up to 10,000 voxels per class, and unpickling them costs as
 much as reading a small patch.
 """
+
 from __future__ import annotations
 
 import sys

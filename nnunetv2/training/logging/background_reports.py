@@ -1,4 +1,5 @@
 """Write reports of a training beside it rather than in its way."""
+
 from __future__ import annotations
 
 import logging

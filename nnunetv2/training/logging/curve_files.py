@@ -4,6 +4,7 @@ Both hold every curve, also those that users add. In the CSV a row is an epoch, 
 epoch has a column for each: `dice_per_class_or_region/class_1`. In the JSON a curve is a list with an entry per epoch.
 A value that is not a finite number is an empty cell, or null.
 """
+
 from __future__ import annotations
 
 import csv

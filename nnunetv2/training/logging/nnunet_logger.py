@@ -1,4 +1,5 @@
 """Keep the figures of a training, one list per curve, and pass them on to whoever else keeps them."""
+
 from __future__ import annotations
 
 import logging

@@ -1,4 +1,5 @@
 """Draw the curves of a training as `progress.png`."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Write the figures of a training for TensorBoard."""
+
 from __future__ import annotations
 
 import atexit
@@ -27,8 +28,9 @@ class TensorBoardLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise RuntimeError("nnUNet_tensorboard_enabled is set, but TensorBoard is missing: "
-                               "pip install tensorboard") from error
+            raise RuntimeError(
+                "nnUNet_tensorboard_enabled is set, but TensorBoard is missing: pip install tensorboard"
+            ) from error
         if output_folder is None:
             raise RuntimeError("logging for TensorBoard needs an output folder: set nnUNet_results")
         self.folder = Path(output_folder) / FOLDER

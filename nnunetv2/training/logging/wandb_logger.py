@@ -1,4 +1,5 @@
 """Send the figures of a training to Weights & Biases."""
+
 from __future__ import annotations
 
 import os
@@ -44,7 +45,7 @@ class WandbLogger:
             return None
         # The latest run's file is called run-<id>.wandb.
         files = sorted((folder / "latest-run").glob("run-*.wandb"))
-        return files[0].stem[len("run-"):] if files else None
+        return files[0].stem[len("run-") :] if files else None
 
     def update_config(self, config: Mapping[str, Any]) -> None:
         """Add settings to those of the run."""

@@ -1,4 +1,5 @@
 """Add a soft Dice loss to a cross entropy, with voxels left out that carry the ignore label."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -66,7 +67,9 @@ class DC_and_CE_loss(_LabelMapLoss):
         super().__init__(
             RobustCrossEntropyLoss(**_with_ignore_index(ce_kwargs, ignore_label)),
             dice_class(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs),
-            weight_ce, weight_dice, ignore_label,
+            weight_ce,
+            weight_dice,
+            ignore_label,
         )
 
 
@@ -84,7 +87,9 @@ class DC_and_topk_loss(_LabelMapLoss):
         super().__init__(
             TopKLoss(**_with_ignore_index(ce_kwargs, ignore_label)),
             SoftDiceLoss(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs),
-            weight_ce, weight_dice, ignore_label,
+            weight_ce,
+            weight_dice,
+            ignore_label,
         )
 
     def _cross_entropy_target(self, target: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Add up a loss over the resolutions of a network with deep supervision."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

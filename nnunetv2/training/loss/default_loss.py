@@ -1,4 +1,5 @@
 """Choose the loss of a training, and what it leaves out, from the labels."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -23,7 +24,9 @@ def build_default_loss(
     dice = {"batch_dice": batch_dice, "smooth": smooth, "ddp": ddp}
     if label_manager.has_regions:
         return DC_and_BCE_loss(
-            {}, {**dice, "do_bg": True}, use_ignore_label=label_manager.has_ignore_label,
+            {},
+            {**dice, "do_bg": True},
+            use_ignore_label=label_manager.has_ignore_label,
             dice_class=MemoryEfficientSoftDiceLoss,
         )
     return DC_and_CE_loss(

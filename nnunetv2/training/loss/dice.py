@@ -3,6 +3,7 @@
 Outputs are `(b, c, *spatial)`. Targets are label maps `(b, 1, *spatial)` or `(b, *spatial)`, or one-hot with the
 shape of the output. A mask is `(b, 1, *spatial)` and 1 (or True) where a voxel counts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -39,11 +40,7 @@ def _probabilities(logits: Tensor, nonlinearity: Callable[[Tensor], Tensor] | No
 
 
 def get_tp_fp_fn_tn(
-    net_output: Tensor,
-    gt: Tensor,
-    axes: Sequence[int] | None = None,
-    mask: Tensor | None = None,
-    square: bool = False,
+    net_output: Tensor, gt: Tensor, axes: Sequence[int] | None = None, mask: Tensor | None = None, square: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Count true positives, false positives, false negatives and true negatives, softly if the output is soft.
 

@@ -1,4 +1,5 @@
 """Split a target into what is to be predicted and which voxels count."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Turn logits and label maps into cross entropies that take the targets our loaders make."""
+
 from __future__ import annotations
 
 import torch
@@ -23,11 +24,7 @@ class TopKLoss(RobustCrossEntropyLoss):
     """
 
     def __init__(
-        self,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        k: float = 10,
-        label_smoothing: float = 0,
+        self, weight: Tensor | None = None, ignore_index: int = -100, k: float = 10, label_smoothing: float = 0
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
         self.k = k

@@ -1,13 +1,10 @@
 """Let the learning rate fall to 0 along a polynomial, the default schedule."""
+
 from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from nnunetv2.training.lr_scheduler.stepwise import (
-    StepwiseLRScheduler,
-    polynomial_decay,
-    require_positive_length,
-)
+from nnunetv2.training.lr_scheduler.stepwise import StepwiseLRScheduler, polynomial_decay, require_positive_length
 
 
 class PolyLRScheduler(StepwiseLRScheduler):

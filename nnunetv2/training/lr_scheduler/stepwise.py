@@ -1,4 +1,5 @@
 """Set the learning rate from the number of the step alone, so that a resumed training needs no scheduler state."""
+
 from __future__ import annotations
 
 from torch.optim import Optimizer

@@ -1,15 +1,12 @@
 """Raise the learning rate in a warm-up, and let it fall from the end of the warm-up on."""
+
 from __future__ import annotations
 
 import math
 
 from torch.optim import Optimizer
 
-from nnunetv2.training.lr_scheduler.stepwise import (
-    StepwiseLRScheduler,
-    polynomial_decay,
-    require_positive_length,
-)
+from nnunetv2.training.lr_scheduler.stepwise import StepwiseLRScheduler, polynomial_decay, require_positive_length
 
 
 class Lin_incr_offset_LRScheduler(StepwiseLRScheduler):
@@ -40,7 +37,12 @@ class PolyLRScheduler_offset(StepwiseLRScheduler):
     """Stay at initial_lr until `start_step`, then fall to 0 at `max_steps` along a polynomial."""
 
     def __init__(
-        self, optimizer: Optimizer, initial_lr: float, max_steps: int, start_step: int, exponent: float = 0.9,
+        self,
+        optimizer: Optimizer,
+        initial_lr: float,
+        max_steps: int,
+        start_step: int,
+        exponent: float = 0.9,
         current_step: int | None = None,
     ) -> None:
         require_positive_length(max_steps - start_step, "max_steps - start_step")

@@ -2,6 +2,7 @@
 
 The methods are hooks. What they do lives in modules of its own, beside the package of trainers.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -66,9 +67,16 @@ if TYPE_CHECKING:
 __getattr__ = names_from(ORIGINS, __name__)
 __all__ = ["nnUNetTrainer", *ORIGINS]
 
-HYPERPARAMETERS = ("initial_lr", "weight_decay", "oversample_foreground_percent", "probabilistic_oversampling",
-                   "num_iterations_per_epoch", "num_val_iterations_per_epoch", "num_epochs",
-                   "enable_deep_supervision")
+HYPERPARAMETERS = (
+    "initial_lr",
+    "weight_decay",
+    "oversample_foreground_percent",
+    "probabilistic_oversampling",
+    "num_iterations_per_epoch",
+    "num_val_iterations_per_epoch",
+    "num_epochs",
+    "enable_deep_supervision",
+)
 
 HOOKS_THAT_MAY_READ_CHECKPOINTS = ("save_checkpoint", "on_epoch_end", "on_train_epoch_end")
 """Trainers extend them to copy or upload the checkpoint that was saved last; others do not wait for it."""
@@ -100,8 +108,15 @@ class nnUNetTrainer:
     max_gradient_norm: float = steps.MAX_GRADIENT_NORM
     """What `train_step` clips the norm of the gradient at."""
 
-    def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict,
-                 device: torch.device = CUDA, unpack_dataset: bool | torch.device | None = None):
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = CUDA,
+        unpack_dataset: bool | torch.device | None = None,
+    ):
         if isinstance(device, bool):
             device = unpack_dataset if isinstance(unpack_dataset, torch.device) else CUDA
         self.is_ddp = is_distributed()
@@ -111,8 +126,13 @@ class nnUNetTrainer:
 
         continue_training = plans.get("continue_training", False)
         plans = {key: value for key, value in plans.items() if key != "continue_training"}
-        self.my_init_kwargs: dict[str, Any] = {"plans": plans, "configuration": configuration, "fold": fold,
-                                               "dataset_json": dataset_json, "device": self.device}
+        self.my_init_kwargs: dict[str, Any] = {
+            "plans": plans,
+            "configuration": configuration,
+            "fold": fold,
+            "dataset_json": dataset_json,
+            "device": self.device,
+        }
         self.plans_manager = PlansManager(plans)
         self.configuration_manager: ConfigurationManager = self.plans_manager.get_configuration(configuration)
         self.configuration_name = configuration
@@ -158,8 +178,9 @@ class nnUNetTrainer:
 
     def _set_folders(self) -> None:
         """Derive the folders of this training; those below a root that is not set are None."""
-        folders = model_folder.locate_folders(self.plans_manager, self.configuration_name, self.fold,
-                                              type(self).__name__)
+        folders = model_folder.locate_folders(
+            self.plans_manager, self.configuration_name, self.fold, type(self).__name__
+        )
         self.preprocessed_dataset_folder_base = folders.preprocessed_dataset_folder_base
         self.preprocessed_dataset_folder = folders.preprocessed_dataset_folder
         self.output_folder_base = folders.output_folder_base
@@ -174,8 +195,14 @@ class nnUNetTrainer:
             Path(self.output_folder).mkdir(parents=True, exist_ok=True)
             self.log_file = os.path.join(self.output_folder, log_files.log_file_name(datetime.now()))
         self.logger = MetaLogger(self.output_folder, continue_training)
-        self.logger.update_config({"plans": self.plans_manager.plans, "configuration": self.configuration_name,
-                                   "fold": self.fold, "dataset": self.dataset_json})
+        self.logger.update_config(
+            {
+                "plans": self.plans_manager.plans,
+                "configuration": self.configuration_name,
+                "fold": self.fold,
+                "dataset": self.dataset_json,
+            }
+        )
 
     def _greet(self) -> None:
         if self.local_rank == 0:
@@ -192,44 +219,61 @@ class nnUNetTrainer:
         if self.was_initialized:
             raise RuntimeError("initialize() was called twice; a trainer builds its network once")
         self._set_batch_size_and_oversample()
-        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
-                                                               self.dataset_json)
+        self.num_input_channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
         self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
             self.network = torch.compile(self.network)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
-            self.network = distribute(self.network, self.device,
-                                      has_unused_parameters=not self.enable_deep_supervision)
+            self.network = distribute(self.network, self.device, has_unused_parameters=not self.enable_deep_supervision)
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self._require(self.preprocessed_dataset_folder))
         self.was_initialized = True
-        self.logger.update_config({"hparas": {
-            **{name: getattr(self, name) for name in HYPERPARAMETERS},
-            "batch_size": self.configuration_manager.batch_size}})
+        self.logger.update_config(
+            {
+                "hparas": {
+                    **{name: getattr(self, name) for name in HYPERPARAMETERS},
+                    "batch_size": self.configuration_manager.batch_size,
+                }
+            }
+        )
 
     def _build_network(self) -> nn.Module:
         return build_network(
-            self.build_network_architecture, plans_manager=self.plans_manager,
-            configuration_manager=self.configuration_manager, dataset_json=self.dataset_json,
+            self.build_network_architecture,
+            plans_manager=self.plans_manager,
+            configuration_manager=self.configuration_manager,
+            dataset_json=self.dataset_json,
             num_input_channels=self.num_input_channels,
             num_output_channels=self.label_manager.num_segmentation_heads,
-            enable_deep_supervision=self.enable_deep_supervision)
+            enable_deep_supervision=self.enable_deep_supervision,
+        )
 
     @staticmethod
-    def build_network_architecture(plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                                   num_input_channels: int, num_output_channels: int,
-                                   enable_deep_supervision: bool = True) -> nn.Module:
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         """Build the network of a configuration, initialised, without a final non-linearity.
 
         Inference calls this on the class. With deep supervision the network returns a list of outputs, highest
         resolution first.
         """
         return get_network_from_plans(
-            configuration_manager.network_arch_class_name, configuration_manager.network_arch_init_kwargs,
-            configuration_manager.network_arch_init_kwargs_req_import, num_input_channels, num_output_channels,
-            allow_init=True, deep_supervision=enable_deep_supervision)
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
 
     def _set_batch_size_and_oversample(self) -> None:
         """Set the batch size of this process, and how many of its samples must show foreground."""
@@ -238,10 +282,13 @@ class nnUNetTrainer:
             world_size = distributed.get_world_size()
             self._loss_weight = loss_weight_of_rank(batch_size, world_size, self.local_rank)
             self.oversample_foreground_percent = oversampling_of_rank(
-                batch_size, world_size, self.local_rank, self.oversample_foreground_percent)
+                batch_size, world_size, self.local_rank, self.oversample_foreground_percent
+            )
             batch_size = split_batch_size(batch_size, world_size)[self.local_rank]
-            show(f"Process {self.local_rank}: batch size {batch_size}, "
-                 f"foreground oversampling {self.oversample_foreground_percent}")
+            show(
+                f"Process {self.local_rank}: batch size {batch_size}, "
+                f"foreground oversampling {self.oversample_foreground_percent}"
+            )
         self.batch_size = batch_size
 
     def _do_i_compile(self) -> bool:
@@ -250,14 +297,14 @@ class nnUNetTrainer:
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return SGD with Nesterov momentum, and a learning rate that falls polynomially over the epochs."""
-        optimizer = build_sgd(self.network, initial_lr=self.initial_lr, weight_decay=self.weight_decay,
-                              device=self.device)
+        optimizer = build_sgd(
+            self.network, initial_lr=self.initial_lr, weight_decay=self.weight_decay, device=self.device
+        )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def _build_loss(self) -> nn.Module:
         """Return Dice plus cross entropy, added up over the outputs of deep supervision."""
-        loss = build_default_loss(self.label_manager, batch_dice=self.configuration_manager.batch_dice,
-                                  ddp=self.is_ddp)
+        loss = build_default_loss(self.label_manager, batch_dice=self.configuration_manager.batch_dice, ddp=self.is_ddp)
         if self._do_i_compile():
             loss.dc = torch.compile(loss.dc)
         return self._over_all_outputs(loss)
@@ -268,8 +315,9 @@ class nnUNetTrainer:
             return loss
         scales = self._get_deep_supervision_scales()
         if not scales:
-            raise ValueError(describe_too_small(self.configuration_name,
-                                                self.configuration_manager.median_image_size_in_voxels))
+            raise ValueError(
+                describe_too_small(self.configuration_name, self.configuration_manager.median_image_size_in_voxels)
+            )
         # DDP fails on parameters without a gradient, unless the network is compiled.
         weights = deep_supervision_weights(len(scales), keep_last_tiny=self.is_ddp and not self._do_i_compile())
         return DeepSupervisionWrapper(loss, weights)
@@ -287,34 +335,59 @@ class nnUNetTrainer:
     # ---------------------------------------------------------------- data
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
-            self) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...] | None]:
+        self,
+    ) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...] | None]:
         """Decide rotation (radians), dummy 2D augmentation, size of the patch to augment from, and mirror axes."""
         rotation, dummy_2d, initial_patch_size, mirror_axes = rotation_and_patch_size(
-            self.configuration_manager.patch_size)
+            self.configuration_manager.patch_size
+        )
         self.print_to_log_file(f"do_dummy_2d_data_aug: {dummy_2d}")
         self.inference_allowed_mirroring_axes = mirror_axes
         return rotation, dummy_2d, initial_patch_size, mirror_axes
 
     @staticmethod
-    def get_training_transforms(patch_size: Sequence[int], rotation_for_DA: Any,
-                                deep_supervision_scales: Sequence | None, mirror_axes: tuple[int, ...] | None,
-                                do_dummy_2d_data_aug: bool, use_mask_for_norm: Sequence[bool] | None = None,
-                                is_cascaded: bool = False, foreground_labels: Sequence[int] | None = None,
-                                regions: Sequence | None = None, ignore_label: int | None = None) -> BasicTransform:
+    def get_training_transforms(
+        patch_size: Sequence[int],
+        rotation_for_DA: Any,
+        deep_supervision_scales: Sequence | None,
+        mirror_axes: tuple[int, ...] | None,
+        do_dummy_2d_data_aug: bool,
+        use_mask_for_norm: Sequence[bool] | None = None,
+        is_cascaded: bool = False,
+        foreground_labels: Sequence[int] | None = None,
+        regions: Sequence | None = None,
+        ignore_label: int | None = None,
+    ) -> BasicTransform:
         """Build the augmentation; its attribute `transforms` is a list that may be edited."""
         return build_training_transforms(
-            patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug,
-            use_mask_for_norm=use_mask_for_norm, is_cascaded=is_cascaded, foreground_labels=foreground_labels,
-            regions=regions, ignore_label=ignore_label)
+            patch_size,
+            rotation_for_DA,
+            deep_supervision_scales,
+            mirror_axes,
+            do_dummy_2d_data_aug,
+            use_mask_for_norm=use_mask_for_norm,
+            is_cascaded=is_cascaded,
+            foreground_labels=foreground_labels,
+            regions=regions,
+            ignore_label=ignore_label,
+        )
 
     @staticmethod
-    def get_validation_transforms(deep_supervision_scales: Sequence | None, is_cascaded: bool = False,
-                                  foreground_labels: Sequence[int] | None = None, regions: Sequence | None = None,
-                                  ignore_label: int | None = None) -> BasicTransform:
+    def get_validation_transforms(
+        deep_supervision_scales: Sequence | None,
+        is_cascaded: bool = False,
+        foreground_labels: Sequence[int] | None = None,
+        regions: Sequence | None = None,
+        ignore_label: int | None = None,
+    ) -> BasicTransform:
         """Build what turns validation patches into network inputs and targets, without augmentation."""
         return build_validation_transforms(
-            deep_supervision_scales, is_cascaded=is_cascaded, foreground_labels=foreground_labels, regions=regions,
-            ignore_label=ignore_label)
+            deep_supervision_scales,
+            is_cascaded=is_cascaded,
+            foreground_labels=foreground_labels,
+            regions=regions,
+            ignore_label=ignore_label,
+        )
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return the training and the validation cases of the fold; write splits_final.json if there is none.
@@ -333,18 +406,32 @@ class nnUNetTrainer:
             everything = identifiers()
             return everything, everything
         path = Path(self.preprocessed_dataset_folder_base, splits.SPLITS_FILE)
-        return splits.split_cases(path, int(self.fold), identifiers, folder, self.print_to_log_file,
-                                  generate=_in_use("generate_crossval_split"))
+        return splits.split_cases(
+            path,
+            int(self.fold),
+            identifiers,
+            folder,
+            self.print_to_log_file,
+            generate=_in_use("generate_crossval_split"),
+        )
 
     def get_tr_and_val_datasets(self) -> tuple[nnUNetBaseDataset, nnUNetBaseDataset]:
         """Return the datasets of the training and of the validation cases."""
         cases = self.do_split()
         if self.is_cascaded:
-            model_folder.require_previous_stage(self._require(self.folder_with_segs_from_previous_stage),
-                                                [*cases[0], *cases[1]], self.configuration_manager.previous_stage_name)
-        return tuple(self.dataset_class(
-            self.preprocessed_dataset_folder, keys,
-            folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage) for keys in cases)
+            model_folder.require_previous_stage(
+                self._require(self.folder_with_segs_from_previous_stage),
+                [*cases[0], *cases[1]],
+                self.configuration_manager.previous_stage_name,
+            )
+        return tuple(
+            self.dataset_class(
+                self.preprocessed_dataset_folder,
+                keys,
+                folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
+            )
+            for keys in cases
+        )
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         """Return endless batches of training and validation data, whose workers are running already."""
@@ -374,12 +461,16 @@ class nnUNetTrainer:
         self._progress.start_epoch()
         self.on_epoch_start()
         self.on_train_epoch_start()
-        self.on_train_epoch_end(self._run_steps(
-            "training", self.train_step, self.dataloader_train, self.num_iterations_per_epoch))
+        self.on_train_epoch_end(
+            self._run_steps("training", self.train_step, self.dataloader_train, self.num_iterations_per_epoch)
+        )
         with torch.no_grad():
             self.on_validation_epoch_start()
-            self.on_validation_epoch_end(self._run_steps(
-                "validation", self.validation_step, self.dataloader_val, self.num_val_iterations_per_epoch))
+            self.on_validation_epoch_end(
+                self._run_steps(
+                    "validation", self.validation_step, self.dataloader_val, self.num_val_iterations_per_epoch
+                )
+            )
         self.on_epoch_end()
         self._progress.end_epoch()
         self._writer.raise_failure()
@@ -388,8 +479,11 @@ class nnUNetTrainer:
         """Take steps and return what they returned; a terminal shows how far they are."""
         outputs: list[dict] = []
         known = self.logger.get_value("ema_fg_dice", step=None)
-        for _ in self._progress.count(Position(self.current_epoch, self.num_epochs, phase, number),
-                                      loss=lambda: latest_loss(outputs), dice=known[-1] if known else None):
+        for _ in self._progress.count(
+            Position(self.current_epoch, self.num_epochs, phase, number),
+            loss=lambda: latest_loss(outputs),
+            dice=known[-1] if known else None,
+        ):
             batch = next(batches)
             if self._has_to_draw_examples:
                 self._has_to_draw_examples = False
@@ -466,8 +560,9 @@ class nnUNetTrainer:
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Log the mean validation loss, and the Dice per class of all validation voxels of the epoch together."""
         collated = collate_outputs(val_outputs)
-        counts = np.stack([np.sum(collated[name], axis=0, dtype=np.float64)
-                           for name in ("tp_hard", "fp_hard", "fn_hard")])
+        counts = np.stack(
+            [np.sum(collated[name], axis=0, dtype=np.float64) for name in ("tp_hard", "fp_hard", "fn_hard")]
+        )
         dice = steps.dice_from_counts(*np.sum(gather(counts), axis=0))
         losses = gather(collated["loss"])
         self.logger.log("mean_fg_dice", steps.mean_of_known(dice), self.current_epoch)
@@ -550,8 +645,10 @@ class nnUNetTrainer:
     def _writing_in_background(self) -> Iterator[None]:
         """Let `save_checkpoint` return before its file is written; a subclass that may look for it finds it there."""
         self._is_writing_in_background = all(
-            vars(owner).get("leaves_checkpoint_files_alone", False) for owner in type(self).__mro__
-            if any(hook in vars(owner) for hook in HOOKS_THAT_MAY_READ_CHECKPOINTS))
+            vars(owner).get("leaves_checkpoint_files_alone", False)
+            for owner in type(self).__mro__
+            if any(hook in vars(owner) for hook in HOOKS_THAT_MAY_READ_CHECKPOINTS)
+        )
         try:
             yield
         finally:
@@ -572,8 +669,12 @@ class nnUNetTrainer:
         """Predict all validation cases as in inference, and write their segmentations and summary.json."""
         from nnunetv2.training.validation import validate
 
-        validate(self, save_probabilities=save_probabilities, predictor_class=_in_use("nnUNetPredictor"),
-                 compute_metrics=_in_use("compute_metrics_on_folder"))
+        validate(
+            self,
+            save_probabilities=save_probabilities,
+            predictor_class=_in_use("nnUNetPredictor"),
+            compute_metrics=_in_use("compute_metrics_on_folder"),
+        )
 
     # ---------------------------------------------------------------- files and reports
 
@@ -590,8 +691,9 @@ class nnUNetTrainer:
     def print_plans(self) -> None:
         """Log the configuration and the rest of the plans."""
         if self.local_rank == 0:
-            model_folder.log_plans(self.print_to_log_file, self.plans_manager.plans, self.configuration_name,
-                                   self.configuration_manager)
+            model_folder.log_plans(
+                self.print_to_log_file, self.plans_manager.plans, self.configuration_name, self.configuration_manager
+            )
 
     def plot_network_architecture(self) -> None:
         """Draw the network; does nothing here, a hook for trainers that bring a tool for it."""
@@ -604,8 +706,12 @@ class nnUNetTrainer:
     def _save_model_description(self) -> None:
         """Write plans, dataset description and fingerprint beside the folds; the other processes wait for it."""
         if self.local_rank == 0:
-            model_folder.save_model_description(self.output_folder_base, self.plans_manager.plans, self.dataset_json,
-                                                self.preprocessed_dataset_folder_base)
+            model_folder.save_model_description(
+                self.output_folder_base,
+                self.plans_manager.plans,
+                self.dataset_json,
+                self.preprocessed_dataset_folder_base,
+            )
         wait_for_all()
 
     def _prepare_dataset(self) -> None:
@@ -615,8 +721,11 @@ class nnUNetTrainer:
         """
         if self.local_rank == 0:
             self.dataset_class.unpack_dataset(
-                self.preprocessed_dataset_folder, overwrite_existing=False,
-                num_processes=max(1, get_allowed_n_proc_DA() // 2), verify=True)
+                self.preprocessed_dataset_folder,
+                overwrite_existing=False,
+                num_processes=max(1, get_allowed_n_proc_DA() // 2),
+                verify=True,
+            )
             if self.is_ddp:
                 self.do_split()
         wait_for_all()

@@ -1,4 +1,5 @@
 """Make trainers that differ from another one in a few attributes, or entries of the plans, only."""
+
 from __future__ import annotations
 
 import functools

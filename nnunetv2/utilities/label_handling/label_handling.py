@@ -2,6 +2,7 @@
 
 Network outputs are `(c, *spatial)` with one channel per class (background first) or per region.
 """
+
 from __future__ import annotations
 
 import logging
@@ -48,15 +49,20 @@ class LabelManager:
             does not fit the regions.
     """
 
-    def __init__(self, label_dict: Mapping[str, int | Sequence[int]], regions_class_order: Sequence[int] | None,
-                 force_use_labels: bool = False,
-                 inference_nonlin: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        label_dict: Mapping[str, int | Sequence[int]],
+        regions_class_order: Sequence[int] | None,
+        force_use_labels: bool = False,
+        inference_nonlin: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.label_dict = label_dict
         self.regions_class_order = regions_class_order
         self._force_use_labels = force_use_labels
         self._sanity_check()
-        self._has_regions = not force_use_labels and any(_is_collection(value) and len(value) > 1
-                                                         for value in label_dict.values())
+        self._has_regions = not force_use_labels and any(
+            _is_collection(value) and len(value) > 1 for value in label_dict.values()
+        )
         self._ignore_label = self._determine_ignore_label()
         self._all_labels = self._get_all_labels()
         self._regions = self._get_regions()
@@ -67,8 +73,9 @@ class LabelManager:
 
     def _sanity_check(self) -> None:
         if "background" not in self.label_dict:
-            raise RuntimeError("dataset.json: 'labels' must contain 'background': 0; it has "
-                               f"{', '.join(map(str, self.label_dict))}")
+            raise RuntimeError(
+                f"dataset.json: 'labels' must contain 'background': 0; it has {', '.join(map(str, self.label_dict))}"
+            )
         background = self.label_dict["background"]
         if _is_collection(background):
             raise RuntimeError(f"dataset.json: background must be the number 0, not the list {background}")
@@ -76,34 +83,45 @@ class LabelManager:
 
     def _determine_ignore_label(self) -> int | None:
         label = self.label_dict.get("ignore")
-        assert label is None or isinstance(label, int), \
+        assert label is None or isinstance(label, int), (
             f"dataset.json: the ignore label must be a whole number, not {label!r}"
+        )
         return label
 
     def _get_all_labels(self) -> list[int]:
-        labels = [int(label) for name, value in self.label_dict.items() if name != "ignore"
-                  for label in (value if _is_collection(value) else [value])]
+        labels = [
+            int(label)
+            for name, value in self.label_dict.items()
+            if name != "ignore"
+            for label in (value if _is_collection(value) else [value])
+        ]
         return list(np.unique(labels))
 
     def _get_regions(self) -> list[LabelOrRegion] | None:
         if not self.has_regions:
             return None
-        values = [tuple(int(label) for label in value) if _is_collection(value) else int(value)
-                  for name, value in self.label_dict.items() if name != "ignore"]
+        values = [
+            tuple(int(label) for label in value) if _is_collection(value) else int(value)
+            for name, value in self.label_dict.items()
+            if name != "ignore"
+        ]
         regions = self.filter_background(values)
-        assert self.regions_class_order is not None, \
+        assert self.regions_class_order is not None, (
             "dataset.json: labels that are lists of numbers (regions) need 'regions_class_order'"
-        assert len(self.regions_class_order) == len(regions), \
-            f"dataset.json: regions_class_order has {len(self.regions_class_order)} entries, but there are " \
+        )
+        assert len(self.regions_class_order) == len(regions), (
+            f"dataset.json: regions_class_order has {len(self.regions_class_order)} entries, but there are "
             f"{len(regions)} regions besides background"
+        )
         return regions
 
     def _check_ignore_label(self) -> None:
         if self.has_ignore_label:
             expected = max(self._all_labels) + 1
-            assert self._ignore_label == expected, \
-                f"dataset.json: the ignore label must be the highest label plus one, {expected}; " \
+            assert self._ignore_label == expected, (
+                f"dataset.json: the ignore label must be the highest label plus one, {expected}; "
                 f"it is {self._ignore_label}"
+            )
 
     @property
     def has_regions(self) -> bool:
@@ -179,9 +197,10 @@ class LabelManager:
         probabilities = predicted_probabilities
         if not isinstance(probabilities, np.ndarray) and not _is_tensor(probabilities):
             raise RuntimeError(f"probabilities must be a NumPy array or a tensor, not {type(probabilities)}")
-        assert probabilities.shape[0] == self.num_segmentation_heads, \
-            f"there must be one channel per segmentation head ({self.num_segmentation_heads}), " \
+        assert probabilities.shape[0] == self.num_segmentation_heads, (
+            f"there must be one channel per segmentation head ({self.num_segmentation_heads}), "
             f"but the shape is {tuple(probabilities.shape)}"
+        )
         if self.has_regions:
             return self._paint_regions(probabilities)
         return _argmax(probabilities)
@@ -207,8 +226,9 @@ class LabelManager:
             probabilities = probabilities.cpu().numpy()
         return self.convert_probabilities_to_segmentation(probabilities)
 
-    def revert_cropping_on_probabilities(self, predicted_probabilities: ArrayOrTensor, bbox: Sequence[Sequence[int]],
-                                         original_shape: Sequence[int]) -> ArrayOrTensor:
+    def revert_cropping_on_probabilities(
+        self, predicted_probabilities: ArrayOrTensor, bbox: Sequence[Sequence[int]], original_shape: Sequence[int]
+    ) -> ArrayOrTensor:
         """Put probabilities `(c, *cropped)` back into the uncropped image, which is background outside.
 
         Args:
@@ -241,15 +261,21 @@ def get_labelmanager_class_from_plans(plans: Mapping) -> type[LabelManager]:
         logger.info("the plans name no label_manager; using LabelManager")
         return LabelManager
     folder = str(Path(__file__).parent)
-    found = find_class(plans["label_manager"], field="label_manager in the plans", folder=folder,
-                       package="nnunetv2.utilities.label_handling", base=LabelManager)
+    found = find_class(
+        plans["label_manager"],
+        field="label_manager in the plans",
+        folder=folder,
+        package="nnunetv2.utilities.label_handling",
+        base=LabelManager,
+    )
     if found is None:
         raise RuntimeError(f"no label manager named {plans['label_manager']!r} found in {folder}")
     return found
 
 
-def convert_labelmap_to_one_hot(segmentation: ArrayOrTensor, all_labels: Sequence[int],
-                                output_dtype: np.dtype | torch.dtype | None = None) -> ArrayOrTensor:
+def convert_labelmap_to_one_hot(
+    segmentation: ArrayOrTensor, all_labels: Sequence[int], output_dtype: np.dtype | torch.dtype | None = None
+) -> ArrayOrTensor:
     """Turn a label map `(*spatial)` into `(len(all_labels), *spatial)` with 1 where the map has the label, else 0.
 
     Arrays give arrays, tensors give tensors. The default dtype is uint8, and for labels from 255 on uint16 (tensors:
@@ -269,9 +295,9 @@ def convert_labelmap_to_one_hot(segmentation: ArrayOrTensor, all_labels: Sequenc
     return one_hot
 
 
-def determine_num_input_channels(plans_manager: PlansManager,
-                                 configuration_or_config_manager: str | ConfigurationManager,
-                                 dataset_json: Mapping) -> int:
+def determine_num_input_channels(
+    plans_manager: PlansManager, configuration_or_config_manager: str | ConfigurationManager, dataset_json: Mapping
+) -> int:
     """Count the input channels of a network: those of the image, and in a cascade one per foreground label."""
     configuration = configuration_or_config_manager
     if isinstance(configuration, str):

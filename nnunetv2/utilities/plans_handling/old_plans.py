@@ -1,4 +1,5 @@
 """Read configurations that were planned before plans described the network by class and arguments (before 2.4)."""
+
 from __future__ import annotations
 
 import warnings
@@ -6,8 +7,16 @@ from collections.abc import Mapping
 
 _ARCHITECTURES = "dynamic_network_architectures.architectures.unet"
 _BLOCKS_KEY = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
-_REPLACED_KEYS = ("UNet_class_name", "n_conv_per_stage_encoder", "n_conv_per_stage_decoder", "UNet_base_num_features",
-                  "unet_max_num_features", "conv_kernel_sizes", "pool_op_kernel_sizes", "num_pool_per_axis")
+_REPLACED_KEYS = (
+    "UNet_class_name",
+    "n_conv_per_stage_encoder",
+    "n_conv_per_stage_decoder",
+    "UNet_base_num_features",
+    "unet_max_num_features",
+    "conv_kernel_sizes",
+    "pool_op_kernel_sizes",
+    "num_pool_per_axis",
+)
 
 
 def is_old_configuration(configuration: Mapping) -> bool:
@@ -24,13 +33,18 @@ def add_architecture(configuration: Mapping) -> dict:
     """
     class_name = configuration["UNet_class_name"]
     if class_name not in _BLOCKS_KEY:
-        raise RuntimeError(f"old plans with UNet_class_name {class_name!r} cannot be read, only those with "
-                           f"{' or '.join(_BLOCKS_KEY)}. Plan the dataset again with nnUNetv2_plan_experiment")
+        raise RuntimeError(
+            f"old plans with UNet_class_name {class_name!r} cannot be read, only those with "
+            f"{' or '.join(_BLOCKS_KEY)}. Plan the dataset again with nnUNetv2_plan_experiment"
+        )
     missing = [key for key in (*_REPLACED_KEYS[:-1], "patch_size") if key not in configuration]
     if missing:
         raise ValueError(f"old plans lack {', '.join(missing)}. Plan the dataset again with nnUNetv2_plan_experiment")
-    warnings.warn("these plans have the format of nnU-Net before 2.4; the network is derived from them. If a "
-                  "checkpoint does not fit it, plan the dataset again with nnUNetv2_plan_experiment", stacklevel=3)
+    warnings.warn(
+        "these plans have the format of nnU-Net before 2.4; the network is derived from them. If a "
+        "checkpoint does not fit it, plan the dataset again with nnUNetv2_plan_experiment",
+        stacklevel=3,
+    )
     kept = {key: value for key, value in configuration.items() if key not in _REPLACED_KEYS}
     return {**kept, "architecture": _build_architecture(configuration, class_name)}
 
@@ -43,8 +57,9 @@ def _build_architecture(configuration: Mapping, class_name: str) -> dict:
         "network_class_name": f"{_ARCHITECTURES}.{class_name}",
         "arch_kwargs": {
             "n_stages": len(blocks),
-            "features_per_stage": [min(configuration["UNet_base_num_features"] * 2 ** stage, most_features)
-                                   for stage in range(len(blocks))],
+            "features_per_stage": [
+                min(configuration["UNet_base_num_features"] * 2**stage, most_features) for stage in range(len(blocks))
+            ],
             "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
             "kernel_sizes": configuration["conv_kernel_sizes"],
             "strides": configuration["pool_op_kernel_sizes"],

@@ -1,4 +1,5 @@
 """Read plans: a dataset's configurations, and the classes and functions that they name."""
+
 from __future__ import annotations
 
 import os
@@ -27,8 +28,9 @@ class ConfigurationManager:
     """
 
     def __init__(self, configuration_dict: dict) -> None:
-        self.configuration = add_architecture(configuration_dict) if is_old_configuration(configuration_dict) \
-            else configuration_dict
+        self.configuration = (
+            add_architecture(configuration_dict) if is_old_configuration(configuration_dict) else configuration_dict
+        )
 
     def __repr__(self) -> str:
         return repr(self.configuration)
@@ -163,22 +165,26 @@ class PlansManager:
             ValueError: It inherits from a configuration that does not exist.
         """
         if configuration_name not in self.plans["configurations"]:
-            raise RuntimeError(f"the plans have no configuration {configuration_name!r}; available: "
-                               f"{', '.join(self.available_configurations)}")
+            raise RuntimeError(
+                f"the plans have no configuration {configuration_name!r}; available: "
+                f"{', '.join(self.available_configurations)}"
+            )
         if configuration_name not in self._configurations:
             resolved = self._internal_resolve_configuration_inheritance(configuration_name)
             self._configurations[configuration_name] = ConfigurationManager(resolved)
         return self._configurations[configuration_name]
 
-    def _internal_resolve_configuration_inheritance(self, configuration_name: str,
-                                                    visited: tuple[str, ...] | None = None) -> dict:
+    def _internal_resolve_configuration_inheritance(
+        self, configuration_name: str, visited: tuple[str, ...] | None = None
+    ) -> dict:
         """Return a configuration with all it inherits; programs call it by this name. `visited` is not used."""
         return resolve_inheritance(self.plans["configurations"], configuration_name)
 
     def get_label_manager(self, dataset_json: Mapping, **kwargs: Any) -> LabelManager:
         """Build the dataset's label manager; keywords are passed on to it."""
-        return self.label_manager_class(label_dict=dataset_json["labels"],
-                                        regions_class_order=dataset_json.get("regions_class_order"), **kwargs)
+        return self.label_manager_class(
+            label_dict=dataset_json["labels"], regions_class_order=dataset_json.get("regions_class_order"), **kwargs
+        )
 
     @property
     def available_configurations(self) -> list[str]:
@@ -240,8 +246,9 @@ class PlansManager:
         """The planner class, from anywhere below nnunetv2/experiment_planning."""
         from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
-        return _find_class("experiment_planning", self.experiment_planner_name, "experiment_planner_used",
-                           ExperimentPlanner)
+        return _find_class(
+            "experiment_planning", self.experiment_planner_name, "experiment_planner_used", ExperimentPlanner
+        )
 
     @cached_property
     def label_manager_class(self) -> type[LabelManager]:
@@ -261,8 +268,10 @@ def resolve_inheritance(configurations: Mapping[str, dict], name: str) -> dict:
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
         if parent not in configurations:
-            raise ValueError(f"configuration {chain[-1]!r} inherits from {parent!r}, which the plans do not have; "
-                             f"available: {', '.join(configurations)}")
+            raise ValueError(
+                f"configuration {chain[-1]!r} inherits from {parent!r}, which the plans do not have; "
+                f"available: {', '.join(configurations)}"
+            )
         if parent in chain:
             raise RuntimeError(f"configuration {name!r} inherits from itself: {' -> '.join([*chain, parent])}")
         chain.append(parent)
@@ -276,9 +285,12 @@ def _find_class(subpackage: str, class_name: str, key: str, base: type) -> type:
     import nnunetv2
 
     folder = os.path.join(nnunetv2.__path__[0], subpackage)
-    found = find_class(class_name, field=f"{key} in the plans", folder=folder, package=f"nnunetv2.{subpackage}",
-                       base=base)
+    found = find_class(
+        class_name, field=f"{key} in the plans", folder=folder, package=f"nnunetv2.{subpackage}", base=base
+    )
     if found is None:
-        raise RuntimeError(f"the plans ask for {key} {class_name!r}, which no module in {folder} defines. Check the "
-                           "spelling in the plans, or add a module with this class to that folder")
+        raise RuntimeError(
+            f"the plans ask for {key} {class_name!r}, which no module in {folder} defines. Check the "
+            "spelling in the plans, or add a module with this class to that folder"
+        )
     return found

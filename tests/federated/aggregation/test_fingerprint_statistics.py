@@ -1,4 +1,5 @@
 """The pooled fingerprint is the one that one centre with all cases would have computed."""
+
 from __future__ import annotations
 
 import json
@@ -66,8 +67,9 @@ def test_keys_refuse_other_dtypes():
         coarse_histogram(np.zeros(3))
 
 
-@pytest.mark.parametrize(("count", "ranks"), [(1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2, 3)),
-                                              (1001, (5, 6, 500, 501, 995, 996))])
+@pytest.mark.parametrize(
+    ("count", "ranks"), [(1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2, 3)), (1001, (5, 6, 500, 501, 995, 996))]
+)
 def test_wanted_ranks_are_the_neighbours_of_the_percentiles(count, ranks):
     assert wanted_ranks(count) == ranks
 
@@ -175,13 +177,17 @@ def test_merged_moments_are_within_a_millionth_of_numpy():
 def make_cases(seed=0, number=9, channels=2, empty=()):
     """Make cases: geometry, relative size, and per channel some foreground voxels."""
     rng = np.random.default_rng(seed)
-    return [{
-        "spacing": tuple(rng.choice([0.8, 1.0, 2.5, 5.0], 3)),
-        "shape": tuple(int(size) for size in rng.integers(10, 400, 3)),
-        "relative_size": float(rng.uniform(0.3, 1)),
-        "voxels": [rng.normal(100 * index, 40, 0 if index in empty else 301).astype(np.float32)
-                   for _ in range(channels)],
-    } for index in range(number)]
+    return [
+        {
+            "spacing": tuple(rng.choice([0.8, 1.0, 2.5, 5.0], 3)),
+            "shape": tuple(int(size) for size in rng.integers(10, 400, 3)),
+            "relative_size": float(rng.uniform(0.3, 1)),
+            "voxels": [
+                rng.normal(100 * index, 40, 0 if index in empty else 301).astype(np.float32) for _ in range(channels)
+            ],
+        }
+        for index in range(number)
+    ]
 
 
 def summarise(cases, *, extrema=False):
@@ -189,7 +195,9 @@ def summarise(cases, *, extrema=False):
     spacings, shapes = sorted_geometry([case["spacing"] for case in cases], [case["shape"] for case in cases])
     values = [np.concatenate(parts) for parts in zip(*(case["voxels"] for case in cases))]
     return CoarseSummary(
-        spacings=spacings, shapes=shapes, relative_sizes=tuple(sorted(case["relative_size"] for case in cases)),
+        spacings=spacings,
+        shapes=shapes,
+        relative_sizes=tuple(sorted(case["relative_size"] for case in cases)),
         moments=tuple(vars(Moments.of(channel)) for channel in values),
         promotes_to_float64=any(case["voxels"][0].size == 0 for case in cases),
         extrema=tuple((float(v.min()), float(v.max())) for v in values) if extrema else None,
@@ -201,8 +209,10 @@ def pool_sites(sites, *, extrema=False):
     summaries, values = zip(*(summarise(cases, extrema=extrema) for cases in sites))
     channels = list(zip(*values))
     coarse = [pool_histograms(map(coarse_histogram, parts)) for parts in channels]
-    fine = [pool_histograms(fine_histogram(part, wanted_bins(total)) for part in parts)
-            for total, parts in zip(coarse, channels)]
+    fine = [
+        pool_histograms(fine_histogram(part, wanted_bins(total)) for part in parts)
+        for total, parts in zip(coarse, channels)
+    ]
     return pool_fingerprint(summaries, coarse, fine)
 
 
@@ -218,9 +228,14 @@ def test_fingerprint_has_the_structure_and_the_values_of_the_centralised_one():
         values = np.concatenate([case["voxels"][int(channel)] for case in cases])
         low, median, high = np.percentile(values, PERCENTILES)
         assert properties == {
-            "max": float(values.max()), "min": float(values.min()), "median": median,
-            "percentile_00_5": low, "percentile_99_5": high,
-            "mean": pytest.approx(float(values.mean()), rel=1e-6), "std": pytest.approx(float(values.std()), rel=1e-6)}
+            "max": float(values.max()),
+            "min": float(values.min()),
+            "median": median,
+            "percentile_00_5": low,
+            "percentile_99_5": high,
+            "mean": pytest.approx(float(values.mean()), rel=1e-6),
+            "std": pytest.approx(float(values.std()), rel=1e-6),
+        }
 
 
 def test_a_case_stays_together_when_cases_are_sorted():
@@ -252,7 +267,9 @@ def test_without_extrema_the_outermost_bounds_are_written():
 
 def test_bounds_enclose_negative_and_positive_values():
     assert outermost_bounds(coarse_histogram(np.float32([-1.0, 1.0]))) == (
-        pytest.approx(-1.0078125, rel=1e-6), pytest.approx(1.0078125, rel=1e-6))
+        pytest.approx(-1.0078125, rel=1e-6),
+        pytest.approx(1.0078125, rel=1e-6),
+    )
 
 
 def test_a_site_without_foreground_is_no_obstacle():

@@ -1,4 +1,5 @@
 """In half precision, half the bytes travel, and what rounding takes from a round comes with the next one."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -94,11 +95,19 @@ def train_in_steps(folder, step: float, *, num_rounds: int, with_feedback: bool 
             if with_feedback:
                 feedback.settle()
             write_document(folder / site, messages.Update(), half_precision.narrowed(specs), sent.values())
-        with open_document(folder / "A") as a, open_document(folder / "B") as b, \
-                open_document(folder / str(number - 1)) as previous:
-            aggregate_documents({"A": a, "B": b}, {"A": 1, "B": 1}, out_path=folder / str(number), precision="float16",
-                                message=messages.Aggregate(round=number, contributors={"A": 1, "B": 1}),
-                                previous=previous if with_feedback else None)
+        with (
+            open_document(folder / "A") as a,
+            open_document(folder / "B") as b,
+            open_document(folder / str(number - 1)) as previous,
+        ):
+            aggregate_documents(
+                {"A": a, "B": b},
+                {"A": 1, "B": 1},
+                out_path=folder / str(number),
+                precision="float16",
+                message=messages.Aggregate(round=number, contributors={"A": 1, "B": 1}),
+                previous=previous if with_feedback else None,
+            )
         with open_document(folder / str(number)) as result:
             kept = result.read("w").copy()
         weight = rounded(kept)
@@ -116,17 +125,30 @@ def test_steps_below_half_a_unit_in_the_last_place_are_not_lost(tmp_path):
 # -------------------------------------------------------------------------------------------------------- aggregation
 def test_the_aggregate_is_the_mean_and_the_rest_of_the_one_before(tmp_path):
     before = make_weights(0)
-    updates = {site: {name: rounded(values) for name, values in make_weights(seed).items()}
-               for seed, site in enumerate("BA", start=1)}
+    updates = {
+        site: {name: rounded(values) for name, values in make_weights(seed).items()}
+        for seed, site in enumerate("BA", start=1)
+    }
     specs = {name: TensorSpec.of(values) for name, values in before.items()}
     write_document(tmp_path / "before", messages.Aggregate(round=None, contributors={}), specs, before.values())
     for site, update in updates.items():
         write_document(tmp_path / site, messages.Update(), half_precision.narrowed(specs), update.values())
-    with open_document(tmp_path / "before") as previous, open_document(tmp_path / "A") as a, \
-            open_document(tmp_path / "B") as b:
-        done = [aggregate_documents(documents, {"A": 1, "B": 3}, out_path=tmp_path / "result", previous=previous,
-                                    message=messages.Aggregate(round=0, contributors={}), precision="float16")
-                for documents in ({"A": a, "B": b}, {"B": b, "A": a})]
+    with (
+        open_document(tmp_path / "before") as previous,
+        open_document(tmp_path / "A") as a,
+        open_document(tmp_path / "B") as b,
+    ):
+        done = [
+            aggregate_documents(
+                documents,
+                {"A": 1, "B": 3},
+                out_path=tmp_path / "result",
+                previous=previous,
+                message=messages.Aggregate(round=0, contributors={}),
+                precision="float16",
+            )
+            for documents in ({"A": a, "B": b}, {"B": b, "A": a})
+        ]
     assert done[0].digest == done[1].digest
     with open_document(tmp_path / "result") as result:
         for name, values in before.items():
@@ -185,8 +207,10 @@ def test_sites_download_the_rounding_of_what_is_kept(make_federation):
     federation.start("A", "B")
     send_round(federation, 0)
     for key in (initial_key(RUN), round_key(RUN, 0)):
-        with federation.coordinator.archive.result(key) as kept, \
-                open_document(federation.coordinator.result(key, "A").path) as sent:
+        with (
+            federation.coordinator.archive.result(key) as kept,
+            open_document(federation.coordinator.result(key, "A").path) as sent,
+        ):
             assert sent.message == kept.message and sent.specs == half_precision.narrowed(kept.specs)
             for name, spec in kept.specs.items():
                 assert spec.dtype == "F32"
@@ -235,10 +259,13 @@ def test_the_precision_is_fixed(make_federation):
     assert federation.store.load_settings().precision == "float16"
 
 
-@pytest.mark.parametrize(("precision", "update", "complaint"), [
-    ("float16", make_weights(0), r"tensor \S+ travels as F16 in this federation, not as F32: this site needs"),
-    ("float32", in_half(0), r"tensor \S+ travels as F32 in this federation, not as F16"),
-])
+@pytest.mark.parametrize(
+    ("precision", "update", "complaint"),
+    [
+        ("float16", make_weights(0), r"tensor \S+ travels as F16 in this federation, not as F32: this site needs"),
+        ("float32", in_half(0), r"tensor \S+ travels as F32 in this federation, not as F16"),
+    ],
+)
 def test_an_update_of_another_precision_is_refused(make_federation, precision, update, complaint):
     federation = make_federation(precision=precision)
     federation.start("A", "B")
@@ -250,8 +277,10 @@ def test_an_update_of_another_precision_is_refused(make_federation, precision, u
 def take_part(credential, *, seed: int, num_rounds: int, shapes=LARGE) -> tuple[dict[str, np.ndarray], int]:
     """Move towards weights of one's own; return the last aggregate, and the bytes that travelled in its round."""
     goal, port = make_weights(seed, shapes), int(credential.url.rpartition(":")[2])
-    with ByteCounter(("127.0.0.1", port)) as counter, \
-            make_client(replace(credential, url=f"http://127.0.0.1:{counter.port}")) as client:
+    with (
+        ByteCounter(("127.0.0.1", port)) as counter,
+        make_client(replace(credential, url=f"http://127.0.0.1:{counter.port}")) as client,
+    ):
         session = RunSession(client, site=credential.site, run=RUN)
         session.register(make_registration(seed + 1, shapes, aliases={}))
         weights = session.start(0, make_weights(0, shapes)).weights
@@ -268,8 +297,12 @@ def test_two_sites_train_with_half_the_bytes_to_the_same_end(tmp_path):
     for precision in ("float32", "float16"):
         with served(tmp_path / precision, make_settings(num_epochs=num_rounds, precision=precision)) as federation:
             credentials = [federation.credential(site) for site in "AB"]
-            ends[precision] = in_threads(*(lambda c=one, n=number: take_part(c, seed=n, num_rounds=num_rounds)
-                                           for number, one in enumerate(credentials)))
+            ends[precision] = in_threads(
+                *(
+                    lambda c=one, n=number: take_part(c, seed=n, num_rounds=num_rounds)
+                    for number, one in enumerate(credentials)
+                )
+            )
             records = federation.coordinator.store.load_rounds(RUN)
             assert {record["settings"].get("precision", "float32") for record in records} == {precision}
     (single, single_bytes), (half, half_bytes) = (ends[precision][0] for precision in ("float32", "float16"))
@@ -321,8 +354,10 @@ def test_the_manifest_lists_what_travels(tmp_path):
         assert load_credential(path).precision == "float16"
         assert federation.credential("B").precision == "float16"
     options = {"metrics": ("val_losses",), "later_metrics": (), "num_classes": 2}
-    half, single = (manifest.training_documents(make_registration(plans=make_plans()), precision=precision, **options)
-                    for precision in ("float16", "float32"))
+    half, single = (
+        manifest.training_documents(make_registration(plans=make_plans()), precision=precision, **options)
+        for precision in ("float16", "float32")
+    )
     sizes = [[document.size for document in documents if document.kind == "update"] for documents in (half, single)]
     assert sizes[0][0] == sizes[1][0] and sizes[0][1] == sizes[1][1] - 48  # of 96 bytes of tensors
     text = "\n".join(manifest.describe(half, None))

@@ -1,4 +1,5 @@
 """The smallest and the largest voxel of a site cannot be told from its histograms, and percentiles stay exact."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -35,13 +36,17 @@ def bins_of(values) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------ one histogram
-@pytest.mark.parametrize(("values", "low", "high"), [
-    (integers(17, 243, 40_000), 0.0, 256.0),
-    (integers(-137, 241, 40_000), -160.0, 256.0),
-    (integers(-893, 1411, 400_000), -1024.0, 1536.0),
-    (integers(0, 200, 40_000), -32.0, 224.0),
-    (np.random.default_rng(0).normal(0, 1e-3, 40_000).astype(np.float32), None, None),
-    (np.append(integers(90, 110, 40_000), np.float32(30_000)), None, 32_768.0)])
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        (integers(17, 243, 40_000), 0.0, 256.0),
+        (integers(-137, 241, 40_000), -160.0, 256.0),
+        (integers(-893, 1411, 400_000), -1024.0, 1536.0),
+        (integers(0, 200, 40_000), -32.0, 224.0),
+        (np.random.default_rng(0).normal(0, 1e-3, 40_000).astype(np.float32), None, None),
+        (np.append(integers(90, 110, 40_000), np.float32(30_000)), None, 32_768.0),
+    ],
+)
 def test_the_outermost_bins_hold_round_numbers_beyond_all_values(values, low, high):
     histogram = Channel.of(*weighted(values), hide=True).coarse_histogram()
     assert histogram.sum() == len(values) and histogram.min() >= 0
@@ -132,6 +137,7 @@ class Extractor:
 def pool(tmp_path, values: dict[str, np.ndarray], **options):
     """Pool the fingerprints of sites that have one case each; return the results and all that was contributed."""
     with served(tmp_path / "federation", make_settings(sites=tuple(values))) as federation:
+
         def take_part(site):
             extractor = Extractor(tmp_path, values[site])
             census = federated_planning.make_census(extractor, options.get("share_extrema", False))
@@ -148,17 +154,24 @@ def pool(tmp_path, values: dict[str, np.ndarray], **options):
     return results, sent
 
 
-SPREAD = {"alike": ((100, 20), (101, 21)), "apart": ((60, 5), (900, 50)), "touching": ((100, 20), (150, 20)),
-          "one inside": ((100, 50), (101, 1)), "three": ((60, 5), (900, 50), (-300, 3)),
-          "far": ((1e-3, 1e-4), (1e6, 1e5), (0, 1))}
+SPREAD = {
+    "alike": ((100, 20), (101, 21)),
+    "apart": ((60, 5), (900, 50)),
+    "touching": ((100, 20), (150, 20)),
+    "one inside": ((100, 50), (101, 1)),
+    "three": ((60, 5), (900, 50), (-300, 3)),
+    "far": ((1e-3, 1e-4), (1e6, 1e5), (0, 1)),
+}
 
 
 @pytest.mark.parametrize("spread", SPREAD.values(), ids=SPREAD)
 @pytest.mark.parametrize("numbers", [(4000, 4000, 4000), (5000, 25, 7001), (39, 8001, 200)])
 def test_percentiles_are_exact_whatever_has_to_be_shown(tmp_path, spread, numbers):
     rng = np.random.default_rng(len(numbers))
-    values = {site: rng.normal(mean, std, number).astype(np.float32)
-              for site, (mean, std), number in zip("ABC", spread, numbers)}
+    values = {
+        site: rng.normal(mean, std, number).astype(np.float32)
+        for site, (mean, std), number in zip("ABC", spread, numbers)
+    }
     results, _ = pool(tmp_path, values)
     properties = results[0].fingerprint["foreground_intensity_properties_per_channel"]["0"]
     everything = np.concatenate(list(values.values()))

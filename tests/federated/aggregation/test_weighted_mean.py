@@ -1,4 +1,5 @@
 """The aggregate is the weighted mean, whatever the order of arrival, in the memory of one tensor."""
+
 from __future__ import annotations
 
 import itertools
@@ -13,12 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nnunetv2.federated.aggregation import weighted_mean
-from nnunetv2.federated.aggregation.weighted_mean import (
-    Change,
-    aggregate_documents,
-    collect_from_owners,
-    outliers,
-)
+from nnunetv2.federated.aggregation.weighted_mean import Change, aggregate_documents, collect_from_owners, outliers
 from nnunetv2.federated.errors import AggregationError
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.messages import Aggregate, Update
@@ -63,8 +59,11 @@ def test_mean_counts_cases(tmp_path, weights, expected):
 
 def test_a_tensor_is_averaged_over_the_sites_that_have_it(tmp_path):
     documents = make_documents(
-        tmp_path, A={"all": np.float32([3]), "two": np.float32([1])}, B={"all": np.float32([6])},
-        C={"two": np.float32([5]), "all": np.float32([9]), "one": np.float32([7])})
+        tmp_path,
+        A={"all": np.float32([3]), "two": np.float32([1])},
+        B={"all": np.float32([6])},
+        C={"two": np.float32([5]), "all": np.float32([9]), "one": np.float32([7])},
+    )
     result, _ = aggregate(tmp_path, documents, {"A": 3, "B": 1, "C": 1, "absent": 9})
     means = {name: float(result.read(name)[0]) for name in result.specs}
     assert means == {"all": pytest.approx(4.8), "one": 7, "two": 2}
@@ -79,12 +78,16 @@ def test_a_tensor_that_no_site_sent_keeps_its_previous_value(tmp_path):
 
 def test_any_order_of_arrival_gives_identical_bytes(tmp_path):
     rng = np.random.default_rng(0)
-    tensors = {site: {name: rng.normal(size=(5, 7)).astype(np.float32) * 10.0**index for name in "zyx"}
-               for index, site in enumerate("ABCD")}
+    tensors = {
+        site: {name: rng.normal(size=(5, 7)).astype(np.float32) * 10.0**index for name in "zyx"}
+        for index, site in enumerate("ABCD")
+    }
     documents = make_documents(tmp_path, **tensors)
     weights = {"A": 7, "B": 1, "C": 22, "D": 3}
-    digests = {aggregate(tmp_path, {site: documents[site] for site in order}, weights)[1]
-               for order in itertools.permutations("ABCD")}
+    digests = {
+        aggregate(tmp_path, {site: documents[site] for site in order}, weights)[1]
+        for order in itertools.permutations("ABCD")
+    }
     assert len(digests) == 1
     reordered = make_documents(tmp_path, **{site: dict(reversed(values.items())) for site, values in tensors.items()})
     assert aggregate(tmp_path, reordered, dict(reversed(weights.items())))[1] in digests
@@ -103,8 +106,10 @@ def test_mean_lies_between_the_extremes(data, dtype, number):
 
 
 @settings(max_examples=30, deadline=None)
-@given(values=arrays(np.float32, 9, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
-       weights=st.lists(st.integers(1, 1000), min_size=1, max_size=6))
+@given(
+    values=arrays(np.float32, 9, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=6),
+)
 def test_equal_updates_come_back_unchanged(values, weights):
     assert (average([values] * len(weights), weights) == values).all()
 
@@ -121,15 +126,18 @@ def test_shape_and_blocks_do_not_show():
     np.testing.assert_array_equal(average([values, values[::-1]], [2, 5]), expected)
 
 
-@pytest.mark.parametrize(("sites", "message"), [
-    ({}, "no update"),
-    ({"A": {"w": np.float32([1])}, "X": {"w": np.float32([1])}}, "site X has no weight"),
-    ({"A": {"w": np.float32([1])}, "B": {"w": np.float32([1, 2])}}, r"w is F32\[2\] at site B, F32\[1\] at site A"),
-    ({"A": {"w": np.float32([1])}, "B": {"w": np.float16([1])}}, r"tensor w is F16\[1\] at site B"),
-    ({"A": {"n": np.int64([1])}}, r"tensor n is I64\[1\]: integers are not averaged"),
-    ({"A": {"w": np.float32([np.nan])}, "B": {"w": np.float32([1])}}, "tensor w: the mean is not finite"),
-    ({"C": {"w": np.float32([1])}}, "tensor w: a weight must be positive"),
-])
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ({}, "no update"),
+        ({"A": {"w": np.float32([1])}, "X": {"w": np.float32([1])}}, "site X has no weight"),
+        ({"A": {"w": np.float32([1])}, "B": {"w": np.float32([1, 2])}}, r"w is F32\[2\] at site B, F32\[1\] at site A"),
+        ({"A": {"w": np.float32([1])}, "B": {"w": np.float16([1])}}, r"tensor w is F16\[1\] at site B"),
+        ({"A": {"n": np.int64([1])}}, r"tensor n is I64\[1\]: integers are not averaged"),
+        ({"A": {"w": np.float32([np.nan])}, "B": {"w": np.float32([1])}}, "tensor w: the mean is not finite"),
+        ({"C": {"w": np.float32([1])}}, "tensor w: a weight must be positive"),
+    ],
+)
 def test_what_cannot_be_averaged_is_refused_by_name(tmp_path, sites, message):
     with pytest.raises(AggregationError, match=message):
         aggregate(tmp_path, make_documents(tmp_path, **sites), {"A": 1, "B": 1, "C": 0})
@@ -140,8 +148,14 @@ def test_initial_values_are_those_of_the_owners(tmp_path):
     documents = make_documents(tmp_path, A={"v": np.float32([1])}, B={"w": np.float32([2]), "v": np.float32([3])}, C={})
     digests = set()
     for order in itertools.permutations("ABC"):
-        digests.add(collect_from_owners({site: documents[site] for site in order}, {"w": "B", "v": "A"},
-                                        out_path=tmp_path / "result", message=MESSAGE))
+        digests.add(
+            collect_from_owners(
+                {site: documents[site] for site in order},
+                {"w": "B", "v": "A"},
+                out_path=tmp_path / "result",
+                message=MESSAGE,
+            )
+        )
     result = open_document(tmp_path / "result")
     assert {name: result.read(name).tolist() for name in result.specs} == {"v": [1], "w": [2]}
     assert len(digests) == 1
@@ -177,10 +191,15 @@ def test_memory_does_not_grow_with_sites_or_tensors(tmp_path, monkeypatch):
 
 def test_the_change_of_every_site_is_measured_in_the_same_pass(tmp_path):
     before = make_document(tmp_path / "before", {"v": np.float32([1, 1]), "w": np.float32([0, 0, 0])})
-    documents = make_documents(tmp_path, A={"v": np.float32([4, 5]), "w": np.float32([0, 0, 0])},
-                               B={"v": np.float32([1, 1])}, C={"w": np.float32([-12, 0, 0]), "v": np.float32([1, 6])})
-    done = aggregate_documents(documents, dict.fromkeys("ABC", 1), out_path=tmp_path / "result", message=MESSAGE,
-                               previous=before)
+    documents = make_documents(
+        tmp_path,
+        A={"v": np.float32([4, 5]), "w": np.float32([0, 0, 0])},
+        B={"v": np.float32([1, 1])},
+        C={"w": np.float32([-12, 0, 0]), "v": np.float32([1, 6])},
+    )
+    done = aggregate_documents(
+        documents, dict.fromkeys("ABC", 1), out_path=tmp_path / "result", message=MESSAGE, previous=before
+    )
     assert done.changes == {"A": Change(5.0, 5), "B": Change(0.0, 2), "C": Change(13.0, 5)}
 
 
@@ -194,18 +213,23 @@ def test_changes_are_float64_over_many_blocks_and_do_not_depend_on_threads(tmp_p
         monkeypatch.setattr(weighted_mean, "_THREADS", threads)
         done = aggregate_documents(documents, {"A": 1}, out_path=tmp_path / "result", message=MESSAGE, previous=before)
         found.add((done.digest, done.changes["A"].norm))
-    (_, norm), = found
-    assert norm == pytest.approx(np.sqrt(sum((one.astype(np.float64)**2).sum() for one in values.values())), rel=1e-13)
+    ((_, norm),) = found
+    assert norm == pytest.approx(
+        np.sqrt(sum((one.astype(np.float64) ** 2).sum() for one in values.values())), rel=1e-13
+    )
 
 
-@pytest.mark.parametrize(("distances", "expected"), [
-    ({"A": 1, "B": 100}, []),  # of two, nobody knows which is the odd one
-    ({"A": 1, "B": 1, "C": 3}, []),
-    ({"A": 1, "B": 1, "C": 3.1}, ["C"]),
-    ({"A": 1, "B": 2, "C": 1.5, "D": 20, "E": 30}, ["D", "E"]),
-    ({"A": 0, "B": 0, "C": 0.1}, ["C"]),
-    ({"A": 0, "B": 0, "C": 0}, []),
-])
+@pytest.mark.parametrize(
+    ("distances", "expected"),
+    [
+        ({"A": 1, "B": 100}, []),  # of two, nobody knows which is the odd one
+        ({"A": 1, "B": 1, "C": 3}, []),
+        ({"A": 1, "B": 1, "C": 3.1}, ["C"]),
+        ({"A": 1, "B": 2, "C": 1.5, "D": 20, "E": 30}, ["D", "E"]),
+        ({"A": 0, "B": 0, "C": 0.1}, ["C"]),
+        ({"A": 0, "B": 0, "C": 0}, []),
+    ],
+)
 def test_a_conspicuous_change_is_one_far_beyond_the_median_of_the_others(distances, expected):
     assert outliers({site: Change(float(value), 1) for site, value in distances.items()}) == expected
 

@@ -1,4 +1,5 @@
 """The operator's command."""
+
 import json
 import os
 import re
@@ -20,14 +21,16 @@ def federation(tmp_path):
     with served(tmp_path / "federation", make_settings(sites=("A", "B"))) as federation:
         token = "operator.0123456789abcdef0123456789abcdef"
         federation.coordinator.members.appoint_local_operator(token)
-        save_credential(SiteCredential(federation.url, "test", "operator", token),
-                        tmp_path / "federation" / admin.OPERATOR_FILE)
+        save_credential(
+            SiteCredential(federation.url, "test", "operator", token), tmp_path / "federation" / admin.OPERATOR_FILE
+        )
         yield federation
 
 
 @pytest.fixture
 def run(federation, capsys):
     """Run the command and return what it prints."""
+
     def run_(*arguments: str) -> str:
         admin.main(["--folder", str(federation.coordinator.store.folder), *arguments])
         return capsys.readouterr().out
@@ -47,8 +50,9 @@ def test_a_new_site_is_invited_and_joins(federation, run, tmp_path):
 
 
 def test_an_observer_may_look_and_not_touch(federation, run, tmp_path):
-    assert "Observer eve has joined" in join(invitation_in(run("invite", "eve", "--role", "observer")),
-                                             path=tmp_path / "eve.json")
+    assert "Observer eve has joined" in join(
+        invitation_in(run("invite", "eve", "--role", "observer")), path=tmp_path / "eve.json"
+    )
     from nnunetv2.federated.site.transports.http import FederationClient
 
     with FederationClient(load_credential(tmp_path / "eve.json")) as client:
@@ -106,8 +110,10 @@ def test_settings_are_changed_one_by_one(run):
 
 def test_a_run_is_steered(federation, run):
     with federation.client("A") as a, federation.client("B") as b:
-        in_threads(lambda: a.exchange(registration_key(RUN), make_registration()),
-                   lambda: b.exchange(registration_key(RUN), make_registration()))
+        in_threads(
+            lambda: a.exchange(registration_key(RUN), make_registration()),
+            lambda: b.exchange(registration_key(RUN), make_registration()),
+        )
     wait_until(lambda: federation.coordinator.book.is_closed(registration_key(RUN)))
     assert f"run {RUN}: paused, 0 of 3 rounds closed" in run("pause", RUN)
     assert "running" in run("resume", RUN)
@@ -119,8 +125,9 @@ def test_a_run_is_steered(federation, run):
 def test_without_a_coordinator_the_way_out_is_named(tmp_path):
     with pytest.raises(NotJoinedError, match="start nnUNetv2_fed_coordinator --folder"):
         admin.main(["--folder", str(tmp_path), "settings"])
-    save_credential(SiteCredential("http://127.0.0.1:9", "test", "operator", "operator.x"),
-                    tmp_path / admin.OPERATOR_FILE)
+    save_credential(
+        SiteCredential("http://127.0.0.1:9", "test", "operator", "operator.x"), tmp_path / admin.OPERATOR_FILE
+    )
     with pytest.raises(CoordinatorUnreachable, match="Is it running"):
         admin.main(["--folder", str(tmp_path), "settings"])
 
@@ -133,8 +140,10 @@ def test_settings_without_effect_are_refused(federation, run):
 
 
 def test_the_command_runs_with_little_more_than_the_standard_library():
-    code = ("import sys\nfor name in ('torch', 'requests', 'numpy'): sys.modules[name] = None\n"
-            "from nnunetv2.federated.commands.admin import main; main(['-h'])")
+    code = (
+        "import sys\nfor name in ('torch', 'requests', 'numpy'): sys.modules[name] = None\n"
+        "from nnunetv2.federated.commands.admin import main; main(['-h'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, env=os.environ)
     assert done.returncode == 0 and "invite" in done.stdout, done.stderr
 

@@ -1,4 +1,5 @@
 """The commands that show and verify the audit log."""
+
 import argparse
 import json
 import os
@@ -98,7 +99,8 @@ def test_an_earlier_head_stays_good_when_the_log_grows(run, folder):
 @pytest.mark.parametrize("column", ["time", "kind", "site", "key", "detail", "hash"])
 def test_a_change_of_any_field_of_any_line_is_found(folder, run, number, column):
     value = {"time": "time + 1", "detail": "replace(detail, ':', ': ')", "hash": "replace(hash, '1', '2')"}.get(
-        column, f"coalesce({column}, '') || 'x'")
+        column, f"coalesce({column}, '') || 'x'"
+    )
     tamper(folder, f"UPDATE events SET {column} = {value} WHERE number = {number}")
     with pytest.raises(FederationError, match=f"broken at line ({number}|{number + 1}):"):
         run("verify-log")
@@ -118,8 +120,12 @@ def test_a_line_that_is_removed_and_closed_up_is_found(folder, run):
 
 
 def test_lines_that_change_places_are_found(folder, run):
-    tamper(folder, "UPDATE events SET number = 99 WHERE number = 2", "UPDATE events SET number = 2 WHERE number = 3",
-           "UPDATE events SET number = 3 WHERE number = 99")
+    tamper(
+        folder,
+        "UPDATE events SET number = 99 WHERE number = 2",
+        "UPDATE events SET number = 2 WHERE number = 3",
+        "UPDATE events SET number = 3 WHERE number = 99",
+    )
     with pytest.raises(FederationError, match="broken at line 2"):
         run("verify-log")
 

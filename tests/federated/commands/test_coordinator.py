@@ -1,4 +1,5 @@
 """The command nnUNetv2_fed_coordinator."""
+
 import errno
 import os
 import signal
@@ -32,14 +33,36 @@ def open_folder(folder, *options):
 
 
 def test_the_first_start_fixes_the_settings(tmp_path):
-    settings = open_folder(tmp_path / "f", "--sites", "south", "north", "--epochs", "20", "--iterations", "5",
-                           "--quorum", "2", "--deadline", "90", "--matching", "resolution", "--weighting", "uniform",
-                           "--precision", "float16")
+    settings = open_folder(
+        tmp_path / "f",
+        "--sites",
+        "south",
+        "north",
+        "--epochs",
+        "20",
+        "--iterations",
+        "5",
+        "--quorum",
+        "2",
+        "--deadline",
+        "90",
+        "--matching",
+        "resolution",
+        "--weighting",
+        "uniform",
+        "--precision",
+        "float16",
+    )
     assert settings.sites == ("north", "south")
     assert (settings.num_epochs, settings.num_iterations_per_epoch) == (20, 5)
     assert settings.num_val_iterations_per_epoch is None
     assert (settings.quorum, settings.deadline_s, settings.matching, settings.weighting, settings.precision) == (
-        2, 90.0, "resolution", "uniform", "float16")
+        2,
+        90.0,
+        "resolution",
+        "uniform",
+        "float16",
+    )
     assert open_folder(tmp_path / "f") == settings
     assert open_folder(tmp_path / "f", "--epochs", "20", "--sites", "north", "south") == settings
 
@@ -50,11 +73,16 @@ def test_defaults_are_those_of_nnunet(tmp_path):
     assert (settings.matching, settings.weighting, settings.precision) == ("name", "cases", "float32")
 
 
-@pytest.mark.parametrize(("options", "complaint"), [
-    (["--epochs", "30"], "with --epochs 20, not 30"), (["--sites", "A", "B", "C"], "with --sites A B, not A B C"),
-    (["--val-iterations", "3"], "with --val-iterations None, not 3"),
-    (["--matching", "resolution"], "with --matching name, not resolution"),
-    (["--precision", "float16"], "with --precision float32, not float16")])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--epochs", "30"], "with --epochs 20, not 30"),
+        (["--sites", "A", "B", "C"], "with --sites A B, not A B C"),
+        (["--val-iterations", "3"], "with --val-iterations None, not 3"),
+        (["--matching", "resolution"], "with --matching name, not resolution"),
+        (["--precision", "float16"], "with --precision float32, not float16"),
+    ],
+)
 def test_settings_that_differ_later_are_refused_with_the_difference(tmp_path, options, complaint):
     open_folder(tmp_path / "f", "--sites", "A", "B", "--epochs", "20")
     with pytest.raises(FederationError, match=complaint):
@@ -65,32 +93,44 @@ def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_cha
     created = ("--sites", "A", "B", "--epochs", "20")
     settings = open_folder(tmp_path / "f", *created)
     with Store(tmp_path / "f") as store:
-        store.save_settings(settings.model_copy(update={"sites": ("A", "B", "C"), "validate_every": 5}),
-                            Event(0.0, "settings", "operator", None, {}))
+        store.save_settings(
+            settings.model_copy(update={"sites": ("A", "B", "C"), "validate_every": 5}),
+            Event(0.0, "settings", "operator", None, {}),
+        )
     capsys.readouterr()
     changed = open_folder(tmp_path / "f", *created)
     assert (changed.sites, changed.validate_every) == (("A", "B", "C"), 5)
-    assert capsys.readouterr().out.splitlines()[0].endswith(
-        "--sites A B is that of the first start and has no effect: an operator has changed it to A B C since")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[0]
+        .endswith("--sites A B is that of the first start and has no effect: an operator has changed it to A B C since")
+    )
     assert open_folder(tmp_path / "f", "--sites", "A", "B", "C") == changed
     with pytest.raises(FederationError, match="with --sites A B C, not A C"):
         open_folder(tmp_path / "f", "--sites", "A", "C")
 
 
-@pytest.mark.parametrize(("options", "complaint"), [
-    (["--sites", "A"], "at least two sites"), (["--sites", "A", "a"], "upper and lower case"),
-    (["--sites", "A", "Operator"], "that of the operator"), (["--sites", "A", "A"], "names are repeated"),
-    (["--sites", "A", "../B"], "no name for a site"),
-    (["--sites", "A", "B.C"], "no name for a site"), (["--sites", "A", "B", "--epochs", "0"], "num_epochs"),
-    (["--sites", "A", "B", "--quorum", "3", "--deadline", "1"], "--quorum 3 is more than the 2 sites"),
-    (["--sites", "A", "B", "--quorum", "1"], "--quorum needs --deadline"),
-    (["--sites", "A", "B", "--quorum", "1", "--deadline", "9"], "--quorum 1 is less than --min-sites 2"),
-    (["--sites", "A", "B", "C", "--quorum", "2", "--deadline", "9", "--min-sites", "3"], "--quorum 2 is less than"),
-    (["--sites", "A", "B", "--min-sites", "3"], "--min-sites 3 is more than the 2 sites"),
-    (["--sites", "A", "B", "--min-sites", "1"], "min_sites"),
-    (["--sites", "A", "B", "--deadline", "60"], "--deadline needs --quorum"),
-    (["--sites", "A", "B", "--late-updates", "carry"], "--late-updates carry needs --quorum and --deadline"),
-    (["--sites", "A", "B", "--deadline", "-1"], "deadline_s")])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--sites", "A"], "at least two sites"),
+        (["--sites", "A", "a"], "upper and lower case"),
+        (["--sites", "A", "Operator"], "that of the operator"),
+        (["--sites", "A", "A"], "names are repeated"),
+        (["--sites", "A", "../B"], "no name for a site"),
+        (["--sites", "A", "B.C"], "no name for a site"),
+        (["--sites", "A", "B", "--epochs", "0"], "num_epochs"),
+        (["--sites", "A", "B", "--quorum", "3", "--deadline", "1"], "--quorum 3 is more than the 2 sites"),
+        (["--sites", "A", "B", "--quorum", "1"], "--quorum needs --deadline"),
+        (["--sites", "A", "B", "--quorum", "1", "--deadline", "9"], "--quorum 1 is less than --min-sites 2"),
+        (["--sites", "A", "B", "C", "--quorum", "2", "--deadline", "9", "--min-sites", "3"], "--quorum 2 is less than"),
+        (["--sites", "A", "B", "--min-sites", "3"], "--min-sites 3 is more than the 2 sites"),
+        (["--sites", "A", "B", "--min-sites", "1"], "min_sites"),
+        (["--sites", "A", "B", "--deadline", "60"], "--deadline needs --quorum"),
+        (["--sites", "A", "B", "--late-updates", "carry"], "--late-updates carry needs --quorum and --deadline"),
+        (["--sites", "A", "B", "--deadline", "-1"], "deadline_s"),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(tmp_path, options, complaint):
     with pytest.raises(FederationError, match=complaint):
         open_folder(tmp_path / "f", *options)
@@ -109,26 +149,32 @@ def test_the_names_of_the_sites_are_asked_for_where_somebody_can_answer(tmp_path
     assert open_folder(tmp_path / "asked").sites == ("north", "south", "west"), "a later start asks nobody"
 
 
-@pytest.mark.parametrize(("options", "speaks_tls", "url"), [
-    ({}, False, "http://127.0.0.1:1"),
-    ({"host": "::1"}, False, "http://[::1]:1"),
-    ({"host": "10.0.0.5"}, True, "https://10.0.0.5:1"),
-    ({"host": "10.0.0.5", "insecure": True}, False, "http://10.0.0.5:1"),
-    ({"url": "https://hospital.example/fed/"}, False, "https://hospital.example/fed"),  # a proxy with TLS
-    ({"tls_certificate": "c.pem", "tls_key": "k.pem"}, True, "https://127.0.0.1:1"),
-    ({"host": "0.0.0.0", "url": "https://hospital.example:8750"}, True, "https://hospital.example:8750"),
-])
+@pytest.mark.parametrize(
+    ("options", "speaks_tls", "url"),
+    [
+        ({}, False, "http://127.0.0.1:1"),
+        ({"host": "::1"}, False, "http://[::1]:1"),
+        ({"host": "10.0.0.5"}, True, "https://10.0.0.5:1"),
+        ({"host": "10.0.0.5", "insecure": True}, False, "http://10.0.0.5:1"),
+        ({"url": "https://hospital.example/fed/"}, False, "https://hospital.example/fed"),  # a proxy with TLS
+        ({"tls_certificate": "c.pem", "tls_key": "k.pem"}, True, "https://127.0.0.1:1"),
+        ({"host": "0.0.0.0", "url": "https://hospital.example:8750"}, True, "https://hospital.example:8750"),
+    ],
+)
 def test_other_machines_are_served_with_tls(options, speaks_tls, url):
     place = listen_address.Address(port=1, **options)
     assert (place.speaks_tls, place.public_url) == (speaks_tls, url)
 
 
-@pytest.mark.parametrize(("options", "complaint"), [
-    ({"host": "0.0.0.0"}, "--url"),
-    ({"host": "10.0.0.5", "url": "http://hospital.example"}, "plain HTTP, but the coordinator speaks TLS"),
-    ({"tls_key": "k.pem"}, "go together"),
-    ({"client_authority": "ca.pem"}, "needs TLS"),
-])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"host": "0.0.0.0"}, "--url"),
+        ({"host": "10.0.0.5", "url": "http://hospital.example"}, "plain HTTP, but the coordinator speaks TLS"),
+        ({"tls_key": "k.pem"}, "go together"),
+        ({"client_authority": "ca.pem"}, "needs TLS"),
+    ],
+)
 def test_addresses_that_make_no_sense_are_refused(options, complaint):
     with pytest.raises(FederationError, match=complaint):
         listen_address.Address(**options)
@@ -138,24 +184,31 @@ def test_a_start_without_options_keeps_the_address(tmp_path):
     arguments = coordinator.build_parser().parse_args(["--host", "10.0.0.5", "--insecure"])
     first = listen_address.settle_address({}, arguments)
     assert (first.host, first.insecure, first.port) == ("10.0.0.5", True, listen_address.DEFAULT_PORT)
-    again = listen_address.settle_address({"host": first.host, "insecure": True, "port": 99, "url": None},
-                               coordinator.build_parser().parse_args([]))
+    again = listen_address.settle_address(
+        {"host": first.host, "insecure": True, "port": 99, "url": None}, coordinator.build_parser().parse_args([])
+    )
     assert (again.host, again.insecure, again.port) == ("10.0.0.5", True, 99)
 
 
 def test_help_answers_at_once_without_torch():
-    code = ("import sys; from nnunetv2.federated.commands.coordinator import main\n"
-            "try:\n    main(['-h'])\nfinally:\n"
-            "    late = {'torch', 'requests', 'starlette', 'uvicorn', 'pydantic', 'scipy'} & set(sys.modules)\n"
-            "    assert not late, late")
+    code = (
+        "import sys; from nnunetv2.federated.commands.coordinator import main\n"
+        "try:\n    main(['-h'])\nfinally:\n"
+        "    late = {'torch', 'requests', 'starlette', 'uvicorn', 'pydantic', 'scipy'} & set(sys.modules)\n"
+        "    assert not late, late"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 0 and "--deadline S" in done.stdout, done.stderr
 
 
 def test_errors_are_one_line(tmp_path):
     code = "from nnunetv2.federated.commands.coordinator import coordinator_entry; coordinator_entry()"
-    done = subprocess.run([sys.executable, "-c", code, "--folder", str(tmp_path / "f"), "--sites", "A"],
-                          capture_output=True, text=True, cwd=PROJECT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--folder", str(tmp_path / "f"), "--sites", "A"],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+    )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "a federation has at least two sites, got A" in done.stderr
 
@@ -169,9 +222,15 @@ def test_a_disk_that_takes_nothing_is_one_line_that_names_the_folder(tmp_path, e
     if exists:
         open_folder(folder, "--sites", "A", "B")
     code = "from nnunetv2.federated.commands.coordinator import coordinator_entry; coordinator_entry()"
-    done = subprocess.run([sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A", "B"],
-                          capture_output=True, text=True, cwd=PROJECT, timeout=60, stdin=subprocess.DEVNULL,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A", "B"],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and f"the folder {folder} cannot be written" in done.stderr
     assert "Restore a backup" not in done.stderr
@@ -231,8 +290,17 @@ def test_later_starts_go_on_at_the_same_port_and_invite_who_has_not_joined(tmp_p
             wait_until(lambda: again.text().count("is served at") == 2)
             assert again.text().count(words[0]) == 1 and again.text().count(words[1]) == 2
             second = subprocess.run(
-                [sys.executable, "-c", "from nnunetv2.federated.commands.coordinator import coordinator_entry as e; e()",
-                 "--folder", str(folder)], capture_output=True, text=True, cwd=PROJECT)
+                [
+                    sys.executable,
+                    "-c",
+                    "from nnunetv2.federated.commands.coordinator import coordinator_entry as e; e()",
+                    "--folder",
+                    str(folder),
+                ],
+                capture_output=True,
+                text=True,
+                cwd=PROJECT,
+            )
             assert second.returncode == 1 and "served by another coordinator" in second.stderr
         finally:
             again.stop()
@@ -264,8 +332,13 @@ def test_a_log_that_is_full_or_narrow_stops_nobody(tmp_path, monkeypatch):
     code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
     folder = tmp_path / "federation"
     with FULL.open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A",
-                                    "B"], cwd=PROJECT, stdout=log, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--folder", str(folder), "--port", "0", "--sites", "A", "B"],
+            cwd=PROJECT,
+            stdout=log,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+        )
     try:
         wait_until(lambda: (folder / "operator.json").exists() or process.poll() is not None)
         operator = admin.operator_credential(folder)

@@ -1,4 +1,5 @@
 """Fetching the model of a run: who may, when, over which network, and what is installed."""
+
 from __future__ import annotations
 
 import hashlib
@@ -38,8 +39,10 @@ MODEL = "Dataset001_Fake/nnUNetTrainerFake__nnUNetPlans__3d_fullres"
 def finish(federation, *, shapes=SHAPES, num_rounds=1) -> None:
     """Let sites A and B train a run to its end, and wait for the model of its best round."""
     with federation.client("A") as a, federation.client("B") as b:
-        in_threads(lambda: train(a, seed=1, num_rounds=num_rounds, shapes=shapes),
-                   lambda: train(b, seed=2, num_rounds=num_rounds, shapes=shapes))
+        in_threads(
+            lambda: train(a, seed=1, num_rounds=num_rounds, shapes=shapes),
+            lambda: train(b, seed=2, num_rounds=num_rounds, shapes=shapes),
+        )
         for client in (a, b):
             client.contribute(validation_key(RUN, num_rounds - 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
     kept = federation.coordinator.store.load_events
@@ -71,8 +74,9 @@ def use_credential(monkeypatch, tmp_path, federation, site: str) -> None:
 
 def ask(federation, token: str | None, run: str = RUN, **headers: str) -> requests.Response:
     authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
-    return requests.get(f"{federation.url}/v1/runs/{run}/model", headers={**authorization, **headers},
-                        timeout=PATIENCE_S)
+    return requests.get(
+        f"{federation.url}/v1/runs/{run}/model", headers={**authorization, **headers}, timeout=PATIENCE_S
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- over HTTP
@@ -84,7 +88,9 @@ def test_a_site_and_an_operator_get_the_file_that_the_coordinator_keeps(finished
         assert path == tmp_path / credential.site / f"{RUN}.zip"
         assert path.read_bytes() == kept.read_bytes()
     assert [str(name) for name in fetch_model.checkpoints_in(path)] == [
-        f"{MODEL}/fold_0/checkpoint_best.pth", f"{MODEL}/fold_0/checkpoint_final.pth"]
+        f"{MODEL}/fold_0/checkpoint_best.pth",
+        f"{MODEL}/fold_0/checkpoint_final.pth",
+    ]
 
 
 def test_asking_whether_there_is_a_model_fetches_none(finished, monkeypatch):
@@ -127,8 +133,9 @@ def test_ranges_are_answered_and_named_by_the_digest(finished):
 
 
 def test_a_download_goes_on_where_it_broke(finished, tmp_path):
-    size = (finished.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip"
-            ).stat().st_size
+    size = (
+        (finished.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip").stat().st_size
+    )
     with Cutter(finished.url, download=[900_000, 700_000]) as cutter:
         with make_client(moved(finished.credential("A"), cutter.url)) as client:
             path = fetch_model.fetch(client, RUN, tmp_path / "model.zip")
@@ -170,6 +177,7 @@ def test_there_is_no_model_before_the_run_is_over(tmp_path):
 
 def test_where_plans_differ_there_is_no_model_and_the_difference_is_named(tmp_path):
     with served(tmp_path / "federation", make_settings(num_epochs=None)) as federation:
+
         def take_part(site, plans):
             with federation.client(site) as client:
                 train(client, seed=1, num_rounds=1, plans=plans)
@@ -187,8 +195,11 @@ def admit_operator(federation):
 
 
 def test_a_run_that_was_stopped_at_once_has_no_model(tmp_path):
-    with served(tmp_path / "federation", make_settings()) as federation, federation.client("A") as client, \
-            admit_operator(federation) as operator:
+    with (
+        served(tmp_path / "federation", make_settings()) as federation,
+        federation.client("A") as client,
+        admit_operator(federation) as operator,
+    ):
         client.contribute(registration_key(RUN), make_registration())
         operator.act(RUN, "stop")
         with pytest.raises(RefusedError, match="before its first round was closed"):
@@ -233,8 +244,10 @@ def test_the_command_takes_the_only_run_and_says_how_to_go_on(finished, tmp_path
     text = capsys.readouterr().out
     assert f"The model of run {RUN} is in {RUN}.zip" in text
     assert f"  nnUNetv2_install_pretrained_model_from_zip {RUN}.zip\n" in text
-    assert ("  nnUNetv2_predict -d Dataset001_Fake -c 3d_fullres -f 0 -tr nnUNetTrainerFake -p nnUNetPlans "
-            "-chk checkpoint_best.pth -i IMAGES -o PREDICTIONS\n") in text
+    assert (
+        "  nnUNetv2_predict -d Dataset001_Fake -c 3d_fullres -f 0 -tr nnUNetTrainerFake -p nnUNetPlans "
+        "-chk checkpoint_best.pth -i IMAGES -o PREDICTIONS\n"
+    ) in text
 
 
 def test_installing_spares_what_this_site_has_trained(finished, tmp_path, monkeypatch, capsys, roots):
@@ -259,8 +272,9 @@ def test_several_runs_are_listed(finished, tmp_path, monkeypatch, capsys):
 
 
 def test_the_only_run_that_is_over_is_chosen():
-    going_on, over, other = (RunState(run=name, closed=closed, rounds_closed=7) for name, closed in
-                             (("a", False), ("b", True), ("c", True)))
+    going_on, over, other = (
+        RunState(run=name, closed=closed, rounds_closed=7) for name, closed in (("a", False), ("b", True), ("c", True))
+    )
     assert fetch_model.choose_run([going_on, over]) == "b"
     assert fetch_model.choose_run([over, other]) is None
     with pytest.raises(FederationError, match=r"no run is over yet. Runs: a \(7 rounds closed\)"):

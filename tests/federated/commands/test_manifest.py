@@ -1,4 +1,5 @@
 """What leaves a site is listed beforehand, and nothing else leaves where there is a list of it."""
+
 from __future__ import annotations
 
 import json
@@ -6,15 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_federation import (
-    RUN,
-    make_census,
-    make_plans,
-    make_registration,
-    make_settings,
-    make_weights,
-    served,
-)
+from fake_federation import RUN, make_census, make_plans, make_registration, make_settings, make_weights, served
 
 from nnunetv2.federated.commands import manifest
 from nnunetv2.federated.errors import FederationError, NotAllowedError
@@ -23,15 +16,21 @@ from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, write_document
 from nnunetv2.federated.protocol.messages import CENSUS_KEY
 
-DATASET = {"channel_names": {"0": "CT", "1": "PET"}, "labels": {"background": 0, "liver": 1, "tumour": [1, 2]},
-           "regions_class_order": [1, 2], "numTraining": 7, "file_ending": ".nii.gz"}
+DATASET = {
+    "channel_names": {"0": "CT", "1": "PET"},
+    "labels": {"background": 0, "liver": 1, "tumour": [1, 2]},
+    "regions_class_order": [1, 2],
+    "numTraining": 7,
+    "file_ending": ".nii.gz",
+}
 METRICS = ("val_losses", "dice_per_class_or_region")
 
 
 def make_documents(**options) -> list[manifest.Leaving]:
-    return [*manifest.planning_documents(DATASET, 7, plans=make_plans(), **options),
-            *manifest.training_documents(make_registration(), metrics=METRICS, later_metrics=METRICS,
-                                          num_classes=2)]
+    return [
+        *manifest.planning_documents(DATASET, 7, plans=make_plans(), **options),
+        *manifest.training_documents(make_registration(), metrics=METRICS, later_metrics=METRICS, num_classes=2),
+    ]
 
 
 def by_kind(kind: str, **options) -> list[manifest.Leaving]:
@@ -41,6 +40,7 @@ def by_kind(kind: str, **options) -> list[manifest.Leaving]:
 @pytest.fixture
 def with_list(tmp_path, monkeypatch):
     """Write a list, of these documents or given, and let the site use it."""
+
     def write(content: dict | None = None) -> Path:
         path = tmp_path / "allow.json"
         content = content or manifest.allow_list_of(make_documents(), None).model_dump(mode="json")
@@ -55,8 +55,10 @@ def with_list(tmp_path, monkeypatch):
 def test_sizes_are_those_of_the_documents(tmp_path):
     for document in make_documents():
         if document.kind != "failure_report":
-            tensors = (np.zeros(spec.shape, {"F32": np.float32, "I64": np.int64}[spec.dtype])
-                       for spec in document.specs.values())
+            tensors = (
+                np.zeros(spec.shape, {"F32": np.float32, "I64": np.int64}[spec.dtype])
+                for spec in document.specs.values()
+            )
             write_document(tmp_path / "file", document.message, document.specs, tensors)
             assert document.size == (tmp_path / "file").stat().st_size
 
@@ -64,13 +66,21 @@ def test_sizes_are_those_of_the_documents(tmp_path):
 def test_every_field_and_tensor_is_listed():
     text = "\n".join(manifest.describe(make_documents(), None))
     assert "This site has not joined a federation" in text
-    for line in ("num_cases: 7", 'labels: {"background": 0, "liver": 1, "tumour": [1, 2]}', "spacings: 7 values",
-                 "tensor coarse.1  I64[65536]  524,288 bytes", "tensor encoder.weight  F32[4, 3]  48 bytes",
-                 "3 tensors, 96 bytes:", "3 tensors, 96 bytes, the same as above",
-                 "dataset_json.file_ending: \".nii.gz\"", "metrics: 2 values: val_losses",
-                 "earlier.metrics: 2 values: val_losses",
-                 "moments: 2 values of count, mean, m2",
-                 "message validation", "message failure_report"):
+    for line in (
+        "num_cases: 7",
+        'labels: {"background": 0, "liver": 1, "tumour": [1, 2]}',
+        "spacings: 7 values",
+        "tensor coarse.1  I64[65536]  524,288 bytes",
+        "tensor encoder.weight  F32[4, 3]  48 bytes",
+        "3 tensors, 96 bytes:",
+        "3 tensors, 96 bytes, the same as above",
+        'dataset_json.file_ending: ".nii.gz"',
+        "metrics: 2 values: val_losses",
+        "earlier.metrics: 2 values: val_losses",
+        "moments: 2 values of count, mean, m2",
+        "message validation",
+        "message failure_report",
+    ):
         assert line in text, line
     assert "extrema" not in text.replace("share_extrema", "")
 
@@ -104,13 +114,16 @@ def test_what_the_manifest_lists_is_allowed(with_list):
     allow_list.check_body("failure_report", make_documents()[-1].message, url="http://there")
 
 
-@pytest.mark.parametrize(("message", "tensors", "complaint"), [
-    (messages.Update(metrics={"patient": 1.0}), {}, "field metrics.patient of a message of kind update"),
-    (messages.Update(), {"secret.weight": np.zeros(3, np.float32)}, "tensor secret.weight"),
-    (messages.Update(), {"encoder.weight": np.zeros(1 << 20, np.float32)}, "a message of kind update with 4"),
-    (by_kind("coarse_summary", share_extrema=True)[0].message, {}, "field extrema"),
-    (messages.WantedBins(bins=((1,),)), {}, "a message of kind wanted_bins"),
-])
+@pytest.mark.parametrize(
+    ("message", "tensors", "complaint"),
+    [
+        (messages.Update(metrics={"patient": 1.0}), {}, "field metrics.patient of a message of kind update"),
+        (messages.Update(), {"secret.weight": np.zeros(3, np.float32)}, "tensor secret.weight"),
+        (messages.Update(), {"encoder.weight": np.zeros(1 << 20, np.float32)}, "a message of kind update with 4"),
+        (by_kind("coarse_summary", share_extrema=True)[0].message, {}, "field extrema"),
+        (messages.WantedBins(bins=((1,),)), {}, "a message of kind wanted_bins"),
+    ],
+)
 def test_what_it_does_not_list_is_refused_by_name(with_list, message, tensors, complaint):
     path = with_list()
     with pytest.raises(NotAllowedError, match=complaint) as info:

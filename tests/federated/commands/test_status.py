@@ -1,21 +1,12 @@
 """What a member is told about the federation."""
+
 from __future__ import annotations
 
 import json
 import re
 
 import pytest
-from fake_federation import (
-    LABELS,
-    RUN,
-    in_threads,
-    make_census,
-    make_plans,
-    make_settings,
-    served,
-    train,
-    wait_until,
-)
+from fake_federation import LABELS, RUN, in_threads, make_census, make_plans, make_settings, served, train, wait_until
 
 from nnunetv2.federated.commands import status
 from nnunetv2.federated.errors import RefusedError
@@ -26,19 +17,48 @@ NOW = 1_000_000.0
 
 
 def make_status(**changes) -> api.Status:
-    state = api.RunState(run=RUN, state="running", num_rounds=1000, rounds_closed=17, open_round=17,
-                            registered=("north", "south"), members=("north", "south"))
-    progress = api.RunProgress(run=RUN, last_closed=NOW - 900, round_s=240.0, validation=api.ValidationStatus(
-        round=16, dice=(0.8, None), mean_dice=0.8, ema_dice=0.79, best_round=12, best_ema_dice=0.81))
-    waiting = api.GatheringStatus(key=round_key(RUN, 17), contributed=("north",), waiting_for=("south",),
-                                     opened=NOW - 720)
-    return api.Status(**{
-        "federation": "liver", "time": NOW, "runs": (state,), "progress": (progress,), "waiting": (waiting,),
-        "sites": (api.SiteStatus(site="north", joined=True, state="active", last_seen=NOW - 5,
-                                    bytes_received=2_500_000, bytes_sent=1_000_000),
-                  api.SiteStatus(site="south", joined=False)),
-        "failures": (api.FailureStatus(site="south", run=RUN, round=16, reason="OutOfMemoryError", time=NOW),),
-        **changes})
+    state = api.RunState(
+        run=RUN,
+        state="running",
+        num_rounds=1000,
+        rounds_closed=17,
+        open_round=17,
+        registered=("north", "south"),
+        members=("north", "south"),
+    )
+    progress = api.RunProgress(
+        run=RUN,
+        last_closed=NOW - 900,
+        round_s=240.0,
+        validation=api.ValidationStatus(
+            round=16, dice=(0.8, None), mean_dice=0.8, ema_dice=0.79, best_round=12, best_ema_dice=0.81
+        ),
+    )
+    waiting = api.GatheringStatus(
+        key=round_key(RUN, 17), contributed=("north",), waiting_for=("south",), opened=NOW - 720
+    )
+    return api.Status(
+        **{
+            "federation": "liver",
+            "time": NOW,
+            "runs": (state,),
+            "progress": (progress,),
+            "waiting": (waiting,),
+            "sites": (
+                api.SiteStatus(
+                    site="north",
+                    joined=True,
+                    state="active",
+                    last_seen=NOW - 5,
+                    bytes_received=2_500_000,
+                    bytes_sent=1_000_000,
+                ),
+                api.SiteStatus(site="south", joined=False),
+            ),
+            "failures": (api.FailureStatus(site="south", run=RUN, round=16, reason="OutOfMemoryError", time=NOW),),
+            **changes,
+        }
+    )
 
 
 def text_of(found: api.Status) -> str:
@@ -67,16 +87,33 @@ def test_planning_is_shown_too():
 
 
 def test_what_was_refused_is_not_called_a_wait():
-    census = api.GatheringStatus(key=CENSUS_KEY, contributed=("north", "south"), waiting_for=(), opened=NOW - 60,
-                                    refusal="labels.liver is 1 at north and 2 at south. Make dataset.json agree.")
+    census = api.GatheringStatus(
+        key=CENSUS_KEY,
+        contributed=("north", "south"),
+        waiting_for=(),
+        opened=NOW - 60,
+        refusal="labels.liver is 1 at north and 2 at south. Make dataset.json agree.",
+    )
     text = text_of(make_status(runs=(), progress=(), waiting=(census,)))
     assert "fingerprint/census is refused, until a site sends something else: labels.liver is 1 at north" in text
     assert "not closed yet" not in text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (-3, "0 s"), (59.4, "59 s"), (60, "1 min"), (72, "1 min 12 s"), (720, "12 min"), (3600, "1 h"),
-    (4320, "1 h 12 min"), (36_000, "10 h"), (90_000, "1 d 1 h"), (9_000_000, "104 d")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0 s"),
+        (59.4, "59 s"),
+        (60, "1 min"),
+        (72, "1 min 12 s"),
+        (720, "12 min"),
+        (3600, "1 h"),
+        (4320, "1 h 12 min"),
+        (36_000, "10 h"),
+        (90_000, "1 d 1 h"),
+        (9_000_000, "104 d"),
+    ],
+)
 def test_durations_are_short(seconds, text):
     assert status.duration(seconds) == text
 
@@ -84,6 +121,7 @@ def test_durations_are_short(seconds, text):
 def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"), num_epochs=2)) as federation:
+
         def take_part(site, seed):
             with federation.client(site) as client:
                 return train(client, seed=seed, num_rounds=2)
@@ -102,8 +140,10 @@ def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
         text = capsys.readouterr().out
         assert f"run {RUN}: complete, 2 of 2 rounds closed" in text and "pseudo Dice 0.8000" in text
         assert re.search(r"waiting for B, C since [0-9]+ \w+: fingerprint/census \(A contributed\)", text)
-        assert ("plans/p is refused, until a site sends something else: the plans differ: plans.a is not the same at A"
-                in text)
+        assert (
+            "plans/p is refused, until a site sends something else: the plans differ: plans.a is not the same at A"
+            in text
+        )
         assert status.main(["--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["progress"][0]["round_s"] is not None and content["runs"][0]["state"] == "complete"

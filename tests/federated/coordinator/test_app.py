@@ -1,4 +1,5 @@
 """The coordinator's HTTP shell, asked by hand."""
+
 import hashlib
 import http.client
 import re
@@ -92,9 +93,18 @@ def incoming(federation) -> list:
 
 # ------------------------------------------------------------------------------------------------- who may do what
 @pytest.mark.parametrize("authorization", ["", "Bearer ", "Bearer A", "Bearer A.wrong", "Bearer nobody.x", "Basic QTp"])
-@pytest.mark.parametrize(("method", "path"), [
-    ("GET", "settings"), ("GET", "status"), ("GET", "runs/r"), ("POST", "failures"), ("POST", "offers/plans/p"),
-    ("PUT", "gatherings/plans/p"), ("GET", "gatherings/plans/p")])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "settings"),
+        ("GET", "status"),
+        ("GET", "runs/r"),
+        ("POST", "failures"),
+        ("POST", "offers/plans/p"),
+        ("PUT", "gatherings/plans/p"),
+        ("GET", "gatherings/plans/p"),
+    ],
+)
 def test_nothing_is_told_without_a_token(quiet, authorization, method, path):
     quiet.credential("A")
     headers = {"Authorization": authorization}
@@ -106,13 +116,15 @@ def test_nothing_is_told_without_a_token(quiet, authorization, method, path):
 
 def test_a_token_is_good_for_its_own_site_only(quiet, site):
     token = site.session.headers["Authorization"].removeprefix("Bearer A")
-    response = requests.get(f"{quiet.url}/v1/settings", headers={"Authorization": f"Bearer B{token}"},
-                            timeout=PATIENCE_S)
+    response = requests.get(
+        f"{quiet.url}/v1/settings", headers={"Authorization": f"Bearer B{token}"}, timeout=PATIENCE_S
+    )
     assert response.status_code == 401
 
 
-@pytest.mark.parametrize("key", [
-    "fingerprint/other", "plans/..%2f..%2fx", "runs/r/rounds/-1", "..%2f..%2fetc%2fpasswd"])
+@pytest.mark.parametrize(
+    "key", ["fingerprint/other", "plans/..%2f..%2fx", "runs/r/rounds/-1", "..%2f..%2fetc%2fpasswd"]
+)
 def test_unknown_gatherings_do_not_exist(site, key):
     for response in (site.get(f"gatherings/{key}"), site.put(f"gatherings/{key}", b"x")):
         assert response.status_code == 404
@@ -128,12 +140,21 @@ def test_settings_and_status_are_messages(federation, a):
     first = status["sites"][0]
     assert (first["site"], first["joined"]) == ("A", True)
     assert first["bytes_received"] > 100 and begin - 1 < first["last_seen"] < time.time() + 1
-    assert status["sites"][1] == {"site": "B", "joined": False, "state": "invited", "last_seen": None,
-                                  "bytes_received": 0, "bytes_sent": 0}
+    assert status["sites"][1] == {
+        "site": "B",
+        "joined": False,
+        "state": "invited",
+        "last_seen": None,
+        "bytes_received": 0,
+        "bytes_sent": 0,
+    }
     assert [(g["key"], g["contributed"], g["waiting_for"]) for g in status["waiting"]] == [
-        (CENSUS_KEY, ["A"], ["B"]), (registration_key(RUN), ["A"], ["B"])]
+        (CENSUS_KEY, ["A"], ["B"]),
+        (registration_key(RUN), ["A"], ["B"]),
+    ]
     assert [(f["site"], f["run"], f["round"], f["reason"]) for f in status["failures"]] == [
-        ("A", RUN, 3, "out of memory")]
+        ("A", RUN, 3, "out of memory")
+    ]
     traffic = {(t["site"], t["key"]): t for t in status["traffic"]}
     assert traffic["A", CENSUS_KEY]["bytes_received"] > 100
     assert f"site A reports a failure in run {RUN}, round 3: out of memory" in federation.lines
@@ -144,8 +165,11 @@ def test_a_contribution_may_be_repeated(federation, a):
     body = a.document(make_census())
     first, second = a.put(CENSUS_KEY, body), a.put(CENSUS_KEY, body)
     assert first.status_code == second.status_code == 200
-    assert first.json() == second.json() == {
-        "digest": hashlib.sha256(body).hexdigest(), "already": False, "waiting_for": ["B"], "key": ""}
+    assert (
+        first.json()
+        == second.json()
+        == {"digest": hashlib.sha256(body).hexdigest(), "already": False, "waiting_for": ["B"], "key": ""}
+    )
     assert len(federation.coordinator.store.load_events("contribution")) == 1
 
 
@@ -185,8 +209,11 @@ def test_what_is_too_large_is_refused_before_it_is_read(quiet, site, size):
     address = urlsplit(quiet.url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE_S)
     connection.putrequest("PUT", f"/v1/gatherings/{CENSUS_KEY}")
-    for name, value in {"Authorization": site.session.headers["Authorization"], "X-Content-SHA256": "0" * 64,
-                        "Content-Length": str(size)}.items():
+    for name, value in {
+        "Authorization": site.session.headers["Authorization"],
+        "X-Content-SHA256": "0" * 64,
+        "Content-Length": str(size),
+    }.items():
         connection.putheader(name, value)
     connection.endheaders()
     assert connection.getresponse().status == 413
@@ -211,8 +238,10 @@ def test_the_wrong_kind_of_message_is_refused(site):
 def test_a_request_that_dies_in_the_middle_leaves_nothing(federation, a):
     address = urlsplit(federation.url)
     with socket.create_connection((address.hostname, address.port)) as connection:
-        head = (f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
-                f"X-Content-SHA256: {'0' * 64}\r\nAuthorization: {a.session.headers['Authorization']}\r\n\r\n")
+        head = (
+            f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+            f"X-Content-SHA256: {'0' * 64}\r\nAuthorization: {a.session.headers['Authorization']}\r\n\r\n"
+        )
         connection.sendall(head.encode() + b"z" * 300_000)
         wait_until(lambda: incoming(federation))
     wait_until(lambda: not incoming(federation))
@@ -279,8 +308,9 @@ def test_a_refused_closing_reaches_every_site_and_can_be_corrected(federation, a
     for site in (a, b):
         response = site.get(f"gatherings/{CENSUS_KEY}?wait=5")
         assert response.status_code == 409
-        assert response.json()["message"] == ("the sites' datasets do not go together: "
-                                              "labels.liver is 1 at A and 2 at B")
+        assert response.json()["message"] == (
+            "the sites' datasets do not go together: labels.liver is 1 at A and 2 at B"
+        )
     assert b.put(CENSUS_KEY, b.document(make_census())).status_code == 200
     assert b.get(f"gatherings/{CENSUS_KEY}?wait=5").status_code == 200
 
@@ -313,9 +343,17 @@ def test_a_round_is_the_mean_weighted_by_cases(federation, a, b, tmp_path):
             np.testing.assert_array_equal(result.read(name), expected.astype(np.float32))
         assert result.message.contributors == {"A": 1.0, "B": 1.0}  # how many cases a site has is not for the others
     assert b'"loss"' not in response.content[:100_000]  # what a site measured neither
-    assert a.get(f"runs/{RUN}").json() == {"run": RUN, "registered": ["A", "B"], "open_round": 1, "num_rounds": 3,
-                                          "closed": False, "state": "running", "rounds_closed": 1,
-                                          "members": ["A", "B"], "left": []}
+    assert a.get(f"runs/{RUN}").json() == {
+        "run": RUN,
+        "registered": ["A", "B"],
+        "open_round": 1,
+        "num_rounds": 3,
+        "closed": False,
+        "state": "running",
+        "rounds_closed": 1,
+        "members": ["A", "B"],
+        "left": [],
+    }
 
 
 def test_the_first_update_of_a_round_stays(a, b):
@@ -326,14 +364,17 @@ def test_the_first_update_of_a_round_stays(a, b):
     assert receipt == {"digest": hashlib.sha256(first).hexdigest(), "already": True, "waiting_for": ["B"], "key": ""}
 
 
-@pytest.mark.parametrize(("change", "complaint"), [
-    (lambda w: w.pop("head.weight"), "head.weight is missing"),
-    (lambda w: w.update(other=np.zeros(1, np.float32)), "other is not expected"),
-    (lambda w: w.update({"head.weight": np.zeros((4, 2), np.float32)}), "expected F32\\[2, 4\\]"),
-    (lambda w: w.update({"head.weight": np.zeros((2, 4), np.float16)}), "travels as F32"),
-    (lambda w: w.update({"head.weight": np.full((2, 4), np.nan, np.float32)}), "NaN or infinite"),
-    (lambda w: w.update({"head.weight": np.full((2, 4), -np.inf, np.float32)}), "NaN or infinite"),
-])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda w: w.pop("head.weight"), "head.weight is missing"),
+        (lambda w: w.update(other=np.zeros(1, np.float32)), "other is not expected"),
+        (lambda w: w.update({"head.weight": np.zeros((4, 2), np.float32)}), "expected F32\\[2, 4\\]"),
+        (lambda w: w.update({"head.weight": np.zeros((2, 4), np.float16)}), "travels as F32"),
+        (lambda w: w.update({"head.weight": np.full((2, 4), np.nan, np.float32)}), "NaN or infinite"),
+        (lambda w: w.update({"head.weight": np.full((2, 4), -np.inf, np.float32)}), "NaN or infinite"),
+    ],
+)
 def test_an_update_must_fit_and_be_finite(quiet, site, change, complaint):
     weights = make_weights(1)
     change(weights)

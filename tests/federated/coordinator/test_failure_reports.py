@@ -1,4 +1,5 @@
 """What a site says about its failures: bounded after escaping, about runs that there are, some hundreds a day."""
+
 from __future__ import annotations
 
 import json
@@ -20,8 +21,17 @@ from nnunetv2.federated.protocol.messages import CENSUS_KEY, registration_key
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.utilities.plain_text import excerpt, printable
 
-TEXTS = ["\u200b" * 8000, "\U000e0001" * 8000, "\x1b[2J" * 2000, "\U0001f600" * 8000, "ü" * 8000, "\"\\" * 4000,
-         "a" * 8000, "\n" * 8000, "\x00" * 8000]
+TEXTS = [
+    "\u200b" * 8000,
+    "\U000e0001" * 8000,
+    "\x1b[2J" * 2000,
+    "\U0001f600" * 8000,
+    "ü" * 8000,
+    '"\\' * 4000,
+    "a" * 8000,
+    "\n" * 8000,
+    "\x00" * 8000,
+]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[0]))
@@ -47,8 +57,13 @@ def federation(tmp_path):
 
 
 def ask(federation, site: str, method: str, path: str, body: bytes | None = None) -> requests.Response:
-    return requests.request(method, f"{federation.url}/v1/{path}", data=body, timeout=30,
-                            headers={"Authorization": f"Bearer {federation.credential(site).token}"})
+    return requests.request(
+        method,
+        f"{federation.url}/v1/{path}",
+        data=body,
+        timeout=30,
+        headers={"Authorization": f"Bearer {federation.credential(site).token}"},
+    )
 
 
 def report(run: str = RUN, reason: str = "out of memory", number: int | None = None) -> bytes:

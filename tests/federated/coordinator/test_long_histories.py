@@ -1,4 +1,5 @@
 """What people are shown costs the same after any number of rounds, and folders of earlier versions get there too."""
+
 from __future__ import annotations
 
 import sqlite3
@@ -78,8 +79,9 @@ def test_memory_does_not_grow_with_the_gatherings_that_are_over(store):
 
 
 def test_events_of_a_kind_are_found_by_their_index(store):
-    plan = store._database.rows("EXPLAIN QUERY PLAN SELECT time FROM events WHERE kind = ? "
-                                "ORDER BY number DESC LIMIT ?", "failure", 100)
+    plan = store._database.rows(
+        "EXPLAIN QUERY PLAN SELECT time FROM events WHERE kind = ? ORDER BY number DESC LIMIT ?", "failure", 100
+    )
     assert "events_of_kind" in plan[0][-1] and len(plan) == 1, "no scan, and nothing to sort"
 
 
@@ -88,7 +90,7 @@ def test_a_folder_of_an_earlier_version_gets_the_index(store):
     folder = store.folder
     store.close()
     with sqlite3.connect(folder / DATABASE_FILE) as database:
-        version, = database.execute("PRAGMA user_version").fetchone()
+        (version,) = database.execute("PRAGMA user_version").fetchone()
         database.execute("DROP INDEX events_of_kind")
     database.close()
     opened = Database(folder / DATABASE_FILE)
@@ -97,8 +99,16 @@ def test_a_folder_of_an_earlier_version_gets_the_index(store):
     opened.close()
 
 
-@pytest.mark.parametrize(("path", "is_costly"), [
-    ("/metrics", True), ("/v1/status", True), (f"/v1/runs/{RUN}/curves", True), ("/v1/settings", False),
-    ("/v1/overview", False), (f"/v1/runs/{RUN}", False)])
+@pytest.mark.parametrize(
+    ("path", "is_costly"),
+    [
+        ("/metrics", True),
+        ("/v1/status", True),
+        (f"/v1/runs/{RUN}/curves", True),
+        ("/v1/settings", False),
+        ("/v1/overview", False),
+        (f"/v1/runs/{RUN}", False),
+    ],
+)
 def test_what_makes_much_work_counts_as_much(path, is_costly):
     assert bool(COSTLY_PATH.fullmatch(path)) == is_costly

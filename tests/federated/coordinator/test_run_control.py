@@ -2,6 +2,7 @@
 
 Everything happens through a coordinator without HTTP and without its thread: what is ready is closed on request.
 """
+
 from __future__ import annotations
 
 import json
@@ -12,16 +13,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from fake_federation import (
-    LABELS,
-    RUN,
-    SHAPES,
-    make_census,
-    make_plans,
-    make_registration,
-    make_settings,
-    make_weights,
-)
+from fake_federation import LABELS, RUN, SHAPES, make_census, make_plans, make_registration, make_settings, make_weights
 from frozen_federation import OPERATOR, Federation
 from patience import PATIENCE_S
 
@@ -36,13 +28,7 @@ from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FailureReport, GatheringStatus, RunAction, SettingsChange, Waiting
 from nnunetv2.federated.protocol.document import open_document
-from nnunetv2.federated.protocol.messages import (
-    admission_key,
-    initial_key,
-    registration_key,
-    round_key,
-    validation_key,
-)
+from nnunetv2.federated.protocol.messages import admission_key, initial_key, registration_key, round_key, validation_key
 
 
 @pytest.fixture
@@ -61,8 +47,12 @@ def make_federation(tmp_path):
 
 def mean_of(*weighted: tuple[int, float]) -> dict[str, np.ndarray]:
     total = sum(weight for _, weight in weighted)
-    return {name: (sum(make_weights(seed)[name].astype(np.float64) * weight for seed, weight in weighted)
-                   / total).astype(np.float32) for name in SHAPES}
+    return {
+        name: (sum(make_weights(seed)[name].astype(np.float64) * weight for seed, weight in weighted) / total).astype(
+            np.float32
+        )
+        for name in SHAPES
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- late joins
@@ -113,11 +103,14 @@ def test_a_newcomer_shares_only_what_fits(make_federation):
     assert sorted(shared) == ["encoder.bias", "encoder.weight"]
 
 
-@pytest.mark.parametrize(("registration", "complaint"), [
-    ({"labels": {"background": 0, "spleen": 1}}, "datasets do not go together"),
-    ({"shapes": {"other.weight": (2, 2)}}, "shares only 0"),
-    ({"equal": True, "plans": make_plans(transpose_forward=[2, 1, 0])}, "plans differ"),
-])
+@pytest.mark.parametrize(
+    ("registration", "complaint"),
+    [
+        ({"labels": {"background": 0, "spleen": 1}}, "datasets do not go together"),
+        ({"shapes": {"other.weight": (2, 2)}}, "shares only 0"),
+        ({"equal": True, "plans": make_plans(transpose_forward=[2, 1, 0])}, "plans differ"),
+    ],
+)
 def test_a_newcomer_that_does_not_fit_is_refused(make_federation, registration, complaint):
     federation = make_federation("A", "B")
     federation.start("A", "B")
@@ -289,8 +282,9 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     assert not again.coordinator.book.is_closed(round_key(RUN, 1)), "it was for one round"
     again.act("proceed")
     assert again.coordinator.book.control(RUN).proceeding == {round_key(RUN, 1)}
-    assert [(event.site, event.key) for event in again.store.load_events("control")
-            if event.detail["action"] == "proceed"] == [("boss", round_key(RUN, number)) for number in (0, 1)]
+    assert [
+        (event.site, event.key) for event in again.store.load_events("control") if event.detail["action"] == "proceed"
+    ] == [("boss", round_key(RUN, number)) for number in (0, 1)]
 
 
 @pytest.mark.parametrize("change", [{"quorum": 4, "deadline_s": 1.0}, {"quorum": 2}])
@@ -379,10 +373,12 @@ def test_what_a_revoked_site_sent_does_not_count_when_it_is_invited_again(make_f
     coordinator.invite("C", "site", by="boss")
     federation.update(0, "B", 2)
     assert coordinator.result(round_key(RUN, 0), "A").waiting_for == ("C",)
-    event, = federation.store.load_events("dropped")
+    (event,) = federation.store.load_events("dropped")
     assert (event.site, event.key, event.detail["site"]) == ("boss", round_key(RUN, 0), "C")
     assert [path.name[0] for path in sorted(federation.store.result_path(round_key(RUN, 0)).parent.iterdir())] == [
-        "A", "B"]
+        "A",
+        "B",
+    ]
     federation.store.close()
     again = Federation(federation.store.folder)
     federation.store = again.store  # closed by the fixture
@@ -426,8 +422,9 @@ def test_a_run_without_rounds_can_be_reset(make_federation):
         federation.act("reset")
 
 
-@pytest.mark.parametrize(("action", "member"), [
-    ("pause", Member("A", "site")), ("stop", Member("eve", "observer")), ("leave", OPERATOR)])
+@pytest.mark.parametrize(
+    ("action", "member"), [("pause", Member("A", "site")), ("stop", Member("eve", "observer")), ("leave", OPERATOR)]
+)
 def test_everybody_keeps_to_their_role(make_federation, action, member):
     federation = make_federation("A", "B")
     federation.start("A", "B")
@@ -491,8 +488,10 @@ def test_the_best_aggregate_stays_and_becomes_a_checkpoint(make_federation):
     with zipfile.ZipFile(folder.with_suffix(".zip")) as packed:
         names = packed.namelist()
         assert json.loads(packed.read(names[0]))["labels"] == LABELS
-    assert names == [f"Dataset001_Fake/{folder.name}/{name}" for name in (
-        "dataset.json", "fold_0/checkpoint_best.pth", "fold_0/checkpoint_final.pth", "plans.json")]
+    assert names == [
+        f"Dataset001_Fake/{folder.name}/{name}"
+        for name in ("dataset.json", "fold_0/checkpoint_best.pth", "fold_0/checkpoint_final.pth", "plans.json")
+    ]
 
 
 def test_sites_that_count_different_classes_are_told(make_federation):
@@ -577,9 +576,24 @@ def test_a_folder_of_the_first_version_is_taken_over(make_federation, tmp_path):
     folder.mkdir()
     database = sqlite3.connect(folder / "coordinator.sqlite")
     database.executescript(FIRST_SCHEMA)
-    database.execute("INSERT INTO meta VALUES ('settings', ?)", (json.dumps({
-        "federation": "old", "sites": ["A", "B"], "matching": "name", "weighting": "cases", "num_epochs": 3,
-        "num_iterations_per_epoch": None, "num_val_iterations_per_epoch": None, "quorum": None, "deadline_s": None}),))
+    database.execute(
+        "INSERT INTO meta VALUES ('settings', ?)",
+        (
+            json.dumps(
+                {
+                    "federation": "old",
+                    "sites": ["A", "B"],
+                    "matching": "name",
+                    "weighting": "cases",
+                    "num_epochs": 3,
+                    "num_iterations_per_epoch": None,
+                    "num_val_iterations_per_epoch": None,
+                    "quorum": None,
+                    "deadline_s": None,
+                }
+            ),
+        ),
+    )
     database.execute("INSERT INTO sites VALUES ('A', NULL, 'x', ?)", ("t" * 64,))
     database.execute("INSERT INTO sites VALUES ('B', 'secret', 'y', NULL)")
     for kind in ("creation", "join"):
@@ -591,12 +605,16 @@ def test_a_folder_of_the_first_version_is_taken_over(make_federation, tmp_path):
     try:
         members = federation.store.load_members()
         assert [(one.name, one.role, one.state) for one in members.values()] == [
-            ("A", "site", "active"), ("B", "site", "invited")]
+            ("A", "site", "active"),
+            ("B", "site", "invited"),
+        ]
         assert [one.secret for one in federation.coordinator.members.open_invitations(federation.now)] == ["secret"]
         federation.start("A", "B")
         assert audit_log.first_break(federation.store.load_log()) is None
-        with pytest.raises(sqlite3.IntegrityError, match="append-only"), \
-                federation.store._database.transaction() as connection:
+        with (
+            pytest.raises(sqlite3.IntegrityError, match="append-only"),
+            federation.store._database.transaction() as connection,
+        ):
             connection.execute("DELETE FROM events")
     finally:
         federation.store.close()
@@ -641,8 +659,9 @@ def fail(federation: Federation, site: str) -> None:
     federation.close()
 
 
-@pytest.mark.parametrize("settings", [{"min_sites": 3}, {"min_sites": 3, "quorum": 3, "deadline_s": 10.0},
-                                      {"quorum": 3, "deadline_s": 10.0}])
+@pytest.mark.parametrize(
+    "settings", [{"min_sites": 3}, {"min_sites": 3, "quorum": 3, "deadline_s": 10.0}, {"quorum": 3, "deadline_s": 10.0}]
+)
 @pytest.mark.parametrize("go", [leave, be_revoked, fail])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_no_round_is_closed_with_fewer_sites_whoever_goes(make_federation, settings, go, late):
@@ -657,7 +676,7 @@ def test_no_round_is_closed_with_fewer_sites_whoever_goes(make_federation, setti
     federation.now += 1e6
     federation.close()
     assert not federation.coordinator.book.is_closed(round_key(RUN, 0))
-    status, = (one for one in federation.coordinator.status().waiting if one.key == round_key(RUN, 0))
+    (status,) = (one for one in federation.coordinator.status().waiting if one.key == round_key(RUN, 0))
     assert status.lacks == 1
     waiting = federation.coordinator.result(round_key(RUN, 0), "A")
     assert waiting.lacks == (0 if go is fail else 1) and waiting.waiting_for == (("C", "D") if go is fail else ())
@@ -748,14 +767,22 @@ def test_a_tensor_with_too_few_holders_in_a_round_keeps_its_values(make_federati
     owners = federation.coordinator.archive.agreement(RUN).match.initial_owner
     for site in networks:
         initial = make_weights(0, PAIR)
-        federation.send(initial_key(RUN), site, messages.Update(),
-                        {name: initial[name] for name, owner in owners.items() if owner == site})
+        federation.send(
+            initial_key(RUN),
+            site,
+            messages.Update(),
+            {name: initial[name] for name, owner in owners.items() if owner == site},
+        )
     deep, head = [], []
     for number, sites in enumerate(("ACD", "ABC", "BCD")):
         for seed, site in enumerate(sites):
             weights = make_weights(10 * number + seed, networks[site])
-            federation.send(round_key(RUN, number), site, messages.Update(),
-                            {name: values.astype(dtype) for name, values in weights.items()})
+            federation.send(
+                round_key(RUN, number),
+                site,
+                messages.Update(),
+                {name: values.astype(dtype) for name, values in weights.items()},
+            )
         federation.now += 100
         federation.close()
         with federation.coordinator.archive.result(round_key(RUN, number)) as document:
@@ -808,7 +835,7 @@ def test_what_too_few_sites_have_validated_is_told_to_nobody_else(make_federatio
         federation.update(number, "B", 2)
         if number == 0:
             federation.send(validation_key(RUN, 0), "A", messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
-    record, = federation.store.load_validations(RUN)
+    (record,) = federation.store.load_validations(RUN)
     assert (record["dice"], record["mean_dice"], record["best_round"]) == ([None], None, None)
     assert record["dice_of_site"] == {"A": [0.8]}, "who may see curves sees it"
     with federation.coordinator.archive.result(validation_key(RUN, 0)) as document:
@@ -818,9 +845,11 @@ def test_what_too_few_sites_have_validated_is_told_to_nobody_else(make_federatio
 def test_the_floor_can_be_raised_and_not_lowered(make_federation):
     coordinator = make_federation("A", "B", "C", min_sites=2).coordinator
     assert coordinator.change_settings(SettingsChange(min_sites=3), by="boss").min_sites == 3
-    for change, complaint in ((SettingsChange(min_sites=2), "raised, not lowered"),
-                              (SettingsChange(min_sites=4), "--min-sites 4 is more than the 3 sites"),
-                              (SettingsChange(quorum=2, deadline_s=9.0), "--quorum 2 is less than --min-sites 3")):
+    for change, complaint in (
+        (SettingsChange(min_sites=2), "raised, not lowered"),
+        (SettingsChange(min_sites=4), "--min-sites 4 is more than the 3 sites"),
+        (SettingsChange(quorum=2, deadline_s=9.0), "--quorum 2 is less than --min-sites 3"),
+    ):
         with pytest.raises(FederationError, match=complaint):
             coordinator.change_settings(change, by="boss")
     assert coordinator.change_settings(SettingsChange(validate_every=2), by="boss").min_sites == 3
@@ -868,8 +897,10 @@ def test_no_values_of_plans_are_told_when_a_run_ends_without_a_model(make_federa
 
 
 def test_lines_of_earlier_versions_lose_the_values_of_plans():
-    old = ("no model folder is written, the last aggregate is /x: the plans differ: plans.configurations.2d.spacing[0] "
-           "is 0.7 at A and {\"a\": 1} at B, C")
+    old = (
+        "no model folder is written, the last aggregate is /x: the plans differ: plans.configurations.2d.spacing[0] "
+        'is 0.7 at A and {"a": 1} at B, C'
+    )
     assert without_values(old).endswith("/x: the plans differ")
     for kept in ("model written to /x/y and /x/y.zip", "plans differ: plans.x is not the same at A and at B"):
         assert without_values(f"the {kept}") == f"the {kept}"

@@ -1,4 +1,5 @@
 """What follows from contributions: agreement, refusals, pooled fingerprints, matches and kept models."""
+
 import json
 import zipfile
 
@@ -28,18 +29,21 @@ from nnunetv2.federated.protocol.messages import CENSUS_KEY, COARSE_KEY, FINE_KE
 
 
 # --------------------------------------------------------------------------------------------------------- differences
-@pytest.mark.parametrize(("values", "expected"), [
-    ({"A": 1, "B": 1}, None),
-    ({"A": {"x": 1, "y": 2}, "B": {"y": 2, "x": 1}}, None),
-    ({"A": 1, "B": 2}, "plans is 1 at A and 2 at B"),
-    ({"A": 1, "B": 2, "C": 1, "D": 3}, "plans is 1 at A, C, 2 at B and 3 at D"),
-    ({"A": {"x": {"y": 1}}, "B": {"x": {"y": None}}}, "plans.x.y is 1 at A and null at B"),
-    ({"A": {}, "B": {"x": "t"}}, 'plans.x is absent at A and "t" at B'),
-    ({"A": {"x": [1, [2, 3]]}, "B": {"x": [1, [2, 4]]}}, "plans.x[1][1] is 3 at A and 4 at B"),
-    ({"A": [1], "B": [1, 2]}, "plans is [1] at A and [1,2] at B"),
-    ({"A": {"x": 1}, "B": [1]}, 'plans is {"x":1} at A and [1] at B'),
-    ({"A": True, "B": 1}, "plans is true at A and 1 at B"),
-])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"A": 1, "B": 1}, None),
+        ({"A": {"x": 1, "y": 2}, "B": {"y": 2, "x": 1}}, None),
+        ({"A": 1, "B": 2}, "plans is 1 at A and 2 at B"),
+        ({"A": 1, "B": 2, "C": 1, "D": 3}, "plans is 1 at A, C, 2 at B and 3 at D"),
+        ({"A": {"x": {"y": 1}}, "B": {"x": {"y": None}}}, "plans.x.y is 1 at A and null at B"),
+        ({"A": {}, "B": {"x": "t"}}, 'plans.x is absent at A and "t" at B'),
+        ({"A": {"x": [1, [2, 3]]}, "B": {"x": [1, [2, 4]]}}, "plans.x[1][1] is 3 at A and 4 at B"),
+        ({"A": [1], "B": [1, 2]}, "plans is [1] at A and [1,2] at B"),
+        ({"A": {"x": 1}, "B": [1]}, 'plans is {"x":1} at A and [1] at B'),
+        ({"A": True, "B": 1}, "plans is true at A and 1 at B"),
+    ],
+)
 def test_the_first_difference_is_named(values, expected):
     assert first_difference(values, "plans") == expected
 
@@ -49,13 +53,16 @@ def test_long_values_are_shortened():
 
 
 # ------------------------------------------------------------------------------------------------------------ datasets
-@pytest.mark.parametrize(("change", "complaint"), [
-    ({"labels": {"background": 0, "liver": 2}}, "labels.liver is 1 at A and 2 at B"),
-    ({"labels": {"background": 0, "liver": 1, "tumour": 2}}, "labels.tumour is absent at A and 2 at B"),
-    ({"channel_names": {"0": "MR"}}, 'channel_names.0 is "CT" at A and "MR" at B'),
-    ({"channel_names": {"0": "CT", "1": "PET"}}, 'channel_names.1 is absent at A and "PET" at B'),
-    ({"regions_class_order": (1,)}, r"regions_class_order is null at A and \[1\] at B"),
-])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"labels": {"background": 0, "liver": 2}}, "labels.liver is 1 at A and 2 at B"),
+        ({"labels": {"background": 0, "liver": 1, "tumour": 2}}, "labels.tumour is absent at A and 2 at B"),
+        ({"channel_names": {"0": "MR"}}, 'channel_names.0 is "CT" at A and "MR" at B'),
+        ({"channel_names": {"0": "CT", "1": "PET"}}, 'channel_names.1 is absent at A and "PET" at B'),
+        ({"regions_class_order": (1,)}, r"regions_class_order is null at A and \[1\] at B"),
+    ],
+)
 def test_datasets_that_differ_are_refused(change, complaint):
     other = messages.Census(**{**make_census().model_dump(), **change})
     with pytest.raises(RefusedError, match=complaint) as info:
@@ -72,16 +79,20 @@ def test_the_order_of_labels_matters_for_regions_only():
     turned = {"background": 0, "core": (2,), "whole": (1, 2)}
     plain = {"A": make_census(labels=LABELS), "B": make_census(labels=dict(reversed(LABELS.items())))}
     check_same_dataset(plain)
-    regions = {site: messages.Census(num_cases=1, channel_names={"0": "CT"}, labels=order, regions_class_order=(1, 2))
-               for site, order in (("A", labels), ("B", turned))}
+    regions = {
+        site: messages.Census(num_cases=1, channel_names={"0": "CT"}, labels=order, regions_class_order=(1, 2))
+        for site, order in (("A", labels), ("B", turned))
+    }
     with pytest.raises(RefusedError, match="order of labels"):
         check_same_dataset(regions)
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
 def test_equal_plans_agree_whatever_the_dataset_is_called():
-    plans = {"A": make_plans(image_reader_writer="SimpleITKIO"),
-             "B": make_plans(dataset_name="Dataset002_Other", image_reader_writer="NibabelIO")}
+    plans = {
+        "A": make_plans(image_reader_writer="SimpleITKIO"),
+        "B": make_plans(dataset_name="Dataset002_Other", image_reader_writer="NibabelIO"),
+    }
     assert agree_on_plans(plans) == agree_on_plans({"C": make_plans()})
 
 
@@ -90,8 +101,9 @@ def test_plans_that_differ_are_refused_with_the_field():
     other["configurations"] = {"3d_fullres": {"patch_size": [16, 16, 32]}}
     with pytest.raises(RefusedError) as info:
         agree_on_plans({"A": make_plans(), "B": other, "C": make_plans()})
-    assert info.value.message == ("the plans differ: plans.configurations.3d_fullres.patch_size[2] is not the same at "
-                                  "A, C and at B")
+    assert info.value.message == (
+        "the plans differ: plans.configurations.3d_fullres.patch_size[2] is not the same at A, C and at B"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ matches
@@ -117,12 +129,15 @@ def test_plans_are_compared_where_a_trainer_wants_them_equal():
     different = make_plans(transpose_forward=[0, 1, 2])
     match_registrations({"A": make_registration(), "B": make_registration(plans=different)}, make_settings())
     with pytest.raises(RefusedError, match="transpose_forward is not the same at A and at B"):
-        match_registrations({"A": make_registration(), "B": make_registration(plans=different, equal=True)},
-                            make_settings())
+        match_registrations(
+            {"A": make_registration(), "B": make_registration(plans=different, equal=True)}, make_settings()
+        )
 
 
-@pytest.mark.parametrize(("axes", "expected"), [
-    (((0, 1, 2), (0, 1, 2)), (0, 1, 2)), (((0, 1), (1, 2)), (1,)), (((0,), ()), ()), ((None, (0,)), None)])
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [(((0, 1, 2), (0, 1, 2)), (0, 1, 2)), (((0, 1), (1, 2)), (1,)), (((0,), ()), ()), ((None, (0,)), None)],
+)
 def test_a_model_mirrors_where_all_sites_did(axes, expected):
     registrations = {str(i): make_registration().model_copy(update={"mirroring_axes": a}) for i, a in enumerate(axes)}
     assert common_mirroring_axes(registrations) == expected
@@ -135,16 +150,21 @@ def federation(tmp_path_factory):
         yield federation
 
 
-VALUES = {"A": np.random.default_rng(1).normal(300, 50, 4000).astype(np.float32),
-          "B": np.random.default_rng(2).normal(-20, 900, 700).astype(np.float32)}
+VALUES = {
+    "A": np.random.default_rng(1).normal(300, 50, 4000).astype(np.float32),
+    "B": np.random.default_rng(2).normal(-20, 900, 700).astype(np.float32),
+}
 
 
 def summarise(values: np.ndarray, num_cases: int) -> messages.CoarseSummary:
     moments = fingerprint_statistics.Moments.of(values)
     return messages.CoarseSummary(
-        spacings=tuple((1.0 + i, 0.5, 0.5) for i in range(num_cases)), shapes=((8, 9, 10),) * num_cases,
-        relative_sizes=(0.5,) * num_cases, promotes_to_float64=False,
-        moments=(messages.ChannelMoments(count=moments.count, mean=moments.mean, m2=moments.m2),))
+        spacings=tuple((1.0 + i, 0.5, 0.5) for i in range(num_cases)),
+        shapes=((8, 9, 10),) * num_cases,
+        relative_sizes=(0.5,) * num_cases,
+        promotes_to_float64=False,
+        moments=(messages.ChannelMoments(count=moments.count, mean=moments.mean, m2=moments.m2),),
+    )
 
 
 def test_the_pooled_fingerprint_is_the_central_one(federation):
@@ -152,14 +172,17 @@ def test_the_pooled_fingerprint_is_the_central_one(federation):
         values = VALUES[site]
         with federation.client(site) as client:
             client.exchange(CENSUS_KEY, make_census(num_cases))
-            bins = client.exchange(COARSE_KEY, summarise(values, num_cases),
-                                   {"coarse.0": fingerprint_statistics.coarse_histogram(values)}).message.bins
+            bins = client.exchange(
+                COARSE_KEY, summarise(values, num_cases), {"coarse.0": fingerprint_statistics.coarse_histogram(values)}
+            ).message.bins
             with pytest.raises(RefusedError, match="not those that were asked for"):
-                client.contribute(FINE_KEY, messages.FineSummary(bins=((0,),)),
-                                  {"fine.0": np.zeros((1, 65536), np.int64)})
+                client.contribute(
+                    FINE_KEY, messages.FineSummary(bins=((0,),)), {"fine.0": np.zeros((1, 65536), np.int64)}
+                )
             with pytest.raises(RefusedError, match="count different voxels"):
-                client.contribute(FINE_KEY, messages.FineSummary(bins=bins),
-                                  {"fine.0": np.zeros((len(bins[0]), 65536), np.int64)})
+                client.contribute(
+                    FINE_KEY, messages.FineSummary(bins=bins), {"fine.0": np.zeros((len(bins[0]), 65536), np.int64)}
+                )
             fine = {"fine.0": fingerprint_statistics.fine_histogram(values, bins[0])}
             return client.exchange(FINE_KEY, messages.FineSummary(bins=bins), fine).message
 
@@ -176,6 +199,7 @@ def test_the_pooled_fingerprint_is_the_central_one(federation):
 
 def test_a_summary_must_fit_the_census(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation:
+
         def count(site):
             with federation.client(site) as client:
                 client.exchange(CENSUS_KEY, make_census(2))
@@ -184,9 +208,10 @@ def test_a_summary_must_fit_the_census(tmp_path):
         histogram = fingerprint_statistics.coarse_histogram(VALUES["A"])
         with federation.client("A") as client:
             for summary, tensor, complaint in [
-                    (summarise(VALUES["A"], 3), histogram, "the summary has 3 cases and 1 channels, the census of"),
-                    (summarise(VALUES["A"], 2), histogram // 2, "count different numbers of voxels"),
-                    (summarise(VALUES["A"], 2), -histogram, "negative or impossibly large")]:
+                (summarise(VALUES["A"], 3), histogram, "the summary has 3 cases and 1 channels, the census of"),
+                (summarise(VALUES["A"], 2), histogram // 2, "count different numbers of voxels"),
+                (summarise(VALUES["A"], 2), -histogram, "negative or impossibly large"),
+            ]:
                 with pytest.raises(RefusedError, match=complaint):
                     client.contribute(COARSE_KEY, summary, {"coarse.0": tensor})
 
@@ -212,8 +237,12 @@ def test_a_registration_must_belong_to_its_run(federation):
 def test_the_last_aggregate_becomes_a_model_folder(federation):
     torch = pytest.importorskip("torch")
     with federation.client("A") as a, federation.client("B") as b:
-        in_threads(*(lambda client=client, seed=seed: train(client, seed=seed, num_rounds=3, num_cases=2)
-                     for seed, client in enumerate((a, b))))
+        in_threads(
+            *(
+                lambda client=client, seed=seed: train(client, seed=seed, num_rounds=3, num_cases=2)
+                for seed, client in enumerate((a, b))
+            )
+        )
     wait_until(lambda: federation.coordinator.store.load_events("model"))
     model = federation.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
     assert any(f"run {RUN} is over: model written to {model}" in line for line in federation.lines)
@@ -230,19 +259,30 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
     assert checkpoint["inference_allowed_mirroring_axes"] == (0, 1, 2)
     assert json.loads((model / "plans.json").read_text()) == make_plans()
     assert json.loads((model / "dataset.json").read_text()) == {
-        "channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ".nii.gz", "numTraining": 4}
+        "channel_names": {"0": "CT"},
+        "labels": LABELS,
+        "file_ending": ".nii.gz",
+        "numTraining": 4,
+    }
     has_fingerprint = federation.coordinator.book.is_closed(FINE_KEY)  # depends on which tests have run
     assert (model / "dataset_fingerprint.json").exists() == has_fingerprint
 
 
-@pytest.mark.parametrize(("readers", "expected"), [
-    (("NoSuchReader", "SimpleITKIO", "SimpleITKIO"), "SimpleITKIO"), (("B", "A", "C"), "B"), (("B", "A", "A"), "A")])
+@pytest.mark.parametrize(
+    ("readers", "expected"),
+    [(("NoSuchReader", "SimpleITKIO", "SimpleITKIO"), "SimpleITKIO"), (("B", "A", "C"), "B"), (("B", "A", "A"), "A")],
+)
 def test_no_single_site_chooses_how_everybody_reads_files(tmp_path, readers, expected):
     with served(tmp_path / "federation", make_settings(sites=("a", "b", "c"), num_epochs=1)) as federation:
+
         def take_part(site, reader):
             with federation.client(site) as client:
-                train(client, seed=1, num_rounds=1,
-                      plans=make_plans(image_reader_writer=reader, dataset_name=f"Dataset001_{reader}"))
+                train(
+                    client,
+                    seed=1,
+                    num_rounds=1,
+                    plans=make_plans(image_reader_writer=reader, dataset_name=f"Dataset001_{reader}"),
+                )
 
         in_threads(*(lambda site=site, reader=reader: take_part(site, reader) for site, reader in zip("abc", readers)))
         folder = federation.coordinator.store.folder / "models"
@@ -256,9 +296,12 @@ def test_no_single_site_chooses_how_everybody_reads_files(tmp_path, readers, exp
 
 def test_the_model_reads_the_files_that_most_sites_have():
     registration = make_registration()
-    ends = {site: registration.model_copy(update={
-        "dataset_json": registration.dataset_json.model_copy(update={"file_ending": ending})})
-        for site, ending in {"a": ".odd", "b": ".nii.gz", "c": ".nii.gz"}.items()}
+    ends = {
+        site: registration.model_copy(
+            update={"dataset_json": registration.dataset_json.model_copy(update={"file_ending": ending})}
+        )
+        for site, ending in {"a": ".odd", "b": ".nii.gz", "c": ".nii.gz"}.items()
+    }
     assert describe_dataset(ends)["file_ending"] == ".nii.gz"
     assert describe_dataset({"a": ends["a"], "b": ends["b"]})["file_ending"] == ".odd"
 
@@ -267,6 +310,7 @@ def test_without_equal_plans_the_reason_is_given(tmp_path):
     from nnunetv2.federated.coordinator.models.model_folder import keep_models
 
     with served(tmp_path / "federation", make_settings(num_epochs=1)) as federation:
+
         def register(site, plans):
             with federation.client(site) as client:
                 client.exchange(registration_key(RUN), make_registration(plans=plans))
@@ -277,4 +321,3 @@ def test_without_equal_plans_the_reason_is_given(tmp_path):
         text = keep_models(RUN, tmp_path / "models", final=0, best=None, archive=coordinator.archive)
         assert text.startswith("no model folder is written") and "transpose_forward is not the same at A" in text
         assert not (tmp_path / "models").exists()
-

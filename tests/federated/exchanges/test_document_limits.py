@@ -1,4 +1,5 @@
 """Documents whose JSON is meant to hurt who reads it, and the largest that honest sites send."""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,16 +8,7 @@ import json
 import numpy as np
 import pytest
 import requests
-from fake_federation import (
-    RUN,
-    SHAPES,
-    make_census,
-    make_plans,
-    make_registration,
-    make_settings,
-    make_weights,
-    served,
-)
+from fake_federation import RUN, SHAPES, make_census, make_plans, make_registration, make_settings, make_weights, served
 
 from nnunetv2.federated.coordinator.service import Result
 from nnunetv2.federated.errors import FederationError, WireError
@@ -54,18 +46,21 @@ def read(folder, content: bytes, limits: Limits):
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
-@pytest.mark.parametrize(("json_text", "complaint"), [
-    ("[" + ",".join(["[]"] * 60) + "]", "126 brackets and commas"),
-    ("[" + ",".join(['{"":0}'] * 60) + "]", "brackets and commas, at most 100"),
-    ("{" + ",".join(f'"{number}":0' for number in range(110)) + "}", "brackets and commas"),
-    ("[" * 101 + "]" * 101, "brackets and commas"),
-    ("[" * 70 + "]" * 70, "nested more than 64 deep"),
-    ("1" * 401, "has 401 digits, at most 400"),
-    ("-0." + "1" * 401, "digits, at most 400"),
-    ("1e" + "9" * 401, "digits, at most 400"),
-    ('"' + "a" * 4000 + '"', "the header has"),
-    (" " * 4000 + "0", "the header has"),
-])
+@pytest.mark.parametrize(
+    ("json_text", "complaint"),
+    [
+        ("[" + ",".join(["[]"] * 60) + "]", "126 brackets and commas"),
+        ("[" + ",".join(['{"":0}'] * 60) + "]", "brackets and commas, at most 100"),
+        ("{" + ",".join(f'"{number}":0' for number in range(110)) + "}", "brackets and commas"),
+        ("[" * 101 + "]" * 101, "brackets and commas"),
+        ("[" * 70 + "]" * 70, "nested more than 64 deep"),
+        ("1" * 401, "has 401 digits, at most 400"),
+        ("-0." + "1" * 401, "digits, at most 400"),
+        ("1e" + "9" * 401, "digits, at most 400"),
+        ('"' + "a" * 4000 + '"', "the header has"),
+        (" " * 4000 + "0", "the header has"),
+    ],
+)
 def test_what_is_built_from_a_document_is_bounded_before_it_is_built(tmp_path, json_text, complaint):
     with pytest.raises(WireError, match=complaint):
         read(tmp_path, raw(PLANS % json_text), TIGHT)
@@ -91,11 +86,14 @@ def test_faults_are_not_collected_by_the_thousand(tmp_path):
         read(tmp_path, raw(f'{{"protocol":1,"kind":"plans_report",{fields}}}'), message_limits("plans"))
 
 
-@pytest.mark.parametrize(("change", "complaint"), [
-    ({"tensors": [[]] * 5000}, r"registration\.tensors\.0"),
-    ({"aliases": {f" {number}": "w" for number in range(5000)}}, "' 0' is no name of a tensor"),
-    ({"aliases": {f"a{number}": number for number in range(5000)}}, "0 is no name of a tensor"),
-])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"tensors": [[]] * 5000}, r"registration\.tensors\.0"),
+        ({"aliases": {f" {number}": "w" for number in range(5000)}}, "' 0' is no name of a tensor"),
+        ({"aliases": {f"a{number}": number for number in range(5000)}}, "0 is no name of a tensor"),
+    ],
+)
 def test_the_first_fault_of_a_long_list_is_told(tmp_path, change, complaint):
     content = {**json.loads(make_registration().model_dump_json()), **change}
     with pytest.raises(WireError, match=complaint):
@@ -108,11 +106,14 @@ def test_labels_are_counted_before_they_are_looked_at(tmp_path):
         read(tmp_path, raw(json.dumps(content)), message_limits("census"))
 
 
-@pytest.mark.parametrize("spacings", ['"' + "a" * 1000 + "\U0001f600" + '"', r'"\ud83d\ude00"', '{"":0}',
-                                      "[" + ",".join(['""'] * 200) + "]"])
+@pytest.mark.parametrize(
+    "spacings", ['"' + "a" * 1000 + "\U0001f600" + '"', r'"\ud83d\ude00"', '{"":0}', "[" + ",".join(['""'] * 200) + "]"]
+)
 def test_a_summary_of_cases_is_numbers(tmp_path, spacings):
-    text = ('{"protocol":1,"kind":"coarse_summary","spacings":%s,"shapes":[[1,1,1]],"relative_sizes":[1],'
-            '"moments":[{"count":1,"mean":1,"m2":1}],"promotes_to_float64":false}')
+    text = (
+        '{"protocol":1,"kind":"coarse_summary","spacings":%s,"shapes":[[1,1,1]],"relative_sizes":[1],'
+        '"moments":[{"count":1,"mean":1,"m2":1}],"promotes_to_float64":false}'
+    )
     limits = coarse_limits(20, 1, tensor_bytes=0)
     assert read(tmp_path, raw(text % "[[1,1,1]]"), limits).spacings == ((1, 1, 1),)
     with pytest.raises(WireError, match="more text than a list of numbers needs|not valid"):
@@ -127,8 +128,12 @@ def fits(message, limits: Limits, specs=None, *, times: float = 2.0) -> bool:
 
 
 def test_honest_documents_have_room_to_spare():
-    names = [f"encoder.stages.{stage}.blocks.{block}.conv{conv}.conv.weight" for stage in range(10)
-             for block in range(50) for conv in range(4)]
+    names = [
+        f"encoder.stages.{stage}.blocks.{block}.conv{conv}.conv.weight"
+        for stage in range(10)
+        for block in range(50)
+        for conv in range(4)
+    ]
     shapes = dict.fromkeys(names, (320, 320, 3, 3, 3))
     specs = {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
     registration = make_registration(shapes=shapes, aliases={f"decoder.{name}": name for name in names})
@@ -151,9 +156,13 @@ def test_honest_documents_have_room_to_spare():
 def test_a_summary_has_room_for_each_case_and_channel(cases, channels):
     triple = (0.12345678901234568,) * 3
     summary = messages.CoarseSummary(
-        spacings=(triple,) * cases, shapes=((100_000,) * 3,) * cases, relative_sizes=(0.12345678901234568,) * cases,
+        spacings=(triple,) * cases,
+        shapes=((100_000,) * 3,) * cases,
+        relative_sizes=(0.12345678901234568,) * cases,
         moments=({"count": 2**62, "mean": -0.12345678901234568, "m2": 1.2345678901234568e300},) * channels,
-        promotes_to_float64=False, extrema=((-0.12345678901234568,) * 2,) * channels)
+        promotes_to_float64=False,
+        extrema=((-0.12345678901234568,) * 2,) * channels,
+    )
     specs = {f"coarse.{channel}": TensorSpec("I64", (65_536,)) for channel in range(channels)}
     header, limits = encode_header(summary, specs), coarse_limits(cases, channels, tensor_bytes=0)
     assert len(header) <= limits.header_bytes and count_elements(header) <= limits.elements
@@ -170,8 +179,12 @@ class Peer:
         self.session.headers["Authorization"] = f"Bearer {federation.credential(site).token}"
 
     def put(self, key: str, body: bytes) -> requests.Response:
-        return self.session.put(f"{self.base}/gatherings/{key}", data=body, timeout=60,
-                                headers={"X-Content-SHA256": hashlib.sha256(body).hexdigest()})
+        return self.session.put(
+            f"{self.base}/gatherings/{key}",
+            data=body,
+            timeout=60,
+            headers={"X-Content-SHA256": hashlib.sha256(body).hexdigest()},
+        )
 
     def send(self, key: str, message, tensors=None) -> int:
         tensors = tensors or {}
@@ -245,16 +258,19 @@ def test_figures_of_other_trainers_are_kept(begun):
     assert federation.coordinator.store.load_rounds(RUN)[0]["sites"]["A"]["metrics"] == figures
 
 
-@pytest.mark.parametrize("figures", [
-    {f"figure{number}": 0.5 for number in range(65)},
-    {f"figure{number}": [0.5] * 1000 for number in range(3)},
-    {"a" * 65: 0.5},
-    {"\x1b[2J": 0.5},
-    {"": 0.5},
-    {"figure": [0.5] * 1001},
-    {"figure": "text"},
-    {"figure": {"inner": 0.5}},
-])
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {f"figure{number}": 0.5 for number in range(65)},
+        {f"figure{number}": [0.5] * 1000 for number in range(3)},
+        {"a" * 65: 0.5},
+        {"\x1b[2J": 0.5},
+        {"": 0.5},
+        {"figure": [0.5] * 1001},
+        {"figure": "text"},
+        {"figure": {"inner": 0.5}},
+    ],
+)
 def test_more_figures_than_people_look_at_are_refused(tmp_path, figures):
     text = json.dumps({"protocol": 1, "kind": "update", "metrics": figures})
     with pytest.raises(WireError, match="update.metrics"):
@@ -268,8 +284,18 @@ def test_more_figures_than_people_look_at_are_refused(tmp_path, figures):
 BOMB = raw(PLANS % ("[" + ",".join(["[]"] * (2 << 20)) + "]"))
 
 
-@pytest.mark.parametrize("key", [round_key(RUN, 0), initial_key(RUN), registration_key(RUN), CENSUS_KEY,
-                                 "fingerprint/coarse", "fingerprint/fine", plans_key("p")])
+@pytest.mark.parametrize(
+    "key",
+    [
+        round_key(RUN, 0),
+        initial_key(RUN),
+        registration_key(RUN),
+        CENSUS_KEY,
+        "fingerprint/coarse",
+        "fingerprint/fine",
+        plans_key("p"),
+    ],
+)
 def test_a_site_reads_no_more_of_a_result_than_there_can_be(federation, tmp_path, monkeypatch, key):
     path = tmp_path / "bomb"
     path.write_bytes(BOMB)

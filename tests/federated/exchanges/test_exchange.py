@@ -1,4 +1,5 @@
 """Rules of gatherings, as plain state."""
+
 import pytest
 from fake_federation import make_settings
 
@@ -30,44 +31,78 @@ def add(state: Gathering, site: str, digest=D1, now=0.0) -> Gathering:
     return with_contribution(state, site, Contribution(digest, 10, now))
 
 
-@pytest.mark.parametrize(("key", "kind", "run", "number"), [
-    ("fingerprint/census", "census", None, None),
-    ("fingerprint/coarse", "coarse", None, None),
-    ("fingerprint/fine", "fine", None, None),
-    ("plans/nnUNetPlans", "plans", None, None),
-    ("runs/3d_fullres.fold_0.T/registration", "registration", "3d_fullres.fold_0.T", None),
-    ("runs/r/initial", "initial", "r", None),
-    ("runs/r/rounds/12", "round", "r", 12),
-    ("runs/r/validations/3", "validation", "r", 3),
-    ("runs/r/admissions/C", "admission", "r", None),
-    ("fingerprint/admissions/C", "late_census", None, None),
-    ("plans/p/admissions/C", "late_plans", None, None),
-])
+@pytest.mark.parametrize(
+    ("key", "kind", "run", "number"),
+    [
+        ("fingerprint/census", "census", None, None),
+        ("fingerprint/coarse", "coarse", None, None),
+        ("fingerprint/fine", "fine", None, None),
+        ("plans/nnUNetPlans", "plans", None, None),
+        ("runs/3d_fullres.fold_0.T/registration", "registration", "3d_fullres.fold_0.T", None),
+        ("runs/r/initial", "initial", "r", None),
+        ("runs/r/rounds/12", "round", "r", 12),
+        ("runs/r/validations/3", "validation", "r", 3),
+        ("runs/r/admissions/C", "admission", "r", None),
+        ("fingerprint/admissions/C", "late_census", None, None),
+        ("plans/p/admissions/C", "late_plans", None, None),
+    ],
+)
 def test_keys_are_taken_apart(key, kind, run, number):
     parsed = parse_key(key)
     assert (str(parsed), parsed.kind, parsed.run, parsed.number) == (key, kind, run, number)
 
 
-@pytest.mark.parametrize("key", [
-    "", "fingerprint", "fingerprint/other", "plans/", "plans/..", "plans/../x", "plans/a/b", "runs/../registration",
-    "runs/r/rounds/-1", "runs/r/rounds/01", "runs/r/rounds/1x", "runs/r/rounds/", "runs/r/rounds/1\n", "runs//initial",
-    "runs/r/../initial", "runs/r\0/initial", "RUNS/r/initial", "/fingerprint/census", "runs/.hidden/initial",
-    "fingerprint/admissions/", "fingerprint/admissions/.C", "plans/admissions/C", "plans/p/admissions/C/D",
-])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "fingerprint",
+        "fingerprint/other",
+        "plans/",
+        "plans/..",
+        "plans/../x",
+        "plans/a/b",
+        "runs/../registration",
+        "runs/r/rounds/-1",
+        "runs/r/rounds/01",
+        "runs/r/rounds/1x",
+        "runs/r/rounds/",
+        "runs/r/rounds/1\n",
+        "runs//initial",
+        "runs/r/../initial",
+        "runs/r\0/initial",
+        "RUNS/r/initial",
+        "/fingerprint/census",
+        "runs/.hidden/initial",
+        "fingerprint/admissions/",
+        "fingerprint/admissions/.C",
+        "plans/admissions/C",
+        "plans/p/admissions/C/D",
+    ],
+)
 def test_other_keys_are_refused(key):
     with pytest.raises(RefusedError) as info:
         parse_key(key)
     assert info.value.code == "unknown_gathering"
 
 
-@pytest.mark.parametrize(("key", "before"), [
-    ("fingerprint/census", None), ("fingerprint/coarse", "fingerprint/census"),
-    ("fingerprint/fine", "fingerprint/coarse"), ("plans/p", None), ("runs/r/registration", None),
-    ("runs/r/initial", "runs/r/registration"), ("runs/r/rounds/0", "runs/r/initial"),
-    ("runs/r/rounds/7", "runs/r/rounds/6"), ("runs/r/validations/7", "runs/r/rounds/7"),
-    ("runs/r/admissions/C", "runs/r/registration"),
-    ("fingerprint/admissions/C", "fingerprint/census"), ("plans/p/admissions/C", "plans/p"),
-])
+@pytest.mark.parametrize(
+    ("key", "before"),
+    [
+        ("fingerprint/census", None),
+        ("fingerprint/coarse", "fingerprint/census"),
+        ("fingerprint/fine", "fingerprint/coarse"),
+        ("plans/p", None),
+        ("runs/r/registration", None),
+        ("runs/r/initial", "runs/r/registration"),
+        ("runs/r/rounds/0", "runs/r/initial"),
+        ("runs/r/rounds/7", "runs/r/rounds/6"),
+        ("runs/r/validations/7", "runs/r/rounds/7"),
+        ("runs/r/admissions/C", "runs/r/registration"),
+        ("fingerprint/admissions/C", "fingerprint/census"),
+        ("plans/p/admissions/C", "plans/p"),
+    ],
+)
 def test_every_gathering_knows_what_comes_before(key, before):
     found = prerequisite(parse_key(key))
     assert (found and str(found)) == before
@@ -99,8 +134,9 @@ def test_a_quorum_after_the_deadline_closes_at_once():
 
 
 def test_initial_weights_wait_for_their_owners():
-    state = fresh_gathering(parse_key("runs/r/initial"), make_settings(sites=("A", "B", "C"), quorum=1, deadline_s=10),
-                            required=("B",))
+    state = fresh_gathering(
+        parse_key("runs/r/initial"), make_settings(sites=("A", "B", "C"), quorum=1, deadline_s=10), required=("B",)
+    )
     state = add(state, "A", now=0)
     assert not may_close(state, now=1000)
     assert may_close(add(state, "B", now=5), now=10)

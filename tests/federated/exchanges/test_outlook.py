@@ -1,4 +1,5 @@
 """Whether there will be a common model is told when the sites have registered, with whose network or why not."""
+
 from __future__ import annotations
 
 import json
@@ -49,11 +50,15 @@ def foresee(first: messages.Registration, *others: messages.Registration) -> Out
 
 
 # ------------------------------------------------------------------------------------------------------ what follows
-@pytest.mark.parametrize(("trainer", "network_trainer", "expected"), [
-    ("nnUNetTrainerAsymFedAvg", None, "nnUNetTrainer"),  # of this package, and of any version
-    ("nnUNetTrainerFedAvg", None, "nnUNetTrainer"),
-    ("nnUNetTrainerOfMine", None, "nnUNetTrainerOfMine"),  # an older site does not say whose network it is
-    ("nnUNetTrainerOfMine", "nnUNetTrainerBN", "nnUNetTrainerBN")])
+@pytest.mark.parametrize(
+    ("trainer", "network_trainer", "expected"),
+    [
+        ("nnUNetTrainerAsymFedAvg", None, "nnUNetTrainer"),  # of this package, and of any version
+        ("nnUNetTrainerFedAvg", None, "nnUNetTrainer"),
+        ("nnUNetTrainerOfMine", None, "nnUNetTrainerOfMine"),  # an older site does not say whose network it is
+        ("nnUNetTrainerOfMine", "nnUNetTrainerBN", "nnUNetTrainerBN"),
+    ],
+)
 def test_the_model_names_the_trainer_that_built_its_network(trainer, network_trainer, expected):
     registration = make_other(trainer=trainer, network_trainer=network_trainer)
     assert foresee(registration, registration) == Outlook(trainer=expected)
@@ -65,16 +70,28 @@ def different_plans(**configuration) -> dict:
     return plans
 
 
-@pytest.mark.parametrize(("other", "obstacle"), [
-    (make_other(plans=different_plans(batch_size=3)),
-     "the plans differ: plans.configurations.3d_fullres.batch_size is not the same"),
-    (make_other(plans=make_plans(configurations={**make_plans()["configurations"], "2d": {"batch_size": 7}})),
-     "the plans differ: plans.configurations.2d is not the same"),
-    (make_other(plans=make_plans(plans_name="nnUNetResEncUNetMPlans")),
-     "the plans differ: plans.plans_name is not the same"),
-    (make_other(network_trainer="nnUNetTrainerBN"),
-     "the network of site A is that of nnUNetTrainerFake, the network of site B that of nnUNetTrainerBN"),
-    (make_other(architecture=D2), "the networks of sites A and B are made of other modules")])
+@pytest.mark.parametrize(
+    ("other", "obstacle"),
+    [
+        (
+            make_other(plans=different_plans(batch_size=3)),
+            "the plans differ: plans.configurations.3d_fullres.batch_size is not the same",
+        ),
+        (
+            make_other(plans=make_plans(configurations={**make_plans()["configurations"], "2d": {"batch_size": 7}})),
+            "the plans differ: plans.configurations.2d is not the same",
+        ),
+        (
+            make_other(plans=make_plans(plans_name="nnUNetResEncUNetMPlans")),
+            "the plans differ: plans.plans_name is not the same",
+        ),
+        (
+            make_other(network_trainer="nnUNetTrainerBN"),
+            "the network of site A is that of nnUNetTrainerFake, the network of site B that of nnUNetTrainerBN",
+        ),
+        (make_other(architecture=D2), "the networks of sites A and B are made of other modules"),
+    ],
+)
 def test_what_keeps_the_sites_from_one_model_is_named(other, obstacle):
     found = foresee(make_other(architecture=D1), other)
     assert found.trainer == "" and found.obstacle.startswith(obstacle), found.obstacle
@@ -97,12 +114,20 @@ def test_other_extrema_and_names_of_datasets_do_not_matter():
     assert foresee(make_other(plans=make_plans(**{field: statistics})), make_other(plans=other)).obstacle == ""
 
 
-@pytest.mark.parametrize(("tensor", "obstacle"), [
-    (COUNTER, ""),
-    (TensorEntry(name="attention.index", dtype="I64", shape=(4,)),
-     "tensor attention.index of the network holds whole numbers, which are not averaged"),
-    (TensorEntry(name="double.weight", dtype="F64", shape=(4,)),
-     "tensor double.weight of the network is not shared by the sites")])
+@pytest.mark.parametrize(
+    ("tensor", "obstacle"),
+    [
+        (COUNTER, ""),
+        (
+            TensorEntry(name="attention.index", dtype="I64", shape=(4,)),
+            "tensor attention.index of the network holds whole numbers, which are not averaged",
+        ),
+        (
+            TensorEntry(name="double.weight", dtype="F64", shape=(4,)),
+            "tensor double.weight of the network is not shared by the sites",
+        ),
+    ],
+)
 def test_only_counters_need_not_be_shared(tensor, obstacle):
     registration = make_other(tensor)
     assert foresee(registration, registration).obstacle == obstacle
@@ -118,6 +143,7 @@ def test_counters_are_known_under_all_their_names():
 # ------------------------------------------------------------------------------------------------ who is told, and when
 def register(federation, registrations) -> dict[str, str]:
     """Let sites register and return what each is told of the model to come."""
+
     def take_part(site):
         with federation.client(site) as client:
             session = RunSession(client, site=site, run=RUN)
@@ -134,10 +160,17 @@ def read_status(federation, capsys, monkeypatch) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("plans", "line"), [
-    (make_plans(), "here will be a common model, with the network of nnUNetTrainerFake"),
-    (different_plans(batch_size=3), "here will be no common model: the plans differ: "
-     "plans.configurations.3d_fullres.batch_size is not the same at A and at B")])
+@pytest.mark.parametrize(
+    ("plans", "line"),
+    [
+        (make_plans(), "here will be a common model, with the network of nnUNetTrainerFake"),
+        (
+            different_plans(batch_size=3),
+            "here will be no common model: the plans differ: "
+            "plans.configurations.3d_fullres.batch_size is not the same at A and at B",
+        ),
+    ],
+)
 def test_everybody_is_told_when_registration_closes(tmp_path, capsys, monkeypatch, plans, line):
     with served(tmp_path / "federation", make_settings()) as federation:
         told = register(federation, {"A": make_registration(), "B": make_registration(plans=plans)})
@@ -172,17 +205,23 @@ def test_before_registration_closes_nothing_is_said(tmp_path):
 def test_a_coordinator_of_an_older_version_cannot_say(tmp_path):
     unknown = api.Problem(code="unknown_path", message="there is no GET /v1/outlooks here")
     page = Page(404, unknown.model_dump_json().encode(), {"Content-Type": "application/json"})
-    with (served(tmp_path / "federation", make_settings()) as federation,
-          FrontDoor(federation.url, page, times=1000) as door,
-          make_client(moved(federation.credential("A"), door.url)) as client):
+    with (
+        served(tmp_path / "federation", make_settings()) as federation,
+        FrontDoor(federation.url, page, times=1000) as door,
+        make_client(moved(federation.credential("A"), door.url)) as client,
+    ):
         assert "older version" in RunSession(client, site="A", run=RUN).describe_outlook()
 
 
 def test_a_network_with_batch_normalization_becomes_a_model(tmp_path):
     torch = pytest.importorskip("torch")
-    registration = make_other(COUNTER, network_trainer="nnUNetTrainerBN",
-                              aliases={**ALIASES, "decoder.norm.num_batches_tracked": COUNTER.name})
+    registration = make_other(
+        COUNTER,
+        network_trainer="nnUNetTrainerBN",
+        aliases={**ALIASES, "decoder.norm.num_batches_tracked": COUNTER.name},
+    )
     with served(tmp_path / "federation", make_settings(num_epochs=1)) as federation:
+
         def take_part(site):
             with federation.client(site) as client:
                 client.exchange(registration_key(RUN), registration)
@@ -196,7 +235,9 @@ def test_a_network_with_batch_normalization_becomes_a_model(tmp_path):
     assert checkpoint["trainer_name"] == "nnUNetTrainerBN"
     for name in (COUNTER.name, "decoder.norm.num_batches_tracked"):
         assert (checkpoint["network_weights"][name].dtype, checkpoint["network_weights"][name].shape) == (
-            torch.int64, torch.Size([]))
+            torch.int64,
+            torch.Size([]),
+        )
         assert checkpoint["network_weights"][name] == 0
     assert set(SHAPES) < set(checkpoint["network_weights"])
 
@@ -210,8 +251,11 @@ def test_a_default_registration_travels_as_before():
 
 
 def test_a_site_may_update_its_software_while_a_run_goes_on(tmp_path):
-    with (served(tmp_path / "federation", make_settings(num_epochs=2)) as federation,
-          federation.client("A") as a, federation.client("B") as b):
+    with (
+        served(tmp_path / "federation", make_settings(num_epochs=2)) as federation,
+        federation.client("A") as a,
+        federation.client("B") as b,
+    ):
         in_threads(lambda: train(a, seed=1, num_rounds=1), lambda: train(b, seed=2, num_rounds=1))
         newer = make_other(network_trainer="nnUNetTrainer", architecture=D1)
         assert a.exchange(registration_key(RUN), newer).message.coverage.keys() == {"A", "B"}

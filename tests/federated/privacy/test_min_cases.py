@@ -1,4 +1,5 @@
 """Nothing leaves a site that has fewer cases than its people want to take part with."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,8 +11,12 @@ from nnunetv2.federated.commands.manifest import describe, planning_documents
 from nnunetv2.federated.errors import FederationError, NotAllowedError
 from nnunetv2.federated.privacy.min_cases import VARIABLE, check_enough_cases, min_cases
 
-DATASET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "numTraining": 4,
-           "file_ending": ".nii.gz"}
+DATASET = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "liver": 1},
+    "numTraining": 4,
+    "file_ending": ".nii.gz",
+}
 
 
 def test_ten_cases_are_asked_for_unless_the_site_says_otherwise(monkeypatch):
@@ -36,14 +41,24 @@ def test_what_is_no_number_of_cases_lets_nothing_out(monkeypatch, text):
 def test_planning_with_too_few_cases_sends_nothing(tmp_path, roots, monkeypatch):
     from demo.phantoms import Scanner, write_dataset
 
-    write_dataset(roots["nnUNet_raw"] / "Dataset501_A", Scanner(spacing_mm=(3.0, 3.0, 3.0), intensities=(60, 95, 130),
-                                                                noise=0.2, bias=0.05), num_train=2, num_test=0, seed=0)
+    write_dataset(
+        roots["nnUNet_raw"] / "Dataset501_A",
+        Scanner(spacing_mm=(3.0, 3.0, 3.0), intensities=(60, 95, 130), noise=0.2, bias=0.05),
+        num_train=2,
+        num_test=0,
+        seed=0,
+    )
     monkeypatch.setenv(VARIABLE, "3")
     with served(tmp_path / "federation", make_settings()) as federation:
         federation.credential("A")
         with pytest.raises(NotAllowedError, match="Dataset501_A has 2 training cases"):
-            plan_federated("Dataset501_A", mode="ffe", num_processes=1, show_progress_bar=False,
-                           credential_file=federation.coordinator.store.folder / "credential.A.json")
+            plan_federated(
+                "Dataset501_A",
+                mode="ffe",
+                num_processes=1,
+                show_progress_bar=False,
+                credential_file=federation.coordinator.store.folder / "credential.A.json",
+            )
         assert not list(federation.coordinator.book)
     assert not any((roots["nnUNet_preprocessed"]).iterdir()), "nothing was read or computed"
 

@@ -1,19 +1,11 @@
 """The smallest and largest voxel of a site stay there, whatever else its plans say, and nobody notices."""
+
 from __future__ import annotations
 
 import json
 
 import pytest
-from fake_federation import (
-    RUN,
-    in_threads,
-    make_plans,
-    make_registration,
-    make_settings,
-    served,
-    train,
-    wait_until,
-)
+from fake_federation import RUN, in_threads, make_plans, make_registration, make_settings, served, train, wait_until
 
 from nnunetv2.federated.commands.manifest import Leaving, describe
 from nnunetv2.federated.errors import RefusedError
@@ -22,8 +14,15 @@ from nnunetv2.federated.privacy.plans_redaction import without_extrema
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.messages import admission_key, plans_key, registration_key
 
-CHANNEL = {"max": 3071.0, "mean": 91.5, "median": 88.0, "min": -1024.0, "percentile_00_5": -12.0,
-           "percentile_99_5": 240.0, "std": 40.25}
+CHANNEL = {
+    "max": 3071.0,
+    "mean": 91.5,
+    "median": 88.0,
+    "min": -1024.0,
+    "percentile_00_5": -12.0,
+    "percentile_99_5": 240.0,
+    "std": 40.25,
+}
 
 
 def with_intensities(**changes: float) -> dict:
@@ -38,23 +37,34 @@ def test_percentiles_stand_where_extrema_were():
     assert list(without_extrema(plans)) == list(plans)
 
 
-@pytest.mark.parametrize(("plans", "expected"), [
-    ({"foreground_intensity_properties_by_modality": {"0": CHANNEL}},
-     {"foreground_intensity_properties_by_modality": {"0": {**CHANNEL, "min": -12.0, "max": 240.0}}}),
-    ({"foreground_intensity_properties_per_channel": {"0": {"min": 1.0, "max": 2.0, "mean": 1.5}}},
-     {"foreground_intensity_properties_per_channel": {"0": {"mean": 1.5}}}),
-    ({"foreground_intensity_properties_per_channel": None}, {"foreground_intensity_properties_per_channel": None}),
-    ({"foreground_intensity_properties_per_channel": {"0": 3}, "min": 3},
-     {"foreground_intensity_properties_per_channel": {"0": 3}, "min": 3}),
-])
+@pytest.mark.parametrize(
+    ("plans", "expected"),
+    [
+        (
+            {"foreground_intensity_properties_by_modality": {"0": CHANNEL}},
+            {"foreground_intensity_properties_by_modality": {"0": {**CHANNEL, "min": -12.0, "max": 240.0}}},
+        ),
+        (
+            {"foreground_intensity_properties_per_channel": {"0": {"min": 1.0, "max": 2.0, "mean": 1.5}}},
+            {"foreground_intensity_properties_per_channel": {"0": {"mean": 1.5}}},
+        ),
+        ({"foreground_intensity_properties_per_channel": None}, {"foreground_intensity_properties_per_channel": None}),
+        (
+            {"foreground_intensity_properties_per_channel": {"0": 3}, "min": 3},
+            {"foreground_intensity_properties_per_channel": {"0": 3}, "min": 3},
+        ),
+    ],
+)
 def test_other_plans_are_understood_too(plans, expected):
     assert without_extrema(plans) == expected
 
 
 def test_plans_are_compared_without_extrema():
     """Of sites with different versions, some send them."""
-    digests = {agree_on_plans({"A": with_intensities(min=low), "B": without_extrema(with_intensities())}).digest
-               for low in (-1024.0, -3.0)}
+    digests = {
+        agree_on_plans({"A": with_intensities(min=low), "B": without_extrema(with_intensities())}).digest
+        for low in (-1024.0, -3.0)
+    }
     assert len(digests) == 1
     with pytest.raises(RefusedError, match=r"channel.0.mean is not the same at A and at B"):
         agree_on_plans({"A": with_intensities(), "B": with_intensities(mean=92.0)})
@@ -66,11 +76,23 @@ def test_a_registration_holds_no_extrema():
     from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_training
 
     registration = describe_training(
-        torch.nn.Linear(2, 1), plans=with_intensities(), configuration="3d_fullres", fold=0,
+        torch.nn.Linear(2, 1),
+        plans=with_intensities(),
+        configuration="3d_fullres",
+        fold=0,
         trainer=nnUNetTrainerFedAvg,
-        dataset_json={"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz",
-                      "name": "secret", "numTraining": 3, "dataset": {"case_1": {"images": ["/home/x.nii.gz"]}}},
-        num_training_cases=3, mirroring_axes=(0,), requires_equal_plans=False)
+        dataset_json={
+            "channel_names": {"0": "CT"},
+            "labels": {"background": 0, "liver": 1},
+            "file_ending": ".nii.gz",
+            "name": "secret",
+            "numTraining": 3,
+            "dataset": {"case_1": {"images": ["/home/x.nii.gz"]}},
+        },
+        num_training_cases=3,
+        mirroring_axes=(0,),
+        requires_equal_plans=False,
+    )
     text = registration.model_dump_json()
     assert not [word for word in ("3071", "-1024", "secret", "case_1", "/home") if word in text]
     lines = "\n".join(describe([Leaving(when="", message=registration, passed_on="")], None))
@@ -84,8 +106,12 @@ def test_a_run_that_was_registered_with_extrema_goes_on_without(tmp_path, is_lat
     sites = ("A", "B", "C") if is_late else ("A", "B")
     with served(tmp_path / "federation", make_settings(sites=sites, num_epochs=9)) as federation:
         with federation.client("A") as a, federation.client("B") as b:
-            in_threads(*(lambda c=client: c.contribute(registration_key(RUN), make_registration(
-                plans=with_intensities())) for client in (a, b)))
+            in_threads(
+                *(
+                    lambda c=client: c.contribute(registration_key(RUN), make_registration(plans=with_intensities()))
+                    for client in (a, b)
+                )
+            )
             if is_late:
                 federation_proceeds(federation)
             wait_until(lambda: federation.coordinator.book.is_closed(registration_key(RUN)))
@@ -115,6 +141,7 @@ def federation_proceeds(federation) -> None:
 def test_a_model_has_the_plans_as_they_are_at_the_sites(tmp_path, is_common):
     plans = with_intensities()
     with served(tmp_path / "federation", make_settings(num_epochs=1)) as federation:
+
         def take_part(site):
             with federation.client(site) as client:
                 if is_common:

@@ -1,4 +1,5 @@
 """Documents survive the round trip, are proper safetensors files, and bad ones never get in."""
+
 from __future__ import annotations
 
 import hashlib
@@ -56,22 +57,42 @@ TENSORS = {
     "scalar": np.float32(3.5),
     "empty": np.zeros((0, 4), np.float32),
 }
-MATCH = Match(rule="name", weighting="cases", weights={"A": 3, "B": 1}, shared={"w": {"A": "w", "B": "v"}},
-              initial_owner={"w": "B"}, coverage={"A": (4, 5), "B": (4, 4)})
+MATCH = Match(
+    rule="name",
+    weighting="cases",
+    weights={"A": 3, "B": 1},
+    shared={"w": {"A": "w", "B": "v"}},
+    initial_owner={"w": "B"},
+    coverage={"A": (4, 5), "B": (4, 4)},
+)
 MESSAGES = [
     Census(num_cases=3, channel_names={"0": "CT"}, labels={"background": 0, "whole": [1, 2]}, regions_class_order=[1]),
     PooledCensus(num_cases=10),
-    CoarseSummary(spacings=[(1, 2.5, 1)], shapes=[(6, 8, 10)], relative_sizes=[0.5], promotes_to_float64=False,
-                  moments=[{"count": 2, "mean": 1.5, "m2": 0.5}], extrema=[(1, 2)]),
+    CoarseSummary(
+        spacings=[(1, 2.5, 1)],
+        shapes=[(6, 8, 10)],
+        relative_sizes=[0.5],
+        promotes_to_float64=False,
+        moments=[{"count": 2, "mean": 1.5, "m2": 0.5}],
+        extrema=[(1, 2)],
+    ),
     WantedBins(bins=[[1, 2], []]),
     FineSummary(bins=[[1, 2]]),
     PooledFingerprint(num_cases=2, fingerprint={"spacings": [[1.0, 2.0, 3.0]]}),
     PlansReport(plans={"plans_name": "nnUNetPlans", "n": [1, None, True, {"a": 0.1}]}),
     PlansAgreement(digest="0" * 64),
-    Registration(configuration="3d_fullres", fold="0", trainer="nnUNetTrainer", num_training_cases=4, plans={},
-                 dataset_json={"channel_names": {"0": "CT"}, "labels": {"background": 0}, "file_ending": ".nii.gz"},
-                 mirroring_axes=(0, 1, 2), requires_equal_plans=True,
-                 tensors=[{"name": "w", "dtype": "F32", "shape": [2, 3]}], aliases={"all_modules.0": "w"}),
+    Registration(
+        configuration="3d_fullres",
+        fold="0",
+        trainer="nnUNetTrainer",
+        num_training_cases=4,
+        plans={},
+        dataset_json={"channel_names": {"0": "CT"}, "labels": {"background": 0}, "file_ending": ".nii.gz"},
+        mirroring_axes=(0, 1, 2),
+        requires_equal_plans=True,
+        tensors=[{"name": "w", "dtype": "F32", "shape": [2, 3]}],
+        aliases={"all_modules.0": "w"},
+    ),
     MATCH,
     Update(metrics={"val_loss": -0.5, "dice_per_class": [0.5, None]}),
     Aggregate(round=0, contributors={"A": 3}, missing=["B"]),
@@ -81,8 +102,9 @@ MESSAGES = [
 def write(path, tensors, message=MESSAGES[-2]):
     """Write a document with `tensors`, and return its digest."""
     tensors = {name: np.asarray(values) for name, values in tensors.items()}
-    return write_document(path, message, {name: TensorSpec.of(values) for name, values in tensors.items()},
-                          tensors.values())
+    return write_document(
+        path, message, {name: TensorSpec.of(values) for name, values in tensors.items()}, tensors.values()
+    )
 
 
 def write_raw(path, header, data=b""):
@@ -177,13 +199,20 @@ def test_size_is_known_before_writing(tmp_path):
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(specs=st.dictionaries(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.#-]{0,20}", fullmatch=True),
-                             st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=4)),
-                             max_size=5))
+@given(
+    specs=st.dictionaries(
+        st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.#-]{0,20}", fullmatch=True),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=4)),
+        max_size=5,
+    )
+)
 def test_any_set_of_tensors_survives(tmp_path, specs):
     rng = np.random.default_rng(0)
-    tensors = {name: rng.integers(-99, 99, shape).astype(DTYPES[dtype]) for name, (dtype, shape) in specs.items()
-               if name != "__metadata__"}
+    tensors = {
+        name: rng.integers(-99, 99, shape).astype(DTYPES[dtype])
+        for name, (dtype, shape) in specs.items()
+        if name != "__metadata__"
+    }
     write(tmp_path / "d", tensors)
     document = open_document(tmp_path / "d")
     assert document.specs == {name: TensorSpec.of(values) for name, values in tensors.items()}
@@ -205,16 +234,19 @@ def test_writing_and_reading_hold_one_tensor_at_a_time(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
-@pytest.mark.parametrize(("specs", "tensors", "message"), [
-    ({"w": TensorSpec("F32", (2,))}, [], "w is announced but not there"),
-    ({}, [np.zeros(2, np.float32)], "more tensors than announced"),
-    ({"w": TensorSpec("F32", (2,))}, [np.zeros(3, np.float32)], r"w is F32\[3\], expected F32\[2\]"),
-    ({"w": TensorSpec("F32", (2,))}, [np.zeros(2, np.float16)], r"w is F16\[2\], expected F32\[2\]"),
-    ({"w": TensorSpec("F32", (2,))}, [np.zeros(2, np.float64)], "float64 does not travel"),
-    ({"../w": TensorSpec("F32", (2,))}, [np.zeros(2, np.float32)], "is no name for a tensor"),
-    ({"__metadata__": TensorSpec("F32", (2,))}, [np.zeros(2, np.float32)], "is no name for a tensor"),
-    ({"w" * 300: TensorSpec("F32", (2,))}, [np.zeros(2, np.float32)], "is no name for a tensor"),
-])
+@pytest.mark.parametrize(
+    ("specs", "tensors", "message"),
+    [
+        ({"w": TensorSpec("F32", (2,))}, [], "w is announced but not there"),
+        ({}, [np.zeros(2, np.float32)], "more tensors than announced"),
+        ({"w": TensorSpec("F32", (2,))}, [np.zeros(3, np.float32)], r"w is F32\[3\], expected F32\[2\]"),
+        ({"w": TensorSpec("F32", (2,))}, [np.zeros(2, np.float16)], r"w is F16\[2\], expected F32\[2\]"),
+        ({"w": TensorSpec("F32", (2,))}, [np.zeros(2, np.float64)], "float64 does not travel"),
+        ({"../w": TensorSpec("F32", (2,))}, [np.zeros(2, np.float32)], "is no name for a tensor"),
+        ({"__metadata__": TensorSpec("F32", (2,))}, [np.zeros(2, np.float32)], "is no name for a tensor"),
+        ({"w" * 300: TensorSpec("F32", (2,))}, [np.zeros(2, np.float32)], "is no name for a tensor"),
+    ],
+)
 def test_the_writer_checks_what_it_is_given_and_leaves_nothing_behind(tmp_path, specs, tensors, message):
     with pytest.raises(WireError, match=message):
         write_document(tmp_path / "d", MESSAGES[1], specs, tensors)
@@ -222,8 +254,11 @@ def test_the_writer_checks_what_it_is_given_and_leaves_nothing_behind(tmp_path, 
 
 
 def test_what_is_sent_from_memory_is_what_would_have_been_written(tmp_path):
-    tensors = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "none": np.zeros((0, 3), np.float32),
-               "v": np.asfortranarray(np.arange(8, dtype=np.int64).reshape(2, 4))}
+    tensors = {
+        "w": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "none": np.zeros((0, 3), np.float32),
+        "v": np.asfortranarray(np.arange(8, dtype=np.int64).reshape(2, 4)),
+    }
     digest, content = write(tmp_path / "d", tensors), (tmp_path / "d").read_bytes()
     specs = {name: TensorSpec.of(values) for name, values in tensors.items()}
     document = OutgoingDocument(MESSAGES[-2], specs, tensors)
@@ -242,43 +277,46 @@ def test_arrays_in_any_order_in_memory_are_written_in_c_order(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- malformed headers
-@pytest.mark.parametrize(("header", "data", "message"), [
-    (b"", b"", "not proper JSON"),
-    (b"[]", b"", "not a JSON object"),
-    (b'{"a": NaN}', b"", "not proper JSON"),
-    (b'{"a": 1e999}', b"", "too large"),
-    (b'{"a": 1, "a": 2}', b"", "repeated"),
-    (b"[" * 100_000, b"", "not proper JSON"),
-    (b"\xff\xfe", b"", "not proper JSON"),
-    ({}, b"", "one text named message"),
-    ({"__metadata__": {"message": "{}", "more": ""}}, b"", "one text named message"),
-    (make_header(message="no"), b"", "message is not proper JSON"),
-    (make_header(message='{"kind":"update"}'), b"", "protocol None"),
-    (make_header(message='{"protocol":2,"kind":"update"}'), b"", "speaks 1"),
-    (make_header(message='{"protocol":1,"kind":"pickle"}'), b"", "not valid"),
-    (make_header(message='{"protocol":1,"kind":"update","more":1}'), b"", "not valid: update.more"),
-    (make_header(message='{"protocol":1,"kind":"update","metrics":{"\\ud800":1}}'), b"", "not valid"),
-    (make_header(message='{"protocol":1,"kind":"update","metrics":{"\ud800":1}}'), b"", "not proper JSON"),
-    (make_header(w=1), b"", "expected dtype"),
-    (make_header(w={**entry(), "more": 1}), b"\0" * 8, "expected dtype"),
-    (make_header(w=entry(dtype="F64", offsets=(0, 16))), b"\0" * 16, "tensor w: dtype 'F64' does not travel"),
-    (make_header(w=entry(shape=(-2,))), b"\0" * 8, "malformed"),
-    (make_header(w=entry(shape=(True, 2))), b"\0" * 8, "malformed"),
-    (make_header(w=entry(shape=(2.0,))), b"\0" * 8, "malformed"),
-    (make_header(w=entry(shape=(1,) * 9)), b"\0" * 8, "malformed"),
-    (make_header(w=entry(shape=(2**50,))), b"\0" * 8, "not allowed"),
-    (make_header(w=entry(shape=(3,))), b"\0" * 8, "needs 12 bytes"),
-    (make_header(w=entry(offsets=(0, 8, 16))), b"\0" * 16, "malformed"),
-    (make_header(w=entry(offsets=(8, 0))), b"\0" * 8, "needs 8 bytes"),
-    (make_header(w=entry(offsets=(4, 12))), b"\0" * 12, "begins at byte 4"),
-    (make_header(w=entry(), v=entry(offsets=(4, 12))), b"\0" * 12, "begins at byte 4"),
-    (make_header(w=entry(), v=entry()), b"\0" * 8, "begins at byte 0"),
-    (make_header(w=entry()), b"\0" * 7, "need 8 bytes, the document holds 7"),
-    (make_header(w=entry()), b"\0" * 9, "need 8 bytes, the document holds 9"),
-    ({**make_header(), "a/../b": entry()}, b"\0" * 8, "is no name for a tensor"),
-    ({**make_header(), "": entry()}, b"\0" * 8, "is no name for a tensor"),
-    ({**make_header(), "w\n": entry()}, b"\0" * 8, "is no name for a tensor"),
-])
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (b"", b"", "not proper JSON"),
+        (b"[]", b"", "not a JSON object"),
+        (b'{"a": NaN}', b"", "not proper JSON"),
+        (b'{"a": 1e999}', b"", "too large"),
+        (b'{"a": 1, "a": 2}', b"", "repeated"),
+        (b"[" * 100_000, b"", "not proper JSON"),
+        (b"\xff\xfe", b"", "not proper JSON"),
+        ({}, b"", "one text named message"),
+        ({"__metadata__": {"message": "{}", "more": ""}}, b"", "one text named message"),
+        (make_header(message="no"), b"", "message is not proper JSON"),
+        (make_header(message='{"kind":"update"}'), b"", "protocol None"),
+        (make_header(message='{"protocol":2,"kind":"update"}'), b"", "speaks 1"),
+        (make_header(message='{"protocol":1,"kind":"pickle"}'), b"", "not valid"),
+        (make_header(message='{"protocol":1,"kind":"update","more":1}'), b"", "not valid: update.more"),
+        (make_header(message='{"protocol":1,"kind":"update","metrics":{"\\ud800":1}}'), b"", "not valid"),
+        (make_header(message='{"protocol":1,"kind":"update","metrics":{"\ud800":1}}'), b"", "not proper JSON"),
+        (make_header(w=1), b"", "expected dtype"),
+        (make_header(w={**entry(), "more": 1}), b"\0" * 8, "expected dtype"),
+        (make_header(w=entry(dtype="F64", offsets=(0, 16))), b"\0" * 16, "tensor w: dtype 'F64' does not travel"),
+        (make_header(w=entry(shape=(-2,))), b"\0" * 8, "malformed"),
+        (make_header(w=entry(shape=(True, 2))), b"\0" * 8, "malformed"),
+        (make_header(w=entry(shape=(2.0,))), b"\0" * 8, "malformed"),
+        (make_header(w=entry(shape=(1,) * 9)), b"\0" * 8, "malformed"),
+        (make_header(w=entry(shape=(2**50,))), b"\0" * 8, "not allowed"),
+        (make_header(w=entry(shape=(3,))), b"\0" * 8, "needs 12 bytes"),
+        (make_header(w=entry(offsets=(0, 8, 16))), b"\0" * 16, "malformed"),
+        (make_header(w=entry(offsets=(8, 0))), b"\0" * 8, "needs 8 bytes"),
+        (make_header(w=entry(offsets=(4, 12))), b"\0" * 12, "begins at byte 4"),
+        (make_header(w=entry(), v=entry(offsets=(4, 12))), b"\0" * 12, "begins at byte 4"),
+        (make_header(w=entry(), v=entry()), b"\0" * 8, "begins at byte 0"),
+        (make_header(w=entry()), b"\0" * 7, "need 8 bytes, the document holds 7"),
+        (make_header(w=entry()), b"\0" * 9, "need 8 bytes, the document holds 9"),
+        ({**make_header(), "a/../b": entry()}, b"\0" * 8, "is no name for a tensor"),
+        ({**make_header(), "": entry()}, b"\0" * 8, "is no name for a tensor"),
+        ({**make_header(), "w\n": entry()}, b"\0" * 8, "is no name for a tensor"),
+    ],
+)
 def test_malformed_documents_are_refused(tmp_path, header, data, message):
     with pytest.raises(WireError, match=message):
         open_document(write_raw(tmp_path / "d", header, data))
@@ -293,22 +331,28 @@ def test_cut_off_files_are_refused(tmp_path, content):
 
 def test_limits_hold(tmp_path):
     write(tmp_path / "d", TENSORS)
-    for limits, message in ((Limits(file_bytes=100), "at most 100"), (Limits(header_bytes=16), "at most 16"),
-                            (Limits(tensors=4), "at most 4")):
+    for limits, message in (
+        (Limits(file_bytes=100), "at most 100"),
+        (Limits(header_bytes=16), "at most 16"),
+        (Limits(tensors=4), "at most 4"),
+    ):
         with pytest.raises(WireError, match=message):
             open_document(tmp_path / "d", limits=limits)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4), st.integers(0, 3)),
-                      min_size=1, max_size=4))
+@given(
+    edits=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4), st.integers(0, 3)), min_size=1, max_size=4
+    )
+)
 def test_bytes_changed_at_random_give_a_document_or_a_wire_error(tmp_path, edits):
     if not (tmp_path / "good").exists():
         write(tmp_path / "good", TENSORS, MATCH)
     content = bytearray((tmp_path / "good").read_bytes())
     for place, replacement, removed in edits:
         begin = int(place * len(content))
-        content[begin:begin + removed] = replacement
+        content[begin : begin + removed] = replacement
     (tmp_path / "d").write_bytes(content)
     try:
         document = open_document(tmp_path / "d")
@@ -320,14 +364,23 @@ def test_bytes_changed_at_random_give_a_document_or_a_wire_error(tmp_path, edits
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "I64"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["dtype", "shape", "data_offsets", "message", "__metadata__", "w", "protocol", "kind"]), inner),
-    max_leaves=10)
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["dtype", "shape", "data_offsets", "message", "__metadata__", "w", "protocol", "kind"]),
+            inner,
+        )
+    ),
+    max_leaves=10,
+)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(header=st.dictionaries(st.sampled_from(["w", "v", "__metadata__", "x y"]), JSON_VALUES), message=JSON_VALUES,
-       keeps_message=st.booleans())
+@given(
+    header=st.dictionaries(st.sampled_from(["w", "v", "__metadata__", "x y"]), JSON_VALUES),
+    message=JSON_VALUES,
+    keeps_message=st.booleans(),
+)
 def test_invented_headers_give_a_document_or_a_wire_error(tmp_path, header, message, keeps_message):
     if keeps_message:
         header["__metadata__"] = {"message": json.dumps(message)}
@@ -337,14 +390,20 @@ def test_invented_headers_give_a_document_or_a_wire_error(tmp_path, header, mess
 
 
 # --------------------------------------------------------------------------------------------------- checked tensors
-@pytest.mark.parametrize(("tensors", "message"), [
-    ({"a": np.zeros(2, np.float32)}, "tensor b is missing"),
-    ({"a": np.zeros(2, np.float32), "b": np.zeros(1, np.float32), "c": np.zeros(1, np.float32)}, "c is not expected"),
-    ({"a": np.zeros(3, np.float32), "b": np.zeros(1, np.float32)}, r"a is F32\[3\], expected F32\[2\]"),
-    ({"a": np.zeros(2, np.float16), "b": np.zeros(1, np.float32)}, r"a is F16\[2\], expected F32\[2\]"),
-    ({"a": np.zeros(2, np.float32), "b": np.float32([np.nan])}, "tensor b holds NaN"),
-    ({"a": np.float32([0, -np.inf]), "b": np.zeros(1, np.float32)}, "tensor a holds NaN"),
-])
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a": np.zeros(2, np.float32)}, "tensor b is missing"),
+        (
+            {"a": np.zeros(2, np.float32), "b": np.zeros(1, np.float32), "c": np.zeros(1, np.float32)},
+            "c is not expected",
+        ),
+        ({"a": np.zeros(3, np.float32), "b": np.zeros(1, np.float32)}, r"a is F32\[3\], expected F32\[2\]"),
+        ({"a": np.zeros(2, np.float16), "b": np.zeros(1, np.float32)}, r"a is F16\[2\], expected F32\[2\]"),
+        ({"a": np.zeros(2, np.float32), "b": np.float32([np.nan])}, "tensor b holds NaN"),
+        ({"a": np.float32([0, -np.inf]), "b": np.zeros(1, np.float32)}, "tensor a holds NaN"),
+    ],
+)
 def test_tensors_that_are_not_as_agreed_are_refused_by_name(tmp_path, tensors, message):
     write(tmp_path / "d", tensors)
     with pytest.raises(WireError, match=message):
@@ -358,25 +417,28 @@ def test_metrics_that_are_not_finite_become_null():
     assert "NaN" not in encode_json(update).decode()
 
 
-@pytest.mark.parametrize("build", [
-    lambda: Census(num_cases=0, channel_names={"0": "CT"}, labels={"background": 0}),
-    lambda: Census(num_cases=1, channel_names={}, labels={"background": 0}),
-    lambda: Update(metrics={"a": [0.0] * 1001}),
-    lambda: PlansReport(plans={"a": math.nan}),
-    lambda: WantedBins(bins=[[65536]]),
-    lambda: WantedBins(bins=[list(range(7))]),
-    lambda: Aggregate(round=-1, contributors={}),
-    lambda: Aggregate(round=1, contributors={"no good": 1}),
-    lambda: Aggregate(round=1, contributors={"A": 0}),
-    lambda: Aggregate(round=1, contributors={"A": 1}, missing=["B", "B"]),
-    lambda: MATCH.model_validate({**MATCH.model_dump(), "initial_owner": {}}),
-    lambda: MATCH.model_validate({**MATCH.model_dump(), "initial_owner": {"w": "C"}}),
-    lambda: MESSAGES[2].model_validate({**MESSAGES[2].model_dump(), "shapes": []}),
-    lambda: MESSAGES[2].model_validate({**MESSAGES[2].model_dump(), "extrema": []}),
-    lambda: MESSAGES[2].model_validate({**MESSAGES[2].model_dump(), "spacings": [(0, 1, math.inf)]}),
-    lambda: MESSAGES[8].model_validate({**MESSAGES[8].model_dump(), "aliases": {"a": "nowhere"}}),
-    lambda: MESSAGES[8].model_validate({**MESSAGES[8].model_dump(), "tensors": MESSAGES[8].tensors * 2}),
-])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Census(num_cases=0, channel_names={"0": "CT"}, labels={"background": 0}),
+        lambda: Census(num_cases=1, channel_names={}, labels={"background": 0}),
+        lambda: Update(metrics={"a": [0.0] * 1001}),
+        lambda: PlansReport(plans={"a": math.nan}),
+        lambda: WantedBins(bins=[[65536]]),
+        lambda: WantedBins(bins=[list(range(7))]),
+        lambda: Aggregate(round=-1, contributors={}),
+        lambda: Aggregate(round=1, contributors={"no good": 1}),
+        lambda: Aggregate(round=1, contributors={"A": 0}),
+        lambda: Aggregate(round=1, contributors={"A": 1}, missing=["B", "B"]),
+        lambda: MATCH.model_validate({**MATCH.model_dump(), "initial_owner": {}}),
+        lambda: MATCH.model_validate({**MATCH.model_dump(), "initial_owner": {"w": "C"}}),
+        lambda: MESSAGES[2].model_validate({**MESSAGES[2].model_dump(), "shapes": []}),
+        lambda: MESSAGES[2].model_validate({**MESSAGES[2].model_dump(), "extrema": []}),
+        lambda: MESSAGES[2].model_validate({**MESSAGES[2].model_dump(), "spacings": [(0, 1, math.inf)]}),
+        lambda: MESSAGES[8].model_validate({**MESSAGES[8].model_dump(), "aliases": {"a": "nowhere"}}),
+        lambda: MESSAGES[8].model_validate({**MESSAGES[8].model_dump(), "tensors": MESSAGES[8].tensors * 2}),
+    ],
+)
 def test_nonsense_is_refused_at_the_door(build):
     with pytest.raises(ValidationError):
         build()
@@ -392,10 +454,15 @@ def test_order_of_labels_survives():
     assert list(decode_json(Census, encode_json(census)).labels) == ["z", "background"]
 
 
-@pytest.mark.parametrize("body", [
-    FederationSettings(federation="F", sites=["A", "B"], num_epochs=2, deadline_s=30),
-    JoinRequest(invitation="i", token="t" * 32), Receipt(digest="a" * 64, waiting_for=["B"]),
-    RunState(run="r", registered=["A"], open_round=3, num_rounds=10)])
+@pytest.mark.parametrize(
+    "body",
+    [
+        FederationSettings(federation="F", sites=["A", "B"], num_epochs=2, deadline_s=30),
+        JoinRequest(invitation="i", token="t" * 32),
+        Receipt(digest="a" * 64, waiting_for=["B"]),
+        RunState(run="r", registered=["A"], open_round=3, num_rounds=10),
+    ],
+)
 def test_bodies_survive_the_round_trip(body):
     assert decode_json(type(body), encode_json(body)) == body
 
@@ -425,5 +492,6 @@ def test_keys_of_gatherings():
 
 def test_refusals_keep_their_parts_when_pickled():
     import pickle
+
     error = pickle.loads(pickle.dumps(RefusedError("No", "Ask again.", code="closed")))
     assert (error.message, error.remedy, error.code, str(error)) == ("No", "Ask again.", "closed", "No. Ask again.")

@@ -1,4 +1,5 @@
 """Invitations and credentials."""
+
 import base64
 import json
 import os
@@ -50,12 +51,19 @@ def test_an_invitation_survives_a_mail():
     assert decode_invitation(f"  {word}\n") == INVITATION
 
 
-@pytest.mark.parametrize("damage", [
-    lambda word: word[:-9], lambda word: word[11:], lambda word: word.replace("nnunet-fed", "nnunet"),
-    lambda word: word + "*", lambda word: "nnunet-fed:", lambda word: "nnunet-fed:W10",
-    lambda word: encode_invitation(Invitation("ftp://x", "f", "a", "s")),
-    lambda word: encode_invitation(Invitation("http://x", "f", "../a", "s")),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda word: word[:-9],
+        lambda word: word[11:],
+        lambda word: word.replace("nnunet-fed", "nnunet"),
+        lambda word: word + "*",
+        lambda word: "nnunet-fed:",
+        lambda word: "nnunet-fed:W10",
+        lambda word: encode_invitation(Invitation("ftp://x", "f", "a", "s")),
+        lambda word: encode_invitation(Invitation("http://x", "f", "../a", "s")),
+    ],
+)
 def test_a_damaged_invitation_is_refused(damage):
     with pytest.raises(WireError):
         decode_invitation(damage(encode_invitation(INVITATION)))
@@ -86,18 +94,27 @@ def test_a_broken_credential_is_an_error_that_names_the_file(tmp_path, content):
         load_credential(path)
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8750", "ftp://host", "http://", "http://host:x", "http://a@host",
-                                 "https://host/?q=1"])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8750", "ftp://host", "http://", "http://host:x", "http://a@host", "https://host/?q=1"]
+)
 def test_other_addresses_are_refused(url):
     with pytest.raises(WireError):
         check_url(url)
 
 
-@pytest.mark.parametrize(("url", "insecure", "is_safe"), [
-    ("http://127.0.0.1:1", False, True), ("http://localhost:1", False, True), ("http://[::1]:1", False, True),
-    ("https://hospital.example", False, True), ("http://hospital.example", False, False),
-    ("http://10.0.0.1", False, False), ("http://127.0.0.1.evil.example", False, False),
-    ("http://hospital.example", True, True)])
+@pytest.mark.parametrize(
+    ("url", "insecure", "is_safe"),
+    [
+        ("http://127.0.0.1:1", False, True),
+        ("http://localhost:1", False, True),
+        ("http://[::1]:1", False, True),
+        ("https://hospital.example", False, True),
+        ("http://hospital.example", False, False),
+        ("http://10.0.0.1", False, False),
+        ("http://127.0.0.1.evil.example", False, False),
+        ("http://hospital.example", True, True),
+    ],
+)
 def test_plain_http_stays_on_this_machine_unless_allowed(url, insecure, is_safe):
     if is_safe:
         check_transport_is_safe(url, insecure=insecure)
@@ -189,6 +206,7 @@ def test_a_refused_join_leaves_the_authority_of_the_credential_that_it_would_rep
 
     from nnunetv2.federated.protocol import api
     from nnunetv2.federated.site.transports import http
+
     answer = api.JoinAnswer(federation="test", site="E", role="site", settings=make_settings())
     monkeypatch.setattr(http, "request_to_join", lambda credential, secret: answer)
     join(invitation, path=path, replace=True)
@@ -202,32 +220,50 @@ def test_help_answers_at_once_without_torch():
     import subprocess
     import sys
 
-    code = (f"import sys; from {site_module.__name__} import main\n"
-            "try:\n    main(['-h'])\nfinally:\n"
-            "    late = {'torch', 'requests', 'pydantic', 'numpy', 'SimpleITK', 'scipy'} & set(sys.modules)\n"
-            "    assert not late, late")
+    code = (
+        f"import sys; from {site_module.__name__} import main\n"
+        "try:\n    main(['-h'])\nfinally:\n"
+        "    late = {'torch', 'requests', 'pydantic', 'numpy', 'SimpleITK', 'scipy'} & set(sys.modules)\n"
+        "    assert not late, late"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0 and "nnunet-fed:" in done.stdout, done.stderr
 
 
 def test_the_file_is_versioned_json(tmp_path):
     content = json.loads(save_credential(CREDENTIAL, tmp_path / "site.json").read_text())
-    assert content == {"version": 2, "url": "https://c.example:8750", "federation": "federation-1", "site": "A",
-                       "token": "A.token", "insecure": False}
+    assert content == {
+        "version": 2,
+        "url": "https://c.example:8750",
+        "federation": "federation-1",
+        "site": "A",
+        "token": "A.token",
+        "insecure": False,
+    }
 
 
 def test_a_credential_of_the_first_version_is_good(tmp_path):
-    (tmp_path / "site.json").write_text(json.dumps({
-        "version": 1, "url": "https://c.example:8750", "federation": "federation-1", "site": "A", "token": "A.token",
-        "insecure": False}))
+    (tmp_path / "site.json").write_text(
+        json.dumps(
+            {
+                "version": 1,
+                "url": "https://c.example:8750",
+                "federation": "federation-1",
+                "site": "A",
+                "token": "A.token",
+                "insecure": False,
+            }
+        )
+    )
     assert load_credential(tmp_path / "site.json") == CREDENTIAL
 
 
 def test_a_credential_whose_authority_is_gone_trusts_nobody(tmp_path):
     authority = tmp_path / "site.json.ca.pem"
     authority.write_text(block(b"its authority"))
-    path = save_credential(SiteCredential("https://h:1", "f", "A", "A.secret", authority=str(authority)),
-                           tmp_path / "site.json")
+    path = save_credential(
+        SiteCredential("https://h:1", "f", "A", "A.secret", authority=str(authority)), tmp_path / "site.json"
+    )
     assert load_credential(path).authority == str(authority)
     authority.unlink()
     with pytest.raises(NotJoinedError, match=r"ca\.pem is missing.*join again"):
@@ -248,8 +284,11 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("answer", [*BESIDE.values(), block(b"of the attacker"), "", "<html>"],
-                         ids=[*BESIDE, "another authority", "nothing", "a page"])
+@pytest.mark.parametrize(
+    "answer",
+    [*BESIDE.values(), block(b"of the attacker"), "", "<html>"],
+    ids=[*BESIDE, "another authority", "nothing", "a page"],
+)
 def test_nothing_but_the_pinned_authority_is_believed(answer, tmp_path, monkeypatch):
     from nnunetv2.federated.protocol import certificates
     from nnunetv2.federated.site.transports import http
@@ -270,8 +309,10 @@ def test_the_pinned_authority_is_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(certificates, "fetch_authority", lambda url, **others: told)
     answer = api.JoinAnswer(federation="test", site="A", role="site", settings=make_settings())
     monkeypatch.setattr(http, "request_to_join", lambda credential, secret: answer)
-    join(Invitation("https://c.example:8750", "test", "A", "s", certificates.fingerprint_of(GENUINE)),
-         path=tmp_path / "site.json")
+    join(
+        Invitation("https://c.example:8750", "test", "A", "s", certificates.fingerprint_of(GENUINE)),
+        path=tmp_path / "site.json",
+    )
     assert (tmp_path / "site.json.ca.pem").read_text() == GENUINE
 
 
@@ -279,9 +320,10 @@ def test_the_pinned_authority_is_written_anew(tmp_path, monkeypatch):
 def test_a_credential_that_trusts_more_than_one_authority_is_refused(content, tmp_path):
     """Earlier versions kept whatever had come with the pinned authority."""
     (tmp_path / "site.json.ca.pem").write_text(content)
-    path = save_credential(SiteCredential("https://h:1", "f", "A", "A.secret", authority=str(tmp_path /
-                                                                                            "site.json.ca.pem")),
-                           tmp_path / "site.json")
+    path = save_credential(
+        SiteCredential("https://h:1", "f", "A", "A.secret", authority=str(tmp_path / "site.json.ca.pem")),
+        tmp_path / "site.json",
+    )
     with pytest.raises(NotJoinedError, match=r"site\.json\.ca\.pem does not hold .* alone.*join again.*--replace"):
         load_credential(path)
 
@@ -291,5 +333,9 @@ def test_a_client_certificate_that_cannot_be_shown_is_refused_before_anything_is
     invitation = Invitation("https://c.example:8750", "test", "A", "secret")
     for certificate, key in (("missing.pem", None), ("a.pem", None), ("a.pem", "missing.key")):
         with pytest.raises(FederationError, match=rf"{certificate}.* cannot be used for TLS"):
-            join(invitation, path=tmp_path / "site.json", client_certificate=tmp_path / certificate,
-                 client_key=None if key is None else tmp_path / key)
+            join(
+                invitation,
+                path=tmp_path / "site.json",
+                client_certificate=tmp_path / certificate,
+                client_key=None if key is None else tmp_path / key,
+            )

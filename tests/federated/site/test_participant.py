@@ -1,4 +1,5 @@
 """A site's way through a run, with a coordinator of a few lines."""
+
 from __future__ import annotations
 
 from contextlib import ExitStack
@@ -30,8 +31,18 @@ class FakeTransport:
         return self.results[key]
 
     def run_state(self, run, *, plans=None):
-        return SimpleNamespace(**{"run": run, "open_round": None, "num_rounds": 4, "closed": False,
-                                  "registered": ("a", "b"), "rounds_closed": 0, "left": (), **self.state})
+        return SimpleNamespace(
+            **{
+                "run": run,
+                "open_round": None,
+                "num_rounds": 4,
+                "closed": False,
+                "registered": ("a", "b"),
+                "rounds_closed": 0,
+                "left": (),
+                **self.state,
+            }
+        )
 
 
 def document(message=None, **tensors):
@@ -58,20 +69,24 @@ def test_a_site_sends_only_the_initial_weights_it_owns_and_takes_the_rest():
 def test_weights_travel_under_canonical_names_and_return_under_local_ones():
     answer = document("message", w=np.zeros(2), v=np.ones(3))
     session = make_session({"open_round": 1}, {"runs/run/rounds/1": answer})
-    weights, message = session.exchange(1, {"w.local": np.ones(2), "v": np.ones(3), "own": np.ones(1)},
-                                        messages.Update(metrics={"loss": 1.0}))
+    weights, message = session.exchange(
+        1, {"w.local": np.ones(2), "v": np.ones(3), "own": np.ones(1)}, messages.Update(metrics={"loss": 1.0})
+    )
     assert session.transport.sent["runs/run/rounds/1"].keys() == {"w", "v"}
     assert weights.keys() == {"w.local", "v"}
     assert message == "message"
 
 
-@pytest.mark.parametrize(("epoch", "state", "expected"), [
-    (0, {"open_round": 2}, (2, "runs/run/rounds/1")),
-    (3, {"open_round": 2}, (2, "runs/run/rounds/1")),
-    (2, {"open_round": 2}, (2, "runs/run/rounds/1")),
-    (1, {"open_round": None, "closed": True, "rounds_closed": 4}, (4, "runs/run/rounds/3")),
-    (0, {"open_round": 0}, (0, "runs/run/initial")),
-])
+@pytest.mark.parametrize(
+    ("epoch", "state", "expected"),
+    [
+        (0, {"open_round": 2}, (2, "runs/run/rounds/1")),
+        (3, {"open_round": 2}, (2, "runs/run/rounds/1")),
+        (2, {"open_round": 2}, (2, "runs/run/rounds/1")),
+        (1, {"open_round": None, "closed": True, "rounds_closed": 4}, (4, "runs/run/rounds/3")),
+        (0, {"open_round": 0}, (0, "runs/run/initial")),
+    ],
+)
 def test_a_returning_site_goes_on_where_the_others_are(epoch, state, expected):
     results = {expected[1]: document(w=np.ones(2), v=np.ones(3))}
     assert make_session(state, results).start(epoch, {}).epoch == expected[0]
@@ -110,8 +125,10 @@ def aggregate(number, *sites):
     return messages.Aggregate(round=number, contributors=dict.fromkeys(sites, 1.0))
 
 
-@pytest.mark.parametrize(("every", "number", "is_last", "expected"), [
-    (1, 0, False, True), (2, 0, False, False), (2, 1, False, True), (2, 2, True, True), (0, 2, True, False)])
+@pytest.mark.parametrize(
+    ("every", "number", "is_last", "expected"),
+    [(1, 0, False, True), (2, 0, False, False), (2, 1, False, True), (2, 2, True, True), (0, 2, True, False)],
+)
 def test_the_operator_says_which_aggregates_are_validated(every, number, is_last, expected):
     session = make_session({}, {})
     session.transport.settings = lambda patience_s: SimpleNamespace(validate_every=every)
@@ -164,8 +181,10 @@ def test_run_names_reject_what_cannot_be_part_of_a_key():
 def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path):
     settings = make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=0.1, late_updates="carry", num_epochs=5)
     with served(tmp_path / "federation", settings) as federation, ExitStack() as stack:
-        sessions = {site: RunSession(stack.enter_context(federation.client(site)), site=site, run=RUN)
-                    for site in settings.sites}
+        sessions = {
+            site: RunSession(stack.enter_context(federation.client(site)), site=site, run=RUN)
+            for site in settings.sites
+        }
 
         def begin(session):
             session.register(make_registration(1))

@@ -1,4 +1,5 @@
 """What a site takes from a coordinator: results of the right kind and size, and weights that are its network's."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -25,22 +26,40 @@ from nnunetv2.federated.site.participant import RunSession
 from nnunetv2.federated.site.transports.http_requests import NoAnswerError
 
 ALL_KEYS = {
-    CENSUS_KEY: messages.PooledCensus(num_cases=3), COARSE_KEY: messages.WantedBins(bins=((1,),)),
+    CENSUS_KEY: messages.PooledCensus(num_cases=3),
+    COARSE_KEY: messages.WantedBins(bins=((1,),)),
     FINE_KEY: messages.PooledFingerprint(num_cases=1, fingerprint={}),
     plans_key("p"): messages.PlansAgreement(digest="0" * 64),
     f"{plans_key('p')}/admissions/A": messages.PlansAgreement(digest="0" * 64),
     "fingerprint/admissions/A": messages.PooledCensus(num_cases=3),
     initial_key(RUN): messages.Aggregate(round=None, contributors={"A": 1.0}),
     round_key(RUN, 3): messages.Aggregate(round=3, contributors={"A": 1.0}),
-    validation_key(RUN, 3): messages.PooledValidation(round=3, dice=(), mean_dice=None, ema_dice=None, best_round=None,
-                                                      best_ema_dice=None, dice_of_site={}, loss_of_site={})}
+    validation_key(RUN, 3): messages.PooledValidation(
+        round=3,
+        dice=(),
+        mean_dice=None,
+        ema_dice=None,
+        best_round=None,
+        best_ema_dice=None,
+        dice_of_site={},
+        loss_of_site={},
+    ),
+}
 
 
 def make_match(**changes) -> messages.Match:
     names = {f"c.{name}": {"A": name, "B": name} for name in SHAPES}
-    return messages.Match(**{"rule": "name", "weighting": "cases", "weights": {"A": 1.0, "B": 1.0}, "shared": names,
-                             "initial_owner": dict.fromkeys(names, "A"), "coverage": {"A": (24, 24), "B": (24, 24)},
-                             **changes})
+    return messages.Match(
+        **{
+            "rule": "name",
+            "weighting": "cases",
+            "weights": {"A": 1.0, "B": 1.0},
+            "shared": names,
+            "initial_owner": dict.fromkeys(names, "A"),
+            "coverage": {"A": (24, 24), "B": (24, 24)},
+            **changes,
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- kinds and keys
@@ -60,8 +79,9 @@ def test_a_registration_is_answered_with_a_match():
         results.check_result(registration_key(RUN), messages.PooledCensus(num_cases=1))
 
 
-@pytest.mark.parametrize(("key", "number"), [
-    (initial_key(RUN), 0), (round_key(RUN, 1), None), (round_key(RUN, 1), 10**7)])
+@pytest.mark.parametrize(
+    ("key", "number"), [(initial_key(RUN), 0), (round_key(RUN, 1), None), (round_key(RUN, 1), 10**7)]
+)
 def test_an_aggregate_is_of_a_round_that_can_be(key, number):
     with pytest.raises(WireError, match="round"):
         results.check_result(key, messages.Aggregate(round=number, contributors={}))
@@ -71,6 +91,7 @@ def test_every_kind_of_gathering_has_a_result_of_its_own():
     from typing import get_args
 
     from nnunetv2.federated.exchanges.exchange import Kind
+
     assert results.RESULTS_OF_KIND.keys() == set(get_args(Kind))
 
 
@@ -107,8 +128,11 @@ def test_a_result_without_end_takes_no_disk(announced, key, tmp_path, monkeypatc
 
 def test_a_model_without_end_takes_no_disk(tmp_path):
     for announced in (1 << 50, None):
-        with hostile(Endless(announced)) as credential, make_client(credential) as client, \
-                pytest.raises(WireError, match="is refused"):
+        with (
+            hostile(Endless(announced)) as credential,
+            make_client(credential) as client,
+            pytest.raises(WireError, match="is refused"),
+        ):
             client.fetch_model(RUN, tmp_path / "model.zip", largest=1 << 20)
         assert list(tmp_path.iterdir()) == []
 
@@ -139,8 +163,10 @@ def test_a_part_that_is_larger_than_the_whole_takes_no_disk(tmp_path, monkeypatc
 
 def test_a_document_of_another_kind_is_refused_by_the_client(tmp_path):
     write_document(tmp_path / "d", messages.PooledCensus(num_cases=3), {}, [])
-    with hostile(lambda handler: send(handler, (tmp_path / "d").read_bytes())) as credential, \
-            make_client(credential) as client:
+    with (
+        hostile(lambda handler: send(handler, (tmp_path / "d").read_bytes())) as credential,
+        make_client(credential) as client,
+    ):
         assert client.result(CENSUS_KEY).message.num_cases == 3
         with pytest.raises(WireError, match="with a message of kind pooled_census, expected aggregate"):
             client.result(round_key(RUN, 1))
@@ -155,10 +181,12 @@ class OneAnswer:
 
     def run_state(self, run, *, plans=None):
         from nnunetv2.federated.protocol.api import RunState
+
         return RunState(run=run, open_round=1, rounds_closed=1)
 
     def exchange(self, key, message, tensors=None):
         from types import SimpleNamespace
+
         return SimpleNamespace(message=self.match) if self.path is None else open_document(self.path)
 
     def result(self, key):
@@ -171,8 +199,12 @@ def registered_session(tmp_path, tensors, **changes) -> RunSession:
     session = RunSession(transport, site="A", run=RUN)
     session.register(make_registration())
     transport.path = tmp_path / "aggregate"
-    write_document(transport.path, messages.Aggregate(round=0, contributors={"A": 1.0}),
-                   {name: TensorSpec.of(values) for name, values in tensors.items()}, tensors.values())
+    write_document(
+        transport.path,
+        messages.Aggregate(round=0, contributors={"A": 1.0}),
+        {name: TensorSpec.of(values) for name, values in tensors.items()},
+        tensors.values(),
+    )
     return session
 
 
@@ -181,18 +213,22 @@ def aggregate(**changes) -> dict[str, np.ndarray]:
     return {**tensors, **{name.replace("_", "."): values for name, values in changes.items()}}
 
 
-@pytest.mark.parametrize(("tensors", "problem"), [
-    (aggregate(c_encoder_weight=np.ones(1, np.float32)), r"is F32\[1\], expected F32\[4, 3\]"),
-    (aggregate(c_encoder_weight=np.ones((3, 4), np.float32)), r"is F32\[3, 4\], expected F32\[4, 3\]"),
-    (aggregate(c_encoder_bias=np.ones((), np.float32)), r"is F32\[\], expected F32\[4\]"),
-    (aggregate(c_encoder_bias=np.ones((1, 4), np.float32)), r"is F32\[1, 4\], expected F32\[4\]"),
-    (aggregate(c_encoder_bias=np.ones(4, np.int64)), "is of int64"),
-    (aggregate(c_encoder_bias=np.ones(4, np.float16)), r"is F16\[4\], expected F32\[4\]"),
-    (aggregate(c_encoder_bias=np.array([1, 2, np.nan, 3], np.float32)), "holds NaN or infinity"),
-    (aggregate(c_head_weight=np.full((2, 4), -np.inf, np.float32)), "holds NaN or infinity"),
-    (aggregate(c_more=np.ones(4, np.float32)), "holds tensor c.more, which is not shared"),
-    ({"c.head.weight": np.ones((2, 4), np.float32)}, "lacks tensor c.encoder.bias .2 in all"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        (aggregate(c_encoder_weight=np.ones(1, np.float32)), r"is F32\[1\], expected F32\[4, 3\]"),
+        (aggregate(c_encoder_weight=np.ones((3, 4), np.float32)), r"is F32\[3, 4\], expected F32\[4, 3\]"),
+        (aggregate(c_encoder_bias=np.ones((), np.float32)), r"is F32\[\], expected F32\[4\]"),
+        (aggregate(c_encoder_bias=np.ones((1, 4), np.float32)), r"is F32\[1, 4\], expected F32\[4\]"),
+        (aggregate(c_encoder_bias=np.ones(4, np.int64)), "is of int64"),
+        (aggregate(c_encoder_bias=np.ones(4, np.float16)), r"is F16\[4\], expected F32\[4\]"),
+        (aggregate(c_encoder_bias=np.array([1, 2, np.nan, 3], np.float32)), "holds NaN or infinity"),
+        (aggregate(c_head_weight=np.full((2, 4), -np.inf, np.float32)), "holds NaN or infinity"),
+        (aggregate(c_more=np.ones(4, np.float32)), "holds tensor c.more, which is not shared"),
+        ({"c.head.weight": np.ones((2, 4), np.float32)}, "lacks tensor c.encoder.bias .2 in all"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_an_aggregate_that_is_not_the_network_of_the_site_is_refused(tensors, problem, tmp_path):
     session = registered_session(tmp_path, tensors)
     with pytest.raises(WireError, match=problem):
@@ -214,8 +250,10 @@ def test_weights_in_half_precision_are_taken_where_they_travel_so(tmp_path):
         registered_session(tmp_path, aggregate(), precision="float16").exchange(0, make_weights(0), messages.Update())
 
 
-@pytest.mark.parametrize("shared", [
-    {"x": {"A": "not.mine", "B": "x"}}, {"x": {"A": "encoder.bias", "B": "x"}, "y": {"A": "encoder.bias", "B": "y"}}])
+@pytest.mark.parametrize(
+    "shared",
+    [{"x": {"A": "not.mine", "B": "x"}}, {"x": {"A": "encoder.bias", "B": "x"}, "y": {"A": "encoder.bias", "B": "y"}}],
+)
 def test_a_match_of_other_tensors_than_those_of_the_site_is_refused(shared, tmp_path):
     with pytest.raises(WireError, match="the coordinator takes"):
         registered_session(tmp_path, aggregate(), shared=shared, initial_owner=dict.fromkeys(shared, "A"))
@@ -230,15 +268,26 @@ def test_a_run_that_is_at_no_possible_round_is_refused(tmp_path):
 
 def messages_state(run: str, number: int):
     from nnunetv2.federated.protocol.api import RunState
+
     return RunState(run=run, open_round=number, rounds_closed=number)
 
 
 # -------------------------------------------------------------------------------------------------- planning together
-CHANNEL = {"mean": 1.0, "std": 1.0, "min": 0.0, "max": 9.0, "median": 1.0, "percentile_00_5": 0.0,
-           "percentile_99_5": 8.0}
-FINGERPRINT = {"spacings": [[1.0, 1.0, 2.0]], "shapes_after_crop": [[4, 5, 6]],
-               "median_relative_size_after_cropping": 0.5,
-               "foreground_intensity_properties_per_channel": {"0": CHANNEL}}
+CHANNEL = {
+    "mean": 1.0,
+    "std": 1.0,
+    "min": 0.0,
+    "max": 9.0,
+    "median": 1.0,
+    "percentile_00_5": 0.0,
+    "percentile_99_5": 8.0,
+}
+FINGERPRINT = {
+    "spacings": [[1.0, 1.0, 2.0]],
+    "shapes_after_crop": [[4, 5, 6]],
+    "median_relative_size_after_cropping": 0.5,
+    "foreground_intensity_properties_per_channel": {"0": CHANNEL},
+}
 
 
 def pooled(num_cases=1, **changes) -> messages.PooledFingerprint:
@@ -249,15 +298,24 @@ def test_a_pooled_fingerprint_describes_its_cases_and_channels():
     results.check_fingerprint(pooled(), 1)
 
 
-@pytest.mark.parametrize(("fingerprint", "channels"), [
-    (pooled(), 2), (pooled(num_cases=2), 1), (pooled(spacings=[[1.0, 1.0]]), 1),
-    (pooled(spacings=[[1.0, 0.0, 1.0]]), 1), (pooled(spacings=[]), 1),
-    (pooled(shapes_after_crop=[[4, 5, 6], [1, 2, 3]]), 1), (pooled(shapes_after_crop="x"), 1),
-    (pooled(shapes_after_crop=[[4, 5, 0]]), 1), (pooled(median_relative_size_after_cropping=-1.0), 1),
-    (pooled(foreground_intensity_properties_per_channel={"1": CHANNEL}), 1),
-    (pooled(foreground_intensity_properties_per_channel={"0": {**CHANNEL, "std": -1.0}}), 1),
-    (pooled(foreground_intensity_properties_per_channel={"0": {"mean": 1.0}}), 1),
-    (pooled(foreground_intensity_properties_per_channel=None), 1)])
+@pytest.mark.parametrize(
+    ("fingerprint", "channels"),
+    [
+        (pooled(), 2),
+        (pooled(num_cases=2), 1),
+        (pooled(spacings=[[1.0, 1.0]]), 1),
+        (pooled(spacings=[[1.0, 0.0, 1.0]]), 1),
+        (pooled(spacings=[]), 1),
+        (pooled(shapes_after_crop=[[4, 5, 6], [1, 2, 3]]), 1),
+        (pooled(shapes_after_crop="x"), 1),
+        (pooled(shapes_after_crop=[[4, 5, 0]]), 1),
+        (pooled(median_relative_size_after_cropping=-1.0), 1),
+        (pooled(foreground_intensity_properties_per_channel={"1": CHANNEL}), 1),
+        (pooled(foreground_intensity_properties_per_channel={"0": {**CHANNEL, "std": -1.0}}), 1),
+        (pooled(foreground_intensity_properties_per_channel={"0": {"mean": 1.0}}), 1),
+        (pooled(foreground_intensity_properties_per_channel=None), 1),
+    ],
+)
 def test_a_pooled_fingerprint_that_planning_cannot_use_is_refused(fingerprint, channels):
     with pytest.raises(WireError, match="the pooled fingerprint"):
         results.check_fingerprint(fingerprint, channels)

@@ -1,4 +1,5 @@
 """Abuse the coordinator over real connections: credentials, bombs, crawling clients, a thousand open connections."""
+
 from __future__ import annotations
 
 import gzip
@@ -102,14 +103,28 @@ def test_credentials_that_are_wrong_foreign_or_revoked_open_nothing(federation, 
     own = federation.credential("M").token
     with served(tmp_path / "other", make_settings(sites=("M", "N"))) as other:
         foreign = other.credential("M").token
-    bad = [foreign, new_token("M"), new_token("nobody"), own[:-1], own + "=", own.replace("M.", "A."), own.lower(),
-           own.replace("M.", "M\u200b.").encode().decode("latin-1"), ""]
+    bad = [
+        foreign,
+        new_token("M"),
+        new_token("nobody"),
+        own[:-1],
+        own + "=",
+        own.replace("M.", "A."),
+        own.lower(),
+        own.replace("M.", "M\u200b.").encode().decode("latin-1"),
+        "",
+    ]
     federation.coordinator.revoke("B", by="operator")
     bad.append(federation.credential("B").token)
     for token in bad:
         peer = Peer(federation, token, tmp_path)
-        for answer in (peer.get("settings"), peer.put(CENSUS_KEY, b"x"), peer.get(f"gatherings/{CENSUS_KEY}"),
-                       peer.post("failures", {}), peer.post(f"offers/{CENSUS_KEY}", {})):
+        for answer in (
+            peer.get("settings"),
+            peer.put(CENSUS_KEY, b"x"),
+            peer.get(f"gatherings/{CENSUS_KEY}"),
+            peer.post("failures", {}),
+            peer.post(f"offers/{CENSUS_KEY}", {}),
+        ):
             assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized"), token
     assert peers["M"].get("settings").status_code == 200
 
@@ -146,8 +161,13 @@ def test_a_site_neither_reads_nor_writes_what_others_contributed(federation, pee
     # offering what another has sent tells nothing of it, and sending it counts as one's own
     offer = mallory.post(f"offers/{round_key(RUN, 0)}", {"digest": digest, "size": len(secret_of_a)})
     assert offer.status_code == 202 and offer.json() == {"offset": 0}
-    for path in (f"gatherings/{round_key(RUN, 0)}/A", f"gatherings/{round_key(RUN, 0)}/A.{digest[:24]}.safetensors",
-                 f"gatherings/{round_key(RUN, 0)}%2fA", f"contributions/{round_key(RUN, 0)}/A", "members/A"):
+    for path in (
+        f"gatherings/{round_key(RUN, 0)}/A",
+        f"gatherings/{round_key(RUN, 0)}/A.{digest[:24]}.safetensors",
+        f"gatherings/{round_key(RUN, 0)}%2fA",
+        f"contributions/{round_key(RUN, 0)}/A",
+        "members/A",
+    ):
         assert mallory.get(path).status_code in (404, 405)
     assert mallory.get(f"gatherings/{round_key(RUN, 0)}").status_code == 202  # waiting, as everybody
     assert mallory.put(round_key(RUN, 0), mallory.document(messages.Update(), make_weights(9))).status_code == 200
@@ -166,8 +186,9 @@ def test_what_was_checked_is_what_is_stored(federation, peers, monkeypatch):
     start_run(peers)
     mallory, check, begun, go_on = peers["M"], closing.check_contribution, threading.Event(), threading.Event()
     good = mallory.document(messages.Update(), make_weights(1))
-    bad = mallory.document(messages.Update(), {name: values * np.float32("nan")
-                                               for name, values in make_weights(1).items()})
+    bad = mallory.document(
+        messages.Update(), {name: values * np.float32("nan") for name, values in make_weights(1).items()}
+    )
 
     def slowly(*args) -> None:
         check(*args)
@@ -194,9 +215,11 @@ def test_an_upload_that_was_begun_with_a_stolen_credential_does_not_count(federa
     """Its site was invited again before the upload was over, and is expected as before."""
     start_run(peers)
     body = peers["M"].document(messages.Update(), make_weights(1))
-    head = (f"PUT /v1/gatherings/{round_key(RUN, 0)} HTTP/1.1\r\nHost: x\r\n"
-            f"Authorization: Bearer {federation.credential('M').token}\r\nContent-Length: {len(body)}\r\n"
-            f"X-Content-SHA256: {hashlib.sha256(body).hexdigest()}\r\n\r\n")
+    head = (
+        f"PUT /v1/gatherings/{round_key(RUN, 0)} HTTP/1.1\r\nHost: x\r\n"
+        f"Authorization: Bearer {federation.credential('M').token}\r\nContent-Length: {len(body)}\r\n"
+        f"X-Content-SHA256: {hashlib.sha256(body).hexdigest()}\r\n\r\n"
+    )
     with connected(federation) as connection:
         connection.sendall(head.encode() + body[:100])
         wait_until(lambda: federation.coordinator.uploads.in_progress())
@@ -226,30 +249,44 @@ def test_an_upload_of_another_site_is_not_gone_on_with(federation, peers, monkey
     start_run(peers)
     body = peers["A"].document(messages.Update(), make_weights(7))
     digest = hashlib.sha256(body).hexdigest()
-    with raw(federation, head("PUT", f"gatherings/{round_key(RUN, 0)}", federation.credential("A").token,
-                              **{"Content-Length": len(body), "X-Content-SHA256": digest}) + body[:200]):
+    with raw(
+        federation,
+        head(
+            "PUT",
+            f"gatherings/{round_key(RUN, 0)}",
+            federation.credential("A").token,
+            **{"Content-Length": len(body), "X-Content-SHA256": digest},
+        )
+        + body[:200],
+    ):
         wait_until(lambda: federation.coordinator.uploads.in_progress())
     uploads = federation.coordinator.uploads
     wait_until(lambda: uploads.offset(round_key(RUN, 0), "A", digest) == 200)
     assert uploads.offset(round_key(RUN, 0), "M", digest) == 0
-    answer = peers["M"].put(round_key(RUN, 0), body[200:], **{
-        "Content-Range": f"bytes 200-{len(body) - 1}/{len(body)}", "X-Content-SHA256": digest})
+    answer = peers["M"].put(
+        round_key(RUN, 0),
+        body[200:],
+        **{"Content-Range": f"bytes 200-{len(body) - 1}/{len(body)}", "X-Content-SHA256": digest},
+    )
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_offset")
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
-@pytest.mark.parametrize(("change", "complaint"), [
-    (lambda w: {**w, "head.weight": w["head.weight"][:1]}, "expected F32\\[2, 4\\]"),
-    (lambda w: {**w, "head.weight": w["head.weight"].T.copy()}, "expected F32\\[2, 4\\]"),
-    (lambda w: {**w, "head.weight": w["head.weight"].astype(np.float16)}, "travels as F32"),
-    (lambda w: {**w, "head.weight": w["head.weight"].astype(np.int64)}, "travels as F32"),
-    (lambda w: {name: v for name, v in w.items() if name != "encoder.bias"}, "encoder.bias is missing"),
-    (lambda w: {**w, "Encoder.bias": w["encoder.bias"]}, "Encoder.bias is not expected"),
-    (lambda w: {**w, "decoder.encoder.weight": w["encoder.weight"]}, "decoder.encoder.weight is not expected"),
-    (lambda w: {**w, "encoder.bias": np.array([1, 2, np.nan, 4], np.float32)}, "NaN or infinite"),
-    (lambda w: {**w, "encoder.bias": np.array([np.inf, 2, 3, 4], np.float32)}, "NaN or infinite"),
-    (lambda w: {}, "is missing"),
-])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda w: {**w, "head.weight": w["head.weight"][:1]}, "expected F32\\[2, 4\\]"),
+        (lambda w: {**w, "head.weight": w["head.weight"].T.copy()}, "expected F32\\[2, 4\\]"),
+        (lambda w: {**w, "head.weight": w["head.weight"].astype(np.float16)}, "travels as F32"),
+        (lambda w: {**w, "head.weight": w["head.weight"].astype(np.int64)}, "travels as F32"),
+        (lambda w: {name: v for name, v in w.items() if name != "encoder.bias"}, "encoder.bias is missing"),
+        (lambda w: {**w, "Encoder.bias": w["encoder.bias"]}, "Encoder.bias is not expected"),
+        (lambda w: {**w, "decoder.encoder.weight": w["encoder.weight"]}, "decoder.encoder.weight is not expected"),
+        (lambda w: {**w, "encoder.bias": np.array([1, 2, np.nan, 4], np.float32)}, "NaN or infinite"),
+        (lambda w: {**w, "encoder.bias": np.array([np.inf, 2, 3, 4], np.float32)}, "NaN or infinite"),
+        (lambda w: {}, "is missing"),
+    ],
+)
 def test_updates_are_held_against_what_the_site_registered(federation, peers, change, complaint):
     start_run(peers)
     mallory = peers["M"]
@@ -265,17 +302,22 @@ def forged(entries: dict, *, message: messages.Message, data: bytes = b"") -> by
     return len(header).to_bytes(8, "little") + header + data
 
 
-@pytest.mark.parametrize("entries", [
-    {"head.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
-    {"head.weight": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 4 * 2**40]}},
-    {"head.weight": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]},
-     "other": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}},
-    {"head.weight": {"dtype": "F32", "shape": [0] * 8 + [1], "data_offsets": [0, 0]}},
-    {"head.weight": {"dtype": "F64", "shape": [4], "data_offsets": [0, 32]}},
-    {"../../../etc/cron.d/x": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}},
-    {"head.weight\u202e": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}},
-    {"h\u0435ad.weight": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}},
-])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"head.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
+        {"head.weight": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 4 * 2**40]}},
+        {
+            "head.weight": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]},
+            "other": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]},
+        },
+        {"head.weight": {"dtype": "F32", "shape": [0] * 8 + [1], "data_offsets": [0, 0]}},
+        {"head.weight": {"dtype": "F64", "shape": [4], "data_offsets": [0, 32]}},
+        {"../../../etc/cron.d/x": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}},
+        {"head.weight\u202e": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}},
+        {"h\u0435ad.weight": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}},
+    ],
+)
 def test_tensors_that_claim_what_they_are_not(federation, peers, entries):
     start_run(peers)
     answer = peers["M"].put(round_key(RUN, 0), forged(entries, message=messages.Update(), data=bytes(32)))
@@ -294,15 +336,20 @@ def test_a_compressed_body_is_not_decompressed(federation, peers):
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid")
     proper = gzip.compress(peers["M"].document(make_census()))
     assert peers["M"].put(CENSUS_KEY, proper, **{"Content-Encoding": "gzip"}).status_code == 400
-    answer = requests.post(f"{federation.url}/v1/join", data=bomb, timeout=PATIENCE_S,
-                           headers={"Content-Encoding": "gzip"})
+    answer = requests.post(
+        f"{federation.url}/v1/join", data=bomb, timeout=PATIENCE_S, headers={"Content-Encoding": "gzip"}
+    )
     assert answer.status_code in (400, 413)
 
 
 def test_what_is_announced_as_huge_is_refused_before_it_is_read(federation, peers):
     for key, length in ((CENSUS_KEY, 1 << 40), (CENSUS_KEY, 999_999_999_999_999), ("plans/x", 300 << 20)):
-        request = head("PUT", f"gatherings/{key}", federation.credential("M").token,
-                       **{"Content-Length": length, "X-Content-SHA256": "0" * 64})
+        request = head(
+            "PUT",
+            f"gatherings/{key}",
+            federation.credential("M").token,
+            **{"Content-Length": length, "X-Content-SHA256": "0" * 64},
+        )
         with raw(federation, request) as connection:
             assert read_head(connection).startswith(b"HTTP/1.1 413 ")
     assert not list((federation.coordinator.store.folder / "incoming").iterdir())
@@ -319,8 +366,9 @@ def test_brackets_as_deep_as_anybody_needs_them_are_fine():
 
 
 # --------------------------------------------------------------------------------------------------- names and lines
-@pytest.mark.parametrize("name", [
-    "..", "a/b", "A\n", "A\x00", "\u0410", "A\u200b", "a" * 65, "-A", "", "caf\u00e9", "a", "m"])
+@pytest.mark.parametrize(
+    "name", ["..", "a/b", "A\n", "A\x00", "\u0410", "A\u200b", "a" * 65, "-A", "", "caf\u00e9", "a", "m"]
+)
 def test_names_that_look_like_others_or_like_paths_are_refused(federation, tmp_path, name):
     operator = new_token("operator")
     federation.coordinator.members.appoint_local_operator(operator)
@@ -328,13 +376,26 @@ def test_names_that_look_like_others_or_like_paths_are_refused(federation, tmp_p
     assert answer.status_code in (400, 409), answer.text
 
 
-@pytest.mark.parametrize("path", ["/v1/gatherings/plans/..%2f..%2fA.json", "/v1/gatherings/runs/%2e%2e/registration",
-                                  "/v1/gatherings/plans/x%00", "/v1/gatherings/plans/x%0d%0aX-Evil:%201",
-                                  "/v1/runs/..%2f..%2f", "/v1/../../etc/passwd", "/v1/gatherings//etc/passwd"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/gatherings/plans/..%2f..%2fA.json",
+        "/v1/gatherings/runs/%2e%2e/registration",
+        "/v1/gatherings/plans/x%00",
+        "/v1/gatherings/plans/x%0d%0aX-Evil:%201",
+        "/v1/runs/..%2f..%2f",
+        "/v1/../../etc/passwd",
+        "/v1/gatherings//etc/passwd",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "PUT"])
 def test_paths_lead_nowhere_else(federation, method, path):
-    request = head(method, "", federation.credential("M").token, **{
-        "Content-Length": 0, "X-Content-SHA256": hashlib.sha256().hexdigest()}).replace(b"/v1/ ", path.encode() + b" ")
+    request = head(
+        method,
+        "",
+        federation.credential("M").token,
+        **{"Content-Length": 0, "X-Content-SHA256": hashlib.sha256().hexdigest()},
+    ).replace(b"/v1/ ", path.encode() + b" ")
     with raw(federation, request) as connection:
         answer = read_head(connection)
     assert answer.startswith((b"HTTP/1.1 404", b"HTTP/1.1 405")) and b"X-Evil: 1" not in answer
@@ -342,8 +403,9 @@ def test_paths_lead_nowhere_else(federation, method, path):
 
 def test_nobody_is_sent_elsewhere(federation):
     for path in ("/v1/settings/", "//evil.example/", "/metrics/"):
-        answer = requests.get(federation.url + path, headers={"Host": "evil.example"}, timeout=PATIENCE_S,
-                              allow_redirects=False)
+        answer = requests.get(
+            federation.url + path, headers={"Host": "evil.example"}, timeout=PATIENCE_S, allow_redirects=False
+        )
         assert answer.status_code == 404 and "Location" not in answer.headers
 
 
@@ -370,8 +432,11 @@ def test_a_site_that_asks_too_much_is_told_when_to_come_back(tmp_path, monkeypat
         refused = [answer for answer in answers if answer.status_code == 429]
         wait_s = int(refused[0].headers["Retry-After"])
         assert 0 < wait_s <= 100
-        assert refused[0].json() == {"code": "too_many_requests", "message": "A sends too many requests",
-                                     "remedy": f"Ask again in {wait_s} s."}
+        assert refused[0].json() == {
+            "code": "too_many_requests",
+            "message": "A sends too many requests",
+            "remedy": f"Ask again in {wait_s} s.",
+        }
         with pytest.raises(NoAnswerError) as info:
             check_status(refused[0])
         assert info.value.wait_s == wait_s
@@ -440,8 +505,12 @@ def test_what_is_left_of_uploads_is_bounded(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- connections
 def head(method: str, path: str, token: str, **headers: object) -> bytes:
-    lines = [f"{method} /v1/{path} HTTP/1.1", "Host: x", f"Authorization: Bearer {token}",
-             *(f"{name}: {value}" for name, value in headers.items())]
+    lines = [
+        f"{method} /v1/{path} HTTP/1.1",
+        "Host: x",
+        f"Authorization: Bearer {token}",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 
@@ -482,8 +551,9 @@ def impatient(monkeypatch):
         monkeypatch.setitem(rate_limits.PACE, phase, (seconds / 20, least))
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /v1/settings HTTP/1.1\r\nHost: x\r\n",
-                                  b"GET /v1/settings HTTP/1.1\r\nHost: x\r\n\r\nGET /v1"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /v1/settings HTTP/1.1\r\nHost: x\r\n", b"GET /v1/settings HTTP/1.1\r\nHost: x\r\n\r\nGET /v1"]
+)
 def test_headers_that_do_not_come_end_the_connection(impatient, federation, sent):
     with raw(federation, sent) as connection:
         assert is_dropped(connection)
@@ -499,8 +569,12 @@ def test_headers_that_come_byte_by_byte_end_the_connection(impatient, federation
 
 
 def test_a_body_that_crawls_ends_the_connection_and_others_do_not_notice(impatient, federation, peers):
-    request = head("PUT", f"gatherings/{CENSUS_KEY}", federation.credential("M").token,
-                   **{"Content-Length": 100_000, "X-Content-SHA256": "0" * 64})
+    request = head(
+        "PUT",
+        f"gatherings/{CENSUS_KEY}",
+        federation.credential("M").token,
+        **{"Content-Length": 100_000, "X-Content-SHA256": "0" * 64},
+    )
     with raw(federation, request) as connection:
         end = time.monotonic() + PATIENCE_S
         with pytest.raises(ConnectionError):
@@ -513,8 +587,11 @@ def test_a_body_that_crawls_ends_the_connection_and_others_do_not_notice(impatie
 def test_an_answer_that_nobody_reads_ends_the_connection(impatient, federation, peers, monkeypatch):
     start_run(peers)
     lose, unsent = connections.GuardedProtocol.connection_lost, []
-    monkeypatch.setattr(connections.GuardedProtocol, "connection_lost",
-                        lambda self, error: (unsent.append(self._unsent), lose(self, error))[1])
+    monkeypatch.setattr(
+        connections.GuardedProtocol,
+        "connection_lost",
+        lambda self, error: (unsent.append(self._unsent), lose(self, error))[1],
+    )
     size = 64 << 20
     with federation.coordinator.store.result_path(initial_key(RUN)).open("r+b") as file:
         file.truncate(size)  # more than any socket holds
@@ -528,8 +605,9 @@ def test_an_answer_that_nobody_reads_ends_the_connection(impatient, federation, 
 
 
 def test_a_body_behind_a_refusal_is_not_swallowed(impatient, federation):
-    request = head("PUT", f"gatherings/{CENSUS_KEY}", "M.wrong", **{
-        "Content-Length": 1 << 40, "X-Content-SHA256": "0" * 64})
+    request = head(
+        "PUT", f"gatherings/{CENSUS_KEY}", "M.wrong", **{"Content-Length": 1 << 40, "X-Content-SHA256": "0" * 64}
+    )
     with raw(federation, request) as connection:
         assert read_head(connection).startswith(b"HTTP/1.1 401 ")
         sent = 0
@@ -551,10 +629,15 @@ def test_a_thousand_open_connections_do_not_stop_a_running_round(tmp_path):
     num_rounds = 6
     with served(tmp_path / "federation", make_settings(num_epochs=num_rounds)) as federation:
         token = federation.credential("A").token
-        crawl = head("PUT", f"gatherings/{CENSUS_KEY}", token, **{
-            "Content-Length": 100_000, "X-Content-SHA256": "0" * 64})
-        starts = (b"", b"GET /v1/settings HTTP/1.1\r\nHost:",
-                  b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", crawl + b"a")
+        crawl = head(
+            "PUT", f"gatherings/{CENSUS_KEY}", token, **{"Content-Length": 100_000, "X-Content-SHA256": "0" * 64}
+        )
+        starts = (
+            b"",
+            b"GET /v1/settings HTTP/1.1\r\nHost:",
+            b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",
+            crawl + b"a",
+        )
         port, opened = int(federation.url.rpartition(":")[2]), []
 
         def flood() -> None:
@@ -568,8 +651,9 @@ def test_a_thousand_open_connections_do_not_stop_a_running_round(tmp_path):
             flooding = threading.Thread(target=flood)
             flooding.start()
             wait_until(lambda: len(opened) > 300)
-            digests = in_threads(lambda: train(a, seed=1, num_rounds=num_rounds),
-                                 lambda: train(b, seed=2, num_rounds=num_rounds))
+            digests = in_threads(
+                lambda: train(a, seed=1, num_rounds=num_rounds), lambda: train(b, seed=2, num_rounds=num_rounds)
+            )
             flooding.join(PATIENCE_S)
             assert len(opened) == 1000 and digests[0] == digests[1] and isinstance(digests[0], str)
             assert a.settings().sites == ("A", "B")
@@ -620,20 +704,28 @@ def test_a_failure_report_is_bounded(peers):
 def test_a_handshake_that_does_not_come_ends_the_connection(tmp_path, monkeypatch):
     monkeypatch.setattr(listener, "HANDSHAKE_S", 3.0)
     certificate = private_certificate(tmp_path, ["127.0.0.1"])
-    server = GuardedServer(guarded_config(Starlette(), timeout_graceful_shutdown=1,
-                                          ssl_certfile=str(certificate.certificate),
-                                          ssl_keyfile=str(certificate.key)))
+    server = GuardedServer(
+        guarded_config(
+            Starlette(),
+            timeout_graceful_shutdown=1,
+            ssl_certfile=str(certificate.certificate),
+            ssl_keyfile=str(certificate.key),
+        )
+    )
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        with (socket.create_connection(listening.getsockname(), timeout=PATIENCE_S) as silent,
-              socket.create_connection(listening.getsockname(), timeout=PATIENCE_S) as halting):
+        with (
+            socket.create_connection(listening.getsockname(), timeout=PATIENCE_S) as silent,
+            socket.create_connection(listening.getsockname(), timeout=PATIENCE_S) as halting,
+        ):
             halting.sendall(b"\x16\x03\x01\x02\x00\x01")
             assert is_dropped(silent) and is_dropped(halting)
-        answer = requests.get(f"https://127.0.0.1:{listening.getsockname()[1]}/", timeout=PATIENCE_S,
-                              verify=str(certificate.authority))
+        answer = requests.get(
+            f"https://127.0.0.1:{listening.getsockname()[1]}/", timeout=PATIENCE_S, verify=str(certificate.authority)
+        )
         assert answer.status_code == 404
     finally:
         server.should_exit = True

@@ -1,4 +1,5 @@
 """Sites whose clock lags join all the same; where dates are the reason, the clock is named."""
+
 from __future__ import annotations
 
 import ssl
@@ -25,6 +26,7 @@ BOTH_CLOCKS = r"by the clock of this machine, .* by that of the coordinator"
 @contextmanager
 def https_server(certificate: tls.Certificate):
     """Answer every request with 404 over TLS; yield the address."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_error(404)
@@ -54,12 +56,16 @@ def credential_for(url: str, certificate: tls.Certificate) -> SiteCredential:
 def test_certificates_are_good_for_clocks_that_lag(tmp_path, hours_behind):
     made = tls.private_certificate(tmp_path, ["coordinator.example"])
     moment = int(time.time()) - hours_behind * 3600
-    subprocess.run(["openssl", "verify", "-attime", str(moment), "-CAfile", made.authority, made.certificate],
-                   check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "verify", "-attime", str(moment), "-CAfile", made.authority, made.certificate],
+        check=True,
+        capture_output=True,
+    )
 
 
-@pytest.mark.parametrize(("begins_in_s", "days", "cause"), [
-    (7200, 397, "not yet valid"), (-86_400, -0.5, "has expired")])
+@pytest.mark.parametrize(
+    ("begins_in_s", "days", "cause"), [(7200, 397, "not yet valid"), (-86_400, -0.5, "has expired")]
+)
 def test_where_dates_are_the_reason_the_clocks_are_named(tmp_path, monkeypatch, begins_in_s, days, cause):
     monkeypatch.setattr(tls, "BACKDATED_S", -begins_in_s)
     monkeypatch.setattr(tls, "CERTIFICATE_DAYS", days)
@@ -67,8 +73,10 @@ def test_where_dates_are_the_reason_the_clocks_are_named(tmp_path, monkeypatch, 
     lines: list[str] = []
     with https_server(made) as url:
         credential = credential_for(url, made)
-        with (make_client(credential, lines, give_up_after_s=0.3, pause_s=0.01) as client,
-              pytest.raises(CoordinatorUnreachable, match=f"{cause}.*{BOTH_CLOCKS}")):
+        with (
+            make_client(credential, lines, give_up_after_s=0.3, pause_s=0.01) as client,
+            pytest.raises(CoordinatorUnreachable, match=f"{cause}.*{BOTH_CLOCKS}"),
+        ):
             client.settings()
         assert lines and lines[0].endswith("; trying again"), "a training waits until the clock is set"
         with pytest.raises(FederationError, match=f"{cause}.*{BOTH_CLOCKS}"):
@@ -79,8 +87,11 @@ def test_where_dates_are_the_reason_the_clocks_are_named(tmp_path, monkeypatch, 
 
 def test_another_authority_stays_final(tmp_path):
     made, other = (tls.private_certificate(tmp_path / name, ["127.0.0.1"]) for name in ("made", "other"))
-    with (https_server(made) as url, make_client(credential_for(url, other)) as client,
-          pytest.raises(FederationError, match="is not trusted: it is not the one that this site joined") as info):
+    with (
+        https_server(made) as url,
+        make_client(credential_for(url, other)) as client,
+        pytest.raises(FederationError, match="is not trusted: it is not the one that this site joined") as info,
+    ):
         client.settings()
     assert not isinstance(info.value, CoordinatorUnreachable) and "clock" not in str(info.value)
 

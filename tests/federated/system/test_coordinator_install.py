@@ -1,4 +1,5 @@
 """A coordinator needs no torch: a dozen packages, few megabytes, a start in no time."""
+
 import json
 import shutil
 import subprocess
@@ -28,8 +29,19 @@ def wheels(tmp_path_factory) -> Path:
     """Return a folder with the wheels of what a coordinator needs."""
     folder = tmp_path_factory.mktemp("wheels")
     try:
-        run(sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--only-binary", ":all:",
-            "--dest", folder, "-r", REQUIREMENTS)
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--only-binary",
+            ":all:",
+            "--dest",
+            folder,
+            "-r",
+            REQUIREMENTS,
+        )
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"no package index can be reached: {str(error)[-300:]}")
     return folder
@@ -53,13 +65,28 @@ def installed(wheels, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_coordinator_needs_twelve_packages_and_forty_megabytes(wheels, installed):
-    names = {entry["name"] for entry in json.loads(run(
-        sys.executable, "-m", "pip", "--python", installed / "bin" / "python", "list", "--format", "json",
-        "--disable-pip-version-check"))} - OF_THE_INSTALLER
+    names = {
+        entry["name"]
+        for entry in json.loads(
+            run(
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                installed / "bin" / "python",
+                "list",
+                "--format",
+                "json",
+                "--disable-pip-version-check",
+            )
+        )
+    } - OF_THE_INSTALLER
     megabytes = sum(path.stat().st_size for path in wheels.iterdir()) / 1e6
     size = sum(path.stat().st_size for path in (installed / "lib").rglob("*") if path.is_file()) / 1e6
-    print(f"\n{len(names)} packages, this one included: {', '.join(sorted(names))}; {megabytes:.1f} MB to download, "
-          f"{size:.1f} MB installed")
+    print(
+        f"\n{len(names)} packages, this one included: {', '.join(sorted(names))}; {megabytes:.1f} MB to download, "
+        f"{size:.1f} MB installed"
+    )
     assert "nnunetv2" in names and "torch" not in names
     assert len(names - {"nnunetv2"}) <= (12 if sys.version_info >= (3, 11) else 13)
     assert megabytes < 40
@@ -73,8 +100,9 @@ def test_it_starts_again_and_two_sites_run_a_round(installed, tmp_path):
     for attempt in range(3):  # the first start makes the federation
         options = ["--sites", "A", "B", "--epochs", "1", "--validate-every", "0"] if attempt == 0 else []
         with log.open("w") as output:
-            process = subprocess.Popen([str(word) for word in command + options], stdout=output, stderr=output,
-                                       stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [str(word) for word in command + options], stdout=output, stderr=output, stdin=subprocess.DEVNULL
+            )
         try:
             wait_until(lambda: (folder / "coordinator.json").exists() or process.poll() is not None)  # noqa: B023
             assert process.poll() is None, log.read_text()

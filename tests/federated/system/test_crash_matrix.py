@@ -2,6 +2,7 @@
 
 NNUNET_FED_MATRIX=full runs the whole matrix (`make federation-matrix`); without it, a part that takes seconds.
 """
+
 from __future__ import annotations
 
 import json
@@ -65,6 +66,7 @@ def nursery():
 
 def take_part(client, number: int, *, num_rounds: int = NUM_ROUNDS, shapes=SHAPES) -> str:
     """Train as a fake site, validating every aggregate."""
+
     def validate(next_round: int) -> None:
         tp = float(10 * next_round + number)
         client.contribute(validation_key(RUN, next_round - 1), Validation(tp=(tp,), fp=(1.0,), fn=(2.0,)))
@@ -75,8 +77,12 @@ def take_part(client, number: int, *, num_rounds: int = NUM_ROUNDS, shapes=SHAPE
 def run_undisturbed(folder: Path, num_rounds: int, shapes=SHAPES) -> str:
     with served(folder, make_settings(sites=SITES, num_epochs=num_rounds)) as federation:
         clients = [federation.client(site) for site in SITES]
-        digests = in_threads(*(lambda c=client, n=number: take_part(c, n, num_rounds=num_rounds, shapes=shapes)
-                               for number, client in enumerate(clients)))
+        digests = in_threads(
+            *(
+                lambda c=client, n=number: take_part(c, n, num_rounds=num_rounds, shapes=shapes)
+                for number, client in enumerate(clients)
+            )
+        )
         for client in clients:
             client.close()
     assert len(set(digests)) == 1
@@ -106,9 +112,20 @@ class MortalCoordinator:
         state = self.folder / "coordinator.json"
         state.unlink(missing_ok=True)
         self._pid = self._nursery.start(
-            role="coordinator", log=str(self.log), **doom,
-            arguments=["--folder", str(self.folder), "--port", str(self._port), "--sites", *SITES,
-                       "--epochs", str(self.num_rounds)])
+            role="coordinator",
+            log=str(self.log),
+            **doom,
+            arguments=[
+                "--folder",
+                str(self.folder),
+                "--port",
+                str(self._port),
+                "--sites",
+                *SITES,
+                "--epochs",
+                str(self.num_rounds),
+            ],
+        )
         wait_until(lambda: state.exists() or not self.is_alive)
         if self.is_alive:
             self._port = int(json.loads(state.read_text())["url"].rpartition(":")[2])
@@ -162,9 +179,13 @@ class SitesInThreads:
 
     def _run(self, coordinator: MortalCoordinator, options: dict) -> None:
         clients = [make_client(credential, give_up_after_s=PATIENCE_S) for credential in coordinator.credentials()]
-        self.digests = in_threads(*(lambda c=client, n=number: take_part(c, n, num_rounds=coordinator.num_rounds,
-                                                                         **options)
-                                    for number, client in enumerate(clients)), timeout_s=600.0)
+        self.digests = in_threads(
+            *(
+                lambda c=client, n=number: take_part(c, n, num_rounds=coordinator.num_rounds, **options)
+                for number, client in enumerate(clients)
+            ),
+            timeout_s=600.0,
+        )
         for client in clients:
             client.close()
 
@@ -262,8 +283,13 @@ def test_what_an_operator_has_said_outlasts_a_death_at_its_record(nursery, tmp_p
 
     def proceed() -> None:
         wait_until((coordinator.folder / OPERATOR_FILE).exists)
-        ask(operator_credential(coordinator.folder), "POST", f"runs/{RUN}/actions", RunState,
-            RunAction(action="proceed"))
+        ask(
+            operator_credential(coordinator.folder),
+            "POST",
+            f"runs/{RUN}/actions",
+            RunState,
+            RunAction(action="proceed"),
+        )
 
     with pytest.raises(CoordinatorUnreachable):
         proceed()
@@ -347,9 +373,16 @@ def test_sites_that_are_killed_come_back(nursery, tmp_path):
 
     def start(site: str) -> int:
         number = SITES.index(site)
-        return nursery.start(role="site", log=str(tmp_path / f"{site}.log"), digest=str(digests[site]), seed=number,
-                             credential=str(tmp_path / f"{site}.json"), num_rounds=num_rounds, pause_s=0.02,
-                             num_cases=number + 1)
+        return nursery.start(
+            role="site",
+            log=str(tmp_path / f"{site}.log"),
+            digest=str(digests[site]),
+            seed=number,
+            credential=str(tmp_path / f"{site}.json"),
+            num_rounds=num_rounds,
+            pause_s=0.02,
+            num_cases=number + 1,
+        )
 
     pids = {site: start(site) for site in SITES}
     kills, rng = Counter(), random.Random(10)

@@ -1,4 +1,5 @@
 """Crashes on either side: nothing acknowledged is lost, nothing counts twice, the result is the same to the bit."""
+
 import threading
 import time
 
@@ -35,10 +36,14 @@ NUM_ROUNDS = 8
 def undisturbed(tmp_path_factory) -> str:
     """Return the digest of the last aggregate of a run in which nothing goes wrong."""
     settings = make_settings(num_epochs=NUM_ROUNDS)
-    with (served(tmp_path_factory.mktemp("undisturbed") / "federation", settings) as federation,
-          federation.client("A") as a, federation.client("B") as b):
-        first, second = in_threads(lambda: train(a, seed=1, num_rounds=NUM_ROUNDS),
-                                   lambda: train(b, seed=2, num_rounds=NUM_ROUNDS))
+    with (
+        served(tmp_path_factory.mktemp("undisturbed") / "federation", settings) as federation,
+        federation.client("A") as a,
+        federation.client("B") as b,
+    ):
+        first, second = in_threads(
+            lambda: train(a, seed=1, num_rounds=NUM_ROUNDS), lambda: train(b, seed=2, num_rounds=NUM_ROUNDS)
+        )
         assert first == second
         return first
 
@@ -59,8 +64,12 @@ def test_a_run_survives_a_coordinator_that_is_killed_again_and_again(tmp_path, u
 
         def run_sites():
             with make_client(credentials["A"], lines) as a, make_client(credentials["B"]) as b:
-                digests.extend(in_threads(lambda: train(a, seed=1, num_rounds=NUM_ROUNDS),
-                                          lambda: train(b, seed=2, num_rounds=NUM_ROUNDS, on_round=hold)))
+                digests.extend(
+                    in_threads(
+                        lambda: train(a, seed=1, num_rounds=NUM_ROUNDS),
+                        lambda: train(b, seed=2, num_rounds=NUM_ROUNDS, on_round=hold),
+                    )
+                )
 
         sites = threading.Thread(target=run_sites, daemon=True)
         sites.start()
@@ -78,11 +87,14 @@ def test_a_run_survives_a_coordinator_that_is_killed_again_and_again(tmp_path, u
 
 
 def test_a_site_that_is_killed_comes_back(tmp_path, undisturbed):
-    with (coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--epochs", str(NUM_ROUNDS)) as process,
-          make_client(process.credentials()["A"]) as a):
+    with (
+        coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--epochs", str(NUM_ROUNDS)) as process,
+        make_client(process.credentials()["A"]) as a,
+    ):
         digests: list[str] = []
         other = threading.Thread(
-            target=lambda: digests.append(train(a, seed=1, num_rounds=NUM_ROUNDS, pause_s=0.05)), daemon=True)
+            target=lambda: digests.append(train(a, seed=1, num_rounds=NUM_ROUNDS, pause_s=0.05)), daemon=True
+        )
         other.start()
         site = start_site_process(tmp_path / "B.json", seed=2, num_rounds=NUM_ROUNDS, pause_s=0.05, hold_at=2)
         for line in site.stdout:
@@ -331,8 +343,12 @@ def test_a_quorum_closes_a_round_at_its_deadline_after_a_restart(tmp_path):
 
 def test_tensors_that_nobody_sends_keep_their_values(tmp_path):
     """Of a tensor whose only two sites both miss a round, the aggregate before is the best that is known."""
-    shapes = {"A": {"stem.weight": (2,), "deep.weight": (2,)}, "B": {"stem.weight": (2,), "deep.weight": (2,)},
-              "C": {"stem.weight": (2,)}, "D": {"stem.weight": (2,)}}
+    shapes = {
+        "A": {"stem.weight": (2,), "deep.weight": (2,)},
+        "B": {"stem.weight": (2,), "deep.weight": (2,)},
+        "C": {"stem.weight": (2,)},
+        "D": {"stem.weight": (2,)},
+    }
     now = 0.0
     settings = make_settings(sites=tuple("ABCD"), num_epochs=2, quorum=2, deadline_s=1)
     with Store(tmp_path / "federation") as store:
@@ -354,5 +370,3 @@ def test_tensors_that_nobody_sends_keep_their_values(tmp_path):
             assert aggregate.read("stem.weight").tolist() == [1.0, 1.0]
             assert aggregate.read("deep.weight").tolist() == [5.0, 5.0]
             assert aggregate.message.missing == ("A", "B")
-
-

@@ -1,4 +1,5 @@
 """What is acknowledged is on the disk; what breaks goes on at its byte; a full disk costs time and nothing else."""
+
 import asyncio
 import hashlib
 import http.client
@@ -58,8 +59,9 @@ def begin_round_0(clients, shapes=LARGE) -> None:
 def write_update(path, seed=0, shapes=LARGE) -> str:
     rng = np.random.default_rng(seed)
     specs = {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
-    return write_document(path, messages.Update(), specs, (rng.normal(size=shape).astype(np.float32)
-                                                           for shape in shapes.values()))
+    return write_document(
+        path, messages.Update(), specs, (rng.normal(size=shape).astype(np.float32) for shape in shapes.values())
+    )
 
 
 @contextmanager
@@ -68,8 +70,11 @@ def request(url, token, method, path, *, headers=None, length=None):
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE_S)
     connection.putrequest(method, f"/v1/{path}")
-    for name, value in {"Authorization": f"Bearer {token}", **(headers or {}), **(
-            {} if length is None else {"Content-Length": str(length)})}.items():
+    for name, value in {
+        "Authorization": f"Bearer {token}",
+        **(headers or {}),
+        **({} if length is None else {"Content-Length": str(length)}),
+    }.items():
         connection.putheader(name, value)
     connection.endheaders()
     try:
@@ -98,8 +103,9 @@ def test_an_upload_and_a_download_go_on_at_their_byte_after_the_coordinator_was_
         content = paths["A"].read_bytes()
         half = len(content) // 2
         headers = {"X-Content-SHA256": digests["A"]}
-        with request(process.url, tokens["A"], "PUT", f"gatherings/{KEY}", headers=headers,
-                     length=len(content)) as connection:
+        with request(
+            process.url, tokens["A"], "PUT", f"gatherings/{KEY}", headers=headers, length=len(content)
+        ) as connection:
             connection.send(content[:half])
             wait_until(lambda: sum(path.stat().st_size for path in (folder / "incoming").iterdir()) > half // 2)
             process.kill()
@@ -107,13 +113,22 @@ def test_an_upload_and_a_download_go_on_at_their_byte_after_the_coordinator_was_
         offset = offer(process.url, tokens["A"], digests["A"], len(content))["offset"]
         assert half // 2 < offset <= half
         headers["Content-Range"] = f"bytes {offset}-{len(content) - 1}/{len(content)}"
-        with request(process.url, tokens["A"], "PUT", f"gatherings/{KEY}", headers=headers,
-                     length=len(content) - offset) as connection:
+        with request(
+            process.url, tokens["A"], "PUT", f"gatherings/{KEY}", headers=headers, length=len(content) - offset
+        ) as connection:
             connection.send(content[offset:])
             assert connection.getresponse().status == 200
-        with paths["B"].open("rb") as file, request(
-                process.url, tokens["B"], "PUT", f"gatherings/{KEY}", headers={"X-Content-SHA256": digests["B"]},
-                length=paths["B"].stat().st_size) as connection:
+        with (
+            paths["B"].open("rb") as file,
+            request(
+                process.url,
+                tokens["B"],
+                "PUT",
+                f"gatherings/{KEY}",
+                headers={"X-Content-SHA256": digests["B"]},
+                length=paths["B"].stat().st_size,
+            ) as connection,
+        ):
             connection.send(file)
             assert connection.getresponse().status == 200
         with request(process.url, tokens["A"], "GET", f"gatherings/{KEY}?wait=20") as connection:
@@ -122,8 +137,13 @@ def test_an_upload_and_a_download_go_on_at_their_byte_after_the_coordinator_was_
             beginning = answer.read(half)
             process.kill()
         process.start()
-        with request(process.url, tokens["A"], "GET", f"gatherings/{KEY}", headers={
-                "Range": f"bytes={half}-", "If-Range": f'"{digest}"'}) as connection:
+        with request(
+            process.url,
+            tokens["A"],
+            "GET",
+            f"gatherings/{KEY}",
+            headers={"Range": f"bytes={half}-", "If-Range": f'"{digest}"'},
+        ) as connection:
             answer = connection.getresponse()
             assert answer.status == 206
             assert hashlib.sha256(beginning + answer.read()).hexdigest() == digest
@@ -156,13 +176,26 @@ def test_a_document_is_synced_and_named_before_its_row_is(tmp_path, monkeypatch)
         for site in "AB":
             incoming = store.folder / "incoming" / f"upload-{site}"
             incoming.write_bytes(b"x")
-            gathering = with_contribution(fresh_gathering(parse_key(KEY), make_settings()), site,
-                                          Contribution("0" * 64, 1, 2.0))
+            gathering = with_contribution(
+                fresh_gathering(parse_key(KEY), make_settings()), site, Contribution("0" * 64, 1, 2.0)
+            )
             store.save_contribution(gathering, site, incoming)
         store.save_subset(KEY, "1" * 64, "2" * 64)
-    assert order == ["upload-A", "0", "rounds", RUN, "runs", "gatherings", "federation", "row",
-                     "upload-B", "0", "row",  # the folders above have their names by now
-                     "0", "row"]
+    assert order == [
+        "upload-A",
+        "0",
+        "rounds",
+        RUN,
+        "runs",
+        "gatherings",
+        "federation",
+        "row",
+        "upload-B",
+        "0",
+        "row",  # the folders above have their names by now
+        "0",
+        "row",
+    ]
 
 
 def test_a_start_looks_at_files_and_not_at_all_that_ever_was(tmp_path, monkeypatch):
@@ -176,8 +209,11 @@ def test_a_start_looks_at_files_and_not_at_all_that_ever_was(tmp_path, monkeypat
                 store.save_contribution(gathering, site, incoming)
             (store.result_path(gathering.key)).write_bytes(b"r")
             store.save_closing(
-                fresh_gathering(gathering.key, make_settings()).__class__(**{
-                    **gathering.__dict__, "outcome": Closed(3.0, ("A", "B"))}), "1" * 64)
+                fresh_gathering(gathering.key, make_settings()).__class__(
+                    **{**gathering.__dict__, "outcome": Closed(3.0, ("A", "B"))}
+                ),
+                "1" * 64,
+            )
             if number < 18:
                 store.delete_contributions(gathering.key)
                 store.delete_results(gathering.key)
@@ -187,7 +223,10 @@ def test_a_start_looks_at_files_and_not_at_all_that_ever_was(tmp_path, monkeypat
     with Store(tmp_path / "federation") as store:
         assert store.rounds_with_files(RUN) == [18, 19]
         assert sorted(path.name for path in store.result_folder(round_key(RUN, 19)).iterdir()) == [
-            f"A.{'0' * 24}.safetensors", f"B.{'0' * 24}.safetensors", "result.safetensors"]
+            f"A.{'0' * 24}.safetensors",
+            f"B.{'0' * 24}.safetensors",
+            "result.safetensors",
+        ]
     assert sorted(looked_at) == [round_key(RUN, 18), round_key(RUN, 19)]
 
 
@@ -214,8 +253,13 @@ def small_disk(tmp_path):
     """Return a folder on a disk of 64 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True,
-                           check=False) if os.name == "posix" else None
+    mount = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, check=False
+        )
+        if os.name == "posix"
+        else None
+    )
     if mount is None or mount.returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
@@ -247,6 +291,7 @@ def test_a_disk_that_is_full_again_and_again_costs_time_only(small_disk, tmp_pat
 
     def digest_of_run(folder) -> str:
         with served(folder, make_settings(num_epochs=4, validate_every=0)) as federation:
+
             def site(name, seed):
                 with federation.client(name) as client:
                     return large_training(client, seed)
@@ -292,8 +337,10 @@ def test_uploads_that_are_being_synced_do_not_keep_others_from_being_served(tmp_
 
         monkeypatch.setattr(federation.coordinator, "contribute", hold)
         clients = [federation.client(site) for site in sites]
-        threads = [threading.Thread(target=client.contribute, args=(CENSUS_KEY, make_census()), daemon=True)
-                   for client in clients]
+        threads = [
+            threading.Thread(target=client.contribute, args=(CENSUS_KEY, make_census()), daemon=True)
+            for client in clients
+        ]
         for thread in threads:
             thread.start()
         wait_until(lambda: len(held) == request_bodies.FINISHING_THREADS)
@@ -345,20 +392,22 @@ def test_progress_wakes_those_who_wait_at_a_bounded_rate_and_the_end_at_once(mon
 def test_an_update_that_moves_far_is_counted_and_announced(tmp_path):
     sites = ("A", "B", "C", "D")
     with served(tmp_path / "federation", make_settings(sites=sites, num_epochs=1, validate_every=0)) as federation:
+
         def site(name, seed):
             with federation.client(name) as client:
                 return train(client, seed=seed, num_rounds=1)
 
-        results = in_threads(*[lambda name=name, seed=seed: site(name, seed)
-                               for name, seed in zip(sites, (1, 1, 1, 500))])
+        results = in_threads(
+            *[lambda name=name, seed=seed: site(name, seed) for name, seed in zip(sites, (1, 1, 1, 500))]
+        )
         assert len(set(results)) == 1
         store = federation.coordinator.store
-        record, = store.load_rounds(RUN)
+        (record,) = store.load_rounds(RUN)
         assert (record["outliers"], sorted(record["sites"])) == (["D"], list(sites))
-        event, = store.load_events("outlier")
+        (event,) = store.load_events("outlier")
         assert (event.site, event.key) == ("D", KEY)
         assert event.detail["change_norm"] == record["sites"]["D"]["change_norm"] > 1000
-        assert record["sites"]["A"]["change_norm"] == pytest.approx(
-            record["sites"]["A"]["change_rms"] * np.sqrt(24))
-        wait_until(lambda: any("the update of site D moves" in line and "it was counted" in line
-                               for line in federation.lines))
+        assert record["sites"]["A"]["change_norm"] == pytest.approx(record["sites"]["A"]["change_rms"] * np.sqrt(24))
+        wait_until(
+            lambda: any("the update of site D moves" in line and "it was counted" in line for line in federation.lines)
+        )

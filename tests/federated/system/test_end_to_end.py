@@ -1,4 +1,5 @@
 """Whole federations as users run them: real commands, real processes, real HTTP over loopback."""
+
 from __future__ import annotations
 
 import json
@@ -44,25 +45,69 @@ def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
         plan(sites, tmp_path / "logs")
         run_everywhere(sites, train_command, step="train", log_folder=tmp_path / "logs")
         own = [final_weights(site) for site in sites]
-        run_everywhere(sites, lambda site: [
-            "nnUNetv2_fed_fetch_model", "-o", str(tmp_path / site.name), "--install", "--replace"],
-            step="fetch", log_folder=tmp_path / "logs")
+        run_everywhere(
+            sites,
+            lambda site: ["nnUNetv2_fed_fetch_model", "-o", str(tmp_path / site.name), "--install", "--replace"],
+            step="fetch",
+            log_folder=tmp_path / "logs",
+        )
     first, second = own
     assert first.keys() == second.keys()
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name], err_msg=name)
     model = tmp_path / "coordinator" / "models" / f"nnUNetTrainerAsymFedAvg__nnUNetPlans__{CONFIGURATION}"
     images = Path(sites[0].environment["nnUNet_raw"]) / f"Dataset{sites[0].dataset}_Phantom" / "imagesTs"
-    run_everywhere(sites[:1], lambda _: [
-        "nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", "0", "-i", str(images), "-o",
-        str(tmp_path / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"],
-        step="predict", log_folder=tmp_path / "logs")
+    run_everywhere(
+        sites[:1],
+        lambda _: [
+            "nnUNetv2_predict_from_modelfolder",
+            "-m",
+            str(model),
+            "-f",
+            "0",
+            "-i",
+            str(images),
+            "-o",
+            str(tmp_path / "out"),
+            "-device",
+            "cpu",
+            "-npp",
+            "1",
+            "-nps",
+            "1",
+        ],
+        step="predict",
+        log_folder=tmp_path / "logs",
+    )
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["phantom_005.nii.gz"]
-    run_everywhere(sites, lambda site: [  # what was fetched has the name that it has at the first site
-        "nnUNetv2_predict", "-d", f"Dataset{sites[0].dataset}_Phantom", "-c", CONFIGURATION, "-f", "0",
-        "-tr", "nnUNetTrainerAsymFedAvg", "-chk", "checkpoint_best.pth", "-i", str(images), "-o",
-        str(tmp_path / site.name / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"],
-        step="predict_best", log_folder=tmp_path / "logs")
+    run_everywhere(
+        sites,
+        lambda site: [  # what was fetched has the name that it has at the first site
+            "nnUNetv2_predict",
+            "-d",
+            f"Dataset{sites[0].dataset}_Phantom",
+            "-c",
+            CONFIGURATION,
+            "-f",
+            "0",
+            "-tr",
+            "nnUNetTrainerAsymFedAvg",
+            "-chk",
+            "checkpoint_best.pth",
+            "-i",
+            str(images),
+            "-o",
+            str(tmp_path / site.name / "out"),
+            "-device",
+            "cpu",
+            "-npp",
+            "1",
+            "-nps",
+            "1",
+        ],
+        step="predict_best",
+        log_folder=tmp_path / "logs",
+    )
     assert all((tmp_path / site.name / "out" / "phantom_005.nii.gz").is_file() for site in sites)
 
 
@@ -95,8 +140,12 @@ def test_equal_plans_are_demanded_by_the_trainer_that_averages_whole_networks(tm
         plan(sites, tmp_path / "logs")
         edit_deepest_stage(sites[1])
         with pytest.raises(SimulationError, match="features_per_stage"):
-            run_everywhere(sites, lambda site: train_command(site, trainer="nnUNetTrainerFedAvg"), step="train",
-                           log_folder=tmp_path / "logs")
+            run_everywhere(
+                sites,
+                lambda site: train_command(site, trainer="nnUNetTrainerFedAvg"),
+                step="train",
+                log_folder=tmp_path / "logs",
+            )
 
 
 def test_killed_coordinator_and_killed_site_complete_the_run(tmp_path):
@@ -159,25 +208,43 @@ def test_a_site_that_joins_a_running_federation_types_the_same_commands(tmp_path
 
 
 def administrate(folder: Path, *words: str) -> str:
-    return subprocess.run([find_command("nnUNetv2_fed_admin"), "--folder", str(folder), *words], check=True, text=True,
-                          capture_output=True).stdout
+    return subprocess.run(
+        [find_command("nnUNetv2_fed_admin"), "--folder", str(folder), *words],
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout
 
 
 def join(site: LocalSite, text: str) -> None:
     invitation = re.search(r"nnunet-fed:\S+", text)[0]
-    subprocess.run([find_command("nnUNetv2_fed_join"), invitation], check=True, capture_output=True,
-                   env={**os.environ, "nnUNet_fed_site": str(site.credential)})
+    subprocess.run(
+        [find_command("nnUNetv2_fed_join"), invitation],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "nnUNet_fed_site": str(site.credential)},
+    )
 
 
 class Coordinator:
     """A coordinator process that can be killed and started again on the same folder and port."""
 
     def __init__(self, folder: Path, sites: list[LocalSite], options: list[str], logs: Path) -> None:
-        port = json.loads((folder / "coordinator.json").read_text())["url"].rsplit(":", 1)[1].rstrip("/") \
-            if (folder / "coordinator.json").exists() else \
-            json.loads(sites[0].credential.read_text())["url"].rsplit(":", 1)[1].rstrip("/")
-        self.command = [find_command("nnUNetv2_fed_coordinator"), "--folder", str(folder), "--port", port,
-                        "--sites", *[site.name for site in sites], *options]
+        port = (
+            json.loads((folder / "coordinator.json").read_text())["url"].rsplit(":", 1)[1].rstrip("/")
+            if (folder / "coordinator.json").exists()
+            else json.loads(sites[0].credential.read_text())["url"].rsplit(":", 1)[1].rstrip("/")
+        )
+        self.command = [
+            find_command("nnUNetv2_fed_coordinator"),
+            "--folder",
+            str(folder),
+            "--port",
+            port,
+            "--sites",
+            *[site.name for site in sites],
+            *options,
+        ]
         self.log = logs / "coordinator.log"
         self.process: subprocess.Popen | None = None
 
@@ -192,12 +259,18 @@ class Coordinator:
 
 def start_training(site: LocalSite, logs: Path, lines: list[str], *options: str) -> RunningProcess:
     program, *arguments = train_command(site, *options)
-    return RunningProcess(site.name, [find_command(program), *arguments], log_file=logs / f"{site.name}.train.log",
-                          environment=site_environment(site, num_sites=2), show=lines.append)
+    return RunningProcess(
+        site.name,
+        [find_command(program), *arguments],
+        log_file=logs / f"{site.name}.train.log",
+        environment=site_environment(site, num_sites=2),
+        show=lines.append,
+    )
 
 
-def wait_for_line(lines: list[str], pattern: str, processes: list[RunningProcess],
-                  timeout_s: float = PATIENCE_S) -> None:
+def wait_for_line(
+    lines: list[str], pattern: str, processes: list[RunningProcess], timeout_s: float = PATIENCE_S
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not any(re.search(pattern, line) for line in list(lines)):
         failed = [process.describe_failure() for process in processes if process.poll() not in (None, 0)]

@@ -1,4 +1,5 @@
 """The pooled fingerprint of real scans equals that of one centre holding all of them, for any split and any order."""
+
 from __future__ import annotations
 
 import csv
@@ -32,8 +33,9 @@ def hippocampus(shared_data: Path) -> tuple[dict, dict[str, list[tuple[Path, Pat
 def spinalcord(shared_data: Path) -> tuple[dict, dict[str, list[tuple[Path, Path]]]]:
     sites = {}
     for folder in sorted(path for path in (shared_data / "spinalcord").iterdir() if path.is_dir()):
-        sites[folder.name] = [(image, folder / "labels" / image.name)
-                              for image in sorted((folder / "images").glob("*.nii.gz"))]
+        sites[folder.name] = [
+            (image, folder / "labels" / image.name) for image in sorted((folder / "images").glob("*.nii.gz"))
+        ]
     return {"background": 0, "white": 1, "gray": 2}, sites
 
 
@@ -44,9 +46,17 @@ def write_dataset(folder: Path, labels: dict, cases: list[tuple[Path, Path]]) ->
         case = image.name.removesuffix(".nii.gz")
         (folder / "imagesTr" / f"{case}_0000.nii.gz").symlink_to(image)
         (folder / "labelsTr" / f"{case}.nii.gz").symlink_to(label)
-    (folder / "dataset.json").write_text(json.dumps({
-        # the scheme that reads the pooled statistics
-        "channel_names": {"0": "CT"}, "labels": labels, "numTraining": len(cases), "file_ending": ".nii.gz"}))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                # the scheme that reads the pooled statistics
+                "channel_names": {"0": "CT"},
+                "labels": labels,
+                "numTraining": len(cases),
+                "file_ending": ".nii.gz",
+            }
+        )
+    )
 
 
 def federate(roots: dict, folder: Path, labels: dict, split: dict[str, list], rng) -> list[tuple[dict, dict]]:
@@ -60,8 +70,9 @@ def federate(roots: dict, folder: Path, labels: dict, split: dict[str, list], rn
 
     def run(site: LocalSite) -> None:
         try:
-            plan_federated(site.dataset, mode="ffe", num_processes=1, show_progress_bar=False,
-                           credential_file=site.credential)
+            plan_federated(
+                site.dataset, mode="ffe", num_processes=1, show_progress_bar=False, credential_file=site.credential
+            )
         except Exception as error:  # handed to the main thread
             errors.append(error)
 
@@ -72,8 +83,13 @@ def federate(roots: dict, folder: Path, labels: dict, split: dict[str, list], rn
         for thread in threads:
             thread.join(300)
     assert not errors, errors[0]
-    return [tuple(json.loads((roots["nnUNet_preprocessed"] / site.dataset / name).read_text())
-                  for name in ("dataset_fingerprint.json", "nnUNetPlans.json")) for site in sites]
+    return [
+        tuple(
+            json.loads((roots["nnUNet_preprocessed"] / site.dataset / name).read_text())
+            for name in ("dataset_fingerprint.json", "nnUNetPlans.json")
+        )
+        for site in sites
+    ]
 
 
 def centralise(roots: dict, labels: dict, split: dict[str, list]) -> tuple[dict, dict]:
@@ -129,6 +145,7 @@ def compare_fingerprints(pooled: dict, expected: dict) -> None:
 
 def compare_plans(plans: dict, expected: dict) -> None:
     """Equal but for the dataset's name and, beyond the statistics' last digits, nothing."""
+
     def without(content: dict) -> dict:
         ignored = ("dataset_name", "foreground_intensity_properties_per_channel")
         return {key: value for key, value in content.items() if key not in ignored}

@@ -3,6 +3,7 @@
 Mallory is a site with a proper credential. A and B are in the middle of a run. NNUNET_FED_MATRIX=full sends more than
 100,000 requests; without it, a few thousand.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -53,8 +54,14 @@ MUTATED = 100_000 if FULL else 2500
 GENERATED = 6000 if FULL else 250
 OVER_A_SOCKET = 3000 if FULL else 300
 TOKENS = {"A": "A." + "a" * 43, "B": "B." + "b" * 43, "M": "M." + "m" * 43}
-GENEROUS = Limits(requests_per_s=1e9, requests_at_once=1e9, lines_per_s=1e9, lines_at_once=1e9,
-                  stranger_requests_per_s=1e9, stranger_requests_at_once=1e9)
+GENEROUS = Limits(
+    requests_per_s=1e9,
+    requests_at_once=1e9,
+    lines_per_s=1e9,
+    lines_at_once=1e9,
+    stranger_requests_per_s=1e9,
+    stranger_requests_at_once=1e9,
+)
 MAX_GROWTH_KIB = 24 << 10
 
 
@@ -85,8 +92,9 @@ class Scene:
             await self.put(registration_key(RUN), site, self.document(make_registration(3 - number)))
         await self.result(registration_key(RUN))
         for site in TOKENS:
-            await self.put(initial_key(RUN), site,
-                           self.document(messages.Update(), make_weights(0) if site == "A" else {}))
+            await self.put(
+                initial_key(RUN), site, self.document(messages.Update(), make_weights(0) if site == "A" else {})
+            )
         await self.result(initial_key(RUN))
         await self.put(round_key(RUN, 0), "A", self.document(messages.Update(), make_weights(1)))
         await self.put(CENSUS_KEY, "A", self.document(make_census()))
@@ -102,18 +110,28 @@ class Scene:
 
     def belongings(self) -> dict[str, object]:
         """Return all that A and B, and the federation as a whole, have: nothing of it may change."""
-        of_others = {str(path.relative_to(self.store.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-                     for path in sorted((self.store.folder / "gatherings").rglob("*.safetensors"))
-                     if not path.name.startswith("M.")}
-        ours = {str(gathering.key): {site: held for site, held in gathering.contributions.items() if site != "M"}
-                for gathering in self.coordinator.book}
-        return {"files": of_others, "contributions": {key: held for key, held in ours.items() if held},
-                "closed": sorted(str(one.key) for one in self.coordinator.book if one.is_closed),
-                "members": {name: record for name, record in self.store.load_members().items()},
-                "settings": self.store.load_settings(),
-                "controls": {run: (control.state, control.left - {"M"})
-                             for run, control in self.store.load_controls().items() if control.left - {"M"}},
-                "outside": sorted(path.name for path in self.folder.iterdir())}
+        of_others = {
+            str(path.relative_to(self.store.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted((self.store.folder / "gatherings").rglob("*.safetensors"))
+            if not path.name.startswith("M.")
+        }
+        ours = {
+            str(gathering.key): {site: held for site, held in gathering.contributions.items() if site != "M"}
+            for gathering in self.coordinator.book
+        }
+        return {
+            "files": of_others,
+            "contributions": {key: held for key, held in ours.items() if held},
+            "closed": sorted(str(one.key) for one in self.coordinator.book if one.is_closed),
+            "members": {name: record for name, record in self.store.load_members().items()},
+            "settings": self.store.load_settings(),
+            "controls": {
+                run: (control.state, control.left - {"M"})
+                for run, control in self.store.load_controls().items()
+                if control.left - {"M"}
+            },
+            "outside": sorted(path.name for path in self.folder.iterdir()),
+        }
 
     def check(self, answer: Answer, *, request: object) -> None:
         """Fail if an answer is an error of the coordinator's own, or a refusal that does not say why."""
@@ -133,8 +151,9 @@ def scene(tmp_path):
 
 
 def resident_kib() -> int:
-    return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()
-                    if line.startswith("VmRSS")))
+    return int(
+        next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ mutation
@@ -142,38 +161,134 @@ class Mutator:
     """Make requests out of valid ones: bytes, JSON, headers and paths are changed in ways that have hurt others."""
 
     NASTY_NUMBERS = (0, -1, 1, 2**31, 2**53, 2**62, 2**63, 2**64 - 1, 1e308, -1e-320, 0.5, 10**400, True, None)
-    NASTY_TEXTS = ("", ".", "..", "../../../etc/passwd", "A", "a", "\u0410", "A\u200b", "\ud800", "\x00", "A\r\nX: y",
-                   "%2e%2e", "x" * 5000, "\\..\\", "'; DROP TABLE members; --", "\U0001f3e5", "e\u0301", "\u202eA",
-                   "__metadata__", "message", "runs/x/registration", "NaN", "1e999", "constructor")
-    NASTY_SEGMENTS = ("..", ".", "", "%2e%2e", "%2f", "%00", "~", "r" * 200, "%F0%9F%8F%A5", "-1", "00", "1e3",
-                      "99999999", "rounds", RUN, "A", "B", "M", "admissions", "initial", "*", "?", "#", "%ff", "plans")
+    NASTY_TEXTS = (
+        "",
+        ".",
+        "..",
+        "../../../etc/passwd",
+        "A",
+        "a",
+        "\u0410",
+        "A\u200b",
+        "\ud800",
+        "\x00",
+        "A\r\nX: y",
+        "%2e%2e",
+        "x" * 5000,
+        "\\..\\",
+        "'; DROP TABLE members; --",
+        "\U0001f3e5",
+        "e\u0301",
+        "\u202eA",
+        "__metadata__",
+        "message",
+        "runs/x/registration",
+        "NaN",
+        "1e999",
+        "constructor",
+    )
+    NASTY_SEGMENTS = (
+        "..",
+        ".",
+        "",
+        "%2e%2e",
+        "%2f",
+        "%00",
+        "~",
+        "r" * 200,
+        "%F0%9F%8F%A5",
+        "-1",
+        "00",
+        "1e3",
+        "99999999",
+        "rounds",
+        RUN,
+        "A",
+        "B",
+        "M",
+        "admissions",
+        "initial",
+        "*",
+        "?",
+        "#",
+        "%ff",
+        "plans",
+    )
     NASTY_QUERIES = (b"", b"wait=0", b"wait=-1", b"wait=1e9", b"wait=nan", b"wait=0&wait=0", b"%ff=%00", b"wait=")
-    NASTY_TOKENS = ("", "M", "M.", "A." + "m" * 43, "M." + "m" * 42, TOKENS["M"] + "x", "operator." + "m" * 43,
-                    "m." + "m" * 43, "M\x00." + "m" * 43)
-    NASTY_HEADERS = ((b"content-length", b"-1"), (b"content-length", b"99999999999999999999"),
-                     (b"content-length", b"1e3"), (b"content-length", b"10 "), (b"x-content-sha256", b"0" * 64),
-                     (b"x-content-sha256", b"Z" * 64), (b"x-content-sha256", b""), (b"content-range", b"bytes 0-0/1"),
-                     (b"content-range", b"bytes 5-4/3"), (b"content-range", b"bytes 0-99999999999999/1"),
-                     (b"content-range", b"bytes */*"), (b"content-encoding", b"gzip"), (b"range", b"bytes=-1"),
-                     (b"range", b"bytes=0-,1-,2-,3-"), (b"range", b"bytes=99999999999-"), (b"range", b"lines=1"),
-                     (b"range", b"bytes=" + b"0-0," * 900), (b"if-range", b'"' + b"0" * 64 + b'"'),
-                     (b"transfer-encoding", b"chunked"), (b"authorization", b"Bearer \xff\xfe"),
-                     (b"authorization", b"Bearer A." + b"a" * 42), (b"authorization", b"Basic TTpt"),
-                     (b"cookie", b"session=" + b"x" * 4000), (b"x-forwarded-for", b"127.0.0.1"), (b"host", b"\xff"),
-                     (b"content-type", b"text/xml"), (b"expect", b"100-continue"), (b"upgrade", b"websocket"))
+    NASTY_TOKENS = (
+        "",
+        "M",
+        "M.",
+        "A." + "m" * 43,
+        "M." + "m" * 42,
+        TOKENS["M"] + "x",
+        "operator." + "m" * 43,
+        "m." + "m" * 43,
+        "M\x00." + "m" * 43,
+    )
+    NASTY_HEADERS = (
+        (b"content-length", b"-1"),
+        (b"content-length", b"99999999999999999999"),
+        (b"content-length", b"1e3"),
+        (b"content-length", b"10 "),
+        (b"x-content-sha256", b"0" * 64),
+        (b"x-content-sha256", b"Z" * 64),
+        (b"x-content-sha256", b""),
+        (b"content-range", b"bytes 0-0/1"),
+        (b"content-range", b"bytes 5-4/3"),
+        (b"content-range", b"bytes 0-99999999999999/1"),
+        (b"content-range", b"bytes */*"),
+        (b"content-encoding", b"gzip"),
+        (b"range", b"bytes=-1"),
+        (b"range", b"bytes=0-,1-,2-,3-"),
+        (b"range", b"bytes=99999999999-"),
+        (b"range", b"lines=1"),
+        (b"range", b"bytes=" + b"0-0," * 900),
+        (b"if-range", b'"' + b"0" * 64 + b'"'),
+        (b"transfer-encoding", b"chunked"),
+        (b"authorization", b"Bearer \xff\xfe"),
+        (b"authorization", b"Bearer A." + b"a" * 42),
+        (b"authorization", b"Basic TTpt"),
+        (b"cookie", b"session=" + b"x" * 4000),
+        (b"x-forwarded-for", b"127.0.0.1"),
+        (b"host", b"\xff"),
+        (b"content-type", b"text/xml"),
+        (b"expect", b"100-continue"),
+        (b"upgrade", b"websocket"),
+    )
 
     def __init__(self, seed: int, documents: dict[str, bytes]) -> None:
         self.rng = random.Random(seed)
         self.documents = documents
         self.paths = [f"/v1/gatherings/{key}" for key in documents] + [
-            "/v1/settings", "/v1/status", f"/v1/runs/{RUN}", f"/v1/runs/{RUN}/actions", "/v1/failures", "/v1/members",
-            "/v1/members/A", "/v1/join", "/v1/authority", f"/v1/offers/{round_key(RUN, 0)}", "/", "/metrics", "/v2/x",
-            "/v1/overview", "/v1/session", f"/v1/runs/{RUN}/curves"]
+            "/v1/settings",
+            "/v1/status",
+            f"/v1/runs/{RUN}",
+            f"/v1/runs/{RUN}/actions",
+            "/v1/failures",
+            "/v1/members",
+            "/v1/members/A",
+            "/v1/join",
+            "/v1/authority",
+            f"/v1/offers/{round_key(RUN, 0)}",
+            "/",
+            "/metrics",
+            "/v2/x",
+            "/v1/overview",
+            "/v1/session",
+            f"/v1/runs/{RUN}/curves",
+        ]
         self.bodies = [
-            {"digest": "0" * 64, "size": 1000}, {"run": RUN, "round": 0, "reason": "out of memory"},
-            {"action": "stop"}, {"action": "reset"}, {"action": "proceed", "gathering": round_key(RUN, 0)},
-            {"name": "C", "role": "site"}, {"quorum": 1, "deadline_s": 0.1},
-            {"protocol": 1, "invitation": "x" * 43, "token": "A." + "x" * 43}, {"token": TOKENS["A"][:-1] + "x"}]
+            {"digest": "0" * 64, "size": 1000},
+            {"run": RUN, "round": 0, "reason": "out of memory"},
+            {"action": "stop"},
+            {"action": "reset"},
+            {"action": "proceed", "gathering": round_key(RUN, 0)},
+            {"name": "C", "role": "site"},
+            {"quorum": 1, "deadline_s": 0.1},
+            {"protocol": 1, "invitation": "x" * 43, "token": "A." + "x" * 43},
+            {"token": TOKENS["A"][:-1] + "x"},
+        ]
 
     def request(self) -> dict:
         """Return the arguments of one call."""
@@ -181,16 +296,25 @@ class Mutator:
         kind = rng.random()
         if kind < 0.55:  # a document
             key = rng.choice(list(self.documents))
-            request = {"method": "PUT", "path": f"/v1/gatherings/{key}",
-                       "body": self.document(self.documents[rng.choice((key, rng.choice(list(self.documents))))])}
+            request = {
+                "method": "PUT",
+                "path": f"/v1/gatherings/{key}",
+                "body": self.document(self.documents[rng.choice((key, rng.choice(list(self.documents))))]),
+            }
         elif kind < 0.75:  # a small body
-            request = {"method": rng.choice(("POST", "PATCH", "DELETE", "PUT")), "path": rng.choice(self.paths),
-                       "body": self.text(rng.choice(self.bodies))}
+            request = {
+                "method": rng.choice(("POST", "PATCH", "DELETE", "PUT")),
+                "path": rng.choice(self.paths),
+                "body": self.text(rng.choice(self.bodies)),
+            }
             if rng.random() < 0.3:
                 request["path"] = f"/v1/offers/{rng.choice(list(self.documents))}"
         else:
-            request = {"method": rng.choice(("GET", "GET", "GET", "HEAD", "DELETE", "OPTIONS", "TRACE", "BREW")),
-                       "path": rng.choice(self.paths), "query": rng.choice(self.NASTY_QUERIES)}
+            request = {
+                "method": rng.choice(("GET", "GET", "GET", "HEAD", "DELETE", "OPTIONS", "TRACE", "BREW")),
+                "path": rng.choice(self.paths),
+                "query": rng.choice(self.NASTY_QUERIES),
+            }
         request["token"] = TOKENS["M"] if rng.random() < 0.9 else rng.choice(self.NASTY_TOKENS)
         if rng.random() < 0.25:
             request["path"] = self.path(request["path"])
@@ -204,7 +328,7 @@ class Mutator:
         parts = path.split("/")
         for _ in range(self.rng.randint(1, 3)):
             index = self.rng.randrange(1, len(parts) + 1)
-            parts[index:index + self.rng.randint(0, 1)] = [self.rng.choice(self.NASTY_SEGMENTS)]
+            parts[index : index + self.rng.randint(0, 1)] = [self.rng.choice(self.NASTY_SEGMENTS)]
         return "/".join(parts) if parts[0] == "" else "/" + "/".join(parts)
 
     def document(self, document: bytes) -> bytes:
@@ -213,14 +337,14 @@ class Mutator:
         size = int.from_bytes(document[:8], "little")
         kind = rng.random()
         if kind < 0.45:
-            header = json.loads(document[8:8 + size])
+            header = json.loads(document[8 : 8 + size])
             if rng.random() < 0.6:
                 message = json.loads(header["__metadata__"]["message"])
                 header["__metadata__"]["message"] = self.text(message).decode("utf-8", "surrogateescape")
                 changed = json.dumps(header).encode()
             else:
                 changed = self.text(header)
-            return len(changed).to_bytes(8, "little") + changed + document[8 + size:]
+            return len(changed).to_bytes(8, "little") + changed + document[8 + size :]
         if kind < 0.6:
             length = rng.choice((0, 1, 7, size - 1, size + 1, len(document), 2**31, 2**63, 2**64 - 1))
             return length.to_bytes(8, "little") + document[8:]
@@ -228,8 +352,9 @@ class Mutator:
             values = bytearray(document)
             for _ in range(rng.randint(1, 8)):
                 place = rng.randrange(8 + size, max(9 + size, len(values) - 3))
-                values[place:place + 4] = rng.choice((struct.pack("<f", float("nan")), struct.pack("<f", -np.inf),
-                                                      rng.randbytes(4)))
+                values[place : place + 4] = rng.choice(
+                    (struct.pack("<f", float("nan")), struct.pack("<f", -np.inf), rng.randbytes(4))
+                )
             return bytes(values)
         changed = bytearray(document)
         for _ in range(rng.choice((1, 1, 2, 5, 50))):
@@ -279,15 +404,29 @@ class Mutator:
             else:
                 changed[index] = self.changed(changed[index], depth + 1)
             return changed
-        return rng.choice((rng.choice(self.NASTY_NUMBERS), rng.choice(self.NASTY_TEXTS), [], {}, [value], {"x": value},
-                           [value] * rng.choice((2, 300))))
+        return rng.choice(
+            (
+                rng.choice(self.NASTY_NUMBERS),
+                rng.choice(self.NASTY_TEXTS),
+                [],
+                {},
+                [value],
+                {"x": value},
+                [value] * rng.choice((2, 300)),
+            )
+        )
 
 
 def documents_of(scene: Scene) -> dict[str, bytes]:
     """Return a valid document of Mallory's for every kind of gathering."""
     moments = (messages.ChannelMoments(count=5, mean=1.0, m2=2.0),)
-    coarse = messages.CoarseSummary(spacings=((1.0, 1.0, 1.0),) * 3, shapes=((8, 8, 8),) * 3, relative_sizes=(1.0,) * 3,
-                                    moments=moments, promotes_to_float64=False)
+    coarse = messages.CoarseSummary(
+        spacings=((1.0, 1.0, 1.0),) * 3,
+        shapes=((8, 8, 8),) * 3,
+        relative_sizes=(1.0,) * 3,
+        moments=moments,
+        promotes_to_float64=False,
+    )
     histogram = np.zeros(65536, np.int64)
     histogram[40000] = 5
     return {
@@ -330,8 +469,10 @@ def test_mutated_requests_are_refused_and_change_nothing_of_others(scene):
 
     begin = time.perf_counter()
     early, late = asyncio.run(scenario())
-    print(f"{MUTATED} mutated requests in {time.perf_counter() - begin:.1f} s: {dict(sorted(scene.statuses.items()))}; "
-          f"resident {early >> 10} MiB after a fifth, {late >> 10} MiB at the end")
+    print(
+        f"{MUTATED} mutated requests in {time.perf_counter() - begin:.1f} s: {dict(sorted(scene.statuses.items()))}; "
+        f"resident {early >> 10} MiB after a fifth, {late >> 10} MiB at the end"
+    )
     assert scene.statuses[400] > MUTATED / 10 and scene.statuses[200] > MUTATED / 50
     assert late - early < MAX_GROWTH_KIB
 
@@ -341,29 +482,69 @@ SEGMENTS = st.sampled_from((*Mutator.NASTY_SEGMENTS, "v1", "gatherings", "offers
 PATHS = st.one_of(
     st.lists(SEGMENTS, max_size=6).map(lambda parts: "/" + "/".join(parts)),
     st.lists(SEGMENTS, max_size=4).map(lambda parts: "/v1/gatherings/" + "/".join(parts)),
-    st.text(st.characters(codec="latin-1"), max_size=40).map(lambda text: "/v1/gatherings/runs/" + text))
-KNOWN = (("GET", "/v1/settings"), ("GET", "/v1/status"), ("GET", f"/v1/runs/{RUN}"), ("POST", "/v1/join"),
-         ("POST", f"/v1/runs/{RUN}/actions"), ("POST", "/v1/failures"), ("POST", "/v1/members"),
-         ("DELETE", "/v1/members/A"), ("PATCH", "/v1/settings"), ("POST", f"/v1/offers/{round_key(RUN, 0)}"),
-         ("POST", f"/v1/offers/{CENSUS_KEY}"), ("PUT", f"/v1/gatherings/{round_key(RUN, 0)}"),
-         ("PUT", f"/v1/gatherings/{CENSUS_KEY}"), ("PUT", "/v1/gatherings/plans/x"),
-         ("GET", f"/v1/gatherings/{initial_key(RUN)}"), ("GET", f"/v1/gatherings/{round_key(RUN, 0)}"),
-         ("GET", "/metrics"), ("GET", "/v1/overview"),
-         ("GET", f"/v1/runs/{RUN}/curves"), ("POST", "/v1/session"), ("DELETE", "/v1/session"))
-TARGETS = st.one_of(st.sampled_from(KNOWN), st.sampled_from(KNOWN), st.tuples(
-    st.sampled_from(("GET", "PUT", "POST", "DELETE", "PATCH", "HEAD")), PATHS))
+    st.text(st.characters(codec="latin-1"), max_size=40).map(lambda text: "/v1/gatherings/runs/" + text),
+)
+KNOWN = (
+    ("GET", "/v1/settings"),
+    ("GET", "/v1/status"),
+    ("GET", f"/v1/runs/{RUN}"),
+    ("POST", "/v1/join"),
+    ("POST", f"/v1/runs/{RUN}/actions"),
+    ("POST", "/v1/failures"),
+    ("POST", "/v1/members"),
+    ("DELETE", "/v1/members/A"),
+    ("PATCH", "/v1/settings"),
+    ("POST", f"/v1/offers/{round_key(RUN, 0)}"),
+    ("POST", f"/v1/offers/{CENSUS_KEY}"),
+    ("PUT", f"/v1/gatherings/{round_key(RUN, 0)}"),
+    ("PUT", f"/v1/gatherings/{CENSUS_KEY}"),
+    ("PUT", "/v1/gatherings/plans/x"),
+    ("GET", f"/v1/gatherings/{initial_key(RUN)}"),
+    ("GET", f"/v1/gatherings/{round_key(RUN, 0)}"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/overview"),
+    ("GET", f"/v1/runs/{RUN}/curves"),
+    ("POST", "/v1/session"),
+    ("DELETE", "/v1/session"),
+)
+TARGETS = st.one_of(
+    st.sampled_from(KNOWN),
+    st.sampled_from(KNOWN),
+    st.tuples(st.sampled_from(("GET", "PUT", "POST", "DELETE", "PATCH", "HEAD")), PATHS),
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4), max_leaves=12)
-FIELDS = ("digest", "size", "run", "round", "reason", "action", "gathering", "name", "role", "quorum", "invitation",
-          "token", "protocol", "lifetime_s")
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = (
+    "digest",
+    "size",
+    "run",
+    "round",
+    "reason",
+    "action",
+    "gathering",
+    "name",
+    "role",
+    "quorum",
+    "invitation",
+    "token",
+    "protocol",
+    "lifetime_s",
+)
 NAMED = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6)
-BODIES = st.one_of(st.binary(max_size=200), JSON.map(lambda value: json.dumps(value).encode()),
-                   NAMED.map(lambda value: json.dumps(value).encode()),
-                   st.tuples(st.integers(0, 300), NAMED).map(
-                       lambda pair: pair[0].to_bytes(8, "little") + json.dumps(pair[1]).encode()))
-HEADERS = st.dictionaries(st.sampled_from([name for name, _ in Mutator.NASTY_HEADERS]), st.binary(max_size=60),
-                          max_size=4)
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    NAMED.map(lambda value: json.dumps(value).encode()),
+    st.tuples(st.integers(0, 300), NAMED).map(
+        lambda pair: pair[0].to_bytes(8, "little") + json.dumps(pair[1]).encode()
+    ),
+)
+HEADERS = st.dictionaries(
+    st.sampled_from([name for name, _ in Mutator.NASTY_HEADERS]), st.binary(max_size=60), max_size=4
+)
 
 
 def test_generated_requests_are_refused_and_change_nothing_of_others(scene):
@@ -373,8 +554,9 @@ def test_generated_requests_are_refused_and_change_nothing_of_others(scene):
     loop.run_until_complete(scene.prepare())
     before = scene.belongings()
 
-    @settings(max_examples=GENERATED, deadline=None, database=None, derandomize=True,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=GENERATED, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(target=TARGETS, body=BODIES, headers=HEADERS, query=st.binary(max_size=20))
     def ask(target: tuple[str, str], **request: object) -> None:
         request["method"], request["path"] = target
@@ -393,23 +575,31 @@ def test_generated_requests_are_refused_and_change_nothing_of_others(scene):
 def raw_requests(rng: random.Random, token: str) -> list[bytes]:
     """Return requests as bytes, some proper, most not."""
     credential = f"Host: x\r\nAuthorization: Bearer {token}\r\n"
-    proper = [f"GET /v1/settings HTTP/1.1\r\n{credential}\r\n",
-              f"POST /v1/failures HTTP/1.1\r\n{credential}Content-Length: 2\r\n\r\n{{}}",
-              f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\n{credential}Content-Length: 5\r\n"
-              f"X-Content-SHA256: {'0' * 64}\r\n\r\nabcde",
-              f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\n{credential}Transfer-Encoding: chunked\r\n\r\n"
-              "5\r\nabcde\r\n0\r\n\r\n"]
+    proper = [
+        f"GET /v1/settings HTTP/1.1\r\n{credential}\r\n",
+        f"POST /v1/failures HTTP/1.1\r\n{credential}Content-Length: 2\r\n\r\n{{}}",
+        f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\n{credential}Content-Length: 5\r\n"
+        f"X-Content-SHA256: {'0' * 64}\r\n\r\nabcde",
+        f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\n{credential}Transfer-Encoding: chunked\r\n\r\n"
+        "5\r\nabcde\r\n0\r\n\r\n",
+    ]
     join = b"POST /v1/join HTTP/1.1\r\nHost: x\r\n"
-    awful = [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n" * 100,
-             b"\x00" * 500, b"GET / HTTP/9.9\r\n\r\n", b"GET /\r\n\r\n",
-             b"GET " + b"/x" * 20_000 + b" HTTP/1.1\r\n\r\n",
-             b"GET / HTTP/1.1\r\n" + b"A: " + b"b" * 40_000 + b"\r\n\r\n",
-             b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"H%d: x\r\n" % number for number in range(5000)) + b"\r\n",
-             b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-             join + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
-             join + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /",
-             join + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffff\r\n",
-             b"GET /v1/settings HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"]
+    awful = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\r\n" * 100,
+        b"\x00" * 500,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET " + b"/x" * 20_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"A: " + b"b" * 40_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"H%d: x\r\n" % number for number in range(5000)) + b"\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        join + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        join + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /",
+        join + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffff\r\n",
+        b"GET /v1/settings HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ]
     requests = []
     for _ in range(OVER_A_SOCKET):
         if rng.random() < 0.2:
@@ -422,7 +612,7 @@ def raw_requests(rng: random.Random, token: str) -> list[bytes]:
             if action < 0.5:
                 request[place] = rng.randrange(256)
             elif action < 0.75:
-                del request[place:place + rng.randint(1, 4)]
+                del request[place : place + rng.randint(1, 4)]
             else:
                 request[place:place] = rng.choice((b"\r\n", b"\n", b" ", b"\x00", b":", b"\xff", b"\r"))
         requests.append(bytes(request))

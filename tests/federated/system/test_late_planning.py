@@ -1,4 +1,5 @@
 """A site that comes when the others have pooled their fingerprints plans as they have, and says so."""
+
 from __future__ import annotations
 
 import json
@@ -48,8 +49,14 @@ def write_cases(folder: Path, *, num_train: int, seed: int) -> None:
 
 def plan(federation: LocalFederation, site: str, **options) -> str:
     federation.credential(site)
-    return plan_federated(DATASETS[site], mode="ffe", num_processes=1, show_progress_bar=False, **options,
-                          credential_file=federation.coordinator.store.folder / f"credential.{site}.json")
+    return plan_federated(
+        DATASETS[site],
+        mode="ffe",
+        num_processes=1,
+        show_progress_bar=False,
+        **options,
+        credential_file=federation.coordinator.store.folder / f"credential.{site}.json",
+    )
 
 
 def read(roots, site: str, name: str) -> dict:
@@ -78,7 +85,9 @@ def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
     assert read(roots, "C", "dataset_fingerprint.json") == pooled and len(pooled["spacings"]) == 5
     assert len(read(roots, "C", "dataset_fingerprint_local.json")["spacings"]) == 4
     assert {**read(roots, "C", "nnUNetPlans.json"), "dataset_name": ""} == {
-        **read(roots, "A", "nnUNetPlans.json"), "dataset_name": ""}
+        **read(roots, "A", "nnUNetPlans.json"),
+        "dataset_name": "",
+    }
     assert any("site C plans late" in line for line in federation.lines)
     assert any("site C has planned late, and holds the same plans" in line for line in federation.lines)
     recorded = {(event.kind, event.site, event.key) for event in federation.coordinator.store.load_events()}
@@ -104,8 +113,10 @@ def test_a_late_site_that_does_not_fit_is_told_what_differs(federation, roots):
     plan_all(federation, "A", "B")
     federation.coordinator.invite("C", "site", by="boss")
     right = json.loads((roots["nnUNet_raw"] / DATASETS["C"] / "dataset.json").read_text())
-    for changes, complaint in (({"channel_names": {"0": "CT"}}, 'channel_names.0 is "MR" at A, B and "CT" at C'),
-                               ({"labels": {**right["labels"], "other": 9}}, "labels.other is absent .* 9 at C")):
+    for changes, complaint in (
+        ({"channel_names": {"0": "CT"}}, 'channel_names.0 is "MR" at A, B and "CT" at C'),
+        ({"labels": {**right["labels"], "other": 9}}, "labels.other is absent .* 9 at C"),
+    ):
         change_dataset(roots, "C", **{**right, **changes})
         with pytest.raises(RefusedError, match=complaint):
             plan(federation, "C")
@@ -150,13 +161,17 @@ def test_a_site_that_comes_in_between_waits_and_says_for_whom(federation, roots,
 def census_of(roots, site: str, num_cases: int):
     described = json.loads((roots["nnUNet_raw"] / DATASETS[site] / "dataset.json").read_text())
     return make_census(num_cases, labels=described["labels"]).model_copy(
-        update={"channel_names": described["channel_names"]})
+        update={"channel_names": described["channel_names"]}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ who may do what
 def test_nobody_else_is_let_in_by_a_latecomers_door(tmp_path):
-    with served(tmp_path / "federation", make_settings()) as federation, federation.client("A") as a, \
-            federation.client("B") as b:
+    with (
+        served(tmp_path / "federation", make_settings()) as federation,
+        federation.client("A") as a,
+        federation.client("B") as b,
+    ):
         for client in (a, b):
             client.contribute(CENSUS_KEY, make_census())
             client.contribute(plans_key("p"), PlansReport(plans=make_plans()))
@@ -168,8 +183,11 @@ def test_nobody_else_is_let_in_by_a_latecomers_door(tmp_path):
 
 
 def test_a_site_that_was_not_shown_in_reads_nothing_of_the_fingerprint(tmp_path):
-    with served(tmp_path / "federation", make_settings()) as federation, federation.client("A") as a, \
-            federation.client("B") as b:
+    with (
+        served(tmp_path / "federation", make_settings()) as federation,
+        federation.client("A") as a,
+        federation.client("B") as b,
+    ):
         for client in (a, b):
             client.contribute(CENSUS_KEY, make_census())
         wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
@@ -186,8 +204,11 @@ def test_a_site_that_was_not_shown_in_reads_nothing_of_the_fingerprint(tmp_path)
 
 
 def test_plans_cannot_be_compared_before_the_others_have(tmp_path):
-    with served(tmp_path / "federation", make_settings()) as federation, federation.client("A") as a, \
-            pytest.raises(RefusedError, match="cannot begin before plans/p is closed"):
+    with (
+        served(tmp_path / "federation", make_settings()) as federation,
+        federation.client("A") as a,
+        pytest.raises(RefusedError, match="cannot begin before plans/p is closed"),
+    ):
         a.contribute(late_plans_key("p", "A"), PlansReport(plans=make_plans()))
 
 

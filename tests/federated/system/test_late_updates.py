@@ -1,16 +1,9 @@
 """An update that does not count is told to everybody: the site, the operator, the audit log, the figures."""
+
 from __future__ import annotations
 
 import pytest
-from fake_federation import (
-    RUN,
-    in_threads,
-    make_registration,
-    make_settings,
-    make_weights,
-    served,
-    wait_until,
-)
+from fake_federation import RUN, in_threads, make_registration, make_settings, make_weights, served, wait_until
 
 from nnunetv2.federated.coordinator.dashboard.overview import Lookout
 from nnunetv2.federated.coordinator.dashboard.prometheus import encode, figures
@@ -22,6 +15,7 @@ BIG = {"encoder.weight": (256, 128), "head.weight": (64, 256)}  # announced befo
 
 def begin(clients, shapes) -> None:
     """Bring a run of all sites to its first round."""
+
     def take_part(site):
         registration = make_registration(shapes=shapes, aliases={})
         match = clients[site].exchange(registration_key(RUN), registration).message
@@ -70,8 +64,9 @@ def test_an_update_that_is_carried_says_where_it_counts(tmp_path):
         in_threads(lambda: play(clients["A"], 0, shapes), lambda: play(clients["B"], 0, shapes))
         receipt = clients["C"].contribute(round_key(RUN, 0), messages.Update(), make_weights(3, shapes))
         assert receipt.key == round_key(RUN, 1)
-        assert lines[-1] == (f"{round_key(RUN, 0)} was closed before this site's update came: it counts in "
-                             f"{round_key(RUN, 1)}")
+        assert lines[-1] == (
+            f"{round_key(RUN, 0)} was closed before this site's update came: it counts in {round_key(RUN, 1)}"
+        )
         assert federation.coordinator.store.load_events("late") == []
         for client in clients.values():
             client.close()
@@ -88,7 +83,8 @@ def test_a_second_training_with_the_same_credential_is_told_that_it_does_not_cou
             assert second.contribute(round_key(RUN, 0), messages.Update(), make_weights(2, shapes)).already
             assert lines == [
                 f"{round_key(RUN, 0)}: the coordinator holds another contribution of this site, which counts; what was "
-                "sent now is dropped. A second training with this site's credential, or one that was started again"]
+                "sent now is dropped. A second training with this site's credential, or one that was started again"
+            ]
             same = second.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, shapes))
             assert same.waiting_for == ("B",)
             assert len(lines) == 1, "the same once more is no other training"

@@ -2,6 +2,7 @@
 
 NNUNET_FED_MATRIX=full cuts it 10 times for 60 s; without it, the cuts take a second or two.
 """
+
 from __future__ import annotations
 
 import os
@@ -36,8 +37,10 @@ def take_part(client, number: int, pause_s: float) -> str:
 
 def run_all(clients, pause_s: float = 0.0) -> list[object]:
     try:
-        return in_threads(*(lambda c=client, n=number: take_part(c, n, pause_s) for number, client in
-                            enumerate(clients)), timeout_s=CUT_S * 2 * len(CUTS) + PATIENCE_S)
+        return in_threads(
+            *(lambda c=client, n=number: take_part(c, n, pause_s) for number, client in enumerate(clients)),
+            timeout_s=CUT_S * 2 * len(CUTS) + PATIENCE_S,
+        )
     finally:
         for client in clients:
             client.close()
@@ -59,8 +62,14 @@ def test_a_run_survives_ten_cuts_of_every_kind(tmp_path, undisturbed, monkeypatc
     monkeypatch.setattr(client_module, "LONGEST_PAUSE_S", CUT_S / 10)  # be there when the network is good
     with served(tmp_path / "federation", make_settings(sites=SITES, num_epochs=NUM_ROUNDS)) as federation:
         network = BadNetwork(int(federation.url.rpartition(":")[2]), seed=3)
-        clients = [make_client(replace(federation.credential(site), url=f"http://127.0.0.1:{network.port}"),
-                               give_up_after_s=600.0, timeout_s=30.0 if FULL else 1.5) for site in SITES]
+        clients = [
+            make_client(
+                replace(federation.credential(site), url=f"http://127.0.0.1:{network.port}"),
+                give_up_after_s=600.0,
+                timeout_s=30.0 if FULL else 1.5,
+            )
+            for site in SITES
+        ]
         digests: list[object] = []
         sites = threading.Thread(target=lambda: digests.extend(run_all(clients, pause_s=PAUSE_S)), daemon=True)
         sites.start()

@@ -3,6 +3,7 @@
 The quick tests stay on loopback: the proxy alone knows what the coordinator's name means. The slow ones give every
 site, the proxy and the coordinator a network namespace of its own, without a route between sites and coordinator.
 """
+
 from __future__ import annotations
 
 import os
@@ -42,8 +43,10 @@ NAME = "coordinator.test"
 """Nobody has this name: only the proxy of the quick tests knows what it means."""
 NUM_ROUNDS = 2
 
-needs_nginx = pytest.mark.skipif(shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None,
-                                 reason="nginx is not installed (apt-get install nginx-light)")
+needs_nginx = pytest.mark.skipif(
+    shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None,
+    reason="nginx is not installed (apt-get install nginx-light)",
+)
 
 
 def with_proxy(sites: Sequence[LocalSite], address: str) -> list[LocalSite]:
@@ -63,8 +66,13 @@ class Ground:
 
     def start(self, place: str, *command: str) -> RunningProcess:
         """Start a command."""
-        return RunningProcess(place, [*self.prefix(place), *command], log_file=self.folder / "logs" / f"{place}.log",
-                              environment={**os.environ, "PYTHONUNBUFFERED": "1"}, show=self.lines.append)
+        return RunningProcess(
+            place,
+            [*self.prefix(place), *command],
+            log_file=self.folder / "logs" / f"{place}.log",
+            environment={**os.environ, "PYTHONUNBUFFERED": "1"},
+            show=self.lines.append,
+        )
 
     @contextmanager
     def running(self, place: str, *command: str) -> Iterator[RunningProcess]:
@@ -75,9 +83,11 @@ class Ground:
         finally:
             process.stop()
 
-    def everywhere(self, sites: Sequence[LocalSite], command_of: Callable[[LocalSite], Sequence[str]],
-                   step: str) -> None:
+    def everywhere(
+        self, sites: Sequence[LocalSite], command_of: Callable[[LocalSite], Sequence[str]], step: str
+    ) -> None:
         """Run one command per site, at the same time."""
+
         def command(site: LocalSite) -> list[str]:
             program, *arguments = command_of(site)
             return [*self.prefix(site.name), find_command(program), *arguments]
@@ -88,18 +98,29 @@ class Ground:
     def proxy(self, host: str, *options: str) -> Iterator[int]:
         """Run the outbound proxy and yield its port."""
         log = str(self.folder / "proxy.txt")
-        with self.running("edge", sys.executable, str(HERE / "connect_proxy.py"), "--host", host, "--log", log,
-                          *options):
+        with self.running(
+            "edge", sys.executable, str(HERE / "connect_proxy.py"), "--host", host, "--log", log, *options
+        ):
             found: list[str] = []
-            wait_until(lambda: found.extend(m[1] for line in self.lines if (m := re.fullmatch(r"\[edge\] (\d+)", line)))
-                       or found)
+            wait_until(
+                lambda: (
+                    found.extend(m[1] for line in self.lines if (m := re.fullmatch(r"\[edge\] (\d+)", line))) or found
+                )
+            )
             yield int(found[0])
 
     @contextmanager
     def coordinator(self, sites: Sequence[LocalSite], *options: str, folder: str = "coordinator") -> Iterator[None]:
         """Run a coordinator until the block is left."""
-        with self.running("centre", find_command("nnUNetv2_fed_coordinator"), "--folder", str(self.folder / folder),
-                          "--sites", *[site.name for site in sites], *options) as process:
+        with self.running(
+            "centre",
+            find_command("nnUNetv2_fed_coordinator"),
+            "--folder",
+            str(self.folder / folder),
+            "--sites",
+            *[site.name for site in sites],
+            *options,
+        ) as process:
             wait_until_served(process, self.folder / folder / "coordinator.json", self.lines)
             yield
 
@@ -118,10 +139,14 @@ class Ground:
         server = server.replace("#private ", "").replace("/var/lib/nnunet-coordinator/federation/tls", str(tls))
         server = server.replace("listen 443", f"listen {address}:{port}").replace(":8750/", f":{backend}/")
         config = self.folder / "nginx.conf"
-        temporary = "".join(f"{kind}_temp_path {self.folder}/nginx-{kind};\n"
-                            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-        config.write_text(f"{'user root;' if os.geteuid() == 0 else ''} daemon off; pid {self.folder}/nginx.pid;\n"
-                          f"error_log stderr; events {{}}\nhttp {{ access_log off;\n{temporary}{server}}}\n")
+        temporary = "".join(
+            f"{kind}_temp_path {self.folder}/nginx-{kind};\n"
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        config.write_text(
+            f"{'user root;' if os.geteuid() == 0 else ''} daemon off; pid {self.folder}/nginx.pid;\n"
+            f"error_log stderr; events {{}}\nhttp {{ access_log off;\n{temporary}{server}}}\n"
+        )
         with self.running("centre", find_nginx(), "-c", str(config), "-e", "stderr"):
             wait_until(lambda: (self.folder / "nginx.pid").exists())
             yield
@@ -137,17 +162,21 @@ def find_nginx() -> str:
 
 def fake_training(site: LocalSite) -> list[str]:
     """Return a command that trains a few numbers as a site."""
-    code = (f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
-            f"with f.make_client(f.load_credential()) as client:\n"
-            f"    print('digest', f.train(client, seed={len(site.name)}, num_rounds={NUM_ROUNDS}))\n")
+    code = (
+        f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
+        f"with f.make_client(f.load_credential()) as client:\n"
+        f"    print('digest', f.train(client, seed={len(site.name)}, num_rounds={NUM_ROUNDS}))\n"
+    )
     return [sys.executable, "-c", code]
 
 
 def question(site: LocalSite) -> list[str]:
     """Return a command that asks the coordinator something."""
-    code = (f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
-            "with f.make_client(f.load_credential(), give_up_after_s=1) as client:\n"
-            "    print(client.settings().federation)\n")
+    code = (
+        f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
+        "with f.make_client(f.load_credential(), give_up_after_s=1) as client:\n"
+        "    print(client.settings().federation)\n"
+    )
     return [sys.executable, "-c", code]
 
 
@@ -164,8 +193,9 @@ def test_sites_behind_a_proxy_train_over_tls_with_the_pinned_authority(tmp_path)
     ground, port = Ground(tmp_path), free_port()
     with ground.proxy("127.0.0.1", "--place", f"{NAME}:{port}", f"127.0.0.1:{port}") as proxy:
         sites = with_proxy(bare_sites(tmp_path), f"http://127.0.0.1:{proxy}")
-        with ground.coordinator(sites, "--tls", "--port", str(port), "--url", f"https://{NAME}:{port}",
-                                "--epochs", str(NUM_ROUNDS)):
+        with ground.coordinator(
+            sites, "--tls", "--port", str(port), "--url", f"https://{NAME}:{port}", "--epochs", str(NUM_ROUNDS)
+        ):
             ground.join(sites)
             ground.everywhere(sites, fake_training, "train")
     assert len(digests(ground)) == 1
@@ -181,16 +211,21 @@ def test_the_example_for_nginx_serves_a_federation_under_a_path_prefix(tmp_path)
     with ExitStack() as stack:
         proxy = stack.enter_context(ground.proxy("127.0.0.1", "--place", f"{NAME}:443", f"127.0.0.1:{front}"))
         sites = with_proxy(bare_sites(tmp_path), f"http://127.0.0.1:{proxy}")
-        stack.enter_context(ground.coordinator(sites, "--tls", "--port", str(port), "--url",
-                                               f"https://{NAME}/federation", "--epochs", str(NUM_ROUNDS)))
+        stack.enter_context(
+            ground.coordinator(
+                sites, "--tls", "--port", str(port), "--url", f"https://{NAME}/federation", "--epochs", str(NUM_ROUNDS)
+            )
+        )
         stack.enter_context(ground.nginx(port=front, address="127.0.0.1", backend=port))
         ground.join(sites)
         ground.everywhere(sites, fake_training, "train")
         authority = tmp_path / "coordinator" / "tls" / "ca.pem"
         page = request(authority, front, "GET /federation/")
         figures = request(authority, front, "GET /federation/metrics")
-        guesses = [request(authority, front, "POST /federation/v1/session", '{"token": "eve.0123456789abcdef"}')
-                   for _ in range(11)]
+        guesses = [
+            request(authority, front, "POST /federation/v1/session", '{"token": "eve.0123456789abcdef"}')
+            for _ in range(11)
+        ]
     assert len(digests(ground)) == 1
     assert ground.connections() == {f"CONNECT {NAME}:443"}
     assert "Strict-Transport-Security" in page and "<!doctype html>" in page.lower()
@@ -204,10 +239,16 @@ def request(authority: Path, port: int, what: str, body: str = "") -> str:
     import ssl
 
     context = ssl.create_default_context(cafile=str(authority))
-    with socket.create_connection(("127.0.0.1", port), 10) as plain, \
-            context.wrap_socket(plain, server_hostname=NAME) as secure:
-        secure.sendall((f"{what} HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\nX-Forwarded-For: 198.51.100.7\r\n"
-                        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode())
+    with (
+        socket.create_connection(("127.0.0.1", port), 10) as plain,
+        context.wrap_socket(plain, server_hostname=NAME) as secure,
+    ):
+        secure.sendall(
+            (
+                f"{what} HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\nX-Forwarded-For: 198.51.100.7\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+            ).encode()
+        )
         return b"".join(iter(lambda: secure.recv(1 << 16), b"")).decode()
 
 
@@ -239,14 +280,21 @@ def test_whoever_has_taken_the_address_of_the_coordinator_is_refused(tmp_path):
         with pytest.raises(SimulationError, match="is not the coordinator of the invitation"):
             ground.everywhere(sites[1:], lambda site: ["nnUNetv2_fed_join", invitations[site.name]], "join")
         assert not sites[1].credential.exists()
-    with Ground(tmp_path).coordinator(sites, "--port", str(port), folder="plain"), \
-            pytest.raises(SimulationError, match="the encrypted connection to the coordinator broke"):
+    with (
+        Ground(tmp_path).coordinator(sites, "--port", str(port), folder="plain"),
+        pytest.raises(SimulationError, match="the encrypted connection to the coordinator broke"),
+    ):
         ground.everywhere(sites[:1], question, "ask")
 
 
-@pytest.mark.parametrize(("answer", "words"), [
-    ("407 Proxy Authentication Required", "tunnel connection failed: 407 proxy authentication required"),
-    ("403 Forbidden", "tunnel connection failed: 403 forbidden"), (None, "connection refused")])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("407 Proxy Authentication Required", "tunnel connection failed: 407 proxy authentication required"),
+        ("403 Forbidden", "tunnel connection failed: 403 forbidden"),
+        (None, "connection refused"),
+    ],
+)
 def test_a_proxy_that_lets_nobody_out_is_named_as_what_is_wrong(answer, words, monkeypatch):
     proxy = socket.create_server(("127.0.0.1", 0))
     for name in ("HTTPS_PROXY", "https_proxy"):
@@ -257,8 +305,10 @@ def test_a_proxy_that_lets_nobody_out_is_named_as_what_is_wrong(answer, words, m
     thread.start()
     try:
         credential = SiteCredential(f"https://{NAME}", "test", "north", "north.0123456789abcdef")
-        with make_client(credential, give_up_after_s=0.1) as client, \
-                pytest.raises(CoordinatorUnreachable, match=f"HTTPS_PROXY does not lead .*{words}"):
+        with (
+            make_client(credential, give_up_after_s=0.1) as client,
+            pytest.raises(CoordinatorUnreachable, match=f"HTTPS_PROXY does not lead .*{words}"),
+        ):
             client.settings()
     finally:
         with suppress(OSError):
@@ -299,8 +349,20 @@ def namespaces() -> Iterator[Callable[[str], list[str]]]:
             run_ip("netns", "add", name)
             run_ip("-n", name, "link", "set", "lo", "up")
         for place, number in PLACES.items():
-            run_ip("-n", name_of["edge"], "link", "add", f"to-{place}", "type", "veth", "peer", "name", "outside",
-                   "netns", name_of[place])
+            run_ip(
+                "-n",
+                name_of["edge"],
+                "link",
+                "add",
+                f"to-{place}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "outside",
+                "netns",
+                name_of[place],
+            )
             for name, device, host in ((name_of["edge"], f"to-{place}", 1), (name_of[place], "outside", 2)):
                 run_ip("-n", name, "address", "add", f"10.77.{number}.{host}/24", "dev", device)
                 run_ip("-n", name, "link", "set", device, "up")
@@ -329,8 +391,7 @@ def ground(tmp_path):
 def test_hospitals_plan_train_and_predict_through_their_proxy(ground, front):
     address = f"10.77.{PLACES['centre']}.2"
     options = ["--epochs", str(NUM_ROUNDS), "--iterations", "2", "--val-iterations", "1"]
-    place = {"coordinator": ["--host", address],
-             "nginx": ["--tls", "--url", f"https://{address}/federation"]}[front]
+    place = {"coordinator": ["--host", address], "nginx": ["--tls", "--url", f"https://{address}/federation"]}[front]
     sites = make_sites(ground.folder)
     with ExitStack() as stack:
         stack.enter_context(ground.proxy("0.0.0.0", "--port", str(PROXY_PORT)))
@@ -355,8 +416,27 @@ def test_hospitals_plan_train_and_predict_through_their_proxy(ground, front):
 
 def predict_command(site: LocalSite, output: Path) -> list[str]:
     images = Path(site.environment["nnUNet_raw"]) / f"Dataset{site.dataset}_Phantom" / "imagesTs"
-    return ["nnUNetv2_predict", "-d", site.dataset, "-c", CONFIGURATION, "-f", "0", "-tr", "nnUNetTrainerAsymFedAvg",
-            "-i", str(images), "-o", str(output), "-device", "cpu", "-npp", "1", "-nps", "1"]
+    return [
+        "nnUNetv2_predict",
+        "-d",
+        site.dataset,
+        "-c",
+        CONFIGURATION,
+        "-f",
+        "0",
+        "-tr",
+        "nnUNetTrainerAsymFedAvg",
+        "-i",
+        str(images),
+        "-o",
+        str(output),
+        "-device",
+        "cpu",
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+    ]
 
 
 def cannot_do_without_proxy(ground: Ground, site: LocalSite) -> bool:
@@ -373,8 +453,10 @@ def check_impostor(ground: Ground, site: LocalSite, address: str) -> None:
     other = f"https://{address}:8750"
     save_credential(replace(known, url=other), site.credential)
     impostor = Ground(ground.folder, ground.prefix)
-    with impostor.coordinator([site, replace(site, name="south")], "--host", address, folder="impostor"), \
-            pytest.raises(SimulationError, match="the coordinator's certificate is not trusted"):
+    with (
+        impostor.coordinator([site, replace(site, name="south")], "--host", address, folder="impostor"),
+        pytest.raises(SimulationError, match="the coordinator's certificate is not trusted"),
+    ):
         impostor.everywhere([site], question, "impostor")
 
 

@@ -1,4 +1,5 @@
 """The operator's guide on backups, step by step: what sites meet when the coordinator is as it was some rounds ago."""
+
 from __future__ import annotations
 
 import shutil
@@ -6,16 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_federation import (
-    RUN,
-    in_threads,
-    make_client,
-    make_registration,
-    make_settings,
-    make_weights,
-    served,
-    train,
-)
+from fake_federation import RUN, in_threads, make_client, make_registration, make_settings, make_weights, served, train
 
 from nnunetv2.federated.coordinator.storage import backup
 from nnunetv2.federated.errors import FederationError, RefusedError
@@ -40,8 +32,12 @@ def train_until(folder, credentials, num_rounds: int) -> str:
             known = credentials.get(site) or federation.credential(site)
             credentials[site] = replace(known, url=federation.url)
         clients = [make_client(credentials[site]) for site in SITES]
-        digests = in_threads(*[lambda client=client, seed=seed: train(client, seed=seed, num_rounds=num_rounds)
-                               for seed, client in enumerate(clients)])
+        digests = in_threads(
+            *[
+                lambda client=client, seed=seed: train(client, seed=seed, num_rounds=num_rounds)
+                for seed, client in enumerate(clients)
+            ]
+        )
         for client in clients:
             client.close()
     assert len(set(digests)) == 1, digests
@@ -79,8 +75,10 @@ def test_sites_that_are_ahead_of_a_restored_federation_are_told_so_and_can_begin
     train_until(folder, credentials, 5)
     shutil.rmtree(folder)
     kept.rename(folder)
-    with served(folder, make_settings()) as federation, \
-            make_client(replace(credentials["A"], url=federation.url)) as client:
+    with (
+        served(folder, make_settings()) as federation,
+        make_client(replace(credentials["A"], url=federation.url)) as client,
+    ):
         with pytest.raises(RefusedError, match="cannot begin before"):
             client.exchange(round_key(RUN, 5), messages.Update(), make_weights(0))
         session = RunSession(client, site="A", run=RUN)

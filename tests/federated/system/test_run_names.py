@@ -1,4 +1,5 @@
 """A federation trains one configuration with several plans: the first have the plain name, the next their own."""
+
 from __future__ import annotations
 
 import pytest
@@ -73,6 +74,7 @@ def test_networks_planned_apart_still_meet_in_one_run(tmp_path):
 
 def test_where_plans_have_to_be_equal_the_correction_meets_the_others_in_the_same_run(tmp_path):
     with served(tmp_path / "federation", make_settings(num_epochs=1)) as federation:
+
         def wrong(site, name):
             with pytest.raises(RefusedError, match="the plans differ: plans.plans_name is not the same at A and at B"):
                 train_through(federation, site, name, equal=True)
@@ -81,8 +83,10 @@ def test_where_plans_have_to_be_equal_the_correction_meets_the_others_in_the_sam
         with federation.client("A") as client:
             assert client.run_state(RUN, plans=OTHER).run == RUN
             client.contribute(registration_key(RUN), registration(OTHER, equal=True))
-        names = in_threads(lambda: train_through(federation, "A", OTHER, num_rounds=1, equal=True),
-                           lambda: train_through(federation, "B", OTHER, num_rounds=1, equal=True))
+        names = in_threads(
+            lambda: train_through(federation, "A", OTHER, num_rounds=1, equal=True),
+            lambda: train_through(federation, "B", OTHER, num_rounds=1, equal=True),
+        )
         assert names == [RUN, RUN]
 
 
@@ -144,6 +148,7 @@ def test_what_a_site_has_changed_since_it_registered_is_named(tmp_path):
 def test_what_a_site_has_changed_since_it_planned_is_named(tmp_path):
     census = messages.Census(num_cases=5, channel_names={"0": "CT"}, labels={"background": 0, "liver": 1})
     with served(tmp_path / "federation", make_settings()) as federation:
+
         def plan(site):
             with federation.client(site) as client:
                 client.exchange(CENSUS_KEY, census)
@@ -164,11 +169,16 @@ def with_weights(digest):
     return registration().model_copy(update={"pretrained_weights": digest and digest * 64})
 
 
-@pytest.mark.parametrize(("first", "second", "said"), [
-    ("1", None, r"\(A: SHA-256 111111111111...; B: none\)"),
-    ("1", "2", r"\(A: SHA-256 111111111111...; B: SHA-256 222222222222...\)")])
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("1", None, r"\(A: SHA-256 111111111111...; B: none\)"),
+        ("1", "2", r"\(A: SHA-256 111111111111...; B: SHA-256 222222222222...\)"),
+    ],
+)
 def test_sites_start_from_the_same_pretrained_weights_or_not_at_all(tmp_path, first, second, said):
     with served(tmp_path / "federation", make_settings(num_epochs=1)) as federation:
+
         def register(site, message):
             with federation.client(site) as client, pytest.raises(RefusedError, match=said) as info:
                 client.exchange(registration_key(RUN), message)
@@ -184,6 +194,7 @@ def test_sites_start_from_the_same_pretrained_weights_or_not_at_all(tmp_path, fi
 
 def test_a_training_that_goes_on_needs_no_pretrained_weights_any_more(tmp_path):
     with served(tmp_path / "federation", make_settings(num_epochs=2)) as federation:
+
         def start(site):
             with federation.client(site) as client:
                 session = RunSession(client, site=site, run=RUN)

@@ -1,4 +1,5 @@
 """No text of another site, or of a coordinator, commands the terminal of whoever looks at the federation."""
+
 from __future__ import annotations
 
 import argparse
@@ -27,13 +28,16 @@ from nnunetv2.utilities.command_line import run_command
 
 def is_harmless(text: str) -> bool:
     """Tell whether a text, but for its line breaks, has no character that commands a terminal or is not seen."""
-    return all(one == "\n" or unicodedata.category(one)[0] != "C" and unicodedata.category(one) not in ("Zl", "Zp")
-               for one in text)
+    return all(
+        one == "\n" or unicodedata.category(one)[0] != "C" and unicodedata.category(one) not in ("Zl", "Zp")
+        for one in text
+    )
 
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
     """Run a command as its console script does, and return all that it shows."""
+
     def run(function, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["nnUNetv2_command", *arguments])
         try:
@@ -43,6 +47,7 @@ def shown(monkeypatch, capsys):
         text = "".join(capsys.readouterr())
         assert text and is_harmless(text), ascii(text)
         return text
+
     return run
 
 
@@ -55,8 +60,9 @@ def refused(tmp_path):
         odd_labels = {**LABELS, ESCAPES: 2}
         with federation.client("A") as a, federation.client("M") as m:
             for key, ours, theirs in (
-                    (plans_key("p"), messages.PlansReport(plans=make_plans()), messages.PlansReport(plans=odd_plans)),
-                    (CENSUS_KEY, make_census(), make_census(labels=odd_labels))):
+                (plans_key("p"), messages.PlansReport(plans=make_plans()), messages.PlansReport(plans=odd_plans)),
+                (CENSUS_KEY, make_census(), make_census(labels=odd_labels)),
+            ):
                 a.contribute(key, ours)
                 m.contribute(key, theirs)
             m.report_failure(RUN, None, ESCAPES)
@@ -104,8 +110,10 @@ def test_what_a_coordinator_says_and_keeps_is_harmless(refused):
 def test_a_difference_between_sites_is_printable_short_and_readable():
     found = first_difference({"A": {}, "B": {ESCAPES: [ESCAPES]}}, "plans")
     assert is_harmless(found) and "\n" not in found and r"plans.\x1b]0;owned\x07" in found
-    assert first_difference({"A": {"Läsion": "größer"}, "B": {"Läsion": "肝"}}, "labels") == \
-        'labels.Läsion is "größer" at A and "肝" at B'
+    assert (
+        first_difference({"A": {"Läsion": "größer"}, "B": {"Läsion": "肝"}}, "labels")
+        == 'labels.Läsion is "größer" at A and "肝" at B'
+    )
     long = first_difference({"A": 1, "B": {"x" * 10**6: {"y" * 10**6: 1}}}, "plans")
     assert len(long) < 500
     deep_a, deep_b = 1, 2
@@ -120,8 +128,10 @@ def test_equal_values_are_no_difference_however_they_are_written():
 
 def test_what_is_not_valid_is_told_without_the_words_of_the_sender():
     with pytest.raises(FederationError) as caught:
-        decode_json(messages.Census, json.dumps({"num_cases": 1, "channel_names": {"0": "CT"},
-                                                 "labels": {ESCAPES: "x"}}).encode())
+        decode_json(
+            messages.Census,
+            json.dumps({"num_cases": 1, "channel_names": {"0": "CT"}, "labels": {ESCAPES: "x"}}).encode(),
+        )
     assert is_harmless(str(caught.value)) and len(str(caught.value)) <= 500
 
 
@@ -136,6 +146,7 @@ def test_texts_of_answers_are_printable_once_they_are_read_and_fit_when_they_are
 @pytest.fixture
 def hostile_text(tmp_path, monkeypatch):
     """Serve answers, and let commands be those of a site that has joined there."""
+
     def serve(answer):
         federation = hostile(answer)
         credential = federation.__enter__()
@@ -153,10 +164,16 @@ def hostile_text(tmp_path, monkeypatch):
         federation.__exit__(None, None, None)
 
 
-COMMANDS = {"status": (status.main, []), "leave": (status.leave, ["RUN"]), "pause": (admin.main, ["pause", "RUN"]),
-            "invite": (admin.main, ["invite", "NAME"]), "settings": (admin.main, ["settings"]),
-            "revoke": (admin.main, ["revoke", "NAME"]), "fetch": (fetch_model.main, ["RUN"]),
-            "fetch any": (fetch_model.main, [])}
+COMMANDS = {
+    "status": (status.main, []),
+    "leave": (status.leave, ["RUN"]),
+    "pause": (admin.main, ["pause", "RUN"]),
+    "invite": (admin.main, ["invite", "NAME"]),
+    "settings": (admin.main, ["settings"]),
+    "revoke": (admin.main, ["revoke", "NAME"]),
+    "fetch": (fetch_model.main, ["RUN"]),
+    "fetch any": (fetch_model.main, []),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -168,8 +185,11 @@ def test_no_refusal_commands_the_terminal_of_a_command(command, kind, hostile_te
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return
-        body = {"problem": json.dumps({"code": "forbidden", "message": ESCAPES, "remedy": ESCAPES}),
-                "page": f"<html>{ESCAPES}</html>", "junk": json.dumps({ESCAPES: [ESCAPES]})}[kind]
+        body = {
+            "problem": json.dumps({"code": "forbidden", "message": ESCAPES, "remedy": ESCAPES}),
+            "page": f"<html>{ESCAPES}</html>",
+            "junk": json.dumps({ESCAPES: [ESCAPES]}),
+        }[kind]
         send(handler, body.encode(), 200 if kind == "junk" else 403)
 
     hostile_text(answer)
@@ -178,30 +198,42 @@ def test_no_refusal_commands_the_terminal_of_a_command(command, kind, hostile_te
     assert "error: " in text or (command, kind) == ("revoke", "junk")  # its answer has no body
 
 
-STATUS = {"federation": ESCAPES, "sites": [], "runs": [{"run": ESCAPES, "closed": True}, {"run": f"2{ESCAPES}",
-          "closed": True}], "progress": [{"run": ESCAPES}, {"run": f"2{ESCAPES}"}],
-          "waiting": [{"key": ESCAPES, "contributed": [], "waiting_for": [], "opened": 1.0, "refusal": ESCAPES}],
-          "failures": [{"site": "A", "run": ESCAPES, "round": 1, "reason": ESCAPES, "time": 1.0}]}
+STATUS = {
+    "federation": ESCAPES,
+    "sites": [],
+    "runs": [{"run": ESCAPES, "closed": True}, {"run": f"2{ESCAPES}", "closed": True}],
+    "progress": [{"run": ESCAPES}, {"run": f"2{ESCAPES}"}],
+    "waiting": [{"key": ESCAPES, "contributed": [], "waiting_for": [], "opened": 1.0, "refusal": ESCAPES}],
+    "failures": [{"site": "A", "run": ESCAPES, "round": 1, "reason": ESCAPES, "time": 1.0}],
+}
 
 
-@pytest.mark.parametrize(("function", "arguments", "body"), [
-    (status.main, [], STATUS), (status.main, ["--json"], STATUS), (fetch_model.main, [], STATUS),
-    (admin.main, ["stop", "RUN"], {"run": ESCAPES}),
-    (admin.main, ["settings"], {"federation": ESCAPES, "sites": ["A", "B"]}),
-    (admin.main, ["invite", "NAME"], {"name": "NAME", "role": "site", "invitation": ESCAPES, "expires": 1.0}),
-], ids=lambda value: value if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("function", "arguments", "body"),
+    [
+        (status.main, [], STATUS),
+        (status.main, ["--json"], STATUS),
+        (fetch_model.main, [], STATUS),
+        (admin.main, ["stop", "RUN"], {"run": ESCAPES}),
+        (admin.main, ["settings"], {"federation": ESCAPES, "sites": ["A", "B"]}),
+        (admin.main, ["invite", "NAME"], {"name": "NAME", "role": "site", "invitation": ESCAPES, "expires": 1.0}),
+    ],
+    ids=lambda value: value if isinstance(value, list) else "",
+)
 def test_no_good_answer_commands_the_terminal_of_a_command(function, arguments, body, hostile_text, shown):
     outlooks = {"runs": [{"run": ESCAPES, "obstacle": ESCAPES}]}
-    hostile_text(lambda handler: send(handler, json.dumps(
-        outlooks if handler.path.endswith("/outlooks") else body).encode()))
+    hostile_text(
+        lambda handler: send(handler, json.dumps(outlooks if handler.path.endswith("/outlooks") else body).encode())
+    )
     text = shown(function, *arguments)
     assert r"\x1b" in text or r"\u001b" in text
 
 
 def test_a_join_shows_the_names_of_a_federation_without_commands(hostile_text, shown, tmp_path, monkeypatch):
     settings = {"federation": ESCAPES, "sites": ["A", "B"]}
-    credential = hostile_text(lambda handler: send(handler, json.dumps(
-        {"federation": ESCAPES, "site": "A", "settings": settings}).encode()))
+    credential = hostile_text(
+        lambda handler: send(handler, json.dumps({"federation": ESCAPES, "site": "A", "settings": settings}).encode())
+    )
     monkeypatch.setenv("nnUNet_fed_site", str(tmp_path / "new" / "site.json"))
     invitation = encode_invitation(Invitation(credential.url, ESCAPES, "A", "s" * 20))
     assert r"has joined \x1b]0;owned" in shown(credential_module.main, invitation)
@@ -212,8 +244,11 @@ def test_a_line_of_progress_is_one_printable_line(hostile_text):
 
     def answer(handler):
         asked.append(handler.path)
-        body = {"code": "coordinator_trouble", "message": f"one\n{ESCAPES}"} if len(asked) < 3 else \
-            {"federation": "f", "sites": ["A", "B"]}
+        body = (
+            {"code": "coordinator_trouble", "message": f"one\n{ESCAPES}"}
+            if len(asked) < 3
+            else {"federation": "f", "sites": ["A", "B"]}
+        )
         send(handler, json.dumps(body).encode(), 503 if len(asked) < 3 else 200)
 
     lines: list[str] = []
@@ -234,10 +269,16 @@ def parse_prediction(line: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-@pytest.mark.parametrize(("dataset", "trainer", "configuration", "fold"), [
-    ("Dataset001_x -c 2d; touch pwned #", "T", "2d", "0"), ("Dataset001_$(touch pwned)", "T", "`id`", "0"),
-    ("Dataset001_'x", "-o", "--help", "-1"), ("Dataset001_A", "a\nb", "2d", "0 1 -o x"),
-    ("Dataset001_A", "T", "2d", "0")])
+@pytest.mark.parametrize(
+    ("dataset", "trainer", "configuration", "fold"),
+    [
+        ("Dataset001_x -c 2d; touch pwned #", "T", "2d", "0"),
+        ("Dataset001_$(touch pwned)", "T", "`id`", "0"),
+        ("Dataset001_'x", "-o", "--help", "-1"),
+        ("Dataset001_A", "a\nb", "2d", "0 1 -o x"),
+        ("Dataset001_A", "T", "2d", "0"),
+    ],
+)
 def test_commands_to_type_keep_names_of_a_zip_in_their_places(dataset, trainer, configuration, fold, tmp_path):
     with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
         archive.writestr(f"{dataset}/{trainer}__P__{configuration}/fold_{fold}/checkpoint_final.pth", b"x")
@@ -256,11 +297,18 @@ def zip_of(*names: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [
-    zip_of("Dataset001_A/T__P__2d\x1b[2K/fold_0/checkpoint_final.pth"), zip_of("../../evil.pth"),
-    zip_of("/etc/evil.pth"), zip_of("Dataset001_A/run.sh"), zip_of("evil/T__P__2d/fold_0/checkpoint_final.pth"),
-    b"no zip file",
-], ids=["unseen", "outside", "absolute", "script", "no dataset", "no zip"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        zip_of("Dataset001_A/T__P__2d\x1b[2K/fold_0/checkpoint_final.pth"),
+        zip_of("../../evil.pth"),
+        zip_of("/etc/evil.pth"),
+        zip_of("Dataset001_A/run.sh"),
+        zip_of("evil/T__P__2d/fold_0/checkpoint_final.pth"),
+        b"no zip file",
+    ],
+    ids=["unseen", "outside", "absolute", "script", "no dataset", "no zip"],
+)
 def test_a_model_that_is_none_is_refused_although_nobody_installs_it(content, hostile_text, shown, tmp_path):
     hostile_text(lambda handler: send(handler, content))
     text = shown(fetch_model.main, "RUN")

@@ -1,4 +1,5 @@
 """What a stranger with many silent connections can take from members: nothing. And what is left of it at the end."""
+
 import socket
 import sqlite3
 import ssl
@@ -41,15 +42,19 @@ def end_of(answer: bytes) -> bool:
     return b"\r\n\r\n" in answer and answer.endswith(b"}")
 
 
-@pytest.mark.parametrize("request_lines", [b"GET /v1/settings HTTP/1.1\r\nHost: x\r\nConnection: close",
-                                           b"GET /v1/settings HTTP/1.0", b"this is no HTTP"])
+@pytest.mark.parametrize(
+    "request_lines",
+    [b"GET /v1/settings HTTP/1.1\r\nHost: x\r\nConnection: close", b"GET /v1/settings HTTP/1.0", b"this is no HTTP"],
+)
 def test_a_stop_is_orderly_though_clients_keep_closed_tls_connections_open(tmp_path, request_lines):
     """With TLS, both sides agree to the end of a connection. One that never does must not keep the other from it."""
     with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls") as process:
         credential = process.credentials()["A"]
         context = ssl.create_default_context(cafile=credential.authority)
-        with (socket.create_connection(("127.0.0.1", process.port), timeout=30) as plain,
-              context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=True) as connection):
+        with (
+            socket.create_connection(("127.0.0.1", process.port), timeout=30) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=True) as connection,
+        ):
             connection.sendall(request_lines + f"\r\nAuthorization: Bearer {credential.token}\r\n\r\n".encode())
             answer = b""
             while not end_of(answer):  # reading on, this side would take part in the end

@@ -1,4 +1,5 @@
 """Workers that draw batches."""
+
 from __future__ import annotations
 
 import faulthandler
@@ -28,8 +29,12 @@ class Draws:
     def __next__(self) -> dict:
         time.sleep(0.005)  # so that every worker gets a turn
         draws = [np.random.uniform(), torch.rand(1).item(), random.random()]
-        return {"draws": torch.tensor(draws, dtype=torch.float64), "worker": os.getpid(),
-                "threads": torch.get_num_threads(), "target": [torch.zeros(2), torch.zeros(1)]}
+        return {
+            "draws": torch.tensor(draws, dtype=torch.float64),
+            "worker": os.getpid(),
+            "threads": torch.get_num_threads(),
+            "target": [torch.zeros(2), torch.zeros(1)],
+        }
 
 
 class Fails:

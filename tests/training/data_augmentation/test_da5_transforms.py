@@ -1,4 +1,5 @@
 """The strong augmentation: its parts, its draws, and what comes out."""
+
 from __future__ import annotations
 
 import pickle
@@ -30,13 +31,24 @@ def parts(pipeline, kind):
     return [transform for transform in inner if isinstance(transform, kind)]
 
 
-@pytest.mark.parametrize(("patch", "axes"), [
-    ((12, 12, 12), {0, 1, 2}), ((6, 12, 12), {1, 2}), ((12, 10, 12), {0, 2}), ((8, 10, 12), None), ((12, 12), {0, 1}),
-    ((12, 10), None)])
+@pytest.mark.parametrize(
+    ("patch", "axes"),
+    [
+        ((12, 12, 12), {0, 1, 2}),
+        ((6, 12, 12), {1, 2}),
+        ((12, 10, 12), {0, 2}),
+        ((8, 10, 12), None),
+        ((12, 12), {0, 1}),
+        ((12, 10), None),
+    ],
+)
 def test_only_axes_of_the_commonest_length_are_exchanged(patch, axes):
     pipeline = build(patch)
-    found = [transform.allowed_axes for kind in (Rot90Transform, TransposeAxesTransform)
-             for transform in parts(pipeline, kind)]
+    found = [
+        transform.allowed_axes
+        for kind in (Rot90Transform, TransposeAxesTransform)
+        for transform in parts(pipeline, kind)
+    ]
     assert found == ([] if axes is None else [axes, axes])
 
 

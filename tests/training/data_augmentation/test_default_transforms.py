@@ -1,4 +1,5 @@
 """The default augmentation: which transforms, in which order, and what becomes of the labels."""
+
 from __future__ import annotations
 
 import pickle
@@ -68,8 +69,13 @@ def names(transforms) -> list[str]:
 
 
 INTENSITY = [
-    "GaussianNoiseTransform", "GaussianBlurTransform", "MultiplicativeBrightnessTransform", "ContrastTransform",
-    "SimulateLowResolutionTransform", "GammaTransform", "GammaTransform",
+    "GaussianNoiseTransform",
+    "GaussianBlurTransform",
+    "MultiplicativeBrightnessTransform",
+    "ContrastTransform",
+    "SimulateLowResolutionTransform",
+    "GammaTransform",
+    "GammaTransform",
 ]
 
 
@@ -80,7 +86,10 @@ def build(patch=(8, 10, 9), dummy_2d=False, scales=None, mirror_axes=(0, 1, 2), 
 def test_the_plain_pipeline_has_its_order_and_probabilities():
     transforms = build(scales=[[1, 1, 1]])
     assert names(transforms) == [
-        "SpatialTransform", *INTENSITY, "MirrorTransform", "RemoveLabelTransform",
+        "SpatialTransform",
+        *INTENSITY,
+        "MirrorTransform",
+        "RemoveLabelTransform",
         "DownsampleSegForDSTransform",
     ]
     chances = [t.apply_probability for t in transforms.transforms if isinstance(t, RandomTransform)]
@@ -95,14 +104,27 @@ def test_the_plain_pipeline_has_its_order_and_probabilities():
 
 def test_a_full_pipeline_masks_before_it_forgets_the_outside_and_converts_at_the_end():
     transforms = build(
-        dummy_2d=True, mirror_axes=None, use_mask_for_norm=[False, True], is_cascaded=True, foreground_labels=[1, 2],
-        regions=[(1, 2), 2], ignore_label=3, scales=[[1, 1, 1]],
+        dummy_2d=True,
+        mirror_axes=None,
+        use_mask_for_norm=[False, True],
+        is_cascaded=True,
+        foreground_labels=[1, 2],
+        regions=[(1, 2), 2],
+        ignore_label=3,
+        scales=[[1, 1, 1]],
     )
     assert names(transforms) == [
-        "Convert3DTo2DTransform", "SpatialTransform", "Convert2DTo3DTransform", *INTENSITY,
-        "MaskImageTransform", "RemoveLabelTransform", "MoveSegAsOneHotToDataTransform",
-        "ApplyRandomBinaryOperatorTransform", "RemoveRandomConnectedComponentFromOneHotEncodingTransform",
-        "ConvertSegmentationToRegionsTransform", "DownsampleSegForDSTransform",
+        "Convert3DTo2DTransform",
+        "SpatialTransform",
+        "Convert2DTo3DTransform",
+        *INTENSITY,
+        "MaskImageTransform",
+        "RemoveLabelTransform",
+        "MoveSegAsOneHotToDataTransform",
+        "ApplyRandomBinaryOperatorTransform",
+        "RemoveRandomConnectedComponentFromOneHotEncodingTransform",
+        "ConvertSegmentationToRegionsTransform",
+        "DownsampleSegForDSTransform",
     ]
     assert tuple(transforms.transforms[1].patch_size) == (10, 9)
     assert transforms.transforms[10].apply_to_channels == [1]
@@ -126,9 +148,7 @@ def test_augmented_samples_have_the_wanted_shapes(dummy_2d):
     patch = (16, 10, 9) if dummy_2d else (8, 10, 9)
     result = build(patch, dummy_2d=dummy_2d, scales=[[1, 1, 1], [0.5, 0.5, 0.5]])(**sample(channels=2))
     assert result["image"].shape == (2, *patch)
-    assert [tuple(target.shape) for target in result["segmentation"]] == [
-        (1, *patch), (1, patch[0] // 2, 5, 4)
-    ]
+    assert [tuple(target.shape) for target in result["segmentation"]] == [(1, *patch), (1, patch[0] // 2, 5, 4)]
     assert result["segmentation"][0].min() >= 0
 
 

@@ -1,4 +1,5 @@
 """The picture of augmented patches at the start of a training."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -22,8 +23,11 @@ def make_batch(spatial=(6, 20, 18), channels=2, regions=False, deep_supervision=
     target[1, ..., 6:8, 7:9] = 2
     if regions:
         target = torch.cat([target > 0, target == 2], 1)
-    return {"data": data, "target": [target, target[..., ::2]] if deep_supervision else target,
-            "keys": np.array(["empty", "full"])}
+    return {
+        "data": data,
+        "target": [target, target[..., ::2]] if deep_supervision else target,
+        "keys": np.array(["empty", "full"]),
+    }
 
 
 @pytest.mark.parametrize("spatial", [(6, 20, 18), (20, 18)])
@@ -32,8 +36,12 @@ def test_a_picture_is_written(tmp_path, spatial, regions):
     from matplotlib.image import imread
 
     path = tmp_path / "augmentation_examples.png"
-    save_augmentation_examples(path, [make_batch(spatial, regions=regions, deep_supervision=not regions)],
-                               spacing=(3, 1, 1)[-len(spatial):], names={1: "tumour"})
+    save_augmentation_examples(
+        path,
+        [make_batch(spatial, regions=regions, deep_supervision=not regions)],
+        spacing=(3, 1, 1)[-len(spatial) :],
+        names={1: "tumour"},
+    )
     picture = imread(path)
     assert picture.ndim == 3 and picture.std() > 0.05
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

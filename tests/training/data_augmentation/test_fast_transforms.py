@@ -1,4 +1,5 @@
 """The faster transforms give what the library's transforms give, for the same parameters."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -33,8 +34,10 @@ from nnunetv2.training.data_augmentation.targets import (
 
 def make_sample(shape=(9, 14, 12), channels=2, seed=0) -> dict:
     generator = torch.Generator().manual_seed(seed)
-    return {"image": torch.randn((channels, *shape), generator=generator) * 3 + 40,
-            "segmentation": torch.randint(-1, 4, (2, *shape), generator=generator, dtype=torch.int16)}
+    return {
+        "image": torch.randn((channels, *shape), generator=generator) * 3 + 40,
+        "segmentation": torch.randint(-1, 4, (2, *shape), generator=generator, dtype=torch.int16),
+    }
 
 
 def apply_both(theirs, ours, seed=0, **options) -> tuple[dict, dict]:
@@ -49,12 +52,16 @@ def apply_both(theirs, ours, seed=0, **options) -> tuple[dict, dict]:
 @pytest.mark.parametrize("shape", [(9, 14, 12), (14, 12), (4, 30, 6)])
 @pytest.mark.parametrize(("synchronize_channels", "synchronize_axes"), [(False, False), (True, True), (False, True)])
 def test_blur(shape, synchronize_channels, synchronize_axes):
-    options = {"blur_sigma": (0.5, 1.0), "synchronize_channels": synchronize_channels,
-               "synchronize_axes": synchronize_axes,
-               "p_per_channel": 1 if synchronize_channels else 0.5}  # the library fails if it then draws no channel
+    options = {
+        "blur_sigma": (0.5, 1.0),
+        "synchronize_channels": synchronize_channels,
+        "synchronize_axes": synchronize_axes,
+        "p_per_channel": 1 if synchronize_channels else 0.5,
+    }  # the library fails if it then draws no channel
     for seed in range(8):
-        theirs, ours = apply_both(GaussianBlurTransform(**options), SeparableBlurTransform(**options), seed,
-                                  shape=shape, channels=3)
+        theirs, ours = apply_both(
+            GaussianBlurTransform(**options), SeparableBlurTransform(**options), seed, shape=shape, channels=3
+        )
         assert torch.allclose(theirs["image"], ours["image"], atol=2e-5)
 
 
@@ -73,8 +80,13 @@ def test_blur_mirrors_at_the_edges_and_keeps_a_constant():
 @pytest.mark.parametrize(("p_invert", "p_retain"), [(0, 1), (1, 1), (0.5, 0.5)])
 @pytest.mark.parametrize("shape", [(9, 14, 12), (14, 12)])
 def test_gamma(shape, p_invert, p_retain):
-    options = {"gamma": (0.7, 1.5), "p_invert_image": p_invert, "synchronize_channels": False, "p_per_channel": 0.7,
-               "p_retain_stats": p_retain}
+    options = {
+        "gamma": (0.7, 1.5),
+        "p_invert_image": p_invert,
+        "synchronize_channels": False,
+        "p_per_channel": 0.7,
+        "p_retain_stats": p_retain,
+    }
     for seed in range(8):
         theirs, ours = apply_both(GammaTransform(**options), FastGammaTransform(**options), seed, shape=shape)
         assert torch.allclose(theirs["image"], ours["image"], atol=1e-4)  # of values around 40
@@ -82,8 +94,9 @@ def test_gamma(shape, p_invert, p_retain):
 
 @pytest.mark.parametrize("value", [0.0, 7.0])
 def test_gamma_leaves_a_constant_image_as_it_is(value):
-    transform = FastGammaTransform(gamma=1.3, p_invert_image=1, synchronize_channels=False, p_per_channel=1,
-                                   p_retain_stats=1)
+    transform = FastGammaTransform(
+        gamma=1.3, p_invert_image=1, synchronize_channels=False, p_per_channel=1, p_retain_stats=1
+    )
     assert torch.allclose(transform(image=torch.full((1, 4, 4), value))["image"], torch.tensor(value))
 
 
@@ -111,8 +124,11 @@ def test_images_are_masked():
 @pytest.mark.parametrize("dtype", [torch.int16, torch.bool])
 def test_targets_of_all_resolutions(shape, dtype):
     scales = [[1] * len(shape), [1, *[0.5] * (len(shape) - 1)], [0.5] * len(shape), 0.25, [0.3] * len(shape)]
-    scales = [scale for scale in scales if min(round(n * f) for n, f in zip(
-        shape, scale if isinstance(scale, list) else [scale] * len(shape))) > 0]
+    scales = [
+        scale
+        for scale in scales
+        if min(round(n * f) for n, f in zip(shape, scale if isinstance(scale, list) else [scale] * len(shape))) > 0
+    ]
     labels = torch.randint(0, 4, (2, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
     theirs = DownsampleSegForDSTransform(scales)(segmentation=labels)["segmentation"]
     ours = StridedDownsampleTransform(scales)(segmentation=labels)["segmentation"]
@@ -134,8 +150,13 @@ def test_the_nearest_voxels_are_those_of_torch(length, factor):
 
 
 SPATIAL = {
-    "patch_center_dist_from_border": 0, "random_crop": False, "rotation": (-3.1, 3.1), "scaling": (0.5, 1.6),
-    "p_synchronize_scaling_across_axes": 0.5, "border_mode_seg": "constant", "padding_value_seg": -1,
+    "patch_center_dist_from_border": 0,
+    "random_crop": False,
+    "rotation": (-3.1, 3.1),
+    "scaling": (0.5, 1.6),
+    "p_synchronize_scaling_across_axes": 0.5,
+    "border_mode_seg": "constant",
+    "padding_value_seg": -1,
 }
 
 
@@ -144,8 +165,10 @@ SPATIAL = {
 )
 @pytest.mark.parametrize("p_rotation", [0, 1])
 def test_turned_and_scaled_images(shape, patch, p_rotation):
-    theirs, ours = (kind(patch, p_rotation=p_rotation, p_scaling=1 - p_rotation / 2, **SPATIAL)
-                    for kind in (SpatialTransform, BoundarySpatialTransform))
+    theirs, ours = (
+        kind(patch, p_rotation=p_rotation, p_scaling=1 - p_rotation / 2, **SPATIAL)
+        for kind in (SpatialTransform, BoundarySpatialTransform)
+    )
     for seed in range(6):
         expected, result = apply_both(theirs, ours, seed, shape=shape)
         assert result["image"].shape == (2, *patch)

@@ -12,7 +12,8 @@ RARELY_NEEDED = "colorsys"  # any module that nobody else imports
 def user_module(tmp_path, monkeypatch):
     """Write a module that imports the rare one at its top, and forget both afterwards."""
     (tmp_path / "user_of_rare.py").write_text(
-        f"import {RARELY_NEEDED} as rare\nfrom {RARELY_NEEDED} import rgb_to_hsv\n")
+        f"import {RARELY_NEEDED} as rare\nfrom {RARELY_NEEDED} import rgb_to_hsv\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     for name in (RARELY_NEEDED, "user_of_rare"):
         monkeypatch.delitem(sys.modules, name, raising=False)

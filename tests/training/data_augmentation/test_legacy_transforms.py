@@ -1,4 +1,5 @@
 """Batched transforms that third parties import."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -92,7 +93,8 @@ def test_a_small_component_is_removed_and_a_large_one_stays(two_squares):
 def test_probability_zero_changes_nothing(two_squares):
     before = two_squares.copy()
     for transform_class in (
-        RemoveRandomConnectedComponentFromOneHotEncodingTransform, ApplyRandomBinaryOperatorTransform
+        RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+        ApplyRandomBinaryOperatorTransform,
     ):
         assert np.array_equal(transform_class(1, p_per_sample=0)(data=two_squares)["data"], before)
 

@@ -1,4 +1,5 @@
 """Turned and scaled labels: those of the library, voxel for voxel."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -12,9 +13,16 @@ from nnunetv2.training.data_augmentation.label_sampling import choose_labels, fi
 from nnunetv2.training.data_augmentation.spatial import BoundarySpatialTransform
 
 OPTIONS = {
-    "patch_center_dist_from_border": 0, "random_crop": False, "p_rotation": 1, "rotation": (-0.5, 0.5),
-    "p_scaling": 1, "scaling": (0.7, 1.4), "p_synchronize_scaling_across_axes": 1, "bg_style_seg_sampling": False,
-    "border_mode_seg": "constant", "padding_value_seg": -1,
+    "patch_center_dist_from_border": 0,
+    "random_crop": False,
+    "p_rotation": 1,
+    "rotation": (-0.5, 0.5),
+    "p_scaling": 1,
+    "scaling": (0.7, 1.4),
+    "p_synchronize_scaling_across_axes": 1,
+    "bg_style_seg_sampling": False,
+    "border_mode_seg": "constant",
+    "padding_value_seg": -1,
 }
 
 
@@ -85,7 +93,9 @@ def test_a_box_of_the_labels_gives_the_same_as_all_of_them():
 def test_cells_are_mixed_where_labels_meet():
     labels = np.array([[[1, 1, 2], [1, 1, 2], [1, 3, 2]], [[3, 3, 3], [3, 3, 3], [3, 3, 1]]])
     assert find_mixed_cells(labels)[:, :2, :2].tolist() == [
-        [[False, True], [True, True]], [[False, False], [False, True]]]
+        [[False, True], [True, True]],
+        [[False, False], [False, True]],
+    ]
 
 
 def test_equal_shares_go_to_the_nearest_voxel_or_else_to_the_lowest_label():

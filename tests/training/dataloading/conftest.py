@@ -1,4 +1,5 @@
 """Cases in memory, in place of preprocessed files."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

@@ -15,6 +15,7 @@ def read(opened):
     def read(path):
         opened.append(path.name)
         return path.read_text()
+
     return read
 
 
@@ -26,14 +27,14 @@ def write(folder, *names, text="x"):
 
 def test_an_array_is_opened_once(tmp_path, opened, read):
     cache = ArrayCache()
-    path, = write(tmp_path, "a")
+    (path,) = write(tmp_path, "a")
     assert cache.get(path, read) is cache.get(path, read)
     assert opened == ["a"]
 
 
 def test_a_file_that_was_replaced_is_opened_again(tmp_path, read):
     cache = ArrayCache()
-    path, = write(tmp_path, "a", text="old")
+    (path,) = write(tmp_path, "a", text="old")
     cache.get(path, read)
     write(tmp_path, "b", text="new")[0].replace(path)
     assert cache.get(path, read) == "new"
@@ -50,7 +51,7 @@ def test_the_arrays_used_last_stay_open(tmp_path, opened, read):
 def test_nothing_is_kept_where_open_files_cannot_be_replaced(tmp_path, monkeypatch, opened, read):
     monkeypatch.setattr("platform.system", lambda: "Windows")
     cache = ArrayCache()
-    path, = write(tmp_path, "a")
+    (path,) = write(tmp_path, "a")
     assert cache.get(path, read) == cache.get(path, read)
     assert opened == ["a", "a"]
 
@@ -62,7 +63,7 @@ def test_a_missing_file_is_reported_by_whoever_opens_it(tmp_path, read):
 
 def test_another_process_opens_its_own(tmp_path, opened, read):
     cache = ArrayCache()
-    path, = write(tmp_path, "a")
+    (path,) = write(tmp_path, "a")
     cache.get(path, read)
     pickle.loads(pickle.dumps(cache)).get(path, read)
     assert opened == ["a", "a"]

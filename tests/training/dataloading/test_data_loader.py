@@ -1,4 +1,5 @@
 """Training batches."""
+
 from __future__ import annotations
 
 import logging
@@ -82,8 +83,7 @@ def test_a_cascade_gets_the_previous_stage_as_channels_of_the_image(make_loader,
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "forced"),
-    [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 2), (8, 3), (12, 4)],
+    ("batch_size", "forced"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 2), (8, 3), (12, 4)]
 )
 def test_the_last_samples_of_a_batch_hold_foreground(make_loader, batch_size, forced):
     loader = make_loader(batch_size=batch_size, oversample_foreground_percent=0.33)
@@ -176,8 +176,13 @@ def test_a_seed_repeats_the_batches(make_loader):
 def test_a_seed_repeats_the_batches_with_any_number_of_workers(make_loader):
     expected = None
     for number in (0, 2):
-        train, val = build_augmenters(make_loader(augment=True, scales=SCALES), make_loader(), num_processes=number,
-                                      pin_memory=False, entropy=(3, 0))
+        train, val = build_augmenters(
+            make_loader(augment=True, scales=SCALES),
+            make_loader(),
+            num_processes=number,
+            pin_memory=False,
+            entropy=(3, 0),
+        )
         batches = [next(train) for _ in range(4)] + [next(val)]
         for augmenter in (train, val):
             if number:

@@ -1,4 +1,5 @@
 """Which pipelines let a patch be read after its transform is drawn."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """Where patches are cut out."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Boxes read out of arrays."""
+
 from __future__ import annotations
 
 import blosc2

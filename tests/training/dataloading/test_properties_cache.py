@@ -1,4 +1,5 @@
 """Properties are read once per process, as long as there is room for them."""
+
 from __future__ import annotations
 
 import os

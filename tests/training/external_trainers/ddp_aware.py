@@ -1,4 +1,5 @@
 """A trainer that gathers from all processes by itself, and works with one."""
+
 import numpy as np
 import torch
 
@@ -8,8 +9,14 @@ from nnunetv2.utilities.ddp_allgather import AllGatherGrad, print_if_rank0
 
 
 class nnUNetTrainerGathers(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2

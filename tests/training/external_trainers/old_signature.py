@@ -1,4 +1,5 @@
 """A trainer of release 2.2: `unpack_dataset` before the device, and the logger of those days."""
+
 import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, save_json
 
@@ -7,8 +8,15 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class nnUNetTrainerOfOld(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, unpack_dataset: bool = True,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        unpack_dataset: bool = True,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, unpack_dataset, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
@@ -26,7 +34,20 @@ class nnUNetTrainerOfOld(nnUNetTrainer):
 
 
 class nnUNetTrainerOfOldByKeyword(nnUNetTrainerOfOld):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, unpack_dataset: bool = True,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
-        super().__init__(plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json,
-                         unpack_dataset=unpack_dataset, device=device)
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        unpack_dataset: bool = True,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
+        super().__init__(
+            plans=plans,
+            configuration=configuration,
+            fold=fold,
+            dataset_json=dataset_json,
+            unpack_dataset=unpack_dataset,
+            device=device,
+        )

@@ -1,4 +1,5 @@
 """An augmentation written as a copy of the default one, with names imported from the module of the trainer."""
+
 from typing import List, Tuple, Union  # noqa: UP035
 
 import numpy as np
@@ -23,28 +24,50 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import (
 
 
 class nnUNetTrainerElastic(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size, mirror_axes = \
+        rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size, mirror_axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
         mirror_axes = (0,)
         self.inference_allowed_mirroring_axes = (0,)
         return rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size, mirror_axes
 
     @staticmethod
-    def get_training_transforms(patch_size: Union[np.ndarray, Tuple[int]],  # noqa: UP006, UP007
-                                rotation_for_DA, deep_supervision_scales: Union[List, Tuple, None],  # noqa: UP006, UP007
-                                mirror_axes, do_dummy_2d_data_aug: bool, use_mask_for_norm=None,
-                                is_cascaded: bool = False, foreground_labels=None, regions=None,
-                                ignore_label: int = None) -> BasicTransform:
+    def get_training_transforms(
+        patch_size: Union[np.ndarray, Tuple[int]],  # noqa: UP006, UP007
+        rotation_for_DA,
+        deep_supervision_scales: Union[List, Tuple, None],  # noqa: UP006, UP007
+        mirror_axes,
+        do_dummy_2d_data_aug: bool,
+        use_mask_for_norm=None,
+        is_cascaded: bool = False,
+        foreground_labels=None,
+        regions=None,
+        ignore_label: int = None,
+    ) -> BasicTransform:
         spatial = SpatialTransform(
-            patch_size[1:] if do_dummy_2d_data_aug else patch_size, 0, False, p_elastic_deform=0.5, p_rotation=0.2,
-            rotation=rotation_for_DA, p_scaling=0.2, scaling=(0.7, 1.4), p_synchronize_scaling_across_axes=1)
+            patch_size[1:] if do_dummy_2d_data_aug else patch_size,
+            0,
+            False,
+            p_elastic_deform=0.5,
+            p_rotation=0.2,
+            rotation=rotation_for_DA,
+            p_scaling=0.2,
+            scaling=(0.7, 1.4),
+            p_synchronize_scaling_across_axes=1,
+        )
         steps = [Convert3DTo2DTransform(), spatial, Convert2DTo3DTransform()] if do_dummy_2d_data_aug else [spatial]
         steps.append(RandomTransform(GaussianNoiseTransform((0, 0.1), 1, True), 0.1))
         steps.append(RandomTransform(ContrastTransform(BGContrast((0.75, 1.25)), True, False, 1), 0.15))

@@ -1,12 +1,21 @@
 """Constructors with further arguments, and with none that are named."""
+
 import torch
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class nnUNetTrainerWithOptions(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda"), dice_weight: float = 0.5, **kwargs):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+        dice_weight: float = 0.5,
+        **kwargs,
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.dice_weight = dice_weight
         self.num_epochs = 2

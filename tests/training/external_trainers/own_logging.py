@@ -1,4 +1,5 @@
 """Curves of one's own, a listener, and `on_epoch_end` as a copy."""
+
 from time import time
 
 import numpy as np
@@ -23,8 +24,14 @@ class Listener:
 
 
 class nnUNetTrainerLogsMore(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
@@ -41,10 +48,15 @@ class nnUNetTrainerLogsMore(nnUNetTrainer):
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         self.print_to_log_file("train_loss", np.round(self.logger.get_value("train_losses", step=-1), decimals=4))
         self.print_to_log_file("val_loss", np.round(self.logger.get_value("val_losses", step=-1), decimals=4))
-        self.print_to_log_file("Pseudo dice", [np.round(i, decimals=4) for i in
-                                               self.logger.get_value("dice_per_class_or_region", step=-1)])
-        self.print_to_log_file("gradient norm", self.logger.get_value("gradient_norm", step=-1),
-                               also_print_to_console=False, add_timestamp=False)
+        self.print_to_log_file(
+            "Pseudo dice", [np.round(i, decimals=4) for i in self.logger.get_value("dice_per_class_or_region", step=-1)]
+        )
+        self.print_to_log_file(
+            "gradient norm",
+            self.logger.get_value("gradient_norm", step=-1),
+            also_print_to_console=False,
+            add_timestamp=False,
+        )
         current_epoch = self.current_epoch
         if (current_epoch + 1) % self.save_every == 0 and current_epoch != (self.num_epochs - 1):
             self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))

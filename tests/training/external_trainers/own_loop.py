@@ -1,12 +1,19 @@
 """A training loop of one's own that stops early, checkpoints with more in them, and cases split by hand."""
+
 import torch
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class nnUNetTrainerStopsEarly(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 50
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
@@ -26,8 +33,9 @@ class nnUNetTrainerStopsEarly(nnUNetTrainer):
             self.on_train_epoch_end(losses)
             self.on_validation_epoch_start()
             with torch.inference_mode():
-                results = [self.validation_step(next(self.dataloader_val))
-                           for _ in range(self.num_val_iterations_per_epoch)]
+                results = [
+                    self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)
+                ]
             self.on_validation_epoch_end(results)
             self.on_epoch_end()
             if epoch >= 1:

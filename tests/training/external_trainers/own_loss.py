@@ -1,4 +1,5 @@
 """A loss of one's own, wrapped by hand as in copies of `_build_loss`."""
+
 import numpy as np
 import torch
 from torch import nn
@@ -22,23 +23,45 @@ class TverskyLoss(nn.Module):
 
 
 class nnUNetTrainerTversky(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
 
     def _build_loss(self):
         if self.label_manager.has_regions:
-            base = DC_and_BCE_loss({}, {"batch_dice": self.configuration_manager.batch_dice, "do_bg": True,
-                                        "smooth": 1e-5, "ddp": self.is_ddp},
-                                   use_ignore_label=self.label_manager.ignore_label is not None,
-                                   dice_class=MemoryEfficientSoftDiceLoss)
+            base = DC_and_BCE_loss(
+                {},
+                {
+                    "batch_dice": self.configuration_manager.batch_dice,
+                    "do_bg": True,
+                    "smooth": 1e-5,
+                    "ddp": self.is_ddp,
+                },
+                use_ignore_label=self.label_manager.ignore_label is not None,
+                dice_class=MemoryEfficientSoftDiceLoss,
+            )
         else:
-            base = DC_and_CE_loss({"batch_dice": self.configuration_manager.batch_dice, "smooth": 1e-5,
-                                   "do_bg": False, "ddp": self.is_ddp}, {}, weight_ce=1, weight_dice=1,
-                                  ignore_label=self.label_manager.ignore_label,
-                                  dice_class=MemoryEfficientSoftDiceLoss)
+            base = DC_and_CE_loss(
+                {
+                    "batch_dice": self.configuration_manager.batch_dice,
+                    "smooth": 1e-5,
+                    "do_bg": False,
+                    "ddp": self.is_ddp,
+                },
+                {},
+                weight_ce=1,
+                weight_dice=1,
+                ignore_label=self.label_manager.ignore_label,
+                dice_class=MemoryEfficientSoftDiceLoss,
+            )
         tversky = TverskyLoss()
         base.dc = tversky
         if self._do_i_compile():

@@ -1,4 +1,5 @@
 """AdamW with torch's own cosine schedule, stepped with the epoch by the base class; a warm-up in the epoch hook."""
+
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -6,8 +7,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class nnUNetTrainerAdamWCosine(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = 3e-4
         self.weight_decay = 1e-2

@@ -1,4 +1,5 @@
 """`train_step` and `validation_step` as copies with changes: mixup, and figures of one's own."""
+
 import numpy as np
 import torch
 from torch import autocast
@@ -10,8 +11,14 @@ from nnunetv2.utilities.helpers import dummy_context
 
 
 class nnUNetTrainerMixup(nnUNetTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")):  # noqa: B008
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2

@@ -1,4 +1,5 @@
 """Curves of a training as text."""
+
 from __future__ import annotations
 
 import csv
@@ -11,8 +12,11 @@ import torch
 
 from nnunetv2.training.logging.curve_files import encode_csv, encode_json, write_csv, write_json
 
-CURVES = {"train_losses": [np.float32(0.5), np.float64(-0.25)], "mean_fg_dice": [math.nan, 0.75],
-          "dice_per_class_or_region": [[np.float32(0.5), math.nan], [np.float32(0.25), 1.0]]}
+CURVES = {
+    "train_losses": [np.float32(0.5), np.float64(-0.25)],
+    "mean_fg_dice": [math.nan, 0.75],
+    "dice_per_class_or_region": [[np.float32(0.5), math.nan], [np.float32(0.25), 1.0]],
+}
 
 
 def test_a_row_is_an_epoch():
@@ -32,8 +36,11 @@ def test_curves_of_the_user_have_columns_of_their_own():
 
 def test_the_json_holds_lists_and_null_for_what_is_no_number():
     assert json.loads(encode_json({**CURVES, "mine": [object]})) == {
-        "train_losses": [0.5, -0.25], "mean_fg_dice": [None, 0.75],
-        "dice_per_class_or_region": [[0.5, None], [0.25, 1.0]], "mine": ["<class 'object'>"]}
+        "train_losses": [0.5, -0.25],
+        "mean_fg_dice": [None, 0.75],
+        "dice_per_class_or_region": [[0.5, None], [0.25, 1.0]],
+        "mine": ["<class 'object'>"],
+    }
 
 
 def test_without_an_epoch_there_is_a_header_only():

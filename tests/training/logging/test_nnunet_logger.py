@@ -1,4 +1,5 @@
 """Curves of a training."""
+
 from __future__ import annotations
 
 import math
@@ -36,8 +37,14 @@ def meta(tmp_path) -> MetaLogger:
 
 def test_a_new_logger_has_the_eight_curves():
     assert set(LocalLogger().my_fantastic_logging) == {
-        "mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses", "lrs",
-        "epoch_start_timestamps", "epoch_end_timestamps",
+        "mean_fg_dice",
+        "ema_fg_dice",
+        "dice_per_class_or_region",
+        "train_losses",
+        "val_losses",
+        "lrs",
+        "epoch_start_timestamps",
+        "epoch_end_timestamps",
     }
 
 
@@ -99,8 +106,10 @@ def test_listeners_hear_everything_and_lists_in_parts(meta):
     meta.log_summary("final", 0.9)
     assert listener.heard == [
         ("config", {"fold": 0}),
-        ("dice_per_class_or_region/class_1", 0.1, 0), ("dice_per_class_or_region/class_2", 0.2, 0),
-        ("mean_fg_dice", 0.15, 0), ("ema_fg_dice", 0.15, 0),
+        ("dice_per_class_or_region/class_1", 0.1, 0),
+        ("dice_per_class_or_region/class_2", 0.2, 0),
+        ("mean_fg_dice", 0.15, 0),
+        ("ema_fg_dice", 0.15, 0),
         ("summary", "final", 0.9),
     ]
     assert meta.get_value("dice_per_class_or_region", 0) == [0.1, 0.2]

@@ -1,4 +1,5 @@
 """The picture of a training's curves, and the thread that writes it."""
+
 from __future__ import annotations
 
 import logging
@@ -85,4 +86,3 @@ def test_a_logger_that_draws_can_be_copied_to_another_process(tmp_path):
     copied = pickle.loads(pickle.dumps(meta))
     meta.local_logger.wait_for_plot()
     assert copied.get_value("lrs", None) == meta.get_value("lrs", None)
-

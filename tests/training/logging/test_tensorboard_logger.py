@@ -1,4 +1,5 @@
 """TensorBoard, of which a stand-in is enough; where the package is installed, its files are read back."""
+
 from __future__ import annotations
 
 import sys
@@ -48,8 +49,12 @@ def test_a_switched_on_logger_writes_numbers_settings_and_results(tmp_path, monk
     writer = FakeWriter.latest
     assert writer.opened == (str(tmp_path / "tensorboard"), 0)
     dice = "dice_per_class_or_region/class_"
-    assert writer.scalars == [(f"{dice}1", 0.5, 0), (f"{dice}2", 0.25, 0), ("train_losses", 1.0, 0),
-                              ("train_losses", 0.5, 1)]
+    assert writer.scalars == [
+        (f"{dice}1", 0.5, 0),
+        (f"{dice}2", 0.25, 0),
+        ("train_losses", 1.0, 0),
+        ("train_losses", 0.5, 1),
+    ]
     assert writer.texts["settings/fold"] == "    0" and "initial_lr" in writer.texts["settings/hparas"]
     assert writer.texts["summary/final_val/foreground_dice"] == "0.9" and writer.flushes == 2
 

@@ -1,4 +1,5 @@
 """Weights & Biases, of which a stand-in is enough."""
+
 from __future__ import annotations
 
 import sys
@@ -34,9 +35,7 @@ def test_a_switched_on_logger_starts_a_run(wandb, tmp_path, monkeypatch):
     meta = MetaLogger(tmp_path, False)
     meta.log("lrs", 0.1, 0)
     meta.log_summary("dice", 0.9)
-    assert wandb.calls == [
-        {"project": "liver", "mode": "online", "dir": str(tmp_path), "id": None, "resume": "never"}
-    ]
+    assert wandb.calls == [{"project": "liver", "mode": "online", "dir": str(tmp_path), "id": None, "resume": "never"}]
     assert wandb.run.settings == {"JobID": "12"}
     assert wandb.run.logged == [({"lrs": 0.1}, 0)]
     assert wandb.run.summary == {"current_epoch": 0, "dice": 0.9}

@@ -1,4 +1,5 @@
 """Weights of resolutions, and the sum of losses over them."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -82,8 +83,9 @@ def test_labels_get_dice_and_cross_entropy():
 
 
 def test_regions_get_dice_and_binary_cross_entropy():
-    loss = build_default_loss(labels(has_regions=True, has_ignore_label=True, ignore_label=4), batch_dice=True,
-                              ddp=True)
+    loss = build_default_loss(
+        labels(has_regions=True, has_ignore_label=True, ignore_label=4), batch_dice=True, ddp=True
+    )
     assert isinstance(loss, DC_and_BCE_loss)
     assert (loss.use_ignore_label, loss.dc.do_bg, loss.dc.ddp) == (True, True, True)
 

@@ -1,4 +1,5 @@
 """Batch Dice of a training in several processes, which may hold batches of different size."""
+
 from __future__ import annotations
 
 import pytest

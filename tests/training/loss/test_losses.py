@@ -1,4 +1,5 @@
 """Losses: the golden values of the specification, and what each option is for."""
+
 from __future__ import annotations
 
 import pytest
@@ -173,9 +174,13 @@ def test_cross_entropy_refuses_several_target_channels(logits, regions):
         RobustCrossEntropyLoss()(logits, regions)
 
 
-@pytest.mark.parametrize("build", [
-    lambda: DC_and_CE_loss({"smooth": 1e-5, "ddp": False}, {}, ignore_label=3),
-    lambda: DC_and_topk_loss({"smooth": 1e-5, "ddp": False}, {"k": 10}, ignore_label=3)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DC_and_CE_loss({"smooth": 1e-5, "ddp": False}, {}, ignore_label=3),
+        lambda: DC_and_topk_loss({"smooth": 1e-5, "ddp": False}, {"k": 10}, ignore_label=3),
+    ],
+)
 def test_gradients_stay_finite_where_every_voxel_is_ignored(logits, labels, build):
     given = logits.clone().requires_grad_()
     build()(given, torch.full_like(labels, 3)).backward()

@@ -1,4 +1,5 @@
 """A tiny dataset that all tests of a module share, and stand-ins for what the machine may lack."""
+
 from __future__ import annotations
 
 import sys
@@ -64,8 +65,12 @@ def small_primus(monkeypatch):
     for size in "SBML":
         monkeypatch.setitem(primus._PRIMUS_CONFIGS, size, small)
     embedding = primus.PatchEmbedDeeperControlled
-    monkeypatch.setattr(primus, "PatchEmbedDeeperControlled",
-                        lambda **options: embedding(**{**options, "ch_per_level": (4, 4, 8, 8)}))
+    monkeypatch.setattr(
+        primus, "PatchEmbedDeeperControlled", lambda **options: embedding(**{**options, "ch_per_level": (4, 4, 8, 8)})
+    )
     find_primus = primus_trainers.find_primus
-    monkeypatch.setattr(primus_trainers, "find_primus", lambda name: (
-        lambda **options: find_primus(name)(**{**options, **(small if name == "Primus" else {})})))
+    monkeypatch.setattr(
+        primus_trainers,
+        "find_primus",
+        lambda name: lambda **options: find_primus(name)(**{**options, **(small if name == "Primus" else {})}),
+    )

@@ -1,4 +1,5 @@
 """Trainers that measure a machine; here on the CPU, while torch claims to have a GPU."""
+
 from __future__ import annotations
 
 import json
@@ -31,8 +32,9 @@ def results_of(trainer):
 
 
 @pytest.mark.usefixtures("cuda_on_paper")
-@pytest.mark.parametrize("trainer_class", [nnUNetTrainerBenchmark_5epochs,
-                                           nnUNetTrainerBenchmark_5epochs_noDataLoading])
+@pytest.mark.parametrize(
+    "trainer_class", [nnUNetTrainerBenchmark_5epochs, nnUNetTrainerBenchmark_5epochs_noDataLoading]
+)
 def test_the_fastest_epoch_is_written_beside_results_of_other_machines(plans, trainer_class):
     trainer = make(trainer_class, plans)
     Path(trainer.output_folder, "benchmark_result.json").write_text('{"other": {"fastest_epoch": 1.0}}')
@@ -77,8 +79,12 @@ def test_the_random_batch_looks_like_a_real_one(plans):
     assert tuple(batch["data"].shape) == (2, 1, 16, 12, 20)
     assert [tuple(target.shape) for target in batch["target"]] == [(2, 1, 16, 12, 20), (2, 1, 8, 6, 10)]
     assert batch["target"][0].min() >= 0 and batch["target"][0].max() == 2
-    regions = make(nnUNetTrainerBenchmark_5epochs_noDataLoading, plans, regions_class_order=[1, 2],
-                   labels={"background": 0, "whole": [1, 2], "core": 2, "ignore": 3})
+    regions = make(
+        nnUNetTrainerBenchmark_5epochs_noDataLoading,
+        plans,
+        regions_class_order=[1, 2],
+        labels={"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
+    )
     assert regions.dummy_batch["target"][0].shape[1] == 3 and regions.dummy_batch["target"][0].dtype == torch.bool
 
 

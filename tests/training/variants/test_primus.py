@@ -1,4 +1,5 @@
 """Primus trainers: found by name, built as specified, trained, continued and used for prediction."""
+
 from __future__ import annotations
 
 import copy
@@ -26,11 +27,14 @@ FIRST_GENERATION = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "
 
 NETWORKS = {
     **{f"nnUNet_Primus_{size}_Trainer": "Primus" for size in FIRST_GENERATION},
-    **{f"nnUNet_PrimusV{number}{size}_Trainer": f"PrimusV{number}{size}" for number in (2, 3) for size in "SBML"}}
-VARIANTS = {"nnUNet_Primus_M_Trainer_BS8": "nnUNet_Primus_M_Trainer",
-            "nnUNet_Primus_M_Trainer_BS8_2e4": "nnUNet_Primus_M_Trainer",
-            **{f"_Primus_{size}_96_BS1": f"nnUNet_Primus_{size}_Trainer" for size in "SBM"},
-            "_Primus_L_48_BS1": "nnUNet_Primus_L_Trainer"}
+    **{f"nnUNet_PrimusV{number}{size}_Trainer": f"PrimusV{number}{size}" for number in (2, 3) for size in "SBML"},
+}
+VARIANTS = {
+    "nnUNet_Primus_M_Trainer_BS8": "nnUNet_Primus_M_Trainer",
+    "nnUNet_Primus_M_Trainer_BS8_2e4": "nnUNet_Primus_M_Trainer",
+    **{f"_Primus_{size}_96_BS1": f"nnUNet_Primus_{size}_Trainer" for size in "SBM"},
+    "_Primus_L_48_BS1": "nnUNet_Primus_L_Trainer",
+}
 
 
 def make(name: str, plans: dict | None = None):
@@ -70,7 +74,10 @@ def test_a_primus_trainer_has_the_settings_of_the_release(name):
     trainer = make(name)
     assert type(trainer).__name__ == name and type(trainer).__doc__
     assert [kind.__name__ for kind in type(trainer).__mro__][-4:-1] == [
-        "AbstractPrimus", "nnUNetTrainer_warmup", "nnUNetTrainer"]
+        "AbstractPrimus",
+        "nnUNetTrainer_warmup",
+        "nnUNetTrainer",
+    ]
     assert VARIANTS.get(name) in (None, *(kind.__name__ for kind in type(trainer).__mro__))
     assert trainer.initial_lr == (2e-4 if name.endswith("2e4") else 3e-4)
     assert (trainer.weight_decay, trainer.enable_deep_supervision, trainer.num_epochs) == (5e-2, False, 1000)
@@ -80,13 +87,21 @@ def test_a_primus_trainer_has_the_settings_of_the_release(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_primus_network_is_built_as_specified(name, monkeypatch):
     asked = []
-    monkeypatch.setattr(primus_trainers, "find_primus", lambda network: lambda **options: asked.append(
-        (network, options)))
+    monkeypatch.setattr(
+        primus_trainers, "find_primus", lambda network: lambda **options: asked.append((network, options))
+    )
     plans = PlansManager(make_plans(stages=3, patch_size=PATCH))
     recursive_find_trainer_class_by_name(name).build_network_architecture(
-        plans, plans.get_configuration("3d_fullres"), 2, 5, enable_deep_supervision=False)
-    expected = {"input_channels": 2, "patch_embed_size": (8, 8, 8), "input_shape": tuple(PATCH),
-                "drop_path_rate": 0.2, "scale_attn_inner": True, "init_values": 0.1}
+        plans, plans.get_configuration("3d_fullres"), 2, 5, enable_deep_supervision=False
+    )
+    expected = {
+        "input_channels": 2,
+        "patch_embed_size": (8, 8, 8),
+        "input_shape": tuple(PATCH),
+        "drop_path_rate": 0.2,
+        "scale_attn_inner": True,
+        "init_values": 0.1,
+    }
     if NETWORKS[name] == "Primus":
         width, depth, heads = FIRST_GENERATION[name.split("_")[2]]
         expected |= {"num_classes": 5, "embed_dim": width, "eva_depth": depth, "eva_numheads": heads}
@@ -166,8 +181,10 @@ def test_patches_of_a_trainer_are_in_the_plans_of_its_model_only():
     before = copy.deepcopy(plans)
     trainer = make("_Primus_L_48_BS1", plans)
     assert plans == before
-    for told in (trainer.configuration_manager.configuration,
-                 trainer.plans_manager.plans["configurations"]["3d_fullres"]):
+    for told in (
+        trainer.configuration_manager.configuration,
+        trainer.plans_manager.plans["configurations"]["3d_fullres"],
+    ):
         assert (told["patch_size"], told["batch_size"]) == ([48, 48, 48], 1)
     trainer.configuration_manager.patch_size[0] = 40
     assert make("_Primus_L_48_BS1").configuration_manager.patch_size == [48, 48, 48]
@@ -182,8 +199,10 @@ def test_a_configuration_that_inherits_takes_the_patch_of_its_trainer():
         trainer_class(plans, "3d_big", 0, make_dataset_json(), CPU)
 
 
-@pytest.mark.parametrize(("patch", "nearest"), [
-    ((20, 16, 24), "(24, 16, 24)"), ((17, 31, 3), "(16, 32, 8)"), ((28, 256, 255), "(32, 256, 256)")])
+@pytest.mark.parametrize(
+    ("patch", "nearest"),
+    [((20, 16, 24), "(24, 16, 24)"), ((17, 31, 3), "(16, 32, 8)"), ((28, 256, 255), "(32, 256, 256)")],
+)
 def test_a_patch_that_does_not_fit_is_refused_before_training(tiny, monkeypatch, patch, nearest):
     monkeypatch.setattr(primus_trainers, "find_primus", lambda name: pytest.fail("it went on"))
     trainer = make("nnUNet_PrimusV2M_Trainer", make_plans(stages=3, patch_size=list(patch)))

@@ -1,4 +1,5 @@
 """Trainer variants: they are found by name, change what they say, and train."""
+
 from __future__ import annotations
 
 import importlib
@@ -30,7 +31,8 @@ REGIONS_IGNORE = {"labels": {**REGIONS["labels"], "ignore": 3}, "regions_class_o
 def make(name: str, plans: dict, **labels) -> nnUNetTrainer:
     (configuration,) = plans["configurations"]
     trainer = recursive_find_trainer_class_by_name(name)(
-        plans=plans, configuration=configuration, fold=0, dataset_json=make_dataset_json(**labels), device=CPU)
+        plans=plans, configuration=configuration, fold=0, dataset_json=make_dataset_json(**labels), device=CPU
+    )
     trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 1
     return trainer
 
@@ -45,20 +47,34 @@ def test_a_variant_is_found_by_name_and_differs_in_what_it_says(name):
     assert trainer_class.__name__ == name and trainer_class.__doc__
     assert trainer_class.__mro__[1].__name__ == variant.parent
     assert list(inspect.signature(trainer_class).parameters)[:5] in (
-        ["plans", "configuration", "fold", "dataset_json", "device"], ["arguments", "options"])
+        ["plans", "configuration", "fold", "dataset_json", "device"],
+        ["arguments", "options"],
+    )
     trainer = make(name, make_plans(stages=3))
     default = nnUNetTrainer(make_plans(stages=3), "3d_fullres", 0, make_dataset_json(), CPU)
     inherited = [BY_NAME[parent.__name__].settings for parent in trainer_class.__mro__ if parent.__name__ in BY_NAME]
     expected = {key: value for settings in reversed(inherited) for key, value in settings.items()}
-    for key in ("num_epochs", "initial_lr", "weight_decay", "enable_deep_supervision", "probabilistic_oversampling",
-                "oversample_foreground_percent", "disable_checkpointing"):
+    for key in (
+        "num_epochs",
+        "initial_lr",
+        "weight_decay",
+        "enable_deep_supervision",
+        "probabilistic_oversampling",
+        "oversample_foreground_percent",
+        "disable_checkpointing",
+    ):
         assert getattr(trainer, key) == expected.get(key, getattr(default, key)), key
     assert all(getattr(trainer, key) == value for key, value in expected.items())
 
 
 @pytest.mark.usefixtures("cuda_on_paper", "adan")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if "training_length" in variant.module
-                                  else name for name, variant in BY_NAME.items()])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "training_length" in variant.module else name
+        for name, variant in BY_NAME.items()
+    ],
+)
 def test_a_variant_trains(plans, name):
     trainer = make(name, plans)
     trainer.num_epochs, trainer.disable_checkpointing = 1, True
@@ -68,8 +84,17 @@ def test_a_variant_trains(plans, name):
     assert trainer.current_epoch == 1
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerDA5", "nnUNetTrainerDA5ord0", "nnUNetTrainer_DASegOrd0",
-                                  "nnUNetTrainer_onlyMirror01_DA5", "nnUNetTrainerBN", "nnUNetTrainerDiceLoss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nnUNetTrainerDA5",
+        "nnUNetTrainerDA5ord0",
+        "nnUNetTrainer_DASegOrd0",
+        "nnUNetTrainer_onlyMirror01_DA5",
+        "nnUNetTrainerBN",
+        "nnUNetTrainerDiceLoss",
+    ],
+)
 def test_a_variant_trains_in_2d(roots, monkeypatch, name):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     trainer = make(name, make_tiny_dataset(roots["nnUNet_preprocessed"], dims=2, stages=3))
@@ -106,6 +131,7 @@ def test_settings_of_combined_variants_add_up():
 
 def test_settings_do_not_replace_a_constructor():
     with pytest.raises(TypeError, match="constructor of its own"):
+
         @with_settings(num_epochs=1)
         class Own(nnUNetTrainer):
             def __init__(self, *arguments, **options):
@@ -119,10 +145,17 @@ def loss_of(name, **labels):
     return make(name, make_plans(stages=3), **labels)._build_loss()
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    ("nnUNetTrainerCELoss", RobustCrossEntropyLoss), ("nnUNetTrainerTopk10Loss", TopKLoss),
-    ("nnUNetTrainerTopk10LossLS01", TopKLoss), ("nnUNetTrainerDiceTopK10Loss", DC_and_topk_loss),
-    ("nnUNetTrainerDiceLoss", MemoryEfficientSoftDiceLoss), ("nnUNetTrainerDiceCELoss_noSmooth", DC_and_CE_loss)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nnUNetTrainerCELoss", RobustCrossEntropyLoss),
+        ("nnUNetTrainerTopk10Loss", TopKLoss),
+        ("nnUNetTrainerTopk10LossLS01", TopKLoss),
+        ("nnUNetTrainerDiceTopK10Loss", DC_and_topk_loss),
+        ("nnUNetTrainerDiceLoss", MemoryEfficientSoftDiceLoss),
+        ("nnUNetTrainerDiceCELoss_noSmooth", DC_and_CE_loss),
+    ],
+)
 def test_losses_are_added_up_over_resolutions(name, kind):
     loss = loss_of(name)
     assert isinstance(loss, DeepSupervisionWrapper) and type(loss.loss) is kind
@@ -138,8 +171,10 @@ def test_losses_of_labels_know_the_ignore_label():
     assert (both.ignore_label, both.ce.k, both.dc.do_bg, both.dc.smooth) == (2, 10, False, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerCELoss", "nnUNetTrainerTopk10Loss", "nnUNetTrainerTopk10LossLS01",
-                                  "nnUNetTrainerDiceTopK10Loss"])
+@pytest.mark.parametrize(
+    "name",
+    ["nnUNetTrainerCELoss", "nnUNetTrainerTopk10Loss", "nnUNetTrainerTopk10LossLS01", "nnUNetTrainerDiceTopK10Loss"],
+)
 def test_losses_of_labels_refuse_regions(name):
     with pytest.raises(AssertionError, match="cannot train regions"):
         loss_of(name, **REGIONS)
@@ -264,16 +299,29 @@ def geometry(name, dims=3, patch=None):
         next(iter(plans["configurations"].values()))["patch_size"] = patch
     trainer = make(name, plans)
     rotation, dummy, size, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    return round(np.rad2deg(rotation[1])), dummy, [int(length) for length in size], axes, \
-        trainer.inference_allowed_mirroring_axes
+    return (
+        round(np.rad2deg(rotation[1])),
+        dummy,
+        [int(length) for length in size],
+        axes,
+        trainer.inference_allowed_mirroring_axes,
+    )
 
 
-@pytest.mark.parametrize(("name", "axes_3d", "axes_2d"), [
-    ("nnUNetTrainerNoDA", None, None), ("nnUNetTrainerNoMirroring", None, None),
-    ("nnUNetTrainer_onlyMirror01", (0, 1), (0,)), ("nnUNetTrainer_onlyMirror01_DASegOrd0", (0, 1), (0,)),
-    ("nnUNetTrainer_onlyMirror01_DA5", (0, 1), (0,)), ("nnUNetTrainer_DASegOrd0_NoMirroring", None, None),
-    ("nnUNetTrainer_250epochs_NoMirroring", None, None), ("nnUNetTrainerDA5", (0, 1, 2), (0, 1)),
-    ("nnUNetTrainer_noDummy2DDA", (0, 1, 2), (0, 1))])
+@pytest.mark.parametrize(
+    ("name", "axes_3d", "axes_2d"),
+    [
+        ("nnUNetTrainerNoDA", None, None),
+        ("nnUNetTrainerNoMirroring", None, None),
+        ("nnUNetTrainer_onlyMirror01", (0, 1), (0,)),
+        ("nnUNetTrainer_onlyMirror01_DASegOrd0", (0, 1), (0,)),
+        ("nnUNetTrainer_onlyMirror01_DA5", (0, 1), (0,)),
+        ("nnUNetTrainer_DASegOrd0_NoMirroring", None, None),
+        ("nnUNetTrainer_250epochs_NoMirroring", None, None),
+        ("nnUNetTrainerDA5", (0, 1, 2), (0, 1)),
+        ("nnUNetTrainer_noDummy2DDA", (0, 1, 2), (0, 1)),
+    ],
+)
 def test_axes_are_mirrored_alike_in_training_and_inference(name, axes_3d, axes_2d):
     assert geometry(name, 3)[3:] == (axes_3d, axes_3d)
     assert geometry(name, 2)[3:] == (axes_2d, axes_2d)

@@ -3,6 +3,7 @@
 The log grows with every contribution. At the start, its lines are counted, and only those that people have to know of
 are read; from then on, what was appended.
 """
+
 from __future__ import annotations
 
 import json

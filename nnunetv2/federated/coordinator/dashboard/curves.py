@@ -3,6 +3,7 @@
 Lists (Dice per class in every round) stay in the store; of them, the last validation is enough to look at. What sites
 measure after their updates have left comes with the next round: the newest round is complete once that is closed.
 """
+
 from __future__ import annotations
 
 import math
@@ -107,11 +108,14 @@ def draw(coordinator: Coordinator, run: str, *, since: int = 0, since_validation
     validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
     later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
     latest, last_validation = coordinator.book.latest_round(run), store.load_last_validation(run)
-    return Curves(run=run, rounds=tuple(_round(record, later) for record in rounds),
-                  validations=tuple(map(_validation, validations)),
-                  classes=_classes(coordinator, run, last_validation) if validations else None,
-                  more=_is_before(rounds, latest and latest.key.number)
-                  or _is_before(validations, last_validation and last_validation["round"]))
+    return Curves(
+        run=run,
+        rounds=tuple(_round(record, later) for record in rounds),
+        validations=tuple(map(_validation, validations)),
+        classes=_classes(coordinator, run, last_validation) if validations else None,
+        more=_is_before(rounds, latest and latest.key.number)
+        or _is_before(validations, last_validation and last_validation["round"]),
+    )
 
 
 def _is_before(records: Sequence[Mapping[str, Any]], last: int | None) -> bool:
@@ -121,20 +125,32 @@ def _is_before(records: Sequence[Mapping[str, Any]], last: int | None) -> bool:
 
 def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
     """Return what sites measured in a round and sent with the update of a later one: (round, site) -> metrics."""
-    return {(earlier["round"], site): earlier["metrics"] for record in records
-            for site, held in record["sites"].items() if (earlier := held.get("earlier"))}
+    return {
+        (earlier["round"], site): earlier["metrics"]
+        for record in records
+        for site, held in record["sites"].items()
+        if (earlier := held.get("earlier"))
+    }
 
 
 def _round(record: Mapping[str, Any], later: Mapping[tuple[int, str], Mapping[str, Any]]) -> CurveRound:
     def point(site: str, held: Mapping[str, Any]) -> CurvePoint:
         metrics = {**later.get((record["round"], site), {}), **held["metrics"]}
-        return CurvePoint(weight=held["weight"], bytes=held["bytes"], received=held["received"],
-                          metrics=scalars(metrics))
+        return CurvePoint(
+            weight=held["weight"], bytes=held["bytes"], received=held["received"], metrics=scalars(metrics)
+        )
 
     sites = {site: point(site, held) for site, held in record["sites"].items()}
-    return CurveRound(round=record["round"], opened=record["opened"], closed=record["closed"], sites=sites,
-                      missing=record["missing"], failed=record["failed"], outliers=record.get("outliers", ()),
-                      pooled=pooled((point.weight, point.metrics) for point in sites.values()))
+    return CurveRound(
+        round=record["round"],
+        opened=record["opened"],
+        closed=record["closed"],
+        sites=sites,
+        missing=record["missing"],
+        failed=record["failed"],
+        outliers=record.get("outliers", ()),
+        pooled=pooled((point.weight, point.metrics) for point in sites.values()),
+    )
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
@@ -157,9 +173,12 @@ def pooled(weighted: Iterable[tuple[float, Mapping[str, float | None]]]) -> dict
 
 def _validation(record: Mapping[str, Any]) -> CurveValidation:
     return CurveValidation(
-        round=record["round"], mean_dice=record["mean_dice"], ema_dice=record["ema_dice"],
+        round=record["round"],
+        mean_dice=record["mean_dice"],
+        ema_dice=record["ema_dice"],
         dice_of_site={site: mean_of_known(dice) for site, dice in record["dice_of_site"].items()},
-        loss_of_site=record["loss_of_site"])
+        loss_of_site=record["loss_of_site"],
+    )
 
 
 def _classes(coordinator: Coordinator, run: str, record: Mapping[str, Any]) -> ClassDice:

@@ -5,6 +5,7 @@ look, nothing else: whoever steers a federation shows a token with each request.
 coordinator, which knows the SHA-256 of each cookie only; they end by themselves, with the credential, and when the
 coordinator stops.
 """
+
 from __future__ import annotations
 
 import secrets
@@ -80,8 +81,11 @@ class Attempts:
         while failures and failures[0] <= now - ATTEMPTS_S:
             failures.popleft()
         if len(failures) >= MAX_ATTEMPTS:
-            raise RefusedError(f"too many failed logins from {address}",
-                               f"Try again in {failures[0] + ATTEMPTS_S - now:.0f} seconds.", code="too_many_attempts")
+            raise RefusedError(
+                f"too many failed logins from {address}",
+                f"Try again in {failures[0] + ATTEMPTS_S - now:.0f} seconds.",
+                code="too_many_attempts",
+            )
         failures.append(now)
 
 
@@ -129,8 +133,11 @@ class Sessions:
         if request.invitation is not None:
             name = request.token.partition(".")[0]
             if coordinator.members.role_of_invited(name, request.invitation) == "site":
-                raise RefusedError(f"this invitation is for site {name}, and it is still good",
-                                   "Use it on the site's machine: nnUNetv2_fed_join INVITE.", code="forbidden")
+                raise RefusedError(
+                    f"this invitation is for site {name}, and it is still good",
+                    "Use it on the site's machine: nnUNetv2_fed_join INVITE.",
+                    code="forbidden",
+                )
             coordinator.join(JoinRequest(invitation=request.invitation, token=request.token))
         return coordinator.members.authenticate(request.token)
 
@@ -165,8 +172,12 @@ class Sessions:
             return len(self._sessions)
 
     def _viewer(self, member: Member, session: Session) -> Viewer:
-        return Viewer(name=member.name, role=member.role, federation=self._coordinator.settings.federation,
-                      expires=session.expires)
+        return Viewer(
+            name=member.name,
+            role=member.role,
+            federation=self._coordinator.settings.federation,
+            expires=session.expires,
+        )
 
     def _remove_expired(self, now: float) -> None:
         self._sessions = {key: session for key, session in self._sessions.items() if _is_alive(session, now)}

@@ -3,6 +3,7 @@
 `look` computes an `Overview` from the coordinator's state. `Board` shares it between all who look: it is computed at
 most a few times a second, however many they are, and those who wait for a change cost no thread.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -185,18 +186,30 @@ class Lookout:
         self._invited = {status.site for status in sites if status.state == "invited"}
         runs = tuple(self._run(run) for run in book.runs())
         return Overview(
-            revision=revision, time=coordinator.clock(), federation=coordinator.settings.federation,
-            quorum=coordinator.settings.quorum, min_sites=coordinator.settings.min_sites,
-            deadline_s=coordinator.settings.deadline_s, runs=runs, sites=self._sites(sites, runs),
+            revision=revision,
+            time=coordinator.clock(),
+            federation=coordinator.settings.federation,
+            quorum=coordinator.settings.quorum,
+            min_sites=coordinator.settings.min_sites,
+            deadline_s=coordinator.settings.deadline_s,
+            runs=runs,
+            sites=self._sites(sites, runs),
             meetings=tuple(self._meeting(one) for one in book.open_gatherings() if one.key.run is None),
-            troubles=tuple(TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500],
-                                       text=one.text[:8000]) for one in reversed(list(self.tail.troubles))),
-            health=self._health())
+            troubles=tuple(
+                TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500], text=one.text[:8000])
+                for one in reversed(list(self.tail.troubles))
+            ),
+            health=self._health(),
+        )
 
     def _health(self) -> Health:
-        return Health(started=self.started, uploads=len(self.coordinator.uploads.in_progress()),
-                      disk_free=shutil.disk_usage(self.coordinator.store.folder).free,
-                      log_lines=self.tail.number, log_head=self.tail.head)
+        return Health(
+            started=self.started,
+            uploads=len(self.coordinator.uploads.in_progress()),
+            disk_free=shutil.disk_usage(self.coordinator.store.folder).free,
+            log_lines=self.tail.number,
+            log_head=self.tail.head,
+        )
 
     def _sites(self, sites: tuple[SiteStatus, ...], runs: tuple[RunView, ...]) -> tuple[SiteView, ...]:
         invitations = self.coordinator.members.open_invitations(self.coordinator.clock())
@@ -206,9 +219,18 @@ class Lookout:
             run, activity = activities.get(status.site, (None, "idle"))
             if status.state != "active":
                 run, activity = None, status.state
-            found.append(SiteView(site=status.site, state=status.state, activity=activity, run=run,
-                                  last_seen=status.last_seen, expires=expiries.get(status.site),
-                                  bytes_received=status.bytes_received, bytes_sent=status.bytes_sent))
+            found.append(
+                SiteView(
+                    site=status.site,
+                    state=status.state,
+                    activity=activity,
+                    run=run,
+                    last_seen=status.last_seen,
+                    expires=expiries.get(status.site),
+                    bytes_received=status.bytes_received,
+                    bytes_sent=status.bytes_sent,
+                )
+            )
         return tuple(sorted(found, key=lambda site: (site.state == "revoked", site.site.lower())))
 
     # ---------------------------------------------------------------------------------------------------- one run
@@ -219,13 +241,20 @@ class Lookout:
         validation = self.coordinator.store.load_last_validation(run) or {}
         round_s = self._round_seconds(run, state.rounds_closed)
         return RunView(
-            run=run, state=state.state, num_rounds=state.num_rounds, rounds_closed=state.rounds_closed,
+            run=run,
+            state=state.state,
+            num_rounds=state.num_rounds,
+            rounds_closed=state.rounds_closed,
             meeting=None if gathering is None else self._meeting(gathering),
-            members=() if gathering is None else self._members(run, gathering), round_s=round_s,
+            members=() if gathering is None else self._members(run, gathering),
+            round_s=round_s,
             left_s=None if state.closed else self._seconds_left(run, round_s),
-            last_closed=latest.outcome.time if latest else None, last_missing=latest.outcome.missing if latest else (),
-            validated_round=validation.get("round"), model=self._model(run)[:8000],
-            **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")})
+            last_closed=latest.outcome.time if latest else None,
+            last_missing=latest.outcome.missing if latest else (),
+            validated_round=validation.get("round"),
+            model=self._model(run)[:8000],
+            **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")},
+        )
 
     def _model(self, run: str) -> str:
         return self.tail.models.get(run, "") or str(model_store.outlook(self.coordinator, run) or "")
@@ -240,9 +269,17 @@ class Lookout:
         return book.begin(parse_key(round_key(run, 0 if latest is None else latest.key.number + 1)))
 
     def _meeting(self, gathering: Gathering) -> Meeting:
-        return Meeting(key=str(gathering.key), kind=gathering.key.kind, since=self._since(gathering),
-                       contributed=gathering.counted, waiting_for=gathering.waiting_for, quorum=gathering.quorum,
-                       due=due_at(gathering), lacks=gathering.lacks, refusal=without_values(gathering.refusal)[:8000])
+        return Meeting(
+            key=str(gathering.key),
+            kind=gathering.key.kind,
+            since=self._since(gathering),
+            contributed=gathering.counted,
+            waiting_for=gathering.waiting_for,
+            quorum=gathering.quorum,
+            due=due_at(gathering),
+            lacks=gathering.lacks,
+            refusal=without_values(gathering.refusal)[:8000],
+        )
 
     def _since(self, gathering: Gathering) -> float | None:
         before = prerequisite(gathering.key)

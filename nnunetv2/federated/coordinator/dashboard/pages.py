@@ -11,6 +11,7 @@
 The JSON is for observers and operators, with a session or a bearer token; the figures need a bearer token. Sites are
 neither: what the others measured is not theirs to see, unless the operator invites one of their people as an observer.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -128,11 +129,20 @@ def _check_same_origin(request: Request) -> None:
 async def get_page(request: Request) -> Response:
     """Send the page."""
     body, policy = page()
-    return Response(body, media_type="text/html", headers={
-        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-        "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-cache",
-        "Permissions-Policy": "camera=(), microphone=(), geolocation=()"})
+    return Response(
+        body,
+        media_type="text/html",
+        headers={
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "X-Frame-Options": "DENY",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-cache",
+            "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+        },
+    )
 
 
 async def post_session(request: Request) -> Response:
@@ -147,8 +157,15 @@ async def post_session(request: Request) -> Response:
     observatory.sessions.log_out(request.cookies.get(observatory.cookie, ""))  # the one that this cookie replaces
     answer = json_response(viewer)
     # No path: the browser sends the cookie to where it comes from, /v1/..., under whatever prefix a proxy adds.
-    answer.set_cookie(observatory.cookie, cookie, max_age=int(SESSION_S), path=None, secure=observatory.is_secure,
-                      httponly=True, samesite="strict")
+    answer.set_cookie(
+        observatory.cookie,
+        cookie,
+        max_age=int(SESSION_S),
+        path=None,
+        secure=observatory.is_secure,
+        httponly=True,
+        samesite="strict",
+    )
     return answer
 
 
@@ -167,8 +184,9 @@ async def delete_session(request: Request) -> Response:
     observatory = observatory_of(request)
     observatory.sessions.log_out(request.cookies.get(observatory.cookie, ""))
     answer = Response(status_code=204)
-    answer.set_cookie(observatory.cookie, "", max_age=0, path=None, secure=observatory.is_secure, httponly=True,
-                      samesite="strict")
+    answer.set_cookie(
+        observatory.cookie, "", max_age=0, path=None, secure=observatory.is_secure, httponly=True, samesite="strict"
+    )
     return answer
 
 
@@ -188,7 +206,8 @@ async def get_curves(request: Request) -> Response:
     validations = int(_number(request, "since_validation")) if "since_validation" in request.query_params else since
     coordinator, run = observatory_of(request).coordinator, request.path_params["run"]
     curves = await run_in_threadpool(
-        lambda: json_response(draw(coordinator, run, since=since, since_validation=validations)))
+        lambda: json_response(draw(coordinator, run, since=since, since_validation=validations))
+    )
     return curves
 
 
@@ -197,8 +216,16 @@ async def get_metrics(request: Request) -> Response:
     bearer_of(request)
     observatory = observatory_of(request)
     overview = await observatory.board.overview()
-    text = await run_in_threadpool(lambda: prometheus.encode(prometheus.figures(
-        overview, observatory.lookout, refusals=observatory.refusals.copy(), sessions=observatory.sessions.count())))
+    text = await run_in_threadpool(
+        lambda: prometheus.encode(
+            prometheus.figures(
+                overview,
+                observatory.lookout,
+                refusals=observatory.refusals.copy(),
+                sessions=observatory.sessions.count(),
+            )
+        )
+    )
     return Response(text, headers={"Content-Type": prometheus.CONTENT_TYPE, "Cache-Control": "no-store"})
 
 
@@ -227,9 +254,11 @@ def page() -> tuple[str, str]:
     folder = files("nnunetv2.federated.coordinator.dashboard") / "static"
     text, style, script = ((folder / f"page.{ending}").read_text(encoding="utf-8") for ending in ("html", "css", "js"))
     body = text.replace("/* page.css */", style).replace("/* page.js */", script)
-    return body, (f"default-src 'none'; script-src {_hash_source(script)}; style-src {_hash_source(style)}; "
-                  "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-                  "require-trusted-types-for 'script'")
+    return body, (
+        f"default-src 'none'; script-src {_hash_source(script)}; style-src {_hash_source(style)}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'"
+    )
 
 
 def _hash_source(text: str) -> str:

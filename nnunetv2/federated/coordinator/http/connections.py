@@ -3,6 +3,7 @@
 uvicorn waits for ever for the headers of a new connection, for the rest of a body and for a reader that does not read.
 Its protocol class gets here what it lacks; what is too slow or too much, `limits.py` decides.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -205,10 +206,18 @@ class GuardedProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        body = encode_json(api.Problem(code="damaged_in_transit", message="the request is no proper HTTP",
-                                          remedy="If this happens again, something in between damages requests."))
-        head = h11.Response(status_code=400, reason=b"Bad Request", headers=[
-            ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")])
+        body = encode_json(
+            api.Problem(
+                code="damaged_in_transit",
+                message="the request is no proper HTTP",
+                remedy="If this happens again, something in between damages requests.",
+            )
+        )
+        head = h11.Response(
+            status_code=400,
+            reason=b"Bad Request",
+            headers=[("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")],
+        )
         for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
@@ -217,9 +226,20 @@ class GuardedProtocol(H11Protocol):
 def guarded_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
     """Return the configuration of a guarded server."""
     # Below "error", uvicorn writes a line for every request that is no HTTP: whoever likes could fill a disk.
-    return uvicorn.Config(app, http="h11", ws="none", lifespan="on", loop="asyncio", access_log=False,
-                          log_config=None, log_level="error", server_header=False, timeout_keep_alive=KEEP_ALIVE_S,
-                          h11_max_incomplete_event_size=HEADER_BYTES, **options)
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        loop="asyncio",
+        access_log=False,
+        log_config=None,
+        log_level="error",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        **options,
+    )
 
 
 class GuardedServer(uvicorn.Server):
@@ -235,8 +255,14 @@ class GuardedServer(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILED)
-        make_connection = partial(GuardedProtocol, self.book, config=self.config, server_state=self.server_state,
-                                  app_state=self.lifespan.state, _loop=asyncio.get_running_loop())
+        make_connection = partial(
+            GuardedProtocol,
+            self.book,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=asyncio.get_running_loop(),
+        )
         self.servers = [Listener(one, make_connection, self.book, self.config.ssl) for one in sockets]
         self.started = True
 

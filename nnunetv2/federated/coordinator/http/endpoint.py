@@ -1,4 +1,5 @@
 """Know where a coordinator can be reached and how it is recognised: what invitations say."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

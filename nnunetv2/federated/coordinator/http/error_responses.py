@@ -2,6 +2,7 @@
 
 A site shows message and remedy as one line. Codes are for programs, and for people who look a line up.
 """
+
 from __future__ import annotations
 
 import logging
@@ -76,8 +77,11 @@ def problem_of(error: Exception) -> tuple[int, api.Problem]:
     """Turn an error into a status code and its description: the one table for all requests."""
     if isinstance(error, RefusedError):
         status = STATUS_OF_CODE.get(error.code, 409)
-        return status, api.Problem(code=error.code, message=printable(error.message[:8000])[:8000],
-                                      remedy=printable(error.remedy[:8000])[:8000])
+        return status, api.Problem(
+            code=error.code,
+            message=printable(error.message[:8000])[:8000],
+            remedy=printable(error.remedy[:8000])[:8000],
+        )
     if isinstance(error, FederationError):
         return 400, api.Problem(code="invalid", message=printable(str(error)[:8000])[:8000])
     if isinstance(error, OSError):
@@ -97,8 +101,11 @@ async def answer_error(request: Request, error: Exception) -> Response:
 async def answer_unknown(request: Request, error: Exception) -> Response:
     """Answer a request for a path, or with a method, that the coordinator does not have."""
     code = "unknown_method" if getattr(error, "status_code", 404) == 405 else "unknown_path"
-    problem = api.Problem(code=code, message=f"there is no {request.method[:20]} {path_of(request)[:200]} here",
-                             remedy="Use matching versions at all sites.")
+    problem = api.Problem(
+        code=code,
+        message=f"there is no {request.method[:20]} {path_of(request)[:200]} here",
+        remedy="Use matching versions at all sites.",
+    )
     return json_response(problem, STATUS_OF_CODE[code], getattr(error, "headers", None))
 
 
@@ -121,5 +128,6 @@ def answer_too_many(message: str, wait_s: float) -> Response:
 
 def json_response(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Answer with a message, which is for nobody else, so that nothing in between keeps it."""
-    return Response(encode_json(model), status, {"Cache-Control": "no-store", **(headers or {})},
-                    media_type="application/json")
+    return Response(
+        encode_json(model), status, {"Cache-Control": "no-store", **(headers or {})}, media_type="application/json"
+    )

@@ -10,6 +10,7 @@ until it is there (asyncio's own way, as for an upgrade to another protocol):
 
 Every upload has one buffer, however long it takes, and all uploads together have about as much as `BUFFERS_BYTES`.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -37,8 +38,11 @@ def can_bypass(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) ->
     on Windows, and with TLS before Python 3.11.
     """
     is_encrypted = transport.get_extra_info("sslcontext") is not None
-    return sys.platform != "win32" and isinstance(loop, asyncio.SelectorEventLoop) and (
-        sys.version_info >= (3, 11) or not is_encrypted)
+    return (
+        sys.platform != "win32"
+        and isinstance(loop, asyncio.SelectorEventLoop)
+        and (sys.version_info >= (3, 11) or not is_encrypted)
+    )
 
 
 class BufferBook:
@@ -97,7 +101,7 @@ class LargeBody(asyncio.BufferedProtocol):
             self._arrival = self._connection.loop.create_future()
             self._connection.transport.resume_reading()
             await self._arrival
-            yield self._buffer[:self._filled]
+            yield self._buffer[: self._filled]
 
     def _set_goal(self, goal: int) -> None:
         """Make room for so many bytes, and give back the memory of more if more was held before."""
@@ -115,7 +119,7 @@ class LargeBody(asyncio.BufferedProtocol):
 
     # ------------------------------------------------------------------------------------------ what asyncio calls
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer[self._filled:self._goal]
+        return self._buffer[self._filled : self._goal]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes

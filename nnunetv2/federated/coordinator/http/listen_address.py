@@ -1,4 +1,5 @@
 """Settle where a coordinator listens, under which address it is known, and how it is protected."""
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise FederationError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port") from error
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port"
+        ) from error
     return listener
 
 
@@ -51,15 +53,20 @@ class Address:
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise FederationError("--tls-certificate and --tls-key go together")
         if self.client_authority and not self.speaks_tls:
-            raise FederationError("--client-authority needs TLS: give --tls-certificate and --tls-key, or a --host "
-                                  "beyond this machine")
+            raise FederationError(
+                "--client-authority needs TLS: give --tls-certificate and --tls-key, or a --host beyond this machine"
+            )
         if self.host in ("0.0.0.0", "::", "") and self.url is None:
-            raise FederationError(f"--host {self.host} listens everywhere: say with --url how sites reach this "
-                                  "coordinator, such as https://coordinator.example:8750")
+            raise FederationError(
+                f"--host {self.host} listens everywhere: say with --url how sites reach this "
+                "coordinator, such as https://coordinator.example:8750"
+            )
 
         if self.url is not None and check_url(self.url).startswith("http:") and self.speaks_tls:
-            raise FederationError(f"--url {self.url} is plain HTTP, but the coordinator speaks TLS: give an https "
-                                  "address, or --insecure where the network itself is protected")
+            raise FederationError(
+                f"--url {self.url} is plain HTTP, but the coordinator speaks TLS: give an https "
+                "address, or --insecure where the network itself is protected"
+            )
 
     @property
     def speaks_tls(self) -> bool:
@@ -91,15 +98,19 @@ class Address:
         else:
             hosts = {self.host, urlsplit(self.public_url).hostname} - {"0.0.0.0", "::", ""}
             certificate = tls.private_certificate(folder / "tls", sorted(hosts))
-        return tls.require_clients_of(certificate, Path(self.client_authority)) if self.client_authority \
-            else certificate
+        return (
+            tls.require_clients_of(certificate, Path(self.client_authority)) if self.client_authority else certificate
+        )
 
 
 def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> Address:
     """Return the address of a start: what the command line says, else what held before."""
     known = {field.name for field in fields(Address)}
-    given = {name: str(value.resolve()) if isinstance(value, Path) else value
-             for name, value in vars(arguments).items() if name in known and value is not None}
+    given = {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name in known and value is not None
+    }
     return Address(**{**{name: value for name, value in stored.items() if name in known}, **given})
 
 

@@ -5,6 +5,7 @@ encrypted one a buffer of 256 KiB, and accepts on and on when no file descriptor
 
     listening socket --> ConnectionBook --> [TlsLayer] --> HTTP
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -96,8 +97,13 @@ class Listener:
         context: For TLS; None: plain HTTP.
     """
 
-    def __init__(self, listening: socket.socket, make_connection: Callable[[], Connection], book: ConnectionBook,
-                 context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        make_connection: Callable[[], Connection],
+        book: ConnectionBook,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._listening = listening
         self._make_connection = make_connection
@@ -166,7 +172,10 @@ class Listener:
         now = time.monotonic()
         if now - self._complained >= COMPLAINT_S:
             self._complained = now
-            logger.error("no connection can be accepted for the moment: %s. Allow more open files (ulimit -n, "
-                         "LimitNOFILE) if this goes on", error.strerror or error)
+            logger.error(
+                "no connection can be accepted for the moment: %s. Allow more open files (ulimit -n, "
+                "LimitNOFILE) if this goes on",
+                error.strerror or error,
+            )
         self._loop.remove_reader(self._listening)
         self._pause = self._loop.call_later(ACCEPT_PAUSE_S, self._resume)

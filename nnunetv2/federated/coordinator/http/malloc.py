@@ -1,4 +1,5 @@
 """Keep the coordinator's memory as small as what it holds."""
+
 from __future__ import annotations
 
 import ctypes

@@ -1,4 +1,5 @@
 """Wake requests that wait for a gathering when it changes, without asking over and over."""
+
 from __future__ import annotations
 
 import asyncio

@@ -3,6 +3,7 @@
 Members are known by their credential, all others by their address. What a stranger does costs members nothing: a site
 whose neighbour behind the same address floods the coordinator is served as ever.
 """
+
 from __future__ import annotations
 
 import ipaddress
@@ -56,8 +57,12 @@ class Limits:
     def within_files(self, files: int) -> Limits:
         """Return limits that hold with so many file descriptors, a quarter of which connections leave to the rest."""
         connections = min(self.connections, files * 3 // 4)
-        return replace(self, connections=connections, idle_connections=min(self.idle_connections, connections // 2),
-                       idle_connections_per_address=min(self.idle_connections_per_address, connections // 4))
+        return replace(
+            self,
+            connections=connections,
+            idle_connections=min(self.idle_connections, connections // 2),
+            idle_connections_per_address=min(self.idle_connections_per_address, connections // 4),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- allowances
@@ -175,7 +180,7 @@ class _Idle:
 
     def first(self, highest: Standing = Standing.MEMBER) -> Hashable | None:
         """Return the one that makes room first, if its standing is not above the highest."""
-        return next((one for connections in self._by_standing[:highest + 1] for one in connections), None)
+        return next((one for connections in self._by_standing[: highest + 1] for one in connections), None)
 
 
 @dataclass(slots=True)
@@ -288,8 +293,14 @@ class Gate:
         clock: Seconds, from any moment on.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, identify: Callable[[Scope], str | None],
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        identify: Callable[[Scope], str | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.app = app
         self._limits = limits
         self._identify = identify
@@ -304,8 +315,11 @@ class Gate:
             await self.app(scope, receive, send)
             return
         member = self._identify(scope)
-        refusal = self._refuse_stranger(scope) if member is None else self._refuse_member(
-            member, scope["method"], scope["path"])
+        refusal = (
+            self._refuse_stranger(scope)
+            if member is None
+            else self._refuse_member(member, scope["method"], scope["path"])
+        )
         if refusal is not None:
             await answer_too_many(*refusal)(scope, receive, send)
         elif member is None:

@@ -1,4 +1,5 @@
 """Read the bodies of requests: small ones into messages, large ones into files, none beyond its limit."""
+
 from __future__ import annotations
 
 import asyncio
@@ -67,8 +68,9 @@ def announced(request: Request) -> Announcement:
     match = re.fullmatch(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", text)
     offset, last, size = map(int, match.groups()) if match else (0, 0, 0)
     if match is None or last != size - 1 or size - offset != length or length == 0:
-        raise RefusedError(f"Content-Range {text[:80]!r} does not go with the length {length}",
-                           code="incomplete_request")
+        raise RefusedError(
+            f"Content-Range {text[:80]!r} does not go with the length {length}", code="incomplete_request"
+        )
     return Announcement(announced_digest(request), size, offset)
 
 
@@ -133,8 +135,9 @@ async def receive(request: Request, upload: PartialUpload, announcement: Announc
                 await reception.write(upload.append, piece)
         more_follow = False
     if upload.size != announcement.size:
-        raise RefusedError(f"the body has {upload.size} bytes, {announcement.size} were announced",
-                           code="damaged_in_transit")
+        raise RefusedError(
+            f"the body has {upload.size} bytes, {announcement.size} were announced", code="damaged_in_transit"
+        )
     if upload.hexdigest() != announcement.digest:
         upload.discard()
         raise RefusedError("the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit")

@@ -7,6 +7,7 @@
 
 Certificates are made by the `openssl` command, which comes with every server: no package is needed for them.
 """
+
 from __future__ import annotations
 
 import json
@@ -67,8 +68,9 @@ def private_certificate(folder: Path, hosts: Sequence[str], *, now: float | None
     if not _is_good(folder / "server.json", made, hosts, now):
         _make_certificate(made, authority_key, hosts)
         expires = now + CERTIFICATE_DAYS * 86_400
-        save_json_atomically({"hosts": hosts, "expires": expires, "authority": fingerprint(authority)},
-                             folder / "server.json")
+        save_json_atomically(
+            {"hosts": hosts, "expires": expires, "authority": fingerprint(authority)}, folder / "server.json"
+        )
     return made
 
 
@@ -95,8 +97,10 @@ def require_clients_of(certificate: Certificate, authority: Path) -> Certificate
         check_authorities(authority.read_text(encoding="utf-8"))
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(authority)
     except (OSError, ValueError, FederationError) as error:
-        raise FederationError(f"--client-authority {authority} cannot be used: {error}. Expected the certificate of "
-                              "the authority of the sites' certificates in PEM format, and nothing else") from error
+        raise FederationError(
+            f"--client-authority {authority} cannot be used: {error}. Expected the certificate of "
+            "the authority of the sites' certificates in PEM format, and nothing else"
+        ) from error
     return replace(certificate, client_authority=authority)
 
 
@@ -109,8 +113,9 @@ def fingerprint(certificate: Path) -> str:
     try:
         return fingerprint_of(certificate.read_text(encoding="ascii"))
     except (ValueError, FederationError) as error:
-        raise FederationError(f"{certificate}: {error}. Sites know this authority by its fingerprint: bring the file "
-                              "back as it was made") from error
+        raise FederationError(
+            f"{certificate}: {error}. Sites know this authority by its fingerprint: bring the file back as it was made"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------------------- making
@@ -126,19 +131,26 @@ def _make_authority(certificate: Path, key: Path) -> None:
 
 def _make_certificate(made: Certificate, authority_key: Path, hosts: Sequence[str]) -> None:
     names = ",".join(f"{'IP' if _is_address(host) else 'DNS'}:{host}" for host in hosts)
-    extensions = (f"subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\n"
-                  "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\n")
+    extensions = (
+        f"subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\n"
+        "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\n"
+    )
     with replacing(made.key) as new_key, replacing(made.certificate) as new_certificate:
         request = new_key.with_suffix(".csr")
         _openssl("req", *_CURVE, "-subj", "/CN=nnU-Net federation coordinator", "-keyout", new_key, "-out", request)
-        _sign(request, new_certificate, key=authority_key, authority=made.authority, extensions=extensions,
-              days=CERTIFICATE_DAYS)
+        _sign(
+            request,
+            new_certificate,
+            key=authority_key,
+            authority=made.authority,
+            extensions=extensions,
+            days=CERTIFICATE_DAYS,
+        )
         request.unlink()
         new_key.chmod(0o600)
 
 
-def _sign(request: Path, certificate: Path, *, key: Path, authority: Path | None, extensions: str,
-          days: int) -> None:
+def _sign(request: Path, certificate: Path, *, key: Path, authority: Path | None, extensions: str, days: int) -> None:
     """Make a certificate of a request, valid since a day ago.
 
     By `openssl ca`, which lets a certificate begin when it is told to; `x509` and `req` do so in OpenSSL 3.4 only.
@@ -153,10 +165,29 @@ def _sign(request: Path, certificate: Path, *, key: Path, authority: Path | None
         (folder / "config").write_text(_AUTHORITY_CONFIG.format(folder=folder.as_posix()), encoding="utf-8")
         now = time.time()
         signed_by = ("-selfsign",) if authority is None else ("-cert", authority)
-        dates = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(moment))
-                 for moment in (now - BACKDATED_S, now + days * 86_400)]
-        _openssl("ca", "-batch", "-notext", "-config", folder / "config", "-keyfile", key, *signed_by, "-in", request,
-                 "-startdate", dates[0], "-enddate", dates[1], "-extfile", folder / "extensions", "-out", certificate)
+        dates = [
+            time.strftime("%Y%m%d%H%M%SZ", time.gmtime(moment)) for moment in (now - BACKDATED_S, now + days * 86_400)
+        ]
+        _openssl(
+            "ca",
+            "-batch",
+            "-notext",
+            "-config",
+            folder / "config",
+            "-keyfile",
+            key,
+            *signed_by,
+            "-in",
+            request,
+            "-startdate",
+            dates[0],
+            "-enddate",
+            dates[1],
+            "-extfile",
+            folder / "extensions",
+            "-out",
+            certificate,
+        )
 
 
 _AUTHORITY_CONFIG = """[ca]
@@ -178,8 +209,11 @@ def _is_good(record: Path, made: Certificate, hosts: Sequence[str], now: float) 
     if not (record.exists() and made.certificate.exists() and made.key.exists()):
         return False
     content = json.loads(record.read_text(encoding="utf-8"))
-    return (content["hosts"] == list(hosts) and content["authority"] == fingerprint(made.authority)
-            and now < content["expires"] - RENEWED_BEFORE_S)
+    return (
+        content["hosts"] == list(hosts)
+        and content["authority"] == fingerprint(made.authority)
+        and now < content["expires"] - RENEWED_BEFORE_S
+    )
 
 
 def _is_address(host: str) -> bool:
@@ -193,9 +227,12 @@ def _is_address(host: str) -> bool:
 def _openssl(*arguments: str | Path) -> None:
     command = shutil.which("openssl")
     if command is None:
-        raise FederationError("a private certificate needs the command openssl, which is not installed: install it, "
-                              "or give a certificate (--tls-certificate, --tls-key), or put a proxy with TLS in front")
-    done = subprocess.run([command, *map(str, arguments)], capture_output=True, text=True, check=False,
-                          timeout=OPENSSL_TIMEOUT_S)
+        raise FederationError(
+            "a private certificate needs the command openssl, which is not installed: install it, "
+            "or give a certificate (--tls-certificate, --tls-key), or put a proxy with TLS in front"
+        )
+    done = subprocess.run(
+        [command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=OPENSSL_TIMEOUT_S
+    )
     if done.returncode != 0:
         raise FederationError(f"openssl {arguments[0]} failed: {done.stderr.strip()[-500:]}")

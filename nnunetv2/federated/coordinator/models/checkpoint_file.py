@@ -10,6 +10,7 @@ A checkpoint is a zip archive, stored without compression:
 Only writing happens here. What is pickled names no class but OrderedDict and torch's own tensors, so that
 `torch.load(..., weights_only=True)` accepts it.
 """
+
 from __future__ import annotations
 
 import io
@@ -33,9 +34,16 @@ _PADDING_FIELD = b"FB"
 _PLAIN = (type(None), bool, int, float, str)
 
 
-def model_checkpoint(*, plans: Mapping[str, Any], configuration: str, fold: int | str, dataset_json: Mapping[str, Any],
-                     mirroring_axes: Sequence[int] | None, current_epoch: int,
-                     trainer_name: str = "nnUNetTrainer") -> dict[str, Any]:
+def model_checkpoint(
+    *,
+    plans: Mapping[str, Any],
+    configuration: str,
+    fold: int | str,
+    dataset_json: Mapping[str, Any],
+    mirroring_axes: Sequence[int] | None,
+    current_epoch: int,
+    trainer_name: str = "nnUNetTrainer",
+) -> dict[str, Any]:
     """Return all entries of an nnU-Net checkpoint but `network_weights`.
 
     There is no optimizer state and no curve: those stayed at the sites.
@@ -46,15 +54,25 @@ def model_checkpoint(*, plans: Mapping[str, Any], configuration: str, fold: int 
         "logging": {},
         "_best_ema": None,
         "current_epoch": current_epoch,
-        "init_args": {"plans": dict(plans), "configuration": configuration,
-                      "fold": fold if fold == "all" else int(fold), "dataset_json": dict(dataset_json)},
+        "init_args": {
+            "plans": dict(plans),
+            "configuration": configuration,
+            "fold": fold if fold == "all" else int(fold),
+            "dataset_json": dict(dataset_json),
+        },
         "trainer_name": trainer_name,
         "inference_allowed_mirroring_axes": None if mirroring_axes is None else tuple(mirroring_axes),
     }
 
 
-def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], content: Mapping[str, Any], *,
-                     counters: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> None:
+def write_checkpoint(
+    path: Path,
+    document: Document,
+    names: Mapping[str, str],
+    content: Mapping[str, Any],
+    *,
+    counters: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
     """Write a checkpoint atomically, copying the tensors piece by piece.
 
     Args:
@@ -71,8 +89,10 @@ def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], c
     """
     _check_plain(content, "checkpoint")
     numbers = {tensor: str(number) for number, tensor in enumerate(dict.fromkeys(names.values()))}
-    weights = OrderedDict((normalise_name(parameter), _Tensor(numbers[tensor], document.spec(tensor)))
-                          for parameter, tensor in names.items())
+    weights = OrderedDict(
+        (normalise_name(parameter), _Tensor(numbers[tensor], document.spec(tensor)))
+        for parameter, tensor in names.items()
+    )
     for parameter, shape in counters.items():
         weights[normalise_name(parameter)] = _Tensor(f"counter{len(weights)}", TensorSpec("I64", shape))
     pickled = io.BytesIO()
@@ -82,13 +102,12 @@ def write_checkpoint(path: Path, document: Document, names: Mapping[str, str], c
         _add(archive, "archive/byteorder", [b"little"])
         for tensor, number in numbers.items():
             _add(archive, f"archive/data/{number}", document.pieces(tensor), size=document.spec(tensor).nbytes)
-        for tensor in list(weights.values())[len(names):]:
+        for tensor in list(weights.values())[len(names) :]:
             _add(archive, f"archive/data/{tensor.number}", [bytes(tensor.spec.nbytes)], size=tensor.spec.nbytes)
         _add(archive, "archive/version", [b"3\n"])
 
 
-def parameter_names(tensors: Iterable[str], aliases: Mapping[str, str],
-                    canonical: Mapping[str, str]) -> dict[str, str]:
+def parameter_names(tensors: Iterable[str], aliases: Mapping[str, str], canonical: Mapping[str, str]) -> dict[str, str]:
     """Return what `write_checkpoint` wants to know: every name of a site's network -> tensor in the aggregate.
 
     Args:
@@ -130,8 +149,11 @@ class _Tensor:
 
 
 _REBUILD_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
-_STORAGES = {"F32": _Global("torch", "FloatStorage"), "F16": _Global("torch", "HalfStorage"),
-             "I64": _Global("torch", "LongStorage")}
+_STORAGES = {
+    "F32": _Global("torch", "FloatStorage"),
+    "F16": _Global("torch", "HalfStorage"),
+    "I64": _Global("torch", "LongStorage"),
+}
 
 
 class _CheckpointPickler(pickle._Pickler):  # the one in C imports every class that it is to name
@@ -161,7 +183,7 @@ class _CheckpointPickler(pickle._Pickler):  # the one in C imports every class t
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides, in elements, of a contiguous tensor."""
-    return tuple(math.prod(max(size, 1) for size in shape[axis + 1:]) for axis in range(len(shape)))
+    return tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _check_plain(value: Any, place: str) -> None:

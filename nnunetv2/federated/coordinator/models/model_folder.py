@@ -8,6 +8,7 @@
 That needs the same plans and networks at all sites, and every tensor of the network shared; else the aggregate stays
 what it is. Which of the two it will be is known, and told, when the sites have registered: see `outlook`.
 """
+
 from __future__ import annotations
 
 import re
@@ -41,18 +42,28 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
     match = archive.agreement(run).match
     outlook = foresee_model(registrations.items(), match)
     if outlook.obstacle:
-        return (f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
-                f"{outlook.obstacle}")
+        return (
+            f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
+            f"{outlook.obstacle}"
+        )
     canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
-    names = parameter_names([entry.name for entry in registration.tensors if entry.name in canonical],
-                            registration.aliases, canonical)
+    names = parameter_names(
+        [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
+    )
     registration = registration.model_copy(update={"plans": plans_of_sites(registrations, archive)})
     registrations[site] = registration
     model = _write_description(folder, registrations, archive)
     for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
         if number is not None:
-            _write_checkpoint(model / f"fold_{registration.fold}" / name, run, number, registrations, names, archive,
-                              trainer=outlook.trainer)
+            _write_checkpoint(
+                model / f"fold_{registration.fold}" / name,
+                run,
+                number,
+                registrations,
+                names,
+                archive,
+                trainer=outlook.trainer,
+            )
     return f"model written to {model} and {_write_zip(model, registration)}"
 
 
@@ -86,8 +97,16 @@ def _write_description(folder: Path, registrations: Mapping[str, Registration], 
     return model
 
 
-def _write_checkpoint(path: Path, run: str, number: int, registrations: Mapping[str, Registration],
-                      names: Mapping[str, str], archive: Archive, *, trainer: str) -> None:
+def _write_checkpoint(
+    path: Path,
+    run: str,
+    number: int,
+    registrations: Mapping[str, Registration],
+    names: Mapping[str, str],
+    archive: Archive,
+    *,
+    trainer: str,
+) -> None:
     """Write the aggregate of a round as a checkpoint.
 
     Args:
@@ -96,9 +115,14 @@ def _write_checkpoint(path: Path, run: str, number: int, registrations: Mapping[
     registration = next(iter(registrations.values()))
     dataset_json = describe_dataset(registrations)
     content = model_checkpoint(
-        plans=registration.plans, configuration=registration.configuration, dataset_json=dataset_json,
+        plans=registration.plans,
+        configuration=registration.configuration,
+        dataset_json=dataset_json,
         fold=registration.fold if registration.fold == "all" else int(registration.fold),
-        mirroring_axes=common_mirroring_axes(registrations), current_epoch=number + 1, trainer_name=trainer)
+        mirroring_axes=common_mirroring_axes(registrations),
+        current_epoch=number + 1,
+        trainer_name=trainer,
+    )
     with archive.result(round_key(run, number)) as aggregate:
         write_checkpoint(path, aggregate, names, content, counters=counters_of(registration))
 
@@ -118,8 +142,11 @@ def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any
     """Return what nnU-Net has to know of the data to use the model, as in dataset.json."""
     described = next(iter(registrations.values())).dataset_json.model_dump(mode="json", exclude_none=True)
     file_ending = of_most_sites(message.dataset_json.file_ending for message in registrations.values())
-    return {**described, "file_ending": file_ending,
-            "numTraining": sum(message.num_training_cases for message in registrations.values())}
+    return {
+        **described,
+        "file_ending": file_ending,
+        "numTraining": sum(message.num_training_cases for message in registrations.values()),
+    }
 
 
 def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[int, ...] | None:
@@ -140,8 +167,10 @@ def plans_of_sites(registrations: Mapping[str, Registration], archive: Archive) 
     compared = archive.messages(key).values() if archive.is_closed(key) else ()
     agreed = comparable_plans(plans)
     made_together = next((one.plans for one in compared if comparable_plans(one.plans) == agreed), plans)
-    held = {field: [message.plans[field] for message in registrations.values() if field in message.plans]
-            for field in PLANS_OF_A_SITE}
+    held = {
+        field: [message.plans[field] for message in registrations.values() if field in message.plans]
+        for field in PLANS_OF_A_SITE
+    }
     return {**made_together, **{field: of_most_sites(values) for field, values in held.items() if values}}
 
 

@@ -1,4 +1,5 @@
 """Keep the model of every run that is over, and find it for those who fetch it."""
+
 from __future__ import annotations
 
 import os
@@ -57,9 +58,13 @@ def outlook(coordinator: Coordinator, run: str) -> Outlook | None:
 def outlooks(coordinator: Coordinator, runs: Iterable[str]) -> api.Outlooks:
     """Return what will become of the averages of these runs, as far as it is known."""
     found = {run: outlook(coordinator, run) for run in runs}
-    return api.Outlooks(runs=tuple(
-        api.RunOutlook(run=run, trainer=one.trainer, obstacle=one.obstacle[:8000])
-        for run, one in found.items() if one is not None))
+    return api.Outlooks(
+        runs=tuple(
+            api.RunOutlook(run=run, trainer=one.trainer, obstacle=one.obstacle[:8000])
+            for run, one in found.items()
+            if one is not None
+        )
+    )
 
 
 def fetch(coordinator: Coordinator, run: str, *, member: str) -> KeptModel:
@@ -78,23 +83,31 @@ def find(coordinator: Coordinator, run: str) -> Path:
         OSError: It is not written yet.
     """
     if run not in coordinator.book.runs():
-        raise RefusedError(f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.",
-                           code="unknown_run")
+        raise RefusedError(
+            f"there is no run {run[:200]!r}",
+            f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.",
+            code="unknown_run",
+        )
     state = coordinator.run_state(run)
     if not state.closed:
         total = "" if state.num_rounds is None else f" of {state.num_rounds}"
-        raise RefusedError(f"run {run} is not over: {state.rounds_closed}{total} rounds are closed",
-                           "There is a model when all are, or when the operator has stopped the run.", code="no_model")
+        raise RefusedError(
+            f"run {run} is not over: {state.rounds_closed}{total} rounds are closed",
+            "There is a model when all are, or when the operator has stopped the run.",
+            code="no_model",
+        )
     if not state.rounds_closed:
-        raise RefusedError(f"run {run} was stopped before its first round was closed: there is no model of it",
-                           code="no_model")
+        raise RefusedError(
+            f"run {run} was stopped before its first round was closed: there is no model of it", code="no_model"
+        )
     outcome = _outcome(coordinator, run, _made_of(coordinator, run))
     if outcome is None:
         raise OSError(f"the model of run {run} is not written yet")
     path = coordinator.store.folder / FOLDER / name_of_zip(outcome)
     if not path.is_file():
-        raise RefusedError(f"the model of run {run} is not in the coordinator's folder any more", "Ask the operator.",
-                           code="no_model")
+        raise RefusedError(
+            f"the model of run {run} is not in the coordinator's folder any more", "Ask the operator.", code="no_model"
+        )
     return path
 
 
@@ -105,16 +118,24 @@ def _made_of(coordinator: Coordinator, run: str) -> dict[str, int | None]:
 
 def _outcome(coordinator: Coordinator, run: str, rounds: Mapping[str, int | None]) -> str | None:
     """Return where the log says that the model of these rounds is, or why there is none; None: nothing was done yet."""
-    return next((event.detail["outcome"] for event in coordinator.store.load_events("model")
-                 if event.key == run and event.detail.get("rounds") == rounds), None)
+    return next(
+        (
+            event.detail["outcome"]
+            for event in coordinator.store.load_events("model")
+            if event.key == run and event.detail.get("rounds") == rounds
+        ),
+        None,
+    )
 
 
 def _note(coordinator: Coordinator, run: str, member: str, digest: str) -> None:
     """Log once who has got which model: a download that goes on asks again."""
     detail = {"digest": digest}
     with coordinator.locks[run]:
-        if not any((event.site, event.key, dict(event.detail)) == (member, run, detail)
-                   for event in coordinator.store.load_events("fetch")):
+        if not any(
+            (event.site, event.key, dict(event.detail)) == (member, run, detail)
+            for event in coordinator.store.load_events("fetch")
+        ):
             coordinator.store.add_event(Event(coordinator.clock(), "fetch", member, run, detail))
             coordinator.announce(f"run {run}: {member} fetches the model")
 

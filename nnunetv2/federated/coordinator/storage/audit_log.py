@@ -4,6 +4,7 @@ The hash of a line is the SHA-256 of the hash before it and of the line's conten
 line in the middle breaks the chain; whoever cuts off its end is found out by a hash that was noted elsewhere, such as
 on paper or in a mail to the sites.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -48,8 +49,10 @@ def add_event(connection: sqlite3.Connection, event: Event) -> None:
     """Append a line, inside the caller's transaction."""
     last = connection.execute("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1").fetchone() or (0, START)
     row = (last[0] + 1, float(event.time), event.kind, event.site, event.key, json.dumps(event.detail))
-    connection.execute("INSERT INTO events (number, time, kind, site, key, detail, hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                       (*row, chained_hash(last[1], row)))
+    connection.execute(
+        "INSERT INTO events (number, time, kind, site, key, detail, hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (*row, chained_hash(last[1], row)),
+    )
 
 
 def chained_hash(before: str, row: tuple) -> str:

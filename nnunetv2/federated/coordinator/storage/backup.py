@@ -7,6 +7,7 @@ be asked for, the models, the keys of TLS, and last `backup.json` with the SHA-2
 a row speaks of them, so they are linked at once and copied at leisure. What is worth stealing in the folder is worth
 stealing in its backup: keep it as safe.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -102,8 +103,10 @@ def _collect(folder: Path, scratch: Path) -> tuple[float, dict[str, str]]:
             for path in _files_below(folder / part):
                 _link(folder / part / path, scratch / part / path)
         return created, digests
-    raise FederationError(f"the documents of {folder} have changed {ATTEMPTS} times while they were listed: try again "
-                          "when less is going on, or pause the run for a moment (nnUNetv2_fed_admin pause RUN)")
+    raise FederationError(
+        f"the documents of {folder} have changed {ATTEMPTS} times while they were listed: try again "
+        "when less is going on, or pause the run for a moment (nnUNetv2_fed_admin pause RUN)"
+    )
 
 
 def _documents(database: sqlite3.Connection) -> Iterator[tuple[str, str]]:
@@ -111,8 +114,11 @@ def _documents(database: sqlite3.Connection) -> Iterator[tuple[str, str]]:
     from nnunetv2.federated.coordinator.storage.store import contribution_name, result_name
     from nnunetv2.federated.exchanges.exchange import FINAL_KINDS, parse_key
 
-    closed = {key for key, outcome in database.execute("SELECT key, outcome FROM gatherings")
-              if outcome is not None and json.loads(outcome)["closed"] and parse_key(key).kind in FINAL_KINDS}
+    closed = {
+        key
+        for key, outcome in database.execute("SELECT key, outcome FROM gatherings")
+        if outcome is not None and json.loads(outcome)["closed"] and parse_key(key).kind in FINAL_KINDS
+    }
     for key, site, digest in database.execute("SELECT key, site, digest FROM contributions ORDER BY key, site"):
         if key not in closed:
             yield f"gatherings/{key}/{contribution_name(site, digest)}", digest
@@ -148,8 +154,10 @@ def _add(archive: tarfile.TarFile, scratch: Path, path: str, expected: str | Non
 
 
 def _add_contents(archive: tarfile.TarFile, saved: Backup) -> None:
-    content = json.dumps({"version": VERSION, "federation": saved.federation, "created": saved.created,
-                          "files": dict(saved.files)}, indent=1).encode()
+    content = json.dumps(
+        {"version": VERSION, "federation": saved.federation, "created": saved.created, "files": dict(saved.files)},
+        indent=1,
+    ).encode()
     information = tarfile.TarInfo(CONTENTS_FILE)
     information.size, information.mode = len(content), 0o600
     archive.addfile(information, io.BytesIO(content))
@@ -303,13 +311,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _backup_command(folder: Path, arguments: argparse.Namespace) -> None:
     saved = backup(folder, arguments.file)
-    show(f"{saved.federation}: {len(saved.files)} files, {arguments.file.stat().st_size / 1e6:.1f} MB, saved to "
-         f"{arguments.file}. Keep it as safe as {folder}: who has it can pose as this coordinator.")
+    show(
+        f"{saved.federation}: {len(saved.files)} files, {arguments.file.stat().st_size / 1e6:.1f} MB, saved to "
+        f"{arguments.file}. Keep it as safe as {folder}: who has it can pose as this coordinator."
+    )
 
 
 def _restore_command(folder: Path, arguments: argparse.Namespace) -> None:
     restored = restore(arguments.file, arguments.into)
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(restored.created))
-    show(f"{restored.federation} is as it was at {moment}, in {arguments.into}. Make sure that the old coordinator "
-         f"does not run any more, then: "
-         + shell_command("nnUNetv2_fed_coordinator", options=[("--folder", arguments.into)]))
+    show(
+        f"{restored.federation} is as it was at {moment}, in {arguments.into}. Make sure that the old coordinator "
+        f"does not run any more, then: "
+        + shell_command("nnUNetv2_fed_coordinator", options=[("--folder", arguments.into)])
+    )

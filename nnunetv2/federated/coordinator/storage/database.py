@@ -1,4 +1,5 @@
 """Open the SQLite database of a federation, bring it to the present schema, and change it in transactions."""
+
 from __future__ import annotations
 
 import sqlite3
@@ -95,8 +96,10 @@ class Database:
                 self._prepare()
         except sqlite3.DatabaseError as error:
             self.close()
-            raise FederationError(f"{path} cannot be used: {error}. Restore a backup (nnUNetv2_fed_admin restore), or "
-                                  "choose another folder") from error
+            raise FederationError(
+                f"{path} cannot be used: {error}. Restore a backup (nnUNetv2_fed_admin restore), or "
+                "choose another folder"
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -151,8 +154,10 @@ class Database:
             with self.transaction() as connection:
                 _migrate_from_1(connection)
         elif version != SCHEMA_VERSION:
-            raise FederationError(f"{self._path.parent} was written by another version of the coordinator (schema "
-                                  f"{version}, not {SCHEMA_VERSION}): go on with that version, or use another folder")
+            raise FederationError(
+                f"{self._path.parent} was written by another version of the coordinator (schema "
+                f"{version}, not {SCHEMA_VERSION}): go on with that version, or use another folder"
+            )
         self._connection.executescript(_INDICES)
 
 
@@ -171,10 +176,13 @@ def _migrate_from_1(connection: sqlite3.Connection) -> None:
     connection.execute("DROP TRIGGER events_remain")
     for statement in _statements(_TABLES_2 + _EVENTS_2):
         connection.execute(statement)
-    connection.execute("INSERT INTO members SELECT name, 'site', CASE WHEN token_hash IS NULL THEN 'invited' ELSE "
-                       "'active' END, token_hash, 0 FROM sites")
-    connection.execute("INSERT INTO invitations SELECT invitation_hash, name, invitation, ?, token_hash FROM sites",
-                       (FOREVER,))
+    connection.execute(
+        "INSERT INTO members SELECT name, 'site', CASE WHEN token_hash IS NULL THEN 'invited' ELSE "
+        "'active' END, token_hash, 0 FROM sites"
+    )
+    connection.execute(
+        "INSERT INTO invitations SELECT invitation_hash, name, invitation, ?, token_hash FROM sites", (FOREVER,)
+    )
     connection.execute("DROP TABLE sites")
     audit_log.chain_all(connection)
     for statement in _EVENTS_GUARD.strip().split("\n"):

@@ -4,6 +4,7 @@ There is one file per gathering and site. The newest request writes it: a connec
 has begun anew, finds that out at its next piece. What is complete belongs to the request that has completed it: nobody
 else has a hand on it between its check and its place in the store.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -52,8 +53,9 @@ class PartialUploads:
         path = self._path(key, site, digest)
         with self._lock:
             if path in self._being_stored:
-                raise RefusedError("this document has arrived on another connection, and is being stored",
-                                   code="taken_over")
+                raise RefusedError(
+                    "this document has arrived on another connection, and is being stored", code="taken_over"
+                )
             self._remove_others(path)
             if offset > (path.stat().st_size if path.exists() else 0):
                 raise RefusedError(f"the upload cannot go on at byte {offset}: less has arrived", code="wrong_offset")
@@ -200,7 +202,7 @@ def _write_all(file: FileIO, piece: bytes) -> None:
     """Write all of a piece: a file without a buffer may take less at a time, on a disk that fills up above all."""
     remaining = memoryview(piece)
     while len(remaining):
-        remaining = remaining[file.write(remaining):]
+        remaining = remaining[file.write(remaining) :]
 
 
 def _hash_of(key: str) -> str:

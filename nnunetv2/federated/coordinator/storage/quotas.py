@@ -3,6 +3,7 @@
 What a site sends in a round is bounded by what was agreed on, and by the rounds that are open. Runs and plans, however,
 have the names that sites give them: their number is bounded here.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -23,17 +24,29 @@ RESERVED_BYTES = 256 << 20
 def check_room(key: GatheringKey, site: str, size: int, *, book: RoundBook, folder: Path) -> None:
     """Raise RefusedError if a site has sent enough that is still open, or if the disk has no room for a document."""
     if key.kind not in FINAL_KINDS:
-        others = [one.contributions[site].size for one in book.open_gatherings()
-                  if one.key != key and one.key.kind not in FINAL_KINDS and site in one.contributions]
+        others = [
+            one.contributions[site].size
+            for one in book.open_gatherings()
+            if one.key != key and one.key.kind not in FINAL_KINDS and site in one.contributions
+        ]
         if len(others) >= MAX_OPEN:
-            raise RefusedError(f"site {site} takes part in {len(others)} gatherings that are still open, at most "
-                               f"{MAX_OPEN} are allowed", "Ask the coordinating site to reset runs that nobody else "
-                               "takes part in: nnUNetv2_fed_admin reset RUN.", code="too_many_gatherings")
+            raise RefusedError(
+                f"site {site} takes part in {len(others)} gatherings that are still open, at most "
+                f"{MAX_OPEN} are allowed",
+                "Ask the coordinating site to reset runs that nobody else takes part in: nnUNetv2_fed_admin reset RUN.",
+                code="too_many_gatherings",
+            )
         if sum(others) + size > MAX_OPEN_BYTES:
-            raise RefusedError(f"the documents of site {site} in gatherings that are still open have more than "
-                               f"{MAX_OPEN_BYTES >> 20} MiB", "Ask the coordinating site to reset runs that nobody "
-                               "else takes part in: nnUNetv2_fed_admin reset RUN.", code="too_many_bytes")
+            raise RefusedError(
+                f"the documents of site {site} in gatherings that are still open have more than "
+                f"{MAX_OPEN_BYTES >> 20} MiB",
+                "Ask the coordinating site to reset runs that nobody else takes part in: nnUNetv2_fed_admin reset RUN.",
+                code="too_many_bytes",
+            )
     free = shutil.disk_usage(folder).free
     if free < size + RESERVED_BYTES:
-        raise RefusedError(f"the coordinator's disk is full: {free >> 20} MiB are free", "The coordinating site has to "
-                           "make room; nothing is lost.", code="disk_full")
+        raise RefusedError(
+            f"the coordinator's disk is full: {free >> 20} MiB are free",
+            "The coordinating site has to make room; nothing is lost.",
+            code="disk_full",
+        )

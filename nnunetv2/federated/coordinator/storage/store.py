@@ -8,6 +8,7 @@
 A row is written after the file that it speaks of is on the disk, and nothing is acknowledged before its row is. Files
 without a row are leftovers of a crash and are removed at the next start.
 """
+
 from __future__ import annotations
 
 import json
@@ -142,11 +143,20 @@ class Store:
         """Write settings that an operator has changed."""
         self.save_members((), (), settings=settings, event=event)
 
-    def create(self, settings: FederationSettings, members: Iterable[MemberRecord],
-               invitations: Iterable[InvitationRecord], now: float) -> None:
+    def create(
+        self,
+        settings: FederationSettings,
+        members: Iterable[MemberRecord],
+        invitations: Iterable[InvitationRecord],
+        now: float,
+    ) -> None:
         """Write a new federation: its settings and members, together."""
-        self.save_members(members, invitations, settings=settings,
-                          event=Event(now, "creation", None, None, settings.model_dump(mode="json")))
+        self.save_members(
+            members,
+            invitations,
+            settings=settings,
+            event=Event(now, "creation", None, None, settings.model_dump(mode="json")),
+        )
 
     def load_members(self) -> dict[str, MemberRecord]:
         """Return everybody by name."""
@@ -158,13 +168,20 @@ class Store:
         rows = self._database.rows("SELECT hash, member, secret, expires, token_hash FROM invitations")
         return {row[0]: InvitationRecord(*row) for row in rows}
 
-    def save_members(self, members: Iterable[MemberRecord], invitations: Iterable[InvitationRecord], *, event: Event,
-                     settings: FederationSettings | None = None) -> None:
+    def save_members(
+        self,
+        members: Iterable[MemberRecord],
+        invitations: Iterable[InvitationRecord],
+        *,
+        event: Event,
+        settings: FederationSettings | None = None,
+    ) -> None:
         """Write members and invitations that have changed, and the settings if they have, together."""
         with self._database.transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", map(astuple, members))
-            connection.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)",
-                                   map(astuple, invitations))
+            connection.executemany(
+                "INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)", map(astuple, invitations)
+            )
             if settings is not None:
                 connection.execute("INSERT OR REPLACE INTO meta VALUES ('settings', ?)", (settings.model_dump_json(),))
             add_event(connection, event)
@@ -182,8 +199,12 @@ class Store:
 
     def forget_run(self, run: str, event: Event) -> None:
         """Forget the gatherings of a run in which no round has been closed; the log of events still tells of them."""
-        keys = [row[0] for row in self._database.rows(
-            "SELECT key FROM gatherings WHERE substr(key, 1, ?) = ?", len(run) + 6, f"runs/{run}/")]
+        keys = [
+            row[0]
+            for row in self._database.rows(
+                "SELECT key FROM gatherings WHERE substr(key, 1, ?) = ?", len(run) + 6, f"runs/{run}/"
+            )
+        ]
         with self._database.transaction() as connection:
             for table in ("gatherings", "contributions", "results"):
                 connection.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in keys])  # noqa: S608
@@ -192,8 +213,9 @@ class Store:
         self._durable_folders.clear()
         shutil.rmtree(self.folder / "gatherings" / "runs" / run, ignore_errors=True)
 
-    def load_rounds(self, run: str, first: int = 0, limit: int = -1, *,
-                    characters: int | None = None) -> list[dict[str, Any]]:
+    def load_rounds(
+        self, run: str, first: int = 0, limit: int = -1, *, characters: int | None = None
+    ) -> list[dict[str, Any]]:
         """Return the records of the closed rounds of a run, from round `first` on, in order, at most `limit`.
 
         Args:
@@ -201,8 +223,9 @@ class Store:
         """
         return self._records("rounds", run, first, limit, characters)
 
-    def load_validations(self, run: str, first: int = 0, limit: int = -1, *,
-                         characters: int | None = None) -> list[dict[str, Any]]:
+    def load_validations(
+        self, run: str, first: int = 0, limit: int = -1, *, characters: int | None = None
+    ) -> list[dict[str, Any]]:
         """Return the pooled validations of a run in the same way."""
         return self._records("validations", run, first, limit, characters)
 
@@ -211,11 +234,15 @@ class Store:
         rows = self._database.rows("SELECT record FROM validations WHERE run = ? ORDER BY number DESC LIMIT 1", run)
         return json.loads(rows[0][0]) if rows else None
 
-    def _records(self, table: Literal["rounds", "validations"], run: str, first: int, limit: int,
-                 characters: int | None) -> list[dict[str, Any]]:
+    def _records(
+        self, table: Literal["rounds", "validations"], run: str, first: int, limit: int, characters: int | None
+    ) -> list[dict[str, Any]]:
         query = f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number LIMIT ?"  # noqa: S608
-        rows = self._database.rows(query, run, first, limit) if characters is None else \
-            self._database.first_rows(query, run, first, limit, characters=characters, least=LEAST_RECORDS)
+        rows = (
+            self._database.rows(query, run, first, limit)
+            if characters is None
+            else self._database.first_rows(query, run, first, limit, characters=characters, least=LEAST_RECORDS)
+        )
         return [json.loads(row[0]) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ documents
@@ -246,13 +273,24 @@ class Store:
         incoming.replace(path)
         self._flush_folders(path.parent)
         with self._database.transaction() as connection:
-            earlier = connection.execute("SELECT digest FROM contributions WHERE key = ? AND site = ?",
-                                       (str(gathering.key), site)).fetchone()
+            earlier = connection.execute(
+                "SELECT digest FROM contributions WHERE key = ? AND site = ?", (str(gathering.key), site)
+            ).fetchone()
             _write_gathering(connection, gathering)
-            connection.execute("INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?, ?)",
-                             (str(gathering.key), site, contribution.digest, contribution.size, contribution.received))
-            add_event(connection, Event(contribution.received, "contribution", site, str(gathering.key),
-                                       {"digest": contribution.digest, "bytes": contribution.size}))
+            connection.execute(
+                "INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?, ?)",
+                (str(gathering.key), site, contribution.digest, contribution.size, contribution.received),
+            )
+            add_event(
+                connection,
+                Event(
+                    contribution.received,
+                    "contribution",
+                    site,
+                    str(gathering.key),
+                    {"digest": contribution.digest, "bytes": contribution.size},
+                ),
+            )
         if earlier is not None and earlier[0] != contribution.digest:
             self.contribution_path(gathering.key, site, earlier[0]).unlink(missing_ok=True)
 
@@ -277,24 +315,56 @@ class Store:
             _write_result(connection, key, FULL_RESULT, digest)
             if record is not None:
                 table = {"round": "rounds", "validation": "validations"}[key.kind]
-                connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)",  # noqa: S608
-                                   (key.run, key.number, json.dumps(record)))
+                connection.execute(
+                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)",  # noqa: S608
+                    (key.run, key.number, json.dumps(record)),
+                )
             for site in (record or {}).get("outliers", ()):
-                add_event(connection, Event(gathering.outcome.time, "outlier", site, str(key), {
-                    name: record["sites"][site][name] for name in ("change_norm", "change_rms")}))
-            add_event(connection, Event(gathering.outcome.time, "closing", None, str(key), {
-                "digest": digest, "contributions": {site: gathering.contributions[site].digest
-                                                    for site in gathering.outcome.contributors},
-                "missing": list(gathering.outcome.missing)}))
+                add_event(
+                    connection,
+                    Event(
+                        gathering.outcome.time,
+                        "outlier",
+                        site,
+                        str(key),
+                        {name: record["sites"][site][name] for name in ("change_norm", "change_rms")},
+                    ),
+                )
+            add_event(
+                connection,
+                Event(
+                    gathering.outcome.time,
+                    "closing",
+                    None,
+                    str(key),
+                    {
+                        "digest": digest,
+                        "contributions": {
+                            site: gathering.contributions[site].digest for site in gathering.outcome.contributors
+                        },
+                        "missing": list(gathering.outcome.missing),
+                    },
+                ),
+            )
 
     def save_refusal(self, gathering: Gathering) -> None:
         """Remember that a gathering was refused."""
         assert isinstance(gathering.outcome, Refused)
         with self._database.transaction() as connection:
             _write_gathering(connection, gathering)
-            add_event(connection, Event(gathering.outcome.time, "refusal", None, str(gathering.key), {
-                "code": gathering.outcome.code,
-                "message": excerpt(gathering.outcome.message, audit_log.LOGGED_CHARACTERS)}))
+            add_event(
+                connection,
+                Event(
+                    gathering.outcome.time,
+                    "refusal",
+                    None,
+                    str(gathering.key),
+                    {
+                        "code": gathering.outcome.code,
+                        "message": excerpt(gathering.outcome.message, audit_log.LOGGED_CHARACTERS),
+                    },
+                ),
+            )
 
     def load_result_digest(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> str | None:
         """Return the digest of a result that is on the disk, or None."""
@@ -315,8 +385,12 @@ class Store:
     def rounds_with_results(self, run: str) -> list[int]:
         """List the rounds of a run whose aggregates are still there, in order."""
         prefix = f"runs/{run}/rounds/"
-        rows = self._database.rows("SELECT DISTINCT substr(key, ?) FROM results WHERE substr(key, 1, ?) = ?",
-                                   len(prefix) + 1, len(prefix), prefix)
+        rows = self._database.rows(
+            "SELECT DISTINCT substr(key, ?) FROM results WHERE substr(key, 1, ?) = ?",
+            len(prefix) + 1,
+            len(prefix),
+            prefix,
+        )
         return sorted(int(row[0]) for row in rows)
 
     def delete_results(self, key: GatheringKey | str) -> None:
@@ -332,13 +406,23 @@ class Store:
     def load_gatherings(self, settings: FederationSettings) -> list[Gathering]:
         """Return every gathering that has begun, as it was last written."""
         rows = self._database.rows("SELECT key, opened, required, outcome FROM gatherings")
-        return [replace(fresh_gathering(parse_key(key), settings, required=json.loads(required)), opened=opened,
-                        contributions=self._load_contributions(key), outcome=_decode_outcome(outcome))
-                for key, opened, required, outcome in rows]
+        return [
+            replace(
+                fresh_gathering(parse_key(key), settings, required=json.loads(required)),
+                opened=opened,
+                contributions=self._load_contributions(key),
+                outcome=_decode_outcome(outcome),
+            )
+            for key, opened, required, outcome in rows
+        ]
 
     def _load_contributions(self, key: str) -> dict[str, Contribution]:
-        return {intern(site): Contribution(*rest) for site, *rest in self._database.rows(  # one name for all rounds
-            "SELECT site, digest, size, received FROM contributions WHERE key = ?", key)}
+        return {
+            intern(site): Contribution(*rest)
+            for site, *rest in self._database.rows(  # one name for all rounds
+                "SELECT site, digest, size, received FROM contributions WHERE key = ?", key
+            )
+        }
 
     def rounds_with_files(self, run: str) -> list[int]:
         """List the rounds of a run that have files, and those that have had some since the start."""
@@ -380,14 +464,19 @@ class Store:
     def load_events(self, kind: str | None = None, *, last: int = -1) -> list[Event]:
         """Return the audit log, oldest first; only one kind of event, and only the last ones, if asked for."""
         which, values = ("", ()) if kind is None else ("WHERE kind = ? ", (kind,))  # by their index
-        rows = self._database.rows(f"SELECT time, kind, site, key, detail FROM events {which}"  # noqa: S608
-                                   "ORDER BY number DESC LIMIT ?", *values, last)
+        rows = self._database.rows(
+            f"SELECT time, kind, site, key, detail FROM events {which}"  # noqa: S608
+            "ORDER BY number DESC LIMIT ?",
+            *values,
+            last,
+        )
         return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
 
     def has_event(self, kind: str, site: str, key: str) -> bool:
         """Tell whether the audit log has such a line."""
-        return bool(self._database.rows("SELECT 1 FROM events WHERE kind = ? AND site = ? AND key = ? LIMIT 1",
-                                        kind, site, key))
+        return bool(
+            self._database.rows("SELECT 1 FROM events WHERE kind = ? AND site = ? AND key = ? LIMIT 1", kind, site, key)
+        )
 
     def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
         """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
@@ -400,14 +489,21 @@ class Store:
 
     def count_events(self, last: int) -> dict[tuple[str, str], int]:
         """Return how many lines there are up to line `last`, by kind and by who caused them."""
-        return {(kind, site): count for kind, site, count in self._database.rows(
-            "SELECT kind, coalesce(site, ''), count(*) FROM events WHERE number <= ? GROUP BY 1, 2", last)}
+        return {
+            (kind, site): count
+            for kind, site, count in self._database.rows(
+                "SELECT kind, coalesce(site, ''), count(*) FROM events WHERE number <= ? GROUP BY 1, 2", last
+            )
+        }
 
     def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple]:
         """Return (time, kind, site, key, detail as JSON text) of the lines of some kinds up to line `last`."""
         return self._database.rows(
             f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "  # noqa: S608
-            "AND number <= ? ORDER BY number", *kinds, last)
+            "AND number <= ? ORDER BY number",
+            *kinds,
+            last,
+        )
 
     def add_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
         """Add to the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""
@@ -415,20 +511,34 @@ class Store:
             connection.executemany(
                 "INSERT INTO traffic VALUES (?, ?, ?, ?, ?) ON CONFLICT (site, key) DO UPDATE SET "
                 "received = received + excluded.received, sent = sent + excluded.sent, "
-                "last_seen = max(last_seen, excluded.last_seen)", [
-                    (site, key, count.received, count.sent, count.last_seen) for (site, key), count in traffic.items()])
+                "last_seen = max(last_seen, excluded.last_seen)",
+                [(site, key, count.received, count.sent, count.last_seen) for (site, key), count in traffic.items()],
+            )
 
     def load_traffic_totals(self) -> dict[str, Traffic]:
         """Return what each site has sent and been sent altogether."""
-        return {row[0]: Traffic(*row[1:]) for row in self._database.rows(
-            "SELECT site, sum(received), sum(sent), max(last_seen) FROM traffic GROUP BY site")}
+        return {
+            row[0]: Traffic(*row[1:])
+            for row in self._database.rows(
+                "SELECT site, sum(received), sum(sent), max(last_seen) FROM traffic GROUP BY site"
+            )
+        }
 
     def load_recent_traffic(self, gatherings: int) -> dict[str, dict[str, Traffic]]:
         """Return the counters of the gatherings that were busy last, the latest last: key -> site -> counters."""
-        keys = [row[0] for row in self._database.rows(
-            "SELECT key FROM traffic WHERE key != '' GROUP BY key ORDER BY max(last_seen) DESC LIMIT ?", gatherings)]
-        return {key: {row[0]: Traffic(*row[1:]) for row in self._database.rows(
-            "SELECT site, received, sent, last_seen FROM traffic WHERE key = ?", key)} for key in reversed(keys)}
+        keys = [
+            row[0]
+            for row in self._database.rows(
+                "SELECT key FROM traffic WHERE key != '' GROUP BY key ORDER BY max(last_seen) DESC LIMIT ?", gatherings
+            )
+        ]
+        return {
+            key: {
+                row[0]: Traffic(*row[1:])
+                for row in self._database.rows("SELECT site, received, sent, last_seen FROM traffic WHERE key = ?", key)
+            }
+            for key in reversed(keys)
+        }
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
@@ -443,9 +553,15 @@ def result_name(subset: str = FULL_RESULT) -> str:
 
 
 def _write_gathering(connection: Connection, gathering: Gathering) -> None:
-    connection.execute("INSERT OR REPLACE INTO gatherings VALUES (?, ?, ?, ?)",
-                     (str(gathering.key), gathering.opened, json.dumps(sorted(gathering.required)),
-                      _encode_outcome(gathering.outcome)))
+    connection.execute(
+        "INSERT OR REPLACE INTO gatherings VALUES (?, ?, ?, ?)",
+        (
+            str(gathering.key),
+            gathering.opened,
+            json.dumps(sorted(gathering.required)),
+            _encode_outcome(gathering.outcome),
+        ),
+    )
 
 
 def _write_result(connection: Connection, key: GatheringKey | str, subset: str, digest: str) -> None:
@@ -453,14 +569,24 @@ def _write_result(connection: Connection, key: GatheringKey | str, subset: str, 
 
 
 def _encode_control(control: RunControl) -> str:
-    return json.dumps({"state": control.state, "left": sorted(control.left), "failed": dict(control.failed),
-                       "proceeding": sorted(control.proceeding)})
+    return json.dumps(
+        {
+            "state": control.state,
+            "left": sorted(control.left),
+            "failed": dict(control.failed),
+            "proceeding": sorted(control.proceeding),
+        }
+    )
 
 
 def _decode_control(text: str) -> RunControl:
     content = json.loads(text)
-    return RunControl(state=content["state"], left=frozenset(content["left"]), failed=content["failed"],
-                      proceeding=frozenset(content.get("proceeding", ())))  # not there before 2.8.1+fed.3
+    return RunControl(
+        state=content["state"],
+        left=frozenset(content["left"]),
+        failed=content["failed"],
+        proceeding=frozenset(content.get("proceeding", ())),
+    )  # not there before 2.8.1+fed.3
 
 
 def _encode_outcome(outcome: Closed | Refused | None) -> str | None:
@@ -509,5 +635,6 @@ def _lock_folder(folder: Path) -> IO[bytes]:
     except OSError as error:
         file.close()
         raise FederationError(
-            f"{folder} is served by another coordinator: stop that one, or use another folder") from error
+            f"{folder} is served by another coordinator: stop that one, or use another folder"
+        ) from error
     return file

@@ -3,6 +3,7 @@
 A coordinator answers with JSON that says so, and with its own messages; its refusals have `code`, `message` and
 `remedy`, all three. Anything else speaks for nobody in the federation, whatever its status.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -67,15 +68,20 @@ def describe_foreign(url: str, status: int, reason: str, headers: Mapping[str, s
     if target.netloc:
         details.append(f"it points to {target.scheme}://{target.netloc}")
     # The same line for all requests: what differs behind /v1 says nothing about who answers.
-    line = ", ".join([f"{url.partition('/v1/')[0]} answers with status {status}" + (f" ({reason})" if reason else ""),
-                      *details, "not as a coordinator would"])
+    line = ", ".join(
+        [
+            f"{url.partition('/v1/')[0]} answers with status {status}" + (f" ({reason})" if reason else ""),
+            *details,
+            "not as a coordinator would",
+        ]
+    )
     line = "".join(character if character.isprintable() else "?" for character in line)  # a stranger's words
     return f"{line}: {_CAUSES[status]}" if status in _CAUSES else line
 
 
 _CAUSES = {
     413: "something on the way bounds the size of uploads. The coordinating site has to lift that "
-         "(client_max_body_size 0 in nginx)",
+    "(client_max_body_size 0 in nginx)",
     407: "a proxy wants a login",
     511: "the network wants a login",
 }
@@ -90,6 +96,9 @@ def _is_of_another_version(model: type[BaseModel], content: bytes) -> bool:
     except WireError:
         return False
     except ValidationError as error:
-        return (isinstance(value, dict) and bool(value.keys() & model.model_fields.keys())
-                and all(one["type"] == "extra_forbidden" for one in error.errors()))
+        return (
+            isinstance(value, dict)
+            and bool(value.keys() & model.model_fields.keys())
+            and all(one["type"] == "extra_forbidden" for one in error.errors())
+        )
     return False

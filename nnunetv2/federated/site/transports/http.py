@@ -3,6 +3,7 @@
 The site only ever asks; nobody calls it. Every request may be repeated, so a broken connection, a coordinator that is
 down for hours and a site that was killed have one remedy: ask again.
 """
+
 from __future__ import annotations
 
 import logging
@@ -47,7 +48,6 @@ from nnunetv2.utilities.resumable_download import OversizedError, PartialDownloa
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
 
     Model = TypeVar("Model", bound=BaseModel)
 
@@ -104,8 +104,15 @@ class FederationClient:
         pause_s: First pause before asking again; it doubles up to a minute.
     """
 
-    def __init__(self, credential: SiteCredential, *, report: Callable[[str], object] = logger.info,
-                 give_up_after_s: float | None = None, timeout_s: float = TIMEOUT_S, pause_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        credential: SiteCredential,
+        *,
+        report: Callable[[str], object] = logger.info,
+        give_up_after_s: float | None = None,
+        timeout_s: float = TIMEOUT_S,
+        pause_s: float = 1.0,
+    ) -> None:
         check_transport_is_safe(credential.url, insecure=credential.insecure)
         self.credential = credential
         self.give_up_after_s = patience_from_environment() if give_up_after_s is None else give_up_after_s
@@ -140,8 +147,14 @@ class FederationClient:
         self.close()
 
     # ------------------------------------------------------------------------------------------------- exchanges
-    def exchange(self, key: str, message: messages.Message, tensors: Mapping[str, np.ndarray] | None = None, *,
-                 specs: Mapping[str, TensorSpec] | None = None) -> Document:
+    def exchange(
+        self,
+        key: str,
+        message: messages.Message,
+        tensors: Mapping[str, np.ndarray] | None = None,
+        *,
+        specs: Mapping[str, TensorSpec] | None = None,
+    ) -> Document:
         """Contribute to a gathering, wait until it is closed, and return its result.
 
         Args:
@@ -164,8 +177,15 @@ class FederationClient:
             self._say(f"{key}: this site's update came when the round was closed already: it did not count")
         return document
 
-    def contribute(self, key: str, message: messages.Message, tensors: Mapping[str, np.ndarray] | None = None, *,
-                   specs: Mapping[str, TensorSpec] | None = None, patience_s: float | None = None) -> api.Receipt:
+    def contribute(
+        self,
+        key: str,
+        message: messages.Message,
+        tensors: Mapping[str, np.ndarray] | None = None,
+        *,
+        specs: Mapping[str, TensorSpec] | None = None,
+        patience_s: float | None = None,
+    ) -> api.Receipt:
         """Send this site's part of a gathering. Doing so again changes nothing.
 
         This is the one place where documents leave the site; what its allow-list does not name stays.
@@ -196,8 +216,10 @@ class FederationClient:
 
         receipt = self._persist(send, patience_s)
         if receipt.already and receipt.digest != document.digest:
-            self._say(f"{key}: the coordinator holds another contribution of this site, which counts; what was sent "
-                      "now is dropped. A second training with this site's credential, or one that was started again")
+            self._say(
+                f"{key}: the coordinator holds another contribution of this site, which counts; what was sent "
+                "now is dropped. A second training with this site's credential, or one that was started again"
+            )
         elif receipt.key:
             self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
         return receipt
@@ -215,8 +237,10 @@ class FederationClient:
             elif waiting.waiting_for:
                 self._say(f"{key}: waiting for {', '.join(waiting.waiting_for)}")
             elif waiting.lacks:
-                self._say(f"{key}: too few sites take part at the moment, waiting for {waiting.lacks} more "
-                          "(--min-sites or --quorum of the coordinator)")
+                self._say(
+                    f"{key}: too few sites take part at the moment, waiting for {waiting.lacks} more "
+                    "(--min-sites or --quorum of the coordinator)"
+                )
             waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
         limits = result_limits(parse_key(key).kind, num_cases=self._num_cases)
         self._document = open_document(download.path, limits=replace(limits, file_bytes=largest))
@@ -274,9 +298,17 @@ class FederationClient:
         try:
             report = api.FailureReport(run=run, round=round_number, reason=reason[:8000])
             allow_list.check_body("failure_report", report, url=self.credential.url)
-            with open_session(self.credential) as session, translated_errors(), session.post(
-                    f"{self.credential.url}/v1/failures", data=encode_json(report), timeout=timeout_s, stream=True,
-                    allow_redirects=False) as response:
+            with (
+                open_session(self.credential) as session,
+                translated_errors(),
+                session.post(
+                    f"{self.credential.url}/v1/failures",
+                    data=encode_json(report),
+                    timeout=timeout_s,
+                    stream=True,
+                    allow_redirects=False,
+                ) as response,
+            ):
                 check_status(response)
                 if response.status_code != 204:
                     raise foreign_answer(response)
@@ -284,8 +316,15 @@ class FederationClient:
             logger.warning("the coordinator could not be told of the failure: %s", error)
 
     # -------------------------------------------------------------------------------------------------- requests
-    def _ask(self, method: str, path: str, model: type[Model], *, json_body: BaseModel | None = None,
-             largest: int = LARGEST_ANSWER) -> Model:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        model: type[Model],
+        *,
+        json_body: BaseModel | None = None,
+        largest: int = LARGEST_ANSWER,
+    ) -> Model:
         """Send one request with a small answer."""
         data = None if json_body is None else encode_json(json_body)
         with self._request(method, path, data=data) as response:
@@ -316,7 +355,8 @@ class FederationClient:
                 if response.status_code == 202:
                     lacks = re.fullmatch("[0-9]{1,4}", response.headers.get(api.LACKS_HEADER, "0"))
                     return read_answer(api.Waiting, response).model_copy(
-                        update={"lacks": int(lacks[0]) if lacks else 0})
+                        update={"lacks": int(lacks[0]) if lacks else 0}
+                    )
                 expected = response.headers.get("X-Content-SHA256", "")
                 if not re.fullmatch("[0-9a-f]{64}", expected):  # a coordinator sends no file without
                     raise foreign_answer(response)
@@ -333,8 +373,9 @@ class FederationClient:
         return None
 
     @contextmanager
-    def _request(self, method: str, path: str, *, data: Any = None,
-                 headers: Mapping[str, str] | None = None) -> Iterator[requests.Response]:
+    def _request(
+        self, method: str, path: str, *, data: Any = None, headers: Mapping[str, str] | None = None
+    ) -> Iterator[requests.Response]:
         """Send one request and yield the answer if it is a good one.
 
         Raises:
@@ -343,9 +384,15 @@ class FederationClient:
             NotJoinedError: It does not know this site.
         """
         with translated_errors():
-            response = self._session.request(method, f"{self.credential.url}/v1/{path}", data=data, headers=headers,
-                                             stream=True, allow_redirects=False,
-                                             timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s))
+            response = self._session.request(
+                method,
+                f"{self.credential.url}/v1/{path}",
+                data=data,
+                headers=headers,
+                stream=True,
+                allow_redirects=False,
+                timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s),
+            )
             with response:
                 check_status(response)
                 yield response
@@ -367,8 +414,9 @@ class FederationClient:
                     self._say(f"{error}{TRYING_AGAIN}")
                 remaining = first_failure + patience_s - now
                 if remaining <= 0:
-                    raise CoordinatorUnreachable(f"the coordinator at {self.credential.url} has not answered for "
-                                                 f"{patience_s:g} s: {error}") from error
+                    raise CoordinatorUnreachable(
+                        f"the coordinator at {self.credential.url} has not answered for {patience_s:g} s: {error}"
+                    ) from error
                 # Sites do not come back all at once.
                 if self._is_closing.wait(min(max(pause * random.uniform(0.5, 1.0), error.wait_s), remaining)):
                     raise FederationError("the connection was closed while it was in use") from error
@@ -411,8 +459,16 @@ def is_late(site: str, key: str, message: messages.Message) -> bool:
 def request_to_join(credential: SiteCredential, invitation: str) -> api.JoinAnswer:
     """Ask the coordinator once to let a site join with the secret of its invitation."""
     request = api.JoinRequest(invitation=invitation, token=credential.token)
-    with open_session(credential, with_token=False) as session, translated_errors(), session.post(
-            f"{check_url(credential.url)}/v1/join", data=encode_json(request), timeout=CONNECT_TIMEOUT_S, stream=True,
-            allow_redirects=False) as response:
+    with (
+        open_session(credential, with_token=False) as session,
+        translated_errors(),
+        session.post(
+            f"{check_url(credential.url)}/v1/join",
+            data=encode_json(request),
+            timeout=CONNECT_TIMEOUT_S,
+            stream=True,
+            allow_redirects=False,
+        ) as response,
+    ):
         check_status(response)
         return read_answer(api.JoinAnswer, response)

@@ -1,9 +1,10 @@
 """Send one HTTP request to a coordinator, and turn whatever goes wrong into one of three errors.
 
-    NoAnswerError     nobody answered, or something that is not the coordinator: asking again may help
-    NotJoinedError    the coordinator does not know this site
-    RefusedError      the coordinator says no, and why
+NoAnswerError     nobody answered, or something that is not the coordinator: asking again may help
+NotJoinedError    the coordinator does not know this site
+RefusedError      the coordinator says no, and why
 """
+
 from __future__ import annotations
 
 import errno
@@ -94,8 +95,11 @@ def open_session(credential: SiteCredential, *, with_token: bool = True) -> requ
     session.auth = BearerToken(credential.token) if with_token else None
     session.verify = credential.authority or True
     if credential.client_certificate is not None:
-        session.cert = (credential.client_certificate, credential.client_key) if credential.client_key \
+        session.cert = (
+            (credential.client_certificate, credential.client_key)
+            if credential.client_key
             else credential.client_certificate
+        )
     return session
 
 
@@ -119,8 +123,9 @@ def translated_errors() -> Iterator[None]:
             raise (NoAnswerError(str(untrusted)) if has_wrong_dates(refused) else untrusted) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
     except requests.exceptions.ProxyError as error:
-        raise NoAnswerError("the proxy in the environment variable HTTPS_PROXY does not lead to the coordinator "
-                            f"({_cause_of(error)})") from error
+        raise NoAnswerError(
+            f"the proxy in the environment variable HTTPS_PROXY does not lead to the coordinator ({_cause_of(error)})"
+        ) from error
     except requests.Timeout as error:
         raise NoAnswerError("the coordinator does not answer in time") from error
     except requests.RequestException as error:
@@ -176,8 +181,9 @@ def check_status(response: requests.Response) -> None:
 
 def foreign_answer(response: requests.Response) -> NoAnswerError:
     """Return the error for an answer that does not come from the coordinator."""
-    line = describe_foreign(response.url or "an unknown address", response.status_code, response.reason or "",
-                            response.headers)
+    line = describe_foreign(
+        response.url or "an unknown address", response.status_code, response.reason or "", response.headers
+    )
     return NoAnswerError(line, _retry_after_s(response))
 
 

@@ -1,4 +1,5 @@
 """Feed the previous stage's labels of a cascade to the network, and make them as imperfect as in real use."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ class RemoveRandomConnectedComponentFromOneHotEncodingTransform(AbstractTransfor
 
     def _remove_component_(self, sample: np.ndarray, channel: int) -> None:
         components, number = ndimage.label(sample[channel] != 0, np.ones((3,) * (sample.ndim - 1)))
-        sizes = np.bincount(components.ravel())[1:number + 1]
+        sizes = np.bincount(components.ravel())[1 : number + 1]
         largest_allowed = self.dont_do_if_covers_more_than_x_percent * components.size
         removable = np.flatnonzero(sizes < largest_allowed) + 1
         if len(removable) == 0:

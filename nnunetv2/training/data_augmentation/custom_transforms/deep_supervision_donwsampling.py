@@ -1,4 +1,5 @@
 """Make a target for each resolution of a network with deep supervision."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Set voxels outside the image's own content to a fixed value."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

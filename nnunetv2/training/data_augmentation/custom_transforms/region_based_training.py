@@ -1,4 +1,5 @@
 """Turn label maps into one map per region."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

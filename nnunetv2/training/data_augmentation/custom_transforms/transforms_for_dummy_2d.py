@@ -1,4 +1,5 @@
 """Pass the slices of volumes through 2D transforms as channels, and back."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 For 3D configurations. The networks come with dynamic_network_architectures and need timm, which needs torchvision; both
 are imported when a network is built, so that other trainers do without them.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -32,16 +33,26 @@ class AbstractPrimus(nnUNetTrainer_warmup):
     max_gradient_norm = 1
 
     @staticmethod
-    def build_network_architecture(plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                                   num_input_channels: int, num_output_channels: int,
-                                   enable_deep_supervision: bool = True) -> nn.Module:
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         """Return the network; each subclass has its own."""
-        raise NotImplementedError("AbstractPrimus has no network: choose one of its subclasses, or override "
-                                  "build_network_architecture")
+        raise NotImplementedError(
+            "AbstractPrimus has no network: choose one of its subclasses, or override build_network_architecture"
+        )
 
     def _build_optimizer(self) -> torch.optim.AdamW:
-        return build_adamw(self.network, initial_lr=self.initial_lr, weight_decay=self.weight_decay,
-                           betas=(0.9, 0.98), device=self.device)
+        return build_adamw(
+            self.network,
+            initial_lr=self.initial_lr,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.98),
+            device=self.device,
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         """Train in float32 except on CUDA, as these networks have always been trained.
@@ -64,16 +75,25 @@ def _with_network(class_name: str, **shape: int) -> Callable[[Trainer], Trainer]
     """
 
     def decorate(trainer_class: Trainer) -> Trainer:
-        def build_network_architecture(plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                                       num_input_channels: int, num_output_channels: int,
-                                       enable_deep_supervision: bool = True) -> nn.Module:
+        def build_network_architecture(
+            plans_manager: PlansManager,
+            configuration_manager: ConfigurationManager,
+            num_input_channels: int,
+            num_output_channels: int,
+            enable_deep_supervision: bool = True,
+        ) -> nn.Module:
             """Return the network, with weights drawn anew; it has a single output."""
             patch_size = configuration_manager.patch_size
             require_fitting_patch(patch_size, trainer_class.__name__)
             outputs: dict[str, Any] = {"num_classes" if shape else "output_channels": num_output_channels}
             return find_primus(class_name)(
-                input_channels=num_input_channels, patch_embed_size=PATCH_EMBED_SIZE, input_shape=tuple(patch_size),
-                **outputs, **shape, **_REGULARIZATION)
+                input_channels=num_input_channels,
+                patch_embed_size=PATCH_EMBED_SIZE,
+                input_shape=tuple(patch_size),
+                **outputs,
+                **shape,
+                **_REGULARIZATION,
+            )
 
         trainer_class.build_network_architecture = staticmethod(build_network_architecture)
         return trainer_class

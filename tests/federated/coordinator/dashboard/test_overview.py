@@ -1,4 +1,5 @@
 """What people are told of a federation: the overview, the curves, the figures for Prometheus, the tail of the log."""
+
 from __future__ import annotations
 
 import math
@@ -61,7 +62,7 @@ class Federation:
         return self.lookout.look()
 
     def run(self):
-        run, = self.look().runs
+        (run,) = self.look().runs
         return run
 
 
@@ -87,8 +88,10 @@ def test_before_anything_happens_sites_are_idle(make_federation):
     federation = make_federation("A", "B")
     seen = federation.look()
     assert (seen.runs, seen.meetings, seen.troubles) == ((), (), ())
-    assert [(site.site, site.state, site.activity) for site in seen.sites] == [("A", "active", "idle"),
-                                                                               ("B", "active", "idle")]
+    assert [(site.site, site.state, site.activity) for site in seen.sites] == [
+        ("A", "active", "idle"),
+        ("B", "active", "idle"),
+    ]
 
 
 def test_invited_and_revoked_sites_are_told_apart(make_federation):
@@ -96,15 +99,18 @@ def test_invited_and_revoked_sites_are_told_apart(make_federation):
     federation.coordinator.invite("C", "site", by="boss", lifetime_s=100.0)
     federation.coordinator.revoke("A", by="boss")
     found = {site.site: (site.state, site.activity, site.expires) for site in federation.look().sites}
-    assert found == {"A": ("revoked", "revoked", None), "B": ("active", "idle", None),
-                     "C": ("invited", "invited", 1100.0)}
+    assert found == {
+        "A": ("revoked", "revoked", None),
+        "B": ("active", "idle", None),
+        "C": ("invited", "invited", 1100.0),
+    }
     assert [site.site for site in federation.look().sites] == ["B", "C", "A"], "who is gone comes last"
 
 
 def test_open_gatherings_before_training_say_who_is_waited_for(make_federation):
     federation = make_federation("A", "B")
     federation.send(CENSUS_KEY, "A", make_census())
-    meeting, = federation.look().meetings
+    (meeting,) = federation.look().meetings
     assert (meeting.kind, meeting.contributed, meeting.waiting_for, meeting.since) == ("census", ("A",), ("B",), 1000.0)
 
 
@@ -112,7 +118,7 @@ def test_a_refusal_is_told_with_its_remedy(make_federation):
     federation = make_federation("A", "B")
     federation.send(CENSUS_KEY, "A", make_census())
     federation.send(CENSUS_KEY, "B", make_census(labels={"background": 0, "spleen": 1}))
-    meeting, = federation.look().meetings
+    (meeting,) = federation.look().meetings
     assert "the sites' datasets do not go together" in meeting.refusal and "Make dataset.json" in meeting.refusal
 
 
@@ -121,7 +127,10 @@ def test_a_run_goes_through_its_stages(make_federation):
     federation.send(registration_key(RUN), "A", make_registration(1))
     run = federation.run()
     assert (run.meeting.kind, run.meeting.waiting_for, activities(run)) == (
-        "registration", ("B",), {"A": "waiting", "B": "working"})
+        "registration",
+        ("B",),
+        {"A": "waiting", "B": "working"},
+    )
     federation.now = 1010.0
     federation.send(registration_key(RUN), "B", make_registration(2))
     run = federation.run()
@@ -135,7 +144,9 @@ def test_a_run_goes_through_its_stages(make_federation):
     federation.now = 1030.0
     run = federation.run()
     assert [(member.site, member.activity, member.since) for member in run.members] == [
-        ("A", "waiting", 1020.0), ("B", "working", 1010.0)]
+        ("A", "waiting", 1020.0),
+        ("B", "working", 1010.0),
+    ]
 
 
 def test_the_time_left_follows_from_the_last_rounds(make_federation):
@@ -258,8 +269,12 @@ def test_what_is_measured_after_an_update_has_left_belongs_to_its_round(make_fed
     federation.start("A", "B")
 
     def update(number: int, site: str, loss: float, **earlier) -> None:
-        federation.send(round_key(RUN, number), site, messages.Update(metrics={"train": float(number)}, **earlier),
-                        make_weights(number))
+        federation.send(
+            round_key(RUN, number),
+            site,
+            messages.Update(metrics={"train": float(number)}, **earlier),
+            make_weights(number),
+        )
 
     for site, loss in (("A", 3.0), ("B", 6.0)):  # B has twice as many cases
         update(0, site, loss)
@@ -270,7 +285,9 @@ def test_what_is_measured_after_an_update_has_left_belongs_to_its_round(make_fed
     assert first.sites["A"].metrics == {"train": 0.0, "val": 3.0} and first.pooled == {"train": 0.0, "val": 5.0}
     assert second.pooled == {"train": 1.0}
     assert federation.store.load_rounds(RUN)[1]["sites"]["B"]["earlier"] == {
-        "round": 0, "metrics": {"val": 6.0, "dice": [0.5]}}
+        "round": 0,
+        "metrics": {"val": 6.0, "dice": [0.5]},
+    }
     update(2, "A", 3.0, earlier=messages.EarlierMetrics(round=1, metrics={"val": 4.0}))
     update(2, "B", 6.0, earlier=messages.EarlierMetrics(round=0, metrics={"val": 7.0, "train": 9.0}))  # it was away
     found = curves.draw(federation.coordinator, RUN, since=1).rounds
@@ -316,7 +333,9 @@ def test_a_tail_that_begins_late_knows_what_one_knows_that_has_followed(make_fed
     for number in range(audit_tail.SHOWN_TROUBLES + 10):
         kind, site = ("late", "A") if number % 2 else ("refusal", None)
         federation.store.add_event(Event(float(number), kind, site, "key", {"seconds": 2.0, "message": str(number)}))
-        run_control.report_failure(federation.coordinator, "B", FailureReport(run=RUN, round=number, reason=str(number)))
+        run_control.report_failure(
+            federation.coordinator, "B", FailureReport(run=RUN, round=number, reason=str(number))
+        )
     federation.store.add_event(Event(1.0, "model", None, RUN, {"outcome": "none"}))
     followed.read_on()
     begun = make_tail(federation)

@@ -2,6 +2,7 @@
 
 Screenshots go to the folder in PAGE_SCREENSHOTS, if it is set.
 """
+
 from __future__ import annotations
 
 import os
@@ -20,8 +21,12 @@ from nnunetv2.federated.coordinator.http.endpoint import Place
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key, validation_key
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    find_chromium() is None, reason="there is no Chromium on this machine: apt-get install chromium")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_chromium() is None, reason="there is no Chromium on this machine: apt-get install chromium"
+    ),
+]
 LABELS = {"background": 0, "pancreas": 1, "tumour": 2}
 
 
@@ -49,12 +54,19 @@ def make_page(browser):
 def federation(tmp_path):
     """Two of three sites have trained three rounds; the third is invited only."""
     settings = make_settings(sites=("A", "B"), num_epochs=5, quorum=1, deadline_s=3600)
-    with served(tmp_path / "federation", settings) as federation, federation.client("A") as a, \
-            federation.client("B") as b:
-        in_threads(lambda: a.exchange(registration_key(RUN), make_registration(1, labels=LABELS)),
-                   lambda: b.exchange(registration_key(RUN), make_registration(2, labels=LABELS)))
-        in_threads(lambda: a.exchange(initial_key(RUN), messages.Update()),
-                   lambda: b.exchange(initial_key(RUN), messages.Update(), make_weights(0)))
+    with (
+        served(tmp_path / "federation", settings) as federation,
+        federation.client("A") as a,
+        federation.client("B") as b,
+    ):
+        in_threads(
+            lambda: a.exchange(registration_key(RUN), make_registration(1, labels=LABELS)),
+            lambda: b.exchange(registration_key(RUN), make_registration(2, labels=LABELS)),
+        )
+        in_threads(
+            lambda: a.exchange(initial_key(RUN), messages.Update()),
+            lambda: b.exchange(initial_key(RUN), messages.Update(), make_weights(0)),
+        )
         federation.a, federation.b = a, b
         for number in range(3):
             play_round(federation, number)
@@ -63,16 +75,31 @@ def federation(tmp_path):
 
 def update(number: int, seed: int) -> messages.Update:
     """Return what a site sends: its training loss, and the validation of the round before."""
-    earlier = None if number == 0 else messages.EarlierMetrics(round=number - 1, metrics={
-        "val_losses": 0.6 / number, "mean_fg_dice": 0.2 * (number - 1) + 0.05 * seed,
-        "dice_per_class_or_region": [0.1, 0.2]})
+    earlier = (
+        None
+        if number == 0
+        else messages.EarlierMetrics(
+            round=number - 1,
+            metrics={
+                "val_losses": 0.6 / number,
+                "mean_fg_dice": 0.2 * (number - 1) + 0.05 * seed,
+                "dice_per_class_or_region": [0.1, 0.2],
+            },
+        )
+    )
     return messages.Update(metrics={"train_losses": 0.5 / (number + 1) - 0.1 * seed}, earlier=earlier)
 
 
 def play_round(federation, number: int) -> None:
     clients = {1: federation.a, 2: federation.b}
-    in_threads(*(lambda seed=seed, client=client: client.exchange(
-        round_key(RUN, number), update(number, seed), make_weights(seed)) for seed, client in clients.items()))
+    in_threads(
+        *(
+            lambda seed=seed, client=client: client.exchange(
+                round_key(RUN, number), update(number, seed), make_weights(seed)
+            )
+            for seed, client in clients.items()
+        )
+    )
     found = messages.Validation(tp=[10.0 + number, 5.0], fp=[5.0, 5.0], fn=[5.0, 5.0])
     for client in clients.values():
         client.contribute(validation_key(RUN, number), found)
@@ -81,7 +108,8 @@ def play_round(federation, number: int) -> None:
 
 def invitation(federation, url: str | None = None, name: str = "eve") -> str:
     return Place(url or federation.url).invitation(
-        "test", name, federation.coordinator.invite(name, "observer", by="boss"))
+        "test", name, federation.coordinator.invite(name, "observer", by="boss")
+    )
 
 
 def log_in(federation, page: Page, url: str | None = None, name: str = "eve") -> str:
@@ -126,7 +154,8 @@ def test_an_invitation_is_opened_and_the_token_is_the_way_in_later(federation, m
     page.call("Page.reload")
     shows(page, "eve, observer")
     assert {urlsplit(url).netloc for url in page.requests() if not url.startswith("data:")} == {
-        urlsplit(federation.url).netloc}
+        urlsplit(federation.url).netloc
+    }
 
 
 def test_a_wrong_token_is_refused_in_words(federation, make_page):
@@ -161,8 +190,11 @@ def test_a_round_finishes_before_the_eyes_of_the_viewer(federation, make_page):
     log_in(federation, page)
     page.wait_for("document.querySelectorAll('.chart').length === 4")
     shows(page, "Round 3: waiting for A, B", "3 of 5", "Dice of aggregate 2")
-    points, validated = (f"document.querySelectorAll('.chart')[{place}].querySelector('path.pooled').getAttribute('d')"
-                         ".split(/[ML]/).length - 1" for place in (0, 1))
+    points, validated = (
+        f"document.querySelectorAll('.chart')[{place}].querySelector('path.pooled').getAttribute('d')"
+        ".split(/[ML]/).length - 1"
+        for place in (0, 1)
+    )
     assert (page.run(points), page.run(validated)) == (3, 2)  # what the last round's weights score comes with the next
     page.run("window.stayed = true")
 

@@ -1,4 +1,5 @@
 """The page's HTTP side: login and sessions, the JSON behind it, and what the browser is allowed to do."""
+
 from __future__ import annotations
 
 import base64
@@ -69,8 +70,9 @@ def done(tmp_path_factory):
     """A federation with a run of three rounds that is over, and an observer."""
     with served(tmp_path_factory.mktemp("done") / "federation", make_settings()) as federation:
         with federation.client("A") as a, federation.client("B") as b:
-            in_threads(lambda: train(a, seed=1, num_rounds=3, num_cases=1),
-                       lambda: train(b, seed=2, num_rounds=3, num_cases=3))
+            in_threads(
+                lambda: train(a, seed=1, num_rounds=3, num_cases=1), lambda: train(b, seed=2, num_rounds=3, num_cases=3)
+            )
         wait_until(lambda: federation.coordinator.store.load_events("model"))  # written behind the last round
         eve = Watcher(federation)
         eve.enrol()
@@ -137,8 +139,14 @@ def test_a_session_looks_and_does_nothing_else(federation):
     chief = Watcher(federation, "chief", "operator")
     assert chief.enrol().json()["role"] == "operator"
     assert chief.get("overview").status_code == 200
-    for method, path in (("POST", "members"), ("PATCH", "settings"), ("DELETE", "members/A"), ("GET", "settings"),
-                         ("POST", f"runs/{RUN}/actions"), ("GET", "../metrics")):
+    for method, path in (
+        ("POST", "members"),
+        ("PATCH", "settings"),
+        ("DELETE", "members/A"),
+        ("GET", "settings"),
+        ("POST", f"runs/{RUN}/actions"),
+        ("GET", "../metrics"),
+    ):
         assert chief.session.request(method, f"{chief.base}/{path}", json={}, timeout=PATIENCE_S).status_code == 401
 
 
@@ -154,35 +162,57 @@ def test_a_site_may_not_look(federation):
 
 def test_the_invitation_of_a_site_is_not_used_up_by_the_page(federation):
     secret = federation.invitations()["B"]
-    answer = requests.post(f"{federation.url}/v1/session", json={"token": new_token("B"), "invitation": secret},
-                           timeout=PATIENCE_S)
+    answer = requests.post(
+        f"{federation.url}/v1/session", json={"token": new_token("B"), "invitation": secret}, timeout=PATIENCE_S
+    )
     assert answer.status_code == 403 and "nnUNetv2_fed_join" in answer.json()["remedy"]
     assert federation.invitations()["B"] == secret
 
 
-@pytest.mark.parametrize("change", [{"token": "eve.wrongwrongwrong"}, {"invitation": "no-such-invitation"},
-                                    {"token": new_token("adam"), "invitation": "no-such-invitation"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token": "eve.wrongwrongwrong"},
+        {"invitation": "no-such-invitation"},
+        {"token": new_token("adam"), "invitation": "no-such-invitation"},
+    ],
+)
 def test_wrong_secrets_are_refused(federation, change):
     eve = Watcher(federation)
     answer = eve.log_in(**change)
     assert answer.status_code in (401, 403) and "set-cookie" not in answer.headers
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"token": 1}', b'{"token": "a"}',
-                                  b'{"token": "' + b"x" * 501 + b'"}',
-                                  b'{"token": "eve.0123456789abcdef", "more": 1}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"token": 1}',
+        b'{"token": "a"}',
+        b'{"token": "' + b"x" * 501 + b'"}',
+        b'{"token": "eve.0123456789abcdef", "more": 1}',
+    ],
+)
 def test_nonsense_is_refused(federation, body):
-    answer = requests.post(f"{federation.url}/v1/session", data=body, headers={"Content-Type": "application/json"},
-                           timeout=PATIENCE_S)
+    answer = requests.post(
+        f"{federation.url}/v1/session", data=body, headers={"Content-Type": "application/json"}, timeout=PATIENCE_S
+    )
     assert answer.status_code == 400 and answer.json()["code"] == "invalid"
 
 
 def test_a_login_comes_from_the_page_itself(federation, eve):
-    for headers, status in (({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
-                            ({"Content-Type": "text/plain"}, 400), ({"Sec-Fetch-Site": "same-origin"}, 200)):
+    for headers, status in (
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Content-Type": "text/plain"}, 400),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ):
         headers = {"Content-Type": "application/json", **headers}
-        answer = requests.post(f"{federation.url}/v1/session", data=f'{{"token": "{eve.token}"}}', headers=headers,
-                               timeout=PATIENCE_S)
+        answer = requests.post(
+            f"{federation.url}/v1/session", data=f'{{"token": "{eve.token}"}}', headers=headers, timeout=PATIENCE_S
+        )
         assert answer.status_code == status
     answer = eve.session.delete(f"{eve.base}/session", headers={"Sec-Fetch-Site": "cross-site"}, timeout=PATIENCE_S)
     assert answer.status_code == 403 and eve.get("overview").status_code == 200
@@ -198,8 +228,13 @@ def test_who_fails_too_often_has_to_wait(federation, eve):
 
 
 def test_nothing_that_is_for_somebody_is_kept_in_between(federation, eve):
-    for answer in (eve.get("session"), eve.get("overview"), eve.get("status"), requests.get(f"{eve.base}/status"),
-                   requests.get(f"{eve.base}/session")):
+    for answer in (
+        eve.get("session"),
+        eve.get("overview"),
+        eve.get("status"),
+        requests.get(f"{eve.base}/status"),
+        requests.get(f"{eve.base}/session"),
+    ):
         assert answer.headers["cache-control"] == "no-store"
 
 
@@ -269,8 +304,9 @@ def test_nobody_ends_the_sessions_of_others_by_logging_in(clocked, federation, m
     monkeypatch.setattr(login_sessions, "MAX_SESSIONS", 3)
     own, _ = clocked.sessions.log_in(clocked.login, address="x")
     token = new_token("mallory")
-    federation.coordinator.members.join(federation.coordinator.invite("mallory", "observer", by="boss"), token,
-                                        now=clocked.clock.now)
+    federation.coordinator.members.join(
+        federation.coordinator.invite("mallory", "observer", by="boss"), token, now=clocked.clock.now
+    )
     for _ in range(5):
         clocked.clock.now += 1
         clocked.sessions.log_in(LoginRequest(token=token), address="y")
@@ -341,7 +377,7 @@ def test_the_page_is_one_file_that_may_run_nothing_but_itself(federation):
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
     for tag in ("script", "style"):
-        content, = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, flags=re.DOTALL)
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, flags=re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -357,9 +393,11 @@ def test_the_page_needs_nothing_from_elsewhere_and_knows_no_secrets(federation):
 
 
 def test_the_page_comes_with_the_package():
-    code = ("from setuptools import Distribution; import runpy, setuptools, json\n"
-            "seen = {}\nsetuptools.setup = lambda **options: seen.update(options)\nrunpy.run_path('setup.py')\n"
-            "print(json.dumps(seen['package_data']))")
+    code = (
+        "from setuptools import Distribution; import runpy, setuptools, json\n"
+        "seen = {}\nsetuptools.setup = lambda **options: seen.update(options)\nrunpy.run_path('setup.py')\n"
+        "print(json.dumps(seen['package_data']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert '"nnunetv2.federated.coordinator.dashboard": ["static/*"]' in done.stdout
 
@@ -369,7 +407,7 @@ def test_the_overview_tells_of_sites_and_runs(done):
     seen = done.eve.get("overview").json()
     assert [site["site"] for site in seen["sites"]] == ["A", "B"]
     assert all(site["state"] == "active" and site["bytes_received"] > 0 for site in seen["sites"])
-    run, = seen["runs"]
+    (run,) = seen["runs"]
     assert (run["run"], run["state"], run["rounds_closed"], run["num_rounds"]) == (RUN, "complete", 3, 3)
     assert run["meeting"] is None and "checkpoint" not in run["model"] and "model written to" in run["model"]
     assert seen["troubles"] == [] and seen["health"]["log_lines"] > 10
@@ -381,8 +419,9 @@ def test_no_secrets_in_the_json(done):
     invited = done.coordinator.invite("C", "observer", by="boss")
     for path in ("overview", f"runs/{RUN}/curves", "session"):
         text = done.eve.get(path).text
-        assert not any(secret in text or hashlib.sha256(secret.encode()).hexdigest() in text
-                       for secret in [*secrets_, invited])
+        assert not any(
+            secret in text or hashlib.sha256(secret.encode()).hexdigest() in text for secret in [*secrets_, invited]
+        )
 
 
 def test_a_bearer_token_does_as_well(done):
@@ -397,8 +436,11 @@ def test_figures_are_for_the_token_of_an_observer(done):
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert f'nnunet_fed_rounds_closed_total{{run="{RUN}"}} 3\n' in answer.text
     assert done.eve.token not in answer.text
-    for headers in ({}, {"Authorization": "Bearer eve.wrong"}, {"Cookie": "; ".join(
-            f"{cookie.name}={cookie.value}" for cookie in done.eve.session.cookies)}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer eve.wrong"},
+        {"Cookie": "; ".join(f"{cookie.name}={cookie.value}" for cookie in done.eve.session.cookies)},
+    ):
         assert requests.get(f"{done.federation.url}/metrics", headers=headers, timeout=PATIENCE_S).status_code == 401
 
 
@@ -420,9 +462,16 @@ def test_curves_go_on_where_one_has_them(done, monkeypatch):
     assert [one["round"] for one in first["rounds"]] == [0, 1] and first["more"] is True
 
 
-@pytest.mark.parametrize(("path", "status"), [
-    ("runs/none/curves", 404), (f"runs/{RUN}/curves?since=-1", 400), (f"runs/{RUN}/curves?since=x", 400),
-    ("overview?wait=soon", 400), ("overview?wait=1e9", 400)])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("runs/none/curves", 404),
+        (f"runs/{RUN}/curves?since=-1", 400),
+        (f"runs/{RUN}/curves?since=x", 400),
+        ("overview?wait=soon", 400),
+        ("overview?wait=1e9", 400),
+    ],
+)
 def test_odd_questions_get_an_answer(done, path, status):
     answer = done.eve.get(path)
     assert answer.status_code == status and answer.json()["code"]
@@ -453,8 +502,11 @@ def test_a_failure_wakes_the_viewers(federation, eve):
     wait_until(lambda: eve.get("overview").json()["troubles"])
     news = eve.get("overview").json()
     assert (news["troubles"][0]["kind"], news["troubles"][0]["site"], news["troubles"][0]["text"]) == (
-        "failure", "A", "out of memory")
-    member, = [one for one in news["runs"][0]["members"] if one["site"] == "A"]
+        "failure",
+        "A",
+        "out of memory",
+    )
+    (member,) = [one for one in news["runs"][0]["members"] if one["site"] == "A"]
     assert (member["activity"], member["note"]) == ("failed", "out of memory")
     assert news["runs"][0]["meeting"]["waiting_for"] == ["A", "B"]
 

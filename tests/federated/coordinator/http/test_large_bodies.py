@@ -1,4 +1,5 @@
 """Bodies that bypass the HTTP parser, over real sockets."""
+
 import hashlib
 import http.client
 import random
@@ -49,8 +50,9 @@ class Receiver:
     async def put(self, request) -> PlainTextResponse:
         announcement = announced(request)
         try:
-            with self.uploads.writing("key", request.path_params["site"], announcement.digest,
-                                      offset=announcement.offset) as upload:
+            with self.uploads.writing(
+                "key", request.path_params["site"], announcement.digest, offset=announcement.offset
+            ) as upload:
                 await receive(request, upload, announcement, self.reception)
                 upload.complete()
                 assert hashlib.sha256(upload.path.read_bytes()).hexdigest() == announcement.digest
@@ -75,8 +77,9 @@ class Receiver:
         """Return a new connection to it."""
         if self.authority is None:
             return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
-        return http.client.HTTPSConnection("localhost", self.port, timeout=PATIENCE_S,
-                                           context=ssl.create_default_context(cafile=self.authority))
+        return http.client.HTTPSConnection(
+            "localhost", self.port, timeout=PATIENCE_S, context=ssl.create_default_context(cafile=self.authority)
+        )
 
 
 @contextmanager
@@ -86,8 +89,10 @@ def receiving(folder: Path, *, is_encrypted: bool = False):
     certificate = private_certificate(folder.parent / "tls", ["localhost"]) if is_encrypted else None
     if certificate is not None:
         receiver.authority = str(certificate.authority)
-    app = Starlette(routes=[Route("/{site}", receiver.put, methods=["PUT"])],
-                    exception_handlers={ClientDisconnect: lambda request, error: PlainTextResponse("", 499)})
+    app = Starlette(
+        routes=[Route("/{site}", receiver.put, methods=["PUT"])],
+        exception_handlers={ClientDisconnect: lambda request, error: PlainTextResponse("", 499)},
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         receiver.port = listener.getsockname()[1]
         server = GuardedServer(guarded_config(app, timeout_graceful_shutdown=2, **tls_options(certificate)))
@@ -108,8 +113,9 @@ def receiver(request, tmp_path):
         yield receiver
 
 
-def begin(receiver: Receiver, site: str, content: bytes, *, offset: int = 0,
-          **headers: str) -> http.client.HTTPConnection:
+def begin(
+    receiver: Receiver, site: str, content: bytes, *, offset: int = 0, **headers: str
+) -> http.client.HTTPConnection:
     """Send the headers of an upload."""
     connection = receiver.connect()
     connection.putrequest("PUT", f"/{site}")
@@ -140,12 +146,12 @@ def eventually(condition) -> bool:
 def test_a_body_of_any_size_in_any_pieces_arrives_as_it_was_sent(receiver):
     def send(number: int) -> tuple[int, str]:
         rng = random.Random(number)
-        content = CONTENT[:rng.choice([0, 1, 5000, 70_000, rng.randrange(1, len(CONTENT)), len(CONTENT)])]
+        content = CONTENT[: rng.choice([0, 1, 5000, 70_000, rng.randrange(1, len(CONTENT)), len(CONTENT)])]
         connection = begin(receiver, f"site{number}", content)
         position = 0
         while position < len(content):
             count = max(rng.choice([1, 1000, 70_000, 1 << 20]), len(content) // 40)
-            connection.sock.sendall(content[position:position + count])
+            connection.sock.sendall(content[position : position + count])
             position += count
         return answer_of(connection)
 
@@ -189,7 +195,7 @@ def test_a_sender_that_waits_to_be_told_to_go_on_is_told(receiver):
 def test_a_body_in_chunks_goes_through_the_parser(receiver):
     connection = begin(receiver, "A", CONTENT, **{"Transfer-Encoding": "chunked"})
     for position in range(0, len(CONTENT), 1 << 20):
-        piece = CONTENT[position:position + (1 << 20)]
+        piece = CONTENT[position : position + (1 << 20)]
         connection.sock.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
     connection.sock.sendall(b"0\r\n\r\n")
     assert answer_of(connection) == (200, "stored")

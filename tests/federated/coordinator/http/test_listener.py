@@ -1,4 +1,5 @@
 """Accepting connections: what happens when there are too many of them, or no file descriptor is left."""
+
 import asyncio
 import errno
 import os

@@ -1,4 +1,5 @@
 """Memory that the coordinator frees goes back to the system."""
+
 import platform
 
 from nnunetv2.federated.coordinator.http import malloc

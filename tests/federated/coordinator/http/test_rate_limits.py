@@ -1,4 +1,5 @@
 """What anybody may take of a coordinator, as plain state and a clock that is told."""
+
 import asyncio
 import re
 from pathlib import Path
@@ -46,18 +47,35 @@ def test_only_so_many_are_remembered(monkeypatch):
     assert [allowance.wait_s(who, 0.0) for who in "ABC"] == [2.0, 0.0, 1.0]  # B has been quiet for longest
 
 
-@pytest.mark.parametrize(("host", "group"), [
-    ("192.0.2.1", "192.0.2.1"), ("2001:db8::1", "2001:db8::/64"), ("2001:db8::ffff:1", "2001:db8::/64"),
-    ("fe80::1%eth0", "fe80::/64"), ("::ffff:192.0.2.1", "192.0.2.1"), ("unknown", "unknown"), ("x" * 99, "x" * 64)])
+@pytest.mark.parametrize(
+    ("host", "group"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:db8::ffff:1", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("unknown", "unknown"),
+        ("x" * 99, "x" * 64),
+    ],
+)
 def test_addresses_that_one_user_has_count_as_one(host, group):
     assert address_group(host) == group
 
 
-@pytest.mark.parametrize(("method", "path", "status", "lines"), [
-    ("GET", "/v1/gatherings/x", 404, 0), ("PUT", "/v1/gatherings/runs/r/rounds/7", 200, 0),
-    ("PUT", "/v1/gatherings/runs/r/rounds/7", 400, 1), ("POST", "/v1/offers/plans/p", 202, 0),
-    ("PUT", "/v1/gatherings/plans/p", 200, 1), ("POST", "/v1/failures", 204, 1),
-    ("PUT", "/v1/gatherings/runs/r/validations/7", 200, 0), ("POST", "/v1/runs/r/actions", 200, 1)])
+@pytest.mark.parametrize(
+    ("method", "path", "status", "lines"),
+    [
+        ("GET", "/v1/gatherings/x", 404, 0),
+        ("PUT", "/v1/gatherings/runs/r/rounds/7", 200, 0),
+        ("PUT", "/v1/gatherings/runs/r/rounds/7", 400, 1),
+        ("POST", "/v1/offers/plans/p", 202, 0),
+        ("PUT", "/v1/gatherings/plans/p", 200, 1),
+        ("POST", "/v1/failures", 204, 1),
+        ("PUT", "/v1/gatherings/runs/r/validations/7", 200, 0),
+        ("POST", "/v1/runs/r/actions", 200, 1),
+    ],
+)
 def test_what_fills_the_log_is_counted(method, path, status, lines):
     assert lines_caused(method, path, status) == lines
 
@@ -86,8 +104,9 @@ def test_waiting_is_no_fault():
 
 # ------------------------------------------------------------------------------------------------------ connections
 def make_book(**limits) -> ConnectionBook:
-    return ConnectionBook(Limits(**{"connections": 5, "idle_connections": 4, "idle_connections_per_address": 2,
-                                    **limits}))
+    return ConnectionBook(
+        Limits(**{"connections": 5, "idle_connections": 4, "idle_connections_per_address": 2, **limits})
+    )
 
 
 def test_the_oldest_connection_of_an_address_makes_room():
@@ -152,8 +171,10 @@ def test_when_files_run_out_only_strangers_make_room():
     assert set(book) == {0, 1}
 
 
-@pytest.mark.parametrize(("files", "expected"), [(65_536, (8192, 2048, 512)), (4096, (3072, 1536, 512)),
-                                                 (1024, (768, 384, 192)), (256, (192, 96, 48))])
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [(65_536, (8192, 2048, 512)), (4096, (3072, 1536, 512)), (1024, (768, 384, 192)), (256, (192, 96, 48))],
+)
 def test_connections_leave_file_descriptors_to_the_rest(files, expected):
     limits = Limits().within_files(files)
     assert (limits.connections, limits.idle_connections, limits.idle_connections_per_address) == expected
@@ -165,8 +186,12 @@ class Caller:
 
     def __init__(self, status: int = 200, **limits) -> None:
         self.now, self.status = 0.0, status
-        self.gate = Gate(self.answer, limits=Limits(**limits), clock=lambda: self.now,
-                         identify=lambda scope: scope["headers"] or None)
+        self.gate = Gate(
+            self.answer,
+            limits=Limits(**limits),
+            clock=lambda: self.now,
+            identify=lambda scope: scope["headers"] or None,
+        )
         self.passed = 0
         self.hold: asyncio.Event | None = None
 

@@ -1,4 +1,5 @@
 """Certificates of a coordinator."""
+
 import hashlib
 import http.client
 import json
@@ -95,14 +96,16 @@ def test_a_certificate_is_one_block_and_nothing_else(made):
     pem = made.authority.read_text()
     assert only_certificate(f"\n{pem}\n") == pem
     der = ssl.PEM_cert_to_DER_cert(pem)
-    for text, words in ((pem + made.certificate.read_text(), "found 2 blocks"),
-                        (f"subject=/CN=a\n{pem}", "text beside it"),
-                        (pem.replace("CERTIFICATE", "TRUSTED CERTIFICATE"), "no certificate"),
-                        (made.authority.with_name("ca.key").read_text(), "no certificate"),
-                        (ssl.DER_cert_to_PEM_cert(der + b"more"), "more follows in its block"),
-                        (ssl.DER_cert_to_PEM_cert(der[:-1]), "is cut off"),
-                        (ssl.DER_cert_to_PEM_cert(b""), "no certificate"),
-                        (pem.replace("M", "*"), "no certificate")):
+    for text, words in (
+        (pem + made.certificate.read_text(), "found 2 blocks"),
+        (f"subject=/CN=a\n{pem}", "text beside it"),
+        (pem.replace("CERTIFICATE", "TRUSTED CERTIFICATE"), "no certificate"),
+        (made.authority.with_name("ca.key").read_text(), "no certificate"),
+        (ssl.DER_cert_to_PEM_cert(der + b"more"), "more follows in its block"),
+        (ssl.DER_cert_to_PEM_cert(der[:-1]), "is cut off"),
+        (ssl.DER_cert_to_PEM_cert(b""), "no certificate"),
+        (pem.replace("M", "*"), "no certificate"),
+    ):
         for read in (only_certificate, fingerprint_of):
             with pytest.raises(FederationError, match=words):
                 read(text)
@@ -121,10 +124,13 @@ def test_clients_are_known_by_certificates_and_nothing_else(made, tmp_path):
     chain.write_text(f"the authority\n{made.authority.read_text()}and one below it\n{made.certificate.read_text()}")
     assert tls.require_clients_of(made, chain).client_authority == chain
     authority = made.authority.read_text()
-    for content, words in ((authority + made.key.read_text(), "PRIVATE KEY"),
-                           (authority + authority.replace("CERTIFICATE", "TRUSTED CERTIFICATE"), "TRUSTED CERTIFICATE"),
-                           ("", "no certificate"), (authority[:100], "no certificate"),
-                           (authority + authority[:100], "no certificate")):
+    for content, words in (
+        (authority + made.key.read_text(), "PRIVATE KEY"),
+        (authority + authority.replace("CERTIFICATE", "TRUSTED CERTIFICATE"), "TRUSTED CERTIFICATE"),
+        ("", "no certificate"),
+        (authority[:100], "no certificate"),
+        (authority + authority[:100], "no certificate"),
+    ):
         chain.write_text(content)
         with pytest.raises(FederationError, match=rf"--client-authority .*chain\.pem cannot be used: .*{words}"):
             tls.require_clients_of(made, chain)
@@ -136,8 +142,11 @@ def test_nobody_is_asked_for_a_password(made, tmp_path):
     import subprocess
 
     locked = tmp_path / "locked.key"
-    subprocess.run(["openssl", "pkey", "-in", made.key, "-aes128", "-passout", "pass:secret", "-out", locked],
-                   check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "pkey", "-in", made.key, "-aes128", "-passout", "pass:secret", "-out", locked],
+        check=True,
+        capture_output=True,
+    )
     with pytest.raises(FederationError, match=r"locked\.key cannot be used for TLS: the key has a password"):
         tls.given_certificate(made.certificate, locked)
 
@@ -162,8 +171,9 @@ def test_a_stop_does_not_wait_for_idle_connections(tmp_path):
     with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls", grace_s=MUCH_LONGER_S) as process:
         sessions = [requests.Session() for _ in range(3)]
         for session in sessions:
-            session.get(f"{process.url}/v1/session", verify=tmp_path / "federation" / "tls" / "ca.pem",
-                        timeout=PATIENCE_S)
+            session.get(
+                f"{process.url}/v1/session", verify=tmp_path / "federation" / "tls" / "ca.pem", timeout=PATIENCE_S
+            )
         assert process.stop() == 0
         for session in sessions:
             session.close()
@@ -177,8 +187,11 @@ def test_a_stop_lets_an_upload_end(tmp_path):
         context = ssl.create_default_context(cafile=str(tmp_path / "federation" / "tls" / "ca.pem"))
         connection = http.client.HTTPSConnection("127.0.0.1", process.port, context=context, timeout=PATIENCE_S)
         connection.putrequest("PUT", f"/v1/gatherings/{CENSUS_KEY}")
-        for name, value in (("Authorization", f"Bearer {token}"), ("Content-Length", str(len(body))),
-                            ("X-Content-SHA256", hashlib.sha256(body).hexdigest())):
+        for name, value in (
+            ("Authorization", f"Bearer {token}"),
+            ("Content-Length", str(len(body))),
+            ("X-Content-SHA256", hashlib.sha256(body).hexdigest()),
+        ):
             connection.putheader(name, value)
         connection.endheaders(body[:10])
         wait_until(lambda: any((tmp_path / "federation" / "incoming").iterdir()))

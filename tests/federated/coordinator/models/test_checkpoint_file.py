@@ -1,4 +1,5 @@
 """Checkpoints written without torch are read by torch, with aliases sharing memory."""
+
 from __future__ import annotations
 
 import subprocess
@@ -22,14 +23,22 @@ TENSORS = {
 }
 CONTENT = model_checkpoint(
     plans={"plans_name": "nnUNetPlans", "spacing": [1.0, 0.5, 2], "ü": None, "nested": {"a": [True, {"b": 2**40}]}},
-    configuration="3d_fullres", fold="0", dataset_json={"labels": {"background": 0}, "file_ending": ".nii.gz"},
-    mirroring_axes=[0, 1, 2], current_epoch=1000)
+    configuration="3d_fullres",
+    fold="0",
+    dataset_json={"labels": {"background": 0}, "file_ending": ".nii.gz"},
+    mirroring_axes=[0, 1, 2],
+    current_epoch=1000,
+)
 
 
 def make_document(folder, tensors=None):
     tensors = TENSORS if tensors is None else tensors
-    write_document(folder / "aggregate", Aggregate(round=0, contributors={"A": 1}),
-                   {name: TensorSpec.of(values) for name, values in tensors.items()}, tensors.values())
+    write_document(
+        folder / "aggregate",
+        Aggregate(round=0, contributors={"A": 1}),
+        {name: TensorSpec.of(values) for name, values in tensors.items()},
+        tensors.values(),
+    )
     return open_document(folder / "aggregate")
 
 
@@ -63,8 +72,9 @@ def test_the_keys_of_a_checkpoint_are_there(tmp_path):
 
 
 def test_aliases_share_their_storage_and_prefixes_are_removed(tmp_path):
-    names = parameter_names(["_orig_mod.a", "b"], {"_orig_mod.other.a": "_orig_mod.a"},
-                            {"_orig_mod.a": "conv.weight", "b": "norm.weight"})
+    names = parameter_names(
+        ["_orig_mod.a", "b"], {"_orig_mod.other.a": "_orig_mod.a"}, {"_orig_mod.a": "conv.weight", "b": "norm.weight"}
+    )
     weights = torch.load(write(tmp_path, names), weights_only=True)["network_weights"]
     assert list(weights) == ["a", "b", "other.a"]
     assert weights["a"].data_ptr() == weights["other.a"].data_ptr() != weights["b"].data_ptr()
@@ -82,8 +92,9 @@ def test_a_real_network_loads_it_strictly(tmp_path):
     source, target = make(), make()
     distinct, aliases = distinct_tensors(source.state_dict())
     document = make_document(tmp_path, {name: tensor.numpy() for name, tensor in distinct.items()})
-    write_checkpoint(tmp_path / "c.pth", document,
-                     parameter_names(distinct, aliases, {name: name for name in distinct}), CONTENT)
+    write_checkpoint(
+        tmp_path / "c.pth", document, parameter_names(distinct, aliases, {name: name for name in distinct}), CONTENT
+    )
     target.load_state_dict(torch.load(tmp_path / "c.pth", weights_only=True)["network_weights"])
     for mine, theirs in zip(target.state_dict().values(), source.state_dict().values()):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

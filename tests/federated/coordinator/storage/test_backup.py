@@ -1,4 +1,5 @@
 """A federation that is saved while it is at work goes on elsewhere with the same bytes."""
+
 import io
 import json
 import stat
@@ -7,15 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from fake_federation import (
-    coordinator_process,
-    in_threads,
-    make_client,
-    make_settings,
-    served,
-    train,
-    wait_until,
-)
+from fake_federation import coordinator_process, in_threads, make_client, make_settings, served, train, wait_until
 from patience import PATIENCE_S
 
 from nnunetv2.federated.commands.admin import main
@@ -28,6 +21,7 @@ NUM_ROUNDS = 6
 
 def run_on(url: str, credentials: dict, on_round=lambda number: None) -> set[str]:
     """Let two sites train to the end of the run; return the digests of the last aggregate."""
+
     def site(name, seed):
         with make_client(replace(credentials[name], url=url)) as client:
             return train(client, seed=seed, num_rounds=NUM_ROUNDS, pause_s=0.03, on_round=on_round)
@@ -40,8 +34,9 @@ def run_on(url: str, credentials: dict, on_round=lambda number: None) -> set[str
 def test_a_run_that_was_saved_at_work_goes_on_elsewhere_to_the_same_digest(tmp_path, capsys):
     file, elsewhere = tmp_path / "backup.tar", tmp_path / "new" / "federation"
     middle = threading.Event()
-    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--epochs", str(NUM_ROUNDS),
-                             "--validate-every", "0") as process:
+    with coordinator_process(
+        tmp_path / "federation", "--sites", "A", "B", "--epochs", str(NUM_ROUNDS), "--validate-every", "0"
+    ) as process:
         credentials = process.credentials()
 
         def save():
@@ -49,7 +44,8 @@ def test_a_run_that_was_saved_at_work_goes_on_elsewhere_to_the_same_digest(tmp_p
             return main(["--folder", str(tmp_path / "federation"), "backup", str(file)])
 
         digests, status = in_threads(
-            lambda: run_on(process.url, credentials, lambda number: middle.set() if number == 2 else None), save)
+            lambda: run_on(process.url, credentials, lambda number: middle.set() if number == 2 else None), save
+        )
         assert (status, len(digests)) == (0, 1)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert not list((tmp_path / "federation").glob(".backup-*"))
@@ -65,6 +61,7 @@ def test_a_run_that_was_saved_at_work_goes_on_elsewhere_to_the_same_digest(tmp_p
 def folder(tmp_path):
     """Return the folder of a federation whose run is over, with models."""
     with served(tmp_path / "federation", make_settings(num_epochs=1, validate_every=0)) as federation:
+
         def site(name, seed):
             with federation.client(name) as client:
                 return train(client, seed=seed, num_rounds=1)
@@ -77,8 +74,9 @@ def folder(tmp_path):
 def test_what_is_restored_is_what_was_saved(folder, tmp_path):
     saved = backup(folder, tmp_path / "b.tar")
     assert restore(tmp_path / "b.tar", tmp_path / "again") == saved
-    names = {path.relative_to(tmp_path / "again").as_posix() for path in (tmp_path / "again").rglob("*")
-             if path.is_file()}
+    names = {
+        path.relative_to(tmp_path / "again").as_posix() for path in (tmp_path / "again").rglob("*") if path.is_file()
+    }
     assert names == set(saved.files)
     assert any(name.startswith("models/") and name.endswith("checkpoint_final.pth") for name in names)
     assert not names & {"lock", "coordinator.json", "operator.json"}
@@ -119,7 +117,7 @@ def test_a_damaged_document_is_noticed_when_it_is_saved(folder, tmp_path):
 def test_a_damaged_or_foreign_file_is_not_restored(folder, tmp_path):
     backup(folder, tmp_path / "b.tar")
     content = (tmp_path / "b.tar").read_bytes()
-    (tmp_path / "short.tar").write_bytes(content[:len(content) // 2])
+    (tmp_path / "short.tar").write_bytes(content[: len(content) // 2])
     changed = bytearray(content)
     changed[700] ^= 1  # in the first file
     (tmp_path / "changed.tar").write_bytes(changed)

@@ -1,4 +1,5 @@
 """Uploads that break and go on."""
+
 import hashlib
 import os
 
@@ -89,7 +90,10 @@ def test_a_document_made_anew_replaces_the_one_before(uploads, tmp_path):
     begin(uploads, site="B")
     begin(uploads, digest=D2)
     assert [uploads.offset(KEY, site, digest) > 0 for site, digest in (("A", D1), ("A", D2), ("B", D1))] == [
-        False, True, True]
+        False,
+        True,
+        True,
+    ]
 
 
 def test_what_nobody_goes_on_with_is_removed(uploads):

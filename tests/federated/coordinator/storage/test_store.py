@@ -1,4 +1,5 @@
 """The coordinator's disk."""
+
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -58,8 +59,11 @@ def test_everything_comes_back_after_a_restart(store):
     store.add_traffic({("A", ""): Traffic(1, 2, 3.0)})
     joined = replace(store.load_members()["A"], state="active", token_hash="hash")
     store.save_members([joined], [], event=Event(5.0, "join", "A", None, {}))
-    store.save_control("r", RunControl(state="paused", left=frozenset("B"), failed={"A": 3}),
-                       Event(6.0, "control", "operator", "r", {}))
+    store.save_control(
+        "r",
+        RunControl(state="paused", left=frozenset("B"), failed={"A": 3}),
+        Event(6.0, "control", "operator", "r", {}),
+    )
     with reopened(store) as again:
         settings = again.load_settings()
         assert settings == make_settings(deadline_s=5.0, quorum=1)

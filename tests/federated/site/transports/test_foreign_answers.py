@@ -1,20 +1,12 @@
 """What does not come from the coordinator is no answer, whatever its status: sites try again."""
+
 from __future__ import annotations
 
 import json
 
 import pytest
 from cutter import moved
-from fake_federation import (
-    RUN,
-    in_threads,
-    make_client,
-    make_registration,
-    make_settings,
-    make_weights,
-    served,
-    train,
-)
+from fake_federation import RUN, in_threads, make_client, make_registration, make_settings, make_weights, served, train
 from front_door import FrontDoor, Page
 
 from nnunetv2.federated.commands import admin
@@ -46,7 +38,9 @@ PAGES = {
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_every_call_of_a_training_outlasts_a_foreign_answer(tmp_path, monkeypatch, page):
-    monkeypatch.setattr("nnunetv2.federated.site.transports.http.OFFER_FROM_BYTES", 64)  # weights are offered, other documents not
+    monkeypatch.setattr(
+        "nnunetv2.federated.site.transports.http.OFFER_FROM_BYTES", 64
+    )  # weights are offered, other documents not
     with served(tmp_path / "federation", make_settings(num_epochs=2)) as federation:
         lines: dict[str, list[str]] = {"A": [], "B": []}
 
@@ -72,9 +66,11 @@ def test_the_line_says_what_has_answered():
     html = {"Content-Type": "text/html; charset=utf-8"}
     assert describe_foreign(url, 404, "Not Found", html) == (
         "https://coordinator.example/federation answers with status 404 (Not Found), text/html, not as a coordinator "
-        "would")
+        "would"
+    )
     assert "it points to https://login.hospital.example, not as" in describe_foreign(
-        url, 302, "Found", {"Location": "https://login.hospital.example/secret?token=x"})
+        url, 302, "Found", {"Location": "https://login.hospital.example/secret?token=x"}
+    )
     assert "\x1b" not in describe_foreign(url, 404, "Not \x1b[2J Found", {"Content-Type": "text/\x1b[31m"})
     assert "client_max_body_size" in describe_foreign(url, 413, "Request Entity Too Large", html)
 
@@ -82,19 +78,29 @@ def test_the_line_says_what_has_answered():
 def test_the_line_is_told_once_however_often_it_happens(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation:
         lines: list[str] = []
-        with (FrontDoor(federation.url, Page(403), times=5) as door,
-              make_client(moved(federation.credential("A"), door.url), lines, pause_s=0.01) as client):
+        with (
+            FrontDoor(federation.url, Page(403), times=5) as door,
+            make_client(moved(federation.credential("A"), door.url), lines, pause_s=0.01) as client,
+        ):
             client.settings()
             client.run_state(RUN)
-        assert lines == [f"{door.url} answers with status 403 (Forbidden), text/html, not as a coordinator would; "
-                         "trying again", "the coordinator answers again"] * 2
+        assert (
+            lines
+            == [
+                f"{door.url} answers with status 403 (Forbidden), text/html, not as a coordinator would; trying again",
+                "the coordinator answers again",
+            ]
+            * 2
+        )
 
 
 def test_who_never_answers_properly_is_given_up_with_the_reason(tmp_path):
-    with (served(tmp_path / "federation", make_settings()) as federation,
-          FrontDoor(federation.url, Page(200), times=1000) as door,
-          make_client(moved(federation.credential("A"), door.url), give_up_after_s=0.2, pause_s=0.01) as client,
-          pytest.raises(CoordinatorUnreachable, match="status 200 .*not as a coordinator would")):
+    with (
+        served(tmp_path / "federation", make_settings()) as federation,
+        FrontDoor(federation.url, Page(200), times=1000) as door,
+        make_client(moved(federation.credential("A"), door.url), give_up_after_s=0.2, pause_s=0.01) as client,
+        pytest.raises(CoordinatorUnreachable, match="status 200 .*not as a coordinator would"),
+    ):
         client.settings()
 
 
@@ -114,9 +120,11 @@ def test_the_coordinators_own_refusals_stay_final(tmp_path):
 def test_a_coordinator_of_another_version_is_told_from_a_stranger():
     """Fields that nobody knows here: asking again would not help."""
     newer = {**json.loads(encode_json(make_settings())), "colour": "green"}
-    with (FrontDoor("http://127.0.0.1:9", Page(200, json.dumps(newer).encode(), JSON), times=1000) as door,
-          make_client(SiteCredential(door.url, "test", "A", "A.x")) as client,
-          pytest.raises(WireError, match="colour: Extra inputs are not permitted")):
+    with (
+        FrontDoor("http://127.0.0.1:9", Page(200, json.dumps(newer).encode(), JSON), times=1000) as door,
+        make_client(SiteCredential(door.url, "test", "A", "A.x")) as client,
+        pytest.raises(WireError, match="colour: Extra inputs are not permitted"),
+    ):
         client.settings()
 
 
@@ -141,8 +149,10 @@ def test_commands_that_ask_once_say_what_has_answered(tmp_path):
 
 def test_a_foreign_page_takes_no_failure_report(tmp_path, caplog):
     with served(tmp_path / "federation", make_settings()) as federation:
-        with (FrontDoor(federation.url, Page(200), times=1000) as door,
-              make_client(moved(federation.credential("A"), door.url)) as client):
+        with (
+            FrontDoor(federation.url, Page(200), times=1000) as door,
+            make_client(moved(federation.credential("A"), door.url)) as client,
+        ):
             client.report_failure(RUN, 0, "out of memory")
         assert "could not be told of the failure" in caplog.text
         assert federation.coordinator.status().failures == ()
@@ -152,8 +162,10 @@ def test_a_registration_waits_behind_a_page(tmp_path):
     """The message that a site waits for others with is asked for with a long poll, through the same door."""
     with served(tmp_path / "federation", make_settings()) as federation:
         with FrontDoor(federation.url, Page(503)) as door:
+
             def take_part(site):
                 with make_client(moved(federation.credential(site), door.url), pause_s=0.01) as client:
                     return client.exchange(f"runs/{RUN}/registration", make_registration()).message
+
             first, second = in_threads(lambda: take_part("A"), lambda: take_part("B"))
         assert first == second

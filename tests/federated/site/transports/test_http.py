@@ -1,4 +1,5 @@
 """A site's connection: what it says while it waits, and what it outlasts."""
+
 import re
 import socket
 import threading
@@ -75,8 +76,9 @@ def test_the_progress_line_names_who_is_missing_and_only_when_that_changes(tmp_p
                 client.exchange(CENSUS_KEY, make_census())
 
         federation.credential("A"), federation.credential("B"), federation.credential("C")
-        results = in_threads(first, lambda: later("C", lambda: len(lines) == 1),
-                             lambda: later("B", lambda: len(lines) == 2))
+        results = in_threads(
+            first, lambda: later("C", lambda: len(lines) == 1), lambda: later("B", lambda: len(lines) == 2)
+        )
         assert results[0] == 9
         assert lines == ["fingerprint/census: waiting for B, C", "fingerprint/census: waiting for B"]
 
@@ -90,8 +92,10 @@ def test_results_do_not_pile_up_on_the_sites_disk(federation):
             assert len(files) <= 2, files  # the present result, and its digest
 
         with federation.client("B") as other:
-            results = in_threads(lambda: train(client, seed=1, num_rounds=3, on_round=count_files),
-                                 lambda: train(other, seed=2, num_rounds=3))
+            results = in_threads(
+                lambda: train(client, seed=1, num_rounds=3, on_round=count_files),
+                lambda: train(other, seed=2, num_rounds=3),
+            )
     assert results[0] == results[1]
     assert not Path(folder).exists()
 
@@ -101,8 +105,9 @@ def test_specs_decide_how_tensors_travel(federation):
         with pytest.raises(FederationError, match="float64"):
             client.contribute(CENSUS_KEY, make_census(), {"x": np.zeros(3)})
         with pytest.raises(RefusedError, match="x is not expected"):
-            client.contribute(CENSUS_KEY, make_census(), {"x": np.zeros(3, np.float32)},
-                              specs={"x": TensorSpec("F32", (3,))})
+            client.contribute(
+                CENSUS_KEY, make_census(), {"x": np.zeros(3, np.float32)}, specs={"x": TensorSpec("F32", (3,))}
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -114,8 +119,10 @@ def test_a_failed_closing_reaches_every_site_as_one_readable_line(federation):
     errors = in_threads(lambda: take_part("A", LABELS), lambda: take_part("B", {"background": 0, "tumour": 1}))
     for error in errors:
         assert isinstance(error, RefusedError)
-        assert str(error) == ("the sites' datasets do not go together: labels.liver is 1 at A and absent at B. Make "
-                              "dataset.json (and the segmentations) agree, then run the command again.")
+        assert str(error) == (
+            "the sites' datasets do not go together: labels.liver is 1 at A and absent at B. Make "
+            "dataset.json (and the segmentations) agree, then run the command again."
+        )
     assert errors[0].code == "datasets_differ"
     assert any("fingerprint/census is refused: the sites' datasets" in line for line in federation.lines)
 
@@ -142,8 +149,10 @@ def test_what_is_no_coordinator_is_reported_and_asked_again():
     threading.Thread(target=answer, daemon=True).start()
     lines: list[str] = []
     credential = SiteCredential(f"http://127.0.0.1:{listener.getsockname()[1]}", "test", "A", "A.x")
-    with (make_client(credential, lines, give_up_after_s=0.3) as client,
-          pytest.raises(CoordinatorUnreachable, match="answers with status 502")):
+    with (
+        make_client(credential, lines, give_up_after_s=0.3) as client,
+        pytest.raises(CoordinatorUnreachable, match="answers with status 502"),
+    ):
         client.settings()
     listener.close()
     assert len(lines) == 1 and "not as a coordinator would; trying again" in lines[0]
@@ -155,6 +164,7 @@ def cut_off_everywhere(answer: bytes):
     """Serve an answer that breaks off after one byte, then after a few more, and so on; yield the address."""
     ends = iter([*range(1, len(answer), 5), len(answer)])
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def serve() -> None:
             for end in ends:
                 connection, _ = listener.accept()
@@ -170,20 +180,26 @@ def cut_off_everywhere(answer: bytes):
 
 
 def http_answer(status: str, content: bytes) -> bytes:
-    return (f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n"
-            f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n").encode() + content
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n"
+        f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    ).encode() + content
 
 
 def test_an_answer_that_is_cut_off_anywhere_is_asked_for_again(monkeypatch):
     monkeypatch.setattr("nnunetv2.federated.site.transports.http.LONGEST_PAUSE_S", 0.001)
     settings = make_settings()
     problem = api.Problem(code="not_expected", message="site A is not expected")
-    with cut_off_everywhere(http_answer("200 OK", encode_json(settings))) as url, make_client(
-            SiteCredential(url, "test", "A", "A.x")) as client:
+    with (
+        cut_off_everywhere(http_answer("200 OK", encode_json(settings))) as url,
+        make_client(SiteCredential(url, "test", "A", "A.x")) as client,
+    ):
         assert client.settings() == settings
-    with cut_off_everywhere(http_answer("403 Forbidden", encode_json(problem))) as url, make_client(
-            SiteCredential(url, "test", "A", "A.x")) as client, pytest.raises(
-            RefusedError, match="site A is not expected"):
+    with (
+        cut_off_everywhere(http_answer("403 Forbidden", encode_json(problem))) as url,
+        make_client(SiteCredential(url, "test", "A", "A.x")) as client,
+        pytest.raises(RefusedError, match="site A is not expected"),
+    ):
         client.settings()
 
 
@@ -202,8 +218,10 @@ def test_giving_up_takes_as_long_as_was_asked_for_and_says_so_once():
 def test_a_silent_coordinator_is_noticed():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         credential = SiteCredential(f"http://127.0.0.1:{listener.getsockname()[1]}", "test", "A", "A.x")
-        with (make_client(credential, timeout_s=0.2, give_up_after_s=0.3) as client,
-              pytest.raises(CoordinatorUnreachable, match="does not answer in time")):
+        with (
+            make_client(credential, timeout_s=0.2, give_up_after_s=0.3) as client,
+            pytest.raises(CoordinatorUnreachable, match="does not answer in time"),
+        ):
             client.settings()
 
 
@@ -224,6 +242,7 @@ def test_a_failure_report_never_raises_and_never_waits(federation):
 
 def start_big_run(federation) -> None:
     """Bring a run with tensors of 2 MiB to the point where round 0 takes updates."""
+
     def take_part(site, own):
         with federation.client(site) as client:
             client.exchange(registration_key(RUN), make_registration(2 if own else 1, BIG, aliases={}))
@@ -238,8 +257,9 @@ def test_an_upload_that_breaks_is_repeated_and_counts_once(federation):
         with make_client(moved(federation.credential("A"), cutter.url)) as client:
             receipt = client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, BIG))
         assert receipt.waiting_for == ("B",)
-    events = [event for event in federation.coordinator.store.load_events("contribution")
-              if event.key == round_key(RUN, 0)]
+    events = [
+        event for event in federation.coordinator.store.load_events("contribution") if event.key == round_key(RUN, 0)
+    ]
     assert len(events) == 1
 
 
@@ -274,8 +294,10 @@ def test_a_download_goes_on_where_it_broke(federation):
             for name in BIG:
                 np.testing.assert_array_equal(document.read(name), expected[name])
         assert size < cutter.carried["download"] < 1.4 * size
-        assert lines == ["the coordinator cannot be reached (the connection broke); trying again",
-                         "the coordinator answers again"]
+        assert lines == [
+            "the coordinator cannot be reached (the connection broke); trying again",
+            "the coordinator answers again",
+        ]
 
 
 def test_waiting_outlasts_a_restart_of_the_coordinator(tmp_path):
@@ -293,9 +315,13 @@ def test_waiting_outlasts_a_restart_of_the_coordinator(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- asymmetric runs
 def test_a_site_receives_only_the_tensors_that_it_shares(tmp_path):
-    shapes = {"A": {"deep.weight": (3, 3), "stem.weight": (2, 2)}, "B": {"deep.weight": (3, 3), "stem.weight": (2, 2)},
-              "C": {"stem.weight": (2, 2), "own.weight": (5,)}}
+    shapes = {
+        "A": {"deep.weight": (3, 3), "stem.weight": (2, 2)},
+        "B": {"deep.weight": (3, 3), "stem.weight": (2, 2)},
+        "C": {"stem.weight": (2, 2), "own.weight": (5,)},
+    }
     with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"), num_epochs=None)) as federation:
+
         def take_part(site):
             with federation.client(site) as client:
                 match = client.exchange(registration_key(RUN), make_registration(3, shapes[site], aliases={})).message
@@ -307,8 +333,11 @@ def test_a_site_receives_only_the_tensors_that_it_shares(tmp_path):
                 return {name: float(document.read(name).max()) for name in sorted(document.specs)}
 
         results = in_threads(*(lambda site=site: take_part(site) for site in "ABC"))
-    assert results == [{"deep.weight": 65.5, "stem.weight": 66.0}, {"deep.weight": 65.5, "stem.weight": 66.0},
-                       {"stem.weight": 66.0}]
+    assert results == [
+        {"deep.weight": 65.5, "stem.weight": 66.0},
+        {"deep.weight": 65.5, "stem.weight": 66.0},
+        {"stem.weight": 66.0},
+    ]
 
 
 def test_who_misses_a_round_gets_the_latest_aggregate(tmp_path):

@@ -1,4 +1,5 @@
 """A trainer that measures how fast a machine trains."""
+
 from __future__ import annotations
 
 import socket
@@ -54,9 +55,12 @@ class nnUNetTrainerBenchmark_5epochs(nnUNetTrainer):
 
     def _describe_result(self) -> dict[str, object]:
         return {
-            "torch_version": torch.__version__, "cudnn_version": torch.backends.cudnn.version(),
-            "gpu_name": torch.cuda.get_device_name(), "fastest_epoch": self._fastest_epoch(),
-            "num_gpus": distributed.get_world_size() if self.is_ddp else 1, "hostname": socket.gethostname(),
+            "torch_version": torch.__version__,
+            "cudnn_version": torch.backends.cudnn.version(),
+            "gpu_name": torch.cuda.get_device_name(),
+            "fastest_epoch": self._fastest_epoch(),
+            "num_gpus": distributed.get_world_size() if self.is_ddp else 1,
+            "hostname": socket.gethostname(),
         }
 
     def _fastest_epoch(self) -> float | str:
@@ -70,5 +74,7 @@ class nnUNetTrainerBenchmark_5epochs(nnUNetTrainer):
 
 def _key_of(result: dict[str, object]) -> str:
     gpu = str(result["gpu_name"]).replace(" ", "")
-    return (f"{result['hostname']}__{result['cudnn_version']}__{result['torch_version']}__{gpu}"
-            f"__num_gpus_{result['num_gpus']}")
+    return (
+        f"{result['hostname']}__{result['cudnn_version']}__{result['torch_version']}__{gpu}"
+        f"__num_gpus_{result['num_gpus']}"
+    )

@@ -1,4 +1,5 @@
 """A trainer that measures how fast a GPU trains when it never waits for data."""
+
 from __future__ import annotations
 
 import itertools
@@ -37,8 +38,11 @@ class nnUNetTrainerBenchmark_5epochs_noDataLoading(nnUNetTrainerBenchmark_5epoch
         channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
         data = torch.rand((self.batch_size, channels, *patch_size), device=self.device)
         shapes = [[int(length * share) for length, share in zip(patch_size, scale)] for scale in scales]
-        return {"data": data, "target": [self._draw_target(shape) for shape in shapes],
-                "keys": ["random"] * self.batch_size}
+        return {
+            "data": data,
+            "target": [self._draw_target(shape) for shape in shapes],
+            "keys": ["random"] * self.batch_size,
+        }
 
     def _draw_target(self, shape: list[int]) -> torch.Tensor:
         labels = self.label_manager

@@ -1,4 +1,5 @@
 """The trainer of the AortaSeg24 challenge."""
+
 from __future__ import annotations
 
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5

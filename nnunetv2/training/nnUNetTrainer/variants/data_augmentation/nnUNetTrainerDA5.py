@@ -1,4 +1,5 @@
 """Trainers with a stronger augmentation: nnUNetTrainerDA5 and its relatives."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ class nnUNetTrainerDA5(nnUNetTrainer):
     """Augment more, and more often: see `build_da5_transforms`."""
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
-            self) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...]]:
+        self,
+    ) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...]]:
         """As in the default trainer, with larger patches to load, as they are scaled more."""
         geometry = rotation_and_patch_size(self.configuration_manager.patch_size, scale_range=SCALING)
         self.print_to_log_file(f"do_dummy_2d_data_aug: {geometry.dummy_2d}")
@@ -25,17 +27,31 @@ class nnUNetTrainerDA5(nnUNetTrainer):
         return tuple(geometry)
 
     @staticmethod
-    def get_training_transforms(patch_size: Sequence[int], rotation_for_DA: Any,
-                                deep_supervision_scales: Sequence | None, mirror_axes: tuple[int, ...] | None,
-                                do_dummy_2d_data_aug: bool, use_mask_for_norm: Sequence[bool] | None = None,
-                                is_cascaded: bool = False, foreground_labels: Sequence[int] | None = None,
-                                regions: Sequence | None = None,
-                                ignore_label: int | None = None) -> ComposeTransforms:
+    def get_training_transforms(
+        patch_size: Sequence[int],
+        rotation_for_DA: Any,
+        deep_supervision_scales: Sequence | None,
+        mirror_axes: tuple[int, ...] | None,
+        do_dummy_2d_data_aug: bool,
+        use_mask_for_norm: Sequence[bool] | None = None,
+        is_cascaded: bool = False,
+        foreground_labels: Sequence[int] | None = None,
+        regions: Sequence | None = None,
+        ignore_label: int | None = None,
+    ) -> ComposeTransforms:
         """Return the strong augmentation with linear interpolation of images and labels."""
         return build_da5_transforms(
-            patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug,
-            use_mask_for_norm=use_mask_for_norm, is_cascaded=is_cascaded, foreground_labels=foreground_labels,
-            regions=regions, ignore_label=ignore_label)
+            patch_size,
+            rotation_for_DA,
+            deep_supervision_scales,
+            mirror_axes,
+            do_dummy_2d_data_aug,
+            use_mask_for_norm=use_mask_for_norm,
+            is_cascaded=is_cascaded,
+            foreground_labels=foreground_labels,
+            regions=regions,
+            ignore_label=ignore_label,
+        )
 
 
 class nnUNetTrainerDA5ord0(nnUNetTrainerDA5):

@@ -1,4 +1,5 @@
 """Trainers that mirror along fewer axes, in training and in inference."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,8 +16,7 @@ class nnUNetTrainerNoMirroring(nnUNetTrainer):
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> AugmentationGeometry:
         """As in the default trainer, without mirroring."""
-        rotation, dummy_2d, initial_patch_size, _ = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size())
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, initial_patch_size, None
 
@@ -26,8 +26,7 @@ class nnUNetTrainer_onlyMirror01(nnUNetTrainer):
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> AugmentationGeometry:
         """As in the default trainer, without the last mirror axis."""
-        rotation, dummy_2d, initial_patch_size, _ = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size())
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         mirror_axes = tuple(range(len(self.configuration_manager.patch_size) - 1))
         self.inference_allowed_mirroring_axes = mirror_axes
         return rotation, dummy_2d, initial_patch_size, mirror_axes

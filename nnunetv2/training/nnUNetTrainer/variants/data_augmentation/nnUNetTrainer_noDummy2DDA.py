@@ -1,4 +1,5 @@
 """A trainer that turns thin patches in all directions."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ class nnUNetTrainer_noDummy2DDA(nnUNetTrainer):
     """Turn all 3D patches by up to 30 degrees about each axis, also thin ones; never augment slice by slice."""
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
-            self) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...]]:
+        self,
+    ) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...]]:
         """Decide as the default trainer does for patches that are not thin."""
         geometry = rotation_and_patch_size(self.configuration_manager.patch_size, allow_dummy_2d=False)
         self.print_to_log_file(f"do_dummy_2d_data_aug: {geometry.dummy_2d}")

@@ -1,4 +1,5 @@
 """Validate what the network is now, the aggregate, with the validation steps of a trainer."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -25,15 +26,23 @@ def validate_network(trainer: nnUNetTrainer) -> messages.Validation | None:
     """
     with torch.no_grad():
         trainer.on_validation_epoch_start()
-        outputs = trainer._run_steps("validation of the aggregate", trainer.validation_step, trainer.dataloader_val,
-                                     trainer.num_val_iterations_per_epoch)
+        outputs = trainer._run_steps(
+            "validation of the aggregate",
+            trainer.validation_step,
+            trainer.dataloader_val,
+            trainer.num_val_iterations_per_epoch,
+        )
     if not outputs or not {*COUNTS, "loss"} <= outputs[0].keys():
         return None
     collated = collate_outputs(outputs)
     counts = np.stack([np.sum(collated[name], axis=0, dtype=np.float64) for name in COUNTS])
     tp, fp, fn = np.sum(gather(counts), axis=0)
-    return messages.Validation(tp=tuple(tp.tolist()), fp=tuple(fp.tolist()), fn=tuple(fn.tolist()),
-                               loss=float(np.vstack(gather(collated["loss"])).mean()))
+    return messages.Validation(
+        tp=tuple(tp.tolist()),
+        fp=tuple(fp.tolist()),
+        fn=tuple(fn.tolist()),
+        loss=float(np.vstack(gather(collated["loss"])).mean()),
+    )
 
 
 def describe_validation(number: int, found: messages.Validation) -> str:

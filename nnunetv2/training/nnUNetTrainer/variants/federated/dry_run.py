@@ -1,4 +1,5 @@
 """Foresee what a site would register and send if it trained, from its plans alone."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -35,9 +36,15 @@ class ForeseenTraining:
     """Foreground classes or regions, whose voxels are counted in a validation."""
 
 
-def foresee_training(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], *, configuration: str,
-                     trainer_name: str, num_cases: int,
-                     pretrained_weights: Path | None = None) -> ForeseenTraining:
+def foresee_training(
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    *,
+    configuration: str,
+    trainer_name: str,
+    num_cases: int,
+    pretrained_weights: Path | None = None,
+) -> ForeseenTraining:
     """Build the network that would be trained, for the names and shapes of its tensors.
 
     Args:
@@ -53,14 +60,27 @@ def foresee_training(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
     manager = PlansManager(dict(plans))
     description, labels = manager.get_configuration(configuration), manager.get_label_manager(dataset_json)
     network = build_network(
-        trainer.build_network_architecture, plans_manager=manager, configuration_manager=description,
-        dataset_json=dataset_json, num_output_channels=labels.num_segmentation_heads, enable_deep_supervision=True,
-        num_input_channels=determine_num_input_channels(manager, description, dataset_json))
+        trainer.build_network_architecture,
+        plans_manager=manager,
+        configuration_manager=description,
+        dataset_json=dataset_json,
+        num_output_channels=labels.num_segmentation_heads,
+        enable_deep_supervision=True,
+        num_input_channels=determine_num_input_channels(manager, description, dataset_json),
+    )
     registration = describe_training(
-        network, plans=plans, dataset_json=dataset_json, configuration=configuration, fold=0, trainer=trainer,
-        num_training_cases=num_cases, mirroring_axes=rotation_and_patch_size(description.patch_size)[3],
+        network,
+        plans=plans,
+        dataset_json=dataset_json,
+        configuration=configuration,
+        fold=0,
+        trainer=trainer,
+        num_training_cases=num_cases,
+        mirroring_axes=rotation_and_patch_size(description.patch_size)[3],
         requires_equal_plans=trainer.requires_equal_plans,
-        pretrained_weights=None if pretrained_weights is None else file_digest(pretrained_weights))
+        pretrained_weights=None if pretrained_weights is None else file_digest(pretrained_weights),
+    )
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    return ForeseenTraining(registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (),
-                            len(classes))
+    return ForeseenTraining(
+        registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (), len(classes)
+    )

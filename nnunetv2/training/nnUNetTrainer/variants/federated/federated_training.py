@@ -35,6 +35,7 @@ With several processes (DDP) the first one talks to the coordinator, and the oth
 
 Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighted by the number of training cases.
 """
+
 from __future__ import annotations
 
 import time
@@ -64,11 +65,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     export_weights,
     import_weights_,
 )
-from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import (
-    FirstProcessError,
-    ask_first_process,
-    in_thread,
-)
+from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 
@@ -131,8 +128,11 @@ class FederatedTraining:
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
             self.session = RunSession(transport, site=credential.site, run=run)
             # What ends one of several processes may be the failure of another one, which has reported that.
-            speaks_last = nullcontext() if is_distributed() else before_termination(
-                lambda: self.session.report_failure(self.round_in_training, "terminated"))
+            speaks_last = (
+                nullcontext()
+                if is_distributed()
+                else before_termination(lambda: self.session.report_failure(self.round_in_training, "terminated"))
+            )
             try:
                 with speaks_last:
                     super().run_training()
@@ -208,11 +208,17 @@ class FederatedTraining:
     def describe_training(self) -> messages.Registration:
         """Say what this site trains."""
         return describe_training(
-            self.network, plans=self.plans_manager.plans, dataset_json=self.dataset_json, fold=self.fold,
-            configuration=self.configuration_name, trainer=type(self),
-            num_training_cases=len(self.do_split()[0]), mirroring_axes=self.inference_allowed_mirroring_axes,
+            self.network,
+            plans=self.plans_manager.plans,
+            dataset_json=self.dataset_json,
+            fold=self.fold,
+            configuration=self.configuration_name,
+            trainer=type(self),
+            num_training_cases=len(self.do_split()[0]),
+            mirroring_axes=self.inference_allowed_mirroring_axes,
             requires_equal_plans=self.requires_equal_plans,
-            pretrained_weights=None if self.pretrained_weights is None else file_digest(Path(self.pretrained_weights)))
+            pretrained_weights=None if self.pretrained_weights is None else file_digest(Path(self.pretrained_weights)),
+        )
 
     def _register(self) -> tuple[messages.Match, str, str]:
         """Return what is shared, the name of the run, and a line on what will become of its averages."""
@@ -231,8 +237,10 @@ class FederatedTraining:
             return f"The run has begun: going on from its weights{unused}"
         if weights is None:
             return "All sites start from the initial weights"
-        return (f"All sites start from the same pretrained weights, {weights}; the layers that output classes are "
-                "those of the site named above")
+        return (
+            f"All sites start from the same pretrained weights, {weights}; the layers that output classes are "
+            "those of the site named above"
+        )
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:
@@ -268,8 +276,10 @@ class FederatedTraining:
     def go_on_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
         """Move to the epoch after an aggregate, or end, if the operator has stopped the run before round `epoch`."""
         if aggregate.round < epoch:
-            self.tell(f"The operator has stopped run {self.session.run} after round {aggregate.round}: ending with "
-                      "its aggregate")
+            self.tell(
+                f"The operator has stopped run {self.session.run} after round {aggregate.round}: ending with "
+                "its aggregate"
+            )
             self.end_here()
         else:
             # A site that was so late that the run went on without it gets a later aggregate.
@@ -330,8 +340,9 @@ class FederatedTraining:
         """Return what travels with the weights of an epoch: metrics of it, and those that the update before lacked."""
         earlier = None
         if self.sends_before_validation and epoch > 0:
-            earlier = messages.EarlierMetrics(round=epoch - 1,
-                                              metrics=self.metrics_of(epoch - 1, METRICS_OF_VALIDATION))
+            earlier = messages.EarlierMetrics(
+                round=epoch - 1, metrics=self.metrics_of(epoch - 1, METRICS_OF_VALIDATION)
+            )
         return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
     def metrics_of(self, epoch: int, names: Sequence[str]) -> Mapping[str, object]:
@@ -342,11 +353,15 @@ class FederatedTraining:
     def report_round(self, aggregate: messages.Aggregate, *, waited_s: float) -> None:
         """Log what a round moved, how long the site did nothing but wait for it, and who took part."""
         missing = f"; missing: {', '.join(aggregate.missing)}" if aggregate.missing else ""
-        self.tell(f"Round {aggregate.round}: {self.received_megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
-                  f"sites: {', '.join(sorted(aggregate.contributors))}{missing}")
+        self.tell(
+            f"Round {aggregate.round}: {self.received_megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
+            f"sites: {', '.join(sorted(aggregate.contributors))}{missing}"
+        )
         if len(aggregate.contributors) < self.min_sites:
-            self.tell(f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
-                      "--min-sites, or it does not keep to it. Show this line to the coordinating site")
+            self.tell(
+                f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
+                "--min-sites, or it does not keep to it. Show this line to the coordinating site"
+            )
 
     def tell(self, line: str, **options: bool) -> None:
         """Log a line, once per site."""

@@ -1,4 +1,5 @@
 """Tell whether an epoch was what it should have been, and give what went wrong a name that may leave the site."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,22 +24,30 @@ def check_epoch(outputs: Sequence[dict], *, epoch: int, num_iterations: int) -> 
         NonFiniteError: A loss is NaN or infinite.
     """
     if len(outputs) < num_iterations:
-        raise ShortEpochError(f"epoch {epoch} had {len(outputs)} of {num_iterations} iterations: nothing is sent. "
-                              "Go on from the last checkpoint with --c")
-    losses = [np.asarray(output["loss"], dtype=np.float64) for output in outputs
-              if isinstance(output, dict) and "loss" in output]
+        raise ShortEpochError(
+            f"epoch {epoch} had {len(outputs)} of {num_iterations} iterations: nothing is sent. "
+            "Go on from the last checkpoint with --c"
+        )
+    losses = [
+        np.asarray(output["loss"], dtype=np.float64)
+        for output in outputs
+        if isinstance(output, dict) and "loss" in output
+    ]
     broken = [number for number, loss in enumerate(losses) if not np.isfinite(loss).all()]
     if broken:
-        raise NonFiniteError(f"the training loss is NaN or infinite from iteration {broken[0]} of epoch {epoch} on "
-                             f"({len(broken)} of {len(losses)}): nothing is sent. Look for broken images or labels, "
-                             "and go on from the last checkpoint with --c")
+        raise NonFiniteError(
+            f"the training loss is NaN or infinite from iteration {broken[0]} of epoch {epoch} on "
+            f"({len(broken)} of {len(losses)}): nothing is sent. Look for broken images or labels, "
+            "and go on from the last checkpoint with --c"
+        )
 
 
 def kind_of(error: BaseException) -> str:
     """Name the kind of an error. Its text stays at the site: it may quote paths or names of cases."""
     text = str(error)
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
-            isinstance(error, (RuntimeError, OSError)) and any(sign in text for sign in _OUT_OF_MEMORY)):
+        isinstance(error, (RuntimeError, OSError)) and any(sign in text for sign in _OUT_OF_MEMORY)
+    ):
         return "OutOfMemoryError"
     if isinstance(error, RuntimeError) and _DEAD_WORKER in text:
         return "DataLoaderError"

@@ -1,4 +1,5 @@
 """Take weights out of a network as arrays, put them back, and give them to the other processes of the same site."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -14,8 +15,10 @@ from nnunetv2.training.networks import bare_network
 
 def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
     """Copy every distinct floating-point tensor of the network: first of its names -> float32 array."""
-    return {name: tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
-            for name, tensor in _floating_tensors(network).items()}
+    return {
+        name: tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
+        for name, tensor in _floating_tensors(network).items()
+    }
 
 
 @torch.no_grad()
@@ -31,8 +34,9 @@ def import_weights_(network: torch.nn.Module, weights: Mapping[str, np.ndarray])
         held = state.get(name)
         if held is None or tuple(held.shape) != values.shape or not np.issubdtype(values.dtype, np.floating):
             expected = "none of that name" if held is None else f"shape {tuple(held.shape)} in floating point"
-            raise ValueError(f"tensor {name} has shape {values.shape} and dtype {values.dtype}; the network has "
-                             f"{expected}")
+            raise ValueError(
+                f"tensor {name} has shape {values.shape} and dtype {values.dtype}; the network has {expected}"
+            )
     for name, values in weights.items():
         state[name].copy_(torch.from_numpy(np.array(values)))
 

@@ -1,4 +1,5 @@
 """Trainers for several sites: nnUNetTrainerAsymFedAvg shares what matches, nnUNetTrainerFedAvg wants equal plans."""
+
 from __future__ import annotations
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer

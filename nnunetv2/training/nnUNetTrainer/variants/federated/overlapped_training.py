@@ -15,6 +15,7 @@ last round is exchanged as usual, so checkpoint_final holds an aggregate. In bet
 
 All sites of a run take part in the same way: the trainer's name is part of the run's.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -24,8 +25,9 @@ import numpy as np
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 
 
-def catch_up(aggregate: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray],
-             sent: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def catch_up(
+    aggregate: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray], sent: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Return aggregate + (own - sent), for the tensors of the aggregate; float32.
 
     Args:
@@ -54,8 +56,7 @@ class OverlappedTraining(FederatedTraining):
             self.begin_exchange(number, self.make_update(number, METRICS))
 
     def _catch_up(self) -> bool:
-        """Wait for the exchange that is under way, validate its aggregate, and catch up; tell whether the run goes on.
-        """
+        """Wait for the exchange that is under way, validate its aggregate, and catch up; tell whether the run goes on."""
         own, number, sent, exchange = self.own_weights(), self.sent_round, self._sent, self._exchange
         aggregate = self.finish_exchange()
         is_complete = aggregate.round + 1 >= self.num_epochs

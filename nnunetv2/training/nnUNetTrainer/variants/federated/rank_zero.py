@@ -9,6 +9,7 @@ few seconds that it is still waiting, so that none of them runs into the timeout
 
 Without further processes, the question is simply asked.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

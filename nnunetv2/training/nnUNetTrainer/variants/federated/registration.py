@@ -1,4 +1,5 @@
 """Describe what a site is about to train, as it registers for a run and as its people may see beforehand."""
+
 from __future__ import annotations
 
 import hashlib
@@ -17,10 +18,19 @@ from nnunetv2.training.networks import bare_network
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
-def describe_training(network: torch.nn.Module, *, plans: Mapping[str, Any], dataset_json: Mapping[str, Any],
-                      configuration: str, fold: int | str, trainer: type, num_training_cases: int,
-                      mirroring_axes: Sequence[int] | None, requires_equal_plans: bool,
-                      pretrained_weights: str | None = None) -> messages.Registration:
+def describe_training(
+    network: torch.nn.Module,
+    *,
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    configuration: str,
+    fold: int | str,
+    trainer: type,
+    num_training_cases: int,
+    mirroring_axes: Sequence[int] | None,
+    requires_equal_plans: bool,
+    pretrained_weights: str | None = None,
+) -> messages.Registration:
     """Return plans, labels, number of training cases, and the tensors of a network without their values.
 
     The smallest and largest voxel that plans hold are not among it.
@@ -33,11 +43,19 @@ def describe_training(network: torch.nn.Module, *, plans: Mapping[str, Any], dat
     description = {key: value for key, value in dataset_json.items() if key in messages.TrainingData.model_fields}
     description.setdefault("channel_names", dataset_json.get("modality"))  # the name in old datasets
     return messages.Registration(
-        configuration=configuration, fold=str(fold), trainer=trainer.__name__, num_training_cases=num_training_cases,
-        plans=without_extrema(plans), dataset_json=messages.TrainingData(**description),
+        configuration=configuration,
+        fold=str(fold),
+        trainer=trainer.__name__,
+        num_training_cases=num_training_cases,
+        plans=without_extrema(plans),
+        dataset_json=messages.TrainingData(**description),
         mirroring_axes=None if mirroring_axes is None else tuple(mirroring_axes),
-        requires_equal_plans=requires_equal_plans, tensors=tuple(matching.describe_tensors(distinct)), aliases=aliases,
-        pretrained_weights=pretrained_weights, **_describe_network(trainer, network))
+        requires_equal_plans=requires_equal_plans,
+        tensors=tuple(matching.describe_tensors(distinct)),
+        aliases=aliases,
+        pretrained_weights=pretrained_weights,
+        **_describe_network(trainer, network),
+    )
 
 
 def _describe_network(trainer: type, network: torch.nn.Module) -> dict[str, str]:
@@ -52,8 +70,13 @@ def building_class(trainer: type) -> type:
     method = inspect.getattr_static(trainer, "build_network_architecture")
     if not isinstance(method, staticmethod):
         return trainer  # what it builds may depend on the class
-    return next(base for base in reversed(trainer.__mro__) if issubclass(base, nnUNetTrainer)
-                and inspect.getattr_static(base, "build_network_architecture") is method or base is trainer)
+    return next(
+        base
+        for base in reversed(trainer.__mro__)
+        if issubclass(base, nnUNetTrainer)
+        and inspect.getattr_static(base, "build_network_architecture") is method
+        or base is trainer
+    )
 
 
 def architecture_digest(network: torch.nn.Module) -> str:
@@ -78,12 +101,18 @@ def describe_match(match: messages.Match, site: str) -> list[str]:
     for sites in match.shared.values():
         if site in sites:
             partners[tuple(sorted(sites))] = partners.get(tuple(sorted(sites)), 0) + 1
-    lines += [f"  {count} tensors with {', '.join(name for name in names if name != site)}"
-              f"{' only: each of the two can compute what the other has sent' if len(names) == 2 else ''}"
-              for names, count in sorted(partners.items(), key=lambda item: -item[1])]
+    lines += [
+        f"  {count} tensors with {', '.join(name for name in names if name != site)}"
+        f"{' only: each of the two can compute what the other has sent' if len(names) == 2 else ''}"
+        for names, count in sorted(partners.items(), key=lambda item: -item[1])
+    ]
     owners = Counter(owner for name, owner in match.initial_owner.items() if site in match.shared[name])
-    lines.append("Initial weights: those of " + ", ".join(
-        f"{'this site' if owner == site else f'site {owner}'} ({count} tensors)"
-        for owner, count in owners.most_common()))
+    lines.append(
+        "Initial weights: those of "
+        + ", ".join(
+            f"{'this site' if owner == site else f'site {owner}'} ({count} tensors)"
+            for owner, count in owners.most_common()
+        )
+    )
     weighting = {"cases": "counts by its training cases", "uniform": "counts the same"}[match.weighting]
     return [*lines, f"Each of {', '.join(sorted(match.weights))} {weighting}"]

@@ -1,4 +1,5 @@
 """Say a last word when this process is told to end, as schedulers do when a job has used up its time."""
+
 from __future__ import annotations
 
 import os

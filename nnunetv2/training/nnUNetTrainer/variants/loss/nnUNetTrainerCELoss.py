@@ -1,4 +1,5 @@
 """Trainers with the cross entropy alone as loss."""
+
 from __future__ import annotations
 
 from torch import nn

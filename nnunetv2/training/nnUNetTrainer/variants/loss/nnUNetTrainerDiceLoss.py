@@ -1,4 +1,5 @@
 """Trainers with the Dice alone as loss, and with a Dice that is not smoothed."""
+
 from __future__ import annotations
 
 import torch
@@ -19,7 +20,11 @@ class nnUNetTrainerDiceLoss(nnUNetTrainer):
         labels = self.label_manager
         loss: nn.Module = MemoryEfficientSoftDiceLoss(
             apply_nonlin=torch.sigmoid if labels.has_regions else softmax_helper_dim1,
-            batch_dice=self.configuration_manager.batch_dice, do_bg=labels.has_regions, smooth=1e-5, ddp=self.is_ddp)
+            batch_dice=self.configuration_manager.batch_dice,
+            do_bg=labels.has_regions,
+            smooth=1e-5,
+            ddp=self.is_ddp,
+        )
         if labels.has_ignore_label:
             loss = WithoutIgnoredVoxels(loss, None if labels.has_regions else labels.ignore_label)
         return self._over_all_outputs(loss)
@@ -30,5 +35,8 @@ class nnUNetTrainerDiceCELoss_noSmooth(nnUNetTrainer):
 
     def _build_loss(self) -> nn.Module:
         """Return Dice plus cross entropy, not compiled."""
-        return self._over_all_outputs(build_default_loss(
-            self.label_manager, batch_dice=self.configuration_manager.batch_dice, ddp=self.is_ddp, smooth=0))
+        return self._over_all_outputs(
+            build_default_loss(
+                self.label_manager, batch_dice=self.configuration_manager.batch_dice, ddp=self.is_ddp, smooth=0
+            )
+        )

@@ -1,4 +1,5 @@
 """A trainer for regions with an ignore label, whose two losses have the weights that they have without it."""
+
 from __future__ import annotations
 
 from torch import nn

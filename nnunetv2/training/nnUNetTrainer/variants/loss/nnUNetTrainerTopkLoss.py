@@ -1,4 +1,5 @@
 """Trainers whose cross entropy looks at the hardest tenth of the voxels only."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -32,7 +33,17 @@ class nnUNetTrainerDiceTopK10Loss(nnUNetTrainer):
     def _build_loss(self) -> nn.Module:
         """Return this sum; for labels, not for regions."""
         require_ignore_index(self.label_manager)
-        return self._over_all_outputs(DC_and_topk_loss(
-            {"batch_dice": self.configuration_manager.batch_dice, "smooth": 1e-5, "do_bg": False, "ddp": self.is_ddp},
-            {"k": 10, "label_smoothing": 0.0}, weight_ce=1, weight_dice=1,
-            ignore_label=self.label_manager.ignore_label))
+        return self._over_all_outputs(
+            DC_and_topk_loss(
+                {
+                    "batch_dice": self.configuration_manager.batch_dice,
+                    "smooth": 1e-5,
+                    "do_bg": False,
+                    "ddp": self.is_ddp,
+                },
+                {"k": 10, "label_smoothing": 0.0},
+                weight_ce=1,
+                weight_dice=1,
+                ignore_label=self.label_manager.ignore_label,
+            )
+        )

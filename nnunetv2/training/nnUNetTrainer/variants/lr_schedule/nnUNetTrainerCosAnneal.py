@@ -1,4 +1,5 @@
 """A trainer whose learning rate falls along half a cosine."""
+
 from __future__ import annotations
 
 import torch

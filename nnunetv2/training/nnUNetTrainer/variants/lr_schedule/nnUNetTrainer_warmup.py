@@ -1,4 +1,5 @@
 """A trainer that starts with small learning rates."""
+
 from __future__ import annotations
 
 import os
@@ -37,8 +38,9 @@ class nnUNetTrainer_warmup(nnUNetTrainer):
         self.training_stage = stage
         if stage == WARMUP:
             return optimizer, Lin_incr_LRScheduler(optimizer, self.initial_lr, self.warmup_duration_whole_net)
-        return optimizer, PolyLRScheduler_offset(optimizer, self.initial_lr, self.num_epochs,
-                                                 self.warmup_duration_whole_net)
+        return optimizer, PolyLRScheduler_offset(
+            optimizer, self.initial_lr, self.num_epochs, self.warmup_duration_whole_net
+        )
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer, whose learning rate the schedules of both stages set."""

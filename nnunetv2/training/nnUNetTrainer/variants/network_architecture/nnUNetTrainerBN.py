@@ -1,4 +1,5 @@
 """A trainer whose network normalises over the batch."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -15,9 +16,13 @@ class nnUNetTrainerBN(nnUNetTrainer):
     """Use batch normalization where the plans have another one."""
 
     @staticmethod
-    def build_network_architecture(plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                                   num_input_channels: int, num_output_channels: int,
-                                   enable_deep_supervision: bool = True) -> nn.Module:
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         """Build the network of the configuration with batch normalization, which the configuration shows from then on.
 
         Raises:
@@ -25,12 +30,15 @@ class nnUNetTrainerBN(nnUNetTrainer):
         """
         options = configuration_manager.network_arch_init_kwargs
         if "norm_op" not in options:
-            raise RuntimeError(f"{configuration_manager.network_arch_class_name} has no argument norm_op in the plans: "
-                               "nnUNetTrainerBN does not know where to put batch normalization")
+            raise RuntimeError(
+                f"{configuration_manager.network_arch_class_name} has no argument norm_op in the plans: "
+                "nnUNetTrainerBN does not know where to put batch normalization"
+            )
         options["norm_op"] = _batch_norm_beside(options["conv_op"])
         options["norm_op_kwargs"] = {"eps": 1e-5, "affine": True}
-        return nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, num_input_channels,
-                                                        num_output_channels, enable_deep_supervision)
+        return nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
 
 
 def _batch_norm_beside(conv_op: str | type) -> str:

@@ -1,4 +1,5 @@
 """A trainer whose network has a single output."""
+
 from __future__ import annotations
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer

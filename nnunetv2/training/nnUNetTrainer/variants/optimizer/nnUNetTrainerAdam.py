@@ -1,4 +1,5 @@
 """Trainers with Adam and AdamW."""
+
 from __future__ import annotations
 
 import torch
@@ -13,8 +14,9 @@ class nnUNetTrainerAdam(nnUNetTrainer):
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Return this optimizer with the default schedule."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.initial_lr, weight_decay=self.weight_decay,
-                                      amsgrad=True)
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.initial_lr, weight_decay=self.weight_decay, amsgrad=True
+        )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
 

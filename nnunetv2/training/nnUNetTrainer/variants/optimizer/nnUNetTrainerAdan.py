@@ -1,4 +1,5 @@
 """Trainers with Adan, for which the package adan-pytorch must be installed."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,8 +24,9 @@ class nnUNetTrainerAdan(nnUNetTrainer):
         try:
             from adan_pytorch import Adan
         except ImportError as error:
-            raise RuntimeError(f"{type(self).__name__} needs a package that is not installed: "
-                               "pip install adan-pytorch") from error
+            raise RuntimeError(
+                f"{type(self).__name__} needs a package that is not installed: pip install adan-pytorch"
+            ) from error
         optimizer = Adan(self.network.parameters(), lr=self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 

@@ -1,4 +1,5 @@
 """Trainers that decide for each sample by lot whether it must show foreground."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -31,8 +32,10 @@ class nnUNetTrainer_probabilisticOversampling(nnUNetTrainer):
         self.batch_size = self.configuration_manager.batch_size
         if self.is_ddp:
             self.batch_size = split_batch_size(self.batch_size, distributed.get_world_size())[self.local_rank]
-            show(f"Process {self.local_rank}: batch size {self.batch_size}, "
-                 f"probability of a foreground sample {self.oversample_foreground_percent}")
+            show(
+                f"Process {self.local_rank}: batch size {self.batch_size}, "
+                f"probability of a foreground sample {self.oversample_foreground_percent}"
+            )
 
 
 @with_settings(oversample_foreground_percent=0.33)

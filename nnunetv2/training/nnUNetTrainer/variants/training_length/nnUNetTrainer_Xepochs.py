@@ -1,4 +1,5 @@
 """Trainers of other lengths: nnUNetTrainer_1epoch, nnUNetTrainer_5epochs and so on."""
+
 from __future__ import annotations
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
