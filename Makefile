@@ -42,7 +42,8 @@ federation-matrix: $(VENV)/.installed
 		tests/federated/system/test_crash_matrix.py tests/federated/system/test_network_cuts.py tests/federated/system/test_fuzz.py
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check nnunetv2 tests benchmarks demo setup.py
+	$(VENV)/bin/ruff check nnunetv2 tests benchmarks demo documentation setup.py
+	$(VENV)/bin/ruff format --check nnunetv2 tests benchmarks demo documentation setup.py
 
 clean:
 	rm -rf $(VENV) $(REFERENCE) demo-output build *.egg-info

@@ -59,7 +59,7 @@ class Operation:
 OPERATIONS: dict[str, dict[str, Operation]] = {
     "/v1/authority": {
         "get": Operation(
-            summary="The private certificate authority. Compare its fingerprint with the invitation's before trusting it.",
+            summary="The private certificate authority. Compare its fingerprint with the invitation's.",
             who="nobody",
             answers={200: "application/x-pem-file"},
             codes=(*EVERYBODY, "no_authority"),
@@ -67,7 +67,7 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     },
     "/v1/join": {
         "post": Operation(
-            summary="Join with the secret of an invitation and a token of one's own. May be repeated with both the same.",
+            summary="Join with the secret of an invitation and a token of one's own. May be repeated as it is.",
             who="nobody",
             body=api.JoinRequest,
             answers={200: api.JoinAnswer},

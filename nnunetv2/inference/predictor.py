@@ -64,7 +64,7 @@ class nnUNetPredictor:
         use_gaussian: bool = True,
         use_mirroring: bool = True,
         perform_everything_on_device: bool = True,
-        device: torch.device = torch.device("cuda"),  # noqa: B008
+        device: torch.device = torch.device("cuda"),
         verbose: bool = False,
         verbose_preprocessing: bool = False,
         allow_tqdm: bool = True,

@@ -60,7 +60,7 @@ def compute_gaussian(
     value_scaling_factor: float = 1,
     dtype: torch.dtype = torch.float16,
     device: torch.device = torch.device("cuda", 0),
-) -> torch.Tensor:  # noqa: B008
+) -> torch.Tensor:
     """Return the weight of each voxel of a tile: a Gaussian around its centre, nowhere 0.
 
     Args:

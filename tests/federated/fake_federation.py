@@ -223,7 +223,10 @@ class CoordinatorProcess:
     def start(self) -> None:
         (self.folder / "coordinator.json").unlink(missing_ok=True)
         grace = "" if self.grace_s is None else f"coordinator.STOP_TIMEOUT_S = {self.grace_s}; "
-        code = f"import sys; from nnunetv2.federated.commands import coordinator; {grace}sys.exit(coordinator.main(sys.argv[1:]))"
+        code = (
+            f"import sys; from nnunetv2.federated.commands import coordinator; {grace}"
+            "sys.exit(coordinator.main(sys.argv[1:]))"
+        )
         self.log = self.folder.parent / f"{self.folder.name}.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -127,8 +127,8 @@ def planning_documents(
     if not share_extrema:
         documents.append(
             Leaving(
-                when="planning, third exchange, where a percentile of all sites lies among this site's outermost values: "
-                "then fewer of them are hidden, if need be none",
+                when="planning, third exchange, where a percentile of all sites lies among this site's outermost "
+                "values: then fewer of them are hidden, if need be none",
                 known=False,
                 passed_on="which bins of all sites' histograms hold the percentiles, and then the same as above",
                 message=messages.FineSummary(bins=bins, corrected=tuple(range(len(channels)))),

@@ -124,7 +124,7 @@ def untrusted_certificate(error: BaseException, url: str, *, now: float | None =
         what = (
             "Set the clock that is wrong"
             if error.verify_code == _NOT_YET_VALID
-            else "Set the clock that is wrong, or, if both are right, restart the coordinator, which renews its certificate"
+            else "Set the clock that is wrong; if both are right, restart the coordinator, which renews its certificate"
         )
         return FederationError(f"the coordinator's certificate does not fit the clock here ({cause}): {clocks}. {what}")
     return FederationError(

@@ -17,7 +17,7 @@ class nnUNetTrainerDiceCELoss_noSmooth_NoMirroring_2epochs(
         fold: int,
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
-    ):  # noqa: B008
+    ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         assert self.num_epochs == 5
         self.num_epochs = 2

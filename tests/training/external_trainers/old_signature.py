@@ -16,7 +16,7 @@ class nnUNetTrainerOfOld(nnUNetTrainer):
         dataset_json: dict,
         unpack_dataset: bool = True,
         device: torch.device = torch.device("cuda"),
-    ):  # noqa: B008
+    ):
         super().__init__(plans, configuration, fold, dataset_json, unpack_dataset, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
@@ -42,7 +42,7 @@ class nnUNetTrainerOfOldByKeyword(nnUNetTrainerOfOld):
         dataset_json: dict,
         unpack_dataset: bool = True,
         device: torch.device = torch.device("cuda"),
-    ):  # noqa: B008
+    ):
         super().__init__(
             plans=plans,
             configuration=configuration,

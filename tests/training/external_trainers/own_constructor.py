@@ -15,7 +15,7 @@ class nnUNetTrainerWithOptions(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
         dice_weight: float = 0.5,
         **kwargs,
-    ):  # noqa: B008
+    ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.dice_weight = dice_weight
         self.num_epochs = 2

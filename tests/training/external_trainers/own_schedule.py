@@ -14,7 +14,7 @@ class nnUNetTrainerAdamWCosine(nnUNetTrainer):
         fold: int,
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
-    ):  # noqa: B008
+    ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = 3e-4
         self.weight_decay = 1e-2

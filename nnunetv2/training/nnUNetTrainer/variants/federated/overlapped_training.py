@@ -56,7 +56,7 @@ class OverlappedTraining(FederatedTraining):
             self.begin_exchange(number, self.make_update(number, METRICS))
 
     def _catch_up(self) -> bool:
-        """Wait for the exchange that is under way, validate its aggregate, and catch up; tell whether the run goes on."""
+        """Wait for the exchange, validate its aggregate, and catch up; tell whether the run goes on."""
         own, number, sent, exchange = self.own_weights(), self.sent_round, self._sent, self._exchange
         aggregate = self.finish_exchange()
         is_complete = aggregate.round + 1 >= self.num_epochs
