@@ -51,17 +51,17 @@ def write_history(folder: Path, *, sites: int, rounds: int) -> None:
         keys = [registration_key(RUN), initial_key(RUN), *(round_key(RUN, number) for number in range(rounds))]
         begin = time.time() - 60.0 * len(keys)
         for index, key in enumerate(keys):
-            last = _write_gathering(database, key, names, begin + 60.0 * index, last)
+            last = _write_exchange(database, key, names, begin + 60.0 * index, last)
             if index >= 2:
                 record = json.dumps(_record(index - 2, names, begin + 60.0 * index))
                 database.execute("INSERT INTO rounds VALUES (?, ?, ?)", (RUN, index - 2, record))
     database.close()
 
 
-def _write_gathering(
+def _write_exchange(
     database: sqlite3.Connection, key: str, names: Sequence[str], moment: float, last: tuple[int, str]
 ) -> tuple[int, str]:
-    """Write a closed gathering with its lines of the log, and return number and hash of the last line."""
+    """Write a closed exchange with its lines of the log, and return number and hash of the last line."""
     outcome = {"closed": True, "time": moment + 9, "contributors": names, "missing": []}
     database.execute("INSERT INTO gatherings VALUES (?, ?, '[]', ?)", (key, moment, json.dumps(outcome)))
     database.executemany(

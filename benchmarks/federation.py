@@ -42,7 +42,7 @@ from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
-from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_gathering, parse_key, with_contribution
+from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_exchange, parse_key, with_contribution
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
@@ -407,7 +407,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
-    """Let sites wait for a gathering that does not close, and print what that costs the coordinator."""
+    """Let sites wait for an exchange that does not close, and print what that costs the coordinator."""
     tokens = make_federation(folder / "federation", num_sites)
     with (
         running(folder / "federation") as coordinator,
@@ -476,24 +476,24 @@ def write_history(folder: Path, num_rounds: int) -> None:
     with Store(folder) as store:
         settings = store.load_settings()
         for number in range(num_rounds):
-            gathering = fresh_gathering(parse_key(round_key(RUN, number)), settings)
+            exchange = fresh_exchange(parse_key(round_key(RUN, number)), settings)
             for site in settings.sites:
                 digest = hashlib.sha256(f"{number}{site}".encode()).hexdigest()
-                gathering = with_contribution(gathering, site, Contribution(digest, 1, time.time()))
+                exchange = with_contribution(exchange, site, Contribution(digest, 1, time.time()))
             with store._database.transaction() as connection:
                 connection.executemany(
                     "INSERT INTO contributions VALUES (?, ?, ?, ?, ?)",
                     [
-                        (str(gathering.key), site, one.digest, one.size, one.received)
-                        for site, one in gathering.contributions.items()
+                        (str(exchange.key), site, one.digest, one.size, one.received)
+                        for site, one in exchange.contributions.items()
                     ],
                 )
-            store.result_folder(gathering.key)
+            store.result_folder(exchange.key)
             store.save_closing(
-                replace(gathering, outcome=Closed(time.time(), settings.sites)), "0" * 64, record={"round": number}
+                replace(exchange, outcome=Closed(time.time(), settings.sites)), "0" * 64, record={"round": number}
             )
             if number < num_rounds - 2:
-                store.delete_results(gathering.key)
+                store.delete_results(exchange.key)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -114,7 +114,7 @@ def _expect(connection: http.client.HTTPConnection, status: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------- idle sites
 def poll_for(url: str, key: str, tokens: Sequence[str], seconds: float, wait_s: float = 25.0) -> int:
-    """Let sites wait for a gathering, each on its own connection, and ask again when told to; count the answers."""
+    """Let sites wait for an exchange, each on its own connection, and ask again when told to; count the answers."""
     return asyncio.run(_poll_all(url, key, tokens, seconds, wait_s))
 
 

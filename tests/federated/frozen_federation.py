@@ -39,8 +39,8 @@ class Federation:
     def close(self) -> None:
         closer = self.coordinator.closer
         while ready := closer._ready():
-            for gathering in ready:
-                closer._close(gathering.key)
+            for exchange in ready:
+                closer._close(exchange.key)
 
     def start(self, *sites: str) -> None:
         """Register sites with 1, 2, 3... cases, and let them start from the first one's weights."""

@@ -52,8 +52,8 @@ def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterato
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
     if elsewhere:
         yield ""
-    for gathering in elsewhere:
-        yield _describe_wait(gathering, gathering.key, status.time)
+    for exchange in elsewhere:
+        yield _describe_wait(exchange, exchange.key, status.time)
     if not status.runs and not elsewhere:
         yield "Nothing is under way."
     yield ""
@@ -70,9 +70,9 @@ def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Ite
     total = f" of {state.num_rounds}" if state.num_rounds is not None else ""
     yield f"run {state.run}: {state.state}, {state.rounds_closed}{total} rounds closed{_describe_pace(state, progress)}"
     waiting = [one for one in status.waiting if one.key.startswith(f"runs/{state.run}/")]
-    for gathering in waiting:
-        if not gathering.key.startswith(f"runs/{state.run}/validations/"):  # which nobody waits for
-            yield "  " + _describe_wait(gathering, _name_of(gathering.key, state.run), status.time)
+    for exchange in waiting:
+        if not exchange.key.startswith(f"runs/{state.run}/validations/"):  # which nobody waits for
+            yield "  " + _describe_wait(exchange, _name_of(exchange.key, state.run), status.time)
     is_begun = any(one.key == f"runs/{state.run}/rounds/{state.open_round}" for one in waiting)
     if state.open_round is not None and not is_begun:
         since = "" if progress.last_closed is None else f" since {duration(status.time - progress.last_closed)}"
@@ -109,23 +109,23 @@ def _describe_pace(state: RunState, progress: RunProgress) -> str:
     return f"; {duration(progress.round_s)} per round{left}"
 
 
-def _describe_wait(gathering: GatheringStatus, name: str, now: float) -> str:
-    since = duration(now - gathering.opened)
-    if gathering.refusal:
-        return f"{name} is refused, until a site sends something else: {gathering.refusal}"
-    if gathering.lacks and not gathering.waiting_for:
+def _describe_wait(exchange: GatheringStatus, name: str, now: float) -> str:
+    since = duration(now - exchange.opened)
+    if exchange.refusal:
+        return f"{name} is refused, until a site sends something else: {exchange.refusal}"
+    if exchange.lacks and not exchange.waiting_for:
         return (
-            f"waiting for {gathering.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "
-            f"than take part at the moment ({', '.join(gathering.contributed)} contributed)"
+            f"waiting for {exchange.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "
+            f"than take part at the moment ({', '.join(exchange.contributed)} contributed)"
         )
-    if not gathering.waiting_for:
+    if not exchange.waiting_for:
         return f"all have contributed: {name}, since {since}; it is not closed yet"
-    there = f" ({', '.join(gathering.contributed)} contributed)" if gathering.contributed else ""
-    return f"waiting for {', '.join(gathering.waiting_for)} since {since}: {name}{there}"
+    there = f" ({', '.join(exchange.contributed)} contributed)" if exchange.contributed else ""
+    return f"waiting for {', '.join(exchange.waiting_for)} since {since}: {name}{there}"
 
 
 def _name_of(key: str, run: str) -> str:
-    """Name a gathering of a run as people do: `runs/<run>/rounds/17` is round 17."""
+    """Name an exchange of a run as people do: `runs/<run>/rounds/17` is round 17."""
     rest = key.removeprefix(f"runs/{run}/").split("/")
     names = {
         "rounds": "round",

@@ -1,6 +1,6 @@
-"""Close gatherings, one at a time, on a thread of their own: when they are complete, when they are due, after a crash.
+"""Close exchanges, one at a time, on a thread of their own: when they are complete, when they are due, after a crash.
 
-Trouble of this machine (a full disk, say) is shown to the sites that wait, and tried again; nobody else's gathering
+Trouble of this machine (a full disk, say) is shown to the sites that wait, and tried again; nobody else's exchange
 suffers from it.
 """
 
@@ -18,8 +18,8 @@ from nnunetv2.federated.exchanges import closing
 from nnunetv2.federated.exchanges.exchange import (
     REGISTRATION_KINDS,
     Closed,
-    Gathering,
-    GatheringKey,
+    Exchange,
+    ExchangeKey,
     Refused,
     closed,
     may_close,
@@ -47,29 +47,29 @@ WHAT_LATE_SITES_DID = {
 
 
 class Closer:
-    """The thread that closes the gatherings of a coordinator."""
+    """The thread that closes the exchanges of a coordinator."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._wake = threading.Condition()
         self._stopping = False
         self.num_closings = 0
-        """Gatherings that were closed or refused since the start."""
+        """Exchanges that were closed or refused since the start."""
         self.seconds_closing = 0.0
         """Time that this took altogether."""
         self._trouble: dict[str, tuple[float, str]] = {}
-        """Gathering -> when to try again, and why it could not be closed."""
+        """Exchange -> when to try again, and why it could not be closed."""
         self._remarks: tuple[str, ...] = ()
-        """What is to be said of the gathering that was closed last."""
+        """What is to be said of the exchange that was closed last."""
         self._lacking: set[str] = set()
-        """Gatherings of which it has been said that too few sites take part."""
+        """Exchanges of which it has been said that too few sites take part."""
         self._untidy: dict[str, float] = {}
         """Run -> when to try again to tidy it up."""
         self._tidying = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
 
     def start(self) -> None:
-        """Finish what a crash may have left undone, and begin to close gatherings."""
+        """Finish what a crash may have left undone, and begin to close exchanges."""
         for run in self._coordinator.book.runs():
             self.tidy_up(run, after_crash=True)
         self._thread.start()
@@ -88,15 +88,15 @@ class Closer:
             self._wake.notify_all()
 
     def forget(self, run: str) -> None:
-        """Forget the trouble with the gatherings of a run that begins anew."""
+        """Forget the trouble with the exchanges of a run that begins anew."""
         for key in [key for key in list(self._trouble) if key.startswith(f"runs/{run}/")]:
             self._trouble.pop(key, None)
 
-    def raise_trouble(self, gathering: Gathering) -> None:
-        """Let sites know why a complete gathering does not close. They try again: the error is not theirs."""
-        _, reason = self._trouble.get(str(gathering.key), (0.0, ""))
-        if reason and may_close(gathering, self._coordinator.clock()):
-            raise OSError(f"{gathering.key} cannot be closed at the moment: {reason}")
+    def raise_trouble(self, exchange: Exchange) -> None:
+        """Let sites know why a complete exchange does not close. They try again: the error is not theirs."""
+        _, reason = self._trouble.get(str(exchange.key), (0.0, ""))
+        if reason and may_close(exchange, self._coordinator.clock()):
+            raise OSError(f"{exchange.key} cannot be closed at the moment: {reason}")
 
     # ------------------------------------------------------------------------------------------------------- the thread
     def _run(self) -> None:
@@ -110,18 +110,18 @@ class Closer:
                     pause_s = self._seconds_until_next()
                 if self._stopping:
                     return
-            for gathering in self._ready():
-                self._close(gathering.key)
+            for exchange in self._ready():
+                self._close(exchange.key)
             for run in self._overdue():
                 self.tidy_up(run, after_crash=True)
 
-    def _ready(self) -> list[Gathering]:
+    def _ready(self) -> list[Exchange]:
         """List what can be closed now, but for what has just failed."""
         now = self._coordinator.clock()
         return [
-            gathering
-            for gathering in self._coordinator.book.ready(now)
-            if _is_over(self._trouble.get(str(gathering.key), (now, ""))[0], now, RETRY_CLOSING_S)
+            exchange
+            for exchange in self._coordinator.book.ready(now)
+            if _is_over(self._trouble.get(str(exchange.key), (now, ""))[0], now, RETRY_CLOSING_S)
         ]
 
     def _overdue(self) -> list[str]:
@@ -131,7 +131,7 @@ class Closer:
 
     def _seconds_until_next(self) -> float | None:
         now = self._coordinator.clock()
-        # A gathering whose pause is over and that is not ready has been paused or reset since: nothing to wait for.
+        # An exchange whose pause is over and that is not ready has been paused or reset since: nothing to wait for.
         retries = [*self._untidy.values(), *(retry for retry, _ in list(self._trouble.values()))]
         moments = [retry for retry in retries if retry > now]
         due = self._coordinator.book.next_due()
@@ -140,10 +140,10 @@ class Closer:
         return max(0.0, min(moments) - now) if moments else None
 
     def _announce_lacking(self) -> None:
-        """Say once of each gathering that all who take part have contributed, and that they are too few."""
+        """Say once of each exchange that all who take part have contributed, and that they are too few."""
         lacking = {
             str(one.key): one
-            for one in self._coordinator.book.open_gatherings()
+            for one in self._coordinator.book.open_exchanges()
             if one.outcome is None and one.counted and one.lacks and not one.waiting_for
         }
         for key in sorted(lacking.keys() - self._lacking):
@@ -155,74 +155,74 @@ class Closer:
             )
         self._lacking = set(lacking)
 
-    def _close(self, key: GatheringKey) -> None:
+    def _close(self, key: ExchangeKey) -> None:
         coordinator = self._coordinator
         begin = time.perf_counter()
-        gathering = self._decide(key)
-        if gathering is not None:
+        exchange = self._decide(key)
+        if exchange is not None:
             seconds = time.perf_counter() - begin
             self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
             try:
-                coordinator.announce(_describe_outcome(gathering, seconds))
+                coordinator.announce(_describe_outcome(exchange, seconds))
                 for remark in self._remarks:
                     coordinator.announce(remark)
-                self._announce_outliers(gathering)
-                self._announce_outlook(gathering)
-                if gathering.is_closed and key.kind in ("round", "validation"):
+                self._announce_outliers(exchange)
+                self._announce_outlook(exchange)
+                if exchange.is_closed and key.kind in ("round", "validation"):
                     self.tidy_up(key.run)
                 coordinator.members.save_traffic()
-            except Exception:  # whatever it is, the gathering is closed, and the others go on
+            except Exception:  # whatever it is, the exchange is closed, and the others go on
                 logger.exception("after closing %s", key)
         coordinator.on_change(str(key))
 
-    def _decide(self, key: GatheringKey) -> Gathering | None:
-        """Close or refuse a gathering; None if that is not to be done any more, or cannot be done now."""
+    def _decide(self, key: ExchangeKey) -> Exchange | None:
+        """Close or refuse an exchange; None if that is not to be done any more, or cannot be done now."""
         coordinator = self._coordinator
         with coordinator.locks[str(key)]:
-            gathering = coordinator.book.get(key)
-            if gathering is None or not may_close(gathering, coordinator.clock()):
+            exchange = coordinator.book.get(key)
+            if exchange is None or not may_close(exchange, coordinator.clock()):
                 return None
             self._trouble.pop(str(key), None)
             try:
-                gathering = self._compute_outcome(gathering)
-            except Exception as error:  # whatever it is, the other gatherings go on
+                exchange = self._compute_outcome(exchange)
+            except Exception as error:  # whatever it is, the other exchanges go on
                 logger.exception("closing %s", key)
                 self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
                 coordinator.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
                 return None
-            coordinator.book.put(gathering)
-            return gathering
+            coordinator.book.put(exchange)
+            return exchange
 
-    def _announce_outliers(self, gathering: Gathering) -> None:
+    def _announce_outliers(self, exchange: Exchange) -> None:
         """Say which updates moved conspicuously far. They count: whether a site is to go is for people to decide."""
-        if gathering.key.kind != "round" or not gathering.is_closed:
+        if exchange.key.kind != "round" or not exchange.is_closed:
             return
-        for record in self._coordinator.store.load_rounds(gathering.key.run, gathering.key.number):
+        for record in self._coordinator.store.load_rounds(exchange.key.run, exchange.key.number):
             for site in record.get("outliers", ()):
                 changes = {name: one["change_rms"] for name, one in record["sites"].items()}
                 times = _times(changes.pop(site), statistics.median(changes.values()))
                 self._coordinator.announce(
-                    f"{gathering.key}: the update of site {site} moves {times} as far as the "
+                    f"{exchange.key}: the update of site {site} moves {times} as far as the "
                     "median of the others; it was counted"
                 )
 
-    def _announce_outlook(self, gathering: Gathering) -> None:
+    def _announce_outlook(self, exchange: Exchange) -> None:
         """Say whether there will be a common model as soon as it is known who takes part with what."""
-        if gathering.is_closed and gathering.key.kind in REGISTRATION_KINDS:
-            run = gathering.key.run
+        if exchange.is_closed and exchange.key.kind in REGISTRATION_KINDS:
+            run = exchange.key.run
             self._coordinator.announce(f"run {run}: {model_store.outlook(self._coordinator, run)}")
 
-    def _compute_outcome(self, gathering: Gathering) -> Gathering:
-        """Compute the result of a gathering and write it, or write down why there is none."""
+    def _compute_outcome(self, exchange: Exchange) -> Exchange:
+        """Compute the result of an exchange and write it, or write down why there is none."""
         coordinator = self._coordinator
-        coordinator.store.result_folder(gathering.key)
+        coordinator.store.result_folder(exchange.key)
         self._remarks = ()
         try:
-            done = closed(gathering, coordinator.clock())
+            done = closed(exchange, coordinator.clock())
             computed = closing.close(done, coordinator.settings, coordinator.archive)
         except FederationError as error:
             refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")
-            failed = refused(gathering, refusal, coordinator.clock())
+            failed = refused(exchange, refusal, coordinator.clock())
             coordinator.store.save_refusal(failed)
             return failed
         coordinator.store.save_closing(done, computed.digest, record=computed.record)
@@ -253,13 +253,13 @@ class Closer:
 
     def _tidy_up(self, run: str, *, after_crash: bool) -> None:
         coordinator, store = self._coordinator, self._coordinator.store
-        gathering = coordinator.book.latest_round(run)
-        if gathering is None:
+        exchange = coordinator.book.latest_round(run)
+        if exchange is None:
             return
         if coordinator.book.run_state(run).closed:
             model_store.keep(coordinator, run)
         store.delete_contributions(initial_key(run))
-        latest, best = gathering.key.number, coordinator.archive.best_round(run)
+        latest, best = exchange.key.number, coordinator.archive.best_round(run)
         recent = range(max(0, latest - RECENT_ROUNDS), latest)
         for number in recent if not after_crash else store.rounds_with_files(run):
             if number < latest:
@@ -281,16 +281,16 @@ def _times(value: float, reference: float) -> str:
     return f"{value / reference:.3g} times" if reference else "infinitely"
 
 
-def _describe_outcome(gathering: Gathering, seconds: float) -> str:
-    key, outcome = gathering.key, gathering.outcome
+def _describe_outcome(exchange: Exchange, seconds: float) -> str:
+    key, outcome = exchange.key, exchange.outcome
     name = f"run {key.run}, {key.kind} {key.number}" if key.run and key.number is not None else str(key)
     if isinstance(outcome, Refused):
-        return f"{name} is refused: {gathering.refusal}"
+        return f"{name} is refused: {exchange.refusal}"
     assert isinstance(outcome, Closed)
     if key.kind in WHAT_LATE_SITES_DID:
         return f"{name} is closed: site {key.site} {WHAT_LATE_SITES_DID[key.kind]}"
     missing = f", missing {', '.join(outcome.missing)}" if outcome.missing else ""
-    waited = outcome.time - gathering.opened
+    waited = outcome.time - exchange.opened
     return (
         f"{name} is closed: {', '.join(outcome.contributors)}{missing}; "
         f"{waited:.1f} s from the first contribution, {seconds:.2f} s to compute"

@@ -7,11 +7,11 @@
     GET  /v1/runs/<run>?plans=       how far a run of training is, or the one that a training with plans belongs to
     GET  /v1/outlooks                which runs will have a common model, and why others will not
     GET  /v1/runs/<run>/model        the model of a run that is over, in a zip file (ranges allowed); operators too
-    POST /v1/runs/<run>/actions      {action, gathering}: an operator steers a run, a site leaves it or returns
+    POST /v1/runs/<run>/actions      {action, exchange}: an operator steers a run, a site leaves it or returns
     POST /v1/failures                {run, round, reason}: a site cannot go on
     POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202 {offset}: send it from there
-    PUT  /v1/gatherings/<key>        contribute a document, or the rest of it (Content-Range) -> receipt
-    GET  /v1/gatherings/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
+    PUT  /v1/exchanges/<key>        contribute a document, or the rest of it (Content-Range) -> receipt
+    GET  /v1/exchanges/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
 
 For operators:
 
@@ -56,7 +56,7 @@ from nnunetv2.federated.coordinator.http.rate_limits import Gate, Limits
 from nnunetv2.federated.coordinator.http.request_bodies import BYPASSED, Reception, announced, drain, read_json, receive
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.models import model_store
-from nnunetv2.federated.coordinator.service import SHOWN_GATHERINGS, Coordinator, Result, require_role
+from nnunetv2.federated.coordinator.service import SHOWN_EXCHANGES, Coordinator, Result, require_role
 from nnunetv2.federated.coordinator.storage.store import Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol import api
@@ -134,7 +134,7 @@ async def get_outlooks(request: Request) -> Response:
     """Tell a member which runs will have a common model."""
     member_of(request)
     coordinator = coordinator_of(request)
-    runs = coordinator.book.runs()[:SHOWN_GATHERINGS]
+    runs = coordinator.book.runs()[:SHOWN_EXCHANGES]
     return json_response(await run_in_threadpool(model_store.outlooks, coordinator, runs))
 
 

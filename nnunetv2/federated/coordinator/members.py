@@ -27,7 +27,7 @@ from nnunetv2.federated.protocol.messages import MAX_SITES
 SHOWN_TRAFFIC = 1000
 """Entries of the status; the latest ones."""
 BUSY_GATHERINGS = 5
-"""Gatherings whose traffic is shown: those that were busy last, so that a status costs the same after any round."""
+"""Exchanges whose traffic is shown: those that were busy last, so that a status costs the same after any round."""
 INVITATION_LIFETIME_S = 14 * 86_400.0
 LOCAL_OPERATOR = "operator"
 """Whoever may read the federation's folder operates it; the name is nobody else's."""
@@ -79,7 +79,7 @@ class Members:
         self._invitations = store.load_invitations()
         self._totals = defaultdict(Traffic, store.load_traffic_totals())
         self._traffic = store.load_recent_traffic(BUSY_GATHERINGS)
-        """Key -> site -> counters, of the gatherings that were busy last, the latest last."""
+        """Key -> site -> counters, of the exchanges that were busy last, the latest last."""
         self._unsaved_traffic: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self._lock = threading.Lock()
         self._local_operator = ""
@@ -276,7 +276,7 @@ class Members:
 
     # --------------------------------------------------------------------------------------------------- traffic
     def count(self, site: str, key: str, traffic: Traffic) -> None:
-        """Add to the counters of a site; the key "" is for everything but gatherings."""
+        """Add to the counters of a site; the key "" is for everything but exchanges."""
         with self._lock:
             self._totals[site] += traffic
             self._unsaved_traffic[site, key] += traffic
@@ -316,7 +316,7 @@ class Members:
             )
 
     def traffic_status(self) -> tuple[api.TrafficStatus, ...]:
-        """Say what each site has sent and been sent for the gatherings that were busy last."""
+        """Say what each site has sent and been sent for the exchanges that were busy last."""
         with self._lock:
             counters = [
                 (count.last_seen, site, key, count)

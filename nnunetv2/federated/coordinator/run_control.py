@@ -1,7 +1,7 @@
 """Let operators steer runs, and sites say what becomes of their own part in one.
 
 pause    contributions are taken, no round is closed      resume   rounds are closed again
-stop     the run is over with its last closed round       proceed  close a gathering with what there is
+stop     the run is over with its last closed round       proceed  close an exchange with what there is
 reset    forget a run in which no round has been closed
 leave    rounds do not wait for the site any more         return   they do again
 """
@@ -96,16 +96,16 @@ def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:
     _save(coordinator, run, control, _event(coordinator, run, action, name))
 
 
-def _proceed(coordinator: Coordinator, run: str, gathering: str | None, name: str) -> None:
-    """Close a gathering with the contributions that there are, whoever is missing."""
+def _proceed(coordinator: Coordinator, run: str, exchange: str | None, name: str) -> None:
+    """Close an exchange with the contributions that there are, whoever is missing."""
     book = coordinator.book
     waiting = [
         one
-        for one in book.open_gatherings()
+        for one in book.open_exchanges()
         if one.key.run == run
         and one.outcome is None
         and (one.waiting_for or one.lacks)
-        and gathering in (None, str(one.key))
+        and exchange in (None, str(one.key))
     ]
     if len(waiting) != 1:
         names = ", ".join(str(one.key) for one in waiting) or "none"
@@ -148,7 +148,7 @@ def _reset(coordinator: Coordinator, run: str, name: str) -> None:
 
 @contextmanager
 def _between_closings(coordinator: Coordinator, run: str) -> Iterator[None]:
-    """Hold a run: until the block ends, no gathering of it is closed and nothing is contributed to one.
+    """Hold a run: until the block ends, no exchange of it is closed and nothing is contributed to one.
 
     What is being closed is closed first. So the last aggregate of a run that was stopped stays the last, and of one
     that was reset nothing is written any more.

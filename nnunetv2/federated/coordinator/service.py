@@ -1,7 +1,7 @@
 """Own the state of a federation: take contributions, hand out results, let members in and out. Knows nothing of HTTP.
 
-Requests come in on many threads. Each gathering has a lock; whoever changes a gathering holds it, and what is read is
-immutable. One more thread, the closer (`closer.py`), computes the results, one gathering at a time, so that memory
+Requests come in on many threads. Each exchange has a lock; whoever changes an exchange holds it, and what is read is
+immutable. One more thread, the closer (`closer.py`), computes the results, one exchange at a time, so that memory
 stays small. What operators and sites say about a run is in `steering.py`.
 """
 
@@ -33,8 +33,8 @@ from nnunetv2.federated.exchanges.exchange import (
     WEIGHT_KINDS,
     Closed,
     Contribution,
-    Gathering,
-    GatheringKey,
+    Exchange,
+    ExchangeKey,
     Refused,
     Verdict,
     judge,
@@ -54,8 +54,8 @@ logger = logging.getLogger(__name__)
 FAILURES_PER_DAY = 200
 """Failures that one site may report in the long run, and at once: a training that fails reports one."""
 SHOWN_FAILURES = 100
-SHOWN_GATHERINGS = 1000
-"""Open gatherings, and runs, that the status lists. Sites can open many; people cannot read more."""
+SHOWN_EXCHANGES = 1000
+"""Open exchanges, and runs, that the status lists. Sites can open many; people cannot read more."""
 RECENT_ROUNDS = 10
 """Rounds whose durations tell how long the others will take."""
 
@@ -65,7 +65,7 @@ class Result:
     """A file that a site may download."""
 
     key: str
-    """The gathering it comes from: a later round than asked for, where that one took place without the site."""
+    """The exchange it comes from: a later round than asked for, where that one took place without the site."""
     path: Path
     digest: str
 
@@ -100,17 +100,17 @@ class Coordinator:
         self.members = Members(store)
         self.announce = announce
         self.clock = clock
-        self.book = RoundBook(settings, store.load_gatherings(settings), store.load_controls())
+        self.book = RoundBook(settings, store.load_exchanges(settings), store.load_controls())
         self.book.restarted(clock())
         self.archive = Archive(
             store.contribution_path, store.result_path, self.book.get, self.book.admitted, store.load_last_validation
         )
         self.on_change: Callable[[str], None] = lambda key: None
-        """Called with a key whenever its gathering has changed in a way that sites wait for, on any thread."""
+        """Called with a key whenever its exchange has changed in a way that sites wait for, on any thread."""
         self.on_progress: Callable[[str], None] = lambda key: None
         """The same for what people like to know: that one site less is waited for."""
         self.locks = Locks()
-        """One per gathering or run, for whoever changes it."""
+        """One per exchange or run, for whoever changes it."""
         self.failure_reports = Allowance(per_s=FAILURES_PER_DAY / 86_400, at_once=FAILURES_PER_DAY)
         """What each site may still report, since the start."""
         self._reading = threading.Lock()
@@ -126,7 +126,7 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------------- start and stop
     def start(self) -> None:
-        """Finish what a crash may have left undone, and begin to close gatherings."""
+        """Finish what a crash may have left undone, and begin to close exchanges."""
         self.uploads.remove_old()
         self.closer.start()
 
@@ -161,30 +161,30 @@ class Coordinator:
         return secret
 
     def revoke(self, name: str, *, by: str) -> None:
-        """Take a member's credential away. Open gatherings neither wait for a revoked site nor count it."""
+        """Take a member's credential away. Open exchanges neither wait for a revoked site nor count it."""
         with self.locks["settings"]:
             self._take_over(self.members.revoke(name, self.settings, now=self.clock(), by=by))
         self.announce(f"{by} has revoked the credential of {name}")
 
     def _drop_contributions(self, site: str, *, by: str) -> None:
         """Forget what a site that was revoked had contributed to what is open: it may have been somebody else."""
-        for one in self.book.open_gatherings():
+        for one in self.book.open_exchanges():
             with self.locks[str(one.key)]:
-                gathering = self.book.get(one.key)
-                if gathering is None or gathering.is_closed or site not in gathering.contributions:
+                exchange = self.book.get(one.key)
+                if exchange is None or exchange.is_closed or site not in exchange.contributions:
                     continue
                 self.store.drop_contribution(
-                    gathering,
+                    exchange,
                     site,
                     Event(
                         self.clock(),
                         "dropped",
                         by,
                         str(one.key),
-                        {"site": site, "digest": gathering.contributions[site].digest},
+                        {"site": site, "digest": exchange.contributions[site].digest},
                     ),
                 )
-                self.book.put(without_contribution(gathering, site))
+                self.book.put(without_contribution(exchange, site))
 
     def change_settings(self, change: api.SettingsChange, *, by: str) -> api.FederationSettings:
         """Change what may be changed while a federation is at work; it holds from the next closing on.
@@ -219,8 +219,8 @@ class Coordinator:
     def wake_everybody(self) -> None:
         """Let the closer and all that wait look again: who is expected has changed."""
         self.closer.wake()
-        for gathering in self.book.open_gatherings():
-            self.on_change(str(gathering.key))
+        for exchange in self.book.open_exchanges():
+            self.on_change(str(exchange.key))
 
     # --------------------------------------------------------------------------------------------- contributing
     def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
@@ -230,19 +230,19 @@ class Coordinator:
             RefusedError: It would not be accepted.
         """
         sent_to = parse_key(key)
-        gathering = self._begin(self._place_of(sent_to, site, digest))
-        verdict = judge(gathering, site, digest)
+        exchange = self._begin(self._place_of(sent_to, site, digest))
+        verdict = judge(exchange, site, digest)
         self._take_back_failure(sent_to, site)
         if verdict in (Verdict.SAME, Verdict.KEEP_FIRST):
-            self._note_late(gathering, site)
-            return _receipt(gathering, site, digest, verdict, sent_to=key)
-        limit = closing.limits_of(gathering.key, site, self.archive).file_bytes
+            self._note_late(exchange, site)
+            return _receipt(exchange, site, digest, verdict, sent_to=key)
+        limit = closing.limits_of(exchange.key, site, self.archive).file_bytes
         if size > limit:
             raise RefusedError(
                 f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are allowed",
                 code="too_large",
             )
-        check_room(gathering.key, site, size, book=self.book, folder=self.store.folder)
+        check_room(exchange.key, site, size, book=self.book, folder=self.store.folder)
         return None
 
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
@@ -252,7 +252,7 @@ class Coordinator:
             incoming: The document, in the store's folder for uploads. The caller removes what is left of it.
 
         Raises:
-            WireError: It is not what its gathering is about.
+            WireError: It is not what its exchange is about.
             RefusedError: It comes too early, too late or from the wrong site.
         """
         sent_to = parse_key(key)
@@ -263,29 +263,29 @@ class Coordinator:
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
-        flush(incoming)  # the bulk of the work, and not under the lock that all sites of the gathering wait for
+        flush(incoming)  # the bulk of the work, and not under the lock that all sites of the exchange wait for
         place = self._place_of(sent_to, site, digest)
         with self.locks[str(place)]:
-            gathering = self._begin(place)
-            verdict = judge(gathering, site, digest)
+            exchange = self._begin(place)
+            verdict = judge(exchange, site, digest)
             if verdict is Verdict.COMPARE:
                 with self._opened(sent_to, site, incoming) as document:
                     closing.check_unchanged(place, site, document.message, self.archive)
             self._take_back_failure(sent_to, site)
             if verdict is Verdict.STORE:
-                gathering = with_contribution(gathering, site, Contribution(digest, size, self.clock()))
-                self.store.save_contribution(gathering, site, incoming)
-                self.book.put(gathering)
+                exchange = with_contribution(exchange, site, Contribution(digest, size, self.clock()))
+                self.store.save_contribution(exchange, site, incoming)
+                self.book.put(exchange)
         if verdict is Verdict.STORE:
             # Else the closing, which comes at once, is what the others want to hear of.
-            if gathering.waiting_for or gathering.lacks:
+            if exchange.waiting_for or exchange.lacks:
                 self.on_progress(str(place))
             self.closer.wake()
-        self._note_late(gathering, site)
-        return _receipt(gathering, site, digest, verdict, sent_to=key)
+        self._note_late(exchange, site)
+        return _receipt(exchange, site, digest, verdict, sent_to=key)
 
     @contextmanager
-    def _opened(self, key: GatheringKey, site: str, incoming: Path) -> Iterator[Document]:
+    def _opened(self, key: ExchangeKey, site: str, incoming: Path) -> Iterator[Document]:
         """Open what a site has sent. Of documents that are all JSON, one at a time: they take time and memory."""
         limits = closing.limits_of(key, site, self.archive)
         with (
@@ -294,7 +294,7 @@ class Coordinator:
         ):
             yield document
 
-    def _take_back_failure(self, key: GatheringKey, site: str) -> None:
+    def _take_back_failure(self, key: ExchangeKey, site: str) -> None:
         """Wait for a site again that has reported a failure and is back.
 
         An update of that round or an earlier one may have been on its way when it failed, and tells nothing: a site
@@ -312,21 +312,21 @@ class Coordinator:
             self.book.controls[key.run] = control
         self.wake_everybody()
 
-    def _begin(self, key: GatheringKey) -> Gathering:
-        """Return a gathering; one that has not begun is not remembered before its first contribution."""
+    def _begin(self, key: ExchangeKey) -> Exchange:
+        """Return an exchange; one that has not begun is not remembered before its first contribution."""
         required = ()
         if key.kind == "initial" and self.book.is_closed(registration_key(key.run)):
             required = set(self.archive.agreement(key.run).match.initial_owner.values())
         return self.book.begin(key, required=required)
 
-    def _place_of(self, key: GatheringKey, site: str, digest: str) -> GatheringKey:
+    def _place_of(self, key: ExchangeKey, site: str, digest: str) -> ExchangeKey:
         """Return where a contribution counts: a late update may be carried into the round that is open now.
 
         A document that was carried before, and whose receipt was lost, stays where it is.
         """
-        gathering = self.book.get(key)
-        is_late = key.kind == "round" and gathering is not None and gathering.is_closed
-        if not is_late or self.settings.late_updates != "carry" or site in gathering.outcome.contributors:
+        exchange = self.book.get(key)
+        is_late = key.kind == "round" and exchange is not None and exchange.is_closed
+        if not is_late or self.settings.late_updates != "carry" or site in exchange.outcome.contributors:
             return key
         open_round = self.book.run_state(key.run).open_round
         last = open_round if open_round is not None else self.book.latest_round(key.run).key.number
@@ -343,68 +343,68 @@ class Coordinator:
         )
         self.announce(f"{key}: the contribution of site {site} is not accepted: {error}")
 
-    def _note_late(self, gathering: Gathering, site: str) -> None:
+    def _note_late(self, exchange: Exchange, site: str) -> None:
         """Write down, once, that a site's update came when its round was closed already."""
-        if gathering.key.kind != "round" or not gathering.is_closed or site not in gathering.outcome.missing:
+        if exchange.key.kind != "round" or not exchange.is_closed or site not in exchange.outcome.missing:
             return
-        key = str(gathering.key)
+        key = str(exchange.key)
         with self.locks[key]:
             if self.store.has_event("late", site, key):
                 return
-            delay = self.clock() - gathering.outcome.time
+            delay = self.clock() - exchange.outcome.time
             self.store.add_event(Event(self.clock(), "late", site, key, {"seconds": delay}))
         self.announce(f"{key}: the update of site {site} is {delay:.1f} s late and does not count")
         self.on_progress(key)
 
     # --------------------------------------------------------------------------------------------------- results
     def result(self, key: str, site: str) -> Result | api.Waiting:
-        """Return the result of a gathering for a site, or, while it is open, the sites that it waits for.
+        """Return the result of an exchange for a site, or, while it is open, the sites that it waits for.
 
         Raises:
-            RefusedError: The contributions do not go together, the gathering cannot begin yet, or its run was stopped.
+            RefusedError: The contributions do not go together, the exchange cannot begin yet, or its run was stopped.
         """
-        gathering = self._begin(parse_key(key))
-        if not self.book.may_read(gathering, site):
+        exchange = self._begin(parse_key(key))
+        if not self.book.may_read(exchange, site):
             raise RefusedError(f"site {site} does not take part in {key}", code="not_expected")
-        if isinstance(gathering.outcome, Refused):
-            raise gathering.outcome.as_error()
-        if isinstance(gathering.outcome, Closed):
-            return self._result_of_closed(gathering, site)
+        if isinstance(exchange.outcome, Refused):
+            raise exchange.outcome.as_error()
+        if isinstance(exchange.outcome, Closed):
+            return self._result_of_closed(exchange, site)
         if (
-            gathering.key.kind in ("round", "initial", "registration")
-            and self.book.control(gathering.key.run).state == "stopped"
+            exchange.key.kind in ("round", "initial", "registration")
+            and self.book.control(exchange.key.run).state == "stopped"
         ):
-            return self._result_of_stopped(gathering, site)
-        self.closer.raise_trouble(gathering)
+            return self._result_of_stopped(exchange, site)
+        self.closer.raise_trouble(exchange)
         return api.Waiting(
-            waiting_for=gathering.waiting_for,
-            paused=gathering.is_held,
-            lacks=0 if gathering.waiting_for else gathering.lacks,
+            waiting_for=exchange.waiting_for,
+            paused=exchange.is_held,
+            lacks=0 if exchange.waiting_for else exchange.lacks,
         )
 
-    def _result_of_stopped(self, gathering: Gathering, site: str) -> Result:
+    def _result_of_stopped(self, exchange: Exchange, site: str) -> Result:
         """Return the last aggregate of a run that the operator has stopped."""
-        latest = self.book.latest_round(gathering.key.run)
+        latest = self.book.latest_round(exchange.key.run)
         if latest is None:
             raise RefusedError(
-                f"the operator has stopped run {gathering.key.run} before its first round was closed",
+                f"the operator has stopped run {exchange.key.run} before its first round was closed",
                 "Ask the coordinating site.",
                 code="run_stopped",
             )
         return self._result_of_closed(latest, site)
 
-    def _result_of_closed(self, gathering: Gathering, site: str) -> Result:
-        """Return the result of a closed gathering, or of the run's last round for a site that missed this one."""
-        key = gathering.key
+    def _result_of_closed(self, exchange: Exchange, site: str) -> Result:
+        """Return the result of a closed exchange, or of the run's last round for a site that missed this one."""
+        key = exchange.key
         is_gone = self.store.load_result_digest(key) is None
-        if key.kind == "round" and (is_gone or site in gathering.outcome.missing):
+        if key.kind == "round" and (is_gone or site in exchange.outcome.missing):
             key = self.book.latest_round(key.run).key
         names = closing.names_for_site(key, site, self.archive)
         if names is None:
             return Result(str(key), self.store.result_path(key), self.store.load_result_digest(key) or "")
         return self._subset(key, names)
 
-    def _subset(self, key: GatheringKey, names: tuple[str, ...]) -> Result:
+    def _subset(self, key: ExchangeKey, names: tuple[str, ...]) -> Result:
         """Return these tensors of a result as they travel, written when they are first asked for."""
         subset = hashlib.sha256("\n".join(names).encode()).hexdigest()
         path = self.store.result_path(key, subset)
@@ -467,8 +467,8 @@ class Coordinator:
         )
 
     def _status(self) -> api.Status:
-        open_gatherings = self.book.open_gatherings()[:SHOWN_GATHERINGS]
-        runs = self.book.runs()[:SHOWN_GATHERINGS]
+        open_exchanges = self.book.open_exchanges()[:SHOWN_EXCHANGES]
+        runs = self.book.runs()[:SHOWN_EXCHANGES]
         failures = self.store.load_events("failure", last=SHOWN_FAILURES)
         return api.Status(
             federation=self.settings.federation,
@@ -476,14 +476,14 @@ class Coordinator:
             sites=self.members.status(),
             waiting=tuple(
                 api.GatheringStatus(
-                    key=str(gathering.key),
-                    contributed=tuple(sorted(gathering.contributions)),
-                    waiting_for=gathering.waiting_for,
-                    opened=gathering.opened,
-                    lacks=gathering.lacks,
-                    refusal=without_values(gathering.refusal)[:8000],
+                    key=str(exchange.key),
+                    contributed=tuple(sorted(exchange.contributions)),
+                    waiting_for=exchange.waiting_for,
+                    opened=exchange.opened,
+                    lacks=exchange.lacks,
+                    refusal=without_values(exchange.refusal)[:8000],
                 )
-                for gathering in open_gatherings
+                for exchange in open_exchanges
             ),
             runs=tuple(self.book.run_state(run) for run in runs),
             progress=tuple(self._progress(run) for run in runs),
@@ -510,14 +510,14 @@ class Coordinator:
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
-def _receipt(gathering: Gathering, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> api.Receipt:
-    held = gathering.contributions.get(site)
-    already = verdict is Verdict.KEEP_FIRST or (gathering.is_closed and gathering.key.kind in FINAL_KINDS)
+def _receipt(exchange: Exchange, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> api.Receipt:
+    held = exchange.contributions.get(site)
+    already = verdict is Verdict.KEEP_FIRST or (exchange.is_closed and exchange.key.kind in FINAL_KINDS)
     return api.Receipt(
         digest=held.digest if held else digest,
         already=already,
-        waiting_for=gathering.waiting_for,
-        key="" if str(gathering.key) == sent_to else str(gathering.key),
+        waiting_for=exchange.waiting_for,
+        key="" if str(exchange.key) == sent_to else str(exchange.key),
     )
 
 

@@ -1,6 +1,6 @@
-"""Turn the contributions of a gathering into its result, or into the reason why there is none.
+"""Turn the contributions of an exchange into its result, or into the reason why there is none.
 
-Three questions per kind of gathering: how large may a contribution be, is it what it should be, and what follows from
+Three questions per kind of exchange: how large may a contribution be, is it what it should be, and what follows from
 all of them. Documents come from an `Archive` and results go to it; nothing here knows of sockets, clocks or databases.
 """
 
@@ -28,8 +28,8 @@ from nnunetv2.federated.exchanges.documents import Archive
 from nnunetv2.federated.exchanges.exchange import (
     WEIGHT_KINDS,
     Closed,
-    Gathering,
-    GatheringKey,
+    Exchange,
+    ExchangeKey,
     Kind,
     changed_since,
     parse_key,
@@ -73,7 +73,7 @@ MESSAGE_OF_KIND: dict[Kind, type[messages.Message]] = {
 }
 
 
-def names_for_site(key: GatheringKey, site: str, archive: Archive) -> tuple[str, ...] | None:
+def names_for_site(key: ExchangeKey, site: str, archive: Archive) -> tuple[str, ...] | None:
     """Return the tensors of a result that concern a site, sorted; None if it gets the result as it is kept."""
     if key.kind not in WEIGHT_KINDS:
         return None
@@ -83,7 +83,7 @@ def names_for_site(key: GatheringKey, site: str, archive: Archive) -> tuple[str,
     return None if is_whole else names
 
 
-def write_for_sites(key: GatheringKey, names: Sequence[str], path: Path, archive: Archive) -> str:
+def write_for_sites(key: ExchangeKey, names: Sequence[str], path: Path, archive: Archive) -> str:
     """Write these tensors of a result as they travel, and return the SHA-256."""
     write = half_precision.write_rounded if archive.agreement(key.run).match.precision == "float16" else write_subset
     with archive.result(str(key)) as whole:
@@ -91,8 +91,8 @@ def write_for_sites(key: GatheringKey, names: Sequence[str], path: Path, archive
 
 
 # ---------------------------------------------------------------------------------------- checking a contribution
-def limits_of(key: GatheringKey, site: str, archive: Archive) -> Limits:
-    """Return how large a document may be that a site sends to a gathering that has begun."""
+def limits_of(key: ExchangeKey, site: str, archive: Archive) -> Limits:
+    """Return how large a document may be that a site sends to an exchange that has begun."""
     if key.kind in WEIGHT_KINDS:
         return document_limits.weights_limits(_expected_weights(key, site, archive))
     if key.kind == "coarse":
@@ -108,9 +108,9 @@ def limits_of(key: GatheringKey, site: str, archive: Archive) -> Limits:
 
 
 def check_contribution(
-    key: GatheringKey, site: str, document: Document, archive: Archive, settings: FederationSettings
+    key: ExchangeKey, site: str, document: Document, archive: Archive, settings: FederationSettings
 ) -> None:
-    """Raise WireError unless a document is what its gathering expects of a site.
+    """Raise WireError unless a document is what its exchange expects of a site.
 
     That is its kind, the names, shapes and finite values of its tensors, and that it contradicts neither itself nor
     what the site has said before.
@@ -138,7 +138,7 @@ def check_contribution(
         raise WireError(f"what site {site} sends cannot be right: {error}") from error
 
 
-def _expected_tensors(key: GatheringKey, site: str, message: Any, archive: Archive) -> Mapping[str, TensorSpec]:
+def _expected_tensors(key: ExchangeKey, site: str, message: Any, archive: Archive) -> Mapping[str, TensorSpec]:
     if key.kind == "coarse":
         return {
             f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(message.moments))
@@ -154,7 +154,7 @@ def _expected_tensors(key: GatheringKey, site: str, message: Any, archive: Archi
     return {}
 
 
-def _expected_weights(key: GatheringKey, site: str, archive: Archive) -> dict[str, TensorSpec]:
+def _expected_weights(key: ExchangeKey, site: str, archive: Archive) -> dict[str, TensorSpec]:
     agreement = archive.agreement(key.run)
     if key.kind == "initial":  # sent once, and where all begin: in full precision
         return agreement.specs_owned_by(site)
@@ -189,7 +189,7 @@ def _check_coarse(site: str, document: Document, archive: Archive) -> None:
             raise StatisticsError(f"channel {channel}: {error}") from error
 
 
-def _check_fine(key: GatheringKey, site: str, document: Document, archive: Archive) -> None:
+def _check_fine(key: ExchangeKey, site: str, document: Document, archive: Archive) -> None:
     with archive.result(str(prerequisite(key))) as wanted:
         if getattr(wanted.message, "bins", None) != document.message.bins:
             raise WireError("the bins are not those that were asked for")
@@ -202,7 +202,7 @@ def _check_fine(key: GatheringKey, site: str, document: Document, archive: Archi
             raise WireError(f"channel {channel}: fine and coarse histograms of site {site} count different voxels")
 
 
-def _coarse_of(key: GatheringKey, site: str, channel: int, archive: Archive) -> Any:
+def _coarse_of(key: ExchangeKey, site: str, channel: int, archive: Archive) -> Any:
     """Return a site's coarse histogram as it was before it contributed to a fine one: the last that it has sent."""
     earlier = prerequisite(key)
     while earlier.kind == "fine":
@@ -215,7 +215,7 @@ def _coarse_of(key: GatheringKey, site: str, channel: int, archive: Archive) -> 
 
 
 def _check_validation(
-    key: GatheringKey, site: str, message: messages.Validation, archive: Archive, settings: FederationSettings
+    key: ExchangeKey, site: str, message: messages.Validation, archive: Archive, settings: FederationSettings
 ) -> None:
     registration = archive.registration(key.run, site)
     largest = plausibility.largest_validation(
@@ -226,7 +226,7 @@ def _check_validation(
         raise StatisticsError("more voxels were validated than so many batches of such patches have")
 
 
-def _check_registration(key: GatheringKey, site: str, message: messages.Registration, archive: Archive) -> None:
+def _check_registration(key: ExchangeKey, site: str, message: messages.Registration, archive: Archive) -> None:
     plans_name = message.plans.get("plans_name")
     if not isinstance(plans_name, str) or not re.fullmatch(messages.SEGMENT_PATTERN.strip("^$"), plans_name):
         raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
@@ -252,7 +252,7 @@ def _planned_cases(site: str, archive: Archive) -> int | None:
     return None
 
 
-def check_unchanged(key: GatheringKey, site: str, message: messages.Message, archive: Archive) -> None:
+def check_unchanged(key: ExchangeKey, site: str, message: messages.Message, archive: Archive) -> None:
     """Raise RefusedError, naming the difference, unless a site contributes again what it has contributed.
 
     Versions of the software may word a registration differently: extrema of voxels, and what only one of them says, do
@@ -279,7 +279,7 @@ def _comparable(message: messages.Message) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ closing
 @dataclass(frozen=True)
 class Computed:
-    """The result of a gathering, which is in its place."""
+    """The result of an exchange, which is in its place."""
 
     digest: str
     """Its SHA-256."""
@@ -289,34 +289,34 @@ class Computed:
     """What the person at the coordinator should know of it, a line each."""
 
 
-def close(gathering: Gathering, settings: FederationSettings, archive: Archive) -> Computed:
-    """Compute the result of a gathering and write it to its place.
+def close(exchange: Exchange, settings: FederationSettings, archive: Archive) -> Computed:
+    """Compute the result of an exchange and write it to its place.
 
     Args:
-        gathering: With the outcome that it will have; its contributors are those that count.
+        exchange: With the outcome that it will have; its contributors are those that count.
 
     Raises:
         FederationError: The contributions do not go together; the text is meant for all sites.
     """
-    assert isinstance(gathering.outcome, Closed)
-    with archive.contributions(gathering) as documents:
-        if gathering.key.kind == "initial":
-            return Computed(_close_initial(gathering, documents, archive))
-        if gathering.key.kind == "round":
-            return _close_round(gathering, documents, settings, archive)
-        result = _compute_message(gathering.key, documents, settings, archive)
-        remarks = _remarks(gathering.key, documents, result)
+    assert isinstance(exchange.outcome, Closed)
+    with archive.contributions(exchange) as documents:
+        if exchange.key.kind == "initial":
+            return Computed(_close_initial(exchange, documents, archive))
+        if exchange.key.kind == "round":
+            return _close_round(exchange, documents, settings, archive)
+        result = _compute_message(exchange.key, documents, settings, archive)
+        remarks = _remarks(exchange.key, documents, result)
     record = None
     if isinstance(result, messages.PooledValidation):
         record = result.model_dump(mode="json")
         result = result.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})  # not for the other sites
-    return Computed(write_document(archive.result_path(str(gathering.key)), result, {}, []), record, remarks)
+    return Computed(write_document(archive.result_path(str(exchange.key)), result, {}, []), record, remarks)
 
 
 def _compute_message(
-    key: GatheringKey, documents: Mapping[str, Document], settings: FederationSettings, archive: Archive
+    key: ExchangeKey, documents: Mapping[str, Document], settings: FederationSettings, archive: Archive
 ) -> messages.Message:
-    """Compute the result of a gathering whose result has no tensors."""
+    """Compute the result of an exchange whose result has no tensors."""
     contributed = {site: document.message for site, document in documents.items()}
     if key.kind == "census":
         return pool_census(contributed)
@@ -341,7 +341,7 @@ def _compute_message(
     return match_registrations(contributed, settings)
 
 
-def _admit(key: GatheringKey, registration: messages.Registration, archive: Archive) -> messages.Match:
+def _admit(key: ExchangeKey, registration: messages.Registration, archive: Archive) -> messages.Match:
     registered = archive.registrations(key.run)
     if key.site in registered:
         raise RefusedError(f"site {key.site} takes part in run {key.run} already", code="already_closed")
@@ -363,7 +363,7 @@ def _show_in(contributed: Mapping[str, messages.Census], archive: Archive) -> me
 
 
 def _pool_fingerprint(
-    key: GatheringKey, documents: Mapping[str, Document], archive: Archive
+    key: ExchangeKey, documents: Mapping[str, Document], archive: Archive
 ) -> messages.PooledFingerprint | messages.WantedBins:
     """Pool the fingerprint; or return other bins, if corrected histograms show that the percentiles lie in those."""
     following = parse_key(fine_key((key.number or 0) + 1))  # before which these histograms are the last
@@ -422,7 +422,7 @@ def check_same_units(geometries: Mapping[str, plausibility.Geometry]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ remarks
-def _remarks(key: GatheringKey, documents: Mapping[str, Document], result: messages.Message) -> tuple[str, ...]:
+def _remarks(key: ExchangeKey, documents: Mapping[str, Document], result: messages.Message) -> tuple[str, ...]:
     """Say what the person at the coordinator should know of a result without tensors."""
     if key.kind == "coarse":
         return tuple(_remarks_on_geometry({site: _geometry_of(one.message) for site, one in documents.items()}))
@@ -445,7 +445,7 @@ def _remarks_on_geometry(geometries: Mapping[str, plausibility.Geometry]) -> Ite
 
 
 def _remarks_on_match(
-    key: GatheringKey, registered: Mapping[str, messages.Registration], match: messages.Match
+    key: ExchangeKey, registered: Mapping[str, messages.Registration], match: messages.Match
 ) -> Iterator[str]:
     """Say what each site counts, and what only two of them have."""
     cases = {site: message.num_training_cases for site, message in registered.items()}
@@ -555,24 +555,24 @@ def check_same_dataset(described: Mapping[str, messages.Census | messages.Traini
             )
 
 
-def _close_initial(gathering: Gathering, documents: Mapping[str, Document], archive: Archive) -> str:
-    match = archive.agreement(gathering.key.run).match
+def _close_initial(exchange: Exchange, documents: Mapping[str, Document], archive: Archive) -> str:
+    match = archive.agreement(exchange.key.run).match
     owners = set(match.initial_owner.values())
     message = messages.Aggregate(
-        round=None, missing=gathering.outcome.missing, contributors={site: 1.0 for site in documents if site in owners}
+        round=None, missing=exchange.outcome.missing, contributors={site: 1.0 for site in documents if site in owners}
     )
     return weighted_mean.collect_from_owners(
-        documents, match.initial_owner, message=message, out_path=archive.result_path(str(gathering.key))
+        documents, match.initial_owner, message=message, out_path=archive.result_path(str(exchange.key))
     )
 
 
 def _close_round(
-    gathering: Gathering, documents: Mapping[str, Document], settings: FederationSettings, archive: Archive
+    exchange: Exchange, documents: Mapping[str, Document], settings: FederationSettings, archive: Archive
 ) -> Computed:
-    key, agreement = gathering.key, archive.agreement(gathering.key.run)
+    key, agreement = exchange.key, archive.agreement(exchange.key.run)
     weights = {site: agreement.weights[site] for site in documents}
     message = messages.Aggregate(
-        round=key.number, missing=gathering.outcome.missing, contributors=dict.fromkeys(documents, 1.0)
+        round=key.number, missing=exchange.outcome.missing, contributors=dict.fromkeys(documents, 1.0)
     )
     measured = {
         site: document.message.model_dump(mode="json", include={"metrics", "earlier"})
@@ -598,11 +598,11 @@ def _close_round(
             f"{', ...' if len(done.kept) > 3 else ''}",
         )
     )
-    return Computed(done.digest, record_of_round(gathering, weights, measured, settings, done), remarks)
+    return Computed(done.digest, record_of_round(exchange, weights, measured, settings, done), remarks)
 
 
 def record_of_round(
-    gathering: Gathering,
+    exchange: Exchange,
     weights: Mapping[str, float],
     measured: Mapping[str, Mapping[str, Any]],
     settings: FederationSettings,
@@ -625,16 +625,16 @@ def record_of_round(
             "change_rms": done.changes[site].rms,
         }
         for site, weight in weights.items()
-        for held in (gathering.contributions[site],)
+        for held in (exchange.contributions[site],)
     }
     return {
-        "round": gathering.key.number,
-        "opened": gathering.opened,
-        "closed": gathering.outcome.time,
+        "round": exchange.key.number,
+        "opened": exchange.opened,
+        "closed": exchange.outcome.time,
         "digest": done.digest,
         "sites": contributed,
-        "missing": list(gathering.outcome.missing),
-        "failed": sorted(gathering.excused & set(gathering.outcome.missing)),
+        "missing": list(exchange.outcome.missing),
+        "failed": sorted(exchange.excused & set(exchange.outcome.missing)),
         "outliers": weighted_mean.outliers(done.changes),
         "kept": len(done.kept),
         "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),

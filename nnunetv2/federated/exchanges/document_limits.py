@@ -1,4 +1,4 @@
-"""Bound documents by what their gathering is about, before any of their JSON is read.
+"""Bound documents by what their exchange is about, before any of their JSON is read.
 
 What a header may hold follows from facts that are known already: cases, channels, tensors. So nobody can make another
 one parse megabytes of nonsense, and what is too large is refused before it is sent.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.aggregation import late_join
-from nnunetv2.federated.exchanges.exchange import Gathering
+from nnunetv2.federated.exchanges.exchange import Exchange
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document
 from nnunetv2.federated.protocol.messages import admission_key, registration_key
@@ -44,7 +44,7 @@ class Archive:
     Args:
         contribution_path: (key, site, digest) -> file.
         result_path: Key -> file.
-        find: Key -> its gathering, or None.
+        find: Key -> its exchange, or None.
         admitted: Run -> the sites that joined it after it had begun.
         last_validation: Run -> the record of its newest pooled validation, or None.
     """
@@ -53,7 +53,7 @@ class Archive:
         self,
         contribution_path: Callable[[str, str, str], Path],
         result_path: Callable[[str], Path],
-        find: Callable[[str], Gathering | None],
+        find: Callable[[str], Exchange | None],
         admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
         last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None,
     ) -> None:
@@ -66,33 +66,33 @@ class Archive:
         self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
 
     def is_closed(self, key: str) -> bool:
-        """Tell whether a gathering has its result."""
-        gathering = self._find(key)
-        return gathering is not None and gathering.is_closed
+        """Tell whether an exchange has its result."""
+        exchange = self._find(key)
+        return exchange is not None and exchange.is_closed
 
     def has_contributed(self, key: str, site: str) -> bool:
-        """Tell whether there is something that a site has contributed to a gathering."""
-        gathering = self._find(key)
-        return gathering is not None and site in gathering.contributions
+        """Tell whether there is something that a site has contributed to an exchange."""
+        exchange = self._find(key)
+        return exchange is not None and site in exchange.contributions
 
     def contribution(self, key: str, site: str) -> Document:
-        """Open what a site contributed to a gathering that has begun."""
+        """Open what a site contributed to an exchange that has begun."""
         return open_document(self._contribution_path(key, site, self._find(key).contributions[site].digest))
 
     def result(self, key: str) -> Document:
-        """Open the result of a closed gathering."""
+        """Open the result of a closed exchange."""
         return open_document(self.result_path(key))
 
     @contextmanager
-    def contributions(self, gathering: Gathering) -> Iterator[dict[str, Document]]:
-        """Open everything that counts in a gathering: site -> document, in the order of the sites' names."""
-        key = str(gathering.key)
+    def contributions(self, exchange: Exchange) -> Iterator[dict[str, Document]]:
+        """Open everything that counts in an exchange: site -> document, in the order of the sites' names."""
+        key = str(exchange.key)
         with ExitStack() as stack:
             yield {
                 site: stack.enter_context(
-                    open_document(self._contribution_path(key, site, gathering.contributions[site].digest))
+                    open_document(self._contribution_path(key, site, exchange.contributions[site].digest))
                 )
-                for site in gathering.outcome.contributors
+                for site in exchange.outcome.contributors
             }
 
     def pooled_fingerprint(self) -> dict[str, Any] | None:
@@ -106,7 +106,7 @@ class Archive:
         return None
 
     def messages(self, key: str) -> dict[str, Any]:
-        """Return the messages of a closed gathering's contributions: site -> message."""
+        """Return the messages of a closed exchange's contributions: site -> message."""
         with self.contributions(self._find(key)) as documents:
             return {site: document.message for site, document in documents.items()}
 

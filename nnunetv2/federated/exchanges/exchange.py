@@ -1,16 +1,16 @@
-"""Say who may do what, when: the state of gatherings as plain values, without sockets, files or a clock of its own.
+"""Say who may do what, when: the state of exchanges as plain values, without sockets, files or a clock of its own.
 
-A gathering is one meeting of the sites: each contributes one document, then the coordinator closes it with one result.
+An exchange is one meeting of the sites: each contributes one document, then the coordinator closes it with one result.
 
     open ---- all have contributed, or the deadline has passed with a quorum ----> closed   (for good)
       ^  \\-- the contributions do not go together -----------------------------> refused
       |                                                                             |
       +------------------------------ a site contributes something else ------------+
 
-What compares a latecomer with what the others have settled is a gathering of its own, and may be repeated.
+What compares a latecomer with what the others have settled is an exchange of its own, and may be repeated.
 
-Who is expected, who has failed and whether a run is paused may change while a gathering is open: `book.py` knows, and
-hands out gatherings with what holds at the moment.
+Who is expected, who has failed and whether a run is paused may change while an exchange is open: `book.py` knows, and
+hands out exchanges with what holds at the moment.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ is closed with fewer, and then without a result; see `validation`."""
 WEIGHT_KINDS: frozenset[Kind] = frozenset({"initial", "round"})
 """Whose documents carry the tensors of a network."""
 MISSABLE_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "plans", "registration"})
-"""What a site may come too late for, and be let in afterwards by a gathering of its own."""
+"""What a site may come too late for, and be let in afterwards by an exchange of its own."""
 REGISTRATION_KINDS: frozenset[Kind] = frozenset({"registration", "admission"})
 """What a site sends again whenever its training goes on; versions of the software may word it differently."""
 REFUSAL_CHARACTERS = 3900
@@ -72,7 +72,7 @@ _SITE = SITE_PATTERN.strip("^$")
 
 # ------------------------------------------------------------------------------------------------------------ keys
 @dataclass(frozen=True)
-class GatheringKey:
+class ExchangeKey:
     """A key, taken apart."""
 
     text: str
@@ -81,40 +81,40 @@ class GatheringKey:
     number: int | None = None
     """The round, counted from 0; of a fine histogram, how often bins were looked into before, if they were."""
     site: str | None = None
-    """The site that is let in late, in a gathering of its own."""
+    """The site that is let in late, in an exchange of its own."""
 
     def __str__(self) -> str:
         return self.text
 
 
-def parse_key(text: str) -> GatheringKey:
+def parse_key(text: str) -> ExchangeKey:
     """Take a key apart.
 
     Raises:
-        RefusedError: There is no gathering of this name; its code is `unknown_gathering`.
+        RefusedError: There is no exchange of this name; its code is `unknown_gathering`.
     """
     fixed: dict[str, Kind] = {CENSUS_KEY: "census", COARSE_KEY: "coarse", FINE_KEY: "fine"}
     if text in fixed:
-        return GatheringKey(text, fixed[text])
+        return ExchangeKey(text, fixed[text])
     if match := re.fullmatch(f"{FINE_KEY}/([1-9][0-9]{{0,2}})", text):
-        return GatheringKey(text, "fine", number=int(match[1]))
+        return ExchangeKey(text, "fine", number=int(match[1]))
     if re.fullmatch(f"plans/{_SEGMENT}", text):
-        return GatheringKey(text, "plans")
+        return ExchangeKey(text, "plans")
     if match := re.fullmatch(f"(fingerprint|plans/{_SEGMENT})/admissions/({_SITE})", text):
-        return GatheringKey(text, "late_census" if match[1] == "fingerprint" else "late_plans", site=match[2])
+        return ExchangeKey(text, "late_census" if match[1] == "fingerprint" else "late_plans", site=match[2])
     if match := re.fullmatch(f"runs/({_SEGMENT})/(registration|initial)", text):
-        return GatheringKey(text, "registration" if match[2] == "registration" else "initial", match[1])
+        return ExchangeKey(text, "registration" if match[2] == "registration" else "initial", match[1])
     if match := re.fullmatch(f"runs/({_SEGMENT})/(rounds|validations)/(0|[1-9][0-9]{{0,7}})", text):
-        return GatheringKey(text, "round" if match[2] == "rounds" else "validation", match[1], int(match[3]))
+        return ExchangeKey(text, "round" if match[2] == "rounds" else "validation", match[1], int(match[3]))
     if match := re.fullmatch(f"runs/({_SEGMENT})/admissions/({_SITE})", text):
-        return GatheringKey(text, "admission", match[1], site=match[2])
+        return ExchangeKey(text, "admission", match[1], site=match[2])
     raise RefusedError(
         f"there is no gathering {text[:200]!r}", "Use matching versions at all sites.", code="unknown_gathering"
     )
 
 
-def prerequisite(key: GatheringKey) -> GatheringKey | None:
-    """Return the gathering that must be closed before this one can begin."""
+def prerequisite(key: ExchangeKey) -> ExchangeKey | None:
+    """Return the exchange that must be closed before this one can begin."""
     if key.kind in ("coarse", "late_census"):
         return parse_key(CENSUS_KEY)
     if key.kind == "fine":
@@ -130,7 +130,7 @@ def prerequisite(key: GatheringKey) -> GatheringKey | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- gatherings
+# ------------------------------------------------------------------------------------------------------- exchanges
 @dataclass(frozen=True, slots=True)  # there is one per site and round
 class Contribution:
     """What is remembered of one site's document."""
@@ -143,7 +143,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Closed:
-    """A gathering that has its result."""
+    """An exchange that has its result."""
 
     time: float
     contributors: tuple[str, ...]
@@ -153,7 +153,7 @@ class Closed:
 
 @dataclass(frozen=True)
 class Refused:
-    """A gathering whose contributions do not go together."""
+    """An exchange whose contributions do not go together."""
 
     time: float
     message: str
@@ -166,10 +166,10 @@ class Refused:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathering:
-    """One gathering at one moment."""
+class Exchange:
+    """One exchange at one moment."""
 
-    key: GatheringKey
+    key: ExchangeKey
     expected: frozenset[str]
     """Sites that are to contribute."""
     required: frozenset[str] = frozenset()
@@ -224,16 +224,16 @@ class Gathering:
         return tuple(sorted(self.expected & self.contributions.keys()))
 
 
-def fresh_gathering(
-    key: GatheringKey,
+def fresh_exchange(
+    key: ExchangeKey,
     settings: FederationSettings,
     *,
     expected: Iterable[str] | None = None,
     required: Iterable[str] = (),
-) -> Gathering:
-    """Return a gathering that nobody has contributed to; all sites are expected unless told otherwise."""
+) -> Exchange:
+    """Return an exchange that nobody has contributed to; all sites are expected unless told otherwise."""
     by_quorum = key.kind in FINAL_KINDS  # statistics, plans and matches are about all sites or about nothing
-    return Gathering(
+    return Exchange(
         key=key,
         expected=frozenset(settings.sites if expected is None else expected),
         required=frozenset(required),
@@ -256,36 +256,36 @@ class Verdict(Enum):
     """Another one stays, and is to say the same."""
 
 
-def judge(gathering: Gathering, site: str, digest: str) -> Verdict:
+def judge(exchange: Exchange, site: str, digest: str) -> Verdict:
     """Decide what happens to a contribution that is offered or has arrived.
 
     Raises:
-        RefusedError: The site is not expected here, or the gathering is closed, without the site (then the code is
+        RefusedError: The site is not expected here, or the exchange is closed, without the site (then the code is
             `closed_without`) or with something else from it.
     """
-    held = gathering.contributions.get(site)
+    held = exchange.contributions.get(site)
     if held is not None and held.digest == digest:
         return Verdict.SAME
-    if site not in gathering.expected:
-        if gathering.is_closed and gathering.key.kind in MISSABLE_KINDS:
+    if site not in exchange.expected:
+        if exchange.is_closed and exchange.key.kind in MISSABLE_KINDS:
             raise RefusedError(
-                f"{gathering.key} was closed before site {site} came",
+                f"{exchange.key} was closed before site {site} came",
                 "Start the command again: it asks to be let in late.",
                 code="closed_without",
             )
-        raise RefusedError(f"site {site} does not take part in {gathering.key}", code="not_expected")
-    if gathering.key.kind in FINAL_KINDS:
-        is_over = held is not None or gathering.is_closed or (gathering.is_superseded and is_enough(gathering))
+        raise RefusedError(f"site {site} does not take part in {exchange.key}", code="not_expected")
+    if exchange.key.kind in FINAL_KINDS:
+        is_over = held is not None or exchange.is_closed or (exchange.is_superseded and is_enough(exchange))
         return Verdict.KEEP_FIRST if is_over else Verdict.STORE
-    if gathering.is_closed and held is not None and gathering.key.kind in COMPARED_KINDS:
+    if exchange.is_closed and held is not None and exchange.key.kind in COMPARED_KINDS:
         return Verdict.COMPARE
-    if gathering.is_closed and gathering.key.kind not in LATE_KINDS:
-        raise changed_since(gathering.key, site)
+    if exchange.is_closed and exchange.key.kind not in LATE_KINDS:
+        raise changed_since(exchange.key, site)
     return Verdict.STORE
 
 
-def changed_since(key: GatheringKey, site: str, change: str = "") -> RefusedError:
-    """Return the refusal of what differs from a contribution that a closed gathering was made of.
+def changed_since(key: ExchangeKey, site: str, change: str = "") -> RefusedError:
+    """Return the refusal of what differs from a contribution that a closed exchange was made of.
 
     Args:
         change: What has changed, where that is known.
@@ -299,59 +299,57 @@ def changed_since(key: GatheringKey, site: str, change: str = "") -> RefusedErro
     )
 
 
-def with_contribution(gathering: Gathering, site: str, contribution: Contribution) -> Gathering:
-    """Return the gathering after a contribution that `judge` wants stored. One that was refused is open again."""
-    opened = gathering.opened if gathering.contributions else contribution.received
-    contributions = {**gathering.contributions, site: contribution}
-    return replace(gathering, contributions=contributions, opened=opened, outcome=None)
+def with_contribution(exchange: Exchange, site: str, contribution: Contribution) -> Exchange:
+    """Return the exchange after a contribution that `judge` wants stored. One that was refused is open again."""
+    opened = exchange.opened if exchange.contributions else contribution.received
+    contributions = {**exchange.contributions, site: contribution}
+    return replace(exchange, contributions=contributions, opened=opened, outcome=None)
 
 
-def without_contribution(gathering: Gathering, site: str) -> Gathering:
-    """Return an open gathering without what a site has contributed."""
-    contributions = {name: one for name, one in gathering.contributions.items() if name != site}
-    return replace(gathering, contributions=contributions)
+def without_contribution(exchange: Exchange, site: str) -> Exchange:
+    """Return an open exchange without what a site has contributed."""
+    contributions = {name: one for name, one in exchange.contributions.items() if name != site}
+    return replace(exchange, contributions=contributions)
 
 
-def may_close(gathering: Gathering, now: float) -> bool:
-    """Tell whether the gathering can be closed: it is complete, due, or overtaken."""
-    if gathering.outcome is not None or gathering.is_held or not gathering.counted or gathering.lacks:
+def may_close(exchange: Exchange, now: float) -> bool:
+    """Tell whether the exchange can be closed: it is complete, due, or overtaken."""
+    if exchange.outcome is not None or exchange.is_held or not exchange.counted or exchange.lacks:
         return False
-    due = due_at(gathering)
+    due = due_at(exchange)
     return (
-        not gathering.waiting_for
-        or (gathering.is_superseded and is_enough(gathering))
-        or (due is not None and now >= due)
+        not exchange.waiting_for or (exchange.is_superseded and is_enough(exchange)) or (due is not None and now >= due)
     )
 
 
-def is_enough(gathering: Gathering) -> bool:
+def is_enough(exchange: Exchange) -> bool:
     """Tell whether something can be made of the contributions that count, if the operator wants that."""
-    counted = gathering.counted
-    return bool(counted) and len(counted) >= gathering.floor and gathering.required.issubset(counted)
+    counted = exchange.counted
+    return bool(counted) and len(counted) >= exchange.floor and exchange.required.issubset(counted)
 
 
-def due_at(gathering: Gathering) -> float | None:
-    """Return when the gathering closes without those that are missing; None as long as it must wait for more."""
-    if gathering.outcome is not None or gathering.is_held or not has_quorum(gathering):
+def due_at(exchange: Exchange) -> float | None:
+    """Return when the exchange closes without those that are missing; None as long as it must wait for more."""
+    if exchange.outcome is not None or exchange.is_held or not has_quorum(exchange):
         return None
-    if gathering.excused.issuperset(gathering.waiting_for):
-        return gathering.opened  # nobody else is going to contribute
-    return None if gathering.deadline_s is None else gathering.opened + gathering.deadline_s
+    if exchange.excused.issuperset(exchange.waiting_for):
+        return exchange.opened  # nobody else is going to contribute
+    return None if exchange.deadline_s is None else exchange.opened + exchange.deadline_s
 
 
-def has_quorum(gathering: Gathering) -> bool:
+def has_quorum(exchange: Exchange) -> bool:
     """Tell whether enough sites have contributed to go on without the others, among them all that are needed."""
-    enough = max(gathering.least, min(gathering.quorum or len(gathering.expected), len(gathering.expected)))
-    return 0 < enough <= len(gathering.counted) and gathering.required <= gathering.contributions.keys()
+    enough = max(exchange.least, min(exchange.quorum or len(exchange.expected), len(exchange.expected)))
+    return 0 < enough <= len(exchange.counted) and exchange.required <= exchange.contributions.keys()
 
 
-def closed(gathering: Gathering, now: float) -> Gathering:
-    """Return the gathering with a result made of the contributions that count."""
-    outcome = Closed(now, contributors=gathering.counted, missing=gathering.waiting_for)
-    return replace(gathering, outcome=outcome)
+def closed(exchange: Exchange, now: float) -> Exchange:
+    """Return the exchange with a result made of the contributions that count."""
+    outcome = Closed(now, contributors=exchange.counted, missing=exchange.waiting_for)
+    return replace(exchange, outcome=outcome)
 
 
-def refused(gathering: Gathering, error: RefusedError, now: float) -> Gathering:
-    """Return the gathering after contributions that do not go together."""
+def refused(exchange: Exchange, error: RefusedError, now: float) -> Exchange:
+    """Return the exchange after contributions that do not go together."""
     message, remedy = (printable(text, most=REFUSAL_CHARACTERS) for text in (error.message, error.remedy))
-    return replace(gathering, outcome=Refused(now, message, remedy, error.code))
+    return replace(exchange, outcome=Refused(now, message, remedy, error.code))

@@ -1,6 +1,6 @@
-"""Hold every gathering of a federation: what exists, what may begin, who is expected, how far the runs are.
+"""Hold every exchange of a federation: what exists, what may begin, who is expected, how far the runs are.
 
-Gatherings are stored as they were written down. Whatever can change while one is open (the sites of the federation, who
+Exchanges are stored as they were written down. Whatever can change while one is open (the sites of the federation, who
 has left a run, who has failed, whether the run is paused) is put in when it is handed out.
 """
 
@@ -13,10 +13,10 @@ from typing import Literal
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import (
     Closed,
-    Gathering,
-    GatheringKey,
+    Exchange,
+    ExchangeKey,
     due_at,
-    fresh_gathering,
+    fresh_exchange,
     may_close,
     prerequisite,
 )
@@ -24,7 +24,7 @@ from nnunetv2.federated.protocol.api import FederationSettings, RunState
 from nnunetv2.federated.protocol.messages import initial_key, late_census_key, registration_key, round_key
 
 ORDER_OF_CLOSING = {"validation": 0}
-"""What is closed first if several gatherings are ready: a validation belongs to the round before."""
+"""What is closed first if several exchanges are ready: a validation belongs to the round before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,47 +37,47 @@ class RunControl:
     failed: Mapping[str, int] = field(default_factory=dict)
     """Site -> the round from which on it cannot go on, as it has reported. Contributing again takes that back."""
     proceeding: frozenset[str] = frozenset()
-    """Open gatherings that the operator wants closed with what there is."""
+    """Open exchanges that the operator wants closed with what there is."""
 
 
 class RoundBook:
-    """Every gathering of a federation, and what has been said about its runs.
+    """Every exchange of a federation, and what has been said about its runs.
 
-    Not safe for concurrent changes: its owner sees to that. Gatherings are immutable, so what was read stays true
+    Not safe for concurrent changes: its owner sees to that. Exchanges are immutable, so what was read stays true
     of its moment.
     """
 
     def __init__(
         self,
         settings: FederationSettings,
-        gatherings: Iterable[Gathering] = (),
+        exchanges: Iterable[Exchange] = (),
         controls: Mapping[str, RunControl] | None = None,
     ) -> None:
         self.settings = settings
         self.controls = dict(controls or {})
-        self._gatherings: dict[str, Gathering] = {}
+        self._exchanges: dict[str, Exchange] = {}
         self._open: set[str] = set()
         self._runs: dict[str, None] = {}
         self._latest: dict[str, int] = {}
         self._admitted: dict[str, set[str]] = {}
-        for gathering in gatherings:
-            self.put(gathering)
+        for exchange in exchanges:
+            self.put(exchange)
 
-    def __iter__(self) -> Iterator[Gathering]:
-        return (self._present(gathering) for gathering in list(self._gatherings.values()))
+    def __iter__(self) -> Iterator[Exchange]:
+        return (self._present(exchange) for exchange in list(self._exchanges.values()))
 
-    def get(self, key: GatheringKey | str) -> Gathering | None:
-        """Return a gathering that has begun, as it is at this moment, or None."""
-        gathering = self._gatherings.get(str(key))
-        return None if gathering is None else self._present(gathering)
+    def get(self, key: ExchangeKey | str) -> Exchange | None:
+        """Return an exchange that has begun, as it is at this moment, or None."""
+        exchange = self._exchanges.get(str(key))
+        return None if exchange is None else self._present(exchange)
 
-    def put(self, gathering: Gathering) -> None:
-        """Remember the newest state of a gathering."""
-        key = gathering.key
-        self._gatherings[key.text] = gathering
+    def put(self, exchange: Exchange) -> None:
+        """Remember the newest state of an exchange."""
+        key = exchange.key
+        self._exchanges[key.text] = exchange
         if key.run is not None:
             self._runs[key.run] = None
-        if not gathering.is_closed:
+        if not exchange.is_closed:
             self._open.add(key.text)
             return
         self._open.discard(key.text)
@@ -88,15 +88,15 @@ class RoundBook:
 
     def forget_run(self, run: str) -> None:
         """Forget a run in which no round has been closed."""
-        for text in [text for text, gathering in self._gatherings.items() if gathering.key.run == run]:
-            del self._gatherings[text]
+        for text in [text for text, exchange in self._exchanges.items() if exchange.key.run == run]:
+            del self._exchanges[text]
             self._open.discard(text)
         self._runs.pop(run, None)
         self._admitted.pop(run, None)
         self.controls.pop(run, None)
 
-    def begin(self, key: GatheringKey, *, required: Iterable[str] = ()) -> Gathering:
-        """Return the gathering, or a fresh one if it may begin now.
+    def begin(self, key: ExchangeKey, *, required: Iterable[str] = ()) -> Exchange:
+        """Return the exchange, or a fresh one if it may begin now.
 
         Args:
             required: Sites without which a fresh one cannot be closed at its deadline.
@@ -116,20 +116,20 @@ class RoundBook:
             )
         if key.kind == "round" and self.num_rounds is not None and key.number >= self.num_rounds:
             raise RefusedError(f"{key}: the run has {self.num_rounds} rounds, counted from 0", code="unknown_gathering")
-        return self._present(fresh_gathering(key, self.settings, required=required))
+        return self._present(fresh_exchange(key, self.settings, required=required))
 
-    def is_closed(self, key: GatheringKey | str) -> bool:
-        """Tell whether a gathering has its result."""
-        gathering = self._gatherings.get(str(key))
-        return gathering is not None and gathering.is_closed
+    def is_closed(self, key: ExchangeKey | str) -> bool:
+        """Tell whether an exchange has its result."""
+        exchange = self._exchanges.get(str(key))
+        return exchange is not None and exchange.is_closed
 
     # ---------------------------------------------------------------------------------------- who is expected where
     def control(self, run: str) -> RunControl:
         """Return what has been said about a run."""
         return self.controls.get(run, RunControl())
 
-    def expected(self, key: GatheringKey) -> frozenset[str]:
-        """Return the sites that are to contribute to an open gathering now."""
+    def expected(self, key: ExchangeKey) -> frozenset[str]:
+        """Return the sites that are to contribute to an open exchange now."""
         sites = frozenset(self.settings.sites)
         if key.site is not None:
             return sites & {key.site}
@@ -146,34 +146,34 @@ class RoundBook:
         registered = self._contributors(registration_key(run)) | self._admitted.get(run, set())
         return (registered & frozenset(self.settings.sites)) - self.control(run).left
 
-    def may_read(self, gathering: Gathering, site: str) -> bool:
+    def may_read(self, exchange: Exchange, site: str) -> bool:
         """Tell whether a site may have the result: it is expected, takes part in the run, or plans late."""
-        key = gathering.key
+        key = exchange.key
         is_late = key.kind in ("coarse", "fine") and self.is_closed(late_census_key(site))
-        return site in gathering.expected or is_late or (key.run is not None and site in self.members(key.run))
+        return site in exchange.expected or is_late or (key.run is not None and site in self.members(key.run))
 
     def admitted(self, run: str) -> tuple[str, ...]:
         """Name the sites that joined a run after it had begun."""
         return tuple(sorted(self._admitted.get(run, ())))
 
     def _contributors(self, key: str) -> frozenset[str]:
-        gathering = self._gatherings.get(key)
+        exchange = self._exchanges.get(key)
         return (
-            frozenset(gathering.outcome.contributors)
-            if gathering and isinstance(gathering.outcome, Closed)
+            frozenset(exchange.outcome.contributors)
+            if exchange and isinstance(exchange.outcome, Closed)
             else frozenset()
         )
 
-    def _present(self, gathering: Gathering) -> Gathering:
-        """Return a gathering with what holds at this moment. Of a closed one, nothing changes any more."""
-        key = gathering.key
-        if isinstance(gathering.outcome, Closed):
-            outcome = gathering.outcome
-            return replace(gathering, expected=frozenset(outcome.contributors) | frozenset(outcome.missing))
+    def _present(self, exchange: Exchange) -> Exchange:
+        """Return an exchange with what holds at this moment. Of a closed one, nothing changes any more."""
+        key = exchange.key
+        if isinstance(exchange.outcome, Closed):
+            outcome = exchange.outcome
+            return replace(exchange, expected=frozenset(outcome.contributors) | frozenset(outcome.missing))
         control = self.control(key.run) if key.run else RunControl()
-        now = fresh_gathering(key, self.settings, expected=self.expected(key))
+        now = fresh_exchange(key, self.settings, expected=self.expected(key))
         return replace(
-            gathering,
+            exchange,
             expected=now.expected,
             quorum=now.quorum,
             floor=now.floor,
@@ -187,27 +187,25 @@ class RoundBook:
         )
 
     # ------------------------------------------------------------------------------------------------------ closing
-    def ready(self, now: float) -> list[Gathering]:
+    def ready(self, now: float) -> list[Exchange]:
         """List what can be closed now, in the order in which it should be."""
-        ready = [gathering for gathering in self.open_gatherings() if may_close(gathering, now)]
+        ready = [exchange for exchange in self.open_exchanges() if may_close(exchange, now)]
         return sorted(ready, key=lambda one: (ORDER_OF_CLOSING.get(one.key.kind, 1), one.key.number or 0))
 
     def next_due(self) -> float | None:
-        """Return when the next gathering closes by itself."""
-        return min(
-            (due for gathering in self.open_gatherings() if (due := due_at(gathering)) is not None), default=None
-        )
+        """Return when the next exchange closes by itself."""
+        return min((due for exchange in self.open_exchanges() if (due := due_at(exchange)) is not None), default=None)
 
     def restarted(self, now: float) -> None:
         """Let deadlines count from the coordinator's start: nobody could contribute while it was away."""
         for text in self._open:
-            gathering = self._gatherings[text]
-            if gathering.outcome is None:
-                self._gatherings[text] = replace(gathering, opened=now)
+            exchange = self._exchanges[text]
+            if exchange.outcome is None:
+                self._exchanges[text] = replace(exchange, opened=now)
 
-    def open_gatherings(self) -> list[Gathering]:
-        """List the gatherings that have begun and have no result; among them those that were refused."""
-        return [self._present(self._gatherings[text]) for text in sorted(self._open) if text in self._gatherings]
+    def open_exchanges(self) -> list[Exchange]:
+        """List the exchanges that have begun and have no result; among them those that were refused."""
+        return [self._present(self._exchanges[text]) for text in sorted(self._open) if text in self._exchanges]
 
     # --------------------------------------------------------------------------------------------------------- runs
     @property
@@ -223,14 +221,14 @@ class RoundBook:
         """Tell whether some site has registered for a run."""
         return run in self._runs
 
-    def latest_round(self, run: str) -> Gathering | None:
+    def latest_round(self, run: str) -> Exchange | None:
         """Return the last round of a run that is closed, or None."""
         return self.get(round_key(run, self._latest[run])) if run in self._latest else None
 
     def closed_at(self, run: str, rounds: int) -> list[float]:
         """Return when the last rounds of a run were closed, at most so many, in order."""
         last = self._latest.get(run, -1)
-        found = (self._gatherings.get(round_key(run, number)) for number in range(max(0, last + 1 - rounds), last + 1))
+        found = (self._exchanges.get(round_key(run, number)) for number in range(max(0, last + 1 - rounds), last + 1))
         return [one.outcome.time for one in found if one is not None and isinstance(one.outcome, Closed)]
 
     def run_state(self, run: str) -> RunState:

@@ -157,7 +157,7 @@ class Receipt(Part):
     """SHA-256 of the stored contribution, which is an earlier one where `already` is true."""
     already: bool = False
     key: Text = ""
-    """The gathering in which it counts, where that is not the one it was sent to: a late update can count in the next
+    """The exchange in which it counts, where that is not the one it was sent to: a late update can count in the next
     round."""
     waiting_for: SiteNames = ()
 
@@ -232,7 +232,7 @@ class RunAction(Part):
 
     action: Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
     gathering: Text | None = None
-    """The gathering to close with what there is, for `proceed`."""
+    """The exchange to close with what there is, for `proceed`."""
 
 
 class SiteStatus(Part):
@@ -268,7 +268,7 @@ class FailureStatus(Part):
 
 
 class TrafficStatus(Part):
-    """What one site and the coordinator have sent each other for one gathering."""
+    """What one site and the coordinator have sent each other for one exchange."""
 
     site: SiteName
     key: Text
@@ -313,4 +313,4 @@ class Status(Part):
     """Of the same runs."""
     failures: Annotated[tuple[FailureStatus, ...], Field(max_length=10_000)] = ()
     traffic: Annotated[tuple[TrafficStatus, ...], Field(max_length=10_000)] = ()
-    """Of the gatherings that were busy last."""
+    """Of the exchanges that were busy last."""

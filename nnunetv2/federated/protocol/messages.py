@@ -454,7 +454,7 @@ DocumentMessage = Annotated[
 ]
 
 
-# --------------------------------------------------------------------------------------------- gatherings' keys
+# --------------------------------------------------------------------------------------------- exchanges' keys
 CENSUS_KEY = "fingerprint/census"
 COARSE_KEY = "fingerprint/coarse"
 FINE_KEY = "fingerprint/fine"
@@ -466,17 +466,17 @@ def fine_key(number: int) -> str:
 
 
 def plans_key(plans_name: str) -> str:
-    """Return the key of the gathering in which the sites compare their plans."""
+    """Return the key of the exchange in which the sites compare their plans."""
     return f"plans/{_segment(plans_name)}"
 
 
 def late_census_key(site: str) -> str:
-    """Return the key of the gathering in which one site is shown in after the fingerprints were pooled."""
+    """Return the key of the exchange in which one site is shown in after the fingerprints were pooled."""
     return f"fingerprint/admissions/{_segment(site)}"
 
 
 def late_plans_key(plans_name: str, site: str) -> str:
-    """Return the key of the gathering in which one site compares its plans with what the others agreed on before."""
+    """Return the key of the exchange in which one site compares its plans with what the others agreed on before."""
     return f"{plans_key(plans_name)}/admissions/{_segment(site)}"
 
 
@@ -495,17 +495,17 @@ def run_with_plans(run: str, plans_name: str) -> str:
 
 
 def registration_key(run: str) -> str:
-    """Return the key of the gathering in which the sites of a run say what they train."""
+    """Return the key of the exchange in which the sites of a run say what they train."""
     return f"runs/{_segment(run)}/registration"
 
 
 def admission_key(run: str, site: str) -> str:
-    """Return the key of the gathering in which one site joins a run that has begun."""
+    """Return the key of the exchange in which one site joins a run that has begun."""
     return f"runs/{_segment(run)}/admissions/{_segment(site)}"
 
 
 def initial_key(run: str) -> str:
-    """Return the key of the gathering that settles the weights all sites start from."""
+    """Return the key of the exchange that settles the weights all sites start from."""
     return f"runs/{_segment(run)}/initial"
 
 

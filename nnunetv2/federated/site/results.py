@@ -43,13 +43,13 @@ def weights_bytes(registration: messages.Registration) -> int:
 
 
 def largest_result(key: str, weights: int) -> int:
-    """Return how many bytes the result of a gathering may have.
+    """Return how many bytes the result of an exchange may have.
 
     Args:
         weights: Bytes of this site's own weights in its run; 0 if it has registered none.
 
     Raises:
-        RefusedError: There is no such gathering.
+        RefusedError: There is no such exchange.
     """
     kind = parse_key(key).kind
     if kind in WEIGHT_KINDS:
@@ -58,7 +58,7 @@ def largest_result(key: str, weights: int) -> int:
 
 
 def check_result(key: str, message: messages.Message) -> None:
-    """Raise WireError unless a message is what the result of a gathering says."""
+    """Raise WireError unless a message is what the result of an exchange says."""
     kind = parse_key(key).kind
     expected = RESULTS_OF_KIND[kind]
     if not isinstance(message, expected):
@@ -134,7 +134,7 @@ def check_round(number: int) -> None:
 
 
 def check_receipt(sent_to: str, counts_in: str) -> str:
-    """Return the gathering in which a contribution counts, or raise WireError if it cannot be that."""
+    """Return the exchange in which a contribution counts, or raise WireError if it cannot be that."""
     if counts_in in ("", sent_to):
         return sent_to
     sent, other = parse_key(sent_to), parse_key(counts_in)

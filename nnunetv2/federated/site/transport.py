@@ -28,7 +28,7 @@ class Transport(Protocol):
         *,
         specs: Mapping[str, TensorSpec] | None = None,
     ) -> Document:
-        """Contribute to a gathering, wait until it is closed, and return its result.
+        """Contribute to an exchange, wait until it is closed, and return its result.
 
         Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
 
@@ -39,7 +39,7 @@ class Transport(Protocol):
         ...
 
     def result(self, key: str) -> Document:
-        """Wait until a gathering is closed and return its result, without contributing."""
+        """Wait until an exchange is closed and return its result, without contributing."""
         ...
 
     def run_state(self, run: str, *, plans: str | None = None) -> RunState:
@@ -64,14 +64,14 @@ class Transport(Protocol):
         specs: Mapping[str, TensorSpec] | None = None,
         patience_s: float | None = None,
     ) -> Receipt:
-        """Contribute to a gathering whose result this site does not wait for.
+        """Contribute to an exchange whose result this site does not wait for.
 
         Args:
             patience_s: Seconds after which a coordinator that is away is given up; by default what the site has set.
         """
         ...
 
-    def act(self, run: str, action: str, gathering: str | None = None) -> RunState:
+    def act(self, run: str, action: str, exchange: str | None = None) -> RunState:
         """Leave a run, or return to it."""
         ...
 

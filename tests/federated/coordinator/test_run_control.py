@@ -408,7 +408,7 @@ def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):
     go_on.set()
     site.join(PATIENCE_S), operator.join(PATIENCE_S)
     assert federation.coordinator.book.runs() == []
-    assert federation.store.load_gatherings(federation.coordinator.settings) == []
+    assert federation.store.load_exchanges(federation.coordinator.settings) == []
 
 
 def test_a_run_without_rounds_can_be_reset(make_federation):

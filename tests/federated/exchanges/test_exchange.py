@@ -1,4 +1,4 @@
-"""Rules of gatherings, as plain state."""
+"""Rules of exchanges, as plain state."""
 
 import pytest
 from fake_federation import make_settings
@@ -6,11 +6,11 @@ from fake_federation import make_settings
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import (
     Contribution,
-    Gathering,
+    Exchange,
     Verdict,
     closed,
     due_at,
-    fresh_gathering,
+    fresh_exchange,
     judge,
     may_close,
     parse_key,
@@ -23,11 +23,11 @@ from nnunetv2.federated.exchanges.state import RoundBook, RunControl
 D1, D2 = "1" * 64, "2" * 64
 
 
-def gathering(key="runs/r/rounds/0", **settings) -> Gathering:
-    return fresh_gathering(parse_key(key), make_settings(**settings))
+def exchange(key="runs/r/rounds/0", **settings) -> Exchange:
+    return fresh_exchange(parse_key(key), make_settings(**settings))
 
 
-def add(state: Gathering, site: str, digest=D1, now=0.0) -> Gathering:
+def add(state: Exchange, site: str, digest=D1, now=0.0) -> Exchange:
     return with_contribution(state, site, Contribution(digest, 10, now))
 
 
@@ -109,7 +109,7 @@ def test_every_gathering_knows_what_comes_before(key, before):
 
 
 def test_waits_for_everybody_without_a_deadline():
-    state = add(gathering(), "A")
+    state = add(exchange(), "A")
     assert state.waiting_for == ("B",)
     assert not may_close(state, now=1e9)
     assert due_at(state) is None
@@ -117,7 +117,7 @@ def test_waits_for_everybody_without_a_deadline():
 
 
 def test_closes_at_the_deadline_with_its_quorum():
-    state = gathering(sites=("A", "B", "C"), quorum=2, deadline_s=10)
+    state = exchange(sites=("A", "B", "C"), quorum=2, deadline_s=10)
     state = add(state, "C", now=100)
     assert not may_close(state, now=1000)  # one of two
     state = add(state, "A", now=105)
@@ -129,12 +129,12 @@ def test_closes_at_the_deadline_with_its_quorum():
 
 
 def test_a_quorum_after_the_deadline_closes_at_once():
-    state = add(gathering(sites=("A", "B", "C"), quorum=2, deadline_s=10), "C", now=100)
+    state = add(exchange(sites=("A", "B", "C"), quorum=2, deadline_s=10), "C", now=100)
     assert may_close(add(state, "B", now=150), now=150)
 
 
 def test_initial_weights_wait_for_their_owners():
-    state = fresh_gathering(
+    state = fresh_exchange(
         parse_key("runs/r/initial"), make_settings(sites=("A", "B", "C"), quorum=1, deadline_s=10), required=("B",)
     )
     state = add(state, "A", now=0)
@@ -144,38 +144,38 @@ def test_initial_weights_wait_for_their_owners():
 
 @pytest.mark.parametrize("key", ["fingerprint/census", "fingerprint/fine", "plans/p", "runs/r/registration"])
 def test_statistics_plans_and_matches_never_close_without_everybody(key):
-    state = add(gathering(key, sites=("A", "B", "C"), quorum=1, deadline_s=1), "A")
+    state = add(exchange(key, sites=("A", "B", "C"), quorum=1, deadline_s=1), "A")
     assert not may_close(state, now=1e9)
 
 
 def test_the_same_again_changes_nothing():
-    state = add(gathering(), "A")
+    state = add(exchange(), "A")
     assert judge(state, "A", D1) is Verdict.SAME
     assert judge(closed(add(state, "B"), 0), "A", D1) is Verdict.SAME
 
 
 def test_the_first_weights_stay():
-    state = add(gathering(), "A")
+    state = add(exchange(), "A")
     assert judge(state, "A", D2) is Verdict.KEEP_FIRST
     assert judge(closed(add(state, "B"), 0), "A", D2) is Verdict.KEEP_FIRST
 
 
 def test_weights_that_come_too_late_do_not_count():
-    state = closed(add(gathering(), "A"), 0)
+    state = closed(add(exchange(), "A"), 0)
     assert judge(state, "B", D2) is Verdict.KEEP_FIRST
 
 
 def test_statistics_may_be_corrected_until_they_are_closed():
-    state = add(gathering("fingerprint/coarse"), "A")
+    state = add(exchange("fingerprint/coarse"), "A")
     assert judge(state, "A", D2) is Verdict.STORE
     with pytest.raises(RefusedError, match="closed.*differs"):
         judge(closed(add(state, "B"), 0), "A", D2)
-    census = closed(add(add(gathering("fingerprint/census"), "A"), "B"), 0)
+    census = closed(add(add(exchange("fingerprint/census"), "A"), "B"), 0)
     assert judge(census, "A", D2) is Verdict.COMPARE, "it is small: what differs can be named"
 
 
 def test_a_refused_gathering_opens_again_with_a_correction():
-    state = refused(add(add(gathering("fingerprint/census"), "A"), "B"), RefusedError("labels differ", "fix it"), now=1)
+    state = refused(add(add(exchange("fingerprint/census"), "A"), "B"), RefusedError("labels differ", "fix it"), now=1)
     assert not may_close(state, now=2)
     assert judge(state, "A", D1) is Verdict.SAME
     assert judge(state, "A", D2) is Verdict.STORE
@@ -186,7 +186,7 @@ def test_a_refused_gathering_opens_again_with_a_correction():
 
 def test_strangers_are_refused():
     with pytest.raises(RefusedError, match="site X does not take part"):
-        judge(gathering(), "X", D1)
+        judge(exchange(), "X", D1)
 
 
 def finish(book: RoundBook, key: str) -> None:
@@ -226,7 +226,7 @@ def test_the_coordinators_absence_does_not_count_against_the_deadline():
     book = RoundBook(make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=10))
     finish(book, "runs/r/registration")
     finish(book, "runs/r/initial")
-    book.put(add(add(gathering(sites=("A", "B", "C"), quorum=2, deadline_s=10), "A", now=100), "B", now=101))
+    book.put(add(add(exchange(sites=("A", "B", "C"), quorum=2, deadline_s=10), "A", now=100), "B", now=101))
     assert book.next_due() == 110
     book.restarted(now=5000)
     assert book.next_due() == 5010

@@ -227,8 +227,8 @@ def test_an_upload_that_was_begun_with_a_stolen_credential_does_not_count(federa
         federation.coordinator.invite("M", "site", by="boss")
         connection.sendall(body[100:])
         assert connection.recv(1000).startswith(b"HTTP/1.1 401")
-    gathering = federation.coordinator.book.get(round_key(RUN, 0))
-    assert gathering is None or "M" not in gathering.contributions
+    exchange = federation.coordinator.book.get(round_key(RUN, 0))
+    assert exchange is None or "M" not in exchange.contributions
 
 
 def test_who_waits_for_a_result_with_a_credential_that_is_revoked_does_not_get_it(federation, peers):
@@ -479,7 +479,7 @@ def test_a_site_does_not_fill_the_log(tmp_path):
 
 
 def test_made_up_names_leave_no_trace(federation, peers):
-    """Neither counters nor locks nor gatherings grow with what somebody asks for."""
+    """Neither counters nor locks nor exchanges grow with what somebody asks for."""
     coordinator = federation.coordinator
     before = (len(coordinator.members._traffic), len(coordinator.locks._locks), len(list(coordinator.book)))
     for number in range(20):

@@ -118,7 +118,7 @@ class Crash(BaseException):
 
 
 def fill(coordinator: Coordinator, key: str, site: str, message, tensors=None) -> None:
-    """Contribute to a gathering without HTTP."""
+    """Contribute to an exchange without HTTP."""
     tensors = tensors or {}
     path = incoming_path(coordinator.store)
     digest = write_document(path, message, {name: TensorSpec.of(v) for name, v in tensors.items()}, tensors.values())
@@ -126,8 +126,8 @@ def fill(coordinator: Coordinator, key: str, site: str, message, tensors=None) -
 
 
 def close_what_is_ready(coordinator: Coordinator) -> None:
-    for gathering in coordinator.closer._ready():
-        coordinator.closer._close(gathering.key)
+    for exchange in coordinator.closer._ready():
+        coordinator.closer._close(exchange.key)
 
 
 def fill_up_to_round_0(coordinator: Coordinator) -> None:

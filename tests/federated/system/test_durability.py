@@ -33,7 +33,7 @@ from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.storage import partial_uploads
 from nnunetv2.federated.coordinator.storage import store as store_module
 from nnunetv2.federated.coordinator.storage.store import Store
-from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_gathering, parse_key, with_contribution
+from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_exchange, parse_key, with_contribution
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, write_document
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
@@ -176,10 +176,10 @@ def test_a_document_is_synced_and_named_before_its_row_is(tmp_path, monkeypatch)
         for site in "AB":
             incoming = store.folder / "incoming" / f"upload-{site}"
             incoming.write_bytes(b"x")
-            gathering = with_contribution(
-                fresh_gathering(parse_key(KEY), make_settings()), site, Contribution("0" * 64, 1, 2.0)
+            exchange = with_contribution(
+                fresh_exchange(parse_key(KEY), make_settings()), site, Contribution("0" * 64, 1, 2.0)
             )
-            store.save_contribution(gathering, site, incoming)
+            store.save_contribution(exchange, site, incoming)
         store.save_subset(KEY, "1" * 64, "2" * 64)
     assert order == [
         "upload-A",
@@ -202,21 +202,21 @@ def test_a_start_looks_at_files_and_not_at_all_that_ever_was(tmp_path, monkeypat
     with Store(tmp_path / "federation") as store:
         create_federation(store, make_settings(), now=1.0)
         for number in range(20):
-            gathering = fresh_gathering(parse_key(round_key(RUN, number)), make_settings())
+            exchange = fresh_exchange(parse_key(round_key(RUN, number)), make_settings())
             for site in "AB":
                 (incoming := incoming_path(store)).write_bytes(b"x")
-                gathering = with_contribution(gathering, site, Contribution("0" * 64, 1, 2.0))
-                store.save_contribution(gathering, site, incoming)
-            (store.result_path(gathering.key)).write_bytes(b"r")
+                exchange = with_contribution(exchange, site, Contribution("0" * 64, 1, 2.0))
+                store.save_contribution(exchange, site, incoming)
+            (store.result_path(exchange.key)).write_bytes(b"r")
             store.save_closing(
-                fresh_gathering(gathering.key, make_settings()).__class__(
-                    **{**gathering.__dict__, "outcome": Closed(3.0, ("A", "B"))}
+                fresh_exchange(exchange.key, make_settings()).__class__(
+                    **{**exchange.__dict__, "outcome": Closed(3.0, ("A", "B"))}
                 ),
                 "1" * 64,
             )
             if number < 18:
-                store.delete_contributions(gathering.key)
-                store.delete_results(gathering.key)
+                store.delete_contributions(exchange.key)
+                store.delete_results(exchange.key)
         (store.result_folder(round_key(RUN, 19)) / "C.000.safetensors").write_bytes(b"orphan")
     looked_at, known = [], Store._known_files
     monkeypatch.setattr(Store, "_known_files", lambda self, key: (looked_at.append(key), known(self, key))[1])

@@ -116,8 +116,8 @@ class Scene:
             if not path.name.startswith("M.")
         }
         ours = {
-            str(gathering.key): {site: held for site, held in gathering.contributions.items() if site != "M"}
-            for gathering in self.coordinator.book
+            str(exchange.key): {site: held for site, held in exchange.contributions.items() if site != "M"}
+            for exchange in self.coordinator.book
         }
         return {
             "files": of_others,
@@ -418,7 +418,7 @@ class Mutator:
 
 
 def documents_of(scene: Scene) -> dict[str, bytes]:
-    """Return a valid document of Mallory's for every kind of gathering."""
+    """Return a valid document of Mallory's for every kind of exchange."""
     moments = (messages.ChannelMoments(count=5, mean=1.0, m2=2.0),)
     coarse = messages.CoarseSummary(
         spacings=((1.0, 1.0, 1.0),) * 3,

@@ -66,7 +66,7 @@ def refused(tmp_path):
                 a.contribute(key, ours)
                 m.contribute(key, theirs)
             m.report_failure(RUN, None, ESCAPES)
-        wait_until(lambda: sum(bool(one.refusal) for one in federation.coordinator.book.open_gatherings()) == 2)
+        wait_until(lambda: sum(bool(one.refusal) for one in federation.coordinator.book.open_exchanges()) == 2)
         yield federation
 
 
@@ -100,7 +100,7 @@ def test_a_log_that_was_written_before_texts_were_checked_is_shown_without_comma
 
 def test_what_a_coordinator_says_and_keeps_is_harmless(refused):
     assert all(is_harmless(line) and "\n" not in line for line in refused.lines if "failure" not in line)
-    assert all(is_harmless(one.refusal) for one in refused.coordinator.book.open_gatherings())
+    assert all(is_harmless(one.refusal) for one in refused.coordinator.book.open_exchanges())
     with refused.client("A") as client, pytest.raises(RefusedError) as caught:
         client.result(plans_key("p"))
     assert is_harmless(str(caught.value))

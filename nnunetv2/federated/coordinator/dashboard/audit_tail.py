@@ -32,7 +32,7 @@ class Trouble:
     kind: Literal["failure", "refusal", "late"]
     site: str | None
     key: str
-    """The run or gathering that it was about."""
+    """The run or exchange that it was about."""
     text: str
 
 

@@ -23,7 +23,7 @@ from nnunetv2.federated.coordinator.http.notifications import ANYTHING, Changes
 from nnunetv2.federated.coordinator.models import model_store
 from nnunetv2.federated.coordinator.models.model_folder import without_values
 from nnunetv2.federated.coordinator.service import Coordinator
-from nnunetv2.federated.exchanges.exchange import Closed, Gathering, due_at, parse_key, prerequisite
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at, parse_key, prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
@@ -79,7 +79,7 @@ class SiteView(Part):
 
 
 class Meeting(Part):
-    """A gathering that is open: who has contributed, who has not, until when."""
+    """An exchange that is open: who has contributed, who has not, until when."""
 
     key: Text
     kind: Text
@@ -151,7 +151,7 @@ class Overview(Part):
 
     version: Literal[1] = 1
     revision: Text
-    """Changes whenever a gathering changes; `?seen=` waits until it does."""
+    """Changes whenever an exchange changes; `?seen=` waits until it does."""
     time: Finite
     federation: Text
     quorum: Count | None
@@ -161,7 +161,7 @@ class Overview(Part):
     sites: Annotated[tuple[SiteView, ...], Field(max_length=10 * MAX_SITES)]
     runs: Annotated[tuple[RunView, ...], Field(max_length=10_000)]
     meetings: Annotated[tuple[Meeting, ...], Field(max_length=10_000)]
-    """Open gatherings that belong to no run: fingerprints and plans."""
+    """Open exchanges that belong to no run: fingerprints and plans."""
     troubles: Annotated[tuple[TroubleView, ...], Field(max_length=1000)]
     """The latest first."""
     health: Health
@@ -194,7 +194,7 @@ class Lookout:
             deadline_s=coordinator.settings.deadline_s,
             runs=runs,
             sites=self._sites(sites, runs),
-            meetings=tuple(self._meeting(one) for one in book.open_gatherings() if one.key.run is None),
+            meetings=tuple(self._meeting(one) for one in book.open_exchanges() if one.key.run is None),
             troubles=tuple(
                 TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500], text=one.text[:8000])
                 for one in reversed(list(self.tail.troubles))
@@ -237,7 +237,7 @@ class Lookout:
     def _run(self, run: str) -> RunView:
         book = self.coordinator.book
         state, latest = book.run_state(run), book.latest_round(run)
-        gathering = None if state.closed else self._open_gathering(run)
+        exchange = None if state.closed else self._open_exchange(run)
         validation = self.coordinator.store.load_last_validation(run) or {}
         round_s = self._round_seconds(run, state.rounds_closed)
         return RunView(
@@ -245,8 +245,8 @@ class Lookout:
             state=state.state,
             num_rounds=state.num_rounds,
             rounds_closed=state.rounds_closed,
-            meeting=None if gathering is None else self._meeting(gathering),
-            members=() if gathering is None else self._members(run, gathering),
+            meeting=None if exchange is None else self._meeting(exchange),
+            members=() if exchange is None else self._members(run, exchange),
             round_s=round_s,
             left_s=None if state.closed else self._seconds_left(run, round_s),
             last_closed=latest.outcome.time if latest else None,
@@ -259,7 +259,7 @@ class Lookout:
     def _model(self, run: str) -> str:
         return self.tail.models.get(run, "") or str(model_store.outlook(self.coordinator, run) or "")
 
-    def _open_gathering(self, run: str) -> Gathering:
+    def _open_exchange(self, run: str) -> Exchange:
         """Return what a run waits for, begun or not."""
         book = self.coordinator.book
         for key in (registration_key(run), initial_key(run)):
@@ -268,32 +268,32 @@ class Lookout:
         latest = book.latest_round(run)
         return book.begin(parse_key(round_key(run, 0 if latest is None else latest.key.number + 1)))
 
-    def _meeting(self, gathering: Gathering) -> Meeting:
+    def _meeting(self, exchange: Exchange) -> Meeting:
         return Meeting(
-            key=str(gathering.key),
-            kind=gathering.key.kind,
-            since=self._since(gathering),
-            contributed=gathering.counted,
-            waiting_for=gathering.waiting_for,
-            quorum=gathering.quorum,
-            due=due_at(gathering),
-            lacks=gathering.lacks,
-            refusal=without_values(gathering.refusal)[:8000],
+            key=str(exchange.key),
+            kind=exchange.key.kind,
+            since=self._since(exchange),
+            contributed=exchange.counted,
+            waiting_for=exchange.waiting_for,
+            quorum=exchange.quorum,
+            due=due_at(exchange),
+            lacks=exchange.lacks,
+            refusal=without_values(exchange.refusal)[:8000],
         )
 
-    def _since(self, gathering: Gathering) -> float | None:
-        before = prerequisite(gathering.key)
+    def _since(self, exchange: Exchange) -> float | None:
+        before = prerequisite(exchange.key)
         earlier = None if before is None else self.coordinator.book.get(before)
         if earlier is not None and isinstance(earlier.outcome, Closed):
             return earlier.outcome.time
-        return gathering.opened if gathering.contributions else None
+        return exchange.opened if exchange.contributions else None
 
-    def _members(self, run: str, gathering: Gathering) -> tuple[MemberView, ...]:
-        control, since = self.coordinator.book.control(run), self._since(gathering)
-        uploads = {site: size for (_, site), size in self.coordinator.uploads.in_progress(str(gathering.key)).items()}
+    def _members(self, run: str, exchange: Exchange) -> tuple[MemberView, ...]:
+        control, since = self.coordinator.book.control(run), self._since(exchange)
+        uploads = {site: size for (_, site), size in self.coordinator.uploads.in_progress(str(exchange.key)).items()}
         views = []
-        for site in sorted(gathering.expected | (control.left & frozenset(self.coordinator.settings.sites))):
-            held = gathering.contributions.get(site)
+        for site in sorted(exchange.expected | (control.left & frozenset(self.coordinator.settings.sites))):
+            held = exchange.contributions.get(site)
             if site in control.left:
                 view = MemberView(site=site, activity="left")
             elif site in self._invited:
@@ -302,7 +302,7 @@ class Lookout:
                 view = MemberView(site=site, activity="waiting", since=held.received)
             elif site in uploads:
                 view = MemberView(site=site, activity="sending", since=since, note=f"{uploads[site] / 1e6:.1f} MB")
-            elif site in gathering.excused:
+            elif site in exchange.excused:
                 view = MemberView(site=site, activity="failed", since=since, note=self.tail.reason(run, site)[:8000])
             else:
                 view = MemberView(site=site, activity="working", since=since)

@@ -1,4 +1,4 @@
-"""Wake requests that wait for a gathering when it changes, without asking over and over."""
+"""Wake requests that wait for an exchange when it changes, without asking over and over."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 MENTIONS_PER_S = 50.0
 """Requests that news which nobody has to act on wakes per second, at most: a twentieth of a core."""
 ANYTHING = "*"
-"""Key of those who wait for any gathering to change."""
+"""Key of those who wait for any exchange to change."""
 
 
 class Changes:
-    """Wake the requests that wait for a gathering to change."""
+    """Wake the requests that wait for an exchange to change."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -31,18 +31,18 @@ class Changes:
         self._loop = asyncio.get_running_loop()
 
     def expect(self, key: str) -> asyncio.Event:
-        """Return the event of the next change. Ask for it before looking at the gathering, so that none is missed."""
+        """Return the event of the next change. Ask for it before looking at the exchange, so that none is missed."""
         event = self._events.get(key)
         if event is None:
             event = self._events[key] = asyncio.Event()
         return event
 
     def notify(self, key: str) -> None:
-        """Wake those who wait for a gathering; from any thread."""
+        """Wake those who wait for an exchange; from any thread."""
         self._call(lambda: self._wake([key, ANYTHING]))
 
     def mention(self, key: str) -> None:
-        """Wake those who wait for a gathering soon: the more of them there are, the later. From any thread.
+        """Wake those who wait for an exchange soon: the more of them there are, the later. From any thread.
 
         A round of n sites has n contributions; to wake all n sites at each would be n * n answers.
         """

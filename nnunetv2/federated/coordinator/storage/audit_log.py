@@ -33,7 +33,7 @@ class Event:
     site: str | None
     """Who did it: a site, an observer or an operator; None for the coordinator itself."""
     key: str | None
-    """The gathering or run that it was about."""
+    """The exchange or run that it was about."""
     detail: Mapping[str, Any]
 
 

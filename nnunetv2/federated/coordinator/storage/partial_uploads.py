@@ -1,6 +1,6 @@
 """Keep what has arrived of an upload when its connection breaks, so that it goes on at that byte.
 
-There is one file per gathering and site. The newest request writes it: a connection that is half dead, and whose sender
+There is one file per exchange and site. The newest request writes it: a connection that is half dead, and whose sender
 has begun anew, finds that out at its next piece. What is complete belongs to the request that has completed it: nobody
 else has a hand on it between its check and its place in the store.
 """
@@ -76,10 +76,10 @@ class PartialUploads:
                     self._make_room(site)
 
     def in_progress(self, key: str | None = None) -> dict[tuple[str, str], int]:
-        """Return how many bytes are here of each upload that is being received: (gathering's hash, site) -> bytes.
+        """Return how many bytes are here of each upload that is being received: (exchange's hash, site) -> bytes.
 
         Args:
-            key: Only of this gathering.
+            key: Only of this exchange.
         """
         found = {tuple(path.name.split(".")[:2]): upload.size for path, upload in list(self._writers.items())}
         return {place: size for place, size in found.items() if key is None or place[0] == _hash_of(key)}
@@ -109,7 +109,7 @@ class PartialUploads:
                 path.unlink()
 
     def _remove_others(self, path: Path) -> None:
-        """Remove what the same site began to send to the same gathering, and has made anew since."""
+        """Remove what the same site began to send to the same exchange, and has made anew since."""
         for other in self._folder.glob(f"{path.name.rsplit('.', 2)[0]}.*.part"):
             if other != path:
                 self._writers.pop(other, None)
@@ -206,5 +206,5 @@ def _write_all(file: FileIO, piece: bytes) -> None:
 
 
 def _hash_of(key: str) -> str:
-    """Return what stands for a gathering in the names of files."""
+    """Return what stands for an exchange in the names of files."""
     return hashlib.sha256(key.encode()).hexdigest()[:24]

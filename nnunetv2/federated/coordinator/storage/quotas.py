@@ -10,23 +10,23 @@ import shutil
 from pathlib import Path
 
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.exchange import FINAL_KINDS, GatheringKey
+from nnunetv2.federated.exchanges.exchange import FINAL_KINDS, ExchangeKey
 from nnunetv2.federated.exchanges.state import RoundBook
 
 MAX_OPEN = 200
-"""Gatherings with names of their own (runs that are not registered for by all, plans) that one site may have open."""
+"""Exchanges with names of their own (runs that are not registered for by all, plans) that one site may have open."""
 MAX_OPEN_BYTES = 1 << 30
 """Bytes that the documents of one site in them may have."""
 RESERVED_BYTES = 256 << 20
 """What uploads leave free on the disk: for aggregates, the database and its journal."""
 
 
-def check_room(key: GatheringKey, site: str, size: int, *, book: RoundBook, folder: Path) -> None:
+def check_room(key: ExchangeKey, site: str, size: int, *, book: RoundBook, folder: Path) -> None:
     """Raise RefusedError if a site has sent enough that is still open, or if the disk has no room for a document."""
     if key.kind not in FINAL_KINDS:
         others = [
             one.contributions[site].size
-            for one in book.open_gatherings()
+            for one in book.open_exchanges()
             if one.key != key and one.key.kind not in FINAL_KINDS and site in one.contributions
         ]
         if len(others) >= MAX_OPEN:

@@ -1,8 +1,8 @@
 """Keep the state of a federation on the coordinator's disk: a SQLite database, and one file per document.
 
-    coordinator.sqlite                               settings, members, gatherings, contributions, results, events
-    gatherings/<key>/<site>.<digest>.safetensors      contributions
-    gatherings/<key>/result.safetensors               results, and result.<subset>.safetensors of single sites
+    coordinator.sqlite                               settings, members, exchanges, contributions, results, events
+    exchanges/<key>/<site>.<digest>.safetensors      contributions
+    exchanges/<key>/result.safetensors               results, and result.<subset>.safetensors of single sites
     incoming/                                        uploads that are not complete
 
 A row is written after the file that it speaks of is on the disk, and nothing is acknowledged before its row is. Files
@@ -29,10 +29,10 @@ from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.exchanges.exchange import (
     Closed,
     Contribution,
-    Gathering,
-    GatheringKey,
+    Exchange,
+    ExchangeKey,
     Refused,
-    fresh_gathering,
+    fresh_exchange,
     parse_key,
 )
 from nnunetv2.federated.exchanges.state import RunControl
@@ -77,7 +77,7 @@ class InvitationRecord:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a site has sent and been sent for one gathering ("" is everything else), and when it was last heard of."""
+    """What a site has sent and been sent for one exchange ("" is everything else), and when it was last heard of."""
 
     received: int = 0
     """Bytes that the coordinator received."""
@@ -198,7 +198,7 @@ class Store:
             add_event(connection, event)
 
     def forget_run(self, run: str, event: Event) -> None:
-        """Forget the gatherings of a run in which no round has been closed; the log of events still tells of them."""
+        """Forget the exchanges of a run in which no round has been closed; the log of events still tells of them."""
         keys = [
             row[0]
             for row in self._database.rows(
@@ -246,40 +246,40 @@ class Store:
         return [json.loads(row[0]) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ documents
-    def contribution_path(self, key: GatheringKey | str, site: str, digest: str) -> Path:
+    def contribution_path(self, key: ExchangeKey | str, site: str, digest: str) -> Path:
         """Return where a contribution is kept."""
         return self._key_folder(key) / contribution_name(site, digest)
 
-    def result_path(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> Path:
+    def result_path(self, key: ExchangeKey | str, subset: str = FULL_RESULT) -> Path:
         """Return where a result is kept; `subset` names a part of its tensors."""
         return self._key_folder(key) / result_name(subset)
 
-    def result_folder(self, key: GatheringKey | str) -> Path:
-        """Return the folder for the results of a gathering; it exists."""
+    def result_folder(self, key: ExchangeKey | str) -> Path:
+        """Return the folder for the results of an exchange; it exists."""
         folder = self._key_folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _key_folder(self, key: GatheringKey | str) -> Path:
+    def _key_folder(self, key: ExchangeKey | str) -> Path:
         # The keys of a run are "runs/<run>/registration" and so on: proper path segments, checked by parse_key.
         return self.folder / "gatherings" / str(key)
 
-    def save_contribution(self, gathering: Gathering, site: str, incoming: Path) -> None:
-        """Take over the upload of a site, as it stands in `gathering.contributions`; durable on return."""
-        contribution = gathering.contributions[site]
-        path = self.contribution_path(gathering.key, site, contribution.digest)
+    def save_contribution(self, exchange: Exchange, site: str, incoming: Path) -> None:
+        """Take over the upload of a site, as it stands in `exchange.contributions`; durable on return."""
+        contribution = exchange.contributions[site]
+        path = self.contribution_path(exchange.key, site, contribution.digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         flush(incoming)
         incoming.replace(path)
         self._flush_folders(path.parent)
         with self._database.transaction() as connection:
             earlier = connection.execute(
-                "SELECT digest FROM contributions WHERE key = ? AND site = ?", (str(gathering.key), site)
+                "SELECT digest FROM contributions WHERE key = ? AND site = ?", (str(exchange.key), site)
             ).fetchone()
-            _write_gathering(connection, gathering)
+            _write_exchange(connection, exchange)
             connection.execute(
                 "INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?, ?)",
-                (str(gathering.key), site, contribution.digest, contribution.size, contribution.received),
+                (str(exchange.key), site, contribution.digest, contribution.size, contribution.received),
             )
             add_event(
                 connection,
@@ -287,31 +287,31 @@ class Store:
                     contribution.received,
                     "contribution",
                     site,
-                    str(gathering.key),
+                    str(exchange.key),
                     {"digest": contribution.digest, "bytes": contribution.size},
                 ),
             )
         if earlier is not None and earlier[0] != contribution.digest:
-            self.contribution_path(gathering.key, site, earlier[0]).unlink(missing_ok=True)
+            self.contribution_path(exchange.key, site, earlier[0]).unlink(missing_ok=True)
 
-    def drop_contribution(self, gathering: Gathering, site: str, event: Event) -> None:
-        """Forget what a site has contributed to an open gathering; the log of events still tells of it."""
+    def drop_contribution(self, exchange: Exchange, site: str, event: Event) -> None:
+        """Forget what a site has contributed to an open exchange; the log of events still tells of it."""
         with self._database.transaction() as connection:
-            connection.execute("DELETE FROM contributions WHERE key = ? AND site = ?", (str(gathering.key), site))
+            connection.execute("DELETE FROM contributions WHERE key = ? AND site = ?", (str(exchange.key), site))
             add_event(connection, event)
-        self.contribution_path(gathering.key, site, gathering.contributions[site].digest).unlink(missing_ok=True)
+        self.contribution_path(exchange.key, site, exchange.contributions[site].digest).unlink(missing_ok=True)
 
-    def save_closing(self, gathering: Gathering, digest: str, *, record: Mapping[str, Any] | None = None) -> None:
-        """Remember that a gathering is closed; its result, with this digest, is in `result_path` already.
+    def save_closing(self, exchange: Exchange, digest: str, *, record: Mapping[str, Any] | None = None) -> None:
+        """Remember that an exchange is closed; its result, with this digest, is in `result_path` already.
 
         Args:
             record: What is to be remembered of a round or of a validation when its documents are gone.
         """
-        assert isinstance(gathering.outcome, Closed)
-        key = gathering.key
+        assert isinstance(exchange.outcome, Closed)
+        key = exchange.key
         self._flush_folders(self.result_path(key).parent)
         with self._database.transaction() as connection:
-            _write_gathering(connection, gathering)
+            _write_exchange(connection, exchange)
             _write_result(connection, key, FULL_RESULT, digest)
             if record is not None:
                 table = {"round": "rounds", "validation": "validations"}[key.kind]
@@ -323,7 +323,7 @@ class Store:
                 add_event(
                     connection,
                     Event(
-                        gathering.outcome.time,
+                        exchange.outcome.time,
                         "outlier",
                         site,
                         str(key),
@@ -333,52 +333,52 @@ class Store:
             add_event(
                 connection,
                 Event(
-                    gathering.outcome.time,
+                    exchange.outcome.time,
                     "closing",
                     None,
                     str(key),
                     {
                         "digest": digest,
                         "contributions": {
-                            site: gathering.contributions[site].digest for site in gathering.outcome.contributors
+                            site: exchange.contributions[site].digest for site in exchange.outcome.contributors
                         },
-                        "missing": list(gathering.outcome.missing),
+                        "missing": list(exchange.outcome.missing),
                     },
                 ),
             )
 
-    def save_refusal(self, gathering: Gathering) -> None:
-        """Remember that a gathering was refused."""
-        assert isinstance(gathering.outcome, Refused)
+    def save_refusal(self, exchange: Exchange) -> None:
+        """Remember that an exchange was refused."""
+        assert isinstance(exchange.outcome, Refused)
         with self._database.transaction() as connection:
-            _write_gathering(connection, gathering)
+            _write_exchange(connection, exchange)
             add_event(
                 connection,
                 Event(
-                    gathering.outcome.time,
+                    exchange.outcome.time,
                     "refusal",
                     None,
-                    str(gathering.key),
+                    str(exchange.key),
                     {
-                        "code": gathering.outcome.code,
-                        "message": excerpt(gathering.outcome.message, audit_log.LOGGED_CHARACTERS),
+                        "code": exchange.outcome.code,
+                        "message": excerpt(exchange.outcome.message, audit_log.LOGGED_CHARACTERS),
                     },
                 ),
             )
 
-    def load_result_digest(self, key: GatheringKey | str, subset: str = FULL_RESULT) -> str | None:
+    def load_result_digest(self, key: ExchangeKey | str, subset: str = FULL_RESULT) -> str | None:
         """Return the digest of a result that is on the disk, or None."""
         rows = self._database.rows("SELECT digest FROM results WHERE key = ? AND subset = ?", str(key), subset)
         return rows[0][0] if rows else None
 
-    def save_subset(self, key: GatheringKey | str, subset: str, digest: str) -> None:
+    def save_subset(self, key: ExchangeKey | str, subset: str, digest: str) -> None:
         """Remember a part of a result, which is in `result_path` already."""
         self._flush_folders(self.result_path(key, subset).parent)
         with self._database.transaction() as connection:
             _write_result(connection, key, subset, digest)
 
-    def delete_contributions(self, key: GatheringKey | str) -> None:
-        """Delete the files of a gathering's contributions; their digests stay known."""
+    def delete_contributions(self, key: ExchangeKey | str) -> None:
+        """Delete the files of an exchange's contributions; their digests stay known."""
         for site, digest in self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", str(key)):
             self.contribution_path(key, site, digest).unlink(missing_ok=True)
 
@@ -393,8 +393,8 @@ class Store:
         )
         return sorted(int(row[0]) for row in rows)
 
-    def delete_results(self, key: GatheringKey | str) -> None:
-        """Delete the results of a gathering: first the rows, so that none speaks of a file that is gone."""
+    def delete_results(self, key: ExchangeKey | str) -> None:
+        """Delete the results of an exchange: first the rows, so that none speaks of a file that is gone."""
         subsets = [row[0] for row in self._database.rows("SELECT subset FROM results WHERE key = ?", str(key))]
         if not subsets:
             return
@@ -403,12 +403,12 @@ class Store:
         for subset in subsets:
             self.result_path(key, subset).unlink(missing_ok=True)
 
-    def load_gatherings(self, settings: FederationSettings) -> list[Gathering]:
-        """Return every gathering that has begun, as it was last written."""
+    def load_exchanges(self, settings: FederationSettings) -> list[Exchange]:
+        """Return every exchange that has begun, as it was last written."""
         rows = self._database.rows("SELECT key, opened, required, outcome FROM gatherings")
         return [
             replace(
-                fresh_gathering(parse_key(key), settings, required=json.loads(required)),
+                fresh_exchange(parse_key(key), settings, required=json.loads(required)),
                 opened=opened,
                 contributions=self._load_contributions(key),
                 outcome=_decode_outcome(outcome),
@@ -442,7 +442,7 @@ class Store:
                     folder.rmdir()
 
     def _known_files(self, key: str) -> set[str]:
-        """Name the files that there may be in the folder of a gathering."""
+        """Name the files that there may be in the folder of an exchange."""
         contributions = self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", key)
         results = self._database.rows("SELECT subset FROM results WHERE key = ?", key)
         return {contribution_name(*row) for row in contributions} | {result_name(row[0]) for row in results}
@@ -524,12 +524,12 @@ class Store:
             )
         }
 
-    def load_recent_traffic(self, gatherings: int) -> dict[str, dict[str, Traffic]]:
-        """Return the counters of the gatherings that were busy last, the latest last: key -> site -> counters."""
+    def load_recent_traffic(self, exchanges: int) -> dict[str, dict[str, Traffic]]:
+        """Return the counters of the exchanges that were busy last, the latest last: key -> site -> counters."""
         keys = [
             row[0]
             for row in self._database.rows(
-                "SELECT key FROM traffic WHERE key != '' GROUP BY key ORDER BY max(last_seen) DESC LIMIT ?", gatherings
+                "SELECT key FROM traffic WHERE key != '' GROUP BY key ORDER BY max(last_seen) DESC LIMIT ?", exchanges
             )
         ]
         return {
@@ -543,28 +543,23 @@ class Store:
 
 # --------------------------------------------------------------------------------------------------------- helpers
 def contribution_name(site: str, digest: str) -> str:
-    """Return the name of the file of a contribution, in the folder of its gathering."""
+    """Return the name of the file of a contribution, in the folder of its exchange."""
     return f"{site}.{digest[:24]}.safetensors"
 
 
 def result_name(subset: str = FULL_RESULT) -> str:
-    """Return the name of the file of a result, in the folder of its gathering."""
+    """Return the name of the file of a result, in the folder of its exchange."""
     return f"result.{subset[:24]}.safetensors" if subset else "result.safetensors"
 
 
-def _write_gathering(connection: Connection, gathering: Gathering) -> None:
+def _write_exchange(connection: Connection, exchange: Exchange) -> None:
     connection.execute(
         "INSERT OR REPLACE INTO gatherings VALUES (?, ?, ?, ?)",
-        (
-            str(gathering.key),
-            gathering.opened,
-            json.dumps(sorted(gathering.required)),
-            _encode_outcome(gathering.outcome),
-        ),
+        (str(exchange.key), exchange.opened, json.dumps(sorted(exchange.required)), _encode_outcome(exchange.outcome)),
     )
 
 
-def _write_result(connection: Connection, key: GatheringKey | str, subset: str, digest: str) -> None:
+def _write_result(connection: Connection, key: ExchangeKey | str, subset: str, digest: str) -> None:
     connection.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", (str(key), subset, digest))
 
 

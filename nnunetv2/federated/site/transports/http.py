@@ -64,7 +64,7 @@ FAILURE_TIMEOUT_S = 3.0
 TRYING_AGAIN = "; trying again"
 LONGEST_PAUSE_S = 60.0
 LARGEST_STATUS = 32 << 20
-"""Bytes: it lists sites for every run and open gathering."""
+"""Bytes: it lists sites for every run and open exchange."""
 OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
 
@@ -155,7 +155,7 @@ class FederationClient:
         *,
         specs: Mapping[str, TensorSpec] | None = None,
     ) -> Document:
-        """Contribute to a gathering, wait until it is closed, and return its result.
+        """Contribute to an exchange, wait until it is closed, and return its result.
 
         Args:
             tensors: Name -> array of a dtype that travels.
@@ -169,7 +169,7 @@ class FederationClient:
             RefusedError: The contribution is not accepted, or the contributions do not go together.
             NotJoinedError: The coordinator does not know this site.
             CoordinatorUnreachable: It did not answer for `give_up_after_s`.
-            WireError: What it sends is not the result of such a gathering, or larger than it can be.
+            WireError: What it sends is not the result of such an exchange, or larger than it can be.
         """
         receipt = self.contribute(key, message, tensors, specs=specs)
         document = self.result(results.check_receipt(key, receipt.key))
@@ -186,7 +186,7 @@ class FederationClient:
         specs: Mapping[str, TensorSpec] | None = None,
         patience_s: float | None = None,
     ) -> api.Receipt:
-        """Send this site's part of a gathering. Doing so again changes nothing.
+        """Send this site's part of an exchange. Doing so again changes nothing.
 
         This is the one place where documents leave the site; what its allow-list does not name stays.
 
@@ -225,7 +225,7 @@ class FederationClient:
         return receipt
 
     def result(self, key: str) -> Document:
-        """Wait until a gathering is closed and return its result; see `exchange`."""
+        """Wait until an exchange is closed and return its result; see `exchange`."""
         self._forget_document()
         largest = results.largest_result(key, self._weights_bytes.get(parse_key(key).run, 0))
         download = PartialDownload(self._new_path(), largest=largest)
@@ -280,9 +280,9 @@ class FederationClient:
         download = PartialDownload(path, largest=largest)
         self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
 
-    def act(self, run: str, action: str, gathering: str | None = None) -> api.RunState:
+    def act(self, run: str, action: str, exchange: str | None = None) -> api.RunState:
         """Steer a run, as an operator, or leave it or return to it, as a site."""
-        body = api.RunAction(action=action, gathering=gathering)
+        body = api.RunAction(action=action, gathering=exchange)
         return self._persist(lambda: self._ask("POST", f"runs/{quote(run)}/actions", api.RunState, json_body=body))
 
     def status(self) -> api.Status:
@@ -448,7 +448,7 @@ class FederationClient:
 
 # -------------------------------------------------------------------------------------------------------- functions
 def is_late(site: str, key: str, message: messages.Message) -> bool:
-    """Tell whether a result shows that what a site had sent to a gathering came too late to count."""
+    """Tell whether a result shows that what a site had sent to an exchange came too late to count."""
     from nnunetv2.federated.protocol.messages import Aggregate
 
     if not isinstance(message, Aggregate) or message.round is None:

@@ -26,7 +26,7 @@ BOSS = Member("boss", "operator")
 
 
 class Federation:
-    """A coordinator whose clock is set by hand, and which closes gatherings on request."""
+    """A coordinator whose clock is set by hand, and which closes exchanges on request."""
 
     def __init__(self, folder, **settings) -> None:
         self.now = 1000.0
@@ -46,8 +46,8 @@ class Federation:
         self.coordinator.contribute(key, site, path, digest, path.stat().st_size)
         closer = self.coordinator.closer
         while ready := closer._ready():
-            for gathering in ready:
-                closer._close(gathering.key)
+            for exchange in ready:
+                closer._close(exchange.key)
 
     def start(self, *sites: str) -> None:
         for number, site in enumerate(sites):

@@ -20,7 +20,7 @@ from nnunetv2.federated.coordinator.http.rate_limits import (
 )
 from nnunetv2.federated.coordinator.storage import quotas
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.exchange import Contribution, fresh_gathering, parse_key, with_contribution
+from nnunetv2.federated.exchanges.exchange import Contribution, fresh_exchange, parse_key, with_contribution
 from nnunetv2.federated.exchanges.state import RoundBook
 from nnunetv2.federated.protocol.api import FederationSettings
 
@@ -270,8 +270,8 @@ def test_a_site_has_only_so_much_open(tmp_path, monkeypatch):
     settings = FederationSettings(federation="test", sites=("A", "B"))
     book = RoundBook(settings)
     for number in range(3):
-        gathering = fresh_gathering(parse_key(f"plans/p{number}"), settings)
-        book.put(with_contribution(gathering, "A", Contribution("0" * 64, 10, 0.0)))
+        exchange = fresh_exchange(parse_key(f"plans/p{number}"), settings)
+        book.put(with_contribution(exchange, "A", Contribution("0" * 64, 10, 0.0)))
 
     def check(key: str, site: str = "A", size: int = 10) -> None:
         quotas.check_room(parse_key(key), site, size, book=book, folder=tmp_path)

@@ -14,7 +14,7 @@ from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.exchange import (
     Contribution,
     closed,
-    fresh_gathering,
+    fresh_exchange,
     parse_key,
     refused,
     with_contribution,
@@ -31,12 +31,12 @@ def store(tmp_path):
         yield store
 
 
-def contribute(store: Store, gathering, site: str, content: bytes, now=2.0):
+def contribute(store: Store, exchange, site: str, content: bytes, now=2.0):
     incoming = incoming_path(store)
     incoming.write_bytes(content)
-    gathering = with_contribution(gathering, site, Contribution(content.hex().ljust(64, "0"), len(content), now))
-    store.save_contribution(gathering, site, incoming)
-    return gathering
+    exchange = with_contribution(exchange, site, Contribution(content.hex().ljust(64, "0"), len(content), now))
+    store.save_contribution(exchange, site, incoming)
+    return exchange
 
 
 def files(store: Store) -> list[str]:
@@ -49,11 +49,11 @@ def reopened(store: Store) -> Store:
 
 
 def test_everything_comes_back_after_a_restart(store):
-    state = contribute(store, fresh_gathering(KEY, make_settings(deadline_s=5.0, quorum=1), required=["A"]), "A", b"a")
-    other = fresh_gathering(parse_key("fingerprint/census"), make_settings(deadline_s=5.0, quorum=1))
+    state = contribute(store, fresh_exchange(KEY, make_settings(deadline_s=5.0, quorum=1), required=["A"]), "A", b"a")
+    other = fresh_exchange(parse_key("fingerprint/census"), make_settings(deadline_s=5.0, quorum=1))
     other = refused(contribute(store, other, "B", b"b"), RefusedError("no", "do", code="datasets_differ"), now=3.0)
     store.save_refusal(other)
-    done = fresh_gathering(parse_key("runs/r/initial"), make_settings(deadline_s=5.0, quorum=1))
+    done = fresh_exchange(parse_key("runs/r/initial"), make_settings(deadline_s=5.0, quorum=1))
     done = closed(contribute(store, done, "A", b"c"), now=4.0)
     store.save_closing(done, "d" * 64)
     store.add_traffic({("A", ""): Traffic(1, 2, 3.0)})
@@ -67,7 +67,7 @@ def test_everything_comes_back_after_a_restart(store):
     with reopened(store) as again:
         settings = again.load_settings()
         assert settings == make_settings(deadline_s=5.0, quorum=1)
-        assert {str(g.key): g for g in again.load_gatherings(settings)} == {str(g.key): g for g in (state, other, done)}
+        assert {str(g.key): g for g in again.load_exchanges(settings)} == {str(g.key): g for g in (state, other, done)}
         assert again.load_result_digest("runs/r/initial") == "d" * 64
         assert again.load_traffic_totals() == {"A": Traffic(1, 2, 3.0)}
         assert again.load_members()["A"] == joined
@@ -77,14 +77,14 @@ def test_everything_comes_back_after_a_restart(store):
 
 
 def test_a_replaced_contribution_leaves_no_file(store):
-    state = contribute(store, fresh_gathering(KEY, make_settings()), "A", b"first")
+    state = contribute(store, fresh_exchange(KEY, make_settings()), "A", b"first")
     state = contribute(store, state, "A", b"second")
     assert len(files(store)) == 1
     assert store.contribution_path(KEY, "A", state.contributions["A"].digest).read_bytes() == b"second"
 
 
 def test_leftovers_of_a_crash_are_removed_at_the_next_start(store):
-    state = contribute(store, fresh_gathering(KEY, make_settings()), "A", b"kept")
+    state = contribute(store, fresh_exchange(KEY, make_settings()), "A", b"kept")
     store.contribution_path(KEY, "B", "f" * 64).write_bytes(b"renamed, but its row was never written")
     store.result_path(KEY).write_bytes(b"computed, but never recorded")
     with reopened(store) as again:
@@ -92,7 +92,7 @@ def test_leftovers_of_a_crash_are_removed_at_the_next_start(store):
 
 
 def test_results_and_contributions_can_be_deleted(store):
-    state = closed(contribute(store, fresh_gathering(KEY, make_settings()), "A", b"a"), now=4.0)
+    state = closed(contribute(store, fresh_exchange(KEY, make_settings()), "A", b"a"), now=4.0)
     store.result_path(KEY).write_bytes(b"result")
     store.save_closing(state, "d" * 64)
     store.result_path(KEY, "part").write_bytes(b"part")
@@ -101,12 +101,12 @@ def test_results_and_contributions_can_be_deleted(store):
     store.delete_results(KEY)
     assert files(store) == []
     assert store.load_result_digest(KEY) is None
-    assert store.load_gatherings(make_settings())[0].contributions == state.contributions  # digests stay known
+    assert store.load_exchanges(make_settings())[0].contributions == state.contributions  # digests stay known
 
 
 def test_the_log_of_events_only_grows(store):
     store.add_event(Event(7.0, "failure", "A", "runs/r/rounds/0", {"reason": "out of memory"}))
-    contribute(store, fresh_gathering(KEY, make_settings()), "A", b"a")
+    contribute(store, fresh_exchange(KEY, make_settings()), "A", b"a")
     assert [event.kind for event in store.load_events()] == ["creation", "failure", "contribution"]
     assert store.load_events("failure")[0].detail == {"reason": "out of memory"}
     for statement in ("DELETE FROM events", "UPDATE events SET kind = 'nothing'"):
@@ -171,8 +171,8 @@ def test_acknowledged_means_full_durability(store):
 
 
 def test_a_failing_transaction_leaves_the_old_state(store):
-    state = contribute(store, fresh_gathering(KEY, make_settings()), "A", b"a")
+    state = contribute(store, fresh_exchange(KEY, make_settings()), "A", b"a")
     broken = replace(state, opened=None)  # violates NOT NULL
     with pytest.raises(sqlite3.IntegrityError):
         contribute(store, broken, "A", b"b")
-    assert store.load_gatherings(make_settings())[0].contributions == state.contributions
+    assert store.load_exchanges(make_settings())[0].contributions == state.contributions
