@@ -138,12 +138,16 @@ def test_limits_on_the_page_are_those_of_the_code():
     from nnunetv2.federated.coordinator.dashboard import login_sessions, pages
     from nnunetv2.federated.coordinator.http import connections, rate_limits, request_bodies
     from nnunetv2.federated.coordinator.storage import quotas
-    from nnunetv2.federated.exchanges.document_limits import METRICS_BYTES, OF_MESSAGE
+    from nnunetv2.federated.exchanges.document_limits import METRICS_BYTES
+    from nnunetv2.federated.exchanges.steps import STEPS
     from nnunetv2.federated.protocol.messages import MAX_METRIC_NUMBERS, MAX_METRICS
 
     granted = rate_limits.Limits()
     assert (app.LONGEST_WAIT_S, pages.LONGEST_WAIT_S) == (55, 25)
-    assert {kind: rate_limits.header_bytes >> 20 for kind, rate_limits in OF_MESSAGE.items()} == {
+    follow_from_facts = {"coarse", "initial", "round"}
+    assert {
+        step.key.kind: step.header.header_bytes >> 20 for step in STEPS if step.key.kind not in follow_from_facts
+    } == {
         "plans": 2,
         "late_plans": 2,
         "registration": 4,

@@ -15,6 +15,7 @@ from pydantic import Field
 from nnunetv2.federated.aggregation.pooled_validation import mean_of_known
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.protocol.keys import RegistrationKey
 from nnunetv2.federated.protocol.messages import (
     MAX_LABELS,
     MAX_SITES,
@@ -25,7 +26,6 @@ from nnunetv2.federated.protocol.messages import (
     SiteName,
     SiteNames,
     Text,
-    registration_key,
 )
 
 ROUNDS_AT_ONCE = 200
@@ -190,7 +190,7 @@ def _classes(coordinator: Coordinator, run: str, record: Mapping[str, Any]) -> C
 
 def _names_of_classes(coordinator: Coordinator, run: str) -> list[str]:
     """Return what the classes or regions of a run are called, in the order in which Dice is counted."""
-    key = registration_key(run)
+    key = RegistrationKey(run)
     registered = coordinator.book.get(key)
     if registered is None or not registered.is_closed:
         return []

@@ -11,15 +11,9 @@ from nnunetv2.federated.coordinator.members import Members, create_federation
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.coordinator.storage.store import Store, Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.exchanges.exchange import (
-    Contribution,
-    closed,
-    fresh_exchange,
-    parse_key,
-    refused,
-    with_contribution,
-)
-from nnunetv2.federated.exchanges.state import RunControl
+from nnunetv2.federated.exchanges.exchange import Contribution, closed, refused, with_contribution
+from nnunetv2.federated.exchanges.registry import RunControl
+from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 
 KEY = parse_key("runs/r/rounds/0")
 
