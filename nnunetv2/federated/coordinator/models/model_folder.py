@@ -165,7 +165,7 @@ def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentR
     """
     plans = next(iter(registrations.values())).plans
     key = PlansKey(plans["plans_name"])
-    compared = archive.messages(key).values() if archive.is_closed(key) else ()
+    compared = archive.messages_of(key).values() if archive.is_closed(key) else ()
     agreed = comparable_plans(plans)
     made_together = next((one.plans for one in compared if comparable_plans(one.plans) == agreed), plans)
     held = {
