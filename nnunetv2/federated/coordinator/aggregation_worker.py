@@ -225,13 +225,13 @@ class Closer:
 
     def _tidy_up(self, run: str, *, after_crash: bool) -> None:
         coordinator, store = self._coordinator, self._coordinator.store
-        exchange = coordinator.book.latest_round(run)
-        if exchange is None:
+        latest = coordinator.book.latest_number(run)
+        if latest is None:
             return
         if coordinator.book.run_state(run).closed:
             model_store.keep(coordinator, run)
         store.delete_contributions(InitialKey(run))
-        latest, best = exchange.key.number, coordinator.archive.best_round(run)
+        best = coordinator.archive.best_round(run)
         recent = range(max(0, latest - RECENT_ROUNDS), latest)
         for number in recent if not after_crash else store.rounds_with_files(run):
             if number < latest:

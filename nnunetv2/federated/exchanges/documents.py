@@ -60,7 +60,7 @@ class DocumentReader:
         self,
         contribution_path: Callable[[str, str, str], Path],
         result_path: Callable[[str], Path],
-        find: Callable[[str], Exchange | None],
+        find: Callable[[Key], Exchange | None],
         admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
         last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None,
     ) -> None:

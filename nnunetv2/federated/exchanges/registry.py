@@ -206,6 +206,10 @@ class ExchangeRegistry:
         """Return the last round of a run that is closed, or None."""
         return self.get(RoundKey(run, self._latest[run])) if run in self._latest else None
 
+    def latest_number(self, run: str) -> int | None:
+        """Return the number of the last round of a run that is closed, or None."""
+        return self._latest.get(run)
+
     def closed_at(self, run: str, rounds: int) -> list[float]:
         """Return when the last rounds of a run were closed, at most so many, in order."""
         last = self._latest.get(run, -1)
@@ -215,8 +219,7 @@ class ExchangeRegistry:
     def run_state(self, run: str) -> RunState:
         """Say how far a run is. Of one that nobody has registered for, all fields are empty."""
         registration = self.get(RegistrationKey(run))
-        latest = self.latest_round(run)
-        next_round = 0 if latest is None else self._latest[run] + 1
+        next_round = self._latest.get(run, -1) + 1
         control = self.control(run)
         complete = self.num_rounds is not None and next_round >= self.num_rounds
         is_over = complete or control.state == "stopped"

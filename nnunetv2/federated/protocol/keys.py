@@ -24,6 +24,7 @@ from nnunetv2.federated.protocol.messages import (
     PlansAgreement,
     PlansReport,
     PooledCensus,
+    PooledFingerprint,
     PooledValidation,
     Registration,
     Update,
@@ -120,7 +121,7 @@ class CoarseKey(ExchangeKey[CoarseSummary, WantedBins]):
         return cls._named(cls.pattern)
 
 
-class FineKey(ExchangeKey[FineSummary, "PooledFingerprint | WantedBins"]):
+class FineKey(ExchangeKey[FineSummary, PooledFingerprint | WantedBins]):
     """The sites look into bins: the first ones, or the others that these have led to."""
 
     kind, pattern = "fine", "fingerprint/fine[/{again}]"

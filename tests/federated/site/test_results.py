@@ -91,7 +91,7 @@ def test_an_aggregate_is_of_a_round_that_can_be(key, number):
 
 def test_every_kind_of_gathering_has_a_result_of_its_own():
     assert all(step.results for step in STEPS)
-    assert {type(key) for key in ALL_KEYS} | {RegistrationKey, AdmissionKey} == {step.key for step in STEPS}
+    assert {type(key) for key in ALL_KEYS} | {RegistrationKey, AdmissionKey} <= {step.key for step in STEPS}
 
 
 def test_a_late_update_counts_in_another_round_of_its_run_and_nowhere_else():

@@ -107,14 +107,13 @@ def draw(coordinator: Coordinator, run: str, *, since: int = 0, since_validation
     rounds = store.load_rounds(run, since, ROUNDS_AT_ONCE + 1, characters=CHARACTERS_AT_ONCE)
     validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
     later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
-    latest, last_validation = coordinator.book.latest_round(run), store.load_last_validation(run)
+    latest, last_validation = coordinator.book.latest_number(run), store.load_last_validation(run)
     return Curves(
         run=run,
         rounds=tuple(_round(record, later) for record in rounds),
         validations=tuple(map(_validation, validations)),
         classes=_classes(coordinator, run, last_validation) if validations else None,
-        more=_is_before(rounds, latest and latest.key.number)
-        or _is_before(validations, last_validation and last_validation["round"]),
+        more=_is_before(rounds, latest) or _is_before(validations, last_validation and last_validation["round"]),
     )
 
 

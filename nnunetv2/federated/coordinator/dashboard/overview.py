@@ -264,8 +264,8 @@ class Lookout:
         for key in (RegistrationKey(run), InitialKey(run)):
             if not book.is_closed(key):
                 return book.begin(key)
-        latest = book.latest_round(run)
-        return book.begin(RoundKey(run, 0 if latest is None else latest.key.number + 1))
+        latest = book.latest_number(run)
+        return book.begin(RoundKey(run, 0 if latest is None else latest + 1))
 
     def _meeting(self, exchange: Exchange) -> Meeting:
         return Meeting(

@@ -113,7 +113,7 @@ def find(coordinator: Coordinator, run: str) -> Path:
 
 def _made_of(coordinator: Coordinator, run: str) -> dict[str, int | None]:
     """Return the rounds whose aggregates are the model's checkpoints."""
-    return {"final": coordinator.book.latest_round(run).key.number, "best": coordinator.archive.best_round(run)}
+    return {"final": coordinator.book.latest_number(run), "best": coordinator.archive.best_round(run)}
 
 
 def _outcome(coordinator: Coordinator, run: str, rounds: Mapping[str, int | None]) -> str | None:

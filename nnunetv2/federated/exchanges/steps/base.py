@@ -58,8 +58,8 @@ class State(Protocol):
         """Say how far a run is."""
         ...
 
-    def latest_round(self, run: str) -> Exchange | None:
-        """Return the last round of a run that is closed, or None."""
+    def latest_number(self, run: str) -> int | None:
+        """Return the number of the last round of a run that is closed, or None."""
         ...
 
 

@@ -70,9 +70,8 @@ class TrainingRoundStep(WeightStep[RoundKey]):
 
     def newest(self, key: RoundKey, state: State) -> RoundKey:
         """Return the last round that is closed."""
-        latest = state.latest_round(key.run)
-        assert latest is not None and isinstance(latest.key, RoundKey)
-        return latest.key
+        latest = state.latest_number(key.run)
+        return key if latest is None else RoundKey(key.run, latest)
 
     def weights(self, key: RoundKey, site: str, reader: DocumentReader) -> Mapping[str, TensorSpec]:
         """Return the tensors that a site shares, as they travel."""
