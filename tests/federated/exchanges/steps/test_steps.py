@@ -1,4 +1,4 @@
-"""What follows from contributions: agreement, refusals, pooled fingerprints, matches and kept models."""
+"""A federation that pools fingerprints, compares plans, trains and keeps a model."""
 
 import json
 import zipfile
@@ -22,118 +22,8 @@ from fake_federation import (
 from nnunetv2.federated.aggregation import fingerprint_statistics
 from nnunetv2.federated.coordinator.models.model_folder import common_mirroring_axes, describe_dataset
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.consistency import first_difference
-from nnunetv2.federated.exchanges.steps.census import check_same_dataset, pool_census
-from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
-from nnunetv2.federated.exchanges.steps.registration import match_registrations
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, FineKey, PlansKey, RegistrationKey, RoundKey
-
-
-# --------------------------------------------------------------------------------------------------------- differences
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"A": 1, "B": 1}, None),
-        ({"A": {"x": 1, "y": 2}, "B": {"y": 2, "x": 1}}, None),
-        ({"A": 1, "B": 2}, "plans is 1 at A and 2 at B"),
-        ({"A": 1, "B": 2, "C": 1, "D": 3}, "plans is 1 at A, C, 2 at B and 3 at D"),
-        ({"A": {"x": {"y": 1}}, "B": {"x": {"y": None}}}, "plans.x.y is 1 at A and null at B"),
-        ({"A": {}, "B": {"x": "t"}}, 'plans.x is absent at A and "t" at B'),
-        ({"A": {"x": [1, [2, 3]]}, "B": {"x": [1, [2, 4]]}}, "plans.x[1][1] is 3 at A and 4 at B"),
-        ({"A": [1], "B": [1, 2]}, "plans is [1] at A and [1,2] at B"),
-        ({"A": {"x": 1}, "B": [1]}, 'plans is {"x":1} at A and [1] at B'),
-        ({"A": True, "B": 1}, "plans is true at A and 1 at B"),
-    ],
-)
-def test_the_first_difference_is_named(values, expected):
-    assert first_difference(values, "plans") == expected
-
-
-def test_long_values_are_shortened():
-    assert len(first_difference({"A": "x" * 5000, "B": "y" * 5000}, "plans")) < 500
-
-
-# ------------------------------------------------------------------------------------------------------------ datasets
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"labels": {"background": 0, "liver": 2}}, "labels.liver is 1 at A and 2 at B"),
-        ({"labels": {"background": 0, "liver": 1, "tumour": 2}}, "labels.tumour is absent at A and 2 at B"),
-        ({"channel_names": {"0": "MR"}}, 'channel_names.0 is "CT" at A and "MR" at B'),
-        ({"channel_names": {"0": "CT", "1": "PET"}}, 'channel_names.1 is absent at A and "PET" at B'),
-        ({"regions_class_order": (1,)}, r"regions_class_order is null at A and \[1\] at B"),
-    ],
-)
-def test_datasets_that_differ_are_refused(change, complaint):
-    other = messages.Census(**{**make_census().model_dump(), **change})
-    with pytest.raises(RefusedError, match=complaint) as info:
-        pool_census({"A": make_census(), "B": other})
-    assert info.value.code == "datasets_differ" and "dataset.json" in info.value.remedy
-
-
-def test_cases_are_added_up():
-    assert pool_census({"A": make_census(3), "B": make_census(4)}).num_cases == 7
-
-
-def test_the_order_of_labels_matters_for_regions_only():
-    labels = {"background": 0, "whole": (1, 2), "core": (2,)}
-    turned = {"background": 0, "core": (2,), "whole": (1, 2)}
-    plain = {"A": make_census(labels=LABELS), "B": make_census(labels=dict(reversed(LABELS.items())))}
-    check_same_dataset(plain)
-    regions = {
-        site: messages.Census(num_cases=1, channel_names={"0": "CT"}, labels=order, regions_class_order=(1, 2))
-        for site, order in (("A", labels), ("B", turned))
-    }
-    with pytest.raises(RefusedError, match="order of labels"):
-        check_same_dataset(regions)
-
-
-# --------------------------------------------------------------------------------------------------------------- plans
-def test_equal_plans_agree_whatever_the_dataset_is_called():
-    plans = {
-        "A": make_plans(image_reader_writer="SimpleITKIO"),
-        "B": make_plans(dataset_name="Dataset002_Other", image_reader_writer="NibabelIO"),
-    }
-    assert agree_on_plans(plans) == agree_on_plans({"C": make_plans()})
-
-
-def test_plans_that_differ_are_refused_with_the_field():
-    other = make_plans()
-    other["configurations"] = {"3d_fullres": {"patch_size": [16, 16, 32]}}
-    with pytest.raises(RefusedError) as info:
-        agree_on_plans({"A": make_plans(), "B": other, "C": make_plans()})
-    assert info.value.message == (
-        "the plans differ: plans.configurations.3d_fullres.patch_size[2] is not the same at A, C and at B"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ matches
-def test_a_match_says_what_is_shared_and_not_how_many_cases_a_site_has():
-    contributed = {"A": make_registration(1), "B": make_registration(3)}
-    match = match_registrations(contributed, make_settings())
-    assert match.weights == {"A": 1.0, "B": 1.0} and match.weighting == "cases"
-    assert set(match.shared) == set(SHAPES)
-    assert set(match.initial_owner.values()) == {"B"}
-    assert match.coverage == {"A": (24, 24), "B": (24, 24)}
-    assert match.num_epochs == 3
-    assert match_registrations(contributed, make_settings(weighting="uniform")).weighting == "uniform"
-
-
-def test_networks_that_share_nothing_are_refused():
-    other = make_registration(shapes={"something.weight": (3,)}, aliases={})
-    with pytest.raises(RefusedError, match="site A shares only 0 of .*24 parameters") as info:
-        match_registrations({"A": make_registration(), "B": other}, make_settings())
-    assert info.value.code == "nothing_shared"
-
-
-def test_plans_are_compared_where_a_trainer_wants_them_equal():
-    different = make_plans(transpose_forward=[0, 1, 2])
-    match_registrations({"A": make_registration(), "B": make_registration(plans=different)}, make_settings())
-    with pytest.raises(RefusedError, match="transpose_forward is not the same at A and at B"):
-        match_registrations(
-            {"A": make_registration(), "B": make_registration(plans=different, equal=True)}, make_settings()
-        )
 
 
 @pytest.mark.parametrize(
