@@ -98,9 +98,14 @@ def _package_folder() -> str:
     return importlib.import_module("nnunetv2").__path__[0]
 
 
-def _require_trainer(trainer_class: object, trainer_name: str) -> None:
+def standard_trainer_class() -> type:
+    """Return nnUNetTrainer."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    if not (isinstance(trainer_class, type) and issubclass(trainer_class, nnUNetTrainer)):
+    return nnUNetTrainer
+
+
+def _require_trainer(trainer_class: object, trainer_name: str) -> None:
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, standard_trainer_class())):
         # No assert statement, which `python -O` leaves out: the name may come from a checkpoint.
         raise AssertionError(f"{trainer_name} was found ({trainer_class!r}), but it is no subclass of nnUNetTrainer")
