@@ -31,7 +31,7 @@ from nnunetv2.models import model_folder
 from nnunetv2.models.networks import speed_up_on_cpu_
 from nnunetv2.utilities.atomic_write import remove_leftovers, save_json_atomically
 from nnunetv2.utilities.device import autocast_context
-from nnunetv2.utilities.find_objects import standard_trainer_class
+from nnunetv2.utilities.plug_in_kinds import TRAINER
 
 if TYPE_CHECKING:
     from nnunetv2.inference.preprocessing_jobs import Item
@@ -122,7 +122,7 @@ class nnUNetPredictor:
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(model_training_output_dir, checkpoint_name)
         model = model_folder.load_model_folder(
-            model_training_output_dir, use_folds, checkpoint_name, find_trainer, standard_trainer_class
+            model_training_output_dir, use_folds, checkpoint_name, find_trainer, TRAINER.base_class
         )
         self.manual_initialization(
             model.network,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.plans.label_manager import get_labelmanager_class_from_plans
 from nnunetv2.plans.old_plans import add_architecture, is_old_configuration
-from nnunetv2.plans.plug_ins import PLANNER, PREPROCESSOR, find_plug_in, recursive_find_resampling_fn_by_name
+from nnunetv2.plans.plug_ins import find_plug_in, recursive_find_resampling_fn_by_name
 from nnunetv2.utilities.json_files import PLANS, read_json
+from nnunetv2.utilities.plug_in_kinds import PLANNER, PREPROCESSOR
 from nnunetv2.utilities.trusted_names import check_folder_name
 
 if TYPE_CHECKING:

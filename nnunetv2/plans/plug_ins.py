@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from nnunetv2.utilities.plug_in_kinds import PlugIn
 from nnunetv2.utilities.trusted_names import check_name, find_class, find_function
 
 _PACKAGE = Path(__file__).parents[1]
@@ -41,28 +40,6 @@ class Planner(Protocol):
     def plan_experiment(self) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
-class PlugIn:
-    """A kind of class that plans name."""
-
-    key: str
-    """Where plans name it."""
-    package: str
-    """Below nnunetv2; searched with all packages in it."""
-    base_module: str
-    base_name: str
-    """The class that it derives from. By name, since these packages build on this one."""
-
-
-PREPROCESSOR = PlugIn("preprocessor_name", "preprocessing", "preprocessors.default_preprocessor", "DefaultPreprocessor")
-PLANNER = PlugIn(
-    "experiment_planner_used",
-    "experiment_planning",
-    "experiment_planners.default_experiment_planner",
-    "ExperimentPlanner",
-)
-
-
 def find_plug_in(kind: PlugIn, class_name: str) -> Any:
     """Return the class of that name.
 
@@ -71,8 +48,9 @@ def find_plug_in(kind: PlugIn, class_name: str) -> Any:
         UntrustedNameError: The name means something else.
     """
     package, folder = f"nnunetv2.{kind.package}", str(_PACKAGE / kind.package)
-    base = getattr(import_module(f"{package}.{kind.base_module}"), kind.base_name)
-    found = find_class(class_name, field=f"{kind.key} in the plans", folder=folder, package=package, base=base)
+    found = find_class(
+        class_name, field=f"{kind.key} in the plans", folder=folder, package=package, base=kind.base_class()
+    )
     if found is None:
         raise RuntimeError(
             f"the plans ask for {kind.key} {class_name!r}, which no module in {folder} defines. Check the "

@@ -11,6 +11,7 @@ import sys
 from nnunetv2.paths import nnUNet_extTrainer
 from nnunetv2.utilities.external_folders import external_folders, keep_importable
 from nnunetv2.utilities.find_class_by_name import is_module_below, modules_below, recursive_find_python_class
+from nnunetv2.utilities.plug_in_kinds import TRAINER
 from nnunetv2.utilities.trusted_names import check_name
 
 logger = logging.getLogger(__name__)
@@ -98,14 +99,7 @@ def _package_folder() -> str:
     return importlib.import_module("nnunetv2").__path__[0]
 
 
-def standard_trainer_class() -> type:
-    """Return nnUNetTrainer."""
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-    return nnUNetTrainer
-
-
 def _require_trainer(trainer_class: object, trainer_name: str) -> None:
-    if not (isinstance(trainer_class, type) and issubclass(trainer_class, standard_trainer_class())):
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, TRAINER.base_class())):
         # No assert statement, which `python -O` leaves out: the name may come from a checkpoint.
         raise AssertionError(f"{trainer_name} was found ({trainer_class!r}), but it is no subclass of nnUNetTrainer")
