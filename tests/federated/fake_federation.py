@@ -29,8 +29,10 @@ from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.invitation import Invitation, decode_invitation
 from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key
-from nnunetv2.federated.site.credential import Invitation, SiteCredential, decode_invitation, join, load_credential
+from nnunetv2.federated.site.credential import SiteCredential, load_credential
+from nnunetv2.federated.site.enrolment import join
 from nnunetv2.federated.site.transports.http import FederationClient
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.admin import OPERATOR_FILE
+from nnunetv2.federated.commands.api_client import OPERATOR_FILE
 from nnunetv2.federated.coordinator.http.listen_address import (
     DEFAULT_HOST,
     DEFAULT_PORT,
@@ -25,7 +25,8 @@ from nnunetv2.federated.coordinator.http.listen_address import (
     tls_options,
 )
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.site.credential import SiteCredential, check_site_name, new_token, save_credential
+from nnunetv2.federated.protocol.invitation import check_site_name
+from nnunetv2.federated.site.credential import SiteCredential, new_token, save_credential
 from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:

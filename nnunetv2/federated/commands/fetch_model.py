@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.admin import add_folder_option, operator_credential
+from nnunetv2.federated.commands.api_client import add_folder_option, operator_credential
 from nnunetv2.federated.errors import FederationError, WireError
 from nnunetv2.utilities.plain_text import shell_command, show
 

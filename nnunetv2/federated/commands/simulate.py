@@ -270,7 +270,7 @@ def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence
 
 def find_invitations(lines: Sequence[str], sites: Sequence[LocalSite]) -> dict[str, str]:
     """Find the invitations in what the coordinator printed: site name -> invitation."""
-    from nnunetv2.federated.site.credential import decode_invitation
+    from nnunetv2.federated.protocol.invitation import decode_invitation
 
     words = [line.split(INVITATION, 1)[1].split()[0] for line in lines if INVITATION in line]
     invitations = {decode_invitation(word).site: word for word in words}

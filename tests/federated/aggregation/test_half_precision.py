@@ -33,8 +33,10 @@ from nnunetv2.federated.exchanges.closing import match_registrations
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import SettingsChange
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, open_document, write_document
+from nnunetv2.federated.protocol.invitation import Invitation
 from nnunetv2.federated.protocol.messages import admission_key, initial_key, round_key
-from nnunetv2.federated.site.credential import Invitation, join, load_credential
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
 from nnunetv2.federated.site.participant import RunSession
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import catch_up
 

@@ -19,10 +19,11 @@ from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.consistency import first_difference
 from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.invitation import Invitation, encode_invitation
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key
 from nnunetv2.federated.protocol.strict_json import canonical_json, decode_json
 from nnunetv2.federated.site import credential as credential_module
-from nnunetv2.federated.site.credential import Invitation, encode_invitation, save_credential
+from nnunetv2.federated.site.credential import save_credential
 from nnunetv2.utilities.command_line import run_command
 
 

@@ -29,11 +29,13 @@ from nnunetv2.federated.exchanges.exchange import parse_key
 from nnunetv2.federated.privacy import allow_list
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
+from nnunetv2.federated.protocol.invitation import check_transport_is_safe
 from nnunetv2.federated.protocol.messages import PooledCensus
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site import results
-from nnunetv2.federated.site.credential import SiteCredential, check_transport_is_safe, check_url
+from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transports.http_requests import (
+    CONNECT_TIMEOUT_S,
     LARGEST_ANSWER,
     NoAnswerError,
     RangeError,
@@ -59,7 +61,6 @@ GIVE_UP_VARIABLE = "nnUNet_fed_give_up_after_h"
 TIMEOUT_S = 60.0
 POLL_S = 25.0
 """How long the coordinator may hold an answer back while it waits for other sites."""
-CONNECT_TIMEOUT_S = 10.0
 FAILURE_TIMEOUT_S = 3.0
 TRYING_AGAIN = "; trying again"
 LONGEST_PAUSE_S = 60.0
@@ -454,21 +455,3 @@ def is_late(site: str, key: str, message: messages.Message) -> bool:
     if not isinstance(message, Aggregate) or message.round is None:
         return False
     return site not in message.contributors or key.rpartition("/")[2] != str(message.round)
-
-
-def request_to_join(credential: SiteCredential, invitation: str) -> api.JoinAnswer:
-    """Ask the coordinator once to let a site join with the secret of its invitation."""
-    request = api.JoinRequest(invitation=invitation, token=credential.token)
-    with (
-        open_session(credential, with_token=False) as session,
-        translated_errors(),
-        session.post(
-            f"{check_url(credential.url)}/v1/join",
-            data=encode_json(request),
-            timeout=CONNECT_TIMEOUT_S,
-            stream=True,
-            allow_redirects=False,
-        ) as response,
-    ):
-        check_status(response)
-        return read_answer(api.JoinAnswer, response)

@@ -13,16 +13,16 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, in_sentences
-from nnunetv2.federated.protocol.certificates import has_wrong_dates, untrusted_certificate
+from nnunetv2.federated.protocol.certificates import has_wrong_dates
+from nnunetv2.federated.site.authority import explain_untrusted
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transports.answers import ForeignAnswerError, decode_answer, describe_foreign, find_problem
-from nnunetv2.utilities.loopback import is_loopback
+from nnunetv2.utilities.loopback import is_on_this_machine
 from nnunetv2.utilities.resumable_download import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -36,13 +36,10 @@ BLOCK_BYTES = 1 << 20
 """Bytes that are sent at a time."""
 LARGEST_ANSWER = 1 << 20
 """Bytes of an answer that is no file."""
-
-
 SENT_AGAIN = ("damaged_in_transit", "wrong_offset", "taken_over")
 """Refusals of an upload that say nothing against the document itself."""
-
-
 LONGEST_RETRY_AFTER_S = 3600.0
+CONNECT_TIMEOUT_S = 10.0
 
 
 class NoAnswerError(FederationError):
@@ -91,7 +88,7 @@ def open_session(credential: SiteCredential, *, with_token: bool = True) -> requ
     session = Session()
     session.mount("http://", _Adapter())
     session.mount("https://", _Adapter())
-    session.trust_env = not is_loopback(urlsplit(credential.url).hostname)
+    session.trust_env = not is_on_this_machine(credential.url)
     session.auth = BearerToken(credential.token) if with_token else None
     session.verify = credential.authority or True
     if credential.client_certificate is not None:
@@ -118,7 +115,7 @@ def translated_errors() -> Iterator[None]:
     except requests.exceptions.SSLError as error:
         refused = _verification_error(error)
         if refused is not None:
-            untrusted = untrusted_certificate(refused, error.request.url.partition("/v1/")[0])
+            untrusted = explain_untrusted(refused, error.request.url.partition("/v1/")[0])
             # Clocks are set and certificates renewed while trainings wait; another authority stays another one.
             raise (NoAnswerError(str(untrusted)) if has_wrong_dates(refused) else untrusted) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
