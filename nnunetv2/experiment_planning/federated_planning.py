@@ -41,7 +41,7 @@ from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.credential import load_credential
-from nnunetv2.federated.site.transports.http import FederationClient, show_progress
+from nnunetv2.federated.site.transport import Transport, open_transport, show_progress
 from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def plan_federated(
         forget_pooled_fingerprint(folder)
         return plan_experiment_dataset(dataset_id, **planning)[1]
     check_enough_cases(extractor.count_cases(), extractor.dataset_name)
-    with FederationClient(credential, report=show_progress) as client:
+    with open_transport(credential, show_progress) as client:
         num_cases = pool_fingerprint(client, extractor, site=credential.site, share_extrema=share_extrema)
         plans, plans_name = plan_experiment_dataset(dataset_id, **planning)
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
@@ -104,7 +104,7 @@ def plan_federated(
     return plans_name
 
 
-def pool_fingerprint(client: FederationClient, extractor: Any, *, site: str, share_extrema: bool) -> int:
+def pool_fingerprint(client: Transport, extractor: Any, *, site: str, share_extrema: bool) -> int:
     """Learn the pooled fingerprint, and write it beside the local one.
 
     Args:
@@ -134,7 +134,7 @@ def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
     return come_late()
 
 
-def _take_part(client: FederationClient, extractor: Any, census: messages.Census) -> messages.PooledFingerprint:
+def _take_part(client: Transport, extractor: Any, census: messages.Census) -> messages.PooledFingerprint:
     """Exchange summaries until the pooled fingerprint is known."""
     num_cases = client.exchange(messages.CENSUS_KEY, census).message.num_cases
     if num_cases < census.num_cases:
@@ -162,7 +162,7 @@ def _take_part(client: FederationClient, extractor: Any, census: messages.Census
 
 
 def _look_into(
-    client: FederationClient,
+    client: Transport,
     number: int,
     values: Sequence[tuple[np.ndarray, np.ndarray]],
     channels: Sequence[outermost.Channel],
@@ -249,7 +249,7 @@ def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFinger
 
 
 def _come_late(
-    client: FederationClient, extractor: Any, census: messages.Census, site: str
+    client: Transport, extractor: Any, census: messages.Census, site: str
 ) -> messages.PooledFingerprint:
     """Wait, if need be, for the fingerprint that the other sites pool without this one."""
     num_cases = client.exchange(messages.late_census_key(site), census).message.num_cases

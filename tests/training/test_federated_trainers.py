@@ -28,7 +28,7 @@ from nnunetv2.federated.errors import (
 )
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import RunAction
-from nnunetv2.federated.site.transports.http import FederationClient
+from nnunetv2.federated.site.transports.http import HttpTransport
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
@@ -67,7 +67,7 @@ class Sites:
             log(*words, **options),
         )
         options = {"pause_s": 0.05, "give_up_after_s": PATIENCE_S, **client_options}
-        trainer.make_transport = lambda credential, report: FederationClient(credential, report=report, **options)
+        trainer.make_transport = lambda credential, report: HttpTransport(credential, report=report, **options)
         trainer.initialize()  # before the environment is another site's
         if go_on:
             maybe_load_checkpoint(trainer, True, False)

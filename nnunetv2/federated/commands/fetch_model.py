@@ -20,11 +20,11 @@ from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
     from nnunetv2.federated.protocol.api import RunState
-    from nnunetv2.federated.site.transports.http import FederationClient
+    from nnunetv2.federated.site.transports.http import HttpTransport
     from nnunetv2.model_sharing.archive_check import ArchiveLimits
 
 
-def fetch(client: FederationClient, run: str, target: Path) -> Path:
+def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
     """Download the model of a run to a zip file, or into a folder, and return the file.
 
     Raises:
@@ -42,7 +42,7 @@ def fetch(client: FederationClient, run: str, target: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = ArchiveLimits.from_environment()
     with replacing(path) as partial:
-        client.fetch_model(run, partial, largest=min(limits.total_bytes, shutil.disk_usage(path.parent).free))
+        transport.fetch_model(run, partial, largest=min(limits.total_bytes, shutil.disk_usage(path.parent).free))
         _check(partial, path, limits)
     return path
 
@@ -229,22 +229,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_fetch_model`."""
-    from nnunetv2.federated.site.transports.http import FederationClient, show_progress
+    from nnunetv2.federated.site.transport import show_progress
+    from nnunetv2.federated.site.transports.http import HttpTransport
 
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.replace and not arguments.install:
         parser.error("--replace needs --install")
-    with FederationClient(operator_credential(arguments.folder), report=show_progress) as client:
+    with HttpTransport(operator_credential(arguments.folder), report=show_progress) as transport:
         run = arguments.run
         if run is None:
-            runs = client.status().runs
+            runs = transport.status().runs
             run = choose_run(runs)
         if run is None:
             show("Several runs are over; name one of them:")
             show(*(f"  {state.run}" for state in runs if state.closed))
             return 0
-        path = fetch(client, run, arguments.o)
+        path = fetch(transport, run, arguments.o)
     show(f"The model of run {run} is in {path}")
     if arguments.install:
         dataset = install(path, replace=arguments.replace)

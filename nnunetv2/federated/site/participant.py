@@ -1,4 +1,4 @@
-"""One site's way through a training run: register, start from common weights, exchange every round, rejoin.
+"""Take part in a training run: register, start from common weights, exchange every round, rejoin.
 
 Knows weights as named arrays and the coordinator as a `Transport`; knows nothing of networks, trainers or files.
 """
@@ -39,7 +39,7 @@ class Position:
     """Whether there is nothing left to train: the run is complete, or the operator has stopped it."""
 
 
-class RunSession:
+class Participant:
     """A site's membership in one training run.
 
     Args:

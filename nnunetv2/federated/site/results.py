@@ -1,6 +1,6 @@
 """Check what a coordinator sends a site as it checks a site: kind, size, round, before anything is made of it.
 
-Names, shapes, dtypes and values of weights are checked by `session.RunSession`, which knows the network.
+Names, shapes, dtypes and values of weights are checked by `participant.Participant`, which knows the network.
 """
 
 from __future__ import annotations

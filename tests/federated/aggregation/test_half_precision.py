@@ -37,7 +37,7 @@ from nnunetv2.federated.protocol.invitation import Invitation
 from nnunetv2.federated.protocol.messages import admission_key, initial_key, round_key
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.enrolment import join
-from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.participant import Participant
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import catch_up
 
 LARGE = {"encoder.weight": (512, 300), "encoder.bias": (512,), "head.weight": (40, 512)}
@@ -283,7 +283,7 @@ def take_part(credential, *, seed: int, num_rounds: int, shapes=LARGE) -> tuple[
         ByteCounter(("127.0.0.1", port)) as counter,
         make_client(replace(credential, url=f"http://127.0.0.1:{counter.port}")) as client,
     ):
-        session = RunSession(client, site=credential.site, run=RUN)
+        session = Participant(client, site=credential.site, run=RUN)
         session.register(make_registration(seed + 1, shapes, aliases={}))
         weights = session.start(0, make_weights(0, shapes)).weights
         for number in range(num_rounds):
@@ -325,7 +325,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
             aggregate = messages.Aggregate(round=0, contributors=self.contributors)
             return type("Document", (), {"message": aggregate, "specs": tensors, "read": tensors.get})()
 
-    session = RunSession(transport := Transport(), site="a", run=RUN)
+    session = Participant(transport := Transport(), site="a", run=RUN)
     session.match = type("Match", (), {"shared": {"w": {"a": "w", "b": "w"}}})()
     session._feedback = ErrorFeedback()
     for contributors in ({"b": 1.0}, {"a": 1.0}, {"a": 1.0}):
@@ -335,7 +335,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
 
 
 def test_weights_that_cannot_travel_are_not_even_sent_in_the_beginning():
-    session = RunSession(None, site="a", run=RUN)
+    session = Participant(None, site="a", run=RUN)
     session.match = type("Match", (), {"shared": {"w": {"a": "v"}}, "initial_owner": {"w": "a"}})()
     session._feedback = ErrorFeedback()
     with pytest.raises(PrecisionError, match="tensor w: a value of size 70000 "):

@@ -56,9 +56,9 @@ def test_an_observer_may_look_and_not_touch(federation, run, tmp_path):
     assert "Observer eve has joined" in join(
         invitation_in(run("invite", "eve", "--role", "observer")), path=tmp_path / "eve.json"
     )
-    from nnunetv2.federated.site.transports.http import FederationClient
+    from nnunetv2.federated.site.transports.http import HttpTransport
 
-    with FederationClient(load_credential(tmp_path / "eve.json")) as client:
+    with HttpTransport(load_credential(tmp_path / "eve.json")) as client:
         assert client.status().federation == "test"
         with pytest.raises(RefusedError, match="this is for sites"):
             client.contribute(registration_key(RUN), make_registration())

@@ -1,4 +1,4 @@
-"""Connect a site to its coordinator over HTTP: contribute, wait, download, and outlast what networks do.
+"""Contribute, wait and download over HTTP, with retries that survive network failures and restarts.
 
 The site only ever asks; nobody calls it. Every request may be repeated, so a broken connection, a coordinator that is
 down for hours and a site that was killed have one remedy: ask again.
@@ -12,16 +12,16 @@ import random
 import re
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 import requests
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
 from nnunetv2.federated.exchanges.document_limits import result_limits
@@ -45,7 +45,7 @@ from nnunetv2.federated.site.transports.http_requests import (
     read_answer,
     translated_errors,
 )
-from nnunetv2.utilities.plain_text import printable, show
+from nnunetv2.utilities.plain_text import printable
 from nnunetv2.utilities.resumable_download import OversizedError, PartialDownload
 
 if TYPE_CHECKING:
@@ -70,11 +70,6 @@ OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
 
 
-def show_progress(text: str) -> None:
-    """Show a line of progress to the person at the terminal."""
-    show(text, flush=True)
-
-
 def patience_from_environment() -> float:
     """Return for how many seconds the people at this site let it wait for a coordinator that is away.
 
@@ -93,8 +88,8 @@ def patience_from_environment() -> float:
     return hours * 3600
 
 
-class FederationClient:
-    """A site's connection to its coordinator; a `Transport`. For one thread at a time.
+class HttpTransport:
+    """A site's connection to its coordinator over HTTP; a `Transport`. For one thread at a time.
 
     Args:
         credential: Who the site is, and where the coordinator.
@@ -141,7 +136,7 @@ class FederationClient:
         self._session.close()
         self._folder.cleanup()
 
-    def __enter__(self) -> FederationClient:
+    def __enter__(self) -> HttpTransport:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -400,32 +395,43 @@ class FederationClient:
 
     def _persist(self, ask: Callable[[], Answer], patience_s: float | None = None) -> Answer:
         """Ask until there is an answer, with growing pauses, for as long as the site is willing to wait."""
-        pause, patience_s = self.pause_s, self.give_up_after_s if patience_s is None else patience_s
-        first_failure: float | None = None
-        while True:
-            if self._is_closing.is_set():
-                raise FederationError("the connection was closed while it was in use")
-            try:
-                answer = ask()
-            except NoAnswerError as error:
-                now = time.monotonic()
-                if first_failure is None:
-                    first_failure = now  # most likely a connection that was idle for too long: not worth a line
-                else:
-                    self._say(f"{error}{TRYING_AGAIN}")
-                remaining = first_failure + patience_s - now
-                if remaining <= 0:
-                    raise CoordinatorUnreachable(
-                        f"the coordinator at {self.credential.url} has not answered for {patience_s:g} s: {error}"
-                    ) from error
-                # Sites do not come back all at once.
-                if self._is_closing.wait(min(max(pause * random.uniform(0.5, 1.0), error.wait_s), remaining)):
-                    raise FederationError("the connection was closed while it was in use") from error
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+        patience_s = self.give_up_after_s if patience_s is None else patience_s
+        growing = wait_exponential(multiplier=self.pause_s, max=LONGEST_PAUSE_S)
+
+        def note_failure(state: RetryCallState) -> None:
+            if state.attempt_number == 1:  # most likely a connection that was idle for too long: not worth a line
+                state.start_time = state.outcome_timestamp  # patience counts from the first failure
             else:
-                if first_failure is not None and self._last_line is not None and self._last_line.endswith(TRYING_AGAIN):
-                    self._say("the coordinator answers again")
-                return answer
+                self._say(f"{state.outcome.exception()}{TRYING_AGAIN}")
+
+        def pause(state: RetryCallState) -> float:
+            jittered = growing(state) * random.uniform(0.5, 1.0)  # sites do not come back all at once
+            return min(max(jittered, state.outcome.exception().wait_s), patience_s - state.seconds_since_start)
+
+        def give_up(state: RetryCallState) -> NoReturn:
+            error = state.outcome.exception()
+            raise CoordinatorUnreachable(
+                f"the coordinator at {self.credential.url} has not answered for {patience_s:g} s: {error}"
+            ) from error
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(NoAnswerError),
+            stop=stop_after_delay(patience_s),
+            wait=pause,
+            sleep=self._is_closing.wait,
+            before=self._check_open,
+            after=note_failure,
+            retry_error_callback=give_up,
+        )
+        answer = retrying(ask)
+        if retrying.statistics["attempt_number"] > 1 and (self._last_line or "").endswith(TRYING_AGAIN):
+            self._say("the coordinator answers again")
+        return answer
+
+    def _check_open(self, _: RetryCallState) -> None:
+        """Raise FederationError if the connection was closed, also while a pause lasted."""
+        if self._is_closing.is_set():
+            raise FederationError("the connection was closed while it was in use")
 
     def _say(self, line: str) -> None:
         """Report a line unless it is what was reported last."""

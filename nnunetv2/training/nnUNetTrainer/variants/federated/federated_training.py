@@ -51,8 +51,8 @@ from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
-from nnunetv2.federated.site.participant import RunSession, Weights
-from nnunetv2.federated.site.transports.http import FederationClient
+from nnunetv2.federated.site.participant import Participant, Weights
+from nnunetv2.federated.site.transports.http import HttpTransport
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
@@ -96,7 +96,7 @@ class FederatedTraining:
     credential: SiteCredential | None = None
     """Who this site is; None: whoever the credential of this machine says."""
 
-    make_transport: Callable[..., FederationClient] = FederationClient
+    make_transport: Callable[..., HttpTransport] = HttpTransport
     """How to reach the coordinator; a test or another engine puts its own here."""
 
     round_in_training: int | None = None
@@ -126,7 +126,7 @@ class FederatedTraining:
         run = messages.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
-            self.session = RunSession(transport, site=credential.site, run=run)
+            self.session = Participant(transport, site=credential.site, run=run)
             # What ends one of several processes may be the failure of another one, which has reported that.
             speaks_last = (
                 nullcontext()
