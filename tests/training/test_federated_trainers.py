@@ -199,7 +199,7 @@ def test_a_validation_that_fails_during_the_exchange_is_reported_and_nothing_han
         (event.site, event.detail["round"], event.detail["reason"])
         for event in sites.federation.coordinator.store.load_events("failure")
     ] == [("A", 1, "OutOfMemoryError")]
-    assert wait([ailing._exchange], PATIENCE_S).done, "the thread that exchanges goes on"
+    assert wait([ailing.pending.answer], PATIENCE_S).done, "the thread that exchanges goes on"
     again = sites.trainer("A", Ailing, go_on=True)
     assert sites.run(again) == [None]
     assert_equal_weights(again, healthy)
@@ -229,9 +229,9 @@ def test_the_log_names_the_floor_and_what_only_two_sites_share(make_sites):
 def test_an_average_of_too_few_sites_is_told(contributors, is_told):
     """As a coordinator hands out that is older, or that lies."""
     lines = []
-    trainer = SimpleNamespace(min_sites=2, received_megabytes=1.0, tell=lines.append)
+    trainer = SimpleNamespace(min_sites=2, log_line=lines.append)
     FederatedTraining.report_round(
-        trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)), waited_s=0.0
+        trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)), megabytes=1.0, waited_s=0.0
     )
     assert any("fewer than 2 sites" in line for line in lines) == is_told
 
@@ -289,7 +289,7 @@ def test_a_site_joins_late_leaves_and_returns(make_sites):
 
         def on_epoch_end(self):
             if self.current_epoch == self.leaves_at:
-                self.session.transport.act(self.session.run, "leave")
+                self.participant.transport.act(self.participant.run, "leave")
             super().on_epoch_end()
 
     Newcomer.__name__ = "nnUNetTrainerAsymFedAvg"
@@ -303,7 +303,7 @@ def test_a_site_joins_late_leaves_and_returns(make_sites):
         begun.set()
         with pytest.raises(FederationError, match="has left run"):
             newcomer.run_training()
-        assert newcomer.session.match.coverage.keys() == {"A", "B", "C"}
+        assert newcomer.participant.match.coverage.keys() == {"A", "B", "C"}
         sites.act("pause", run)
         newcomer = sites.trainer("C", Newcomer, go_on=True)
         newcomer.leaves_at = None
@@ -468,12 +468,12 @@ def test_pretrained_weights_are_those_of_all_sites_or_refused(make_sites):
 
 def spy_on_updates(trainer, sent: dict) -> None:
     """Remember what a trainer sends: (site, round) -> weights under the site's own names."""
-    own_weights, site = trainer.own_weights, trainer.credential.site
+    local_weights, site = trainer.local_weights, trainer.credential.site
 
     def spy():
-        weights = own_weights()
+        weights = local_weights()
         if trainer.current_epoch:
             sent[site, trainer.current_epoch - 1] = weights  # the last call of a round is what is sent
         return weights
 
-    trainer.own_weights = spy
+    trainer.local_weights = spy
