@@ -26,6 +26,7 @@ from nnunetv2.federated.errors import (
     NotAllowedError,
     ShortEpochError,
 )
+from nnunetv2.federated.privacy.disclosure import allow_list_of
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import RunAction
 from nnunetv2.federated.site.transports.http import HttpTransport
@@ -120,7 +121,7 @@ def test_every_aggregate_is_validated_by_all(make_sites, tmp_path, monkeypatch):
     # What the manifest lists is all that a training needs to send.
     documents = manifest.collect(NAME, ["3d_fullres"], trainer="nnUNetTrainerAsymFedAvg", plans_name="nnUNetPlans")
     allowed = tmp_path / "allow.json"
-    allowed.write_text(manifest.allow_list_of(documents, trainers[0].credential).model_dump_json())
+    allowed.write_text(allow_list_of(documents, coordinator=trainers[0].credential.url).model_dump_json())
     monkeypatch.setenv("nnUNet_fed_allow", str(allowed))
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)

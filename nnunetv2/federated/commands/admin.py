@@ -67,7 +67,7 @@ def steer(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     """Pause, resume, stop, reset or proceed with a run."""
     from nnunetv2.federated.protocol.api import RunAction, RunState
 
-    action = RunAction(action=arguments.command, gathering=getattr(arguments, "gathering", None))
+    action = RunAction(action=arguments.command, gathering=arguments.gathering)
     state = ask(credential, "POST", f"runs/{quote(arguments.run)}/actions", RunState, action)
     rounds = f"{state.rounds_closed} of {state.num_rounds}" if state.num_rounds else f"{state.rounds_closed}"
     show(f"run {state.run}: {state.state}, {rounds} rounds closed")
@@ -79,9 +79,9 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
     from nnunetv2.federated.protocol.strict_json import validated
 
     given = {
-        name: getattr(arguments, name)
-        for name in ("quorum", "deadline_s", "late_updates", "validate_every", "min_sites")
-        if getattr(arguments, name) is not None
+        name: value
+        for name, value in vars(arguments).items()
+        if name in ("quorum", "deadline_s", "late_updates", "validate_every", "min_sites") and value is not None
     }
     if arguments.wait_for_all:
         if "quorum" in given or "deadline_s" in given:
@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     for action, text in RUN_ACTIONS.items():
         _add(commands, action, steer, text)
         commands.choices[action].add_argument("run", metavar="RUN", help="name of the run")
+        commands.choices[action].set_defaults(gathering=None)
     commands.choices["proceed"].add_argument("--gathering", metavar="KEY", help="which, if the run waits for several")
     _add(commands, "settings", change_settings, "show the settings, or change them while the federation is at work")
     _add_settings(commands.choices["settings"])

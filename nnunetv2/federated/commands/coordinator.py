@@ -179,9 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
 def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the settings that were given on the command line, by their names in FederationSettings."""
     given = {
-        name: getattr(arguments, option)
-        for option, name in SETTINGS_OF_OPTIONS.items()
-        if getattr(arguments, option) is not None
+        SETTINGS_OF_OPTIONS[option]: value
+        for option, value in vars(arguments).items()
+        if option in SETTINGS_OF_OPTIONS and value is not None
     }
     if "sites" in given:
         given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))

@@ -43,12 +43,12 @@ def describe(status: Status, *, url: str, outlooks: Outlooks | None = None) -> I
 def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterator[str]:
     yield f"Federation {status.federation} at {url}, {_moment(status.time)}"
     progress = {one.run: one for one in status.progress}
-    foreseen = {one.run: one for one in outlooks.runs} if outlooks else {}
+    outlook_of = {one.run: one for one in outlooks.runs} if outlooks else {}
     for state in status.runs:
         yield ""
         yield from _describe_run(state, progress[state.run], status)
-        if state.run in foreseen:
-            yield f"  {_describe_outlook(foreseen[state.run])}"
+        if state.run in outlook_of:
+            yield f"  {_describe_outlook(outlook_of[state.run])}"
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
     if elsewhere:
         yield ""

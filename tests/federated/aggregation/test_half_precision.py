@@ -38,6 +38,7 @@ from nnunetv2.federated.protocol.messages import admission_key, initial_key, rou
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.enrolment import join
 from nnunetv2.federated.site.participant import Participant
+from nnunetv2.federated.site.planned_documents import training_documents
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import catch_up
 
 LARGE = {"encoder.weight": (512, 300), "encoder.bias": (512,), "head.weight": (40, 512)}
@@ -357,7 +358,7 @@ def test_the_manifest_lists_what_travels(tmp_path):
         assert federation.credential("B").precision == "float16"
     options = {"metrics": ("val_losses",), "later_metrics": (), "num_classes": 2}
     half, single = (
-        manifest.training_documents(make_registration(plans=make_plans()), precision=precision, **options)
+        training_documents(make_registration(plans=make_plans()), precision=precision, **options)
         for precision in ("float16", "float32")
     )
     sizes = [[document.size for document in documents if document.kind == "update"] for documents in (half, single)]

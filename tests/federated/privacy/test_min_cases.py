@@ -7,9 +7,10 @@ from fake_federation import make_settings, served
 
 from nnunetv2.experiment_planning.federated_planning import PlanningOptions, plan_federated
 from nnunetv2.federated.commands import simulate
-from nnunetv2.federated.commands.manifest import describe, planning_documents
+from nnunetv2.federated.commands.manifest import describe
 from nnunetv2.federated.errors import FederationError, NotAllowedError
 from nnunetv2.federated.privacy.min_cases import VARIABLE, check_enough_cases, min_cases
+from nnunetv2.federated.site.planned_documents import planning_documents
 
 DATASET = {
     "channel_names": {"0": "CT"},
