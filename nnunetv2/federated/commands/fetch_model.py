@@ -229,13 +229,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_fetch_model`."""
-    from nnunetv2.federated.site.transport import show_progress
-    from nnunetv2.federated.site.transports.http import HttpTransport
-
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.replace and not arguments.install:
         parser.error("--replace needs --install")
+    from nnunetv2.federated.site.transport import show_progress
+    from nnunetv2.federated.site.transports.http import HttpTransport
+
     with HttpTransport(operator_credential(arguments.folder), report=show_progress) as transport:
         run = arguments.run
         if run is None:

@@ -23,9 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_leave`."""
+    run = build_parser().parse_args(argv).run
     from nnunetv2.federated.protocol.api import RunAction, RunState
 
-    run = build_parser().parse_args(argv).run
     credential = load_credential()
     state = ask(credential, "POST", f"runs/{quote(run)}/actions", RunState, RunAction(action="leave"))
     others = ", ".join(state.members) or "nobody"

@@ -164,9 +164,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_status`."""
+    arguments = build_parser().parse_args(argv)
     from nnunetv2.federated.protocol.api import Status
 
-    arguments = build_parser().parse_args(argv)
     credential = operator_credential(arguments.folder)
     status = ask(credential, "GET", "status", Status)
     lines = (

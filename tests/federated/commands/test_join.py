@@ -1,9 +1,5 @@
 """The command that joins a federation."""
 
-import os
-import subprocess
-import sys
-
 from fake_federation import make_settings, served
 
 from nnunetv2.federated.commands.join import main
@@ -23,14 +19,3 @@ def test_joining_takes_one_line(tmp_path, monkeypatch, capsys):
         assert credential.token.startswith("A.") and len(credential.token) > 40
         assert not (tmp_path / "site.json.joining").exists()
         assert "site A has joined" in federation.lines
-
-
-def test_help_answers_at_once_without_torch():
-    code = (
-        f"import sys; from {main.__module__} import main\n"
-        "try:\n    main(['-h'])\nfinally:\n"
-        "    late = {'torch', 'requests', 'pydantic', 'numpy', 'SimpleITK', 'scipy'} & set(sys.modules)\n"
-        "    assert not late, late"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
-    assert done.returncode == 0 and "nnunet-fed:" in done.stdout, done.stderr
