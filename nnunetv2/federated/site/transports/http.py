@@ -418,8 +418,8 @@ class HttpTransport:
             retry=retry_if_exception_type(NoAnswerError),
             stop=stop_after_delay(patience_s),
             wait=pause,
-            sleep=self._is_closing.wait,
-            before=self._check_open,
+            sleep=lambda seconds: self._end_if(self._is_closing.wait(seconds)),
+            before=lambda _: self._end_if(self._is_closing.is_set()),
             after=note_failure,
             retry_error_callback=give_up,
         )
@@ -428,9 +428,9 @@ class HttpTransport:
             self._say("the coordinator answers again")
         return answer
 
-    def _check_open(self, _: RetryCallState) -> None:
-        """Raise FederationError if the connection was closed, also while a pause lasted."""
-        if self._is_closing.is_set():
+    @staticmethod
+    def _end_if(is_closed: bool) -> None:
+        if is_closed:
             raise FederationError("the connection was closed while it was in use")
 
     def _say(self, line: str) -> None:
