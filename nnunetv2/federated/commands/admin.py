@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from nnunetv2.federated.commands import audit_log
+from nnunetv2.federated.commands import audit_log, backup
 from nnunetv2.federated.commands.api_client import DEFAULT_FOLDER, add_folder_option, ask, operator_credential
-from nnunetv2.federated.coordinator.storage import backup
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.invitation import check_site_name, decode_invitation
 from nnunetv2.utilities.plain_text import printable_json, shell_command, show
@@ -122,7 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, name: str, function: Callable[..., None], text: str) -> None:
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: Callable[..., None], text: str
+) -> None:
     commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.").set_defaults(function=function)
 
 

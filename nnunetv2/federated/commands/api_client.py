@@ -11,7 +11,7 @@ import ssl
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.protocol.certificates import load_chain
@@ -56,6 +56,18 @@ def add_folder_option(parser: argparse.ArgumentParser) -> None:
         help="folder of the federation, on the coordinator's "
         f"machine (default: ./{DEFAULT_FOLDER} if it is there, else the credential of this machine)",
     )
+
+
+@overload
+def ask(
+    credential: SiteCredential, method: str, path: str, model: None = None, body: BaseModel | None = None
+) -> None: ...
+
+
+@overload
+def ask(
+    credential: SiteCredential, method: str, path: str, model: type[Model], body: BaseModel | None = None
+) -> Model: ...
 
 
 def ask(

@@ -102,7 +102,7 @@ def local_dataset(path: Path) -> str:
     if named in own or not own:
         number = re.match("Dataset([0-9]{3,})", named)
         others = set() if number is None else set(map(str, find_candidate_datasets(int(number[1])))) - {named}
-        if others and named not in own:
+        if number is not None and others and named not in own:
             raise FederationError(
                 f"the model is of {named}, but here the id {int(number[1])} is that of {', '.join(sorted(others))}: "
                 f"nothing was installed. {path} stays where it is; unpack it elsewhere, and predict with "

@@ -106,7 +106,9 @@ def collect(
             "leave out the configurations"
         )
     documents = planning_documents(dataset_json, num_cases, plans=plans, share_extrema=share_extrema)
-    for configuration in configurations or (plans or {"configurations": ()})["configurations"]:
+    if plans is None:
+        return documents
+    for configuration in configurations or plans["configurations"]:
         documents += _training_documents(
             plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights
         )
@@ -204,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plans_name=arguments.p,
         share_extrema=arguments.share_extrema,
         pretrained_weights=arguments.pretrained_weights,
-        precision=(credential and credential.precision) or "float32",
+        precision="float32" if credential is None else credential.precision or "float32",
     )
     show(*describe(documents, credential))
     if not any(document.kind == "plans_report" for document in documents):

@@ -242,7 +242,8 @@ def known_port(sites: Sequence[LocalSite]) -> int | None:
     """Return the port in the credential of a site that joined earlier: its address must stay what it was."""
     for site in sites:
         if site.credential.exists():
-            return urlsplit(json.loads(site.credential.read_text(encoding="utf-8"))["url"]).port
+            content = json.loads(site.credential.read_text(encoding="utf-8"))
+            return urlsplit(str(content["url"])).port
     return None
 
 
@@ -250,7 +251,7 @@ def free_port() -> int:
     """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence[str]) -> str:
@@ -263,7 +264,7 @@ def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence
         if state_file.exists() and any(SERVED in line for line in lines):
             state = json.loads(state_file.read_text(encoding="utf-8"))
             if state["pid"] == process.pid:  # not that of a coordinator that was killed
-                return state["url"]
+                return str(state["url"])
         time.sleep(0.05)
     raise SimulationError(f"the coordinator did not start within {START_TIMEOUT_S:.0f} s; see {process.log_file}")
 

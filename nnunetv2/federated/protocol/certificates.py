@@ -106,7 +106,7 @@ def untrusted_certificate(
         coordinator_now: Time of the coordinator, if it is known.
     """
     cause = getattr(error, "verify_message", "") or str(error)
-    if has_wrong_dates(error):
+    if isinstance(error, ssl.SSLCertVerificationError) and has_wrong_dates(error):
         clocks = f"it is {_moment(time.time() if now is None else now)} by the clock of this machine" + (
             "" if coordinator_now is None else f", {_moment(coordinator_now)} by that of the coordinator"
         )

@@ -11,10 +11,14 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
 from nnunetv2.federated.protocol.certificates import only_certificate
 from nnunetv2.utilities.atomic_write import replacing
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.protocol.messages import Precision
 
 CREDENTIAL_VERSION = 2
 CREDENTIAL_VARIABLE = "nnUNet_fed_site"
@@ -41,7 +45,7 @@ class SiteCredential:
     """File with its key; None if that is in the same file."""
     joined_with: str | None = None
     """SHA-256 of the invitation's secret: a new invitation asks for a new token."""
-    precision: str | None = None
+    precision: Precision | None = None
     """How weights travel in this federation, where that is not float32."""
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError
@@ -76,7 +76,7 @@ class Transport(Protocol):
         """
         ...
 
-    def act(self, run: str, action: str, exchange: str | None = None) -> RunState:
+    def act(self, run: str, action: Literal["leave", "return"], exchange: str | None = None) -> RunState:
         """Leave a run, or return to it."""
         ...
 

@@ -6,8 +6,7 @@ A coordinator answers with JSON that says so, and with its own messages; its ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
@@ -22,15 +21,18 @@ LONGEST_TARGET = 100
 """Characters of the address that an answer points to, in a message."""
 
 
+class Headers(Protocol):
+    """Headers of an answer, as the standard library or `requests` has them; names in any case."""
+
+    def get(self, name: str, default: str, /) -> str: ...
+
+
 class ForeignAnswerError(FederationError):
     """An answer does not come from the coordinator."""
 
 
-def decode_answer(model: type[Model], content: bytes, headers: Mapping[str, str]) -> Model:
+def decode_answer(model: type[Model], content: bytes, headers: Headers) -> Model:
     """Parse the body of a good answer.
-
-    Args:
-        headers: Those of the answer; names in any case.
 
     Raises:
         ForeignAnswerError: Something else than a coordinator has answered.
@@ -46,7 +48,7 @@ def decode_answer(model: type[Model], content: bytes, headers: Mapping[str, str]
         raise ForeignAnswerError(str(error)) from error
 
 
-def find_problem(content: bytes, headers: Mapping[str, str]) -> Problem | None:
+def find_problem(content: bytes, headers: Headers) -> Problem | None:
     """Return the refusal of a coordinator, or None if this is none."""
     try:
         problem = decode_answer(Problem, content, headers)
@@ -55,12 +57,12 @@ def find_problem(content: bytes, headers: Mapping[str, str]) -> Problem | None:
     return problem if problem.model_fields_set == Problem.model_fields.keys() else None
 
 
-def is_json(headers: Mapping[str, str]) -> bool:
+def is_json(headers: Headers) -> bool:
     """Tell whether an answer says that it is JSON."""
     return headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json"
 
 
-def describe_foreign(url: str, status: int, reason: str, headers: Mapping[str, str]) -> str:
+def describe_foreign(url: str, status: int, reason: str, headers: Headers) -> str:
     """Say in one line what has answered in the coordinator's place, and what may be the cause."""
     content = headers.get("Content-Type", "").partition(";")[0].strip()
     details = [content] if content else []

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -205,7 +205,7 @@ class HttpTransport:
             nonlocal attempts
             attempts += 1
             # What is large, or may have arrived although its receipt did not, is announced before it is sent.
-            answer = api.Wanted()
+            answer: api.Receipt | api.Wanted = api.Wanted()
             if offer.size >= OFFER_FROM_BYTES or attempts > 1:
                 answer = self._offer(key, offer)
             return answer if isinstance(answer, api.Receipt) else self._upload(key, document, answer.offset)
@@ -276,8 +276,8 @@ class HttpTransport:
         download = PartialDownload(path, largest=largest)
         self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
 
-    def act(self, run: str, action: str, exchange: str | None = None) -> api.RunState:
-        """Steer a run, as an operator, or leave it or return to it, as a site."""
+    def act(self, run: str, action: Literal["leave", "return"], exchange: str | None = None) -> api.RunState:
+        """Leave a run, or return to it."""
         body = api.RunAction(action=action, gathering=exchange)
         return self._persist(lambda: self._ask("POST", f"runs/{quote(run)}/actions", api.RunState, json_body=body))
 
@@ -329,7 +329,9 @@ class HttpTransport:
     def _offer(self, key: str, offer: api.Offer) -> api.Receipt | api.Wanted:
         """Ask whether a document is wanted, and from which byte on."""
         with self._request("POST", f"offers/{quote(key)}", data=encode_json(offer)) as response:
-            return read_answer(api.Wanted if response.status_code == 202 else api.Receipt, response)
+            if response.status_code == 202:
+                return read_answer(api.Wanted, response)
+            return read_answer(api.Receipt, response)
 
     def _upload(self, key: str, document: OutgoingDocument, offset: int) -> api.Receipt:
         """Send a document from a byte on."""
@@ -406,7 +408,8 @@ class HttpTransport:
 
         def pause(state: RetryCallState) -> float:
             jittered = growing(state) * random.uniform(0.5, 1.0)  # sites do not come back all at once
-            return min(max(jittered, state.outcome.exception().wait_s), patience_s - state.seconds_since_start)
+            wanted: float = state.outcome.exception().wait_s
+            return min(max(jittered, wanted), patience_s - state.seconds_since_start)
 
         def give_up(state: RetryCallState) -> NoReturn:
             error = state.outcome.exception()
@@ -423,7 +426,7 @@ class HttpTransport:
             after=note_failure,
             retry_error_callback=give_up,
         )
-        answer = retrying(ask)
+        answer: Answer = retrying(ask)
         if retrying.statistics["attempt_number"] > 1 and (self._last_line or "").endswith(TRYING_AGAIN):
             self._say("the coordinator answers again")
         return answer

@@ -1,4 +1,4 @@
-"""Send one HTTP request to a coordinator, and turn whatever goes wrong into one of three errors.
+"""Send one HTTP request to a coordinator, and map its failure to one of three errors.
 
 NoAnswerError     nobody answered, or something that is not the coordinator: asking again may help
 NotJoinedError    the coordinator does not know this site
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,8 +73,15 @@ class BearerToken(requests.auth.AuthBase):
 class Session(requests.Session):
     """A session whose own idea of whom to trust is not overruled by REQUESTS_CA_BUNDLE."""
 
-    def merge_environment_settings(self, *args: Any, **keywords: Any) -> dict[str, Any]:
-        settings = super().merge_environment_settings(*args, **keywords)
+    def merge_environment_settings(
+        self,
+        url: str | bytes | None,
+        proxies: MutableMapping[str, str] | None,
+        stream: bool | None,
+        verify: bool | str | None,
+        cert: str | tuple[str, str] | None,
+    ) -> Any:
+        settings = super().merge_environment_settings(url, proxies, stream, verify, cert)
         if self.verify is not True:
             settings["verify"] = self.verify
         return settings
@@ -109,13 +116,14 @@ class _Adapter(HTTPAdapter):
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turn what the network does into NoAnswerError, and let everything else pass."""
+    """Translate network errors into NoAnswerError; let everything else pass."""
     try:
         yield
     except requests.exceptions.SSLError as error:
         refused = _verification_error(error)
         if refused is not None:
-            untrusted = explain_untrusted(refused, error.request.url.partition("/v1/")[0])
+            url = "" if error.request is None else str(error.request.url)
+            untrusted = explain_untrusted(refused, url.partition("/v1/")[0])
             # Clocks are set and certificates renewed while trainings wait; another authority stays another one.
             raise (NoAnswerError(str(untrusted)) if has_wrong_dates(refused) else untrusted) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
