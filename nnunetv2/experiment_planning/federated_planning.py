@@ -130,7 +130,7 @@ def pool_fingerprint(transport: Transport, extractor: Any, census: messages.Cens
 
 
 def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
-    """Do with the other sites what they do, or on one's own what they have done already."""
+    """Take part in an exchange, or come late if it is closed."""
     try:
         return take_part()
     except RefusedError as error:
@@ -174,7 +174,7 @@ def _look_into(
     bins: Sequence[Sequence[int]],
     others: int,
 ) -> tuple[list[outermost.Channel], messages.Message]:
-    """Send the histograms inside some bins; return the channels, with what had to be shown of them, and the answer.
+    """Send histograms inside some bins; return corrected channels and the answer.
 
     Args:
         number: How often that was done before.
@@ -219,7 +219,7 @@ def _describe_hidden(channel: outermost.Channel) -> str:
 
 
 def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFingerprint) -> None:
-    """Say, before anything is preprocessed, if the scans of this site have another size than those of the others.
+    """Compare the sizes of this site's scans with those of the others.
 
     Raises:
         FederationError: They differ so much that their units must.
@@ -254,7 +254,7 @@ def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFinger
 
 
 def _come_late(transport: Transport, extractor: Any, census: messages.Census, site: str) -> messages.PooledFingerprint:
-    """Wait, if need be, for the fingerprint that the other sites pool without this one."""
+    """Wait for the fingerprint that the other sites pool without this one."""
     num_cases = transport.exchange(messages.late_census_key(site), census).message.num_cases
     show(
         f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
@@ -271,7 +271,7 @@ def _come_late(transport: Transport, extractor: Any, census: messages.Census, si
 
 
 def _sample(extractor: Any, num_cases: int) -> list[CaseSample]:
-    """Sample the cases of this site as its share of `num_cases`, and write its own fingerprint."""
+    """Sample this site's share of `num_cases`; write its local fingerprint."""
     samples = extractor.sample_cases(extractor.num_samples_per_case(num_cases))
     folder = Path(extractor.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def make_census(extractor: Any, *, share_extrema: bool) -> messages.Census:
 
 
 def intensities_per_channel(samples: Sequence[CaseSample]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Join the drawn foreground values of all cases: per channel, values (float32) and how often each was drawn."""
+    """Join all cases' foreground values: per channel, values (float32) and counts."""
     return [
         tuple(np.concatenate(parts) for parts in zip(*channel))
         for channel in zip(*(sample.intensities for sample in samples))

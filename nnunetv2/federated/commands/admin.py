@@ -1,4 +1,4 @@
-"""Operate a federation from the command line: invite, revoke, steer runs, change settings, look at the audit log.
+"""Operate a federation: members, runs, settings, audit log, backups.
 
 Talks to the coordinator that serves a folder, as the operator that its start has appointed on this machine, or to any
 coordinator that this machine's credential belongs to, if that is an operator's. Needs the standard library only, and
@@ -33,7 +33,7 @@ RUN_ACTIONS = {
 
 # -------------------------------------------------------------------------------------------------------- commands
 def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
-    """Invite a site, an observer or an operator, and print the line that it has to type, or the link to open."""
+    """Invite a member, and print its command line, or its link."""
     from nnunetv2.federated.protocol.api import InviteAnswer, InviteRequest
     from nnunetv2.federated.protocol.strict_json import validated
 

@@ -110,7 +110,7 @@ def ask(
 
 
 def _trust(credential: SiteCredential) -> ssl.SSLContext:
-    """Trust what `requests` would: the pinned authority, else the file in its variable, else the system's."""
+    """Trust the pinned authority, else REQUESTS_CA_BUNDLE, else the system's, as `requests` does."""
     context = ssl.create_default_context(cafile=credential.authority or os.environ.get("REQUESTS_CA_BUNDLE") or None)
     if credential.client_certificate is not None:
         load_chain(context, credential.client_certificate, credential.client_key)

@@ -1,4 +1,4 @@
-"""Show and verify the audit log of a federation's folder, whether its coordinator is running or not.
+"""Show and verify the audit log of a folder, served or not.
 
     nnUNetv2_fed_admin --folder F log [--since 2d] [--json]      who did what, when
     nnUNetv2_fed_admin --folder F verify-log [--head HASH]       is the log what it was when HASH was noted?
@@ -28,7 +28,7 @@ SHORTEST_HEAD = 12
 
 
 def parse_since(text: str, now: float) -> float:
-    """Return the moment that "2026-11-23", "2026-11-23 14:05" or "36h" (m, h, d, w) means, in seconds since 1970.
+    """Parse "2026-11-23", "2026-11-23 14:05" or "36h" (m, h, d, w) to seconds since 1970.
 
     Raises:
         FederationError: It is none of these.
@@ -55,7 +55,7 @@ def show_log(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
-    """Check every line of the audit log against the chain, and print the hash of the last one.
+    """Check the chain of the audit log, and print its last hash.
 
     Raises:
         FederationError: A line was changed, removed, inserted or moved, or the head that was noted is not there.
@@ -134,7 +134,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 # ------------------------------------------------------------------------------------------------ what a line says
 def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
-    """Return in a few words, all of them printable, what a line of the log is about."""
+    """Describe a line of the log in a few printable words."""
     return printable(_describe(kind, key, detail))
 
 

@@ -1,4 +1,4 @@
-"""Fetch the model of a run that is over from the coordinator, as a zip file, and install it if asked to.
+"""Fetch the model of a finished run as a zip file; install it on request.
 
 Sites and operators may. What is in the file is data: it is checked before anything of it is installed.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
-    """Download the model of a run to a zip file, or into a folder, and return the file.
+    """Download the model of a run to a zip file or folder; return the file.
 
     Raises:
         RefusedError: The run goes on, or the coordinator keeps no model of it.
@@ -48,7 +48,7 @@ def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
 
 
 def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
-    """Raise an error unless a zip file, which is to lie at `path`, holds what models consist of."""
+    """Raise an error unless a zip file, bound for `path`, holds a model."""
     from nnunetv2.model_sharing.archive_check import check_archive
 
     try:
@@ -62,7 +62,7 @@ def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
 
 
 def install(path: Path, *, replace: bool) -> str:
-    """Install the models in a zip file below nnUNet_results, and return the name of the dataset that they are under.
+    """Install the models of a zip file below nnUNet_results; return their dataset.
 
     Args:
         replace: Give up files that are there already.
@@ -87,7 +87,7 @@ def install(path: Path, *, replace: bool) -> str:
 
 
 def local_dataset(path: Path) -> str:
-    """Return the name that the dataset of a model has at this site, where it may be called and numbered differently.
+    """Return this site's name for the dataset of a model.
 
     That is the dataset with the plans of the model, which all its sites have; where there is none, the name that the
     zip file gives, if no other dataset has its id.
@@ -118,7 +118,7 @@ def local_dataset(path: Path) -> str:
 
 
 def _datasets_with_plans(path: Path) -> set[str]:
-    """Return the datasets of this site that were planned, or else trained, with the plans of a model."""
+    """Return this site's datasets that were planned or trained with a model's plans."""
     from nnunetv2.federated.exchanges.consistency import comparable_plans
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
@@ -155,7 +155,7 @@ def checkpoints_in(path: Path) -> list[PurePosixPath]:
 
 
 def describe_prediction(path: Path, dataset: str) -> Iterator[str]:
-    """Yield the commands that predict with the models in a zip file, one per kind of checkpoint.
+    """Yield the commands that predict with a zip file's models, one per checkpoint.
 
     Args:
         dataset: Name that the models are installed under.

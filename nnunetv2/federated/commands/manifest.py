@@ -1,4 +1,4 @@
-"""List everything that leaves this site, field by field and tensor by tensor, before anything does.
+"""List every field and tensor that leaves this site, before anything does.
 
 Nothing is sent, and no coordinator is needed: the documents are built as planning and training build them, with the
 real values where they are known already, and with values of the same size where they are not.
@@ -57,7 +57,7 @@ def describe(documents: Sequence[Disclosure], credential: SiteCredential | None)
 
 
 def _refusal_of(document: Disclosure) -> str | None:
-    """Say why this site would not send a document, because it has too few cases."""
+    """Explain why a document has too few cases to be sent; else None."""
     from nnunetv2.federated.protocol.messages import Census, Registration
 
     if isinstance(document.message, Census):
@@ -78,7 +78,7 @@ def collect(
     precision: Precision = "float32",
     pretrained_weights: Path | None = None,
 ) -> list[Disclosure]:
-    """Return what this site sends of a dataset, from its folders in nnUNet_raw and nnUNet_preprocessed.
+    """Return the disclosures of a dataset, from its raw and preprocessed folders.
 
     Args:
         configurations: Those to be trained. None given: all that the plans have, if there are plans.
@@ -145,7 +145,7 @@ def _training_documents(
 
 
 def _count_cases(folder: Path, dataset_json: Mapping[str, Any]) -> int:
-    """Count the training cases as planning does, or take what dataset.json says where the raw data are elsewhere."""
+    """Count the training cases as planning does, or as dataset.json says."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     if (folder / "imagesTr").is_dir() or "dataset" in dataset_json:

@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ask_for_outlooks(credential: SiteCredential) -> Outlooks | None:
-    """Ask which runs will have a common model; None if the coordinator is too old to say."""
+    """Ask for the outlooks of the runs; None from an old coordinator."""
     from nnunetv2.federated.protocol.api import Outlooks
 
     try:

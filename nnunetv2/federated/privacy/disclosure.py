@@ -1,4 +1,4 @@
-"""Describe documents before they leave a site, and derive the allow-list that lets them out."""
+"""Describe documents before they leave, and derive their allow-list."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Disclosure:
-    """A document that a site sends, and what others see of it."""
+    """A document of this site, and the part that others see."""
 
     when: str
     message: Message | Part
@@ -48,7 +48,7 @@ class Disclosure:
 
 # ------------------------------------------------------------------------------------------------------- describing
 def describe_fields(message: Part, prefix: str = "", *, known: bool = True) -> Iterator[str]:
-    """Yield a line per field that is not empty: its path and value, or its number of values."""
+    """Yield path and value, or number of values, of every filled field."""
     for name in type(message).model_fields:
         value, path = getattr(message, name), f"{prefix}{name}"
         if isinstance(value, Part):
@@ -85,7 +85,7 @@ def _shortened(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------- allow-list
 def allow_list_of(documents: Sequence[Disclosure], *, coordinator: str | None) -> AllowList:
-    """Return the list that allows the fields and tensors of these documents, and no others.
+    """Return the allow-list of exactly these documents' fields and tensors.
 
     Args:
         coordinator: Its address, if nothing may go elsewhere.
@@ -108,7 +108,7 @@ def _allow(documents: Sequence[Disclosure]) -> AllowedDocument:
 
 
 def field_patterns(message: Part, prefix: str = "") -> Iterator[str]:
-    """Yield a pattern per field that is not empty: its path, with `.*` where the names below it are data."""
+    """Yield a pattern per filled field; `.*` where names below are data."""
     for name in type(message).model_fields:
         value, path = getattr(message, name), f"{prefix}{name}"
         parts = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Part)]
@@ -121,6 +121,6 @@ def field_patterns(message: Part, prefix: str = "") -> Iterator[str]:
 
 
 def tensor_pattern(name: str) -> str:
-    """Return the pattern for the tensors of the same part of a network: `encoder.stages.0.weight` -> `encoder.*`."""
+    """Return the pattern of a tensor's part: `encoder.stages.0.weight` -> `encoder.*`."""
     head, dot, _ = name.partition(".")
     return f"{head}{dot}*"

@@ -23,7 +23,7 @@ _SEQUENCE = 0x30  # in DER
 
 
 def only_certificate(pem: str) -> str:
-    """Return the one certificate in a PEM text, encoded anew, so that nothing else comes along.
+    """Return the one certificate in a PEM text, encoded anew.
 
     Raises:
         FederationError: It is no certificate, or something stands beside it: another one, text, a key.
@@ -32,7 +32,7 @@ def only_certificate(pem: str) -> str:
 
 
 def fingerprint_of(pem: str) -> str:
-    """Return the SHA-256 of the one certificate in a PEM text, as 64 hexadecimal digits.
+    """Return the SHA-256 of the one certificate in a PEM text.
 
     Raises:
         FederationError: It is no certificate, or something stands beside it.
@@ -81,7 +81,7 @@ def _decode(block: str) -> bytes:
 
 
 def _der_length(der: bytes) -> int | None:
-    """Return the bytes that a DER sequence says it has, with its header; None if it is none."""
+    """Return the length of a DER sequence with its header, or None."""
     if len(der) < 2 or der[0] != _SEQUENCE:
         return None
     if der[1] < 0x80:
@@ -91,7 +91,7 @@ def _der_length(der: bytes) -> int | None:
 
 
 def has_wrong_dates(error: BaseException) -> bool:
-    """Tell whether a certificate is refused for its dates alone: a matter of clocks, not of who answers."""
+    """Tell whether a certificate is refused for its dates alone."""
     return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (_NOT_YET_VALID, _EXPIRED)
 
 
@@ -147,7 +147,7 @@ def load_chain(context: ssl.SSLContext, certificate: str | Path, key: str | Path
 
 
 def check_chain(certificate: str | Path, key: str | Path | None) -> None:
-    """Check that a certificate and its key can be shown; raise FederationError like `load_chain` if not."""
+    """Check a certificate and its key, as `load_chain` does."""
     load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
 
 

@@ -79,7 +79,7 @@ def check_site_name(name: str) -> str:
 
 
 def check_url(url: str) -> str:
-    """Return the address of a coordinator without a slash at its end, or raise WireError if it is none."""
+    """Return a coordinator's address without trailing slash; WireError if it is none."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -91,7 +91,7 @@ def check_url(url: str) -> str:
 
 
 def check_transport_is_safe(url: str, *, insecure: bool) -> None:
-    """Raise FederationError if the token would cross a network in plain text without anyone having allowed it."""
+    """Raise FederationError if a token would cross a network in plain text."""
     if urlsplit(url).scheme == "http" and not is_on_this_machine(url) and not insecure:
         raise FederationError(
             f"{url} is plain HTTP: tokens and weights could be read on the way. Use an https "

@@ -1,4 +1,4 @@
-"""Ask a coordinator that is not trusted yet for its certificate authority and its time.
+"""Fetch the certificate authority and the time of an untrusted coordinator.
 
 Nothing is verified here and nothing secret is sent.
 """
@@ -23,7 +23,7 @@ LARGEST_PEM = 64 << 10
 
 
 def fetch_authority(url: str, *, client_certificate: str | None = None, client_key: str | None = None) -> str:
-    """Return the private authority of a coordinator in PEM, for its fingerprint to be compared.
+    """Return the private authority of a coordinator in PEM, unverified.
 
     The text may be anything.
 
@@ -41,7 +41,7 @@ def fetch_authority(url: str, *, client_certificate: str | None = None, client_k
 
 
 def coordinator_time(url: str) -> float | None:
-    """Return the time by a coordinator's clock, for a message; None if it does not say."""
+    """Return a coordinator's time, in seconds since 1970, or None."""
     try:
         with _open_unverified(f"{url}/v1/authority", timeout_s=CLOCK_TIMEOUT_S) as answer:
             return parsedate_to_datetime(answer.headers["Date"]).timestamp()
@@ -53,7 +53,7 @@ def coordinator_time(url: str) -> float | None:
 
 
 def explain_untrusted(error: BaseException, url: str) -> FederationError:
-    """Return the error for a certificate that is refused; where its dates are the reason, with both clocks."""
+    """Return the error for a refused certificate, with both clocks if dates matter."""
     return untrusted_certificate(error, coordinator_now=coordinator_time(url) if has_wrong_dates(error) else None)
 
 

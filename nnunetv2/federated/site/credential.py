@@ -88,7 +88,9 @@ def load_credential(path: Path | None = None) -> SiteCredential:
 
 
 def _check_authority(authority: Path, credential: Path) -> None:
-    """Check that a credential trusts one authority: TLS would believe whatever else stands in the file.
+    """Check that a credential trusts one authority alone.
+
+    TLS would believe whatever else stands in the file.
 
     Earlier versions kept everything that the coordinator's address had answered when a site joined.
     """

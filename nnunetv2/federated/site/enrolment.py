@@ -39,7 +39,7 @@ def join(
     client_certificate: Path | None = None,
     client_key: Path | None = None,
 ) -> str:
-    """Accept an invitation and keep the credential; say in one line what happened.
+    """Accept an invitation, save the credential, and return a line about it.
 
     The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated.
 
@@ -91,7 +91,7 @@ def join(
 
 
 def _fetch_authority(invitation: Invitation, pending: Path, certificate: str | None, key: str | None) -> Path:
-    """Ask the coordinator for its private authority, and keep it beside the attempt to join that needs it.
+    """Fetch the coordinator's private authority and save it beside the pending credential.
 
     What is kept is the certificate whose fingerprint was compared, and nothing that came with it.
 
@@ -133,12 +133,16 @@ def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:
 
 
 def _authority_path(credential: Path) -> Path:
-    """Return where the authority of a credential is kept, for whatever folder programs are started in."""
+    """Return the absolute path of the authority of a credential."""
     return credential.with_name(credential.name + ".ca.pem").resolve()
 
 
 def _credential_in_the_way(invitation: Invitation, path: Path, *, replace: bool) -> str | None:
-    """Return the token of an earlier join with this invitation; raise FederationError if another one would be lost."""
+    """Return the token of an earlier join with this invitation, if any.
+
+    Raises:
+        FederationError: The credential of another federation or site would be lost.
+    """
     if not path.exists() or replace:
         return None
     present = load_credential(path)
@@ -164,7 +168,7 @@ def _hash(secret: str) -> str:
 
 
 def request_to_join(credential: SiteCredential, invitation: str) -> api.JoinAnswer:
-    """Ask the coordinator once to let a site join with the secret of its invitation."""
+    """Send the secret of an invitation and the site's new token, once."""
     request = api.JoinRequest(invitation=invitation, token=credential.token)
     with (
         open_session(credential, with_token=False) as session,

@@ -1,4 +1,7 @@
-"""Build the documents that a site would send, with values of the same size where they are not known yet."""
+"""Build the documents of a planning and a training before either begins.
+
+Values that are not known yet have stand-ins of the same size.
+"""
 
 from __future__ import annotations
 

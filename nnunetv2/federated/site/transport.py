@@ -1,4 +1,4 @@
-"""Connect a site to its coordinator: over HTTP, or over what an engine brings along."""
+"""Connect a site to its coordinator, over HTTP or another transport."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Transport(Protocol):
     """The requests of a site to its coordinator. `transports/http.py` sends them over HTTP."""
 
     def settings(self, *, patience_s: float | None = None) -> FederationSettings:
-        """Return what holds for all sites of the federation."""
+        """Return the settings of the federation."""
         ...
 
     def exchange(
@@ -81,7 +81,7 @@ class Transport(Protocol):
         ...
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
-        """Tell the coordinator, if it can be reached at once, that this site cannot go on. Never raises."""
+        """Report a failure of this site, if the coordinator answers at once. Never raises."""
         ...
 
     def close(self) -> None:

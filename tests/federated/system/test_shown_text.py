@@ -14,7 +14,7 @@ import pytest
 from fake_federation import LABELS, RUN, make_census, make_client, make_plans, make_settings, served, wait_until
 from hostile_coordinator import ESCAPES, hostile, send
 
-from nnunetv2.federated.commands import admin, fetch_model, status
+from nnunetv2.federated.commands import admin, fetch_model, leave, status
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.consistency import first_difference
@@ -167,7 +167,7 @@ def hostile_text(tmp_path, monkeypatch):
 
 COMMANDS = {
     "status": (status.main, []),
-    "leave": (status.leave, ["RUN"]),
+    "leave": (leave.main, ["RUN"]),
     "pause": (admin.main, ["pause", "RUN"]),
     "invite": (admin.main, ["invite", "NAME"]),
     "settings": (admin.main, ["settings"]),

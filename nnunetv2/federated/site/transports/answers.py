@@ -1,4 +1,4 @@
-"""Tell a coordinator's answers from those of whatever stands before it: proxies, login pages, other web servers.
+"""Tell a coordinator's answers from those of proxies, login pages and other servers.
 
 A coordinator answers with JSON that says so, and with its own messages; its refusals have `code`, `message` and
 `remedy`, all three. Anything else speaks for nobody in the federation, whatever its status.
@@ -22,7 +22,7 @@ LONGEST_TARGET = 100
 
 
 class Headers(Protocol):
-    """Headers of an answer, as the standard library or `requests` has them; names in any case."""
+    """Headers of the standard library or of `requests`; names in any case."""
 
     def get(self, name: str, default: str, /) -> str: ...
 
@@ -63,7 +63,7 @@ def is_json(headers: Headers) -> bool:
 
 
 def describe_foreign(url: str, status: int, reason: str, headers: Headers) -> str:
-    """Say in one line what has answered in the coordinator's place, and what may be the cause."""
+    """Describe in one line an answer that is not the coordinator's, and its cause."""
     content = headers.get("Content-Type", "").partition(";")[0].strip()
     details = [content] if content else []
     target = urlsplit(headers.get("Location", "")[:LONGEST_TARGET])
@@ -91,7 +91,7 @@ _CAUSES = {
 
 
 def _is_of_another_version(model: type[BaseModel], content: bytes) -> bool:
-    """Tell whether a body is a message of this kind but for fields that nobody knows here."""
+    """Tell whether unknown fields alone keep a body from being this message."""
     try:
         value = parse_json(content, what="the answer")
         model.model_validate_json(content, strict=True)

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+Action = Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
 
 GIVE_UP_AFTER_S = 86_400.0
 GIVE_UP_VARIABLE = "nnUNet_fed_give_up_after_h"
@@ -71,7 +72,7 @@ OFFER_FROM_BYTES = 64 << 10
 
 
 def patience_from_environment() -> float:
-    """Return for how many seconds the people at this site let it wait for a coordinator that is away.
+    """Return the seconds after which an absent coordinator is given up.
 
     Raises:
         ValueError: The environment variable holds no number of hours.
@@ -89,7 +90,7 @@ def patience_from_environment() -> float:
 
 
 class HttpTransport:
-    """A site's connection to its coordinator over HTTP; a `Transport`. For one thread at a time.
+    """A `Transport` over HTTP, for one thread at a time.
 
     Args:
         credential: Who the site is, and where the coordinator.
@@ -251,11 +252,11 @@ class HttpTransport:
 
     # ------------------------------------------------------------------------------------------------- questions
     def settings(self, *, patience_s: float | None = None) -> api.FederationSettings:
-        """Return what holds for all sites of the federation."""
+        """Return the settings of the federation."""
         return self._persist(lambda: self._ask("GET", "settings", api.FederationSettings), patience_s)
 
     def run_state(self, run: str, *, plans: str | None = None) -> api.RunState:
-        """Return how far a training run is; with `plans`, the one that a training with these plans belongs to."""
+        """Return the state of a run; with `plans`, of the one with these plans."""
         query = "" if plans is None else f"?plans={quote(plans, safe='')}"
         return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}{query}", api.RunState))
 
@@ -264,7 +265,7 @@ class HttpTransport:
         return self._persist(lambda: self._ask("GET", "outlooks", api.Outlooks))
 
     def fetch_model(self, run: str, path: Path, *, largest: int | None = None) -> None:
-        """Write the model of a run that is over, a zip file; in several connections, if need be.
+        """Download the model of a finished run, a zip file, resuming as needed.
 
         Args:
             largest: Bytes that it may have.
@@ -276,17 +277,17 @@ class HttpTransport:
         download = PartialDownload(path, largest=largest)
         self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
 
-    def act(self, run: str, action: Literal["leave", "return"], exchange: str | None = None) -> api.RunState:
-        """Leave a run, or return to it."""
+    def act(self, run: str, action: Action, exchange: str | None = None) -> api.RunState:
+        """Steer a run, as an operator, or leave it or return to it, as a site."""
         body = api.RunAction(action=action, gathering=exchange)
         return self._persist(lambda: self._ask("POST", f"runs/{quote(run)}/actions", api.RunState, json_body=body))
 
     def status(self) -> api.Status:
-        """Return what the federation is doing."""
+        """Return the status of the federation."""
         return self._persist(lambda: self._ask("GET", "status", api.Status, largest=LARGEST_STATUS))
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
-        """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises.
+        """Report a failure of this site, if the coordinator answers at once. Never raises.
 
         With a connection of its own: the other one may be in use by a thread that waits for a round.
         """
@@ -343,11 +344,11 @@ class HttpTransport:
             return read_answer(api.Receipt, response)
 
     def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> api.Waiting | None:
-        """Ask once for a result, going on behind what there is of it; None once it is there completely."""
+        """Ask once for a result, resuming its download; None once it is complete."""
         return self._download(f"gatherings/{quote(key)}?wait={wait_s:g}", download)
 
     def _download(self, path: str, download: PartialDownload) -> api.Waiting | None:
-        """Ask once for a file or its rest; return None once it is there completely, or what it waits for."""
+        """Ask once for the rest of a file; return None once it is complete."""
         try:
             with self._request("GET", path, headers=download.headers()) as response:
                 if response.status_code == 202:
@@ -396,7 +397,7 @@ class HttpTransport:
                 yield response
 
     def _persist(self, ask: Callable[[], Answer], patience_s: float | None = None) -> Answer:
-        """Ask until there is an answer, with growing pauses, for as long as the site is willing to wait."""
+        """Retry a request with growing pauses until it is answered or patience ends."""
         patience_s = self.give_up_after_s if patience_s is None else patience_s
         growing = wait_exponential(multiplier=self.pause_s, max=LONGEST_PAUSE_S)
 
@@ -437,7 +438,7 @@ class HttpTransport:
             raise FederationError("the connection was closed while it was in use")
 
     def _say(self, line: str) -> None:
-        """Report a line unless it is what was reported last."""
+        """Report a line unless it repeats the last one."""
         line = printable(line)
         if line != self._last_line:
             self._last_line = line
@@ -449,7 +450,7 @@ class HttpTransport:
         return Path(self._folder.name) / f"{self._number}.safetensors"
 
     def _forget_document(self) -> None:
-        """Close and delete the last result, so that files do not pile up over a thousand rounds."""
+        """Close and delete the last result: files would pile up otherwise."""
         if self._document is not None:
             self._document.close()
             self._document.path.unlink(missing_ok=True)
@@ -458,7 +459,7 @@ class HttpTransport:
 
 # -------------------------------------------------------------------------------------------------------- functions
 def is_late(site: str, key: str, message: messages.Message) -> bool:
-    """Tell whether a result shows that what a site had sent to an exchange came too late to count."""
+    """Tell whether a result shows that a site's update came too late to count."""
     from nnunetv2.federated.protocol.messages import Aggregate
 
     if not isinstance(message, Aggregate) or message.round is None:

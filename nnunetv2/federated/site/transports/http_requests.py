@@ -1,4 +1,4 @@
-"""Send one HTTP request to a coordinator, and map its failure to one of three errors.
+"""Send one HTTP request to a coordinator; map failures to three errors.
 
 NoAnswerError     nobody answered, or something that is not the coordinator: asking again may help
 NotJoinedError    the coordinator does not know this site
@@ -43,7 +43,7 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 class NoAnswerError(FederationError):
-    """The coordinator did not answer properly this time, but may the next time; the text says why.
+    """The coordinator did not answer properly, but may the next time.
 
     Args:
         text: What is wrong.
@@ -60,7 +60,7 @@ class RangeError(NoAnswerError):
 
 
 class BearerToken(requests.auth.AuthBase):
-    """Put a token into every request. As `auth`, because a plain header gives way to a ~/.netrc."""
+    """Put a token into every request; a plain header gives way to ~/.netrc."""
 
     def __init__(self, token: str) -> None:
         self.token = token
@@ -88,7 +88,7 @@ class Session(requests.Session):
 
 
 def open_session(credential: SiteCredential, *, with_token: bool = True) -> requests.Session:
-    """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine.
+    """Return a session, through the system's proxies unless to this machine.
 
     What breaks is the caller's to repeat: urllib3 would do so with a warning each time, and without a word on its end.
     """
@@ -108,7 +108,7 @@ def open_session(credential: SiteCredential, *, with_token: bool = True) -> requ
 
 
 class _Adapter(HTTPAdapter):
-    """Send files in larger blocks than the 16 KiB of the standard library: less work per megabyte."""
+    """Send files in larger blocks than the standard library's 16 KiB."""
 
     def init_poolmanager(self, *args: Any, **keywords: Any) -> None:
         super().init_poolmanager(*args, **keywords, blocksize=BLOCK_BYTES)
@@ -138,7 +138,7 @@ def translated_errors() -> Iterator[None]:
 
 
 def _verification_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
-    """Return what the verification of a certificate raised, from inside of the layers around it."""
+    """Return the error of a certificate's verification from inside its layers."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = _inner_error(cause)
@@ -146,7 +146,7 @@ def _verification_error(error: BaseException) -> ssl.SSLCertVerificationError | 
 
 
 def _inner_error(error: BaseException) -> BaseException | None:
-    """Return the error that another one wraps, in any of the ways of the libraries below."""
+    """Return the error that another one wraps, in any library's way."""
     reason = getattr(error, "reason", None)
     inner = next((part for part in error.args if isinstance(part, BaseException)), None)
     return reason if isinstance(reason, BaseException) else error.__cause__ or inner or error.__context__
@@ -165,7 +165,7 @@ def _cause_of(error: BaseException) -> str:
 
 
 def check_status(response: requests.Response) -> None:
-    """Return if an answer is a good one, else raise what the coordinator's problem says.
+    """Raise the error of an answer's problem document, if it is none of success.
 
     Only the coordinator's own word is final. A page of a proxy, or of a login, is as good as no answer.
     """
@@ -207,13 +207,13 @@ def read_answer(model: type[Model], response: requests.Response, largest: int = 
 
 
 def _retry_after_s(response: requests.Response) -> float:
-    """Return the seconds of a Retry-After header. One with a date is none of a coordinator's."""
+    """Return the seconds of a Retry-After header; coordinators send no dates."""
     text = response.headers.get("Retry-After", "")
     return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch("[0-9]{1,9}", text) else 0.0
 
 
 def _problem_of(response: requests.Response) -> Problem | None:
-    """Return the problem in an answer; a proxy in between sends pages that are none."""
+    """Return the problem document of an answer, or None."""
     return find_problem(read_small(response), response.headers)
 
 
@@ -234,7 +234,7 @@ def read_small(response: requests.Response, largest: int = LARGEST_ANSWER) -> by
 
 
 def _is_cut_off(response: requests.Response, size: int) -> bool:
-    """Tell whether more was announced, or nothing at all: a coordinator says how long its answers are."""
+    """Tell whether a body differs from its Content-Length, or has none."""
     if response.status_code == 204 or "Transfer-Encoding" in response.headers or "Content-Encoding" in response.headers:
         return False
     return response.headers.get("Content-Length") != str(size)

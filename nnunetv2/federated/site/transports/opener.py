@@ -1,4 +1,4 @@
-"""Open a URL with the standard library alone, for programs that run where `requests` is not installed.
+"""Open a URL with the standard library, where `requests` is not installed.
 
 No redirect is followed, so a token goes nowhere else; no proxy is asked for what is on this machine.
 """
@@ -23,7 +23,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def open_url(
     request: str | urllib.request.Request, *, context: ssl.SSLContext, timeout_s: float
 ) -> http.client.HTTPResponse:
-    """Send one request, through the proxies of this system unless it is to this machine.
+    """Send one request, through the system's proxies unless to this machine.
 
     Raises:
         urllib.error.HTTPError: The status of the answer is not a good one.

@@ -45,7 +45,7 @@ def dry_run(
     num_cases: int,
     pretrained_weights: Path | None = None,
 ) -> PlannedTraining:
-    """Build the network that would be trained, for the names and shapes of its tensors.
+    """Build the network of a training, and return its registration and metrics.
 
     Args:
         num_cases: All cases of the site; a fold registers those that it trains with.

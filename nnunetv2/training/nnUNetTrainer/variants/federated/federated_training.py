@@ -1,4 +1,4 @@
-"""Exchange weights with the other sites whenever a round ends: a mixin for any trainer.
+"""Exchange weights at the end of every round: a mixin for trainers.
 
     this thread     train e | validate own_e            | load, save | validate aggregate_e | train e + 1
     another one             | send own_e .. aggregate_e |              (every so many rounds)
@@ -95,7 +95,7 @@ class PendingExchange:
 
 
 class FederatedTraining(RenamedHooks):
-    """Mixin: put it before a trainer class. Everything but the end of an epoch stays that trainer's own."""
+    """Mixin for trainers: put it before the trainer's class."""
 
     requires_equal_plans = False
     """Whether a site with other plans is refused, or shares what matches."""
@@ -128,7 +128,7 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
-        """Train as a member of the federation that this site has joined; report to it if the training fails.
+        """Train as a member of the federation; report a failure.
 
         Raises:
             NotAllowedError: The fold has fewer training cases than the site wants to take part with; nothing was sent.
@@ -156,7 +156,7 @@ class FederatedTraining(RenamedHooks):
                 raise
 
     def on_train_start(self) -> None:
-        """Take over the settings of the run, register, and load the weights that all sites start from."""
+        """Apply the settings of the run, register, and load the common weights."""
         self.apply_settings(ask_first_process(lambda: self.participant.transport.settings()))
         super().on_train_start()
         match, self.participant.run, outlook = ask_first_process(self._register)
@@ -201,7 +201,7 @@ class FederatedTraining(RenamedHooks):
             self.save_latest_checkpoint()
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
-        """Save checkpoint_best only: checkpoint_latest waits for what the exchange brings."""
+        """Save checkpoint_best only: checkpoint_latest waits for the aggregate."""
         self._save_checkpoint_if_best()
 
     # ---------------------------------------------------------------- before the first round
@@ -235,7 +235,7 @@ class FederatedTraining(RenamedHooks):
         )
 
     def _register(self) -> tuple[messages.Match, str, str]:
-        """Return what is shared, the name of the run, and a line on what will become of its averages."""
+        """Register; return the match, the run's name and its outlook."""
         match = self.participant.register(self.describe_training())
         return match, self.participant.run, self.participant.describe_outlook()
 
@@ -244,7 +244,7 @@ class FederatedTraining(RenamedHooks):
         return position.weights, {"epoch": position.epoch, "is_over": position.is_over, "begins": position.begins}
 
     def _describe_start(self, *, begins: bool) -> str:
-        """Describe the weights that this site starts from, and whether its pretrained ones are used."""
+        """Describe the initial weights, and whether pretrained ones are used."""
         weights = self.pretrained_weights
         if not begins:
             unused = f"; -pretrained_weights {weights} are not used" if weights else ""
@@ -258,7 +258,7 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:
-        """Begin the exchange of an epoch whose iterations are over, unless it is the last one."""
+        """Begin the exchange of a trained epoch, unless it is the last."""
         if self.sends_before_validation and epoch + 1 < self.num_epochs:
             self.begin_exchange(epoch, self.make_update(epoch, METRICS_OF_TRAINING))
 
@@ -290,7 +290,7 @@ class FederatedTraining(RenamedHooks):
         return aggregate
 
     def resume_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
-        """Move to the epoch after an aggregate, or end, if the operator has stopped the run before round `epoch`."""
+        """Move to the epoch after an aggregate, or finish a stopped run."""
         if aggregate.round < epoch:
             self.log_line(
                 f"The operator has stopped run {self.participant.run} after round {aggregate.round}: ending with "
@@ -329,7 +329,7 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- weights
     def local_weights(self) -> Weights:
-        """Return a copy of the network's weights, in the first process; the others need none."""
+        """Return a copy of the network's weights, in the first process only."""
         return export_weights(self.network) if self.local_rank == 0 else {}
 
     def receive_weights(self, question: Callable[[], tuple[Weights, Rest]]) -> Rest:
@@ -352,7 +352,7 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- reports
     def make_update(self, epoch: int, known: Sequence[str]) -> messages.Update:
-        """Return the message of an update: metrics of its epoch, and those that the one before lacked."""
+        """Return the metrics of an update, and those that the last lacked."""
         earlier = None
         if self.sends_before_validation and epoch > 0:
             earlier = messages.EarlierMetrics(
@@ -361,7 +361,7 @@ class FederatedTraining(RenamedHooks):
         return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
     def metrics_of(self, epoch: int, names: Sequence[str]) -> Mapping[str, object]:
-        """Return the values of these curves at an epoch; a trainer without validation has fewer."""
+        """Return the values of these curves at an epoch, where there are any."""
         curves = {name: self.logger.get_value(name, step=None) for name in names}
         return {name: values[epoch] for name, values in curves.items() if epoch < len(values)}
 

@@ -1,4 +1,4 @@
-"""Exchange the weights of a round while the next epoch trains: staleness 1, for slow connections and uneven sites.
+"""Exchange a round while the next epoch trains (staleness 1).
 
     epoch       r                r + 1                           r + 2
     training    ....... own_r    ........................ own_r+1  ......
@@ -45,7 +45,7 @@ class OverlappedTraining(FederatedTraining):
     """The exchange of the round before may take that long."""
 
     def exchange_weights(self, epoch: int) -> None:
-        """Load the aggregate of the round before, and send this one; wait for it only if it is the last."""
+        """Load the last round's aggregate, send this one; wait for the final one."""
         if self.pending is not None and not self._catch_up():
             return  # the run is over, and the network holds its last aggregate
         number = self.current_epoch - 1  # `epoch`, unless the run has gone on without this site
@@ -56,7 +56,7 @@ class OverlappedTraining(FederatedTraining):
             self.begin_exchange(number, self.make_update(number, METRICS))
 
     def _catch_up(self) -> bool:
-        """Wait for the exchange, validate its aggregate, and catch up; tell whether the run goes on."""
+        """Finish the exchange and catch up; tell whether the run goes on."""
         own, pending = self.local_weights(), self.pending
         aggregate = self.finish_exchange()
         is_complete = aggregate.round + 1 >= self.num_epochs

@@ -1,4 +1,4 @@
-"""Keep trainers working that override or call hooks by the names of earlier versions."""
+"""Keep trainers working that use earlier names of hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEW_NAMES = {
 
 
 class RenamedHooks:
-    """Give every class of a family each of these hooks under both names, so that `super()` finds both."""
+    """Give every subclass each hook under both names, so `super()` finds both."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
