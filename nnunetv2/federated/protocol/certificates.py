@@ -13,6 +13,7 @@ import re
 import ssl
 import time
 from pathlib import Path
+from typing import TypeGuard
 
 from nnunetv2.federated.errors import FederationError
 
@@ -90,7 +91,7 @@ def _der_length(der: bytes) -> int | None:
     return 2 + count + int.from_bytes(der[2 : 2 + count], "big")
 
 
-def has_wrong_dates(error: BaseException) -> bool:
+def has_wrong_dates(error: BaseException) -> TypeGuard[ssl.SSLCertVerificationError]:
     """Tell whether a certificate is refused for its dates alone."""
     return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (_NOT_YET_VALID, _EXPIRED)
 
@@ -106,7 +107,7 @@ def untrusted_certificate(
         coordinator_now: Time of the coordinator, if it is known.
     """
     cause = getattr(error, "verify_message", "") or str(error)
-    if isinstance(error, ssl.SSLCertVerificationError) and has_wrong_dates(error):
+    if has_wrong_dates(error):
         clocks = f"it is {_moment(time.time() if now is None else now)} by the clock of this machine" + (
             "" if coordinator_now is None else f", {_moment(coordinator_now)} by that of the coordinator"
         )
