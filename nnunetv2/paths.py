@@ -38,8 +38,8 @@ class EnvironmentPath(os.PathLike):
         folder = self.get()
         if folder is not None and folder[0] == folder[-1] and folder[0] in "\"'":
             raise RuntimeError(
-                f"The environment variable {self.env_var_name} has quotes in its value, {folder}: it would name a folder "
-                "below the current one. Set it without them; files such as those of docker --env-file keep them"
+                f"The environment variable {self.env_var_name} has quotes in its value, {folder}: it would name a "
+                "folder below the current one. Set it without them; docker --env-file, for one, keeps them"
             )
         if folder is None:
             state = "is set to nothing" if self.env_var_name in os.environ else "is not set"

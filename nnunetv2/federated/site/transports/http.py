@@ -62,6 +62,7 @@ POLL_S = 25.0
 CONNECT_TIMEOUT_S = 10.0
 FAILURE_TIMEOUT_S = 3.0
 TRYING_AGAIN = "; trying again"
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 LONGEST_PAUSE_S = 60.0
 LARGEST_STATUS = 32 << 20
 """Bytes: it lists sites for every run and open exchange."""
@@ -427,10 +428,11 @@ class FederationClient:
                 return answer
 
     def _say(self, line: str) -> None:
-        """Report a line unless it is what was reported last."""
+        """Report a line unless it is what was reported last, but for the time that it may name."""
         line = printable(line)
-        if line != self._last_line:
-            self._last_line = line
+        timeless = _MOMENT.sub("", line)
+        if timeless != self._last_line:
+            self._last_line = timeless
             self._report(line)
 
     # ----------------------------------------------------------------------------------------------------- files
