@@ -431,6 +431,31 @@ def test_a_trainer_that_is_not_installed_is_replaced_with_a_warning(tmp_path, ca
     assert predictor.trainer_name == "TrainerOfNobody"
 
 
+def change_checkpoint(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def test_a_missing_trainer_that_builds_the_network_is_never_replaced(tmp_path):
+    folder = write_model(tmp_path / "model", trainer="TrainerOfNobody")
+    change_checkpoint(
+        folder / "fold_0" / "checkpoint_final.pth",
+        lambda checkpoint: checkpoint.update(network_trainer="TrainerOfNobody"),
+    )
+    with pytest.raises(RuntimeError, match="Prediction needs the code of TrainerOfNobody, which builds the network"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(folder, (0,))
+
+
+def test_weights_that_fit_no_other_network_name_the_trainer_that_is_missing(tmp_path):
+    folder = write_model(tmp_path / "model", trainer="TrainerOfNobody")
+    change_checkpoint(
+        folder / "fold_0" / "checkpoint_final.pth", lambda checkpoint: checkpoint["network_weights"].popitem()
+    )
+    with pytest.raises(RuntimeError, match="does not fit .* needs the code of TrainerOfNobody"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(folder, (0,))
+
+
 def test_an_iterator_may_hand_out_the_same_items_twice(make_predictor, write_images):
     predictor = make_predictor()
     files = [[str(write_images(["a"]) / "a_0000.nii.gz")]]
