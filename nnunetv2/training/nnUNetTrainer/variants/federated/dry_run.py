@@ -1,4 +1,4 @@
-"""Foresee what a site would register and send if it trained, from its plans alone."""
+"""Build the registration and the metrics of a training from its plans, without training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.messages import Registration
+from nnunetv2.models.networks import build_network
+from nnunetv2.plans.plans_manager import PlansManager, determine_num_input_channels
 from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
-from nnunetv2.training.networks import build_network
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
     METRICS,
     METRICS_OF_VALIDATION,
@@ -19,13 +20,11 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training impor
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_training
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 
 @dataclass(frozen=True)
-class ForeseenTraining:
-    """What is known of a training before it begins."""
+class PlannedTraining:
+    """The part of a training that is known before it begins."""
 
     registration: Registration
     metrics: tuple[str, ...]
@@ -36,7 +35,7 @@ class ForeseenTraining:
     """Foreground classes or regions, whose voxels are counted in a validation."""
 
 
-def foresee_training(
+def dry_run(
     plans: Mapping[str, Any],
     dataset_json: Mapping[str, Any],
     *,
@@ -44,8 +43,8 @@ def foresee_training(
     trainer_name: str,
     num_cases: int,
     pretrained_weights: Path | None = None,
-) -> ForeseenTraining:
-    """Build the network that would be trained, for the names and shapes of its tensors.
+) -> PlannedTraining:
+    """Build the network of a training, and return its registration and metrics.
 
     Args:
         num_cases: All cases of the site; a fold registers those that it trains with.
@@ -81,6 +80,6 @@ def foresee_training(
         pretrained_weights=None if pretrained_weights is None else file_digest(pretrained_weights),
     )
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    return ForeseenTraining(
+    return PlannedTraining(
         registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (), len(classes)
     )
