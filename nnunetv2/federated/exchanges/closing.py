@@ -172,8 +172,8 @@ def _check_precision(document: Document, expected: Mapping[str, TensorSpec]) -> 
 
 
 def _check_coarse(site: str, document: Document, archive: Archive) -> None:
-    with archive.contribution(CENSUS_KEY, site) as earlier:
-        census = earlier.message
+    with archive.contribution(CENSUS_KEY, site) as earlier, archive.result(CENSUS_KEY) as pooled:
+        census, num_all_cases = earlier.message, pooled.message.num_cases
     summary = document.message
     if (len(summary.spacings), len(summary.moments)) != (census.num_cases, len(census.channel_names)):
         raise WireError(
@@ -184,6 +184,7 @@ def _check_coarse(site: str, document: Document, archive: Archive) -> None:
     for channel, moments in enumerate(summary.moments):
         histogram = fingerprint_statistics.pool_histograms([document.read(f"coarse.{channel}")])
         try:
+            plausibility.check_count(moments.count, census.num_cases, num_all_cases)
             plausibility.check_moments(moments, histogram, is_whole=summary.extrema is not None)
         except StatisticsError as error:
             raise StatisticsError(f"channel {channel}: {error}") from error
@@ -197,8 +198,11 @@ def _check_fine(key: ExchangeKey, site: str, document: Document, archive: Archiv
         coarse = before = fingerprint_statistics.pool_histograms([_coarse_of(key, site, channel, archive)])
         if channel in document.message.corrected:
             coarse = fingerprint_statistics.pool_histograms([document.read(f"coarse.{channel}")])
+            with archive.contribution(COARSE_KEY, site) as earlier:
+                first = fingerprint_statistics.pool_histograms([earlier.read(f"coarse.{channel}")])
+            plausibility.check_corrected(first, before, coarse)
         fine = fingerprint_statistics.pool_histograms([document.read(f"fine.{channel}")])
-        if coarse.sum() != before.sum() or (fine.sum(axis=1) != coarse[list(bins)]).any():
+        if (fine.sum(axis=1) != coarse[list(bins)]).any():
             raise WireError(f"channel {channel}: fine and coarse histograms of site {site} count different voxels")
 
 
