@@ -8,6 +8,7 @@ pydantic: so does the coordinator's machine.
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import ssl
 import time
@@ -65,23 +66,32 @@ def ask(
         headers={"Authorization": f"Bearer {credential.token}", "Content-Type": "application/json"},
     )
     try:
-        with _opener(credential).open(request, timeout=TIMEOUT_S) as answer:
-            content = answer.read(LARGEST_ANSWER)
-        return decode_answer(model, content, answer.headers) if model is not None else None
-    except ForeignAnswerError as error:
-        raise FederationError(
-            describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)
-        ) from error
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _refusal(error) from None
-    except (urllib.error.URLError, OSError) as error:
+        try:
+            with _opener(credential).open(request, timeout=TIMEOUT_S) as answer:
+                content = answer.read(LARGEST_ANSWER)
+            return decode_answer(model, content, answer.headers) if model is not None else None
+        except ForeignAnswerError as error:
+            raise FederationError(
+                describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)
+            ) from error
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refusal(error) from None
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise untrusted_certificate(reason, credential.url) from error
         raise CoordinatorUnreachable(
-            f"the coordinator at {credential.url} does not answer: {reason}. Is it running?"
+            f"the coordinator at {credential.url} does not answer: {reason!s:.200}. Is it running?"
         ) from error
+
+
+def moment_of(seconds: float) -> str:
+    """Return a coordinator's time as people read it; what no clock shows stays a number."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):
+        return f"{seconds:g} s after 1970"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -125,8 +135,7 @@ def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     )
     answer = ask(credential, "POST", "members", InviteAnswer, request)
     show(
-        f"Send {answer.role} {answer.name} this line; it is good once, until "
-        f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:",
+        f"Send {answer.role} {answer.name} this line; it is good once, until {moment_of(answer.expires)}:",
         f"  {shell_command('nnUNetv2_fed_join', answer.invitation)}",
     )
     if answer.role != "site":

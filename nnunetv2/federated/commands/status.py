@@ -6,11 +6,10 @@ Any member may ask. Needs the standard library only, and pydantic.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.admin import add_folder_option, ask, operator_credential
+from nnunetv2.federated.commands.admin import add_folder_option, ask, moment_of, operator_credential
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from nnunetv2.federated.site.credential import SiteCredential
 
 SHOWN_FAILURES = 10
+_ENDLESS_S = 1e12
+"""Nothing lasts so long; what a broken coordinator says may."""
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -41,12 +42,14 @@ def describe(status: Status, *, url: str, outlooks: Outlooks | None = None) -> I
 
 
 def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterator[str]:
-    yield f"Federation {status.federation} at {url}, {_moment(status.time)}"
+    from nnunetv2.federated.protocol.api import RunProgress
+
+    yield f"Federation {status.federation} at {url}, {moment_of(status.time)}"
     progress = {one.run: one for one in status.progress}
     foreseen = {one.run: one for one in outlooks.runs} if outlooks else {}
     for state in status.runs:
         yield ""
-        yield from _describe_run(state, progress[state.run], status)
+        yield from _describe_run(state, progress.get(state.run, RunProgress(run=state.run)), status)
         if state.run in foreseen:
             yield f"  {_describe_outlook(foreseen[state.run])}"
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
@@ -63,7 +66,7 @@ def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterato
         yield ""
     for failure in reversed(status.failures[-SHOWN_FAILURES:]):
         where = f"run {failure.run}" if failure.round is None else f"round {failure.round} of run {failure.run}"
-        yield f"{_moment(failure.time)}: site {failure.site} failed in {where}: {failure.reason}"
+        yield f"{moment_of(failure.time)}: site {failure.site} failed in {where}: {failure.reason}"
 
 
 def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Iterator[str]:
@@ -147,6 +150,8 @@ def _describe_site(site: SiteStatus, now: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a duration in its largest unit, and the next one while it is below 10: `1 h 12 min`, `25 min`, `40 s`."""
+    if not seconds < _ENDLESS_S:
+        return "ages"
     seconds = max(0, round(seconds))
     index = next((index for index, (size, _) in enumerate(_UNITS) if seconds >= size), len(_UNITS) - 1)
     size, unit = _UNITS[index]
@@ -155,10 +160,6 @@ def duration(seconds: float) -> str:
         return f"{count} {unit}"
     smaller, smaller_unit = _UNITS[index + 1]
     return f"{count} {unit} {rest // smaller} {smaller_unit}"
-
-
-def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import http.client
 import re
 import ssl
 import time
@@ -16,14 +17,10 @@ import urllib.error
 import urllib.request
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.utilities.loopback import is_loopback
-
-if TYPE_CHECKING:
-    import http.client
 
 TIMEOUT_S = 20.0
 CLOCK_TIMEOUT_S = 5.0
@@ -165,12 +162,13 @@ def check_chain(certificate: str | Path, key: str | Path | None) -> None:
 def coordinator_time(url: str) -> float | None:
     """Return the time by the clock of what answers at an address, for a message; None if it does not say."""
     try:
-        with _open_unverified(f"{url}/v1/authority", timeout_s=CLOCK_TIMEOUT_S) as answer:
+        try:
+            answer = _open_unverified(f"{url}/v1/authority", timeout_s=CLOCK_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
             return parsedate_to_datetime(answer.headers["Date"]).timestamp()
-    except urllib.error.HTTPError as error:
-        with error:
-            return None if error.headers["Date"] is None else parsedate_to_datetime(error.headers["Date"]).timestamp()
-    except (OSError, ValueError, TypeError):
+    except (OSError, http.client.HTTPException, ValueError, TypeError):
         return None
 
 
@@ -190,9 +188,9 @@ def fetch_authority(url: str, *, client_certificate: str | None = None, client_k
     try:
         with _open_unverified(f"{url}/v1/authority", certificate=client_certificate, key=client_key) as answer:
             return answer.read(LARGEST_PEM).decode("ascii")
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise CoordinatorUnreachable(
-            f"the coordinator at {url} does not tell its certificate authority: {error}"
+            f"the coordinator at {url} does not tell its certificate authority: {error!s:.200}"
         ) from error
 
 

@@ -106,7 +106,7 @@ def test_a_histogram_comes_again_with_fewer_hidden_values_or_not_at_all():
     again = shown.showing([np.flatnonzero(channel.whole)[0]])
     check_corrected(first, first, shown.coarse_histogram())
     check_corrected(first, shown.coarse_histogram(), again.coarse_histogram())
-    assert (again.lowest, again.highest) == (0, 0) and 0 < channel.lowest
+    assert (again.lowest, again.highest) == (0, 0) and channel.lowest > 0
     middle = int(np.argmax(first))
     for taken_from, number in ((middle, 1), (lowest, channel.lowest + 1), (highest, channel.highest + 1)):
         moved = first.copy()

@@ -31,8 +31,8 @@ REST_BYTES = 5 << 20
 """How much of a body is taken, and thrown away, after its request was answered: a sender that is cut off while it
 sends would miss the answer."""
 UNSENT_BYTES = 16 << 10
-"""How much of the answers may wait for a reader before no more is written: asyncio keeps up to 512 KiB of each encrypted
-connection, and strangers have many."""
+"""How much of the answers may wait for a reader before no more is written: asyncio keeps up to 512 KiB of each
+encrypted connection, and strangers have many."""
 KEEP_ALIVE_S = 75
 WATCH_S = 2.0
 STARTUP_FAILED = 3
