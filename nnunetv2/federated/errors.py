@@ -78,3 +78,9 @@ def in_sentences(message: str, remedy: str) -> str:
 
 def _rebuild_refusal(kind: type[RefusedError], message: str, remedy: str, code: str) -> RefusedError:
     return kind(message, remedy, code=code)
+
+
+def reason_without_paths(error: BaseException) -> str:
+    """Return the text of an error for other machines: paths of this one are no business of theirs."""
+    is_about_a_file = isinstance(error, OSError) and error.filename is not None
+    return (error.strerror or type(error).__name__) if is_about_a_file else str(error)

@@ -8,7 +8,6 @@ pydantic: so does the coordinator's machine.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -17,6 +16,7 @@ from nnunetv2.federated.commands import audit_log, backup
 from nnunetv2.federated.commands.api_client import DEFAULT_FOLDER, add_folder_option, ask, operator_credential
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.invitation import check_site_name, decode_invitation
+from nnunetv2.utilities.durations import format_moment
 from nnunetv2.utilities.plain_text import printable_json, shell_command, show
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     )
     answer = ask(credential, "POST", "members", InviteAnswer, request)
     show(
-        f"Send {answer.role} {answer.name} this line; it is good once, until "
-        f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(answer.expires))}:",
+        f"Send {answer.role} {answer.name} this line; it is good once, until {format_moment(answer.expires)}:",
         f"  {shell_command('nnUNetv2_fed_join', answer.invitation)}",
     )
     if answer.role != "site":

@@ -6,6 +6,7 @@ So do the commands that also run on the coordinator's machine, where `requests` 
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import ssl
 import urllib.error
@@ -90,22 +91,23 @@ def ask(
         headers={"Authorization": f"Bearer {credential.token}", "Content-Type": "application/json"},
     )
     try:
-        with open_url(request, context=_trust(credential), timeout_s=TIMEOUT_S) as answer:
-            content = answer.read(LARGEST_ANSWER)
-        return decode_answer(model, content, answer.headers) if model is not None else None
-    except ForeignAnswerError as error:
-        raise FederationError(
-            describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)
-        ) from error
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _refusal(error) from None
-    except (urllib.error.URLError, OSError) as error:
+        try:
+            with open_url(request, context=_trust(credential), timeout_s=TIMEOUT_S) as answer:
+                content = answer.read(LARGEST_ANSWER)
+            return decode_answer(model, content, answer.headers) if model is not None else None
+        except ForeignAnswerError as error:
+            raise FederationError(
+                describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)
+            ) from error
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refusal(error) from None
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise explain_untrusted(reason, credential.url) from error
         raise CoordinatorUnreachable(
-            f"the coordinator at {credential.url} does not answer: {reason}. Is it running?"
+            f"the coordinator at {credential.url} does not answer: {reason!s:.200}. Is it running?"
         ) from error
 
 

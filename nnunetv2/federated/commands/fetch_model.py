@@ -6,13 +6,14 @@ Sites and operators may. What is in the file is data: it is checked before anyth
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2.federated.commands.api_client import add_folder_option, operator_credential
 from nnunetv2.federated.errors import FederationError, WireError
@@ -97,7 +98,10 @@ def local_dataset(path: Path) -> str:
     """
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-    named = checkpoints_in(path)[0].parts[0]
+    checkpoints = checkpoints_in(path)
+    if not checkpoints:
+        raise WireError(f"{path} is no model: it has no checkpoint")
+    named = checkpoints[0].parts[0]
     own = _datasets_with_plans(path)
     if named in own or not own:
         number = re.match("Dataset([0-9]{3,})", named)
@@ -123,11 +127,10 @@ def _datasets_with_plans(path: Path) -> set[str]:
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
     model = checkpoints_in(path)[0].parent.parent
-    with zipfile.ZipFile(path) as archive:
-        plans = json.loads(archive.read(f"{model}/plans.json"))
+    plans = _plans_in(path, model)
     for root, place in (
-        (nnUNet_preprocessed, f"*/{plans.get('plans_name')}.json"),
-        (nnUNet_results, f"*/{model.name}/plans.json"),
+        (nnUNet_preprocessed, f"*/{plans['plans_name']}.json"),
+        (nnUNet_results, f"*/{glob.escape(model.name)}/plans.json"),
     ):
         files = Path(str(root)).glob(place) if root.is_set() else ()
         found = {
@@ -138,6 +141,26 @@ def _datasets_with_plans(path: Path) -> set[str]:
         if found:
             return found
     return set()
+
+
+def _plans_in(path: Path, model: PurePosixPath) -> dict[str, Any]:
+    """Read the plans of a model in a zip file; their name is part of paths that are looked for.
+
+    Raises:
+        WireError: There are none, or they are no plans.
+    """
+    from nnunetv2.federated.protocol.messages import MAX_DOCUMENT_JSON, SEGMENT_PATTERN
+    from nnunetv2.federated.protocol.strict_json import parse_json
+
+    name = f"{model}/plans.json"
+    with zipfile.ZipFile(path) as archive:
+        if name not in archive.namelist() or archive.getinfo(name).file_size > MAX_DOCUMENT_JSON:
+            raise WireError(f"{path} is no model: it has no {name}, or a huge one")
+        plans = parse_json(archive.read(name), what=f"{name} in {path}")
+    plans_name = plans.get("plans_name") if isinstance(plans, dict) else None
+    if not isinstance(plans_name, str) or not re.fullmatch(SEGMENT_PATTERN.strip("^$"), plans_name):
+        raise WireError(f"{path} is no model: the plans in it are called {str(plans_name):.80}")
+    return plans
 
 
 def checkpoints_in(path: Path) -> list[PurePosixPath]:

@@ -6,13 +6,12 @@ Any member may ask. Needs the standard library only, and pydantic.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.commands.api_client import add_folder_option, ask, operator_credential
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.utilities.durations import format_duration
+from nnunetv2.utilities.durations import format_duration, format_moment
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
 if TYPE_CHECKING:
@@ -41,12 +40,14 @@ def describe(status: Status, *, url: str, outlooks: Outlooks | None = None) -> I
 
 
 def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterator[str]:
-    yield f"Federation {status.federation} at {url}, {_moment(status.time)}"
+    from nnunetv2.federated.protocol.api import RunProgress
+
+    yield f"Federation {status.federation} at {url}, {format_moment(status.time)}"
     progress = {one.run: one for one in status.progress}
     outlook_of = {one.run: one for one in outlooks.runs} if outlooks else {}
     for state in status.runs:
         yield ""
-        yield from _describe_run(state, progress[state.run], status)
+        yield from _describe_run(state, progress.get(state.run, RunProgress(run=state.run)), status)
         if state.run in outlook_of:
             yield f"  {_describe_outlook(outlook_of[state.run])}"
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
@@ -63,7 +64,7 @@ def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterato
         yield ""
     for failure in reversed(status.failures[-SHOWN_FAILURES:]):
         where = f"run {failure.run}" if failure.round is None else f"round {failure.round} of run {failure.run}"
-        yield f"{_moment(failure.time)}: site {failure.site} failed in {where}: {failure.reason}"
+        yield f"{format_moment(failure.time)}: site {failure.site} failed in {where}: {failure.reason}"
 
 
 def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Iterator[str]:
@@ -143,10 +144,6 @@ def _describe_site(site: SiteStatus, now: float) -> str:
     if not site.bytes_received and not site.bytes_sent:  # nothing yet, or not to be known here
         return seen
     return f"{seen}; it has sent {site.bytes_received / 1e6:,.1f} MB and got {site.bytes_sent / 1e6:,.1f} MB"
-
-
-def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _number(value: float | None) -> str:

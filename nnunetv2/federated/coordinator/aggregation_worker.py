@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.coordinator.models import model_store
-from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.errors import FederationError, RefusedError, reason_without_paths
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, close_with, may_close, refuse_with
 from nnunetv2.federated.exchanges.steps import step_of
 from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RoundKey, RunKey, ValidationKey
@@ -172,7 +172,8 @@ class Closer:
                 exchange = self._compute_outcome(exchange)
             except Exception as error:  # whatever it is, the other exchanges go on
                 logger.exception("closing %s", key)
-                self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {reason_without_paths(error)}"
+                self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, reason)
                 coordinator.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
                 return None
             coordinator.book.put(exchange)

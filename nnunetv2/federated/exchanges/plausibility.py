@@ -16,6 +16,10 @@ import numpy as np
 from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import StatisticsError
 
+SAMPLED_VOXELS = 10**8
+"""Which nnU-Net draws from each channel of all cases together,"""
+SAMPLING_SLACK = 10
+"""and by how much an extractor of one's own may draw more."""
 ROUNDING = 1e-6
 """Share by which sums of float64 may differ from what they should be."""
 SMALLEST_MM, LARGEST_MM = 1e-5, 1e5
@@ -65,6 +69,36 @@ def check_moments(
     variance, room = moments.m2 / count, 2 * hidden * width**2 + rounding**2
     if not share @ nearer * (1 - ROUNDING) - room <= variance <= share @ farther * (1 + ROUNDING) + room:
         raise StatisticsError("the standard deviation is not what the site's own histogram says")
+
+
+def check_count(count: int, num_cases: int, num_all_cases: int) -> None:
+    """Raise StatisticsError if a site counts more voxels of a channel than its cases are sampled for.
+
+    Args:
+        num_cases: Of the site.
+        num_all_cases: Of all sites, which share out the voxels that nnU-Net samples.
+    """
+    if count > SAMPLING_SLACK * SAMPLED_VOXELS * num_cases / num_all_cases:
+        raise StatisticsError("there are more voxels than are sampled from so many cases")
+
+
+def check_corrected(first: np.ndarray, before: np.ndarray, now: np.ndarray) -> None:
+    """Raise StatisticsError if a coarse histogram that comes again is more than the same with fewer values hidden.
+
+    Only values that were counted farther out may move, and no more than those are. A site that could send what it likes
+    would find, look by look, what the others have at any rank.
+
+    Args:
+        first: int64 (65536,), the histogram as it was at first.
+        before: The same as it was sent last.
+        now: As it comes again.
+    """
+    used, hidden = np.flatnonzero(first), outermost.hidden_of(int(first.sum()))
+    ends = np.zeros(first.shape, bool)
+    ends[used[:1]] = ends[used[-1:]] = True
+    fewer = now < before
+    if now.sum() != first.sum() or (fewer & ~ends).any() or (first - now)[ends].max(initial=0) > hidden:
+        raise StatisticsError("a histogram that comes again has other values, not only fewer hidden ones")
 
 
 # --------------------------------------------------------------------------------------------------------- geometry
@@ -148,9 +182,9 @@ def largest_validation(plans: Mapping[str, Any], configuration: str, num_iterati
     try:
         described = _resolved(plans["configurations"], configuration)
         voxels = int(described["batch_size"]) * math.prod(int(edge) for edge in described["patch_size"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+        return float(VALIDATION_SLACK * voxels * (num_iterations or USUAL_VALIDATION_ITERATIONS))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return math.inf
-    return float(VALIDATION_SLACK * voxels * (num_iterations or USUAL_VALIDATION_ITERATIONS))
 
 
 def _resolved(configurations: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -5,17 +5,14 @@ Nothing is verified here and nothing secret is sent.
 
 from __future__ import annotations
 
+import http.client
 import ssl
 import urllib.error
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol.certificates import has_wrong_dates, load_chain, untrusted_certificate
 from nnunetv2.federated.site.transports.opener import open_url
-
-if TYPE_CHECKING:
-    import http.client
 
 TIMEOUT_S = 20.0
 CLOCK_TIMEOUT_S = 5.0
@@ -34,21 +31,23 @@ def fetch_authority(url: str, *, client_certificate: str | None = None, client_k
     try:
         with _open_unverified(f"{url}/v1/authority", certificate=client_certificate, key=client_key) as answer:
             return answer.read(LARGEST_PEM).decode("ascii")
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise CoordinatorUnreachable(
-            f"the coordinator at {url} does not tell its certificate authority: {error}"
+            f"the coordinator at {url} does not tell its certificate authority: {error!s:.200}"
         ) from error
 
 
 def coordinator_time(url: str) -> float | None:
     """Return a coordinator's time, in seconds since 1970, or None."""
     try:
-        with _open_unverified(f"{url}/v1/authority", timeout_s=CLOCK_TIMEOUT_S) as answer:
+        answer: http.client.HTTPResponse | urllib.error.HTTPError
+        try:
+            answer = _open_unverified(f"{url}/v1/authority", timeout_s=CLOCK_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
             return parsedate_to_datetime(answer.headers["Date"]).timestamp()
-    except urllib.error.HTTPError as error:
-        with error:
-            return None if error.headers["Date"] is None else parsedate_to_datetime(error.headers["Date"]).timestamp()
-    except (OSError, ValueError, TypeError):
+    except (OSError, http.client.HTTPException, ValueError, TypeError):
         return None
 
 

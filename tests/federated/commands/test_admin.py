@@ -8,13 +8,16 @@ import sys
 
 import pytest
 from fake_federation import PROJECT, RUN, in_threads, make_registration, make_settings, served, wait_until
+from hostile_coordinator import hostile
 
 from nnunetv2.federated.commands import admin
 from nnunetv2.federated.commands.api_client import OPERATOR_FILE, ask
 from nnunetv2.federated.coordinator import members
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.federated.protocol.api import Status
 from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.keys import RegistrationKey
+from nnunetv2.federated.site.authority import coordinator_time, fetch_authority
 from nnunetv2.federated.site.credential import SiteCredential, load_credential, save_credential
 from nnunetv2.federated.site.enrolment import join
 
@@ -182,3 +185,27 @@ def test_no_more_sites_are_invited_than_the_status_can_show(federation, run, mon
     with pytest.raises(RefusedError, match="there are 3 sites") as info:
         run("invite", "D")
     assert info.value.code == "too_many_sites"
+
+
+# ------------------------------------------------------------------------------------------------------ broken answers
+BROKEN_ANSWERS = {
+    "no HTTP": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "too many headers": b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 200 + b"\r\n",
+    "an endless header": b"HTTP/1.1 200 OK\r\nX-A: " + b"b" * 100_000 + b"\r\n\r\n",
+    "cut off": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n{",
+    "a refusal, cut off": b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n{",
+}
+
+
+@pytest.mark.parametrize("sent", BROKEN_ANSWERS.values(), ids=BROKEN_ANSWERS)
+def test_what_answers_with_no_proper_http_is_said_in_one_line(sent):
+    def answer(handler):
+        handler.wfile.write(sent)
+        handler.close_connection = True
+
+    with hostile(answer) as credential:
+        with pytest.raises(CoordinatorUnreachable, match="does not answer"):
+            ask(credential, "GET", "status", Status)
+        assert coordinator_time(credential.url) is None
+    with hostile(answer) as credential, pytest.raises(CoordinatorUnreachable, match="does not tell its certificate"):
+        fetch_authority(credential.url)

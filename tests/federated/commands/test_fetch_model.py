@@ -26,7 +26,7 @@ from patience import PATIENCE_S
 from nnunetv2.federated.commands import fetch_model
 from nnunetv2.federated.commands.audit_log import describe
 from nnunetv2.federated.coordinator.models import model_store
-from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError
+from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import RunState
 from nnunetv2.federated.protocol.invitation import Invitation
@@ -294,6 +294,43 @@ def give_plans(root, dataset: str, **fields) -> None:
     folder = root / dataset
     folder.mkdir(parents=True)
     (folder / "nnUNetPlans.json").write_text(json.dumps(make_plans(dataset_name=dataset, **fields)))
+
+
+ODD_PLANS = {
+    "a path": b'{"plans_name": "../../secret"}',
+    "a pattern": b'{"plans_name": "../../**/*"}',
+    "no name": b"{}",
+    "a list": b"[]",
+    "an abyss": b"[" * 5000,
+    "no JSON": b"{",
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("plans", ODD_PLANS.values(), ids=ODD_PLANS)
+def test_plans_from_a_coordinator_lead_to_no_other_files(tmp_path, roots, plans):
+    give_plans(roots["nnUNet_preprocessed"], "Dataset007_Own", plans_name="nnUNetPlans")
+    (tmp_path / "secret.json").write_text("not to be read")
+    path, model = tmp_path / "model.zip", "Dataset001_x/nnUNetTrainer__*[__3d_fullres"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{model}/fold_0/checkpoint_final.pth", b"weights")
+        if plans is not None:
+            archive.writestr(f"{model}/plans.json", plans)
+    with pytest.raises(WireError, match=r"no model|not proper JSON"):
+        fetch_model.local_dataset(path)
+
+
+def test_names_in_a_zip_file_are_no_patterns(tmp_path, roots):
+    give_plans(roots["nnUNet_preprocessed"], "Dataset007_Own", plans_name="nnUNetPlans")
+    path = tmp_path / "model.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("Dataset001_x/**__*__[/fold_0/checkpoint_final.pth", b"weights")
+        archive.writestr("Dataset001_x/**__*__[/plans.json", b'{"plans_name": "otherPlans"}')
+    assert fetch_model.local_dataset(path) == "Dataset001_x"
+    with zipfile.ZipFile(path, "w"):
+        pass
+    with pytest.raises(WireError, match="no checkpoint"):
+        fetch_model.local_dataset(path)
 
 
 @pytest.mark.parametrize("own", ["Dataset001_Liver", "Dataset205_Cor"])

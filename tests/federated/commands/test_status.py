@@ -65,6 +65,19 @@ def text_of(found: api.Status) -> str:
     return "\n".join(status.describe(found, url="https://there"))
 
 
+def test_times_that_no_clock_shows_are_told_all_the_same():
+    """A coordinator may say anything."""
+    found = make_status(
+        time=1e308,
+        progress=(),
+        waiting=(api.GatheringStatus(key=CensusKey(), contributed=(), waiting_for=("north",), opened=-1e308),),
+        failures=(api.FailureStatus(site="south", run=RUN, round=16, reason="OutOfMemoryError", time=-1e308),),
+    )
+    text = text_of(found)
+    assert "at https://there, 1e+308 s after 1970" in text and "waiting for north since ages" in text
+    assert f"run {RUN}: running, 17 of 1000 rounds closed" in text
+
+
 def test_a_wait_is_named():
     text = text_of(make_status())
     assert "waiting for south since 12 min: round 17 (north contributed)" in text

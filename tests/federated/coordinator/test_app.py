@@ -26,6 +26,7 @@ from fake_federation import (
 from http_peer import Peer
 from patience import MUCH_LONGER_S, PATIENCE_S
 
+from nnunetv2.federated.coordinator.http.error_responses import problem_of
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import open_document
 from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
@@ -378,3 +379,9 @@ def test_old_weights_are_deleted_and_the_present_ones_kept(federation):
     assert not list((folder / "initial").glob("A.*")) and not list((folder / "rounds" / "0").iterdir())
     assert [path.name for path in (folder / "rounds" / "1").iterdir()] == ["result.safetensors"]
     assert len(list((folder / "rounds" / "2").iterdir())) == 3
+
+
+def test_paths_of_the_coordinators_machine_stay_there():
+    status, problem = problem_of(FileNotFoundError(2, "No such file or directory", "/srv/clinic/federation/x"))
+    assert (status, problem.message) == (503, "trouble at the coordinator: No such file or directory")
+    assert problem_of(OSError("the model of run x is not written yet"))[1].message.endswith("is not written yet")

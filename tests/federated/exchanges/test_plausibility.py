@@ -24,6 +24,8 @@ from nnunetv2.federated.aggregation.outermost import Channel
 from nnunetv2.federated.errors import FederationError, RefusedError, StatisticsError
 from nnunetv2.federated.exchanges.plausibility import (
     Geometry,
+    check_corrected,
+    check_count,
     check_geometry,
     check_moments,
     describe_factor,
@@ -80,6 +82,35 @@ def test_moments_must_be_those_of_the_histogram(change, complaint, hide):
         check_moments(told, Channel.of(values, counts, hide=hide).coarse_histogram(), is_whole=not hide)
 
 
+def test_a_site_cannot_outvote_the_others_with_voxels_that_nobody_samples():
+    check_count(10**8, num_cases=3, num_all_cases=3)
+    check_count(10**7, num_cases=1, num_all_cases=100)  # by an extractor that draws ten times as many
+    for count in (10**7 + 1, 2**53):
+        with pytest.raises(StatisticsError, match="more voxels than are sampled"):
+            check_count(count, num_cases=1, num_all_cases=100)
+
+
+def test_a_histogram_comes_again_with_fewer_hidden_values_or_not_at_all():
+    values, counts = np.unique(draw("normal"), return_counts=True)
+    channel = Channel.of(values, counts, hide=True)
+    first = channel.coarse_histogram()
+    lowest, highest = np.flatnonzero(first)[[0, -1]]
+    shown = channel.showing([np.flatnonzero(channel.whole)[-1]])
+    again = shown.showing([np.flatnonzero(channel.whole)[0]])
+    check_corrected(first, first, shown.coarse_histogram())
+    check_corrected(first, shown.coarse_histogram(), again.coarse_histogram())
+    assert (again.lowest, again.highest) == (0, 0) and channel.lowest > 0
+    middle = int(np.argmax(first))
+    for taken_from, number in ((middle, 1), (lowest, channel.lowest + 1), (highest, channel.highest + 1)):
+        moved = first.copy()
+        moved[middle - 1] += number
+        moved[taken_from] -= number
+        with pytest.raises(StatisticsError, match="comes again has other values"):
+            check_corrected(first, first, moved)
+    with pytest.raises(StatisticsError):
+        check_corrected(first, first, first + (first > 0))
+
+
 @pytest.mark.parametrize(("spacing", "size"), [((0.0000001, 1, 1), 0.5), ((1, 1, 1e30), 0.5), ((1, 1, 1), 1.5)])
 def test_lengths_that_are_none_are_refused(spacing, size):
     check_geometry([(1.0, 0.5, 0.5), (999.0, 1.0, 1.0)], [0.5, 1.0])
@@ -124,7 +155,8 @@ def test_validated_voxels_are_bounded_by_what_batches_hold():
     }
     assert largest_validation(plans, "2d", 3) == 10 * 3 * 10 * 64
     assert largest_validation(plans, "x", None) == 10 * 50 * 2 * 64
-    for broken in ({"inherits_from": "x"}, {"batch_size": "n"}, {}):
+    huge = {"batch_size": 2, "patch_size": [10**300] * 3}
+    for broken in ({"inherits_from": "x"}, {"batch_size": "n"}, {}, [1], "text", None, huge):
         assert largest_validation({"configurations": {"x": broken}}, "x", 3) == math.inf
     assert largest_validation({}, "x", 3) == math.inf
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -34,6 +35,8 @@ from fake_federation import (
 from http_peer import Peer
 from patience import PATIENCE_S
 from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
 from nnunetv2.federated.coordinator.http import connections, listener, rate_limits
 from nnunetv2.federated.coordinator.http.connections import GuardedServer, allow_many_files, guarded_config
@@ -677,34 +680,65 @@ def test_a_failure_report_is_bounded(peers):
     assert peers["M"].post("failures", {"run": RUN, "round": 0, "reason": "x" * 80_000}).status_code == 413
 
 
-def test_a_handshake_that_does_not_come_ends_the_connection(tmp_path, monkeypatch):
-    monkeypatch.setattr(listener, "HANDSHAKE_S", 3.0)
-    certificate = private_certificate(tmp_path, ["127.0.0.1"])
-    server = GuardedServer(
-        guarded_config(
-            Starlette(),
-            timeout_graceful_shutdown=1,
-            ssl_certfile=str(certificate.certificate),
-            ssl_keyfile=str(certificate.key),
-        )
-    )
+@contextmanager
+def bare_server(app: Starlette, folder, *, encrypted: bool):
+    """Serve an application that is no coordinator's; yield the server, its address and who vouches for it."""
+    certificate = private_certificate(folder, ["127.0.0.1"]) if encrypted else None
+    files = {"ssl_certfile": str(certificate.certificate), "ssl_keyfile": str(certificate.key)} if encrypted else {}
+    server = GuardedServer(guarded_config(app, timeout_graceful_shutdown=1, **files))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        with (
-            socket.create_connection(listening.getsockname(), timeout=PATIENCE_S) as silent,
-            socket.create_connection(listening.getsockname(), timeout=PATIENCE_S) as halting,
-        ):
-            halting.sendall(b"\x16\x03\x01\x02\x00\x01")
-            assert is_dropped(silent) and is_dropped(halting)
-        answer = requests.get(
-            f"https://127.0.0.1:{listening.getsockname()[1]}/", timeout=PATIENCE_S, verify=str(certificate.authority)
-        )
-        assert answer.status_code == 404
+        yield server, listening.getsockname(), str(certificate.authority) if encrypted else None
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)
         listening.close()
     assert not thread.is_alive()
+
+
+def test_a_handshake_that_does_not_come_ends_the_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr(listener, "HANDSHAKE_S", 3.0)
+    with bare_server(Starlette(), tmp_path, encrypted=True) as (_, address, authority):
+        with (
+            socket.create_connection(address, timeout=PATIENCE_S) as silent,
+            socket.create_connection(address, timeout=PATIENCE_S) as halting,
+        ):
+            halting.sendall(b"\x16\x03\x01\x02\x00\x01")
+            assert is_dropped(silent) and is_dropped(halting)
+        answer = requests.get(f"https://127.0.0.1:{address[1]}/", timeout=PATIENCE_S, verify=authority)
+        assert answer.status_code == 404
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
+def test_answers_that_nobody_reads_do_not_pile_up(tmp_path, encrypted):
+    """One waits; the next is computed when it has gone."""
+    size = 50_000
+    app = Starlette(routes=[Route("/", lambda request: Response(bytes(size)))])
+    with (
+        bare_server(app, tmp_path, encrypted=encrypted) as (server, address, authority),
+        socket.create_connection(address, timeout=PATIENCE_S) as plain,
+    ):
+        context = ssl.create_default_context(cafile=authority)
+        connection = context.wrap_socket(plain, server_hostname="127.0.0.1") if encrypted else plain
+        for _ in range(400):  # more answers than the system's own buffers hold
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: any(one.flow.write_paused for one in server.book))
+        [one] = server.book
+        assert 0 < one.transport.get_write_buffer_size() < 3 * size
+        received = len(connection.recv(1 << 16))
+        while received < 400 * size:
+            received += len(connection.recv(1 << 16))
+        connection.close()
+
+
+def test_a_request_may_come_ahead_of_its_turn_but_not_a_thousand(federation, peers):
+    token = federation.credential("M").token
+    first, next_one = head("GET", f"gatherings/{CensusKey()}?wait=1", token), head("GET", "settings", token)
+    with raw(federation, first + next_one) as connection:
+        assert read_head(connection).startswith(b"HTTP/1.1 202 ")
+    many = first.replace(b"wait=1", b"wait=50") + next_one * 1000
+    with raw(federation, many) as connection, suppress(ConnectionError):
+        assert read_head(connection) == b"", "answered instead of dropped"

@@ -30,6 +30,9 @@ HEADER_BYTES = 16 << 10
 REST_BYTES = 5 << 20
 """How much of a body is taken, and thrown away, after its request was answered: a sender that is cut off while it
 sends would miss the answer."""
+UNSENT_BYTES = 16 << 10
+"""How much of the answers may wait for a reader before no more is written: asyncio keeps up to 512 KiB of each
+encrypted connection, and strangers have many."""
 KEEP_ALIVE_S = 75
 WATCH_S = 2.0
 STARTUP_FAILED = 3
@@ -65,6 +68,7 @@ class GuardedProtocol(H11Protocol):
     # ------------------------------------------------------------------------------------------ what asyncio calls
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(UNSENT_BYTES)
         if self._socket is None:  # no TLS in between
             self.attach(transport)
         self._watch()
@@ -78,6 +82,8 @@ class GuardedProtocol(H11Protocol):
                 self.drop()
                 return
         super().data_received(data)
+        if self._has_many_requests_waiting():
+            self.drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -89,6 +95,7 @@ class GuardedProtocol(H11Protocol):
     def attach(self, transport: asyncio.Transport) -> None:
         """Take note of the transport that is the socket itself, below TLS."""
         self._socket = transport
+        transport.set_write_buffer_limits(UNSENT_BYTES)
         if self._is_dropped:
             transport.abort()
 
@@ -193,6 +200,11 @@ class GuardedProtocol(H11Protocol):
             return "other" if self.flow.read_paused else "body"
         has_begun = self.cycle is None or bool(self.conn.trailing_data[0])
         return "headers" if answered and has_begun else "other"
+
+    def _has_many_requests_waiting(self) -> bool:
+        """Tell whether more requests have come ahead of their turn than headers may have bytes; honest ones do not."""
+        is_done = self._body is None and self.conn.their_state is h11.DONE
+        return is_done and len(self.conn.trailing_data[0]) > HEADER_BYTES
 
     def _is_answered(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

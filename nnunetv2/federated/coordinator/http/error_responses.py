@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.errors import FederationError, RefusedError, reason_without_paths
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.utilities.plain_text import printable
@@ -85,7 +85,9 @@ def problem_of(error: Exception) -> tuple[int, api.Problem]:
     if isinstance(error, FederationError):
         return 400, api.Problem(code="invalid", message=printable(str(error)[:8000])[:8000])
     if isinstance(error, OSError):
-        return 503, api.Problem(code="coordinator_trouble", message=f"trouble at the coordinator: {error}"[:8000])
+        return 503, api.Problem(
+            code="coordinator_trouble", message=f"trouble at the coordinator: {reason_without_paths(error)}"[:8000]
+        )
     return 500, api.Problem(code="internal_error", message="an error of the coordinator itself; its log says more")
 
 

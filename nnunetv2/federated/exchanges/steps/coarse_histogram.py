@@ -61,8 +61,8 @@ class CoarseHistogramStep(Step[CoarseKey, CoarseSummary, WantedBins]):
         settings: FederationSettings,
     ) -> None:
         """Raise WireError or StatisticsError unless cases, channels, geometry and moments can be."""
-        with reader.contribution(CensusKey(), site) as earlier:
-            census = earlier.message
+        with reader.contribution(CensusKey(), site) as earlier, reader.result(CensusKey()) as pooled:
+            census, num_all_cases = earlier.message, pooled.message.num_cases
         summary = document.message
         if (len(summary.spacings), len(summary.moments)) != (census.num_cases, len(census.channel_names)):
             raise WireError(
@@ -73,6 +73,7 @@ class CoarseHistogramStep(Step[CoarseKey, CoarseSummary, WantedBins]):
         for channel, moments in enumerate(summary.moments):
             histogram = fingerprint_statistics.pool_histograms([document.read(f"coarse.{channel}")])
             try:
+                plausibility.check_count(moments.count, census.num_cases, num_all_cases)
                 plausibility.check_moments(moments, histogram, is_whole=summary.extrema is not None)
             except StatisticsError as error:
                 raise StatisticsError(f"channel {channel}: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 from nnunetv2.federated.aggregation import fingerprint_statistics
 from nnunetv2.federated.aggregation.fingerprint_statistics import NUM_BINS
 from nnunetv2.federated.errors import WireError
-from nnunetv2.federated.exchanges import document_limits
+from nnunetv2.federated.exchanges import document_limits, plausibility
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
 from nnunetv2.federated.exchanges.steps.base import LARGEST_MESSAGE, State, Step
@@ -76,8 +76,11 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
             coarse = before = fingerprint_statistics.pool_histograms([self._coarse_of(key, site, channel, reader)])
             if channel in document.message.corrected:
                 coarse = fingerprint_statistics.pool_histograms([document.read(f"coarse.{channel}")])
+                with reader.contribution(CoarseKey(), site) as earlier:
+                    first = fingerprint_statistics.pool_histograms([earlier.read(f"coarse.{channel}")])
+                plausibility.check_corrected(first, before, coarse)
             fine = fingerprint_statistics.pool_histograms([document.read(f"fine.{channel}")])
-            if coarse.sum() != before.sum() or (fine.sum(axis=1) != coarse[list(bins)]).any():
+            if (fine.sum(axis=1) != coarse[list(bins)]).any():
                 raise WireError(f"channel {channel}: fine and coarse histograms of site {site} count different voxels")
 
     def pool(
