@@ -212,11 +212,11 @@ def make_federation(folder: Path, num_sites: int, num_epochs: int = 3, validate_
             ),
             now=time.time(),
         )
-        coordinator = Coordinator(store, announce=lambda line: None)
+        coordinator = Coordinator(store, log=lambda line: None)
         tokens = {}
         for record in coordinator.members.open_invitations(time.time()):
             tokens[record.member] = new_token(record.member)
-            coordinator.members.join(record.secret, tokens[record.member], now=time.time())
+            coordinator.members.join(record.secret, tokens[record.member])
     return tokens
 
 
@@ -238,8 +238,8 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
         tensors=entries,
     )
     with Store(folder) as store:
-        coordinator = Coordinator(store, announce=lambda line: None)
-        coordinator.closer.start()
+        coordinator = Coordinator(store, log=lambda line: None)
+        coordinator.worker.start()
 
         def send(key: str, site: str, message: messages.Message, own: dict[str, TensorSpec]) -> None:
             path = folder / "incoming" / site
@@ -248,8 +248,8 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
 
         for site in coordinator.settings.sites:
             send(registration_key(RUN), site, registration, {})
-        wait_until(lambda: coordinator.book.is_closed(registration_key(RUN)))
-        owners = coordinator.archive.agreement(RUN).match.initial_owner
+        wait_until(lambda: coordinator.state.registry.is_closed(registration_key(RUN)))
+        owners = coordinator.state.documents.agreement(RUN).match.initial_owner
         for site in coordinator.settings.sites:
             send(
                 initial_key(RUN),
@@ -257,7 +257,7 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
                 messages.Update(),
                 {name: specs[name] for name, owner in owners.items() if owner == site},
             )
-        wait_until(lambda: coordinator.book.is_closed(initial_key(RUN)))
+        wait_until(lambda: coordinator.state.registry.is_closed(initial_key(RUN)))
         coordinator.stop()
 
 

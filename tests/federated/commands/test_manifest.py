@@ -159,8 +159,8 @@ def test_the_client_sends_nothing_that_is_not_allowed(with_list, tmp_path):
             with pytest.raises(NotAllowedError, match="field channel_names.0"):
                 client.contribute(CENSUS_KEY, make_census())
             client.report_failure(RUN, 0, "ValueError")  # not on the list either: kept back, without an error
-        assert federation.coordinator.store.load_events("failure") == []
-        assert federation.coordinator.book.get(CENSUS_KEY) is None
+        assert federation.state.store.load_events("failure") == []
+        assert federation.state.registry.get(CENSUS_KEY) is None
         assert credential.site == "A"
 
 

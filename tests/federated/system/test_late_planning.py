@@ -55,7 +55,7 @@ def plan(federation: LocalFederation, site: str, **options) -> str:
         num_processes=1,
         show_progress_bar=False,
         **options,
-        credential_file=federation.coordinator.store.folder / f"credential.{site}.json",
+        credential_file=federation.state.store.folder / f"credential.{site}.json",
     )
 
 
@@ -90,7 +90,7 @@ def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
     }
     assert any("site C plans late" in line for line in federation.lines)
     assert any("site C has planned late, and holds the same plans" in line for line in federation.lines)
-    recorded = {(event.kind, event.site, event.key) for event in federation.coordinator.store.load_events()}
+    recorded = {(event.kind, event.site, event.key) for event in federation.state.store.load_events()}
     assert ("contribution", "C", late_census_key("C")) in recorded
     assert ("closing", None, late_plans_key("nnUNetPlans", "C")) in recorded
 
@@ -131,7 +131,7 @@ def test_while_the_census_is_open_a_new_site_is_an_ordinary_one(federation, root
     with federation.client("A") as first:
         first.contribute(CENSUS_KEY, make_census())
     federation.coordinator.invite("C", "site", by="boss")
-    assert federation.coordinator.book.get(CENSUS_KEY).waiting_for == ("B", "C")
+    assert federation.state.registry.get(CENSUS_KEY).waiting_for == ("B", "C")
 
 
 def test_a_site_that_comes_in_between_waits_and_says_for_whom(federation, roots, capsys):
@@ -139,7 +139,7 @@ def test_a_site_that_comes_in_between_waits_and_says_for_whom(federation, roots,
     with federation.client("A") as first, federation.client("B") as second:
         for client, num_cases in ((first, 2), (second, 3)):
             client.contribute(CENSUS_KEY, census_of(roots, client.credential.site, num_cases))
-    wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
+    wait_until(lambda: federation.state.registry.is_closed(CENSUS_KEY))
     federation.coordinator.invite("C", "site", by="boss")
     shown: list[str] = []
 
@@ -175,7 +175,7 @@ def test_nobody_else_is_let_in_by_a_latecomers_door(tmp_path):
         for client in (a, b):
             client.contribute(CENSUS_KEY, make_census())
             client.contribute(plans_key("p"), PlansReport(plans=make_plans()))
-        wait_until(lambda: federation.coordinator.book.is_closed(plans_key("p")))
+        wait_until(lambda: federation.state.registry.is_closed(plans_key("p")))
         with pytest.raises(RefusedError, match="does not take part"):
             a.contribute(late_census_key("B"), make_census())
         with pytest.raises(RefusedError, match="does not take part"):
@@ -190,7 +190,7 @@ def test_a_site_that_was_not_shown_in_reads_nothing_of_the_fingerprint(tmp_path)
     ):
         for client in (a, b):
             client.contribute(CENSUS_KEY, make_census())
-        wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
+        wait_until(lambda: federation.state.registry.is_closed(CENSUS_KEY))
         federation.coordinator.invite("C", "site", by="boss")
         with federation.client("C") as late:
             with pytest.raises(RefusedError, match="does not take part"):
@@ -217,11 +217,11 @@ def test_late_planning_outlasts_a_restart(tmp_path):
     with served(folder, make_settings()) as federation, federation.client("A") as a, federation.client("B") as b:
         for client in (a, b):
             client.contribute(CENSUS_KEY, make_census())
-        wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
+        wait_until(lambda: federation.state.registry.is_closed(CENSUS_KEY))
         federation.coordinator.invite("C", "site", by="boss")
         with federation.client("C") as late:
             late.exchange(late_census_key("C"), make_census())
     assert Path(folder, "gatherings", "fingerprint", "admissions", "C", "result.safetensors").is_file()
     with served(folder, make_settings()) as federation:
-        assert federation.coordinator.book.is_closed(late_census_key("C"))
+        assert federation.state.registry.is_closed(late_census_key("C"))
         assert federation.coordinator.result(COARSE_KEY, "C").waiting_for == ("A", "B")

@@ -1,4 +1,4 @@
-"""Follow the audit log: what the page, the figures and the coordinator's output have to know of it.
+"""Follow the audit log for the dashboard: counts, troubles, models.
 
 The log grows with every contribution. At the start, its lines are counted, and only those that people have to know of
 are read; from then on, what was appended.

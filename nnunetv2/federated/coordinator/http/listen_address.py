@@ -1,4 +1,4 @@
-"""Settle where a coordinator listens, under which address it is known, and how it is protected."""
+"""Settle a coordinator's listening address, public URL and TLS."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Address:
+class ListenAddress:
     """Where a coordinator listens, under which address sites know it, and how it is protected; kept between starts."""
 
     host: str = DEFAULT_HOST
@@ -103,15 +103,15 @@ class Address:
         )
 
 
-def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> Address:
+def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> ListenAddress:
     """Return the address of a start: what the command line says, else what held before."""
-    known = {field.name for field in fields(Address)}
+    known = {field.name for field in fields(ListenAddress)}
     given = {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in vars(arguments).items()
         if name in known and value is not None
     }
-    return Address(**{**{name: value for name, value in stored.items() if name in known}, **given})
+    return ListenAddress(**{**{name: value for name, value in stored.items() if name in known}, **given})
 
 
 def tls_options(certificate: tls.Certificate | None) -> dict[str, object]:

@@ -21,12 +21,12 @@ RESERVED_BYTES = 256 << 20
 """What uploads leave free on the disk: for aggregates, the database and its journal."""
 
 
-def check_room(key: ExchangeKey, site: str, size: int, *, book: RoundBook, folder: Path) -> None:
+def check_room(key: ExchangeKey, site: str, size: int, *, registry: RoundBook, folder: Path) -> None:
     """Raise RefusedError if a site has sent enough that is still open, or if the disk has no room for a document."""
     if key.kind not in FINAL_KINDS:
         others = [
             one.contributions[site].size
-            for one in book.open_exchanges()
+            for one in registry.open_exchanges()
             if one.key != key and one.key.kind not in FINAL_KINDS and site in one.contributions
         ]
         if len(others) >= MAX_OPEN:
