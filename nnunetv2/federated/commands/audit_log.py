@@ -11,56 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.coordinator.storage import audit_log
+from nnunetv2.federated.coordinator.storage.read_only import open_read_only, read_log
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
-DATABASE_FILE = "coordinator.sqlite"
 SECONDS_OF_UNIT = {"m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
 SHORTEST_HEAD = 12
 """Digits of a hash that have to be typed at least: with fewer, another line may have them too."""
 
 
 # --------------------------------------------------------------------------------------------------------- reading
-@contextmanager
-def open_read_only(folder: Path) -> Iterator[sqlite3.Connection]:
-    """Open the database of a federation so that nothing in its folder changes.
-
-    Raises:
-        FederationError: The folder holds no federation, or one that is written in another way.
-    """
-    path = folder / DATABASE_FILE
-    if not path.is_file():
-        raise FederationError(f"{folder} holds no federation: there is no {DATABASE_FILE}. Name its folder (--folder)")
-    # Without a journal beside it, nobody is writing, and SQLite need not make the files that writers share.
-    is_at_rest = not path.with_name(f"{DATABASE_FILE}-wal").exists()
-    mode = "mode=ro&immutable=1" if is_at_rest else "mode=ro"
-    try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=10.0)
-        try:
-            yield connection
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise FederationError(
-            f"{path} cannot be read as the database of a federation: {error}. If its coordinator is "
-            "of an older version, start it once with this one"
-        ) from error
-
-
-def read_log(connection: sqlite3.Connection) -> Iterator[tuple]:
-    """Yield the lines of a log in order, as `audit.LINES` has them."""
-    yield from connection.execute(f"{audit_log.LINES} ORDER BY number")
-
-
 def parse_since(text: str, now: float) -> float:
     """Return the moment that "2026-11-23", "2026-11-23 14:05" or "36h" (m, h, d, w) means, in seconds since 1970.
 

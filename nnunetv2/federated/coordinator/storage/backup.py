@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from nnunetv2.federated.commands.audit_log import open_read_only, read_log
 from nnunetv2.federated.coordinator.storage import audit_log
+from nnunetv2.federated.coordinator.storage.read_only import DATABASE_FILE, open_read_only, read_log
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.utilities.plain_text import shell_command, show
 
@@ -85,8 +85,6 @@ def backup(folder: Path, target: Path) -> Backup:
 
 def _collect(folder: Path, scratch: Path) -> tuple[float, dict[str, str]]:
     """Gather all files of one moment in `scratch`; return that moment, and the digests that the database knows."""
-    from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE
-
     for _ in range(ATTEMPTS):
         created = time.time()
         with open_read_only(folder) as connection, closing(sqlite3.connect(scratch / DATABASE_FILE)) as copy:
@@ -184,8 +182,6 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _federation_of(folder: Path) -> str:
-    from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE
-
     with closing(sqlite3.connect(folder / DATABASE_FILE)) as database:
         row = database.execute("SELECT value FROM meta WHERE name = 'settings'").fetchone()
     if row is None:
@@ -276,8 +272,6 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path, k
 
 def _check(folder: Path, restored: Backup) -> None:
     """Raise FederationError unless the database is whole and every document that it speaks of is there."""
-    from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE
-
     if DATABASE_FILE not in restored.files:
         raise FederationError(f"there is no {DATABASE_FILE} in the backup")
     with closing(sqlite3.connect(folder / DATABASE_FILE)) as database:

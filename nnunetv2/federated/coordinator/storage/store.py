@@ -25,6 +25,7 @@ from typing import IO, Any, Literal
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.coordinator.storage.audit_log import Event, add_event
 from nnunetv2.federated.coordinator.storage.database import Database
+from nnunetv2.federated.coordinator.storage.read_only import DATABASE_FILE
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.exchanges.exchange import (
     Closed,
@@ -37,11 +38,11 @@ from nnunetv2.federated.exchanges.exchange import (
 )
 from nnunetv2.federated.exchanges.state import RunControl
 from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.plain_text import excerpt
 
 FULL_RESULT = ""
 """Name of the result that holds every tensor."""
-DATABASE_FILE = "coordinator.sqlite"
 
 LEAST_RECORDS = 2
 """Of rounds, in one answer: who has the first of them already must get on."""
@@ -479,7 +480,7 @@ class Store:
         )
 
     def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
-        """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
+        """Return the lines of the audit log after line `after`, at most `limit`, as `audit_log.LINES` has them."""
         return self._database.rows(f"{audit_log.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)
 
     def load_head(self) -> tuple[int, str]:
@@ -619,14 +620,7 @@ def _lock_folder(folder: Path) -> IO[bytes]:
     """Return an open file that holds the folder for this process; the system lets go of it if the process dies."""
     file = (folder / "lock").open("a+b")
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file.fileno())
     except OSError as error:
         file.close()
         raise FederationError(
