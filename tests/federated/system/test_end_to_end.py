@@ -82,10 +82,10 @@ def test_two_sites_train_two_rounds_and_end_with_the_same_network(tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["phantom_005.nii.gz"]
     run_everywhere(
         sites,
-        lambda site: [  # what was fetched has the name that it has at the first site
+        lambda site: [  # the model is installed under the name that the dataset has at the site
             "nnUNetv2_predict",
             "-d",
-            f"Dataset{sites[0].dataset}_Phantom",
+            f"Dataset{site.dataset}_Phantom",
             "-c",
             CONFIGURATION,
             "-f",
