@@ -42,15 +42,16 @@ from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
-from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_exchange, parse_key, with_contribution
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.exchanges.exchange import Closed, Contribution, with_contribution
+from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
 from nnunetv2.federated.site.credential import new_token
 
 MIB, GIB = 2**20, 2**30
-RUN = messages.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
+RUN = keys.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
 DISTINCT_UPDATES = 4
 LOAD_PROCESSES = 2
 HISTORY_ROUNDS = 1000
@@ -247,17 +248,17 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
             coordinator.contribute(key, site, path, digest, path.stat().st_size)
 
         for site in coordinator.settings.sites:
-            send(registration_key(RUN), site, registration, {})
-        wait_until(lambda: coordinator.state.registry.is_closed(registration_key(RUN)))
+            send(RegistrationKey(RUN), site, registration, {})
+        wait_until(lambda: coordinator.state.registry.is_closed(RegistrationKey(RUN)))
         owners = coordinator.state.documents.agreement(RUN).match.initial_owner
         for site in coordinator.settings.sites:
             send(
-                initial_key(RUN),
+                InitialKey(RUN),
                 site,
                 messages.Update(),
                 {name: specs[name] for name, owner in owners.items() if owner == site},
             )
-        wait_until(lambda: coordinator.state.registry.is_closed(initial_key(RUN)))
+        wait_until(lambda: coordinator.state.registry.is_closed(InitialKey(RUN)))
         coordinator.stop()
 
 
@@ -370,14 +371,14 @@ def measure_round(folder: Path, num_sites: int) -> float:
 
 def aggregation_per_core(federation: Path, out_path: Path) -> float:
     """Sum up the round's updates once more; return GiB of input per second of processor time, whatever the load."""
-    folder = federation / "gatherings" / round_key(RUN, 0)
+    folder = federation / "gatherings" / RoundKey(RUN, 0)
     with ExitStack() as stack:
         documents = {
             path.name: stack.enter_context(open_document(path))
             for path in folder.glob("*.safetensors")
             if not path.name.startswith("result")
         }
-        before = federation / "gatherings" / initial_key(RUN) / "result.safetensors"
+        before = federation / "gatherings" / InitialKey(RUN) / "result.safetensors"
         previous = stack.enter_context(open_document(before))
         begin = time.process_time()
         aggregate_documents(
@@ -399,7 +400,7 @@ def play(url: str, tokens: dict[str, str], updates: Sequence[tuple[Path, str]]) 
     with ProcessPoolExecutor(LOAD_PROCESSES, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(abs, range(LOAD_PROCESSES)))  # the processes are there
         begin = time.monotonic() + 3.0
-        return list(pool.map(play_round, *zip(*[(url, round_key(RUN, 0), part, begin) for part in parts if part])))
+        return list(pool.map(play_round, *zip(*[(url, RoundKey(RUN, 0), part, begin) for part in parts if part])))
 
 
 def _range(values: Sequence[float]) -> str:
@@ -413,7 +414,7 @@ def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
         running(folder / "federation") as coordinator,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):
-        answers = pool.submit(poll_for, coordinator.url, CENSUS_KEY, list(tokens.values()), seconds)
+        answers = pool.submit(poll_for, coordinator.url, CensusKey(), list(tokens.values()), seconds)
         time.sleep(27)  # all have connected and asked once
         cpu, begin = coordinator.cpu_seconds(), time.monotonic()
         while not answers.done() and time.monotonic() - begin < seconds - 30:
@@ -453,7 +454,7 @@ def measure_start(folder: Path, num_sites: int) -> None:
         from benchmarks.federation_load import contribute
 
         for token in list(tokens.values())[:3]:
-            contribute(coordinator.url, round_key(RUN, 0), PlayedSite(token, *updates[0]))
+            contribute(coordinator.url, RoundKey(RUN, 0), PlayedSite(token, *updates[0]))
         coordinator.end(signal.SIGKILL)
         coordinator.start()
         times.append(coordinator.start_time())
@@ -476,7 +477,7 @@ def write_history(folder: Path, num_rounds: int) -> None:
     with Store(folder) as store:
         settings = store.load_settings()
         for number in range(num_rounds):
-            exchange = fresh_exchange(parse_key(round_key(RUN, number)), settings)
+            exchange = fresh_exchange(parse_key(RoundKey(RUN, number)), settings)
             for site in settings.sites:
                 digest = hashlib.sha256(f"{number}{site}".encode()).hexdigest()
                 exchange = with_contribution(exchange, site, Contribution(digest, 1, time.time()))

@@ -165,11 +165,11 @@ def training_documents(
         precision: How the tensors of the rounds travel.
     """
     from nnunetv2.federated.aggregation import matching
-    from nnunetv2.federated.aggregation.half_precision import narrowed
-    from nnunetv2.federated.protocol import api, messages
+    from nnunetv2.federated.aggregation.codecs import codec_of
+    from nnunetv2.federated.protocol import api, keys, messages
     from nnunetv2.federated.protocol.document import TensorSpec
 
-    run = messages.run_name(registration.configuration, registration.fold, registration.trainer)
+    run = keys.run_name(registration.configuration, registration.fold, registration.trainer)
     specs = {
         entry.name: TensorSpec(entry.dtype, entry.shape)
         for entry in registration.tensors
@@ -199,7 +199,7 @@ def training_documents(
             "most these",
             message=messages.Update(metrics=values(metrics), earlier=earlier),
             known=False,
-            specs=narrowed(specs) if precision == "float16" else specs,
+            specs=codec_of(precision).specs(specs),
             passed_on="the weighted average of the tensors",
         ),
         Leaving(

@@ -18,8 +18,9 @@ from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, 
 from nnunetv2.federated.coordinator.token_bucket import TokenBucket
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import is_enough
+from nnunetv2.federated.exchanges.steps import parse_key
 from nnunetv2.federated.protocol import api
-from nnunetv2.federated.protocol.messages import admission_key, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RegistrationKey, RoundKey, RunKey
 from nnunetv2.utilities.plain_text import excerpt
 
 STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
@@ -102,7 +103,8 @@ def _proceed(state: FederationState, run: str, exchange: str | None, name: str) 
     waiting = [
         one
         for one in state.registry.open_exchanges()
-        if one.key.run == run
+        if isinstance(one.key, RunKey)
+        and one.key.run == run
         and one.outcome is None
         and (one.waiting_for or one.lacks)
         and exchange in (None, str(one.key))
@@ -124,8 +126,8 @@ def _proceed(state: FederationState, run: str, exchange: str | None, name: str) 
             code="too_early",
         )
     control = state.registry.control(run)
-    still_open = frozenset(one for one in control.proceeding if not state.registry.is_closed(one))
-    control = replace(control, proceeding=still_open | {str(key)})
+    still_open = frozenset(one for one in control.forced if not state.registry.is_closed(parse_key(one)))
+    control = replace(control, forced=still_open | {str(key)})
     state.set_control(run, control, _event(state, str(key), "proceed", name))
 
 
@@ -146,8 +148,8 @@ def _between_closings(state: FederationState, run: str) -> Iterator[None]:
     while True:
         begun = state.registry.run_state(run).rounds_closed
         # The round that is open, begun or not, and what there may be before the first one.
-        keys = {registration_key(run), initial_key(run), round_key(run, begun)}
-        keys |= {admission_key(run, site) for site in state.settings.sites}
+        keys = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
+        keys |= {AdmissionKey(run, site) for site in state.settings.sites}
         with ExitStack() as held:
             for name in (*sorted(keys), run):  # the run's lock last, as everywhere
                 held.enter_context(state.locks[name])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.aggregation_worker import AggregationWorker
@@ -28,21 +29,11 @@ from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUpload
 from nnunetv2.federated.coordinator.storage.quotas import check_room
 from nnunetv2.federated.coordinator.storage.store import Role, Store, Traffic, flush
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.exchanges import closing
-from nnunetv2.federated.exchanges.exchange import (
-    FINAL_KINDS,
-    WEIGHT_KINDS,
-    Closed,
-    Exchange,
-    ExchangeKey,
-    Refused,
-    Verdict,
-    judge,
-    parse_key,
-)
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, Verdict, judge
+from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
-from nnunetv2.federated.protocol.messages import registration_key, round_key, run_with_plans
+from nnunetv2.federated.protocol.keys import Key, RunKey, run_with_plans
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -195,7 +186,7 @@ class Coordinator:
         if verdict in (Verdict.SAME, Verdict.KEEP_FIRST):
             self._note_late(exchange, site)
             return _receipt(exchange, site, digest, verdict, sent_to=key)
-        limit = closing.limits_of(exchange.key, site, self.state.documents).file_bytes
+        limit = step_of(exchange.key).limits(exchange.key, site, self.state.documents).file_bytes
         if size > limit:
             raise RefusedError(
                 f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are allowed",
@@ -218,7 +209,7 @@ class Coordinator:
         try:
             self._begin(sent_to)
             with self._opened(sent_to, site, incoming) as document:
-                closing.check_contribution(sent_to, site, document, self.state.documents, self.settings)
+                step_of(sent_to).check_contribution(sent_to, site, document, self.state.documents, self.settings)
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
@@ -229,7 +220,7 @@ class Coordinator:
             verdict = judge(exchange, site, digest)
             if verdict is Verdict.COMPARE:
                 with self._opened(sent_to, site, incoming) as document:
-                    closing.check_unchanged(place, site, document.message, self.state.documents)
+                    step_of(place).check_unchanged(place, site, document.message, self.state.documents)
             self.state.take_back_failure(sent_to, site)
             if verdict is Verdict.STORE:
                 exchange = self.state.save_contribution(exchange, site, incoming, digest, size)
@@ -237,39 +228,26 @@ class Coordinator:
         return _receipt(exchange, site, digest, verdict, sent_to=key)
 
     @contextmanager
-    def _opened(self, key: ExchangeKey, site: str, incoming: Path) -> Iterator[Document]:
+    def _opened(self, key: Key, site: str, incoming: Path) -> Iterator[Document[Any]]:
         """Open what a site has sent. Of documents that are all JSON, one at a time: they take time and memory."""
-        limits = closing.limits_of(key, site, self.state.documents)
+        step = step_of(key)
+        limits = step.limits(key, site, self.state.documents)
         with (
-            nullcontext() if key.kind in WEIGHT_KINDS else self._reading,
+            nullcontext() if step.policy.carries_weights else self._reading,
             open_document(incoming, limits=limits) as document,
         ):
             yield document
 
-    def _begin(self, key: ExchangeKey) -> Exchange:
+    def _begin(self, key: Key) -> Exchange:
         """Return an exchange; one that has not begun is not remembered before its first contribution."""
-        required = ()
-        if key.kind == "initial" and self.state.registry.is_closed(registration_key(key.run)):
-            required = set(self.state.documents.agreement(key.run).match.initial_owner.values())
-        return self.state.registry.begin(key, required=required)
+        step = step_of(key)
+        before = step.prerequisite(key)
+        may_begin = before is None or self.state.registry.is_closed(before)
+        return self.state.registry.begin(key, required=step.required(key, self.state.documents) if may_begin else ())
 
-    def _place_of(self, key: ExchangeKey, site: str, digest: str) -> ExchangeKey:
-        """Return where a contribution counts: a late update may be carried into the round that is open now.
-
-        A document that was carried before, and whose receipt was lost, stays where it is.
-        """
-        exchange = self.state.registry.get(key)
-        is_late = key.kind == "round" and exchange is not None and exchange.is_closed
-        if not is_late or self.settings.late_updates != "carry" or site in exchange.outcome.contributors:
-            return key
-        open_round = self.state.registry.run_state(key.run).open_round
-        last = open_round if open_round is not None else self.state.registry.latest_round(key.run).key.number
-        for number in range(key.number + 1, last + 1):
-            later = self.state.registry.get(round_key(key.run, number))
-            held = later.contributions.get(site) if later is not None else None
-            if held is not None and held.digest == digest:
-                return later.key
-        return key if open_round is None else parse_key(round_key(key.run, open_round))
+    def _place_of(self, key: Key, site: str, digest: str) -> Key:
+        """Return where a contribution counts: a late update may be carried into the round that is open now."""
+        return step_of(key).place(key, site, digest, self.state.registry)
 
     def _log_refusal(self, key: str, site: str, error: FederationError) -> None:
         self.state.record("refusal", site, key, {"message": excerpt(str(error), LOGGED_CHARACTERS)})
@@ -277,13 +255,14 @@ class Coordinator:
 
     def _note_late(self, exchange: Exchange, site: str) -> None:
         """Log, once, that a site's update came when its round was closed already."""
-        if exchange.key.kind != "round" or not exchange.is_closed or site not in exchange.outcome.missing:
+        outcome = exchange.outcome
+        if not exchange.policy.recurs or not isinstance(outcome, Closed) or site not in outcome.missing:
             return
         key = str(exchange.key)
         with self.state.locks[key]:
             if self.state.store.has_event("late", site, key):
                 return
-            delay = self.state.clock() - exchange.outcome.time
+            delay = self.state.clock() - outcome.time
             self.state.record("late", site, key, {"seconds": delay})
         self.state.log(f"{key}: the update of site {site} is {delay:.1f} s late and does not count")
         self.state.notifier.notify_progress(key)
@@ -302,24 +281,22 @@ class Coordinator:
             raise exchange.outcome.as_error()
         if isinstance(exchange.outcome, Closed):
             return self._result_of_closed(exchange, site)
-        if (
-            exchange.key.kind in ("round", "initial", "registration")
-            and self.state.registry.control(exchange.key.run).state == "stopped"
-        ):
-            return self._result_of_stopped(exchange, site)
+        run = exchange.key.run if isinstance(exchange.key, RunKey) and exchange.policy.stops_with_run else None
+        if run is not None and self.state.registry.control(run).state == "stopped":
+            return self._result_of_stopped(run, site)
         self.state.raise_obstacle(exchange)
         return api.Waiting(
             waiting_for=exchange.waiting_for,
-            paused=exchange.is_held,
+            paused=exchange.is_paused,
             lacks=0 if exchange.waiting_for else exchange.lacks,
         )
 
-    def _result_of_stopped(self, exchange: Exchange, site: str) -> Result:
+    def _result_of_stopped(self, run: str, site: str) -> Result:
         """Return the last aggregate of a run that the operator has stopped."""
-        latest = self.state.registry.latest_round(exchange.key.run)
+        latest = self.state.registry.latest_round(run)
         if latest is None:
             raise RefusedError(
-                f"the operator has stopped run {exchange.key.run} before its first round was closed",
+                f"the operator has stopped run {run} before its first round was closed",
                 "Ask the coordinating site.",
                 code="run_stopped",
             )
@@ -327,30 +304,30 @@ class Coordinator:
 
     def _result_of_closed(self, exchange: Exchange, site: str) -> Result:
         """Return the result of a closed exchange, or of the run's last round for a site that missed this one."""
-        key = exchange.key
+        key, step = exchange.key, step_of(exchange.key)
         is_gone = self.state.store.load_result_digest(key) is None
-        if key.kind == "round" and (is_gone or site in exchange.outcome.missing):
-            key = self.state.registry.latest_round(key.run).key
-        names = closing.names_for_site(key, site, self.state.documents)
+        if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):
+            key = step.newest(key, self.state.registry)
+        names = step.tensors_for(key, site, self.state.documents)
         if names is None:
             return Result(str(key), self.state.store.result_path(key), self.state.store.load_result_digest(key) or "")
         return self._subset(key, names)
 
-    def _subset(self, key: ExchangeKey, names: tuple[str, ...]) -> Result:
+    def _subset(self, key: Key, names: tuple[str, ...]) -> Result:
         """Return these tensors of a result as they travel, written when they are first asked for."""
         subset = hashlib.sha256("\n".join(names).encode()).hexdigest()
         path = self.state.store.result_path(key, subset)
         with self.state.locks[str(key)]:
             digest = self.state.store.load_result_digest(key, subset)
             if digest is None:
-                digest = closing.write_for_sites(key, names, path, self.state.documents)
+                digest = step_of(key).write_for_sites(key, names, path, self.state.documents)
                 self.state.store.save_subset(key, subset, digest)
         return Result(str(key), path, digest)
 
     # ---------------------------------------------------------------------------------------------------- status
     def run_state(self, run: str) -> api.RunState:
         """Return how far a run is."""
-        parse_key(f"runs/{run}/registration")
+        registration_of(run)
         return self.state.registry.run_state(run)
 
     def run_of_plans(self, run: str, site: str, plans_name: str) -> str:
@@ -362,7 +339,7 @@ class Coordinator:
         differ.
         """
         registry = self.state.registry
-        registration = registry.get(parse_key(f"runs/{run}/registration"))
+        registration = registry.get(registration_of(run))
         names = self.state.documents.plans_names(run) if registration is not None else {}
         if names.get(site) == plans_name:
             return run
@@ -447,13 +424,22 @@ class Coordinator:
 # --------------------------------------------------------------------------------------------------------- helpers
 def _receipt(exchange: Exchange, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> api.Receipt:
     held = exchange.contributions.get(site)
-    already = verdict is Verdict.KEEP_FIRST or (exchange.is_closed and exchange.key.kind in FINAL_KINDS)
+    already = verdict is Verdict.KEEP_FIRST or (exchange.is_closed and exchange.policy.first_stays)
     return api.Receipt(
         digest=held.digest if held else digest,
         already=already,
         waiting_for=exchange.waiting_for,
         key="" if str(exchange.key) == sent_to else str(exchange.key),
     )
+
+
+def registration_of(run: str) -> Key:
+    """Return the key of a run's registration.
+
+    Raises:
+        RefusedError: There can be no run of this name.
+    """
+    return parse_key(f"runs/{run}/registration")
 
 
 def _changed(settings: api.FederationSettings, change: api.SettingsChange) -> api.FederationSettings:

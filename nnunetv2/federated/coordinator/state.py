@@ -22,17 +22,17 @@ from nnunetv2.federated.coordinator.notifier import NEWS, Notifier
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.coordinator.storage.store import InvitationRecord, MemberRecord, Store
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.exchanges.documents import Archive
+from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import (
     Contribution,
     Exchange,
-    ExchangeKey,
     may_close,
     with_contribution,
     without_contribution,
 )
-from nnunetv2.federated.exchanges.state import RoundBook, RunControl
+from nnunetv2.federated.exchanges.registry import ExchangeRegistry, RunControl
 from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.keys import Key, NumberedKey, RunKey
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +80,13 @@ class FederationState:
         self.store = store
         self.notifier = notifier or Notifier()
         self.clock = clock
-        self.registry = RoundBook(settings, store.load_exchanges(settings), store.load_controls())
+        self.registry = ExchangeRegistry(settings, store.load_exchanges(settings), store.load_controls())
         self.registry.restarted(clock())
         self.members: dict[str, MemberRecord] = store.load_members()
         """By name. Among them are those that have not joined, and those that were revoked."""
         self.invitations: dict[str, InvitationRecord] = store.load_invitations()
         """By hash."""
-        self.documents = Archive(
+        self.documents = DocumentReader(
             store.contribution_path,
             store.result_path,
             self.registry.get,
@@ -141,7 +141,7 @@ class FederationState:
         self._notify([key])
 
     @contextmanager
-    def closing(self, key: ExchangeKey) -> Iterator[None]:
+    def closing(self, key: Key) -> Iterator[None]:
         """Notify those who wait for an exchange when the block, in which it is closed, refused or neither, ends.
 
         So whoever is notified finds what follows from an outcome, too: the model of a run after its last round.
@@ -169,11 +169,11 @@ class FederationState:
         self.store.save_refusal(exchange)
         self.registry.put(exchange)
 
-    def set_obstacle(self, key: ExchangeKey, reason: str, *, retry_s: float) -> None:
+    def set_obstacle(self, key: Key, reason: str, *, retry_s: float) -> None:
         """Remember why an exchange cannot be closed at the moment, and when to try again."""
         self.obstacles[str(key)] = Obstacle(self.clock() + retry_s, reason)
 
-    def remove_obstacle(self, key: ExchangeKey) -> None:
+    def remove_obstacle(self, key: Key) -> None:
         """Try to close an exchange again."""
         self.obstacles.pop(str(key), None)
 
@@ -196,14 +196,16 @@ class FederationState:
             control = self.registry.control(run)
             self.set_control(run, replace(control, failed={**control.failed, site: number}), event)
 
-    def take_back_failure(self, key: ExchangeKey, site: str) -> None:
+    def take_back_failure(self, key: Key, site: str) -> None:
         """Expect a site again that has reported a failure and contributes to an exchange: it is back.
 
         An update of that round or an earlier one may have been on its way when it failed, and tells nothing: a site
         that is back registers first.
         """
-        failed = self.registry.control(key.run).failed if key.run else {}
-        if site not in failed or (key.number is not None and key.number <= failed[site]):
+        if not isinstance(key, RunKey):
+            return
+        failed = self.registry.control(key.run).failed
+        if site not in failed or (isinstance(key, NumberedKey) and key.number <= failed[site]):
             return
         with self.locks[key.run]:
             control = self.registry.control(key.run)
@@ -213,7 +215,7 @@ class FederationState:
 
     def forget_run(self, run: str, event: Event) -> None:
         """Forget a run in which no round has been closed. The caller holds the locks of its exchanges."""
-        keys = [str(exchange.key) for exchange in self.registry if exchange.key.run == run]
+        keys = [str(one.key) for one in self.registry if isinstance(one.key, RunKey) and one.key.run == run]
         self.store.forget_run(run, event)
         self.registry.forget_run(run)
         self.documents.forget(run)

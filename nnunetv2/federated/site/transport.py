@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
 
     from nnunetv2.federated.protocol.api import FederationSettings, Outlooks, Receipt, RunState
     from nnunetv2.federated.protocol.document import Document, TensorSpec
-    from nnunetv2.federated.protocol.messages import Message
+    from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R
 
 
 class Transport(Protocol):
@@ -22,12 +22,12 @@ class Transport(Protocol):
 
     def exchange(
         self,
-        key: str,
-        message: Message,
+        key: ExchangeKey[Q, R],
+        message: Q,
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
-    ) -> Document:
+    ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
 
         Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
@@ -38,7 +38,7 @@ class Transport(Protocol):
         """
         ...
 
-    def result(self, key: str) -> Document:
+    def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
         """Wait until an exchange is closed and return its result, without contributing."""
         ...
 
@@ -57,8 +57,8 @@ class Transport(Protocol):
 
     def contribute(
         self,
-        key: str,
-        message: Message,
+        key: ExchangeKey[Q, Any],
+        message: Q,
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,

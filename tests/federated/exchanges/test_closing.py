@@ -22,10 +22,12 @@ from fake_federation import (
 from nnunetv2.federated.aggregation import fingerprint_statistics
 from nnunetv2.federated.coordinator.models.model_folder import common_mirroring_axes, describe_dataset
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.closing import agree_on_plans, check_same_dataset, match_registrations, pool_census
 from nnunetv2.federated.exchanges.consistency import first_difference
+from nnunetv2.federated.exchanges.steps.census import check_same_dataset, pool_census
+from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
+from nnunetv2.federated.exchanges.steps.registration import match_registrations
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, COARSE_KEY, FINE_KEY, plans_key, registration_key
+from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, FineKey, PlansKey, RegistrationKey, RoundKey
 
 
 # --------------------------------------------------------------------------------------------------------- differences
@@ -171,20 +173,20 @@ def test_the_pooled_fingerprint_is_the_central_one(federation):
     def take_part(site, num_cases):
         values = VALUES[site]
         with federation.client(site) as client:
-            client.exchange(CENSUS_KEY, make_census(num_cases))
+            client.exchange(CensusKey(), make_census(num_cases))
             bins = client.exchange(
-                COARSE_KEY, summarise(values, num_cases), {"coarse.0": fingerprint_statistics.coarse_histogram(values)}
+                CoarseKey(), summarise(values, num_cases), {"coarse.0": fingerprint_statistics.coarse_histogram(values)}
             ).message.bins
             with pytest.raises(RefusedError, match="not those that were asked for"):
                 client.contribute(
-                    FINE_KEY, messages.FineSummary(bins=((0,),)), {"fine.0": np.zeros((1, 65536), np.int64)}
+                    FineKey(), messages.FineSummary(bins=((0,),)), {"fine.0": np.zeros((1, 65536), np.int64)}
                 )
             with pytest.raises(RefusedError, match="count different voxels"):
                 client.contribute(
-                    FINE_KEY, messages.FineSummary(bins=bins), {"fine.0": np.zeros((len(bins[0]), 65536), np.int64)}
+                    FineKey(), messages.FineSummary(bins=bins), {"fine.0": np.zeros((len(bins[0]), 65536), np.int64)}
                 )
             fine = {"fine.0": fingerprint_statistics.fine_histogram(values, bins[0])}
-            return client.exchange(FINE_KEY, messages.FineSummary(bins=bins), fine).message
+            return client.exchange(FineKey(), messages.FineSummary(bins=bins), fine).message
 
     first, second = in_threads(lambda: take_part("A", 3), lambda: take_part("B", 2))
     assert first == second
@@ -202,7 +204,7 @@ def test_a_summary_must_fit_the_census(tmp_path):
 
         def count(site):
             with federation.client(site) as client:
-                client.exchange(CENSUS_KEY, make_census(2))
+                client.exchange(CensusKey(), make_census(2))
 
         assert in_threads(lambda: count("A"), lambda: count("B")) == [None, None]
         histogram = fingerprint_statistics.coarse_histogram(VALUES["A"])
@@ -213,13 +215,13 @@ def test_a_summary_must_fit_the_census(tmp_path):
                 (summarise(VALUES["A"], 2), -histogram, "negative or impossibly large"),
             ]:
                 with pytest.raises(RefusedError, match=complaint):
-                    client.contribute(COARSE_KEY, summary, {"coarse.0": tensor})
+                    client.contribute(CoarseKey(), summary, {"coarse.0": tensor})
 
 
 def test_the_plans_of_the_sites_are_compared(federation):
     def report(site, plans):
         with federation.client(site) as client:
-            return client.exchange(plans_key("nnUNetPlans"), messages.PlansReport(plans=plans)).message.digest
+            return client.exchange(PlansKey("nnUNetPlans"), messages.PlansReport(plans=plans)).message.digest
 
     first, second = in_threads(lambda: report("A", make_plans()), lambda: report("B", make_plans(dataset_name="D")))
     assert first == second and len(first) == 64
@@ -229,9 +231,9 @@ def test_the_plans_of_the_sites_are_compared(federation):
 def test_a_registration_must_belong_to_its_run(federation):
     with federation.client("A") as client:
         with pytest.raises(RefusedError, match="a registration for 3d_fullres.fold_0.nnUNetTrainerFake was sent"):
-            client.contribute(registration_key("2d.fold_0.nnUNetTrainerFake"), make_registration())
+            client.contribute(RegistrationKey("2d.fold_0.nnUNetTrainerFake"), make_registration())
         with pytest.raises(RefusedError, match="cannot be part of a folder's name"):
-            client.contribute(registration_key(RUN), make_registration(plans=make_plans(plans_name="../../etc")))
+            client.contribute(RegistrationKey(RUN), make_registration(plans=make_plans(plans_name="../../etc")))
 
 
 def test_the_last_aggregate_becomes_a_model_folder(federation):
@@ -251,7 +253,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
     assert set(weights) == {*SHAPES, "decoder.encoder.weight"}
     assert weights["decoder.encoder.weight"].data_ptr() == weights["encoder.weight"].data_ptr()
     with federation.client("A") as client:
-        document = client.result(f"runs/{RUN}/rounds/2")
+        document = client.result(RoundKey(RUN, 2))
         for name in SHAPES:
             np.testing.assert_array_equal(weights[name].numpy(), document.read(name))
     assert checkpoint["trainer_name"] == "nnUNetTrainerFake", "it does not say that its network is another trainer's"
@@ -264,7 +266,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
         "file_ending": ".nii.gz",
         "numTraining": 4,
     }
-    has_fingerprint = federation.state.registry.is_closed(FINE_KEY)  # depends on which tests have run
+    has_fingerprint = federation.state.registry.is_closed(FineKey())  # depends on which tests have run
     assert (model / "dataset_fingerprint.json").exists() == has_fingerprint
 
 
@@ -313,7 +315,7 @@ def test_without_equal_plans_the_reason_is_given(tmp_path):
 
         def register(site, plans):
             with federation.client(site) as client:
-                client.exchange(registration_key(RUN), make_registration(plans=plans))
+                client.exchange(RegistrationKey(RUN), make_registration(plans=plans))
 
         other = make_plans(transpose_forward=[2, 0, 1])
         assert in_threads(lambda: register("A", make_plans()), lambda: register("B", other)) == [None, None]

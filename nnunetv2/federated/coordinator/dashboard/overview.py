@@ -22,8 +22,10 @@ from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
 from nnunetv2.federated.coordinator.models.model_folder import without_values
 from nnunetv2.federated.coordinator.notifier import ANYTHING, Notifier
 from nnunetv2.federated.coordinator.service import Coordinator
-from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at, parse_key, prerequisite
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
+from nnunetv2.federated.exchanges.steps import prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
     Count,
@@ -34,9 +36,6 @@ from nnunetv2.federated.protocol.messages import (
     SiteName,
     SiteNames,
     Text,
-    initial_key,
-    registration_key,
-    round_key,
 )
 from nnunetv2.federated.protocol.strict_json import encode_json
 
@@ -194,7 +193,9 @@ class OverviewBuilder:
             deadline_s=settings.deadline_s,
             runs=runs,
             sites=self._sites(sites, runs),
-            meetings=tuple(self._exchange_view(one) for one in state.registry.open_exchanges() if one.key.run is None),
+            meetings=tuple(
+                self._exchange_view(one) for one in state.registry.open_exchanges() if not isinstance(one.key, RunKey)
+            ),
             troubles=tuple(
                 TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500], text=one.text[:8000])
                 for one in reversed(list(self.tail.troubles))
@@ -262,11 +263,11 @@ class OverviewBuilder:
     def _open_exchange(self, run: str) -> Exchange:
         """Return what a run waits for, begun or not."""
         registry = self._state.registry
-        for key in (registration_key(run), initial_key(run)):
+        for key in (RegistrationKey(run), InitialKey(run)):
             if not registry.is_closed(key):
-                return registry.begin(parse_key(key))
-        latest = registry.latest_round(run)
-        return registry.begin(parse_key(round_key(run, 0 if latest is None else latest.key.number + 1)))
+                return registry.begin(key)
+        latest = registry.latest_number(run)
+        return registry.begin(RoundKey(run, 0 if latest is None else latest + 1))
 
     def _exchange_view(self, exchange: Exchange) -> ExchangeView:
         return ExchangeView(
@@ -302,7 +303,7 @@ class OverviewBuilder:
                 view = MemberView(site=site, activity="waiting", since=held.received)
             elif site in uploads:
                 view = MemberView(site=site, activity="sending", since=since, note=f"{uploads[site] / 1e6:.1f} MB")
-            elif site in exchange.excused:
+            elif site in exchange.dropped_out:
                 view = MemberView(site=site, activity="failed", since=since, note=self.tail.reason(run, site)[:8000])
             else:
                 view = MemberView(site=site, activity="working", since=since)

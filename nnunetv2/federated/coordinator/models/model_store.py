@@ -15,7 +15,7 @@ from nnunetv2.federated.exchanges.documents import Agreement
 from nnunetv2.federated.exchanges.outlook import Outlook, foresee_model
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import file_digest
-from nnunetv2.federated.protocol.messages import registration_key
+from nnunetv2.federated.protocol.keys import RegistrationKey
 
 FOLDER = "models"
 
@@ -49,7 +49,7 @@ class ModelStore:
 
     def outlook(self, run: str) -> Outlook | None:
         """Return what will become of a run's averages; None before its sites have registered. Computed once."""
-        if not self._state.registry.is_closed(registration_key(run)):
+        if not self._state.registry.is_closed(RegistrationKey(run)):
             return None
         documents = self._state.documents
         agreement = documents.agreement(run)  # another one when a site is admitted, or the run begins anew
@@ -116,7 +116,7 @@ class ModelStore:
     def _made_of(self, run: str) -> dict[str, int | None]:
         """Return the rounds whose aggregates are the model's checkpoints."""
         state = self._state
-        return {"final": state.registry.latest_round(run).key.number, "best": state.documents.best_round(run)}
+        return {"final": state.registry.latest_number(run), "best": state.documents.best_round(run)}
 
     def _outcome(self, run: str, rounds: Mapping[str, int | None]) -> str | None:
         """Return where the log says that the model of these rounds is, or why there is none; None: nothing was done."""
