@@ -1,4 +1,4 @@
-"""Close exchanges, one at a time, on a thread of its own: when they are complete, when they are due, after a crash.
+"""Close exchanges on a thread of its own: complete ones, due ones, after a crash.
 
 Trouble of this machine (a full disk, say) is shown to the sites that wait, and tried again; nobody else's exchange
 suffers from it.
@@ -108,7 +108,7 @@ class AggregationWorker:
         return max(0.0, min(moments) - now) if moments else None
 
     def _log_lacking(self) -> None:
-        """Log once of each exchange that all who take part have contributed, and that they are too few."""
+        """Log once of each complete exchange that too few sites take part."""
         lacking = {
             str(one.key): one
             for one in self._state.registry.open_exchanges()
@@ -131,7 +131,7 @@ class AggregationWorker:
                 self._count_and_log(exchange, time.perf_counter() - begin)
 
     def _decide(self, key: Key) -> Exchange | None:
-        """Close or refuse an exchange; None if that is not to be done any more, or cannot be done now."""
+        """Close or refuse an exchange; None if it is not ready, or cannot be closed now."""
         state = self._state
         with state.locks[str(key)]:
             exchange = state.registry.get(key)
@@ -180,13 +180,13 @@ class AggregationWorker:
             logger.exception("after closing %s", key)
 
     def _log_outlook(self, exchange: Exchange) -> None:
-        """Log whether there will be a common model, as soon as the sites and their networks are known."""
+        """Log whether there will be a common model, once all networks are known."""
         if exchange.is_closed and exchange.policy.settles_members and isinstance(exchange.key, RunKey):
             run = exchange.key.run
             self._state.log(f"run {run}: {self._models.outlook(run)}")
 
     def tidy_up(self, run: str, *, after_crash: bool = False) -> None:
-        """Write the models of a run that is over, and delete the documents that nobody will ask for again.
+        """Write the models of a run that is over, and delete superseded documents.
 
         What the machine does not let happen now is tried again later.
 
@@ -228,7 +228,7 @@ class AggregationWorker:
 
 
 def _is_over(end: float, now: float, pause_s: float) -> bool:
-    """Tell whether a pause is over, or was begun before the clock was set back."""
+    """Return whether a pause is over, or was begun before a clock was set back."""
     return not 0 < end - now <= pause_s
 
 

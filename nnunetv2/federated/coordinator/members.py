@@ -52,7 +52,7 @@ def require_role(member: Member, *roles: Role) -> str:
 
 
 def hash_secret(secret: str) -> str:
-    """Return the stored form of a secret of 32 random bytes. No salt: nobody can guess 2**256 values."""
+    """Return the SHA-256 of a secret of 32 random bytes, which needs no salt."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -228,7 +228,7 @@ class Members:
         return Member(record.name, record.role)
 
     def appoint_local_operator(self, token: str) -> None:
-        """Let this token operate the federation for as long as this process lives."""
+        """Accept this token as the local operator's until this process ends."""
         self._local_operator = hash_secret(token)
 
     def open_invitations(self, now: float) -> list[InvitationRecord]:
@@ -253,7 +253,7 @@ class Members:
         return None if record is None or record.state == "revoked" else record.role
 
     def is_revoked(self, name: str) -> bool:
-        """Tell whether there is such a member, and its credential was taken away."""
+        """Return whether there is such a member whose credential was revoked."""
         return name in self._state.members and self._state.members[name].state == "revoked"
 
     def _withdrawn(self, name: str) -> list[InvitationRecord]:
@@ -305,7 +305,7 @@ class Members:
             )
 
     def traffic_status(self) -> tuple[api.TrafficStatus, ...]:
-        """Return the bytes that each site has sent and been sent for the exchanges that were busy last."""
+        """Return the traffic of each site in the exchanges that were busy last."""
         with self._lock:
             counters = [
                 (count.last_seen, site, key, count)

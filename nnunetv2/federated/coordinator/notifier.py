@@ -38,7 +38,7 @@ class Notifier:
         self._loop = asyncio.get_running_loop()
 
     def expect(self, key: str) -> asyncio.Event:
-        """Return the event of the next change. Ask for it before looking at the exchange, so that none is missed."""
+        """Return the event of the next change; ask before looking, to miss none."""
         event = self._events.get(key)
         if event is None:
             event = self._events[key] = asyncio.Event()

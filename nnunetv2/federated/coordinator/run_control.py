@@ -30,7 +30,7 @@ FAILURES_PER_DAY = 200
 
 
 def act(state: FederationState, run: str, action: api.RunAction, member: Member) -> api.RunState:
-    """Do an action of an operator on a run, or of a site on its part in it, and return the run's state.
+    """Apply a member's action to a run and return the run's state.
 
     Raises:
         RefusedError: The member may not, or the run is not in a state for it.
@@ -140,7 +140,7 @@ def _reset(state: FederationState, run: str, name: str) -> None:
 
 @contextmanager
 def _between_closings(state: FederationState, run: str) -> Iterator[None]:
-    """Hold a run: until the block ends, no exchange of it is closed and nothing is contributed to one.
+    """Hold a run: nothing of it is closed or contributed until the block ends.
 
     What is being closed is closed first. So the last aggregate of a run that was stopped stays the last, and of one
     that was reset nothing is written any more.

@@ -99,7 +99,7 @@ class Coordinator:
         return self.members.authenticate(token)
 
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
-        """Count the bytes of a request of a member, and of its response; `key` is that of the exchange, if any."""
+        """Count the bytes of a member's request and its response, per exchange."""
         if self.state.registry.get(key) is None:
             key = ""  # anybody can make up names: no counter for each
         self.members.count(member, key, Traffic(received, sent, self.state.clock()))
@@ -129,7 +129,7 @@ class Coordinator:
         self.state.log(f"{by} has revoked the credential of {name}")
 
     def _drop_contributions(self, site: str, *, by: str) -> None:
-        """Forget what a site that was revoked had contributed to what is open: it may have been somebody else."""
+        """Drop the open contributions of a revoked site: somebody else's, perhaps."""
         for one in self.state.registry.open_exchanges():
             with self.state.locks[str(one.key)]:
                 exchange = self.state.registry.get(one.key)
@@ -137,7 +137,7 @@ class Coordinator:
                     self.state.drop_contribution(exchange, site, by=by)
 
     def change_settings(self, change: api.SettingsChange, *, by: str) -> api.FederationSettings:
-        """Change what may be changed while a federation is at work; it holds from the next closing on.
+        """Change settings of a federation at work, from the next closing on.
 
         Raises:
             FederationError: No round could ever close with the quorum, or the smallest number of sites is lowered.
@@ -150,7 +150,7 @@ class Coordinator:
 
     # ---------------------------------------------------------------------------------------------------- runs
     def act(self, run: str, action: api.RunAction, member: Member) -> api.RunState:
-        """Do an action of a member on a run, and return the run's state; see `run_control.act`."""
+        """Apply a member's action to a run; see `run_control.act`."""
         state = run_control.act(self.state, run, action, member)
         if action.action == "stop":
             self.worker.tidy_up(run)
@@ -174,7 +174,7 @@ class Coordinator:
 
     # --------------------------------------------------------------------------------------------- contributing
     def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
-        """Return the receipt for a document that need not be sent, or None if it is wanted.
+        """Return the receipt for a document already held; None if it is wanted.
 
         Raises:
             RefusedError: It would not be accepted.
@@ -229,7 +229,7 @@ class Coordinator:
 
     @contextmanager
     def _opened(self, key: Key, site: str, incoming: Path) -> Iterator[Document[Any]]:
-        """Open what a site has sent. Of documents that are all JSON, one at a time: they take time and memory."""
+        """Open a received document; of those that are all JSON, one at a time."""
         step = step_of(key)
         limits = step.limits(key, site, self.state.documents)
         with (
@@ -246,7 +246,7 @@ class Coordinator:
         return self.state.registry.begin(key, required=step.required(key, self.state.documents) if may_begin else ())
 
     def _place_of(self, key: Key, site: str, digest: str) -> Key:
-        """Return where a contribution counts: a late update may be carried into the round that is open now."""
+        """Return the exchange in which a contribution counts; late ones may be carried."""
         return step_of(key).place(key, site, digest, self.state.registry)
 
     def _log_refusal(self, key: str, site: str, error: FederationError) -> None:
@@ -269,7 +269,7 @@ class Coordinator:
 
     # --------------------------------------------------------------------------------------------------- results
     def result(self, key: str, site: str) -> Result | api.Waiting:
-        """Return the result of an exchange for a site, or, while it is open, the sites that it waits for.
+        """Return the result of an exchange, or the sites that it waits for.
 
         Raises:
             RefusedError: The contributions do not go together, the exchange cannot begin yet, or its run was stopped.
@@ -303,7 +303,7 @@ class Coordinator:
         return self._result_of_closed(latest, site)
 
     def _result_of_closed(self, exchange: Exchange, site: str) -> Result:
-        """Return the result of a closed exchange, or of the run's last round for a site that missed this one."""
+        """Return the result of a closed exchange, or a newer one for latecomers."""
         key, step = exchange.key, step_of(exchange.key)
         is_gone = self.state.store.load_result_digest(key) is None
         if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):

@@ -49,7 +49,7 @@ class SiteService(Protocol):
         """Return the member that a bearer token belongs to."""
 
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
-        """Count the bytes of a request of a member, and of its response; `key` is that of the exchange, if any."""
+        """Count the bytes of a member's request and its response, per exchange."""
 
     def status(self, viewer: Member | None = None) -> api.Status:
         """Return the state of the federation, as much as this member may see."""
@@ -70,16 +70,16 @@ class SiteService(Protocol):
         """Return the model of a run for a member."""
 
     def act(self, run: str, action: api.RunAction, member: Member) -> api.RunState:
-        """Do an action of a member on a run, and return the run's state."""
+        """Apply a member's action to a run and return the run's state."""
 
     def report_failure(self, site: str, report: api.FailureReport) -> None:
         """Remember that a site cannot go on."""
 
     def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
-        """Return the receipt for a document that need not be sent, or None if it is wanted."""
+        """Return the receipt for a document already held; None if it is wanted."""
 
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
         """Take over a document that has been received completely; it is durable on return."""
 
     def result(self, key: str, site: str) -> Result | api.Waiting:
-        """Return the result of an exchange for a site, or, while it is open, the sites that it waits for."""
+        """Return the result of an exchange, or the sites that it waits for."""

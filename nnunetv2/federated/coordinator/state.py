@@ -50,7 +50,7 @@ class Locks:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why a complete exchange could not be closed: trouble of this machine, such as a full disk."""
+    """The reason why a complete exchange could not be closed, such as a full disk."""
 
     retry_at: float
     reason: str
@@ -109,7 +109,7 @@ class FederationState:
 
     # ------------------------------------------------------------------------------------------ log and audit log
     def log(self, line: str) -> None:
-        """Tell the person at the coordinator; that is news for those who look at the page, too."""
+        """Log a line for people, and notify those who look at the dashboard."""
         self._log(line)
         self.notifier.notify(NEWS)
 
@@ -123,7 +123,7 @@ class FederationState:
 
     # ------------------------------------------------------------------------------------------------ one exchange
     def save_contribution(self, exchange: Exchange, site: str, incoming: Path, digest: str, size: int) -> Exchange:
-        """Take over the upload of a site and return the exchange with it. The caller holds the exchange's lock."""
+        """Take over an upload and return its exchange, whose lock the caller holds."""
         exchange = with_contribution(exchange, site, Contribution(digest, size, self.clock()))
         self.store.save_contribution(exchange, site, incoming)
         self.registry.put(exchange)
@@ -134,7 +134,7 @@ class FederationState:
         return exchange
 
     def drop_contribution(self, exchange: Exchange, site: str, *, by: str) -> None:
-        """Forget the contribution of a site to an open exchange. The caller holds the exchange's lock."""
+        """Drop a contribution to an open exchange, whose lock the caller holds."""
         key, digest = str(exchange.key), exchange.contributions[site].digest
         self.store.drop_contribution(exchange, site, self.event("dropped", by, key, {"site": site, "digest": digest}))
         self.registry.put(without_contribution(exchange, site))
@@ -142,7 +142,7 @@ class FederationState:
 
     @contextmanager
     def closing(self, key: Key) -> Iterator[None]:
-        """Notify those who wait for an exchange when the block, in which it is closed, refused or neither, ends.
+        """Notify who waits for an exchange when the block that closes it ends.
 
         So whoever is notified finds what follows from an outcome, too: the model of a run after its last round.
         """
@@ -154,7 +154,7 @@ class FederationState:
             self._notify([str(key)])
 
     def close(self, exchange: Exchange, digest: str, *, record: Mapping[str, Any] | None) -> None:
-        """Close an exchange, within `closing`. Its result, of this digest, has been written to its place in the store.
+        """Close an exchange, within `closing`, whose result has been written.
 
         Args:
             record: What is to be remembered of a round or of a validation when its documents are gone.
@@ -170,7 +170,7 @@ class FederationState:
         self.registry.put(exchange)
 
     def set_obstacle(self, key: Key, reason: str, *, retry_s: float) -> None:
-        """Remember why an exchange cannot be closed at the moment, and when to try again."""
+        """Remember why an exchange cannot be closed, and when to try again."""
         self.obstacles[str(key)] = Obstacle(self.clock() + retry_s, reason)
 
     def remove_obstacle(self, key: Key) -> None:
@@ -178,14 +178,14 @@ class FederationState:
         self.obstacles.pop(str(key), None)
 
     def raise_obstacle(self, exchange: Exchange) -> None:
-        """Let sites know why a complete exchange does not close. They try again: the error is not theirs."""
+        """Raise OSError if a complete exchange could not be closed: sites try again."""
         obstacle = self.obstacles.get(str(exchange.key))
         if obstacle is not None and may_close(exchange, self.clock()):
             raise OSError(f"{exchange.key} cannot be closed at the moment: {obstacle.reason}")
 
     # ----------------------------------------------------------------------------------------------------- one run
     def set_control(self, run: str, control: RunControl, event: Event) -> None:
-        """Remember what has been said about a run. The caller holds the run's lock."""
+        """Change the control of a run, whose lock the caller holds."""
         self.store.save_control(run, control, event)
         self.registry.controls[run] = control
         self._notify_all()
@@ -197,7 +197,7 @@ class FederationState:
             self.set_control(run, replace(control, failed={**control.failed, site: number}), event)
 
     def take_back_failure(self, key: Key, site: str) -> None:
-        """Expect a site again that has reported a failure and contributes to an exchange: it is back.
+        """Expect a failed site again that contributes to an exchange: it is back.
 
         An update of that round or an earlier one may have been on its way when it failed, and tells nothing: a site
         that is back registers first.
@@ -214,7 +214,7 @@ class FederationState:
             self.set_control(key.run, replace(control, failed=failed), event)
 
     def forget_run(self, run: str, event: Event) -> None:
-        """Forget a run in which no round has been closed. The caller holds the locks of its exchanges."""
+        """Forget a run without closed rounds, whose locks the caller holds."""
         keys = [str(one.key) for one in self.registry if isinstance(one.key, RunKey) and one.key.run == run]
         self.store.forget_run(run, event)
         self.registry.forget_run(run)
@@ -225,7 +225,7 @@ class FederationState:
 
     # ------------------------------------------------------------------------------------- settings and members
     def change_settings(self, settings: FederationSettings, event: Event) -> None:
-        """Let other settings hold from the next closing on. The caller holds the lock "settings"."""
+        """Change the settings from the next closing on, under the lock "settings"."""
         self.store.save_settings(settings, event)
         self._use_settings(settings)
 
@@ -237,7 +237,7 @@ class FederationState:
         event: Event,
         settings: FederationSettings | None = None,
     ) -> None:
-        """Remember members and invitations that have changed, together with the settings if they have."""
+        """Save changed members and invitations, together with changed settings."""
         members, invitations = list(members), list(invitations)
         self.store.save_members(members, invitations, event=event, settings=settings)
         self.members.update((record.name, record) for record in members)

@@ -1,4 +1,4 @@
-"""Grant everybody so much at once and so much in the long run. Plain state; the clock is handed in."""
+"""Limit how much each of many may spend, at once and in the long run."""
 
 from __future__ import annotations
 

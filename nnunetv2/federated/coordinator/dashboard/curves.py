@@ -96,7 +96,7 @@ class Curves(Part):
 
 
 def build_curves(state: FederationState, run: str, *, since: int = 0, since_validation: int = 0) -> Curves:
-    """Return the rounds and validations of a run from some number on, at most `ROUNDS_AT_ONCE` of each.
+    """Return rounds and validations of a run, at most `ROUNDS_AT_ONCE` of each.
 
     Raises:
         RefusedError: There is no such run; the code is `unknown_run`.
@@ -118,12 +118,12 @@ def build_curves(state: FederationState, run: str, *, since: int = 0, since_vali
 
 
 def _is_before(records: Sequence[Mapping[str, Any]], last: int | None) -> bool:
-    """Tell whether records end before the last one that there is."""
+    """Return whether records end before the last one."""
     return bool(records) and last is not None and records[-1]["round"] < last
 
 
 def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
-    """Return what sites measured in a round and sent with the update of a later one: (round, site) -> metrics."""
+    """Return metrics that came with a later update: (round, site) -> metrics."""
     return {
         (earlier["round"], site): earlier["metrics"]
         for record in records
@@ -158,7 +158,7 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def pooled(weighted: Iterable[tuple[float, Mapping[str, float | None]]]) -> dict[str, float]:
-    """Return the mean of every metric over the sites that have it, each counted by its weight."""
+    """Return the mean of every metric over its sites, counted by weight."""
     sums: dict[str, list[float]] = {}
     for weight, metrics in weighted:
         for name, value in metrics.items():
@@ -188,7 +188,7 @@ def _classes(state: FederationState, run: str, record: Mapping[str, Any]) -> Cla
 
 
 def _names_of_classes(state: FederationState, run: str) -> list[str]:
-    """Return what the classes or regions of a run are called, in the order in which Dice is counted."""
+    """Return the names of a run's classes or regions, in the order of Dice."""
     key = RegistrationKey(run)
     registered = state.registry.get(key)
     if registered is None or not registered.is_closed:
@@ -198,7 +198,7 @@ def _names_of_classes(state: FederationState, run: str) -> list[str]:
 
 
 def names_of_classes(registration: Registration) -> list[str]:
-    """Return the names of the labels that are learned and scored, without background and what is ignored."""
+    """Return the names of the scored labels, without background and ignore label."""
     labels = registration.dataset_json.labels
     scored = [name for name, value in labels.items() if name != "ignore" and value not in (0, (0,))]
     if registration.dataset_json.regions_class_order or any(isinstance(labels[name], tuple) for name in scored):

@@ -65,7 +65,7 @@ class Session:
 
 
 class Attempts:
-    """Count the failed logins of each address, so that nobody goes on trying. Not a lock: 2**256 tokens are.
+    """Limit the failed logins of each address. Not a lock: 2**256 tokens are.
 
     So a good token is let in whoever else is behind the same address.
     """

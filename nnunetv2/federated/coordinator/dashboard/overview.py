@@ -333,12 +333,12 @@ def typical_duration(moments: list[float]) -> float | None:
 
 
 def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:
-    """Return how long rounds will take, the first of which has begun a while ago; it may be overdue."""
+    """Return the seconds that rounds will take, the first of which is under way."""
     return num_rounds * round_s - min(elapsed_s, round_s)
 
 
 def _what_matters(runs: tuple[RunView, ...]) -> dict[str, tuple[str, Activity]]:
-    """Return, for each site, the run in which what it is doing matters most to the others, and what that is."""
+    """Return, for each site, its most important activity and the run of that."""
     order = ("failed", "sending", "working", "waiting", "left", "invited")
     found: dict[str, list[tuple[int, str, Activity]]] = defaultdict(list)
     for run in runs:

@@ -72,7 +72,7 @@ class Dashboard:
         ]
 
     async def log_head_daily(self) -> None:
-        """Log, now and every day, the hash of the audit log that is to be noted elsewhere."""
+        """Log the head of the audit log, now and every day."""
         tail, log = self.overview.builder.tail, self._coordinator.state.log
         while True:
             try:

@@ -58,7 +58,7 @@ class FederationCollector(Collector):
         self._sessions = sessions
 
     def describe(self) -> list[Metric]:
-        """Return nothing: the registry of one request holds this collector alone, and need not check its names."""
+        """Return nothing: the registry of one request need not check for duplicates."""
         return []
 
     def collect(self) -> Iterator[Metric]:

@@ -122,7 +122,7 @@ class GuardedProtocol(H11Protocol):
 
     # -------------------------------------------------------------------------------------------- what uvicorn calls
     def shutdown(self) -> None:
-        """Let the server stop: take no further request, and go when the present one is answered."""
+        """Take no further request, and end when the present one is answered."""
         if not self.transport.is_closing():
             super().shutdown()
         self._part()
@@ -140,7 +140,7 @@ class GuardedProtocol(H11Protocol):
     # --------------------------------------------------------------------------------------------------- large bodies
     @asynccontextmanager
     async def large_body(self, remaining: int, pool: BufferPool) -> AsyncIterator[LargeBody]:
-        """Let the rest of the body that is being received, of known length, bypass the parser.
+        """Receive the rest of the present body, of known length, past the parser.
 
         Enter it right after a part of the body was received, before anything else is awaited. The connection is closed
         after the answer.
@@ -161,7 +161,7 @@ class GuardedProtocol(H11Protocol):
             self._body = None
 
     def can_bypass_parser(self) -> bool:
-        """Tell whether this connection can take a body with `large_body`."""
+        """Return whether this connection can take a body with `large_body`."""
         return can_bypass(self.transport, self.loop)
 
     def note_received(self, count: int) -> None:
@@ -199,7 +199,7 @@ class GuardedProtocol(H11Protocol):
 
     # ------------------------------------------------------------------------------------------------------- answers
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP as everything else is answered, if an answer can still be sent."""
+        """Answer malformed HTTP with a problem document, if that can still be sent."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -243,7 +243,7 @@ def guarded_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
 
 
 class GuardedServer(uvicorn.Server):
-    """A server whose connections are counted when they are accepted, and watched. It is given its sockets."""
+    """A server that counts connections when they are accepted, and watches them."""
 
     def __init__(self, config: uvicorn.Config, limits: Limits | None = None) -> None:
         super().__init__(config)
@@ -274,7 +274,7 @@ class GuardedServer(uvicorn.Server):
 
 
 def allow_many_files() -> int:
-    """Let this process open as many files and connections as the system grants, and return how many that are."""
+    """Raise the limit of open files to what the system grants, and return it."""
     try:
         import resource
     except ImportError:  # Windows, which sets no such limit

@@ -113,7 +113,7 @@ async def answer_unknown(request: Request, error: Exception) -> Response:
 
 
 def path_of(request: Request) -> str:
-    """Return the path of a request. `request.url` fails where the rest of its address makes no sense."""
+    """Return the path of a request, also of one whose URL is malformed."""
     return printable(request.scope["path"])
 
 

@@ -1,4 +1,4 @@
-"""Take the rest of a large body from its connection into one buffer, past the HTTP parser.
+"""Receive large bodies into one buffer, past the HTTP parser.
 
 A parser for all of HTTP copies every byte three times and wakes the application for every 64 KiB; of an upload of a
 hundred MiB only the first few KiB need one. What follows has a known length, so the connection gets another protocol
@@ -33,7 +33,7 @@ CONNECTION = "connection"
 
 
 def can_bypass(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell whether a protocol of this connection may choose the buffer that is received into.
+    """Return whether a protocol may choose the buffer that this connection fills.
 
     Elsewhere asyncio fills a buffer of its own first and pours it out, whether or not reading was paused meanwhile:
     on Windows, and with TLS before Python 3.11.
@@ -67,7 +67,7 @@ class BufferPool:
 
 
 class Connection(Protocol):
-    """The connection of a request, as far as it concerns who handles the request and its body."""
+    """The connection of a request, as its handlers see it."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
@@ -76,10 +76,10 @@ class Connection(Protocol):
         """Serve a member's request: meanwhile this connection makes room for nobody."""
 
     def can_bypass_parser(self) -> bool:
-        """Tell whether this connection can take a body with `large_body`."""
+        """Return whether this connection can take a body with `large_body`."""
 
     def large_body(self, remaining: int, pool: BufferPool) -> AbstractAsyncContextManager[LargeBody]:
-        """Let the rest of the body that is being received, of known length, bypass the parser."""
+        """Receive the rest of the present body, of known length, past the parser."""
 
     def note_received(self, count: int) -> None:
         """Count bytes that have arrived."""
@@ -138,14 +138,14 @@ class LargeBody(asyncio.BufferedProtocol):
             yield self._buffer[: self._filled]
 
     def _set_goal(self, goal: int) -> None:
-        """Make room for so many bytes, and give back the memory of more if more was held before."""
+        """Make room for so many bytes, and return the memory of more."""
         kept = -(-goal // mmap.PAGESIZE) * mmap.PAGESIZE
         if kept < self._goal and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, kept)
         self._filled, self._goal = 0, goal
 
     async def discard(self, at_most: int) -> None:
-        """Throw away the rest, if it is not too much: a sender that is cut off while it sends misses the answer."""
+        """Discard the rest, up to a limit: a sender that is cut off misses the answer."""
         async for piece in self.pieces():
             at_most -= len(piece)
             if at_most < 0:

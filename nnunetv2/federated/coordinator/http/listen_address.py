@@ -38,7 +38,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 @dataclass(frozen=True, kw_only=True)
 class ListenAddress:
-    """Where a coordinator listens, under which address sites know it, and how it is protected; kept between starts."""
+    """Listening address, public URL and TLS of a coordinator; kept between starts."""
 
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
@@ -90,7 +90,7 @@ class ListenAddress:
         return replace(self, host=host, url=None, tls=self.speaks_tls).public_url
 
     def certificate(self, folder: Path) -> tls.Certificate | None:
-        """Return what is needed to speak TLS, made on the first start; None where the coordinator does not."""
+        """Return the certificate for TLS, made on the first start; None without TLS."""
         if not self.speaks_tls:
             return None
         if self.tls_certificate:

@@ -1,4 +1,4 @@
-"""Accept connections, and count each before anything is spent on it: before its TLS handshake above all.
+"""Accept connections, and count each before its TLS handshake.
 
 asyncio's own server counts nobody, tells its protocols of a connection only when the handshake is over, gives each
 encrypted one a buffer of 256 KiB, and accepts on and on when no file descriptor is left.

@@ -1,4 +1,4 @@
-"""Limit requests, connections and time per member and per address. Plain state; the clock is handed in.
+"""Limit requests, connections and time, per member and per address.
 
 Members are known by their credential, all others by their address. What a stranger does costs members nothing: a site
 whose neighbour behind the same address floods the coordinator is served as ever.
@@ -30,7 +30,7 @@ COSTLY_REQUEST = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much is granted. A site in the busiest of rounds needs about a hundredth of it."""
+    """The limits. A site in the busiest of rounds needs about a hundredth."""
 
     requests_per_s: float = 50.0
     """Of one member, in the long run,"""
@@ -54,7 +54,7 @@ class Limits:
     """and those of one address. The newest is let in: silent ones make room first, members' idle ones last."""
 
     def within_files(self, files: int) -> Limits:
-        """Return limits that hold with so many file descriptors, a quarter of which connections leave to the rest."""
+        """Return limits that leave a quarter of the file descriptors to others."""
         connections = min(self.connections, files * 3 // 4)
         return replace(
             self,
@@ -66,7 +66,7 @@ class Limits:
 
 # -------------------------------------------------------------------------------------------------------- requests
 def address_group(host: str) -> str:
-    """Return the key of an address: of IPv6, whose users have a whole network each, the first 64 bits."""
+    """Return the key under which an address is counted; for IPv6, its network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -165,7 +165,7 @@ class _Entry:
 
 
 class ConnectionRegistry:
-    """Registry of the open connections, and of which of them makes room when there are too many.
+    """Registry of the open connections; decides which makes room for others.
 
     One that makes room is forgotten at once, before it is closed: of a burst, all that are too many make room.
     """
@@ -234,7 +234,7 @@ class ConnectionRegistry:
         return given_up
 
     def _crowded_out(self, group: str, is_full: bool, otherwise: Hashable | None) -> Hashable | None:
-        """Forget and return the connection that makes room for one more idle one of an address, if one has to."""
+        """Forget and return the connection that makes room for one more, if any."""
         of_address = self._idle_of_address.get(group, ())
         if len(of_address) >= self.limits.idle_connections_per_address:
             gives_way = of_address.first() if of_address else otherwise
@@ -309,7 +309,7 @@ class RateLimiter:
         return None
 
     def _refuse_member(self, member: str, method: str, path: str) -> tuple[str, float] | None:
-        """Return the reason why a member has to wait, and the seconds; None if it need not."""
+        """Return why a member has to wait, and the seconds; None if it need not."""
         now = self._clock()
         if self._at_work[member] >= self._limits.simultaneous_requests:
             return f"{member} has {self._at_work[member]} requests at work already", 1.0
@@ -321,7 +321,7 @@ class RateLimiter:
         return None
 
     async def _serve(self, member: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a member; while that goes on, its connection does not have to make room for others."""
+        """Serve a member, whose connection makes room for nobody meanwhile."""
         status = 500
         connection = connection_of(scope)
 

@@ -1,4 +1,4 @@
-"""Read the bodies of requests: small ones into messages, large ones into files, none beyond its limit."""
+"""Read the bodies of requests: small ones into messages, large ones into files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _digest_header(request: Request) -> str:
 
 
 class Reception:
-    """What all uploads that arrive at the same time share: threads and memory. For one event loop."""
+    """Threads and memory that all uploads of one event loop share."""
 
     def __init__(self) -> None:
         self.buffers = BufferPool()
@@ -108,7 +108,7 @@ class Reception:
 
 
 async def receive(request: Request, upload: PartialUpload, headers: UploadHeaders, reception: Reception) -> None:
-    """Stream the body of a request to the end of an upload without ever holding much of it.
+    """Stream the body of a request to the end of an upload.
 
     Raises:
         RefusedError: It is not what was announced.
@@ -155,7 +155,7 @@ def _bypass(request: Request) -> Connection | None:
 
 
 async def drain(request: Request) -> None:
-    """Read a small body that nobody wants: a client that is still sending would miss the answer."""
+    """Read and discard a small body: a client that is sending misses the answer."""
     length = request.headers.get("content-length", "")  # without one, a body has no end
     if re.fullmatch("[0-9]{1,15}", length) and int(length) <= DRAINED_BYTES:
         async for _ in request.stream():

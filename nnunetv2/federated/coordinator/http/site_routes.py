@@ -93,7 +93,7 @@ async def get_model(request: Request) -> Response:
 
 
 async def post_action(request: Request) -> Response:
-    """Do an action of an operator on a run, or of a site on its part in it."""
+    """Apply a member's action to a run."""
     member = member_of(request)
     action = await read_json(request, api.RunAction)
     return json_response(await run_in_threadpool(service_of(request).act, request.path_params["run"], action, member))
@@ -199,7 +199,7 @@ class DigestedFile(FileResponse):
 
 
 def is_one_range(value: bytes) -> bool:
-    """Tell whether a Range header asks for one piece of a file; others are ignored."""
+    """Return whether a Range header asks for one piece of a file."""
     match = re.fullmatch(rb"bytes=([0-9]{1,15})-([0-9]{1,15})?", value)
     return match is not None and (match[2] is None or int(match[1]) <= int(match[2]))
 

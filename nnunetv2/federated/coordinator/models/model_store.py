@@ -1,4 +1,4 @@
-"""Keep the model of every run that is over, and find it for those who fetch it."""
+"""Store the models of finished runs, and find them for members."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class ModelStore:
         return {"final": state.registry.latest_number(run), "best": state.documents.best_round(run)}
 
     def _outcome(self, run: str, rounds: Mapping[str, int | None]) -> str | None:
-        """Return where the log says that the model of these rounds is, or why there is none; None: nothing was done."""
+        """Return where the log says that a model is, or why none; None: not yet."""
         return next(
             (
                 event.detail["outcome"]

@@ -23,7 +23,7 @@ RESERVED_BYTES = 256 << 20
 
 
 def check_room(key: Key, site: str, size: int, *, registry: ExchangeRegistry, folder: Path) -> None:
-    """Raise RefusedError if a site has sent enough that is still open, or if the disk has no room for a document."""
+    """Raise RefusedError if a site's quota or the disk has no room left."""
     if not step_of(key).policy.first_stays:
         others = [
             one.contributions[site].size
