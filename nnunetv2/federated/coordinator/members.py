@@ -106,17 +106,17 @@ class Members:
         """
         with self._lock:
             now, settings = self._state.clock(), self._state.settings
-            present = self._state.members.get(name)
-            twins = [other for other in self._state.members if other.lower() == name.lower() and other != name]
+            present = self._state.member_records.get(name)
+            twins = [other for other in self._state.member_records if other.lower() == name.lower() and other != name]
             _check_name(name)
             if twins or (present is not None and present.role != role):
-                taken_by = self._state.members[(twins or [name])[0]]
+                taken_by = self._state.member_records[(twins or [name])[0]]
                 raise RefusedError(
                     f"the name {name} is taken: there is {_describe(taken_by)}",
                     "Choose another name.",
                     code="name_taken",
                 )
-            num_sites = sum(one.role == "site" for one in self._state.members.values())
+            num_sites = sum(one.role == "site" for one in self._state.member_records.values())
             if role == "site" and present is None and num_sites >= MAX_SITES:
                 raise RefusedError(
                     f"there are {num_sites} sites, among them those that were revoked; more are not possible",
@@ -147,12 +147,16 @@ class Members:
             RefusedError: There is no such member.
         """
         with self._lock:
-            if name not in self._state.members:
+            if name not in self._state.member_records:
                 raise RefusedError(f"there is no member {name[:80]!r}", code="unknown_member")
             settings = self._state.settings
             settings = settings.model_copy(update={"sites": tuple(site for site in settings.sites if site != name)})
             self._state.save_members(
-                [replace(self._state.members[name], state="revoked", token_hash=None, since=self._state.clock())],
+                [
+                    replace(
+                        self._state.member_records[name], state="revoked", token_hash=None, since=self._state.clock()
+                    )
+                ],
                 self._withdrawn(name),
                 settings=settings,
                 event=self._state.event("revocation", by, None, {"member": name}),
@@ -170,8 +174,8 @@ class Members:
         name, token_hash, now = token.partition(".")[0], hash_secret(token), self._state.clock()
         with self._lock:
             # Looked up by hash: how long that takes tells nothing about the secret.
-            record = self._state.invitations.get(hash_secret(invitation))
-            member = self._state.members.get(name)
+            record = self._state.invitation_records.get(hash_secret(invitation))
+            member = self._state.member_records.get(name)
             if record is None or member is None or record.member != name:
                 raise RefusedError(
                     "this invitation is not known here",
@@ -192,7 +196,7 @@ class Members:
                     "Ask the coordinating site for a new one.",
                     code="invitation_expired",
                 )
-            if any(token_hash == one.token_hash for one in self._state.invitations.values()):
+            if any(token_hash == one.token_hash for one in self._state.invitation_records.values()):
                 raise RefusedError(
                     f"the token of {member.role} {name} has been used before: a new invitation needs a new one",
                     "Join with --replace.",
@@ -217,7 +221,7 @@ class Members:
         """Return the member of this name if its token has this hash now; see `authenticate`."""
         if name == LOCAL_OPERATOR and hmac.compare_digest(self._local_operator, token_hash):
             return Member(name, "operator")
-        record = self._state.members.get(name)
+        record = self._state.member_records.get(name)
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
         if not hmac.compare_digest(expected, token_hash):
             raise RefusedError(
@@ -235,7 +239,11 @@ class Members:
         """Return the invitations that may still be sent out, by member."""
         with self._lock:
             return sorted(
-                (one for one in self._state.invitations.values() if one.secret is not None and now < one.expires),
+                (
+                    one
+                    for one in self._state.invitation_records.values()
+                    if one.secret is not None and now < one.expires
+                ),
                 key=lambda one: one.member,
             )
 
@@ -244,22 +252,22 @@ class Members:
 
         Whether the invitation is still good is what `join` says.
         """
-        record = self._state.invitations.get(hash_secret(invitation))
+        record = self._state.invitation_records.get(hash_secret(invitation))
         return self.role_of(name) if record is not None and record.member == name else None
 
     def role_of(self, name: str) -> Role | None:
         """Return the role of a member that is not revoked, or None."""
-        record = self._state.members.get(name)
+        record = self._state.member_records.get(name)
         return None if record is None or record.state == "revoked" else record.role
 
     def is_revoked(self, name: str) -> bool:
         """Return whether there is such a member whose credential was revoked."""
-        return name in self._state.members and self._state.members[name].state == "revoked"
+        return name in self._state.member_records and self._state.member_records[name].state == "revoked"
 
     def _withdrawn(self, name: str) -> list[InvitationRecord]:
         return [
             replace(one, secret=None)
-            for one in self._state.invitations.values()
+            for one in self._state.invitation_records.values()
             if one.member == name and one.secret is not None
         ]
 
@@ -299,7 +307,7 @@ class Members:
                     bytes_received=total.received,
                     bytes_sent=total.sent,
                 )
-                for record in self._state.members.values()
+                for record in self._state.member_records.values()
                 if record.role == "site"
                 for total in (self._totals.get(record.name, Traffic()),)
             )

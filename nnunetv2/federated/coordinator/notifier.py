@@ -65,7 +65,7 @@ class Notifier:
 
         A round of n sites has n contributions; to wake all n sites at each would be n * n answers.
         """
-        self._call(lambda: self._wake_later(key))
+        self._call(lambda: self._wake_later(key, asyncio.get_running_loop()))
 
     def stop(self) -> None:
         """Wake everybody, for good: the coordinator is about to stop."""
@@ -77,11 +77,11 @@ class Notifier:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function)
 
-    def _wake_later(self, key: str) -> None:
+    def _wake_later(self, key: str, loop: asyncio.AbstractEventLoop) -> None:
         self._wake([ANYTHING])
         if key not in self._in_progress:
             self._in_progress.add(key)
-            self._loop.call_later(self._waiting[key] / PROGRESS_PER_S, self._wake, [key])
+            loop.call_later(self._waiting[key] / PROGRESS_PER_S, self._wake, [key])
 
     def _wake(self, keys: list[str]) -> None:
         self.count += 1

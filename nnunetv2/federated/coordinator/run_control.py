@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Literal
 
 from nnunetv2.federated.coordinator.members import Member, require_role
 from nnunetv2.federated.coordinator.state import FederationState
@@ -23,7 +24,11 @@ from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RegistrationKey, RoundKey, RunKey
 from nnunetv2.utilities.plain_text import excerpt
 
-STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
+STATE_OF_ACTION: dict[str, Literal["paused", "running", "stopped"]] = {
+    "pause": "paused",
+    "resume": "running",
+    "stop": "stopped",
+}
 OF_A_SITE = ("leave", "return")
 FAILURES_PER_DAY = 200
 """Failures that one site may report in the long run, and at once: a training that fails reports one."""
@@ -148,7 +153,7 @@ def _between_closings(state: FederationState, run: str) -> Iterator[None]:
     while True:
         begun = state.registry.run_state(run).rounds_closed
         # The round that is open, begun or not, and what there may be before the first one.
-        keys = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
+        keys: set[str] = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
         keys |= {AdmissionKey(run, site) for site in state.settings.sites}
         with ExitStack() as held:
             for name in (*sorted(keys), run):  # the run's lock last, as everywhere

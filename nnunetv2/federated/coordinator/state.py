@@ -82,9 +82,9 @@ class FederationState:
         self.clock = clock
         self.registry = ExchangeRegistry(settings, store.load_exchanges(settings), store.load_controls())
         self.registry.restarted(clock())
-        self.members: dict[str, MemberRecord] = store.load_members()
+        self.member_records: dict[str, MemberRecord] = store.load_members()
         """By name. Among them are those that have not joined, and those that were revoked."""
-        self.invitations: dict[str, InvitationRecord] = store.load_invitations()
+        self.invitation_records: dict[str, InvitationRecord] = store.load_invitations()
         """By hash."""
         self.documents = DocumentReader(
             store.contribution_path,
@@ -240,8 +240,8 @@ class FederationState:
         """Save changed members and invitations, together with changed settings."""
         members, invitations = list(members), list(invitations)
         self.store.save_members(members, invitations, event=event, settings=settings)
-        self.members.update((record.name, record) for record in members)
-        self.invitations.update((record.hash, record) for record in invitations)
+        self.member_records.update((record.name, record) for record in members)
+        self.invitation_records.update((record.hash, record) for record in invitations)
         if settings is not None:
             self._use_settings(settings)
 

@@ -28,7 +28,13 @@ def federation(tmp_path):
 def look(state: FederationState) -> tuple[object, ...]:
     """Return everything in memory that is on the disk, too."""
     exchanges = {str(one.key): one for one in state.registry}
-    return exchanges, dict(state.registry.controls), state.settings, dict(state.members), dict(state.invitations)
+    return (
+        exchanges,
+        dict(state.registry.controls),
+        state.settings,
+        dict(state.member_records),
+        dict(state.invitation_records),
+    )
 
 
 CHANGES = {

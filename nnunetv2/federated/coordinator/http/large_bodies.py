@@ -96,7 +96,8 @@ class Connection(Protocol):
 
 def connection_of(scope: Scope) -> Connection | None:
     """Return the connection of a request; None where another server than ours has received it."""
-    return scope.get("state", {}).get(CONNECTION)
+    connection: Connection | None = scope.get("state", {}).get(CONNECTION)
+    return connection
 
 
 class LargeBody(asyncio.BufferedProtocol):

@@ -23,7 +23,8 @@ class RequestTraffic:
 
 def traffic_of(scope: Scope) -> RequestTraffic:
     """Return the traffic of a request."""
-    return scope.setdefault(_KEY, RequestTraffic())
+    traffic: RequestTraffic = scope.setdefault(_KEY, RequestTraffic())
+    return traffic
 
 
 class TrafficMeter:
