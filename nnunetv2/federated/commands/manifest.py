@@ -469,6 +469,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_manifest`."""
+    from nnunetv2.federated.protocol.messages import PlansReport
     from nnunetv2.federated.site.credential import load_credential
 
     arguments = build_parser().parse_args(argv)
@@ -486,7 +487,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=(credential and credential.precision) or "float32",
     )
     show(*describe(documents, credential))
-    if not any(document.kind == "plans_report" for document in documents):
+    if not any(isinstance(document.message, PlansReport) for document in documents):
         command = shell_command("nnUNetv2_plan_and_preprocess", options=[("-d", arguments.dataset), ("--no_pp", None)])
         show(
             "",

@@ -21,7 +21,7 @@ from nnunetv2.federated.exchanges.steps.coarse_histogram import (
 )
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec
-from nnunetv2.federated.protocol.keys import CoarseKey, FineKey, LateCensusKey
+from nnunetv2.federated.protocol.keys import CoarseKey, FineKey, Key, LateCensusKey
 from nnunetv2.federated.protocol.messages import FineSummary, PooledFingerprint, WantedBins
 
 FineResult = PooledFingerprint | WantedBins
@@ -115,7 +115,8 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
 
     def _asked_for(self, key: FineKey, reader: DocumentReader) -> tuple[tuple[int, ...], ...] | None:
         """Return the bins that the exchange before asked for; None if it asked for none."""
-        with reader.result(self.prerequisite(key)) as wanted:
+        before: Key = self.prerequisite(key)
+        with reader.result(before) as wanted:
             return wanted.message.bins if isinstance(wanted.message, WantedBins) else None
 
     def _coarse_of(self, key: FineKey, site: str, channel: int, reader: DocumentReader) -> Any:

@@ -1,0 +1,174 @@
+"""Describe a trained model in a folder; read network and weights from it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nnunetv2.models import networks
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
+from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager, determine_num_input_channels
+from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
+from nnunetv2.utilities.trusted_names import UntrustedNameError
+
+logger = logging.getLogger(__name__)
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a model folder holds. The network has the parameters of the first fold."""
+
+    network: nn.Module
+    parameters: list[Parameters]
+    """One state dict per fold."""
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict[str, Any]
+    trainer_name: str
+    mirroring_axes: tuple[int, ...] | None
+
+
+def find_folds(folder: str | os.PathLike[str], checkpoint_name: str) -> list[int]:
+    """Return the numbers of the folds that have this checkpoint, ordered by folder name; `fold_all` does not count."""
+    names = sorted(entry.name for entry in Path(folder).iterdir() if entry.name.startswith("fold_"))
+    return [
+        int(name.split("_")[-1])
+        for name in names
+        if name != "fold_all" and (Path(folder) / name / checkpoint_name).is_file()
+    ]
+
+
+def load_model_folder(
+    folder: str | os.PathLike[str],
+    folds: Iterable[int | str] | int | str | None,
+    checkpoint_name: str,
+    find_trainer: Callable[[str], type],
+    fallback: Callable[[], type],
+) -> TrainedModel:
+    """Read a model folder.
+
+    Args:
+        folds: Fold numbers or "all", one or several. None: all that have the checkpoint.
+        find_trainer: Trainer name -> class. Only its `build_network_architecture` is used.
+        fallback: Returns the class in place of one that is not found: the standard one, whose network most custom
+            trainers keep.
+
+    Raises:
+        FileNotFoundError: The folder, plans.json, dataset.json or a checkpoint is missing.
+        RuntimeError: A checkpoint does not fit the network that the plans describe.
+        UntrustedNameError: The plans name something that a file must not have called.
+    """
+    folder = Path(folder)
+    dataset_json, plans = (
+        _read_json(folder / name, required) for name, required in (("dataset.json", DATASET), ("plans.json", PLANS))
+    )
+    checkpoints = [load_checkpoint_file(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)]
+    plans_manager = PlansManager(plans)
+    configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
+    trainer_name = checkpoints[0]["trainer_name"]
+    trainer_class = _find_trainer(find_trainer, trainer_name, fallback)
+    try:
+        network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
+    except UntrustedNameError as error:
+        raise UntrustedNameError(f"{folder / 'plans.json'}: {error}") from error
+    parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
+    network.load_state_dict(parameters[0])
+    return TrainedModel(
+        network,
+        parameters,
+        plans_manager,
+        configuration_manager,
+        dataset_json,
+        trainer_name,
+        checkpoints[0].get("inference_allowed_mirroring_axes"),
+    )
+
+
+def save_model_description(
+    folder: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any], preprocessed_folder: str
+) -> None:
+    """Write plans, dataset description and fingerprint, which prediction needs besides the weights.
+
+    Raises:
+        FileNotFoundError: The dataset has no fingerprint.
+    """
+    fingerprint = Path(preprocessed_folder, "dataset_fingerprint.json")
+    if not fingerprint.is_file():
+        raise FileNotFoundError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint for this dataset")
+    base = Path(folder)
+    save_json_atomically(plans, base / "plans.json", sort_keys=False)
+    save_json_atomically(dataset_json, base / "dataset.json", sort_keys=False)
+    with replacing(base / fingerprint.name) as written:
+        shutil.copy(fingerprint, written)
+
+
+def build_network(
+    trainer_class: type,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict[str, Any],
+) -> nn.Module:
+    """Build a trainer's network without deep supervision, with freshly initialised weights."""
+    return networks.build_network(
+        trainer_class.build_network_architecture,
+        plans_manager=plans_manager,
+        configuration_manager=configuration_manager,
+        dataset_json=dataset_json,
+        num_input_channels=determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
+        num_output_channels=plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
+
+
+def _find_trainer(find_trainer: Callable[[str], type], name: str, fallback: Callable[[], type]) -> type:
+    """Find a trainer's class, or fall back with a warning."""
+    try:
+        return find_trainer(name)
+    except RuntimeError as error:
+        standard = fallback()
+        logger.warning(
+            "%s. Building the network of %s instead; if the weights do not fit it, prediction "
+            "needs the code of %s (a folder named by nnUNet_extTrainer may hold it)",
+            error,
+            standard.__name__,
+            name,
+        )
+        return standard
+
+
+def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | None, checkpoint_name: str) -> list[Path]:
+    if folds is None:
+        folds = find_folds(folder, checkpoint_name)
+    elif isinstance(folds, (str, int)):
+        folds = [folds]
+    paths = [folder / f"fold_{fold if fold == 'all' else int(fold)}" / checkpoint_name for fold in folds]
+    if not paths:
+        raise FileNotFoundError(f"no fold in {folder} has a checkpoint named {checkpoint_name}")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"missing checkpoints: {', '.join(map(str, missing))}. Folds with a {checkpoint_name} in {folder}: "
+            f"{_describe_folds(folder, checkpoint_name)}; name those you want (-f, or use_folds)"
+        )
+    return paths
+
+
+def _describe_folds(folder: Path, checkpoint_name: str) -> str:
+    names = sorted(path.parent.name for path in folder.glob(f"fold_*/{checkpoint_name}"))
+    return ", ".join(name.removeprefix("fold_") for name in names) or "none"
+
+
+def _read_json(path: Path, required: Mapping[str, type]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a trained model: it has no {path.name}")
+    return read_json(path, required=required)
