@@ -1,4 +1,4 @@
-"""Show and verify the audit log of a federation's folder, whether its coordinator is running or not.
+"""Show and verify the audit log of a folder, served or not.
 
     nnUNetv2_fed_admin --folder F log [--since 2d] [--json]      who did what, when
     nnUNetv2_fed_admin --folder F verify-log [--head HASH]       is the log what it was when HASH was noted?
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.coordinator.storage import audit_log
-from nnunetv2.federated.coordinator.storage.read_only import open_read_only, read_log
+from nnunetv2.federated.coordinator.storage.read_only import Row, open_read_only, read_log
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
@@ -27,9 +27,8 @@ SHORTEST_HEAD = 12
 """Digits of a hash that have to be typed at least: with fewer, another line may have them too."""
 
 
-# --------------------------------------------------------------------------------------------------------- reading
 def parse_since(text: str, now: float) -> float:
-    """Return the moment that "2026-11-23", "2026-11-23 14:05" or "36h" (m, h, d, w) means, in seconds since 1970.
+    """Parse "2026-11-23", "2026-11-23 14:05" or "36h" (m, h, d, w) to seconds since 1970.
 
     Raises:
         FederationError: It is none of these.
@@ -56,7 +55,7 @@ def show_log(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
-    """Check every line of the audit log against the chain, and print the hash of the last one.
+    """Check the chain of the audit log, and print its last hash.
 
     Raises:
         FederationError: A line was changed, removed, inserted or moved, or the head that was noted is not there.
@@ -64,7 +63,7 @@ def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
     wanted = None if not arguments.head else parse_head(arguments.head)
     last, noted = None, None
 
-    def seen() -> Iterator[tuple]:
+    def seen() -> Iterator[Row]:
         """Yield the lines, one at a time: a log may be larger than the memory."""
         nonlocal last, noted
         for last in read_log(connection):
@@ -107,7 +106,7 @@ def parse_head(head: str) -> str:
     return wanted
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `log` and `verify-log` to the operator's command."""
     log = commands.add_parser(
         "log", help="show the audit log of a folder", description="Show the audit log of a folder: who did what, when."
@@ -135,7 +134,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 # ------------------------------------------------------------------------------------------------ what a line says
 def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
-    """Return in a few words, all of them printable, what a line of the log is about."""
+    """Describe a line of the log in a few printable words."""
     return printable(_describe(kind, key, detail))
 
 
@@ -161,12 +160,12 @@ def _describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
     return " ".join(part for part in (key, printable_json(dict(detail)) if detail else "") if part)
 
 
-def _as_text(line: tuple) -> str:
+def _as_text(line: Row) -> str:
     number, moment, kind, who, key, detail, _ = line
     return f"{number:6d}  {_as_time(moment)}  {kind:12}  {who or '-':12}  {describe(kind, key, json.loads(detail))}"
 
 
-def _as_json(line: tuple) -> str:
+def _as_json(line: Row) -> str:
     names = ("number", "time", "kind", "site", "key", "detail", "hash")
     return printable_json({**dict(zip(names, line)), "detail": json.loads(line[5])})
 

@@ -84,7 +84,7 @@ def backup(folder: Path, target: Path) -> Backup:
 
 
 def _collect(folder: Path, scratch: Path) -> tuple[float, dict[str, str]]:
-    """Link all files of one moment into `scratch`; return moment and digests."""
+    """Gather all files of one moment in `scratch`; return that moment, and the digests that the database knows."""
     for _ in range(ATTEMPTS):
         created = time.time()
         with open_read_only(folder) as connection, closing(sqlite3.connect(scratch / DATABASE_FILE)) as copy:

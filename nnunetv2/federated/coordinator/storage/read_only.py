@@ -1,4 +1,7 @@
-"""Read the database of a federation without changing anything in its folder."""
+"""Open the database of a federation for reading only.
+
+Looking at a log changes nothing, not even in a folder that was restored.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.errors import FederationError
 
 DATABASE_FILE = "coordinator.sqlite"
+Row = tuple[int, float, str, str | None, str | None, str, str]
+"""Number, time, kind, site, key, detail and hash of a line."""
 
 
 @contextmanager
@@ -39,6 +44,6 @@ def open_read_only(folder: Path) -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def read_log(connection: sqlite3.Connection) -> Iterator[tuple]:
+def read_log(connection: sqlite3.Connection) -> Iterator[Row]:
     """Yield the lines of a log in order, as `audit_log.LINES` has them."""
     yield from connection.execute(f"{audit_log.LINES} ORDER BY number")
