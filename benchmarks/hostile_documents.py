@@ -29,8 +29,10 @@ from urllib.parse import urlsplit
 from nnunetv2.federated.exchanges.document_limits import PLANS, REGISTRATION, SMALL, coarse_limits, weights_limits
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, encode_header
+from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, InitialKey, PlansKey, RegistrationKey, RoundKey
-from nnunetv2.federated.site.credential import decode_invitation, join, load_credential
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
 

@@ -1,7 +1,7 @@
-"""Check what a coordinator sends a site as it checks a site, before anything is made of it.
+"""Check the results that a coordinator sends.
 
-What depends on the kind of exchange is in its step: the kind and size of its result, the round of an aggregate. Names,
-shapes, dtypes and values of weights are checked by `participant.RunSession`, which knows the network.
+What depends on the kind of exchange is in its step: kind and size of a result, the round of an aggregate. Names,
+shapes, dtypes and values of weights are checked by `participant.Participant`, which knows the network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nnunetv2.federated.protocol.strict_json import validated
 
 
 def weights_bytes(registration: messages.Registration) -> int:
-    """Return how many bytes the weights of a registered network have at most, as they travel."""
+    """Return the largest size in bytes of a registered network's weights."""
     return sum(4 * math.prod(entry.shape) for entry in registration.tensors)
 
 
@@ -45,7 +45,7 @@ class Fingerprint(messages.Part):
 
 
 def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> None:
-    """Raise WireError unless a pooled fingerprint describes as many cases and channels as it should, in finite values.
+    """Raise WireError unless a pooled fingerprint is finite and its counts agree.
 
     Args:
         num_channels: Channels of this site's images.
@@ -67,7 +67,7 @@ def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> 
 
 
 def check_bins(wanted: messages.WantedBins, num_channels: int) -> None:
-    """Raise WireError unless bins are asked for, ascending, of as many channels as this site has."""
+    """Raise WireError unless the wanted bins ascend in each channel of this site."""
     if len(wanted.bins) != num_channels or any(list(bins) != sorted(set(bins)) for bins in wanted.bins):
         raise WireError(
             f"the coordinator asks for bins of {len(wanted.bins)} channels, or for some twice; this site "
@@ -76,7 +76,7 @@ def check_bins(wanted: messages.WantedBins, num_channels: int) -> None:
 
 
 def check_receipt(sent_to: ExchangeKey[Q, R], counts_in: str) -> ExchangeKey[Q, R]:
-    """Return the exchange in which a contribution counts, or raise WireError if it cannot be that."""
+    """Return the exchange in which a contribution counts; check that it can."""
     if counts_in in ("", sent_to):
         return sent_to
     other = parse_key(counts_in)

@@ -1,5 +1,6 @@
 """A site's connection: what it says while it waits, and what it outlasts."""
 
+import itertools
 import re
 import socket
 import threading
@@ -32,8 +33,8 @@ from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, Registration
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
-from nnunetv2.federated.site.transports.http import FederationClient
-from nnunetv2.federated.site.transports.http_requests import BearerToken, open_session
+from nnunetv2.federated.site.transports.http import HttpTransport
+from nnunetv2.federated.site.transports.http_requests import BearerToken, NoAnswerError, open_session
 
 BIG = {"encoder.weight": (512, 1024), "encoder.bias": (512,)}  # 2 MiB
 
@@ -156,6 +157,19 @@ def test_what_is_no_coordinator_is_reported_and_asked_again():
         client.settings()
     listener.close()
     assert len(lines) == 1 and "not as a coordinator would; trying again" in lines[0]
+
+
+def test_a_line_that_differs_from_the_last_by_a_time_alone_is_told_once(federation, monkeypatch):
+    seconds, lines = itertools.count(10), []
+
+    def refuse(*_, **__):
+        raise NoAnswerError(f"it is 2026-11-30 06:38:{next(seconds)} UTC by the clock of this machine")
+
+    with make_client(federation.credential("A"), lines, give_up_after_s=0.3) as client:
+        monkeypatch.setattr(client._session, "request", refuse)
+        with pytest.raises(CoordinatorUnreachable, match="2026-11-30 06:38:"):
+            client.settings()
+    assert len(lines) == 1 and lines[0].startswith("it is 2026-11-30 06:38:11 UTC by the clock")
 
 
 # ------------------------------------------------------------------------------------------------------ broken lines
@@ -396,8 +410,8 @@ def test_a_pinned_authority_is_not_overruled_by_the_environment(monkeypatch):
 
 def test_plain_http_beyond_this_machine_must_be_allowed():
     with pytest.raises(FederationError, match=re.escape("http://hospital.example is plain HTTP")):
-        FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x"))
-    FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x", insecure=True)).close()
+        HttpTransport(SiteCredential("http://hospital.example", "test", "A", "A.x"))
+    HttpTransport(SiteCredential("http://hospital.example", "test", "A", "A.x", insecure=True)).close()
 
 
 def test_closing_ends_what_another_thread_waits_for(tmp_path):
@@ -422,14 +436,14 @@ def test_closing_ends_what_another_thread_waits_for(tmp_path):
 def test_people_at_the_site_say_how_long_to_wait(federation, monkeypatch, text, seconds):
     if text is not None:
         monkeypatch.setenv("nnUNet_fed_give_up_after_h", text)
-    with FederationClient(federation.credential("A")) as client:
+    with HttpTransport(federation.credential("A")) as client:
         assert client.give_up_after_s == seconds
 
 
 def test_patience_is_a_number_of_hours(federation, monkeypatch):
     monkeypatch.setenv("nnUNet_fed_give_up_after_h", "a day")
     with pytest.raises(ValueError, match="set it to a number of hours"):
-        FederationClient(federation.credential("A"))
+        HttpTransport(federation.credential("A"))
 
 
 def test_a_site_says_that_too_few_take_part(tmp_path):
