@@ -192,10 +192,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_manifest`."""
-    from nnunetv2.federated.protocol.messages import PlansReport
     from nnunetv2.federated.site.credential import load_credential
 
     arguments = build_parser().parse_args(argv)
+    from nnunetv2.federated.protocol.messages import PlansReport
+
     try:
         credential = load_credential()
     except NotJoinedError:
