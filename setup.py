@@ -80,10 +80,11 @@ setup(
         "tqdm",
         # the federation; the coordinator alone needs these and numpy only, without requests and tenacity
         "pydantic>=2.8",
+        "prometheus-client>=0.20",
         "requests>=2.32.4",
         "tenacity>=8.2",
         "safetensors>=0.4.2",
-        # with upper bounds: coordinator/connections.py is built on the inside of uvicorn; newest tested: 0.54 and 1.10
+        # with upper bounds: coordinator/http/connections.py is built on the inside of uvicorn; newest tested: 0.54 and 1.10
         "h11>=0.16",
         "starlette>=0.49.1,<2",
         "uvicorn>=0.31,<0.55",

@@ -111,8 +111,8 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
         tensors=entries,
     )
     with Store(folder) as store:
-        coordinator = Coordinator(store, announce=lambda line: None)
-        coordinator.closer.start()
+        coordinator = Coordinator(store, log=lambda line: None)
+        coordinator.worker.start()
 
         def send(key: str, site: str, message: messages.Message, own: dict[str, TensorSpec]) -> None:
             path = folder / "incoming" / site
@@ -121,8 +121,8 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
 
         for site in coordinator.settings.sites:
             send(RegistrationKey(RUN), site, registration, {})
-        wait_until(lambda: coordinator.book.is_closed(RegistrationKey(RUN)))
-        owners = coordinator.archive.agreement(RUN).match.initial_owner
+        wait_until(lambda: coordinator.state.registry.is_closed(RegistrationKey(RUN)))
+        owners = coordinator.state.documents.agreement(RUN).match.initial_owner
         for site in coordinator.settings.sites:
             send(
                 InitialKey(RUN),
@@ -130,7 +130,7 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
                 messages.Update(),
                 {name: specs[name] for name, owner in owners.items() if owner == site},
             )
-        wait_until(lambda: coordinator.book.is_closed(InitialKey(RUN)))
+        wait_until(lambda: coordinator.state.registry.is_closed(InitialKey(RUN)))
         coordinator.stop()
 
 

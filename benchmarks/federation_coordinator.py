@@ -34,11 +34,11 @@ def make_federation(folder: Path, num_sites: int, num_epochs: int = 3, validate_
             ),
             now=time.time(),
         )
-        coordinator = Coordinator(store, announce=lambda line: None)
+        coordinator = Coordinator(store, log=lambda line: None)
         tokens = {}
         for record in coordinator.members.open_invitations(time.time()):
             tokens[record.member] = new_token(record.member)
-            coordinator.members.join(record.secret, tokens[record.member], now=time.time())
+            coordinator.members.join(record.secret, tokens[record.member])
     return tokens
 
 

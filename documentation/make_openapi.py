@@ -22,6 +22,8 @@ from nnunetv2.federated.protocol import api, messages
 
 TARGET = Path(__file__).with_name("openapi.json")
 REFERENCE = "#/components/schemas/{model}"
+PUBLISHED_NAMES = {"ExchangeView": "Meeting"}
+"""Class -> its name in the description, where it was called otherwise when that was published."""
 EVERYBODY = ("invalid", "too_many_requests", "internal_error", "coordinator_trouble")
 MEMBERS = (*EVERYBODY, "unauthorized", "forbidden")
 UPLOADS = (
@@ -265,6 +267,7 @@ def build() -> dict[str, Any]:
     models |= {api.Problem, *union}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=REFERENCE)
+    schemas = _with_published_names(schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -286,6 +289,14 @@ def build() -> dict[str, Any]:
         "x-documents": sorted(model.__name__ for model in union),
         "x-status-of-code": dict(sorted(STATUS_OF_CODE.items())),
     }
+
+
+def _with_published_names(schemas: dict[str, Any]) -> dict[str, Any]:
+    """Return schemas under the names that earlier versions of the description have."""
+    text = json.dumps(schemas)
+    for name, published in PUBLISHED_NAMES.items():
+        text = text.replace(f'{name}"', f'{published}"')
+    return {"$defs": dict(sorted(json.loads(text)["$defs"].items()))}
 
 
 def _describe(path: str, operation: Operation) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def built() -> dict:
 def routes_of_app(tmp_path: Path) -> set[tuple[str, str]]:
     """Return (method, path) of everything that a coordinator serves."""
     from nnunetv2.federated.coordinator.app import build_app
-    from nnunetv2.federated.coordinator.http.endpoint import Place
+    from nnunetv2.federated.coordinator.http.endpoint import Endpoint
     from nnunetv2.federated.coordinator.members import create_federation
     from nnunetv2.federated.coordinator.service import Coordinator
     from nnunetv2.federated.coordinator.storage.store import Store
@@ -82,7 +82,7 @@ def routes_of_app(tmp_path: Path) -> set[tuple[str, str]]:
 
     with Store(tmp_path / "federation") as store:
         create_federation(store, FederationSettings(federation="test", sites=("A", "B")), now=0.0)
-        app = build_app(Coordinator(store), Place("http://127.0.0.1:1"))
+        app = build_app(Coordinator(store), Endpoint("http://127.0.0.1:1"))
         return {
             (method.lower(), route.path.replace(":path}", "}"))
             for route in app.routes
@@ -137,16 +137,16 @@ def test_every_kind_of_document_is_on_the_page(built):
 
 
 def test_limits_on_the_page_are_those_of_the_code():
-    from nnunetv2.federated.coordinator import app, service
+    from nnunetv2.federated.coordinator import run_control
     from nnunetv2.federated.coordinator.dashboard import login_sessions, pages
-    from nnunetv2.federated.coordinator.http import connections, rate_limits, request_bodies
+    from nnunetv2.federated.coordinator.http import connections, rate_limits, request_bodies, site_routes
     from nnunetv2.federated.coordinator.storage import quotas
     from nnunetv2.federated.exchanges.document_limits import METRICS_BYTES, SMALL
     from nnunetv2.federated.exchanges.steps import STEPS
     from nnunetv2.federated.protocol.messages import MAX_METRIC_NUMBERS, MAX_METRICS
 
     granted = rate_limits.Limits()
-    assert (app.LONGEST_WAIT_S, pages.LONGEST_WAIT_S) == (55, 25)
+    assert (site_routes.LONGEST_WAIT_S, pages.LONGEST_WAIT_S) == (55, 25)
     larger = {step.key.kind: step.header.header_bytes >> 20 for step in STEPS if step.header != SMALL}
     assert larger == {"plans": 2, "late_plans": 2, "registration": 4, "admission": 4}
     assert SMALL.header_bytes >> 20 == 1
@@ -156,7 +156,7 @@ def test_limits_on_the_page_are_those_of_the_code():
         2000,
         64,
     )
-    assert (service.FAILURES_PER_DAY, service.LOGGED_CHARACTERS) == (200, 1000)
+    assert (run_control.FAILURES_PER_DAY, run_control.LOGGED_CHARACTERS) == (200, 1000)
     assert (quotas.MAX_OPEN, quotas.MAX_OPEN_BYTES >> 30, quotas.RESERVED_BYTES >> 20) == (200, 1, 256)
     assert (granted.requests_per_s, granted.requests_at_once, granted.simultaneous_requests) == (50, 2000, 32)
     assert (granted.lines_per_s, granted.lines_at_once) == (1 / 6, 300)

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import IO
 
 from nnunetv2.errors import FolderInUseError
+from nnunetv2.utilities.file_lock import lock_file
 
 logger = logging.getLogger(__name__)
 
@@ -214,12 +215,10 @@ def _digest(file: Path) -> str:
 
 def _lock(file: IO[bytes], folder: Path) -> None:
     """Keep other runs away until the file is closed, also by the death of this process. Not on Windows."""
-    try:
-        import fcntl
-    except ImportError:
+    if os.name == "nt":
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file.fileno())
     except BlockingIOError as error:
         raise FolderInUseError(
             f"another process is preprocessing into {folder}; wait for it, or stop it first"

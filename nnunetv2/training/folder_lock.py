@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nnunetv2.utilities.file_lock import lock_file
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".training.lock"
@@ -39,14 +41,12 @@ def training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _lock(path: Path) -> int | None:
     """Create and lock the file; return its descriptor, or None where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name == "nt":  # where a file that is open cannot be removed
         return None
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor)
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)

@@ -20,11 +20,12 @@ from starlette.applications import Starlette
 
 from nnunetv2.federated.coordinator.app import build_app
 from nnunetv2.federated.coordinator.http.connections import GuardedServer, guarded_config
-from nnunetv2.federated.coordinator.http.endpoint import Place
+from nnunetv2.federated.coordinator.http.endpoint import Endpoint
 from nnunetv2.federated.coordinator.http.listen_address import open_socket
 from nnunetv2.federated.coordinator.http.rate_limits import Limits
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings
@@ -159,6 +160,10 @@ class LocalFederation:
         self.lines = lines
         self._credentials: dict[str, SiteCredential] = {}
 
+    @property
+    def state(self) -> FederationState:
+        return self.coordinator.state
+
     def invitations(self) -> dict[str, str]:
         """Return the secrets of the invitations that nobody has used."""
         return {one.member: one.secret for one in self.coordinator.members.open_invitations(time.time())}
@@ -167,7 +172,7 @@ class LocalFederation:
         """Let a site join, the first time, and return its credential."""
         if site not in self._credentials:
             secret = self.invitations()[site]
-            path = self.coordinator.store.folder / f"credential.{site}.json"
+            path = self.coordinator.state.store.folder / f"credential.{site}.json"
             join(Invitation(self.url, self.coordinator.settings.federation, site, secret), path=path)
             self._credentials[site] = load_credential(path)
         return self._credentials[site]
@@ -183,10 +188,10 @@ def served(folder: Path, settings: FederationSettings, limits: Limits = Limits()
     with Store(folder) as store:
         if store.load_settings() is None:
             create_federation(store, settings, now=time.time())
-        coordinator = Coordinator(store, announce=lines.append)
+        coordinator = Coordinator(store, log=lines.append)
         listener = open_socket("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = build_app(coordinator, Place(url), limits=limits)
+        app = build_app(coordinator, Endpoint(url), limits=limits)
         server = GuardedServer(guarded_config(app, timeout_graceful_shutdown=2), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -194,7 +199,7 @@ def served(folder: Path, settings: FederationSettings, limits: Limits = Limits()
         try:
             yield LocalFederation(coordinator, app, url, lines)
         finally:
-            app.state.changes.stop()
+            coordinator.notifier.stop()
             server.should_exit = True
             thread.join(PATIENCE_S)
             listener.close()

@@ -1,10 +1,9 @@
-"""A coordinator in this process whose clock stands still and whose closer works on request."""
+"""A coordinator in this process whose clock stands still and whose aggregation worker works on request."""
 
 from __future__ import annotations
 
 from fake_federation import RUN, incoming_path, make_registration, make_settings, make_weights
 
-from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.members import Member, create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
@@ -17,7 +16,7 @@ OPERATOR = Member("boss", "operator")
 
 
 class Federation:
-    """A coordinator whose clock stands still and whose closer works on request."""
+    """A coordinator whose clock stands still and whose aggregation worker works on request."""
 
     def __init__(self, folder, **settings) -> None:
         self.now = 1000.0
@@ -25,7 +24,8 @@ class Federation:
         if self.store.load_settings() is None:
             create_federation(self.store, make_settings(**settings), now=self.now)
         self.lines: list[str] = []
-        self.coordinator = Coordinator(self.store, announce=self.lines.append, clock=lambda: self.now)
+        self.coordinator = Coordinator(self.store, log=self.lines.append, clock=lambda: self.now)
+        self.state = self.coordinator.state
 
     def send(self, key: str, site: str, message, tensors=None):
         tensors = tensors or {}
@@ -37,10 +37,10 @@ class Federation:
         return receipt
 
     def close(self) -> None:
-        closer = self.coordinator.closer
-        while ready := closer._ready():
+        worker = self.coordinator.worker
+        while ready := worker._ready():
             for exchange in ready:
-                closer._close(exchange.key)
+                worker._close(exchange.key)
 
     def start(self, *sites: str) -> None:
         """Register sites with 1, 2, 3... cases, and let them start from the first one's weights."""
@@ -64,6 +64,6 @@ class Federation:
         return {site: contributed["weight"] for site, contributed in record["sites"].items()}
 
     def act(self, action: str, member: Member = OPERATOR, **others):
-        run_control.act(self.coordinator, RUN, RunAction(action=action, **others), member)
+        self.coordinator.act(RUN, RunAction(action=action, **others), member)
         self.close()
         return self.coordinator.run_state(RUN)

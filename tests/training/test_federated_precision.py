@@ -26,7 +26,7 @@ def test_sites_end_with_the_rounding_of_what_the_coordinator_keeps(make_sites, t
     trainers = [sites.trainer("A", trainer_class), sites.trainer("B", trainer_class)]
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)
-    with sites.federation.coordinator.archive.result(RoundKey(run_of(trainers[0]), 2)) as kept:
+    with sites.federation.state.documents.result(RoundKey(run_of(trainers[0]), 2)) as kept:
         ends = weights_of(trainers[0])
         for name in kept.specs:
             assert ends[name].dtype == np.float32

@@ -99,7 +99,7 @@ def start(federation, folder: Path, site: str, configuration: str, fold: str, *o
         "OMP_NUM_THREADS": "1",
         "nnUNet_n_proc_DA": "0",
         "nnUNet_def_n_proc": "1",
-        "nnUNet_fed_site": str(federation.coordinator.store.folder / f"credential.{site}.json"),
+        "nnUNet_fed_site": str(federation.state.store.folder / f"credential.{site}.json"),
         **{root: str(folder / site / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
     }
     command = [
@@ -151,10 +151,8 @@ def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_pat
     )
     assert_one_network(tmp_path, "3d_fullres", 0)
     run = f"3d_fullres.fold_0.{TRAINER}"
-    assert [set(record["sites"]) for record in federation.coordinator.store.load_rounds(run)] == [{"A", "B"}] * 2
-    assert [set(record["dice_of_site"]) for record in federation.coordinator.store.load_validations(run)] == [
-        {"A", "B"}
-    ] * 2
+    assert [set(record["sites"]) for record in federation.state.store.load_rounds(run)] == [{"A", "B"}] * 2
+    assert [set(record["dice_of_site"]) for record in federation.state.store.load_validations(run)] == [{"A", "B"}] * 2
     (log,) = fold_folder(tmp_path, "A", "3d_fullres", 0).glob("training_log_*.txt")
     assert log.read_text().count("Round 1:") == 1
 
@@ -163,11 +161,11 @@ def test_a_site_that_a_scheduler_ends_says_so(federation, tmp_path):
     make_tiny_dataset(tmp_path / "A" / "nnUNet_preprocessed", cases=5)
     process = start(federation, tmp_path, "A", "3d_fullres", "0")
     registration = keys.RegistrationKey(f"3d_fullres.fold_0.{TRAINER}")
-    wait_until(lambda: "A" in getattr(federation.coordinator.book.get(registration), "contributions", ()), 120)
+    wait_until(lambda: "A" in getattr(federation.state.registry.get(registration), "contributions", ()), 120)
     process.terminate()
     output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == -signal.SIGTERM, output[-3000:]
-    assert [(event.site, event.detail["reason"]) for event in federation.coordinator.store.load_events("failure")] == [
+    assert [(event.site, event.detail["reason"]) for event in federation.state.store.load_events("failure")] == [
         ("A", "terminated")
     ]
 
@@ -194,7 +192,7 @@ def test_folds_run_side_by_side_and_a_cascade_goes_on_from_them(federation, tmp_
     finish(*(start(federation, tmp_path, site, "3d_lowres", fold) for site in "AB" for fold in "01"))
     for fold in (0, 1):
         assert_one_network(tmp_path, "3d_lowres", fold)
-    states = {run: federation.coordinator.book.run_state(run).state for run in federation.coordinator.book.runs()}
+    states = {run: federation.state.registry.run_state(run).state for run in federation.state.registry.runs()}
     assert states == {f"3d_lowres.fold_{fold}.{TRAINER}": "complete" for fold in (0, 1)}
     for site in "AB":
         predicted = fold_folder(tmp_path, site, "3d_lowres", 0).parent / "predicted_next_stage" / "3d_cascade_fullres"
@@ -206,5 +204,5 @@ def test_folds_run_side_by_side_and_a_cascade_goes_on_from_them(federation, tmp_
         fold_folder(tmp_path, "A", "3d_cascade_fullres", 0) / "checkpoint_final.pth", weights_only=False
     )["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"]
     assert np.shape(first_layer)[1] == 3  # the image, and a channel for each label of the stage before
-    model = federation.coordinator.store.folder / "models" / f"{TRAINER}__nnUNetPlans__3d_cascade_fullres"
+    model = federation.state.store.folder / "models" / f"{TRAINER}__nnUNetPlans__3d_cascade_fullres"
     assert (model / "fold_0" / "checkpoint_final.pth").is_file()

@@ -16,7 +16,6 @@ from patience import PATIENCE_S
 from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 
 from nnunetv2.federated.commands import manifest
-from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.dashboard import curves
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import (
@@ -78,7 +77,7 @@ class Sites:
         return in_threads(*(trainer.run_training for trainer in trainers))
 
     def act(self, action: str, run: str) -> None:
-        run_control.act(self.federation.coordinator, run, RunAction(action=action), OPERATOR)
+        self.federation.coordinator.act(run, RunAction(action=action), OPERATOR)
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_every_aggregate_is_validated_by_all(make_sites, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_fed_allow", str(allowed))
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)
-    found = sites.federation.coordinator.store.load_validations(run_of(trainers[0]))
+    found = sites.federation.state.store.load_validations(run_of(trainers[0]))
     assert [record["round"] for record in found] == [0, 1, 2]
     assert found[2]["dice_of_site"].keys() == {"A", "B"} and found[2]["best_round"] is not None
     for trainer in trainers:
@@ -178,9 +177,9 @@ def test_a_failure_is_reported_as_one_and_never_as_weights(make_sites, cause, er
     coordinator, run = sites.federation.coordinator, run_of(ailing)
     assert [
         (event.site, event.detail["round"], event.detail["reason"])
-        for event in coordinator.store.load_events("failure")
+        for event in coordinator.state.store.load_events("failure")
     ] == [("A", 1, kind)]
-    first, second, third = coordinator.store.load_rounds(run)
+    first, second, third = coordinator.state.store.load_rounds(run)
     assert set(first["sites"]) == {"A", "B", "C"} and set(second["sites"]) == set(third["sites"]) == {"B", "C"}
     assert second["failed"] == ["A"]
     # The site goes on from the last aggregate, and ends with that of the run.
@@ -198,7 +197,7 @@ def test_a_validation_that_fails_during_the_exchange_is_reported_and_nothing_han
     assert isinstance(failed, torch.cuda.OutOfMemoryError) and done == [None, None]
     assert [
         (event.site, event.detail["round"], event.detail["reason"])
-        for event in sites.federation.coordinator.store.load_events("failure")
+        for event in sites.federation.state.store.load_events("failure")
     ] == [("A", 1, "OutOfMemoryError")]
     assert wait([ailing.pending.answer], PATIENCE_S).done, "the thread that exchanges goes on"
     again = sites.trainer("A", Ailing, go_on=True)
@@ -213,7 +212,7 @@ def test_a_fold_with_too_few_cases_sends_nothing(make_sites, monkeypatch):
     with pytest.raises(NotAllowedError, match=f"fold 0 of {NAME} has 2 training cases, .* with 3 or more"):
         trainer.run_training()
     coordinator = sites.federation.coordinator
-    assert not list(coordinator.book) and not coordinator.store.load_events("failure")
+    assert not list(coordinator.state.registry) and not coordinator.state.store.load_events("failure")
 
 
 def test_the_log_names_the_floor_and_what_only_two_sites_share(make_sites):
@@ -242,9 +241,9 @@ def test_the_validation_of_a_round_comes_with_the_next_and_is_drawn_where_it_bel
     trainers = {site: sites.trainer(site) for site in "AB"}
     assert sites.run(*trainers.values()) == [None, None]
     coordinator, run = sites.federation.coordinator, run_of(trainers["A"])
-    records = coordinator.store.load_rounds(run)
+    records = coordinator.state.store.load_rounds(run)
     assert [set(record["sites"]["A"]["metrics"]) for record in records] == [{"train_losses"}] * 2 + [set(METRICS)]
-    for number, drawn in enumerate(curves.draw(coordinator, run).rounds):
+    for number, drawn in enumerate(curves.build_curves(coordinator.state, run).rounds):
         for site, trainer in trainers.items():
             for name in ("train_losses", "val_losses"):
                 logged = trainer.logger.get_value(name, step=number)
@@ -257,19 +256,19 @@ def test_an_operator_stops_a_run_in_order(make_sites):
     coordinator, run = sites.federation.coordinator, run_of(trainers[0])
 
     def stop():
-        wait_until(lambda: coordinator.book.run_state(run).rounds_closed >= 2, timeout_s=60)
+        wait_until(lambda: coordinator.state.registry.run_state(run).rounds_closed >= 2, timeout_s=60)
         sites.act("pause", run)
         wait_until(lambda: any("operator has paused" in line for one in trainers for line in one.lines), timeout_s=60)
         sites.act("stop", run)
 
     assert in_threads(*(one.run_training for one in trainers), stop) == [None] * 3
-    closed = coordinator.book.run_state(run).rounds_closed
+    closed = coordinator.state.registry.run_state(run).rounds_closed
     assert 2 <= closed < 50
     assert_equal_weights(*trainers)
     for trainer in trainers:
         assert any("operator has stopped" in line for line in trainer.lines)
         assert not Path(trainer.output_folder, "checkpoint_latest.pth").exists()
-    model = coordinator.store.folder / "models" / "nnUNetTrainerAsymFedAvg__nnUNetPlans__3d_fullres" / "fold_0"
+    model = coordinator.state.store.folder / "models" / "nnUNetTrainerAsymFedAvg__nnUNetPlans__3d_fullres" / "fold_0"
     content = torch.load(model / "checkpoint_final.pth", weights_only=True)["network_weights"]
     for name, values in weights_of(trainers[0]).items():
         np.testing.assert_array_equal(values, content[name].numpy(), err_msg=name)
@@ -296,7 +295,7 @@ def test_a_site_joins_late_leaves_and_returns(make_sites):
     Newcomer.__name__ = "nnUNetTrainerAsymFedAvg"
 
     def join_late():
-        wait_until(lambda: coordinator.book.run_state(run).rounds_closed >= 1, timeout_s=60)
+        wait_until(lambda: coordinator.state.registry.run_state(run).rounds_closed >= 1, timeout_s=60)
         sites.act("pause", run)  # so that the others do not finish before it is there
         coordinator.invite("C", "site", by="boss")
         newcomer = sites.trainer("C", Newcomer)
@@ -315,7 +314,7 @@ def test_a_site_joins_late_leaves_and_returns(make_sites):
     *others, third = in_threads(first.run_training, second.run_training, join_late)
     assert others == [None, None] and not isinstance(third, BaseException), third
     assert_equal_weights(first, second, third)
-    taken_part = [set(record["sites"]) for record in coordinator.store.load_rounds(run)]
+    taken_part = [set(record["sites"]) for record in coordinator.state.store.load_rounds(run)]
     assert taken_part[0] == {"A", "B"} and {"A", "B", "C"} in taken_part
     assert sum(values != values for values in third.logger.get_value("mean_fg_dice", None)) >= 1  # gaps
 
@@ -354,7 +353,7 @@ def test_a_training_outlasts_a_coordinator_that_is_away_for_too_long(make_sites,
     assert [one.current_epoch for one in again] == [2, 2]
     assert sites.run(*again) == [None, None]
     assert_equal_weights(*again)
-    assert sites.federation.coordinator.book.run_state(run).state == "complete"
+    assert sites.federation.state.registry.run_state(run).state == "complete"
 
 
 def test_exchanges_may_overlap_with_training(make_sites):
@@ -365,9 +364,9 @@ def test_exchanges_may_overlap_with_training(make_sites):
         spy_on_updates(trainer, sent)
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)
-    rounds = sites.federation.coordinator.store.load_rounds(run_of(trainers[0]))
+    rounds = sites.federation.state.store.load_rounds(run_of(trainers[0]))
     assert [set(record["sites"]) for record in rounds] == [{"A", "B"}] * 4
-    found = sites.federation.coordinator.store.load_validations(run_of(trainers[0]))
+    found = sites.federation.state.store.load_validations(run_of(trainers[0]))
     assert [record["round"] for record in found] == [0, 1, 2, 3]
     name = next(iter(weights_of(trainers[0])))
     final = (sent["A", 3][name] + sent["B", 3][name]) / 2  # both have two cases

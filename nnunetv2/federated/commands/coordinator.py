@@ -19,7 +19,7 @@ from nnunetv2.federated.commands.api_client import OPERATOR_FILE
 from nnunetv2.federated.coordinator.http.listen_address import (
     DEFAULT_HOST,
     DEFAULT_PORT,
-    Address,
+    ListenAddress,
     open_socket,
     settle_address,
     tls_options,
@@ -32,7 +32,7 @@ from nnunetv2.utilities.plain_text import shell_command, show
 if TYPE_CHECKING:
     import socket
 
-    from nnunetv2.federated.coordinator.http.endpoint import Place
+    from nnunetv2.federated.coordinator.http.endpoint import Endpoint
     from nnunetv2.federated.coordinator.http.tls import Certificate
     from nnunetv2.federated.coordinator.service import Coordinator
     from nnunetv2.federated.coordinator.storage.store import InvitationRecord, Store
@@ -215,7 +215,7 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
     question = f"Names of the sites, with blanks between them [{' '.join(DEFAULT_SITES)}]: "
     words = input(question).replace(",", " ").split()
     if not words:
-        say(f"the sites are called {', '.join(DEFAULT_SITES)}; choose other names with --sites and another --folder")
+        log(f"the sites are called {', '.join(DEFAULT_SITES)}; choose other names with --sites and another --folder")
     return tuple(sorted(check_site_name(word) for word in words or DEFAULT_SITES))
 
 
@@ -279,35 +279,35 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
     first = store.load_meta(FIRST_SETTINGS)
     check_unchanged(settings, FederationSettings.model_validate(first) if first else settings, given, store.folder)
     for line in describe_overruled(settings, given):
-        say(line)
+        log(line)
     return settings
 
 
 # ----------------------------------------------------------------------------------------------------------- serve
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Show a line to the person at the coordinator, with the time; sites do not suffer from a log that is full."""
     with suppress(OSError, ValueError):
         show(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
 
-def print_invitations(invitations: Sequence[InvitationRecord], federation: str, place: Place) -> None:
+def print_invitations(invitations: Sequence[InvitationRecord], federation: str, endpoint: Endpoint) -> None:
     """Print what every member that has not joined has to type."""
     with suppress(OSError):
         if invitations:
             show("Send each site its own line; a line is good for one site, once, until it expires:")
         for record in invitations:
-            invitation = place.invitation(federation, record.member, record.secret)
+            invitation = endpoint.invitation(federation, record.member, record.secret)
             show(f"  {record.member}:  {shell_command('nnUNetv2_fed_join', invitation)}")
         sys.stdout.flush()
 
 
-def serve(store: Store, listener: socket.socket, address: Address) -> None:
+def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None:
     """Serve a federation until a signal says to stop."""
     from nnunetv2.federated.coordinator.app import build_app
     from nnunetv2.federated.coordinator.http.connections import GuardedServer, allow_many_files, guarded_config
-    from nnunetv2.federated.coordinator.http.endpoint import Place
-    from nnunetv2.federated.coordinator.http.malloc import return_what_is_freed
+    from nnunetv2.federated.coordinator.http.endpoint import Endpoint
     from nnunetv2.federated.coordinator.http.rate_limits import Limits
+    from nnunetv2.federated.coordinator.malloc import return_what_is_freed
     from nnunetv2.federated.coordinator.service import Coordinator
     from nnunetv2.federated.protocol.certificates import only_certificate
 
@@ -320,9 +320,9 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
         if certificate and certificate.authority
         else None
     )
-    place = Place(address.public_url, private)
-    coordinator = Coordinator(store, announce=say)
-    app = build_app(coordinator, place)
+    endpoint = Endpoint(address.public_url, private)
+    coordinator = Coordinator(store, log=log)
+    app = build_app(coordinator, endpoint)
 
     class Server(GuardedServer):
         """Let waiting requests go at once when a signal comes, and say where the server is once it is up."""
@@ -330,21 +330,21 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             settings = coordinator.settings
-            print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, place)
-            say(
-                f"{settings.federation} with {', '.join(settings.sites)} is served at {place.url}; "
+            print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, endpoint)
+            log(
+                f"{settings.federation} with {', '.join(settings.sites)} is served at {endpoint.url}; "
                 f"folder {store.folder}"
             )
             try:
                 with trouble_names(store.folder):
-                    write_state_file(store.folder, place.url)
+                    write_state_file(store.folder, endpoint.url)
                     appoint_operator(coordinator, address, certificate)
             except FederationError:
                 await self.shutdown(sockets)
                 raise
 
         def handle_exit(self, sig: int, frame: object) -> None:
-            app.state.changes.stop()
+            coordinator.notifier.stop()
             super().handle_exit(sig, frame)
 
     config = guarded_config(app, timeout_graceful_shutdown=STOP_TIMEOUT_S, **tls_options(certificate))
@@ -355,10 +355,10 @@ def serve(store: Store, listener: socket.socket, address: Address) -> None:
         with trouble_names(store.folder):
             for name in (STATE_FILE, OPERATOR_FILE):
                 (store.folder / name).unlink(missing_ok=True)
-        say("the coordinator has stopped")
+        log("the coordinator has stopped")
 
 
-def appoint_operator(coordinator: Coordinator, address: Address, certificate: Certificate | None) -> None:
+def appoint_operator(coordinator: Coordinator, address: ListenAddress, certificate: Certificate | None) -> None:
     """Write the credential with which nnUNetv2_fed_admin on this machine operates the federation."""
     from nnunetv2.federated.coordinator.members import LOCAL_OPERATOR
 
@@ -374,7 +374,7 @@ def appoint_operator(coordinator: Coordinator, address: Address, certificate: Ce
             insecure=address.insecure,
             authority=authority,
         ),
-        coordinator.store.folder / OPERATOR_FILE,
+        coordinator.state.store.folder / OPERATOR_FILE,
     )
 
 

@@ -1,4 +1,4 @@
-"""Close exchanges, one at a time, on a thread of their own: when they are complete, when they are due, after a crash.
+"""Close exchanges on a thread of its own: complete ones, due ones, after a crash.
 
 Trouble of this machine (a full disk, say) is shown to the sites that wait, and tried again; nobody else's exchange
 suffers from it.
@@ -9,16 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
 
-from nnunetv2.federated.coordinator.models import model_store
+from nnunetv2.federated.coordinator.members import Members
+from nnunetv2.federated.coordinator.models.model_store import ModelStore
+from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.errors import FederationError, RefusedError, reason_without_paths
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, close_with, may_close, refuse_with
 from nnunetv2.federated.exchanges.steps import step_of
 from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RoundKey, RunKey, ValidationKey
-
-if TYPE_CHECKING:
-    from nnunetv2.federated.coordinator.service import Coordinator
 
 logger = logging.getLogger(__name__)
 
@@ -32,67 +30,50 @@ RETRY_CLOSING_S = 15.0
 """Pause after a closing that failed for a reason of the machine, such as a full disk."""
 
 
-class Closer:
-    """The thread that closes the exchanges of a coordinator."""
+class AggregationWorker:
+    """The thread that closes the exchanges of a federation."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-        self._wake = threading.Condition()
+    def __init__(self, state: FederationState, members: Members, models: ModelStore) -> None:
+        self._state = state
+        self._members = members
+        self._models = models
         self._stopping = False
         self.num_closings = 0
         """Exchanges that were closed or refused since the start."""
         self.seconds_closing = 0.0
         """Time that this took altogether."""
-        self._trouble: dict[str, tuple[float, str]] = {}
-        """Exchange -> when to try again, and why it could not be closed."""
         self._remarks: tuple[str, ...] = ()
-        """What is to be said of the exchange that was closed last."""
+        """What is to be logged of the exchange that was closed last."""
         self._lacking: set[str] = set()
-        """Exchanges of which it has been said that too few sites take part."""
+        """Exchanges of which it has been logged that too few sites take part."""
         self._untidy: dict[str, float] = {}
         """Run -> when to try again to tidy it up."""
         self._tidying = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="aggregation", daemon=True)
 
     def start(self) -> None:
         """Finish what a crash may have left undone, and begin to close exchanges."""
-        for run in self._coordinator.book.runs():
+        for run in self._state.registry.runs():
             self.tidy_up(run, after_crash=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Finish the closing that is being computed, if any."""
-        with self._wake:
+        with self._state.changed:
             self._stopping = True
-            self._wake.notify_all()
+            self._state.changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-
-    def wake(self) -> None:
-        """Look again: something may have become ready."""
-        with self._wake:
-            self._wake.notify_all()
-
-    def forget(self, run: str) -> None:
-        """Forget the trouble with the exchanges of a run that begins anew."""
-        for key in [key for key in list(self._trouble) if key.startswith(f"runs/{run}/")]:
-            self._trouble.pop(key, None)
-
-    def raise_trouble(self, exchange: Exchange) -> None:
-        """Let sites know why a complete exchange does not close. They try again: the error is not theirs."""
-        _, reason = self._trouble.get(str(exchange.key), (0.0, ""))
-        if reason and may_close(exchange, self._coordinator.clock()):
-            raise OSError(f"{exchange.key} cannot be closed at the moment: {reason}")
 
     # ------------------------------------------------------------------------------------------------------- the thread
     def _run(self) -> None:
         """Sleep until there is something to do, do it, and so on until `stop`."""
         while True:
-            with self._wake:
+            with self._state.changed:
                 pause_s = self._seconds_until_next()  # asked first, lest a moment between the two be missed
                 while not (self._ready() or self._overdue() or self._stopping):
-                    self._announce_lacking()
-                    self._wake.wait(LONGEST_SLEEP_S if pause_s is None else min(pause_s, LONGEST_SLEEP_S))
+                    self._log_lacking()
+                    self._state.changed.wait(LONGEST_SLEEP_S if pause_s is None else min(pause_s, LONGEST_SLEEP_S))
                     pause_s = self._seconds_until_next()
                 if self._stopping:
                     return
@@ -103,38 +84,39 @@ class Closer:
 
     def _ready(self) -> list[Exchange]:
         """List what can be closed now, but for what has just failed."""
-        now = self._coordinator.clock()
+        now, obstacles = self._state.clock(), self._state.obstacles.copy()
         return [
             exchange
-            for exchange in self._coordinator.book.ready(now)
-            if _is_over(self._trouble.get(str(exchange.key), (now, ""))[0], now, RETRY_CLOSING_S)
+            for exchange in self._state.registry.ready(now)
+            if str(exchange.key) not in obstacles
+            or _is_over(obstacles[str(exchange.key)].retry_at, now, RETRY_CLOSING_S)
         ]
 
     def _overdue(self) -> list[str]:
         """List the runs that are to be tidied up once more."""
-        now = self._coordinator.clock()
+        now = self._state.clock()
         return [run for run, moment in list(self._untidy.items()) if _is_over(moment, now, RETRY_TIDYING_S)]
 
     def _seconds_until_next(self) -> float | None:
-        now = self._coordinator.clock()
+        now = self._state.clock()
         # An exchange whose pause is over and that is not ready has been paused or reset since: nothing to wait for.
-        retries = [*self._untidy.values(), *(retry for retry, _ in list(self._trouble.values()))]
+        retries = [*self._untidy.values(), *(one.retry_at for one in list(self._state.obstacles.values()))]
         moments = [retry for retry in retries if retry > now]
-        due = self._coordinator.book.next_due()
+        due = self._state.registry.next_due()
         if due is not None and due > now:
             moments.append(due)
         return max(0.0, min(moments) - now) if moments else None
 
-    def _announce_lacking(self) -> None:
-        """Say once of each exchange that all who take part have contributed, and that they are too few."""
+    def _log_lacking(self) -> None:
+        """Log once of each complete exchange that too few sites take part."""
         lacking = {
             str(one.key): one
-            for one in self._coordinator.book.open_exchanges()
+            for one in self._state.registry.open_exchanges()
             if one.outcome is None and one.counted and one.lacks and not one.waiting_for
         }
         for key in sorted(lacking.keys() - self._lacking):
             one = lacking[key]
-            self._coordinator.announce(
+            self._state.log(
                 f"{key} waits: {', '.join(one.counted)} have contributed, nobody else takes part at the moment, and it "
                 f"needs {one.least} sites ({'--min-sites' if one.least == one.floor else '--quorum'}). Sites that have "
                 "left or were revoked can come back"
@@ -142,69 +124,70 @@ class Closer:
         self._lacking = set(lacking)
 
     def _close(self, key: Key) -> None:
-        coordinator = self._coordinator
         begin = time.perf_counter()
-        exchange = self._decide(key)
-        if exchange is not None:
-            seconds = time.perf_counter() - begin
-            self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
-            try:
-                coordinator.announce(_describe_outcome(exchange, seconds))
-                for remark in self._remarks:
-                    coordinator.announce(remark)
-                self._announce_outlook(exchange)
-                if exchange.is_closed and isinstance(key, NumberedKey):
-                    self.tidy_up(key.run)
-                coordinator.members.save_traffic()
-            except Exception:  # whatever it is, the exchange is closed, and the others go on
-                logger.exception("after closing %s", key)
-        coordinator.on_change(str(key))
+        with self._state.closing(key):
+            exchange = self._decide(key)
+            if exchange is not None:
+                self._count_and_log(exchange, time.perf_counter() - begin)
 
     def _decide(self, key: Key) -> Exchange | None:
-        """Close or refuse an exchange; None if that is not to be done any more, or cannot be done now."""
-        coordinator = self._coordinator
-        with coordinator.locks[str(key)]:
-            exchange = coordinator.book.get(key)
-            if exchange is None or not may_close(exchange, coordinator.clock()):
+        """Close or refuse an exchange; None if it is not ready, or cannot be closed now."""
+        state = self._state
+        with state.locks[str(key)]:
+            exchange = state.registry.get(key)
+            if exchange is None or not may_close(exchange, state.clock()):
                 return None
-            self._trouble.pop(str(key), None)
+            state.remove_obstacle(key)
             try:
-                exchange = self._compute_outcome(exchange)
+                return self._compute_outcome(exchange)
             except Exception as error:  # whatever it is, the other exchanges go on
                 logger.exception("closing %s", key)
                 reason = f"{type(error).__name__}: {reason_without_paths(error)}"
-                self._trouble[str(key)] = (coordinator.clock() + RETRY_CLOSING_S, reason)
-                coordinator.announce(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
+                state.set_obstacle(key, reason, retry_s=RETRY_CLOSING_S)
+                state.log(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
                 return None
-            coordinator.book.put(exchange)
-            return exchange
-
-    def _announce_outlook(self, exchange: Exchange) -> None:
-        """Say whether there will be a common model as soon as it is known who takes part with what."""
-        if exchange.is_closed and exchange.policy.settles_members and isinstance(exchange.key, RunKey):
-            run = exchange.key.run
-            self._coordinator.announce(f"run {run}: {model_store.outlook(self._coordinator, run)}")
 
     def _compute_outcome(self, exchange: Exchange) -> Exchange:
         """Compute the result of an exchange and write it, or write down why there is none."""
-        coordinator = self._coordinator
-        coordinator.store.result_folder(exchange.key)
+        state = self._state
+        state.store.result_folder(exchange.key)
         self._remarks = ()
         try:
-            done = close_with(exchange, coordinator.clock())
-            computed = step_of(done.key).close(done, coordinator.settings, coordinator.archive)
+            done = close_with(exchange, state.clock())
+            computed = step_of(done.key).close(done, state.settings, state.documents)
         except FederationError as error:
             refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")
-            failed = refuse_with(exchange, refusal, coordinator.clock())
-            coordinator.store.save_refusal(failed)
+            failed = refuse_with(exchange, refusal, state.clock())
+            state.refuse(failed)
             return failed
-        coordinator.store.save_closing(done, computed.digest, record=computed.record)
+        state.close(done, computed.digest, record=computed.record)
         self._remarks = computed.remarks
         return done
 
-    # ---------------------------------------------------------------------------------------------------- afterwards
+    # ------------------------------------------------------------------------------------------------------ afterwards
+    def _count_and_log(self, exchange: Exchange, seconds: float) -> None:
+        """Log an outcome, and tidy up what it leaves behind."""
+        key = exchange.key
+        self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
+        try:
+            self._state.log(_describe_outcome(exchange, seconds))
+            for remark in self._remarks:
+                self._state.log(remark)
+            self._log_outlook(exchange)
+            if exchange.is_closed and isinstance(key, NumberedKey):
+                self.tidy_up(key.run)
+            self._members.save_traffic()
+        except Exception:  # whatever it is, the exchange is closed, and the others go on
+            logger.exception("after closing %s", key)
+
+    def _log_outlook(self, exchange: Exchange) -> None:
+        """Log whether there will be a common model, once all networks are known."""
+        if exchange.is_closed and exchange.policy.settles_members and isinstance(exchange.key, RunKey):
+            run = exchange.key.run
+            self._state.log(f"run {run}: {self._models.outlook(run)}")
+
     def tidy_up(self, run: str, *, after_crash: bool = False) -> None:
-        """Write the models of a run that is over, and delete the documents that nobody will ask for again.
+        """Write the models of a run that is over, and delete superseded documents.
 
         What the machine does not let happen now is tried again later.
 
@@ -216,8 +199,8 @@ class Closer:
                 self._tidy_up(run, after_crash=after_crash)
         except Exception as error:  # whatever it is, runs go on
             logger.exception("tidying up run %s", run)
-            self._untidy[run] = self._coordinator.clock() + RETRY_TIDYING_S
-            self._coordinator.announce(
+            self._untidy[run] = self._state.clock() + RETRY_TIDYING_S
+            self._state.log(
                 f"run {run}: models cannot be written, or old documents deleted, trying again "
                 f"in {RETRY_TIDYING_S:.0f} s: {error}"
             )
@@ -225,20 +208,20 @@ class Closer:
             self._untidy.pop(run, None)
 
     def _tidy_up(self, run: str, *, after_crash: bool) -> None:
-        coordinator, store = self._coordinator, self._coordinator.store
-        latest = coordinator.book.latest_number(run)
+        registry, store, documents = self._state.registry, self._state.store, self._state.documents
+        latest = registry.latest_number(run)
         if latest is None:
             return
-        if coordinator.book.run_state(run).closed:
-            model_store.keep(coordinator, run)
+        if registry.run_state(run).closed:
+            self._models.keep(run)
         store.delete_contributions(InitialKey(run))
-        best = coordinator.archive.best_round(run)
+        best = documents.best_round(run)
         recent = range(max(0, latest - RECENT_ROUNDS), latest)
         for number in recent if not after_crash else store.rounds_with_files(run):
             if number < latest:
                 store.delete_contributions(RoundKey(run, number))
         for number in range(max(0, latest - RECENT_ROUNDS), latest + 1):
-            if coordinator.book.is_closed(ValidationKey(run, number)):  # its record stays
+            if registry.is_closed(ValidationKey(run, number)):  # its record stays
                 store.delete_contributions(ValidationKey(run, number))
         for number in store.rounds_with_results(run):
             if number < latest - 1 and number != best:
@@ -246,7 +229,7 @@ class Closer:
 
 
 def _is_over(end: float, now: float, pause_s: float) -> bool:
-    """Tell whether a pause is over, or was begun before the clock was set back."""
+    """Return whether a pause is over, or was begun before a clock was set back."""
     return not 0 < end - now <= pause_s
 
 

@@ -1,4 +1,4 @@
-"""Know the members of a federation: who may join, who has joined in which role, whose token it is, what each has sent.
+"""Manage the members of a federation: invitations, roles, tokens, traffic.
 
     invited --joins with the secret of an invitation, and a token of its own--> active --is revoked--> revoked
        ^                                                                          |                       |
@@ -15,10 +15,9 @@ import hmac
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nnunetv2.federated.coordinator.storage.audit_log import Event
+from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.store import InvitationRecord, MemberRecord, Role, Store, Traffic
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import api
@@ -41,8 +40,19 @@ class Member:
     role: Role
 
 
+def require_role(member: Member, *roles: Role) -> str:
+    """Return the name of a member, or raise RefusedError if its role does not allow what it asks."""
+    if member.role not in roles:
+        raise RefusedError(
+            f"{member.name} is {'an' if member.role[0] == 'o' else 'a'} {member.role}: this is for "
+            f"{' and '.join(f'{role}s' for role in roles)}",
+            code="forbidden",
+        )
+    return member.name
+
+
 def hash_secret(secret: str) -> str:
-    """Return the form in which a secret of 32 random bytes is kept. No salt: nobody can guess 2**256 values."""
+    """Return the SHA-256 of a secret of 32 random bytes, which needs no salt."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -73,48 +83,40 @@ def create_federation(
 class Members:
     """The members of one federation. Safe for use by several threads."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._members = store.load_members()
-        self._invitations = store.load_invitations()
-        self._totals = defaultdict(Traffic, store.load_traffic_totals())
-        self._traffic = store.load_recent_traffic(BUSY_GATHERINGS)
+    def __init__(self, state: FederationState) -> None:
+        self._state = state
+        self._totals = defaultdict(Traffic, state.store.load_traffic_totals())
+        self._traffic = state.store.load_recent_traffic(BUSY_GATHERINGS)
         """Key -> site -> counters, of the exchanges that were busy last, the latest last."""
         self._unsaved_traffic: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self._lock = threading.Lock()
         self._local_operator = ""
 
     # ------------------------------------------------------------------------------------------------- enrolment
-    def invite(
-        self,
-        name: str,
-        role: Role,
-        settings: api.FederationSettings,
-        *,
-        now: float,
-        by: str,
-        lifetime_s: float = INVITATION_LIFETIME_S,
-    ) -> tuple[str, api.FederationSettings]:
+    def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
         """Invite somebody new, or somebody again whose credential is lost or was revoked.
 
+        A new site is expected from now on. The caller holds the lock "settings".
+
         Returns:
-            The secret of the invitation, and the settings, whose sites it may have joined.
+            The secret of the invitation.
 
         Raises:
             RefusedError: The name is taken by another role, or by a member that differs in upper and lower case only.
         """
         with self._lock:
-            present = self._members.get(name)
-            twins = [other for other in self._members if other.lower() == name.lower() and other != name]
+            now, settings = self._state.clock(), self._state.settings
+            present = self._state.member_records.get(name)
+            twins = [other for other in self._state.member_records if other.lower() == name.lower() and other != name]
             _check_name(name)
             if twins or (present is not None and present.role != role):
-                taken_by = self._members[(twins or [name])[0]]
+                taken_by = self._state.member_records[(twins or [name])[0]]
                 raise RefusedError(
                     f"the name {name} is taken: there is {_describe(taken_by)}",
                     "Choose another name.",
                     code="name_taken",
                 )
-            num_sites = sum(one.role == "site" for one in self._members.values())
+            num_sites = sum(one.role == "site" for one in self._state.member_records.values())
             if role == "site" and present is None and num_sites >= MAX_SITES:
                 raise RefusedError(
                     f"there are {num_sites} sites, among them those that were revoked; more are not possible",
@@ -126,36 +128,41 @@ class Members:
             invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
             if role == "site" and name not in settings.sites:
                 settings = settings.model_copy(update={"sites": tuple(sorted((*settings.sites, name)))})
-            self._save(
+            self._state.save_members(
                 [present],
                 [*self._withdrawn(name), invitation],
                 settings=settings,
-                event=Event(now, "invitation", by, None, {"member": name, "role": role, "expires": invitation.expires}),
+                event=self._state.event(
+                    "invitation", by, None, {"member": name, "role": role, "expires": invitation.expires}
+                ),
             )
-            return invitation.secret, settings
+            return invitation.secret
 
-    def revoke(self, name: str, settings: api.FederationSettings, *, now: float, by: str) -> api.FederationSettings:
+    def revoke(self, name: str, *, by: str) -> None:
         """Take a member's credential and invitations away, at once.
 
-        Returns:
-            The settings; a site that was revoked is not among the sites any more.
+        A site that was revoked is not among the sites any more. The caller holds the lock "settings".
 
         Raises:
             RefusedError: There is no such member.
         """
         with self._lock:
-            if name not in self._members:
+            if name not in self._state.member_records:
                 raise RefusedError(f"there is no member {name[:80]!r}", code="unknown_member")
+            settings = self._state.settings
             settings = settings.model_copy(update={"sites": tuple(site for site in settings.sites if site != name)})
-            self._save(
-                [replace(self._members[name], state="revoked", token_hash=None, since=now)],
+            self._state.save_members(
+                [
+                    replace(
+                        self._state.member_records[name], state="revoked", token_hash=None, since=self._state.clock()
+                    )
+                ],
                 self._withdrawn(name),
                 settings=settings,
-                event=Event(now, "revocation", by, None, {"member": name}),
+                event=self._state.event("revocation", by, None, {"member": name}),
             )
-            return settings
 
-    def join(self, invitation: str, token: str, *, now: float) -> tuple[Member, bool]:
+    def join(self, invitation: str, token: str) -> tuple[Member, bool]:
         """Let a member join with the secret of its invitation. Repeating it with the same token changes nothing.
 
         Returns:
@@ -164,11 +171,11 @@ class Members:
         Raises:
             RefusedError: The invitation is not known, has expired, or was used with another token.
         """
-        name, token_hash = token.partition(".")[0], hash_secret(token)
+        name, token_hash, now = token.partition(".")[0], hash_secret(token), self._state.clock()
         with self._lock:
             # Looked up by hash: how long that takes tells nothing about the secret.
-            record = self._invitations.get(hash_secret(invitation))
-            member = self._members.get(name)
+            record = self._state.invitation_records.get(hash_secret(invitation))
+            member = self._state.member_records.get(name)
             if record is None or member is None or record.member != name:
                 raise RefusedError(
                     "this invitation is not known here",
@@ -189,16 +196,16 @@ class Members:
                     "Ask the coordinating site for a new one.",
                     code="invitation_expired",
                 )
-            if any(token_hash == one.token_hash for one in self._invitations.values()):
+            if any(token_hash == one.token_hash for one in self._state.invitation_records.values()):
                 raise RefusedError(
                     f"the token of {member.role} {name} has been used before: a new invitation needs a new one",
                     "Join with --replace.",
                     code="token_reused",
                 )
-            self._save(
+            self._state.save_members(
                 [replace(member, state="active", token_hash=token_hash, since=now)],
                 [replace(record, secret=None, token_hash=token_hash)],
-                event=Event(now, "join", name, None, {"role": member.role}),
+                event=self._state.event("join", name, None, {"role": member.role}),
             )
             return Member(name, member.role), True
 
@@ -214,7 +221,7 @@ class Members:
         """Return the member of this name if its token has this hash now; see `authenticate`."""
         if name == LOCAL_OPERATOR and hmac.compare_digest(self._local_operator, token_hash):
             return Member(name, "operator")
-        record = self._members.get(name)
+        record = self._state.member_records.get(name)
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
         if not hmac.compare_digest(expected, token_hash):
             raise RefusedError(
@@ -225,14 +232,18 @@ class Members:
         return Member(record.name, record.role)
 
     def appoint_local_operator(self, token: str) -> None:
-        """Let this token operate the federation for as long as this process lives."""
+        """Accept this token as the local operator's until this process ends."""
         self._local_operator = hash_secret(token)
 
     def open_invitations(self, now: float) -> list[InvitationRecord]:
         """Return the invitations that may still be sent out, by member."""
         with self._lock:
             return sorted(
-                (one for one in self._invitations.values() if one.secret is not None and now < one.expires),
+                (
+                    one
+                    for one in self._state.invitation_records.values()
+                    if one.secret is not None and now < one.expires
+                ),
                 key=lambda one: one.member,
             )
 
@@ -241,38 +252,24 @@ class Members:
 
         Whether the invitation is still good is what `join` says.
         """
-        record = self._invitations.get(hash_secret(invitation))
+        record = self._state.invitation_records.get(hash_secret(invitation))
         return self.role_of(name) if record is not None and record.member == name else None
 
     def role_of(self, name: str) -> Role | None:
         """Return the role of a member that is not revoked, or None."""
-        record = self._members.get(name)
+        record = self._state.member_records.get(name)
         return None if record is None or record.state == "revoked" else record.role
 
     def is_revoked(self, name: str) -> bool:
-        """Tell whether there is such a member, and its credential was taken away."""
-        return name in self._members and self._members[name].state == "revoked"
+        """Return whether there is such a member whose credential was revoked."""
+        return name in self._state.member_records and self._state.member_records[name].state == "revoked"
 
     def _withdrawn(self, name: str) -> list[InvitationRecord]:
         return [
             replace(one, secret=None)
-            for one in self._invitations.values()
+            for one in self._state.invitation_records.values()
             if one.member == name and one.secret is not None
         ]
-
-    def _save(
-        self,
-        members: Iterable[MemberRecord],
-        invitations: Iterable[InvitationRecord],
-        *,
-        event: Event,
-        settings: api.FederationSettings | None = None,
-    ) -> None:
-        """Write first, then remember: what the disk refuses has not happened."""
-        members, invitations = list(members), list(invitations)
-        self._store.save_members(members, invitations, event=event, settings=settings)
-        self._members.update((record.name, record) for record in members)
-        self._invitations.update((record.hash, record) for record in invitations)
 
     # --------------------------------------------------------------------------------------------------- traffic
     def count(self, site: str, key: str, traffic: Traffic) -> None:
@@ -291,7 +288,7 @@ class Members:
         with self._lock:
             counted, self._unsaved_traffic = self._unsaved_traffic, defaultdict(Traffic)
         try:
-            self._store.add_traffic(counted)
+            self._state.store.add_traffic(counted)
         except OSError:
             with self._lock:
                 for place, traffic in counted.items():
@@ -299,7 +296,7 @@ class Members:
             raise
 
     def status(self) -> tuple[api.SiteStatus, ...]:
-        """Say which sites there are, and what each has sent and been sent."""
+        """Return the sites, and the bytes that each has sent and been sent."""
         with self._lock:
             return tuple(
                 api.SiteStatus(
@@ -310,13 +307,13 @@ class Members:
                     bytes_received=total.received,
                     bytes_sent=total.sent,
                 )
-                for record in self._members.values()
+                for record in self._state.member_records.values()
                 if record.role == "site"
                 for total in (self._totals.get(record.name, Traffic()),)
             )
 
     def traffic_status(self) -> tuple[api.TrafficStatus, ...]:
-        """Say what each site has sent and been sent for the exchanges that were busy last."""
+        """Return the traffic of each site in the exchanges that were busy last."""
         with self._lock:
             counters = [
                 (count.last_seen, site, key, count)

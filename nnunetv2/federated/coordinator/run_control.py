@@ -1,4 +1,4 @@
-"""Let operators steer runs, and sites say what becomes of their own part in one.
+"""Change the course of a run: pause, stop, reset, failures, sites that leave.
 
 pause    contributions are taken, no round is closed      resume   rounds are closed again
 stop     the run is over with its last closed round       proceed  close an exchange with what there is
@@ -11,98 +11,103 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Literal
 
-from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, Coordinator, require_role
+from nnunetv2.federated.coordinator.members import Member, require_role
+from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, Event
+from nnunetv2.federated.coordinator.token_bucket import TokenBucket
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import is_enough
-from nnunetv2.federated.exchanges.registry import RunControl
 from nnunetv2.federated.exchanges.steps import parse_key
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RegistrationKey, RoundKey, RunKey
 from nnunetv2.utilities.plain_text import excerpt
 
-STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
+STATE_OF_ACTION: dict[str, Literal["paused", "running", "stopped"]] = {
+    "pause": "paused",
+    "resume": "running",
+    "stop": "stopped",
+}
 OF_A_SITE = ("leave", "return")
+FAILURES_PER_DAY = 200
+"""Failures that one site may report in the long run, and at once: a training that fails reports one."""
 
 
-def act(coordinator: Coordinator, run: str, action: api.RunAction, member: Member) -> api.RunState:
-    """Do what an operator wants of a run, or a site of its part in it, and return the run's state.
+def act(state: FederationState, run: str, action: api.RunAction, member: Member) -> api.RunState:
+    """Apply a member's action to a run and return the run's state.
 
     Raises:
         RefusedError: The member may not, or the run is not in a state for it.
     """
     name = require_role(member, "site") if action.action in OF_A_SITE else require_role(member, "operator")
-    if not coordinator.book.has_run(run):
-        raise _unknown_run(coordinator, run)
-    with _between_closings(coordinator, run):
+    if not state.registry.has_run(run):
+        raise _unknown_run(state, run)
+    with _between_closings(state, run):
         if action.action == "reset":
-            _reset(coordinator, run, name)
+            _reset(state, run, name)
         elif action.action == "proceed":
-            _proceed(coordinator, run, action.gathering, name)
+            _proceed(state, run, action.gathering, name)
         else:
-            _change(coordinator, run, action.action, name)
-    coordinator.announce(f"run {run}: {action.action} by {name}")
-    coordinator.wake_everybody()
-    if action.action == "stop":
-        coordinator.closer.tidy_up(run)
-    return coordinator.run_state(run)
+            _change(state, run, action.action, name)
+        state.log(f"run {run}: {action.action} by {name}")
+    return state.registry.run_state(run)
 
 
-def report_failure(coordinator: Coordinator, site: str, report: api.FailureReport) -> None:
+def new_failure_budget() -> TokenBucket:
+    """Return what each site may report of failures, since the start."""
+    return TokenBucket(per_s=FAILURES_PER_DAY / 86_400, at_once=FAILURES_PER_DAY)
+
+
+def report_failure(state: FederationState, budget: TokenBucket, site: str, report: api.FailureReport) -> None:
     """Remember that a site cannot go on; with a quorum, the round does not wait for it.
 
     Raises:
         RefusedError: There is no such run, or the site has reported failures all day.
     """
-    if not coordinator.book.has_run(report.run):
-        raise _unknown_run(coordinator, report.run)
-    if site in coordinator.book.control(report.run).left:
+    if not state.registry.has_run(report.run):
+        raise _unknown_run(state, report.run)
+    if site in state.registry.control(report.run).left:
         return  # nobody waits for it, and that its training has ended follows
-    if coordinator.failure_reports.wait_s(site, coordinator.clock()):
+    if budget.wait_s(site, state.clock()):
         raise RefusedError(
             f"site {site} has reported {FAILURES_PER_DAY} failures of late",
             "Look at its output.",
             code="too_many_requests",
         )
-    coordinator.failure_reports.spend(site, coordinator.clock())
+    budget.spend(site, state.clock())
     report = report.model_copy(update={"reason": excerpt(report.reason, LOGGED_CHARACTERS)})
-    event = Event(coordinator.clock(), "failure", site, None, report.model_dump(mode="json"))
+    event = state.event("failure", site, None, report.model_dump(mode="json"))
     where = f"run {report.run}" + (f", round {report.round}" if report.round is not None else "")
     if report.round is None:
-        coordinator.store.add_event(event)
+        state.store.add_event(event)
     else:
-        with coordinator.locks[report.run]:
-            control = coordinator.book.control(report.run)
-            _save(coordinator, report.run, replace(control, failed={**control.failed, site: report.round}), event)
-        coordinator.wake_everybody()
-    coordinator.announce(f"site {site} reports a failure in {where}: {report.reason}")
+        state.report_failure(report.run, site, report.round, event)
+    state.log(f"site {site} reports a failure in {where}: {report.reason}")
 
 
-def _unknown_run(coordinator: Coordinator, run: str) -> RefusedError:
+def _unknown_run(state: FederationState, run: str) -> RefusedError:
     return RefusedError(
-        f"there is no run {run[:200]!r}", f"Runs: {', '.join(coordinator.book.runs()) or 'none'}.", code="unknown_run"
+        f"there is no run {run[:200]!r}", f"Runs: {', '.join(state.registry.runs()) or 'none'}.", code="unknown_run"
     )
 
 
-def _change(coordinator: Coordinator, run: str, action: str, name: str) -> None:
-    control = coordinator.book.control(run)
+def _change(state: FederationState, run: str, action: str, name: str) -> None:
+    control = state.registry.control(run)
     if action == "leave":
         control = replace(control, left=control.left | {name})
     elif action == "return":
         control = replace(control, left=control.left - {name})
     else:
         control = replace(control, state=STATE_OF_ACTION[action])
-    _save(coordinator, run, control, _event(coordinator, run, action, name))
+    state.set_control(run, control, _event(state, run, action, name))
 
 
-def _proceed(coordinator: Coordinator, run: str, exchange: str | None, name: str) -> None:
+def _proceed(state: FederationState, run: str, exchange: str | None, name: str) -> None:
     """Close an exchange with the contributions that there are, whoever is missing."""
-    book = coordinator.book
     waiting = [
         one
-        for one in book.open_exchanges()
+        for one in state.registry.open_exchanges()
         if isinstance(one.key, RunKey)
         and one.key.run == run
         and one.outcome is None
@@ -125,53 +130,38 @@ def _proceed(coordinator: Coordinator, run: str, exchange: str | None, name: str
             "again. Else stop the run.",
             code="too_early",
         )
-    control = book.control(run)
-    still_open = frozenset(one for one in control.forced if not book.is_closed(parse_key(one)))
-    _save(
-        coordinator,
-        run,
-        replace(control, forced=still_open | {str(key)}),
-        _event(coordinator, str(key), "proceed", name),
-    )
+    control = state.registry.control(run)
+    still_open = frozenset(one for one in control.forced if not state.registry.is_closed(parse_key(one)))
+    control = replace(control, forced=still_open | {str(key)})
+    state.set_control(run, control, _event(state, str(key), "proceed", name))
 
 
-def _reset(coordinator: Coordinator, run: str, name: str) -> None:
+def _reset(state: FederationState, run: str, name: str) -> None:
     """Forget a run that has not begun, so that the sites can register anew."""
-    if coordinator.book.latest_round(run) is not None:
+    if state.registry.latest_round(run) is not None:
         raise RefusedError(f"run {run} has closed rounds: it can be stopped, not forgotten", code="has_rounds")
-    waited_for = [str(one.key) for one in coordinator.book if isinstance(one.key, RunKey) and one.key.run == run]
-    coordinator.store.forget_run(run, _event(coordinator, run, "reset", name))
-    coordinator.book.forget_run(run)
-    coordinator.archive.forget(run)
-    coordinator.closer.forget(run)
-    for key in waited_for:
-        coordinator.on_change(key)
+    state.forget_run(run, _event(state, run, "reset", name))
 
 
 @contextmanager
-def _between_closings(coordinator: Coordinator, run: str) -> Iterator[None]:
-    """Hold a run: until the block ends, no exchange of it is closed and nothing is contributed to one.
+def _between_closings(state: FederationState, run: str) -> Iterator[None]:
+    """Hold a run: nothing of it is closed or contributed until the block ends.
 
     What is being closed is closed first. So the last aggregate of a run that was stopped stays the last, and of one
     that was reset nothing is written any more.
     """
     while True:
-        begun = coordinator.book.run_state(run).rounds_closed
+        begun = state.registry.run_state(run).rounds_closed
         # The round that is open, begun or not, and what there may be before the first one.
-        keys = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
-        keys |= {AdmissionKey(run, site) for site in coordinator.settings.sites}
+        keys: set[str] = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
+        keys |= {AdmissionKey(run, site) for site in state.settings.sites}
         with ExitStack() as held:
             for name in (*sorted(keys), run):  # the run's lock last, as everywhere
-                held.enter_context(coordinator.locks[name])
-            if coordinator.book.run_state(run).rounds_closed == begun:
+                held.enter_context(state.locks[name])
+            if state.registry.run_state(run).rounds_closed == begun:
                 yield
                 return
 
 
-def _save(coordinator: Coordinator, run: str, control: RunControl, event: Event) -> None:
-    coordinator.store.save_control(run, control, event)
-    coordinator.book.controls[run] = control
-
-
-def _event(coordinator: Coordinator, key: str, action: str, name: str) -> Event:
-    return Event(coordinator.clock(), "control", name, key, {"action": action})
+def _event(state: FederationState, key: str, action: str, name: str) -> Event:
+    return state.event("control", name, key, {"action": action})

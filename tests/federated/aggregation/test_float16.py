@@ -211,7 +211,7 @@ def test_sites_download_the_rounding_of_what_is_kept(make_federation):
     send_round(federation, 0)
     for key in (InitialKey(RUN), RoundKey(RUN, 0)):
         with (
-            federation.coordinator.archive.result(key) as kept,
+            federation.state.documents.result(key) as kept,
             open_document(federation.coordinator.result(key, "A").path) as sent,
         ):
             assert sent.message == kept.message and sent.specs == float16.narrowed(kept.specs)
@@ -306,7 +306,7 @@ def test_two_sites_train_with_half_the_bytes_to_the_same_end(tmp_path):
                     for number, one in enumerate(credentials)
                 )
             )
-            records = federation.coordinator.store.load_rounds(RUN)
+            records = federation.state.store.load_rounds(RUN)
             assert {record["settings"].get("precision", "float32") for record in records} == {precision}
     (single, single_bytes), (half, half_bytes) = (ends[precision][0] for precision in ("float32", "float16"))
     assert 0.5 < half_bytes / single_bytes < 0.51

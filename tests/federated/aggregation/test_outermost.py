@@ -145,7 +145,7 @@ def pool(tmp_path, values: dict[str, np.ndarray], *, share_extrema: bool = False
                 return federated_planning._take_part(client, extractor, census)
 
         results = in_threads(*(lambda site=site: take_part(site) for site in values))
-        archive, sent = federation.coordinator.archive, {}
+        archive, sent = federation.state.documents, {}
         for key in (CoarseKey(), FineKey(), *map(FineKey, range(1, 9))):
             for site in values if archive.is_closed(key) else ():
                 with archive.contribution(key, site) as document:

@@ -38,7 +38,7 @@ def run(federation, capsys):
     """Run the command and return what it prints."""
 
     def run_(*arguments: str) -> str:
-        admin.main(["--folder", str(federation.coordinator.store.folder), *arguments])
+        admin.main(["--folder", str(federation.state.store.folder), *arguments])
         return capsys.readouterr().out
 
     return run_
@@ -120,7 +120,7 @@ def test_a_run_is_steered(federation, run):
             lambda: a.exchange(RegistrationKey(RUN), make_registration()),
             lambda: b.exchange(RegistrationKey(RUN), make_registration()),
         )
-    wait_until(lambda: federation.coordinator.book.is_closed(RegistrationKey(RUN)))
+    wait_until(lambda: federation.state.registry.is_closed(RegistrationKey(RUN)))
     assert f"run {RUN}: paused, 0 of 3 rounds closed" in run("pause", RUN)
     assert "running" in run("resume", RUN)
     assert "running" in run("reset", RUN)

@@ -164,7 +164,7 @@ def test_the_names_of_the_sites_are_asked_for_where_somebody_can_answer(tmp_path
     ],
 )
 def test_other_machines_are_served_with_tls(options, speaks_tls, url):
-    place = listen_address.Address(port=1, **options)
+    place = listen_address.ListenAddress(port=1, **options)
     assert (place.speaks_tls, place.public_url) == (speaks_tls, url)
 
 
@@ -179,7 +179,7 @@ def test_other_machines_are_served_with_tls(options, speaks_tls, url):
 )
 def test_addresses_that_make_no_sense_are_refused(options, complaint):
     with pytest.raises(FederationError, match=complaint):
-        listen_address.Address(**options)
+        listen_address.ListenAddress(**options)
 
 
 def test_a_start_without_options_keeps_the_address(tmp_path):

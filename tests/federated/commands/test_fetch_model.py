@@ -47,7 +47,7 @@ def finish(federation, *, shapes=SHAPES, num_rounds=1) -> None:
         )
         for client in (a, b):
             client.contribute(ValidationKey(RUN, num_rounds - 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
-    kept = federation.coordinator.store.load_events
+    kept = federation.state.store.load_events
     wait_until(lambda: any(event.detail["rounds"]["best"] is not None for event in kept("model")))
 
 
@@ -62,7 +62,7 @@ def finished(tmp_path_factory):
 def admit(federation, name: str, role: str):
     """Invite somebody and return the credential."""
     secret = federation.coordinator.invite(name, role, by="test")
-    path = federation.coordinator.store.folder / f"credential.{name}.json"
+    path = federation.state.store.folder / f"credential.{name}.json"
     join(Invitation(federation.url, federation.coordinator.settings.federation, name, secret), path=path)
     return load_credential(path)
 
@@ -71,7 +71,7 @@ def use_credential(monkeypatch, tmp_path, federation, site: str) -> None:
     """Let commands be those of a site, in an empty folder."""
     federation.credential(site)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("nnUNet_fed_site", str(federation.coordinator.store.folder / f"credential.{site}.json"))
+    monkeypatch.setenv("nnUNet_fed_site", str(federation.state.store.folder / f"credential.{site}.json"))
 
 
 def ask(federation, token: str | None, run: str = RUN, **headers: str) -> requests.Response:
@@ -83,7 +83,7 @@ def ask(federation, token: str | None, run: str = RUN, **headers: str) -> reques
 
 # ----------------------------------------------------------------------------------------------------------- over HTTP
 def test_a_site_and_an_operator_get_the_file_that_the_coordinator_keeps(finished, tmp_path):
-    kept = finished.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip"
+    kept = finished.state.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip"
     for credential in (finished.credential("B"), admit(finished, "olga", "operator")):
         with make_client(credential) as client:
             path = fetch_model.fetch(client, RUN, tmp_path / credential.site)
@@ -100,23 +100,23 @@ def test_asking_whether_there_is_a_model_fetches_none(finished, monkeypatch):
         raise AssertionError("the whole file was read for HEAD")
 
     monkeypatch.setattr(model_store, "_digest", no_digest)
-    url, before = f"{finished.url}/v1/runs/{RUN}/model", finished.coordinator.store.load_events("fetch")
+    url, before = f"{finished.url}/v1/runs/{RUN}/model", finished.state.store.load_events("fetch")
     authorization = {"Authorization": f"Bearer {finished.credential('B').token}"}
     answer = requests.head(url, headers=authorization, timeout=30)
-    path = model_store.find(finished.coordinator, RUN)
+    path = finished.coordinator.models.find(RUN)
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["Content-Length"] == str(path.stat().st_size)
     assert answer.headers["Content-Type"] == "application/zip"
     assert requests.head(url, timeout=30).status_code == 401
     assert requests.head(url.replace(RUN, "other"), headers=authorization, timeout=30).status_code == 404
-    assert finished.coordinator.store.load_events("fetch") == before
+    assert finished.state.store.load_events("fetch") == before
 
 
 def test_who_has_fetched_a_model_is_logged_once(finished, tmp_path):
     with finished.client("A") as client:
         for _ in range(2):
             fetch_model.fetch(client, RUN, tmp_path)
-    events = [event for event in finished.coordinator.store.load_events("fetch") if event.site == "A"]
+    events = [event for event in finished.state.store.load_events("fetch") if event.site == "A"]
     digest = hashlib.sha256((tmp_path / f"{RUN}.zip").read_bytes()).hexdigest()
     assert [(event.key, event.detail) for event in events] == [(RUN, {"digest": digest})]
     assert describe("fetch", RUN, events[0].detail) == f"the model of {RUN}"
@@ -135,9 +135,7 @@ def test_ranges_are_answered_and_named_by_the_digest(finished):
 
 
 def test_a_download_goes_on_where_it_broke(finished, tmp_path):
-    size = (
-        (finished.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip").stat().st_size
-    )
+    size = (finished.state.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip").stat().st_size
     with Cutter(finished.url, download=[900_000, 700_000]) as cutter:
         with make_client(moved(finished.credential("A"), cutter.url)) as client:
             path = fetch_model.fetch(client, RUN, tmp_path / "model.zip")
@@ -158,7 +156,7 @@ def test_observers_strangers_and_revoked_sites_get_nothing(tmp_path):
         with make_client(b) as client, pytest.raises(NotJoinedError):
             fetch_model.fetch(client, RUN, tmp_path)
         assert not list(tmp_path.glob("*.zip"))
-        assert federation.coordinator.store.load_events("fetch") == []
+        assert federation.state.store.load_events("fetch") == []
 
 
 def test_there_is_no_model_before_the_run_is_over(tmp_path):
@@ -234,7 +232,7 @@ def test_a_model_that_is_not_written_yet_is_asked_for_again(tmp_path, monkeypatc
 def test_a_model_that_somebody_removed_is_not_there(tmp_path):
     with served(tmp_path / "federation", make_settings(num_epochs=1)) as federation:
         finish(federation)
-        (federation.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip").unlink()
+        (federation.state.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres.zip").unlink()
         with federation.client("A") as client, pytest.raises(RefusedError, match="not in the coordinator's folder"):
             fetch_model.fetch(client, RUN, tmp_path)
 

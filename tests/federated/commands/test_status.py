@@ -124,11 +124,11 @@ def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
         with federation.client("A") as client, federation.client("B") as other, federation.client("C") as third:
             for one in (client, other, third):
                 one.contribute(ValidationKey(RUN, 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
-            wait_until(lambda: federation.coordinator.store.load_validations(RUN))
+            wait_until(lambda: federation.state.store.load_validations(RUN))
             client.contribute(CensusKey(), make_census(labels=LABELS))
             for one, plans in ((client, make_plans(a=1)), (other, make_plans(a=2)), (third, make_plans(a=2))):
                 one.contribute(PlansKey("p"), messages.PlansReport(plans=plans))
-            wait_until(lambda: federation.coordinator.book.get(PlansKey("p")).refusal)
+            wait_until(lambda: federation.state.registry.get(PlansKey("p")).refusal)
         monkeypatch.setenv("nnUNet_fed_site", str(tmp_path / "federation" / "credential.A.json"))
         assert status.main([]) == 0
         text = capsys.readouterr().out

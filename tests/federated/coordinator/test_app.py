@@ -68,7 +68,7 @@ def b(federation, tmp_path):
 
 
 def incoming(federation) -> list:
-    return list((federation.coordinator.store.folder / "incoming").iterdir())
+    return list((federation.state.store.folder / "incoming").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- who may do what
@@ -150,7 +150,7 @@ def test_a_contribution_may_be_repeated(federation, a):
         == second.json()
         == {"digest": hashlib.sha256(body).hexdigest(), "already": False, "waiting_for": ["B"], "key": ""}
     )
-    assert len(federation.coordinator.store.load_events("contribution")) == 1
+    assert len(federation.state.store.load_events("contribution")) == 1
 
 
 def test_statistics_are_replaced_while_open_and_refused_when_closed(a, b):
@@ -183,7 +183,7 @@ def test_length_and_digest_must_be_announced(quiet, site):
 def test_what_was_damaged_on_its_way_is_not_kept(quiet, site):
     response = site.put(CensusKey(), site.document(make_census()), **{"X-Content-SHA256": "0" * 64})
     assert response.status_code == 400 and response.json()["code"] == "damaged_in_transit"
-    assert incoming(quiet) == [] and quiet.coordinator.book.get(CensusKey()) is None
+    assert incoming(quiet) == [] and quiet.coordinator.state.registry.get(CensusKey()) is None
 
 
 @pytest.mark.parametrize("size", [256 * 2**20 + 1, 10**12])
@@ -208,7 +208,7 @@ def test_what_is_no_document_is_refused(quiet, site, body):
     response = site.put(CensusKey(), body)
     assert response.status_code == 400 and response.json()["code"] == "invalid"
     assert incoming(quiet) == []
-    assert quiet.coordinator.store.load_events("refusal")[-1].site == "A"
+    assert quiet.coordinator.state.store.load_events("refusal")[-1].site == "A"
 
 
 def test_the_wrong_kind_of_message_is_refused(site):
@@ -254,13 +254,13 @@ def test_an_open_gathering_says_whom_it_waits_for(a):
 
 
 def test_waiting_ends_when_the_result_is_there(federation, a, b, monkeypatch):
-    monkeypatch.setattr("nnunetv2.federated.coordinator.app.LONGEST_WAIT_S", MUCH_LONGER_S)
+    monkeypatch.setattr("nnunetv2.federated.coordinator.http.site_routes.LONGEST_WAIT_S", MUCH_LONGER_S)
     a.put(CensusKey(), a.document(make_census()))
     body = b.document(make_census())
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(a.get(f"gatherings/{CensusKey()}?wait={MUCH_LONGER_S}")))
     waiting.start()
-    wait_until(lambda: federation.app.state.changes._waiting[CensusKey()])
+    wait_until(lambda: federation.coordinator.notifier._waiting[CensusKey()])
     b.put(CensusKey(), body)
     waiting.join(PATIENCE_S)
     assert answers[0].status_code == 200
@@ -363,7 +363,7 @@ def test_an_update_must_fit_and_be_finite(quiet, site, change, complaint):
     response = site.put(RoundKey(RUN, 0), site.document(messages.Update(), weights))
     assert response.status_code == 400
     assert re.search(complaint, response.json()["message"])
-    assert quiet.coordinator.book.get(RoundKey(RUN, 0)) is None
+    assert quiet.coordinator.state.registry.get(RoundKey(RUN, 0)) is None
 
 
 def test_an_update_is_bounded_by_what_was_registered(site):
@@ -375,7 +375,7 @@ def test_old_weights_are_deleted_and_the_present_ones_kept(federation):
         results = in_threads(lambda: train(a, seed=1, num_rounds=3), lambda: train(b, seed=2, num_rounds=3))
         assert results[0] == results[1]
     wait_until(lambda: any("is over" in line for line in federation.lines))
-    folder = federation.coordinator.store.folder / "gatherings" / "runs" / RUN
+    folder = federation.state.store.folder / "gatherings" / "runs" / RUN
     assert not list((folder / "initial").glob("A.*")) and not list((folder / "rounds" / "0").iterdir())
     assert [path.name for path in (folder / "rounds" / "1").iterdir()] == ["result.safetensors"]
     assert len(list((folder / "rounds" / "2").iterdir())) == 3

@@ -9,9 +9,9 @@ import requests
 from fake_federation import RUN, make_census, make_registration, make_settings, served
 
 from nnunetv2.federated.commands import audit_log
-from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.dashboard import audit_tail
-from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, Coordinator
+from nnunetv2.federated.coordinator.run_control import FAILURES_PER_DAY
+from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import messages
@@ -78,7 +78,7 @@ def test_no_report_breaks_the_status(federation, text):
         status = ask(federation, "B", "GET", "status")
         assert status.status_code == 200
         assert [one["reason"] for one in status.json()["failures"]] == [excerpt(text, LOGGED_CHARACTERS)] * 2
-    event = federation.coordinator.store.load_events("failure")[-1]
+    event = federation.state.store.load_events("failure")[-1]
     assert len(json.dumps(event.detail)) < LOGGED_CHARACTERS + 200
 
 
@@ -86,21 +86,21 @@ def test_no_report_breaks_the_status(federation, text):
 def test_a_report_is_about_a_run_that_there_is(federation, run):
     answer = ask(federation, "A", "POST", "failures", report(run=run))
     assert (answer.status_code, answer.json()["code"]) == (404, "unknown_run")
-    assert federation.coordinator.store.load_events("failure") == []
+    assert federation.state.store.load_events("failure") == []
     assert ask(federation, "B", "GET", "status").status_code == 200
 
 
 def test_what_earlier_versions_wrote_down_is_shown_shortened(federation, capsys):
     """Their lines could be longer than a status may hold, and about runs that there never were."""
-    store, long = federation.coordinator.store, "\\u200b" * 8000
+    store, long = federation.state.store, "\\u200b" * 8000
     for number in range(30):
         detail = {"run": f"{long[:5000]}{number}", "round": None, "reason": long}
         store.add_event(Event(1.0, "failure", "A", None, detail))
     store.add_event(Event(2.0, "failure", "A", None, {"run": RUN, "round": 3, "reason": long}))
-    again = Coordinator(store, announce=lambda line: None)
+    again = Coordinator(store, log=lambda line: None)
     assert all(len(one.reason) <= LOGGED_CHARACTERS >= len(one.run) for one in again.status().failures)
     assert len(again.status().failures) == 31
-    tail = audit_tail.LogTail(store, is_run=again.book.has_run)
+    tail = audit_tail.LogTail(store, is_run=again.state.registry.has_run)
     tail.read_on()
     assert list(tail._reasons) == [(RUN, "A")]
     assert max(len(one.text) for one in tail.troubles) <= LOGGED_CHARACTERS
@@ -110,21 +110,21 @@ def test_what_earlier_versions_wrote_down_is_shown_shortened(federation, capsys)
 def test_a_site_may_fail_some_hundred_times_a_day(tmp_path):
     with served(tmp_path / "federation", make_settings(sites=("A", "B"))) as federation:
         now, coordinator = [1000.0], federation.coordinator
-        coordinator.clock = lambda: now[0]
+        coordinator.state.clock = lambda: now[0]
         federation.credential("A"), federation.credential("B")
         with federation.client("A") as client:
             client.contribute(RegistrationKey(RUN), make_registration())
         failed = FailureReport(run=RUN, reason="out of memory")
         for _ in range(FAILURES_PER_DAY):
-            run_control.report_failure(coordinator, "A", failed)
+            coordinator.report_failure("A", failed)
         with pytest.raises(RefusedError) as info:
-            run_control.report_failure(coordinator, "A", failed)
+            coordinator.report_failure("A", failed)
         assert info.value.code == "too_many_requests"
         assert ask(federation, "A", "POST", "failures", report()).status_code == 429
-        run_control.report_failure(coordinator, "B", failed)
+        coordinator.report_failure("B", failed)
         now[0] += 86_400 / FAILURES_PER_DAY + 1
-        run_control.report_failure(coordinator, "A", failed)
-        assert len(coordinator.store.load_events("failure")) == FAILURES_PER_DAY + 2
+        coordinator.report_failure("A", failed)
+        assert len(coordinator.state.store.load_events("failure")) == FAILURES_PER_DAY + 2
 
 
 def test_why_something_was_refused_is_bounded_too(federation, tmp_path):
@@ -141,6 +141,6 @@ def test_why_something_was_refused_is_bounded_too(federation, tmp_path):
     write_document(path, messages.PlansReport(plans={}), {}, [])
     with pytest.raises(Exception, match="message"):
         coordinator.contribute(RegistrationKey(RUN), "B", path, "0" * 64, 10)
-    for event in coordinator.store.load_events("refusal"):
+    for event in coordinator.state.store.load_events("refusal"):
         assert len(json.dumps(event.detail)) < LOGGED_CHARACTERS + 200
     assert max(len(one.refusal) for one in coordinator.status().waiting) <= 8000

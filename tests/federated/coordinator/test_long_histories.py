@@ -10,6 +10,7 @@ from fake_federation import RUN, make_settings
 from nnunetv2.federated.coordinator import members as members_module
 from nnunetv2.federated.coordinator.http.rate_limits import COSTLY_PATH
 from nnunetv2.federated.coordinator.members import Members, create_federation
+from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.database import Database
 from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE, Store, Traffic
 from nnunetv2.federated.protocol.keys import CensusKey, RoundKey
@@ -33,7 +34,7 @@ def shown(members: Members) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def test_traffic_is_shown_for_the_gatherings_that_were_busy_last(store):
-    members = Members(store)
+    members = Members(FederationState(store))
     count_rounds(members, 30)
     members.count("A", "", Traffic(7, 0, 99.0))
     latest = [RoundKey(RUN, number) for number in range(30 - members_module.BUSY_GATHERINGS, 30)]
@@ -44,22 +45,22 @@ def test_traffic_is_shown_for_the_gatherings_that_were_busy_last(store):
 
 
 def test_counters_go_on_after_a_restart(store):
-    members = Members(store)
+    members = Members(FederationState(store))
     count_rounds(members, 8)
     members.save_traffic()
     members.save_traffic()
-    again = Members(store)
+    again = Members(FederationState(store))
     assert shown(again) == shown(members) and again.status() == members.status()
     again.count("A", RoundKey(RUN, 0), Traffic(1, 1, 50.0))  # of which this process remembered nothing
     again.count("A", RoundKey(RUN, 7), Traffic(1, 1, 50.0))
     again.save_traffic()
-    third = Members(store)
+    third = Members(FederationState(store))
     assert third.status()[0].bytes_received == 802
     assert shown(third)["A", RoundKey(RUN, 7)] == (101, 11) and shown(third)["A", RoundKey(RUN, 0)] == (101, 11)
 
 
 def test_what_could_not_be_saved_is_saved_later(store, monkeypatch):
-    members = Members(store)
+    members = Members(FederationState(store))
     members.count("A", CensusKey(), Traffic(100, 10, 1.0))
     with monkeypatch.context() as patch:
         patch.setattr(store, "add_traffic", lambda traffic: (_ for _ in ()).throw(OSError("the disk is full")))
@@ -67,11 +68,11 @@ def test_what_could_not_be_saved_is_saved_later(store, monkeypatch):
             members.save_traffic()
     members.count("A", CensusKey(), Traffic(1, 1, 2.0))
     members.save_traffic()
-    assert Members(store).status()[0].bytes_received == 101
+    assert Members(FederationState(store)).status()[0].bytes_received == 101
 
 
 def test_memory_does_not_grow_with_the_gatherings_that_are_over(store):
-    members = Members(store)
+    members = Members(FederationState(store))
     for _ in range(3):
         count_rounds(members, 200)
         members.save_traffic()

@@ -17,10 +17,8 @@ from fake_federation import LABELS, RUN, SHAPES, make_census, make_plans, make_r
 from frozen_federation import OPERATOR, Federation
 from patience import PATIENCE_S
 
-from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.coordinator.models import model_store
 from nnunetv2.federated.coordinator.models.model_folder import without_values
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.coordinator.storage.store import Traffic
@@ -138,7 +136,7 @@ def test_a_site_leaves_and_returns(make_federation):
     assert federation.weights(0) == {"A": 1.0, "B": 2.0}
     with pytest.raises(RefusedError, match="does not take part"):
         federation.update(1, "C", 3)
-    run_control.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=1, reason="FederationError"))
+    federation.coordinator.report_failure("C", FailureReport(run=RUN, round=1, reason="FederationError"))
     assert not federation.store.load_events("failure"), "that it has left says it all"
     assert federation.act("return", Member("C", "site")).members == ("A", "B", "C")
     federation.update(1, "C", 3)
@@ -149,7 +147,7 @@ def test_a_failure_does_not_hold_up_a_round_that_has_its_quorum(make_federation)
     federation = make_federation("A", "B", "C", quorum=2, deadline_s=1e6)
     federation.start("A", "B", "C")
     federation.update(0, "A", 1), federation.update(0, "B", 2)
-    run_control.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
+    federation.coordinator.report_failure("C", FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
     federation.close()
     record = federation.store.load_rounds(RUN)[0]
     assert (record["missing"], record["failed"]) == (["C"], ["C"])
@@ -159,7 +157,7 @@ def test_a_failure_does_not_hold_up_a_round_that_has_its_quorum(make_federation)
 def test_a_site_that_failed_is_excused_until_it_is_back(make_federation):
     federation = make_federation("A", "B", "C", quorum=2, deadline_s=1e6)
     federation.start("A", "B", "C")
-    run_control.report_failure(federation.coordinator, "C", FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
+    federation.coordinator.report_failure("C", FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
     for number in (0, 1):
         federation.update(number, "A", 1), federation.update(number, "B", 2)
         assert federation.aggregate(number)[0].missing == ("C",)
@@ -175,7 +173,7 @@ def test_an_update_that_was_on_its_way_takes_no_failure_back(make_federation, fa
     federation = make_federation("A", "B", "C", quorum=2, deadline_s=1e6)
     federation.start("A", "B", "C")
     report = FailureReport(run=RUN, round=failed_in, reason="OutOfMemoryError")
-    run_control.report_failure(federation.coordinator, "C", report)
+    federation.coordinator.report_failure("C", report)
     for site in "CAB":
         federation.update(0, site, 1)
     federation.update(1, "A", 1), federation.update(1, "B", 2)
@@ -209,7 +207,7 @@ def test_a_late_update_is_carried_into_the_open_round_once(make_federation):
     for name, values in mean_of((4, 1), (5, 2), (3, 3)).items():
         np.testing.assert_allclose(weights[name], values, rtol=1e-6)
     assert federation.update(0, "C", 3).key == RoundKey(RUN, 1)  # even now: nothing counts twice
-    assert federation.coordinator.book.get(RoundKey(RUN, 2)) is None
+    assert federation.state.registry.get(RoundKey(RUN, 2)) is None
 
 
 # ------------------------------------------------------------------------------------------------------ the operator
@@ -271,17 +269,17 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     federation.update(0, "B", 2)
     federation.act("pause")
     federation.act("proceed")
-    assert federation.coordinator.book.latest_round(RUN) is None
+    assert federation.state.registry.latest_round(RUN) is None
     federation.store.close()
     again = Federation(federation.store.folder)
     federation.store = again.store  # closed by the fixture
     again.act("resume")
-    assert again.coordinator.book.get(RoundKey(RUN, 0)).outcome.missing == ("C",)
+    assert again.coordinator.state.registry.get(RoundKey(RUN, 0)).outcome.missing == ("C",)
     again.update(1, "A", 1)
     again.update(1, "B", 2)
-    assert not again.coordinator.book.is_closed(RoundKey(RUN, 1)), "it was for one round"
+    assert not again.coordinator.state.registry.is_closed(RoundKey(RUN, 1)), "it was for one round"
     again.act("proceed")
-    assert again.coordinator.book.control(RUN).forced == {RoundKey(RUN, 1)}
+    assert again.coordinator.state.registry.control(RUN).forced == {RoundKey(RUN, 1)}
     assert [
         (event.site, event.key) for event in again.store.load_events("control") if event.detail["action"] == "proceed"
     ] == [("boss", RoundKey(RUN, number)) for number in (0, 1)]
@@ -301,10 +299,10 @@ def test_a_run_does_not_proceed_with_sites_that_were_revoked_meanwhile(make_fede
     federation = make_federation("A", "B", "C")
     for site in "AB":
         federation.send(RegistrationKey(RUN), site, make_registration(1))
-    run_control.act(federation.coordinator, RUN, RunAction(action="proceed"), OPERATOR)
+    federation.coordinator.act(RUN, RunAction(action="proceed"), OPERATOR)
     federation.coordinator.revoke("B", by="boss")
     federation.close()
-    assert not federation.coordinator.book.is_closed(RegistrationKey(RUN)), "a run has two sites"
+    assert not federation.state.registry.is_closed(RegistrationKey(RUN)), "a run has two sites"
 
 
 def test_a_run_that_begins_anew_inherits_nothing(make_federation, monkeypatch):
@@ -319,14 +317,14 @@ def test_a_run_that_begins_anew_inherits_nothing(make_federation, monkeypatch):
     with pytest.raises(OSError, match="cannot be closed at the moment: ZeroDivisionError"):
         federation.coordinator.result(RegistrationKey(RUN), "A")
     woken: list[str] = []
-    federation.coordinator.on_change = woken.append
+    monkeypatch.setattr(federation.coordinator.notifier, "notify", woken.append)
     federation.act("reset")
     assert RegistrationKey(RUN) in woken, "who waits for what is gone is told"
     for site in "AB":
         federation.send(RegistrationKey(RUN), site, make_registration(1))
     assert federation.coordinator.result(RegistrationKey(RUN), "A") == Waiting(waiting_for=("C",))
     federation.send(RegistrationKey(RUN), "C", make_registration(1))
-    assert federation.coordinator.book.is_closed(RegistrationKey(RUN)), "at once: nothing had gone wrong here"
+    assert federation.state.registry.is_closed(RegistrationKey(RUN)), "at once: nothing had gone wrong here"
 
 
 @pytest.mark.parametrize("action", ["stop", "pause", "reset"])
@@ -345,8 +343,8 @@ def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, m
 
     def steer() -> None:
         with suppress(RefusedError):
-            run_control.act(coordinator, RUN, RunAction(action=action), OPERATOR)
-        seen.append(coordinator.book.run_state(RUN).rounds_closed)
+            coordinator.act(RUN, RunAction(action=action), OPERATOR)
+        seen.append(coordinator.state.registry.run_state(RUN).rounds_closed)
 
     seen: list[int] = []
     monkeypatch.setattr(Step, "close", slowly)
@@ -360,7 +358,7 @@ def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, m
     go_on.set()
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert seen == [1] and coordinator.book.run_state(RUN).rounds_closed == 1
+    assert seen == [1] and coordinator.state.registry.run_state(RUN).rounds_closed == 1
 
 
 def test_what_a_revoked_site_sent_does_not_count_when_it_is_invited_again(make_federation):
@@ -407,7 +405,7 @@ def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):
     assert operator.is_alive()
     go_on.set()
     site.join(PATIENCE_S), operator.join(PATIENCE_S)
-    assert federation.coordinator.book.runs() == []
+    assert federation.state.registry.runs() == []
     assert federation.store.load_exchanges(federation.coordinator.settings) == []
 
 
@@ -415,7 +413,7 @@ def test_a_run_without_rounds_can_be_reset(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
     federation.act("reset")
-    assert federation.coordinator.book.runs() == []
+    assert federation.state.registry.runs() == []
     federation.start("A", "B")
     federation.update(0, "A", 1), federation.update(0, "B", 2)
     with pytest.raises(RefusedError, match="can be stopped, not forgotten"):
@@ -511,7 +509,7 @@ def test_a_revoked_site_is_out_at_once_and_can_be_invited_again(make_federation)
     coordinator = federation.coordinator
     invitations = {one.member: one.secret for one in coordinator.members.open_invitations(federation.now)}
     token = "C.0123456789abcdef0123"
-    coordinator.members.join(invitations["C"], token, now=federation.now)
+    coordinator.members.join(invitations["C"], token)
     federation.start("A", "B", "C")
     coordinator.revoke("C", by="boss")
     with pytest.raises(RefusedError, match="revoked"):
@@ -519,7 +517,7 @@ def test_a_revoked_site_is_out_at_once_and_can_be_invited_again(make_federation)
     federation.update(0, "A", 1), federation.update(0, "B", 2)
     assert federation.weights(0) == {"A": 1.0, "B": 2.0}
     secret = coordinator.invite("C", "site", by="boss")
-    coordinator.members.join(secret, "C.another-0123456789abcdef", now=federation.now)
+    coordinator.members.join(secret, "C.another-0123456789abcdef")
     with pytest.raises(RefusedError):
         coordinator.members.authenticate(token)
     assert coordinator.members.authenticate("C.another-0123456789abcdef") == Member("C", "site")
@@ -529,14 +527,14 @@ def test_a_new_credential_replaces_the_old_one_when_it_is_used(make_federation):
     federation = make_federation("A", "B")
     members, now = federation.coordinator.members, federation.now
     secrets = {one.member: one.secret for one in members.open_invitations(now)}
-    members.join(secrets["A"], "A.old-0123456789abcdef", now=now)
+    members.join(secrets["A"], "A.old-0123456789abcdef")
     secret = federation.coordinator.invite("A", "site", by="boss")
     assert members.authenticate("A.old-0123456789abcdef").name == "A"
-    members.join(secret, "A.new-0123456789abcdef", now=now)
+    members.join(secret, "A.new-0123456789abcdef")
     with pytest.raises(RefusedError):
         members.authenticate("A.old-0123456789abcdef")
     with pytest.raises(RefusedError) as info:
-        members.join(secrets["A"], "A.old-0123456789abcdef", now=now)  # a replay
+        members.join(secrets["A"], "A.old-0123456789abcdef")  # a replay
     assert info.value.code == "invitation_used"
 
 
@@ -544,12 +542,14 @@ def test_invitations_expire_and_are_withdrawn(make_federation):
     federation = make_federation("A", "B")
     members, now = federation.coordinator.members, federation.now
     secrets = {one.member: one.secret for one in members.open_invitations(now)}
+    federation.now += 15 * 86_400
     with pytest.raises(RefusedError) as info:
-        members.join(secrets["A"], "A.0123456789abcdef", now=now + 15 * 86_400)
+        members.join(secrets["A"], "A.0123456789abcdef")
     assert info.value.code == "invitation_expired"
+    federation.now -= 15 * 86_400
     federation.coordinator.invite("B", "site", by="boss")
     with pytest.raises(RefusedError) as info:
-        members.join(secrets["B"], "B.0123456789abcdef", now=now)
+        members.join(secrets["B"], "B.0123456789abcdef")
     assert info.value.code == "invitation_expired"
 
 
@@ -641,7 +641,7 @@ CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, '
 
 # ----------------------------------------------------------------------------------------------- a floor is a floor
 def lines_with(federation: Federation, text: str) -> list[str]:
-    federation.coordinator.closer._announce_lacking()
+    federation.coordinator.worker._log_lacking()
     return [line for line in federation.lines if text in line]
 
 
@@ -655,7 +655,7 @@ def be_revoked(federation: Federation, site: str) -> None:
 
 
 def fail(federation: Federation, site: str) -> None:
-    run_control.report_failure(federation.coordinator, site, FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
+    federation.coordinator.report_failure(site, FailureReport(run=RUN, round=0, reason="OutOfMemoryError"))
     federation.close()
 
 
@@ -675,7 +675,7 @@ def test_no_round_is_closed_with_fewer_sites_whoever_goes(make_federation, setti
         go(federation, site)
     federation.now += 1e6
     federation.close()
-    assert not federation.coordinator.book.is_closed(RoundKey(RUN, 0))
+    assert not federation.state.registry.is_closed(RoundKey(RUN, 0))
     (status,) = (one for one in federation.coordinator.status().waiting if one.key == RoundKey(RUN, 0))
     assert status.lacks == 1
     waiting = federation.coordinator.result(RoundKey(RUN, 0), "A")
@@ -715,7 +715,7 @@ def test_the_operator_may_go_below_a_quorum_and_not_below_the_floor(make_federat
         federation.act("proceed")
     federation.update(0, "B", 1)
     federation.act("proceed")
-    assert federation.coordinator.book.is_closed(RoundKey(RUN, 0))
+    assert federation.state.registry.is_closed(RoundKey(RUN, 0))
 
 
 def test_who_goes_after_the_operator_has_decided_is_not_counted(make_federation):
@@ -727,7 +727,7 @@ def test_who_goes_after_the_operator_has_decided_is_not_counted(make_federation)
     federation.act("proceed")
     be_revoked(federation, "B")
     federation.act("resume")
-    assert not federation.coordinator.book.is_closed(RoundKey(RUN, 0))
+    assert not federation.state.registry.is_closed(RoundKey(RUN, 0))
     federation.update(0, "C", 1)  # is not too late
     assert sorted(federation.aggregate(0)[0].contributors) == ["A", "C"]
 
@@ -739,12 +739,12 @@ def test_what_too_few_sites_have_is_not_shared(make_federation):
     federation = make_federation(*"ABCD", min_sites=3)
     for number, (site, shapes) in enumerate(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES))):
         federation.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
-    shared = federation.coordinator.archive.agreement(RUN).match.shared
+    shared = federation.state.documents.agreement(RUN).match.shared
     assert set(shared) == set(SHAPES)
     other = make_federation(*"ABCD")
     for number, (site, shapes) in enumerate(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES))):
         other.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
-    assert sorted(other.coordinator.archive.agreement(RUN).match.shared["deep.weight"]) == ["A", "B"]
+    assert sorted(other.coordinator.state.documents.agreement(RUN).match.shared["deep.weight"]) == ["A", "B"]
     assert [line for line in other.lines if "1 of 4 shared tensors are those of two sites only" in line]
 
 
@@ -753,7 +753,7 @@ def test_a_network_of_which_too_few_sites_have_anything_is_refused_with_the_caus
     foreign = {"foreign.weight": (7, 3)}
     for site, shapes in zip("ABCD", (SHAPES, SHAPES, foreign, foreign)):
         federation.send(RegistrationKey(RUN), site, make_registration(2, shapes, {}))
-    refusal = federation.coordinator.book.get(RegistrationKey(RUN)).refusal
+    refusal = federation.state.registry.get(RegistrationKey(RUN)).refusal
     assert "fewer than 3 sites have, and --min-sites 3 keeps it from being averaged" in refusal
 
 
@@ -764,7 +764,7 @@ def test_a_tensor_with_too_few_holders_in_a_round_keeps_its_values(make_federati
     networks = dict(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES)))
     for number, (site, shapes) in enumerate(networks.items()):
         federation.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
-    owners = federation.coordinator.archive.agreement(RUN).match.initial_owner
+    owners = federation.state.documents.agreement(RUN).match.initial_owner
     for site in networks:
         initial = make_weights(0, PAIR)
         federation.send(
@@ -785,7 +785,7 @@ def test_a_tensor_with_too_few_holders_in_a_round_keeps_its_values(make_federati
             )
         federation.now += 100
         federation.close()
-        with federation.coordinator.archive.result(RoundKey(RUN, number)) as document:
+        with federation.state.documents.result(RoundKey(RUN, number)) as document:
             deep.append(document.read("deep.weight"))
             head.append(document.read("head.weight"))
     assert np.array_equal(deep[0], initial["deep.weight"]) and not np.array_equal(deep[1], deep[0])
@@ -800,7 +800,7 @@ def test_a_latecomer_changes_nothing_of_what_is_shared(make_federation):
         federation.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
     federation.act("proceed")
     federation.send(AdmissionKey(RUN, "D"), "D", make_registration(9, PAIR))
-    match = federation.coordinator.archive.agreement(RUN).match
+    match = federation.state.documents.agreement(RUN).match
     assert set(match.shared) == set(SHAPES) and all("D" in sites for sites in match.shared.values())
 
 
@@ -812,7 +812,7 @@ def test_a_run_does_not_begin_with_too_few_sites(make_federation):
         federation.act("proceed")
     be_revoked(federation, "C")
     be_revoked(federation, "D")
-    assert not federation.coordinator.book.is_closed(RegistrationKey(RUN))
+    assert not federation.state.registry.is_closed(RegistrationKey(RUN))
     assert lines_with(federation, "registration waits: A, B have contributed")
 
 
@@ -821,10 +821,10 @@ def test_statistics_of_too_few_sites_are_not_pooled(make_federation):
     for site in "BC":
         be_revoked(federation, site)
     federation.send(keys.CensusKey(), "A", make_census(5))
-    assert not federation.coordinator.book.is_closed(keys.CensusKey())
+    assert not federation.state.registry.is_closed(keys.CensusKey())
     federation.coordinator.invite("B", "site", by="boss")
     federation.send(keys.CensusKey(), "B", make_census(6))
-    assert federation.coordinator.book.is_closed(keys.CensusKey())
+    assert federation.state.registry.is_closed(keys.CensusKey())
 
 
 def test_what_too_few_sites_have_validated_is_told_to_nobody_else(make_federation):
@@ -838,7 +838,7 @@ def test_what_too_few_sites_have_validated_is_told_to_nobody_else(make_federatio
     (record,) = federation.store.load_validations(RUN)
     assert (record["dice"], record["mean_dice"], record["best_round"]) == ([None], None, None)
     assert record["dice_of_site"] == {"A": [0.8]}, "who may see curves sees it"
-    with federation.coordinator.archive.result(ValidationKey(RUN, 0)) as document:
+    with federation.state.documents.result(ValidationKey(RUN, 0)) as document:
         assert document.message.dice == (None,) and not document.message.dice_of_site
 
 
@@ -853,7 +853,7 @@ def test_the_floor_can_be_raised_and_not_lowered(make_federation):
         with pytest.raises(FederationError, match=complaint):
             coordinator.change_settings(change, by="boss")
     assert coordinator.change_settings(SettingsChange(validate_every=2), by="boss").min_sites == 3
-    assert coordinator.store.load_settings().min_sites == 3
+    assert coordinator.state.store.load_settings().min_sites == 3
 
 
 def test_settings_say_what_they_always_said_while_the_floor_is_two():
@@ -888,8 +888,8 @@ def test_no_values_of_plans_are_told_when_a_run_ends_without_a_model(make_federa
     federation.update(0, "A", 1)
     federation.update(0, "B", 1)
     with pytest.raises(RefusedError) as info:
-        model_store.find(federation.coordinator, RUN)
-    tail = LogTail(federation.store, is_run=federation.coordinator.book.has_run)
+        federation.coordinator.models.find(RUN)
+    tail = LogTail(federation.store, is_run=federation.state.registry.has_run)
     tail.read_on()
     for text in (str(info.value), tail.models[RUN]):
         assert "median_image_size_in_voxels[0] is not the same at A and at B" in text

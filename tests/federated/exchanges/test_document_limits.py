@@ -213,7 +213,7 @@ def begun(federation):
     for peer in sites.values():
         assert peer.send(RegistrationKey(RUN), make_registration()) == 200
     assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{RegistrationKey(RUN)}?wait=20", timeout=30).ok
-    owner = next(iter(set(federation.coordinator.archive.agreement(RUN).match.initial_owner.values())))
+    owner = next(iter(set(federation.state.documents.agreement(RUN).match.initial_owner.values())))
     for name, peer in sites.items():
         assert peer.send(InitialKey(RUN), messages.Update(), make_weights(0) if name == owner else {}) == 200
     assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{InitialKey(RUN)}?wait=20", timeout=30).ok
@@ -225,7 +225,7 @@ def test_a_document_larger_than_its_kind_may_be_is_refused_before_it_is_read(fed
     body = raw(REPORT % ("[" + ",".join(["[]"] * (2 << 20)) + "]"))
     answer = Peer(federation, "A").put(key, body)
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
-    assert not list((federation.coordinator.store.folder / "incoming").iterdir())
+    assert not list((federation.state.store.folder / "incoming").iterdir())
 
 
 def test_as_much_json_as_fits_is_refused_for_its_brackets(federation):
@@ -238,7 +238,7 @@ def test_an_update_has_room_for_its_tensors_and_its_figures_only(begun):
     federation, sites = begun
     limits = weights_limits({name: TensorSpec("F32", shape) for name, shape in SHAPES.items()})
     assert limits.header_bytes < 256 << 10
-    assert step_of(RoundKey(RUN, 0)).limits(RoundKey(RUN, 0), "A", federation.coordinator.archive) == limits
+    assert step_of(RoundKey(RUN, 0)).limits(RoundKey(RUN, 0), "A", federation.state.documents) == limits
     weights = make_weights(1)
     header = json.loads(encode_header(messages.Update(), {n: TensorSpec.of(v) for n, v in weights.items()})[8:])
     header["__metadata__"]["message"] = '{"protocol":1,"kind":"update"}' + " " * (256 << 10)
@@ -263,7 +263,7 @@ def test_figures_of_other_trainers_are_kept(begun):
     for peer in sites.values():
         assert peer.send(RoundKey(RUN, 0), messages.Update(metrics=figures), make_weights(1)) == 200
     assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{RoundKey(RUN, 0)}?wait=20", timeout=30).ok
-    assert federation.coordinator.store.load_rounds(RUN)[0]["sites"]["A"]["metrics"] == figures
+    assert federation.state.store.load_rounds(RUN)[0]["sites"]["A"]["metrics"] == figures
 
 
 @pytest.mark.parametrize(

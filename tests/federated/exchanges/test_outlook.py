@@ -24,8 +24,7 @@ from front_door import FrontDoor, Page
 
 from nnunetv2.federated.aggregation.matching import match_tensors
 from nnunetv2.federated.commands import status
-from nnunetv2.federated.coordinator import run_control
-from nnunetv2.federated.coordinator.dashboard.overview import Lookout
+from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.outlook import Outlook, counters_of, foresee_model
@@ -155,8 +154,8 @@ def register(federation, registrations) -> dict[str, str]:
 
 
 def read_status(federation, capsys, monkeypatch) -> str:
-    monkeypatch.setenv("nnUNet_fed_site", str(federation.coordinator.store.folder / "credential.A.json"))
-    monkeypatch.chdir(federation.coordinator.store.folder)
+    monkeypatch.setenv("nnUNet_fed_site", str(federation.state.store.folder / "credential.A.json"))
+    monkeypatch.chdir(federation.state.store.folder)
     assert status.main([]) == 0
     return capsys.readouterr().out
 
@@ -177,7 +176,7 @@ def test_everybody_is_told_when_registration_closes(tmp_path, capsys, monkeypatc
         told = register(federation, {"A": make_registration(), "B": make_registration(plans=plans)})
         assert told == {"A": f"T{line}", "B": f"T{line}"}
         wait_until(lambda: f"run {RUN}: t{line}" in federation.lines)
-        assert Lookout(federation.coordinator).look().runs[0].model == f"t{line}"
+        assert OverviewBuilder(federation.coordinator).build().runs[0].model == f"t{line}"
         text = read_status(federation, capsys, monkeypatch)
         assert ("no common model: the plans differ" in text) == ("no common" in line)
         assert "common model" in text
@@ -189,8 +188,8 @@ def test_a_site_that_comes_late_with_other_plans_changes_the_outlook(tmp_path):
         with federation.client("A") as a, federation.client("B") as b:
             for client in (a, b):
                 client.contribute(RegistrationKey(RUN), make_registration())
-            run_control.act(coordinator, RUN, api.RunAction(action="proceed"), Member("boss", "operator"))
-            wait_until(lambda: coordinator.book.is_closed(RegistrationKey(RUN)))
+            coordinator.act(RUN, api.RunAction(action="proceed"), Member("boss", "operator"))
+            wait_until(lambda: coordinator.state.registry.is_closed(RegistrationKey(RUN)))
             assert a.outlooks().runs == (api.RunOutlook(run=RUN, trainer="nnUNetTrainerFake"),)
             told = register(federation, {"C": make_registration(plans=different_plans(batch_size=3))})
             assert "no common model" in told["C"]
@@ -230,8 +229,8 @@ def test_a_network_with_batch_normalization_becomes_a_model(tmp_path):
                 client.exchange(keys.RoundKey(RUN, 0), messages.Update(), make_weights(1))
 
         in_threads(lambda: take_part("A"), lambda: take_part("B"))
-        wait_until(lambda: federation.coordinator.store.load_events("model"))
-        model = federation.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
+        wait_until(lambda: federation.state.store.load_events("model"))
+        model = federation.state.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
         checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
     assert checkpoint["trainer_name"] == "nnUNetTrainerBN"
     for name in (COUNTER.name, "decoder.norm.num_batches_tracked"):

@@ -96,6 +96,6 @@ def test_the_client_sends_nothing_that_is_not_allowed(with_list, tmp_path):
             with pytest.raises(NotAllowedError, match="field channel_names.0"):
                 client.contribute(CensusKey(), make_census())
             client.report_failure(RUN, 0, "ValueError")  # not on the list either: kept back, without an error
-        assert federation.coordinator.store.load_events("failure") == []
-        assert federation.coordinator.book.get(CensusKey()) is None
+        assert federation.state.store.load_events("failure") == []
+        assert federation.state.registry.get(CensusKey()) is None
         assert credential.site == "A"

@@ -56,9 +56,9 @@ def test_planning_with_too_few_cases_sends_nothing(tmp_path, roots, monkeypatch)
             plan_federated(
                 "Dataset501_A",
                 PlanningOptions(mode="ffe", num_processes=1, show_progress_bar=False),
-                credential_file=federation.coordinator.store.folder / "credential.A.json",
+                credential_file=federation.state.store.folder / "credential.A.json",
             )
-        assert not list(federation.coordinator.book)
+        assert not list(federation.state.registry)
     assert not any((roots["nnUNet_preprocessed"]).iterdir()), "nothing was read or computed"
 
 

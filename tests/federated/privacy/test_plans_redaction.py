@@ -115,11 +115,11 @@ def test_a_run_that_was_registered_with_extrema_goes_on_without(tmp_path, is_lat
             )
             if is_late:
                 federation_proceeds(federation)
-            wait_until(lambda: federation.coordinator.book.is_closed(RegistrationKey(RUN)))
+            wait_until(lambda: federation.state.registry.is_closed(RegistrationKey(RUN)))
             before = a.result(RegistrationKey(RUN)).message
             upgraded = make_registration(plans=without_extrema(with_intensities()))
             assert a.exchange(RegistrationKey(RUN), upgraded).message == before
-            assert len(federation.coordinator.store.load_events("contribution")) == 2
+            assert len(federation.state.store.load_events("contribution")) == 2
             for changed in (with_intensities(mean=0.5), with_intensities() | {"patch_size": 3}):
                 with pytest.raises(RefusedError, match="what site A sends now differs from what it sent before"):
                     a.contribute(RegistrationKey(RUN), make_registration(plans=changed))
@@ -130,12 +130,11 @@ def test_a_run_that_was_registered_with_extrema_goes_on_without(tmp_path, is_lat
 
 
 def federation_proceeds(federation) -> None:
-    from nnunetv2.federated.coordinator import run_control
     from nnunetv2.federated.coordinator.members import Member
     from nnunetv2.federated.protocol import api
 
-    wait_until(lambda: len(federation.coordinator.book.get(RegistrationKey(RUN)).contributions) == 2)
-    run_control.act(federation.coordinator, RUN, api.RunAction(action="proceed"), Member("olga", "operator"))
+    wait_until(lambda: len(federation.state.registry.get(RegistrationKey(RUN)).contributions) == 2)
+    federation.coordinator.act(RUN, api.RunAction(action="proceed"), Member("olga", "operator"))
 
 
 @pytest.mark.parametrize("is_common", [True, False])
@@ -150,6 +149,6 @@ def test_a_model_has_the_plans_as_they_are_at_the_sites(tmp_path, is_common):
                 train(client, seed=1, num_rounds=1, plans=without_extrema(plans))
 
         assert in_threads(*(lambda site=site: take_part(site) for site in "AB")) == [None, None]
-        wait_until(lambda: federation.coordinator.store.load_events("model"))
-        (path,) = (federation.coordinator.store.folder / "models").glob("*/plans.json")
+        wait_until(lambda: federation.state.store.load_events("model"))
+        (path,) = (federation.state.store.folder / "models").glob("*/plans.json")
     assert path.read_text() == json.dumps(plans if is_common else without_extrema(plans), indent=4)

@@ -150,7 +150,7 @@ def test_a_site_neither_reads_nor_writes_what_others_contributed(federation, pee
         assert mallory.get(path).status_code in (404, 405)
     assert mallory.get(f"gatherings/{RoundKey(RUN, 0)}").status_code == 202  # waiting, as everybody
     assert mallory.put(RoundKey(RUN, 0), mallory.document(messages.Update(), make_weights(9))).status_code == 200
-    held = federation.coordinator.book.get(RoundKey(RUN, 0)).contributions
+    held = federation.state.registry.get(RoundKey(RUN, 0)).contributions
     assert held["A"].digest == digest and set(held) == {"A", "M"}
     for action in ("pause", "resume", "stop", "reset", "proceed"):
         assert mallory.post(f"runs/{RUN}/actions", {"action": action}).status_code == 403
@@ -186,7 +186,7 @@ def test_what_was_checked_is_what_is_stored(federation, peers, monkeypatch):
     go_on.set()
     first.join(PATIENCE_S)
     assert answers[0].json()["digest"] == claimed
-    stored = federation.coordinator.store.contribution_path(RoundKey(RUN, 0), "M", claimed)
+    stored = federation.state.store.contribution_path(RoundKey(RUN, 0), "M", claimed)
     assert stored.read_bytes() == good
 
 
@@ -206,7 +206,7 @@ def test_an_upload_that_was_begun_with_a_stolen_credential_does_not_count(federa
         federation.coordinator.invite("M", "site", by="boss")
         connection.sendall(body[100:])
         assert connection.recv(1000).startswith(b"HTTP/1.1 401")
-    exchange = federation.coordinator.book.get(RoundKey(RUN, 0))
+    exchange = federation.state.registry.get(RoundKey(RUN, 0))
     assert exchange is None or "M" not in exchange.contributions
 
 
@@ -217,7 +217,7 @@ def test_who_waits_for_a_result_with_a_credential_that_is_revoked_does_not_get_i
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(peers["M"].get(f"gatherings/{CensusKey()}?wait=9")))
     waiting.start()
-    wait_until(lambda: federation.app.state.changes._waiting[CensusKey()])
+    wait_until(lambda: federation.coordinator.notifier._waiting[CensusKey()])
     federation.coordinator.revoke("M", by="boss")
     waiting.join(PATIENCE_S)
     assert answers[0].status_code == 401
@@ -273,7 +273,7 @@ def test_updates_are_held_against_what_the_site_registered(federation, peers, ch
     assert answer.status_code == 400
     with pytest.raises(RefusedError, match=complaint):
         check_status(answer)
-    assert federation.coordinator.book.get(RoundKey(RUN, 0)) is None
+    assert federation.state.registry.get(RoundKey(RUN, 0)) is None
 
 
 def forged(entries: dict, *, message: messages.Message, data: bytes = b"") -> bytes:
@@ -331,7 +331,7 @@ def test_what_is_announced_as_huge_is_refused_before_it_is_read(federation, peer
         )
         with raw(federation, request) as connection:
             assert read_head(connection).startswith(b"HTTP/1.1 413 ")
-    assert not list((federation.coordinator.store.folder / "incoming").iterdir())
+    assert not list((federation.state.store.folder / "incoming").iterdir())
 
 
 @pytest.mark.parametrize("text", ["[" * 50_000, '{"a":' * 50_000, "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1)])
@@ -453,21 +453,29 @@ def test_a_site_does_not_fill_the_log(tmp_path):
         mallory = Peer(federation, federation.credential("A").token, tmp_path)
         statuses = [mallory.put("plans/x", b"nonsense").status_code for _ in range(30)]
         assert statuses[:10] == [400] * 10 and statuses[12:] == [429] * 18
-        assert len(federation.coordinator.store.load_events("refusal")) <= 11
+        assert len(federation.state.store.load_events("refusal")) <= 11
         assert mallory.get("settings").status_code == 200
 
 
 def test_made_up_names_leave_no_trace(federation, peers):
     """Neither counters nor locks nor exchanges grow with what somebody asks for."""
     coordinator = federation.coordinator
-    before = (len(coordinator.members._traffic), len(coordinator.locks._locks), len(list(coordinator.book)))
+    before = (
+        len(coordinator.members._traffic),
+        len(coordinator.state.locks._locks),
+        len(list(coordinator.state.registry)),
+    )
     for number in range(20):
         assert peers["M"].get(f"gatherings/plans/p{number}").status_code == 202
         assert peers["M"].put(f"plans/p{number}", b"nonsense").status_code == 400
         assert peers["M"].get(f"runs/r{number}").status_code == 200
-    after = (len(coordinator.members._traffic), len(coordinator.locks._locks), len(list(coordinator.book)))
+    after = (
+        len(coordinator.members._traffic),
+        len(coordinator.state.locks._locks),
+        len(list(coordinator.state.registry)),
+    )
     assert after[0] <= before[0] + 1 and after[1:] == before[1:]
-    assert not list((coordinator.store.folder / "incoming").iterdir())
+    assert not list((coordinator.state.store.folder / "incoming").iterdir())
 
 
 def test_what_is_left_of_uploads_is_bounded(tmp_path, monkeypatch):
@@ -572,7 +580,7 @@ def test_an_answer_that_nobody_reads_ends_the_connection(impatient, federation, 
         lambda self, error: (unsent.append(self._unsent), lose(self, error))[1],
     )
     size = 64 << 20
-    with federation.coordinator.store.result_path(InitialKey(RUN)).open("r+b") as file:
+    with federation.state.store.result_path(InitialKey(RUN)).open("r+b") as file:
         file.truncate(size)  # more than any socket holds
     with raw(federation, head("GET", f"gatherings/{InitialKey(RUN)}", federation.credential("M").token)) as connection:
         wait_until(lambda: any(unsent))
@@ -651,7 +659,7 @@ def test_replayed_requests_change_nothing(federation, peers):
     assert peers["A"].put(InitialKey(RUN), weights).json()["already"]
     other = peers["A"].put(RoundKey(RUN, 0), peers["A"].document(messages.Update(), make_weights(2))).json()
     assert other["already"] and other["digest"] == first["digest"]
-    stored = federation.coordinator.store
+    stored = federation.state.store
     assert len([event for event in stored.load_events("contribution") if event.key == RoundKey(RUN, 0)]) == 1
     with open_document(stored.contribution_path(RoundKey(RUN, 0), "A", first["digest"])) as document:
         for name in SHAPES:
@@ -660,7 +668,7 @@ def test_replayed_requests_change_nothing(federation, peers):
 
 def test_a_result_that_is_deleted_while_it_is_asked_for_is_asked_for_again(federation, peers):
     start_run(peers)
-    federation.coordinator.store.result_path(InitialKey(RUN)).unlink()
+    federation.state.store.result_path(InitialKey(RUN)).unlink()
     answer = peers["A"].get(f"gatherings/{InitialKey(RUN)}")
     assert (answer.status_code, answer.json()["code"]) == (503, "coordinator_trouble")
 

@@ -120,14 +120,14 @@ class Crash(BaseException):
 def fill(coordinator: Coordinator, key: str, site: str, message, tensors=None) -> None:
     """Contribute to an exchange without HTTP."""
     tensors = tensors or {}
-    path = incoming_path(coordinator.store)
+    path = incoming_path(coordinator.state.store)
     digest = write_document(path, message, {name: TensorSpec.of(v) for name, v in tensors.items()}, tensors.values())
     coordinator.contribute(key, site, path, digest, path.stat().st_size)
 
 
 def close_what_is_ready(coordinator: Coordinator) -> None:
-    for exchange in coordinator.closer._ready():
-        coordinator.closer._close(exchange.key)
+    for exchange in coordinator.worker._ready():
+        coordinator.worker._close(exchange.key)
 
 
 def fill_up_to_round_0(coordinator: Coordinator) -> None:
@@ -173,7 +173,7 @@ def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monke
         elif place == "after the result":
             monkeypatch.setattr(store, "save_closing", crash)
         elif place == "after the row":
-            monkeypatch.setattr(coordinator.book, "put", crash)
+            monkeypatch.setattr(coordinator.state.registry, "put", crash)
         else:
             monkeypatch.setattr(model_store, "keep_models", crash)
         with pytest.raises(Crash):
@@ -206,19 +206,19 @@ def test_a_crash_while_a_contribution_is_taken_over(folder, monkeypatch, place):
         elif place == "after the file":
             monkeypatch.setattr(store._database, "transaction", crash)
         else:
-            monkeypatch.setattr(coordinator.book, "put", crash)
+            monkeypatch.setattr(coordinator.state.registry, "put", crash)
         with pytest.raises(Crash):
             fill(coordinator, CensusKey(), "A", make_census())
     monkeypatch.undo()
     with Store(folder) as store:
         coordinator = Coordinator(store)
-        held = coordinator.book.get(CensusKey())
+        held = coordinator.state.registry.get(CensusKey())
         assert (held is not None) == (place == "after the row")
         fill(coordinator, CensusKey(), "A", make_census())  # the site got no receipt, and sends it again
         assert len(store.load_events("contribution")) == 1
         fill(coordinator, CensusKey(), "B", make_census())
         close_what_is_ready(coordinator)
-        assert coordinator.book.is_closed(CensusKey())
+        assert coordinator.state.registry.is_closed(CensusKey())
 
 
 def test_the_result_does_not_depend_on_the_order_of_arrival(tmp_path):
@@ -246,7 +246,7 @@ def test_trouble_of_the_machine_is_shown_and_outlasted(folder, monkeypatch):
     now = 100.0
     lines: list[str] = []
     with Store(folder) as store:
-        coordinator = Coordinator(store, announce=lines.append, clock=lambda: now)
+        coordinator = Coordinator(store, log=lines.append, clock=lambda: now)
         for site in "AB":
             fill(coordinator, CensusKey(), site, make_census())
 
@@ -258,13 +258,13 @@ def test_trouble_of_the_machine_is_shown_and_outlasted(folder, monkeypatch):
         assert "fingerprint/census cannot be closed, trying again in 15 s" in lines[-1]
         with pytest.raises(OSError, match="No space left on device"):
             coordinator.result(CensusKey(), "A")
-        assert coordinator.closer._ready() == []
-        assert coordinator.closer._seconds_until_next() == 15
+        assert coordinator.worker._ready() == []
+        assert coordinator.worker._seconds_until_next() == 15
         monkeypatch.undo()
         now += 16
-        assert coordinator.closer._seconds_until_next() is None  # no wait of 0 s, over and over
+        assert coordinator.worker._seconds_until_next() is None  # no wait of 0 s, over and over
         close_what_is_ready(coordinator)
-        assert coordinator.book.is_closed(CensusKey())
+        assert coordinator.state.registry.is_closed(CensusKey())
         coordinator.result(CensusKey(), "A")
 
 
@@ -279,13 +279,13 @@ def test_a_clock_that_is_set_back_delays_nothing_for_long(folder, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(base, "write_document", lambda *_: 1 / 0)
             close_what_is_ready(coordinator)
-        assert coordinator.closer._ready() == []
+        assert coordinator.worker._ready() == []
         now -= 3600.0
         close_what_is_ready(coordinator)
-        assert coordinator.book.is_closed(CensusKey())
+        assert coordinator.state.registry.is_closed(CensusKey())
         fill(coordinator, RegistrationKey(RUN), "A", make_registration(1))
         now -= 3600.0
-        assert Coordinator(store, clock=lambda: now).book.get(RegistrationKey(RUN)).opened == now
+        assert Coordinator(store, clock=lambda: now).state.registry.get(RegistrationKey(RUN)).opened == now
 
 
 def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
@@ -295,7 +295,7 @@ def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
 
     lines: list[str] = []
     with Store(folder) as store:
-        coordinator = Coordinator(store, announce=lines.append)
+        coordinator = Coordinator(store, log=lines.append)
         fill_up_to_round_0(coordinator)
         keep = model_store.keep_models
 
@@ -308,11 +308,11 @@ def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
             for site in "AB":
                 fill(coordinator, RoundKey(RUN, number), site, messages.Update(), make_weights(1))
             close_what_is_ready(coordinator)
-        assert coordinator.book.run_state(RUN).closed and "trying again" in lines[-1]
+        assert coordinator.state.registry.run_state(RUN).closed and "trying again" in lines[-1]
         coordinator.start()  # does not fail
         try:
             fill(coordinator, CensusKey(), "A", make_census()), fill(coordinator, CensusKey(), "B", make_census())
-            wait_until(lambda: coordinator.book.is_closed(CensusKey()))
+            wait_until(lambda: coordinator.state.registry.is_closed(CensusKey()))
             assert not store.load_events("model")
             monkeypatch.setattr(model_store, "keep_models", keep)
             wait_until(lambda: store.load_events("model"))
@@ -336,9 +336,9 @@ def test_a_quorum_closes_a_round_at_its_deadline_after_a_restart(tmp_path):
     with Store(tmp_path / "federation") as store:
         coordinator = Coordinator(store)
         coordinator.start()
-        wait_until(lambda: coordinator.book.is_closed(RoundKey(RUN, 0)))
+        wait_until(lambda: coordinator.state.registry.is_closed(RoundKey(RUN, 0)))
         coordinator.stop()
-        assert coordinator.book.get(RoundKey(RUN, 0)).outcome.missing == ("C",)
+        assert coordinator.state.registry.get(RoundKey(RUN, 0)).outcome.missing == ("C",)
 
 
 def test_tensors_that_nobody_sends_keep_their_values(tmp_path):
@@ -366,7 +366,7 @@ def test_tensors_that_nobody_sends_keep_their_values(tmp_path):
             fill(coordinator, RoundKey(RUN, 0), site, messages.Update(), {"stem.weight": np.ones(2, np.float32)})
         now = 10.0
         close_what_is_ready(coordinator)
-        with coordinator.archive.result(RoundKey(RUN, 0)) as aggregate:
+        with coordinator.state.documents.result(RoundKey(RUN, 0)) as aggregate:
             assert aggregate.read("stem.weight").tolist() == [1.0, 1.0]
             assert aggregate.read("deep.weight").tolist() == [5.0, 5.0]
             assert aggregate.message.missing == ("A", "B")

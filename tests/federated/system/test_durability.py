@@ -28,8 +28,8 @@ from fake_federation import (
 from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated.coordinator.http import request_bodies
-from nnunetv2.federated.coordinator.http.notifications import Changes
 from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.coordinator.notifier import Notifier
 from nnunetv2.federated.coordinator.storage import partial_uploads
 from nnunetv2.federated.coordinator.storage import store as store_module
 from nnunetv2.federated.coordinator.storage.store import Store
@@ -308,7 +308,7 @@ def test_a_disk_that_is_full_again_and_again_costs_time_only(small_disk, tmp_pat
                 if thread.ident:
                     thread.join()
             assert results[0] == results[1], results
-            assert [len(record["sites"]) for record in federation.coordinator.store.load_rounds(RUN)] == [2] * 4
+            assert [len(record["sites"]) for record in federation.state.store.load_rounds(RUN)] == [2] * 4
             return results[0]
 
     def large_training(client, seed):
@@ -347,22 +347,22 @@ def test_uploads_that_are_being_synced_do_not_keep_others_from_being_served(tmp_
         wait_until(lambda: len(held) == request_bodies.FINISHING_THREADS)
         with federation.client(sites[0]) as other:
             other.status()
-        assert not federation.coordinator.book.is_closed(CensusKey())
+        assert not federation.state.registry.is_closed(CensusKey())
         release.set()
         for thread in threads:
             thread.join(PATIENCE_S)
-        wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
+        wait_until(lambda: federation.state.registry.is_closed(CensusKey()))
         for client in clients:
             client.close()
 
 
 def test_progress_wakes_those_who_wait_at_a_bounded_rate_and_the_end_at_once(monkeypatch):
     async def scenario():
-        changes, woken = Changes(), []
-        changes.bind()
+        notifier, woken = Notifier(), []
+        notifier.bind()
 
         async def wait(index):
-            with changes.waiting("key") as change:
+            with notifier.waiting("key") as change:
                 await change.wait()
                 woken.append(index)
 
@@ -373,18 +373,18 @@ def test_progress_wakes_those_who_wait_at_a_bounded_rate_and_the_end_at_once(mon
 
         tasks = await everybody()
         for _ in range(100):
-            changes.mention("key")
+            notifier.notify_progress("key")
         assert woken == []
         await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
         assert len(woken) == 20
-        monkeypatch.setattr("nnunetv2.federated.coordinator.http.notifications.MENTIONS_PER_S", 20 / MUCH_LONGER_S)
+        monkeypatch.setattr("nnunetv2.federated.coordinator.notifier.PROGRESS_PER_S", 20 / MUCH_LONGER_S)
         tasks = await everybody()
-        changes.mention("key")
+        notifier.notify_progress("key")
         await asyncio.sleep(0.1)
         assert len(woken) == 20  # the others' turn comes much later
-        changes.notify("key")
+        notifier.notify("key")
         await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
-        assert not changes._waiting and len(woken) == 40
+        assert not notifier._waiting and len(woken) == 40
 
     asyncio.run(scenario())
 
@@ -402,7 +402,7 @@ def test_an_update_that_moves_far_is_counted_and_announced(tmp_path):
             *[lambda name=name, seed=seed: site(name, seed) for name, seed in zip(sites, (1, 1, 1, 500))]
         )
         assert len(set(results)) == 1
-        store = federation.coordinator.store
+        store = federation.state.store
         (record,) = store.load_rounds(RUN)
         assert (record["outliers"], sorted(record["sites"])) == (["D"], list(sites))
         (event,) = store.load_events("outlier")

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 
 from nnunetv2.federated.coordinator.app import build_app
-from nnunetv2.federated.coordinator.http.endpoint import Place
+from nnunetv2.federated.coordinator.http.endpoint import Endpoint
 from nnunetv2.federated.coordinator.http.error_responses import STATUS_OF_CODE
 from nnunetv2.federated.coordinator.http.rate_limits import Limits
 from nnunetv2.federated.coordinator.members import create_federation
@@ -74,10 +74,11 @@ class Scene:
         self.store = Store(folder / "federation")
         create_federation(self.store, make_settings(sites=("A", "B", "M"), num_epochs=3), now=time.time())
         self.lines: list[str] = []
-        self.coordinator = Coordinator(self.store, announce=lambda line: None)
+        self.coordinator = Coordinator(self.store, log=lambda line: None)
+        self.state = self.coordinator.state
         for invitation in self.coordinator.members.open_invitations(time.time()):
-            self.coordinator.members.join(invitation.secret, TOKENS[invitation.member], now=time.time())
-        self.app = build_app(self.coordinator, Place("http://127.0.0.1:1"), limits=GENEROUS)
+            self.coordinator.members.join(invitation.secret, TOKENS[invitation.member])
+        self.app = build_app(self.coordinator, Endpoint("http://127.0.0.1:1"), limits=GENEROUS)
         self.statuses: Counter[int] = Counter()
 
     def document(self, message, tensors=None) -> bytes:
@@ -117,12 +118,12 @@ class Scene:
         }
         ours = {
             str(exchange.key): {site: held for site, held in exchange.contributions.items() if site != "M"}
-            for exchange in self.coordinator.book
+            for exchange in self.coordinator.state.registry
         }
         return {
             "files": of_others,
             "contributions": {key: held for key, held in ours.items() if held},
-            "closed": sorted(str(one.key) for one in self.coordinator.book if one.is_closed),
+            "closed": sorted(str(one.key) for one in self.coordinator.state.registry if one.is_closed),
             "members": {name: record for name, record in self.store.load_members().items()},
             "settings": self.store.load_settings(),
             "controls": {
@@ -461,7 +462,7 @@ def test_mutated_requests_are_refused_and_change_nothing_of_others(scene):
             assert not list((scene.store.folder / "incoming").iterdir())
             assert audit_log.first_break(scene.store.load_log()) is None
             # the run goes on as if nothing had happened
-            if "M" not in scene.coordinator.book.get(RoundKey(RUN, 0)).contributions:
+            if "M" not in scene.coordinator.state.registry.get(RoundKey(RUN, 0)).contributions:
                 await scene.put(RoundKey(RUN, 0), "M", scene.document(messages.Update(), make_weights(5)))
             await scene.put(RoundKey(RUN, 0), "B", scene.document(messages.Update(), make_weights(2)))
             await scene.result(RoundKey(RUN, 0))

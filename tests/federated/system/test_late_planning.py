@@ -46,7 +46,7 @@ def plan(federation: LocalFederation, site: str, **options) -> str:
     return plan_federated(
         DATASETS[site],
         PlanningOptions(mode="ffe", num_processes=1, show_progress_bar=False, planner=options),
-        credential_file=federation.coordinator.store.folder / f"credential.{site}.json",
+        credential_file=federation.state.store.folder / f"credential.{site}.json",
     )
 
 
@@ -81,7 +81,7 @@ def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
     }
     assert any("site C plans late" in line for line in federation.lines)
     assert any("site C has planned late, and holds the same plans" in line for line in federation.lines)
-    recorded = {(event.kind, event.site, event.key) for event in federation.coordinator.store.load_events()}
+    recorded = {(event.kind, event.site, event.key) for event in federation.state.store.load_events()}
     assert ("contribution", "C", LateCensusKey("C")) in recorded
     assert ("closing", None, LatePlansKey("nnUNetPlans", "C")) in recorded
 
@@ -122,7 +122,7 @@ def test_while_the_census_is_open_a_new_site_is_an_ordinary_one(federation, root
     with federation.client("A") as first:
         first.contribute(CensusKey(), make_census())
     federation.coordinator.invite("C", "site", by="boss")
-    assert federation.coordinator.book.get(CensusKey()).waiting_for == ("B", "C")
+    assert federation.state.registry.get(CensusKey()).waiting_for == ("B", "C")
 
 
 def test_a_site_that_comes_in_between_waits_and_says_for_whom(federation, roots, capsys):
@@ -130,7 +130,7 @@ def test_a_site_that_comes_in_between_waits_and_says_for_whom(federation, roots,
     with federation.client("A") as first, federation.client("B") as second:
         for client, num_cases in ((first, 2), (second, 3)):
             client.contribute(CensusKey(), census_of(roots, client.credential.site, num_cases))
-    wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
+    wait_until(lambda: federation.state.registry.is_closed(CensusKey()))
     federation.coordinator.invite("C", "site", by="boss")
     shown: list[str] = []
 
@@ -166,7 +166,7 @@ def test_nobody_else_is_let_in_by_a_latecomers_door(tmp_path):
         for client in (a, b):
             client.contribute(CensusKey(), make_census())
             client.contribute(PlansKey("p"), PlansReport(plans=make_plans()))
-        wait_until(lambda: federation.coordinator.book.is_closed(PlansKey("p")))
+        wait_until(lambda: federation.state.registry.is_closed(PlansKey("p")))
         with pytest.raises(RefusedError, match="does not take part"):
             a.contribute(LateCensusKey("B"), make_census())
         with pytest.raises(RefusedError, match="does not take part"):
@@ -181,7 +181,7 @@ def test_a_site_that_was_not_shown_in_reads_nothing_of_the_fingerprint(tmp_path)
     ):
         for client in (a, b):
             client.contribute(CensusKey(), make_census())
-        wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
+        wait_until(lambda: federation.state.registry.is_closed(CensusKey()))
         federation.coordinator.invite("C", "site", by="boss")
         with federation.client("C") as late:
             with pytest.raises(RefusedError, match="does not take part"):
@@ -208,11 +208,11 @@ def test_late_planning_outlasts_a_restart(tmp_path):
     with served(folder, make_settings()) as federation, federation.client("A") as a, federation.client("B") as b:
         for client in (a, b):
             client.contribute(CensusKey(), make_census())
-        wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
+        wait_until(lambda: federation.state.registry.is_closed(CensusKey()))
         federation.coordinator.invite("C", "site", by="boss")
         with federation.client("C") as late:
             late.exchange(LateCensusKey("C"), make_census())
     assert Path(folder, "gatherings", "fingerprint", "admissions", "C", "result.safetensors").is_file()
     with served(folder, make_settings()) as federation:
-        assert federation.coordinator.book.is_closed(LateCensusKey("C"))
+        assert federation.state.registry.is_closed(LateCensusKey("C"))
         assert federation.coordinator.result(CoarseKey(), "C").waiting_for == ("A", "B")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from fake_federation import RUN, in_threads, make_registration, make_settings, make_weights, served, wait_until
 
-from nnunetv2.federated.coordinator.dashboard.overview import Lookout
-from nnunetv2.federated.coordinator.dashboard.prometheus import encode, figures
+from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
+from nnunetv2.federated.coordinator.dashboard.prometheus import FederationCollector, exposition
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey
 
@@ -43,13 +43,14 @@ def test_a_late_update_is_told_logged_and_counted_once(tmp_path, shapes):
         said = f"{RoundKey(RUN, 1)}: this site's update came when the round was closed already: it did not count"
         assert said in lines
         assert play(clients["C"], 0, shapes, seed=3).round == 1, "it gets the latest average"
-        store = federation.coordinator.store
+        store = federation.state.store
         events = [(event.site, event.key) for event in store.load_events("late")]
         assert events == [("C", RoundKey(RUN, 1)), ("C", RoundKey(RUN, 0))]
         told = [line for line in federation.lines if "late and does not count" in line]
         assert len(told) == 2 and told[0].startswith(f"{RoundKey(RUN, 1)}: the update of site C is ")
-        lookout = Lookout(federation.coordinator)
-        assert 'nnunet_fed_late_total{site="C"} 2' in encode(figures(lookout.look(), lookout, refusals={}, sessions=0))
+        builder = OverviewBuilder(federation.coordinator)
+        metrics = FederationCollector(builder.build(), federation.coordinator, builder.tail, refusals={}, sessions=0)
+        assert 'nnunet_fed_late_total{site="C"} 2' in exposition(metrics)
         for client in clients.values():
             client.close()
 
@@ -67,7 +68,7 @@ def test_an_update_that_is_carried_says_where_it_counts(tmp_path):
         assert lines[-1] == (
             f"{RoundKey(RUN, 0)} was closed before this site's update came: it counts in {RoundKey(RUN, 1)}"
         )
-        assert federation.coordinator.store.load_events("late") == []
+        assert federation.state.store.load_events("late") == []
         for client in clients.values():
             client.close()
 
@@ -88,7 +89,7 @@ def test_a_second_training_with_the_same_credential_is_told_that_it_does_not_cou
             same = second.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(1, shapes))
             assert same.waiting_for == ("B",)
             assert len(lines) == 1, "the same once more is no other training"
-        assert federation.coordinator.store.load_events("late") == []
+        assert federation.state.store.load_events("late") == []
         for client in clients.values():
             client.close()
 
@@ -104,8 +105,8 @@ def test_nobody_is_late_for_a_validation(tmp_path):
             if number == 1:
                 clients["A"].contribute(keys.ValidationKey(RUN, 0), found)
             in_threads(lambda: play(clients["A"], number, shapes), lambda: play(clients["B"], number, shapes))  # noqa: B023
-        wait_until(lambda: federation.coordinator.book.is_closed(keys.ValidationKey(RUN, 0)))
+        wait_until(lambda: federation.state.registry.is_closed(keys.ValidationKey(RUN, 0)))
         clients["B"].contribute(keys.ValidationKey(RUN, 0), found)
-        assert federation.coordinator.store.load_events("late") == []
+        assert federation.state.store.load_events("late") == []
         for client in clients.values():
             client.close()

@@ -87,7 +87,7 @@ def test_a_run_survives_ten_cuts_of_every_kind(tmp_path, undisturbed, monkeypatc
         network.close()
         print(f"{cuts} cuts of {CUT_S:g} s: {dict(network.hits)}")
         assert digests == [undisturbed] * len(SITES)
-        store = federation.coordinator.store
+        store = federation.state.store
         assert store.load_result_digest(RoundKey(RUN, NUM_ROUNDS - 1)) == undisturbed
         contributions = [(event.site, event.key) for event in store.load_events("contribution")]
         assert len(contributions) == len(set(contributions)) == len(SITES) * (NUM_ROUNDS + 2)

@@ -14,7 +14,6 @@ from fake_federation import (
     wait_until,
 )
 
-from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import api, messages
@@ -51,9 +50,9 @@ def test_further_plans_are_a_further_run(tmp_path, equal):
         assert both(federation, OTHER, equal=equal) == [FURTHER, FURTHER]
         assert both(federation, equal=equal) == [RUN, RUN], "which is over: they get its last average"
         assert both(federation, "third", equal=equal) == [f"{RUN}.third"] * 2
-        assert federation.coordinator.book.runs() == sorted([RUN, FURTHER, f"{RUN}.third"])
-        wait_until(lambda: len(federation.coordinator.store.load_events("model")) == 3)
-        folders = {path.name for path in (federation.coordinator.store.folder / "models").iterdir() if path.is_dir()}
+        assert federation.state.registry.runs() == sorted([RUN, FURTHER, f"{RUN}.third"])
+        wait_until(lambda: len(federation.state.store.load_events("model")) == 3)
+        folders = {path.name for path in (federation.state.store.folder / "models").iterdir() if path.is_dir()}
         assert folders == {f"nnUNetTrainerFake__{name}__3d_fullres" for name in ("nnUNetPlans", OTHER, "third")}
 
 
@@ -109,8 +108,8 @@ def test_a_late_site_joins_the_run_that_goes_on(tmp_path):
         with federation.client("A") as a, federation.client("B") as b:
             for client in (a, b):
                 client.contribute(RegistrationKey(RUN), registration())
-            run_control.act(coordinator, RUN, api.RunAction(action="proceed"), Member("boss", "operator"))
-            wait_until(lambda: coordinator.book.is_closed(RegistrationKey(RUN)))
+            coordinator.act(RUN, api.RunAction(action="proceed"), Member("boss", "operator"))
+            wait_until(lambda: coordinator.state.registry.is_closed(RegistrationKey(RUN)))
         with federation.client("C") as c:
             assert c.run_state(RUN, plans="nnUNetPlans").run == RUN
             assert c.run_state(RUN, plans=OTHER).run == RUN, "networks may differ"

@@ -66,12 +66,12 @@ def refused(tmp_path):
                 a.contribute(key, ours)
                 m.contribute(key, theirs)
             m.report_failure(RUN, None, ESCAPES)
-        wait_until(lambda: sum(bool(one.refusal) for one in federation.coordinator.book.open_exchanges()) == 2)
+        wait_until(lambda: sum(bool(one.refusal) for one in federation.state.registry.open_exchanges()) == 2)
         yield federation
 
 
 def test_a_status_shows_what_a_site_has_made_up_without_its_commands(refused, monkeypatch, shown):
-    credential = refused.coordinator.store.folder / "credential.A.json"
+    credential = refused.coordinator.state.store.folder / "credential.A.json"
     monkeypatch.setenv("nnUNet_fed_site", str(credential))
     text = shown(status.main)
     assert r"\x1b]0;owned\x07" in text and r"\u202e" in text
@@ -80,7 +80,7 @@ def test_a_status_shows_what_a_site_has_made_up_without_its_commands(refused, mo
 
 
 def test_the_audit_log_is_shown_without_commands(refused, shown):
-    folder = str(refused.coordinator.store.folder)
+    folder = str(refused.coordinator.state.store.folder)
     text = shown(admin.main, "--folder", folder, "log")
     assert text.count("refusal") == 2 and r"\x1b[2K" in text
     numbers = [line.split()[0] for line in text.splitlines()]
@@ -90,9 +90,9 @@ def test_the_audit_log_is_shown_without_commands(refused, shown):
 
 
 def test_a_log_that_was_written_before_texts_were_checked_is_shown_without_commands(refused, shown):
-    refused.coordinator.store.add_event(Event(1.0, "refusal", "M", f"key{ESCAPES}", {"message": ESCAPES}))
-    refused.coordinator.store.add_event(Event(1.0, "unheard of", "M", None, {ESCAPES: ESCAPES}))
-    folder = str(refused.coordinator.store.folder)
+    refused.coordinator.state.store.add_event(Event(1.0, "refusal", "M", f"key{ESCAPES}", {"message": ESCAPES}))
+    refused.coordinator.state.store.add_event(Event(1.0, "unheard of", "M", None, {ESCAPES: ESCAPES}))
+    folder = str(refused.coordinator.state.store.folder)
     shown(admin.main, "--folder", folder, "log")
     last = json.loads(shown(admin.main, "--folder", folder, "log", "--json").splitlines()[-1])
     assert last["detail"] == {ESCAPES: ESCAPES}  # a program gets what is there
@@ -100,7 +100,7 @@ def test_a_log_that_was_written_before_texts_were_checked_is_shown_without_comma
 
 def test_what_a_coordinator_says_and_keeps_is_harmless(refused):
     assert all(is_harmless(line) and "\n" not in line for line in refused.lines if "failure" not in line)
-    assert all(is_harmless(one.refusal) for one in refused.coordinator.book.open_exchanges())
+    assert all(is_harmless(one.refusal) for one in refused.coordinator.state.registry.open_exchanges())
     with refused.client("A") as client, pytest.raises(RefusedError) as caught:
         client.result(PlansKey("p"))
     assert is_harmless(str(caught.value))

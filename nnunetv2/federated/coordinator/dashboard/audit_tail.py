@@ -1,4 +1,4 @@
-"""Follow the audit log: what the page, the figures and the coordinator's output have to know of it.
+"""Follow the audit log for the dashboard: counts, troubles, models.
 
 The log grows with every contribution. At the start, its lines are counted, and only those that people have to know of
 are read; from then on, what was appended.
@@ -37,7 +37,7 @@ class Trouble:
 
 
 class LogTail:
-    """What the audit log says, as far as it has been read. Safe for use by several threads.
+    """A digest of the audit log, as far as it has been read. Thread-safe.
 
     Args:
         is_run: Tells whether there is a run of a name. Before 2.8.1+fed.4, sites could make up names.

@@ -1,4 +1,4 @@
-"""Draw a run as numbers: what each site measured in each round, the average, and how good the aggregates were.
+"""Build the curves of a run: metrics per site and round, their means, validations.
 
 Lists (Dice per class in every round) stay in the store; of them, the last validation is enough to look at. What sites
 measure after their updates have left comes with the next round: the newest round is complete once that is closed.
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from nnunetv2.federated.aggregation.pooled_validation import mean_of_known
-from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol.keys import RegistrationKey
 from nnunetv2.federated.protocol.messages import (
@@ -95,35 +95,35 @@ class Curves(Part):
     """Whether there are later rounds or validations, to be asked for."""
 
 
-def draw(coordinator: Coordinator, run: str, *, since: int = 0, since_validation: int = 0) -> Curves:
-    """Return the rounds and validations of a run from some number on, at most `ROUNDS_AT_ONCE` of each.
+def build_curves(state: FederationState, run: str, *, since: int = 0, since_validation: int = 0) -> Curves:
+    """Return rounds and validations of a run, at most `ROUNDS_AT_ONCE` of each.
 
     Raises:
         RefusedError: There is no such run; the code is `unknown_run`.
     """
-    if not coordinator.book.has_run(run):
+    if not state.registry.has_run(run):
         raise RefusedError(f"there is no run {run[:200]!r}", code="unknown_run")
-    store = coordinator.store
+    store = state.store
     rounds = store.load_rounds(run, since, ROUNDS_AT_ONCE + 1, characters=CHARACTERS_AT_ONCE)
     validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
     later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
-    latest, last_validation = coordinator.book.latest_number(run), store.load_last_validation(run)
+    latest, last_validation = state.registry.latest_number(run), store.load_last_validation(run)
     return Curves(
         run=run,
         rounds=tuple(_round(record, later) for record in rounds),
         validations=tuple(map(_validation, validations)),
-        classes=_classes(coordinator, run, last_validation) if validations else None,
+        classes=_classes(state, run, last_validation) if validations else None,
         more=_is_before(rounds, latest) or _is_before(validations, last_validation and last_validation["round"]),
     )
 
 
 def _is_before(records: Sequence[Mapping[str, Any]], last: int | None) -> bool:
-    """Tell whether records end before the last one that there is."""
+    """Return whether records end before the last one."""
     return bool(records) and last is not None and records[-1]["round"] < last
 
 
 def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
-    """Return what sites measured in a round and sent with the update of a later one: (round, site) -> metrics."""
+    """Return metrics that came with a later update: (round, site) -> metrics."""
     return {
         (earlier["round"], site): earlier["metrics"]
         for record in records
@@ -158,7 +158,7 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def pooled(weighted: Iterable[tuple[float, Mapping[str, float | None]]]) -> dict[str, float]:
-    """Return the mean of every metric over the sites that have it, each counted by its weight."""
+    """Return the mean of every metric over its sites, counted by weight."""
     sums: dict[str, list[float]] = {}
     for weight, metrics in weighted:
         for name, value in metrics.items():
@@ -180,25 +180,25 @@ def _validation(record: Mapping[str, Any]) -> CurveValidation:
     )
 
 
-def _classes(coordinator: Coordinator, run: str, record: Mapping[str, Any]) -> ClassDice:
-    names = _names_of_classes(coordinator, run)
+def _classes(state: FederationState, run: str, record: Mapping[str, Any]) -> ClassDice:
+    names = _names_of_classes(state, run)
     if len(names) != len(record["dice"]):
         names = [f"class {number}" for number in range(1, len(record["dice"]) + 1)]
     return ClassDice(round=record["round"], names=names, pooled=record["dice"], sites=record["dice_of_site"])
 
 
-def _names_of_classes(coordinator: Coordinator, run: str) -> list[str]:
-    """Return what the classes or regions of a run are called, in the order in which Dice is counted."""
+def _names_of_classes(state: FederationState, run: str) -> list[str]:
+    """Return the names of a run's classes or regions, in the order of Dice."""
     key = RegistrationKey(run)
-    registered = coordinator.book.get(key)
+    registered = state.registry.get(key)
     if registered is None or not registered.is_closed:
         return []
-    with coordinator.archive.contribution(key, registered.outcome.contributors[0]) as document:
+    with state.documents.contribution(key, registered.outcome.contributors[0]) as document:
         return names_of_classes(document.message)
 
 
 def names_of_classes(registration: Registration) -> list[str]:
-    """Return the names of the labels that are learned and scored, without background and what is ignored."""
+    """Return the names of the scored labels, without background and ignore label."""
     labels = registration.dataset_json.labels
     scored = [name for name, value in labels.items() if name != "ignore" and value not in (0, (0,))]
     if registration.dataset_json.regions_class_order or any(isinstance(labels[name], tuple) for name in scored):

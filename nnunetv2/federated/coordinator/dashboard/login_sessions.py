@@ -1,4 +1,4 @@
-"""Let people look at the coordinator's page: a token, or an invitation, becomes a session of the browser.
+"""Manage login sessions of the dashboard: a token, or an invitation, becomes a cookie.
 
 A session is a cookie that scripts cannot read, that no other site can make the browser send, and that lets its holder
 look, nothing else: whoever steers a federation shows a token with each request. Sessions live in the memory of the
@@ -17,8 +17,8 @@ from typing import Annotated
 from pydantic import Field
 
 from nnunetv2.federated.coordinator.http.rate_limits import address_group
-from nnunetv2.federated.coordinator.members import Member, hash_secret
-from nnunetv2.federated.coordinator.service import Coordinator, require_role
+from nnunetv2.federated.coordinator.members import Member, hash_secret, require_role
+from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol.api import JoinRequest
 from nnunetv2.federated.protocol.messages import Finite, Part, SiteName, Text
@@ -65,7 +65,7 @@ class Session:
 
 
 class Attempts:
-    """Count the failed logins of each address, so that nobody goes on trying. Not a lock: 2**256 tokens are.
+    """Limit the failed logins of each address. Not a lock: 2**256 tokens are.
 
     So a good token is let in whoever else is behind the same address.
     """
@@ -89,7 +89,7 @@ class Attempts:
         failures.append(now)
 
 
-class Sessions:
+class LoginSessions:
     """The sessions of all browsers. Safe for use by several threads."""
 
     def __init__(self, coordinator: Coordinator) -> None:
@@ -110,7 +110,7 @@ class Sessions:
         Raises:
             RefusedError: Token or invitation are no good, or those of a site.
         """
-        now = self._coordinator.clock()
+        now = self._coordinator.state.clock()
         try:
             member = self._enrol_or_authenticate(request)
             require_role(member, "observer", "operator")
@@ -139,7 +139,7 @@ class Sessions:
                     code="forbidden",
                 )
             coordinator.join(JoinRequest(invitation=request.invitation, token=request.token))
-        return coordinator.members.authenticate(request.token)
+        return coordinator.authenticate(request.token)
 
     def viewer(self, cookie: str) -> Viewer:
         """Return whose session a cookie is.
@@ -147,7 +147,7 @@ class Sessions:
         Raises:
             RefusedError: There is no such session any more; the code is `unauthorized`.
         """
-        now, key = self._coordinator.clock(), hash_secret(cookie)
+        now, key = self._coordinator.state.clock(), hash_secret(cookie)
         with self._lock:
             session = self._sessions.get(key)
             if session is None or not _is_alive(session, now):
@@ -168,7 +168,7 @@ class Sessions:
     def count(self) -> int:
         """Return how many sessions there are."""
         with self._lock:
-            self._remove_expired(self._coordinator.clock())
+            self._remove_expired(self._coordinator.state.clock())
             return len(self._sessions)
 
     def _viewer(self, member: Member, session: Session) -> Viewer:

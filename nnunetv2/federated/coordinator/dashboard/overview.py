@@ -1,7 +1,7 @@
-"""Say what a federation is doing, for people: sites, runs, who is waited for since when, what went wrong.
+"""Build the dashboard overview: sites, runs, pending exchanges, recent failures.
 
-`look` computes an `Overview` from the coordinator's state. `Board` shares it between all who look: it is computed at
-most a few times a second, however many they are, and those who wait for a change cost no thread.
+`OverviewBuilder` computes an `Overview`. `OverviewCache` shares it between all who look: it
+is computed at most a few times a second, however many they are, and those who wait for a change cost no thread.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
-from nnunetv2.federated.coordinator.http.notifications import ANYTHING, Changes
-from nnunetv2.federated.coordinator.models import model_store
 from nnunetv2.federated.coordinator.models.model_folder import without_values
+from nnunetv2.federated.coordinator.notifier import ANYTHING, Notifier
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
 from nnunetv2.federated.exchanges.steps import prerequisite
@@ -77,7 +76,7 @@ class SiteView(Part):
     bytes_sent: Count = 0
 
 
-class Meeting(Part):
+class ExchangeView(Part):
     """An exchange that is open: who has contributed, who has not, until when."""
 
     key: Text
@@ -102,7 +101,7 @@ class RunView(Part):
     state: Literal["running", "paused", "stopped", "complete"]
     num_rounds: Count | None
     rounds_closed: Count
-    meeting: Meeting | None
+    meeting: ExchangeView | None
     """What it waits for; None once it is over."""
     members: Annotated[tuple[MemberView, ...], Field(max_length=MAX_SITES)] = ()
     round_s: Finite | None = None
@@ -159,41 +158,44 @@ class Overview(Part):
     deadline_s: Finite | None
     sites: Annotated[tuple[SiteView, ...], Field(max_length=10 * MAX_SITES)]
     runs: Annotated[tuple[RunView, ...], Field(max_length=10_000)]
-    meetings: Annotated[tuple[Meeting, ...], Field(max_length=10_000)]
+    meetings: Annotated[tuple[ExchangeView, ...], Field(max_length=10_000)]
     """Open exchanges that belong to no run: fingerprints and plans."""
     troubles: Annotated[tuple[TroubleView, ...], Field(max_length=1000)]
     """The latest first."""
     health: Health
 
 
-# ---------------------------------------------------------------------------------------------------------- looking
-class Lookout:
-    """Look at a coordinator again and again, and remember what takes long to find out."""
+# --------------------------------------------------------------------------------------------------------- building
+class OverviewBuilder:
+    """Build overviews of a coordinator, and remember what takes long to find out."""
 
     def __init__(self, coordinator: Coordinator) -> None:
-        self.coordinator = coordinator
-        self.tail = LogTail(coordinator.store, is_run=coordinator.book.has_run)
-        self.started = coordinator.clock()
+        self._coordinator = coordinator
+        self._state = coordinator.state
+        self.tail = LogTail(self._state.store, is_run=self._state.registry.has_run)
+        self._started = self._state.clock()
         self._invited: set[str] = set()
         self._durations: dict[str, tuple[int, float | None]] = {}
 
-    def look(self, revision: str = "") -> Overview:
-        """Return what the federation is doing now."""
-        coordinator, book = self.coordinator, self.coordinator.book
+    def build(self, revision: str = "") -> Overview:
+        """Return the overview of this moment."""
+        state, settings = self._state, self._state.settings
         self.tail.read_on()
-        sites = coordinator.members.status()
+        sites = self._coordinator.members.status()
         self._invited = {status.site for status in sites if status.state == "invited"}
-        runs = tuple(self._run(run) for run in book.runs())
+        runs = tuple(self._run(run) for run in state.registry.runs())
         return Overview(
             revision=revision,
-            time=coordinator.clock(),
-            federation=coordinator.settings.federation,
-            quorum=coordinator.settings.quorum,
-            min_sites=coordinator.settings.min_sites,
-            deadline_s=coordinator.settings.deadline_s,
+            time=state.clock(),
+            federation=settings.federation,
+            quorum=settings.quorum,
+            min_sites=settings.min_sites,
+            deadline_s=settings.deadline_s,
             runs=runs,
             sites=self._sites(sites, runs),
-            meetings=tuple(self._meeting(one) for one in book.open_exchanges() if not isinstance(one.key, RunKey)),
+            meetings=tuple(
+                self._exchange_view(one) for one in state.registry.open_exchanges() if not isinstance(one.key, RunKey)
+            ),
             troubles=tuple(
                 TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500], text=one.text[:8000])
                 for one in reversed(list(self.tail.troubles))
@@ -203,15 +205,15 @@ class Lookout:
 
     def _health(self) -> Health:
         return Health(
-            started=self.started,
-            uploads=len(self.coordinator.uploads.in_progress()),
-            disk_free=shutil.disk_usage(self.coordinator.store.folder).free,
+            started=self._started,
+            uploads=len(self._coordinator.uploads.in_progress()),
+            disk_free=shutil.disk_usage(self._state.store.folder).free,
             log_lines=self.tail.number,
             log_head=self.tail.head,
         )
 
     def _sites(self, sites: tuple[SiteStatus, ...], runs: tuple[RunView, ...]) -> tuple[SiteView, ...]:
-        invitations = self.coordinator.members.open_invitations(self.coordinator.clock())
+        invitations = self._coordinator.members.open_invitations(self._state.clock())
         expiries = {one.member: one.expires for one in invitations}
         found, activities = [], _what_matters(runs)
         for status in sites:
@@ -234,17 +236,17 @@ class Lookout:
 
     # ---------------------------------------------------------------------------------------------------- one run
     def _run(self, run: str) -> RunView:
-        book = self.coordinator.book
-        state, latest = book.run_state(run), book.latest_round(run)
+        registry = self._state.registry
+        state, latest = registry.run_state(run), registry.latest_round(run)
         exchange = None if state.closed else self._open_exchange(run)
-        validation = self.coordinator.store.load_last_validation(run) or {}
+        validation = self._state.store.load_last_validation(run) or {}
         round_s = self._round_seconds(run, state.rounds_closed)
         return RunView(
             run=run,
             state=state.state,
             num_rounds=state.num_rounds,
             rounds_closed=state.rounds_closed,
-            meeting=None if exchange is None else self._meeting(exchange),
+            meeting=None if exchange is None else self._exchange_view(exchange),
             members=() if exchange is None else self._members(run, exchange),
             round_s=round_s,
             left_s=None if state.closed else self._seconds_left(run, round_s),
@@ -256,19 +258,19 @@ class Lookout:
         )
 
     def _model(self, run: str) -> str:
-        return self.tail.models.get(run, "") or str(model_store.outlook(self.coordinator, run) or "")
+        return self.tail.models.get(run, "") or str(self._coordinator.models.outlook(run) or "")
 
     def _open_exchange(self, run: str) -> Exchange:
         """Return what a run waits for, begun or not."""
-        book = self.coordinator.book
+        registry = self._state.registry
         for key in (RegistrationKey(run), InitialKey(run)):
-            if not book.is_closed(key):
-                return book.begin(key)
-        latest = book.latest_number(run)
-        return book.begin(RoundKey(run, 0 if latest is None else latest + 1))
+            if not registry.is_closed(key):
+                return registry.begin(key)
+        latest = registry.latest_number(run)
+        return registry.begin(RoundKey(run, 0 if latest is None else latest + 1))
 
-    def _meeting(self, exchange: Exchange) -> Meeting:
-        return Meeting(
+    def _exchange_view(self, exchange: Exchange) -> ExchangeView:
+        return ExchangeView(
             key=str(exchange.key),
             kind=exchange.key.kind,
             since=self._since(exchange),
@@ -282,16 +284,16 @@ class Lookout:
 
     def _since(self, exchange: Exchange) -> float | None:
         before = prerequisite(exchange.key)
-        earlier = None if before is None else self.coordinator.book.get(before)
+        earlier = None if before is None else self._state.registry.get(before)
         if earlier is not None and isinstance(earlier.outcome, Closed):
             return earlier.outcome.time
         return exchange.opened if exchange.contributions else None
 
     def _members(self, run: str, exchange: Exchange) -> tuple[MemberView, ...]:
-        control, since = self.coordinator.book.control(run), self._since(exchange)
-        uploads = {site: size for (_, site), size in self.coordinator.uploads.in_progress(str(exchange.key)).items()}
+        control, since = self._state.registry.control(run), self._since(exchange)
+        uploads = {site: size for (_, site), size in self._coordinator.uploads.in_progress(str(exchange.key)).items()}
         views = []
-        for site in sorted(exchange.expected | (control.left & frozenset(self.coordinator.settings.sites))):
+        for site in sorted(exchange.expected | (control.left & frozenset(self._state.settings.sites))):
             held = exchange.contributions.get(site)
             if site in control.left:
                 view = MemberView(site=site, activity="left")
@@ -313,15 +315,15 @@ class Lookout:
         """Return how long a round took of late; computed once per round."""
         known = self._durations.get(run)
         if known is None or known[0] != rounds_closed:
-            moments = self.coordinator.book.closed_at(run, RECENT_ROUNDS + 1)
+            moments = self._state.registry.closed_at(run, RECENT_ROUNDS + 1)
             known = self._durations[run] = (rounds_closed, typical_duration(moments))
         return known[1]
 
     def _seconds_left(self, run: str, round_s: float | None) -> float | None:
-        state, latest = self.coordinator.book.run_state(run), self.coordinator.book.latest_round(run)
+        state, latest = self._state.registry.run_state(run), self._state.registry.latest_round(run)
         if round_s is None or state.num_rounds is None or latest is None or state.state != "running":
             return None
-        elapsed = max(0.0, self.coordinator.clock() - latest.outcome.time)
+        elapsed = max(0.0, self._state.clock() - latest.outcome.time)
         return time_left(state.num_rounds - state.rounds_closed, round_s, elapsed)
 
 
@@ -331,12 +333,12 @@ def typical_duration(moments: list[float]) -> float | None:
 
 
 def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:
-    """Return how long rounds will take, the first of which has begun a while ago; it may be overdue."""
+    """Return the seconds that rounds will take, the first of which is under way."""
     return num_rounds * round_s - min(elapsed_s, round_s)
 
 
 def _what_matters(runs: tuple[RunView, ...]) -> dict[str, tuple[str, Activity]]:
-    """Return, for each site, the run in which what it is doing matters most to the others, and what that is."""
+    """Return, for each site, its most important activity and the run of that."""
     order = ("failed", "sending", "working", "waiting", "left", "invited")
     found: dict[str, list[tuple[int, str, Activity]]] = defaultdict(list)
     for run in runs:
@@ -346,29 +348,29 @@ def _what_matters(runs: tuple[RunView, ...]) -> dict[str, tuple[str, Activity]]:
 
 
 # ---------------------------------------------------------------------------------------------------------- sharing
-class Board:
+class OverviewCache:
     """The overview that all who look share, as JSON. Belongs to the event loop."""
 
-    def __init__(self, lookout: Lookout, changes: Changes) -> None:
-        self._lookout = lookout
-        self._changes = changes
+    def __init__(self, builder: OverviewBuilder, notifier: Notifier) -> None:
+        self.builder = builder
+        self._notifier = notifier
         self._lock = asyncio.Lock()
         self._start = secrets.token_hex(4)
         self._made = 0.0
         self._overview: Overview | None = None
         self._body = b""
         self._revision = ""
-        """What the body shows."""
+        """Of the body."""
 
     @property
     def revision(self) -> str:
-        """Name the present state: other after every change, and after a restart."""
-        return f"{self._start}.{self._changes.count}"
+        """Name of the present state: another after every change, and after a restart."""
+        return f"{self._start}.{self._notifier.count}"
 
     async def wait(self, seen: str, wait_s: float) -> None:
-        """Wait until something differs from what somebody has seen, but not longer than this."""
-        change = self._changes.expect(ANYTHING)
-        if seen == self.revision and wait_s > 0 and not self._changes.stopping:
+        """Wait until something differs from a revision that somebody has seen, but not longer than this."""
+        change = self._notifier.expect(ANYTHING)
+        if seen == self.revision and wait_s > 0 and not self._notifier.stopping:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(change.wait(), wait_s)
 
@@ -376,7 +378,7 @@ class Board:
         """Return the overview, which may be half a second old, as JSON."""
         return (await self._share())[1]
 
-    async def overview(self) -> Overview:
+    async def get(self) -> Overview:
         """Return the same for programs here."""
         return (await self._share())[0]
 
@@ -388,10 +390,10 @@ class Board:
                     return self._overview, self._body
                 await asyncio.sleep(SHORTEST_INTERVAL_S - age)
             revision = self.revision
-            self._overview, self._body = await run_in_threadpool(self._look, revision)
+            self._overview, self._body = await run_in_threadpool(self._build, revision)
             self._revision, self._made = revision, time.monotonic()
             return self._overview, self._body
 
-    def _look(self, revision: str) -> tuple[Overview, bytes]:
-        overview = self._lookout.look(revision)
+    def _build(self, revision: str) -> tuple[Overview, bytes]:
+        overview = self.builder.build(revision)
         return overview, encode_json(overview)  # not on the event loop: it can be large

@@ -1,4 +1,4 @@
-"""Write what a federation is doing as figures for Prometheus, in its text format (version 0.0.4).
+"""Export the state of a federation as Prometheus metrics, in the text format (version 0.0.4).
 
     GET /metrics    with the token of an observer: Authorization: Bearer <name>.<secret>
 
@@ -12,93 +12,94 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2.federated.coordinator.dashboard.overview import Lookout, Overview
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
+from nnunetv2.federated.coordinator.dashboard.overview import Overview
+from nnunetv2.federated.coordinator.service import Coordinator
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PREFIX = "nnunet_fed_"
 STATES_OF_SITE = ("invited", "active", "revoked")
 STATES_OF_RUN = ("running", "paused", "stopped", "complete")
 
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure with its samples."""
-
-    name: str
-    kind: str
-    """gauge, counter or summary."""
-    help: str
-    samples: Iterable[tuple[Mapping[str, str], float]]
-    """(labels, value)."""
-    suffix: str = ""
-    """Of the samples' names, such as _sum; the figure is announced without it."""
+Samples = Iterable[tuple[Mapping[str, str], float]]
+"""Pairs of (labels, value); all of one metric have the same labels."""
 
 
-def encode(figures: Iterable[Figure]) -> str:
-    """Return figures in the text format. Those of one name follow each other and are announced once."""
-    lines, announced = [], set()
-    for figure in figures:
-        name = f"nnunet_fed_{figure.name}"
-        if name not in announced:
-            announced.add(name)
-            lines += [f"# HELP {name} {figure.help}", f"# TYPE {name} {figure.kind}"]
-        lines += [
-            f"{name}{figure.suffix}{_encode_labels(labels)} {_encode_value(value)}" for labels, value in figure.samples
-        ]
-    return "\n".join(lines) + "\n"
+def exposition(collector: Collector) -> str:
+    """Return the metrics of a collector in the text format."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry).decode()
 
 
-def _encode_labels(labels: Mapping[str, str]) -> str:
-    if not labels:
-        return ""
-    escaped = {
-        name: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") for name, value in labels.items()
-    }
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
-
-
-def _encode_value(value: float) -> str:
-    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else repr(float(value))
-
-
-# ---------------------------------------------------------------------------------------------------------- figures
-def figures(overview: Overview, lookout: Lookout, *, refusals: Mapping[str, int], sessions: int) -> Iterator[Figure]:
-    """Yield every figure of a coordinator.
+class FederationCollector(Collector):
+    """The metrics of a coordinator at one moment.
 
     Args:
-        overview: What the page shows, too.
-        lookout: What knows the rest.
+        overview: The same that the page shows.
+        tail: The counts of the audit log.
         refusals: Requests that were refused since the start, by code.
         sessions: Browsers that are logged in.
     """
-    yield from _of_sites(overview)
-    yield from _of_runs(overview)
-    yield from _of_log(lookout)
-    yield from _of_coordinator(overview, lookout)
-    yield Figure(
-        "requests_refused_total",
-        "counter",
-        "Requests that were refused since the start, by code.",
-        [({"code": code}, count) for code, count in sorted(refusals.items())],
-    )
-    yield Figure("page_sessions", "gauge", "Browsers that are logged in to the page.", [({}, sessions)])
+
+    def __init__(
+        self, overview: Overview, coordinator: Coordinator, tail: LogTail, *, refusals: Mapping[str, int], sessions: int
+    ) -> None:
+        self._overview = overview
+        self._coordinator = coordinator
+        self._tail = tail
+        self._refusals = refusals
+        self._sessions = sessions
+
+    def describe(self) -> list[Metric]:
+        """Return nothing: the registry of one request need not check for duplicates."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric."""
+        yield from _of_sites(self._overview)
+        yield from _of_runs(self._overview)
+        yield from _of_log(self._tail)
+        yield from _of_coordinator(self._overview, self._coordinator)
+        yield _counter(
+            "requests_refused_total",
+            "Requests that were refused since the start, by code.",
+            [({"code": code}, count) for code, count in sorted(self._refusals.items())],
+        )
+        yield _gauge("page_sessions", "Browsers that are logged in to the page.", [({}, self._sessions)])
 
 
-def _of_sites(overview: Overview) -> Iterator[Figure]:
+def _gauge(name: str, text: str, samples: Samples) -> Metric:
+    return _filled(GaugeMetricFamily(PREFIX + name, text), name, samples)
+
+
+def _counter(name: str, text: str, samples: Samples) -> Metric:
+    return _filled(CounterMetricFamily(PREFIX + name, text), name, samples)
+
+
+def _filled(metric: Metric, name: str, samples: Samples) -> Metric:
+    for labels, value in samples:
+        metric.add_sample(PREFIX + name, dict(labels), value)
+    return metric
+
+
+def _of_sites(overview: Overview) -> Iterator[Metric]:
     states = Counter(site.state for site in overview.sites)
     activities = Counter(site.activity for site in overview.sites if site.state == "active")
-    yield Figure("sites", "gauge", "Sites by state.", [({"state": state}, states[state]) for state in STATES_OF_SITE])
-    yield Figure(
+    yield _gauge("sites", "Sites by state.", [({"state": state}, states[state]) for state in STATES_OF_SITE])
+    yield _gauge(
         "sites_active",
-        "gauge",
         "Sites that have joined, by what they are doing.",
         [({"activity": name}, count) for name, count in sorted(activities.items())],
     )
-    yield Figure(
+    yield _gauge(
         "site_last_seen_age_seconds",
-        "gauge",
         "Time since the last request of a site.",
         [
             ({"site": site.site}, max(0.0, overview.time - site.last_seen))
@@ -106,63 +107,54 @@ def _of_sites(overview: Overview) -> Iterator[Figure]:
             if site.last_seen is not None
         ],
     )
-    yield Figure(
+    yield _counter(
         "site_received_bytes_total",
-        "counter",
         "Bytes that the coordinator received from a site.",
         [({"site": site.site}, site.bytes_received) for site in overview.sites],
     )
-    yield Figure(
+    yield _counter(
         "site_sent_bytes_total",
-        "counter",
         "Bytes that the coordinator sent to a site.",
         [({"site": site.site}, site.bytes_sent) for site in overview.sites],
     )
 
 
-def _of_runs(overview: Overview) -> Iterator[Figure]:
+def _of_runs(overview: Overview) -> Iterator[Metric]:
     runs = overview.runs
     meetings = [*overview.meetings, *(run.meeting for run in runs if run.meeting is not None)]
     begun = Counter(meeting.kind for meeting in meetings if meeting.contributed)
-    yield Figure(
+    yield _gauge(
         "run_state",
-        "gauge",
         "1 for the state that a run is in.",
         [({"run": run.run, "state": state}, run.state == state) for run in runs for state in STATES_OF_RUN],
     )
-    yield Figure(
+    yield _counter(
         "rounds_closed_total",
-        "counter",
         "Rounds of a run that are closed.",
         [({"run": run.run}, run.rounds_closed) for run in runs],
     )
-    yield Figure(
+    yield _gauge(
         "rounds_planned",
-        "gauge",
         "Rounds that a run is going to have.",
         [({"run": run.run}, run.num_rounds) for run in runs if run.num_rounds is not None],
     )
-    yield Figure(
+    yield _gauge(
         "round_seconds",
-        "gauge",
         "Median duration of the last rounds.",
         [({"run": run.run}, run.round_s) for run in runs if run.round_s is not None],
     )
-    yield Figure(
+    yield _gauge(
         "open_gatherings",
-        "gauge",
         "Gatherings that somebody has contributed to and that have no result.",
         [({"kind": kind}, count) for kind, count in sorted(begun.items())],
     )
-    yield Figure(
+    yield _gauge(
         "waiting_for_sites",
-        "gauge",
         "Sites whose contribution is waited for.",
         [({"gathering": meeting.key}, len(meeting.waiting_for)) for meeting in meetings],
     )
-    yield Figure(
+    yield _gauge(
         "waiting_seconds",
-        "gauge",
         "How long they have been waited for.",
         [
             ({"gathering": meeting.key}, max(0.0, overview.time - meeting.since))
@@ -170,50 +162,44 @@ def _of_runs(overview: Overview) -> Iterator[Figure]:
             if meeting.since is not None
         ],
     )
-    yield Figure(
+    yield _gauge(
         "pooled_dice",
-        "gauge",
         "Moving average of the aggregates' Dice over all sites' voxels.",
         [({"run": run.run}, run.ema_dice) for run in runs if run.ema_dice is not None],
     )
 
 
-def _of_log(lookout: Lookout) -> Iterator[Figure]:
-    counts = lookout.tail.counts
+def _of_log(tail: LogTail) -> Iterator[Metric]:
+    counts = tail.counts
     for name, kind, text in (
         ("failures_total", "failure", "Failures that a site has reported."),
         ("contributions_refused_total", "refusal", "Contributions of a site that were refused."),
         ("late_total", "late", "Contributions of a site that came too late to count."),
     ):
-        yield Figure(
+        yield _counter(
             name,
-            "counter",
             text,
             [({"site": site or "none"}, count) for (found, site), count in sorted(counts.items()) if found == kind],
         )
-    yield Figure("log_lines_total", "counter", "Lines of the audit log.", [({}, lookout.tail.number)])
+    yield _counter("log_lines_total", "Lines of the audit log.", [({}, tail.number)])
 
 
-def _of_coordinator(overview: Overview, lookout: Lookout) -> Iterator[Figure]:
-    closer, uploads = lookout.coordinator.closer, lookout.coordinator.uploads.in_progress()
-    text = "Time that it took to compute results since the start."
-    yield Figure("closing_seconds", "summary", text, [({}, closer.seconds_closing)], suffix="_sum")
-    yield Figure("closing_seconds", "summary", text, [({}, closer.num_closings)], suffix="_count")
-    yield Figure("uploads_in_progress", "gauge", "Uploads that are being received.", [({}, len(uploads))])
-    yield Figure("upload_bytes", "gauge", "Bytes that are here of these uploads.", [({}, sum(uploads.values()))])
-    yield Figure(
-        "disk_free_bytes", "gauge", "Free space where the federation's folder is.", [({}, overview.health.disk_free)]
+def _of_coordinator(overview: Overview, coordinator: Coordinator) -> Iterator[Metric]:
+    worker, uploads = coordinator.worker, coordinator.uploads.in_progress()
+    yield SummaryMetricFamily(
+        PREFIX + "closing_seconds",
+        "Time that it took to compute results since the start.",
+        count_value=worker.num_closings,
+        sum_value=worker.seconds_closing,
     )
-    yield Figure(
-        "start_time_seconds",
-        "gauge",
-        "When the coordinator started, in seconds since 1970.",
-        [({}, overview.health.started)],
+    yield _gauge("uploads_in_progress", "Uploads that are being received.", [({}, len(uploads))])
+    yield _gauge("upload_bytes", "Bytes that are here of these uploads.", [({}, sum(uploads.values()))])
+    yield _gauge("disk_free_bytes", "Free space where the federation's folder is.", [({}, overview.health.disk_free)])
+    yield _gauge(
+        "start_time_seconds", "When the coordinator started, in seconds since 1970.", [({}, overview.health.started)]
     )
-    yield Figure("cpu_seconds_total", "counter", "CPU time of the coordinator.", [({}, time.process_time())])
-    yield Figure(
-        "memory_bytes", "gauge", "Memory of the coordinator that is in use.", [({}, used) for used in memory_used()]
-    )
+    yield _counter("cpu_seconds_total", "CPU time of the coordinator.", [({}, time.process_time())])
+    yield _gauge("memory_bytes", "Memory of the coordinator that is in use.", [({}, used) for used in memory_used()])
 
 
 def memory_used() -> list[int]:

@@ -1,7 +1,7 @@
-"""Serve HTTP connections that cannot hold the server: those that are too slow or too many are dropped.
+"""Serve HTTP connections, and drop those that are too slow or too many.
 
 uvicorn waits for ever for the headers of a new connection, for the rest of a body and for a reader that does not read.
-Its protocol class gets here what it lacks; what is too slow or too much, `limits.py` decides.
+Its protocol class gets here what it lacks; what is too slow or too much, `rate_limits.py` decides.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nnunetv2.federated.coordinator.http.large_bodies import BufferBook, LargeBody, can_bypass
+from nnunetv2.federated.coordinator.http.large_bodies import CONNECTION, BufferPool, LargeBody, can_bypass
 from nnunetv2.federated.coordinator.http.listener import Listener
-from nnunetv2.federated.coordinator.http.rate_limits import ConnectionBook, Limits, Pace, Phase
+from nnunetv2.federated.coordinator.http.rate_limits import ConnectionRegistry, Limits, Phase, ProgressWatchdog
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.strict_json import encode_json
 
@@ -45,20 +45,20 @@ class GuardedProtocol(H11Protocol):
     """One connection, watched.
 
     Args:
-        book: Of all connections of this server.
+        registry: Of all connections of this server.
         options: What uvicorn gives its protocols.
     """
 
-    def __init__(self, book: ConnectionBook, **options: Any) -> None:
+    def __init__(self, registry: ConnectionRegistry, **options: Any) -> None:
         super().__init__(**options)
-        self.app_state = {**self.app_state, "connection": self}  # where the application finds it: scope["state"]
-        self._book = book
+        self.app_state = {**self.app_state, CONNECTION: self}  # where the application finds it: scope["state"]
+        self._registry = registry
         self._socket: asyncio.Transport | None = None
         """Below TLS. The one above is of little use once it is closed: asyncio then waits for the other side."""
         self._is_dropped = False
         self._is_heard = False
         self._body: LargeBody | None = None
-        self._pace = Pace()
+        self._watchdog = ProgressWatchdog()
         self._received = 0
         self._received_in_rest = 0
         self._unsent = 0
@@ -93,21 +93,21 @@ class GuardedProtocol(H11Protocol):
 
     # ------------------------------------------------------------------------------------------ what the listener calls
     def attach(self, transport: asyncio.Transport) -> None:
-        """Take note of the transport that is the socket itself, below TLS."""
+        """Remember the transport that is the socket itself, below TLS."""
         self._socket = transport
         transport.set_write_buffer_limits(UNSENT_BYTES)
         if self._is_dropped:
             transport.abort()
 
     def heard(self) -> None:
-        """Take note that something has arrived."""
+        """Mark the connection as no longer silent."""
         if not self._is_heard:
             self._is_heard = True
-            self._book.heard(self)
+            self._registry.heard(self)
 
     def detached(self) -> None:
-        """Take note that the socket is closed."""
-        self._book.closed(self)
+        """Forget the connection: its socket is closed."""
+        self._registry.closed(self)
         self.app_state = {}  # no circle: what strangers leave behind goes at once
 
     def drop(self) -> None:
@@ -119,17 +119,17 @@ class GuardedProtocol(H11Protocol):
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Serve a member's request: meanwhile this connection makes room for nobody."""
-        self._book.busy(self)
+        self._registry.busy(self)
         try:
             yield
         finally:
-            gives_way = self._book.idle(self)
+            gives_way = self._registry.idle(self)
             if gives_way is not None:
                 gives_way.drop()
 
     # -------------------------------------------------------------------------------------------- what uvicorn calls
     def shutdown(self) -> None:
-        """Let the server stop: take no further request, and go when the present one is answered."""
+        """Take no further request, and end when the present one is answered."""
         if not self.transport.is_closing():
             super().shutdown()
         self._part()
@@ -146,33 +146,33 @@ class GuardedProtocol(H11Protocol):
 
     # --------------------------------------------------------------------------------------------------- large bodies
     @asynccontextmanager
-    async def large_body(self, remaining: int, book: BufferBook) -> AsyncIterator[LargeBody]:
-        """Let the rest of the body that is being received, of known length, bypass the parser.
+    async def large_body(self, remaining: int, pool: BufferPool) -> AsyncIterator[LargeBody]:
+        """Receive the rest of the present body, of known length, past the parser.
 
         Enter it right after a part of the body was received, before anything else is awaited. The connection is closed
         after the answer.
         """
         self.scope["headers"].append((b"connection", b"close"))  # as if the request had asked for it
         self.flow.pause_reading()  # the body itself says when to read; afterwards there is nothing to read
-        self._body = LargeBody(self, remaining, book)
+        self._body = LargeBody(self, remaining, pool)
         self.transport.set_protocol(self._body)
-        book.opened()
+        pool.opened()
         try:
             yield self._body
         except Exception:
             await self._body.discard(REST_BYTES)
             raise
         finally:
-            book.closed()
+            pool.closed()
             self.transport.set_protocol(self)
             self._body = None
 
     def can_bypass_parser(self) -> bool:
-        """Tell whether this connection can take a body with `large_body`."""
+        """Return whether this connection can take a body with `large_body`."""
         return can_bypass(self.transport, self.loop)
 
     def note_received(self, count: int) -> None:
-        """Take note of bytes that have arrived."""
+        """Count bytes that have arrived."""
         self._received += count
 
     # ------------------------------------------------------------------------------------------------------ watching
@@ -183,7 +183,7 @@ class GuardedProtocol(H11Protocol):
         self._unsent = unsent
         phase = self._phase()
         progress = self._times_sent if phase == "answer" else self._received
-        if self._pace.is_too_slow(phase, progress, self.loop.time()):
+        if self._watchdog.is_too_slow(phase, progress, self.loop.time()):
             self.drop()
         else:
             self._timer = self.loop.call_later(WATCH_S, self._watch)
@@ -211,7 +211,7 @@ class GuardedProtocol(H11Protocol):
 
     # ------------------------------------------------------------------------------------------------------- answers
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP as everything else is answered, if an answer can still be sent."""
+        """Answer malformed HTTP with a problem document, if that can still be sent."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -255,11 +255,11 @@ def guarded_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
 
 
 class GuardedServer(uvicorn.Server):
-    """A server whose connections are counted when they are accepted, and watched. It is given its sockets."""
+    """A server that counts connections when they are accepted, and watches them."""
 
     def __init__(self, config: uvicorn.Config, limits: Limits | None = None) -> None:
         super().__init__(config)
-        self.book = ConnectionBook(limits or Limits())
+        self.registry = ConnectionRegistry(limits or Limits())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then accept connections."""
@@ -269,24 +269,24 @@ class GuardedServer(uvicorn.Server):
             sys.exit(STARTUP_FAILED)
         make_connection = partial(
             GuardedProtocol,
-            self.book,
+            self.registry,
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
             _loop=asyncio.get_running_loop(),
         )
-        self.servers = [Listener(one, make_connection, self.book, self.config.ssl) for one in sockets]
+        self.servers = [Listener(one, make_connection, self.registry, self.config.ssl) for one in sockets]
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop; connections whose handshake is not over, of which uvicorn does not know, end at once."""
-        for connection in set(self.book) - self.server_state.connections:
+        for connection in set(self.registry) - self.server_state.connections:
             connection.drop()
         await super().shutdown(sockets)
 
 
 def allow_many_files() -> int:
-    """Let this process open as many files and connections as the system grants, and return how many that are."""
+    """Raise the limit of open files to what the system grants, and return it."""
     try:
         import resource
     except ImportError:  # Windows, which sets no such limit

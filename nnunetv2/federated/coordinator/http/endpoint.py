@@ -1,4 +1,4 @@
-"""Know where a coordinator can be reached and how it is recognised: what invitations say."""
+"""Describe how members reach and recognise a coordinator: the content of invitations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nnunetv2.federated.protocol.invitation import Invitation, encode_invitation
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a coordinator is."""
+class Endpoint:
+    """Address and private authority of a coordinator."""
 
     url: str
     """Under which members reach it."""

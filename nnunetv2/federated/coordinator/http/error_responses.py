@@ -1,4 +1,4 @@
-"""Say no: the status code of every refusal, and the JSON {code, message, remedy} that explains it.
+"""Map errors to HTTP status codes and problem documents, JSON {code, message, remedy}.
 
 A site shows message and remedy as one line. Codes are for programs, and for people who look a line up.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 from pydantic import BaseModel
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from nnunetv2.federated.coordinator.http.services import services_of
 from nnunetv2.federated.errors import FederationError, RefusedError, reason_without_paths
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.strict_json import encode_json
@@ -74,7 +77,7 @@ STATUS_OF_CODE = {
 
 
 def problem_of(error: Exception) -> tuple[int, api.Problem]:
-    """Turn an error into a status code and its description: the one table for all requests."""
+    """Return the status code of an error, and the problem document that explains it."""
     if isinstance(error, RefusedError):
         status = STATUS_OF_CODE.get(error.code, 409)
         return status, api.Problem(
@@ -92,16 +95,16 @@ def problem_of(error: Exception) -> tuple[int, api.Problem]:
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
-    """Answer with the problem that an error describes."""
+    """Answer with the problem document of an error."""
     status, problem = problem_of(error)
-    request.app.state.observatory.refusals[problem.code] += 1
+    services_of(request).refusals[problem.code] += 1
     if status >= 500:
         logger.error("%s %s", request.method, path_of(request), exc_info=error)
     return json_response(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
 
 
 async def answer_unknown(request: Request, error: Exception) -> Response:
-    """Answer a request for a path, or with a method, that the coordinator does not have."""
+    """Answer a request for an unknown path, or with an unknown method."""
     code = "unknown_method" if getattr(error, "status_code", 404) == 405 else "unknown_path"
     problem = api.Problem(
         code=code,
@@ -112,7 +115,7 @@ async def answer_unknown(request: Request, error: Exception) -> Response:
 
 
 def path_of(request: Request) -> str:
-    """Return the path of a request. `request.url` fails where the rest of its address makes no sense."""
+    """Return the path of a request, also of one whose URL is malformed."""
     return printable(request.scope["path"])
 
 
@@ -121,15 +124,25 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=400)
 
 
+HANDLERS: dict[Any, Any] = {
+    FederationError: answer_error,
+    OSError: answer_error,
+    HTTPException: answer_unknown,
+    ClientDisconnect: answer_nobody,
+    Exception: answer_error,
+}
+"""For every application here."""
+
+
 def answer_too_many(message: str, wait_s: float) -> Response:
-    """Ask somebody who asks too much to come back later."""
+    """Answer that somebody has asked too much, and when to ask again."""
     seconds = max(1, math.ceil(wait_s))
     problem = api.Problem(code="too_many_requests", message=message, remedy=f"Ask again in {seconds} s.")
     return json_response(problem, 429, {"Retry-After": str(seconds)})
 
 
 def json_response(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Answer with a message, which is for nobody else, so that nothing in between keeps it."""
+    """Answer with a message, which no cache in between may keep."""
     return Response(
         encode_json(model), status, {"Cache-Control": "no-store", **(headers or {})}, media_type="application/json"
     )

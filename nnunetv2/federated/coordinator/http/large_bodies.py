@@ -1,4 +1,4 @@
-"""Take the rest of a large body from its connection into one buffer, past the HTTP parser.
+"""Receive large bodies into one buffer, past the HTTP parser.
 
 A parser for all of HTTP copies every byte three times and wakes the application for every 64 KiB; of an upload of a
 hundred MiB only the first few KiB need one. What follows has a known length, so the connection gets another protocol
@@ -17,22 +17,23 @@ import asyncio
 import mmap
 import sys
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect
-
-if TYPE_CHECKING:
-    from nnunetv2.federated.coordinator.http.connections import GuardedProtocol
+from starlette.types import Scope
 
 BUFFER_BYTES = 1 << 20
 """What one upload may hold,"""
 SMALLEST_BUFFER_BYTES = 64 << 10
 BUFFERS_BYTES = 16 << 20
 """or less, so that all that arrive at the same time hold about this much together."""
+CONNECTION = "connection"
+"""Where the state of a request's scope holds its connection."""
 
 
 def can_bypass(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell whether a protocol of this connection may choose the buffer that is received into.
+    """Return whether a protocol may choose the buffer that this connection fills.
 
     Elsewhere asyncio fills a buffer of its own first and pours it out, whether or not reading was paused meanwhile:
     on Windows, and with TLS before Python 3.11.
@@ -45,24 +46,58 @@ def can_bypass(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) ->
     )
 
 
-class BufferBook:
-    """Share the memory for bodies among those that arrive. For one event loop."""
+class BufferPool:
+    """Share the memory for bodies among all that arrive. For one event loop."""
 
     def __init__(self) -> None:
         self._number = 0
 
     def opened(self) -> None:
-        """Take note of one more body."""
+        """Count one more body."""
         self._number += 1
 
     def closed(self) -> None:
-        """Take note of one less."""
+        """Count one body less."""
         self._number -= 1
 
     @property
     def share(self) -> int:
-        """Return how many bytes each of them may hold now."""
+        """Return the bytes that each of them may hold now."""
         return min(BUFFER_BYTES, max(SMALLEST_BUFFER_BYTES, BUFFERS_BYTES // max(1, self._number)))
+
+
+class Connection(Protocol):
+    """The connection of a request, as its handlers see it."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Serve a member's request: meanwhile this connection makes room for nobody."""
+
+    def can_bypass_parser(self) -> bool:
+        """Return whether this connection can take a body with `large_body`."""
+
+    def large_body(self, remaining: int, pool: BufferPool) -> AbstractAsyncContextManager[LargeBody]:
+        """Receive the rest of the present body, of known length, past the parser."""
+
+    def note_received(self, count: int) -> None:
+        """Count bytes that have arrived."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the connection."""
+
+    def pause_writing(self) -> None:
+        """Wait before more is written."""
+
+    def resume_writing(self) -> None:
+        """Go on writing."""
+
+
+def connection_of(scope: Scope) -> Connection | None:
+    """Return the connection of a request; None where another server than ours has received it."""
+    connection: Connection | None = scope.get("state", {}).get(CONNECTION)
+    return connection
 
 
 class LargeBody(asyncio.BufferedProtocol):
@@ -71,10 +106,10 @@ class LargeBody(asyncio.BufferedProtocol):
     The connection is read only while somebody waits for the next piece, so a slow disk slows the sender down.
     """
 
-    def __init__(self, connection: GuardedProtocol, remaining: int, book: BufferBook) -> None:
+    def __init__(self, connection: Connection, remaining: int, pool: BufferPool) -> None:
         self.remaining = remaining
         self._connection = connection
-        self._book = book
+        self._pool = pool
         # Pages that are not touched take no memory, and all of it goes back at once.
         self._memory = mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._buffer = memoryview(self._memory)
@@ -97,21 +132,21 @@ class LargeBody(asyncio.BufferedProtocol):
         while self.remaining:
             if self._is_lost:
                 raise ClientDisconnect
-            self._set_goal(min(self._book.share, self.remaining))
+            self._set_goal(min(self._pool.share, self.remaining))
             self._arrival = self._connection.loop.create_future()
             self._connection.transport.resume_reading()
             await self._arrival
             yield self._buffer[: self._filled]
 
     def _set_goal(self, goal: int) -> None:
-        """Make room for so many bytes, and give back the memory of more if more was held before."""
+        """Make room for so many bytes, and return the memory of more."""
         kept = -(-goal // mmap.PAGESIZE) * mmap.PAGESIZE
         if kept < self._goal and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, kept)
         self._filled, self._goal = 0, goal
 
     async def discard(self, at_most: int) -> None:
-        """Throw away the rest, if it is not too much: a sender that is cut off while it sends misses the answer."""
+        """Discard the rest, up to a limit: a sender that is cut off misses the answer."""
         async for piece in self.pieces():
             at_most -= len(piece)
             if at_most < 0:

@@ -1,4 +1,4 @@
-"""Settle where a coordinator listens, under which address it is known, and how it is protected."""
+"""Settle a coordinator's listening address, public URL and TLS."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Address:
-    """Where a coordinator listens, under which address sites know it, and how it is protected; kept between starts."""
+class ListenAddress:
+    """Listening address, public URL and TLS of a coordinator; kept between starts."""
 
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
@@ -90,7 +90,7 @@ class Address:
         return replace(self, host=host, url=None, tls=self.speaks_tls).public_url
 
     def certificate(self, folder: Path) -> tls.Certificate | None:
-        """Return what is needed to speak TLS, made on the first start; None where the coordinator does not."""
+        """Return the certificate for TLS, made on the first start; None without TLS."""
         if not self.speaks_tls:
             return None
         if self.tls_certificate:
@@ -103,15 +103,15 @@ class Address:
         )
 
 
-def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> Address:
+def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> ListenAddress:
     """Return the address of a start: what the command line says, else what held before."""
-    known = {field.name for field in fields(Address)}
+    known = {field.name for field in fields(ListenAddress)}
     given = {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in vars(arguments).items()
         if name in known and value is not None
     }
-    return Address(**{**{name: value for name, value in stored.items() if name in known}, **given})
+    return ListenAddress(**{**{name: value for name, value in stored.items() if name in known}, **given})
 
 
 def tls_options(certificate: tls.Certificate | None) -> dict[str, object]:

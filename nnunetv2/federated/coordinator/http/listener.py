@@ -1,9 +1,9 @@
-"""Accept connections, and count each before anything is spent on it: before its TLS handshake above all.
+"""Accept connections, and count each before its TLS handshake.
 
 asyncio's own server counts nobody, tells its protocols of a connection only when the handshake is over, gives each
 encrypted one a buffer of 256 KiB, and accepts on and on when no file descriptor is left.
 
-    listening socket --> ConnectionBook --> [TlsLayer] --> HTTP
+    listening socket --> ConnectionRegistry --> [TlsLayer] --> HTTP
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from nnunetv2.federated.coordinator.http.rate_limits import ConnectionBook
+from nnunetv2.federated.coordinator.http.rate_limits import ConnectionRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +35,21 @@ RECEIVED_AT_ONCE = 256 << 10
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 ACCEPT_PAUSE_S = 0.1
 """How long nobody is accepted after that has failed."""
-COMPLAINT_S = 60.0
-"""How often that is said at most."""
+LOG_EVERY_S = 60.0
+"""How often that is logged at most."""
 
 
 class Connection(Protocol):
     """What a listener needs of the protocol above it."""
 
     def attach(self, transport: asyncio.Transport) -> None:
-        """Take note of the transport that is the socket itself, below TLS."""
+        """Remember the transport that is the socket itself, below TLS."""
 
     def heard(self) -> None:
-        """Take note that something has arrived."""
+        """Mark the connection as no longer silent."""
 
     def detached(self) -> None:
-        """Take note that the socket is closed."""
+        """Forget the connection: its socket is closed."""
 
     def drop(self) -> None:
         """Close the socket at once."""
@@ -93,7 +93,7 @@ class Listener:
     Args:
         listening: The socket. Accepted ones have its options: TCP_NODELAY is set where its protocol is IPPROTO_TCP.
         make_connection: Returns the HTTP protocol of a new connection.
-        book: Of all connections.
+        registry: Of all connections.
         context: For TLS; None: plain HTTP.
     """
 
@@ -101,18 +101,18 @@ class Listener:
         self,
         listening: socket.socket,
         make_connection: Callable[[], Connection],
-        book: ConnectionBook,
+        registry: ConnectionRegistry,
         context: ssl.SSLContext | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._listening = listening
         self._make_connection = make_connection
-        self._book = book
+        self._registry = registry
         self._context = context
         self._buffer = bytearray(RECEIVED_AT_ONCE)
         self._beginnings: set[asyncio.Task[object]] = set()
         self._pause: asyncio.TimerHandle | None = None
-        self._complained = -COMPLAINT_S
+        self._logged = -LOG_EVERY_S
         listening.setblocking(False)
         listening.listen(BACKLOG)
         self._resume()
@@ -146,7 +146,7 @@ class Listener:
     def _admit(self, accepted: socket.socket, host: str) -> None:
         """Begin to serve a connection, in place of another one if there are too many."""
         connection = self._make_connection()
-        gives_way = self._book.opened(connection, host)
+        gives_way = self._registry.opened(connection, host)
         if gives_way is connection:
             accepted.close()
             return
@@ -167,11 +167,11 @@ class Listener:
     def _wait_for_room(self, error: OSError) -> None:
         """Stop accepting for a moment. If descriptors have run out, strangers' idle connections give theirs back."""
         if error.errno in OUT_OF_FILES:
-            for connection in self._book.give_up_strangers(ACCEPTED_AT_ONCE):
+            for connection in self._registry.give_up_strangers(ACCEPTED_AT_ONCE):
                 connection.drop()
         now = time.monotonic()
-        if now - self._complained >= COMPLAINT_S:
-            self._complained = now
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
             logger.error(
                 "no connection can be accepted for the moment: %s. Allow more open files (ulimit -n, "
                 "LimitNOFILE) if this goes on",

@@ -1,4 +1,4 @@
-"""Bound what anybody can take of a coordinator: requests, connections, time. Plain state; the clock is handed in.
+"""Limit requests, connections and time, per member and per address.
 
 Members are known by their credential, all others by their address. What a stranger does costs members nothing: a site
 whose neighbour behind the same address floods the coordinator is served as ever.
@@ -20,9 +20,8 @@ from typing import Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nnunetv2.federated.coordinator.http.error_responses import answer_too_many
-
-MAX_REMEMBERED = 10_000
-"""Members and addresses whose requests are counted at a time; the rest have been quiet for longest."""
+from nnunetv2.federated.coordinator.http.large_bodies import connection_of
+from nnunetv2.federated.coordinator.token_bucket import TokenBucket
 
 COSTLY_PATH = re.compile("/v1/status|/v1/runs/[^/]+/curves|/metrics")
 COSTLY_REQUEST = 10.0
@@ -31,7 +30,7 @@ COSTLY_REQUEST = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much is granted. A site in the busiest of rounds needs about a hundredth of it."""
+    """The limits. A site in the busiest of rounds needs about a hundredth."""
 
     requests_per_s: float = 50.0
     """Of one member, in the long run,"""
@@ -55,7 +54,7 @@ class Limits:
     """and those of one address. The newest is let in: silent ones make room first, members' idle ones last."""
 
     def within_files(self, files: int) -> Limits:
-        """Return limits that hold with so many file descriptors, a quarter of which connections leave to the rest."""
+        """Return limits that leave a quarter of the file descriptors to others."""
         connections = min(self.connections, files * 3 // 4)
         return replace(
             self,
@@ -65,34 +64,9 @@ class Limits:
         )
 
 
-# ------------------------------------------------------------------------------------------------------- allowances
-class Allowance:
-    """What each of many may spend: so much at once, and what has been spent comes back with time."""
-
-    def __init__(self, *, per_s: float, at_once: float) -> None:
-        self.per_s = per_s
-        self.at_once = at_once
-        self._spent: dict[Hashable, tuple[float, float]] = {}
-
-    def wait_s(self, who: Hashable, now: float) -> float:
-        """Return how long somebody has to wait before spending more; 0 for not at all."""
-        return max(0.0, self._left_to_pay(who, now) + 1 - self.at_once) / self.per_s
-
-    def spend(self, who: Hashable, now: float, cost: float = 1.0) -> None:
-        """Take note of what somebody has spent."""
-        spent = self._left_to_pay(who, now) + cost
-        self._spent.pop(who, None)  # the order of the dictionary is that of the last spending
-        self._spent[who] = (spent, now)
-        while len(self._spent) > MAX_REMEMBERED:
-            del self._spent[next(iter(self._spent))]
-
-    def _left_to_pay(self, who: Hashable, now: float) -> float:
-        spent, since = self._spent.get(who, (0.0, now))
-        return max(0.0, spent - (now - since) * self.per_s)
-
-
+# -------------------------------------------------------------------------------------------------------- requests
 def address_group(host: str) -> str:
-    """Return what stands for an address: of IPv6, whose users have a whole network each, the first 64 bits."""
+    """Return the key under which an address is counted; for IPv6, its network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -106,7 +80,7 @@ _ROUTINE = re.compile(r"(/v1/offers/.*)|(/v1/gatherings/runs/[^/]+/(initial|roun
 
 
 def lines_caused(method: str, path: str, status: int) -> int:
-    """Return how many lines of the audit log a member's request may have caused that were not asked for."""
+    """Return the number of unwanted audit log lines that a member's request may have caused."""
     if method in ("GET", "HEAD"):
         return 0
     return 0 if status < 300 and _ROUTINE.fullmatch(path) else 1
@@ -131,8 +105,8 @@ PACE: dict[Phase, tuple[float, float]] = {
 """
 
 
-class Pace:
-    """Tell when a connection is slower than it may be."""
+class ProgressWatchdog:
+    """Detect connections that are slower than they may be."""
 
     def __init__(self) -> None:
         self._phase: Phase = "other"
@@ -140,7 +114,7 @@ class Pace:
         self._progress = 0.0
 
     def is_too_slow(self, phase: Phase, progress: float, now: float) -> bool:
-        """Take note of what a connection is doing, and of a count that grows with its progress; then judge it."""
+        """Check a connection's progress, a count that grows, against the pace of its phase."""
         if phase != self._phase:
             self._phase, self._since, self._progress = phase, now, progress
         seconds, least = PACE.get(phase, (math.inf, 0))
@@ -190,8 +164,8 @@ class _Entry:
     is_busy: bool = False
 
 
-class ConnectionBook:
-    """Know the open connections, and which of them makes room when there are too many.
+class ConnectionRegistry:
+    """Registry of the open connections; decides which makes room for others.
 
     One that makes room is forgotten at once, before it is closed: of a burst, all that are too many make room.
     """
@@ -209,7 +183,7 @@ class ConnectionBook:
         return iter(self._entries)
 
     def opened(self, connection: Hashable, host: str) -> Hashable | None:
-        """Take note of a new connection, and return the one that has to make room for it, if any.
+        """Add a new connection, and return the one that has to make room for it, if any.
 
         That is the new one itself, which is not noted then, if all others are at work for members.
         """
@@ -221,7 +195,7 @@ class ConnectionBook:
         return gives_way
 
     def heard(self, connection: Hashable) -> None:
-        """Take note that something has arrived on a connection: silent ones make room before it."""
+        """Mark a connection as no longer silent: silent ones make room before it."""
         entry = self._entries.get(connection)
         if entry is not None and entry.standing is Standing.SILENT and not entry.is_busy:
             self._remove_idle(connection, entry)
@@ -229,14 +203,14 @@ class ConnectionBook:
             self._add_idle(connection, entry)
 
     def busy(self, connection: Hashable) -> None:
-        """Take note that a connection is at work for a member: it does not have to make room."""
+        """Mark a connection as at work for a member: it does not have to make room."""
         entry = self._entries.get(connection)
         if entry is not None and not entry.is_busy:
             self._remove_idle(connection, entry)
             entry.standing, entry.is_busy = Standing.MEMBER, True
 
     def idle(self, connection: Hashable) -> Hashable | None:
-        """Take note that a member's request is over, and return the connection that has to make room, if any."""
+        """Mark a member's request as over, and return the connection that has to make room, if any."""
         entry = self._entries.get(connection)
         if entry is None or not entry.is_busy:
             return None
@@ -260,7 +234,7 @@ class ConnectionBook:
         return given_up
 
     def _crowded_out(self, group: str, is_full: bool, otherwise: Hashable | None) -> Hashable | None:
-        """Forget and return the connection that makes room for one more idle one of an address, if one has to."""
+        """Forget and return the connection that makes room for one more, if any."""
         of_address = self._idle_of_address.get(group, ())
         if len(of_address) >= self.limits.idle_connections_per_address:
             gives_way = of_address.first() if of_address else otherwise
@@ -285,8 +259,8 @@ class ConnectionBook:
 
 
 # ------------------------------------------------------------------------------------------------------- middleware
-class Gate:
-    """Answer 429 to those who ask too much, before anything of their request is looked at but its headers.
+class RateLimiter:
+    """Answer 429 to those who ask too much, by the headers of their request alone.
 
     Args:
         identify: The name of the member whose credential a request shows, or None.
@@ -305,9 +279,9 @@ class Gate:
         self._limits = limits
         self._identify = identify
         self._clock = clock
-        self._requests = Allowance(per_s=limits.requests_per_s, at_once=limits.requests_at_once)
-        self._lines = Allowance(per_s=limits.lines_per_s, at_once=limits.lines_at_once)
-        self._strangers = Allowance(per_s=limits.stranger_requests_per_s, at_once=limits.stranger_requests_at_once)
+        self._requests = TokenBucket(per_s=limits.requests_per_s, at_once=limits.requests_at_once)
+        self._lines = TokenBucket(per_s=limits.lines_per_s, at_once=limits.lines_at_once)
+        self._strangers = TokenBucket(per_s=limits.stranger_requests_per_s, at_once=limits.stranger_requests_at_once)
         self._at_work: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -335,7 +309,7 @@ class Gate:
         return None
 
     def _refuse_member(self, member: str, method: str, path: str) -> tuple[str, float] | None:
-        """Return why a member has to wait, and for how long; None if it need not."""
+        """Return why a member has to wait, and the seconds; None if it need not."""
         now = self._clock()
         if self._at_work[member] >= self._limits.simultaneous_requests:
             return f"{member} has {self._at_work[member]} requests at work already", 1.0
@@ -347,9 +321,9 @@ class Gate:
         return None
 
     async def _serve(self, member: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a member; while that goes on, its connection does not have to make room for others."""
+        """Serve a member, whose connection makes room for nobody meanwhile."""
         status = 500
-        connection = scope.get("state", {}).get("connection")
+        connection = connection_of(scope)
 
         async def watching_send(message: Message) -> None:
             nonlocal status

@@ -1,4 +1,4 @@
-"""Read the bodies of requests: small ones into messages, large ones into files, none beyond its limit."""
+"""Read the bodies of requests: small ones into messages, large ones into files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
-from nnunetv2.federated.coordinator.http.large_bodies import BufferBook
+from nnunetv2.federated.coordinator.http.large_bodies import BufferPool, Connection, connection_of
+from nnunetv2.federated.coordinator.http.traffic_meter import traffic_of
 from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUpload
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol.strict_json import decode_json
-
-if TYPE_CHECKING:
-    from nnunetv2.federated.coordinator.http.connections import GuardedProtocol
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
@@ -28,8 +26,6 @@ SMALL_BODY = 64 << 10
 """Bytes that a plain JSON body may have."""
 DRAINED_BYTES = 64 << 20
 """A body up to this size is read to its end before it is refused, so that the refusal can be read."""
-BYPASSED = "nnunetv2.bypassed_bytes"
-"""Where the scope of a request says how much of its body did not come through `receive`."""
 WRITING_THREADS = min(8, max(2, os.cpu_count() or 1))
 """Threads that write and hash pieces: with more than there are cores, they only wait for one another."""
 FINISHING_THREADS = 8
@@ -48,8 +44,8 @@ async def read_json(request: Request, model: type[Model]) -> Model:
 
 
 @dataclass(frozen=True)
-class Announcement:
-    """What the headers of an upload say about it."""
+class UploadHeaders:
+    """Digest, size and offset of an upload, by its headers."""
 
     digest: str
     """SHA-256 of the whole document."""
@@ -59,29 +55,29 @@ class Announcement:
     """The byte at which this request goes on."""
 
 
-def announced(request: Request) -> Announcement:
+def read_upload_headers(request: Request) -> UploadHeaders:
     """Read the headers of an upload: Content-Length, X-Content-SHA256, and Content-Range where it goes on."""
-    length = _announced_length(request)
+    length = _length_header(request)
     text = request.headers.get("content-range")
     if text is None:
-        return Announcement(announced_digest(request), length, 0)
+        return UploadHeaders(_digest_header(request), length, 0)
     match = re.fullmatch(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", text)
     offset, last, size = map(int, match.groups()) if match else (0, 0, 0)
     if match is None or last != size - 1 or size - offset != length or length == 0:
         raise RefusedError(
             f"Content-Range {text[:80]!r} does not go with the length {length}", code="incomplete_request"
         )
-    return Announcement(announced_digest(request), size, offset)
+    return UploadHeaders(_digest_header(request), size, offset)
 
 
-def _announced_length(request: Request) -> int:
+def _length_header(request: Request) -> int:
     text = request.headers.get("content-length", "")
     if not re.fullmatch("[0-9]{1,15}", text):
         raise RefusedError("an upload must announce its length (Content-Length)", code="length_required")
     return int(text)
 
 
-def announced_digest(request: Request) -> str:
+def _digest_header(request: Request) -> str:
     """Return the SHA-256 that the sender of a body has computed."""
     digest = request.headers.get("x-content-sha256", "")
     if not re.fullmatch("[0-9a-f]{64}", digest):
@@ -90,10 +86,10 @@ def announced_digest(request: Request) -> str:
 
 
 class Reception:
-    """What all uploads that arrive at the same time share: threads and memory. For one event loop."""
+    """Threads and memory that all uploads of one event loop share."""
 
     def __init__(self) -> None:
-        self.buffers = BufferBook()
+        self.buffers = BufferPool()
         self._writing = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="writing")
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, thread_name_prefix="finishing")
 
@@ -111,19 +107,19 @@ class Reception:
         return await asyncio.get_running_loop().run_in_executor(self._finishing, function, *arguments)
 
 
-async def receive(request: Request, upload: PartialUpload, announcement: Announcement, reception: Reception) -> None:
-    """Stream the body of a request to the end of an upload without ever holding much of it.
+async def receive(request: Request, upload: PartialUpload, headers: UploadHeaders, reception: Reception) -> None:
+    """Stream the body of a request to the end of an upload.
 
     Raises:
         RefusedError: It is not what was announced.
     """
     await reception.write(upload.read_beginning)
-    remaining, more_follow = announcement.size - announcement.offset, True
+    remaining, more_follow = headers.size - headers.offset, True
     while more_follow:
         piece, more_follow = await _next_piece(request)
         remaining -= len(piece)
         if remaining < 0:
-            raise RefusedError(f"the body is longer than the {announcement.size} bytes announced", code="too_large")
+            raise RefusedError(f"the body is longer than the {headers.size} bytes announced", code="too_large")
         connection = _bypass(request) if more_follow and remaining else None
         if connection is None:
             await reception.write(upload.append, piece)
@@ -131,14 +127,14 @@ async def receive(request: Request, upload: PartialUpload, announcement: Announc
         async with connection.large_body(remaining, reception.buffers) as rest:
             await reception.write(upload.append, piece)
             async for piece in rest.pieces():
-                request.scope[BYPASSED] = request.scope.get(BYPASSED, 0) + len(piece)
+                traffic_of(request.scope).bypassed += len(piece)
                 await reception.write(upload.append, piece)
         more_follow = False
-    if upload.size != announcement.size:
+    if upload.size != headers.size:
         raise RefusedError(
-            f"the body has {upload.size} bytes, {announcement.size} were announced", code="damaged_in_transit"
+            f"the body has {upload.size} bytes, {headers.size} were announced", code="damaged_in_transit"
         )
-    if upload.hexdigest() != announcement.digest:
+    if upload.hexdigest() != headers.digest:
         upload.discard()
         raise RefusedError("the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit")
 
@@ -151,15 +147,15 @@ async def _next_piece(request: Request) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-def _bypass(request: Request) -> GuardedProtocol | None:
+def _bypass(request: Request) -> Connection | None:
     """Return the connection of a request if its body can be had without the parser."""
-    connection = request.scope.get("state", {}).get("connection")
+    connection = connection_of(request.scope)
     is_plain = "transfer-encoding" not in request.headers
     return connection if is_plain and connection is not None and connection.can_bypass_parser() else None
 
 
 async def drain(request: Request) -> None:
-    """Read a small body that nobody wants: a client that is still sending would miss the answer."""
+    """Read and discard a small body: a client that is sending misses the answer."""
     length = request.headers.get("content-length", "")  # without one, a body has no end
     if re.fullmatch("[0-9]{1,15}", length) and int(length) <= DRAINED_BYTES:
         async for _ in request.stream():

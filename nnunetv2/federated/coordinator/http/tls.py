@@ -1,4 +1,4 @@
-"""Give a coordinator a certificate: the operator's own, or one from a private authority that its first start makes.
+"""Provide a certificate: the operator's own, or one of a private authority.
 
     <folder>/tls/ca.pem      the private authority; its fingerprint is in every invitation, so sites trust nothing else
     <folder>/tls/ca.key      its key, readable by its owner only
@@ -205,7 +205,7 @@ commonName = supplied
 
 
 def _is_good(record: Path, made: Certificate, hosts: Sequence[str], now: float) -> bool:
-    """Tell whether the certificate that is there covers the hosts, belongs to the authority and lasts."""
+    """Return whether the certificate covers the hosts, fits its authority, and lasts."""
     if not (record.exists() and made.certificate.exists() and made.key.exists()):
         return False
     content = json.loads(record.read_text(encoding="utf-8"))

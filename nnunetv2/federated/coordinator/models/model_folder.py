@@ -1,4 +1,4 @@
-"""Turn the last and the best aggregate of a run into a model folder that `nnUNetv2_predict` loads.
+"""Turn aggregates of a run into a model folder that `nnUNetv2_predict` loads.
 
     <folder>/<trainer>__<plans>__<configuration>/
         plans.json  dataset.json  dataset_fingerprint.json (if the sites pooled one)
@@ -31,7 +31,7 @@ FALLBACK_DATASET = "Dataset999_Federated"
 
 
 def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive: DocumentReader) -> str:
-    """Write the model folder of a run that is over, and say in one line where it is or why there is none.
+    """Write the model folder of a run; return in one line where, or why none.
 
     Args:
         folder: Where model folders are kept.
@@ -69,7 +69,7 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
 
 
 def name_of_zip(outcome: str) -> str:
-    """Return the name of the zip file that `keep_models` has written, by the line that it has returned.
+    """Return the name of the zip file, by the line that `keep_models` returned.
 
     Raises:
         RefusedError: It has written none.
@@ -159,7 +159,7 @@ def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[in
 
 
 def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentReader) -> dict[str, Any]:
-    """Return the plans of a run as they are in the files of the sites, if the sites have made them together.
+    """Return the plans of a run as in the sites' files, if made together.
 
     What may differ between the sites, and says how files are read and called, is as most of them have it.
     """
@@ -176,7 +176,7 @@ def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentR
 
 
 def of_most_sites(values: Iterable[Any]) -> Any:
-    """Return the JSON value that most sites have; of several, the one of the site whose name comes first.
+    """Return the most frequent JSON value; of several, the first site's.
 
     Args:
         values: One per site, in the order of the sites' names.

@@ -1,4 +1,4 @@
-"""Keep the audit log of a federation: who did what, appended only, each line chained to the one before.
+"""Append to and verify the audit log, whose lines are chained by hashes.
 
 The hash of a line is the SHA-256 of the hash before it and of the line's content. Whoever changes, removes or inserts a
 line in the middle breaks the chain; whoever cuts off its end is found out by a hash that was noted elsewhere, such as

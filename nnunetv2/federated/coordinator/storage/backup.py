@@ -1,4 +1,4 @@
-"""Copy a federation into one file while its coordinator is at work, and make a folder of that file again.
+"""Back up a federation at work into one file, and restore it.
 
     nnUNetv2_fed_admin --folder F backup FILE         nnUNetv2_fed_admin restore FILE FOLDER
 
@@ -58,7 +58,7 @@ class _DeletedError(Exception):
 
 # ------------------------------------------------------------------------------------------------------------ backup
 def backup(folder: Path, target: Path) -> Backup:
-    """Write a consistent copy of a federation to a file, verified by digest. Its coordinator may be running.
+    """Write a consistent copy of a federation, verified by digest, to a file.
 
     Raises:
         FederationError: The folder holds no federation, or a document in it is damaged.
@@ -123,7 +123,7 @@ def _documents(database: sqlite3.Connection) -> Iterator[tuple[str, str]]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a second name for a file, or a copy where the file system knows no second names."""
+    """Link a file, or copy it where the file system has no hard links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         try:
@@ -137,7 +137,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _add(archive: tarfile.TarFile, scratch: Path, path: str, expected: str | None) -> str:
-    """Add a file and return its SHA-256, which must be the one that the database knows, if it knows one."""
+    """Add a file and return its SHA-256, checked against the database's."""
     information = tarfile.TarInfo(path)
     information.size, information.mode = (scratch / path).stat().st_size, 0o600
     with (scratch / path).open("rb") as file:
@@ -196,7 +196,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- restore
 def restore(source: Path, folder: Path) -> Backup:
-    """Make the folder of a federation of a backup. Every file is verified before the folder appears.
+    """Restore a folder from a backup, and verify every file before it appears.
 
     Raises:
         FederationError: The file is no backup, is damaged, or the folder is not empty.

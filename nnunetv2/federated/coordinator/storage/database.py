@@ -1,4 +1,4 @@
-"""Open the SQLite database of a federation, bring it to the present schema, and change it in transactions."""
+"""Open, migrate and change the SQLite database of a federation."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             self._connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Do everything in the block or nothing; it is on the disk when the block has ended.
+        """Run the block as one transaction, durable when the block has ended.
 
         Raises:
             OSError: The disk is full or broken; nothing has changed, and it can be tried again.
@@ -132,7 +132,7 @@ class Database:
             return self._connection.execute(query, values).fetchall()
 
     def first_rows(self, query: str, *values: object, characters: int, least: int) -> list[tuple]:
-        """Return the first rows of a query, until their last columns have so many characters; `least` in any case."""
+        """Return the first rows of a query, bounded by characters, but `least`."""
         with self._lock, _trouble_as_os_error():
             found: list[tuple] = []
             for row in self._connection.execute(query, values):
@@ -163,7 +163,7 @@ class Database:
 
 @contextmanager
 def _trouble_as_os_error() -> Iterator[None]:
-    """Let trouble with the file be what trouble with any other file is, so that sites are told to try again."""
+    """Translate SQLite's operational errors into OSError: sites then try again."""
     try:
         yield
     except sqlite3.OperationalError as error:

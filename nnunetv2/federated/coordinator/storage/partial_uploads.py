@@ -1,4 +1,4 @@
-"""Keep what has arrived of an upload when its connection breaks, so that it goes on at that byte.
+"""Keep partial uploads of broken connections, to be resumed at that byte.
 
 There is one file per exchange and site. The newest request writes it: a connection that is half dead, and whose sender
 has begun anew, finds that out at its next piece. What is complete belongs to the request that has completed it: nobody
@@ -29,7 +29,7 @@ _READ_BYTES = 4 << 20
 
 
 class PartialUploads:
-    """The uploads that have begun, in a folder of their own. Safe for use by several threads."""
+    """The uploads that have begun, in a folder of their own. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -44,7 +44,7 @@ class PartialUploads:
 
     @contextmanager
     def writing(self, key: str, site: str, digest: str, *, offset: int) -> Iterator[PartialUpload]:
-        """Take over an upload at a byte. What has arrived stays if the block fails for want of the rest.
+        """Resume an upload at a byte; its content stays if the block fails.
 
         Raises:
             RefusedError: Less than `offset` bytes are here, and the code is `wrong_offset`; or all of them came on
@@ -76,7 +76,7 @@ class PartialUploads:
                     self._make_room(site)
 
     def in_progress(self, key: str | None = None) -> dict[tuple[str, str], int]:
-        """Return how many bytes are here of each upload that is being received: (exchange's hash, site) -> bytes.
+        """Return the uploads being received: (exchange's hash, site) -> bytes.
 
         Args:
             key: Only of this exchange.
@@ -85,11 +85,11 @@ class PartialUploads:
         return {place: size for place, size in found.items() if key is None or place[0] == _hash_of(key)}
 
     def is_writer(self, upload: PartialUpload) -> bool:
-        """Tell whether no newer request has taken over."""
+        """Return whether no newer request has taken over."""
         return self._writers.get(upload.path) is upload
 
     def complete(self, upload: PartialUpload) -> None:
-        """Let an upload that is complete be nobody else's any more.
+        """Give a complete upload to the request that has completed it.
 
         Raises:
             RefusedError: A newer request has taken over; the code is `taken_over`.
@@ -102,21 +102,21 @@ class PartialUploads:
             self._being_stored.add(path)
 
     def remove_old(self, now: float | None = None) -> None:
-        """Remove what nobody has gone on with for two days, and what a crash kept from being stored."""
+        """Remove uploads that are two days old, or complete and never stored."""
         latest = (time.time() if now is None else now) - KEPT_FOR_S
         for path in self._folder.iterdir():
             if path.suffix == WHOLE or path.stat().st_mtime < latest:
                 path.unlink()
 
     def _remove_others(self, path: Path) -> None:
-        """Remove what the same site began to send to the same exchange, and has made anew since."""
+        """Remove other documents of the same site for the same exchange."""
         for other in self._folder.glob(f"{path.name.rsplit('.', 2)[0]}.*.part"):
             if other != path:
                 self._writers.pop(other, None)
                 other.unlink()
 
     def _make_room(self, site: str) -> None:
-        """Keep only the newest of what a site has begun to send and not gone on with."""
+        """Keep only the newest of a site's uploads that nobody writes."""
         left = [path for path in self._folder.glob(f"*.{site}.*.part") if path not in self._writers]
         for path in sorted(left, key=lambda path: path.stat().st_mtime)[:-KEPT_PER_SITE]:
             path.unlink()
@@ -171,7 +171,7 @@ class PartialUpload:
         return self._digest.hexdigest()
 
     def complete(self) -> None:
-        """Take note that all has arrived, and that it is as announced: from now on, `path` is this request's alone.
+        """Mark the upload as complete and verified: `path` is this request's alone.
 
         Raises:
             RefusedError: A newer request has taken over; the code is `taken_over`.
@@ -187,7 +187,7 @@ class PartialUpload:
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the file; what is in it stays."""
+        """Close the file; its content stays."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
@@ -199,7 +199,7 @@ def _taken_over() -> RefusedError:
 
 
 def _write_all(file: FileIO, piece: bytes) -> None:
-    """Write all of a piece: a file without a buffer may take less at a time, on a disk that fills up above all."""
+    """Write all of a piece, in several writes where the disk fills up."""
     remaining = memoryview(piece)
     while len(remaining):
         remaining = remaining[file.write(remaining) :]

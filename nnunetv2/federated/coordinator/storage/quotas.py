@@ -22,12 +22,12 @@ RESERVED_BYTES = 256 << 20
 """What uploads leave free on the disk: for aggregates, the database and its journal."""
 
 
-def check_room(key: Key, site: str, size: int, *, book: ExchangeRegistry, folder: Path) -> None:
-    """Raise RefusedError if a site has sent enough that is still open, or if the disk has no room for a document."""
+def check_room(key: Key, site: str, size: int, *, registry: ExchangeRegistry, folder: Path) -> None:
+    """Raise RefusedError if a site's quota or the disk has no room left."""
     if not step_of(key).policy.first_stays:
         others = [
             one.contributions[site].size
-            for one in book.open_exchanges()
+            for one in registry.open_exchanges()
             if one.key != key and not one.policy.first_stays and site in one.contributions
         ]
         if len(others) >= MAX_OPEN:

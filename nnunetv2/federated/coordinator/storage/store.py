@@ -1,4 +1,4 @@
-"""Keep the state of a federation on the coordinator's disk: a SQLite database, and one file per document.
+"""Store the state of a federation: a SQLite database, one file per document.
 
     coordinator.sqlite                               settings, members, exchanges, contributions, results, events
     exchanges/<key>/<site>.<digest>.safetensors      contributions
@@ -32,6 +32,7 @@ from nnunetv2.federated.exchanges.registry import RunControl
 from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.keys import Key
+from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.plain_text import excerpt
 
 FULL_RESULT = ""
@@ -46,7 +47,7 @@ Role = Literal["site", "observer", "operator"]
 
 @dataclass(frozen=True)
 class MemberRecord:
-    """What is known of a site, an observer or an operator. Of its token, only the SHA-256."""
+    """A site, an observer or an operator; of its token, only the SHA-256."""
 
     name: str
     role: Role
@@ -58,7 +59,7 @@ class MemberRecord:
 
 @dataclass(frozen=True)
 class InvitationRecord:
-    """An invitation; its secret is known in plain only as long as it may still be sent out."""
+    """An invitation, with its secret as long as it may still be sent out."""
 
     hash: str
     member: str
@@ -71,7 +72,7 @@ class InvitationRecord:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a site has sent and been sent for one exchange ("" is everything else), and when it was last heard of."""
+    """Bytes that a site has sent and received for one exchange, or all else."""
 
     received: int = 0
     """Bytes that the coordinator received."""
@@ -83,7 +84,7 @@ class Traffic:
 
 
 class Store:
-    """The durable state of one federation. Safe for use by several threads; one process at a time.
+    """The durable state of one federation. Thread-safe; one process at a time.
 
     Args:
         folder: The federation's folder; made if it does not exist.
@@ -107,7 +108,7 @@ class Store:
         self._remove_orphans()
 
     def close(self) -> None:
-        """Let go of the database and the folder."""
+        """Close the database and unlock the folder."""
         self._database.close()
         self._folder_lock.close()
 
@@ -192,7 +193,7 @@ class Store:
             add_event(connection, event)
 
     def forget_run(self, run: str, event: Event) -> None:
-        """Forget the exchanges of a run in which no round has been closed; the log of events still tells of them."""
+        """Delete the exchanges of a run without closed rounds; the log stays."""
         keys = [
             row[0]
             for row in self._database.rows(
@@ -210,7 +211,7 @@ class Store:
     def load_rounds(
         self, run: str, first: int = 0, limit: int = -1, *, characters: int | None = None
     ) -> list[dict[str, Any]]:
-        """Return the records of the closed rounds of a run, from round `first` on, in order, at most `limit`.
+        """Return the records of closed rounds from `first` on, at most `limit`.
 
         Args:
             characters: Return fewer records, but two at least, where they are longer than this together, as JSON.
@@ -289,7 +290,7 @@ class Store:
             self.contribution_path(exchange.key, site, earlier[0]).unlink(missing_ok=True)
 
     def drop_contribution(self, exchange: Exchange, site: str, event: Event) -> None:
-        """Forget what a site has contributed to an open exchange; the log of events still tells of it."""
+        """Delete a contribution to an open exchange; the log still tells of it."""
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM contributions WHERE key = ? AND site = ?", (str(exchange.key), site))
             add_event(connection, event)
@@ -388,7 +389,7 @@ class Store:
         return sorted(int(row[0]) for row in rows)
 
     def delete_results(self, key: Key | str) -> None:
-        """Delete the results of an exchange: first the rows, so that none speaks of a file that is gone."""
+        """Delete the results of an exchange, rows first."""
         subsets = [row[0] for row in self._database.rows("SELECT subset FROM results WHERE key = ?", str(key))]
         if not subsets:
             return
@@ -419,12 +420,12 @@ class Store:
         }
 
     def rounds_with_files(self, run: str) -> list[int]:
-        """List the rounds of a run that have files, and those that have had some since the start."""
+        """List the rounds of a run that have files, or had some since the start."""
         folder = self.folder / "gatherings" / "runs" / run / "rounds"
         return sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
 
     def _remove_orphans(self) -> None:
-        """Remove files that no row speaks of: a crash came between the two. Looks at what is there, not at all rows."""
+        """Remove files without a row, which a crash has left behind."""
         top = self.folder / "gatherings"
         for name, _, files in os.walk(top, topdown=False):
             folder = Path(name)
@@ -442,7 +443,7 @@ class Store:
         return {contribution_name(*row) for row in contributions} | {result_name(row[0]) for row in results}
 
     def _flush_folders(self, folder: Path) -> None:
-        """Make the names of new files in a folder durable, and its own name and those above it the first time."""
+        """Sync a folder, and the first time also those above it."""
         flush(folder)
         while folder != self.folder and folder not in self._durable_folders:
             flush(folder.parent)
@@ -456,7 +457,7 @@ class Store:
             add_event(connection, event)
 
     def load_events(self, kind: str | None = None, *, last: int = -1) -> list[Event]:
-        """Return the audit log, oldest first; only one kind of event, and only the last ones, if asked for."""
+        """Return the audit log, oldest first; perhaps one kind, or the last ones."""
         which, values = ("", ()) if kind is None else ("WHERE kind = ? ", (kind,))  # by their index
         rows = self._database.rows(
             f"SELECT time, kind, site, key, detail FROM events {which}"  # noqa: S608
@@ -467,13 +468,13 @@ class Store:
         return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
 
     def has_event(self, kind: str, site: str, key: str) -> bool:
-        """Tell whether the audit log has such a line."""
+        """Return whether the audit log has such a line."""
         return bool(
             self._database.rows("SELECT 1 FROM events WHERE kind = ? AND site = ? AND key = ? LIMIT 1", kind, site, key)
         )
 
     def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
-        """Return the lines of the audit log after line `after`, at most `limit`, as `audit.LINES` has them."""
+        """Return the audit log's rows after line `after`, as of `audit_log.LINES`."""
         return self._database.rows(f"{audit_log.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)
 
     def load_head(self) -> tuple[int, str]:
@@ -482,7 +483,7 @@ class Store:
         return rows[0] if rows else (0, audit_log.START)
 
     def count_events(self, last: int) -> dict[tuple[str, str], int]:
-        """Return how many lines there are up to line `last`, by kind and by who caused them."""
+        """Count the lines up to line `last`, by kind and site."""
         return {
             (kind, site): count
             for kind, site, count in self._database.rows(
@@ -491,7 +492,7 @@ class Store:
         }
 
     def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple]:
-        """Return (time, kind, site, key, detail as JSON text) of the lines of some kinds up to line `last`."""
+        """Return rows (time, kind, site, key, detail) of some kinds, up to `last`."""
         return self._database.rows(
             f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "  # noqa: S608
             "AND number <= ? ORDER BY number",
@@ -500,7 +501,7 @@ class Store:
         )
 
     def add_traffic(self, traffic: Mapping[tuple[str, str], Traffic]) -> None:
-        """Add to the counters of (site, key). A crash may lose the last few: they are for people, not for rounds."""
+        """Add to the traffic counters, of which a crash may lose the last."""
         with self._database.transaction() as connection:
             connection.executemany(
                 "INSERT INTO traffic VALUES (?, ?, ?, ?, ?) ON CONFLICT (site, key) DO UPDATE SET "
@@ -519,7 +520,7 @@ class Store:
         }
 
     def load_recent_traffic(self, exchanges: int) -> dict[str, dict[str, Traffic]]:
-        """Return the counters of the exchanges that were busy last, the latest last: key -> site -> counters."""
+        """Return the traffic of the busiest exchanges of late: key -> site -> counters."""
         keys = [
             row[0]
             for row in self._database.rows(
@@ -603,24 +604,17 @@ def flush(path: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is somebody else's: what is found in ours without being known is removed."""
+    """Refuse a folder that is no federation's: unknown files in ours are removed."""
     ours = [folder / name for name in ("gatherings", "incoming") if (folder / name).exists()]
     if ours and not (folder / DATABASE_FILE).exists():
         raise FederationError(f"{folder} is no folder of a federation, but has a folder {ours[0].name}: choose another")
 
 
 def _lock_folder(folder: Path) -> IO[bytes]:
-    """Return an open file that holds the folder for this process; the system lets go of it if the process dies."""
+    """Return an open file whose lock holds the folder for this process."""
     file = (folder / "lock").open("a+b")
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file.fileno())
     except OSError as error:
         file.close()
         raise FederationError(

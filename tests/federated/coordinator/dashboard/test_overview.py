@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from fake_federation import RUN, incoming_path, make_census, make_registration, make_settings, make_weights
 
-from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.dashboard import audit_tail, curves, overview, prometheus
-from nnunetv2.federated.coordinator.dashboard.overview import Lookout, time_left, typical_duration
+from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder, time_left, typical_duration
 from nnunetv2.federated.coordinator.members import Member, create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.audit_log import Event
@@ -32,11 +31,12 @@ class Federation:
         self.now = 1000.0
         self.store = Store(folder)
         create_federation(self.store, make_settings(**settings), now=self.now)
-        self.coordinator = Coordinator(self.store, announce=lambda line: None, clock=lambda: self.now)
-        self.lookout = Lookout(self.coordinator)
+        self.coordinator = Coordinator(self.store, log=lambda line: None, clock=lambda: self.now)
+        self.state = self.coordinator.state
+        self.builder = OverviewBuilder(self.coordinator)
         members = self.coordinator.members
         for invitation in members.open_invitations(self.now):
-            members.join(invitation.secret, f"{invitation.member}.{'x' * 40}{invitation.member}", now=self.now)
+            members.join(invitation.secret, f"{invitation.member}.{'x' * 40}{invitation.member}")
 
     def send(self, key: str, site: str, message, tensors=None) -> None:
         tensors = tensors or {}
@@ -44,10 +44,10 @@ class Federation:
         specs = {name: TensorSpec.of(values) for name, values in tensors.items()}
         digest = write_document(path, message, specs, tensors.values())
         self.coordinator.contribute(key, site, path, digest, path.stat().st_size)
-        closer = self.coordinator.closer
-        while ready := closer._ready():
+        worker = self.coordinator.worker
+        while ready := worker._ready():
             for exchange in ready:
-                closer._close(exchange.key)
+                worker._close(exchange.key)
 
     def start(self, *sites: str) -> None:
         for number, site in enumerate(sites):
@@ -59,7 +59,7 @@ class Federation:
         self.send(RoundKey(RUN, number), site, messages.Update(metrics=measured), make_weights(number))
 
     def look(self):
-        return self.lookout.look()
+        return self.builder.build()
 
     def run(self):
         (run,) = self.look().runs
@@ -173,7 +173,7 @@ def test_deadline_and_quorum_are_told(make_federation):
     meeting = federation.run().meeting
     assert (meeting.due, meeting.quorum, meeting.waiting_for) == (1160.0, 2, ("C",))
     federation.now = 1160.0
-    federation.update(0, "B")  # wakes the closer
+    federation.update(0, "B")  # wakes the aggregation worker
     run = federation.run()
     assert (run.rounds_closed, run.last_missing) == (1, ("C",))
 
@@ -181,7 +181,7 @@ def test_deadline_and_quorum_are_told(make_federation):
 def test_a_failed_site_is_told_with_its_reason_until_it_contributes(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
-    run_control.report_failure(federation.coordinator, "B", FailureReport(run=RUN, round=0, reason="no memory"))
+    federation.coordinator.report_failure("B", FailureReport(run=RUN, round=0, reason="no memory"))
     seen = federation.look()
     assert activities(seen.runs[0]) == {"A": "working", "B": "failed"}
     assert seen.runs[0].members[1].note == "no memory"
@@ -194,7 +194,7 @@ def test_a_failed_site_is_told_with_its_reason_until_it_contributes(make_federat
 def test_sites_that_have_left_are_not_waited_for_but_named(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
-    run_control.act(federation.coordinator, RUN, RunAction(action="leave"), Member("B", "site"))
+    federation.coordinator.act(RUN, RunAction(action="leave"), Member("B", "site"))
     run = federation.run()
     assert activities(run) == {"A": "working", "B": "left"} and run.meeting.waiting_for == ("A",)
 
@@ -213,9 +213,9 @@ def test_paused_and_stopped_runs_say_so(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
     federation.update(0, "A"), federation.update(0, "B")
-    run_control.act(federation.coordinator, RUN, RunAction(action="pause"), BOSS)
+    federation.coordinator.act(RUN, RunAction(action="pause"), BOSS)
     assert (federation.run().state, federation.run().left_s) == ("paused", None)
-    run_control.act(federation.coordinator, RUN, RunAction(action="stop"), BOSS)
+    federation.coordinator.act(RUN, RunAction(action="stop"), BOSS)
     run = federation.run()
     assert (run.state, run.meeting, run.members) == ("stopped", None, ()) and "model written to" in run.model
 
@@ -237,7 +237,7 @@ def test_validations_and_class_names_are_in_the_curves(make_federation):
     federation.update(0, "A", loss=1.0, dice_per_class=[0.1, 0.2]), federation.update(0, "B", loss=math.nan)
     for site, tp in (("A", 8.0), ("B", 0.0)):
         federation.send(ValidationKey(RUN, 0), site, messages.Validation(tp=[tp, 0], fp=[2, 0], fn=[2, 0], loss=-0.5))
-    found = curves.draw(federation.coordinator, RUN)
+    found = curves.build_curves(federation.state, RUN)
     assert found.rounds[0].pooled == {"loss": 1.0} and found.rounds[0].sites["B"].metrics == {"loss": None}
     assert "dice_per_class" not in found.rounds[0].sites["A"].metrics
     assert found.validations[0].mean_dice == pytest.approx(2 * 8 / (16 + 4 + 4))
@@ -278,10 +278,10 @@ def test_what_is_measured_after_an_update_has_left_belongs_to_its_round(make_fed
 
     for site, loss in (("A", 3.0), ("B", 6.0)):  # B has twice as many cases
         update(0, site, loss)
-    assert curves.draw(federation.coordinator, RUN).rounds[0].pooled == {"train": 0.0}
+    assert curves.build_curves(federation.state, RUN).rounds[0].pooled == {"train": 0.0}
     for site, loss in (("A", 3.0), ("B", 6.0)):
         update(1, site, loss, earlier=messages.EarlierMetrics(round=0, metrics={"val": loss, "dice": [0.5]}))
-    first, second = curves.draw(federation.coordinator, RUN).rounds
+    first, second = curves.build_curves(federation.state, RUN).rounds
     assert first.sites["A"].metrics == {"train": 0.0, "val": 3.0} and first.pooled == {"train": 0.0, "val": 5.0}
     assert second.pooled == {"train": 1.0}
     assert federation.store.load_rounds(RUN)[1]["sites"]["B"]["earlier"] == {
@@ -290,13 +290,13 @@ def test_what_is_measured_after_an_update_has_left_belongs_to_its_round(make_fed
     }
     update(2, "A", 3.0, earlier=messages.EarlierMetrics(round=1, metrics={"val": 4.0}))
     update(2, "B", 6.0, earlier=messages.EarlierMetrics(round=0, metrics={"val": 7.0, "train": 9.0}))  # it was away
-    found = curves.draw(federation.coordinator, RUN, since=1).rounds
+    found = curves.build_curves(federation.state, RUN, since=1).rounds
     assert found[0].sites["A"].metrics == {"train": 1.0, "val": 4.0} and found[0].sites["B"].metrics == {"train": 1.0}
 
 
 def test_curves_of_an_unknown_run_are_refused(make_federation):
     with pytest.raises(RefusedError) as info:
-        curves.draw(make_federation("A", "B").coordinator, "none")
+        curves.build_curves(make_federation("A", "B").state, "none")
     assert info.value.code == "unknown_run"
 
 
@@ -310,19 +310,19 @@ def test_curves_come_in_pieces_that_are_quick_to_read(make_federation, monkeypat
     monkeypatch.setattr(curves, "CHARACTERS_AT_ONCE", 20_000)
     seen, since, pieces, more = set(), 0, 0, True
     while more:
-        found = curves.draw(federation.coordinator, RUN, since=since)
+        found = curves.build_curves(federation.state, RUN, since=since)
         assert 2 <= len(found.rounds) <= 4
         seen |= {one.round for one in found.rounds}
         since, pieces, more = found.rounds[-1].round, pieces + 1, found.more
     assert seen == set(range(9)) and pieces >= 3
-    assert not curves.draw(federation.coordinator, RUN, since=9).more
+    assert not curves.build_curves(federation.state, RUN, since=9).more
     monkeypatch.setattr(curves, "CHARACTERS_AT_ONCE", 1)
-    assert [one.round for one in curves.draw(federation.coordinator, RUN, since=3).rounds] == [3, 4]
+    assert [one.round for one in curves.build_curves(federation.state, RUN, since=3).rounds] == [3, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------- the log
 def make_tail(federation) -> audit_tail.LogTail:
-    return audit_tail.LogTail(federation.store, is_run=federation.coordinator.book.has_run)
+    return audit_tail.LogTail(federation.store, is_run=federation.state.registry.has_run)
 
 
 def test_a_tail_that_begins_late_knows_what_one_knows_that_has_followed(make_federation):
@@ -333,9 +333,7 @@ def test_a_tail_that_begins_late_knows_what_one_knows_that_has_followed(make_fed
     for number in range(audit_tail.SHOWN_TROUBLES + 10):
         kind, site = ("late", "A") if number % 2 else ("refusal", None)
         federation.store.add_event(Event(float(number), kind, site, "key", {"seconds": 2.0, "message": str(number)}))
-        run_control.report_failure(
-            federation.coordinator, "B", FailureReport(run=RUN, round=number, reason=str(number))
-        )
+        federation.coordinator.report_failure("B", FailureReport(run=RUN, round=number, reason=str(number)))
     federation.store.add_event(Event(1.0, "model", None, RUN, {"outcome": "none"}))
     followed.read_on()
     begun = make_tail(federation)
@@ -394,9 +392,14 @@ def read_figures(text: str) -> dict[str, float]:
     return found
 
 
+def expose(federation, **given) -> str:
+    overview, tail = federation.look(), federation.builder.tail
+    return prometheus.exposition(prometheus.FederationCollector(overview, federation.coordinator, tail, **given))
+
+
 def figures_of(federation, **others) -> dict[str, float]:
     given = {"refusals": {"unauthorized": 3}, "sessions": 1, **others}
-    return read_figures(prometheus.encode(prometheus.figures(federation.look(), federation.lookout, **given)))
+    return read_figures(expose(federation, **given))
 
 
 def test_the_figures_say_how_the_federation_is(make_federation):
@@ -405,7 +408,7 @@ def test_the_figures_say_how_the_federation_is(make_federation):
     federation.coordinator.members.count("A", "", Traffic(1000, 50, 990.0))
     federation.send(CensusKey(), "A", make_census())
     federation.send(RegistrationKey(RUN), "A", make_registration())
-    run_control.report_failure(federation.coordinator, "B", FailureReport(run=RUN, reason="no memory"))
+    federation.coordinator.report_failure("B", FailureReport(run=RUN, reason="no memory"))
     found = figures_of(federation)
     assert found['nnunet_fed_sites{state="active"}'] == 2 and found['nnunet_fed_sites{state="invited"}'] == 1
     assert found['nnunet_fed_site_received_bytes_total{site="A"}'] == 1000
@@ -431,9 +434,11 @@ def test_the_figures_count_rounds_and_closings(make_federation):
     assert found["nnunet_fed_closing_seconds_count"] == 3 and found["nnunet_fed_closing_seconds_sum"] > 0
 
 
-def test_labels_are_escaped():
-    text = prometheus.encode([prometheus.Figure("x", "gauge", "An x.", [({"run": 'a"b\\c\nd'}, 1.5)])])
-    assert text == '# HELP nnunet_fed_x An x.\n# TYPE nnunet_fed_x gauge\nnnunet_fed_x{run="a\\"b\\\\c\\nd"} 1.5\n'
+def test_labels_are_escaped(make_federation):
+    text = expose(make_federation("A", "B"), refusals={'a"b\\c\nd': 1}, sessions=0)
+    name = "nnunet_fed_requests_refused_total"
+    assert f"# HELP {name} Requests that were refused since the start, by code.\n# TYPE {name} counter\n" in text
+    assert f'{name}{{code="a\\"b\\\\c\\nd"}} 1.0\n' in text
 
 
 def test_memory_is_told_where_the_system_tells_it(monkeypatch):

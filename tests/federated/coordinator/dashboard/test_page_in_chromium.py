@@ -17,7 +17,7 @@ from fake_federation import RUN, in_threads, make_registration, make_settings, m
 from patience import PATIENCE_S
 from prefix_proxy import prefixed
 
-from nnunetv2.federated.coordinator.http.endpoint import Place
+from nnunetv2.federated.coordinator.http.endpoint import Endpoint
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, ValidationKey
 
@@ -103,11 +103,11 @@ def play_round(federation, number: int) -> None:
     found = messages.Validation(tp=[10.0 + number, 5.0], fp=[5.0, 5.0], fn=[5.0, 5.0])
     for client in clients.values():
         client.contribute(ValidationKey(RUN, number), found)
-    wait_until(lambda: federation.coordinator.book.is_closed(ValidationKey(RUN, number)))
+    wait_until(lambda: federation.state.registry.is_closed(ValidationKey(RUN, number)))
 
 
 def invitation(federation, url: str | None = None, name: str = "eve") -> str:
-    return Place(url or federation.url).invitation(
+    return Endpoint(url or federation.url).invitation(
         "test", name, federation.coordinator.invite(name, "observer", by="boss")
     )
 

@@ -17,12 +17,13 @@ import requests
 from fake_federation import PROJECT, RUN, in_threads, make_settings, served, train, wait_until
 from patience import MUCH_LONGER_S, PATIENCE_S
 
-from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.dashboard import login_sessions, pages
 from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
-from nnunetv2.federated.coordinator.dashboard.login_sessions import LoginRequest, Sessions
-from nnunetv2.federated.coordinator.dashboard.pages import Observatory
+from nnunetv2.federated.coordinator.dashboard.login_sessions import LoginRequest, LoginSessions
+from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
+from nnunetv2.federated.coordinator.dashboard.pages import Dashboard
 from nnunetv2.federated.coordinator.http.rate_limits import Limits
+from nnunetv2.federated.coordinator.http.services import Services
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol.api import FailureReport
@@ -73,7 +74,7 @@ def done(tmp_path_factory):
             in_threads(
                 lambda: train(a, seed=1, num_rounds=3, num_cases=1), lambda: train(b, seed=2, num_rounds=3, num_cases=3)
             )
-        wait_until(lambda: federation.coordinator.store.load_events("model"))  # written behind the last round
+        wait_until(lambda: federation.state.store.load_events("model"))  # written behind the last round
         eve = Watcher(federation)
         eve.enrol()
         yield SimpleNamespace(federation=federation, eve=eve, coordinator=federation.coordinator)
@@ -100,9 +101,13 @@ def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(federation):
     assert "Secure" not in cookie
 
 
+def make_dashboard(federation, url: str) -> Dashboard:
+    return Dashboard(federation.coordinator, Services(federation.coordinator), url=url)
+
+
 def test_with_tls_the_cookie_is_for_tls_only(federation):
-    assert Observatory(federation.coordinator, None, url="https://fed.example/prefix").is_secure
-    assert not Observatory(federation.coordinator, None, url="http://127.0.0.1:8750").is_secure
+    assert make_dashboard(federation, "https://fed.example/prefix").is_secure
+    assert not make_dashboard(federation, "http://127.0.0.1:8750").is_secure
 
 
 def test_logging_out_ends_the_session(eve):
@@ -261,11 +266,11 @@ class Clock:
 def clocked(federation):
     """Sessions whose time is set by hand, and the login of an observer."""
     clock = Clock()
-    federation.coordinator.clock = clock
+    federation.state.clock = clock
     token = new_token("adam")
     secret = federation.coordinator.invite("adam", "observer", by="boss")
-    federation.coordinator.members.join(secret, token, now=clock.now)
-    return SimpleNamespace(sessions=Sessions(federation.coordinator), clock=clock, login=LoginRequest(token=token))
+    federation.coordinator.members.join(secret, token)
+    return SimpleNamespace(sessions=LoginSessions(federation.coordinator), clock=clock, login=LoginRequest(token=token))
 
 
 def test_sessions_end_by_themselves(clocked):
@@ -304,9 +309,7 @@ def test_nobody_ends_the_sessions_of_others_by_logging_in(clocked, federation, m
     monkeypatch.setattr(login_sessions, "MAX_SESSIONS", 3)
     own, _ = clocked.sessions.log_in(clocked.login, address="x")
     token = new_token("mallory")
-    federation.coordinator.members.join(
-        federation.coordinator.invite("mallory", "observer", by="boss"), token, now=clocked.clock.now
-    )
+    federation.coordinator.members.join(federation.coordinator.invite("mallory", "observer", by="boss"), token)
     for _ in range(5):
         clocked.clock.now += 1
         clocked.sessions.log_in(LoginRequest(token=token), address="y")
@@ -411,7 +414,7 @@ def test_the_overview_tells_of_sites_and_runs(done):
     assert (run["run"], run["state"], run["rounds_closed"], run["num_rounds"]) == (RUN, "complete", 3, 3)
     assert run["meeting"] is None and "checkpoint" not in run["model"] and "model written to" in run["model"]
     assert seen["troubles"] == [] and seen["health"]["log_lines"] > 10
-    assert seen["health"]["log_head"] == done.coordinator.store.load_log()[-1][-1]
+    assert seen["health"]["log_head"] == done.coordinator.state.store.load_log()[-1][-1]
 
 
 def test_no_secrets_in_the_json(done):
@@ -434,7 +437,7 @@ def test_figures_are_for_the_token_of_an_observer(done):
     headers = {"Authorization": f"Bearer {done.eve.token}"}
     answer = requests.get(f"{done.federation.url}/metrics", headers=headers, timeout=PATIENCE_S)
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert f'nnunet_fed_rounds_closed_total{{run="{RUN}"}} 3\n' in answer.text
+    assert f'nnunet_fed_rounds_closed_total{{run="{RUN}"}} 3.0\n' in answer.text
     assert done.eve.token not in answer.text
     for headers in (
         {},
@@ -484,7 +487,7 @@ def test_who_has_seen_everything_waits_for_news(federation, eve, monkeypatch):
     assert eve.get(f"overview?seen={seen}&wait=0.7").json()["revision"] == seen
     assert time.monotonic() - begin > 0.6
     monkeypatch.setattr("nnunetv2.federated.coordinator.dashboard.pages.LONGEST_WAIT_S", MUCH_LONGER_S)
-    threading.Timer(0.3, lambda: federation.coordinator.on_change("fingerprint/census")).start()
+    threading.Timer(0.3, lambda: federation.coordinator.notifier.notify("fingerprint/census")).start()
     assert eve.get(f"overview?seen={seen}&wait={MUCH_LONGER_S}").json()["revision"] != seen
 
 
@@ -498,7 +501,7 @@ def test_a_failure_wakes_the_viewers(federation, eve):
     with federation.client("A") as a, federation.client("B") as b:
         in_threads(lambda: train(a, seed=1, num_rounds=1), lambda: train(b, seed=2, num_rounds=1))
         news = eve.get(f"overview?seen={seen}&wait=20").json()
-        run_control.report_failure(federation.coordinator, "A", FailureReport(run=RUN, round=1, reason="out of memory"))
+        federation.coordinator.report_failure("A", FailureReport(run=RUN, round=1, reason="out of memory"))
     wait_until(lambda: eve.get("overview").json()["troubles"])
     news = eve.get("overview").json()
     assert (news["troubles"][0]["kind"], news["troubles"][0]["site"], news["troubles"][0]["text"]) == (
@@ -513,11 +516,11 @@ def test_a_failure_wakes_the_viewers(federation, eve):
 
 def test_many_viewers_share_one_look_and_cost_no_threads(federation, eve, monkeypatch):
     looks = []
-    look = pages.Lookout.look
-    monkeypatch.setattr(pages.Lookout, "look", lambda self, revision="": (looks.append(1), look(self, revision))[1])
+    build = OverviewBuilder.build
+    monkeypatch.setattr(OverviewBuilder, "build", lambda self, revision="": (looks.append(1), build(self, revision))[1])
     seen = eve.get("overview").json()["revision"]
     before, results, waiting = threading.active_count(), [], []
-    changes = federation.app.state.changes
+    changes = federation.coordinator.notifier
     expect = changes.expect
     monkeypatch.setattr(changes, "expect", lambda key: (waiting.append(key), expect(key))[1])
     headers = {"Authorization": f"Bearer {eve.token}"}
@@ -532,7 +535,7 @@ def test_many_viewers_share_one_look_and_cost_no_threads(federation, eve, monkey
     wait_until(lambda: len(waiting) == len(viewers))
     assert threading.active_count() - before <= len(viewers) + 2, "the server's threads do not grow with its viewers"
     looks.clear()
-    federation.coordinator.on_change("fingerprint/census")
+    federation.coordinator.notifier.notify("fingerprint/census")
     for viewer in viewers:
         viewer.join(PATIENCE_S)
     assert len(results) == 20 and seen not in results
@@ -541,16 +544,16 @@ def test_many_viewers_share_one_look_and_cost_no_threads(federation, eve, monkey
 
 def test_the_head_of_the_log_is_told_at_the_start_and_every_day(federation, monkeypatch):
     wait_until(lambda: any(line.startswith("audit log: the head of line 1 is ") for line in federation.lines))
-    federation.coordinator.store.add_event(Event(1.0, "test", None, None, {}))
+    federation.state.store.add_event(Event(1.0, "test", None, None, {}))
     import asyncio
 
     monkeypatch.setattr(pages, "HEAD_EVERY_S", 0.01)
-    observatory = Observatory(federation.coordinator, None, url=federation.url)
+    dashboard = make_dashboard(federation, federation.url)
 
     async def two_days() -> None:
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(observatory.tell_head_daily(), 0.3)
+            await asyncio.wait_for(dashboard.log_head_daily(), 0.3)
 
     asyncio.run(two_days())
-    head = federation.coordinator.store.load_log()[-1][-1]
+    head = federation.state.store.load_log()[-1][-1]
     assert federation.lines.count(f"audit log: the head of line 2 is {head}") >= 2

@@ -25,11 +25,12 @@ from nnunetv2.federated.coordinator.http.large_bodies import (
     BUFFER_BYTES,
     BUFFERS_BYTES,
     SMALLEST_BUFFER_BYTES,
-    BufferBook,
+    BufferPool,
 )
 from nnunetv2.federated.coordinator.http.listen_address import tls_options
-from nnunetv2.federated.coordinator.http.request_bodies import BYPASSED, Reception, announced, receive
+from nnunetv2.federated.coordinator.http.request_bodies import Reception, read_upload_headers, receive
 from nnunetv2.federated.coordinator.http.tls import private_certificate
+from nnunetv2.federated.coordinator.http.traffic_meter import traffic_of
 from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUploads
 from nnunetv2.federated.errors import RefusedError
 
@@ -48,14 +49,14 @@ class Receiver:
         self.authority: str | None = None
 
     async def put(self, request) -> PlainTextResponse:
-        announcement = announced(request)
+        headers = read_upload_headers(request)
         try:
             with self.uploads.writing(
-                "key", request.path_params["site"], announcement.digest, offset=announcement.offset
+                "key", request.path_params["site"], headers.digest, offset=headers.offset
             ) as upload:
-                await receive(request, upload, announcement, self.reception)
+                await receive(request, upload, headers, self.reception)
                 upload.complete()
-                assert hashlib.sha256(upload.path.read_bytes()).hexdigest() == announcement.digest
+                assert hashlib.sha256(upload.path.read_bytes()).hexdigest() == headers.digest
                 upload.discard()
         except RefusedError as error:
             return PlainTextResponse(error.code, 409)
@@ -65,7 +66,7 @@ class Receiver:
             self.disconnected += 1
             raise
         finally:
-            self.bypassed.append(request.scope.get(BYPASSED, 0))
+            self.bypassed.append(traffic_of(request.scope).bypassed)
         return PlainTextResponse("stored")
 
     @property
@@ -226,7 +227,7 @@ def test_a_damaged_body_is_refused(receiver):
 
 
 def test_all_bodies_together_hold_about_as_much_as_a_few():
-    book = BufferBook()
+    book = BufferPool()
     for number in (1, 4, 16, 64, 256):
         while book._number < number:
             book.opened()

@@ -13,15 +13,15 @@ import pytest
 from nnunetv2.federated.coordinator.http import listener
 from nnunetv2.federated.coordinator.http.listen_address import open_socket
 from nnunetv2.federated.coordinator.http.listener import Listener
-from nnunetv2.federated.coordinator.http.rate_limits import ConnectionBook, Limits
+from nnunetv2.federated.coordinator.http.rate_limits import ConnectionRegistry, Limits
 from nnunetv2.federated.coordinator.http.tls import private_certificate
 
 
 class Echo(asyncio.Protocol):
     """A connection that answers what it hears."""
 
-    def __init__(self, book: ConnectionBook) -> None:
-        self.book = book
+    def __init__(self, registry: ConnectionRegistry) -> None:
+        self.registry = registry
         self.socket = self.transport = None
         self.is_dropped = False
 
@@ -43,10 +43,10 @@ class Echo(asyncio.Protocol):
             transport.abort()
 
     def heard(self):
-        self.book.heard(self)
+        self.registry.heard(self)
 
     def detached(self):
-        self.book.closed(self)
+        self.registry.closed(self)
 
     def drop(self):
         self.is_dropped = True
@@ -70,14 +70,14 @@ class Serving:
     """A listener and its connections, in the loop of a test."""
 
     def __init__(self, listening: socket.socket | None = None, context=None, **limits) -> None:
-        self.book = ConnectionBook(Limits(**limits))
+        self.registry = ConnectionRegistry(Limits(**limits))
         self.made: list[Echo] = []
         self.listening = listening or open_socket("127.0.0.1", 0)
         self.address = self.listening.getsockname()
-        self.listener = Listener(self.listening, self.make, self.book, context)
+        self.listener = Listener(self.listening, self.make, self.registry, context)
 
     def make(self) -> Echo:
-        self.made.append(Echo(self.book))
+        self.made.append(Echo(self.registry))
         return self.made[-1]
 
     async def __aenter__(self):
@@ -85,9 +85,9 @@ class Serving:
 
     async def __aexit__(self, *_):
         self.listener.close()
-        for one in list(self.book):
+        for one in list(self.registry):
             one.drop()
-        await until(lambda: not len(self.book) and not self.listener._beginnings)
+        await until(lambda: not len(self.registry) and not self.listener._beginnings)
         self.listening.close()
 
     async def connect(self, **options):
@@ -140,7 +140,7 @@ def test_without_descriptors_strangers_make_room_and_members_stay(monkeypatch, c
         async with Serving(listening) as serving:
             member, stranger = await serving.connect(), await serving.connect()
             assert await answers(member) and await answers(stranger)
-            serving.book.busy(serving.made[0]), serving.book.idle(serving.made[0])
+            serving.registry.busy(serving.made[0]), serving.registry.idle(serving.made[0])
             OutOfFiles.failures = failures
             newcomer = await serving.connect()
             assert await answers(newcomer), "it was accepted when there was room again"
@@ -157,7 +157,7 @@ def test_when_all_are_at_work_a_newcomer_is_sent_away():
         async with Serving(connections=1) as serving:
             member = await serving.connect()
             assert await answers(member)
-            serving.book.busy(serving.made[0])
+            serving.registry.busy(serving.made[0])
             newcomer = await serving.connect()
             assert not await answers(newcomer) and await answers(member)
             await close(member, newcomer)
@@ -173,12 +173,12 @@ def test_a_handshake_that_is_not_over_counts_and_makes_room(tmp_path):
     async def run():
         async with Serving(context=context, idle_connections_per_address=2) as serving:
             silent = [await serving.connect() for _ in range(2)]
-            await until(lambda: len(serving.book) == 2)
+            await until(lambda: len(serving.registry) == 2)
             trusting = ssl.create_default_context(cafile=str(certificate.authority))
             speaking = [await serving.connect(ssl=trusting, server_hostname="localhost") for _ in range(2)]
             assert [await answers(one) for one in speaking] == [True, True]
             assert [await answers(one) for one in silent] == [False, False]
-            assert len(serving.book) == 2
+            assert len(serving.registry) == 2
             await close(*silent, *speaking)
 
     asyncio.run(run())

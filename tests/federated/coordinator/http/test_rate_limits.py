@@ -10,11 +10,10 @@ import nnunetv2.federated
 from nnunetv2.federated.coordinator.http.error_responses import STATUS_OF_CODE
 from nnunetv2.federated.coordinator.http.rate_limits import (
     PACE,
-    Allowance,
-    ConnectionBook,
-    Gate,
+    ConnectionRegistry,
     Limits,
-    Pace,
+    ProgressWatchdog,
+    RateLimiter,
     address_group,
     lines_caused,
 )
@@ -24,28 +23,6 @@ from nnunetv2.federated.exchanges.exchange import Contribution, with_contributio
 from nnunetv2.federated.exchanges.registry import ExchangeRegistry
 from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
-
-
-# ------------------------------------------------------------------------------------------------------- allowances
-def test_what_was_spent_comes_back_with_time():
-    allowance = Allowance(per_s=2.0, at_once=3)
-    for _ in range(3):
-        assert allowance.wait_s("A", 10.0) == 0
-        allowance.spend("A", 10.0)
-    assert allowance.wait_s("A", 10.0) == 0.5
-    assert allowance.wait_s("A", 10.25) == 0.25
-    assert allowance.wait_s("A", 10.5) == 0
-    assert allowance.wait_s("B", 10.0) == 0
-
-
-def test_only_so_many_are_remembered(monkeypatch):
-    from nnunetv2.federated.coordinator.http import rate_limits
-
-    monkeypatch.setattr(rate_limits, "MAX_REMEMBERED", 2)
-    allowance = Allowance(per_s=1.0, at_once=1)
-    for who in "ABAC":
-        allowance.spend(who, 0.0)
-    assert [allowance.wait_s(who, 0.0) for who in "ABC"] == [2.0, 0.0, 1.0]  # B has been quiet for longest
 
 
 @pytest.mark.parametrize(
@@ -84,13 +61,13 @@ def test_what_fills_the_log_is_counted(method, path, status, lines):
 # ------------------------------------------------------------------------------------------------------------- pace
 @pytest.mark.parametrize("phase", ["headers", "rest"])
 def test_headers_and_unwanted_bodies_have_a_deadline(phase):
-    pace, (seconds, _) = Pace(), PACE[phase]
+    pace, (seconds, _) = ProgressWatchdog(), PACE[phase]
     assert not any(pace.is_too_slow(phase, 10.0**9 * now, now) for now in range(int(seconds)))
     assert pace.is_too_slow(phase, 1e12, seconds)
 
 
 def test_a_body_must_make_progress():
-    pace, (seconds, least) = Pace(), PACE["body"]
+    pace, (seconds, least) = ProgressWatchdog(), PACE["body"]
     assert not pace.is_too_slow("body", 0, 0.0)
     assert not pace.is_too_slow("body", least, seconds)
     assert not pace.is_too_slow("body", 2 * least - 1, 2 * seconds - 1)
@@ -98,14 +75,14 @@ def test_a_body_must_make_progress():
 
 
 def test_waiting_is_no_fault():
-    pace = Pace()
+    pace = ProgressWatchdog()
     assert not any(pace.is_too_slow("other", 0, now) for now in (0.0, 1e6))
     assert not pace.is_too_slow("headers", 0, 1e6)
 
 
 # ------------------------------------------------------------------------------------------------------ connections
-def make_book(**limits) -> ConnectionBook:
-    return ConnectionBook(
+def make_book(**limits) -> ConnectionRegistry:
+    return ConnectionRegistry(
         Limits(**{"connections": 5, "idle_connections": 4, "idle_connections_per_address": 2, **limits})
     )
 
@@ -144,7 +121,7 @@ def test_all_connections_together_are_bounded():
 
 def test_of_a_burst_all_that_are_too_many_make_room():
     """None of them has been closed yet when the last one comes."""
-    book = ConnectionBook(Limits())
+    book = ConnectionRegistry(Limits())
     evicted = {book.opened(number, "192.0.2.1") for number in range(15_000)} - {None}
     assert len(evicted) == 15_000 - Limits().idle_connections_per_address
     assert len(book) == Limits().idle_connections_per_address
@@ -187,7 +164,7 @@ class Caller:
 
     def __init__(self, status: int = 200, **limits) -> None:
         self.now, self.status = 0.0, status
-        self.gate = Gate(
+        self.gate = RateLimiter(
             self.answer,
             limits=Limits(**limits),
             clock=lambda: self.now,
@@ -275,7 +252,7 @@ def test_a_site_has_only_so_much_open(tmp_path, monkeypatch):
         book.put(with_contribution(exchange, "A", Contribution("0" * 64, 10, 0.0)))
 
     def check(key: str, site: str = "A", size: int = 10) -> None:
-        quotas.check_room(parse_key(key), site, size, book=book, folder=tmp_path)
+        quotas.check_room(parse_key(key), site, size, registry=book, folder=tmp_path)
 
     check("plans/p0"), check("plans/p3", site="B"), check("runs/r/rounds/0")
     with pytest.raises(RefusedError, match="3 gatherings that are still open") as info:
@@ -290,7 +267,7 @@ def test_room_is_kept_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(quotas, "RESERVED_BYTES", 1 << 60)
     book = ExchangeRegistry(FederationSettings(federation="test", sites=("A", "B")))
     with pytest.raises(RefusedError, match="disk is full") as info:
-        quotas.check_room(parse_key("runs/r/rounds/0"), "A", 1, book=book, folder=tmp_path)
+        quotas.check_room(parse_key("runs/r/rounds/0"), "A", 1, registry=book, folder=tmp_path)
     assert STATUS_OF_CODE[info.value.code] == 507  # the site asks again
 
 

@@ -67,7 +67,7 @@ def folder(tmp_path):
                 return train(client, seed=seed, num_rounds=1)
 
         in_threads(lambda: site("A", 1), lambda: site("B", 2))
-        wait_until(lambda: federation.coordinator.store.load_events("model"))
+        wait_until(lambda: federation.state.store.load_events("model"))
     return tmp_path / "federation"
 
 

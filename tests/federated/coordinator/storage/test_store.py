@@ -8,6 +8,7 @@ import pytest
 from fake_federation import incoming_path, make_settings
 
 from nnunetv2.federated.coordinator.members import Members, create_federation
+from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.coordinator.storage.store import Store, Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
@@ -110,7 +111,7 @@ def test_the_log_of_events_only_grows(store):
 
 def test_no_secret_is_kept_in_plain_once_it_is_used(store):
     secret = next(one.secret for one in store.load_invitations().values() if one.member == "A")
-    Members(store).join(secret, "A.0123456789abcdef", now=2.0)
+    Members(FederationState(store, clock=lambda: 2.0)).join(secret, "A.0123456789abcdef")
     store._database._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert secret.encode() not in (store.folder / "coordinator.sqlite").read_bytes()
 

@@ -135,8 +135,8 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
                 for seed, client in enumerate((a, b))
             )
         )
-    wait_until(lambda: federation.coordinator.store.load_events("model"))
-    model = federation.coordinator.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
+    wait_until(lambda: federation.state.store.load_events("model"))
+    model = federation.state.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
     assert any(f"run {RUN} is over: model written to {model}" in line for line in federation.lines)
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
     weights = checkpoint["network_weights"]
@@ -156,7 +156,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
         "file_ending": ".nii.gz",
         "numTraining": 4,
     }
-    has_fingerprint = federation.coordinator.book.is_closed(FineKey())  # depends on which tests have run
+    has_fingerprint = federation.state.registry.is_closed(FineKey())  # depends on which tests have run
     assert (model / "dataset_fingerprint.json").exists() == has_fingerprint
 
 
@@ -177,7 +177,7 @@ def test_no_single_site_chooses_how_everybody_reads_files(tmp_path, readers, exp
                 )
 
         in_threads(*(lambda site=site, reader=reader: take_part(site, reader) for site, reader in zip("abc", readers)))
-        folder = federation.coordinator.store.folder / "models"
+        folder = federation.state.store.folder / "models"
         wait_until(lambda: list(folder.glob("*.zip")))
         with zipfile.ZipFile(next(folder.glob("*.zip"))) as archive:
             names = archive.namelist()
@@ -210,6 +210,6 @@ def test_without_equal_plans_the_reason_is_given(tmp_path):
         other = make_plans(transpose_forward=[2, 0, 1])
         assert in_threads(lambda: register("A", make_plans()), lambda: register("B", other)) == [None, None]
         coordinator = federation.coordinator
-        text = keep_models(RUN, tmp_path / "models", final=0, best=None, archive=coordinator.archive)
+        text = keep_models(RUN, tmp_path / "models", final=0, best=None, archive=coordinator.state.documents)
         assert text.startswith("no model folder is written") and "transpose_forward is not the same at A" in text
         assert not (tmp_path / "models").exists()

@@ -271,9 +271,7 @@ def test_an_upload_that_breaks_is_repeated_and_counts_once(federation):
         with make_client(moved(federation.credential("A"), cutter.url)) as client:
             receipt = client.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(1, BIG))
         assert receipt.waiting_for == ("B",)
-    events = [
-        event for event in federation.coordinator.store.load_events("contribution") if event.key == RoundKey(RUN, 0)
-    ]
+    events = [event for event in federation.state.store.load_events("contribution") if event.key == RoundKey(RUN, 0)]
     assert len(events) == 1
 
 
@@ -284,7 +282,7 @@ def test_an_upload_goes_on_where_it_broke_even_after_a_restart_of_the_connection
         with make_client(moved(federation.credential("A"), cutter.url)) as client:
             client.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(1, BIG))
         assert size < cutter.carried["upload"] < 1.3 * size
-    assert list((federation.coordinator.store.folder / "incoming").iterdir()) == []
+    assert list((federation.state.store.folder / "incoming").iterdir()) == []
 
 
 def test_a_receipt_that_gets_lost_costs_no_second_upload(federation):

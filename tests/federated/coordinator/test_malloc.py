@@ -2,7 +2,7 @@
 
 import platform
 
-from nnunetv2.federated.coordinator.http import malloc
+from nnunetv2.federated.coordinator import malloc
 
 
 def test_glibc_is_told_and_others_are_left_alone(monkeypatch):

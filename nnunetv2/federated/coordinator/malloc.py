@@ -1,4 +1,4 @@
-"""Keep the coordinator's memory as small as what it holds."""
+"""Tune glibc malloc so that freed memory is returned to the system."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def return_what_is_freed() -> bool:
-    """Let the C library give memory back as soon as it is freed, and say whether it does (glibc only).
+    """Tune glibc malloc to return freed memory at once; return whether it does.
 
     By default it keeps a store of its own for every thread and, once blocks of a few hundred KiB have come and gone,
     keeps those too. What is sent goes in blocks of 256 KiB: those stay in the store, as asking the system for each
