@@ -24,6 +24,7 @@ from nnunetv2.training import log_file as log_files
 from nnunetv2.training import model_folder, splits, steps
 from nnunetv2.training.background_writer import BackgroundWriter
 from nnunetv2.training.batch_shares import loss_weight_of_rank, oversampling_of_rank, split_batch_size
+from nnunetv2.training.bf16_gradients import describe_wrong_gradients
 from nnunetv2.training.compiling import wants_compilation
 from nnunetv2.training.data_augmentation.default_transforms import (
     build_training_transforms,
@@ -51,7 +52,7 @@ from nnunetv2.training.training_state import describe_state, restore_state_
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.device import autocast_context, speed_up_on_cpu_
+from nnunetv2.utilities.device import autocast_context, speed_up_on_cpu_, wants_cpu_autocast
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -158,6 +159,7 @@ class nnUNetTrainer:
         self.dataloader_train: Iterator[dict] | None = None
         self.dataloader_val: Iterator[dict] | None = None
 
+        self._keeps_float32: bool | None = None  # decided with the first batch
         self._loss_weight = 1.0  # of this process, where processes have batches of unequal size
         self._best_ema: float | None = None
         self.inference_allowed_mirroring_axes: tuple[int, ...] | None = None
@@ -581,6 +583,8 @@ class nnUNetTrainer:
 
     def _forward(self, data: torch.Tensor, target: steps.TensorOrList) -> tuple[steps.TensorOrList, torch.Tensor]:
         """Return output and loss of a batch, in the precision of the device."""
+        if self._keeps_float32 is None:
+            self._keeps_float32 = self._has_to_keep_float32(data)
         with self._autocast():
             output = self.network(data)
             loss = self.loss(steps.as_loss_input(output), target)
@@ -588,7 +592,19 @@ class nnUNetTrainer:
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which network and loss are computed; it chooses their precision."""
-        return autocast_context(self.device)
+        return contextlib.nullcontext() if self._keeps_float32 else autocast_context(self.device)
+
+    def _has_to_keep_float32(self, data: torch.Tensor) -> bool:
+        """Tell whether a CPU would compute wrong gradients in bfloat16, and log why."""
+        if self.device.type != "cpu" or not wants_cpu_autocast():
+            return False
+        reason = describe_wrong_gradients(bare_network(self.network), data[:1])
+        if reason:
+            self.print_to_log_file(
+                "Training in float32: in bfloat16 this processor computes wrong gradients for one of the network's "
+                f"convolutions, {reason}"
+            )
+        return reason is not None
 
     def _report_epoch(self) -> None:
         def latest(key: str) -> Any:
