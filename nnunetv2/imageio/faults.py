@@ -94,7 +94,7 @@ def find_form_faults(file: str) -> list[Fault]:
     try:
         image = nibabel.load(file)
         (qform, has_qform), (sform, has_sform) = image.header.get_qform(coded=True), image.header.get_sform(coded=True)
-    except Exception:  # whatever is wrong with the file, reading it will say so
+    except Exception:  # noqa: BLE001  whatever is wrong with the file, reading it will say so
         return []
     if not (has_qform and has_sform):
         return []

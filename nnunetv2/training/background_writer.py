@@ -88,7 +88,7 @@ class BackgroundWriter:
                 task = self._waiting.pop(0)
             try:
                 task.function(*task.arguments)
-            except Exception as error:  # kept for the thread that trains, whatever it is
+            except Exception as error:  # noqa: BLE001  kept for the thread that trains, whatever it is
                 self._note_failure(task, error)
             task = None  # lets go of the arguments, which may be large
 

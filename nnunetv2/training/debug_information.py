@@ -17,7 +17,7 @@ def describe_trainer(trainer: object) -> dict[str, str | int]:
             continue
         try:
             value = getattr(trainer, name)
-        except Exception as error:  # a property of somebody's trainer may fail before training
+        except Exception as error:  # noqa: BLE001  a property of somebody's trainer may fail before training
             value = f"unavailable: {error!r}"
         if not callable(value) or name == "loss":
             described[name] = str(value)

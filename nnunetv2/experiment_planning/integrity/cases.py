@@ -165,7 +165,7 @@ def _read(
         return faults, None
     try:
         return faults, reader.read_seg(paths[0]) if is_label else reader.read_images(paths)
-    except Exception as error:  # readers raise whatever their library raises; all of it belongs in the table
+    except Exception as error:  # noqa: BLE001  readers raise whatever their library raises; all of it belongs in the table
         unreadable = Fault(
             "a file cannot be read",
             _in_words(error),

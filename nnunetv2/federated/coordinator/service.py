@@ -8,6 +8,7 @@ stays small. What operators and sites say about a run is in `steering.py`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import statistics
 import threading
@@ -497,7 +498,7 @@ class Coordinator:
         if latest is None:
             return api.RunProgress(run=run)
         moments = self.book.closed_at(run, RECENT_ROUNDS + 1)
-        durations = [later - earlier for earlier, later in zip(moments, moments[1:])]
+        durations = [later - earlier for earlier, later in itertools.pairwise(moments)]
         found = self.store.load_last_validation(run)
         return api.RunProgress(
             run=run,

@@ -93,7 +93,7 @@ def parse_json(
         _check_depth(value)
         return value
     except (ValueError, RecursionError) as error:
-        raise WireError(f"{what} is not proper JSON: {str(error):.200}") from None
+        raise WireError(f"{what} is not proper JSON: {error!s:.200}") from None
 
 
 def count_elements(data: bytes | bytearray | str) -> int:

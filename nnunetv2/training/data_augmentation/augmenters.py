@@ -264,7 +264,7 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
                 return
     except KeyboardInterrupt:
         channels.abort.set()
-    except Exception as error:  # reported, whatever it is: here nobody else would see it
+    except Exception as error:  # noqa: BLE001  reported, whatever it is: here nobody else would see it
         report = f"augmentation-{worker} failed: {type(error).__name__}: {error}"[:MAX_REPORT_LENGTH].rstrip(": ")
         channels.failures.put((report, traceback.format_exc()[-MAX_REPORT_LENGTH:]))
         channels.abort.set()

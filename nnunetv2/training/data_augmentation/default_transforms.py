@@ -230,7 +230,8 @@ def previous_stage_transforms(
     )
 
     label_channels = list(range(-len(foreground_labels), 0))
-    return transforms + [
+    return [
+        *transforms,
         RandomTransform(
             ApplyRandomBinaryOperatorTransform(
                 channel_idx=list(label_channels), strel_size=(1, 8), p_per_label=p_per_label

@@ -141,7 +141,7 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
 
         try:
             return choose_filter(arr, blocks, chunks, codec, clevel)
-        except Exception as error:  # whatever it is, the file can be written without a filter
+        except Exception as error:  # noqa: BLE001  whatever it is, the file can be written without a filter
             logger.warning("cannot try filters on an array of shape %s, so it is stored without: %s", arr.shape, error)
             return blosc2.Filter.NOFILTER
 

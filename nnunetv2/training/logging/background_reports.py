@@ -62,5 +62,5 @@ class BackgroundReporter:
             for report in self._reports:
                 try:
                     report(curves, folder)
-                except Exception as error:  # a full disk, or an odd value in a curve of the user
+                except Exception as error:  # noqa: BLE001  a full disk, or an odd value in a curve of the user
                     logger.warning("%s of %s failed: %s", getattr(report, "__name__", report), folder, error)

@@ -73,8 +73,7 @@ def building_class(trainer: type) -> type:
     return next(
         base
         for base in reversed(trainer.__mro__)
-        if issubclass(base, nnUNetTrainer)
-        and inspect.getattr_static(base, "build_network_architecture") is method
+        if (issubclass(base, nnUNetTrainer) and inspect.getattr_static(base, "build_network_architecture") is method)
         or base is trainer
     )
 
