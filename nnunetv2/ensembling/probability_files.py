@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def _read_classes(file: str, stack: ExitStack) -> Iterator[np.ndarray]:
         yield np.frombuffer(_read_exactly(stream, count * dtype.itemsize, file), dtype).reshape(shape[1:])
 
 
-def _open(file: str, stack: ExitStack) -> zipfile.ZipExtFile:
+def _open(file: str, stack: ExitStack) -> Any:
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no {file}; predict with --save_probabilities (train with --npz)")
     try:

@@ -54,10 +54,9 @@ class Confusion:
         for label in labels:
             inside |= self.values == label
         rows_in, rows_out = self.counts[inside].sum(axis=0), self.counts[~inside].sum(axis=0)
-        return tuple(
-            int(row[columns].sum())
-            for row, columns in ((rows_in, inside), (rows_out, inside), (rows_in, ~inside), (rows_out, ~inside))
-        )
+        tp, fp = int(rows_in[inside].sum()), int(rows_out[inside].sum())
+        fn, tn = int(rows_in[~inside].sum()), int(rows_out[~inside].sum())
+        return tp, fp, fn, tn
 
 
 def compute_confusion(reference: np.ndarray, prediction: np.ndarray) -> Confusion:

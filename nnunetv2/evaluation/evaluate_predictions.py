@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -360,7 +360,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _read_extras(args: argparse.Namespace) -> dict[str, float | str | None]:
+def _read_extras(args: argparse.Namespace) -> dict[str, Any]:
     if args.tolerance is not None and (not args.surface or not args.tolerance >= 0):
         raise ValueError("-tolerance is a distance in mm from 0 on, and needs --surface")
     if args.images is not None and not args.html:

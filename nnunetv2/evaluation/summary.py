@@ -34,18 +34,18 @@ def key_to_label_or_region(key: str) -> LabelOrRegion:
         return tuple(int(part) for part in key.strip("() ").split(",") if part.strip())
 
 
-def plain_class(label_or_region: LabelOrRegion | str) -> LabelOrRegion | str:
+def plain_class(label_or_region: LabelOrRegion | str) -> Any:
     """Return a label as int and a region as tuple of ints; their NumPy kin print differently."""
     if isinstance(label_or_region, str):
         return label_or_region
-    if np.ndim(label_or_region) == 0:
-        return int(label_or_region)
-    return tuple(int(label) for label in label_or_region)
+    plain: Any = label_or_region
+    return int(plain) if np.ndim(plain) == 0 else tuple(map(int, plain))
 
 
 def labels_of(label_or_region: LabelOrRegion) -> tuple[int, ...]:
     """Return the labels that make up a class."""
-    return (label_or_region,) if np.ndim(label_or_region) == 0 else tuple(label_or_region)
+    labels: Any = label_or_region
+    return (labels,) if np.ndim(labels) == 0 else tuple(labels)
 
 
 def labels_to_list_of_regions(labels: Iterable[int]) -> list[tuple[int, ...]]:
@@ -121,5 +121,5 @@ def _scores(tp: int, fp: int, fn: int, tn: int) -> dict[str, float]:
 
 
 def _nanmean(values: Sequence[float]) -> float:
-    values = np.asarray(values, dtype=np.float64)
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+    array = np.asarray(values, dtype=np.float64)
+    return float(np.nanmean(array)) if not np.isnan(array).all() else float("nan")

@@ -66,7 +66,7 @@ class RefusedError(FederationError):
         self.remedy = remedy
         self.code = code
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         """Keep all three parts when the error crosses a process boundary."""
         return _rebuild_refusal, (type(self), self.message, self.remedy, self.code)
 

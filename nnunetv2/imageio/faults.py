@@ -11,7 +11,7 @@ import itertools
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,13 +92,13 @@ def find_form_faults(file: str) -> list[Fault]:
     import nibabel
 
     try:
-        image = nibabel.load(file)
+        image: Any = nibabel.load(file)
         (qform, has_qform), (sform, has_sform) = image.header.get_qform(coded=True), image.header.get_sform(coded=True)
     except Exception:  # noqa: BLE001  whatever is wrong with the file, reading it will say so
         return []
     if not (has_qform and has_sform):
         return []
-    corners = np.array(list(itertools.product(*((0, size - 1) for size in image.shape[:3]), (1,))), dtype=float)
+    corners = np.array(list(itertools.product(*((0, size - 1) for size in image.shape[:3]), (1,))), dtype=np.float64)
     corners = np.hstack([corners[:, :-1], np.zeros((len(corners), 4 - corners.shape[1])), corners[:, -1:]])
     apart = np.linalg.norm((corners @ (qform - sform).T)[:, :3], axis=1).max()
     if apart <= 0.5 * min(np.linalg.norm(sform[:3, :3], axis=0)):
@@ -132,10 +132,10 @@ def _count_non_finite(chunks: Iterator[bytes]) -> int:
     for chunk in itertools.chain(chunks, [b""]):
         whole = max(0, len(rest) - offset) // dtype.itemsize
         if whole:
-            num_non_finite += whole - np.count_nonzero(np.isfinite(np.frombuffer(rest, dtype, whole, offset)))
+            num_non_finite += whole - int(np.count_nonzero(np.isfinite(np.frombuffer(rest, dtype, whole, offset))))
         used = offset + whole * dtype.itemsize
         rest, offset = rest[used:] + chunk, max(0, offset - len(rest))
-    return int(num_non_finite)
+    return num_non_finite
 
 
 def _find_float_voxels(header: bytes) -> tuple[np.dtype, int] | None:

@@ -108,7 +108,7 @@ def _load(file: str) -> nibabel.Nifti1Image:
     import nibabel
 
     with naming(file):
-        image = nibabel.load(file)
+        image: Any = nibabel.load(file)
     assert image.ndim == 3, (
         f"{file} has {image.ndim} dimensions, shape {image.shape}; the nibabel readers take 3D images only. Store "
         "each channel in a 3D file of its own; 2D images are read by SimpleITKIO"

@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 PathOrText = str | os.PathLike
 Inputs = PathOrText | Sequence[Sequence[PathOrText]]
@@ -28,7 +31,7 @@ class CaseLists:
     """The label map of a cascade's previous stage."""
 
 
-def is_path(value: object) -> bool:
+def is_path(value: object) -> TypeIs[PathOrText]:
     """Tell one path from a list of paths."""
     return isinstance(value, (str, os.PathLike))
 
@@ -117,27 +120,29 @@ def list_cases(
         raise ValueError(f"part_id must be 0 to num_parts - 1, got part {part_id} of {num_parts}")
     if outputs is not None and not is_path(outputs) and len(outputs) != len(images):
         raise ValueError(f"there are {len(images)} cases, but {len(outputs)} output file names")
-    images = [[os.fspath(file) for file in files] for files in images[part_id::num_parts]]
-    names = [case_id(files[0], ending) for files in images]
+    chosen = [[os.fspath(file) for file in files] for files in images[part_id::num_parts]]
+    names = [case_id(files[0], ending) for files in chosen]
+    places = None
     if is_path(outputs):
-        outputs = [os.path.join(outputs, name) for name in names]
+        places = [os.path.join(outputs, name) for name in names]
     elif outputs is not None:
-        outputs = [os.fspath(output) for output in outputs[part_id::num_parts]]
-    _require_distinct(outputs or [])
+        places = [os.fspath(output) for output in outputs[part_id::num_parts]]
+    _require_distinct(places or [])
     previous = [
         None if previous_stage_folder is None else os.path.join(previous_stage_folder, f"{name}{ending}")
         for name in names
     ]
-    return CaseLists(images, outputs, previous)
+    return CaseLists(chosen, places, previous)
 
 
 def without_finished(cases: CaseLists, ending: str, save_probabilities: bool) -> CaseLists:
     """Drop the cases whose results are all there."""
     endings = [ending, *((".npz", ".pkl") if save_probabilities else ())]
-    left = [
-        i for i, output in enumerate(cases.outputs) if not all(Path(f"{output}{kind}").is_file() for kind in endings)
-    ]
-    return CaseLists(*([values[i] for i in left] for values in (cases.images, cases.outputs, cases.previous_stage)))
+    outputs = cases.outputs or []
+    left = [i for i, output in enumerate(outputs) if not all(Path(f"{output}{kind}").is_file() for kind in endings)]
+    return CaseLists(
+        [cases.images[i] for i in left], [outputs[i] for i in left], [cases.previous_stage[i] for i in left]
+    )
 
 
 def require_previous_stage(cases: CaseLists) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def mirrored_mean(
     # The number of subsets is a power of two: with one for the copies, too, all batches have the same shape, which
     # compiled networks and cuDNN's benchmarks prefer.
     at_once = 1 << (min(copies_at_once, len(subsets)).bit_length() - 1)
-    total = None
+    total: Any = None
     for first in range(0, len(subsets), at_once):
         group = subsets[first : first + at_once]
         answers = network(_flipped(tiles, group)).float()

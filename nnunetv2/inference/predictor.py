@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAIN_MEMORY = torch.device("cpu")
+_LATER: Any = None  # what attributes are before a model is loaded
 
 
 class nnUNetPredictor:
@@ -84,15 +85,15 @@ class nnUNetPredictor:
             logger.debug("perform_everything_on_device has no effect on %s", device.type)
         self.perform_everything_on_device = perform_everything_on_device and device.type == "cuda"
 
-        self.plans_manager: PlansManager | None = None
-        self.configuration_manager: ConfigurationManager | None = None
+        self.plans_manager: PlansManager = _LATER
+        self.configuration_manager: ConfigurationManager = _LATER
         self.list_of_parameters: list[dict[str, Any]] | None = None
-        self.network: nn.Module | None = None
-        self.dataset_json: dict[str, Any] | None = None
-        self.trainer_name: str | None = None
+        self.network: nn.Module = _LATER
+        self.dataset_json: dict[str, Any] = _LATER
+        self.trainer_name: str = _LATER
         self.allowed_mirroring_axes: tuple[int, ...] | None = None
-        self.label_manager: LabelManager | None = None
-        self._batched_network: nn.Module | None = None
+        self.label_manager: LabelManager = _LATER
+        self._batched_network: nn.Module = _LATER
         self._budget: ForwardBudget | None = None
         self._is_device_full = False  # for the current case, which the CPU predicts then
 
@@ -428,6 +429,7 @@ class nnUNetPredictor:
                 return logits
             # Summed in float32: in float16 five folds would lose three bits.
             total = logits.float() if total is None else total.add_(logits)
+        assert total is not None
         return total.div_(len(self.list_of_parameters)).half()
 
     @torch.inference_mode()
@@ -550,7 +552,9 @@ class nnUNetPredictor:
             logger.info("%d of %d cases are there already", total - len(cases.images), total)
         case_lists.require_previous_stage(cases)
         named = cases.outputs
-        if case_lists.is_path(outputs):  # the export takes one ending off, which here belongs to the name of the case
+        if named is not None and case_lists.is_path(
+            outputs
+        ):  # the export takes one ending off, which here belongs to the name of the case
             reader = self.plans_manager.image_reader_writer_class
             named = [
                 name if case_lists.drop_nifti_ending(name, (ending,), reader) == name else f"{name}{ending}"

@@ -113,8 +113,10 @@ def _check_place(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path
     if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise refuse("is a link or a special file")
     # A link that lies in the folder of models already must not lead the files elsewhere either.
+    if target is None:
+        return
     place = target
-    for part in parts if target is not None else ():
+    for part in parts:
         place = place / part
         if place.is_symlink() and not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(target)):
             raise refuse(f"would be written through the link {place}")

@@ -90,7 +90,7 @@ class BackgroundWriter:
                 task.function(*task.arguments)
             except Exception as error:  # noqa: BLE001  kept for the thread that trains, whatever it is
                 self._note_failure(task, error)
-            task = None  # lets go of the arguments, which may be large
+            del task  # lets go of the arguments, which may be large
 
     def _note_failure(self, task: _Task, error: Exception) -> None:
         message = f"could not write {task.name}: {type(error).__name__}: {error}"

@@ -39,7 +39,7 @@ def median_target_spacing(spacings: np.ndarray, shapes: np.ndarray, anisotropy_t
     return target
 
 
-def coarsest_axis_first(spacing: Sequence[float]) -> tuple[list[int], list[int]]:
+def coarsest_axis_first(spacing: Sequence[float] | np.ndarray) -> tuple[list[int], list[int]]:
     """Return the permutation that moves the axis of the largest spacing to the front, and its inverse."""
     coarsest = int(np.argmax(spacing))
     forward = [coarsest, *(axis for axis in range(len(spacing)) if axis != coarsest)]

@@ -24,7 +24,7 @@ def get_shape_must_be_divisible_by(net_numpool_per_axis: Sequence[int]) -> np.nd
     return 2 ** np.asarray(net_numpool_per_axis)
 
 
-def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int]) -> np.ndarray:
+def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int] | np.ndarray) -> np.ndarray:
     """Return the smallest multiples of `must_be_divisible_by` that are not below `shape`, as ints.
 
     Args:

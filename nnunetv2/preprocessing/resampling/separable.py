@@ -120,6 +120,7 @@ def resample_axis(array: np.ndarray, axis: int, new: int, order: int) -> np.ndar
     before, after = prod(array.shape[:axis]), prod(array.shape[axis + 1 :])
     mixed = np.empty((before, new, after), array.dtype)
     for band in axis_bands(old, new, order, array.dtype):
+        assert band.weights is not None  # only where sizes agree
         if after == 1:  # the last axis: one large product instead of many small ones
             np.matmul(array.reshape(before, old)[:, band.inputs], band.weights.T, out=mixed[:, band.outputs, 0])
         else:

@@ -84,7 +84,7 @@ def build_augmenters(
                 NumberedBatches(loader, (*entropy, stream), first=first)
                 for stream, (loader, first) in enumerate(zip(loaders, first_batches))
             ]
-        return tuple(SingleThreadedAugmenter(loader, None) for loader in loaders)
+        return SingleThreadedAugmenter(loaders[0], None), SingleThreadedAugmenter(loaders[1], None)
     sizes = ((num_processes, max(6, num_processes // 2)), (max(1, num_processes // 2), max(3, num_processes // 4)))
     return tuple(
         WorkerAugmenter(
@@ -154,7 +154,7 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         """Start workers and the thread that fetches their batches."""
         if self.initialized:
             return
-        context = multiprocessing.get_context(choose_start_method())
+        context: Any = multiprocessing.get_context(choose_start_method())
         self.abort_event, self.pause_event = context.Event(), context.Event()
         self._failures, self.results_loop_queue = context.SimpleQueue(), queue.Queue(NUM_READY_BATCHES)
         queues, loaders = self._build_queues_and_loaders(context)

@@ -6,7 +6,7 @@ a time. Their order matters: -1 marks what lies outside the image until its voxe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -257,7 +257,7 @@ def target_transforms(
     transforms: list[BasicTransform] = []
     if regions is not None:
         # plain ints, as the library tests for them
-        plain = [int(region) if np.isscalar(region) else tuple(int(label) for label in region) for region in regions]
+        plain = [tuple(map(int, region)) if isinstance(region, Iterable) else int(region) for region in regions]
         all_regions = plain if ignore_label is None else [*plain, ignore_label]
         transforms.append(ConvertSegmentationToRegionsTransform(regions=all_regions, channel_in_seg=0))
     if deep_supervision_scales is not None:

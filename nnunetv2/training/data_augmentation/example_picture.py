@@ -216,11 +216,12 @@ def _choose_colors(samples: Sequence[Sample]) -> dict[str, tuple[float, float, f
     from matplotlib import colormaps
 
     names = sorted({name for sample in samples for name in sample.masks}, key=lambda name: (len(name), name))
-    palette = colormaps[COLORMAP].colors
+    palette: Any = colormaps[COLORMAP]
+    palette = palette.colors
     return {name: palette[number % len(palette)] for number, name in enumerate(names)}
 
 
-def _draw_legend(figure: Figure, colors: Mapping[str, Sequence[float]]) -> None:
+def _draw_legend(figure: Figure, colors: Mapping[str, tuple[float, float, float]]) -> None:
     from matplotlib.patches import Patch
 
     if not colors:

@@ -8,7 +8,7 @@ transform draws its parameters from the shape of what it is given alone, so it c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
@@ -33,7 +33,7 @@ class SpatialStep(NamedTuple):
     rest: list[BasicTransform]
 
 
-def split_off_spatial(transforms: BasicTransform | None) -> SpatialStep | None:
+def split_off_spatial(transforms: Any) -> SpatialStep | None:
     """Find the spatial transform that a pipeline begins with, alone or in the conversion for thin patches.
 
     None if the pipeline begins differently, or if the transform may look at more than the shape of the image: then it

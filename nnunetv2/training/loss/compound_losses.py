@@ -34,7 +34,7 @@ class _LabelMapLoss(nn.Module):
         mask, dice_target = None, target
         if self.ignore_label is not None:
             dice_target, mask = hide_label(target, self.ignore_label)
-        loss = 0
+        loss: Any = 0
         if self.weight_dice != 0:
             loss = loss + self.weight_dice * self.dc(net_output, dice_target, loss_mask=mask)
         if self.weight_ce != 0:

@@ -35,7 +35,7 @@ class DeepSupervisionWrapper(nn.Module):
         weight_factors: A weight per resolution; all 1 if None. A resolution of weight 0 is not computed.
     """
 
-    def __init__(self, loss: nn.Module, weight_factors: Sequence[float] | None = None) -> None:
+    def __init__(self, loss: nn.Module, weight_factors: Sequence[float] | np.ndarray | None = None) -> None:
         super().__init__()
         if weight_factors is not None:
             weight_factors = tuple(weight_factors)

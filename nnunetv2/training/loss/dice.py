@@ -59,7 +59,8 @@ def get_tp_fp_fn_tn(
     not_wanted = 1 - wanted
     products = (with_output * wanted, with_output * not_wanted, without_output * wanted, without_output * not_wanted)
     axes = tuple(range(2, net_output.ndim)) if axes is None else tuple(axes)
-    return tuple(_sum_voxels(product, axes, mask, square) for product in products)
+    tp, fp, fn, tn = (_sum_voxels(product, axes, mask, square) for product in products)
+    return tp, fp, fn, tn
 
 
 def _sum_voxels(entries: Tensor, axes: tuple[int, ...], mask: Tensor | None, square: bool) -> Tensor:

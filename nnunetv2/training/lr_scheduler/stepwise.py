@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import _LRScheduler
 
@@ -25,11 +26,11 @@ class StepwiseLRScheduler(_LRScheduler):
         """Return the learning rate of all parameter groups at a step, counted from 0."""
         raise NotImplementedError
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each parameter group at the step that the counter names."""
         return self.lrs_at(self.ctr)
 
-    def lrs_at(self, step: int) -> list[float]:
+    def lrs_at(self, step: int) -> list[float | Tensor]:
         """Return the learning rate of each parameter group at a step; one for all unless a schedule says otherwise."""
         return [self.lr_at(step)] * len(self.optimizer.param_groups)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nnunetv2.training.lr_scheduler.stepwise import StepwiseLRScheduler, polynomial_decay, require_positive_length
@@ -83,7 +84,7 @@ class CosineAnnealingLR_offset(StepwiseLRScheduler):
         """Set the learning rates of `epoch`, or of the next one if that is None or -1."""
         super().step(epoch)
 
-    def lrs_at(self, step: int) -> list[float]:
+    def lrs_at(self, step: int) -> list[float | Tensor]:
         """Return the learning rate of each parameter group at a step, counted from 0."""
         share = (1 + math.cos(math.pi * (step - self.offset) / (self.T_max - self.offset))) / 2
         return [self.eta_min + (base_lr - self.eta_min) * share for base_lr in self.base_lrs]

@@ -84,6 +84,15 @@ HOOKS_THAT_MAY_READ_CHECKPOINTS = ("save_checkpoint", "on_epoch_end", "on_train_
 
 CUDA = torch.device("cuda")
 
+Geometry = tuple[tuple[float, float], bool, Any, tuple[int, ...] | None]
+"""Rotation, dummy 2D augmentation, size of the patch to augment from (ints), mirror axes."""
+
+Folder = Any
+"""A str, or None below a root that is not set: writing there fails with a message of its own."""
+
+_LATER: Any = None
+"""The value of an attribute before the hook that fills it in."""
+
 
 class nnUNetTrainer:
     """Train one fold of one configuration of a dataset.
@@ -148,16 +157,16 @@ class nnUNetTrainer:
         self.oversample_foreground_percent, self.probabilistic_oversampling = 0.33, False
 
         # What initialize() and on_train_start() fill in.
-        self.dataset_class: type[nnUNetBaseDataset] | None = None
+        self.dataset_class: type[nnUNetBaseDataset] = _LATER
         self.label_manager = self.plans_manager.get_label_manager(dataset_json)
-        self.num_input_channels: int | None = None
-        self.network: nn.Module | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.lr_scheduler: Any = None
-        self.loss: nn.Module | None = None
+        self.num_input_channels: int = _LATER
+        self.network: nn.Module = _LATER
+        self.optimizer: torch.optim.Optimizer = _LATER
+        self.lr_scheduler: Any = _LATER
+        self.loss: nn.Module = _LATER
         self.grad_scaler = build_grad_scaler(self.device)
-        self.dataloader_train: Iterator[dict] | None = None
-        self.dataloader_val: Iterator[dict] | None = None
+        self.dataloader_train: Iterator[dict] = _LATER
+        self.dataloader_val: Iterator[dict] = _LATER
 
         self._keeps_float32: bool | None = None  # decided with the first batch
         self._loss_weight = 1.0  # of this process, where processes have batches of unequal size
@@ -183,12 +192,12 @@ class nnUNetTrainer:
         folders = model_folder.locate_folders(
             self.plans_manager, self.configuration_name, self.fold, type(self).__name__
         )
-        self.preprocessed_dataset_folder_base = folders.preprocessed_dataset_folder_base
-        self.preprocessed_dataset_folder = folders.preprocessed_dataset_folder
-        self.output_folder_base = folders.output_folder_base
-        self.output_folder = folders.output_folder
+        self.preprocessed_dataset_folder_base: Folder = folders.preprocessed_dataset_folder_base
+        self.preprocessed_dataset_folder: Folder = folders.preprocessed_dataset_folder
+        self.output_folder_base: Folder = folders.output_folder_base
+        self.output_folder: Folder = folders.output_folder
         self.is_cascaded = self.configuration_manager.previous_stage_name is not None
-        self.folder_with_segs_from_previous_stage = folders.folder_with_segs_from_previous_stage
+        self.folder_with_segs_from_previous_stage: Folder = folders.folder_with_segs_from_previous_stage
 
     def _open_output_folder(self, continue_training: bool) -> None:
         """Create the output folder and the logger. The log file appears with the first line after construction."""
@@ -336,9 +345,7 @@ class nnUNetTrainer:
 
     # ---------------------------------------------------------------- data
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
-        self,
-    ) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...] | None]:
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Geometry:
         """Decide rotation (radians), dummy 2D augmentation, size of the patch to augment from, and mirror axes."""
         rotation, dummy_2d, initial_patch_size, mirror_axes = rotation_and_patch_size(
             self.configuration_manager.patch_size

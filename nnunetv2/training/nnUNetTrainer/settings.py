@@ -54,7 +54,7 @@ def with_plans(**entries: object) -> Callable[[Trainer], Trainer]:
 def _constructed_by(construct: Callable[..., None]) -> Callable[[Trainer], Trainer]:
     """Return a decorator that gives a class the constructor `construct(parent's constructor, self, ...)`."""
 
-    def decorate(trainer_class: Trainer) -> Trainer:
+    def decorate(trainer_class: Any) -> Any:
         if "__init__" in vars(trainer_class):
             raise TypeError(f"{trainer_class.__name__} has a constructor of its own: set the attributes there")
 
@@ -68,7 +68,7 @@ def _constructed_by(construct: Callable[..., None]) -> Callable[[Trainer], Train
     return decorate
 
 
-def derive_trainer(parent: Trainer, name: str, description: str, module: str, **settings: object) -> Trainer:
+def derive_trainer(parent: Trainer, name: str, description: str, module: str, **settings: object) -> Any:
     """Return a subclass of a trainer with other attributes, for names that follow a pattern.
 
     Args:

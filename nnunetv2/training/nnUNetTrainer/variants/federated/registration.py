@@ -58,7 +58,7 @@ def describe_training(
     )
 
 
-def _describe_network(trainer: type, network: torch.nn.Module) -> dict[str, str]:
+def _describe_network(trainer: type, network: torch.nn.Module) -> dict[str, Any]:
     """Return what tensors do not tell of a network; of those of this package's own trainers there is nothing to say."""
     if trainer.__name__ in OWN_TRAINERS:
         return {}
