@@ -1,4 +1,7 @@
-"""Average the probabilities of several models class by class, reading only one class of each at a time."""
+"""Average the probabilities of several models, one class at a time.
+
+Memory holds that class of each model only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ KEY = "probabilities"
 
 
 def average_classes(files: Sequence[str]) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
-    """Return the shape `(c, *spatial)` that all files share, and their mean, one float32 array `(*spatial)` per class.
+    """Return the files' common shape `(c, *spatial)`, and the mean of each class.
+
+    A mean is a float32 array `(*spatial)`.
 
     The iterator may be left early; files are open only while it runs.
 

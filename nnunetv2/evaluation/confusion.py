@@ -15,7 +15,7 @@ _DENSE_VALUES = 256
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many voxels have which pair of labels.
+    """Number of voxels per pair of labels.
 
                  prediction
                  values[0]  values[1]  ...

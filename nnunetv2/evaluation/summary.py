@@ -1,4 +1,4 @@
-"""What summary.json holds: scores per case and class, their means, and how classes are spelled as keys."""
+"""Build summary.json: scores, their means, and the spelling of classes as keys."""
 
 from __future__ import annotations
 

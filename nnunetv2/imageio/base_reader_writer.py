@@ -53,12 +53,17 @@ class BaseReaderWriter(ABC):
         """
 
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
-        """Find what is wrong with a file although it can be read. The integrity check calls this; it may take time."""
+        """Find the faults of a file that can still be read.
+
+        The integrity check calls this; it may take time.
+        """
         return []
 
     def list_side_cars(self, fname: FilePath, is_label: bool = False) -> list[str]:
-        """Return the files beside an image that belong to it, whether they exist or not. Their stem is that of the
-        case."""
+        """Return the files that belong to an image, whether they exist or not.
+
+        Their stem is that of the case.
+        """
         return []
 
     @staticmethod

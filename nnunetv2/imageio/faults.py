@@ -1,4 +1,6 @@
-"""Find what is wrong with an image file although reading it raises nothing: files cut short, flipped bits, lost NaN.
+"""Find faults of image files that reading does not report.
+
+Files cut short, flipped bits, lost NaN.
 
 ITK reads NIfTI files through a library that fills up what is missing and puts 0 in the place of NaN and infinity, both
 in silence. So sizes are compared whenever a file is read, and contents when a dataset is checked.
@@ -34,8 +36,10 @@ _HEADERS = {348: (70, 108, "f4"), 540: (12, 168, "i8")}
 
 
 class Fault(NamedTuple):
-    """What is wrong with a file. `what` and `remedy` are the same for all faults of a kind, so that a report can group
-    them."""
+    """Fault of a file.
+
+    `what` and `remedy` are the same for all faults of a kind, so that a report can group them.
+    """
 
     what: str
     found: str
@@ -79,7 +83,10 @@ def find_damage(file: str) -> list[Fault]:
 
 
 def find_faults_in_nifti(file: str) -> list[Fault]:
-    """Find damage, NaN and infinity in a NIfTI file, which SimpleITK reads as if they were not there."""
+    """Find damage, NaN and infinity in a NIfTI file.
+
+    SimpleITK reads it as if they were not there.
+    """
     try:
         num_non_finite = _count_non_finite(_decompressed(file))
     except DamagedFileError as error:
@@ -88,7 +95,10 @@ def find_faults_in_nifti(file: str) -> list[Fault]:
 
 
 def find_form_faults(file: str) -> list[Fault]:
-    """Find a NIfTI header whose two ways to say where the image lies, qform and sform, disagree by half a voxel."""
+    """Find a qform and sform that disagree by half a voxel.
+
+    They are the two ways of a NIfTI header to say where the image lies.
+    """
     import nibabel
 
     try:

@@ -1,4 +1,6 @@
-"""Read and write 3D NIfTI files with nibabel, as they lie in the file or in the nearest RAS+ orientation.
+"""Read and write 3D NIfTI files with nibabel.
+
+As they lie in the file, or in the nearest RAS+ orientation.
 
 NIfTI arrays are (x, y, z); ours are their transpose (z, y, x), as with SimpleITK.
 """
@@ -68,7 +70,10 @@ class NibabelIO(BaseReaderWriter):
 
 
 class NibabelIOWithReorient(NibabelIO):
-    """NIfTI with axes flipped and permuted towards RAS+; label maps go back into the orientation of their image."""
+    """NIfTI with axes flipped and permuted towards RAS+.
+
+    Label maps go back into the orientation of their image.
+    """
 
     def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
         """Read the channels of a case. The first file's affines before and after are kept in `nibabel_stuff`.

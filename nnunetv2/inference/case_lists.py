@@ -76,14 +76,19 @@ def _describe_other_endings(folder: str, ending: str) -> str:
 
 
 def case_id(file: PathOrText, ending: str) -> str:
-    """Return the name of a case from its first file: without folder, ending and, if there is one, channel number."""
+    """Return the name of a case from its first file.
+
+    Folder, ending and, if there is one, channel number are left out.
+    """
     name = Path(file).name
     name = name[: -len(ending)] if name.endswith(ending) else Path(name).stem
     return re.sub(r"_[0-9]{4}$", "", name)
 
 
 def drop_nifti_ending(output: PathOrText, endings: Collection[str], reader: type) -> str:
-    """Return an output path without the ending of a NIfTI file that a program has left on it, else as it is.
+    """Drop the ending of a NIfTI file from an output path.
+
+    Programs leave it there; other paths stay as they are.
 
     ITK's writer takes `a.nii.gz.nii.gz` and `a.nii.nii.gz` for `a.nii.gz`, so programs pass such names. That of
     nibabel doubles the ending.

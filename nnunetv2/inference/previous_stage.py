@@ -39,5 +39,8 @@ def previous_stage_model(model_folder: Path, previous_stage: str, folds: list[in
 
 
 def previous_stage_output(output_folder: Path, previous_stage: str) -> Path:
-    """Return where the predictions of the previous stage go: they stay, so that a run can be continued."""
+    """Return the folder for predictions of the previous stage.
+
+    They stay, so that a run can be continued.
+    """
     return output_folder / f"predicted_{previous_stage}"

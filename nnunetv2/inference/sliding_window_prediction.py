@@ -40,7 +40,9 @@ def _starts(image: int, tile: int, tile_step_size: float) -> list[int]:
 
 
 def compute_tile_slicers(image_size: Sequence[int], tile_size: Sequence[int], tile_step_size: float) -> list[Slicer]:
-    """Return the slicers of all tiles, last axis fastest. Tiles of two axes cover a volume slice by slice.
+    """Return the slicers of all tiles, last axis fastest.
+
+    Tiles of two axes cover a volume slice by slice.
 
     Raises:
         AssertionError: The tile has neither as many axes as the image nor one fewer.

@@ -1,4 +1,6 @@
-"""Look at a zip file of models before anything of it is written: where it would write, how much, and what.
+"""Check a zip file of models before anything is extracted.
+
+Its paths, its size, and the kinds of its files.
 
 A zip file from elsewhere may name places outside of the target folder, hold links that lead there, or unpack to a
 thousand times its size. Such a file is refused as a whole; a model that somebody tampered with is not worth a part.
@@ -24,7 +26,7 @@ class UnsafeArchiveError(RuntimeError):
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """How large an archive may become."""
+    """Largest size of an archive."""
 
     total_bytes: int = 64 * GIB
     """All files together, unpacked."""

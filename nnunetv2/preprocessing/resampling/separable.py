@@ -1,4 +1,4 @@
-"""Turn an array into the same image on a finer or coarser grid, one axis after the other.
+"""Resample images, one axis after the other.
 
 B-spline interpolation on a regular grid is separable: the 3-D result is three products with one small matrix per axis.
 Output `i` of an axis with `old` input and `new` output positions lies at `(old / new) * (i + 0.5) - 0.5`, so the outer
@@ -46,12 +46,15 @@ class Band:
 
 
 def sample_positions(old: int, new: int) -> np.ndarray:
-    """Return where the `new` output voxels of an axis lie on the grid of its `old` input voxels (float64)."""
+    """Return the positions of an axis' output voxels among its input voxels (float64)."""
     return (old / new) * (np.arange(new) + 0.5) - 0.5
 
 
 def nearest_indices(old: int, new: int) -> np.ndarray:
-    """Return the input voxel nearest to each output voxel of an axis; halves round up, as scipy does at order 0."""
+    """Return the input voxel nearest to each output voxel of an axis.
+
+    Halves round up, as scipy does at order 0.
+    """
     return np.clip(np.floor(sample_positions(old, new) + 0.5), 0, old - 1).astype(np.intp)
 
 
@@ -67,7 +70,9 @@ def gather(array: np.ndarray, indices: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def resample_image(image: np.ndarray, new_shape: Sequence[int], order: int, out: np.ndarray) -> None:
-    """Interpolate an image of any number of axes and write it to `out`, clipped to the range of its input.
+    """Interpolate an image into `out`, clipped to the range of its input.
+
+    It has any number of axes.
 
     Needs memory for one slab beside input and output. Float16 and float32 are computed in float32 (differs from
     scikit-image's float64 by less than 1e-6 of the range), all else in float64.
@@ -90,7 +95,9 @@ def resample_image(image: np.ndarray, new_shape: Sequence[int], order: int, out:
 def resampled_slabs(
     image: np.ndarray, new_shape: Sequence[int], order: int, convert: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the interpolated image in slabs along its first axis, not clipped, as (rows of the output, float array).
+    """Yield the interpolated image in slabs along its first axis, not clipped.
+
+    Each is (rows of the output, float array).
 
     The arrays may share memory with `image` where nothing changes; do not write to them.
 

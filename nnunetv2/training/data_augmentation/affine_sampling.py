@@ -53,7 +53,7 @@ class AffineGrid(NamedTuple):
 
 
 def centred_grid(affine: np.ndarray, centre: Sequence[float], patch: Sequence[int]) -> AffineGrid:
-    """Return the grid of a patch that is turned about its own centre, which comes to lie at `centre`.
+    """Return the grid of a patch, turned about its centre and moved to `centre`.
 
     Args:
         affine: Rotation and scaling of column vectors.
@@ -65,7 +65,10 @@ def centred_grid(affine: np.ndarray, centre: Sequence[float], patch: Sequence[in
 
 
 class Source(NamedTuple):
-    """The part of an array that a grid needs, with what is beyond the edges of the array."""
+    """The part of an array that a grid needs.
+
+    It includes values beyond the edges of the array.
+    """
 
     values: np.ndarray
     """`(c, *box)`, contiguous."""
@@ -76,7 +79,10 @@ class Source(NamedTuple):
 
 
 def cut_source(values: np.ndarray, grid: AffineGrid, fill: float) -> Source:
-    """Cut out of an array `(c, *spatial)` what a grid draws on, surrounded by `fill` where that is needed."""
+    """Cut the part of an array `(c, *spatial)` that a grid needs.
+
+    It is surrounded by `fill` where it reaches beyond the array.
+    """
     length = np.array(values.shape[1:])
     lower, upper = grid.cells()
     # One voxel of padding suffices: further out, everything is the same. A position at `length` needs two.
@@ -107,7 +113,7 @@ def sample_images(images: np.ndarray, grid: AffineGrid) -> np.ndarray:
 
 
 def sample_lower_corners(values: np.ndarray, source: Source) -> np.ndarray:
-    """Return the value, at each point, of the voxel at the lower corner of its cell: `(c, *patch)`.
+    """Return the voxel at the lower corner of each point's cell: `(c, *patch)`.
 
     Args:
         values: `(c, *box)`, of the same box as the source.

@@ -1,4 +1,6 @@
-"""Run data loaders in worker processes, or in this one, and notice at once when a worker fails.
+"""Run data loaders in worker processes or in this one.
+
+A worker that fails is noticed at once.
 
 What flows:
 
@@ -147,7 +149,7 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         self._entropy, self._first_batch = entropy, first_batch
 
     def start(self) -> None:
-        """Start the workers now, so that the first batch is on its way when it is asked for."""
+        """Start the workers early, so that the first batch is on its way."""
         self._start()
 
     def _start(self) -> None:
@@ -243,7 +245,10 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
 
 
 def choose_start_method() -> str:
-    """Return how workers are started: by fork where that is safe, which is fast and shares memory; else by spawn."""
+    """Return the start method of workers: fork where that is safe, else spawn.
+
+    Fork is fast and shares memory.
+    """
     return "fork" if sys.platform.startswith("linux") else "spawn"
 
 

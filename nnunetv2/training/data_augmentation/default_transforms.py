@@ -41,7 +41,7 @@ ELONGATED_2D_PATCH = 1.5
 
 
 class PatchGeometry(NamedTuple):
-    """How patches are loaded and turned; in the order in which the trainer's hook returns it."""
+    """Sizes and rotations of patches, in the order of the trainer's hook."""
 
     rotation: tuple[float, float]
     """Range of rotations about each axis, in radians."""
@@ -59,7 +59,9 @@ def rotation_and_patch_size(
     scale_range: tuple[float, float] = SCALE_RANGE_FOR_PATCH_SIZE,
     allow_dummy_2d: bool = True,
 ) -> PatchGeometry:
-    """Decide from the shape of the patches (2 or 3 axes) how far they may be turned, and what to load for that.
+    """Choose rotations and the size to load from the shape of patches.
+
+    Patches have 2 or 3 axes.
 
     Args:
         scale_range: Zoom that the loaded patch allows for.
@@ -197,7 +199,10 @@ def _gamma(p_invert_image: float) -> FastGammaTransform:
 
 
 def mask_transforms(use_mask_for_norm: Sequence[bool] | None) -> list[BasicTransform]:
-    """Set the voxels outside the image's own content to 0, in the channels that are normalised within it alone."""
+    """Set voxels outside the image's own content to 0.
+
+    Only in channels that are normalised within it alone.
+    """
     channels = [channel for channel, is_masked in enumerate(use_mask_for_norm or ()) if is_masked]
     return [FastMaskImageTransform(channels, channel_idx_in_seg=0, set_outside_to=0)] if channels else []
 

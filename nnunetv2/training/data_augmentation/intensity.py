@@ -45,7 +45,10 @@ def gaussian_kernel(sigma: float) -> np.ndarray:
 
 
 def blur(image: np.ndarray, kernels: list[np.ndarray]) -> np.ndarray:
-    """Convolve an image `(*spatial)` of 2 or 3 axes with one kernel per axis, mirrored at its edges; return float32."""
+    """Convolve an image of 2 or 3 axes with one kernel per axis.
+
+    It is mirrored at its edges; the result is float32.
+    """
     if image.ndim == 2:
         return _blur_plane(image, *kernels)
     first, *plane_kernels = kernels

@@ -1,4 +1,6 @@
-"""Sample label maps between voxels: a point gets the label that has the largest share in a linear interpolation.
+"""Sample label maps between voxels.
+
+A point gets the label that has the largest share in a linear interpolation.
 
 Where all voxels around a point have one label, that is it. Only at the boundaries, a few percent of a patch, are shares
 computed. They are compared as float16 in thousandths, and among equal ones the label of the nearest voxel wins, then

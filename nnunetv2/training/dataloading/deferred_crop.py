@@ -1,4 +1,4 @@
-"""Decide how a patch is turned and scaled before it is read, and read only what that needs.
+"""Choose rotation and scaling before reading, and read only the voxels needed.
 
 A patch that may be turned is loaded larger than the network sees it: 205 voxels per axis for 128, which is 4 times as
 many. Two thirds of the patches are neither turned nor scaled in the end, only cropped to the middle. The spatial
@@ -55,7 +55,9 @@ def split_off_spatial(transforms: Any) -> SpatialStep | None:
 
 
 def central_box(lower: Sequence[int], upper: Sequence[int], size: Sequence[int]) -> Box | None:
-    """Return the box of `size` (the last axes) in the middle of a box; None if it does not fit in.
+    """Return the box of `size` in the middle of a box.
+
+    None if it does not fit in. It is about the last axes.
 
     The middle is where the spatial transform crops: the centre of an even length is right of the middle.
     """

@@ -15,7 +15,9 @@ Report = Callable[[Curves, Path], None]
 
 
 class BackgroundReporter:
-    """Write reports in a thread of its own, always of the newest curves: epochs shorter than a drawing are left out.
+    """Write reports of the newest curves in a thread of its own.
+
+    Epochs shorter than a drawing are left out.
 
     The thread lives while there is something to write. It is no daemon, so the last reports are complete when the
     program ends.

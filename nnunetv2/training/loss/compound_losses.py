@@ -1,4 +1,4 @@
-"""Add a soft Dice loss to a cross entropy, with voxels left out that carry the ignore label."""
+"""Add a soft Dice loss to a cross entropy, without ignored voxels."""
 
 from __future__ import annotations
 

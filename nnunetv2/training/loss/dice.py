@@ -78,7 +78,9 @@ def _sum_over_ranks(*statistics: Tensor) -> tuple[Tensor, ...]:
 
 
 class MemoryEfficientSoftDiceLoss(nn.Module):
-    """Negate the mean soft Dice, computed from three sums per class instead of four maps of all voxels.
+    """Negate the mean soft Dice, from three sums per class.
+
+    The other implementation keeps four maps of all voxels.
 
     dc = (2 I + smooth) / (G + P + smooth) with the sums I of p·y, P of p and G of y. The loss is -mean(dc).
     """
@@ -99,7 +101,10 @@ class MemoryEfficientSoftDiceLoss(nn.Module):
         self.ddp = ddp
 
     def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        """Return the loss of outputs `x` against `y`, a scalar; voxels where `loss_mask` is 0 do not count."""
+        """Return the loss of outputs `x` against `y`, a scalar.
+
+        Voxels where `loss_mask` is 0 do not count.
+        """
         p = _probabilities(x, self.apply_nonlin)
         first_class = 0 if self.do_bg else 1
         with torch.no_grad():
@@ -141,7 +146,10 @@ class SoftDiceLoss(nn.Module):
         self.clip_tp = clip_tp
 
     def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        """Return the loss of outputs `x` against `y`, a scalar; voxels where `loss_mask` is 0 do not count."""
+        """Return the loss of outputs `x` against `y`, a scalar.
+
+        Voxels where `loss_mask` is 0 do not count.
+        """
         p = _probabilities(x, self.apply_nonlin)
         axes = [0, *range(2, p.ndim)] if self.batch_dice else list(range(2, p.ndim))
         counts = get_tp_fp_fn_tn(p, y, axes, loss_mask)[:3]

@@ -1,4 +1,7 @@
-"""Set the learning rate from the number of the step alone, so that a resumed training needs no scheduler state."""
+"""Set the learning rate from the number of the step alone.
+
+A resumed training needs no scheduler state.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ class StepwiseLRScheduler(_LRScheduler):
         return self.lrs_at(self.ctr)
 
     def lrs_at(self, step: int) -> list[float | Tensor]:
-        """Return the learning rate of each parameter group at a step; one for all unless a schedule says otherwise."""
+        """Return the learning rate of each parameter group at a step.
+
+        It is one for all unless a schedule says otherwise.
+        """
         return [self.lr_at(step)] * len(self.optimizer.param_groups)
 
     def step(self, current_step: int | None = None) -> None:
