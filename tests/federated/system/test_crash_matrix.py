@@ -364,7 +364,7 @@ def is_moment(folder: Path, aim: str) -> bool:
 
 # --------------------------------------------------------------------------------------------------------------- sites
 def test_sites_that_are_killed_come_back(nursery, tmp_path):
-    num_rounds = 3 * KILLS_PER_SITE + 4
+    num_rounds = 10 * KILLS_PER_SITE + 4  # enough that the run does not end before the last kill
     expected = run_undisturbed(tmp_path / "undisturbed", num_rounds)
     coordinator = MortalCoordinator(nursery, tmp_path / "federation", num_rounds)
     coordinator.live()
