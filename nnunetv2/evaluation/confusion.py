@@ -49,7 +49,7 @@ class Confusion:
         return counts
 
     def of_class(self, labels: Sequence[int]) -> tuple[int, int, int, int]:
-        """Return true positives, false positives, false negatives and true negatives of the union of some labels."""
+        """Return TP, FP, FN and TN of the union of some labels."""
         inside = np.zeros(len(self.values), dtype=bool)
         for label in labels:
             inside |= self.values == label

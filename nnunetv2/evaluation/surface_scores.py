@@ -1,4 +1,4 @@
-"""Score the surfaces of all classes of a case, each inside the box that holds it."""
+"""Score the surfaces of classes, each inside its bounding box."""
 
 from __future__ import annotations
 

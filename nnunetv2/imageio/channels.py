@@ -67,7 +67,7 @@ def naming(file: str) -> Iterator[None]:
 
 
 def stack_channels(images: Sequence[np.ndarray], files: Sequence[str]) -> np.ndarray:
-    """Return arrays `(c_i, x, y, z)`, one per file, as one float32 array `(c, x, y, z)`.
+    """Stack arrays `(c_i, x, y, z)` of several files into one float32 array.
 
     Raises:
         RuntimeError: Their spatial shapes differ.

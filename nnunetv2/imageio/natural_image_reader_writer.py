@@ -35,7 +35,7 @@ class NaturalImage2DIO(BaseReaderWriter):
         return stack_channels(images, files), {"spacing": (999, 1, 1)}
 
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
-        """Read a label map stored as gray values, or as numbers of colours in a palette.
+        """Read a label map stored as gray values, or as palette numbers.
 
         Raises:
             RuntimeError: It has colours.

@@ -76,7 +76,9 @@ class NibabelIOWithReorient(NibabelIO):
     """
 
     def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
-        """Read the channels of a case. The first file's affines before and after are kept in `nibabel_stuff`.
+        """Read the channels of a case.
+
+        The first file's affines before and after are kept in `nibabel_stuff`.
 
         Raises:
             AssertionError: An image does not have three axes.

@@ -111,7 +111,10 @@ class SimpleITKIO(BaseReaderWriter):
 
 
 class SimpleITKIOWithReorient(SimpleITKIO):
-    """Like SimpleITKIO, but 3D images are first brought into one orientation, and label maps back into theirs."""
+    """SimpleITKIO with 3D images in one orientation.
+
+    Label maps are brought back into theirs.
+    """
 
     def read_images(self, image_fnames: Sequence[FilePath], orientation: str = "RAS") -> tuple[np.ndarray, dict]:
         """Read the channels of a case in an orientation given by an ITK code.

@@ -33,7 +33,9 @@ class Tiff3DIO(BaseReaderWriter):
     supported_file_endings = [".tif", ".tiff"]
 
     def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
-        """Read the channels of a case, and its spacing from the JSON file named like the case.
+        """Read the channels of a case, and its spacing.
+
+        That is in the JSON file named like the case.
 
         Raises:
             AssertionError: A file ends otherwise, or the JSON file has no valid spacing.

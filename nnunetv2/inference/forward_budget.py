@@ -42,7 +42,7 @@ class ForwardBudget:
 
 
 def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
-    """Return a budget that suits a device's cores and the memory that is free on it now."""
+    """Return a budget that suits a device's cores and free memory."""
     if device.type not in ("cpu", "cuda"):
         return ForwardBudget(0)
     useful = _CPU_VOXELS if device.type == "cpu" else _GPU_VOXELS

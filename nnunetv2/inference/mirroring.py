@@ -10,7 +10,10 @@ import torch
 
 
 def mirror_combinations(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return all subsets of axes, smallest first: (), (0,), (1,), (0, 1) for axes (0, 1)."""
+    """Return all subsets of axes, smallest first.
+
+    For axes (0, 1): (), (0,), (1,), (0, 1).
+    """
     return [subset for size in range(len(axes) + 1) for subset in combinations(axes, size)]
 
 

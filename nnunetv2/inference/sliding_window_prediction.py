@@ -17,7 +17,9 @@ Slicer = tuple[slice | int, ...]
 def compute_steps_for_sliding_window(
     image_size: Sequence[int], tile_size: Sequence[int], tile_step_size: float
 ) -> list[list[int]]:
-    """Return where tiles start along each axis, evenly spread from the first voxel to the last.
+    """Return the starts of tiles along each axis, evenly spread.
+
+    They reach from the first voxel to the last.
 
     Neighbouring tiles start at most `tile_step_size * tile_size` voxels apart: an image of 110 and tiles of 64 voxels
     with step 0.5 give [0, 23, 46].
@@ -63,7 +65,7 @@ def compute_gaussian(
     dtype: torch.dtype = torch.float16,
     device: torch.device = torch.device("cuda", 0),
 ) -> torch.Tensor:
-    """Return the weight of each voxel of a tile: a Gaussian around its centre, nowhere 0.
+    """Return the weights of a tile's voxels: a Gaussian, nowhere 0.
 
     Args:
         sigma_scale: Standard deviation as a fraction of the tile's side.

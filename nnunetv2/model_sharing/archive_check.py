@@ -21,7 +21,10 @@ GIB = 2**30
 
 
 class UnsafeArchiveError(RuntimeError):
-    """A zip file holds something that does not belong into a model. The message names it."""
+    """A zip file holds something foreign to a model.
+
+    The message names it.
+    """
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write files beside the training rather than in its way, one after the other and in order."""
+"""Write files in a thread, in order, while the training goes on."""
 
 from __future__ import annotations
 

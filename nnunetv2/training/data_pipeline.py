@@ -1,4 +1,4 @@
-"""Build the streams of training and validation batches from the hooks of a trainer, and end them."""
+"""Build and end the batch streams of a trainer."""
 
 from __future__ import annotations
 

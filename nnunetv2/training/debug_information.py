@@ -10,7 +10,10 @@ _LOADER_PARTS = ("generator", "generator.transforms", "num_processes", "transfor
 
 
 def describe_trainer(trainer: object) -> dict[str, str | int]:
-    """Return every attribute of a trainer as text: name -> value; no methods, and of the network only its class."""
+    """Return a trainer's attributes as text, name -> value.
+
+    Methods are left out; of the network only its class is told.
+    """
     described = {}
     for name in dir(trainer):
         if name.startswith("__"):

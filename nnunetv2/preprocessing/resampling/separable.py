@@ -37,7 +37,10 @@ _SLAB_VOXELS = 2**22
 
 @dataclass(frozen=True)
 class Band:
-    """A block of output positions of one axis, as mixtures of a range of input positions."""
+    """A block of output positions of one axis.
+
+    They are mixtures of a range of input positions.
+    """
 
     outputs: slice
     inputs: slice
@@ -120,7 +123,10 @@ def resampled_slabs(
 
 
 def resample_axis(array: np.ndarray, axis: int, new: int, order: int) -> np.ndarray:
-    """Interpolate a contiguous float array along one axis, not clipped. Returns `array` itself if nothing changes."""
+    """Interpolate a contiguous float array along one axis, not clipped.
+
+    Returns `array` itself if nothing changes.
+    """
     old = array.shape[axis]
     if old == new:
         return array
@@ -136,7 +142,10 @@ def resample_axis(array: np.ndarray, axis: int, new: int, order: int) -> np.ndar
 
 
 def axis_bands(old: int, new: int, order: int, dtype: np.dtype, block: int = _BLOCK) -> tuple[Band, ...]:
-    """Return the interpolation matrix of one axis, (new, old), cut into bands of at most `block` outputs."""
+    """Return the interpolation matrix of one axis, (new, old), in bands.
+
+    A band has at most `block` outputs.
+    """
     if not 1 <= order <= 5:
         raise ValueError(f"the order of interpolation must be 0 (nearest), 1 (linear) or 2 to 5 (splines), got {order}")
     # Where outputs are sparse, a block of them would span many inputs that each of them ignores.

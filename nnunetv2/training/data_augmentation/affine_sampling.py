@@ -24,7 +24,10 @@ Cells = tuple[np.ndarray, np.ndarray]
 
 
 class AffineGrid(NamedTuple):
-    """Points `matrix @ index + offset`, in voxels of the source, for all indices of a patch."""
+    """Points `matrix @ index + offset` for all indices of a patch.
+
+    They are in voxels of the source.
+    """
 
     matrix: np.ndarray
     """`(dim, dim)`, float64."""
@@ -38,7 +41,7 @@ class AffineGrid(NamedTuple):
         return self.offset + np.minimum(reach, 0).sum(1), self.offset + np.maximum(reach, 0).sum(1)
 
     def cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the box, half-open, of the voxels that a linear interpolation at the points draws on."""
+        """Return the half-open box of voxels that linear interpolation needs."""
         smallest, largest = self.bounds()
         return np.floor(smallest - SLACK).astype(int), np.floor(largest + SLACK).astype(int) + 2
 

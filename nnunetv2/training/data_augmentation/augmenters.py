@@ -276,7 +276,7 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
 
 
 def prepare_worker() -> None:
-    """Set up a process that does nothing but augment: one thread, and memory that is used again.
+    """Set up an augmentation process: one thread, and reused memory.
 
     The workers together fill the processor already. Every sample needs the same few arrays of some MiB; glibc gives
     such memory back when it is freed, and getting it anew means to fault in and clear each of its pages.

@@ -210,7 +210,7 @@ def mask_transforms(use_mask_for_norm: Sequence[bool] | None) -> list[BasicTrans
 def previous_stage_transforms(
     is_cascaded: bool, foreground_labels: Sequence[int] | None, *, augment: bool, p_per_label: float = 0.5
 ) -> list[BasicTransform]:
-    """Turn -1 into background, and for a cascade the previous stage's labels into channels of the image.
+    """Turn -1 into background, and a previous stage's labels into channels.
 
     Args:
         augment: Imitate the mistakes of a previous stage.
@@ -258,7 +258,10 @@ def previous_stage_transforms(
 def target_transforms(
     deep_supervision_scales: DeepSupervisionScales | None, regions: Regions | None, ignore_label: int | None
 ) -> list[BasicTransform]:
-    """Turn labels into regions (the ignore label becomes the last one), and into one target per resolution."""
+    """Turn labels into regions, and into one target per resolution.
+
+    The ignore label becomes the last region.
+    """
     transforms: list[BasicTransform] = []
     if regions is not None:
         # plain ints, as the library tests for them

@@ -53,7 +53,9 @@ def _as_small_integers(labels: np.ndarray, padding_label: int) -> np.ndarray:
 
 
 def find_mixed_cells(labels: np.ndarray) -> np.ndarray:
-    """Mark the cells of label maps `(c, *spatial)`, named by their lower corner, whose voxels differ.
+    """Mark the cells of label maps `(c, *spatial)` whose voxels differ.
+
+    Cells are named by their lower corner.
 
     At the upper edges, where there is no cell, the marks mean nothing.
     """

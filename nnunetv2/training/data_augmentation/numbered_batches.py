@@ -16,7 +16,7 @@ import torch
 
 
 def seed_everything(entropy: int | Sequence[int]) -> None:
-    """Seed the global generators of numpy, torch and Python, each differently, from one or several whole numbers."""
+    """Seed the global generators of NumPy, torch and Python, each differently."""
     for_numpy, for_torch, for_python = np.random.SeedSequence(entropy).generate_state(3)
     np.random.seed(int(for_numpy))
     torch.manual_seed(int(for_torch))

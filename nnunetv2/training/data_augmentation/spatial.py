@@ -1,4 +1,7 @@
-"""Rotate and scale image and label patches: the library's transform, several times faster where it is affine."""
+"""Rotate and scale image and label patches, several times faster.
+
+The library's transform serves where it is not affine.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ class BoundarySpatialTransform(SpatialTransform):
     """
 
     def get_parameters(self, **data_dict) -> dict:
-        """Draw the transform from numpy's global generator; `grid` stays None where the affine matrix says it all."""
+        """Draw the transform from NumPy's global generator.
+
+        `grid` stays None where the affine matrix says it all.
+        """
         parameters = super().get_parameters(**data_dict)
         return {**parameters, "grid": None} if self._is_affine() else parameters
 

@@ -24,7 +24,7 @@ ReadBox = Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
 
 
 class SpatialStep(NamedTuple):
-    """The beginning of a pipeline of transforms up to its spatial transform, and the rest of it."""
+    """A pipeline of transforms, cut after its spatial transform."""
 
     before: list[BasicTransform]
     spatial: SpatialTransform
@@ -34,7 +34,9 @@ class SpatialStep(NamedTuple):
 
 
 def split_off_spatial(transforms: Any) -> SpatialStep | None:
-    """Find the spatial transform that a pipeline begins with, alone or in the conversion for thin patches.
+    """Find the spatial transform that a pipeline begins with.
+
+    It stands there alone, or in the conversion for thin patches.
 
     None if the pipeline begins differently, or if the transform may look at more than the shape of the image: then it
     must be given the whole patch.

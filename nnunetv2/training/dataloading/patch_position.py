@@ -17,7 +17,7 @@ ClassLocations = Mapping[Any, Sequence[Sequence[int]]]
 def corner_range(
     shape: Sequence[int], patch_size: Sequence[int], need_to_pad: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the smallest and the largest lower corner that a patch may have, both inclusive, per axis.
+    """Return the smallest and largest lower corner of a patch, inclusive.
 
     The image is thought of as padded by `need_to_pad` voxels per axis in total, or by more if the patch needs it; half
     of the padding, rounded up, may come before the image, and as much after it.

@@ -51,7 +51,7 @@ def read_box(
 
 
 def overlaps(lower: Sequence[int], upper: Sequence[int], shape: Sequence[int]) -> bool:
-    """Tell whether a half-open box and an array of this shape have a voxel in common."""
+    """Tell whether a half-open box shares a voxel with an array."""
     return all(low < length and high > 0 for low, high, length in zip(lower, upper, shape))
 
 

@@ -32,7 +32,7 @@ def split_entries(name: str, value: Any) -> dict[str, Any]:
 
 
 def encode_csv(curves: Curves) -> str:
-    """Return the text of the CSV; curves that are shorter than others end with empty cells."""
+    """Return the curves as CSV; short ones end with empty cells."""
     rows: list[dict[str, Any]] = [{} for _ in range(max(map(len, curves.values()), default=0))]
     for name, values in curves.items():
         for row, value in zip(rows, values):

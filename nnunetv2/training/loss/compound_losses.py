@@ -125,7 +125,10 @@ class DC_and_BCE_loss(nn.Module):
         self.dc = dice_class(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of logits `(b, regions, *spatial)` against `(b, regions (+1 ignore), *spatial)`, a scalar."""
+        """Return the loss of logits `(b, regions, *spatial)`, a scalar.
+
+        The target is `(b, regions (+1 ignore), *spatial)`.
+        """
         mask = None
         if self.use_ignore_label:
             target, mask = split_off_last_region(target)

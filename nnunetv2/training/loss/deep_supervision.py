@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 def deep_supervision_weights(num_scales: int, *, keep_last_tiny: bool) -> np.ndarray:
-    """Halve the weight with each lower resolution, drop the lowest and let the weights sum to 1.
+    """Halve the weight with each lower resolution, and drop the lowest.
+
+    The weights sum to 1.
 
     Args:
         num_scales: Number of outputs, highest resolution first. A single one has weight 1.

@@ -1,4 +1,4 @@
-"""Turn network outputs and targets into soft Dice losses, and into counts of hits and misses.
+"""Compute soft Dice losses, and counts of hits and misses.
 
 Outputs are `(b, c, *spatial)`. Targets are label maps `(b, 1, *spatial)` or `(b, *spatial)`, or one-hot with the
 shape of the output. A mask is `(b, 1, *spatial)` and 1 (or True) where a voxel counts.
@@ -42,7 +42,7 @@ def _probabilities(logits: Tensor, nonlinearity: Callable[[Tensor], Tensor] | No
 def get_tp_fp_fn_tn(
     net_output: Tensor, gt: Tensor, axes: Sequence[int] | None = None, mask: Tensor | None = None, square: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Count true positives, false positives, false negatives and true negatives, softly if the output is soft.
+    """Count TP, FP, FN and TN, softly if the output is soft.
 
     Args:
         net_output: `(b, c, *spatial)`, probabilities or a one-hot prediction.

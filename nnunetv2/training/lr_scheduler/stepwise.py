@@ -11,7 +11,9 @@ from torch.optim.lr_scheduler import _LRScheduler
 
 
 class StepwiseLRScheduler(_LRScheduler):
-    """Base of our schedules: a subclass says in `lr_at` what the learning rate is at a step.
+    """Base of schedules that compute the rate from the step.
+
+    A subclass does so in `lr_at`.
 
     `step(t)` goes to step `t` (trainers pass the epoch); `step()` and `step(-1)` go on from the own counter `ctr`. The
     constructor makes one step already, so the optimizer starts with the learning rate of step 0.
@@ -41,7 +43,10 @@ class StepwiseLRScheduler(_LRScheduler):
         return [self.lr_at(step)] * len(self.optimizer.param_groups)
 
     def step(self, current_step: int | None = None) -> None:
-        """Set the learning rates of `current_step`, or of the next step if that is None or -1."""
+        """Set the learning rates of `current_step`.
+
+        None or -1 stand for the next step.
+        """
         if current_step is None or current_step == -1:
             current_step = self.ctr
             self.ctr += 1

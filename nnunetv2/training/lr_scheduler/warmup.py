@@ -89,7 +89,10 @@ class CosineAnnealingLR_offset(StepwiseLRScheduler):
         super().__init__(optimizer, last_epoch + 1, last_epoch)
 
     def step(self, epoch: int | None = None) -> None:
-        """Set the learning rates of `epoch`, or of the next one if that is None or -1."""
+        """Set the learning rates of `epoch`.
+
+        None or -1 stand for the next one.
+        """
         super().step(epoch)
 
     def lrs_at(self, step: int) -> list[float | Tensor]:

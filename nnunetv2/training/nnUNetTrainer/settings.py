@@ -1,4 +1,7 @@
-"""Make trainers that differ from another one in a few attributes, or entries of the plans, only."""
+"""Make trainers that differ from another in a few attributes only.
+
+Entries of the plans count, too.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def with_settings(**settings: object) -> Callable[[Trainer], Trainer]:
 
 
 def with_batch_size(batch_size: int) -> Callable[[Trainer], Trainer]:
-    """Let the decorated trainer use another batch size than its plans, which stay as they are."""
+    """Let the decorated trainer use another batch size than its plans."""
 
     def construct(parent: Any, self: Any, *arguments: Any, **options: Any) -> None:
         parent(*arguments, **options)

@@ -38,7 +38,10 @@ def opening(mask: np.ndarray, element: np.ndarray) -> np.ndarray:
 
 
 def ball(radius: int, num_axes: int) -> np.ndarray:
-    """Return a ball (a disk in 2D) as a boolean array of side 2 radius + 1."""
+    """Return a ball, a disk in 2D, as booleans.
+
+    Its side is 2 radius + 1.
+    """
     distances = np.indices((2 * radius + 1,) * num_axes) - radius
     return (distances**2).sum(0) <= radius**2
 
