@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -693,7 +693,7 @@ def _wants_compilation() -> bool:
 
 def _compiled(network: nn.Module) -> nn.Module:
     already = _is_compiled(network) or _is_compiled(getattr(network, "module", network))
-    return network if already else torch.compile(network)
+    return network if already else cast(nn.Module, torch.compile(network))
 
 
 def _is_compiled(network: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def compute_tile_slicers(image_size: Sequence[int], tile_size: Sequence[int], ti
     missing = len(image_size) - len(tile_size)
     assert missing in (0, 1), f"tiles of size {tuple(tile_size)} do not fit an image of size {tuple(image_size)}"
     steps = compute_steps_for_sliding_window(image_size[missing:], tile_size, tile_step_size)
-    slices = [[slice(start, start + size) for start in starts] for starts, size in zip(steps, tile_size)]
+    slices: list[Any] = [[slice(start, start + size) for start in starts] for starts, size in zip(steps, tile_size)]
     planes = [range(image_size[0])] if missing else []
     return [(slice(None), *tile) for tile in product(*planes, *slices)]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import torch
 
 _LOADER_PARTS = ("generator", "generator.transforms", "num_processes", "transform")
 
 
-def describe_trainer(trainer: object) -> dict[str, str | int]:
+def describe_trainer(trainer: Any) -> dict[str, str | int]:
     """Return a trainer's attributes as text, name -> value.
 
     Methods are left out; of the network only its class is told.

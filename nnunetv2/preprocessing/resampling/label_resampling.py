@@ -93,7 +93,7 @@ def find_mixed_cells(labels: np.ndarray) -> np.ndarray:
         upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(labels.ndim))
         uniform = uniform[lower] & uniform[upper]
         # The first corner of a cell stands for all of them along the axes already seen.
-        first = tuple(slice(0, n) for n in uniform.shape)
+        first = tuple(map(slice, uniform.shape))
         uniform &= labels[lower][first] == labels[upper][first]
     return ~uniform
 

@@ -88,7 +88,7 @@ def build_augmenters(
             ]
         return SingleThreadedAugmenter(loaders[0], None), SingleThreadedAugmenter(loaders[1], None)
     sizes = ((num_processes, max(6, num_processes // 2)), (max(1, num_processes // 2), max(3, num_processes // 4)))
-    return tuple(
+    training, validation = (
         WorkerAugmenter(
             loader,
             None,
@@ -103,6 +103,7 @@ def build_augmenters(
             zip((train_loader, val_loader), sizes, first_batches)
         )
     )
+    return training, validation
 
 
 class _Channels(NamedTuple):

@@ -124,7 +124,7 @@ def build_validation_transforms(
 
 
 def _spatial_transforms(
-    patch_size: Sequence[int], rotation: RandomScalar, do_dummy_2d_data_aug: bool
+    patch_size: Sequence[int] | np.ndarray, rotation: RandomScalar, do_dummy_2d_data_aug: bool
 ) -> list[BasicTransform]:
     """Turn, scale and crop. For dummy 2D the slices pass as channels, so that they are all treated alike."""
     spatial = BoundarySpatialTransform(

@@ -46,7 +46,7 @@ def split_off_spatial(transforms: Any) -> SpatialStep | None:
     pipeline = list(transforms.transforms)
     num_before = 1 if type(pipeline[0]) is Convert3DTo2DTransform else 0
     before, after = pipeline[:num_before], pipeline[num_before + 1 : 2 * num_before + 1]
-    spatial = pipeline[num_before] if len(pipeline) > num_before else None
+    spatial: Any = pipeline[num_before] if len(pipeline) > num_before else None
     if type(spatial) not in (SpatialTransform, BoundarySpatialTransform):
         return None
     if before and [type(transform) for transform in after] != [Convert2DTo3DTransform]:

@@ -15,7 +15,7 @@ ClassLocations = Mapping[Any, Sequence[Sequence[int]]]
 
 
 def corner_range(
-    shape: Sequence[int], patch_size: Sequence[int], need_to_pad: Sequence[int]
+    shape: Sequence[int], patch_size: Sequence[int], need_to_pad: Sequence[int] | np.ndarray
 ) -> tuple[list[int], list[int]]:
     """Return the smallest and largest lower corner of a patch, inclusive.
 

@@ -152,10 +152,9 @@ class SoftDiceLoss(nn.Module):
         """
         p = _probabilities(x, self.apply_nonlin)
         axes = [0, *range(2, p.ndim)] if self.batch_dice else list(range(2, p.ndim))
-        counts = get_tp_fp_fn_tn(p, y, axes, loss_mask)[:3]
+        hits, false_alarms, misses, _ = get_tp_fp_fn_tn(p, y, axes, loss_mask)
         if self.batch_dice and self.ddp:
-            counts = _sum_over_ranks(*counts)
-        hits, false_alarms, misses = counts
+            hits, false_alarms, misses = _sum_over_ranks(hits, false_alarms, misses)
         if self.clip_tp is not None:
             hits = hits.clamp(min=self.clip_tp)
         denominator = (2 * hits + false_alarms + misses + self.smooth).clamp(min=SMALLEST_DENOMINATOR)

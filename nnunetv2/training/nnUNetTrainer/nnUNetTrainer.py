@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -236,7 +236,7 @@ class nnUNetTrainer:
         self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
-            self.network = torch.compile(self.network)
+            self.network = cast(nn.Module, torch.compile(self.network))
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
             self.network = distribute(self.network, self.device, has_unused_parameters=not self.enable_deep_supervision)
@@ -315,7 +315,9 @@ class nnUNetTrainer:
 
     def _build_loss(self) -> nn.Module:
         """Return Dice plus cross entropy, added up over the outputs of deep supervision."""
-        loss = build_default_loss(self.label_manager, batch_dice=self.configuration_manager.batch_dice, ddp=self.is_ddp)
+        loss: Any = build_default_loss(
+            self.label_manager, batch_dice=self.configuration_manager.batch_dice, ddp=self.is_ddp
+        )
         if self._do_i_compile():
             loss.dc = torch.compile(loss.dc)
         return self._over_all_outputs(loss)
@@ -341,7 +343,8 @@ class nnUNetTrainer:
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the network between returning all outputs and only the one of highest resolution."""
-        bare_network(self.network).decoder.deep_supervision = enabled
+        decoder: Any = bare_network(self.network).decoder
+        decoder.deep_supervision = enabled
 
     # ---------------------------------------------------------------- data
 
@@ -433,7 +436,7 @@ class nnUNetTrainer:
                 [*cases[0], *cases[1]],
                 self.configuration_manager.previous_stage_name,
             )
-        return tuple(
+        training, validation = (
             self.dataset_class(
                 self.preprocessed_dataset_folder,
                 keys,
@@ -441,6 +444,7 @@ class nnUNetTrainer:
             )
             for keys in cases
         )
+        return training, validation
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         """Return endless batches of training and validation data, whose workers are running already."""
@@ -560,6 +564,7 @@ class nnUNetTrainer:
     def validation_step(self, batch: dict) -> dict:
         """Return the loss of one batch, and its true positives, false positives and false negatives per class."""
         data, target = steps.move_batch(batch, self.device)
+        output: Any
         output, loss = self._forward(data, target)
         if self.enable_deep_supervision:
             output, target = output[0], target[0]
