@@ -136,7 +136,7 @@ class TinyModel:
 
 def write_model(folder: Path, model: TinyModel | None = None, **changes: Any) -> Path:
     """Write plans.json, dataset.json and a checkpoint per fold; `changes` go to TinyModel."""
-    from nnunetv2.inference.model_folder import build_network
+    from nnunetv2.models.model_folder import build_network
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 

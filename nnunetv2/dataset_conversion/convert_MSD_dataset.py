@@ -61,7 +61,7 @@ def parse_task_name(source: Path) -> tuple[int, str]:
     Raises:
         InvalidInputError: The folder has another name, or something is missing in it.
     """
-    from nnunetv2.preprocessing.errors import InvalidInputError
+    from nnunetv2.errors import InvalidInputError
 
     match = re.fullmatch(r"Task(\d+)_(.+)", source.name)
     if match is None:

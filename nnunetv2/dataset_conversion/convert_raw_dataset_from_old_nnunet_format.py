@@ -60,7 +60,7 @@ def convert_dataset_json(file: Path) -> dict[str, Any]:
 
 
 def _require_complete(source: Path) -> None:
-    from nnunetv2.preprocessing.errors import InvalidInputError
+    from nnunetv2.errors import InvalidInputError
 
     missing = [name for name in FOLDERS if not (source / name).is_dir()]
     missing += [name for name in ("dataset.json",) if not (source / name).is_file()]

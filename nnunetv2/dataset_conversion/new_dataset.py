@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 
 
 @contextmanager

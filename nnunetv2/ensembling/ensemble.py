@@ -13,15 +13,15 @@ import numpy as np
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.ensembling.probability_files import average_classes
-from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.command_line import run_command
 from nnunetv2.utilities.json_files import read_json
+from nnunetv2.utilities.map_cases import map_cases
 from nnunetv2.utilities.restricted_pickle import load_pickle_safely, save_pickle
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.plans.label_manager import LabelManager
 
 
 def average_probabilities(list_of_files: Sequence[str]) -> np.ndarray:
@@ -69,7 +69,7 @@ def merge_files(
 
 def _decides_by_class(label_manager: LabelManager) -> bool:
     """Tell whether labels follow from probabilities by the rules of LabelManager, which look at one class at a time."""
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.plans.label_manager import LabelManager
 
     rule = "convert_probabilities_to_segmentation"
     return getattr(type(label_manager), rule) is getattr(LabelManager, rule)
@@ -217,7 +217,7 @@ def _merge_cases(
     num_processes: int,
     save_probabilities: bool = False,
 ) -> None:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.plans.plans_manager import PlansManager
 
     manager = PlansManager(dict(plans))
     merge = partial(

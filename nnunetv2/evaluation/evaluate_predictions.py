@@ -13,7 +13,6 @@ import numpy as np
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.case_files import first_reference, list_pairs
-from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.evaluation.confusion import compute_confusion
 from nnunetv2.evaluation.summary import (
     LabelOrRegion,
@@ -31,6 +30,7 @@ from nnunetv2.evaluation.summary import (
 from nnunetv2.evaluation.surface_scores import score_surfaces
 from nnunetv2.utilities.command_line import run_command
 from nnunetv2.utilities.json_files import DATASET, read_json
+from nnunetv2.utilities.map_cases import map_cases
 from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def compute_metrics_on_folder2(
         image_folder: Images to show in it under the label maps.
     """
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.plans.plans_manager import PlansManager
 
     dataset_json = read_json(dataset_json_file, required={**DATASET, "file_ending": str})
     ending = dataset_json["file_ending"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunetv2.experiment_planning.dataset_look import PERCENTILES, CaseLook, DatasetOverview
+from nnunetv2.experiment_planning.overview_picture import draw_overview
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -17,52 +18,8 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 OVERVIEW_FILE = "dataset_overview.png"
 MAX_CASES = 60
 """Cases that are read, evenly spread over the list. More would take long and change the picture little."""
-PERCENTILES = (0.5, 25, 50, 75, 99.5)
 _MAX_VOXELS = 200_000  # per case and channel; percentiles need no more
 _MAX_THREADS = 4  # each holds a case in memory
-
-
-@dataclass(frozen=True)
-class CaseLook:
-    """What the picture shows of one case. Axes in array order."""
-
-    case: str
-    intensities: np.ndarray
-    """`(channels, len(PERCENTILES))`: percentiles of foreground voxels, of all that are not 0 without foreground."""
-    label_voxels: Mapping[int, int]
-    """Label -> voxels."""
-    voxel_mm3: float
-
-
-@dataclass(frozen=True)
-class DatasetOverview:
-    """What the picture shows of a dataset."""
-
-    dataset_name: str
-    num_cases: int
-    shapes: np.ndarray
-    """`(cases, axes)`, voxels after cropping to what is not 0."""
-    spacings: np.ndarray
-    """`(cases, axes)`, mm."""
-    channel_names: Sequence[str]
-    labels: Mapping[str, Sequence[int]]
-    """Name -> its values, several for a region; without the background."""
-    looks: Sequence[CaseLook]
-    """Of all cases, or of `MAX_CASES` of them."""
-
-    @property
-    def is_2d(self) -> bool:
-        return bool((self.shapes[:, 0] == 1).all())
-
-    def label_sizes(self, name: str) -> np.ndarray:
-        """Return the size of a label in all cases looked at: ml, or pixels of 2-D images."""
-        return np.array(
-            [
-                sum(look.label_voxels.get(value, 0) for value in self.labels[name])
-                * (1 if self.is_2d else look.voxel_mm3 / 1000)
-                for look in self.looks
-            ]
-        )
 
 
 def write_dataset_overview(raw_folder: Path, fingerprint_file: Path, picture: Path) -> None:
@@ -73,8 +30,6 @@ def write_dataset_overview(raw_folder: Path, fingerprint_file: Path, picture: Pa
         fingerprint_file: Its fingerprint, with the shapes and spacings of all its cases.
         picture: Where the PNG goes.
     """
-    from nnunetv2.experiment_planning.overview_picture import draw_overview
-
     overview = look_at_dataset(raw_folder, fingerprint_file)
     with replacing(picture) as written:
         draw_overview(overview).savefig(written, dpi=110)

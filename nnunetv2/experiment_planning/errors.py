@@ -1,6 +1,6 @@
 """What planning raises for bad input."""
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 
 
 class InvalidDatasetError(InvalidInputError, RuntimeError):

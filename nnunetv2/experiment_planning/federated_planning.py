@@ -28,12 +28,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import FINGERPRINT_FILE
-from nnunetv2.experiment_planning.fingerprint_files import (
-    LOCAL_FINGERPRINT,
-    forget_pooled_fingerprint,
-    has_pooled_fingerprint,
-)
 from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.exchanges import plausibility
@@ -42,6 +36,12 @@ from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.transports.http import FederationClient, show_progress
+from nnunetv2.preprocessed_data.fingerprint_files import (
+    FINGERPRINT_FILE,
+    LOCAL_FINGERPRINT,
+    forget_pooled_fingerprint,
+    has_pooled_fingerprint,
+)
 from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def plan_federated(
         RefusedError: The sites' channels, labels or plans differ.
     """
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
+    from nnunetv2.experiment_planning.planning import plan_experiment_dataset
 
     credential = load_credential(credential_file)
     extractor = (extractor_class or DatasetFingerprintExtractor)(dataset_id, num_processes, verbose=verbose)

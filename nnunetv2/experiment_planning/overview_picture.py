@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from nnunetv2.experiment_planning.dataset_overview import DatasetOverview
+    from nnunetv2.experiment_planning.dataset_look import DatasetOverview
 
 # Okabe and Ito's colours, which people who see few colours can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#5a5a5a"

@@ -13,10 +13,11 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.plans_file import warn_of_shared_folders
-from nnunetv2.experiment_planning.fingerprint_files import find_local_fingerprint, forget_pooled_fingerprint
+from nnunetv2.experiment_planning.planning import plan_experiment_dataset as plan_experiment_dataset
 from nnunetv2.experiment_planning.prerequisites import require_dataset
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessed_data.fingerprint_files import find_local_fingerprint, forget_pooled_fingerprint
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import show
@@ -83,40 +84,6 @@ def extract_fingerprints(
 
 
 # ------------------------------------------------------------------------------------------------ planning
-
-
-def plan_experiment_dataset(
-    dataset_id: int | str,
-    experiment_planner_class: type[ExperimentPlanner] = ExperimentPlanner,
-    gpu_memory_target_in_gb: float | None = None,
-    preprocess_class_name: str = "DefaultPreprocessor",
-    overwrite_target_spacing: Sequence[float] | None = None,
-    overwrite_plans_name: str | None = None,
-) -> tuple[dict[str, Any], str]:
-    """Plan a dataset from its fingerprint.
-
-    Args:
-        gpu_memory_target_in_gb: None leaves it to the planner, as does None for `overwrite_plans_name`.
-        overwrite_target_spacing: Array order, before transposition.
-
-    Returns:
-        The plans and their name.
-    """
-    chosen = {}
-    if gpu_memory_target_in_gb is not None:
-        chosen["gpu_memory_target_in_gb"] = gpu_memory_target_in_gb
-    if overwrite_plans_name is not None:
-        chosen["plans_name"] = overwrite_plans_name
-    if overwrite_target_spacing is not None:
-        overwrite_target_spacing = [float(spacing) for spacing in overwrite_target_spacing]
-    planner = experiment_planner_class(
-        dataset_id,
-        preprocessor_name=preprocess_class_name,
-        overwrite_target_spacing=overwrite_target_spacing,
-        suppress_transpose=False,
-        **chosen,
-    )
-    return planner.plan_experiment(), planner.plans_identifier
 
 
 def plan_experiments(
@@ -254,7 +221,7 @@ def preprocess_dataset(
         RuntimeError: The numbers of processes and configurations differ.
         FileNotFoundError: There are no such plans.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.plans.plans_manager import PlansManager
 
     processes = _one_per_configuration(num_processes, configurations)
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
@@ -351,7 +318,7 @@ def _warn_if_dataset_json_changed(dataset_name: str) -> None:
 def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str | None = None) -> None:
     """Print the configurations of a dataset's plans, what preprocessing has made of them so far, and how to go on."""
     from nnunetv2.experiment_planning.summary import summarise
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.plans.plans_manager import PlansManager
 
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
     folder = Path(nnUNet_preprocessed) / dataset_name

@@ -12,7 +12,7 @@ from nnunetv2.experiment_planning.experiment_planners.hints import find_too_smal
 from nnunetv2.utilities.plain_text import printable, shell_command
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.plans.plans_manager import PlansManager
 
 _HEADINGS = ("configuration", "spacing [mm]", "median image", "patch", "batch", "stages", "preprocessed data")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nnunetv2.inference.export_prediction import ArrayOrTensor
     from nnunetv2.inference.predictor import Prediction
     from nnunetv2.inference.preprocessing_jobs import Item
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
 
 def export_prediction_from_logits_singleFiles(

@@ -12,8 +12,8 @@ from math import ceil, floor
 
 import numpy as np
 
+from nnunetv2.plans.label_manager import LabelManager
 from nnunetv2.preprocessing.resampling.separable import sample_positions
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 _MARGIN_VOXELS = 3
 

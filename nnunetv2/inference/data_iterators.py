@@ -23,8 +23,8 @@ from nnunetv2.inference.preprocessing_jobs import (
 )
 
 if TYPE_CHECKING:
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 Properties = Mapping[str, Any]
 

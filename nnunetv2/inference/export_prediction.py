@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.label_manager import LabelManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
+    from nnunetv2.preprocessed_data.datasets import nnUNetBaseDataset
 
     ArrayOrTensor = np.ndarray | torch.Tensor
 
@@ -173,7 +173,7 @@ def resample_and_save(
         output_file: Path without ending; `dataset_class` adds its own.
         dataset_class: How the next stage stores its cases. Default: Blosc2.
     """
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+    from nnunetv2.preprocessed_data.datasets import nnUNetDatasetBlosc2
 
     label_manager = plans_manager.get_label_manager(read_dataset_json(dataset_json_dict_or_file))
     logits, target_shape = _as_array(predicted), tuple(int(n) for n in target_shape)
@@ -313,7 +313,7 @@ def _target_grid(
 def _save_stage_labels(
     labels: np.ndarray, output_file: str, patch_size: Sequence[int], dataset_class: type[nnUNetBaseDataset]
 ) -> None:
-    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+    from nnunetv2.preprocessed_data.datasets import comp_blosc2_params, nnUNetDatasetBlosc2
 
     if not issubclass(dataset_class, nnUNetDatasetBlosc2):
         dataset_class.save_seg(labels, output_file)

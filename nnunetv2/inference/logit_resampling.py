@@ -19,12 +19,12 @@ from math import prod
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.plans.label_manager import LabelManager
 from nnunetv2.preprocessing.resampling.default_resampling import (
     determine_do_sep_z_and_axis,
     resample_data_or_seg_to_shape,
 )
 from nnunetv2.preprocessing.resampling.separable import Band, axis_bands, nearest_indices, resample_axis
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 # Output voxels per slab and class: a few copies of it stay in the cache of a core.
 _SLAB_VOXELS = 2**18

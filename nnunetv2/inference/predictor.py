@@ -16,7 +16,7 @@ from torch import nn
 from nnunetv2.configuration import default_num_processes
 
 # The public module is where programs replace functions, so they are looked up there whenever they are called.
-from nnunetv2.inference import case_lists, model_folder
+from nnunetv2.inference import case_lists
 from nnunetv2.inference import predict_from_raw_data as public
 from nnunetv2.inference.case_lists import Inputs, Outputs, PathOrText
 from nnunetv2.inference.export_prediction import estimate_export_bytes
@@ -27,13 +27,16 @@ from nnunetv2.inference.mirroring import mirrored_mean
 from nnunetv2.inference.preprocessing_jobs import PreprocessedCases, without_unprepared
 from nnunetv2.inference.sliding_window_prediction import Slicer, compute_tile_slicers
 from nnunetv2.inference.tile_accumulation import predict_tiles
+from nnunetv2.models import model_folder
+from nnunetv2.models.networks import speed_up_on_cpu_
 from nnunetv2.utilities.atomic_write import remove_leftovers, save_json_atomically
-from nnunetv2.utilities.device import autocast_context, speed_up_on_cpu_
+from nnunetv2.utilities.device import autocast_context
+from nnunetv2.utilities.plug_in_kinds import TRAINER
 
 if TYPE_CHECKING:
     from nnunetv2.inference.preprocessing_jobs import Item
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.label_manager import LabelManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
     Prediction = np.ndarray | tuple[np.ndarray, np.ndarray] | None
     OneOrMany = np.ndarray | Sequence[np.ndarray]
@@ -119,7 +122,9 @@ class nnUNetPredictor:
 
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(model_training_output_dir, checkpoint_name)
-        model = model_folder.load_model_folder(model_training_output_dir, use_folds, checkpoint_name, find_trainer)
+        model = model_folder.load_model_folder(
+            model_training_output_dir, use_folds, checkpoint_name, find_trainer, TRAINER.base_class
+        )
         self.manual_initialization(
             model.network,
             model.plans_manager,

@@ -21,8 +21,8 @@ import numpy as np
 from nnunetv2.utilities.plain_text import log_plainly
 
 if TYPE_CHECKING:
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 # A process needs seconds to start and copies each case. Reading, resampling and compressing release the interpreter
 # lock, so threads serve as well, until there is so much to do that Python's own work would slow the network down.
@@ -238,8 +238,8 @@ def _as_item(
 
 def _check_channels(data: np.ndarray, preprocessor: DefaultPreprocessor, model: Model) -> None:
     """Check that a case has as many channels as the network; preprocessors of others may make their own."""
+    from nnunetv2.plans.plans_manager import determine_num_input_channels
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
     expected = determine_num_input_channels(model.plans_manager, model.configuration_manager, model.dataset_json)
     if type(preprocessor) is DefaultPreprocessor and len(data) != expected:
@@ -248,7 +248,7 @@ def _check_channels(data: np.ndarray, preprocessor: DefaultPreprocessor, model: 
 
 
 def _one_hot(labels: np.ndarray, model: Model, dtype: np.dtype) -> np.ndarray:
-    from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+    from nnunetv2.plans.label_manager import convert_labelmap_to_one_hot
 
     foreground = model.plans_manager.get_label_manager(model.dataset_json).foreground_labels
     return convert_labelmap_to_one_hot(labels, foreground, dtype)

@@ -7,13 +7,13 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nnunetv2.evaluation.find_best_configuration import default_merged_folder
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import (
     convert_ensemble_folder_to_model_identifiers_and_folds,
     convert_trainer_plans_config_to_identifier,
+    default_merged_folder,
 )
 from nnunetv2.utilities.json_files import PLANS, read_json
 

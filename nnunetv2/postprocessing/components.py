@@ -1,11 +1,39 @@
-"""Find connected components: which voxels of a class lie outside its largest one."""
+"""Find and remove voxels outside the largest connected component of a class."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+LabelOrRegion = int | Sequence[int]
 
 # Voxels that share a corner are neighbours, as they are where nnU-Net counts components.
 _FULL_CONNECTIVITY = {2: 8, 3: 26}
+
+
+def remove_all_but_largest_component_from_segmentation(
+    segmentation: np.ndarray, labels_or_regions: LabelOrRegion | list[LabelOrRegion], background_label: int = 0
+) -> np.ndarray:
+    """Return a label map in which some labels, taken together, keep their largest connected component only.
+
+    Voxels that share a corner are connected. Components that tie for the largest all stay.
+
+    Args:
+        segmentation: Label map; not changed.
+        labels_or_regions: A label, a tuple of labels, or a list of both. Their union is one mask.
+        background_label: What the removed voxels become.
+    """
+    entries = labels_or_regions if isinstance(labels_or_regions, list) else [labels_or_regions]
+    labels = [label for entry in entries for label in ([entry] if np.ndim(entry) == 0 else entry)]
+    mask = np.isin(segmentation, np.array(labels, dtype=np.int64))
+    result = np.copy(segmentation)
+    result[find_smaller_components(mask.view(np.uint8))] = background_label
+    return result
+
+
+# The name that postprocessing.pkl holds, which the release looks up.
+remove_all_but_largest_component_from_segmentation.__module__ = "nnunetv2.postprocessing.remove_connected_components"
 
 
 def find_smaller_components(groups: np.ndarray) -> np.ndarray:

@@ -10,14 +10,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.evaluation.case_files import list_pairs
-from nnunetv2.evaluation.case_work import map_cases
 from nnunetv2.evaluation.confusion import Confusion
 from nnunetv2.evaluation.summary import labels_of, plain_class, score_classes, summarize
 from nnunetv2.postprocessing.case_state import CaseState, open_case, try_entries
+from nnunetv2.utilities.map_cases import map_cases
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.plans.label_manager import LabelManager
 
 logger = logging.getLogger(__name__)
 

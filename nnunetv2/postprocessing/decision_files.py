@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunetv2.evaluation.summary import label_or_region_to_key, save_summary_json
-from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
+from nnunetv2.postprocessing.components import remove_all_but_largest_component_from_segmentation
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.json_files import read_json

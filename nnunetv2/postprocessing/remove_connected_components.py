@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.evaluation.case_work import map_cases
-from nnunetv2.postprocessing.components import find_smaller_components
+from nnunetv2.postprocessing.components import (
+    remove_all_but_largest_component_from_segmentation as remove_all_but_largest_component_from_segmentation,
+)
 from nnunetv2.utilities.command_line import run_command
 from nnunetv2.utilities.file_endings import list_names
 from nnunetv2.utilities.json_files import read_json
+from nnunetv2.utilities.map_cases import map_cases
 from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
@@ -26,28 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LabelOrRegion = int | Sequence[int]
 PostprocessingFunction = Callable[..., np.ndarray]
-
-
-def remove_all_but_largest_component_from_segmentation(
-    segmentation: np.ndarray, labels_or_regions: LabelOrRegion | list[LabelOrRegion], background_label: int = 0
-) -> np.ndarray:
-    """Return a label map in which some labels, taken together, keep their largest connected component only.
-
-    Voxels that share a corner are connected. Components that tie for the largest all stay.
-
-    Args:
-        segmentation: Label map; not changed.
-        labels_or_regions: A label, a tuple of labels, or a list of both. Their union is one mask.
-        background_label: What the removed voxels become.
-    """
-    entries = labels_or_regions if isinstance(labels_or_regions, list) else [labels_or_regions]
-    labels = [label for entry in entries for label in ([entry] if np.ndim(entry) == 0 else entry)]
-    mask = np.isin(segmentation, np.array(labels, dtype=np.int64))
-    result = np.copy(segmentation)
-    result[find_smaller_components(mask.view(np.uint8))] = background_label
-    return result
 
 
 def apply_postprocessing(
@@ -225,7 +206,7 @@ class _DatasetFiles:
     """What plans and dataset.json say about label maps."""
 
     def __init__(self, plans: dict, dataset_json: dict) -> None:
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+        from nnunetv2.plans.plans_manager import PlansManager
 
         manager = PlansManager(plans)
         self.ending: str = dataset_json["file_ending"]

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from nnunetv2.preprocessing.errors import FolderInUseError
+from nnunetv2.errors import FolderInUseError
 
 logger = logging.getLogger(__name__)
 

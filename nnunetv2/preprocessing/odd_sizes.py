@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.preprocessing.resampling.default_resampling import round_lengths
 from nnunetv2.utilities.free_memory import total_memory_bytes
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
 logger = logging.getLogger(__name__)
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import ceil, prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nnunetv2.utilities.free_memory import free_memory_bytes
-
-if TYPE_CHECKING:
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +53,24 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def bytes_to_preprocess(
-    fingerprint: dict, plans_manager: PlansManager, configuration_manager: ConfigurationManager
+    fingerprint: dict, *, spacing: Sequence[float], transpose_forward: Sequence[int], num_channels: int
 ) -> int:
     """Estimate the memory of a process that preprocesses the case that takes most.
 
     Args:
         fingerprint: The content of dataset_fingerprint.json.
+        spacing: Target spacing in the order of the transposed axes, two entries for 2d.
+        transpose_forward: Order of the axes in preprocessed arrays.
     """
     from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
-    channels = len(configuration_manager.normalization_schemes)
     before_cropping = 1 / max(fingerprint["median_relative_size_after_cropping"], 0.1)
-    forward = plans_manager.transpose_forward
     largest = 0
-    for shape, spacing in zip(fingerprint["shapes_after_crop"], fingerprint["spacings"]):
-        shape, spacing = [shape[axis] for axis in forward], [spacing[axis] for axis in forward]
-        wanted = list(configuration_manager.spacing)
-        wanted = spacing[: len(spacing) - len(wanted)] + wanted
-        old, new = prod(shape), prod(map(int, compute_new_shape(shape, spacing, wanted)))
-        largest = max(largest, case_bytes(old * before_cropping, old, new, channels))
+    for shape, original in zip(fingerprint["shapes_after_crop"], fingerprint["spacings"]):
+        shape, original = ([values[axis] for axis in transpose_forward] for values in (shape, original))
+        wanted = original[: len(original) - len(spacing)] + list(spacing)
+        old, new = prod(shape), prod(map(int, compute_new_shape(shape, original, wanted)))
+        largest = max(largest, case_bytes(old * before_cropping, old, new, num_channels))
     return WORKER_BYTES + largest
 
 

@@ -6,8 +6,8 @@ import os
 
 from torch import nn
 
-from nnunetv2.training.checkpoint import load_checkpoint_file
-from nnunetv2.training.networks import adapt_weight_names, bare_network
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
+from nnunetv2.models.networks import adapt_weight_names, bare_network
 from nnunetv2.utilities.plain_text import show
 
 SEGMENTATION_LAYERS = ".seg_layers."

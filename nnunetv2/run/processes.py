@@ -68,7 +68,9 @@ def share_cores(world_size: int) -> None:
         torch.set_num_threads(max(1, usable_cpu_count() // here))
 
 
-def spawn(function: Callable[..., None], arguments: tuple[Any, ...], num_processes: int) -> None:
+def spawn(
+    function: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, find_free_port: Callable[[], int]
+) -> None:
     """Run `function(rank, *arguments)` in processes of their own until all are done.
 
     Raises:
@@ -77,10 +79,8 @@ def spawn(function: Callable[..., None], arguments: tuple[Any, ...], num_process
     from torch import multiprocessing
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-    from nnunetv2.run.run_training import find_free_network_port
-
     os.environ["MASTER_ADDR"] = "localhost"
-    os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
+    os.environ.setdefault("MASTER_PORT", str(find_free_port()))
     try:
         multiprocessing.spawn(function, arguments, nprocs=num_processes, join=True)
     except ProcessRaisedException as error:

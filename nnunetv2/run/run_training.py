@@ -190,7 +190,7 @@ def run_training(
         run_ddp(rank, *what, world_size, device.type)
         return
     if num_gpus > 1:
-        processes.spawn(run_ddp, (*what, num_gpus, device.type), num_gpus)
+        processes.spawn(run_ddp, (*what, num_gpus, device.type), num_gpus, find_free_network_port)
         return
     _seed(rank=0)
     # A validation goes on with what a training has logged, and deletes nothing of it.
@@ -301,8 +301,8 @@ def maybe_load_checkpoint(
         RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without
             a final checkpoint.
     """
+    from nnunetv2.models.checkpoint_file import FINAL
     from nnunetv2.run import run_training as public
-    from nnunetv2.training.checkpoint import FINAL
 
     if continue_training and pretrained_weights_file is not None:
         raise RuntimeError(
@@ -433,7 +433,7 @@ def _run(
     val_with_best: bool,
 ) -> None:
     """Load what is to be loaded, train, validate."""
-    from nnunetv2.training.checkpoint import BEST
+    from nnunetv2.models.checkpoint_file import BEST
 
     trainer.disable_checkpointing = disable_checkpointing
     if not (only_run_validation and val_with_best):
@@ -447,7 +447,7 @@ def _run(
 
 
 def _load_most_advanced_checkpoint(trainer: nnUNetTrainer) -> None:
-    from nnunetv2.training.checkpoint import DamagedCheckpointError, rank_checkpoints
+    from nnunetv2.models.checkpoint_file import DamagedCheckpointError, rank_checkpoints
 
     for path in rank_checkpoints(trainer.output_folder):
         try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+
+from nnunetv2.models import checkpoint_file
 
 Kind = tuple[torch.dtype, tuple[int, ...], int]
 Buffers = dict[Kind, torch.Tensor]
@@ -41,6 +44,11 @@ class SnapshotTaker:
             torch.cuda.current_stream().synchronize()  # once, for all tensors
         weakref.finalize(snapshot, self._free.append, buffers)
         return snapshot
+
+
+def save_snapshot_file(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint that was copied from a training."""
+    checkpoint_file.save_checkpoint_file(snapshot.state, path)
 
 
 class _Copier:

@@ -13,7 +13,7 @@ from nnunetv2.training.step_results import PendingArray, as_result
 from nnunetv2.utilities.device import to_fast_memory_format_
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.plans.label_manager import LabelManager
 
 TensorOrList = torch.Tensor | list[torch.Tensor]
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2.training.networks import adapt_weight_names, bare_network
+from nnunetv2.models.networks import adapt_weight_names, bare_network
 from nnunetv2.training.optimization import load_optimizer_state_, portable_optimizer_state
 
 if TYPE_CHECKING:

@@ -16,16 +16,16 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.export_prediction import export_case, resample_and_save
 from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.models.networks import bare_network, is_deeply_supervised
+from nnunetv2.plans.label_manager import convert_labelmap_to_one_hot
+from nnunetv2.preprocessed_data.datasets import infer_dataset_class
 from nnunetv2.training.distributed import wait_for_all
 from nnunetv2.training.finished_cases import FinishedCases, fingerprint_of
-from nnunetv2.training.networks import bare_network, is_deeply_supervised
 from nnunetv2.utilities.device import usable_cpu_count, wants_cpu_autocast
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predictor import nnUNetPredictor
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+    from nnunetv2.preprocessed_data.datasets import nnUNetBaseDataset
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 ASIDE = "validation_of_other_cases"

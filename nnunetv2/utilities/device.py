@@ -149,17 +149,6 @@ def to_fast_memory_format_(network_or_tensor: NetworkOrTensor, device: torch.dev
     return network_or_tensor
 
 
-def speed_up_on_cpu_(network: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
-    """Choose normalizations and memory layout that are fast on a CPU; on other devices nothing happens."""
-    import torch
-
-    from nnunetv2.utilities.instance_norm import use_fast_instance_norm_
-
-    if torch.device(device).type != "cpu":
-        return network
-    return to_fast_memory_format_(use_fast_instance_norm_(network), device)
-
-
 def set_torch_threads(device_type: str) -> None:
     """Give torch all cores that this process may use on `cpu`, and one on `cuda`, where cores feed the GPU.
 

@@ -76,6 +76,11 @@ def _bad_model_path(path: str) -> str:
     return f"{path} does not lead into a model folder DatasetXXX_NAME/TRAINER__PLANS__CONFIGURATION[/fold_X]"
 
 
+def default_merged_folder(model_folder: str, folds: Sequence[int | str]) -> str:
+    """Return where the accumulated cross-validation results of a model lie."""
+    return os.path.join(model_folder, f"crossval_results_folds_{folds_tuple_to_string(folds)}")
+
+
 def get_ensemble_name(model1_folder: str, model2_folder: str, folds: Sequence[int | str]) -> str:
     """Return the folder name of an ensemble of two models: ensemble___MODEL1___MODEL2___FOLDS."""
     models = (Path(folder).name for folder in (model1_folder, model2_folder))

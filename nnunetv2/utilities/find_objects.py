@@ -11,6 +11,7 @@ import sys
 from nnunetv2.paths import nnUNet_extTrainer
 from nnunetv2.utilities.external_folders import external_folders, keep_importable
 from nnunetv2.utilities.find_class_by_name import is_module_below, modules_below, recursive_find_python_class
+from nnunetv2.utilities.plug_in_kinds import TRAINER
 from nnunetv2.utilities.trusted_names import check_name
 
 logger = logging.getLogger(__name__)
@@ -99,8 +100,6 @@ def _package_folder() -> str:
 
 
 def _require_trainer(trainer_class: object, trainer_name: str) -> None:
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-    if not (isinstance(trainer_class, type) and issubclass(trainer_class, nnUNetTrainer)):
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, TRAINER.base_class())):
         # No assert statement, which `python -O` leaves out: the name may come from a checkpoint.
         raise AssertionError(f"{trainer_name} was found ({trainer_class!r}), but it is no subclass of nnUNetTrainer")

@@ -5,17 +5,16 @@ import json
 import numpy as np
 import pytest
 
+from nnunetv2.experiment_planning.dataset_look import CaseLook, DatasetOverview
 from nnunetv2.experiment_planning.dataset_overview import (
-    CaseLook,
-    DatasetOverview,
     describe_intensities,
     foreground_labels,
     look_at_dataset,
     spread_evenly,
     write_dataset_overview,
 )
-from nnunetv2.experiment_planning.fingerprint_files import find_local_fingerprint, forget_pooled_fingerprint
 from nnunetv2.experiment_planning.overview_picture import draw_overview, find_outliers
+from nnunetv2.preprocessed_data.fingerprint_files import find_local_fingerprint, forget_pooled_fingerprint
 
 
 def make_overview(*, num_cases=5, num_channels=1, num_labels=2, slices=6, scale=1.0):

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.experiment_planning.experiment_planners.architecture import class_path
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.resampling.planners_no_resampling import (
@@ -25,7 +26,6 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
     nnUNetPlannerResEncXL,
 )
-from nnunetv2.preprocessing.errors import InvalidInputError
 
 PLANNERS = {
     "plain": ExperimentPlanner,

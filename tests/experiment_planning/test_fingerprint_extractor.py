@@ -10,7 +10,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSam
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint import compute_fingerprint, describe_intensities
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.preprocessing.case_workers import CaseFailedError
+from nnunetv2.utilities.case_workers import CaseFailedError
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import logging
 
 import pytest
 
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.experiment_planning.experiment_planners.plans_file import write_plans
 from nnunetv2.experiment_planning.experiment_planners.splits import adopt_splits
-from nnunetv2.preprocessing.errors import InvalidInputError
 
 
 def make_plans(*names, spacing=(1.0, 1.0, 1.0), identifier="nnUNetPlans_3d_fullres"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_dataset import NAME, PATCH, make_configuration, make_dataset_json, make_plans, make_tiny_dataset
 
-from nnunetv2.training.checkpoint import load_checkpoint_file
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]

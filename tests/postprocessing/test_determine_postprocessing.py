@@ -12,11 +12,11 @@ import pytest
 import SimpleITK as sitk
 from trained_models import make_dataset_json, make_model_plans, write_label_map
 
-from nnunetv2.evaluation import case_work
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2, load_summary_json
 from nnunetv2.postprocessing import remove_connected_components as module
 from nnunetv2.postprocessing.decision import group_disjoint
 from nnunetv2.postprocessing.decision_files import load_functions
+from nnunetv2.utilities import map_cases
 
 KEEP = module.remove_all_but_largest_component_from_segmentation
 
@@ -131,8 +131,8 @@ def test_decisions_equal_those_of_evaluating_written_files(folders, tmp_path):
 def test_several_processes_decide_alike(folders, monkeypatch):
     predictions, references = folders(draw(island_of=1), draw(island_of=2), draw())
     alone = module.determine_postprocessing(predictions, references, None, None, 1)
-    monkeypatch.setattr(case_work, "PROCESSES_PAY_FROM", 0)
-    monkeypatch.setattr(case_work, "usable_cpu_count", lambda: 2)
+    monkeypatch.setattr(map_cases, "PROCESSES_PAY_FROM", 0)
+    monkeypatch.setattr(map_cases, "usable_cpu_count", lambda: 2)
     assert module.determine_postprocessing(predictions, references, None, None, 2) == alone
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from preprocessing_scans import NAME, make_case, make_dataset_json, make_plans, write_image, write_raw_dataset
 
-from nnunetv2.preprocessing.case_workers import CaseFailedError
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.preprocessors.foreground_locations import (
     as_small_integers,
@@ -14,6 +13,7 @@ from nnunetv2.preprocessing.preprocessors.foreground_locations import (
     sample_foreground_locations,
 )
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.case_workers import CaseFailedError
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from preprocessing_scans import NAME, make_case, write_image, write_plans, write_raw_dataset
 
-from nnunetv2.preprocessing.case_workers import CaseFailedError
-from nnunetv2.preprocessing.errors import FolderInUseError
+from nnunetv2.errors import FolderInUseError
 from nnunetv2.preprocessing.finished_cases import FinishedCases, forget_finished_cases, journal_path
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.case_workers import CaseFailedError
 
 MADE_FROM = {"plans": "a", "the code": "b"}
 
@@ -262,17 +262,17 @@ def test_a_dead_worker_costs_its_case_only(roots):
 
 
 def test_a_full_disk_leaves_no_half_of_a_case(roots, monkeypatch):
-    from nnunetv2.training.dataloading import nnunet_dataset
+    from nnunetv2.preprocessed_data import datasets
 
     folder = write_raw_dataset(roots, cases=2)
-    save_pickle = nnunet_dataset.save_pickle
+    save_pickle = datasets.save_pickle
 
     def fail_for_case_1(properties, path):
         if "case_1" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save_pickle(properties, path)
 
-    monkeypatch.setattr(nnunet_dataset, "save_pickle", fail_for_case_1)
+    monkeypatch.setattr(datasets, "save_pickle", fail_for_case_1)
     preprocessor = DefaultPreprocessor(verbose=False)
     preprocessor.show_progress_bar = False
     with pytest.raises(CaseFailedError, match="case case_1: OSError.*No space left"):

@@ -5,8 +5,8 @@ import pytest
 import SimpleITK as sitk
 from preprocessing_scans import make_dataset_json, make_plans
 
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.preprocessing import odd_sizes
-from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

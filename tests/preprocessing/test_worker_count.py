@@ -58,7 +58,14 @@ def fingerprint(*shapes, relative_size=1.0):
 
 def case_bytes(fingerprint, **plans) -> int:
     manager = PlansManager(make_plans(**plans))
-    return bytes_to_preprocess(fingerprint, manager, manager.get_configuration("3d_fullres")) - WORKER_BYTES
+    configuration = manager.get_configuration("3d_fullres")
+    in_all = bytes_to_preprocess(
+        fingerprint,
+        spacing=configuration.spacing,
+        transpose_forward=manager.transpose_forward,
+        num_channels=len(configuration.normalization_schemes),
+    )
+    return in_all - WORKER_BYTES
 
 
 def test_the_largest_case_decides():

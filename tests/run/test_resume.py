@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_dataset import NAME, make_tiny_dataset
 
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.run.run_training import run_training
-from nnunetv2.training.checkpoint import load_checkpoint_file
 
 PROJECT = Path(__file__).resolve().parents[2]
 TRAINER = """
@@ -109,6 +109,6 @@ def test_a_full_disk_ends_the_training_with_a_message(fold, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nnunetv2.training.checkpoint.save_checkpoint_file", fail)
+    monkeypatch.setattr("nnunetv2.models.checkpoint_file.save_checkpoint_file", fail)
     with pytest.raises(RuntimeError, match=r"checkpoint_.*No space left on device.*--c"):
         train()

@@ -9,10 +9,10 @@ import torch
 from patience import PATIENCE_S
 from tiny_dataset import NAME, make_tiny_dataset
 
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.run import run_training as module
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import build_parser, get_trainer_from_args, maybe_load_checkpoint, run_training
-from nnunetv2.training.checkpoint import load_checkpoint_file
 
 CPU = torch.device("cpu")
 PROJECT = Path(__file__).resolve().parents[2]

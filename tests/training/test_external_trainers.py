@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_dataset import NAME, make_tiny_dataset
 
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.run.run_training import main
-from nnunetv2.training.checkpoint import load_checkpoint_file
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 TRAINERS = Path(__file__).parent / "external_trainers"
@@ -80,7 +80,7 @@ def test_a_trainer_of_a_user_trains_two_epochs(train, name):
 
 
 def build_for_inference(name, checkpoint):
-    from nnunetv2.training.networks import build_network
+    from nnunetv2.models.networks import build_network
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(checkpoint["init_args"]["plans"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 
-from nnunetv2.training.checkpoint import load_checkpoint_file
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (

@@ -3,14 +3,9 @@
 import pytest
 import torch
 
+from nnunetv2.models.networks import speed_up_on_cpu_
 from nnunetv2.utilities import device
-from nnunetv2.utilities.device import (
-    autocast_context,
-    resolve_device,
-    speed_up_on_cpu_,
-    to_fast_memory_format_,
-    wants_cpu_autocast,
-)
+from nnunetv2.utilities.device import autocast_context, resolve_device, to_fast_memory_format_, wants_cpu_autocast
 
 
 @pytest.mark.parametrize(

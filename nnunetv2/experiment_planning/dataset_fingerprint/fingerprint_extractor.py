@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2.experiment_planning.case_pool import map_cases
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import (
     SEED,
     CaseSample,
@@ -18,14 +17,14 @@ from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import (
 )
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint import compute_fingerprint
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessed_data.fingerprint_files import FINGERPRINT_FILE
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import read_json
+from nnunetv2.utilities.map_cases import map_cases_visibly
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
-
-FINGERPRINT_FILE = "dataset_fingerprint.json"
 
 
 class DatasetFingerprintExtractor:
@@ -92,7 +91,7 @@ class DatasetFingerprintExtractor:
             str(case): (files["images"], files["label"], reader, num_samples_per_case, num_channels)
             for case, files in self.dataset.items()
         }
-        samples = map_cases(
+        samples = map_cases_visibly(
             sample_case,
             arguments,
             num_processes=self._choose_num_processes(),

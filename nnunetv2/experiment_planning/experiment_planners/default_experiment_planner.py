@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.experiment_planning.experiment_planners.architecture import class_to_build, describe_unet, load_class
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
@@ -31,7 +32,6 @@ from nnunetv2.experiment_planning.experiment_planners.plans_file import write_pl
 from nnunetv2.experiment_planning.experiment_planners.splits import adopt_splits
 from nnunetv2.experiment_planning.experiment_planners.vram_proxy import PLAIN_UNET, count_feature_map_values
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.json_files import read_json

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.experiment_planning.fingerprint_files import has_pooled_fingerprint
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
+from nnunetv2.preprocessed_data.fingerprint_files import has_pooled_fingerprint
 from nnunetv2.utilities.json_files import read_json
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.utilities.crossval_split import read_splits
 
 SPLITS_FILE = "splits_final.json"

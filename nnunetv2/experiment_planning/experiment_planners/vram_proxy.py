@@ -54,7 +54,7 @@ def count_feature_map_values(
             return count_plain_unet(patch_size, output_channels, arch_kwargs)
         if arch_class_name == RESIDUAL_ENCODER_UNET:
             return count_residual_encoder_unet(patch_size, output_channels, arch_kwargs)
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.models.network_from_plans import get_network_from_plans
 
     network = get_network_from_plans(
         arch_class_name, dict(arch_kwargs), arch_kwargs_req_import, input_channels, output_channels, allow_init=False

@@ -109,7 +109,7 @@ def determine_expected_labels(content: Mapping[str, Any]) -> list[int]:
     Raises:
         InvalidDatasetError: They are not consecutive numbers from 0.
     """
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.plans.label_manager import LabelManager
 
     manager = LabelManager(content["labels"], regions_class_order=content.get("regions_class_order"))
     labels = [int(label) for label in manager.all_labels]

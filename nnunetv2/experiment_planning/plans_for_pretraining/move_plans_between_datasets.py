@@ -33,8 +33,8 @@ def move_plans_between_datasets(
     Raises:
         InvalidInputError: The source has no such plans, or there is no raw target dataset.
     """
+    from nnunetv2.errors import InvalidInputError
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-    from nnunetv2.preprocessing.errors import InvalidInputError
     from nnunetv2.utilities.atomic_write import save_json_atomically
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
@@ -89,8 +89,8 @@ def rename_data_identifier(identifier: str, source_name: str, target_name: str) 
 
 
 def _determine_reader(raw_folder: Path, plans: dict[str, Any]) -> str:
+    from nnunetv2.errors import InvalidInputError
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from nnunetv2.preprocessing.errors import InvalidInputError
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     dataset_json = read_json(raw_folder / "dataset.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 
 BoundingBox = list[list[int]]
 """`[start, end)` for each spatial axis."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 
 
 class ImageNormalization(ABC):

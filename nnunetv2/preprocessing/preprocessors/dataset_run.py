@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
 from nnunetv2.utilities.json_files import read_json
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class DatasetRun:
     @property
     def fingerprint(self) -> dict | None:
         """The fingerprint of these cases, if it lies where it was made; that of a federation has others, too."""
-        from nnunetv2.experiment_planning.fingerprint_files import find_local_fingerprint
+        from nnunetv2.preprocessed_data.fingerprint_files import find_local_fingerprint
 
         file = find_local_fingerprint(self.output_folder.parent)
         return read_if_path(file) if file.is_file() else None
@@ -86,8 +86,8 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
         InvalidInputError: The dataset, its plans or its cases do not exist, or the plans name no proper folder.
     """
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.plans.plans_manager import PlansManager
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
@@ -149,10 +149,10 @@ def _digest(value: object) -> str:
 
 def _code_files(run: DatasetRun, preprocessor: object) -> set[Path]:
     """Return the modules that cases pass through, users' own classes and functions with their bases included."""
+    from nnunetv2.preprocessed_data import blosc2_layout, datasets
     from nnunetv2.preprocessing.cropping import cropping
     from nnunetv2.preprocessing.preprocessors import foreground_locations
     from nnunetv2.preprocessing.resampling import label_resampling, separable
-    from nnunetv2.training.dataloading import blosc2_layout, nnunet_dataset
 
     configuration = run.configuration_manager
     classes = [
@@ -164,7 +164,7 @@ def _code_files(run: DatasetRun, preprocessor: object) -> set[Path]:
     parts: list[Any] = [base for of_class in classes for base in inspect.getmro(of_class)]
     resampling: list[Any] = [configuration.resampling_fn_data, configuration.resampling_fn_seg]
     parts += [function.func for function in resampling]
-    parts += [blosc2_layout, cropping, foreground_locations, label_resampling, nnunet_dataset, separable]
+    parts += [blosc2_layout, cropping, foreground_locations, label_resampling, datasets, separable]
     files = set()
     for part in parts:
         try:

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnunetv2.preprocessing.case_workers import process_cases
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-from nnunetv2.preprocessing.errors import InvalidInputError
 from nnunetv2.preprocessing.finished_cases import FinishedCases
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
 from nnunetv2.preprocessing.odd_sizes import describe_grids, require_memory, warn_of_odd_size
 from nnunetv2.preprocessing.preprocessors.dataset_run import DatasetRun, digest_ingredients, find_run, read_if_path
 from nnunetv2.preprocessing.preprocessors.foreground_locations import as_small_integers, sample_foreground_locations
-from nnunetv2.preprocessing.progress import follow
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.preprocessing.worker_count import bytes_to_preprocess, bytes_to_read, choose_num_processes
+from nnunetv2.utilities.case_workers import process_cases
+from nnunetv2.utilities.progress import follow
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.label_manager import LabelManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class DefaultPreprocessor:
         dataset_json: dict | str,
     ) -> None:
         """Preprocess a case and write it to `{output_filename_truncated}.b2nd`, `_seg.b2nd` and `.pkl`."""
-        from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+        from nnunetv2.preprocessed_data.datasets import comp_blosc2_params, nnUNetDatasetBlosc2
 
         data, seg, properties = self.run_case(image_files, seg_file, plans_manager, configuration_manager, dataset_json)
         data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
@@ -328,7 +328,12 @@ def _choose_num_processes(run: DatasetRun, num_cases: int) -> int:
     if fingerprint is None:
         case_bytes = bytes_to_read(run.sources.values()) * 2
     else:
-        case_bytes = bytes_to_preprocess(fingerprint, run.plans_manager, run.configuration_manager)
+        case_bytes = bytes_to_preprocess(
+            fingerprint,
+            spacing=run.configuration_manager.spacing,
+            transpose_forward=run.plans_manager.transpose_forward,
+            num_channels=len(run.configuration_manager.normalization_schemes),
+        )
     return choose_num_processes(case_bytes, max(1, num_cases))
 
 

@@ -7,7 +7,7 @@ from math import ceil
 
 import numpy as np
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 
 Region = Sequence[int]
 Locations = Mapping["int | tuple[int, ...]", "np.ndarray | list"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunetv2.configuration import ANISO_THRESHOLD
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.preprocessing.resampling.label_resampling import resample_labels
 from nnunetv2.preprocessing.resampling.separable import nearest_indices, resample_axis, resample_image
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from nnunetv2.configuration import ANISO_THRESHOLD
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 
 _CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ from batchgenerators.dataloading.data_loader import DataLoader
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from torch import Tensor
 
-from nnunetv2.training.dataloading.array_cache import ArrayCache
+from nnunetv2.preprocessed_data.array_cache import ArrayCache
+from nnunetv2.preprocessed_data.datasets import nnUNetBaseDataset
+from nnunetv2.preprocessed_data.properties_cache import PropertiesCache
 from nnunetv2.training.dataloading.deferred_crop import SpatialStep, read_and_transform, split_off_spatial
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.dataloading.patch_position import (
     ClassLocations,
     corner_around,
@@ -25,11 +26,10 @@ from nnunetv2.training.dataloading.patch_position import (
     draw_voxel,
 )
 from nnunetv2.training.dataloading.patch_reading import read_sample
-from nnunetv2.training.dataloading.properties_cache import PropertiesCache
 from nnunetv2.utilities.legacy_names import names_from, origins
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.plans.label_manager import LabelManager
 
 logger = logging.getLogger(__name__)
 

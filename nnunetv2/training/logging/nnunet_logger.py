@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nnunetv2.training.logging.cluster_job import get_cluster_job_id as get_cluster_job_id
 from nnunetv2.training.logging.curve_files import split_entries
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ CURVES = (
     "epoch_end_timestamps",
 )
 EMA_MEMORY = 0.9
-
-
-def get_cluster_job_id() -> str | None:
-    """Return the number that SLURM or LSF gave this job, None outside a cluster."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID")
 
 
 def is_switched_on(variable: str) -> bool:

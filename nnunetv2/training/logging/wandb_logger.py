@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.training.logging.nnunet_logger import get_cluster_job_id
+from nnunetv2.training.logging.cluster_job import get_cluster_job_id
 
 
 class WandbLogger:

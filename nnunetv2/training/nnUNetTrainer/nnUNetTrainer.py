@@ -19,9 +19,14 @@ import torch
 from torch import distributed, nn
 
 from nnunetv2.experiment_planning.experiment_planners.hints import describe_too_small
-from nnunetv2.training import checkpoint as checkpoint_files
+from nnunetv2.models import checkpoint_file as checkpoint_files
+from nnunetv2.models.model_folder import save_model_description
+from nnunetv2.models.network_from_plans import get_network_from_plans
+from nnunetv2.models.networks import bare_network, build_network, deep_supervision_scales, speed_up_on_cpu_
+from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager, determine_num_input_channels
+from nnunetv2.preprocessed_data.datasets import infer_dataset_class
 from nnunetv2.training import log_file as log_files
-from nnunetv2.training import model_folder, splits, steps
+from nnunetv2.training import splits, steps, training_folders
 from nnunetv2.training.background_writer import BackgroundWriter
 from nnunetv2.training.batch_shares import loss_weight_of_rank, oversampling_of_rank, split_batch_size
 from nnunetv2.training.bf16_gradients import describe_wrong_gradients
@@ -32,7 +37,6 @@ from nnunetv2.training.data_augmentation.default_transforms import (
     rotation_and_patch_size,
 )
 from nnunetv2.training.data_pipeline import start_augmenters, stop_augmenters
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.debug_information import describe_trainer
 from nnunetv2.training.distributed import device_of_process, distribute, gather, is_distributed, wait_for_all
 from nnunetv2.training.first_batch import draw_first_batch
@@ -41,29 +45,25 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.networks import bare_network, build_network, deep_supervision_scales
 from nnunetv2.training.nnUNetTrainer.reexports import ORIGINS
 from nnunetv2.training.optimization import build_grad_scaler, build_sgd
 from nnunetv2.training.progress_line import Position, ProgressLine
 from nnunetv2.training.seeding import seed_epoch
-from nnunetv2.training.snapshot import SnapshotTaker
+from nnunetv2.training.snapshot import SnapshotTaker, save_snapshot_file
 from nnunetv2.training.step_results import as_result, fetch, latest_loss
 from nnunetv2.training.training_state import describe_state, restore_state_
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.device import autocast_context, speed_up_on_cpu_, wants_cpu_autocast
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.device import autocast_context, wants_cpu_autocast
 from nnunetv2.utilities.helpers import empty_cache
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.legacy_names import names_from
 from nnunetv2.utilities.plain_text import show
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 if TYPE_CHECKING:
     from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+    from nnunetv2.preprocessed_data.datasets import nnUNetBaseDataset
 
 __getattr__ = names_from(ORIGINS, __name__)
 __all__ = ["nnUNetTrainer", *ORIGINS]
@@ -189,7 +189,7 @@ class nnUNetTrainer:
 
     def _set_folders(self) -> None:
         """Derive the folders of this training; those below a root that is not set are None."""
-        folders = model_folder.locate_folders(
+        folders = training_folders.locate_folders(
             self.plans_manager, self.configuration_name, self.fold, type(self).__name__
         )
         self.preprocessed_dataset_folder_base: Folder = folders.preprocessed_dataset_folder_base
@@ -431,7 +431,7 @@ class nnUNetTrainer:
         """Return the datasets of the training and of the validation cases."""
         cases = self.do_split()
         if self.is_cascaded:
-            model_folder.require_previous_stage(
+            training_folders.require_previous_stage(
                 self._require(self.folder_with_segs_from_previous_stage),
                 [*cases[0], *cases[1]],
                 self.configuration_manager.previous_stage_name,
@@ -664,7 +664,7 @@ class nnUNetTrainer:
             self.print_to_log_file(f"Checkpointing is disabled: {Path(filename).name} is not written")
             return
         state = self._snapshots.take(describe_state(self))
-        self._writer.submit(filename, checkpoint_files.save_snapshot_file, state, filename)
+        self._writer.submit(filename, save_snapshot_file, state, filename)
         if not self._is_writing_in_background:
             self._writer.wait()
             self._writer.raise_failure()
@@ -719,7 +719,7 @@ class nnUNetTrainer:
     def print_plans(self) -> None:
         """Log the configuration and the rest of the plans."""
         if self.local_rank == 0:
-            model_folder.log_plans(
+            training_folders.log_plans(
                 self.print_to_log_file, self.plans_manager.plans, self.configuration_name, self.configuration_manager
             )
 
@@ -734,7 +734,7 @@ class nnUNetTrainer:
     def _save_model_description(self) -> None:
         """Write plans, dataset description and fingerprint beside the folds; the other processes wait for it."""
         if self.local_rank == 0:
-            model_folder.save_model_description(
+            save_model_description(
                 self.output_folder_base,
                 self.plans_manager.plans,
                 self.dataset_json,
@@ -768,7 +768,7 @@ class nnUNetTrainer:
         return os.path.join(self._require(self.output_folder), name)
 
     def _require(self, folder: str | None) -> str:
-        return model_folder.require_folder(folder, type(self).__name__)
+        return training_folders.require_folder(folder, type(self).__name__)
 
 
 def _in_use(name: str) -> Any:

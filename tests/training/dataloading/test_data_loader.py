@@ -19,6 +19,8 @@ from nnunetv2.training.data_augmentation.default_transforms import (
 )
 from nnunetv2.training.dataloading import data_loader as data_loader_module
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
+from nnunetv2.utilities.restricted_pickle import save_pickle
 
 PATCH = (8, 10, 9)
 SCALES = [[1, 1, 1], [0.5, 0.5, 0.5]]
@@ -235,3 +237,12 @@ def test_hooks_of_a_subclass_are_used(make_dataset, make_labels):
     batch = next(Mine(dataset, 2, (3, 3, 3), (3, 3, 3), make_labels(), transforms=ComposeTransforms([])))
     assert list(batch["keys"]) == ["case_1"]
     assert np.array_equal(batch["data"][0], dataset.cases["case_1"][0][:, 0:3, 1:4, 2:5])
+
+
+def test_data_loaders_keep_properties_and_plain_datasets_do_not(tmp_path, make_labels):
+    save_pickle({"class_locations": {1: np.full((10, 4), 3)}}, str(tmp_path / "a.pkl"))
+    dataset = nnUNetDatasetNumpy(str(tmp_path), ["a"])
+    assert dataset.properties_cache is None
+    assert dataset._load_properties("a")["class_locations"][1].dtype == np.int64
+    nnUNetDataLoader(dataset, 1, (2, 2, 2), (2, 2, 2), make_labels())
+    assert dataset._load_properties("a")["class_locations"][1].dtype == np.int32

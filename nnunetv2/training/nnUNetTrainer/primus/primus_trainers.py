@@ -21,7 +21,7 @@ from nnunetv2.training.optimization import build_adamw
 if TYPE_CHECKING:
     from torch import nn
 
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
 _REGULARIZATION = {"drop_path_rate": 0.2, "scale_attn_inner": True, "init_values": 0.1}
 

@@ -10,8 +10,9 @@ from typing import Any
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.messages import Registration
+from nnunetv2.models.networks import build_network
+from nnunetv2.plans.plans_manager import PlansManager, determine_num_input_channels
 from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
-from nnunetv2.training.networks import build_network
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
     METRICS,
     METRICS_OF_VALIDATION,
@@ -19,8 +20,6 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training impor
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_training
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import distributed
 
 from nnunetv2.federated.aggregation import matching
+from nnunetv2.models.networks import bare_network
 from nnunetv2.training.distributed import is_distributed
-from nnunetv2.training.networks import bare_network
 
 
 def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:

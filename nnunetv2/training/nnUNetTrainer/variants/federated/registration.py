@@ -14,7 +14,7 @@ from nnunetv2.federated.aggregation import matching
 from nnunetv2.federated.exchanges.outlook import OWN_TRAINERS
 from nnunetv2.federated.privacy.plans_redaction import without_extrema
 from nnunetv2.federated.protocol import messages
-from nnunetv2.training.networks import bare_network
+from nnunetv2.models.networks import bare_network
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 

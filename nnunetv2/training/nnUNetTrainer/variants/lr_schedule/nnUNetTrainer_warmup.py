@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nnunetv2.training.checkpoint import load_checkpoint_file
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.settings import with_settings

@@ -9,7 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 if TYPE_CHECKING:
     from torch import nn
 
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
 
 class nnUNetTrainerBN(nnUNetTrainer):

@@ -8,9 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
-from nnunetv2.training.dataloading.properties_cache import PropertiesCache
+from nnunetv2.preprocessed_data.properties_cache import PropertiesCache
 from nnunetv2.utilities.restricted_pickle import load_pickle_safely, save_pickle
 
 
@@ -71,12 +69,3 @@ def test_a_cache_travels_empty_to_other_processes(write):
     cache = PropertiesCache(read=load_pickle_safely)
     cache.load(write("a"))
     assert pickle.loads(pickle.dumps(cache))._bytes == 0
-
-
-def test_data_loaders_keep_properties_and_plain_datasets_do_not(tmp_path, write, make_labels):
-    write("a")
-    dataset = nnUNetDatasetNumpy(str(tmp_path), ["a"])
-    assert dataset.properties_cache is None
-    assert dataset._load_properties("a")["class_locations"][1].dtype == np.int64
-    nnUNetDataLoader(dataset, 1, (2, 2, 2), (2, 2, 2), make_labels())
-    assert dataset._load_properties("a")["class_locations"][1].dtype == np.int32

@@ -1,4 +1,4 @@
-from nnunetv2.preprocessing.progress import follow
+from nnunetv2.utilities.progress import follow
 
 PAIRS = [("a", 1), ("b", 2)]
 

@@ -1,19 +1,17 @@
-"""Where a training reads and writes, and what lies beside the folds of a trained model."""
+"""Locate the folders that a training reads and writes."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.plans.plans_manager import PlansManager
 
 
 @dataclass(frozen=True)
@@ -86,24 +84,6 @@ def require_previous_stage(folder: str, cases: Iterable[str], configuration: str
             f"in {folder}. Each fold of {configuration} segments its own validation cases: train all its folds with "
             "the same trainer and plans, or fold 'all'"
         )
-
-
-def save_model_description(
-    folder: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any], preprocessed_folder: str
-) -> None:
-    """Write plans, dataset description and fingerprint, which prediction needs besides the weights.
-
-    Raises:
-        FileNotFoundError: The dataset has no fingerprint.
-    """
-    fingerprint = Path(preprocessed_folder, "dataset_fingerprint.json")
-    if not fingerprint.is_file():
-        raise FileNotFoundError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint for this dataset")
-    base = Path(folder)
-    save_json_atomically(plans, base / "plans.json", sort_keys=False)
-    save_json_atomically(dataset_json, base / "dataset.json", sort_keys=False)
-    with replacing(base / fingerprint.name) as written:
-        shutil.copy(fingerprint, written)
 
 
 def log_plans(

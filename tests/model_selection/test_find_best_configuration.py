@@ -11,7 +11,7 @@ from trained_models import NAME, make_trained_models
 
 from nnunetv2.evaluation import find_best_configuration as module
 from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
-from nnunetv2.evaluation.inference_instructions import generate_inference_command
+from nnunetv2.model_selection.inference_instructions import generate_inference_command
 
 CASCADE = {"2d": 2.5, "3d_lowres": 1.0, "3d_cascade_fullres": 0.5}
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import floor, prod
 from typing import TYPE_CHECKING
 
-from nnunetv2.preprocessing.errors import InvalidInputError
+from nnunetv2.errors import InvalidInputError
 
 if TYPE_CHECKING:
     import blosc2

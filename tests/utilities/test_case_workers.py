@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_S
 
-from nnunetv2.preprocessing.case_workers import CaseFailedError, process_cases
+from nnunetv2.utilities.case_workers import CaseFailedError, process_cases
 
 
 def write(folder: Path, name: str) -> None:

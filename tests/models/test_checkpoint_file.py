@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2.training import checkpoint
-from nnunetv2.training.checkpoint import load_checkpoint_file, rank_checkpoints, save_checkpoint_file
+from nnunetv2.models import checkpoint_file
+from nnunetv2.models.checkpoint_file import load_checkpoint_file, rank_checkpoints, save_checkpoint_file
 
 
 def make_checkpoint(epoch=3, **more):
@@ -82,7 +82,7 @@ class Payload:
 def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint_file(make_checkpoint(extra=Payload()), tmp_path / "c.pth")
-    with pytest.raises(checkpoint.UntrustedCheckpointError, match="nnUNet_allow_unsafe_checkpoints=1"):
+    with pytest.raises(checkpoint_file.UntrustedCheckpointError, match="nnUNet_allow_unsafe_checkpoints=1"):
         load_checkpoint_file(tmp_path / "c.pth")
     assert not (tmp_path / "owned").exists()
 
@@ -94,7 +94,7 @@ def test_a_program_is_no_checkpoint(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("c/constants.pkl", pickle.dumps(()))
         archive.writestr("c/code/__torch__.py", "")
-    with pytest.raises(checkpoint.UntrustedCheckpointError, match=r"c\.pth is a TorchScript file"):
+    with pytest.raises(checkpoint_file.UntrustedCheckpointError, match=r"c\.pth is a TorchScript file"):
         load_checkpoint_file(path)
 
 
@@ -117,7 +117,7 @@ def test_a_truncated_checkpoint_is_named_as_damaged(tmp_path):
     path = tmp_path / "c.pth"
     save_checkpoint_file(make_checkpoint(), path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(checkpoint.DamagedCheckpointError, match="c.pth is damaged"):
+    with pytest.raises(checkpoint_file.DamagedCheckpointError, match="c.pth is damaged"):
         load_checkpoint_file(path)
 
 
@@ -137,7 +137,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
 
 KILLED_WRITER = """
 import sys, torch
-from nnunetv2.training.checkpoint import save_checkpoint_file
+from nnunetv2.models.checkpoint_file import save_checkpoint_file
 torch.manual_seed(0)
 for epoch in range(10_000):
     save_checkpoint_file({"current_epoch": epoch, "network_weights": {"w": torch.rand(500_000)}}, sys.argv[1])
@@ -166,5 +166,5 @@ def test_a_checkpoint_cut_off_at_any_length_is_damaged_and_never_half_loaded(tmp
     whole = path.read_bytes()
     for length in range(0, len(whole), 97):
         path.write_bytes(whole[:length])
-        with pytest.raises(checkpoint.DamagedCheckpointError):
+        with pytest.raises(checkpoint_file.DamagedCheckpointError):
             load_checkpoint_file(path)

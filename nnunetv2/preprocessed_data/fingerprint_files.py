@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import FINGERPRINT_FILE
-
+FINGERPRINT_FILE = "dataset_fingerprint.json"
 LOCAL_FINGERPRINT = "dataset_fingerprint_local.json"
 """This site's own fingerprint, in folders where FINGERPRINT_FILE is the pooled one."""
 

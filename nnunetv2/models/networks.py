@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2.models.instance_norm import use_fast_instance_norm_
+from nnunetv2.utilities.device import to_fast_memory_format_
+
 if TYPE_CHECKING:
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
 
 
 def build_network(
@@ -66,6 +69,13 @@ def adapt_weight_names(weights: Mapping[str, torch.Tensor], expected: Mapping[st
             name = name.removeprefix("module.").removeprefix("_orig_mod.")
         adapted[name] = tensor
     return adapted
+
+
+def speed_up_on_cpu_(network: nn.Module, device: torch.device | str) -> nn.Module:
+    """Choose normalizations and memory layout that are fast on a CPU; on other devices nothing happens."""
+    if torch.device(device).type != "cpu":
+        return network
+    return to_fast_memory_format_(use_fast_instance_norm_(network), device)
 
 
 def deep_supervision_scales(strides: Sequence[Sequence[int]]) -> list[list[float]]:

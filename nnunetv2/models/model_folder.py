@@ -1,9 +1,10 @@
-"""Read a trained model folder: plans.json, dataset.json and a checkpoint per fold become a network and its weights."""
+"""Describe a trained model in a folder; read network and weights from it."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from nnunetv2.training import networks
-from nnunetv2.training.checkpoint import load_checkpoint_file
+from nnunetv2.models import networks
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
+from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager, determine_num_input_channels
+from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from nnunetv2.utilities.trusted_names import UntrustedNameError
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,15 @@ def load_model_folder(
     folds: Iterable[int | str] | int | str | None,
     checkpoint_name: str,
     find_trainer: Callable[[str], type],
+    fallback: Callable[[], type],
 ) -> TrainedModel:
     """Read a model folder.
 
     Args:
         folds: Fold numbers or "all", one or several. None: all that have the checkpoint.
         find_trainer: Trainer name -> class. Only its `build_network_architecture` is used.
+        fallback: Returns the class in place of one that is not found: the standard one, whose network most custom
+            trainers keep.
 
     Raises:
         FileNotFoundError: The folder, plans.json, dataset.json or a checkpoint is missing.
@@ -72,7 +76,7 @@ def load_model_folder(
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
     trainer_name = checkpoints[0]["trainer_name"]
-    trainer_class = _find_trainer(find_trainer, trainer_name)
+    trainer_class = _find_trainer(find_trainer, trainer_name, fallback)
     try:
         network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
     except UntrustedNameError as error:
@@ -88,6 +92,24 @@ def load_model_folder(
         trainer_name,
         checkpoints[0].get("inference_allowed_mirroring_axes"),
     )
+
+
+def save_model_description(
+    folder: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any], preprocessed_folder: str
+) -> None:
+    """Write plans, dataset description and fingerprint, which prediction needs besides the weights.
+
+    Raises:
+        FileNotFoundError: The dataset has no fingerprint.
+    """
+    fingerprint = Path(preprocessed_folder, "dataset_fingerprint.json")
+    if not fingerprint.is_file():
+        raise FileNotFoundError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint for this dataset")
+    base = Path(folder)
+    save_json_atomically(plans, base / "plans.json", sort_keys=False)
+    save_json_atomically(dataset_json, base / "dataset.json", sort_keys=False)
+    with replacing(base / fingerprint.name) as written:
+        shutil.copy(fingerprint, written)
 
 
 def build_network(
@@ -108,20 +130,20 @@ def build_network(
     )
 
 
-def _find_trainer(find_trainer: Callable[[str], type], name: str) -> type:
-    """Find a trainer's class; if there is none, take the standard one, whose network most custom trainers keep."""
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
+def _find_trainer(find_trainer: Callable[[str], type], name: str, fallback: Callable[[], type]) -> type:
+    """Find a trainer's class, or fall back with a warning."""
     try:
         return find_trainer(name)
     except RuntimeError as error:
+        standard = fallback()
         logger.warning(
-            "%s. Building the network of nnUNetTrainer instead; if the weights do not fit it, prediction "
+            "%s. Building the network of %s instead; if the weights do not fit it, prediction "
             "needs the code of %s (a folder named by nnUNet_extTrainer may hold it)",
             error,
+            standard.__name__,
             name,
         )
-        return nnUNetTrainer
+        return standard
 
 
 def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | None, checkpoint_name: str) -> list[Path]:

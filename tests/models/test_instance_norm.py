@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2.utilities.instance_norm import FastInstanceNorm3d, use_fast_instance_norm_
+from nnunetv2.models.instance_norm import FastInstanceNorm3d, use_fast_instance_norm_
 
 
 def make_network(dims):

@@ -117,7 +117,7 @@ def describe_inference(inference_info_dict: Mapping[str, Any]) -> str:
 
 
 def _previous_stage(dataset_name_or_id: int | str, model: Model) -> str | None:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.plans.plans_manager import PlansManager
 
     folder = get_output_folder(dataset_name_or_id, model["trainer"], model["plans"], model["configuration"])
     path = Path(folder, "plans.json")

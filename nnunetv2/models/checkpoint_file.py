@@ -16,15 +16,12 @@ import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from nnunetv2.utilities.atomic_write import replacing
-
-if TYPE_CHECKING:
-    from nnunetv2.training.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +63,6 @@ def save_checkpoint_file(checkpoint: Mapping[str, Any], path: str | os.PathLike[
     """Write a checkpoint; whoever stops the process meanwhile, `path` is the old file or the complete new one."""
     with replacing(path) as written:
         torch.save(dict(checkpoint), written)
-
-
-def save_snapshot_file(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint that was copied from a training."""
-    save_checkpoint_file(snapshot.state, path)
 
 
 def is_better(score: float, best: float | None) -> bool:

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from nnunetv2.training.dataloading.array_cache import ArrayCache
+from nnunetv2.preprocessed_data.array_cache import ArrayCache
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from nnunetv2.training import networks
+from nnunetv2.models import networks
 
 
 def test_the_lowest_resolution_has_no_output():

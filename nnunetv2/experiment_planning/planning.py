@@ -1,0 +1,42 @@
+"""Plan one dataset from its fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+
+def plan_experiment_dataset(
+    dataset_id: int | str,
+    experiment_planner_class: type[ExperimentPlanner] = ExperimentPlanner,
+    gpu_memory_target_in_gb: float | None = None,
+    preprocess_class_name: str = "DefaultPreprocessor",
+    overwrite_target_spacing: Sequence[float] | None = None,
+    overwrite_plans_name: str | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Plan a dataset from its fingerprint.
+
+    Args:
+        gpu_memory_target_in_gb: None leaves it to the planner, as does None for `overwrite_plans_name`.
+        overwrite_target_spacing: Array order, before transposition.
+
+    Returns:
+        The plans and their name.
+    """
+    chosen = {}
+    if gpu_memory_target_in_gb is not None:
+        chosen["gpu_memory_target_in_gb"] = gpu_memory_target_in_gb
+    if overwrite_plans_name is not None:
+        chosen["plans_name"] = overwrite_plans_name
+    if overwrite_target_spacing is not None:
+        overwrite_target_spacing = [float(spacing) for spacing in overwrite_target_spacing]
+    planner = experiment_planner_class(
+        dataset_id,
+        preprocessor_name=preprocess_class_name,
+        overwrite_target_spacing=overwrite_target_spacing,
+        suppress_transpose=False,
+        **chosen,
+    )
+    return planner.plan_experiment(), planner.plans_identifier
