@@ -236,7 +236,9 @@ class ExperimentPlanner:
     def _design(self, spacing: Sequence[float] | np.ndarray, patch_size: Sequence[float] | np.ndarray) -> Topology:
         return get_pool_and_conv_props(spacing, patch_size, self.UNet_featuremap_min_edge_length, NO_LIMIT)
 
-    def _shrink(self, topology: Topology, spacing: Sequence[float], median_shape: Sequence[float]) -> Topology:
+    def _shrink(
+        self, topology: Topology, spacing: Sequence[float] | np.ndarray, median_shape: Sequence[float] | np.ndarray
+    ) -> Topology:
         """Shorten the axis that covers most of the median image by one step of what the network can divide.
 
         The step is that of the network for the shorter patch, which may be less deep.

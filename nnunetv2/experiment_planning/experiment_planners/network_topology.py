@@ -36,7 +36,10 @@ def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int] 
 
 
 def get_pool_and_conv_props(
-    spacing: Sequence[float], patch_size: Sequence[float], min_feature_map_size: int, max_numpool: int
+    spacing: Sequence[float] | np.ndarray,
+    patch_size: Sequence[float] | np.ndarray,
+    min_feature_map_size: int,
+    max_numpool: int,
 ) -> Topology:
     """Halve the feature maps until they are small, the finest axes first.
 
