@@ -94,7 +94,7 @@ def count_parameters(manifest: Manifest) -> int:
     return sum(math.prod(entry.shape) for entry in manifest if entry.dtype in _FLOATING)
 
 
-def _dtype_name(name: str, dtype: Any) -> str:
+def _dtype_name(name: str, dtype: Any) -> Any:
     try:
         return _DTYPES[str(dtype).removeprefix("torch.")]
     except KeyError:
