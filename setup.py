@@ -28,8 +28,8 @@ COMMANDS = {
     "nnUNetv2_evaluate_simple": "evaluation.evaluate_predictions:evaluate_simple_entry_point",
     "nnUNetv2_fed_coordinator": "federated.commands.coordinator:coordinator_entry",
     "nnUNetv2_fed_admin": "federated.commands.admin:admin_entry",
-    "nnUNetv2_fed_join": "federated.site.credential:join_entry",
-    "nnUNetv2_fed_leave": "federated.commands.status:leave_entry",
+    "nnUNetv2_fed_join": "federated.commands.join:join_entry",
+    "nnUNetv2_fed_leave": "federated.commands.leave:leave_entry",
     "nnUNetv2_fed_status": "federated.commands.status:status_entry",
     "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
     "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
@@ -78,9 +78,10 @@ setup(
         "imagecodecs",
         "matplotlib",
         "tqdm",
-        # the federation; the coordinator alone needs these and numpy only
+        # the federation; the coordinator alone needs these and numpy only, without requests and tenacity
         "pydantic>=2.8",
         "requests>=2.32.4",
+        "tenacity>=8.2",
         "safetensors>=0.4.2",
         # with upper bounds: coordinator/connections.py is built on the inside of uvicorn; newest tested: 0.54 and 1.10
         "h11>=0.16",

@@ -26,8 +26,8 @@ from nnunetv2.federated.aggregation import matching
 from nnunetv2.federated.commands.simulate import LocalSite, running_coordinator
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.site.credential import load_credential
-from nnunetv2.federated.site.participant import RunSession
-from nnunetv2.federated.site.transports.http import FederationClient
+from nnunetv2.federated.site.participant import Participant
+from nnunetv2.federated.site.transports.http import HttpTransport
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import export_weights
 
 PLANS = {"plans_name": "nnUNetPlans"}
@@ -102,9 +102,9 @@ class MeasuredSite(threading.Thread):
         address = urlsplit(credential.url)
         with ByteCounter((address.hostname, address.port)) as counter:
             through_counter = replace(credential, url=f"http://127.0.0.1:{counter.port}")
-            with FederationClient(through_counter, report=lambda line: None) as client:
+            with HttpTransport(through_counter, report=lambda line: None) as client:
                 run = messages.run_name("3d_fullres", "0", self.registration.trainer)
-                session = RunSession(client, site=self.site.name, run=run)
+                session = Participant(client, site=self.site.name, run=run)
                 session.register(self.registration)
                 session.start(0, self.weights)
                 for number in range(self.rounds):

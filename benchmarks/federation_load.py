@@ -65,7 +65,7 @@ def play_round(url: str, key: str, sites: Sequence[PlayedSite], begin: float) ->
 
 
 def contribute(url: str, key: str, site: PlayedSite) -> None:
-    """Send a site's document as `FederationClient` does: an offer, then the bytes."""
+    """Send a site's document as `HttpTransport` does: an offer, then the bytes."""
     size = site.document.stat().st_size
     connection = _connect(url)
     headers = {"Authorization": f"Bearer {site.token}"}

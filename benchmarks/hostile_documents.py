@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 from nnunetv2.federated.exchanges.document_limits import OF_MESSAGE, coarse_limits, weights_limits
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, encode_header
+from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.messages import (
     CENSUS_KEY,
     COARSE_KEY,
@@ -37,7 +38,8 @@ from nnunetv2.federated.protocol.messages import (
     registration_key,
     round_key,
 )
-from nnunetv2.federated.site.credential import decode_invitation, join, load_credential
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
 

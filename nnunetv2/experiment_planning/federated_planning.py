@@ -1,4 +1,4 @@
-"""Federated Fingerprint Extraction: plan at every site from the fingerprint of all sites' data.
+"""Plan from the pooled fingerprint of all sites: Federated Fingerprint Extraction.
 
 Three short exchanges, none of which carries an image or says where a voxel lies:
 
@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.exchanges import plausibility
@@ -35,13 +37,14 @@ from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.credential import load_credential
-from nnunetv2.federated.site.transports.http import FederationClient, show_progress
+from nnunetv2.federated.site.transport import Transport, open_transport, show_progress
 from nnunetv2.preprocessed_data.fingerprint_files import (
     FINGERPRINT_FILE,
     LOCAL_FINGERPRINT,
     forget_pooled_fingerprint,
     has_pooled_fingerprint,
 )
+from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
@@ -49,28 +52,31 @@ MOST_LOOKS = 20
 """How often a site lets the coordinator look into bins: honest ones need one look, seldom two or three."""
 
 
-def plan_federated(
-    dataset_id: int | str,
-    *,
-    mode: str,
-    extractor_class: type | None = None,
-    num_processes: int | None = 8,
-    clean: bool = True,
-    share_extrema: bool = False,
-    show_progress_bar: bool = True,
-    verbose: bool = False,
-    credential_file: Path | None = None,
-    **planning: Any,
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class PlanningOptions:
+    """How to plan as a member of a federation."""
+
+    mode: Literal["ffe", "asym"]
+    """"ffe" plans from the pooled fingerprint, so that all sites hold the same plans; "asym" plans from the local one,
+    so that the sites' networks may differ."""
+    extractor_class: type = DatasetFingerprintExtractor
+    num_processes: int | None = 8
+    """That extract the fingerprint; None: as many as the machine has cores and memory for."""
+    clean: bool = True
+    """With "asym", extract the fingerprint even if there is one. "ffe" samples the local data in any case."""
+    share_extrema: bool = False
+    """Let the smallest and largest voxel leave the site too. Nothing in nnU-Net needs them."""
+    show_progress_bar: bool = True
+    verbose: bool = False
+    planner: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of `plan_experiment_dataset`."""
+
+
+def plan_federated(dataset_id: int | str, options: PlanningOptions, *, credential_file: Path | None = None) -> str:
     """Plan one dataset as a member of a federation.
 
     Args:
-        mode: "ffe" plans from the pooled fingerprint, so that all sites hold the same plans; "asym" plans from the
-            local one, so that the sites' networks may differ.
-        clean: With "asym", extract the fingerprint even if there is one. "ffe" samples the local data in any case.
-        share_extrema: Let the smallest and largest voxel leave the site too. Nothing in nnU-Net needs them.
         credential_file: The site's credential; the one that `nnUNet_fed_site` names, if None.
-        planning: Keywords of `plan_experiment_dataset`.
 
     Returns:
         The name of the plans.
@@ -80,31 +86,31 @@ def plan_federated(
         NotAllowedError: The site has fewer cases than it wants to take part with; nothing was sent.
         RefusedError: The sites' channels, labels or plans differ.
     """
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
     from nnunetv2.experiment_planning.planning import plan_experiment_dataset
 
     credential = load_credential(credential_file)
-    extractor = (extractor_class or DatasetFingerprintExtractor)(dataset_id, num_processes, verbose=verbose)
-    extractor.show_progress_bar = show_progress_bar
-    if mode == "asym":
+    extractor = options.extractor_class(dataset_id, options.num_processes, verbose=options.verbose)
+    extractor.show_progress_bar = options.show_progress_bar
+    if options.mode == "asym":
         folder = Path(extractor.output_folder)
-        extractor.run(overwrite_existing=clean or has_pooled_fingerprint(folder))
+        extractor.run(overwrite_existing=options.clean or has_pooled_fingerprint(folder))
         forget_pooled_fingerprint(folder)
-        return plan_experiment_dataset(dataset_id, **planning)[1]
+        return plan_experiment_dataset(dataset_id, **options.planner)[1]
     check_enough_cases(extractor.count_cases(), extractor.dataset_name)
-    with FederationClient(credential, report=show_progress) as client:
-        num_cases = pool_fingerprint(client, extractor, site=credential.site, share_extrema=share_extrema)
-        plans, plans_name = plan_experiment_dataset(dataset_id, **planning)
+    with open_transport(credential, show_progress) as transport:
+        census = make_census(extractor, share_extrema=options.share_extrema)
+        num_cases = pool_fingerprint(transport, extractor, census, site=credential.site)
+        plans, plans_name = plan_experiment_dataset(dataset_id, **options.planner)
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
         _or_late(
-            lambda: client.exchange(messages.plans_key(plans_name), report),
-            lambda: client.exchange(messages.late_plans_key(plans_name, credential.site), report),
+            lambda: transport.exchange(messages.plans_key(plans_name), report),
+            lambda: transport.exchange(messages.late_plans_key(plans_name, credential.site), report),
         )
         show(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
     return plans_name
 
 
-def pool_fingerprint(client: FederationClient, extractor: Any, *, site: str, share_extrema: bool) -> int:
+def pool_fingerprint(transport: Transport, extractor: Any, census: messages.Census, *, site: str) -> int:
     """Learn the pooled fingerprint, and write it beside the local one.
 
     Args:
@@ -113,11 +119,8 @@ def pool_fingerprint(client: FederationClient, extractor: Any, *, site: str, sha
     Returns:
         The number of cases in it: of all sites together, or of the others where they had pooled theirs before.
     """
-    from nnunetv2.utilities.atomic_write import save_json_atomically
-
-    census = make_census(extractor, share_extrema)
     pooled = _or_late(
-        lambda: _take_part(client, extractor, census), lambda: _come_late(client, extractor, census, site)
+        lambda: _take_part(transport, extractor, census), lambda: _come_late(transport, extractor, census, site)
     )
     results.check_fingerprint(pooled, len(census.channel_names))
     save_json_atomically(pooled.fingerprint, Path(extractor.output_folder) / FINGERPRINT_FILE)
@@ -125,7 +128,7 @@ def pool_fingerprint(client: FederationClient, extractor: Any, *, site: str, sha
 
 
 def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
-    """Do with the other sites what they do, or on one's own what they have done already."""
+    """Take part in an exchange, or come late if it is closed."""
     try:
         return take_part()
     except RefusedError as error:
@@ -134,9 +137,9 @@ def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
     return come_late()
 
 
-def _take_part(client: FederationClient, extractor: Any, census: messages.Census) -> messages.PooledFingerprint:
+def _take_part(transport: Transport, extractor: Any, census: messages.Census) -> messages.PooledFingerprint:
     """Exchange summaries until the pooled fingerprint is known."""
-    num_cases = client.exchange(messages.CENSUS_KEY, census).message.num_cases
+    num_cases = transport.exchange(messages.CENSUS_KEY, census).message.num_cases
     if num_cases < census.num_cases:
         raise WireError(
             f"the coordinator counts {num_cases} cases of all sites; this site alone has {census.num_cases}"
@@ -144,17 +147,17 @@ def _take_part(client: FederationClient, extractor: Any, census: messages.Census
     samples = _sample(extractor, num_cases)
     values = intensities_per_channel(samples)
     others = extractor.num_samples_per_case(num_cases) * (num_cases - census.num_cases)
-    summary = summarise(samples, values, census.share_extrema)
+    summary = summarise(samples, values, share_extrema=census.share_extrema)
     channels = [outermost.Channel.of(*channel, hide=not census.share_extrema) for channel in values]
     coarse = {f"coarse.{c}": channel.coarse_histogram() for c, channel in enumerate(channels)}
-    answer = client.exchange(messages.COARSE_KEY, summary, coarse).message
+    answer = transport.exchange(messages.COARSE_KEY, summary, coarse).message
     for number in range(MOST_LOOKS):
         if not isinstance(answer, messages.WantedBins):
             results.check_fingerprint(answer, len(channels))
             _compare_geometry(summary, answer)
             return answer
         results.check_bins(answer, len(channels))
-        channels, answer = _look_into(client, number, values, channels, answer.bins, others)
+        channels, answer = _look_into(transport, number, values, channels, answer.bins, others)
     raise FederationError(
         f"the coordinator wants to look into the intensities for the {MOST_LOOKS + 1}th time, which "
         "no percentile needs: nothing more is sent. Ask the coordinating site which version it runs"
@@ -162,14 +165,14 @@ def _take_part(client: FederationClient, extractor: Any, census: messages.Census
 
 
 def _look_into(
-    client: FederationClient,
+    transport: Transport,
     number: int,
     values: Sequence[tuple[np.ndarray, np.ndarray]],
     channels: Sequence[outermost.Channel],
     bins: Sequence[Sequence[int]],
     others: int,
 ) -> tuple[list[outermost.Channel], messages.Message]:
-    """Send the histograms inside some bins; return the channels, with what had to be shown of them, and the answer.
+    """Send histograms inside some bins; return corrected channels and the answer.
 
     Args:
         number: How often that was done before.
@@ -196,7 +199,7 @@ def _look_into(
     histograms |= {f"coarse.{c}": shown[c].coarse_histogram() for c in corrected}
     summary = messages.FineSummary(bins=bins, corrected=corrected)
     try:
-        answer = client.exchange(messages.fine_key(number), summary, histograms)
+        answer = transport.exchange(messages.fine_key(number), summary, histograms)
     except RefusedError as error:
         if corrected and error.code == "invalid":
             raise FederationError(
@@ -214,7 +217,7 @@ def _describe_hidden(channel: outermost.Channel) -> str:
 
 
 def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFingerprint) -> None:
-    """Say, before anything is preprocessed, if the scans of this site have another size than those of the others.
+    """Compare the sizes of this site's scans with those of the others.
 
     Raises:
         FederationError: They differ so much that their units must.
@@ -248,29 +251,25 @@ def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFinger
     )
 
 
-def _come_late(
-    client: FederationClient, extractor: Any, census: messages.Census, site: str
-) -> messages.PooledFingerprint:
-    """Wait, if need be, for the fingerprint that the other sites pool without this one."""
-    num_cases = client.exchange(messages.late_census_key(site), census).message.num_cases
+def _come_late(transport: Transport, extractor: Any, census: messages.Census, site: str) -> messages.PooledFingerprint:
+    """Wait for the fingerprint that the other sites pool without this one."""
+    num_cases = transport.exchange(messages.late_census_key(site), census).message.num_cases
     show(
         f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
         f"cases are not part of the plans, which are made from {num_cases} cases of the others.",
         flush=True,
     )
     _sample(extractor, num_cases)
-    answer = client.result(messages.COARSE_KEY).message
+    answer = transport.result(messages.COARSE_KEY).message
     for number in range(MOST_LOOKS):  # in order: none can begin before the one before it is closed
         if not isinstance(answer, messages.WantedBins):
             return answer
-        answer = client.result(messages.fine_key(number)).message
+        answer = transport.result(messages.fine_key(number)).message
     raise FederationError("the other sites find no percentiles of their intensities: use matching versions")
 
 
 def _sample(extractor: Any, num_cases: int) -> list[CaseSample]:
-    """Sample the cases of this site as its share of `num_cases`, and write its own fingerprint."""
-    from nnunetv2.utilities.atomic_write import save_json_atomically
-
+    """Sample this site's share of `num_cases`; write its local fingerprint."""
     samples = extractor.sample_cases(extractor.num_samples_per_case(num_cases))
     folder = Path(extractor.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +277,7 @@ def _sample(extractor: Any, num_cases: int) -> list[CaseSample]:
     return samples
 
 
-def make_census(extractor: Any, share_extrema: bool) -> messages.Census:
+def make_census(extractor: Any, *, share_extrema: bool) -> messages.Census:
     """Describe the dataset as far as the sites must agree on it."""
     description = extractor.dataset_json
     return messages.Census(
@@ -291,7 +290,7 @@ def make_census(extractor: Any, share_extrema: bool) -> messages.Census:
 
 
 def intensities_per_channel(samples: Sequence[CaseSample]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Join the drawn foreground values of all cases: per channel, values (float32) and how often each was drawn."""
+    """Join all cases' foreground values: per channel, values (float32) and counts."""
     return [
         tuple(np.concatenate(parts) for parts in zip(*channel))
         for channel in zip(*(sample.intensities for sample in samples))
@@ -299,7 +298,7 @@ def intensities_per_channel(samples: Sequence[CaseSample]) -> list[tuple[np.ndar
 
 
 def summarise(
-    samples: Sequence[CaseSample], intensities: Sequence[tuple[np.ndarray, np.ndarray]], share_extrema: bool
+    samples: Sequence[CaseSample], intensities: Sequence[tuple[np.ndarray, np.ndarray]], *, share_extrema: bool
 ) -> messages.CoarseSummary:
     """Summarise the cases of this site; their order does not leave it."""
     spacings, shapes = fingerprint_statistics.sorted_geometry(

@@ -134,27 +134,24 @@ def plan_federated_experiments(
     Returns:
         The name of the plans of the last dataset.
     """
-    from nnunetv2.experiment_planning.federated_planning import plan_federated
+    from nnunetv2.experiment_planning.federated_planning import PlanningOptions, plan_federated
 
-    extractor_class = find_planning_class(fingerprint_extractor_class_name)
-    planner_class = find_planner_class(experiment_planner_class_name)
+    options = PlanningOptions(
+        mode=mode,
+        extractor_class=find_planning_class(fingerprint_extractor_class_name),
+        num_processes=num_processes,
+        clean=clean,
+        share_extrema=share_extrema,
+        show_progress_bar=show_progress_bar,
+        verbose=verbose,
+        planner={"experiment_planner_class": find_planner_class(experiment_planner_class_name), **planning},
+    )
     plans_identifier = None
     for dataset_id in dataset_ids:
         dataset_name = require_dataset(dataset_id)
         if check_dataset_integrity:
             verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes or default_num_processes)
-        plans_identifier = plan_federated(
-            dataset_id,
-            mode=mode,
-            extractor_class=extractor_class,
-            experiment_planner_class=planner_class,
-            num_processes=num_processes,
-            clean=clean,
-            share_extrema=share_extrema,
-            verbose=verbose,
-            show_progress_bar=show_progress_bar,
-            **planning,
-        )
+        plans_identifier = plan_federated(dataset_id, options)
     return plans_identifier
 
 

@@ -1,6 +1,6 @@
 """Show on a terminal where a training is: one line that is written again and again.
 
-Epoch 12/1000  training 137/250  loss -0.4312  pseudo Dice 0.8123  0.21 s/it  54 h 12 min left
+Epoch 12/1000  training 137/250  loss -0.4312  pseudo Dice 0.8123  0.21 s/it  2 d 6 h left
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TextIO
+
+from nnunetv2.utilities.durations import format_duration
 
 SECONDS_BETWEEN_UPDATES = 0.5
 CLEAR_LINE = "\r\033[K"
@@ -48,14 +50,6 @@ def format_progress(
     if seconds_left is not None:
         parts.append(f"{format_duration(seconds_left)} left")
     return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in its two largest units: `54 h 12 min`."""
-    seconds = max(0, round(seconds))
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
-    return f"{seconds // 60} min {seconds % 60:02} s"
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 
 def is_loopback(host: str | None) -> bool:
@@ -15,3 +16,8 @@ def is_loopback(host: str | None) -> bool:
     except ValueError:
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Tell whether an address is of this machine, so that no proxy belongs in between."""
+    return is_loopback(urlsplit(url).hostname)

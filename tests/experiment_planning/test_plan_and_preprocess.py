@@ -154,8 +154,8 @@ def test_the_cases_of_all_sites_count_where_the_fingerprint_is_pooled(folder, ro
 def test_federated_command_plans_with_the_other_sites(folder, monkeypatch):
     calls = []
 
-    def plan_federated(dataset_id, **keywords):
-        calls.append((dataset_id, keywords))
+    def plan_federated(dataset_id, options):
+        calls.append((dataset_id, options))
         return "nnUNetPlans"
 
     from nnunetv2.experiment_planning import federated_planning
@@ -180,22 +180,27 @@ def test_federated_command_plans_with_the_other_sites(folder, monkeypatch):
             "--clean",
         ]
     )
-    ((dataset, keywords),) = calls
-    assert dataset == 2
-    assert keywords == {
-        "mode": "asym",
-        "extractor_class": DatasetFingerprintExtractor,
-        "num_processes": 3,
-        "verbose": False,
-        "clean": True,
-        "share_extrema": False,
-        "show_progress_bar": False,
-        "experiment_planner_class": nnUNetPlannerResEncM,
-        "gpu_memory_target_in_gb": 11,
-        "preprocess_class_name": "DefaultPreprocessor",
-        "overwrite_target_spacing": None,
-        "overwrite_plans_name": None,
-    }
+    assert calls == [
+        (
+            2,
+            federated_planning.PlanningOptions(
+                mode="asym",
+                extractor_class=DatasetFingerprintExtractor,
+                num_processes=3,
+                verbose=False,
+                clean=True,
+                share_extrema=False,
+                show_progress_bar=False,
+                planner={
+                    "experiment_planner_class": nnUNetPlannerResEncM,
+                    "gpu_memory_target_in_gb": 11,
+                    "preprocess_class_name": "DefaultPreprocessor",
+                    "overwrite_target_spacing": None,
+                    "overwrite_plans_name": None,
+                },
+            ),
+        )
+    ]
 
 
 def test_unknown_class_is_named():

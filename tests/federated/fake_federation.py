@@ -29,9 +29,11 @@ from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.invitation import Invitation, decode_invitation
 from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key
-from nnunetv2.federated.site.credential import Invitation, SiteCredential, decode_invitation, join, load_credential
-from nnunetv2.federated.site.transports.http import FederationClient
+from nnunetv2.federated.site.credential import SiteCredential, load_credential
+from nnunetv2.federated.site.enrolment import join
+from nnunetv2.federated.site.transports.http import HttpTransport
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEST_PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -90,7 +92,7 @@ def make_weights(seed: int, shapes=SHAPES) -> dict[str, np.ndarray]:
 
 # ------------------------------------------------------------------------------------------------------------ sites
 def train(
-    client: FederationClient,
+    client: HttpTransport,
     *,
     seed: int,
     num_rounds: int,
@@ -140,10 +142,10 @@ def in_threads(*functions: Callable[[], object], timeout_s: float = PATIENCE_S) 
     return results
 
 
-def make_client(credential: SiteCredential, lines: list[str] | None = None, **options) -> FederationClient:
+def make_client(credential: SiteCredential, lines: list[str] | None = None, **options) -> HttpTransport:
     """Return a client that is quick to ask again."""
     options = {"give_up_after_s": PATIENCE_S, "pause_s": 0.05, **options}
-    return FederationClient(credential, report=(lambda line: None) if lines is None else lines.append, **options)
+    return HttpTransport(credential, report=(lambda line: None) if lines is None else lines.append, **options)
 
 
 # ----------------------------------------------------------------------------------------- coordinator in a thread
@@ -170,7 +172,7 @@ class LocalFederation:
             self._credentials[site] = load_credential(path)
         return self._credentials[site]
 
-    def client(self, site: str, lines: list[str] | None = None, **options) -> FederationClient:
+    def client(self, site: str, lines: list[str] | None = None, **options) -> HttpTransport:
         return make_client(self.credential(site), lines, **options)
 
 

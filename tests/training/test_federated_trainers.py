@@ -26,9 +26,10 @@ from nnunetv2.federated.errors import (
     NotAllowedError,
     ShortEpochError,
 )
+from nnunetv2.federated.privacy.disclosure import allow_list_of
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import RunAction
-from nnunetv2.federated.site.transports.http import FederationClient
+from nnunetv2.federated.site.transports.http import HttpTransport
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
@@ -67,7 +68,7 @@ class Sites:
             log(*words, **options),
         )
         options = {"pause_s": 0.05, "give_up_after_s": PATIENCE_S, **client_options}
-        trainer.make_transport = lambda credential, report: FederationClient(credential, report=report, **options)
+        trainer.make_transport = lambda credential, report: HttpTransport(credential, report=report, **options)
         trainer.initialize()  # before the environment is another site's
         if go_on:
             maybe_load_checkpoint(trainer, True, False)
@@ -120,7 +121,7 @@ def test_every_aggregate_is_validated_by_all(make_sites, tmp_path, monkeypatch):
     # What the manifest lists is all that a training needs to send.
     documents = manifest.collect(NAME, ["3d_fullres"], trainer="nnUNetTrainerAsymFedAvg", plans_name="nnUNetPlans")
     allowed = tmp_path / "allow.json"
-    allowed.write_text(manifest.allow_list_of(documents, trainers[0].credential).model_dump_json())
+    allowed.write_text(allow_list_of(documents, coordinator=trainers[0].credential.url).model_dump_json())
     monkeypatch.setenv("nnUNet_fed_allow", str(allowed))
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)
@@ -199,7 +200,7 @@ def test_a_validation_that_fails_during_the_exchange_is_reported_and_nothing_han
         (event.site, event.detail["round"], event.detail["reason"])
         for event in sites.federation.coordinator.store.load_events("failure")
     ] == [("A", 1, "OutOfMemoryError")]
-    assert wait([ailing._exchange], PATIENCE_S).done, "the thread that exchanges goes on"
+    assert wait([ailing.pending.answer], PATIENCE_S).done, "the thread that exchanges goes on"
     again = sites.trainer("A", Ailing, go_on=True)
     assert sites.run(again) == [None]
     assert_equal_weights(again, healthy)
@@ -229,9 +230,9 @@ def test_the_log_names_the_floor_and_what_only_two_sites_share(make_sites):
 def test_an_average_of_too_few_sites_is_told(contributors, is_told):
     """As a coordinator hands out that is older, or that lies."""
     lines = []
-    trainer = SimpleNamespace(min_sites=2, received_megabytes=1.0, tell=lines.append)
+    trainer = SimpleNamespace(min_sites=2, log_line=lines.append)
     FederatedTraining.report_round(
-        trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)), waited_s=0.0
+        trainer, messages.Aggregate(round=3, contributors=dict.fromkeys(contributors, 1.0)), megabytes=1.0, waited_s=0.0
     )
     assert any("fewer than 2 sites" in line for line in lines) == is_told
 
@@ -289,7 +290,7 @@ def test_a_site_joins_late_leaves_and_returns(make_sites):
 
         def on_epoch_end(self):
             if self.current_epoch == self.leaves_at:
-                self.session.transport.act(self.session.run, "leave")
+                self.participant.transport.act(self.participant.run, "leave")
             super().on_epoch_end()
 
     Newcomer.__name__ = "nnUNetTrainerAsymFedAvg"
@@ -303,7 +304,7 @@ def test_a_site_joins_late_leaves_and_returns(make_sites):
         begun.set()
         with pytest.raises(FederationError, match="has left run"):
             newcomer.run_training()
-        assert newcomer.session.match.coverage.keys() == {"A", "B", "C"}
+        assert newcomer.participant.match.coverage.keys() == {"A", "B", "C"}
         sites.act("pause", run)
         newcomer = sites.trainer("C", Newcomer, go_on=True)
         newcomer.leaves_at = None
@@ -468,12 +469,12 @@ def test_pretrained_weights_are_those_of_all_sites_or_refused(make_sites):
 
 def spy_on_updates(trainer, sent: dict) -> None:
     """Remember what a trainer sends: (site, round) -> weights under the site's own names."""
-    own_weights, site = trainer.own_weights, trainer.credential.site
+    local_weights, site = trainer.local_weights, trainer.credential.site
 
     def spy():
-        weights = own_weights()
+        weights = local_weights()
         if trainer.current_epoch:
             sent[site, trainer.current_epoch - 1] = weights  # the last call of a round is what is sent
         return weights
 
-    trainer.own_weights = spy
+    trainer.local_weights = spy

@@ -17,7 +17,11 @@ from nnunetv2.federated.privacy.min_cases import DEFAULT
 from nnunetv2.federated.protocol import messages
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
+from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
+    METRICS,
+    FederatedTraining,
+    PendingExchange,
+)
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import export_weights, import_weights_
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
@@ -73,7 +77,7 @@ def make_trainer(epoch: int):
 
 def test_missed_epochs_are_gaps_in_the_curves():
     trainer, curves = make_trainer(2)
-    trainer.go_on_at(4)
+    trainer.resume_at(4)
     assert trainer.current_epoch == 4
     assert {len(values) for values in curves.values()} == {4}
     assert np.isnan(curves["train_losses"][2:]).all()
@@ -82,7 +86,7 @@ def test_missed_epochs_are_gaps_in_the_curves():
 
 def test_an_epoch_that_was_not_exchanged_is_trained_again():
     trainer, curves = make_trainer(3)
-    trainer.go_on_at(2)
+    trainer.resume_at(2)
     assert trainer.current_epoch == 2
     assert len(curves["train_losses"]) == 3  # overwritten when the epoch ends once more
 
@@ -233,7 +237,7 @@ class Meeting(FederatedTraining, Counting):
     _writing_in_background = nullcontext
 
     def __init__(self, exchange=None):
-        self.session = SimpleNamespace(run="run", exchange=exchange or self.exchange)
+        self.participant = SimpleNamespace(run="run", exchange=exchange or self.exchange)
         self.logger, self.sent, self.saved = MetaLogger(None, resume=False), [], []
 
     def exchange(self, number, weights, update):
@@ -246,13 +250,13 @@ class Meeting(FederatedTraining, Counting):
         self.validate()
         self.on_epoch_end()
 
-    def own_weights(self):
+    def local_weights(self):
         return {"w": np.float32(self.weight)}
 
     def load_weights(self, weights):
         self.weight = float(weights["w"])
 
-    def tell(self, line, **_):
+    def log_line(self, line, **_):
         pass
 
     def save_latest_checkpoint(self):
@@ -345,11 +349,10 @@ class Overlapped(OverlappedTraining):
     _writing_in_background = nullcontext
 
     def __init__(self, epoch: int, brought: int) -> None:
-        self.current_epoch, self.sent_round = epoch + 1, epoch - 1
-        self.weights, self._sent = {"w": np.array([2.0])}, {"w": np.array([1.0])}
-        self._exchange, self.done = Future(), []
-        self._exchange.set_result(({"w": np.array([7.0])}, self.aggregate(brought)))
-        self.session = SimpleNamespace(run="run", exchange=self.exchange)
+        self.current_epoch, self.weights, self.done = epoch + 1, {"w": np.array([2.0])}, []
+        self.pending = PendingExchange(epoch - 1, {"w": np.array([1.0])}, Future())
+        self.pending.answer.set_result(({"w": np.array([7.0])}, self.aggregate(brought)))
+        self.participant = SimpleNamespace(run="run", exchange=self.exchange)
         self.logger = MetaLogger(None, resume=False)
 
     @staticmethod
@@ -361,13 +364,13 @@ class Overlapped(OverlappedTraining):
         self.done.append(("exchange", number, float(weights["w"][0])))
         return weights, self.aggregate(number)
 
-    def own_weights(self):
+    def local_weights(self):
         return dict(self.weights)
 
     def load_weights(self, weights):
         self.weights = dict(weights)
 
-    def tell(self, line, **_):
+    def log_line(self, line, **_):
         pass
 
     def save_latest_checkpoint(self):
@@ -393,12 +396,39 @@ class Overlapped(OverlappedTraining):
 )
 def test_an_overlapped_training_goes_on_where_the_run_is(epoch, brought, done, ends_at):
     trainer = Overlapped(epoch, brought)
-    trainer.meet_the_others(epoch)
-    if trainer.sent_round is not None:
-        trainer._exchange.result(5)
+    trainer.exchange_weights(epoch)
+    if trainer.pending is not None:
+        trainer.pending.answer.result(PATIENCE_S)
     assert trainer.done == done
     assert (trainer.current_epoch == trainer.num_epochs) is (ends_at is not None)
     assert ends_at is None or trainer.num_epochs == ends_at
+
+
+# ---------------------------------------------------------------------------------------------- hooks with older names
+def test_a_hook_that_is_overridden_by_its_older_name_is_heard():
+    done = []
+
+    class Later(OverlappedTraining):
+        def exchange_weights(self, epoch):
+            done.append("later")
+
+    with pytest.warns(DeprecationWarning, match="Older.meet_the_others is now called exchange_weights"):
+
+        class Older(Later):
+            def meet_the_others(self, epoch):
+                super().meet_the_others(epoch)
+                done.append("older")
+
+    class Newer(Older):
+        def exchange_weights(self, epoch):
+            super().exchange_weights(epoch)
+            done.append("newer")
+
+    Newer().exchange_weights(0)
+    assert done == ["later", "older", "newer"]
+    done.clear()
+    Newer().meet_the_others(0)
+    assert done == ["later", "older", "newer"]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

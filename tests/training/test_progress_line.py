@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from nnunetv2.training.progress_line import CLEAR_LINE, Position, ProgressLine, format_duration, format_progress
+from nnunetv2.training.progress_line import CLEAR_LINE, Position, ProgressLine, format_progress
 
 
 class Terminal(io.StringIO):
@@ -21,18 +21,10 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 min 00 s"), (59.6, "1 min 00 s"), (754, "12 min 34 s"), (195_123, "54 h 12 min"), (-3, "0 min 00 s")],
-)
-def test_durations_are_given_in_their_two_largest_units(seconds, text):
-    assert format_duration(seconds) == text
-
-
 def test_the_line_tells_what_is_known():
     position = Position(12, 1000, "training", 250, 137)
     assert format_progress(position, loss=-0.43117, dice=0.8123, seconds_per_iteration=0.2, seconds_left=754) == (
-        "Epoch 12/1000  training 137/250  loss -0.4312  pseudo Dice 0.8123  0.20 s/it  12 min 34 s left"
+        "Epoch 12/1000  training 137/250  loss -0.4312  pseudo Dice 0.8123  0.20 s/it  12 min left"
     )
     assert format_progress(position, loss=None, dice=None, seconds_per_iteration=None, seconds_left=None) == (
         "Epoch 12/1000  training 137/250"

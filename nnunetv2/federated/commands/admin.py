@@ -1,4 +1,4 @@
-"""Operate a federation from the command line: invite, revoke, steer runs, change settings, look at the audit log.
+"""Operate a federation: members, runs, settings, audit log, backups.
 
 Talks to the coordinator that serves a folder, as the operator that its start has appointed on this machine, or to any
 coordinator that this machine's credential belongs to, if that is an operator's. Needs the standard library only, and
@@ -8,33 +8,20 @@ pydantic: so does the coordinator's machine.
 from __future__ import annotations
 
 import argparse
-import os
-import ssl
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
-from nnunetv2.federated.commands import audit_log
-from nnunetv2.federated.coordinator.storage import backup
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
-from nnunetv2.federated.protocol.certificates import load_chain, untrusted_certificate
-from nnunetv2.federated.site.credential import SiteCredential, check_site_name, decode_invitation, load_credential
-from nnunetv2.utilities.loopback import is_loopback
+from nnunetv2.federated.commands import audit_log, backup
+from nnunetv2.federated.commands.api_client import DEFAULT_FOLDER, add_folder_option, ask, operator_credential
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.protocol.invitation import check_site_name, decode_invitation
 from nnunetv2.utilities.plain_text import printable_json, shell_command, show
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from nnunetv2.federated.site.credential import SiteCredential
 
-    Model = TypeVar("Model", bound=BaseModel)
-
-DEFAULT_FOLDER = Path("nnUNet_federation")
-OPERATOR_FILE = "operator.json"
-TIMEOUT_S = 60.0
-LARGEST_ANSWER = 32 << 20
 RUN_ACTIONS = {
     "pause": "take contributions, but close no round of a run",
     "resume": "close rounds again",
@@ -44,76 +31,9 @@ RUN_ACTIONS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------- requests
-def ask(
-    credential: SiteCredential, method: str, path: str, model: type[Model] | None = None, body: BaseModel | None = None
-) -> Model | None:
-    """Send one request to a coordinator and return its answer.
-
-    Raises:
-        RefusedError: The coordinator says no.
-        CoordinatorUnreachable: Nobody answers.
-    """
-    from nnunetv2.federated.site.transports.answers import ForeignAnswerError, decode_answer, describe_foreign
-
-    # What was not given on the command line is not sent: it stays as it is.
-    data = None if body is None else body.model_dump_json(exclude_unset=True).encode()
-    request = urllib.request.Request(
-        f"{credential.url}/v1/{path}",
-        method=method,
-        data=data,
-        headers={"Authorization": f"Bearer {credential.token}", "Content-Type": "application/json"},
-    )
-    try:
-        with _opener(credential).open(request, timeout=TIMEOUT_S) as answer:
-            content = answer.read(LARGEST_ANSWER)
-        return decode_answer(model, content, answer.headers) if model is not None else None
-    except ForeignAnswerError as error:
-        raise FederationError(
-            describe_foreign(request.full_url, answer.status, answer.reason, answer.headers)
-        ) from error
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _refusal(error) from None
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise untrusted_certificate(reason, credential.url) from error
-        raise CoordinatorUnreachable(
-            f"the coordinator at {credential.url} does not answer: {reason}. Is it running?"
-        ) from error
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Send the token nowhere else."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-def _opener(credential: SiteCredential) -> urllib.request.OpenerDirector:
-    # As the library that training uses: what this site has pinned, else the file in the variable, else the system's.
-    context = ssl.create_default_context(cafile=credential.authority or os.environ.get("REQUESTS_CA_BUNDLE") or None)
-    if credential.client_certificate is not None:
-        load_chain(context, credential.client_certificate, credential.client_key)
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context), _NoRedirects()]
-    if is_loopback(urlsplit(credential.url).hostname):
-        handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers)
-
-
-def _refusal(error: urllib.error.HTTPError) -> FederationError:
-    from nnunetv2.federated.site.transports.answers import describe_foreign, find_problem
-
-    problem = find_problem(error.read(LARGEST_ANSWER), error.headers)
-    if problem is None:
-        return FederationError(describe_foreign(error.url, error.code, error.reason, error.headers))
-    return RefusedError(problem.message, problem.remedy, code=problem.code)
-
-
 # -------------------------------------------------------------------------------------------------------- commands
 def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
-    """Invite a site, an observer or an operator, and print the line that it has to type, or the link to open."""
+    """Invite a member, and print its command line, or its link."""
     from nnunetv2.federated.protocol.api import InviteAnswer, InviteRequest
     from nnunetv2.federated.protocol.strict_json import validated
 
@@ -146,7 +66,7 @@ def steer(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     """Pause, resume, stop, reset or proceed with a run."""
     from nnunetv2.federated.protocol.api import RunAction, RunState
 
-    action = RunAction(action=arguments.command, gathering=getattr(arguments, "gathering", None))
+    action = RunAction(action=arguments.command, gathering=arguments.gathering)
     state = ask(credential, "POST", f"runs/{quote(arguments.run)}/actions", RunState, action)
     rounds = f"{state.rounds_closed} of {state.num_rounds}" if state.num_rounds else f"{state.rounds_closed}"
     show(f"run {state.run}: {state.state}, {rounds} rounds closed")
@@ -158,9 +78,9 @@ def change_settings(credential: SiteCredential, arguments: argparse.Namespace) -
     from nnunetv2.federated.protocol.strict_json import validated
 
     given = {
-        name: getattr(arguments, name)
-        for name in ("quorum", "deadline_s", "late_updates", "validate_every", "min_sites")
-        if getattr(arguments, name) is not None
+        name: value
+        for name, value in vars(arguments).items()
+        if name in ("quorum", "deadline_s", "late_updates", "validate_every", "min_sites") and value is not None
     }
     if arguments.wait_for_all:
         if "quorum" in given or "deadline_s" in given:
@@ -192,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     for action, text in RUN_ACTIONS.items():
         _add(commands, action, steer, text)
         commands.choices[action].add_argument("run", metavar="RUN", help="name of the run")
+        commands.choices[action].set_defaults(gathering=None)
     commands.choices["proceed"].add_argument("--gathering", metavar="KEY", help="which, if the run waits for several")
     _add(commands, "settings", change_settings, "show the settings, or change them while the federation is at work")
     _add_settings(commands.choices["settings"])
@@ -200,18 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_folder_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--folder` to a parser; `operator_credential` takes its value."""
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        metavar="F",
-        help="folder of the federation, on the coordinator's "
-        f"machine (default: ./{DEFAULT_FOLDER} if it is there, else the credential of this machine)",
-    )
-
-
-def _add(commands: argparse._SubParsersAction, name: str, function: Callable[..., None], text: str) -> None:
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: Callable[..., None], text: str
+) -> None:
     commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.").set_defaults(function=function)
 
 
@@ -230,23 +142,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-sites", type=int, metavar="N", help="nothing is averaged over fewer sites; can be raised, not lowered"
     )
-
-
-def operator_credential(folder: Path | None) -> SiteCredential:
-    """Return the credential of the operator on this machine.
-
-    Raises:
-        NotJoinedError: The folder is served by no coordinator now, or this machine has no credential.
-    """
-    if folder is None and not DEFAULT_FOLDER.is_dir():
-        return load_credential()
-    path = (folder or DEFAULT_FOLDER) / OPERATOR_FILE
-    if not path.exists():
-        raise NotJoinedError(
-            f"no coordinator serves {path.parent} at the moment: start nnUNetv2_fed_coordinator "
-            f"--folder {path.parent}, or name another --folder"
-        )
-    return load_credential(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Show and verify the audit log of a federation's folder, whether its coordinator is running or not.
+"""Show and verify the audit log of a folder, served or not.
 
     nnUNetv2_fed_admin --folder F log [--since 2d] [--json]      who did what, when
     nnUNetv2_fed_admin --folder F verify-log [--head HASH]       is the log what it was when HASH was noted?
@@ -11,58 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.coordinator.storage import audit_log
+from nnunetv2.federated.coordinator.storage.read_only import Row, open_read_only, read_log
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
-DATABASE_FILE = "coordinator.sqlite"
 SECONDS_OF_UNIT = {"m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
 SHORTEST_HEAD = 12
 """Digits of a hash that have to be typed at least: with fewer, another line may have them too."""
 
 
-# --------------------------------------------------------------------------------------------------------- reading
-@contextmanager
-def open_read_only(folder: Path) -> Iterator[sqlite3.Connection]:
-    """Open the database of a federation so that nothing in its folder changes.
-
-    Raises:
-        FederationError: The folder holds no federation, or one that is written in another way.
-    """
-    path = folder / DATABASE_FILE
-    if not path.is_file():
-        raise FederationError(f"{folder} holds no federation: there is no {DATABASE_FILE}. Name its folder (--folder)")
-    # Without a journal beside it, nobody is writing, and SQLite need not make the files that writers share.
-    is_at_rest = not path.with_name(f"{DATABASE_FILE}-wal").exists()
-    mode = "mode=ro&immutable=1" if is_at_rest else "mode=ro"
-    try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=10.0)
-        try:
-            yield connection
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise FederationError(
-            f"{path} cannot be read as the database of a federation: {error}. If its coordinator is "
-            "of an older version, start it once with this one"
-        ) from error
-
-
-def read_log(connection: sqlite3.Connection) -> Iterator[tuple]:
-    """Yield the lines of a log in order, as `audit.LINES` has them."""
-    yield from connection.execute(f"{audit_log.LINES} ORDER BY number")
-
-
 def parse_since(text: str, now: float) -> float:
-    """Return the moment that "2026-11-23", "2026-11-23 14:05" or "36h" (m, h, d, w) means, in seconds since 1970.
+    """Parse "2026-11-23", "2026-11-23 14:05" or "36h" (m, h, d, w) to seconds since 1970.
 
     Raises:
         FederationError: It is none of these.
@@ -89,7 +55,7 @@ def show_log(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
-    """Check every line of the audit log against the chain, and print the hash of the last one.
+    """Check the chain of the audit log, and print its last hash.
 
     Raises:
         FederationError: A line was changed, removed, inserted or moved, or the head that was noted is not there.
@@ -97,7 +63,7 @@ def verify_log(folder: Path, arguments: argparse.Namespace) -> None:
     wanted = None if not arguments.head else parse_head(arguments.head)
     last, noted = None, None
 
-    def seen() -> Iterator[tuple]:
+    def seen() -> Iterator[Row]:
         """Yield the lines, one at a time: a log may be larger than the memory."""
         nonlocal last, noted
         for last in read_log(connection):
@@ -140,7 +106,7 @@ def parse_head(head: str) -> str:
     return wanted
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `log` and `verify-log` to the operator's command."""
     log = commands.add_parser(
         "log", help="show the audit log of a folder", description="Show the audit log of a folder: who did what, when."
@@ -168,7 +134,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 # ------------------------------------------------------------------------------------------------ what a line says
 def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
-    """Return in a few words, all of them printable, what a line of the log is about."""
+    """Describe a line of the log in a few printable words."""
     return printable(_describe(kind, key, detail))
 
 
@@ -194,12 +160,12 @@ def _describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
     return " ".join(part for part in (key, printable_json(dict(detail)) if detail else "") if part)
 
 
-def _as_text(line: tuple) -> str:
+def _as_text(line: Row) -> str:
     number, moment, kind, who, key, detail, _ = line
     return f"{number:6d}  {_as_time(moment)}  {kind:12}  {who or '-':12}  {describe(kind, key, json.loads(detail))}"
 
 
-def _as_json(line: tuple) -> str:
+def _as_json(line: Row) -> str:
     names = ("number", "time", "kind", "site", "key", "detail", "hash")
     return printable_json({**dict(zip(names, line)), "detail": json.loads(line[5])})
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.admin import OPERATOR_FILE
+from nnunetv2.federated.commands.api_client import OPERATOR_FILE
 from nnunetv2.federated.coordinator.http.listen_address import (
     DEFAULT_HOST,
     DEFAULT_PORT,
@@ -25,7 +25,8 @@ from nnunetv2.federated.coordinator.http.listen_address import (
     tls_options,
 )
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.site.credential import SiteCredential, check_site_name, new_token, save_credential
+from nnunetv2.federated.protocol.invitation import check_site_name
+from nnunetv2.federated.site.credential import SiteCredential, new_token, save_credential
 from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
@@ -178,9 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
 def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the settings that were given on the command line, by their names in FederationSettings."""
     given = {
-        name: getattr(arguments, option)
-        for option, name in SETTINGS_OF_OPTIONS.items()
-        if getattr(arguments, option) is not None
+        SETTINGS_OF_OPTIONS[option]: value
+        for option, value in vars(arguments).items()
+        if option in SETTINGS_OF_OPTIONS and value is not None
     }
     if "sites" in given:
         given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))

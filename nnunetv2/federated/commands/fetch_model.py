@@ -1,4 +1,4 @@
-"""Fetch the model of a run that is over from the coordinator, as a zip file, and install it if asked to.
+"""Fetch the model of a finished run as a zip file; install it on request.
 
 Sites and operators may. What is in the file is data: it is checked before anything of it is installed.
 """
@@ -14,18 +14,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.admin import add_folder_option, operator_credential
+from nnunetv2.federated.commands.api_client import add_folder_option, operator_credential
 from nnunetv2.federated.errors import FederationError, WireError
 from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
     from nnunetv2.federated.protocol.api import RunState
-    from nnunetv2.federated.site.transports.http import FederationClient
+    from nnunetv2.federated.site.transports.http import HttpTransport
     from nnunetv2.model_sharing.archive_check import ArchiveLimits
 
 
-def fetch(client: FederationClient, run: str, target: Path) -> Path:
-    """Download the model of a run to a zip file, or into a folder, and return the file.
+def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
+    """Download the model of a run to a zip file or folder; return the file.
 
     Raises:
         RefusedError: The run goes on, or the coordinator keeps no model of it.
@@ -42,13 +42,13 @@ def fetch(client: FederationClient, run: str, target: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = ArchiveLimits.from_environment()
     with replacing(path) as partial:
-        client.fetch_model(run, partial, largest=min(limits.total_bytes, shutil.disk_usage(path.parent).free))
+        transport.fetch_model(run, partial, largest=min(limits.total_bytes, shutil.disk_usage(path.parent).free))
         _check(partial, path, limits)
     return path
 
 
 def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
-    """Raise an error unless a zip file, which is to lie at `path`, holds what models consist of."""
+    """Raise an error unless a zip file, bound for `path`, holds a model."""
     from nnunetv2.model_sharing.archive_check import check_archive
 
     try:
@@ -62,7 +62,7 @@ def _check(file: Path, path: Path, limits: ArchiveLimits) -> None:
 
 
 def install(path: Path, *, replace: bool) -> str:
-    """Install the models in a zip file below nnUNet_results, and return the name of the dataset that they are under.
+    """Install the models of a zip file below nnUNet_results; return their dataset.
 
     Args:
         replace: Give up files that are there already.
@@ -87,7 +87,7 @@ def install(path: Path, *, replace: bool) -> str:
 
 
 def local_dataset(path: Path) -> str:
-    """Return the name that the dataset of a model has at this site, where it may be called and numbered differently.
+    """Return this site's name for the dataset of a model.
 
     That is the dataset with the plans of the model, which all its sites have; where there is none, the name that the
     zip file gives, if no other dataset has its id.
@@ -102,7 +102,7 @@ def local_dataset(path: Path) -> str:
     if named in own or not own:
         number = re.match("Dataset([0-9]{3,})", named)
         others = set() if number is None else set(map(str, find_candidate_datasets(int(number[1])))) - {named}
-        if others and named not in own:
+        if number is not None and others and named not in own:
             raise FederationError(
                 f"the model is of {named}, but here the id {int(number[1])} is that of {', '.join(sorted(others))}: "
                 f"nothing was installed. {path} stays where it is; unpack it elsewhere, and predict with "
@@ -118,7 +118,7 @@ def local_dataset(path: Path) -> str:
 
 
 def _datasets_with_plans(path: Path) -> set[str]:
-    """Return the datasets of this site that were planned, or else trained, with the plans of a model."""
+    """Return this site's datasets that were planned or trained with a model's plans."""
     from nnunetv2.federated.exchanges.consistency import comparable_plans
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
@@ -155,7 +155,7 @@ def checkpoints_in(path: Path) -> list[PurePosixPath]:
 
 
 def describe_prediction(path: Path, dataset: str) -> Iterator[str]:
-    """Yield the commands that predict with the models in a zip file, one per kind of checkpoint.
+    """Yield the commands that predict with a zip file's models, one per checkpoint.
 
     Args:
         dataset: Name that the models are installed under.
@@ -229,22 +229,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_fetch_model`."""
-    from nnunetv2.federated.site.transports.http import FederationClient, show_progress
-
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.replace and not arguments.install:
         parser.error("--replace needs --install")
-    with FederationClient(operator_credential(arguments.folder), report=show_progress) as client:
+    from nnunetv2.federated.site.transport import show_progress
+    from nnunetv2.federated.site.transports.http import HttpTransport
+
+    with HttpTransport(operator_credential(arguments.folder), report=show_progress) as transport:
         run = arguments.run
         if run is None:
-            runs = client.status().runs
+            runs = transport.status().runs
             run = choose_run(runs)
         if run is None:
             show("Several runs are over; name one of them:")
             show(*(f"  {state.run}" for state in runs if state.closed))
             return 0
-        path = fetch(client, run, arguments.o)
+        path = fetch(transport, run, arguments.o)
     show(f"The model of run {run} is in {path}")
     if arguments.install:
         dataset = install(path, replace=arguments.replace)

@@ -61,7 +61,7 @@ def find_command(name: str) -> str:
 
 
 def site_environment(site: LocalSite, *, num_sites: int) -> dict[str, str]:
-    """Build the environment of a site's process: its credential, and its share of the machine's cores.
+    """Build the environment of a site's process: credential and share of cores.
 
     Sites may have any number of cases: there is nobody here whose cases are to be kept from the others.
     """
@@ -78,7 +78,7 @@ def site_environment(site: LocalSite, *, num_sites: int) -> dict[str, str]:
 
 
 class RunningProcess:
-    """A command whose output is shown line by line under a label, and kept in a log file."""
+    """A command whose output is shown under a label and logged."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ def run_everywhere(
     log_folder: Path,
     show: Callable[[str], None] = show,
 ) -> None:
-    """Run one command per site, all at the same time, and wait for all of them.
+    """Run one command per site at the same time; wait for all.
 
     Args:
         command_of: Gives the command line of a site; the first word is a console script of this package.
@@ -188,7 +188,7 @@ def run_everywhere(
 
 
 def wait_for_all(running: Sequence[RunningProcess], *, watched: Sequence[RunningProcess] = ()) -> None:
-    """Wait until all processes have ended well; raise SimulationError at the first that did not."""
+    """Wait for all processes; raise SimulationError at the first failure."""
     while True:
         failed = [process for process in [*running, *watched] if process.poll() not in (None, 0)]
         if failed:
@@ -203,7 +203,7 @@ def wait_for_all(running: Sequence[RunningProcess], *, watched: Sequence[Running
 def running_coordinator(
     folder: Path, sites: Sequence[LocalSite], options: Sequence[str] = (), *, show: Callable[[str], None] = show
 ) -> Iterator[str]:
-    """Run a coordinator for the sites, let those join that have not yet, and stop it at the end.
+    """Run a coordinator for the block, and let sites join that have not yet.
 
     Args:
         folder: The federation's folder, made on the first start; a later start goes on from there.
@@ -239,10 +239,11 @@ def running_coordinator(
 
 
 def known_port(sites: Sequence[LocalSite]) -> int | None:
-    """Return the port in the credential of a site that joined earlier: its address must stay what it was."""
+    """Return the port in an earlier credential, which must stay the same."""
     for site in sites:
         if site.credential.exists():
-            return urlsplit(json.loads(site.credential.read_text(encoding="utf-8"))["url"]).port
+            content = json.loads(site.credential.read_text(encoding="utf-8"))
+            return urlsplit(str(content["url"])).port
     return None
 
 
@@ -250,11 +251,11 @@ def free_port() -> int:
     """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence[str]) -> str:
-    """Wait until the coordinator has printed its invitations and written where it listens; return its address."""
+    """Wait until the coordinator serves; return its address."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -263,14 +264,14 @@ def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence
         if state_file.exists() and any(SERVED in line for line in lines):
             state = json.loads(state_file.read_text(encoding="utf-8"))
             if state["pid"] == process.pid:  # not that of a coordinator that was killed
-                return state["url"]
+                return str(state["url"])
         time.sleep(0.05)
     raise SimulationError(f"the coordinator did not start within {START_TIMEOUT_S:.0f} s; see {process.log_file}")
 
 
 def find_invitations(lines: Sequence[str], sites: Sequence[LocalSite]) -> dict[str, str]:
-    """Find the invitations in what the coordinator printed: site name -> invitation."""
-    from nnunetv2.federated.site.credential import decode_invitation
+    """Find the invitations in the coordinator's output: site name -> invitation."""
+    from nnunetv2.federated.protocol.invitation import decode_invitation
 
     words = [line.split(INVITATION, 1)[1].split()[0] for line in lines if INVITATION in line]
     invitations = {decode_invitation(word).site: word for word in words}

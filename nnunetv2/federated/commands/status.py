@@ -1,4 +1,4 @@
-"""Tell a member what the federation is doing: whom everybody waits for, how far the runs are, what went wrong.
+"""Show the state of a federation: sites, runs, pending exchanges, recent failures.
 
 Any member may ask. Needs the standard library only, and pydantic.
 """
@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.admin import add_folder_option, ask, operator_credential
+from nnunetv2.federated.commands.api_client import add_folder_option, ask, operator_credential
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.utilities.durations import format_duration
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from nnunetv2.federated.site.credential import SiteCredential
 
 SHOWN_FAILURES = 10
-_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 # ----------------------------------------------------------------------------------------------------- describing
@@ -43,12 +43,12 @@ def describe(status: Status, *, url: str, outlooks: Outlooks | None = None) -> I
 def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterator[str]:
     yield f"Federation {status.federation} at {url}, {_moment(status.time)}"
     progress = {one.run: one for one in status.progress}
-    foreseen = {one.run: one for one in outlooks.runs} if outlooks else {}
+    outlook_of = {one.run: one for one in outlooks.runs} if outlooks else {}
     for state in status.runs:
         yield ""
         yield from _describe_run(state, progress[state.run], status)
-        if state.run in foreseen:
-            yield f"  {_describe_outlook(foreseen[state.run])}"
+        if state.run in outlook_of:
+            yield f"  {_describe_outlook(outlook_of[state.run])}"
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
     if elsewhere:
         yield ""
@@ -75,7 +75,7 @@ def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Ite
             yield "  " + _describe_wait(exchange, _name_of(exchange.key, state.run), status.time)
     is_begun = any(one.key == f"runs/{state.run}/rounds/{state.open_round}" for one in waiting)
     if state.open_round is not None and not is_begun:
-        since = "" if progress.last_closed is None else f" since {duration(status.time - progress.last_closed)}"
+        since = "" if progress.last_closed is None else f" since {format_duration(status.time - progress.last_closed)}"
         yield f"  all train{since}: round {state.open_round}; nobody has sent an update yet"
     if state.left:
         yield f"  left by {', '.join(state.left)}"
@@ -104,13 +104,13 @@ def _describe_pace(state: RunState, progress: RunProgress) -> str:
     left = (
         ""
         if state.num_rounds is None
-        else f", about {duration(progress.round_s * (state.num_rounds - state.rounds_closed))} left"
+        else f", about {format_duration(progress.round_s * (state.num_rounds - state.rounds_closed))} left"
     )
-    return f"; {duration(progress.round_s)} per round{left}"
+    return f"; {format_duration(progress.round_s)} per round{left}"
 
 
 def _describe_wait(exchange: GatheringStatus, name: str, now: float) -> str:
-    since = duration(now - exchange.opened)
+    since = format_duration(now - exchange.opened)
     if exchange.refusal:
         return f"{name} is refused, until a site sends something else: {exchange.refusal}"
     if exchange.lacks and not exchange.waiting_for:
@@ -139,22 +139,10 @@ def _name_of(key: str, run: str) -> str:
 def _describe_site(site: SiteStatus, now: float) -> str:
     if site.state != "active":
         return "invited, has not joined yet" if site.state == "invited" else "revoked"
-    seen = "joined" if site.last_seen is None else f"heard of {duration(now - site.last_seen)} ago"
+    seen = "joined" if site.last_seen is None else f"heard of {format_duration(now - site.last_seen)} ago"
     if not site.bytes_received and not site.bytes_sent:  # nothing yet, or not to be known here
         return seen
     return f"{seen}; it has sent {site.bytes_received / 1e6:,.1f} MB and got {site.bytes_sent / 1e6:,.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in its largest unit, and the next one while it is below 10: `1 h 12 min`, `25 min`, `40 s`."""
-    seconds = max(0, round(seconds))
-    index = next((index for index, (size, _) in enumerate(_UNITS) if seconds >= size), len(_UNITS) - 1)
-    size, unit = _UNITS[index]
-    count, rest = divmod(seconds, size)
-    if index + 1 == len(_UNITS) or count >= 10 or rest < _UNITS[index + 1][0]:
-        return f"{count} {unit}"
-    smaller, smaller_unit = _UNITS[index + 1]
-    return f"{count} {unit} {rest // smaller} {smaller_unit}"
 
 
 def _moment(seconds: float) -> str:
@@ -176,9 +164,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_status`."""
+    arguments = build_parser().parse_args(argv)
     from nnunetv2.federated.protocol.api import Status
 
-    arguments = build_parser().parse_args(argv)
     credential = operator_credential(arguments.folder)
     status = ask(credential, "GET", "status", Status)
     lines = (
@@ -191,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ask_for_outlooks(credential: SiteCredential) -> Outlooks | None:
-    """Ask which runs will have a common model; None if the coordinator is too old to say."""
+    """Ask for the outlooks of the runs; None from an old coordinator."""
     from nnunetv2.federated.protocol.api import Outlooks
 
     try:
@@ -202,40 +190,8 @@ def _ask_for_outlooks(credential: SiteCredential) -> Outlooks | None:
         return None
 
 
-def build_leave_parser() -> argparse.ArgumentParser:
-    """Build the parser of `nnUNetv2_fed_leave`."""
-    parser = argparse.ArgumentParser(
-        description="Let the other sites of a run go on without this one. What it has contributed stays. "
-        "`nnUNetv2_train ... --c` returns to the run."
-    )
-    parser.add_argument("run", metavar="RUN", help="name of the run, as nnUNetv2_fed_status shows it")
-    return parser
-
-
-def leave(argv: Sequence[str] | None = None) -> int:
-    """Run the command `nnUNetv2_fed_leave`."""
-    from urllib.parse import quote
-
-    from nnunetv2.federated.protocol.api import RunAction, RunState
-    from nnunetv2.federated.site.credential import load_credential
-
-    run = build_leave_parser().parse_args(argv).run
-    credential = load_credential()
-    state = ask(credential, "POST", f"runs/{quote(run)}/actions", RunState, RunAction(action="leave"))
-    others = ", ".join(state.members) or "nobody"
-    show(f"Site {credential.site} has left run {run}; it goes on with {others}. nnUNetv2_train ... --c returns to it.")
-    return 0
-
-
 def status_entry() -> None:
     """Entry point of the console script `nnUNetv2_fed_status`."""
     from nnunetv2.utilities.command_line import run_command
 
     run_command(main)
-
-
-def leave_entry() -> None:
-    """Entry point of the console script `nnUNetv2_fed_leave`."""
-    from nnunetv2.utilities.command_line import run_command
-
-    run_command(leave)

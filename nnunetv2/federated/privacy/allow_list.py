@@ -1,4 +1,4 @@
-"""Keep what leaves this site to what its people have allowed, field by field and tensor by tensor.
+"""Let only those fields and tensors leave that this site's allow-list names.
 
     ~/.config/nnunet/federated_allow.json, or the file in nnUNet_fed_allow
 
@@ -36,7 +36,7 @@ Patterns = Annotated[tuple[Text, ...], Field(max_length=20_000)]
 
 
 class AllowedDocument(Part):
-    """What documents of one kind may hold."""
+    """Allowed content of documents of one kind."""
 
     fields: Patterns = ()
     tensors: Patterns = ()
@@ -45,7 +45,7 @@ class AllowedDocument(Part):
 
 
 class AllowList(Part):
-    """What may leave this site."""
+    """Allowed documents of this site."""
 
     version: Literal[1] = 1
     coordinator: Text | None = None
@@ -54,7 +54,7 @@ class AllowList(Part):
 
 
 def allow_list_path() -> tuple[Path, bool]:
-    """Return where this site's list is, or would be, and whether somebody has said so."""
+    """Return the path of this site's list, and whether it was chosen."""
     chosen = os.environ.get(ALLOW_VARIABLE)
     default = Path.home() / ".config" / "nnunet" / "federated_allow.json"
     return (Path(chosen).expanduser(), True) if chosen else (default, False)
@@ -81,7 +81,7 @@ def load_allow_list() -> AllowList | None:
 
 
 def check_document(message: Message, specs: Mapping[str, TensorSpec], *, url: str) -> None:
-    """Raise NotAllowedError, naming the field or tensor, if this site's list does not allow a document.
+    """Raise NotAllowedError, with field or tensor, if a document is not allowed.
 
     Args:
         url: The coordinator that it is for.
@@ -107,7 +107,7 @@ def check_body(kind: str, body: BaseModel, *, url: str) -> None:
 
 
 def paths_of(value: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the path of every value in JSON data; entries of a list share that of the list."""
+    """Yield the path of every JSON value; list entries share their list's."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from paths_of(inner, f"{prefix}.{name}" if prefix else name)
@@ -119,7 +119,7 @@ def paths_of(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _allowed(kind: str, url: str) -> AllowedDocument | None:
-    """Return what a kind of message may hold; None where this site has no list."""
+    """Return the allowed content of a kind; None without a list."""
     allow = load_allow_list()
     if allow is None:
         return None

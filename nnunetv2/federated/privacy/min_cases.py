@@ -1,4 +1,6 @@
-"""Let nothing leave a site that has too few cases: statistics and weights of a few patients say too much of each.
+"""Let nothing leave a site with too few cases.
+
+Statistics and weights of a few patients say too much of each.
 
 The site decides, whatever the federation does: nnUNet_fed_min_cases, 10 if it is not set.
 """
@@ -42,7 +44,7 @@ def check_enough_cases(num_cases: int, what: str) -> None:
 
 
 def refusal_of(num_cases: int, what: str) -> str | None:
-    """Say in one line why so few cases are not enough; None if they are."""
+    """Explain in one line why the cases are too few; else None."""
     least = min_cases()
     if num_cases >= least:
         return None

@@ -1,4 +1,4 @@
-"""Keep the smallest and largest voxel of a site, single voxels of single patients, out of the plans that it sends.
+"""Replace per-channel minimum and maximum in plans by percentiles before they leave.
 
 nnU-Net writes both into its plans and uses neither: normalization goes by mean, standard deviation and percentiles, or
 by the image's own range. Plans that sites make together hold bounds of histograms there, but a site cannot prove of a
@@ -16,7 +16,7 @@ STAND_INS = {"min": "percentile_00_5", "max": "percentile_99_5"}
 
 
 def without_extrema(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plans that have percentiles where the smallest and largest voxel of each channel were."""
+    """Return plans with percentiles in the place of each channel's extrema."""
     return {
         field: {channel: _stand_in(properties) for channel, properties in value.items()}
         if field in STATISTICS and isinstance(value, Mapping)

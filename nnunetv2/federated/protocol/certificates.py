@@ -1,4 +1,4 @@
-"""Know a certificate by its fingerprint, and ask a coordinator for the authority that vouches for it.
+"""Check certificates, compute their fingerprints, and explain why one is not trusted.
 
 TLS libraries trust every certificate in a file that they are given, and pass over what is none. So a text is compared,
 kept and handed on only if it is one certificate and nothing else.
@@ -12,22 +12,11 @@ import hashlib
 import re
 import ssl
 import time
-import urllib.error
-import urllib.request
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TypeGuard
 
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
-from nnunetv2.utilities.loopback import is_loopback
+from nnunetv2.federated.errors import FederationError
 
-if TYPE_CHECKING:
-    import http.client
-
-TIMEOUT_S = 20.0
-CLOCK_TIMEOUT_S = 5.0
-LARGEST_PEM = 64 << 10
 _NOT_YET_VALID, _EXPIRED = 9, 10  # X509_V_ERR_CERT_..., which `ssl` has no names for
 _BOUNDARY = re.compile(r"-----BEGIN ([^-]*)-----")
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\s+([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----")
@@ -35,7 +24,7 @@ _SEQUENCE = 0x30  # in DER
 
 
 def only_certificate(pem: str) -> str:
-    """Return the one certificate in a PEM text, encoded anew, so that nothing else comes along.
+    """Return the one certificate in a PEM text, encoded anew.
 
     Raises:
         FederationError: It is no certificate, or something stands beside it: another one, text, a key.
@@ -44,7 +33,7 @@ def only_certificate(pem: str) -> str:
 
 
 def fingerprint_of(pem: str) -> str:
-    """Return the SHA-256 of the one certificate in a PEM text, as 64 hexadecimal digits.
+    """Return the SHA-256 of the one certificate in a PEM text.
 
     Raises:
         FederationError: It is no certificate, or something stands beside it.
@@ -93,7 +82,7 @@ def _decode(block: str) -> bytes:
 
 
 def _der_length(der: bytes) -> int | None:
-    """Return the bytes that a DER sequence says it has, with its header; None if it is none."""
+    """Return the length of a DER sequence with its header, or None."""
     if len(der) < 2 or der[0] != _SEQUENCE:
         return None
     if der[1] < 0x80:
@@ -102,24 +91,25 @@ def _der_length(der: bytes) -> int | None:
     return 2 + count + int.from_bytes(der[2 : 2 + count], "big")
 
 
-def has_wrong_dates(error: BaseException) -> bool:
-    """Tell whether a certificate is refused for its dates alone: a matter of clocks, not of who answers."""
+def has_wrong_dates(error: BaseException) -> TypeGuard[ssl.SSLCertVerificationError]:
+    """Tell whether a certificate is refused for its dates alone."""
     return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (_NOT_YET_VALID, _EXPIRED)
 
 
-def untrusted_certificate(error: BaseException, url: str, *, now: float | None = None) -> FederationError:
+def untrusted_certificate(
+    error: BaseException, *, now: float | None = None, coordinator_now: float | None = None
+) -> FederationError:
     """Return the error for a coordinator whose certificate cannot be verified.
 
     Args:
-        error: What the verification raised.
-        url: Address of the coordinator. Where dates are the reason it is asked, unverified, what time it is there.
+        error: The error of the verification.
         now: Time of this machine, in seconds since 1970; None: the present.
+        coordinator_now: Time of the coordinator, if it is known.
     """
     cause = getattr(error, "verify_message", "") or str(error)
     if has_wrong_dates(error):
-        there = coordinator_time(url)
         clocks = f"it is {_moment(time.time() if now is None else now)} by the clock of this machine" + (
-            "" if there is None else f", {_moment(there)} by that of the coordinator"
+            "" if coordinator_now is None else f", {_moment(coordinator_now)} by that of the coordinator"
         )
         what = (
             "Set the clock that is wrong"
@@ -158,53 +148,9 @@ def load_chain(context: ssl.SSLContext, certificate: str | Path, key: str | Path
 
 
 def check_chain(certificate: str | Path, key: str | Path | None) -> None:
-    """Check that a certificate and its key can be shown; raise FederationError like `load_chain` if not."""
+    """Check a certificate and its key, as `load_chain` does."""
     load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
-
-
-def coordinator_time(url: str) -> float | None:
-    """Return the time by the clock of what answers at an address, for a message; None if it does not say."""
-    try:
-        with _open_unverified(f"{url}/v1/authority", timeout_s=CLOCK_TIMEOUT_S) as answer:
-            return parsedate_to_datetime(answer.headers["Date"]).timestamp()
-    except urllib.error.HTTPError as error:
-        with error:
-            return None if error.headers["Date"] is None else parsedate_to_datetime(error.headers["Date"]).timestamp()
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-
-
-def fetch_authority(url: str, *, client_certificate: str | None = None, client_key: str | None = None) -> str:
-    """Return the private authority of a coordinator as it says itself, in PEM; whoever asks compares the fingerprint.
-
-    Nothing is verified here and nothing secret is sent. The text may be anything.
-
-    Raises:
-        CoordinatorUnreachable: Nobody answers.
-        FederationError: This site's own certificate cannot be used.
-    """
-    try:
-        with _open_unverified(f"{url}/v1/authority", certificate=client_certificate, key=client_key) as answer:
-            return answer.read(LARGEST_PEM).decode("ascii")
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise CoordinatorUnreachable(
-            f"the coordinator at {url} does not tell its certificate authority: {error}"
-        ) from error
-
-
-def _open_unverified(
-    url: str, *, certificate: str | None = None, key: str | None = None, timeout_s: float = TIMEOUT_S
-) -> http.client.HTTPResponse:
-    """Ask whoever answers at an address, through the proxies of this system unless it is this machine."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    if certificate is not None:
-        load_chain(context, certificate, key)
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
-    if is_loopback(urlsplit(url).hostname):
-        handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers).open(url, timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""One site's way through a training run: register, start from common weights, exchange every round, rejoin.
+"""Take part in a training run: register, start, exchange every round, rejoin.
 
 Knows weights as named arrays and the coordinator as a `Transport`; knows nothing of networks, trainers or files.
 """
@@ -39,7 +39,7 @@ class Position:
     """Whether there is nothing left to train: the run is complete, or the operator has stopped it."""
 
 
-class RunSession:
+class Participant:
     """A site's membership in one training run.
 
     Args:
@@ -58,7 +58,7 @@ class RunSession:
         self._feedback: ErrorFeedback | None = None
 
     def register(self, registration: messages.Registration) -> messages.Match:
-        """Say what this site trains, wait for the others, and learn what is shared.
+        """Register this site's training, wait for the others, and return the match.
 
         A run that has begun without this site admits it; one that it has left takes it back.
 
@@ -84,7 +84,7 @@ class RunSession:
         return answer
 
     def describe_outlook(self) -> str:
-        """Say what will become of the averages, as the coordinator foresees it."""
+        """Describe the common model that the coordinator expects of this run."""
         try:
             outlooks = self.transport.outlooks().runs
         except RefusedError as error:
@@ -147,7 +147,7 @@ class RunSession:
         return Position(next_round, self._fetch(key), is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
-        """Send the shared weights of a round, wait until it closes, and return the aggregate under local names.
+        """Exchange the shared weights of a round; return the aggregate under local names.
 
         It may be that of another round, as its message says: of a later one if this site was late, of an earlier one
         if the operator has stopped the run.
@@ -172,7 +172,7 @@ class RunSession:
         return self._read(document), document.message
 
     def wants_validation(self, aggregate: messages.Aggregate, *, is_last: bool) -> bool:
-        """Tell whether this site is to validate an aggregate: every so many rounds, as the operator says now."""
+        """Tell whether this site is to validate an aggregate, by the present settings."""
         if aggregate.round is None or self.site not in aggregate.contributors:
             return False
         try:
@@ -182,7 +182,7 @@ class RunSession:
         return every > 0 and (is_last or (aggregate.round + 1) % every == 0)
 
     def send_validation(self, number: int, found: messages.Validation) -> str | None:
-        """Contribute what validating the aggregate of a round has shown; return why not, if it is not taken.
+        """Send the validation of a round's aggregate; return the reason of a failure.
 
         Nobody waits for it, and no training ends because of it.
         """
@@ -195,7 +195,7 @@ class RunSession:
         return None
 
     def _begin(self, weights: Weights, *, is_registered: bool) -> Weights:
-        """Give the initial weights that this site owns, and get all. A newcomer owns none."""
+        """Exchange the initial weights; a newcomer only receives them."""
         key = messages.initial_key(self.run)
         if not is_registered:
             return self._fetch(key)
@@ -207,7 +207,7 @@ class RunSession:
         return self._read(self.transport.exchange(key, messages.Update(), update))
 
     def _explained(self, error: RefusedError) -> FederationError:
-        """Say why this site is not expected in a round, where it has left the run itself."""
+        """Explain a refusal where this site has left the run itself."""
         if error.code == "not_expected" and self.site in self.transport.run_state(self.run).left:
             return FederationError(
                 f"site {self.site} has left run {self.run}: its rounds go on without it. "
@@ -244,7 +244,7 @@ class RunSession:
         return weights
 
     def _check_tensor(self, name: str, values: np.ndarray, registered: messages.TensorEntry | None) -> None:
-        """Raise WireError unless a tensor is finite, of floating point, and of the dtype and shape expected."""
+        """Raise WireError unless a tensor is finite and of the expected dtype and shape."""
         problem = None
         if values.dtype.kind != "f":
             problem = f"is of {values.dtype}"
@@ -260,12 +260,12 @@ class RunSession:
             )
 
     def report_failure(self, number: int | None, reason: str) -> None:
-        """Tell the coordinator that this site cannot go on, so that the others know whom they wait for."""
+        """Report a failure, so that the others know whom they wait for."""
         self.transport.report_failure(self.run, number, reason)
 
 
 def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages.TensorEntry]) -> None:
-    """Raise WireError unless all that a site is to share are distinct tensors of its own, and can be shared.
+    """Raise WireError unless a site's shared tensors are its own and distinct.
 
     Args:
         tensors: Its own name -> what it has registered.

@@ -1,6 +1,6 @@
-"""Check what a coordinator sends a site as it checks a site: kind, size, round, before anything is made of it.
+"""Check kind, size and round of the results that a coordinator sends.
 
-Names, shapes, dtypes and values of weights are checked by `session.RunSession`, which knows the network.
+Names, shapes, dtypes and values of weights are checked by `participant.Participant`, which knows the network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULTS_OF_KIND: dict[Kind, tuple[type[messages.Message], ...]] = {
 
 
 def weights_bytes(registration: messages.Registration) -> int:
-    """Return how many bytes the weights of a registered network have at most, as they travel."""
+    """Return the largest size in bytes of a registered network's weights."""
     return sum(4 * math.prod(entry.shape) for entry in registration.tensors)
 
 
@@ -58,7 +58,7 @@ def largest_result(key: str, weights: int) -> int:
 
 
 def check_result(key: str, message: messages.Message) -> None:
-    """Raise WireError unless a message is what the result of an exchange says."""
+    """Raise WireError unless a message fits the exchange that it answers."""
     kind = parse_key(key).kind
     expected = RESULTS_OF_KIND[kind]
     if not isinstance(message, expected):
@@ -97,7 +97,7 @@ class Fingerprint(messages.Part):
 
 
 def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> None:
-    """Raise WireError unless a pooled fingerprint describes as many cases and channels as it should, in finite values.
+    """Raise WireError unless a pooled fingerprint is finite and its counts agree.
 
     Args:
         num_channels: Channels of this site's images.
@@ -119,7 +119,7 @@ def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> 
 
 
 def check_bins(wanted: messages.WantedBins, num_channels: int) -> None:
-    """Raise WireError unless bins are asked for, ascending, of as many channels as this site has."""
+    """Raise WireError unless the wanted bins ascend in each channel of this site."""
     if len(wanted.bins) != num_channels or any(list(bins) != sorted(set(bins)) for bins in wanted.bins):
         raise WireError(
             f"the coordinator asks for bins of {len(wanted.bins)} channels, or for some twice; this site "
@@ -134,7 +134,7 @@ def check_round(number: int) -> None:
 
 
 def check_receipt(sent_to: str, counts_in: str) -> str:
-    """Return the exchange in which a contribution counts, or raise WireError if it cannot be that."""
+    """Return the exchange in which a contribution counts; check that it can."""
     if counts_in in ("", sent_to):
         return sent_to
     sent, other = parse_key(sent_to), parse_key(counts_in)

@@ -1,9 +1,13 @@
-"""The seam between a site and the rest of its federation: HTTP is one transport, an engine's own is another."""
+"""Connect a site to its coordinator, over HTTP or another transport."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, Protocol
+from urllib.parse import urlsplit
+
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,13 +15,14 @@ if TYPE_CHECKING:
     from nnunetv2.federated.protocol.api import FederationSettings, Outlooks, Receipt, RunState
     from nnunetv2.federated.protocol.document import Document, TensorSpec
     from nnunetv2.federated.protocol.messages import Message
+    from nnunetv2.federated.site.credential import SiteCredential
 
 
 class Transport(Protocol):
-    """What a site needs of whatever connects it to the coordinator. `FederationClient` is the transport over HTTP."""
+    """The requests of a site to its coordinator. `transports/http.py` sends them over HTTP."""
 
     def settings(self, *, patience_s: float | None = None) -> FederationSettings:
-        """Return what holds for all sites of the federation."""
+        """Return the settings of the federation."""
         ...
 
     def exchange(
@@ -71,12 +76,12 @@ class Transport(Protocol):
         """
         ...
 
-    def act(self, run: str, action: str, exchange: str | None = None) -> RunState:
+    def act(self, run: str, action: Literal["leave", "return"], exchange: str | None = None) -> RunState:
         """Leave a run, or return to it."""
         ...
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
-        """Tell the coordinator, if it can be reached at once, that this site cannot go on. Never raises."""
+        """Report a failure of this site, if the coordinator answers at once. Never raises."""
         ...
 
     def close(self) -> None:
@@ -86,3 +91,28 @@ class Transport(Protocol):
     def __enter__(self) -> Transport: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def open_transport(credential: SiteCredential, report: Callable[[str], object]) -> Transport:
+    """Open the transport that the scheme of the coordinator's address asks for.
+
+    Args:
+        report: Receives a line of progress whenever what the site waits for changes.
+
+    Raises:
+        FederationError: There is no transport for that scheme, or plain HTTP is not allowed to that machine.
+    """
+    scheme = urlsplit(credential.url).scheme
+    if scheme not in ("http", "https"):
+        raise FederationError(
+            f"{credential.url[:200]!r} cannot be reached: expected an address that begins with "
+            "http:// or https://. Join again with a new invitation and --replace"
+        )
+    from nnunetv2.federated.site.transports.http import HttpTransport
+
+    return HttpTransport(credential, report=report)
+
+
+def show_progress(text: str) -> None:
+    """Show a line of progress to the person at the terminal."""
+    show(text, flush=True)

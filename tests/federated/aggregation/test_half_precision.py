@@ -33,9 +33,12 @@ from nnunetv2.federated.exchanges.closing import match_registrations
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import SettingsChange
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, open_document, write_document
+from nnunetv2.federated.protocol.invitation import Invitation
 from nnunetv2.federated.protocol.messages import admission_key, initial_key, round_key
-from nnunetv2.federated.site.credential import Invitation, join, load_credential
-from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
+from nnunetv2.federated.site.participant import Participant
+from nnunetv2.federated.site.planned_documents import training_documents
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import catch_up
 
 LARGE = {"encoder.weight": (512, 300), "encoder.bias": (512,), "head.weight": (40, 512)}
@@ -281,7 +284,7 @@ def take_part(credential, *, seed: int, num_rounds: int, shapes=LARGE) -> tuple[
         ByteCounter(("127.0.0.1", port)) as counter,
         make_client(replace(credential, url=f"http://127.0.0.1:{counter.port}")) as client,
     ):
-        session = RunSession(client, site=credential.site, run=RUN)
+        session = Participant(client, site=credential.site, run=RUN)
         session.register(make_registration(seed + 1, shapes, aliases={}))
         weights = session.start(0, make_weights(0, shapes)).weights
         for number in range(num_rounds):
@@ -323,7 +326,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
             aggregate = messages.Aggregate(round=0, contributors=self.contributors)
             return type("Document", (), {"message": aggregate, "specs": tensors, "read": tensors.get})()
 
-    session = RunSession(transport := Transport(), site="a", run=RUN)
+    session = Participant(transport := Transport(), site="a", run=RUN)
     session.match = type("Match", (), {"shared": {"w": {"a": "w", "b": "w"}}})()
     session._feedback = ErrorFeedback()
     for contributors in ({"b": 1.0}, {"a": 1.0}, {"a": 1.0}):
@@ -333,7 +336,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
 
 
 def test_weights_that_cannot_travel_are_not_even_sent_in_the_beginning():
-    session = RunSession(None, site="a", run=RUN)
+    session = Participant(None, site="a", run=RUN)
     session.match = type("Match", (), {"shared": {"w": {"a": "v"}}, "initial_owner": {"w": "a"}})()
     session._feedback = ErrorFeedback()
     with pytest.raises(PrecisionError, match="tensor w: a value of size 70000 "):
@@ -355,7 +358,7 @@ def test_the_manifest_lists_what_travels(tmp_path):
         assert federation.credential("B").precision == "float16"
     options = {"metrics": ("val_losses",), "later_metrics": (), "num_classes": 2}
     half, single = (
-        manifest.training_documents(make_registration(plans=make_plans()), precision=precision, **options)
+        training_documents(make_registration(plans=make_plans()), precision=precision, **options)
         for precision in ("float16", "float32")
     )
     sizes = [[document.size for document in documents if document.kind == "update"] for documents in (half, single)]

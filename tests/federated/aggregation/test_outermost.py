@@ -134,13 +134,13 @@ class Extractor:
         return {}
 
 
-def pool(tmp_path, values: dict[str, np.ndarray], **options):
+def pool(tmp_path, values: dict[str, np.ndarray], *, share_extrema: bool = False):
     """Pool the fingerprints of sites that have one case each; return the results and all that was contributed."""
     with served(tmp_path / "federation", make_settings(sites=tuple(values))) as federation:
 
         def take_part(site):
             extractor = Extractor(tmp_path, values[site])
-            census = federated_planning.make_census(extractor, options.get("share_extrema", False))
+            census = federated_planning.make_census(extractor, share_extrema=share_extrema)
             with federation.client(site) as client:
                 return federated_planning._take_part(client, extractor, census)
 

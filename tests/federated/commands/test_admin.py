@@ -10,10 +10,13 @@ import pytest
 from fake_federation import PROJECT, RUN, in_threads, make_registration, make_settings, served, wait_until
 
 from nnunetv2.federated.commands import admin
+from nnunetv2.federated.commands.api_client import OPERATOR_FILE, ask
 from nnunetv2.federated.coordinator import members
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
+from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.messages import registration_key
-from nnunetv2.federated.site.credential import SiteCredential, decode_invitation, join, load_credential, save_credential
+from nnunetv2.federated.site.credential import SiteCredential, load_credential, save_credential
+from nnunetv2.federated.site.enrolment import join
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def federation(tmp_path):
         token = "operator.0123456789abcdef0123456789abcdef"
         federation.coordinator.members.appoint_local_operator(token)
         save_credential(
-            SiteCredential(federation.url, "test", "operator", token), tmp_path / "federation" / admin.OPERATOR_FILE
+            SiteCredential(federation.url, "test", "operator", token), tmp_path / "federation" / OPERATOR_FILE
         )
         yield federation
 
@@ -53,9 +56,9 @@ def test_an_observer_may_look_and_not_touch(federation, run, tmp_path):
     assert "Observer eve has joined" in join(
         invitation_in(run("invite", "eve", "--role", "observer")), path=tmp_path / "eve.json"
     )
-    from nnunetv2.federated.site.transports.http import FederationClient
+    from nnunetv2.federated.site.transports.http import HttpTransport
 
-    with FederationClient(load_credential(tmp_path / "eve.json")) as client:
+    with HttpTransport(load_credential(tmp_path / "eve.json")) as client:
         assert client.status().federation == "test"
         with pytest.raises(RefusedError, match="this is for sites"):
             client.contribute(registration_key(RUN), make_registration())
@@ -125,9 +128,7 @@ def test_a_run_is_steered(federation, run):
 def test_without_a_coordinator_the_way_out_is_named(tmp_path):
     with pytest.raises(NotJoinedError, match="start nnUNetv2_fed_coordinator --folder"):
         admin.main(["--folder", str(tmp_path), "settings"])
-    save_credential(
-        SiteCredential("http://127.0.0.1:9", "test", "operator", "operator.x"), tmp_path / admin.OPERATOR_FILE
-    )
+    save_credential(SiteCredential("http://127.0.0.1:9", "test", "operator", "operator.x"), tmp_path / OPERATOR_FILE)
     with pytest.raises(CoordinatorUnreachable, match="Is it running"):
         admin.main(["--folder", str(tmp_path), "settings"])
 
@@ -169,7 +170,7 @@ def test_a_token_is_not_sent_to_where_an_answer_points(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         credential = SiteCredential(f"http://127.0.0.1:{server.server_port}", "test", "A", "A.secret")
         with pytest.raises(FederationError, match="answers with status 302.*not as a coordinator would"):
-            admin.ask(credential, "GET", "status")
+            ask(credential, "GET", "status")
         server.shutdown()
     assert asked == ["/v1/status"]
 

@@ -12,15 +12,17 @@ import pytest
 from fake_federation import PROJECT, CoordinatorProcess, coordinator_process, make_census, make_client, wait_until
 from patience import MUCH_LONGER_S, PATIENCE_S
 
-from nnunetv2.federated.commands import admin, coordinator
+from nnunetv2.federated.commands import coordinator
+from nnunetv2.federated.commands.api_client import ask, operator_credential
 from nnunetv2.federated.coordinator.http import listen_address
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol.api import InviteRequest
+from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.messages import CENSUS_KEY
-from nnunetv2.federated.site.credential import decode_invitation, join
+from nnunetv2.federated.site.enrolment import join
 
 FULL = Path("/dev/full")
 
@@ -341,8 +343,8 @@ def test_a_log_that_is_full_or_narrow_stops_nobody(tmp_path, monkeypatch):
         )
     try:
         wait_until(lambda: (folder / "operator.json").exists() or process.poll() is not None)
-        operator = admin.operator_credential(folder)
-        admin.ask(operator, "POST", "members", None, InviteRequest(name="C"))
+        operator = operator_credential(folder)
+        ask(operator, "POST", "members", None, InviteRequest(name="C"))
         assert process.poll() is None
     finally:
         process.terminate()

@@ -29,8 +29,10 @@ from nnunetv2.federated.coordinator.models import model_store
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import RunState
+from nnunetv2.federated.protocol.invitation import Invitation
 from nnunetv2.federated.protocol.messages import registration_key, validation_key
-from nnunetv2.federated.site.credential import Invitation, join, load_credential
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
 
 BIG = {"encoder.weight": (512, 1024), "encoder.bias": (512,), "head.weight": (64, 512)}
 MODEL = "Dataset001_Fake/nnUNetTrainerFake__nnUNetPlans__3d_fullres"

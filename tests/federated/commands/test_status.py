@@ -8,7 +8,7 @@ import re
 import pytest
 from fake_federation import LABELS, RUN, in_threads, make_census, make_plans, make_settings, served, train, wait_until
 
-from nnunetv2.federated.commands import status
+from nnunetv2.federated.commands import leave, status
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key, round_key, validation_key
@@ -99,25 +99,6 @@ def test_what_was_refused_is_not_called_a_wait():
     assert "not closed yet" not in text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-3, "0 s"),
-        (59.4, "59 s"),
-        (60, "1 min"),
-        (72, "1 min 12 s"),
-        (720, "12 min"),
-        (3600, "1 h"),
-        (4320, "1 h 12 min"),
-        (36_000, "10 h"),
-        (90_000, "1 d 1 h"),
-        (9_000_000, "104 d"),
-    ],
-)
-def test_durations_are_short(seconds, text):
-    assert status.duration(seconds) == text
-
-
 def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"), num_epochs=2)) as federation:
@@ -147,10 +128,10 @@ def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
         assert status.main(["--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["progress"][0]["round_s"] is not None and content["runs"][0]["state"] == "complete"
-        assert status.leave([RUN]) == 0
+        assert leave.main([RUN]) == 0
         assert f"Site A has left run {RUN}; it goes on with B, C" in capsys.readouterr().out
         with pytest.raises(RefusedError, match="there is no run"):
-            status.leave(["none"])
+            leave.main(["none"])
 
 
 def test_a_site_sees_no_scores_of_single_sites():

@@ -23,10 +23,11 @@ from fake_federation import (
     train,
     wait_until,
 )
+from http_peer import Peer
 from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
+from nnunetv2.federated.protocol.document import open_document
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
 
 
@@ -41,50 +42,28 @@ def quiet(tmp_path_factory):
     """A federation for requests that change nothing; its run takes updates of round 0."""
     folder = tmp_path_factory.mktemp("quiet")
     with served(folder / "federation", make_settings()) as federation:
-        start_run(Site(federation, "A", folder), Site(federation, "B", folder))
+        start_run(site_of(federation, "A", folder), site_of(federation, "B", folder))
         yield federation
 
 
 @pytest.fixture
 def site(quiet, tmp_path):
     """Site A of the quiet federation."""
-    return Site(quiet, "A", tmp_path)
+    return site_of(quiet, "A", tmp_path)
 
 
-class Site:
-    """A site that speaks plain HTTP."""
-
-    def __init__(self, federation, name: str, folder) -> None:
-        self.folder = folder
-        self.base = f"{federation.url}/v1"
-        self.session = requests.Session()
-        self.session.headers["Authorization"] = f"Bearer {federation.credential(name).token}"
-
-    def document(self, message, tensors=None) -> bytes:
-        tensors = tensors or {}
-        path = self.folder / "document.safetensors"
-        write_document(path, message, {name: TensorSpec.of(v) for name, v in tensors.items()}, tensors.values())
-        return path.read_bytes()
-
-    def put(self, key: str, body: bytes, **headers) -> requests.Response:
-        headers = {"X-Content-SHA256": hashlib.sha256(body).hexdigest(), **headers}
-        return self.session.put(f"{self.base}/gatherings/{key}", data=body, headers=headers, timeout=PATIENCE_S)
-
-    def get(self, path: str, **options) -> requests.Response:
-        return self.session.get(f"{self.base}/{path}", timeout=PATIENCE_S, **options)
-
-    def offer(self, key: str, digest: str, size: int) -> requests.Response:
-        return self.session.post(f"{self.base}/offers/{key}", json={"digest": digest, "size": size}, timeout=PATIENCE_S)
+def site_of(federation, name: str, folder) -> Peer:
+    return Peer(federation, federation.credential(name).token, folder)
 
 
 @pytest.fixture
 def a(federation, tmp_path):
-    return Site(federation, "A", tmp_path)
+    return site_of(federation, "A", tmp_path)
 
 
 @pytest.fixture
 def b(federation, tmp_path):
-    return Site(federation, "B", tmp_path)
+    return site_of(federation, "B", tmp_path)
 
 
 def incoming(federation) -> list:
@@ -321,7 +300,7 @@ def test_gatherings_begin_in_order(site):
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
-def start_run(a: Site, b: Site) -> None:
+def start_run(a: Peer, b: Peer) -> None:
     for site, cases in ((a, 1), (b, 3)):
         assert site.put(registration_key(RUN), site.document(make_registration(cases))).status_code == 200
     assert a.get(f"gatherings/{registration_key(RUN)}?wait=5").status_code == 200

@@ -32,7 +32,7 @@ from nnunetv2.federated.exchanges.closing import match_registrations
 from nnunetv2.federated.exchanges.outlook import Outlook, counters_of, foresee_model
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.messages import TensorEntry, registration_key
-from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.participant import Participant
 
 COUNTER = TensorEntry(name="norm.num_batches_tracked", dtype="I64", shape=())
 D1, D2 = "1" * 64, "2" * 64
@@ -146,7 +146,7 @@ def register(federation, registrations) -> dict[str, str]:
 
     def take_part(site):
         with federation.client(site) as client:
-            session = RunSession(client, site=site, run=RUN)
+            session = Participant(client, site=site, run=RUN)
             session.register(registrations[site])
             return session.describe_outlook()
 
@@ -210,7 +210,7 @@ def test_a_coordinator_of_an_older_version_cannot_say(tmp_path):
         FrontDoor(federation.url, page, times=1000) as door,
         make_client(moved(federation.credential("A"), door.url)) as client,
     ):
-        assert "older version" in RunSession(client, site="A", run=RUN).describe_outlook()
+        assert "older version" in Participant(client, site="A", run=RUN).describe_outlook()
 
 
 def test_a_network_with_batch_normalization_becomes_a_model(tmp_path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from fake_federation import make_settings, served
 
-from nnunetv2.experiment_planning.federated_planning import plan_federated
+from nnunetv2.experiment_planning.federated_planning import PlanningOptions, plan_federated
 from nnunetv2.federated.commands import simulate
-from nnunetv2.federated.commands.manifest import describe, planning_documents
+from nnunetv2.federated.commands.manifest import describe
 from nnunetv2.federated.errors import FederationError, NotAllowedError
 from nnunetv2.federated.privacy.min_cases import VARIABLE, check_enough_cases, min_cases
+from nnunetv2.federated.site.planned_documents import planning_documents
 
 DATASET = {
     "channel_names": {"0": "CT"},
@@ -54,9 +55,7 @@ def test_planning_with_too_few_cases_sends_nothing(tmp_path, roots, monkeypatch)
         with pytest.raises(NotAllowedError, match="Dataset501_A has 2 training cases"):
             plan_federated(
                 "Dataset501_A",
-                mode="ffe",
-                num_processes=1,
-                show_progress_bar=False,
+                PlanningOptions(mode="ffe", num_processes=1, show_progress_bar=False),
                 credential_file=federation.coordinator.store.folder / "credential.A.json",
             )
         assert not list(federation.coordinator.book)

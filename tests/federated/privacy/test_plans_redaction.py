@@ -7,9 +7,10 @@ import json
 import pytest
 from fake_federation import RUN, in_threads, make_plans, make_registration, make_settings, served, train, wait_until
 
-from nnunetv2.federated.commands.manifest import Leaving, describe
+from nnunetv2.federated.commands.manifest import describe
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.closing import agree_on_plans
+from nnunetv2.federated.privacy.disclosure import Disclosure
 from nnunetv2.federated.privacy.plans_redaction import without_extrema
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.messages import admission_key, plans_key, registration_key
@@ -95,7 +96,7 @@ def test_a_registration_holds_no_extrema():
     )
     text = registration.model_dump_json()
     assert not [word for word in ("3071", "-1024", "secret", "case_1", "/home") if word in text]
-    lines = "\n".join(describe([Leaving(when="", message=registration, passed_on="")], None))
+    lines = "\n".join(describe([Disclosure(when="", message=registration, passed_on="")], None))
     assert '    plans.dataset_name: "Dataset001_Fake"\n' in lines
     assert '"median": 88.0, "min": -12.0' in lines
 

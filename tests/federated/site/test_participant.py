@@ -12,7 +12,7 @@ from fake_federation import RUN, in_threads, make_registration, make_settings, m
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, RefusedError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import SettingsChange
-from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.participant import Participant
 
 SHARED = {"w": {"a": "w.local", "b": "w"}, "v": {"a": "v", "b": "v"}, "x": {"b": "x", "c": "x"}}
 
@@ -49,8 +49,8 @@ def document(message=None, **tensors):
     return SimpleNamespace(message=message, specs=tensors, read=tensors.__getitem__)
 
 
-def make_session(state, results, site="a") -> RunSession:
-    session = RunSession(FakeTransport(state, results), site=site, run="run")
+def make_session(state, results, site="a") -> Participant:
+    session = Participant(FakeTransport(state, results), site=site, run="run")
     owners = {"w": "a", "v": "b", "x": "b"}
     session.match = SimpleNamespace(shared=SHARED, initial_owner=owners, coverage={})
     return session
@@ -168,7 +168,7 @@ def test_an_aggregate_that_lacks_a_tensor_is_refused():
 
 
 def test_what_is_shared_is_unknown_before_registration():
-    session = RunSession(FakeTransport({}, {}), site="a", run="run")
+    session = Participant(FakeTransport({}, {}), site="a", run="run")
     with pytest.raises(FederationError, match="register first"):
         session.exchange(0, {}, messages.Update())
 
@@ -182,7 +182,7 @@ def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path
     settings = make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=0.1, late_updates="carry", num_epochs=5)
     with served(tmp_path / "federation", settings) as federation, ExitStack() as stack:
         sessions = {
-            site: RunSession(stack.enter_context(federation.client(site)), site=site, run=RUN)
+            site: Participant(stack.enter_context(federation.client(site)), site=site, run=RUN)
             for site in settings.sites
         }
 

@@ -22,7 +22,7 @@ from nnunetv2.federated.protocol.messages import (
     validation_key,
 )
 from nnunetv2.federated.site import results
-from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.participant import Participant
 from nnunetv2.federated.site.transports.http_requests import NoAnswerError
 
 ALL_KEYS = {
@@ -193,10 +193,10 @@ class OneAnswer:
         return open_document(self.path)
 
 
-def registered_session(tmp_path, tensors, **changes) -> RunSession:
+def registered_session(tmp_path, tensors, **changes) -> Participant:
     """Return a session that has registered, and gets an aggregate of these tensors."""
     transport = OneAnswer(make_match(**changes))
-    session = RunSession(transport, site="A", run=RUN)
+    session = Participant(transport, site="A", run=RUN)
     session.register(make_registration())
     transport.path = tmp_path / "aggregate"
     write_document(

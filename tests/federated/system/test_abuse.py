@@ -31,6 +31,7 @@ from fake_federation import (
     train,
     wait_until,
 )
+from http_peer import Peer
 from patience import PATIENCE_S
 from starlette.applications import Starlette
 
@@ -43,37 +44,12 @@ from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedEr
 from nnunetv2.federated.exchanges import closing
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FailureReport
-from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
+from nnunetv2.federated.protocol.document import open_document
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
 from nnunetv2.federated.protocol.strict_json import MAX_DEPTH, parse_json
 from nnunetv2.federated.site.credential import new_token
 from nnunetv2.federated.site.transports.http_requests import LONGEST_RETRY_AFTER_S, NoAnswerError, check_status
 from nnunetv2.utilities.plain_text import printable
-
-
-class Peer:
-    """A member, or nobody, that speaks HTTP by hand."""
-
-    def __init__(self, federation, token: str, folder) -> None:
-        self.base, self.folder = f"{federation.url}/v1", folder
-        self.session = requests.Session()
-        self.session.headers["Authorization"] = f"Bearer {token}"
-
-    def document(self, message, tensors=None) -> bytes:
-        tensors = tensors or {}
-        path = self.folder / "document.safetensors"
-        write_document(path, message, {name: TensorSpec.of(v) for name, v in tensors.items()}, tensors.values())
-        return path.read_bytes()
-
-    def put(self, key: str, body: bytes, **headers) -> requests.Response:
-        headers = {"X-Content-SHA256": hashlib.sha256(body).hexdigest(), **headers}
-        return self.session.put(f"{self.base}/gatherings/{key}", data=body, headers=headers, timeout=PATIENCE_S)
-
-    def get(self, path: str, **options) -> requests.Response:
-        return self.session.get(f"{self.base}/{path}", timeout=PATIENCE_S, **options)
-
-    def post(self, path: str, body: object) -> requests.Response:
-        return self.session.post(f"{self.base}/{path}", json=body, timeout=PATIENCE_S)
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from fake_federation import make_client
 
-from nnunetv2.federated.commands import admin
+from nnunetv2.federated.commands.api_client import ask
 from nnunetv2.federated.coordinator.http import tls
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol import api
-from nnunetv2.federated.protocol.certificates import coordinator_time
+from nnunetv2.federated.site.authority import coordinator_time
 from nnunetv2.federated.site.credential import SiteCredential
-from nnunetv2.federated.site.transports.http import request_to_join
+from nnunetv2.federated.site.enrolment import request_to_join
 
 BOTH_CLOCKS = r"by the clock of this machine, .* by that of the coordinator"
 
@@ -80,7 +80,7 @@ def test_where_dates_are_the_reason_the_clocks_are_named(tmp_path, monkeypatch, 
             client.settings()
         assert lines and lines[0].endswith("; trying again"), "a training waits until the clock is set"
         with pytest.raises(FederationError, match=f"{cause}.*{BOTH_CLOCKS}"):
-            admin.ask(credential, "GET", "status", api.Status)
+            ask(credential, "GET", "status", api.Status)
         with pytest.raises(FederationError, match=f"{cause}.*{BOTH_CLOCKS}"):
             request_to_join(credential, "secret")
 

@@ -11,7 +11,9 @@ import pytest
 from fake_federation import PROJECT, in_threads, make_client, train, wait_until
 from patience import PATIENCE_S
 
-from nnunetv2.federated.site.credential import decode_invitation, join, load_credential
+from nnunetv2.federated.protocol.invitation import decode_invitation
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
 
 REQUIREMENTS = PROJECT / "deploy" / "coordinator-requirements.txt"
 OF_THE_INSTALLER = {"pip", "setuptools", "wheel"}

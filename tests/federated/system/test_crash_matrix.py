@@ -32,14 +32,16 @@ from nursery import Nursery
 from patience import PATIENCE_S
 
 import nnunetv2.federated.site.transports.http as client_module
-from nnunetv2.federated.commands.admin import OPERATOR_FILE, ask, operator_credential
+from nnunetv2.federated.commands.api_client import OPERATOR_FILE, ask, operator_credential
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE, Store
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol.api import RunAction, RunState
 from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.messages import Validation, registration_key, round_key, validation_key
-from nnunetv2.federated.site.credential import decode_invitation, join, load_credential
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
 
 FULL = os.environ.get("NNUNET_FED_MATRIX") == "full"
 pytestmark = pytest.mark.timeout(3600 if FULL else 300)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunetv2.experiment_planning.federated_planning import plan_federated
+from nnunetv2.experiment_planning.federated_planning import PlanningOptions, plan_federated
 from nnunetv2.federated.commands.simulate import LocalSite, running_coordinator
 
 pytestmark = pytest.mark.slow
@@ -70,9 +70,8 @@ def federate(roots: dict, folder: Path, labels: dict, split: dict[str, list], rn
 
     def run(site: LocalSite) -> None:
         try:
-            plan_federated(
-                site.dataset, mode="ffe", num_processes=1, show_progress_bar=False, credential_file=site.credential
-            )
+            options = PlanningOptions(mode="ffe", num_processes=1, show_progress_bar=False)
+            plan_federated(site.dataset, options, credential_file=site.credential)
         except Exception as error:  # noqa: BLE001  handed to the main thread
             errors.append(error)
 

@@ -19,7 +19,7 @@ from fake_federation import (
 )
 
 from demo.phantoms import Scanner, write_dataset
-from nnunetv2.experiment_planning.federated_planning import plan_federated
+from nnunetv2.experiment_planning.federated_planning import PlanningOptions, plan_federated
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol.messages import (
     CENSUS_KEY,
@@ -51,10 +51,7 @@ def plan(federation: LocalFederation, site: str, **options) -> str:
     federation.credential(site)
     return plan_federated(
         DATASETS[site],
-        mode="ffe",
-        num_processes=1,
-        show_progress_bar=False,
-        **options,
+        PlanningOptions(mode="ffe", num_processes=1, show_progress_bar=False, planner=options),
         credential_file=federation.coordinator.store.folder / f"credential.{site}.json",
     )
 

@@ -13,7 +13,7 @@ from nnunetv2.federated.coordinator.storage import backup
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.messages import round_key
-from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.participant import Participant
 
 NUM_ROUNDS = 6
 SITES = ("A", "B")
@@ -81,7 +81,7 @@ def test_sites_that_are_ahead_of_a_restored_federation_are_told_so_and_can_begin
     ):
         with pytest.raises(RefusedError, match="cannot begin before"):
             client.exchange(round_key(RUN, 5), messages.Update(), make_weights(0))
-        session = RunSession(client, site="A", run=RUN)
+        session = Participant(client, site="A", run=RUN)
         session.register(make_registration())
         weights = {name: np.array(values) for name, values in make_weights(0).items()}
         with pytest.raises(FederationError, match="comes from another federation, or .* Start without --c"):

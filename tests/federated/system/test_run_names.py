@@ -19,7 +19,7 @@ from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key, registration_key, round_key
-from nnunetv2.federated.site.participant import RunSession
+from nnunetv2.federated.site.participant import Participant
 
 OTHER = "nnUNetResEncUNetMPlans"
 FURTHER = f"{RUN}.{OTHER}"
@@ -32,7 +32,7 @@ def registration(plans_name="nnUNetPlans", *, num_cases=3, equal=False):
 def train_through(federation, site, plans_name="nnUNetPlans", *, num_rounds=2, equal=False) -> str:
     """Train as trainers do, from the name that a site knows; return the name of the run that it took part in."""
     with federation.client(site) as client:
-        session = RunSession(client, site=site, run=RUN)
+        session = Participant(client, site=site, run=RUN)
         session.register(registration(plans_name, equal=equal))
         position = session.start(0, make_weights(1))
         for number in range(position.epoch, num_rounds):
@@ -98,7 +98,7 @@ def test_two_trainings_of_a_site_that_wait_for_the_others_do_not_replace_each_ot
                 assert found == run
                 client.contribute(registration_key(found), registration(name))
         with federation.client("B") as client:
-            session = RunSession(client, site="B", run=RUN)
+            session = Participant(client, site="B", run=RUN)
             assert session.register(registration(OTHER)).coverage.keys() == {"A", "B"}
             assert session.run == FURTHER
 
@@ -197,14 +197,14 @@ def test_a_training_that_goes_on_needs_no_pretrained_weights_any_more(tmp_path):
 
         def start(site):
             with federation.client(site) as client:
-                session = RunSession(client, site=site, run=RUN)
+                session = Participant(client, site=site, run=RUN)
                 session.register(with_weights("1"))
                 assert session.start(0, make_weights(1)).begins
 
         in_threads(lambda: start("A"), lambda: start("B"))
         with federation.client("A") as client:
             for digest in ("1", None, "2"):
-                session = RunSession(client, site="A", run=RUN)
+                session = Participant(client, site="A", run=RUN)
                 session.register(with_weights(digest))
                 assert not session.start(0, make_weights(1)).begins
             assert client.run_state(RUN).open_round == 0

@@ -14,15 +14,16 @@ import pytest
 from fake_federation import LABELS, RUN, make_census, make_client, make_plans, make_settings, served, wait_until
 from hostile_coordinator import ESCAPES, hostile, send
 
-from nnunetv2.federated.commands import admin, fetch_model, status
+from nnunetv2.federated.commands import admin, fetch_model, leave, status
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.consistency import first_difference
 from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.invitation import Invitation, encode_invitation
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key
 from nnunetv2.federated.protocol.strict_json import canonical_json, decode_json
 from nnunetv2.federated.site import credential as credential_module
-from nnunetv2.federated.site.credential import Invitation, encode_invitation, save_credential
+from nnunetv2.federated.site.credential import save_credential
 from nnunetv2.utilities.command_line import run_command
 
 
@@ -166,7 +167,7 @@ def hostile_text(tmp_path, monkeypatch):
 
 COMMANDS = {
     "status": (status.main, []),
-    "leave": (status.leave, ["RUN"]),
+    "leave": (leave.main, ["RUN"]),
     "pause": (admin.main, ["pause", "RUN"]),
     "invite": (admin.main, ["invite", "NAME"]),
     "settings": (admin.main, ["settings"]),

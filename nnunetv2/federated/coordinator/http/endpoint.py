@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nnunetv2.federated.protocol.certificates import fingerprint_of
-from nnunetv2.federated.site.credential import Invitation, encode_invitation
+from nnunetv2.federated.protocol.invitation import Invitation, encode_invitation
 
 
 @dataclass(frozen=True)

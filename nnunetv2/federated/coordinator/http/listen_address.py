@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from nnunetv2.federated.coordinator.http import tls
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.site.credential import check_url
+from nnunetv2.federated.protocol.invitation import check_url
 from nnunetv2.utilities.loopback import is_loopback
 
 DEFAULT_HOST = "127.0.0.1"

@@ -10,7 +10,6 @@ stealing in its backup: keep it as safe.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -26,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from nnunetv2.federated.commands.audit_log import open_read_only, read_log
 from nnunetv2.federated.coordinator.storage import audit_log
+from nnunetv2.federated.coordinator.storage.read_only import DATABASE_FILE, open_read_only, read_log
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.utilities.plain_text import shell_command, show
 
 VERSION = 1
 CONTENTS_FILE = "backup.json"
@@ -85,8 +83,6 @@ def backup(folder: Path, target: Path) -> Backup:
 
 def _collect(folder: Path, scratch: Path) -> tuple[float, dict[str, str]]:
     """Gather all files of one moment in `scratch`; return that moment, and the digests that the database knows."""
-    from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE
-
     for _ in range(ATTEMPTS):
         created = time.time()
         with open_read_only(folder) as connection, closing(sqlite3.connect(scratch / DATABASE_FILE)) as copy:
@@ -184,8 +180,6 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _federation_of(folder: Path) -> str:
-    from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE
-
     with closing(sqlite3.connect(folder / DATABASE_FILE)) as database:
         row = database.execute("SELECT value FROM meta WHERE name = 'settings'").fetchone()
     if row is None:
@@ -276,8 +270,6 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path, k
 
 def _check(folder: Path, restored: Backup) -> None:
     """Raise FederationError unless the database is whole and every document that it speaks of is there."""
-    from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE
-
     if DATABASE_FILE not in restored.files:
         raise FederationError(f"there is no {DATABASE_FILE} in the backup")
     with closing(sqlite3.connect(folder / DATABASE_FILE)) as database:
@@ -293,35 +285,3 @@ def _check(folder: Path, restored: Backup) -> None:
             raise FederationError(f"{path} is missing in the backup, or is not what the database says")
     if broken is not None:
         raise FederationError(f"the audit log in the backup is broken: {broken.reason}")
-
-
-# ---------------------------------------------------------------------------------------------------------- commands
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add `backup` and `restore` to the parser of `nnUNetv2_fed_admin`."""
-    text = "copy the federation into one file, while its coordinator runs or not"
-    parser = commands.add_parser("backup", help=text, description=f"{text.capitalize()}.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a tar file that does not exist yet")
-    parser.set_defaults(function_of_folder=_backup_command)
-    text = "make the folder of a federation of a backup"
-    parser = commands.add_parser("restore", help=text, description=f"{text.capitalize()}.")
-    parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("into", type=Path, metavar="FOLDER", help="a folder that does not exist yet")
-    parser.set_defaults(function_of_folder=_restore_command)
-
-
-def _backup_command(folder: Path, arguments: argparse.Namespace) -> None:
-    saved = backup(folder, arguments.file)
-    show(
-        f"{saved.federation}: {len(saved.files)} files, {arguments.file.stat().st_size / 1e6:.1f} MB, saved to "
-        f"{arguments.file}. Keep it as safe as {folder}: who has it can pose as this coordinator."
-    )
-
-
-def _restore_command(folder: Path, arguments: argparse.Namespace) -> None:
-    restored = restore(arguments.file, arguments.into)
-    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(restored.created))
-    show(
-        f"{restored.federation} is as it was at {moment}, in {arguments.into}. Make sure that the old coordinator "
-        f"does not run any more, then: "
-        + shell_command("nnUNetv2_fed_coordinator", options=[("--folder", arguments.into)])
-    )

@@ -25,6 +25,7 @@ from typing import IO, Any, Literal
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.coordinator.storage.audit_log import Event, add_event
 from nnunetv2.federated.coordinator.storage.database import Database
+from nnunetv2.federated.coordinator.storage.read_only import DATABASE_FILE
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.exchanges.exchange import (
     Closed,
@@ -41,7 +42,6 @@ from nnunetv2.utilities.plain_text import excerpt
 
 FULL_RESULT = ""
 """Name of the result that holds every tensor."""
-DATABASE_FILE = "coordinator.sqlite"
 
 LEAST_RECORDS = 2
 """Of rounds, in one answer: who has the first of them already must get on."""

@@ -1,4 +1,4 @@
-"""Tell a coordinator's answers from those of whatever stands before it: proxies, login pages, other web servers.
+"""Tell a coordinator's answers from those of proxies, login pages and other servers.
 
 A coordinator answers with JSON that says so, and with its own messages; its refusals have `code`, `message` and
 `remedy`, all three. Anything else speaks for nobody in the federation, whatever its status.
@@ -6,8 +6,7 @@ A coordinator answers with JSON that says so, and with its own messages; its ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
@@ -22,15 +21,18 @@ LONGEST_TARGET = 100
 """Characters of the address that an answer points to, in a message."""
 
 
+class Headers(Protocol):
+    """Headers of the standard library or of `requests`; names in any case."""
+
+    def get(self, name: str, default: str, /) -> str: ...
+
+
 class ForeignAnswerError(FederationError):
     """An answer does not come from the coordinator."""
 
 
-def decode_answer(model: type[Model], content: bytes, headers: Mapping[str, str]) -> Model:
+def decode_answer(model: type[Model], content: bytes, headers: Headers) -> Model:
     """Parse the body of a good answer.
-
-    Args:
-        headers: Those of the answer; names in any case.
 
     Raises:
         ForeignAnswerError: Something else than a coordinator has answered.
@@ -46,7 +48,7 @@ def decode_answer(model: type[Model], content: bytes, headers: Mapping[str, str]
         raise ForeignAnswerError(str(error)) from error
 
 
-def find_problem(content: bytes, headers: Mapping[str, str]) -> Problem | None:
+def find_problem(content: bytes, headers: Headers) -> Problem | None:
     """Return the refusal of a coordinator, or None if this is none."""
     try:
         problem = decode_answer(Problem, content, headers)
@@ -55,13 +57,13 @@ def find_problem(content: bytes, headers: Mapping[str, str]) -> Problem | None:
     return problem if problem.model_fields_set == Problem.model_fields.keys() else None
 
 
-def is_json(headers: Mapping[str, str]) -> bool:
+def is_json(headers: Headers) -> bool:
     """Tell whether an answer says that it is JSON."""
     return headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json"
 
 
-def describe_foreign(url: str, status: int, reason: str, headers: Mapping[str, str]) -> str:
-    """Say in one line what has answered in the coordinator's place, and what may be the cause."""
+def describe_foreign(url: str, status: int, reason: str, headers: Headers) -> str:
+    """Describe in one line an answer that is not the coordinator's, and its cause."""
     content = headers.get("Content-Type", "").partition(";")[0].strip()
     details = [content] if content else []
     target = urlsplit(headers.get("Location", "")[:LONGEST_TARGET])
@@ -89,7 +91,7 @@ _CAUSES = {
 
 
 def _is_of_another_version(model: type[BaseModel], content: bytes) -> bool:
-    """Tell whether a body is a message of this kind but for fields that nobody knows here."""
+    """Tell whether unknown fields alone keep a body from being this message."""
     try:
         value = parse_json(content, what="the answer")
         model.model_validate_json(content, strict=True)

@@ -1,4 +1,4 @@
-"""Connect a site to its coordinator over HTTP: contribute, wait, download, and outlast what networks do.
+"""Contribute, wait and download over HTTP, with retries that survive network failures and restarts.
 
 The site only ever asks; nobody calls it. Every request may be repeated, so a broken connection, a coordinator that is
 down for hours and a site that was killed have one remedy: ask again.
@@ -12,16 +12,16 @@ import random
 import re
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 import requests
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
 from nnunetv2.federated.exchanges.document_limits import result_limits
@@ -29,11 +29,13 @@ from nnunetv2.federated.exchanges.exchange import parse_key
 from nnunetv2.federated.privacy import allow_list
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
+from nnunetv2.federated.protocol.invitation import check_transport_is_safe
 from nnunetv2.federated.protocol.messages import PooledCensus
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site import results
-from nnunetv2.federated.site.credential import SiteCredential, check_transport_is_safe, check_url
+from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transports.http_requests import (
+    CONNECT_TIMEOUT_S,
     LARGEST_ANSWER,
     NoAnswerError,
     RangeError,
@@ -43,7 +45,7 @@ from nnunetv2.federated.site.transports.http_requests import (
     read_answer,
     translated_errors,
 )
-from nnunetv2.utilities.plain_text import printable, show
+from nnunetv2.utilities.plain_text import printable
 from nnunetv2.utilities.resumable_download import OversizedError, PartialDownload
 
 if TYPE_CHECKING:
@@ -53,13 +55,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+Action = Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
 
 GIVE_UP_AFTER_S = 86_400.0
 GIVE_UP_VARIABLE = "nnUNet_fed_give_up_after_h"
 TIMEOUT_S = 60.0
 POLL_S = 25.0
 """How long the coordinator may hold an answer back while it waits for other sites."""
-CONNECT_TIMEOUT_S = 10.0
 FAILURE_TIMEOUT_S = 3.0
 TRYING_AGAIN = "; trying again"
 LONGEST_PAUSE_S = 60.0
@@ -69,13 +71,8 @@ OFFER_FROM_BYTES = 64 << 10
 """From this size on, a document is announced before it is sent."""
 
 
-def show_progress(text: str) -> None:
-    """Show a line of progress to the person at the terminal."""
-    show(text, flush=True)
-
-
 def patience_from_environment() -> float:
-    """Return for how many seconds the people at this site let it wait for a coordinator that is away.
+    """Return the seconds after which an absent coordinator is given up.
 
     Raises:
         ValueError: The environment variable holds no number of hours.
@@ -92,8 +89,8 @@ def patience_from_environment() -> float:
     return hours * 3600
 
 
-class FederationClient:
-    """A site's connection to its coordinator; a `Transport`. For one thread at a time.
+class HttpTransport:
+    """A `Transport` over HTTP, for one thread at a time.
 
     Args:
         credential: Who the site is, and where the coordinator.
@@ -140,7 +137,7 @@ class FederationClient:
         self._session.close()
         self._folder.cleanup()
 
-    def __enter__(self) -> FederationClient:
+    def __enter__(self) -> HttpTransport:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -209,7 +206,7 @@ class FederationClient:
             nonlocal attempts
             attempts += 1
             # What is large, or may have arrived although its receipt did not, is announced before it is sent.
-            answer = api.Wanted()
+            answer: api.Receipt | api.Wanted = api.Wanted()
             if offer.size >= OFFER_FROM_BYTES or attempts > 1:
                 answer = self._offer(key, offer)
             return answer if isinstance(answer, api.Receipt) else self._upload(key, document, answer.offset)
@@ -255,11 +252,11 @@ class FederationClient:
 
     # ------------------------------------------------------------------------------------------------- questions
     def settings(self, *, patience_s: float | None = None) -> api.FederationSettings:
-        """Return what holds for all sites of the federation."""
+        """Return the settings of the federation."""
         return self._persist(lambda: self._ask("GET", "settings", api.FederationSettings), patience_s)
 
     def run_state(self, run: str, *, plans: str | None = None) -> api.RunState:
-        """Return how far a training run is; with `plans`, the one that a training with these plans belongs to."""
+        """Return the state of a run; with `plans`, of the one with these plans."""
         query = "" if plans is None else f"?plans={quote(plans, safe='')}"
         return self._persist(lambda: self._ask("GET", f"runs/{quote(run)}{query}", api.RunState))
 
@@ -268,7 +265,7 @@ class FederationClient:
         return self._persist(lambda: self._ask("GET", "outlooks", api.Outlooks))
 
     def fetch_model(self, run: str, path: Path, *, largest: int | None = None) -> None:
-        """Write the model of a run that is over, a zip file; in several connections, if need be.
+        """Download the model of a finished run, a zip file, resuming as needed.
 
         Args:
             largest: Bytes that it may have.
@@ -280,17 +277,17 @@ class FederationClient:
         download = PartialDownload(path, largest=largest)
         self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
 
-    def act(self, run: str, action: str, exchange: str | None = None) -> api.RunState:
+    def act(self, run: str, action: Action, exchange: str | None = None) -> api.RunState:
         """Steer a run, as an operator, or leave it or return to it, as a site."""
         body = api.RunAction(action=action, gathering=exchange)
         return self._persist(lambda: self._ask("POST", f"runs/{quote(run)}/actions", api.RunState, json_body=body))
 
     def status(self) -> api.Status:
-        """Return what the federation is doing."""
+        """Return the status of the federation."""
         return self._persist(lambda: self._ask("GET", "status", api.Status, largest=LARGEST_STATUS))
 
     def report_failure(self, run: str, round_number: int | None, reason: str) -> None:
-        """Tell the coordinator, if it answers at once, that this site cannot go on. Never raises.
+        """Report a failure of this site, if the coordinator answers at once. Never raises.
 
         With a connection of its own: the other one may be in use by a thread that waits for a round.
         """
@@ -333,7 +330,9 @@ class FederationClient:
     def _offer(self, key: str, offer: api.Offer) -> api.Receipt | api.Wanted:
         """Ask whether a document is wanted, and from which byte on."""
         with self._request("POST", f"offers/{quote(key)}", data=encode_json(offer)) as response:
-            return read_answer(api.Wanted if response.status_code == 202 else api.Receipt, response)
+            if response.status_code == 202:
+                return read_answer(api.Wanted, response)
+            return read_answer(api.Receipt, response)
 
     def _upload(self, key: str, document: OutgoingDocument, offset: int) -> api.Receipt:
         """Send a document from a byte on."""
@@ -345,11 +344,11 @@ class FederationClient:
             return read_answer(api.Receipt, response)
 
     def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> api.Waiting | None:
-        """Ask once for a result, going on behind what there is of it; None once it is there completely."""
+        """Ask once for a result, resuming its download; None once it is complete."""
         return self._download(f"gatherings/{quote(key)}?wait={wait_s:g}", download)
 
     def _download(self, path: str, download: PartialDownload) -> api.Waiting | None:
-        """Ask once for a file or its rest; return None once it is there completely, or what it waits for."""
+        """Ask once for the rest of a file; return None once it is complete."""
         try:
             with self._request("GET", path, headers=download.headers()) as response:
                 if response.status_code == 202:
@@ -398,36 +397,48 @@ class FederationClient:
                 yield response
 
     def _persist(self, ask: Callable[[], Answer], patience_s: float | None = None) -> Answer:
-        """Ask until there is an answer, with growing pauses, for as long as the site is willing to wait."""
-        pause, patience_s = self.pause_s, self.give_up_after_s if patience_s is None else patience_s
-        first_failure: float | None = None
-        while True:
-            if self._is_closing.is_set():
-                raise FederationError("the connection was closed while it was in use")
-            try:
-                answer = ask()
-            except NoAnswerError as error:
-                now = time.monotonic()
-                if first_failure is None:
-                    first_failure = now  # most likely a connection that was idle for too long: not worth a line
-                else:
-                    self._say(f"{error}{TRYING_AGAIN}")
-                remaining = first_failure + patience_s - now
-                if remaining <= 0:
-                    raise CoordinatorUnreachable(
-                        f"the coordinator at {self.credential.url} has not answered for {patience_s:g} s: {error}"
-                    ) from error
-                # Sites do not come back all at once.
-                if self._is_closing.wait(min(max(pause * random.uniform(0.5, 1.0), error.wait_s), remaining)):
-                    raise FederationError("the connection was closed while it was in use") from error
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+        """Retry a request with growing pauses until it is answered or patience ends."""
+        patience_s = self.give_up_after_s if patience_s is None else patience_s
+        growing = wait_exponential(multiplier=self.pause_s, max=LONGEST_PAUSE_S)
+
+        def note_failure(state: RetryCallState) -> None:
+            if state.attempt_number == 1:  # most likely a connection that was idle for too long: not worth a line
+                state.start_time = state.outcome_timestamp  # patience counts from the first failure
             else:
-                if first_failure is not None and self._last_line is not None and self._last_line.endswith(TRYING_AGAIN):
-                    self._say("the coordinator answers again")
-                return answer
+                self._say(f"{state.outcome.exception()}{TRYING_AGAIN}")
+
+        def pause(state: RetryCallState) -> float:
+            jittered = growing(state) * random.uniform(0.5, 1.0)  # sites do not come back all at once
+            wanted: float = state.outcome.exception().wait_s
+            return min(max(jittered, wanted), patience_s - state.seconds_since_start)
+
+        def give_up(state: RetryCallState) -> NoReturn:
+            error = state.outcome.exception()
+            raise CoordinatorUnreachable(
+                f"the coordinator at {self.credential.url} has not answered for {patience_s:g} s: {error}"
+            ) from error
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(NoAnswerError),
+            stop=stop_after_delay(patience_s),
+            wait=pause,
+            sleep=lambda seconds: self._end_if(self._is_closing.wait(seconds)),
+            before=lambda _: self._end_if(self._is_closing.is_set()),
+            after=note_failure,
+            retry_error_callback=give_up,
+        )
+        answer: Answer = retrying(ask)
+        if retrying.statistics["attempt_number"] > 1 and (self._last_line or "").endswith(TRYING_AGAIN):
+            self._say("the coordinator answers again")
+        return answer
+
+    @staticmethod
+    def _end_if(is_closed: bool) -> None:
+        if is_closed:
+            raise FederationError("the connection was closed while it was in use")
 
     def _say(self, line: str) -> None:
-        """Report a line unless it is what was reported last."""
+        """Report a line unless it repeats the last one."""
         line = printable(line)
         if line != self._last_line:
             self._last_line = line
@@ -439,7 +450,7 @@ class FederationClient:
         return Path(self._folder.name) / f"{self._number}.safetensors"
 
     def _forget_document(self) -> None:
-        """Close and delete the last result, so that files do not pile up over a thousand rounds."""
+        """Close and delete the last result: files would pile up otherwise."""
         if self._document is not None:
             self._document.close()
             self._document.path.unlink(missing_ok=True)
@@ -448,27 +459,9 @@ class FederationClient:
 
 # -------------------------------------------------------------------------------------------------------- functions
 def is_late(site: str, key: str, message: messages.Message) -> bool:
-    """Tell whether a result shows that what a site had sent to an exchange came too late to count."""
+    """Tell whether a result shows that a site's update came too late to count."""
     from nnunetv2.federated.protocol.messages import Aggregate
 
     if not isinstance(message, Aggregate) or message.round is None:
         return False
     return site not in message.contributors or key.rpartition("/")[2] != str(message.round)
-
-
-def request_to_join(credential: SiteCredential, invitation: str) -> api.JoinAnswer:
-    """Ask the coordinator once to let a site join with the secret of its invitation."""
-    request = api.JoinRequest(invitation=invitation, token=credential.token)
-    with (
-        open_session(credential, with_token=False) as session,
-        translated_errors(),
-        session.post(
-            f"{check_url(credential.url)}/v1/join",
-            data=encode_json(request),
-            timeout=CONNECT_TIMEOUT_S,
-            stream=True,
-            allow_redirects=False,
-        ) as response,
-    ):
-        check_status(response)
-        return read_answer(api.JoinAnswer, response)

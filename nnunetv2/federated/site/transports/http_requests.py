@@ -1,4 +1,4 @@
-"""Send one HTTP request to a coordinator, and turn whatever goes wrong into one of three errors.
+"""Send one HTTP request to a coordinator; map failures to three errors.
 
 NoAnswerError     nobody answered, or something that is not the coordinator: asking again may help
 NotJoinedError    the coordinator does not know this site
@@ -10,19 +10,19 @@ from __future__ import annotations
 import errno
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, in_sentences
-from nnunetv2.federated.protocol.certificates import has_wrong_dates, untrusted_certificate
+from nnunetv2.federated.protocol.certificates import has_wrong_dates
+from nnunetv2.federated.site.authority import explain_untrusted
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transports.answers import ForeignAnswerError, decode_answer, describe_foreign, find_problem
-from nnunetv2.utilities.loopback import is_loopback
+from nnunetv2.utilities.loopback import is_on_this_machine
 from nnunetv2.utilities.resumable_download import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -36,17 +36,14 @@ BLOCK_BYTES = 1 << 20
 """Bytes that are sent at a time."""
 LARGEST_ANSWER = 1 << 20
 """Bytes of an answer that is no file."""
-
-
 SENT_AGAIN = ("damaged_in_transit", "wrong_offset", "taken_over")
 """Refusals of an upload that say nothing against the document itself."""
-
-
 LONGEST_RETRY_AFTER_S = 3600.0
+CONNECT_TIMEOUT_S = 10.0
 
 
 class NoAnswerError(FederationError):
-    """The coordinator did not answer properly this time, but may the next time; the text says why.
+    """The coordinator did not answer properly, but may the next time.
 
     Args:
         text: What is wrong.
@@ -63,7 +60,7 @@ class RangeError(NoAnswerError):
 
 
 class BearerToken(requests.auth.AuthBase):
-    """Put a token into every request. As `auth`, because a plain header gives way to a ~/.netrc."""
+    """Put a token into every request; a plain header gives way to ~/.netrc."""
 
     def __init__(self, token: str) -> None:
         self.token = token
@@ -76,22 +73,29 @@ class BearerToken(requests.auth.AuthBase):
 class Session(requests.Session):
     """A session whose own idea of whom to trust is not overruled by REQUESTS_CA_BUNDLE."""
 
-    def merge_environment_settings(self, *args: Any, **keywords: Any) -> dict[str, Any]:
-        settings = super().merge_environment_settings(*args, **keywords)
+    def merge_environment_settings(
+        self,
+        url: str | bytes | None,
+        proxies: MutableMapping[str, str] | None,
+        stream: bool | None,
+        verify: bool | str | None,
+        cert: str | tuple[str, str] | None,
+    ) -> Any:
+        settings = super().merge_environment_settings(url, proxies, stream, verify, cert)
         if self.verify is not True:
             settings["verify"] = self.verify
         return settings
 
 
 def open_session(credential: SiteCredential, *, with_token: bool = True) -> requests.Session:
-    """Return a session for requests to a coordinator, through the proxies of this system unless it is this machine.
+    """Return a session, through the system's proxies unless to this machine.
 
     What breaks is the caller's to repeat: urllib3 would do so with a warning each time, and without a word on its end.
     """
     session = Session()
     session.mount("http://", _Adapter())
     session.mount("https://", _Adapter())
-    session.trust_env = not is_loopback(urlsplit(credential.url).hostname)
+    session.trust_env = not is_on_this_machine(credential.url)
     session.auth = BearerToken(credential.token) if with_token else None
     session.verify = credential.authority or True
     if credential.client_certificate is not None:
@@ -104,7 +108,7 @@ def open_session(credential: SiteCredential, *, with_token: bool = True) -> requ
 
 
 class _Adapter(HTTPAdapter):
-    """Send files in larger blocks than the 16 KiB of the standard library: less work per megabyte."""
+    """Send files in larger blocks than the standard library's 16 KiB."""
 
     def init_poolmanager(self, *args: Any, **keywords: Any) -> None:
         super().init_poolmanager(*args, **keywords, blocksize=BLOCK_BYTES)
@@ -112,13 +116,14 @@ class _Adapter(HTTPAdapter):
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turn what the network does into NoAnswerError, and let everything else pass."""
+    """Translate network errors into NoAnswerError; let everything else pass."""
     try:
         yield
     except requests.exceptions.SSLError as error:
         refused = _verification_error(error)
         if refused is not None:
-            untrusted = untrusted_certificate(refused, error.request.url.partition("/v1/")[0])
+            url = "" if error.request is None else str(error.request.url)
+            untrusted = explain_untrusted(refused, url.partition("/v1/")[0])
             # Clocks are set and certificates renewed while trainings wait; another authority stays another one.
             raise (NoAnswerError(str(untrusted)) if has_wrong_dates(refused) else untrusted) from error
         raise NoAnswerError(f"the encrypted connection to the coordinator broke ({_cause_of(error)})") from error
@@ -133,7 +138,7 @@ def translated_errors() -> Iterator[None]:
 
 
 def _verification_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
-    """Return what the verification of a certificate raised, from inside of the layers around it."""
+    """Return the error of a certificate's verification from inside its layers."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = _inner_error(cause)
@@ -141,7 +146,7 @@ def _verification_error(error: BaseException) -> ssl.SSLCertVerificationError | 
 
 
 def _inner_error(error: BaseException) -> BaseException | None:
-    """Return the error that another one wraps, in any of the ways of the libraries below."""
+    """Return the error that another one wraps, in any library's way."""
     reason = getattr(error, "reason", None)
     inner = next((part for part in error.args if isinstance(part, BaseException)), None)
     return reason if isinstance(reason, BaseException) else error.__cause__ or inner or error.__context__
@@ -160,7 +165,7 @@ def _cause_of(error: BaseException) -> str:
 
 
 def check_status(response: requests.Response) -> None:
-    """Return if an answer is a good one, else raise what the coordinator's problem says.
+    """Raise the error of an answer's problem document, if it is none of success.
 
     Only the coordinator's own word is final. A page of a proxy, or of a login, is as good as no answer.
     """
@@ -202,13 +207,13 @@ def read_answer(model: type[Model], response: requests.Response, largest: int = 
 
 
 def _retry_after_s(response: requests.Response) -> float:
-    """Return the seconds of a Retry-After header. One with a date is none of a coordinator's."""
+    """Return the seconds of a Retry-After header; coordinators send no dates."""
     text = response.headers.get("Retry-After", "")
     return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch("[0-9]{1,9}", text) else 0.0
 
 
 def _problem_of(response: requests.Response) -> Problem | None:
-    """Return the problem in an answer; a proxy in between sends pages that are none."""
+    """Return the problem document of an answer, or None."""
     return find_problem(read_small(response), response.headers)
 
 
@@ -229,7 +234,7 @@ def read_small(response: requests.Response, largest: int = LARGEST_ANSWER) -> by
 
 
 def _is_cut_off(response: requests.Response, size: int) -> bool:
-    """Tell whether more was announced, or nothing at all: a coordinator says how long its answers are."""
+    """Tell whether a body differs from its Content-Length, or has none."""
     if response.status_code == 204 or "Transfer-Encoding" in response.headers or "Content-Encoding" in response.headers:
         return False
     return response.headers.get("Content-Length") != str(size)

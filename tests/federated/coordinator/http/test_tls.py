@@ -14,7 +14,7 @@ import requests
 from fake_federation import coordinator_process, make_census, make_client, wait_until
 from patience import MUCH_LONGER_S, PATIENCE_S
 
-from nnunetv2.federated.commands import admin
+from nnunetv2.federated.commands.api_client import ask
 from nnunetv2.federated.coordinator.http import tls
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.api import FederationSettings
@@ -217,4 +217,4 @@ def test_nobody_asks_a_proxy_for_a_coordinator_on_any_address_of_this_machine(tm
         with make_client(site) as client:
             assert client.settings().sites == ("A", "B")
         operator = load_credential(tmp_path / "federation" / "operator.json")
-        assert admin.ask(operator, "GET", "settings", FederationSettings).sites == ("A", "B")
+        assert ask(operator, "GET", "settings", FederationSettings).sites == ("A", "B")

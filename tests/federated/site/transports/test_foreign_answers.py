@@ -9,12 +9,14 @@ from cutter import moved
 from fake_federation import RUN, in_threads, make_client, make_registration, make_settings, make_weights, served, train
 from front_door import FrontDoor, Page
 
-from nnunetv2.federated.commands import admin
+from nnunetv2.federated.commands.api_client import ask
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.invitation import Invitation
 from nnunetv2.federated.protocol.messages import round_key, validation_key
 from nnunetv2.federated.protocol.strict_json import encode_json
-from nnunetv2.federated.site.credential import Invitation, SiteCredential, join
+from nnunetv2.federated.site.credential import SiteCredential
+from nnunetv2.federated.site.enrolment import join
 from nnunetv2.federated.site.transports.answers import describe_foreign, find_problem
 
 JSON = {"Content-Type": "application/json"}
@@ -141,7 +143,7 @@ def test_commands_that_ask_once_say_what_has_answered(tmp_path):
         for page in (Page(404), Page(200), Page(200, b"{}", JSON)):
             with FrontDoor(federation.url, page, times=1000) as door:
                 with pytest.raises(FederationError, match=f"status {page.status} .*not as a coordinator would"):
-                    admin.ask(moved(credential, door.url), "GET", "status", api.Status)
+                    ask(moved(credential, door.url), "GET", "status", api.Status)
                 invitation = Invitation(door.url, "test", "B", federation.invitations()["B"])
                 with pytest.raises(FederationError, match=f"status {page.status} .*not as a coordinator would"):
                     join(invitation, path=tmp_path / "b.json")

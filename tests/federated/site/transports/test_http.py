@@ -32,7 +32,7 @@ from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, regist
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
-from nnunetv2.federated.site.transports.http import FederationClient
+from nnunetv2.federated.site.transports.http import HttpTransport
 from nnunetv2.federated.site.transports.http_requests import BearerToken, open_session
 
 BIG = {"encoder.weight": (512, 1024), "encoder.bias": (512,)}  # 2 MiB
@@ -398,8 +398,8 @@ def test_a_pinned_authority_is_not_overruled_by_the_environment(monkeypatch):
 
 def test_plain_http_beyond_this_machine_must_be_allowed():
     with pytest.raises(FederationError, match=re.escape("http://hospital.example is plain HTTP")):
-        FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x"))
-    FederationClient(SiteCredential("http://hospital.example", "test", "A", "A.x", insecure=True)).close()
+        HttpTransport(SiteCredential("http://hospital.example", "test", "A", "A.x"))
+    HttpTransport(SiteCredential("http://hospital.example", "test", "A", "A.x", insecure=True)).close()
 
 
 def test_closing_ends_what_another_thread_waits_for(tmp_path):
@@ -424,14 +424,14 @@ def test_closing_ends_what_another_thread_waits_for(tmp_path):
 def test_people_at_the_site_say_how_long_to_wait(federation, monkeypatch, text, seconds):
     if text is not None:
         monkeypatch.setenv("nnUNet_fed_give_up_after_h", text)
-    with FederationClient(federation.credential("A")) as client:
+    with HttpTransport(federation.credential("A")) as client:
         assert client.give_up_after_s == seconds
 
 
 def test_patience_is_a_number_of_hours(federation, monkeypatch):
     monkeypatch.setenv("nnUNet_fed_give_up_after_h", "a day")
     with pytest.raises(ValueError, match="set it to a number of hours"):
-        FederationClient(federation.credential("A"))
+        HttpTransport(federation.credential("A"))
 
 
 def test_a_site_says_that_too_few_take_part(tmp_path):

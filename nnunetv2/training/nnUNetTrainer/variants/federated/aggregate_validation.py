@@ -1,4 +1,4 @@
-"""Validate what the network is now, the aggregate, with the validation steps of a trainer."""
+"""Validate the aggregate with the validation steps of a trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTS = ("tp_hard", "fp_hard", "fn_hard")
 
 
 def validate_network(trainer: nnUNetTrainer) -> messages.Validation | None:
-    """Take as many validation steps as an epoch has, and return the voxels that were counted in all processes.
+    """Take an epoch's validation steps; return the voxel counts of all processes.
 
     Nothing is logged and no hook but `on_validation_epoch_start` and `validation_step` is called: the curves of the
     trainer are those of its own weights. A trainer whose steps count no voxels gives None.
@@ -46,7 +46,7 @@ def validate_network(trainer: nnUNetTrainer) -> messages.Validation | None:
 
 
 def describe_validation(number: int, found: messages.Validation) -> str:
-    """Say in one line how good the aggregate of a round is on the data of this site."""
+    """Describe in one line the validation of a round's aggregate."""
     dice = [None if value is None else round(value, 4) for value in dice_per_class(found.tp, found.fp, found.fn)]
     loss = "" if found.loss is None else f", val_loss {found.loss:.4f}"
     return f"Aggregate of round {number}: pseudo Dice {dice}{loss}"

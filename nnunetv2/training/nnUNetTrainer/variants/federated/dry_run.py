@@ -1,4 +1,4 @@
-"""Foresee what a site would register and send if it trained, from its plans alone."""
+"""Build the registration and the metrics of a training from its plans, without training."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 
 @dataclass(frozen=True)
-class ForeseenTraining:
-    """What is known of a training before it begins."""
+class PlannedTraining:
+    """The part of a training that is known before it begins."""
 
     registration: Registration
     metrics: tuple[str, ...]
@@ -35,7 +35,7 @@ class ForeseenTraining:
     """Foreground classes or regions, whose voxels are counted in a validation."""
 
 
-def foresee_training(
+def dry_run(
     plans: Mapping[str, Any],
     dataset_json: Mapping[str, Any],
     *,
@@ -43,8 +43,8 @@ def foresee_training(
     trainer_name: str,
     num_cases: int,
     pretrained_weights: Path | None = None,
-) -> ForeseenTraining:
-    """Build the network that would be trained, for the names and shapes of its tensors.
+) -> PlannedTraining:
+    """Build the network of a training, and return its registration and metrics.
 
     Args:
         num_cases: All cases of the site; a fold registers those that it trains with.
@@ -80,6 +80,6 @@ def foresee_training(
         pretrained_weights=None if pretrained_weights is None else file_digest(pretrained_weights),
     )
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    return ForeseenTraining(
+    return PlannedTraining(
         registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (), len(classes)
     )

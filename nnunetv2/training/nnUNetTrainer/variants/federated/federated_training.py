@@ -1,4 +1,4 @@
-"""Exchange weights with the other sites whenever a round ends: a mixin for any trainer.
+"""Exchange weights at the end of every round: a mixin for trainers.
 
     this thread     train e | validate own_e            | load, save | validate aggregate_e | train e + 1
     another one             | send own_e .. aggregate_e |              (every so many rounds)
@@ -42,6 +42,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,8 +52,8 @@ from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
-from nnunetv2.federated.site.participant import RunSession, Weights
-from nnunetv2.federated.site.transports.http import FederationClient
+from nnunetv2.federated.site.participant import Participant, Weights
+from nnunetv2.federated.site.transport import Transport, open_transport
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
@@ -67,6 +68,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
+from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 
 METRICS_OF_TRAINING = ("train_losses",)
@@ -76,8 +78,24 @@ METRICS = (*METRICS_OF_TRAINING, *METRICS_OF_VALIDATION)
 Rest = TypeVar("Rest")
 
 
-class FederatedTraining:
-    """Mixin: put it before a trainer class. Everything but the end of an epoch stays that trainer's own."""
+@dataclass(frozen=True)
+class PendingExchange:
+    """A round whose update was sent, and whose aggregate is not loaded yet."""
+
+    number: int
+    sent: Weights = field(default_factory=dict)
+    answer: Future[tuple[Weights, messages.Aggregate]] | None = None
+    """In the first process only, as is what was sent."""
+
+    @property
+    def megabytes(self) -> float:
+        """Return the size of the weights that came; it waits for them."""
+        weights = {} if self.answer is None else self.answer.result()[0]
+        return sum(values.nbytes for values in weights.values()) / 1e6
+
+
+class FederatedTraining(RenamedHooks):
+    """Mixin for trainers: put it before the trainer's class."""
 
     requires_equal_plans = False
     """Whether a site with other plans is refused, or shares what matches."""
@@ -96,27 +114,21 @@ class FederatedTraining:
     credential: SiteCredential | None = None
     """Who this site is; None: whoever the credential of this machine says."""
 
-    make_transport: Callable[..., FederationClient] = FederationClient
-    """How to reach the coordinator; a test or another engine puts its own here."""
+    make_transport: Callable[..., Transport] = staticmethod(open_transport)
+    """Opens the way to the coordinator; a test or another engine puts its own here."""
 
     round_in_training: int | None = None
     """The round whose update is being made; None before it is known."""
 
-    sent_round: int | None = None
-    """The round whose exchange is under way."""
-    _sent: Weights = {}
-    _exchange: Future[tuple[Weights, messages.Aggregate]] | None = None
-    """What was sent, and the exchange itself; in the first process only."""
+    pending: PendingExchange | None = None
+    """The exchange under way."""
 
     min_sites = LEAST_SITES
     """Over so many sites, at least, everything is averaged, as the coordinator has promised."""
 
-    received_megabytes = 0.0
-    """Size of the weights that came last."""
-
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
-        """Train as a member of the federation that this site has joined; report to it if the training fails.
+        """Train as a member of the federation; report a failure.
 
         Raises:
             NotAllowedError: The fold has fewer training cases than the site wants to take part with; nothing was sent.
@@ -126,12 +138,12 @@ class FederatedTraining:
         run = messages.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
-            self.session = RunSession(transport, site=credential.site, run=run)
+            self.participant = Participant(transport, site=credential.site, run=run)
             # What ends one of several processes may be the failure of another one, which has reported that.
             speaks_last = (
                 nullcontext()
                 if is_distributed()
-                else before_termination(lambda: self.session.report_failure(self.round_in_training, "terminated"))
+                else before_termination(lambda: self.participant.report_failure(self.round_in_training, "terminated"))
             )
             try:
                 with speaks_last:
@@ -140,26 +152,28 @@ class FederatedTraining:
                 raise  # which has been reported, or is no failure of the training that goes on there
             except BaseException as error:
                 # The text of an error may quote paths or case names; only its kind leaves the site.
-                self.session.report_failure(self.round_in_training, kind_of(error))
+                self.participant.report_failure(self.round_in_training, kind_of(error))
                 raise
 
     def on_train_start(self) -> None:
-        """Take over the settings of the run, register, and load the weights that all sites start from."""
-        self.apply_settings(ask_first_process(lambda: self.session.transport.settings()))
+        """Apply the settings of the run, register, and load the common weights."""
+        self.apply_settings(ask_first_process(lambda: self.participant.transport.settings()))
         super().on_train_start()
-        match, self.session.run, outlook = ask_first_process(self._register)
-        for line in (*describe_match(match, self.session.site), outlook):
-            self.tell(line, add_timestamp=False)
-        own = self.own_weights()
+        match, self.participant.run, outlook = ask_first_process(self._register)
+        for line in (*describe_match(match, self.participant.site), outlook):
+            self.log_line(line, add_timestamp=False)
+        own = self.local_weights()
         position = self.receive_weights(lambda: self._start(own))
-        self.tell(self._describe_start(begins=position["begins"]))
-        self.go_on_at(position["epoch"])
+        self.log_line(self._describe_start(begins=position["begins"]))
+        self.resume_at(position["epoch"])
         if position["is_over"]:
-            self.tell(f"Run {self.session.run} is over after {self.current_epoch} rounds: ending with its aggregate")
-            self.end_here()
+            self.log_line(
+                f"Run {self.participant.run} is over after {self.current_epoch} rounds: ending with its aggregate"
+            )
+            self.finish_run()
 
     def on_train_epoch_start(self) -> None:
-        """Note which round is in the making."""
+        """Note the round in training."""
         self.round_in_training = self.current_epoch
         super().on_train_epoch_start()
 
@@ -170,15 +184,15 @@ class FederatedTraining:
         self.send_before_validation(self.current_epoch)
 
     def on_epoch_end(self) -> None:
-        """Let the trainer end its epoch, then take over what the exchange has brought, and save it."""
+        """Let the trainer end its epoch, then finish its exchange."""
         epoch = self.current_epoch  # super() moves on to the next one
         super().on_epoch_end()
         try:
-            self.meet_the_others(epoch)
+            self.exchange_weights(epoch)
         except FederationError as error:
             if not isinstance(error, BrokenTrainingError):
                 self.save_latest_checkpoint()
-                self.tell("The training is saved in checkpoint_latest: --c goes on with it")
+                self.log_line("The training is saved in checkpoint_latest: --c goes on with it")
             raise
 
     def save_while_training(self) -> None:
@@ -187,14 +201,14 @@ class FederatedTraining:
             self.save_latest_checkpoint()
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
-        """Save checkpoint_best only: checkpoint_latest waits for what the exchange brings."""
+        """Save checkpoint_best only: checkpoint_latest waits for the aggregate."""
         self._save_checkpoint_if_best()
 
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
         self.min_sites = settings.min_sites
-        self.tell(f"Nothing is averaged over fewer than {self.min_sites} sites")
+        self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -206,7 +220,7 @@ class FederatedTraining:
             self.optimizer.load_state_dict(state)
 
     def describe_training(self) -> messages.Registration:
-        """Say what this site trains."""
+        """Return the registration of this site."""
         return describe_training(
             self.network,
             plans=self.plans_manager.plans,
@@ -221,16 +235,16 @@ class FederatedTraining:
         )
 
     def _register(self) -> tuple[messages.Match, str, str]:
-        """Return what is shared, the name of the run, and a line on what will become of its averages."""
-        match = self.session.register(self.describe_training())
-        return match, self.session.run, self.session.describe_outlook()
+        """Register; return the match, the run's name and its outlook."""
+        match = self.participant.register(self.describe_training())
+        return match, self.participant.run, self.participant.describe_outlook()
 
     def _start(self, own: Weights) -> tuple[Weights, dict]:
-        position = self.session.start(self.current_epoch, own, staleness=self.staleness)
+        position = self.participant.start(self.current_epoch, own, staleness=self.staleness)
         return position.weights, {"epoch": position.epoch, "is_over": position.is_over, "begins": position.begins}
 
     def _describe_start(self, *, begins: bool) -> str:
-        """Say what this site starts from, and that weights it was given are of no use, where they are not."""
+        """Describe the initial weights, and whether pretrained ones are used."""
         weights = self.pretrained_weights
         if not begins:
             unused = f"; -pretrained_weights {weights} are not used" if weights else ""
@@ -244,80 +258,82 @@ class FederatedTraining:
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:
-        """Begin the exchange of an epoch whose iterations are over, unless it is the last one."""
+        """Begin the exchange of a trained epoch, unless it is the last."""
         if self.sends_before_validation and epoch + 1 < self.num_epochs:
             self.begin_exchange(epoch, self.make_update(epoch, METRICS_OF_TRAINING))
 
-    def meet_the_others(self, epoch: int) -> None:
-        """Take over what the exchange of an epoch that is over brings, save that, and validate it."""
-        if self.sent_round is None:
+    def exchange_weights(self, epoch: int) -> None:
+        """Finish the exchange of an epoch: load the aggregate, save it, validate it."""
+        if self.pending is None:
             self.begin_exchange(epoch, self.make_update(epoch, METRICS))
         aggregate = self.finish_exchange()
-        self.go_on_after(aggregate, epoch)
+        self.resume_after(aggregate, epoch)
         if self.current_epoch < self.num_epochs:
             self.save_while_training()
         self.validate_aggregate(aggregate, is_last=self.current_epoch >= self.num_epochs)
 
     def begin_exchange(self, number: int, update: messages.Update) -> None:
-        """Send the weights as they are now; a thread waits for what becomes of them."""
-        self.sent_round = number
-        if self.local_rank == 0:
-            own = self._sent = self.own_weights()
-            self._exchange = in_thread(lambda: self.session.exchange(number, own, update), name="exchange")
+        """Send the weights as they are now; a thread waits for the aggregate."""
+        if self.local_rank != 0:
+            self.pending = PendingExchange(number)
+            return
+        sent = self.local_weights()
+        answer = in_thread(lambda: self.participant.exchange(number, sent, update), name="exchange")
+        self.pending = PendingExchange(number, sent, answer)
 
     def finish_exchange(self) -> messages.Aggregate:
-        """Wait for the exchange that is under way, load the aggregate, and return what is said of it."""
-        start = time.monotonic()
-        aggregate = self.receive_weights(lambda: self._exchange.result())
-        self.report_round(aggregate, waited_s=time.monotonic() - start)
-        self.sent_round, self._sent, self._exchange = None, {}, None
+        """Wait for the pending exchange, load the aggregate, and return its message."""
+        start, pending = time.monotonic(), self.pending
+        aggregate = self.receive_weights(lambda: pending.answer.result())
+        self.report_round(aggregate, megabytes=pending.megabytes, waited_s=time.monotonic() - start)
+        self.pending = None
         return aggregate
 
-    def go_on_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
-        """Move to the epoch after an aggregate, or end, if the operator has stopped the run before round `epoch`."""
+    def resume_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
+        """Move to the epoch after an aggregate, or finish a stopped run."""
         if aggregate.round < epoch:
-            self.tell(
-                f"The operator has stopped run {self.session.run} after round {aggregate.round}: ending with "
+            self.log_line(
+                f"The operator has stopped run {self.participant.run} after round {aggregate.round}: ending with "
                 "its aggregate"
             )
-            self.end_here()
+            self.finish_run()
         else:
             # A site that was so late that the run went on without it gets a later aggregate.
-            self.go_on_at(max(self.current_epoch, aggregate.round + 1))
+            self.resume_at(max(self.current_epoch, aggregate.round + 1))
 
     def validate_aggregate(self, aggregate: messages.Aggregate, *, is_last: bool) -> None:
-        """Count how well the aggregate that the network holds does on this site's validation data, and say so."""
-        if not ask_first_process(lambda: self.session.wants_validation(aggregate, is_last=is_last)):
+        """Validate the aggregate on this site's data; log and send the counts."""
+        if not ask_first_process(lambda: self.participant.wants_validation(aggregate, is_last=is_last)):
             return
         found = validate_network(self)
         if found is None:
-            self.tell("The aggregate is not validated: the validation steps of this trainer count no voxels")
+            self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
-        problem = ask_first_process(lambda: self.session.send_validation(aggregate.round, found))
-        self.tell(describe_validation(aggregate.round, found) + (f" (not sent: {problem})" if problem else ""))
+        problem = ask_first_process(lambda: self.participant.send_validation(aggregate.round, found))
+        self.log_line(describe_validation(aggregate.round, found) + (f" (not sent: {problem})" if problem else ""))
 
-    def go_on_at(self, epoch: int) -> None:
-        """Move to the epoch at which the run is; the curves show epochs that were missed as gaps."""
+    def resume_at(self, epoch: int) -> None:
+        """Move to the epoch of the run; the curves show missed epochs as gaps."""
         if epoch == self.current_epoch:
             return
-        self.tell(f"The run is at round {epoch}, this site at epoch {self.current_epoch}: going on there")
+        self.log_line(f"The run is at round {epoch}, this site at epoch {self.current_epoch}: going on there")
         now = time.time()
         for name, values in self.logger.local_logger.my_fantastic_logging.items():
             gap = now if name.endswith("timestamps") else float("nan")
             values.extend([[gap] if name == "dice_per_class_or_region" else gap] * (epoch - len(values)))
         self.current_epoch = epoch
 
-    def end_here(self) -> None:
+    def finish_run(self) -> None:
         """Let no further epoch begin."""
         self.num_epochs = self.current_epoch
 
     # ---------------------------------------------------------------- weights
-    def own_weights(self) -> Weights:
-        """Return a copy of the network's weights, in the first process; the others need none."""
+    def local_weights(self) -> Weights:
+        """Return a copy of the network's weights, in the first process only."""
         return export_weights(self.network) if self.local_rank == 0 else {}
 
     def receive_weights(self, question: Callable[[], tuple[Weights, Rest]]) -> Rest:
-        """Ask for weights in the first process, load them in all, and return what came with them."""
+        """Receive weights in the first process, load them in all, and return their message."""
         received: Weights = {}
 
         def ask() -> Rest:
@@ -327,7 +343,6 @@ class FederatedTraining:
 
         rest = ask_first_process(ask)
         self.load_weights(received)
-        self.received_megabytes = sum(values.nbytes for values in received.values()) / 1e6
         return rest
 
     def load_weights(self, weights: Weights) -> None:
@@ -337,7 +352,7 @@ class FederatedTraining:
 
     # ---------------------------------------------------------------- reports
     def make_update(self, epoch: int, known: Sequence[str]) -> messages.Update:
-        """Return what travels with the weights of an epoch: metrics of it, and those that the update before lacked."""
+        """Return the metrics of an update, and those that the last lacked."""
         earlier = None
         if self.sends_before_validation and epoch > 0:
             earlier = messages.EarlierMetrics(
@@ -346,24 +361,24 @@ class FederatedTraining:
         return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
     def metrics_of(self, epoch: int, names: Sequence[str]) -> Mapping[str, object]:
-        """Return what the curves of these names have of an epoch; a trainer without validation has no curve of it."""
+        """Return the values of these curves at an epoch, where there are any."""
         curves = {name: self.logger.get_value(name, step=None) for name in names}
         return {name: values[epoch] for name, values in curves.items() if epoch < len(values)}
 
-    def report_round(self, aggregate: messages.Aggregate, *, waited_s: float) -> None:
-        """Log what a round moved, how long the site did nothing but wait for it, and who took part."""
+    def report_round(self, aggregate: messages.Aggregate, *, megabytes: float, waited_s: float) -> None:
+        """Log a round: megabytes moved, seconds waited, sites that took part."""
         missing = f"; missing: {', '.join(aggregate.missing)}" if aggregate.missing else ""
-        self.tell(
-            f"Round {aggregate.round}: {self.received_megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
+        self.log_line(
+            f"Round {aggregate.round}: {megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
             f"sites: {', '.join(sorted(aggregate.contributors))}{missing}"
         )
         if len(aggregate.contributors) < self.min_sites:
-            self.tell(
+            self.log_line(
                 f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
                 "--min-sites, or it does not keep to it. Show this line to the coordinating site"
             )
 
-    def tell(self, line: str, **options: bool) -> None:
+    def log_line(self, line: str, **options: bool) -> None:
         """Log a line, once per site."""
         if self.local_rank == 0:
             self.print_to_log_file(line, **options)

@@ -1,4 +1,4 @@
-"""Tell whether an epoch was what it should have been, and give what went wrong a name that may leave the site."""
+"""Check epochs, and name errors so that the name may leave the site."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEAD_WORKER = "background workers"
 
 
 def check_epoch(outputs: Sequence[dict], *, epoch: int, num_iterations: int) -> None:
-    """Refuse an epoch that was cut short, or whose losses say that the network is broken.
+    """Raise an error for an epoch cut short or with broken losses.
 
     Args:
         outputs: What the training steps returned.
@@ -43,7 +43,7 @@ def check_epoch(outputs: Sequence[dict], *, epoch: int, num_iterations: int) -> 
 
 
 def kind_of(error: BaseException) -> str:
-    """Name the kind of an error. Its text stays at the site: it may quote paths or names of cases."""
+    """Return the kind of an error; its text may quote case names."""
     text = str(error)
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
         isinstance(error, (RuntimeError, OSError)) and any(sign in text for sign in _OUT_OF_MEMORY)

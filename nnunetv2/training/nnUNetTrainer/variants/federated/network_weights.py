@@ -1,4 +1,4 @@
-"""Take weights out of a network as arrays, put them back, and give them to the other processes of the same site."""
+"""Export and import a network's weights as arrays; share them between processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnunetv2.training.distributed import is_distributed
 
 
 def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Copy every distinct floating-point tensor of the network: first of its names -> float32 array."""
+    """Copy every distinct floating-point tensor: first name -> float32 array."""
     return {
         name: tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
         for name, tensor in _floating_tensors(network).items()
@@ -23,7 +23,7 @@ def export_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def import_weights_(network: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
-    """Write weights into the network in place; aliases of a tensor share its memory and follow.
+    """Write weights into the network in place; aliases follow.
 
     Raises:
         ValueError: A tensor is not one of the network's, or has another shape, or is not of floating point. Nothing
@@ -43,7 +43,7 @@ def import_weights_(network: torch.nn.Module, weights: Mapping[str, np.ndarray])
 
 @torch.no_grad()
 def copy_from_first_process_(network: torch.nn.Module) -> None:
-    """Overwrite the weights of all processes of a distributed training with those of the first one."""
+    """Overwrite the weights of all processes with the first one's."""
     if not is_distributed():
         return
     for tensor in _floating_tensors(network).values():

@@ -1,4 +1,4 @@
-"""Exchange the weights of a round while the next epoch trains: staleness 1, for slow connections and uneven sites.
+"""Exchange a round while the next epoch trains (staleness 1).
 
     epoch       r                r + 1                           r + 2
     training    ....... own_r    ........................ own_r+1  ......
@@ -44,29 +44,29 @@ class OverlappedTraining(FederatedTraining):
     sends_before_validation = False
     """The exchange of the round before may take that long."""
 
-    def meet_the_others(self, epoch: int) -> None:
-        """Take over what the round before has brought, and send this one; wait for it only if it is the last."""
-        if self.sent_round is not None and not self._catch_up():
+    def exchange_weights(self, epoch: int) -> None:
+        """Load the last round's aggregate, send this one; wait for the final one."""
+        if self.pending is not None and not self._catch_up():
             return  # the run is over, and the network holds its last aggregate
         number = self.current_epoch - 1  # `epoch`, unless the run has gone on without this site
         if self.current_epoch >= self.num_epochs:
-            super().meet_the_others(number)
+            super().exchange_weights(number)
         else:
             self.save_while_training()
             self.begin_exchange(number, self.make_update(number, METRICS))
 
     def _catch_up(self) -> bool:
-        """Wait for the exchange, validate its aggregate, and catch up; tell whether the run goes on."""
-        own, number, sent, exchange = self.own_weights(), self.sent_round, self._sent, self._exchange
+        """Finish the exchange and catch up; tell whether the run goes on."""
+        own, pending = self.local_weights(), self.pending
         aggregate = self.finish_exchange()
         is_complete = aggregate.round + 1 >= self.num_epochs
-        is_over = is_complete or aggregate.round < number
+        is_over = is_complete or aggregate.round < pending.number
         if is_over:
-            self.go_on_after(aggregate, number)
+            self.resume_after(aggregate, pending.number)
         else:
             # One epoch behind an aggregate, as ever; farther on only if the run went on without this site.
-            self.go_on_at(max(self.current_epoch, aggregate.round + 2))
+            self.resume_at(max(self.current_epoch, aggregate.round + 2))
         self.validate_aggregate(aggregate, is_last=is_over)
         if not is_over:
-            self.load_weights(catch_up(exchange.result()[0], own, sent) if exchange else {})
+            self.load_weights(catch_up(pending.answer.result()[0], own, pending.sent) if pending.answer else {})
         return not is_over

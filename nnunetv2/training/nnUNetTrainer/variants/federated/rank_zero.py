@@ -1,4 +1,4 @@
-"""Let the first of a site's processes speak for all of them, however long the answer takes.
+"""Let the first process of a site ask the coordinator for all.
 
 In a distributed training only process 0 talks to the coordinator. It does so in a thread, and tells the others every
 few seconds that it is still waiting, so that none of them runs into the timeout of the process group:
@@ -33,7 +33,7 @@ class FirstProcessError(FederationError):
 
 
 def ask_first_process(question: Callable[[], Answer], *, heartbeat_s: float = HEARTBEAT_S) -> Answer:
-    """Return in all processes what the first one was answered.
+    """Return the first process's answer in all processes.
 
     Args:
         question: Called in the first process only. It takes part in no collective operation.
@@ -81,7 +81,7 @@ def _listen() -> Any:
 
 
 def _broadcast(content: Any) -> Any:
-    """Return in all processes what the first one gives."""
+    """Return the first process's content in all processes."""
     box = [content]
     distributed.broadcast_object_list(box, src=0)
     return box[0]

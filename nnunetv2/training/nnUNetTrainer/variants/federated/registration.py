@@ -1,4 +1,4 @@
-"""Describe what a site is about to train, as it registers for a run and as its people may see beforehand."""
+"""Build the registration of a training, and describe its match."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def describe_training(
     requires_equal_plans: bool,
     pretrained_weights: str | None = None,
 ) -> messages.Registration:
-    """Return plans, labels, number of training cases, and the tensors of a network without their values.
+    """Return the registration of a network: plans, labels, cases, tensors without values.
 
     The smallest and largest voxel that plans hold are not among it.
 
@@ -59,14 +59,14 @@ def describe_training(
 
 
 def _describe_network(trainer: type, network: torch.nn.Module) -> dict[str, Any]:
-    """Return what tensors do not tell of a network; of those of this package's own trainers there is nothing to say."""
+    """Return trainer and digest of a network, unless the trainer is ours."""
     if trainer.__name__ in OWN_TRAINERS:
         return {}
     return {"network_trainer": building_class(trainer).__name__, "architecture": architecture_digest(network)}
 
 
 def building_class(trainer: type) -> type:
-    """Return the class whose method builds the network of a trainer, which may be known where the trainer is not."""
+    """Return the class whose method builds the network of a trainer."""
     method = inspect.getattr_static(trainer, "build_network_architecture")
     if not isinstance(method, staticmethod):
         return trainer  # what it builds may depend on the class
@@ -79,7 +79,7 @@ def building_class(trainer: type) -> type:
 
 
 def architecture_digest(network: torch.nn.Module) -> str:
-    """Return a digest of the kinds of modules in a network, and of the settings of those without tensors.
+    """Return a digest of a network's modules and their settings.
 
     It is the same on all devices, and whether the network is compiled or distributed.
     """
@@ -93,7 +93,7 @@ def architecture_digest(network: torch.nn.Module) -> str:
 
 
 def describe_match(match: messages.Match, site: str) -> list[str]:
-    """Say in a few lines what this site shares with whom."""
+    """Describe the tensors that this site shares, and with whom."""
     shared, total = match.coverage[site]
     lines = [f"Shared, matched by {match.rule}: {shared:,} of {total:,} parameters ({shared / total:.1%})"]
     partners: dict[tuple[str, ...], int] = {}

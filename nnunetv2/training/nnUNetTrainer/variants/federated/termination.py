@@ -1,4 +1,4 @@
-"""Say a last word when this process is told to end, as schedulers do when a job has used up its time."""
+"""Act on SIGTERM before the process ends, as schedulers send it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 @contextmanager
 def before_termination(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` when SIGTERM comes while the block lasts; then what would have happened happens.
+    """Call `act` before SIGTERM has its usual effect, during the block.
 
     Nothing is changed where signals are not handled, which is in all threads but the main one, and where somebody has
     decided that SIGTERM is ignored.

@@ -1,0 +1,139 @@
+"""Join a federation with an invitation."""
+
+from pathlib import Path
+
+import pytest
+from certificate_texts import BESIDE, GENUINE, block
+from fake_federation import make_settings, served
+
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, RefusedError
+from nnunetv2.federated.protocol import api
+from nnunetv2.federated.protocol.certificates import fingerprint_of
+from nnunetv2.federated.protocol.invitation import Invitation
+from nnunetv2.federated.site import enrolment
+from nnunetv2.federated.site.credential import SiteCredential, load_credential, save_credential
+from nnunetv2.federated.site.enrolment import join
+
+CREDENTIAL = SiteCredential("https://c.example:8750", "federation-1", "A", "A.token")
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    settings = make_settings(sites=("A", "B", "C", "D", "E"))
+    with served(tmp_path_factory.mktemp("site") / "federation", settings) as served_:
+        yield served_
+
+
+def invitation_for(federation, invited: str, **changes) -> Invitation:
+    secret = federation.invitations()[invited]
+    return Invitation(**{"url": federation.url, "federation": "test", "site": invited, "secret": secret, **changes})
+
+
+def test_joining_again_with_the_same_token_is_fine(federation, tmp_path):
+    invitation = invitation_for(federation, "B")
+    join(invitation, path=tmp_path / "site.json")
+    before = load_credential(tmp_path / "site.json")
+    join(invitation, path=tmp_path / "site.json")
+    assert load_credential(tmp_path / "site.json") == before
+
+
+def test_an_invitation_is_good_for_one_site_only(federation, tmp_path):
+    invitation = invitation_for(federation, "C")
+    join(invitation, path=tmp_path / "first.json")
+    with pytest.raises(RefusedError, match="has been used already") as info:
+        join(invitation, path=tmp_path / "second.json")
+    assert info.value.code == "invitation_used"
+    assert list(tmp_path.iterdir()) == [tmp_path / "first.json"]
+
+
+@pytest.mark.parametrize("changes", [{"secret": "guessed"}, {"site": "E"}, {"site": "nobody"}])
+def test_an_invitation_that_was_never_made_is_refused(federation, tmp_path, changes):
+    with pytest.raises(RefusedError, match="not known here"):
+        join(invitation_for(federation, "D", **changes), path=tmp_path / "site.json")
+
+
+def test_an_interrupted_join_goes_on_with_the_token_that_was_sent(federation, tmp_path, monkeypatch):
+    path, invitation = tmp_path / "site.json", invitation_for(federation, "D")
+
+    def answer_gets_lost(credential, secret):
+        request_to_join(credential, secret)
+        raise CoordinatorUnreachable("the connection broke")
+
+    request_to_join = enrolment.request_to_join
+    monkeypatch.setattr(enrolment, "request_to_join", answer_gets_lost)
+    with pytest.raises(CoordinatorUnreachable):
+        join(invitation, path=path)
+    assert not path.exists()
+    monkeypatch.undo()
+    join(invitation, path=path)
+    federation.coordinator.members.authenticate(load_credential(path).token)
+
+
+def test_the_credential_of_another_federation_is_not_overwritten(federation, tmp_path):
+    path = save_credential(CREDENTIAL, tmp_path / "site.json")
+    invitation = invitation_for(federation, "E")
+    with pytest.raises(FederationError, match="holds the credential of site A of federation-1; add --replace"):
+        join(invitation, path=path)
+    assert load_credential(path) == CREDENTIAL
+    join(invitation, path=path, replace=True)
+    assert load_credential(path).site == "E"
+
+
+def test_a_refused_join_leaves_the_authority_of_the_credential_that_it_would_replace(federation, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old, new = block(b"old"), block(b"new")
+    fingerprint = fingerprint_of(new)
+    monkeypatch.setattr(enrolment, "fetch_authority", lambda url, **others: new)
+    (tmp_path / "site.json.ca.pem").write_text(old)
+    path = Path("site.json")
+    before = SiteCredential("https://h:1", "f", "A", "A.secret", authority=str(tmp_path / "site.json.ca.pem"))
+    save_credential(before, path)
+    invitation = Invitation(federation.url, "test", "E", "guessed", authority=fingerprint)
+    with pytest.raises(RefusedError, match="not known here"):
+        join(invitation, path=path, replace=True)
+    assert load_credential(path) == before and Path(before.authority).read_text() == old
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["site.json", "site.json.ca.pem"]
+
+    answer = api.JoinAnswer(federation="test", site="E", role="site", settings=make_settings())
+    monkeypatch.setattr(enrolment, "request_to_join", lambda credential, secret: answer)
+    join(invitation, path=path, replace=True)
+    monkeypatch.chdir("/")
+    after = load_credential(tmp_path / path)
+    assert after.site == "E" and Path(after.authority).read_text() == new
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["site.json", "site.json.ca.pem"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [*BESIDE.values(), block(b"of the attacker"), "", "<html>"],
+    ids=[*BESIDE, "another authority", "nothing", "a page"],
+)
+def test_nothing_but_the_pinned_authority_is_believed(answer, tmp_path, monkeypatch):
+    monkeypatch.setattr(enrolment, "fetch_authority", lambda url, **others: answer)
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: pytest.fail("the secret was sent"))
+    invitation = Invitation("https://c.example:8750", "test", "A", "s", fingerprint_of(GENUINE))
+    with pytest.raises(FederationError, match=r"is not the coordinator of the invitation.*Somebody may be in between"):
+        join(invitation, path=tmp_path / "site.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_pinned_authority_is_written_anew(tmp_path, monkeypatch):
+    told = "\r\n" + GENUINE.replace("\n", "\r\n") + "  \n"
+    monkeypatch.setattr(enrolment, "fetch_authority", lambda url, **others: told)
+    answer = api.JoinAnswer(federation="test", site="A", role="site", settings=make_settings())
+    monkeypatch.setattr(enrolment, "request_to_join", lambda credential, secret: answer)
+    join(Invitation("https://c.example:8750", "test", "A", "s", fingerprint_of(GENUINE)), path=tmp_path / "site.json")
+    assert (tmp_path / "site.json.ca.pem").read_text() == GENUINE
+
+
+def test_a_client_certificate_that_cannot_be_shown_is_refused_before_anything_is_sent(tmp_path):
+    (tmp_path / "a.pem").write_text(block(b"no certificate"))
+    invitation = Invitation("https://c.example:8750", "test", "A", "secret")
+    for certificate, key in (("missing.pem", None), ("a.pem", None), ("a.pem", "missing.key")):
+        with pytest.raises(FederationError, match=rf"{certificate}.* cannot be used for TLS"):
+            join(
+                invitation,
+                path=tmp_path / "site.json",
+                client_certificate=tmp_path / certificate,
+                client_key=None if key is None else tmp_path / key,
+            )
