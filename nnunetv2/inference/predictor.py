@@ -557,9 +557,8 @@ class nnUNetPredictor:
             logger.info("%d of %d cases are there already", total - len(cases.images), total)
         case_lists.require_previous_stage(cases)
         named = cases.outputs
-        if named is not None and case_lists.is_path(
-            outputs
-        ):  # the export takes one ending off, which here belongs to the name of the case
+        if named is not None and case_lists.is_path(outputs):
+            # The export takes one ending off, which here belongs to the name of the case.
             reader = self.plans_manager.image_reader_writer_class
             named = [
                 name if case_lists.drop_nifti_ending(name, (ending,), reader) == name else f"{name}{ending}"
