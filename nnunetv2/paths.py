@@ -33,9 +33,14 @@ class EnvironmentPath(os.PathLike):
         """Return the folder.
 
         Raises:
-            RuntimeError: The variable is unset.
+            RuntimeError: The variable is unset, or its folder stands in quotes.
         """
         folder = self.get()
+        if folder is not None and folder[0] == folder[-1] and folder[0] in "\"'":
+            raise RuntimeError(
+                f"The environment variable {self.env_var_name} has quotes in its value, {folder}: it would name a "
+                "folder below the current one. Set it without them; docker --env-file, for one, keeps them"
+            )
         if folder is None:
             state = "is set to nothing" if self.env_var_name in os.environ else "is not set"
             raise RuntimeError(

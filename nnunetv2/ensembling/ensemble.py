@@ -64,7 +64,18 @@ def merge_files(
     if save_probabilities:
         save_probabilities_file(mean, f"{output_filename_truncated}.npz")
         save_pickle(properties, f"{output_filename_truncated}.pkl")
-    write_segmentation(writer, segmentation, f"{output_filename_truncated}{output_file_ending}", properties)
+    labels = _labels_path(list_of_files[0], os.fspath(output_filename_truncated), output_file_ending)
+    write_segmentation(writer, segmentation, labels, properties)
+
+
+def _labels_path(probabilities: str | os.PathLike[str], output: str, ending: str) -> str:
+    """Return where a case's label map goes: `a.nii.gz` for `a.nii.gz.npz` that lies beside a label map `a.nii.gz`.
+
+    So it is where a program has named its output with the ending; see `inference.case_lists.name_outputs`.
+    """
+    case = Path(probabilities).with_suffix("")
+    has_ending = case.name.endswith(ending) and case.is_file() and not Path(f"{case}{ending}").is_file()
+    return output if has_ending else f"{output}{ending}"
 
 
 def _decides_by_class(label_manager: LabelManager) -> bool:

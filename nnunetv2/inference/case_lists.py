@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class CaseLists:
     images: list[list[str]]
     """Image files, one per channel."""
     outputs: list[str] | None
-    """Where the result goes, without ending. None: results are returned."""
+    """Where the result goes, see `name_outputs`. None: results are returned."""
     previous_stage: list[str | None]
     """The label map of a cascade's previous stage."""
 
@@ -85,23 +85,37 @@ def case_id(file: PathOrText, ending: str) -> str:
     return re.sub(r"_[0-9]{4}$", "", name)
 
 
-def drop_nifti_ending(output: PathOrText, endings: Collection[str], reader: type) -> str:
-    """Drop the ending of a NIfTI file from an output path.
+def name_outputs(output: PathOrText, ending: str, reader: type) -> tuple[str, str]:
+    """Return the paths of a case's label map and probabilities, without endings.
 
-    Programs leave it there; other paths stay as they are.
-
-    ITK's writer takes `a.nii.gz.nii.gz` and `a.nii.nii.gz` for `a.nii.gz`, so programs pass such names. That of
-    nibabel doubles the ending.
+    ITK's writer takes `a.nii.gz.nii.gz` and `a.nii.nii.gz` for `a.nii.gz`, so programs pass such names, and the release
+    puts probabilities beside it into `a.nii.gz.npz`. The writer of nibabel doubles the ending.
 
     Args:
-        endings: Those to be dropped.
+        output: As a program gave it, or as `keep_name` returns it.
+        ending: That of the model's files.
         reader: The model's class that reads and writes images.
     """
+    output = os.fspath(output)
+    labels = _drop_nifti_ending(output, ending, reader)
+    return labels, labels if _drop_nifti_ending(labels, ending, reader) != labels else output
+
+
+def keep_name(output: str, ending: str, reader: type) -> str:
+    """Return the argument of `name_outputs` that stands for exactly `output`.
+
+    Its ending belongs to the name of a case.
+    """
+    return output if _drop_nifti_ending(output, ending, reader) == output else f"{output}{ending}"
+
+
+def _drop_nifti_ending(output: str, ending: str, reader: type) -> str:
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
-    output = os.fspath(output)
-    ending = next((ending for ending in endings if ending in NIFTI_ENDINGS and output.endswith(ending)), "")
-    return output if issubclass(reader, NibabelIO) else output[: len(output) - len(ending)]
+    if ending not in NIFTI_ENDINGS or issubclass(reader, NibabelIO):
+        return output
+    found = next((one for one in NIFTI_ENDINGS if output.endswith(one)), "")
+    return output[: len(output) - len(found)]
 
 
 def list_cases(
@@ -109,6 +123,7 @@ def list_cases(
     outputs: Outputs,
     ending: str,
     *,
+    reader: type,
     previous_stage_folder: PathOrText | None,
     part_id: int,
     num_parts: int,
@@ -116,7 +131,8 @@ def list_cases(
     """Take this part's share of the cases and find their outputs and previous stages.
 
     Args:
-        outputs: A folder, one path without ending per case, or None.
+        outputs: A folder, one path per case, or None.
+        reader: The model's class that reads and writes images.
 
     Raises:
         ValueError: The part does not exist, there is no output for each case, or two cases share one.
@@ -129,10 +145,10 @@ def list_cases(
     names = [case_id(files[0], ending) for files in chosen]
     places = None
     if is_path(outputs):
-        places = [os.path.join(outputs, name) for name in names]
+        places = [keep_name(os.path.join(outputs, name), ending, reader) for name in names]
     elif outputs is not None:
         places = [os.fspath(output) for output in outputs[part_id::num_parts]]
-    _require_distinct(places or [])
+    _require_distinct([name_outputs(output, ending, reader)[0] for output in places or []])
     previous = [
         None if previous_stage_folder is None else os.path.join(previous_stage_folder, f"{name}{ending}")
         for name in names
@@ -140,11 +156,16 @@ def list_cases(
     return CaseLists(chosen, places, previous)
 
 
-def without_finished(cases: CaseLists, ending: str, save_probabilities: bool) -> CaseLists:
+def without_finished(cases: CaseLists, ending: str, reader: type, save_probabilities: bool) -> CaseLists:
     """Drop the cases whose results are all there."""
-    endings = [ending, *((".npz", ".pkl") if save_probabilities else ())]
+
+    def is_finished(output: str) -> bool:
+        labels, probabilities = name_outputs(output, ending, reader)
+        files = [f"{labels}{ending}", *([f"{probabilities}.npz", f"{probabilities}.pkl"] if save_probabilities else ())]
+        return all(Path(file).is_file() for file in files)
+
     outputs = cases.outputs or []
-    left = [i for i, output in enumerate(outputs) if not all(Path(f"{output}{kind}").is_file() for kind in endings)]
+    left = [i for i, output in enumerate(outputs) if not is_finished(output)]
     return CaseLists(
         [cases.images[i] for i in left], [outputs[i] for i in left], [cases.previous_stage[i] for i in left]
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.case_lists import drop_nifti_ending
+from nnunetv2.inference.case_lists import name_outputs
 from nnunetv2.inference.cropped_logits import write_labels_near_predictions
 from nnunetv2.inference.logit_resampling import (
     find_grid_change,
@@ -102,11 +102,11 @@ def export_prediction_from_logits(
     """Convert logits and write the label map, and if asked for `.npz` (probabilities) and `.pkl` (properties).
 
     Each file appears complete or not at all; the label map comes last, so a case that has one is complete. An output
-    named with the whole ending of a NIfTI file gets no second one, as ITK has it.
+    named with the ending of a NIfTI file gets no second one, as ITK has it; see `name_outputs`.
     """
     dataset_json = read_dataset_json(dataset_json_dict_or_file)
-    output = drop_nifti_ending(
-        output_file_truncated, (dataset_json["file_ending"],), plans_manager.image_reader_writer_class
+    labels_path, probabilities_path = name_outputs(
+        output_file_truncated, dataset_json["file_ending"], plans_manager.image_reader_writer_class
     )
     export_case(
         predicted_array_or_file,
@@ -114,10 +114,11 @@ def export_prediction_from_logits(
         configuration_manager,
         plans_manager,
         dataset_json,
-        output,
+        labels_path,
         save_probabilities,
         num_threads_torch,
         use_cropped_logits_resampling,
+        probabilities_path,
     )
 
 
@@ -131,8 +132,13 @@ def export_case(
     save_probabilities: bool = False,
     num_threads_torch: int = default_num_processes,
     use_cropped_logits_resampling: bool = False,
+    probabilities_output: str | None = None,
 ) -> None:
-    """Export a case as `export_prediction_from_logits` does, under exactly the name `output` plus ending."""
+    """Export a case as `export_prediction_from_logits` does, under exactly the name `output` plus ending.
+
+    Args:
+        probabilities_output: Path without ending for the probabilities and properties, if it is another one.
+    """
     label_manager = plans_manager.get_label_manager(dataset_json)
     converted = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits,
@@ -152,6 +158,7 @@ def export_case(
         properties,
         output,
         dataset_json["file_ending"],
+        probabilities_output,
     )
 
 
@@ -204,12 +211,18 @@ def write_case(
     properties: Mapping[str, Any],
     output: str | os.PathLike[str],
     ending: str,
+    probabilities_output: str | None = None,
 ) -> None:
-    """Write the files of a case, each in one step and the label map last; `output` is their path without ending."""
+    """Write the files of a case, each in one step and the label map last; `output` is their path without ending.
+
+    Args:
+        probabilities_output: The same for the probabilities and properties, if it is another one.
+    """
     output = os.fspath(output)
     if probabilities is not None:
-        save_probabilities_file(probabilities, f"{output}.npz")
-        save_pickle(dict(properties), f"{output}.pkl")
+        beside = output if probabilities_output is None else probabilities_output
+        save_probabilities_file(probabilities, f"{beside}.npz")
+        save_pickle(dict(properties), f"{beside}.pkl")
     write_segmentation(writer, segmentation, f"{output}{ending}", properties)
 
 

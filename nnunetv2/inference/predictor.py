@@ -282,7 +282,7 @@ class nnUNetPredictor:
         try:
             with ExportQueue(num_processes_segmentation_export) as exports:
                 for number, item in enumerate(without_unprepared(data_iterator, exports.fail)):
-                    name = Path(item["ofile"]).name if item["ofile"] is not None else f"number {number}"
+                    name = self._name_of(item) or f"number {number}"
                     try:
                         logits = self._predict_item(name, item)
                     except NonFiniteLogitsError as error:
@@ -320,7 +320,7 @@ class nnUNetPredictor:
             The label map `(*spatial)`, or (label map, probabilities), or None if a file is written.
         """
         if output_file_truncated is not None:
-            output_file_truncated = self._without_ending(output_file_truncated)
+            output_file_truncated = os.fspath(output_file_truncated)
             writer = self.plans_manager.image_reader_writer_class()
             if hasattr(writer, "require_properties"):  # readers need not be our subclasses
                 writer.require_properties(image_properties)
@@ -397,7 +397,7 @@ class nnUNetPredictor:
         properties = _as_list(properties_or_list_of_properties, Mapping)
         outputs = _as_list(truncated_ofname, (str, os.PathLike))
         if outputs is not None:
-            outputs = [None if output is None else self._without_ending(output) for output in outputs]
+            outputs = [None if output is None else os.fspath(output) for output in outputs]
         return public.preprocessing_iterator_fromnpy(
             images,
             previous_stage,
@@ -494,6 +494,13 @@ class nnUNetPredictor:
         logger.info("predicting case %s, shape %s", name, tuple(data.shape[1:]))
         return self.predict_logits_from_preprocessed_data(data).cpu().detach().numpy()
 
+    def _name_of(self, item: Item) -> str | None:
+        """Return what a case is called in messages: the name of its output without ending."""
+        if item["ofile"] is None:
+            return None
+        ending, reader = self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class
+        return Path(case_lists.name_outputs(item["ofile"], ending, reader)[0]).name
+
     def _export_call(self, logits: np.ndarray, item: Item, save_probabilities: bool) -> tuple:
         """Return the function that exports a case and its arguments; it writes files where an output is named."""
         properties, output = item["data_properties"], item["ofile"]
@@ -536,40 +543,25 @@ class nnUNetPredictor:
         save_probabilities: bool = False,
     ) -> tuple[list[list[str]], list[str] | None, list[str | None]]:
         """Return (image files per case, output per case or None, previous stage per case) of what is to be done."""
-        ending = self.dataset_json["file_ending"]
+        ending, reader = self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class
         images = list_of_lists_or_source_folder
         if case_lists.is_path(images):
             images = case_lists.list_folder(images, self.dataset_json, public.create_lists_from_splitted_dataset_folder)
-        outputs = output_folder_or_list_of_truncated_output_files
-        if outputs is not None and not case_lists.is_path(outputs):
-            outputs = [self._without_ending(output) for output in outputs]
         cases = case_lists.list_cases(
             images,
-            outputs,
+            output_folder_or_list_of_truncated_output_files,
             ending,
+            reader=reader,
             previous_stage_folder=folder_with_segs_from_prev_stage,
             part_id=part_id,
             num_parts=num_parts,
         )
         if not overwrite and cases.outputs is not None:
             total = len(cases.images)
-            cases = case_lists.without_finished(cases, ending, save_probabilities)
+            cases = case_lists.without_finished(cases, ending, reader, save_probabilities)
             logger.info("%d of %d cases are there already", total - len(cases.images), total)
         case_lists.require_previous_stage(cases)
-        named = cases.outputs
-        if named is not None and case_lists.is_path(outputs):
-            # The export takes one ending off, which here belongs to the name of the case.
-            reader = self.plans_manager.image_reader_writer_class
-            named = [
-                name if case_lists.drop_nifti_ending(name, (ending,), reader) == name else f"{name}{ending}"
-                for name in named
-            ]
-        return cases.images, named, cases.previous_stage
-
-    def _without_ending(self, output: PathOrText) -> str:
-        """Return an output path that a program gave without the ending of a NIfTI file."""
-        endings = case_lists.NIFTI_ENDINGS if self.dataset_json["file_ending"] in case_lists.NIFTI_ENDINGS else ()
-        return case_lists.drop_nifti_ending(output, endings, self.plans_manager.image_reader_writer_class)
+        return cases.images, cases.outputs, cases.previous_stage
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self,

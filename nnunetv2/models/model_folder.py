@@ -76,13 +76,22 @@ def load_model_folder(
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
     trainer_name = checkpoints[0]["trainer_name"]
-    trainer_class = _find_trainer(find_trainer, trainer_name, fallback)
+    trainer_class = _find_trainer(
+        find_trainer, trainer_name, fallback, builds_network="network_trainer" in checkpoints[0]
+    )
     try:
         network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
     except UntrustedNameError as error:
         raise UntrustedNameError(f"{folder / 'plans.json'}: {error}") from error
     parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
-    network.load_state_dict(parameters[0])
+    try:
+        network.load_state_dict(parameters[0])
+    except RuntimeError as error:
+        if trainer_class.__name__ == trainer_name:
+            raise
+        raise RuntimeError(
+            f"{folder} does not fit the network of nnUNetTrainer. {_needs_code_of(trainer_name)}"
+        ) from error
     return TrainedModel(
         network,
         parameters,
@@ -130,11 +139,23 @@ def build_network(
     )
 
 
-def _find_trainer(find_trainer: Callable[[str], type], name: str, fallback: Callable[[], type]) -> type:
-    """Find a trainer's class, or fall back with a warning."""
+def _find_trainer(
+    find_trainer: Callable[[str], type], name: str, fallback: Callable[[], type], *, builds_network: bool
+) -> type:
+    """Find a trainer's class, or fall back with a warning.
+
+    Args:
+        builds_network: The checkpoint says that this very class builds the network, as the coordinator's do. Another
+            network may have the same weights, and would predict something else.
+
+    Raises:
+        RuntimeError: There is no such class, and it builds the network.
+    """
     try:
         return find_trainer(name)
     except RuntimeError as error:
+        if builds_network:
+            raise RuntimeError(f"{error}. {_needs_code_of(name)}") from error
         standard = fallback()
         logger.warning(
             "%s. Building the network of %s instead; if the weights do not fit it, prediction "
@@ -144,6 +165,10 @@ def _find_trainer(find_trainer: Callable[[str], type], name: str, fallback: Call
             name,
         )
         return standard
+
+
+def _needs_code_of(trainer: str) -> str:
+    return f"Prediction needs the code of {trainer}, which builds the network: nnUNet_extTrainer names its folder"
 
 
 def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | None, checkpoint_name: str) -> list[Path]:

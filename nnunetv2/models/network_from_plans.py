@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,14 @@ def get_network_from_plans(
     if deep_supervision is not None:
         kwargs["deep_supervision"] = deep_supervision
     network_class = find_network_class(arch_class_name)
-    network = network_class(input_channels=input_channels, num_classes=output_channels, **kwargs)
+    kwargs = {"input_channels": input_channels, "num_classes": output_channels, **kwargs}
+    try:
+        inspect.signature(network_class).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"arch_kwargs in the plans do not fit the network {network_class.__name__}: {error}"
+        ) from error
+    network = network_class(**kwargs)
     if allow_init and hasattr(network, "initialize"):
         network.apply(network.initialize)
     return network

@@ -109,7 +109,7 @@ def set_aside_other_cases(folder: Path, cases: Collection[str], ending: str) -> 
         aside.mkdir(exist_ok=True)
         for kind in (*kinds, ".json"):  # a label map in tif has its spacing in the latter
             file = folder / f"{case}{kind}"
-            if file.is_file():
+            if file.is_file() or file.is_symlink():  # one to nothing would fail the evaluation
                 file.replace(aside / file.name)
     return others
 

@@ -77,6 +77,17 @@ def test_merged_probabilities_can_be_merged_again(tmp_path):
     assert np.array_equal(read(tmp_path / "again" / "a.nii.gz"), read(tmp_path / "merged" / "a.nii.gz"))
 
 
+def test_cases_that_were_named_with_their_ending_keep_it_once(tmp_path):
+    cases = ("a", "b.nii.gz", "c.nii.gz")
+    folders = [write_folder(tmp_path / name, seed, cases=cases) for seed, name in enumerate(("one", "two"))]
+    (tmp_path / "one" / "b.nii.gz").write_bytes(b"a label map beside b.nii.gz.npz")
+    for name in ("c.nii.gz", "c.nii.gz.nii.gz"):
+        (tmp_path / "one" / name).write_bytes(b"label maps of two cases, c and c.nii.gz")
+    ensemble_folders(folders, str(tmp_path / "merged"), num_processes=1)
+    found = {path.name for path in (tmp_path / "merged").glob("*.nii.gz")}
+    assert found == {"a.nii.gz", "b.nii.gz", "c.nii.gz.nii.gz"}
+
+
 def test_folders_must_hold_the_same_cases(tmp_path):
     folders = [write_folder(tmp_path / "one", 0), write_folder(tmp_path / "two", 1, cases=("a", "c"))]
     with pytest.raises(AssertionError, match=r"b\.npz, c\.npz"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.case_lists import case_id, list_cases, list_folder, require_previous_stage, without_finished
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
@@ -25,7 +26,7 @@ def list_it(folder, dataset_json=TWO_CHANNELS):
 
 
 def list_all(images, outputs, **changes):
-    options = {"previous_stage_folder": None, "part_id": 0, "num_parts": 1, **changes}
+    options = {"reader": SimpleITKIO, "previous_stage_folder": None, "part_id": 0, "num_parts": 1, **changes}
     return list_cases(images, outputs, ".nii.gz", **options)
 
 
@@ -107,8 +108,8 @@ def test_each_case_needs_an_output():
 def test_finished_cases_are_those_with_all_files(tmp_path):
     make_folder(tmp_path, "a.nii.gz", "b.nii.gz", "b.npz", "c.nii.gz", "c.npz", "c.pkl")
     cases = list_all([[f"{name}_0000.nii.gz"] for name in "abcd"], tmp_path)
-    assert [files[0][0] for files in without_finished(cases, ".nii.gz", False).images] == ["d"]
-    assert [files[0][0] for files in without_finished(cases, ".nii.gz", True).images] == ["a", "b", "d"]
+    assert [files[0][0] for files in without_finished(cases, ".nii.gz", SimpleITKIO, False).images] == ["d"]
+    assert [files[0][0] for files in without_finished(cases, ".nii.gz", SimpleITKIO, True).images] == ["a", "b", "d"]
 
 
 def test_missing_predictions_of_the_previous_stage_are_named(tmp_path):

@@ -431,6 +431,31 @@ def test_a_trainer_that_is_not_installed_is_replaced_with_a_warning(tmp_path, ca
     assert predictor.trainer_name == "TrainerOfNobody"
 
 
+def change_checkpoint(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def test_a_missing_trainer_that_builds_the_network_is_never_replaced(tmp_path):
+    folder = write_model(tmp_path / "model", trainer="TrainerOfNobody")
+    change_checkpoint(
+        folder / "fold_0" / "checkpoint_final.pth",
+        lambda checkpoint: checkpoint.update(network_trainer="TrainerOfNobody"),
+    )
+    with pytest.raises(RuntimeError, match="Prediction needs the code of TrainerOfNobody, which builds the network"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(folder, (0,))
+
+
+def test_weights_that_fit_no_other_network_name_the_trainer_that_is_missing(tmp_path):
+    folder = write_model(tmp_path / "model", trainer="TrainerOfNobody")
+    change_checkpoint(
+        folder / "fold_0" / "checkpoint_final.pth", lambda checkpoint: checkpoint["network_weights"].popitem()
+    )
+    with pytest.raises(RuntimeError, match="does not fit .* needs the code of TrainerOfNobody"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(folder, (0,))
+
+
 def test_an_iterator_may_hand_out_the_same_items_twice(make_predictor, write_images):
     predictor = make_predictor()
     files = [[str(write_images(["a"]) / "a_0000.nii.gz")]]
@@ -489,6 +514,24 @@ def test_an_output_that_is_named_with_its_ending_gets_no_second_one(make_predict
         predict(files, [str(out / "a"), str(out / "a.nii.gz")])
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_probabilities_keep_the_name_that_a_program_gave_as_those_of_the_release(
+    make_predictor, write_images, tmp_path, sequential
+):
+    images, out, predictor = write_images(["a", "b", "c"]), tmp_path / "out", make_predictor()
+    predict = predictor.predict_from_files_sequential if sequential else predictor.predict_from_files
+    files = [[str(images / f"{name}_0000.nii.gz")] for name in "abc"]
+    outputs = [str(out / "a.nii.gz"), str(out / "b.nii"), str(out / "c")]
+    predict(files, outputs, save_probabilities=True)
+    labels = {"a.nii.gz", "b.nii.gz", "c.nii.gz"}
+    beside = {f"{name}{ending}" for name in ("a.nii.gz", "b.nii", "c") for ending in (".npz", ".pkl")}
+    assert set(names_in(out)) - set(MODEL_FILES) == labels | beside
+    assert predict(files, outputs, save_probabilities=True, overwrite=False) is None
+    (out / "a.nii.gz.npz").unlink()
+    predict(files, outputs, save_probabilities=True, overwrite=False)
+    assert set(names_in(out)) - set(MODEL_FILES) == labels | beside
+
+
 def test_arrays_go_to_files_that_are_named_with_their_ending(make_predictor, write_images, tmp_path):
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -506,9 +549,10 @@ def test_arrays_go_to_files_that_are_named_with_their_ending(make_predictor, wri
 def test_a_case_with_an_ending_in_its_name_keeps_it(make_predictor, write_images, tmp_path, reader):
     names = ["scan", "scan.nii.gz", "scan.nii", "scan.hdr", "scan.img", "scan.nia", "1.2.840"]
     predictor, images, out = make_predictor(reader=reader), str(write_images(names)), tmp_path / "out"
-    predictor.predict_from_files(images, str(out))
+    predictor.predict_from_files(images, str(out), save_probabilities=True)
     assert {path.name for path in out.glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
-    assert predictor.predict_from_files(images, str(out), overwrite=False) is None
+    assert {path.name for path in out.glob("*.npz")} == {f"{name}.npz" for name in names}
+    assert predictor.predict_from_files(images, str(out), save_probabilities=True, overwrite=False) is None
 
 
 def test_a_link_to_nothing_is_a_case_that_fails(make_predictor, write_images, tmp_path):

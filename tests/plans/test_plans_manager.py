@@ -205,6 +205,15 @@ def test_networks_that_cannot_be_built():
         get_network_from_plans(path, KWARGS, [*IMPORTED, "dropout_op"], 1, 2)
 
 
+def test_arguments_that_a_network_does_not_take_are_named():
+    edited = {**KWARGS, "n_stagesx": 3}
+    network = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    with pytest.raises(
+        ValueError, match="arch_kwargs in the plans do not fit the network PlainConvUNet: .*'n_stagesx'"
+    ):
+        get_network_from_plans(network, edited, IMPORTED, 1, 2)
+
+
 def test_initialisation_is_optional():
     path = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
     for allow_init in (True, False):

@@ -90,6 +90,7 @@ def test_predictions_of_an_earlier_split_are_not_scored(trainer, monkeypatch, ca
     trainer.perform_actual_validation()
     folder = Path(trainer.output_folder, "validation")
     (folder / "case_01.npz").write_bytes(b"probabilities")
+    (folder / "archived.nii.gz").symlink_to("/nowhere/archived.nii.gz")
     (folder / "notes.txt").write_text("a user's")
     train, val = trainer.do_split()
     monkeypatch.setattr(trainer, "do_split", lambda: (train[:4], val[4:]))
@@ -97,6 +98,7 @@ def test_predictions_of_an_earlier_split_are_not_scored(trainer, monkeypatch, ca
     scored = json.loads((folder / "summary.json").read_text())["metric_per_case"]
     assert [Path(case["prediction_file"]).name for case in scored] == ["case_04.nii.gz", "case_05.nii.gz"]
     aside = sorted(path.name for path in (folder.parent / validation.ASIDE).iterdir())
-    assert aside == ["case_00.nii.gz", "case_01.nii.gz", "case_01.npz", "case_02.nii.gz", "case_03.nii.gz"]
+    label_maps = ["archived.nii.gz", *(f"case_{number:02}.nii.gz" for number in range(4))]
+    assert aside == sorted([*label_maps, "case_01.npz"])
     assert (folder / "notes.txt").read_text() == "a user's"
-    assert "case_00, case_01, case_02, case_03" in capsys.readouterr().out
+    assert "archived, case_00, case_01, case_02, case_03" in capsys.readouterr().out

@@ -47,6 +47,13 @@ def test_path_set_to_nothing_is_unset(monkeypatch, nothing):
         os.path.join(nnUNet_raw, "x")
 
 
+@pytest.mark.parametrize("quoted", ['"/data/raw"', "'/data/raw'", '""'])
+def test_path_in_quotes_is_refused_instead_of_naming_a_folder_below_the_current_one(monkeypatch, quoted):
+    monkeypatch.setenv("nnUNet_raw", quoted)
+    with pytest.raises(RuntimeError, match="nnUNet_raw has quotes in its value"):
+        os.path.join(nnUNet_raw, "x")
+
+
 def test_path_follows_the_environment(monkeypatch):
     monkeypatch.setenv("nnUNet_raw", "/a")
     assert os.path.join(nnUNet_raw, "x") == "/a/x"

@@ -14,7 +14,7 @@ import pytest
 from fake_federation import LABELS, RUN, make_census, make_client, make_plans, make_settings, served, wait_until
 from hostile_coordinator import ESCAPES, hostile, send
 
-from nnunetv2.federated.commands import admin, fetch_model, leave, status
+from nnunetv2.federated.commands import admin, fetch_model, join, leave, status
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.consistency import first_difference
@@ -22,7 +22,6 @@ from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.invitation import Invitation, encode_invitation
 from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key
 from nnunetv2.federated.protocol.strict_json import canonical_json, decode_json
-from nnunetv2.federated.site import credential as credential_module
 from nnunetv2.federated.site.credential import save_credential
 from nnunetv2.utilities.command_line import run_command
 
@@ -237,7 +236,7 @@ def test_a_join_shows_the_names_of_a_federation_without_commands(hostile_text, s
     )
     monkeypatch.setenv("nnUNet_fed_site", str(tmp_path / "new" / "site.json"))
     invitation = encode_invitation(Invitation(credential.url, ESCAPES, "A", "s" * 20))
-    assert r"has joined \x1b]0;owned" in shown(credential_module.main, invitation)
+    assert r"has joined \x1b]0;owned" in shown(join.main, invitation)
 
 
 def test_a_line_of_progress_is_one_printable_line(hostile_text):

@@ -61,6 +61,7 @@ def model_checkpoint(
             "dataset_json": dict(dataset_json),
         },
         "trainer_name": trainer_name,
+        "network_trainer": trainer_name,  # it builds the network, so prediction takes no other class in its place
         "inference_allowed_mirroring_axes": None if mirroring_axes is None else tuple(mirroring_axes),
     }
 

@@ -64,6 +64,7 @@ POLL_S = 25.0
 """How long the coordinator may hold an answer back while it waits for other sites."""
 FAILURE_TIMEOUT_S = 3.0
 TRYING_AGAIN = "; trying again"
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 LONGEST_PAUSE_S = 60.0
 LARGEST_STATUS = 32 << 20
 """Bytes: it lists sites for every run and open exchange."""
@@ -438,10 +439,11 @@ class HttpTransport:
             raise FederationError("the connection was closed while it was in use")
 
     def _say(self, line: str) -> None:
-        """Report a line unless it repeats the last one."""
+        """Report a line unless it repeats the last one, but for the time that it may name."""
         line = printable(line)
-        if line != self._last_line:
-            self._last_line = line
+        timeless = _MOMENT.sub("", line)
+        if timeless != self._last_line:
+            self._last_line = timeless
             self._report(line)
 
     # ----------------------------------------------------------------------------------------------------- files

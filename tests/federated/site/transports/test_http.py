@@ -1,5 +1,6 @@
 """A site's connection: what it says while it waits, and what it outlasts."""
 
+import itertools
 import re
 import socket
 import threading
@@ -33,7 +34,7 @@ from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
 from nnunetv2.federated.site.transports.http import HttpTransport
-from nnunetv2.federated.site.transports.http_requests import BearerToken, open_session
+from nnunetv2.federated.site.transports.http_requests import BearerToken, NoAnswerError, open_session
 
 BIG = {"encoder.weight": (512, 1024), "encoder.bias": (512,)}  # 2 MiB
 
@@ -156,6 +157,19 @@ def test_what_is_no_coordinator_is_reported_and_asked_again():
         client.settings()
     listener.close()
     assert len(lines) == 1 and "not as a coordinator would; trying again" in lines[0]
+
+
+def test_a_line_that_differs_from_the_last_by_a_time_alone_is_told_once(federation, monkeypatch):
+    seconds, lines = itertools.count(10), []
+
+    def refuse(*_, **__):
+        raise NoAnswerError(f"it is 2026-11-30 06:38:{next(seconds)} UTC by the clock of this machine")
+
+    with make_client(federation.credential("A"), lines, give_up_after_s=0.3) as client:
+        monkeypatch.setattr(client._session, "request", refuse)
+        with pytest.raises(CoordinatorUnreachable, match="2026-11-30 06:38:"):
+            client.settings()
+    assert len(lines) == 1 and lines[0].startswith("it is 2026-11-30 06:38:11 UTC by the clock")
 
 
 # ------------------------------------------------------------------------------------------------------ broken lines
