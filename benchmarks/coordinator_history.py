@@ -25,7 +25,7 @@ from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE, Store
 from nnunetv2.federated.protocol.api import FederationSettings
-from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey
 
 RUN = "3d_fullres.fold_0.nnUNetTrainer"
 INTERVAL_S = 0.6
@@ -48,7 +48,7 @@ def write_history(folder: Path, *, sites: int, rounds: int) -> None:
         )
     with sqlite3.connect(folder / DATABASE_FILE) as database:
         last = database.execute("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1").fetchone()
-        keys = [registration_key(RUN), initial_key(RUN), *(round_key(RUN, number) for number in range(rounds))]
+        keys = [RegistrationKey(RUN), InitialKey(RUN), *(RoundKey(RUN, number) for number in range(rounds))]
         begin = time.time() - 60.0 * len(keys)
         for index, key in enumerate(keys):
             last = _write_exchange(database, key, names, begin + 60.0 * index, last)

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.byte_counter import ByteCounter
 from nnunetv2.federated.aggregation import matching
 from nnunetv2.federated.commands.simulate import LocalSite, running_coordinator
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.participant import Participant
 from nnunetv2.federated.site.transports.http import HttpTransport
@@ -103,7 +103,7 @@ class MeasuredSite(threading.Thread):
         with ByteCounter((address.hostname, address.port)) as counter:
             through_counter = replace(credential, url=f"http://127.0.0.1:{counter.port}")
             with HttpTransport(through_counter, report=lambda line: None) as client:
-                run = messages.run_name("3d_fullres", "0", self.registration.trainer)
+                run = keys.run_name("3d_fullres", "0", self.registration.trainer)
                 session = Participant(client, site=self.site.name, run=run)
                 session.register(self.registration)
                 session.start(0, self.weights)

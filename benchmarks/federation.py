@@ -15,42 +15,37 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import re
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.federation_coordinator import Memory, Running, make_federation, running
 from benchmarks.federation_load import PlayedSite, play_round, poll_for
 from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents
-from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
-from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_exchange, parse_key, with_contribution
-from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.exchanges.exchange import Closed, Contribution, with_contribution
+from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
-from nnunetv2.federated.site.credential import new_token
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
 
 MIB, GIB = 2**20, 2**30
-RUN = messages.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
+RUN = keys.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
 DISTINCT_UPDATES = 4
 LOAD_PROCESSES = 2
 HISTORY_ROUNDS = 1000
@@ -79,109 +74,6 @@ def network_specs(num_stages: int = 6) -> dict[str, TensorSpec]:
 
 
 # --------------------------------------------------------------------------------------------------- the coordinator
-@dataclass
-class Memory:
-    """What a process holds, in MiB."""
-
-    rss: float = 0.0
-    pss: float = 0.0
-    anonymous: float = 0.0
-
-    @classmethod
-    def of(cls, pid: int) -> Memory:
-        """Read what a process holds now."""
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-        return cls(
-            *(int(re.search(rf"^{name}: +([0-9]+)", text, re.M)[1]) / 1024 for name in ("Rss", "Pss", "Anonymous"))
-        )
-
-    def upper(self, other: Memory) -> Memory:
-        """Return the larger of both, figure by figure."""
-        return Memory(max(self.rss, other.rss), max(self.pss, other.pss), max(self.anonymous, other.anonymous))
-
-    def __str__(self) -> str:
-        return f"RSS {self.rss:.0f}, PSS {self.pss:.0f}, anonymous {self.anonymous:.0f} MiB"
-
-
-@dataclass
-class Running:
-    """A coordinator's process."""
-
-    folder: Path
-    options: tuple[str, ...] = ()
-    process: subprocess.Popen = field(init=False)
-    seconds_to_start: float = field(init=False)
-    cpu_to_start: float = field(init=False)
-    url: str = field(init=False)
-
-    def start(self) -> None:
-        """Start it and wait until it answers a request."""
-        state, begin = self.folder / "coordinator.json", time.monotonic()
-        state.unlink(missing_ok=True)
-        code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, "--folder", str(self.folder), "--port", "0", *self.options],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        while not state.exists():
-            if self.process.poll() is not None:
-                raise RuntimeError(self.log.read_text())
-            time.sleep(0.01)
-        self.url = json.loads(state.read_text())["url"]
-        token = (
-            json.loads((self.folder / "operator.json").read_text())["token"]
-            if (self.folder / "operator.json").exists()
-            else None
-        )
-        request = urllib.request.Request(f"{self.url}/v1/settings", headers={"Authorization": f"Bearer {token}"})
-        with suppress_http_error(), urllib.request.urlopen(request, timeout=10):
-            pass
-        self.seconds_to_start = time.monotonic() - begin
-        self.cpu_to_start = self.cpu_seconds()
-
-    def start_time(self) -> str:
-        """Say how long the start took; a busy machine shows in the first figure, not in the second."""
-        return f"{self.seconds_to_start:.2f} s ({self.cpu_to_start:.2f} s of processor time)"
-
-    @property
-    def log(self) -> Path:
-        """The file that holds what it prints."""
-        return self.folder.with_suffix(".log")
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time that it has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        """End it."""
-        self.process.send_signal(number)
-        self.process.wait(60)
-
-
-@contextmanager
-def suppress_http_error() -> Iterator[None]:
-    """Take any answer for one."""
-    try:
-        yield
-    except urllib.error.HTTPError as error:
-        error.close()
-
-
-@contextmanager
-def running(folder: Path, *options: str) -> Iterator[Running]:
-    """Run a coordinator for a folder."""
-    coordinator = Running(folder, options)
-    coordinator.start()
-    try:
-        yield coordinator
-    finally:
-        coordinator.end()
-
-
 @contextmanager
 def sampled_memory(pid: int) -> Iterator[list[Memory]]:
     """Sample a process's memory while the block lasts; the last entry of the list is the largest so far."""
@@ -201,25 +93,6 @@ def sampled_memory(pid: int) -> Iterator[list[Memory]]:
 
 
 # ------------------------------------------------------------------------------------------------------ preparations
-def make_federation(folder: Path, num_sites: int, num_epochs: int = 3, validate_every: int = 0) -> dict[str, str]:
-    """Create a federation whose sites have all joined; return site -> token."""
-    sites = tuple(f"site{index:03d}" for index in range(num_sites))
-    with Store(folder) as store:
-        create_federation(
-            store,
-            FederationSettings(
-                federation="benchmark", sites=sites, num_epochs=num_epochs, validate_every=validate_every
-            ),
-            now=time.time(),
-        )
-        coordinator = Coordinator(store, announce=lambda line: None)
-        tokens = {}
-        for record in coordinator.members.open_invitations(time.time()):
-            tokens[record.member] = new_token(record.member)
-            coordinator.members.join(record.secret, tokens[record.member], now=time.time())
-    return tokens
-
-
 def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
     """Let all sites of a federation register and agree on the initial weights."""
     entries = tuple(messages.TensorEntry(name=name, dtype=spec.dtype, shape=spec.shape) for name, spec in specs.items())
@@ -247,17 +120,17 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
             coordinator.contribute(key, site, path, digest, path.stat().st_size)
 
         for site in coordinator.settings.sites:
-            send(registration_key(RUN), site, registration, {})
-        wait_until(lambda: coordinator.book.is_closed(registration_key(RUN)))
+            send(RegistrationKey(RUN), site, registration, {})
+        wait_until(lambda: coordinator.book.is_closed(RegistrationKey(RUN)))
         owners = coordinator.archive.agreement(RUN).match.initial_owner
         for site in coordinator.settings.sites:
             send(
-                initial_key(RUN),
+                InitialKey(RUN),
                 site,
                 messages.Update(),
                 {name: specs[name] for name, owner in owners.items() if owner == site},
             )
-        wait_until(lambda: coordinator.book.is_closed(initial_key(RUN)))
+        wait_until(lambda: coordinator.book.is_closed(InitialKey(RUN)))
         coordinator.stop()
 
 
@@ -370,14 +243,14 @@ def measure_round(folder: Path, num_sites: int) -> float:
 
 def aggregation_per_core(federation: Path, out_path: Path) -> float:
     """Sum up the round's updates once more; return GiB of input per second of processor time, whatever the load."""
-    folder = federation / "gatherings" / round_key(RUN, 0)
+    folder = federation / "gatherings" / RoundKey(RUN, 0)
     with ExitStack() as stack:
         documents = {
             path.name: stack.enter_context(open_document(path))
             for path in folder.glob("*.safetensors")
             if not path.name.startswith("result")
         }
-        before = federation / "gatherings" / initial_key(RUN) / "result.safetensors"
+        before = federation / "gatherings" / InitialKey(RUN) / "result.safetensors"
         previous = stack.enter_context(open_document(before))
         begin = time.process_time()
         aggregate_documents(
@@ -399,7 +272,7 @@ def play(url: str, tokens: dict[str, str], updates: Sequence[tuple[Path, str]]) 
     with ProcessPoolExecutor(LOAD_PROCESSES, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(abs, range(LOAD_PROCESSES)))  # the processes are there
         begin = time.monotonic() + 3.0
-        return list(pool.map(play_round, *zip(*[(url, round_key(RUN, 0), part, begin) for part in parts if part])))
+        return list(pool.map(play_round, *zip(*[(url, RoundKey(RUN, 0), part, begin) for part in parts if part])))
 
 
 def _range(values: Sequence[float]) -> str:
@@ -413,7 +286,7 @@ def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
         running(folder / "federation") as coordinator,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):
-        answers = pool.submit(poll_for, coordinator.url, CENSUS_KEY, list(tokens.values()), seconds)
+        answers = pool.submit(poll_for, coordinator.url, CensusKey(), list(tokens.values()), seconds)
         time.sleep(27)  # all have connected and asked once
         cpu, begin = coordinator.cpu_seconds(), time.monotonic()
         while not answers.done() and time.monotonic() - begin < seconds - 30:
@@ -433,12 +306,6 @@ def measure_line(folder: Path) -> None:
     measure(folder)
 
 
-def address(url: str) -> tuple[str, int]:
-    """Return host and port of an address."""
-    host, port = url.rpartition("/")[2].split(":")
-    return host, int(port)
-
-
 def measure_start(folder: Path, num_sites: int) -> None:
     """Start a coordinator, kill it with a round open, start it again; and one with a thousand rounds behind it."""
     specs = network_specs()
@@ -453,7 +320,7 @@ def measure_start(folder: Path, num_sites: int) -> None:
         from benchmarks.federation_load import contribute
 
         for token in list(tokens.values())[:3]:
-            contribute(coordinator.url, round_key(RUN, 0), PlayedSite(token, *updates[0]))
+            contribute(coordinator.url, RoundKey(RUN, 0), PlayedSite(token, *updates[0]))
         coordinator.end(signal.SIGKILL)
         coordinator.start()
         times.append(coordinator.start_time())
@@ -476,7 +343,7 @@ def write_history(folder: Path, num_rounds: int) -> None:
     with Store(folder) as store:
         settings = store.load_settings()
         for number in range(num_rounds):
-            exchange = fresh_exchange(parse_key(round_key(RUN, number)), settings)
+            exchange = fresh_exchange(parse_key(RoundKey(RUN, number)), settings)
             for site in settings.sites:
                 digest = hashlib.sha256(f"{number}{site}".encode()).hexdigest()
                 exchange = with_contribution(exchange, site, Contribution(digest, 1, time.time()))

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.federation import address, make_federation, running
+from benchmarks.federation_coordinator import address, make_federation, running
 from benchmarks.federation_load import SlowLine
 from benchmarks.shaped_lines import HOST, can_be_shaped, enter, shaped_lines
 from nnunetv2.federated.site.credential import SiteCredential

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2.federated.aggregation import half_precision, pooled_validation
-from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents
+from nnunetv2.federated.aggregation import pooled_validation
+from nnunetv2.federated.aggregation.codecs import codec_of, float16
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
 
@@ -62,7 +62,7 @@ def large_weights(seed: int) -> dict[str, np.ndarray]:
 def measure_conversion() -> None:
     """Time what a site does to send and to take over its weights."""
     weights = large_weights(0)
-    feedback = half_precision.ErrorFeedback()
+    feedback = float16.Float16WithErrorFeedback()
     sent = feedback.encode(weights)
     feedback.settle()
     print(
@@ -82,7 +82,7 @@ def measure_closing(folder: Path) -> None:
         publish = 0.0
         if precision == "float16":
             publish = fastest(
-                lambda: half_precision.write_rounded(
+                lambda: float16.write_rounded(
                     open_document(folder / "result"), folder / "half", open_document(folder / "result").specs
                 ),
                 3,
@@ -93,9 +93,7 @@ def measure_closing(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ a round
 def write(path: Path, weights: Mapping[str, np.ndarray], precision: str = "float32") -> Path:
     """Write weights as an update."""
-    weights = {
-        name: half_precision.rounded(values) if precision == "float16" else values for name, values in weights.items()
-    }
+    weights = {name: float16.rounded(values) if precision == "float16" else values for name, values in weights.items()}
     specs = {name: TensorSpec.of(values) for name, values in weights.items()}
     write_document(path, messages.Update(), specs, weights.values())
     return path
@@ -106,13 +104,13 @@ def merge(before: Path, updates: Sequence[Path], result: Path, precision: str) -
     with ExitStack() as stack:
         previous, *documents = [stack.enter_context(open_document(path)) for path in (before, *updates)]
         sites = dict(zip(SITES, documents))
-        aggregate_documents(
+        codec_of(precision).combine(
             sites,
             dict.fromkeys(sites, 1.0),
             out_path=result,
             previous=previous,
-            precision=precision,
             message=messages.Aggregate(round=0, contributors=dict.fromkeys(sites, 1.0)),
+            min_sites=1,
         )
 
 
@@ -122,7 +120,7 @@ class Wire:
     def __init__(self, folder: Path, kind: str, initial: Mapping[str, np.ndarray]) -> None:
         self.folder, self.kind = folder, kind
         self.precision = kind.split()[0]
-        self._feedback = [half_precision.ErrorFeedback() for _ in SITES]
+        self._feedback = [float16.Float16WithErrorFeedback() for _ in SITES]
         folder.mkdir()
         self._last = write(folder / "initial", initial)
 
@@ -132,7 +130,7 @@ class Wire:
             kept = {name: document.read(name).copy() for name in document.specs}
         if self.precision == "float32":
             return kept
-        handed_out = {name: half_precision.rounded(values) for name, values in kept.items()}
+        handed_out = {name: float16.rounded(values) for name, values in kept.items()}
         if self.kind == KINDS[2]:  # then no rest is left for the next round
             write(self._last, {name: values.astype(np.float32) for name, values in handed_out.items()})
         return handed_out

@@ -26,18 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nnunetv2.federated.exchanges.document_limits import OF_MESSAGE, coarse_limits, weights_limits
+from nnunetv2.federated.exchanges.document_limits import PLANS, REGISTRATION, SMALL, coarse_limits, weights_limits
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, encode_header
 from nnunetv2.federated.protocol.invitation import decode_invitation
-from nnunetv2.federated.protocol.messages import (
-    CENSUS_KEY,
-    COARSE_KEY,
-    initial_key,
-    plans_key,
-    registration_key,
-    round_key,
-)
+from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, InitialKey, PlansKey, RegistrationKey, RoundKey
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.enrolment import join
 
@@ -65,25 +58,27 @@ SHAPES: dict[str, Callable[[int], str]] = {
     "blanks": lambda size: " " * size + "0",
 }
 MESSAGES = {
-    "plans": (plans_key("p"), '"kind":"plans_report","plans":{"x":%s}'),
-    "census": (CENSUS_KEY, '"kind":"census","num_cases":3,"channel_names":{"0":"CT"},"labels":%s'),
+    "plans": (PlansKey("p"), '"kind":"plans_report","plans":{"x":%s}'),
+    "census": (CensusKey(), '"kind":"census","num_cases":3,"channel_names":{"0":"CT"},"labels":%s'),
     "registration": (
-        registration_key(RUN),
+        RegistrationKey(RUN),
         '"kind":"registration","configuration":"3d_fullres","fold":"0","trainer":"nnUNetTrainer",'
         '"num_training_cases":3,"plans":{},"dataset_json":{"channel_names":{"0":"CT"},"labels":{"a":1},'
         '"file_ending":".nii.gz"},"requires_equal_plans":false,"tensors":%s',
     ),
     "coarse": (
-        COARSE_KEY,
+        CoarseKey(),
         '"kind":"coarse_summary","spacings":%s,"shapes":[[1,1,1]],"relative_sizes":[1],'
         '"moments":[{"count":1,"mean":1,"m2":1}],"promotes_to_float64":false',
     ),
-    "update": (round_key(RUN, 0), '"kind":"update","metrics":{"x":%s}'),
+    "update": (RoundKey(RUN, 0), '"kind":"update","metrics":{"x":%s}'),
 }
 CASES = 100_000
 TENSORS = {"w": TensorSpec("F32", (2,))}
 LIMITS = {
-    **{kind: OF_MESSAGE[kind].header_bytes for kind in ("plans", "census", "registration")},
+    "plans": PLANS.header_bytes,
+    "census": SMALL.header_bytes,
+    "registration": REGISTRATION.header_bytes,
     "coarse": coarse_limits(CASES, 1, tensor_bytes=0).header_bytes,
     "update": weights_limits(TENSORS).header_bytes,
 }
@@ -165,7 +160,7 @@ def go_on(url: str, tokens: dict[str, str]) -> None:
             dataset_json=messages.TrainingData(channel_names={"0": "CT"}, labels={"a": 1}, file_ending=".nii.gz"),
             tensors=(messages.TensorEntry(name="w", dtype="F32", shape=(2,)),),
         )
-        for key, message in ((CENSUS_KEY, census), (registration_key(RUN), registration)):
+        for key, message in ((CensusKey(), census), (RegistrationKey(RUN), registration)):
             send(url, token, key, encode_header(message, {}))
     for site, token in tokens.items():  # the tensor of both is everybody's from the site that comes first
         update = (
@@ -173,7 +168,7 @@ def go_on(url: str, tokens: dict[str, str]) -> None:
             if site == "A"
             else encode_header(messages.Update(), {})
         )
-        while not (answer := send(url, token, initial_key(RUN), update)).startswith("200"):
+        while not (answer := send(url, token, InitialKey(RUN), update)).startswith("200"):
             if not answer.startswith("409"):
                 raise RuntimeError(answer)
             time.sleep(0.1)  # the registration is not closed yet

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -254,7 +254,7 @@ ANYWHERE = ("unknown_path", "unknown_method")
 
 def build() -> dict[str, Any]:
     """Return the description as OpenAPI 3.1."""
-    union = get_args(get_args(messages.DocumentMessage)[0])
+    union = messages.document_messages()
     models = {
         part
         for methods in OPERATIONS.values()

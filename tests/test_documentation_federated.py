@@ -53,10 +53,10 @@ def test_enough_messages_are_listed():
 
 
 # -------------------------------------------------------------------------------------------------------- protocol
-def load_generator():
-    spec = importlib.util.spec_from_file_location("make_openapi", PROJECT / "documentation" / "make_openapi.py")
+def load_generator(name: str):
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "documentation" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["make_openapi"] = module  # where its dataclass looks for itself
+    sys.modules[name] = module  # where its dataclass looks for itself
     spec.loader.exec_module(module)
     return module
 
@@ -68,7 +68,7 @@ def described() -> dict:
 
 @pytest.fixture(scope="module")
 def built() -> dict:
-    return load_generator().build()
+    return load_generator("make_openapi").build()
 
 
 def routes_of_app(tmp_path: Path) -> set[tuple[str, str]]:
@@ -102,6 +102,11 @@ def test_the_page_has_every_route(tmp_path):
         assert f"{path.replace('{', '<').replace('}', '>')}" in text
 
 
+def test_the_page_has_the_exchanges_of_the_steps_as_they_are():
+    page = (PROJECT / "documentation" / "wire-protocol.md").read_text(encoding="utf-8")
+    assert load_generator("make_exchanges").with_table(page) == page, "run documentation/make_exchanges.py"
+
+
 def test_the_description_is_that_of_the_models_as_they_are(described, built):
     """Fields, not wording: the wording of a schema is pydantic's, and differs between its versions."""
 
@@ -117,7 +122,7 @@ def test_the_description_is_that_of_the_models_as_they_are(described, built):
 def test_every_refusal_belongs_to_a_route_and_is_on_the_page(built):
     from nnunetv2.federated.coordinator.http.error_responses import STATUS_OF_CODE
 
-    generator = load_generator()
+    generator = load_generator("make_openapi")
     named = {code for methods in generator.OPERATIONS.values() for one in methods.values() for code in one.codes}
     assert named | set(generator.ANYWHERE) == STATUS_OF_CODE.keys()
     text = (PROJECT / "documentation" / "wire-protocol.md").read_text(encoding="utf-8")
@@ -126,11 +131,9 @@ def test_every_refusal_belongs_to_a_route_and_is_on_the_page(built):
 
 
 def test_every_kind_of_document_is_on_the_page(built):
-    from nnunetv2.federated.protocol import messages
-
     text = (PROJECT / "documentation" / "wire-protocol.md").read_text(encoding="utf-8")
     for name in built["x-documents"]:
-        assert f"`{getattr(messages, name).model_fields['kind'].default}`" in text
+        assert f"`{built['components']['schemas'][name]['properties']['kind']['const']}`" in text
 
 
 def test_limits_on_the_page_are_those_of_the_code():
@@ -138,21 +141,15 @@ def test_limits_on_the_page_are_those_of_the_code():
     from nnunetv2.federated.coordinator.dashboard import login_sessions, pages
     from nnunetv2.federated.coordinator.http import connections, rate_limits, request_bodies
     from nnunetv2.federated.coordinator.storage import quotas
-    from nnunetv2.federated.exchanges.document_limits import METRICS_BYTES, OF_MESSAGE
+    from nnunetv2.federated.exchanges.document_limits import METRICS_BYTES, SMALL
+    from nnunetv2.federated.exchanges.steps import STEPS
     from nnunetv2.federated.protocol.messages import MAX_METRIC_NUMBERS, MAX_METRICS
 
     granted = rate_limits.Limits()
     assert (app.LONGEST_WAIT_S, pages.LONGEST_WAIT_S) == (55, 25)
-    assert {kind: rate_limits.header_bytes >> 20 for kind, rate_limits in OF_MESSAGE.items()} == {
-        "plans": 2,
-        "late_plans": 2,
-        "registration": 4,
-        "admission": 4,
-        "census": 1,
-        "late_census": 1,
-        "fine": 1,
-        "validation": 1,
-    }
+    larger = {step.key.kind: step.header.header_bytes >> 20 for step in STEPS if step.header != SMALL}
+    assert larger == {"plans": 2, "late_plans": 2, "registration": 4, "admission": 4}
+    assert SMALL.header_bytes >> 20 == 1
     assert (METRICS_BYTES >> 10, MAX_METRICS, MAX_METRIC_NUMBERS, request_bodies.SMALL_BODY >> 10) == (
         128,
         64,

@@ -34,7 +34,7 @@ from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.exchanges import plausibility
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.transport import Transport, open_transport, show_progress
@@ -103,8 +103,8 @@ def plan_federated(dataset_id: int | str, options: PlanningOptions, *, credentia
         plans, plans_name = plan_experiment_dataset(dataset_id, **options.planner)
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
         _or_late(
-            lambda: transport.exchange(messages.plans_key(plans_name), report),
-            lambda: transport.exchange(messages.late_plans_key(plans_name, credential.site), report),
+            lambda: transport.exchange(keys.PlansKey(plans_name), report),
+            lambda: transport.exchange(keys.LatePlansKey(plans_name, credential.site), report),
         )
         show(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
     return plans_name
@@ -139,7 +139,7 @@ def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
 
 def _take_part(transport: Transport, extractor: Any, census: messages.Census) -> messages.PooledFingerprint:
     """Exchange summaries until the pooled fingerprint is known."""
-    num_cases = transport.exchange(messages.CENSUS_KEY, census).message.num_cases
+    num_cases = transport.exchange(keys.CensusKey(), census).message.num_cases
     if num_cases < census.num_cases:
         raise WireError(
             f"the coordinator counts {num_cases} cases of all sites; this site alone has {census.num_cases}"
@@ -150,7 +150,7 @@ def _take_part(transport: Transport, extractor: Any, census: messages.Census) ->
     summary = summarise(samples, values, share_extrema=census.share_extrema)
     channels = [outermost.Channel.of(*channel, hide=not census.share_extrema) for channel in values]
     coarse = {f"coarse.{c}": channel.coarse_histogram() for c, channel in enumerate(channels)}
-    answer = transport.exchange(messages.COARSE_KEY, summary, coarse).message
+    answer = transport.exchange(keys.CoarseKey(), summary, coarse).message
     for number in range(MOST_LOOKS):
         if not isinstance(answer, messages.WantedBins):
             results.check_fingerprint(answer, len(channels))
@@ -199,7 +199,7 @@ def _look_into(
     histograms |= {f"coarse.{c}": shown[c].coarse_histogram() for c in corrected}
     summary = messages.FineSummary(bins=bins, corrected=corrected)
     try:
-        answer = transport.exchange(messages.fine_key(number), summary, histograms)
+        answer = transport.exchange(keys.FineKey(number), summary, histograms)
     except RefusedError as error:
         if corrected and error.code == "invalid":
             raise FederationError(
@@ -253,18 +253,18 @@ def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFinger
 
 def _come_late(transport: Transport, extractor: Any, census: messages.Census, site: str) -> messages.PooledFingerprint:
     """Wait for the fingerprint that the other sites pool without this one."""
-    num_cases = transport.exchange(messages.late_census_key(site), census).message.num_cases
+    num_cases = transport.exchange(keys.LateCensusKey(site), census).message.num_cases
     show(
         f"The other sites had begun to pool their fingerprints before this one came: its own {census.num_cases} "
         f"cases are not part of the plans, which are made from {num_cases} cases of the others.",
         flush=True,
     )
     _sample(extractor, num_cases)
-    answer = transport.result(messages.COARSE_KEY).message
+    answer = transport.result(keys.CoarseKey()).message
     for number in range(MOST_LOOKS):  # in order: none can begin before the one before it is closed
         if not isinstance(answer, messages.WantedBins):
             return answer
-        answer = transport.result(messages.fine_key(number)).message
+        answer = transport.result(keys.FineKey(number)).message
     raise FederationError("the other sites find no percentiles of their intensities: use matching versions")
 
 

@@ -123,7 +123,11 @@ class nnUNetPredictor:
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(model_training_output_dir, checkpoint_name)
         model = model_folder.load_model_folder(
-            model_training_output_dir, use_folds, checkpoint_name, find_trainer, TRAINER.base_class
+            model_training_output_dir,
+            use_folds,
+            checkpoint_name,
+            find_trainer=find_trainer,
+            fallback=TRAINER.base_class,
         )
         self.manual_initialization(
             model.network,

@@ -52,6 +52,7 @@ def load_model_folder(
     folder: str | os.PathLike[str],
     folds: Iterable[int | str] | int | str | None,
     checkpoint_name: str,
+    *,
     find_trainer: Callable[[str], type],
     fallback: Callable[[], type],
 ) -> TrainedModel:

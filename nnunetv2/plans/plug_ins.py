@@ -1,4 +1,4 @@
-"""Find the classes and functions that plans name, in package folders to which users add their own."""
+"""Find the classes and functions named by plans, those of users too."""
 
 from __future__ import annotations
 

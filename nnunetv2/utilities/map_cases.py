@@ -1,4 +1,4 @@
-"""Apply a function to every case, in several processes where that pays, and collect the results."""
+"""Apply a function to every case, in several processes where that pays."""
 
 from __future__ import annotations
 

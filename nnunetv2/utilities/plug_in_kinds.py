@@ -1,4 +1,4 @@
-"""List the kinds of classes that plans and checkpoints name: the package of each, and its base class.
+"""List the kinds of classes named by plans and checkpoints.
 
 Base classes are looked up by name, since their packages build on this one.
 """

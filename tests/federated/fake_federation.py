@@ -30,7 +30,7 @@ from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.invitation import Invitation, decode_invitation
-from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.enrolment import join
 from nnunetv2.federated.site.transports.http import HttpTransport
@@ -105,19 +105,19 @@ def train(
 ) -> str:
     """Take part in a run from wherever it is; return the digest of its last aggregate."""
     site = client.credential.site
-    match = client.exchange(registration_key(run), make_registration(num_cases, shapes, plans=plans)).message
+    match = client.exchange(RegistrationKey(run), make_registration(num_cases, shapes, plans=plans)).message
     local_names = {name: sites[site] for name, sites in match.shared.items() if site in sites}
     own = {name for name, owner in match.initial_owner.items() if owner == site}
     initial = make_weights(seed, shapes)
-    client.exchange(initial_key(run), messages.Update(), {name: initial[local_names[name]] for name in own})
+    client.exchange(InitialKey(run), messages.Update(), {name: initial[local_names[name]] for name in own})
     state = client.run_state(run)
     number = num_rounds if state.closed else state.open_round or 0
-    document = client.result(round_key(run, number - 1) if number else initial_key(run))
+    document = client.result(RoundKey(run, number - 1) if number else InitialKey(run))
     while number < num_rounds:
         time.sleep(pause_s)
         shift = np.float32(seed + number)
         update = {name: document.read(name) * np.float32(0.5) + shift for name in local_names}
-        document = client.exchange(round_key(run, number), messages.Update(metrics={"loss": float(shift)}), update)
+        document = client.exchange(RoundKey(run, number), messages.Update(metrics={"loss": float(shift)}), update)
         number = document.message.round + 1
         on_round(number)
     return file_digest(document.path)

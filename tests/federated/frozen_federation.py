@@ -11,7 +11,7 @@ from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import RunAction
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
-from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey
 
 OPERATOR = Member("boss", "operator")
 
@@ -45,16 +45,16 @@ class Federation:
     def start(self, *sites: str) -> None:
         """Register sites with 1, 2, 3... cases, and let them start from the first one's weights."""
         for number, site in enumerate(sites):
-            self.send(registration_key(RUN), site, make_registration(number + 1))
+            self.send(RegistrationKey(RUN), site, make_registration(number + 1))
         for site in sites:
             owned = site == sites[-1]  # the site with most cases
-            self.send(initial_key(RUN), site, messages.Update(), make_weights(0) if owned else {})
+            self.send(InitialKey(RUN), site, messages.Update(), make_weights(0) if owned else {})
 
     def update(self, number: int, site: str, seed: int):
-        return self.send(round_key(RUN, number), site, messages.Update(), make_weights(seed))
+        return self.send(RoundKey(RUN, number), site, messages.Update(), make_weights(seed))
 
     def aggregate(self, number: int, site: str = "A"):
-        result = self.coordinator.result(round_key(RUN, number), site)
+        result = self.coordinator.result(RoundKey(RUN, number), site)
         with open_document(result.path) as document:
             return document.message, {name: document.read(name) for name in document.specs}
 

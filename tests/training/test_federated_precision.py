@@ -11,7 +11,7 @@ from test_federated_trainers import (
     weights_of,
 )
 
-from nnunetv2.federated.protocol.messages import round_key
+from nnunetv2.federated.protocol.keys import RoundKey
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
     nnUNetTrainerAsymFedAvg,
     nnUNetTrainerAsymFedAvgOverlapped,
@@ -26,7 +26,7 @@ def test_sites_end_with_the_rounding_of_what_the_coordinator_keeps(make_sites, t
     trainers = [sites.trainer("A", trainer_class), sites.trainer("B", trainer_class)]
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)
-    with sites.federation.coordinator.archive.result(round_key(run_of(trainers[0]), 2)) as kept:
+    with sites.federation.coordinator.archive.result(RoundKey(run_of(trainers[0]), 2)) as kept:
         ends = weights_of(trainers[0])
         for name in kept.specs:
             assert ends[name].dtype == np.float32

@@ -17,7 +17,7 @@ from fake_federation import make_settings, served, wait_until
 from patience import PATIENCE_S
 from tiny_dataset import NAME, make_configuration, make_plans, make_tiny_dataset
 
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol import keys
 from nnunetv2.run.run_training import find_free_network_port
 
 pytestmark = pytest.mark.slow
@@ -162,7 +162,7 @@ def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_pat
 def test_a_site_that_a_scheduler_ends_says_so(federation, tmp_path):
     make_tiny_dataset(tmp_path / "A" / "nnUNet_preprocessed", cases=5)
     process = start(federation, tmp_path, "A", "3d_fullres", "0")
-    registration = messages.registration_key(f"3d_fullres.fold_0.{TRAINER}")
+    registration = keys.RegistrationKey(f"3d_fullres.fold_0.{TRAINER}")
     wait_until(lambda: "A" in getattr(federation.coordinator.book.get(registration), "contributions", ()), 120)
     process.terminate()
     output = process.communicate(timeout=PATIENCE_S)[0]

@@ -27,7 +27,7 @@ from nnunetv2.federated.errors import (
     ShortEpochError,
 )
 from nnunetv2.federated.privacy.disclosure import allow_list_of
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import RunAction
 from nnunetv2.federated.site.transports.http import HttpTransport
 from nnunetv2.run.run_training import maybe_load_checkpoint
@@ -112,7 +112,7 @@ def assert_equal_weights(*trainers) -> None:
 
 
 def run_of(trainer) -> str:
-    return messages.run_name("3d_fullres", 0, type(trainer).__name__)
+    return keys.run_name("3d_fullres", 0, type(trainer).__name__)
 
 
 def test_every_aggregate_is_validated_by_all(make_sites, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 Tensors are read block by block from documents on the disk and written as soon as they are summed, so memory holds a
 few tensors of the result however many sites there are. Sums are float64, in the order of the sites' names. How far each
 site has moved from the aggregate before is measured in the same pass. Of updates in half precision, the aggregate is
-float32 all the same; what rounding took from the one before when it was handed out is added to it (`half_precision`).
+float32 all the same; what rounding took from the one before when it was handed out is added (`codecs/float16.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from nnunetv2.federated.aggregation import half_precision
 from nnunetv2.federated.errors import AggregationError
 from nnunetv2.federated.protocol.document import DTYPES, Document, TensorSpec, write_document
-from nnunetv2.federated.protocol.messages import Message, Precision
+from nnunetv2.federated.protocol.messages import Message
 
 _THREADS = min(4, os.cpu_count() or 1)
 """Tensors that are averaged at the same time; so many are in memory, and one that is being written."""
@@ -62,26 +62,42 @@ class Aggregated:
     """Tensors that keep the values of the aggregate before, although some site has sent others: too few have."""
 
 
+class Handout(Protocol):
+    """How sites have got the aggregate before, where that is not as it is kept."""
+
+    def kept(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """Return tensors of updates as aggregates keep them."""
+        ...
+
+    def handed_out(self, values: np.ndarray) -> np.ndarray:
+        """Return values of an aggregate as sites have got them."""
+        ...
+
+    def add_rest_(self, document: Document[Any], name: str, begin: int, block: np.ndarray) -> None:
+        """Add what sites have not got of a tensor, from element `begin` on, to a block in place."""
+        ...
+
+
 def aggregate_documents(
-    documents: Mapping[str, Document],
+    documents: Mapping[str, Document[Any]],
     weights: Mapping[str, float],
     *,
     out_path: Path,
     message: Message,
-    previous: Document | None = None,
-    precision: Precision = "float32",
+    previous: Document[Any] | None = None,
+    handout: Handout | None = None,
     min_sites: int = 1,
 ) -> Aggregated:
     """Average, per tensor, over the sites that have it, and write the result as a document.
 
     Args:
-        documents: Site -> its update, already checked (`wire.check_tensors`).
+        documents: Site -> its update, already checked (`document.check_tensors`).
         weights: Site -> how much it counts; only ratios matter, and only between the sites that have a tensor.
         out_path: Where the aggregate appears once it is complete.
         message: What the aggregate says.
         previous: The aggregate before, with which updates are compared. Tensors that no document has keep its values;
             without it they are missing.
-        precision: How the updates have travelled, and `previous` to the sites.
+        handout: How `previous` has reached the sites; None: as it is.
         min_sites: Tensors that fewer documents have keep their values of `previous`, as if nobody had sent them.
 
     Raises:
@@ -101,9 +117,8 @@ def aggregate_documents(
     holders = {name: contributors for name, contributors in held.items() if len(contributors) >= min_sites}
     sent = {name: documents[contributors[0]].specs[name] for name, contributors in holders.items()}
     _check_specs(documents, holders, sent)
-    in_half = precision == "float16"
-    specs = {**known, **(half_precision.widened(sent) if in_half else sent)}
-    comparison = _Comparison(previous, sites, in_half=in_half)
+    specs = {**known, **(sent if handout is None else handout.kept(sent))}
+    comparison = _Comparison(previous, sites, handout)
 
     def value_of(name: str) -> np.ndarray:
         if name not in holders:
@@ -117,7 +132,7 @@ def aggregate_documents(
             used,
             lambda index, begin, out: contributors[index].read_into(name, begin, out),
             comparison.observer(name, holders[name]) if is_known else None,
-            partial(half_precision.add_rest_, previous, name) if is_known and in_half else None,
+            partial(handout.add_rest_, previous, name) if is_known and handout is not None else None,
             DTYPES[specs[name].dtype],
         )
         return mean.reshape(specs[name].shape)
@@ -142,7 +157,7 @@ def outliers(changes: Mapping[str, Change]) -> list[str]:
 
 
 def collect_from_owners(
-    documents: Mapping[str, Document], owners: Mapping[str, str], *, out_path: Path, message: Message
+    documents: Mapping[str, Document[Any]], owners: Mapping[str, str], *, out_path: Path, message: Message
 ) -> str:
     """Take every tensor from the one site that owns it, and write the result as a document.
 
@@ -208,9 +223,9 @@ def _mean(
 class _Comparison:
     """Add up how far every site is from the aggregate before, while its blocks come by. Several threads may watch."""
 
-    def __init__(self, previous: Document | None, sites: Sequence[str], *, in_half: bool = False) -> None:
+    def __init__(self, previous: Document[Any] | None, sites: Sequence[str], handout: Handout | None) -> None:
         self._previous = previous
-        self._in_half = in_half
+        self._handout = handout
         self._squares: dict[str, dict[str, float]] = {site: {} for site in sites}
         self._sizes: dict[str, dict[str, int]] = {site: {} for site in sites}
 
@@ -228,7 +243,7 @@ class _Comparison:
             if index == 0:
                 self._previous.read_into(name, begin, raw[block])
                 # What the sites began with.
-                np.copyto(before[block], half_precision.rounded(raw[block]) if self._in_half else raw[block])
+                np.copyto(before[block], raw[block] if self._handout is None else self._handout.handed_out(raw[block]))
             np.subtract(values, before[block], out=difference[block])
             self._squares[sites[index]][name] += _sum_of_squares(difference[block])
 
@@ -251,7 +266,7 @@ def _sum_of_squares(values: np.ndarray) -> float:
     )
 
 
-def _holders(documents: Mapping[str, Document], sites: Sequence[str]) -> dict[str, list[str]]:
+def _holders(documents: Mapping[str, Document[Any]], sites: Sequence[str]) -> dict[str, list[str]]:
     """Return, per tensor, the sites that have it, in the order of their names."""
     holders: dict[str, list[str]] = {}
     for site in sites:
@@ -261,7 +276,7 @@ def _holders(documents: Mapping[str, Document], sites: Sequence[str]) -> dict[st
 
 
 def _check_specs(
-    documents: Mapping[str, Document], holders: Mapping[str, Sequence[str]], specs: Mapping[str, TensorSpec]
+    documents: Mapping[str, Document[Any]], holders: Mapping[str, Sequence[str]], specs: Mapping[str, TensorSpec]
 ) -> None:
     for name, sites in sorted(holders.items()):
         if DTYPES[specs[name].dtype].kind != "f":

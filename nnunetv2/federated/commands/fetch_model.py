@@ -33,11 +33,11 @@ def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
         ValueError: Runs are not called so.
         WireError: The file is no zip file, or larger than nnUNet_max_model_gb or the disk allows.
     """
-    from nnunetv2.federated.protocol.messages import registration_key
+    from nnunetv2.federated.protocol.keys import RegistrationKey
     from nnunetv2.model_sharing.archive_check import ArchiveLimits
     from nnunetv2.utilities.atomic_write import replacing
 
-    registration_key(run)  # raises for what is no name; from here on, it is safe as that of a file
+    RegistrationKey(run)  # raises for what is no name; from here on, it is safe as that of a file
     path = target if target.suffix == ".zip" else target / f"{run}.zip"
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = ArchiveLimits.from_environment()

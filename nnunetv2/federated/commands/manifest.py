@@ -195,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nnunetv2.federated.site.credential import load_credential
 
     arguments = build_parser().parse_args(argv)
+    from nnunetv2.federated.protocol.messages import PlansReport
+
     try:
         credential = load_credential()
     except NotJoinedError:
@@ -209,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision="float32" if credential is None else credential.precision or "float32",
     )
     show(*describe(documents, credential))
-    if not any(document.kind == "plans_report" for document in documents):
+    if not any(isinstance(document.message, PlansReport) for document in documents):
         command = shell_command("nnUNetv2_plan_and_preprocess", options=[("-d", arguments.dataset), ("--no_pp", None)])
         show(
             "",

@@ -7,25 +7,15 @@ suffers from it.
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.coordinator.models import model_store
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.exchanges import closing
-from nnunetv2.federated.exchanges.exchange import (
-    REGISTRATION_KINDS,
-    Closed,
-    Exchange,
-    ExchangeKey,
-    Refused,
-    closed,
-    may_close,
-    refused,
-)
-from nnunetv2.federated.protocol.messages import initial_key, round_key, validation_key
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, close_with, may_close, refuse_with
+from nnunetv2.federated.exchanges.steps import step_of
+from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RoundKey, RunKey, ValidationKey
 
 if TYPE_CHECKING:
     from nnunetv2.federated.coordinator.service import Coordinator
@@ -40,10 +30,6 @@ RETRY_TIDYING_S = 120.0
 """Pause after models could not be written, or documents not be deleted: nobody waits for that."""
 RETRY_CLOSING_S = 15.0
 """Pause after a closing that failed for a reason of the machine, such as a full disk."""
-WHAT_LATE_SITES_DID = {
-    "late_census": "plans late, from the pooled fingerprint, of which its own cases are no part",
-    "late_plans": "has planned late, and holds the same plans as the others",
-}
 
 
 class Closer:
@@ -155,7 +141,7 @@ class Closer:
             )
         self._lacking = set(lacking)
 
-    def _close(self, key: ExchangeKey) -> None:
+    def _close(self, key: Key) -> None:
         coordinator = self._coordinator
         begin = time.perf_counter()
         exchange = self._decide(key)
@@ -166,16 +152,15 @@ class Closer:
                 coordinator.announce(_describe_outcome(exchange, seconds))
                 for remark in self._remarks:
                     coordinator.announce(remark)
-                self._announce_outliers(exchange)
                 self._announce_outlook(exchange)
-                if exchange.is_closed and key.kind in ("round", "validation"):
+                if exchange.is_closed and isinstance(key, NumberedKey):
                     self.tidy_up(key.run)
                 coordinator.members.save_traffic()
             except Exception:  # whatever it is, the exchange is closed, and the others go on
                 logger.exception("after closing %s", key)
         coordinator.on_change(str(key))
 
-    def _decide(self, key: ExchangeKey) -> Exchange | None:
+    def _decide(self, key: Key) -> Exchange | None:
         """Close or refuse an exchange; None if that is not to be done any more, or cannot be done now."""
         coordinator = self._coordinator
         with coordinator.locks[str(key)]:
@@ -193,22 +178,9 @@ class Closer:
             coordinator.book.put(exchange)
             return exchange
 
-    def _announce_outliers(self, exchange: Exchange) -> None:
-        """Say which updates moved conspicuously far. They count: whether a site is to go is for people to decide."""
-        if exchange.key.kind != "round" or not exchange.is_closed:
-            return
-        for record in self._coordinator.store.load_rounds(exchange.key.run, exchange.key.number):
-            for site in record.get("outliers", ()):
-                changes = {name: one["change_rms"] for name, one in record["sites"].items()}
-                times = _times(changes.pop(site), statistics.median(changes.values()))
-                self._coordinator.announce(
-                    f"{exchange.key}: the update of site {site} moves {times} as far as the "
-                    "median of the others; it was counted"
-                )
-
     def _announce_outlook(self, exchange: Exchange) -> None:
         """Say whether there will be a common model as soon as it is known who takes part with what."""
-        if exchange.is_closed and exchange.key.kind in REGISTRATION_KINDS:
+        if exchange.is_closed and exchange.policy.settles_members and isinstance(exchange.key, RunKey):
             run = exchange.key.run
             self._coordinator.announce(f"run {run}: {model_store.outlook(self._coordinator, run)}")
 
@@ -218,11 +190,11 @@ class Closer:
         coordinator.store.result_folder(exchange.key)
         self._remarks = ()
         try:
-            done = closed(exchange, coordinator.clock())
-            computed = closing.close(done, coordinator.settings, coordinator.archive)
+            done = close_with(exchange, coordinator.clock())
+            computed = step_of(done.key).close(done, coordinator.settings, coordinator.archive)
         except FederationError as error:
             refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")
-            failed = refused(exchange, refusal, coordinator.clock())
+            failed = refuse_with(exchange, refusal, coordinator.clock())
             coordinator.store.save_refusal(failed)
             return failed
         coordinator.store.save_closing(done, computed.digest, record=computed.record)
@@ -253,23 +225,23 @@ class Closer:
 
     def _tidy_up(self, run: str, *, after_crash: bool) -> None:
         coordinator, store = self._coordinator, self._coordinator.store
-        exchange = coordinator.book.latest_round(run)
-        if exchange is None:
+        latest = coordinator.book.latest_number(run)
+        if latest is None:
             return
         if coordinator.book.run_state(run).closed:
             model_store.keep(coordinator, run)
-        store.delete_contributions(initial_key(run))
-        latest, best = exchange.key.number, coordinator.archive.best_round(run)
+        store.delete_contributions(InitialKey(run))
+        best = coordinator.archive.best_round(run)
         recent = range(max(0, latest - RECENT_ROUNDS), latest)
         for number in recent if not after_crash else store.rounds_with_files(run):
             if number < latest:
-                store.delete_contributions(round_key(run, number))
+                store.delete_contributions(RoundKey(run, number))
         for number in range(max(0, latest - RECENT_ROUNDS), latest + 1):
-            if coordinator.book.is_closed(validation_key(run, number)):  # its record stays
-                store.delete_contributions(validation_key(run, number))
+            if coordinator.book.is_closed(ValidationKey(run, number)):  # its record stays
+                store.delete_contributions(ValidationKey(run, number))
         for number in store.rounds_with_results(run):
             if number < latest - 1 and number != best:
-                store.delete_results(round_key(run, number))
+                store.delete_results(RoundKey(run, number))
 
 
 def _is_over(end: float, now: float, pause_s: float) -> bool:
@@ -277,18 +249,14 @@ def _is_over(end: float, now: float, pause_s: float) -> bool:
     return not 0 < end - now <= pause_s
 
 
-def _times(value: float, reference: float) -> str:
-    return f"{value / reference:.3g} times" if reference else "infinitely"
-
-
 def _describe_outcome(exchange: Exchange, seconds: float) -> str:
-    key, outcome = exchange.key, exchange.outcome
-    name = f"run {key.run}, {key.kind} {key.number}" if key.run and key.number is not None else str(key)
+    outcome, step = exchange.outcome, step_of(exchange.key)
+    name = step.describe(exchange.key)
     if isinstance(outcome, Refused):
         return f"{name} is refused: {exchange.refusal}"
     assert isinstance(outcome, Closed)
-    if key.kind in WHAT_LATE_SITES_DID:
-        return f"{name} is closed: site {key.site} {WHAT_LATE_SITES_DID[key.kind]}"
+    if achieved := step.describe_closing(exchange.key):
+        return f"{name} is closed: {achieved}"
     missing = f", missing {', '.join(outcome.missing)}" if outcome.missing else ""
     waited = outcome.time - exchange.opened
     return (

@@ -17,9 +17,10 @@ from nnunetv2.federated.coordinator.service import FAILURES_PER_DAY, Coordinator
 from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import is_enough
-from nnunetv2.federated.exchanges.state import RunControl
+from nnunetv2.federated.exchanges.registry import RunControl
+from nnunetv2.federated.exchanges.steps import parse_key
 from nnunetv2.federated.protocol import api
-from nnunetv2.federated.protocol.messages import admission_key, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RegistrationKey, RoundKey, RunKey
 from nnunetv2.utilities.plain_text import excerpt
 
 STATE_OF_ACTION = {"pause": "paused", "resume": "running", "stop": "stopped"}
@@ -102,7 +103,8 @@ def _proceed(coordinator: Coordinator, run: str, exchange: str | None, name: str
     waiting = [
         one
         for one in book.open_exchanges()
-        if one.key.run == run
+        if isinstance(one.key, RunKey)
+        and one.key.run == run
         and one.outcome is None
         and (one.waiting_for or one.lacks)
         and exchange in (None, str(one.key))
@@ -124,11 +126,11 @@ def _proceed(coordinator: Coordinator, run: str, exchange: str | None, name: str
             code="too_early",
         )
     control = book.control(run)
-    still_open = frozenset(one for one in control.proceeding if not book.is_closed(one))
+    still_open = frozenset(one for one in control.forced if not book.is_closed(parse_key(one)))
     _save(
         coordinator,
         run,
-        replace(control, proceeding=still_open | {str(key)}),
+        replace(control, forced=still_open | {str(key)}),
         _event(coordinator, str(key), "proceed", name),
     )
 
@@ -137,7 +139,7 @@ def _reset(coordinator: Coordinator, run: str, name: str) -> None:
     """Forget a run that has not begun, so that the sites can register anew."""
     if coordinator.book.latest_round(run) is not None:
         raise RefusedError(f"run {run} has closed rounds: it can be stopped, not forgotten", code="has_rounds")
-    waited_for = [str(one.key) for one in coordinator.book if one.key.run == run]
+    waited_for = [str(one.key) for one in coordinator.book if isinstance(one.key, RunKey) and one.key.run == run]
     coordinator.store.forget_run(run, _event(coordinator, run, "reset", name))
     coordinator.book.forget_run(run)
     coordinator.archive.forget(run)
@@ -156,8 +158,8 @@ def _between_closings(coordinator: Coordinator, run: str) -> Iterator[None]:
     while True:
         begun = coordinator.book.run_state(run).rounds_closed
         # The round that is open, begun or not, and what there may be before the first one.
-        keys = {registration_key(run), initial_key(run), round_key(run, begun)}
-        keys |= {admission_key(run, site) for site in coordinator.settings.sites}
+        keys = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
+        keys |= {AdmissionKey(run, site) for site in coordinator.settings.sites}
         with ExitStack() as held:
             for name in (*sorted(keys), run):  # the run's lock last, as everywhere
                 held.enter_context(coordinator.locks[name])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.federated.coordinator.aggregation_worker import Closer
 from nnunetv2.federated.coordinator.http.rate_limits import Allowance
@@ -27,27 +28,23 @@ from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUpload
 from nnunetv2.federated.coordinator.storage.quotas import check_room
 from nnunetv2.federated.coordinator.storage.store import Role, Store, flush
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.exchanges import closing
-from nnunetv2.federated.exchanges.documents import Agreement, Archive
+from nnunetv2.federated.exchanges.documents import Agreement, DocumentReader
 from nnunetv2.federated.exchanges.exchange import (
-    FINAL_KINDS,
-    WEIGHT_KINDS,
     Closed,
     Contribution,
     Exchange,
-    ExchangeKey,
     Refused,
     Verdict,
     judge,
-    parse_key,
     with_contribution,
     without_contribution,
 )
 from nnunetv2.federated.exchanges.outlook import Outlook
-from nnunetv2.federated.exchanges.state import RoundBook
+from nnunetv2.federated.exchanges.registry import ExchangeRegistry
+from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
-from nnunetv2.federated.protocol.messages import registration_key, round_key, run_with_plans
+from nnunetv2.federated.protocol.keys import Key, NumberedKey, RunKey, run_with_plans
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -101,9 +98,9 @@ class Coordinator:
         self.members = Members(store)
         self.announce = announce
         self.clock = clock
-        self.book = RoundBook(settings, store.load_exchanges(settings), store.load_controls())
+        self.book = ExchangeRegistry(settings, store.load_exchanges(settings), store.load_controls())
         self.book.restarted(clock())
-        self.archive = Archive(
+        self.archive = DocumentReader(
             store.contribution_path, store.result_path, self.book.get, self.book.admitted, store.load_last_validation
         )
         self.on_change: Callable[[str], None] = lambda key: None
@@ -237,7 +234,7 @@ class Coordinator:
         if verdict in (Verdict.SAME, Verdict.KEEP_FIRST):
             self._note_late(exchange, site)
             return _receipt(exchange, site, digest, verdict, sent_to=key)
-        limit = closing.limits_of(exchange.key, site, self.archive).file_bytes
+        limit = step_of(exchange.key).limits(exchange.key, site, self.archive).file_bytes
         if size > limit:
             raise RefusedError(
                 f"the contribution of site {site} to {key} has {size} bytes, at most {limit} are allowed",
@@ -260,7 +257,7 @@ class Coordinator:
         try:
             self._begin(sent_to)
             with self._opened(sent_to, site, incoming) as document:
-                closing.check_contribution(sent_to, site, document, self.archive, self.settings)
+                step_of(sent_to).check_contribution(sent_to, site, document, self.archive, self.settings)
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
@@ -271,7 +268,7 @@ class Coordinator:
             verdict = judge(exchange, site, digest)
             if verdict is Verdict.COMPARE:
                 with self._opened(sent_to, site, incoming) as document:
-                    closing.check_unchanged(place, site, document.message, self.archive)
+                    step_of(place).check_unchanged(place, site, document.message, self.archive)
             self._take_back_failure(sent_to, site)
             if verdict is Verdict.STORE:
                 exchange = with_contribution(exchange, site, Contribution(digest, size, self.clock()))
@@ -286,23 +283,26 @@ class Coordinator:
         return _receipt(exchange, site, digest, verdict, sent_to=key)
 
     @contextmanager
-    def _opened(self, key: ExchangeKey, site: str, incoming: Path) -> Iterator[Document]:
+    def _opened(self, key: Key, site: str, incoming: Path) -> Iterator[Document[Any]]:
         """Open what a site has sent. Of documents that are all JSON, one at a time: they take time and memory."""
-        limits = closing.limits_of(key, site, self.archive)
+        step = step_of(key)
+        limits = step.limits(key, site, self.archive)
         with (
-            nullcontext() if key.kind in WEIGHT_KINDS else self._reading,
+            nullcontext() if step.policy.carries_weights else self._reading,
             open_document(incoming, limits=limits) as document,
         ):
             yield document
 
-    def _take_back_failure(self, key: ExchangeKey, site: str) -> None:
+    def _take_back_failure(self, key: Key, site: str) -> None:
         """Wait for a site again that has reported a failure and is back.
 
         An update of that round or an earlier one may have been on its way when it failed, and tells nothing: a site
         that is back registers first.
         """
-        failed = self.book.control(key.run).failed if key.run else {}
-        if site not in failed or (key.number is not None and key.number <= failed[site]):
+        if not isinstance(key, RunKey):
+            return
+        failed = self.book.control(key.run).failed
+        if site not in failed or (isinstance(key, NumberedKey) and key.number <= failed[site]):
             return
         with self.locks[key.run]:
             control = self.book.control(key.run)
@@ -313,30 +313,16 @@ class Coordinator:
             self.book.controls[key.run] = control
         self.wake_everybody()
 
-    def _begin(self, key: ExchangeKey) -> Exchange:
+    def _begin(self, key: Key) -> Exchange:
         """Return an exchange; one that has not begun is not remembered before its first contribution."""
-        required = ()
-        if key.kind == "initial" and self.book.is_closed(registration_key(key.run)):
-            required = set(self.archive.agreement(key.run).match.initial_owner.values())
-        return self.book.begin(key, required=required)
+        step = step_of(key)
+        before = step.prerequisite(key)
+        may_begin = before is None or self.book.is_closed(before)
+        return self.book.begin(key, required=step.required(key, self.archive) if may_begin else ())
 
-    def _place_of(self, key: ExchangeKey, site: str, digest: str) -> ExchangeKey:
-        """Return where a contribution counts: a late update may be carried into the round that is open now.
-
-        A document that was carried before, and whose receipt was lost, stays where it is.
-        """
-        exchange = self.book.get(key)
-        is_late = key.kind == "round" and exchange is not None and exchange.is_closed
-        if not is_late or self.settings.late_updates != "carry" or site in exchange.outcome.contributors:
-            return key
-        open_round = self.book.run_state(key.run).open_round
-        last = open_round if open_round is not None else self.book.latest_round(key.run).key.number
-        for number in range(key.number + 1, last + 1):
-            later = self.book.get(round_key(key.run, number))
-            held = later.contributions.get(site) if later is not None else None
-            if held is not None and held.digest == digest:
-                return later.key
-        return key if open_round is None else parse_key(round_key(key.run, open_round))
+    def _place_of(self, key: Key, site: str, digest: str) -> Key:
+        """Return where a contribution counts: a late update may be carried into the round that is open now."""
+        return step_of(key).place(key, site, digest, self.book)
 
     def _log_refusal(self, key: str, site: str, error: FederationError) -> None:
         self.store.add_event(
@@ -346,13 +332,14 @@ class Coordinator:
 
     def _note_late(self, exchange: Exchange, site: str) -> None:
         """Write down, once, that a site's update came when its round was closed already."""
-        if exchange.key.kind != "round" or not exchange.is_closed or site not in exchange.outcome.missing:
+        outcome = exchange.outcome
+        if not exchange.policy.recurs or not isinstance(outcome, Closed) or site not in outcome.missing:
             return
         key = str(exchange.key)
         with self.locks[key]:
             if self.store.has_event("late", site, key):
                 return
-            delay = self.clock() - exchange.outcome.time
+            delay = self.clock() - outcome.time
             self.store.add_event(Event(self.clock(), "late", site, key, {"seconds": delay}))
         self.announce(f"{key}: the update of site {site} is {delay:.1f} s late and does not count")
         self.on_progress(key)
@@ -371,24 +358,22 @@ class Coordinator:
             raise exchange.outcome.as_error()
         if isinstance(exchange.outcome, Closed):
             return self._result_of_closed(exchange, site)
-        if (
-            exchange.key.kind in ("round", "initial", "registration")
-            and self.book.control(exchange.key.run).state == "stopped"
-        ):
-            return self._result_of_stopped(exchange, site)
+        run = exchange.key.run if isinstance(exchange.key, RunKey) and exchange.policy.stops_with_run else None
+        if run is not None and self.book.control(run).state == "stopped":
+            return self._result_of_stopped(run, site)
         self.closer.raise_trouble(exchange)
         return api.Waiting(
             waiting_for=exchange.waiting_for,
-            paused=exchange.is_held,
+            paused=exchange.is_paused,
             lacks=0 if exchange.waiting_for else exchange.lacks,
         )
 
-    def _result_of_stopped(self, exchange: Exchange, site: str) -> Result:
+    def _result_of_stopped(self, run: str, site: str) -> Result:
         """Return the last aggregate of a run that the operator has stopped."""
-        latest = self.book.latest_round(exchange.key.run)
+        latest = self.book.latest_round(run)
         if latest is None:
             raise RefusedError(
-                f"the operator has stopped run {exchange.key.run} before its first round was closed",
+                f"the operator has stopped run {run} before its first round was closed",
                 "Ask the coordinating site.",
                 code="run_stopped",
             )
@@ -396,30 +381,30 @@ class Coordinator:
 
     def _result_of_closed(self, exchange: Exchange, site: str) -> Result:
         """Return the result of a closed exchange, or of the run's last round for a site that missed this one."""
-        key = exchange.key
+        key, step = exchange.key, step_of(exchange.key)
         is_gone = self.store.load_result_digest(key) is None
-        if key.kind == "round" and (is_gone or site in exchange.outcome.missing):
-            key = self.book.latest_round(key.run).key
-        names = closing.names_for_site(key, site, self.archive)
+        if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):
+            key = step.newest(key, self.book)
+        names = step.tensors_for(key, site, self.archive)
         if names is None:
             return Result(str(key), self.store.result_path(key), self.store.load_result_digest(key) or "")
         return self._subset(key, names)
 
-    def _subset(self, key: ExchangeKey, names: tuple[str, ...]) -> Result:
+    def _subset(self, key: Key, names: tuple[str, ...]) -> Result:
         """Return these tensors of a result as they travel, written when they are first asked for."""
         subset = hashlib.sha256("\n".join(names).encode()).hexdigest()
         path = self.store.result_path(key, subset)
         with self.locks[str(key)]:
             digest = self.store.load_result_digest(key, subset)
             if digest is None:
-                digest = closing.write_for_sites(key, names, path, self.archive)
+                digest = step_of(key).write_for_sites(key, names, path, self.archive)
                 self.store.save_subset(key, subset, digest)
         return Result(str(key), path, digest)
 
     # ---------------------------------------------------------------------------------------------------- status
     def run_state(self, run: str) -> api.RunState:
         """Say how far a run is."""
-        parse_key(f"runs/{run}/registration")
+        registration_of(run)
         return self.book.run_state(run)
 
     def run_of_plans(self, run: str, site: str, plans_name: str) -> str:
@@ -430,7 +415,7 @@ class Coordinator:
         Plans of other names belong to the plain run where a site registers for it first, or comes late: networks may
         differ.
         """
-        registration = self.book.get(parse_key(f"runs/{run}/registration"))
+        registration = self.book.get(registration_of(run))
         names = self.archive.plans_names(run) if registration is not None else {}
         if names.get(site) == plans_name:
             return run
@@ -513,13 +498,22 @@ class Coordinator:
 # --------------------------------------------------------------------------------------------------------- helpers
 def _receipt(exchange: Exchange, site: str, digest: str, verdict: Verdict, *, sent_to: str) -> api.Receipt:
     held = exchange.contributions.get(site)
-    already = verdict is Verdict.KEEP_FIRST or (exchange.is_closed and exchange.key.kind in FINAL_KINDS)
+    already = verdict is Verdict.KEEP_FIRST or (exchange.is_closed and exchange.policy.first_stays)
     return api.Receipt(
         digest=held.digest if held else digest,
         already=already,
         waiting_for=exchange.waiting_for,
         key="" if str(exchange.key) == sent_to else str(exchange.key),
     )
+
+
+def registration_of(run: str) -> Key:
+    """Return the key of a run's registration.
+
+    Raises:
+        RefusedError: There can be no run of this name.
+    """
+    return parse_key(f"runs/{run}/registration")
 
 
 def _failure_status(event: Event) -> api.FailureStatus:

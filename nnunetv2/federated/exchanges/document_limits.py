@@ -7,26 +7,16 @@ one parse megabytes of nonsense, and what is too large is refused before it is s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from nnunetv2.federated.exchanges.exchange import REGISTRATION_KINDS, WEIGHT_KINDS, Kind
 from nnunetv2.federated.protocol.document import Limits, TensorSpec
 from nnunetv2.federated.protocol.messages import MAX_CASES, MAX_LABELS, MAX_TENSORS
 
-_SMALL = Limits(header_bytes=1 << 20, elements=5 * MAX_LABELS)
-_PLANS = Limits(header_bytes=2 << 20, elements=5 * MAX_LABELS)
-_REGISTRATION = Limits(header_bytes=4 << 20, elements=5 * MAX_TENSORS)
+SMALL = Limits(header_bytes=1 << 20, elements=5 * MAX_LABELS)
+"""Headers of most documents, where nothing is known beforehand. Those of real sites have some tens of KiB."""
+PLANS = Limits(header_bytes=2 << 20, elements=5 * MAX_LABELS)
+REGISTRATION = Limits(header_bytes=4 << 20, elements=5 * MAX_TENSORS)
 """Plans, labels, and the names and shapes of all tensors."""
-OF_MESSAGE: dict[Kind, Limits] = {
-    "census": _SMALL,
-    "late_census": _SMALL,
-    "fine": _SMALL,
-    "validation": _SMALL,
-    "plans": _PLANS,
-    "late_plans": _PLANS,
-    "registration": _REGISTRATION,
-    "admission": _REGISTRATION,
-}
-"""Headers of what sites send, where nothing is known beforehand. Those of real sites have some tens of KiB."""
 METRICS_BYTES = 128 << 10
 """The figures that come with an update, those of its own round and of an earlier one."""
 _METRICS_ELEMENTS = 10_000
@@ -39,6 +29,10 @@ _CASE_BYTES, _CASE_ELEMENTS = 200, 10
 _CHANNEL_BYTES, _CHANNEL_ELEMENTS = 1000, 40
 """Moments of a channel, and its tensor; as many quotation marks."""
 _LARGEST_HEADER = 64 << 20
+AGGREGATE = Limits(header_bytes=4 << 20, elements=_TENSOR_ELEMENTS * MAX_TENSORS)
+"""Of results, whose tensors are not counted: the names and shapes of an aggregate,"""
+MATCH = Limits(header_bytes=_LARGEST_HEADER, elements=1_000_000)
+"""and each tensor's name at each site."""
 
 
 def weights_limits(specs: Mapping[str, TensorSpec]) -> Limits:
@@ -63,28 +57,19 @@ def coarse_limits(num_cases: int, num_channels: int, *, tensor_bytes: int) -> Li
     )
 
 
-def message_limits(kind: Kind, *, tensor_bytes: int = 0) -> Limits:
-    """Return the limits of a document that is all message, or whose tensors have so many bytes."""
-    limits = OF_MESSAGE[kind]
-    return Limits(
-        file_bytes=8 + limits.header_bytes + tensor_bytes, header_bytes=limits.header_bytes, elements=limits.elements
-    )
+def with_tensors(header: Limits, *, tensor_bytes: int = 0) -> Limits:
+    """Return the limits of a document with such a header, whose tensors have so many bytes."""
+    return replace(header, file_bytes=8 + header.header_bytes + tensor_bytes)
 
 
-def result_limits(kind: Kind, *, num_cases: int | None = None) -> Limits:
-    """Return the limits of what a coordinator may send as a result; its tensors are not counted.
+def fingerprint_limits(num_cases: int | None) -> Limits:
+    """Return the limits of a pooled fingerprint, which lists the cases of all sites.
 
     Args:
-        num_cases: The cases of all sites, where that is known: a pooled fingerprint lists them.
+        num_cases: Their number, where that is known.
     """
-    if kind in WEIGHT_KINDS:
-        return Limits(header_bytes=4 << 20, elements=_TENSOR_ELEMENTS * MAX_TENSORS)
-    if kind in REGISTRATION_KINDS:  # each tensor's name at each site
-        return Limits(header_bytes=_LARGEST_HEADER, elements=1_000_000)
-    if kind == "fine":
-        cases = MAX_CASES if num_cases is None else num_cases
-        return Limits(
-            header_bytes=min(_LARGEST_HEADER, (1 << 20) + _CASE_BYTES * cases),
-            elements=min(4_000_000, 5 * MAX_LABELS + _CASE_ELEMENTS * cases),
-        )
-    return _SMALL
+    cases = MAX_CASES if num_cases is None else num_cases
+    return Limits(
+        header_bytes=min(_LARGEST_HEADER, (1 << 20) + _CASE_BYTES * cases),
+        elements=min(4_000_000, 5 * MAX_LABELS + _CASE_ELEMENTS * cases),
+    )

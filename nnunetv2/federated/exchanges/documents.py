@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.aggregation import late_join
-from nnunetv2.federated.exchanges.exchange import Exchange
+from nnunetv2.federated.aggregation.codecs import codec_of
+from nnunetv2.federated.aggregation.codecs.base import UpdateCodec
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document
-from nnunetv2.federated.protocol.messages import admission_key, registration_key
+from nnunetv2.federated.protocol.keys import AdmissionKey, ExchangeKey, FineKey, Key, Q, R, RegistrationKey
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Agreement:
     plans_names: Mapping[str, str]
     """Site -> the name of its plans."""
 
+    @property
+    def codec(self) -> UpdateCodec:
+        """Return a codec for what travels in the rounds."""
+        return codec_of(self.match.precision)
+
     def specs_for(self, site: str) -> dict[str, TensorSpec]:
         """Return the tensors that a site sends and receives in every round."""
         return {name: spec for name, spec in self.specs.items() if site in self.match.shared[name]}
@@ -38,7 +45,7 @@ class Agreement:
         return {name: spec for name, spec in self.specs.items() if self.match.initial_owner[name] == site}
 
 
-class Archive:
+class DocumentReader:
     """Open documents that were contributed or computed earlier.
 
     Args:
@@ -53,7 +60,7 @@ class Archive:
         self,
         contribution_path: Callable[[str, str, str], Path],
         result_path: Callable[[str], Path],
-        find: Callable[[str], Exchange | None],
+        find: Callable[[Key], Exchange | None],
         admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
         last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None,
     ) -> None:
@@ -65,49 +72,48 @@ class Archive:
         self._lock = threading.Lock()
         self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
 
-    def is_closed(self, key: str) -> bool:
+    def is_closed(self, key: Key) -> bool:
         """Tell whether an exchange has its result."""
         exchange = self._find(key)
         return exchange is not None and exchange.is_closed
 
-    def has_contributed(self, key: str, site: str) -> bool:
+    def has_contributed(self, key: Key, site: str) -> bool:
         """Tell whether there is something that a site has contributed to an exchange."""
         exchange = self._find(key)
         return exchange is not None and site in exchange.contributions
 
-    def contribution(self, key: str, site: str) -> Document:
+    def contribution(self, key: ExchangeKey[Q, Any], site: str) -> Document[Q]:
         """Open what a site contributed to an exchange that has begun."""
-        return open_document(self._contribution_path(key, site, self._find(key).contributions[site].digest))
+        return open_document(self._contribution_path(key, site, self._begun(key).contributions[site].digest))
 
-    def result(self, key: str) -> Document:
+    def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
         """Open the result of a closed exchange."""
         return open_document(self.result_path(key))
 
     @contextmanager
-    def contributions(self, exchange: Exchange) -> Iterator[dict[str, Document]]:
-        """Open everything that counts in an exchange: site -> document, in the order of the sites' names."""
-        key = str(exchange.key)
+    def contributions(self, exchange: Exchange) -> Iterator[dict[str, Document[Any]]]:
+        """Open everything that counts in a closed exchange: site -> document, in the order of the sites' names."""
         with ExitStack() as stack:
             yield {
                 site: stack.enter_context(
-                    open_document(self._contribution_path(key, site, exchange.contributions[site].digest))
+                    open_document(self._contribution_path(exchange.key, site, exchange.contributions[site].digest))
                 )
-                for site in exchange.outcome.contributors
+                for site in _contributors(exchange)
             }
 
     def pooled_fingerprint(self) -> dict[str, Any] | None:
         """Return the fingerprint that the sites have pooled, or None if they have not, or not yet."""
         number = 0
-        while self.is_closed(messages.fine_key(number)):
-            with self.result(messages.fine_key(number)) as document:
+        while self.is_closed(FineKey(number)):
+            with self.result(FineKey(number)) as document:
                 if isinstance(document.message, messages.PooledFingerprint):
                     return document.message.fingerprint
             number += 1
         return None
 
-    def messages(self, key: str) -> dict[str, Any]:
+    def messages_of(self, key: ExchangeKey[Q, Any]) -> dict[str, Q]:
         """Return the messages of a closed exchange's contributions: site -> message."""
-        with self.contributions(self._find(key)) as documents:
+        with self.contributions(self._begun(key)) as documents:
             return {site: document.message for site, document in documents.items()}
 
     def agreement(self, run: str) -> Agreement:
@@ -120,12 +126,13 @@ class Archive:
             return known[1]
 
     def _read_agreement(self, run: str, admitted: tuple[str, ...]) -> Agreement:
-        with self.result(registration_key(run)) as document:
+        with self.result(RegistrationKey(run)) as document:
             match = document.message
         for site in admitted:
-            with self.result(admission_key(run, site)) as document:
+            with self.result(AdmissionKey(run, site)) as document:
                 match = late_join.with_site(match, document.message, site)
-        specs, weights, plans_names = {}, {}, {}
+        specs: dict[str, TensorSpec] = {}
+        weights, plans_names = {}, {}
         for site, message in self.each_registration(run):
             canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
             for entry in message.tensors:
@@ -135,13 +142,18 @@ class Archive:
             plans_names[site] = str(message.plans.get("plans_name"))
         return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names)
 
+    def _begun(self, key: Key) -> Exchange:
+        exchange = self._find(key)
+        assert exchange is not None, key
+        return exchange
+
     def plans_names(self, run: str) -> Mapping[str, str]:
         """Return the names of the plans that sites have registered with, also while some have not: site -> name."""
-        key = registration_key(run)
+        key = RegistrationKey(run)
         if self.is_closed(key):
             return self.agreement(run).plans_names
         names = {}
-        for site in self._find(key).contributions:
+        for site in self._begun(key).contributions:
             with self.contribution(key, site) as document:
                 names[site] = str(document.message.plans.get("plans_name"))
         return names
@@ -152,14 +164,17 @@ class Archive:
 
     def registration(self, run: str, site: str) -> messages.Registration:
         """Return what one site of a run registered, at first or when it was admitted."""
-        key = admission_key(run, site) if site in self._admitted(run) else registration_key(run)
+        key = AdmissionKey(run, site) if site in self._admitted(run) else RegistrationKey(run)
         with self.contribution(key, site) as document:
             return document.message
 
     def each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
         """Yield every site and what it registered, in the order of their names: all at once are large."""
-        keys = {site: registration_key(run) for site in self._find(registration_key(run)).outcome.contributors}
-        keys |= {site: admission_key(run, site) for site in self._admitted(run)}
+        registered = RegistrationKey(run)
+        keys: dict[str, ExchangeKey[messages.Registration, messages.Match]] = {
+            **dict.fromkeys(_contributors(self._begun(registered)), registered),
+            **{site: AdmissionKey(run, site) for site in self._admitted(run)},
+        }
         for site, key in sorted(keys.items()):
             with self.contribution(key, site) as document:
                 yield site, document.message
@@ -177,3 +192,8 @@ class Archive:
     def forget(self, run: str) -> None:
         """Forget what was agreed on for a run that begins anew."""
         self._agreements.pop(run, None)
+
+
+def _contributors(exchange: Exchange) -> tuple[str, ...]:
+    assert isinstance(exchange.outcome, Closed)
+    return exchange.outcome.contributors

@@ -9,125 +9,55 @@ An exchange is one meeting of the sites: each contributes one document, then the
 
 What compares a latecomer with what the others have settled is an exchange of its own, and may be repeated.
 
-Who is expected, who has failed and whether a run is paused may change while an exchange is open: `book.py` knows, and
-hands out exchanges with what holds at the moment.
+Who is expected, who has failed and whether a run is paused may change while an exchange is open: `registry.py` knows,
+and hands out exchanges with what holds at the moment. What the kinds of exchanges differ in are their policies here,
+and else their steps (`steps/`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal
 
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.protocol.api import FederationSettings
-from nnunetv2.federated.protocol.messages import (
-    CENSUS_KEY,
-    COARSE_KEY,
-    FINE_KEY,
-    SEGMENT_PATTERN,
-    SITE_PATTERN,
-    fine_key,
-    initial_key,
-    registration_key,
-    round_key,
-)
+from nnunetv2.federated.protocol.keys import Key
 from nnunetv2.utilities.plain_text import printable
 
-Kind = Literal[
-    "census",
-    "coarse",
-    "fine",
-    "plans",
-    "late_census",
-    "late_plans",
-    "registration",
-    "admission",
-    "initial",
-    "round",
-    "validation",
-]
-FINAL_KINDS: frozenset[Kind] = frozenset({"initial", "round", "validation"})
-"""Where the first acknowledged contribution stays: weights are never sent twice with different values in good faith."""
-POOLED_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "registration", "initial", "round"})
-"""What makes one thing of the sites' contributions, and is closed with no fewer of them than `min_sites`. A validation
-is closed with fewer, and then without a result; see `validation`."""
-WEIGHT_KINDS: frozenset[Kind] = frozenset({"initial", "round"})
-"""Whose documents carry the tensors of a network."""
-MISSABLE_KINDS: frozenset[Kind] = frozenset({"census", "coarse", "fine", "plans", "registration"})
-"""What a site may come too late for, and be let in afterwards by an exchange of its own."""
-REGISTRATION_KINDS: frozenset[Kind] = frozenset({"registration", "admission"})
-"""What a site sends again whenever its training goes on; versions of the software may word it differently."""
 REFUSAL_CHARACTERS = 3900
 """Of a refusal, and of its remedy: both together fit into what tells of them."""
-COMPARED_KINDS = REGISTRATION_KINDS | {"census", "plans"}
-"""Of which it is worth receiving what differs from before: they are small, and a person wants to know what it is."""
-LATE_KINDS: frozenset[Kind] = frozenset({"late_census", "late_plans"})
-"""What only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
-_SEGMENT = SEGMENT_PATTERN.strip("^$")
-_SITE = SITE_PATTERN.strip("^$")
 
 
-# ------------------------------------------------------------------------------------------------------------ keys
-@dataclass(frozen=True)
-class ExchangeKey:
-    """A key, taken apart."""
+# -------------------------------------------------------------------------------------------------------- policies
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The rules of one kind of exchange. What is not said does not hold."""
 
-    text: str
-    kind: Kind
-    run: str | None = None
-    number: int | None = None
-    """The round, counted from 0; of a fine histogram, how often bins were looked into before, if they were."""
-    site: str | None = None
-    """The site that is let in late, in an exchange of its own."""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def parse_key(text: str) -> ExchangeKey:
-    """Take a key apart.
-
-    Raises:
-        RefusedError: There is no exchange of this name; its code is `unknown_gathering`.
-    """
-    fixed: dict[str, Kind] = {CENSUS_KEY: "census", COARSE_KEY: "coarse", FINE_KEY: "fine"}
-    if text in fixed:
-        return ExchangeKey(text, fixed[text])
-    if match := re.fullmatch(f"{FINE_KEY}/([1-9][0-9]{{0,2}})", text):
-        return ExchangeKey(text, "fine", number=int(match[1]))
-    if re.fullmatch(f"plans/{_SEGMENT}", text):
-        return ExchangeKey(text, "plans")
-    if match := re.fullmatch(f"(fingerprint|plans/{_SEGMENT})/admissions/({_SITE})", text):
-        return ExchangeKey(text, "late_census" if match[1] == "fingerprint" else "late_plans", site=match[2])
-    if match := re.fullmatch(f"runs/({_SEGMENT})/(registration|initial)", text):
-        return ExchangeKey(text, "registration" if match[2] == "registration" else "initial", match[1])
-    if match := re.fullmatch(f"runs/({_SEGMENT})/(rounds|validations)/(0|[1-9][0-9]{{0,7}})", text):
-        return ExchangeKey(text, "round" if match[2] == "rounds" else "validation", match[1], int(match[3]))
-    if match := re.fullmatch(f"runs/({_SEGMENT})/admissions/({_SITE})", text):
-        return ExchangeKey(text, "admission", match[1], site=match[2])
-    raise RefusedError(
-        f"there is no gathering {text[:200]!r}", "Use matching versions at all sites.", code="unknown_gathering"
-    )
-
-
-def prerequisite(key: ExchangeKey) -> ExchangeKey | None:
-    """Return the exchange that must be closed before this one can begin."""
-    if key.kind in ("coarse", "late_census"):
-        return parse_key(CENSUS_KEY)
-    if key.kind == "fine":
-        return parse_key(fine_key(key.number - 1) if key.number else COARSE_KEY)
-    if key.kind == "late_plans":
-        return parse_key(key.text.removesuffix(f"/admissions/{key.site}"))
-    if key.kind in ("initial", "admission"):
-        return parse_key(registration_key(key.run))
-    if key.kind == "validation":
-        return parse_key(round_key(key.run, key.number))
-    if key.kind == "round":
-        return parse_key(round_key(key.run, key.number - 1) if key.number else initial_key(key.run))
-    return None
+    pooled: bool = False
+    """One thing is made of the contributions, so it is closed with no fewer of them than `min_sites`."""
+    by_quorum: bool = False
+    """Quorum and deadline of the federation close it; else it is about all expected sites, or about nothing."""
+    first_stays: bool = False
+    """The first acknowledged contribution stays: weights are never sent twice with different values in good faith."""
+    compared: bool = False
+    """What comes again after the closing is received and compared with the first: it is small, and a person wants to
+    know what differs."""
+    repeatable: bool = False
+    """It only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
+    missable: bool = False
+    """A site may come too late for it, and be let in afterwards by an exchange of its own."""
+    carries_weights: bool = False
+    """Its documents carry the tensors of a network."""
+    settles_members: bool = False
+    """Its result says who takes part in a run, and with what."""
+    pauses_with_run: bool = False
+    """Contributions are taken while the run is paused, and nothing is closed."""
+    stops_with_run: bool = False
+    """Once the run is stopped, its last aggregate is the result."""
+    recurs: bool = False
+    """There is one after another in a run: a site that misses one goes on with the newest."""
+    closes_first: bool = False
+    """Of what can be closed at the same time, it is closed before the rest."""
 
 
 # ------------------------------------------------------------------------------------------------------- exchanges
@@ -169,7 +99,8 @@ class Refused:
 class Exchange:
     """One exchange at one moment."""
 
-    key: ExchangeKey
+    key: Key
+    policy: Policy
     expected: frozenset[str]
     """Sites that are to contribute."""
     required: frozenset[str] = frozenset()
@@ -182,12 +113,14 @@ class Exchange:
     """Seconds from `opened` to the deadline. None: there is none."""
     opened: float = 0.0
     """Time of the first contribution, or of the coordinator's last start: its absence is nobody's delay."""
-    excused: frozenset[str] = frozenset()
+    dropped_out: frozenset[str] = frozenset()
     """Sites that have reported a failure: not waited for once there is a quorum."""
-    is_held: bool = False
+    is_paused: bool = False
     """Whether the operator has paused the run: contributions are taken, nothing is closed."""
-    is_superseded: bool = False
-    """Whether what follows has happened already, or the operator wants to proceed: nobody else is waited for."""
+    is_overtaken: bool = False
+    """Whether what follows has happened already: nobody else is waited for."""
+    is_forced: bool = False
+    """Whether the operator wants it closed with what there is: nobody else is waited for."""
     contributions: Mapping[str, Contribution] = field(default_factory=dict)
     outcome: Closed | Refused | None = None
 
@@ -195,6 +128,11 @@ class Exchange:
     def is_closed(self) -> bool:
         """Tell whether there is a result."""
         return isinstance(self.outcome, Closed)
+
+    @property
+    def is_hurried(self) -> bool:
+        """Tell whether nobody else is waited for once something can be made of it."""
+        return self.is_overtaken or self.is_forced
 
     @property
     def refusal(self) -> str:
@@ -209,7 +147,7 @@ class Exchange:
     @property
     def least(self) -> int:
         """Return the smallest number of contributions with which it is closed. The operator can go below a quorum."""
-        if self.quorum is None or self.is_superseded or self.key.kind not in POOLED_KINDS:
+        if self.quorum is None or self.is_hurried or not self.policy.pooled:
             return self.floor
         return max(self.floor, self.quorum)
 
@@ -222,25 +160,6 @@ class Exchange:
     def counted(self) -> tuple[str, ...]:
         """Name the expected sites that have contributed. A site that was sent away does not count any more."""
         return tuple(sorted(self.expected & self.contributions.keys()))
-
-
-def fresh_exchange(
-    key: ExchangeKey,
-    settings: FederationSettings,
-    *,
-    expected: Iterable[str] | None = None,
-    required: Iterable[str] = (),
-) -> Exchange:
-    """Return an exchange that nobody has contributed to; all sites are expected unless told otherwise."""
-    by_quorum = key.kind in FINAL_KINDS  # statistics, plans and matches are about all sites or about nothing
-    return Exchange(
-        key=key,
-        expected=frozenset(settings.sites if expected is None else expected),
-        required=frozenset(required),
-        quorum=settings.quorum if by_quorum else None,
-        floor=settings.min_sites if key.kind in POOLED_KINDS else 1,
-        deadline_s=settings.deadline_s if by_quorum else None,
-    )
 
 
 class Verdict(Enum):
@@ -267,24 +186,24 @@ def judge(exchange: Exchange, site: str, digest: str) -> Verdict:
     if held is not None and held.digest == digest:
         return Verdict.SAME
     if site not in exchange.expected:
-        if exchange.is_closed and exchange.key.kind in MISSABLE_KINDS:
+        if exchange.is_closed and exchange.policy.missable:
             raise RefusedError(
                 f"{exchange.key} was closed before site {site} came",
                 "Start the command again: it asks to be let in late.",
                 code="closed_without",
             )
         raise RefusedError(f"site {site} does not take part in {exchange.key}", code="not_expected")
-    if exchange.key.kind in FINAL_KINDS:
-        is_over = held is not None or exchange.is_closed or (exchange.is_superseded and is_enough(exchange))
+    if exchange.policy.first_stays:
+        is_over = held is not None or exchange.is_closed or (exchange.is_hurried and is_enough(exchange))
         return Verdict.KEEP_FIRST if is_over else Verdict.STORE
-    if exchange.is_closed and held is not None and exchange.key.kind in COMPARED_KINDS:
+    if exchange.is_closed and held is not None and exchange.policy.compared:
         return Verdict.COMPARE
-    if exchange.is_closed and exchange.key.kind not in LATE_KINDS:
+    if exchange.is_closed and not exchange.policy.repeatable:
         raise changed_since(exchange.key, site)
     return Verdict.STORE
 
 
-def changed_since(key: ExchangeKey, site: str, change: str = "") -> RefusedError:
+def changed_since(key: Key, site: str, change: str = "") -> RefusedError:
     """Return the refusal of what differs from a contribution that a closed exchange was made of.
 
     Args:
@@ -314,12 +233,10 @@ def without_contribution(exchange: Exchange, site: str) -> Exchange:
 
 def may_close(exchange: Exchange, now: float) -> bool:
     """Tell whether the exchange can be closed: it is complete, due, or overtaken."""
-    if exchange.outcome is not None or exchange.is_held or not exchange.counted or exchange.lacks:
+    if exchange.outcome is not None or exchange.is_paused or not exchange.counted or exchange.lacks:
         return False
     due = due_at(exchange)
-    return (
-        not exchange.waiting_for or (exchange.is_superseded and is_enough(exchange)) or (due is not None and now >= due)
-    )
+    return not exchange.waiting_for or (exchange.is_hurried and is_enough(exchange)) or (due is not None and now >= due)
 
 
 def is_enough(exchange: Exchange) -> bool:
@@ -330,9 +247,9 @@ def is_enough(exchange: Exchange) -> bool:
 
 def due_at(exchange: Exchange) -> float | None:
     """Return when the exchange closes without those that are missing; None as long as it must wait for more."""
-    if exchange.outcome is not None or exchange.is_held or not has_quorum(exchange):
+    if exchange.outcome is not None or exchange.is_paused or not has_quorum(exchange):
         return None
-    if exchange.excused.issuperset(exchange.waiting_for):
+    if exchange.dropped_out.issuperset(exchange.waiting_for):
         return exchange.opened  # nobody else is going to contribute
     return None if exchange.deadline_s is None else exchange.opened + exchange.deadline_s
 
@@ -343,13 +260,13 @@ def has_quorum(exchange: Exchange) -> bool:
     return 0 < enough <= len(exchange.counted) and exchange.required <= exchange.contributions.keys()
 
 
-def closed(exchange: Exchange, now: float) -> Exchange:
-    """Return the exchange with a result made of the contributions that count."""
+def close_with(exchange: Exchange, now: float) -> Exchange:
+    """Return the exchange, closed with a result made of the contributions that count."""
     outcome = Closed(now, contributors=exchange.counted, missing=exchange.waiting_for)
     return replace(exchange, outcome=outcome)
 
 
-def refused(exchange: Exchange, error: RefusedError, now: float) -> Exchange:
-    """Return the exchange after contributions that do not go together."""
+def refuse_with(exchange: Exchange, error: RefusedError, now: float) -> Exchange:
+    """Return the exchange, refused because the contributions do not go together."""
     message, remedy = (printable(text, most=REFUSAL_CHARACTERS) for text in (error.message, error.remedy))
     return replace(exchange, outcome=Refused(now, message, remedy, error.code))

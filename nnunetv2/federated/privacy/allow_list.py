@@ -125,9 +125,10 @@ def _allowed(kind: str, url: str) -> AllowedDocument | None:
         return None
     if allow.coordinator is not None and allow.coordinator.rstrip("/") != url.rstrip("/"):
         raise _refusal(f"sending anything to {url}, for the list is for {allow.coordinator},")
-    if kind not in allow.documents:
+    allowed = allow.documents.get(kind)
+    if allowed is None:
         raise _refusal(f"a message of kind {kind}")
-    return allow.documents[kind]
+    return allowed
 
 
 def _check_fields(kind: str, message: BaseModel, allowed: AllowedDocument) -> None:

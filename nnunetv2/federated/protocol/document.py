@@ -11,6 +11,7 @@ The reader trusts nobody: it checks size, names, shapes, dtypes and offsets befo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -25,23 +26,28 @@ from dataclasses import dataclass
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar, Union
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from nnunetv2.federated.errors import WireError
-from nnunetv2.federated.protocol.messages import MAX_TENSORS, PROTOCOL, TENSOR_NAME_PATTERN, DocumentMessage, Message
+from nnunetv2.federated.protocol.messages import MAX_TENSORS, PROTOCOL, TENSOR_NAME_PATTERN, Message, document_messages
 from nnunetv2.federated.protocol.strict_json import parse_json, validated
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.early_writing import begin_writing
 
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
 """What may travel: safetensors' name -> numpy dtype."""
 MAX_DIMENSIONS = 8
 _PIECE_BYTES = 1 << 20
 """Bytes that are read or written at a time: they stay in the processor's cache."""
-_MESSAGES: TypeAdapter[Message] = TypeAdapter(DocumentMessage)
+M = TypeVar("M", bound=Message, covariant=True)
+
+
+@functools.cache
+def _one_of(kinds: tuple[type[Message], ...]) -> TypeAdapter[Message]:
+    return TypeAdapter(Annotated[Union[kinds], Field(discriminator="kind")])  # noqa: UP007 - made at run time
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Limits:
     tensors: int = MAX_TENSORS
 
 
-class Document:
+class Document(Generic[M]):
     """An open document: its message is parsed, its tensors are read one by one, whole or in pieces.
 
     What the coordinator does with tensors, it does with `pieces` and `read_into`, whose memory does not depend on the
@@ -102,7 +108,7 @@ class Document:
     """
 
     def __init__(
-        self, path: Path, message: Message, specs: dict[str, TensorSpec], offsets: dict[str, int], file: FileIO
+        self, path: Path, message: M, specs: dict[str, TensorSpec], offsets: dict[str, int], file: FileIO
     ) -> None:
         self.path = path
         self.message = message
@@ -162,7 +168,7 @@ class Document:
             raise ValueError(f"document {self.path.name} is closed")
         return self._file
 
-    def __enter__(self) -> Document:
+    def __enter__(self) -> Document[M]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -232,7 +238,7 @@ def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec]
     return _write(path, encode_header(message, specs), _bytes_of_all(specs, tensors))
 
 
-def write_subset(source: Document, path: Path, names: Iterable[str]) -> str:
+def write_subset(source: Document[Message], path: Path, names: Iterable[str]) -> str:
     """Write a document with the message and some tensors of `source`, copying bytes, and return its SHA-256."""
     wanted = set(names)
     for name in sorted(wanted):
@@ -301,7 +307,7 @@ def _bytes_of(values: np.ndarray, dtype: np.dtype) -> memoryview:
 
 
 # ------------------------------------------------------------------------------------------------------ reading
-def open_document(path: Path, *, limits: Limits = Limits()) -> Document:
+def open_document(path: Path, *, limits: Limits = Limits()) -> Document[Any]:
     """Check the whole header of a document and return it open.
 
     Raises:
@@ -362,7 +368,7 @@ def _decode_message(metadata: Any, limits: Limits) -> Message:
             "all sites and the coordinator need matching versions"
         )
     del content  # what is built next takes as much memory
-    return validated(lambda: _MESSAGES.validate_json(text, strict=True), "the message")
+    return validated(lambda: _one_of(document_messages()).validate_json(text, strict=True), "the message")
 
 
 def _decode_entries(
@@ -409,7 +415,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- checking
-def check_tensors(document: Document, expected: Mapping[str, TensorSpec]) -> None:
+def check_tensors(document: Document[Message], expected: Mapping[str, TensorSpec]) -> None:
     """Raise WireError, naming the tensor, unless the document holds exactly `expected`, finite throughout."""
     missing, unexpected = expected.keys() - document.specs.keys(), document.specs.keys() - expected.keys()
     if missing:
@@ -421,7 +427,7 @@ def check_tensors(document: Document, expected: Mapping[str, TensorSpec]) -> Non
     check_finite(document)
 
 
-def check_finite(document: Document) -> None:
+def check_finite(document: Document[Message]) -> None:
     """Raise WireError, naming the tensor, if any value of the document is NaN or infinite."""
     elements = _PIECE_BYTES // 4
     verdicts = np.empty(elements, bool)

@@ -1,7 +1,7 @@
 """Every message that travels in a document, as models of protocol 1 that check themselves.
 
 Each model is frozen, refuses unknown fields, and bounds every list and text, so that what has been parsed is
-small and finite. `bodies.py` has the messages that travel as plain JSON, `wire.py` the bytes.
+small and finite. `api.py` has the messages that travel as plain JSON, `document.py` the bytes, `keys.py` where they go.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -151,9 +151,23 @@ class Part(BaseModel):
 
 
 class Message(Part):
-    """Base of what a document can carry. Children add a `kind` of their own."""
+    """Base of what a document can carry. Children give `kind` one value, by which documents know them."""
 
     protocol: Literal[1] = PROTOCOL
+    if TYPE_CHECKING:
+        kind: str  # a field of the children only: here, it would come before those of their other bases as JSON
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        _MESSAGES[cls.model_fields["kind"].default] = cls
+
+
+_MESSAGES: dict[str, type[Message]] = {}
+
+
+def document_messages() -> tuple[type[Message], ...]:
+    """Return every message that a document can carry: those of this module, and of steps that have their own."""
+    return tuple(_MESSAGES.values())
 
 
 class WithAdditions(Part):
@@ -178,7 +192,7 @@ class WithPrecision(WithAdditions):
     ADDED = ("precision",)
 
     precision: Precision = "float32"
-    """float16 is sent with error feedback, see `half_precision`."""
+    """float16 is sent with error feedback, see `aggregation/codecs/float16.py`."""
 
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
@@ -433,94 +447,3 @@ class Aggregate(Message):
     """None for the initial weights."""
     contributors: OneOfSite
     missing: SiteNames = ()
-
-
-DocumentMessage = Annotated[
-    Census
-    | PooledCensus
-    | CoarseSummary
-    | WantedBins
-    | FineSummary
-    | PooledFingerprint
-    | PlansReport
-    | PlansAgreement
-    | Registration
-    | Match
-    | Update
-    | Aggregate
-    | Validation
-    | PooledValidation,
-    Field(discriminator="kind"),
-]
-
-
-# --------------------------------------------------------------------------------------------- exchanges' keys
-CENSUS_KEY = "fingerprint/census"
-COARSE_KEY = "fingerprint/coarse"
-FINE_KEY = "fingerprint/fine"
-
-
-def fine_key(number: int) -> str:
-    """Return the key under which bins are looked into: the first ones, or the others that these have led to."""
-    return f"{FINE_KEY}/{number:d}" if number else FINE_KEY
-
-
-def plans_key(plans_name: str) -> str:
-    """Return the key of the exchange in which the sites compare their plans."""
-    return f"plans/{_segment(plans_name)}"
-
-
-def late_census_key(site: str) -> str:
-    """Return the key of the exchange in which one site is shown in after the fingerprints were pooled."""
-    return f"fingerprint/admissions/{_segment(site)}"
-
-
-def late_plans_key(plans_name: str, site: str) -> str:
-    """Return the key of the exchange in which one site compares its plans with what the others agreed on before."""
-    return f"{plans_key(plans_name)}/admissions/{_segment(site)}"
-
-
-def run_name(configuration: str, fold: int | str, trainer: str) -> str:
-    """Return the name that a training run has in this federation."""
-    return _segment(f"{configuration}.fold_{fold}.{trainer}")
-
-
-def run_with_plans(run: str, plans_name: str) -> str:
-    """Return the name of a run whose sites have trained with other plans under its plain name before.
-
-    Raises:
-        ValueError: It is too long, or cannot be part of a key.
-    """
-    return _segment(f"{run}.{plans_name}")
-
-
-def registration_key(run: str) -> str:
-    """Return the key of the exchange in which the sites of a run say what they train."""
-    return f"runs/{_segment(run)}/registration"
-
-
-def admission_key(run: str, site: str) -> str:
-    """Return the key of the exchange in which one site joins a run that has begun."""
-    return f"runs/{_segment(run)}/admissions/{_segment(site)}"
-
-
-def initial_key(run: str) -> str:
-    """Return the key of the exchange that settles the weights all sites start from."""
-    return f"runs/{_segment(run)}/initial"
-
-
-def round_key(run: str, number: int) -> str:
-    """Return the key of round `number`, counted from 0."""
-    return f"runs/{_segment(run)}/rounds/{number:d}"
-
-
-def validation_key(run: str, number: int) -> str:
-    """Return the key of the validation of the aggregate of round `number`."""
-    return f"runs/{_segment(run)}/validations/{number:d}"
-
-
-def _segment(text: str) -> str:
-    """Return `text` if it can stand between two slashes of a key."""
-    if not re.fullmatch(SEGMENT_PATTERN.strip("^$"), text):
-        raise ValueError(f"{text!r} cannot be part of a key: use at most 128 letters, digits, '_', '-', '+' and '.'")
-    return text

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunetv2.federated.aggregation.half_precision import ErrorFeedback
+from nnunetv2.federated.aggregation.codecs import codec_of
+from nnunetv2.federated.aggregation.codecs.base import UpdateCodec
+from nnunetv2.federated.aggregation.codecs.float32 import Float32
 from nnunetv2.federated.aggregation.matching import SHAREABLE
 from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError, WireError
 from nnunetv2.federated.exchanges.outlook import Outlook
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.exchanges.steps.weights import check_round
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.document import Document, TensorSpec
-from nnunetv2.federated.site.results import check_round
 from nnunetv2.federated.site.transport import Transport
 
 Weights = Mapping[str, np.ndarray]
@@ -45,7 +47,7 @@ class Participant:
     Args:
         transport: The way to the coordinator.
         site: Name of this site.
-        run: Name of the run, see `messages.run_name`.
+        run: Name of the run, see `keys.run_name`.
     """
 
     def __init__(self, transport: Transport, *, site: str, run: str) -> None:
@@ -55,7 +57,7 @@ class Participant:
         self.match: messages.Match | None = None
         self._tensors: dict[str, messages.TensorEntry] = {}
         """Local name -> what this site has registered."""
-        self._feedback: ErrorFeedback | None = None
+        self._codec: UpdateCodec = Float32()
 
     def register(self, registration: messages.Registration) -> messages.Match:
         """Register this site's training, wait for the others, and return the match.
@@ -69,9 +71,8 @@ class Participant:
         state = self.transport.run_state(self.run, plans=registration.plans.get("plans_name"))
         self.run = state.run  # another one where the sites have trained with other plans before
         has_begun = bool(state.members or state.left)
-        key = messages.registration_key(self.run)
-        if has_begun and self.site not in state.registered:
-            key = messages.admission_key(self.run, self.site)
+        is_late = has_begun and self.site not in state.registered
+        key = keys.AdmissionKey(self.run, self.site) if is_late else keys.RegistrationKey(self.run)
         answer = self.transport.exchange(key, registration).message
         if self.site in state.left:
             self.transport.act(self.run, "return")
@@ -80,7 +81,7 @@ class Participant:
         self._tensors = {entry.name: entry for entry in registration.tensors}
         check_match(answer, self.site, self._tensors)
         self.match = answer
-        self._feedback = ErrorFeedback() if answer.precision == "float16" else None
+        self._codec = codec_of(answer.precision)
         return answer
 
     def describe_outlook(self) -> str:
@@ -143,7 +144,7 @@ class Participant:
                 "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
                 "this run, or use the credential of the other federation."
             )
-        key = messages.round_key(self.run, next_round - 1) if next_round else messages.initial_key(self.run)
+        key = keys.RoundKey(self.run, next_round - 1) if next_round else keys.InitialKey(self.run)
         return Position(next_round, self._fetch(key), is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
@@ -162,13 +163,13 @@ class Participant:
         """
         shared = self._under_canonical_names(weights, self.local_names)
         check_finite(weights)
-        shared = shared if self._feedback is None else self._feedback.encode(shared)
+        sent = self._codec.encode(shared)
         try:
-            document = self.transport.exchange(messages.round_key(self.run, number), update, shared)
+            document = self.transport.exchange(keys.RoundKey(self.run, number), update, sent)
         except RefusedError as error:
             raise self._explained(error) from error
-        if self._feedback is not None and self.site in document.message.contributors:
-            self._feedback.settle()
+        if self.site in document.message.contributors:
+            self._codec.settle()
         return self._read(document), document.message
 
     def wants_validation(self, aggregate: messages.Aggregate, *, is_last: bool) -> bool:
@@ -187,23 +188,20 @@ class Participant:
         Nobody waits for it, and no training ends because of it.
         """
         try:
-            self.transport.contribute(
-                messages.validation_key(self.run, number), found, patience_s=VALIDATION_PATIENCE_S
-            )
+            self.transport.contribute(keys.ValidationKey(self.run, number), found, patience_s=VALIDATION_PATIENCE_S)
         except FederationError as error:
             return str(error)
         return None
 
     def _begin(self, weights: Weights, *, is_registered: bool) -> Weights:
         """Exchange the initial weights; a newcomer only receives them."""
-        key = messages.initial_key(self.run)
+        key = keys.InitialKey(self.run)
         if not is_registered:
             return self._fetch(key)
         owned = {name: local for name, local in self.local_names.items() if self.match.initial_owner[name] == self.site}
         update = self._under_canonical_names(weights, owned)
         check_finite(update)
-        if self._feedback is not None:
-            self._feedback.encode(update)  # raises for what could not come back
+        self._codec.encode(update)  # raises for what could not come back
         return self._read(self.transport.exchange(key, messages.Update(), update))
 
     def _explained(self, error: RefusedError) -> FederationError:
@@ -215,14 +213,14 @@ class Participant:
             )
         return error
 
-    def _fetch(self, key: str) -> Weights:
+    def _fetch(self, key: keys.ExchangeKey[messages.Update, messages.Aggregate]) -> Weights:
         return self._read(self.transport.result(key))
 
     @staticmethod
     def _under_canonical_names(weights: Weights, names: Mapping[str, str]) -> dict[str, np.ndarray]:
         return {name: weights[local] for name, local in sorted(names.items())}
 
-    def _read(self, document: Document) -> Weights:
+    def _read(self, document: Document[messages.Aggregate]) -> Weights:
         """Map the aggregate to local names, checked as the coordinator checks an update.
 
         Raises:
@@ -249,7 +247,7 @@ class Participant:
         if values.dtype.kind != "f":
             problem = f"is of {values.dtype}"
         elif registered is not None:
-            expected = TensorSpec("F32" if self._feedback is None else "F16", registered.shape)
+            expected = self._codec.specs({name: TensorSpec("F32", registered.shape)})[name]
             found = TensorSpec.of(values)
             problem = f"is {found}, expected {expected}" if found != expected else None
         if problem is None and not np.isfinite(values).all():

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunetv2.federated.aggregation import fingerprint_statistics, matching
-from nnunetv2.federated.aggregation.half_precision import narrowed
+from nnunetv2.federated.aggregation.codecs import codec_of
 from nnunetv2.federated.privacy.disclosure import Disclosure
-from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol import api, keys, messages
 from nnunetv2.federated.protocol.document import TensorSpec
 from nnunetv2.federated.protocol.messages import Precision, Registration
 
@@ -117,7 +117,7 @@ def training_documents(
         num_classes: Foreground classes or regions.
         precision: How the tensors of the rounds travel.
     """
-    run = messages.run_name(registration.configuration, registration.fold, registration.trainer)
+    run = keys.run_name(registration.configuration, registration.fold, registration.trainer)
     specs = {
         entry.name: TensorSpec(entry.dtype, entry.shape)
         for entry in registration.tensors
@@ -147,7 +147,7 @@ def training_documents(
             "most these",
             message=messages.Update(metrics=values(metrics), earlier=earlier),
             known=False,
-            specs=narrowed(specs) if precision == "float16" else specs,
+            specs=codec_of(precision).specs(specs),
             passed_on="the weighted average of the tensors",
         ),
         Disclosure(

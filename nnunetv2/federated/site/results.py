@@ -1,6 +1,7 @@
-"""Check kind, size and round of the results that a coordinator sends.
+"""Check the results that a coordinator sends.
 
-Names, shapes, dtypes and values of weights are checked by `participant.Participant`, which knows the network.
+What depends on the kind of exchange is in its step: kind and size of a result, the round of an aggregate. Names,
+shapes, dtypes and values of weights are checked by `participant.Participant`, which knows the network.
 """
 
 from __future__ import annotations
@@ -11,68 +12,15 @@ from typing import Annotated
 from pydantic import Field
 
 from nnunetv2.federated.errors import WireError
-from nnunetv2.federated.exchanges.exchange import WEIGHT_KINDS, Kind, parse_key
+from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R, RunKey
 from nnunetv2.federated.protocol.strict_json import validated
-
-MESSAGE_ALLOWANCE = 4 << 20
-"""Bytes beside its tensors that a set of weights may have: names and shapes."""
-LARGEST_MESSAGE = 64 << 20
-"""Bytes of a result that grows with cases or tensors of all sites: a pooled fingerprint, a match."""
-MAX_ROUNDS = 100_000
-"""No run has more. A site keeps curves with a value per round."""
-
-RESULTS_OF_KIND: dict[Kind, tuple[type[messages.Message], ...]] = {
-    "census": (messages.PooledCensus,),
-    "coarse": (messages.WantedBins,),
-    "fine": (messages.PooledFingerprint, messages.WantedBins),
-    "plans": (messages.PlansAgreement,),
-    "late_census": (messages.PooledCensus,),
-    "late_plans": (messages.PlansAgreement,),
-    "registration": (messages.Match,),
-    "admission": (messages.Match,),
-    "initial": (messages.Aggregate,),
-    "round": (messages.Aggregate,),
-    "validation": (messages.PooledValidation,),
-}
 
 
 def weights_bytes(registration: messages.Registration) -> int:
     """Return the largest size in bytes of a registered network's weights."""
     return sum(4 * math.prod(entry.shape) for entry in registration.tensors)
-
-
-def largest_result(key: str, weights: int) -> int:
-    """Return how many bytes the result of an exchange may have.
-
-    Args:
-        weights: Bytes of this site's own weights in its run; 0 if it has registered none.
-
-    Raises:
-        RefusedError: There is no such exchange.
-    """
-    kind = parse_key(key).kind
-    if kind in WEIGHT_KINDS:
-        return weights + MESSAGE_ALLOWANCE
-    return LARGEST_MESSAGE if kind in ("fine", "registration", "admission") else MESSAGE_ALLOWANCE
-
-
-def check_result(key: str, message: messages.Message) -> None:
-    """Raise WireError unless a message fits the exchange that it answers."""
-    kind = parse_key(key).kind
-    expected = RESULTS_OF_KIND[kind]
-    if not isinstance(message, expected):
-        raise WireError(
-            f"the coordinator answers {key} with a message of kind {message.kind}, expected "
-            f"{' or '.join(one.model_fields['kind'].default for one in expected)}"
-        )
-    if isinstance(message, messages.Aggregate):
-        if (message.round is None) != (kind == "initial"):
-            raise WireError(
-                f"the coordinator answers {key} with an aggregate of "
-                f"{'no round' if message.round is None else f'round {message.round}'}"
-            )
-        check_round(message.round or 0)
 
 
 class ChannelStatistics(messages.Part):
@@ -127,17 +75,12 @@ def check_bins(wanted: messages.WantedBins, num_channels: int) -> None:
         )
 
 
-def check_round(number: int) -> None:
-    """Raise WireError if no run can have come to a round of this number."""
-    if number > MAX_ROUNDS:
-        raise WireError(f"the coordinator speaks of round {number}; no run has more than {MAX_ROUNDS}")
-
-
-def check_receipt(sent_to: str, counts_in: str) -> str:
+def check_receipt(sent_to: ExchangeKey[Q, R], counts_in: str) -> ExchangeKey[Q, R]:
     """Return the exchange in which a contribution counts; check that it can."""
     if counts_in in ("", sent_to):
         return sent_to
-    sent, other = parse_key(sent_to), parse_key(counts_in)
-    if (sent.kind, sent.run) != (other.kind, other.run) or sent.kind != "round":
+    other = parse_key(counts_in)
+    is_of_the_run = isinstance(sent_to, RunKey) and isinstance(other, type(sent_to)) and other.run == sent_to.run
+    if not is_of_the_run or not step_of(sent_to).policy.recurs:
         raise WireError(f"the coordinator counts what was sent to {sent_to} in {counts_in}")
-    return counts_in
+    return other

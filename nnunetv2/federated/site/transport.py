@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.errors import FederationError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from nnunetv2.federated.protocol.api import FederationSettings, Outlooks, Receipt, RunState
     from nnunetv2.federated.protocol.document import Document, TensorSpec
-    from nnunetv2.federated.protocol.messages import Message
+    from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R
     from nnunetv2.federated.site.credential import SiteCredential
 
 
@@ -27,12 +27,12 @@ class Transport(Protocol):
 
     def exchange(
         self,
-        key: str,
-        message: Message,
+        key: ExchangeKey[Q, R],
+        message: Q,
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
-    ) -> Document:
+    ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
 
         Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
@@ -43,7 +43,7 @@ class Transport(Protocol):
         """
         ...
 
-    def result(self, key: str) -> Document:
+    def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
         """Wait until an exchange is closed and return its result, without contributing."""
         ...
 
@@ -62,8 +62,8 @@ class Transport(Protocol):
 
     def contribute(
         self,
-        key: str,
-        message: Message,
+        key: ExchangeKey[Q, Any],
+        message: Q,
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,

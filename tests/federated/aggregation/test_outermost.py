@@ -12,7 +12,7 @@ from nnunetv2.federated.aggregation import fingerprint_statistics
 from nnunetv2.federated.aggregation.outermost import Channel, hidden_of
 from nnunetv2.federated.errors import FederationError, StatisticsError
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, COARSE_KEY, FINE_KEY, fine_key
+from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, FineKey
 
 PERCENTILES = ("percentile_00_5", "median", "percentile_99_5")
 
@@ -146,7 +146,7 @@ def pool(tmp_path, values: dict[str, np.ndarray], *, share_extrema: bool = False
 
         results = in_threads(*(lambda site=site: take_part(site) for site in values))
         archive, sent = federation.coordinator.archive, {}
-        for key in (COARSE_KEY, FINE_KEY, *map(fine_key, range(1, 9))):
+        for key in (CoarseKey(), FineKey(), *map(FineKey, range(1, 9))):
             for site in values if archive.is_closed(key) else ():
                 with archive.contribution(key, site) as document:
                     sent[key, site] = document.message, {name: document.read(name) for name in document.specs}
@@ -183,10 +183,10 @@ def test_percentiles_are_exact_whatever_has_to_be_shown(tmp_path, spread, number
 def test_sites_that_are_alike_tell_neither_end(tmp_path):
     values = {"A": bell(17, 243, 40_000), "B": bell(15, 240, 40_000, seed=2)}
     results, sent = pool(tmp_path, values)
-    assert fine_key(1) not in {key for key, _ in sent}
+    assert FineKey(1) not in {key for key, _ in sent}
     for site, own in values.items():
-        coarse = sent[COARSE_KEY, site][1]["coarse.0"]
-        told = set(np.flatnonzero(coarse)) | set(sent[FINE_KEY, site][0].bins[0])
+        coarse = sent[CoarseKey(), site][1]["coarse.0"]
+        told = set(np.flatnonzero(coarse)) | set(sent[FineKey(), site][0].bins[0])
         assert not told & set(bins_of([own.min(), own.max()]))
     properties = results[0].fingerprint["foreground_intensity_properties_per_channel"]["0"]
     assert (properties["min"], properties["max"]) == pytest.approx((0.0, 256.0), rel=0.01)
@@ -206,7 +206,7 @@ def test_sites_that_lie_apart_tell_the_ends_that_the_median_is_made_of_and_no_ot
 def test_who_shares_its_extrema_counts_all_values_where_they_are(tmp_path):
     values = {"A": integers(17, 243, 4000), "B": integers(15, 240, 4000, seed=2)}
     results, sent = pool(tmp_path, values, share_extrema=True)
-    assert np.array_equal(sent[COARSE_KEY, "A"][1]["coarse.0"], fingerprint_statistics.coarse_histogram(values["A"]))
+    assert np.array_equal(sent[CoarseKey(), "A"][1]["coarse.0"], fingerprint_statistics.coarse_histogram(values["A"]))
     properties = results[0].fingerprint["foreground_intensity_properties_per_channel"]["0"]
     assert (properties["min"], properties["max"]) == (15.0, 243.0)
 
@@ -220,7 +220,7 @@ class Curious:
 
     def exchange(self, key, message, tensors=None):
         self.sent.append((key, tensors))
-        answer = messages.PooledCensus(num_cases=2) if key == CENSUS_KEY else messages.WantedBins(bins=self.bins)
+        answer = messages.PooledCensus(num_cases=2) if key == CensusKey() else messages.WantedBins(bins=self.bins)
         return type("Document", (), {"message": answer})
 
 
@@ -230,7 +230,7 @@ def test_a_coordinator_does_not_learn_the_ends_by_asking_for_them(tmp_path):
     extractor = Extractor(tmp_path, values, values[:10_000])
     with pytest.raises(StatisticsError, match="nothing more is sent"):
         federated_planning._take_part(curious, extractor, make_census(2))
-    assert [key for key, _ in curious.sent] == [CENSUS_KEY, COARSE_KEY]
+    assert [key for key, _ in curious.sent] == [CensusKey(), CoarseKey()]
 
 
 def test_a_site_does_not_look_again_and_again(tmp_path):

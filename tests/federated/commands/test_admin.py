@@ -14,7 +14,7 @@ from nnunetv2.federated.commands.api_client import OPERATOR_FILE, ask
 from nnunetv2.federated.coordinator import members
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.protocol.invitation import decode_invitation
-from nnunetv2.federated.protocol.messages import registration_key
+from nnunetv2.federated.protocol.keys import RegistrationKey
 from nnunetv2.federated.site.credential import SiteCredential, load_credential, save_credential
 from nnunetv2.federated.site.enrolment import join
 
@@ -61,7 +61,7 @@ def test_an_observer_may_look_and_not_touch(federation, run, tmp_path):
     with HttpTransport(load_credential(tmp_path / "eve.json")) as client:
         assert client.status().federation == "test"
         with pytest.raises(RefusedError, match="this is for sites"):
-            client.contribute(registration_key(RUN), make_registration())
+            client.contribute(RegistrationKey(RUN), make_registration())
     assert federation.coordinator.settings.sites == ("A", "B")
 
 
@@ -114,10 +114,10 @@ def test_settings_are_changed_one_by_one(run):
 def test_a_run_is_steered(federation, run):
     with federation.client("A") as a, federation.client("B") as b:
         in_threads(
-            lambda: a.exchange(registration_key(RUN), make_registration()),
-            lambda: b.exchange(registration_key(RUN), make_registration()),
+            lambda: a.exchange(RegistrationKey(RUN), make_registration()),
+            lambda: b.exchange(RegistrationKey(RUN), make_registration()),
         )
-    wait_until(lambda: federation.coordinator.book.is_closed(registration_key(RUN)))
+    wait_until(lambda: federation.coordinator.book.is_closed(RegistrationKey(RUN)))
     assert f"run {RUN}: paused, 0 of 3 rounds closed" in run("pause", RUN)
     assert "running" in run("resume", RUN)
     assert "running" in run("reset", RUN)

@@ -21,7 +21,7 @@ from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol.api import InviteRequest
 from nnunetv2.federated.protocol.invitation import decode_invitation
-from nnunetv2.federated.protocol.messages import CENSUS_KEY
+from nnunetv2.federated.protocol.keys import CensusKey
 from nnunetv2.federated.site.enrolment import join
 
 FULL = Path("/dev/full")
@@ -271,8 +271,8 @@ def test_serves_without_torch_and_stops_cleanly(tmp_path, without_torch):
         assert {decode_invitation(word).url for word in invitations} == {process.url}
         credentials = process.credentials()
         with make_client(credentials["A"]) as a, make_client(credentials["B"]) as b:
-            a.contribute(CENSUS_KEY, make_census(1))
-            assert b.exchange(CENSUS_KEY, make_census(2)).message.num_cases == 3
+            a.contribute(CensusKey(), make_census(1))
+            assert b.exchange(CensusKey(), make_census(2)).message.num_cases == 3
         assert process.stop(signal.SIGTERM) == 0
         assert "fingerprint/census is closed: A, B" in process.text()
         assert process.text().rstrip().endswith("the coordinator has stopped")
@@ -316,7 +316,7 @@ def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
         def wait():
             with make_client(credential, lines, give_up_after_s=0.5) as client:
                 try:
-                    client.exchange(CENSUS_KEY, make_census())
+                    client.exchange(CensusKey(), make_census())
                 except CoordinatorUnreachable as error:
                     errors.append(error)
 

@@ -30,7 +30,7 @@ from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedEr
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import RunState
 from nnunetv2.federated.protocol.invitation import Invitation
-from nnunetv2.federated.protocol.messages import registration_key, validation_key
+from nnunetv2.federated.protocol.keys import RegistrationKey, ValidationKey
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.enrolment import join
 
@@ -46,7 +46,7 @@ def finish(federation, *, shapes=SHAPES, num_rounds=1) -> None:
             lambda: train(b, seed=2, num_rounds=num_rounds, shapes=shapes),
         )
         for client in (a, b):
-            client.contribute(validation_key(RUN, num_rounds - 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
+            client.contribute(ValidationKey(RUN, num_rounds - 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
     kept = federation.coordinator.store.load_events
     wait_until(lambda: any(event.detail["rounds"]["best"] is not None for event in kept("model")))
 
@@ -202,7 +202,7 @@ def test_a_run_that_was_stopped_at_once_has_no_model(tmp_path):
         federation.client("A") as client,
         admit_operator(federation) as operator,
     ):
-        client.contribute(registration_key(RUN), make_registration())
+        client.contribute(RegistrationKey(RUN), make_registration())
         operator.act(RUN, "stop")
         with pytest.raises(RefusedError, match="before its first round was closed"):
             fetch_model.fetch(client, RUN, tmp_path)

@@ -11,7 +11,7 @@ from fake_federation import LABELS, RUN, in_threads, make_census, make_plans, ma
 from nnunetv2.federated.commands import leave, status
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import api, messages
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key, round_key, validation_key
+from nnunetv2.federated.protocol.keys import CensusKey, PlansKey, RoundKey, ValidationKey
 
 NOW = 1_000_000.0
 
@@ -35,7 +35,7 @@ def make_status(**changes) -> api.Status:
         ),
     )
     waiting = api.GatheringStatus(
-        key=round_key(RUN, 17), contributed=("north",), waiting_for=("south",), opened=NOW - 720
+        key=RoundKey(RUN, 17), contributed=("north",), waiting_for=("south",), opened=NOW - 720
     )
     return api.Status(
         **{
@@ -81,14 +81,14 @@ def test_while_all_train_nobody_is_waited_for():
 
 
 def test_planning_is_shown_too():
-    census = api.GatheringStatus(key=CENSUS_KEY, contributed=(), waiting_for=("north", "south"), opened=NOW - 60)
+    census = api.GatheringStatus(key=CensusKey(), contributed=(), waiting_for=("north", "south"), opened=NOW - 60)
     text = text_of(make_status(runs=(), progress=(), waiting=(census,)))
     assert "waiting for north, south since 1 min: fingerprint/census" in text
 
 
 def test_what_was_refused_is_not_called_a_wait():
     census = api.GatheringStatus(
-        key=CENSUS_KEY,
+        key=CensusKey(),
         contributed=("north", "south"),
         waiting_for=(),
         opened=NOW - 60,
@@ -110,12 +110,12 @@ def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
         in_threads(*(lambda site=site, seed=seed: take_part(site, seed) for seed, site in enumerate("ABC")))
         with federation.client("A") as client, federation.client("B") as other, federation.client("C") as third:
             for one in (client, other, third):
-                one.contribute(validation_key(RUN, 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
+                one.contribute(ValidationKey(RUN, 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
             wait_until(lambda: federation.coordinator.store.load_validations(RUN))
-            client.contribute(CENSUS_KEY, make_census(labels=LABELS))
+            client.contribute(CensusKey(), make_census(labels=LABELS))
             for one, plans in ((client, make_plans(a=1)), (other, make_plans(a=2)), (third, make_plans(a=2))):
-                one.contribute(plans_key("p"), messages.PlansReport(plans=plans))
-            wait_until(lambda: federation.coordinator.book.get(plans_key("p")).refusal)
+                one.contribute(PlansKey("p"), messages.PlansReport(plans=plans))
+            wait_until(lambda: federation.coordinator.book.get(PlansKey("p")).refusal)
         monkeypatch.setenv("nnUNet_fed_site", str(tmp_path / "federation" / "credential.A.json"))
         assert status.main([]) == 0
         text = capsys.readouterr().out

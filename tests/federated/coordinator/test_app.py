@@ -28,7 +28,7 @@ from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import open_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ def test_unknown_gatherings_do_not_exist(site, key):
 def test_settings_and_status_are_messages(federation, a):
     begin = time.time()
     assert a.get("settings").json()["sites"] == ["A", "B"]
-    a.put(CENSUS_KEY, a.document(make_census()))
-    a.put(registration_key(RUN), a.document(make_registration()))
+    a.put(CensusKey(), a.document(make_census()))
+    a.put(RegistrationKey(RUN), a.document(make_registration()))
     a.session.post(f"{a.base}/failures", json={"run": RUN, "round": 3, "reason": "out of memory"}, timeout=PATIENCE_S)
     status = a.get("status").json()
     first = status["sites"][0]
@@ -128,21 +128,21 @@ def test_settings_and_status_are_messages(federation, a):
         "bytes_sent": 0,
     }
     assert [(g["key"], g["contributed"], g["waiting_for"]) for g in status["waiting"]] == [
-        (CENSUS_KEY, ["A"], ["B"]),
-        (registration_key(RUN), ["A"], ["B"]),
+        (CensusKey(), ["A"], ["B"]),
+        (RegistrationKey(RUN), ["A"], ["B"]),
     ]
     assert [(f["site"], f["run"], f["round"], f["reason"]) for f in status["failures"]] == [
         ("A", RUN, 3, "out of memory")
     ]
     traffic = {(t["site"], t["key"]): t for t in status["traffic"]}
-    assert traffic["A", CENSUS_KEY]["bytes_received"] > 100
+    assert traffic["A", CensusKey()]["bytes_received"] > 100
     assert f"site A reports a failure in run {RUN}, round 3: out of memory" in federation.lines
 
 
 # ------------------------------------------------------------------------------------------------------ contributing
 def test_a_contribution_may_be_repeated(federation, a):
     body = a.document(make_census())
-    first, second = a.put(CENSUS_KEY, body), a.put(CENSUS_KEY, body)
+    first, second = a.put(CensusKey(), body), a.put(CensusKey(), body)
     assert first.status_code == second.status_code == 200
     assert (
         first.json()
@@ -153,15 +153,15 @@ def test_a_contribution_may_be_repeated(federation, a):
 
 
 def test_statistics_are_replaced_while_open_and_refused_when_closed(a, b):
-    a.put(CENSUS_KEY, a.document(make_census(num_cases=1)))
-    a.put(CENSUS_KEY, a.document(make_census(num_cases=3)))
-    b.put(CENSUS_KEY, b.document(make_census(num_cases=4)))
-    response = a.get(f"gatherings/{CENSUS_KEY}?wait=5")
+    a.put(CensusKey(), a.document(make_census(num_cases=1)))
+    a.put(CensusKey(), a.document(make_census(num_cases=3)))
+    b.put(CensusKey(), b.document(make_census(num_cases=4)))
+    response = a.get(f"gatherings/{CensusKey()}?wait=5")
     (a.folder / "result").write_bytes(response.content)
     with open_document(a.folder / "result") as result:
         assert result.message.num_cases == 7
-    assert a.put(CENSUS_KEY, a.document(make_census(num_cases=3))).status_code == 200
-    late = a.put(CENSUS_KEY, a.document(make_census(num_cases=5)))
+    assert a.put(CensusKey(), a.document(make_census(num_cases=3))).status_code == 200
+    late = a.put(CensusKey(), a.document(make_census(num_cases=5)))
     assert late.status_code == 409
     assert late.json()["code"] == "already_closed" and "new federation" in late.json()["remedy"]
 
@@ -170,24 +170,26 @@ def test_length_and_digest_must_be_announced(quiet, site):
     address = urlsplit(quiet.url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE_S)
     headers = {"Authorization": site.session.headers["Authorization"], "X-Content-SHA256": "0" * 64}
-    connection.request("PUT", f"/v1/gatherings/{CENSUS_KEY}", body=iter([b"abc"]), headers=headers, encode_chunked=True)
+    connection.request(
+        "PUT", f"/v1/gatherings/{CensusKey()}", body=iter([b"abc"]), headers=headers, encode_chunked=True
+    )
     assert connection.getresponse().status == 411
     connection.close()
-    response = site.put(CENSUS_KEY, site.document(make_census()), **{"X-Content-SHA256": "short"})
+    response = site.put(CensusKey(), site.document(make_census()), **{"X-Content-SHA256": "short"})
     assert response.status_code == 400 and response.json()["code"] == "incomplete_request"
 
 
 def test_what_was_damaged_on_its_way_is_not_kept(quiet, site):
-    response = site.put(CENSUS_KEY, site.document(make_census()), **{"X-Content-SHA256": "0" * 64})
+    response = site.put(CensusKey(), site.document(make_census()), **{"X-Content-SHA256": "0" * 64})
     assert response.status_code == 400 and response.json()["code"] == "damaged_in_transit"
-    assert incoming(quiet) == [] and quiet.coordinator.book.get(CENSUS_KEY) is None
+    assert incoming(quiet) == [] and quiet.coordinator.book.get(CensusKey()) is None
 
 
 @pytest.mark.parametrize("size", [256 * 2**20 + 1, 10**12])
 def test_what_is_too_large_is_refused_before_it_is_read(quiet, site, size):
     address = urlsplit(quiet.url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE_S)
-    connection.putrequest("PUT", f"/v1/gatherings/{CENSUS_KEY}")
+    connection.putrequest("PUT", f"/v1/gatherings/{CensusKey()}")
     for name, value in {
         "Authorization": site.session.headers["Authorization"],
         "X-Content-SHA256": "0" * 64,
@@ -197,19 +199,19 @@ def test_what_is_too_large_is_refused_before_it_is_read(quiet, site, size):
     connection.endheaders()
     assert connection.getresponse().status == 413
     connection.close()
-    assert site.offer(CENSUS_KEY, "0" * 64, size).status_code == 413
+    assert site.offer(CensusKey(), "0" * 64, size).status_code == 413
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 7, b"\xff" * 64, b"\0" * 8 + b"{}", b"\x80\x04K\x01."])
 def test_what_is_no_document_is_refused(quiet, site, body):
-    response = site.put(CENSUS_KEY, body)
+    response = site.put(CensusKey(), body)
     assert response.status_code == 400 and response.json()["code"] == "invalid"
     assert incoming(quiet) == []
     assert quiet.coordinator.store.load_events("refusal")[-1].site == "A"
 
 
 def test_the_wrong_kind_of_message_is_refused(site):
-    response = site.put(CENSUS_KEY, site.document(messages.PlansReport(plans={})))
+    response = site.put(CensusKey(), site.document(messages.PlansReport(plans={})))
     assert response.status_code == 400
     assert "takes messages of kind census, this one is of kind plans_report" in response.json()["message"]
 
@@ -218,13 +220,13 @@ def test_a_request_that_dies_in_the_middle_leaves_nothing(federation, a):
     address = urlsplit(federation.url)
     with socket.create_connection((address.hostname, address.port)) as connection:
         head = (
-            f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+            f"PUT /v1/gatherings/{CensusKey()} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
             f"X-Content-SHA256: {'0' * 64}\r\nAuthorization: {a.session.headers['Authorization']}\r\n\r\n"
         )
         connection.sendall(head.encode() + b"z" * 300_000)
         wait_until(lambda: incoming(federation))
     wait_until(lambda: not incoming(federation))
-    assert a.put(CENSUS_KEY, a.document(make_census())).status_code == 200
+    assert a.put(CensusKey(), a.document(make_census())).status_code == 200
 
 
 def test_large_small_bodies_are_refused(site):
@@ -235,86 +237,86 @@ def test_large_small_bodies_are_refused(site):
 def test_an_offer_spares_the_upload(a, b):
     body = a.document(make_census())
     digest = hashlib.sha256(body).hexdigest()
-    assert a.offer(CENSUS_KEY, digest, len(body)).status_code == 202
-    a.put(CENSUS_KEY, body)
-    assert a.offer(CENSUS_KEY, digest, len(body)).json()["digest"] == digest
+    assert a.offer(CensusKey(), digest, len(body)).status_code == 202
+    a.put(CensusKey(), body)
+    assert a.offer(CensusKey(), digest, len(body)).json()["digest"] == digest
 
 
 # ----------------------------------------------------------------------------------------------------------- results
 def test_an_open_gathering_says_whom_it_waits_for(a):
-    response = a.get(f"gatherings/{CENSUS_KEY}")
+    response = a.get(f"gatherings/{CensusKey()}")
     assert (response.status_code, response.json()) == (202, {"waiting_for": ["A", "B"], "paused": False})
-    a.put(CENSUS_KEY, a.document(make_census()))
+    a.put(CensusKey(), a.document(make_census()))
     begin = time.monotonic()
-    assert a.get(f"gatherings/{CENSUS_KEY}?wait=0.2").json() == {"waiting_for": ["B"], "paused": False}
+    assert a.get(f"gatherings/{CensusKey()}?wait=0.2").json() == {"waiting_for": ["B"], "paused": False}
     assert time.monotonic() - begin > 0.15
 
 
 def test_waiting_ends_when_the_result_is_there(federation, a, b, monkeypatch):
     monkeypatch.setattr("nnunetv2.federated.coordinator.app.LONGEST_WAIT_S", MUCH_LONGER_S)
-    a.put(CENSUS_KEY, a.document(make_census()))
+    a.put(CensusKey(), a.document(make_census()))
     body = b.document(make_census())
     answers = []
-    waiting = threading.Thread(target=lambda: answers.append(a.get(f"gatherings/{CENSUS_KEY}?wait={MUCH_LONGER_S}")))
+    waiting = threading.Thread(target=lambda: answers.append(a.get(f"gatherings/{CensusKey()}?wait={MUCH_LONGER_S}")))
     waiting.start()
-    wait_until(lambda: federation.app.state.changes._waiting[CENSUS_KEY])
-    b.put(CENSUS_KEY, body)
+    wait_until(lambda: federation.app.state.changes._waiting[CensusKey()])
+    b.put(CensusKey(), body)
     waiting.join(PATIENCE_S)
     assert answers[0].status_code == 200
 
 
 @pytest.mark.parametrize("wait", ["-1", "x", "1e9", "nan"])
 def test_a_wait_is_a_plain_number(site, wait):
-    assert site.get(f"gatherings/{CENSUS_KEY}?wait={wait}").status_code == 400
+    assert site.get(f"gatherings/{CensusKey()}?wait={wait}").status_code == 400
 
 
 def test_results_come_in_ranges(a, b):
     for site in (a, b):
-        site.put(CENSUS_KEY, site.document(make_census()))
-    whole = a.get(f"gatherings/{CENSUS_KEY}?wait=5")
+        site.put(CensusKey(), site.document(make_census()))
+    whole = a.get(f"gatherings/{CensusKey()}?wait=5")
     digest = hashlib.sha256(whole.content).hexdigest()
     assert whole.headers["X-Content-SHA256"] == digest
-    assert whole.headers["X-Gathering"] == CENSUS_KEY
-    rest = a.get(f"gatherings/{CENSUS_KEY}", headers={"Range": "bytes=10-", "If-Range": f'"{digest}"'})
+    assert whole.headers["X-Gathering"] == CensusKey()
+    rest = a.get(f"gatherings/{CensusKey()}", headers={"Range": "bytes=10-", "If-Range": f'"{digest}"'})
     assert (rest.status_code, rest.content) == (206, whole.content[10:])
-    changed = a.get(f"gatherings/{CENSUS_KEY}", headers={"Range": "bytes=10-", "If-Range": f'"{"0" * 64}"'})
+    changed = a.get(f"gatherings/{CensusKey()}", headers={"Range": "bytes=10-", "If-Range": f'"{"0" * 64}"'})
     assert (changed.status_code, changed.content) == (200, whole.content)
 
 
 def test_a_refused_closing_reaches_every_site_and_can_be_corrected(federation, a, b):
-    a.put(CENSUS_KEY, a.document(make_census()))
-    b.put(CENSUS_KEY, b.document(make_census(labels={"background": 0, "liver": 2})))
+    a.put(CensusKey(), a.document(make_census()))
+    b.put(CensusKey(), b.document(make_census(labels={"background": 0, "liver": 2})))
     for site in (a, b):
-        response = site.get(f"gatherings/{CENSUS_KEY}?wait=5")
+        response = site.get(f"gatherings/{CensusKey()}?wait=5")
         assert response.status_code == 409
         assert response.json()["message"] == (
             "the sites' datasets do not go together: labels.liver is 1 at A and 2 at B"
         )
-    assert b.put(CENSUS_KEY, b.document(make_census())).status_code == 200
-    assert b.get(f"gatherings/{CENSUS_KEY}?wait=5").status_code == 200
+    assert b.put(CensusKey(), b.document(make_census())).status_code == 200
+    assert b.get(f"gatherings/{CensusKey()}?wait=5").status_code == 200
 
 
 def test_gatherings_begin_in_order(site):
-    for response in (site.get("gatherings/fingerprint/coarse"), site.get(f"gatherings/{round_key(RUN, 1)}")):
+    for response in (site.get("gatherings/fingerprint/coarse"), site.get(f"gatherings/{RoundKey(RUN, 1)}")):
         assert (response.status_code, response.json()["code"]) == (409, "too_early")
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
 def start_run(a: Peer, b: Peer) -> None:
     for site, cases in ((a, 1), (b, 3)):
-        assert site.put(registration_key(RUN), site.document(make_registration(cases))).status_code == 200
-    assert a.get(f"gatherings/{registration_key(RUN)}?wait=5").status_code == 200
-    assert a.put(initial_key(RUN), a.document(messages.Update())).status_code == 200
-    assert b.put(initial_key(RUN), b.document(messages.Update(), make_weights(1))).status_code == 200
-    assert a.get(f"gatherings/{initial_key(RUN)}?wait=5").status_code == 200
+        assert site.put(RegistrationKey(RUN), site.document(make_registration(cases))).status_code == 200
+    assert a.get(f"gatherings/{RegistrationKey(RUN)}?wait=5").status_code == 200
+    assert a.put(InitialKey(RUN), a.document(messages.Update())).status_code == 200
+    assert b.put(InitialKey(RUN), b.document(messages.Update(), make_weights(1))).status_code == 200
+    assert a.get(f"gatherings/{InitialKey(RUN)}?wait=5").status_code == 200
 
 
 def test_a_round_is_the_mean_weighted_by_cases(federation, a, b, tmp_path):
     start_run(a, b)
     first, second = make_weights(1), make_weights(2)
-    assert a.put(round_key(RUN, 0), a.document(messages.Update(metrics={"loss": 1.0}), first)).status_code == 200
-    assert b.put(round_key(RUN, 0), b.document(messages.Update(metrics={"loss": 2.0}), second)).status_code == 200
-    response = a.get(f"gatherings/{round_key(RUN, 0)}?wait=5")
+    assert a.put(RoundKey(RUN, 0), a.document(messages.Update(metrics={"loss": 1.0}), first)).status_code == 200
+    assert b.put(RoundKey(RUN, 0), b.document(messages.Update(metrics={"loss": 2.0}), second)).status_code == 200
+    response = a.get(f"gatherings/{RoundKey(RUN, 0)}?wait=5")
     (tmp_path / "result").write_bytes(response.content)
     with open_document(tmp_path / "result") as result:
         for name in SHAPES:
@@ -338,8 +340,8 @@ def test_a_round_is_the_mean_weighted_by_cases(federation, a, b, tmp_path):
 def test_the_first_update_of_a_round_stays(a, b):
     start_run(a, b)
     first = a.document(messages.Update(), make_weights(1))
-    a.put(round_key(RUN, 0), first)
-    receipt = a.put(round_key(RUN, 0), a.document(messages.Update(), make_weights(2))).json()
+    a.put(RoundKey(RUN, 0), first)
+    receipt = a.put(RoundKey(RUN, 0), a.document(messages.Update(), make_weights(2))).json()
     assert receipt == {"digest": hashlib.sha256(first).hexdigest(), "already": True, "waiting_for": ["B"], "key": ""}
 
 
@@ -357,14 +359,14 @@ def test_the_first_update_of_a_round_stays(a, b):
 def test_an_update_must_fit_and_be_finite(quiet, site, change, complaint):
     weights = make_weights(1)
     change(weights)
-    response = site.put(round_key(RUN, 0), site.document(messages.Update(), weights))
+    response = site.put(RoundKey(RUN, 0), site.document(messages.Update(), weights))
     assert response.status_code == 400
     assert re.search(complaint, response.json()["message"])
-    assert quiet.coordinator.book.get(round_key(RUN, 0)) is None
+    assert quiet.coordinator.book.get(RoundKey(RUN, 0)) is None
 
 
 def test_an_update_is_bounded_by_what_was_registered(site):
-    assert site.offer(round_key(RUN, 0), "0" * 64, 10 << 20).status_code == 413
+    assert site.offer(RoundKey(RUN, 0), "0" * 64, 10 << 20).status_code == 413
 
 
 def test_old_weights_are_deleted_and_the_present_ones_kept(federation):

@@ -17,7 +17,7 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FailureReport
 from nnunetv2.federated.protocol.document import write_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, registration_key
+from nnunetv2.federated.protocol.keys import CensusKey, PlansKey, RegistrationKey
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.utilities.plain_text import excerpt, printable
 
@@ -52,7 +52,7 @@ def federation(tmp_path):
         for site in "AB":
             federation.credential(site)
         with federation.client("A") as client:
-            client.contribute(registration_key(RUN), make_registration())
+            client.contribute(RegistrationKey(RUN), make_registration())
         yield federation
 
 
@@ -113,7 +113,7 @@ def test_a_site_may_fail_some_hundred_times_a_day(tmp_path):
         coordinator.clock = lambda: now[0]
         federation.credential("A"), federation.credential("B")
         with federation.client("A") as client:
-            client.contribute(registration_key(RUN), make_registration())
+            client.contribute(RegistrationKey(RUN), make_registration())
         failed = FailureReport(run=RUN, reason="out of memory")
         for _ in range(FAILURES_PER_DAY):
             run_control.report_failure(coordinator, "A", failed)
@@ -131,16 +131,16 @@ def test_why_something_was_refused_is_bounded_too(federation, tmp_path):
     """A refusal quotes what a site has sent: the key of a field, say."""
     coordinator, path = federation.coordinator, tmp_path / "document"
     with federation.client("A") as a, federation.client("B") as b:
-        a.contribute(CENSUS_KEY, make_census())
-        b.contribute(CENSUS_KEY, make_census(labels={"background": 0, "\u200b" * 500: 1}))
-        a.contribute("plans/p", messages.PlansReport(plans={"\U0001f600" * 100_000: 1}))
-        b.contribute("plans/p", messages.PlansReport(plans={"x": 1}))
-        for key in (CENSUS_KEY, "plans/p"):
+        a.contribute(CensusKey(), make_census())
+        b.contribute(CensusKey(), make_census(labels={"background": 0, "\u200b" * 500: 1}))
+        a.contribute(PlansKey("p"), messages.PlansReport(plans={"\U0001f600" * 100_000: 1}))
+        b.contribute(PlansKey("p"), messages.PlansReport(plans={"x": 1}))
+        for key in (CensusKey(), PlansKey("p")):
             with pytest.raises(RefusedError):
                 b.result(key)
     write_document(path, messages.PlansReport(plans={}), {}, [])
     with pytest.raises(Exception, match="message"):
-        coordinator.contribute(registration_key(RUN), "B", path, "0" * 64, 10)
+        coordinator.contribute(RegistrationKey(RUN), "B", path, "0" * 64, 10)
     for event in coordinator.store.load_events("refusal"):
         assert len(json.dumps(event.detail)) < LOGGED_CHARACTERS + 200
     assert max(len(one.refusal) for one in coordinator.status().waiting) <= 8000

@@ -12,7 +12,7 @@ from nnunetv2.federated.coordinator.http.rate_limits import COSTLY_PATH
 from nnunetv2.federated.coordinator.members import Members, create_federation
 from nnunetv2.federated.coordinator.storage.database import Database
 from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE, Store, Traffic
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, RoundKey
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def store(tmp_path):
 def count_rounds(members: Members, rounds: int) -> None:
     for number in range(rounds):
         for site in "AB":
-            members.count(site, round_key(RUN, number), Traffic(100, 10, float(number)))
+            members.count(site, RoundKey(RUN, number), Traffic(100, 10, float(number)))
 
 
 def shown(members: Members) -> dict[tuple[str, str], tuple[int, int]]:
@@ -36,7 +36,7 @@ def test_traffic_is_shown_for_the_gatherings_that_were_busy_last(store):
     members = Members(store)
     count_rounds(members, 30)
     members.count("A", "", Traffic(7, 0, 99.0))
-    latest = [round_key(RUN, number) for number in range(30 - members_module.BUSY_GATHERINGS, 30)]
+    latest = [RoundKey(RUN, number) for number in range(30 - members_module.BUSY_GATHERINGS, 30)]
     assert shown(members) == {(site, key): (100, 10) for site in "AB" for key in latest}
     first, second = members.status()
     assert (first.bytes_received, first.bytes_sent, first.last_seen) == (3007, 300, 99.0)
@@ -50,22 +50,22 @@ def test_counters_go_on_after_a_restart(store):
     members.save_traffic()
     again = Members(store)
     assert shown(again) == shown(members) and again.status() == members.status()
-    again.count("A", round_key(RUN, 0), Traffic(1, 1, 50.0))  # of which this process remembered nothing
-    again.count("A", round_key(RUN, 7), Traffic(1, 1, 50.0))
+    again.count("A", RoundKey(RUN, 0), Traffic(1, 1, 50.0))  # of which this process remembered nothing
+    again.count("A", RoundKey(RUN, 7), Traffic(1, 1, 50.0))
     again.save_traffic()
     third = Members(store)
     assert third.status()[0].bytes_received == 802
-    assert shown(third)["A", round_key(RUN, 7)] == (101, 11) and shown(third)["A", round_key(RUN, 0)] == (101, 11)
+    assert shown(third)["A", RoundKey(RUN, 7)] == (101, 11) and shown(third)["A", RoundKey(RUN, 0)] == (101, 11)
 
 
 def test_what_could_not_be_saved_is_saved_later(store, monkeypatch):
     members = Members(store)
-    members.count("A", CENSUS_KEY, Traffic(100, 10, 1.0))
+    members.count("A", CensusKey(), Traffic(100, 10, 1.0))
     with monkeypatch.context() as patch:
         patch.setattr(store, "add_traffic", lambda traffic: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(OSError, match="full"):
             members.save_traffic()
-    members.count("A", CENSUS_KEY, Traffic(1, 1, 2.0))
+    members.count("A", CensusKey(), Traffic(1, 1, 2.0))
     members.save_traffic()
     assert Members(store).status()[0].bytes_received == 101
 

@@ -25,10 +25,10 @@ from nnunetv2.federated.coordinator.models.model_folder import without_values
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.coordinator.storage.store import Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FailureReport, GatheringStatus, RunAction, SettingsChange, Waiting
 from nnunetv2.federated.protocol.document import open_document
-from nnunetv2.federated.protocol.messages import admission_key, initial_key, registration_key, round_key, validation_key
+from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RegistrationKey, RoundKey, ValidationKey
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def test_a_new_site_joins_a_run_that_has_begun(make_federation):
     federation.update(0, "A", 1), federation.update(0, "B", 2)
     federation.coordinator.invite("C", "site", by="boss")
     with pytest.raises(RefusedError, match="was closed before site C came"):
-        federation.send(registration_key(RUN), "C", make_registration(7))
-    federation.send(admission_key(RUN, "C"), "C", make_registration(7))
-    with open_document(federation.coordinator.result(admission_key(RUN, "C"), "C").path) as document:
+        federation.send(RegistrationKey(RUN), "C", make_registration(7))
+    federation.send(AdmissionKey(RUN, "C"), "C", make_registration(7))
+    with open_document(federation.coordinator.result(AdmissionKey(RUN, "C"), "C").path) as document:
         assert document.message.weights == {"A": 1.0, "B": 1.0, "C": 1.0}  # who takes part, not with how many cases
         assert all("C" in sites for sites in document.message.shared.values())
     assert federation.aggregate(0, "C")[0].round == 0  # what it starts from
     federation.update(1, "A", 3), federation.update(1, "B", 4)
-    assert federation.coordinator.result(round_key(RUN, 1), "A").waiting_for == ("C",)
+    assert federation.coordinator.result(RoundKey(RUN, 1), "A").waiting_for == ("C",)
     federation.update(1, "C", 5)
     message, weights = federation.aggregate(1)
     assert message.contributors == {"A": 1.0, "B": 1.0, "C": 1.0}
@@ -82,7 +82,7 @@ def test_a_late_join_outlasts_a_restart(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
     federation.coordinator.invite("C", "site", by="boss")
-    federation.send(admission_key(RUN, "C"), "C", make_registration(7))
+    federation.send(AdmissionKey(RUN, "C"), "C", make_registration(7))
     federation.store.close()
     again = Federation(federation.store.folder)
     federation.store = again.store  # closed by the fixture
@@ -97,8 +97,8 @@ def test_a_newcomer_shares_only_what_fits(make_federation):
     federation.start("A", "B")
     federation.coordinator.invite("C", "site", by="boss")
     shapes = {**SHAPES, "head.weight": (3, 4)}
-    federation.send(admission_key(RUN, "C"), "C", make_registration(1, shapes=shapes))
-    with open_document(federation.coordinator.result(admission_key(RUN, "C"), "C").path) as document:
+    federation.send(AdmissionKey(RUN, "C"), "C", make_registration(1, shapes=shapes))
+    with open_document(federation.coordinator.result(AdmissionKey(RUN, "C"), "C").path) as document:
         shared = [name for name, sites in document.message.shared.items() if "C" in sites]
     assert sorted(shared) == ["encoder.bias", "encoder.weight"]
 
@@ -116,9 +116,9 @@ def test_a_newcomer_that_does_not_fit_is_refused(make_federation, registration, 
     federation.start("A", "B")
     federation.coordinator.invite("C", "site", by="boss")
     aliases = {} if "shapes" in registration else {"decoder.encoder.weight": "encoder.weight"}
-    federation.send(admission_key(RUN, "C"), "C", make_registration(1, aliases=aliases, **registration))
+    federation.send(AdmissionKey(RUN, "C"), "C", make_registration(1, aliases=aliases, **registration))
     with pytest.raises(RefusedError, match=complaint):
-        federation.coordinator.result(admission_key(RUN, "C"), "C")
+        federation.coordinator.result(AdmissionKey(RUN, "C"), "C")
     assert federation.coordinator.run_state(RUN).members == ("A", "B")
 
 
@@ -126,7 +126,7 @@ def test_nobody_is_admitted_for_somebody_else(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
     with pytest.raises(RefusedError, match="does not take part"):
-        federation.send(admission_key(RUN, "C"), "A", make_registration(1))
+        federation.send(AdmissionKey(RUN, "C"), "A", make_registration(1))
 
 
 # ------------------------------------------------------------------------------------------- leaving, failing, late
@@ -142,7 +142,7 @@ def test_a_site_leaves_and_returns(make_federation):
     assert not federation.store.load_events("failure"), "that it has left says it all"
     assert federation.act("return", Member("C", "site")).members == ("A", "B", "C")
     federation.update(1, "C", 3)
-    assert federation.coordinator.result(round_key(RUN, 1), "C") == Waiting(waiting_for=("A", "B"))
+    assert federation.coordinator.result(RoundKey(RUN, 1), "C") == Waiting(waiting_for=("A", "B"))
 
 
 def test_a_failure_does_not_hold_up_a_round_that_has_its_quorum(make_federation):
@@ -163,9 +163,9 @@ def test_a_site_that_failed_is_excused_until_it_is_back(make_federation):
     for number in (0, 1):
         federation.update(number, "A", 1), federation.update(number, "B", 2)
         assert federation.aggregate(number)[0].missing == ("C",)
-    federation.send(registration_key(RUN), "C", make_registration(3))  # as a site does that starts again
+    federation.send(RegistrationKey(RUN), "C", make_registration(3))  # as a site does that starts again
     federation.update(2, "A", 1), federation.update(2, "B", 2)
-    assert federation.coordinator.result(round_key(RUN, 2), "A").waiting_for == ("C",)
+    assert federation.coordinator.result(RoundKey(RUN, 2), "A").waiting_for == ("C",)
     federation.update(2, "C", 3)
     assert federation.aggregate(2)[0].missing == ()
 
@@ -201,15 +201,15 @@ def test_a_late_update_is_carried_into_the_open_round_once(make_federation):
     federation.now += 11
     federation.close()
     receipt = federation.update(0, "C", 3)
-    assert (receipt.key, receipt.already) == (round_key(RUN, 1), False)
-    assert federation.update(0, "C", 3).key == round_key(RUN, 1)  # its receipt was lost
+    assert (receipt.key, receipt.already) == (RoundKey(RUN, 1), False)
+    assert federation.update(0, "C", 3).key == RoundKey(RUN, 1)  # its receipt was lost
     federation.update(1, "A", 4), federation.update(1, "B", 5)
     message, weights = federation.aggregate(1, "C")
     assert federation.weights(message.round) == {"A": 1.0, "B": 2.0, "C": 3.0}
     for name, values in mean_of((4, 1), (5, 2), (3, 3)).items():
         np.testing.assert_allclose(weights[name], values, rtol=1e-6)
-    assert federation.update(0, "C", 3).key == round_key(RUN, 1)  # even now: nothing counts twice
-    assert federation.coordinator.book.get(round_key(RUN, 2)) is None
+    assert federation.update(0, "C", 3).key == RoundKey(RUN, 1)  # even now: nothing counts twice
+    assert federation.coordinator.book.get(RoundKey(RUN, 2)) is None
 
 
 # ------------------------------------------------------------------------------------------------------ the operator
@@ -218,7 +218,7 @@ def test_a_paused_run_takes_updates_and_closes_nothing(make_federation):
     federation.start("A", "B")
     assert federation.act("pause").state == "paused"
     federation.update(0, "A", 1), federation.update(0, "B", 2)
-    assert federation.coordinator.result(round_key(RUN, 0), "A") == Waiting(waiting_for=(), paused=True)
+    assert federation.coordinator.result(RoundKey(RUN, 0), "A") == Waiting(waiting_for=(), paused=True)
     assert federation.act("resume").state == "running"
     assert federation.aggregate(0)[0].round == 0
 
@@ -241,23 +241,23 @@ def test_a_run_that_was_stopped_before_its_first_round_says_so(make_federation):
     federation.update(0, "A", 1)
     federation.act("stop")
     with pytest.raises(RefusedError, match="stopped run .* before its first round"):
-        federation.coordinator.result(round_key(RUN, 0), "A")
+        federation.coordinator.result(RoundKey(RUN, 0), "A")
 
 
 def test_nobody_waits_for_the_registration_of_a_run_that_was_stopped(make_federation):
     federation = make_federation("A", "B")
-    federation.send(registration_key(RUN), "A", make_registration(1))
+    federation.send(RegistrationKey(RUN), "A", make_registration(1))
     federation.act("stop")
     with pytest.raises(RefusedError, match="stopped run .* before its first round"):
-        federation.coordinator.result(registration_key(RUN), "A")
+        federation.coordinator.result(RegistrationKey(RUN), "A")
 
 
 def test_a_registration_proceeds_without_those_that_never_come(make_federation):
     federation = make_federation("A", "B", "C")
     for site in "AB":
-        federation.send(registration_key(RUN), site, make_registration(1))
+        federation.send(RegistrationKey(RUN), site, make_registration(1))
     assert federation.act("proceed").members == ("A", "B")
-    with open_document(federation.coordinator.result(registration_key(RUN), "A").path) as document:
+    with open_document(federation.coordinator.result(RegistrationKey(RUN), "A").path) as document:
         assert set(document.message.weights) == {"A", "B"}
     with pytest.raises(RefusedError, match="no single gathering"):
         federation.act("proceed")
@@ -276,15 +276,15 @@ def test_proceeding_is_remembered_until_it_is_done(make_federation):
     again = Federation(federation.store.folder)
     federation.store = again.store  # closed by the fixture
     again.act("resume")
-    assert again.coordinator.book.get(round_key(RUN, 0)).outcome.missing == ("C",)
+    assert again.coordinator.book.get(RoundKey(RUN, 0)).outcome.missing == ("C",)
     again.update(1, "A", 1)
     again.update(1, "B", 2)
-    assert not again.coordinator.book.is_closed(round_key(RUN, 1)), "it was for one round"
+    assert not again.coordinator.book.is_closed(RoundKey(RUN, 1)), "it was for one round"
     again.act("proceed")
-    assert again.coordinator.book.control(RUN).proceeding == {round_key(RUN, 1)}
+    assert again.coordinator.book.control(RUN).forced == {RoundKey(RUN, 1)}
     assert [
         (event.site, event.key) for event in again.store.load_events("control") if event.detail["action"] == "proceed"
-    ] == [("boss", round_key(RUN, number)) for number in (0, 1)]
+    ] == [("boss", RoundKey(RUN, number)) for number in (0, 1)]
 
 
 @pytest.mark.parametrize("change", [{"quorum": 4, "deadline_s": 1.0}, {"quorum": 2}])
@@ -300,43 +300,43 @@ def test_a_quorum_with_which_no_round_could_close_is_refused(make_federation, ch
 def test_a_run_does_not_proceed_with_sites_that_were_revoked_meanwhile(make_federation):
     federation = make_federation("A", "B", "C")
     for site in "AB":
-        federation.send(registration_key(RUN), site, make_registration(1))
+        federation.send(RegistrationKey(RUN), site, make_registration(1))
     run_control.act(federation.coordinator, RUN, RunAction(action="proceed"), OPERATOR)
     federation.coordinator.revoke("B", by="boss")
     federation.close()
-    assert not federation.coordinator.book.is_closed(registration_key(RUN)), "a run has two sites"
+    assert not federation.coordinator.book.is_closed(RegistrationKey(RUN)), "a run has two sites"
 
 
 def test_a_run_that_begins_anew_inherits_nothing(make_federation, monkeypatch):
-    from nnunetv2.federated.exchanges import closing
+    from nnunetv2.federated.exchanges.steps.base import Step
 
     federation = make_federation("A", "B", "C")
     for site in "AB":
-        federation.send(registration_key(RUN), site, make_registration(1))
+        federation.send(RegistrationKey(RUN), site, make_registration(1))
     with monkeypatch.context() as patch:
-        patch.setattr(closing, "close", lambda *_: 1 / 0)
+        patch.setattr(Step, "close", lambda *_: 1 / 0)
         federation.act("proceed")
     with pytest.raises(OSError, match="cannot be closed at the moment: ZeroDivisionError"):
-        federation.coordinator.result(registration_key(RUN), "A")
+        federation.coordinator.result(RegistrationKey(RUN), "A")
     woken: list[str] = []
     federation.coordinator.on_change = woken.append
     federation.act("reset")
-    assert registration_key(RUN) in woken, "who waits for what is gone is told"
+    assert RegistrationKey(RUN) in woken, "who waits for what is gone is told"
     for site in "AB":
-        federation.send(registration_key(RUN), site, make_registration(1))
-    assert federation.coordinator.result(registration_key(RUN), "A") == Waiting(waiting_for=("C",))
-    federation.send(registration_key(RUN), "C", make_registration(1))
-    assert federation.coordinator.book.is_closed(registration_key(RUN)), "at once: nothing had gone wrong here"
+        federation.send(RegistrationKey(RUN), site, make_registration(1))
+    assert federation.coordinator.result(RegistrationKey(RUN), "A") == Waiting(waiting_for=("C",))
+    federation.send(RegistrationKey(RUN), "C", make_registration(1))
+    assert federation.coordinator.book.is_closed(RegistrationKey(RUN)), "at once: nothing had gone wrong here"
 
 
 @pytest.mark.parametrize("action", ["stop", "pause", "reset"])
 def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, monkeypatch, action):
     """A run that was stopped or paused closes no further round, and of one that was reset nothing stays."""
-    from nnunetv2.federated.exchanges import closing
+    from nnunetv2.federated.exchanges.steps.base import Step
 
     federation = make_federation("A", "B")
     federation.start("A", "B")
-    coordinator, close, begun, go_on = federation.coordinator, closing.close, threading.Event(), threading.Event()
+    coordinator, close, begun, go_on = federation.coordinator, Step.close, threading.Event(), threading.Event()
 
     def slowly(*args):
         begun.set()
@@ -349,7 +349,7 @@ def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, m
         seen.append(coordinator.book.run_state(RUN).rounds_closed)
 
     seen: list[int] = []
-    monkeypatch.setattr(closing, "close", slowly)
+    monkeypatch.setattr(Step, "close", slowly)
     threads = [threading.Thread(target=federation.update, args=(0, "B", 2)), threading.Thread(target=steer)]
     federation.update(0, "A", 1)
     for thread in threads:
@@ -372,10 +372,10 @@ def test_what_a_revoked_site_sent_does_not_count_when_it_is_invited_again(make_f
     coordinator.revoke("C", by="boss")
     coordinator.invite("C", "site", by="boss")
     federation.update(0, "B", 2)
-    assert coordinator.result(round_key(RUN, 0), "A").waiting_for == ("C",)
+    assert coordinator.result(RoundKey(RUN, 0), "A").waiting_for == ("C",)
     (event,) = federation.store.load_events("dropped")
-    assert (event.site, event.key, event.detail["site"]) == ("boss", round_key(RUN, 0), "C")
-    assert [path.name[0] for path in sorted(federation.store.result_path(round_key(RUN, 0)).parent.iterdir())] == [
+    assert (event.site, event.key, event.detail["site"]) == ("boss", RoundKey(RUN, 0), "C")
+    assert [path.name[0] for path in sorted(federation.store.result_path(RoundKey(RUN, 0)).parent.iterdir())] == [
         "A",
         "B",
     ]
@@ -389,7 +389,7 @@ def test_what_a_revoked_site_sent_does_not_count_when_it_is_invited_again(make_f
 
 def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):
     federation = make_federation("A", "B", "C")
-    federation.send(registration_key(RUN), "A", make_registration(1))
+    federation.send(RegistrationKey(RUN), "A", make_registration(1))
     save, begun, go_on = federation.store.save_contribution, threading.Event(), threading.Event()
 
     def slowly(*args):
@@ -398,7 +398,7 @@ def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):
         save(*args)
 
     monkeypatch.setattr(federation.store, "save_contribution", slowly)
-    site = threading.Thread(target=federation.send, args=(registration_key(RUN), "B", make_registration(1)))
+    site = threading.Thread(target=federation.send, args=(RegistrationKey(RUN), "B", make_registration(1)))
     operator = threading.Thread(target=federation.act, args=("reset",))
     site.start()
     assert begun.wait(PATIENCE_S)
@@ -457,15 +457,15 @@ def test_an_aggregate_is_validated_with_the_voxels_of_all_sites(make_federation)
     federation = make_federation("A", "B")
     federation.start("A", "B")
     federation.update(0, "A", 1), federation.update(0, "B", 2)
-    federation.send(validation_key(RUN, 0), "A", validation([8, 0], [2, 0], [2, 0]))
+    federation.send(ValidationKey(RUN, 0), "A", validation([8, 0], [2, 0], [2, 0]))
     assert federation.store.load_validations(RUN) == []
-    federation.send(validation_key(RUN, 0), "B", validation([0, 0], [0, 0], [10, 0]))
+    federation.send(ValidationKey(RUN, 0), "B", validation([0, 0], [0, 0], [10, 0]))
     found = federation.store.load_validations(RUN)[0]
     assert found["dice"] == [pytest.approx(16 / 30), None]
     assert found["dice_of_site"] == {"A": [pytest.approx(0.8), None], "B": [0.0, None]}
     assert found["ema_dice"] == found["mean_dice"] == pytest.approx(16 / 30)
     assert (found["best_round"], found["loss_of_site"]) == (0, {"A": 0.5, "B": 0.5})
-    with open_document(federation.coordinator.result(validation_key(RUN, 0), "A").path) as document:
+    with open_document(federation.coordinator.result(ValidationKey(RUN, 0), "A").path) as document:
         assert document.message.dice == tuple(found["dice"]) and not document.message.dice_of_site
 
 
@@ -476,7 +476,7 @@ def test_the_best_aggregate_stays_and_becomes_a_checkpoint(make_federation):
     for number, tp in enumerate([10, 90, 5, 5, 5]):
         federation.update(number, "A", 10 + number), federation.update(number, "B", 10 + number)
         for site in "AB":
-            federation.send(validation_key(RUN, number), site, validation([tp], [100 - tp], [100 - tp]))
+            federation.send(ValidationKey(RUN, number), site, validation([tp], [100 - tp], [100 - tp]))
     # averages: 0.1, 0.18, 0.167, 0.155, 0.145
     assert [record["best_round"] for record in federation.store.load_validations(RUN)] == [0, 1, 1, 1, 1]
     best = 1
@@ -498,8 +498,8 @@ def test_sites_that_count_different_classes_are_told(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
     federation.update(0, "A", 1), federation.update(0, "B", 2)
-    federation.send(validation_key(RUN, 0), "A", validation([1], [1], [1]))
-    federation.send(validation_key(RUN, 0), "B", validation([1, 1], [1, 1], [1, 1]))
+    federation.send(ValidationKey(RUN, 0), "A", validation([1], [1], [1]))
+    federation.send(ValidationKey(RUN, 0), "B", validation([1, 1], [1, 1], [1, 1]))
     assert any("different numbers of classes" in line for line in federation.lines)
     federation.update(1, "A", 1), federation.update(1, "B", 2)
     assert federation.aggregate(1)[0].round == 1  # the rounds go on
@@ -675,10 +675,10 @@ def test_no_round_is_closed_with_fewer_sites_whoever_goes(make_federation, setti
         go(federation, site)
     federation.now += 1e6
     federation.close()
-    assert not federation.coordinator.book.is_closed(round_key(RUN, 0))
-    (status,) = (one for one in federation.coordinator.status().waiting if one.key == round_key(RUN, 0))
+    assert not federation.coordinator.book.is_closed(RoundKey(RUN, 0))
+    (status,) = (one for one in federation.coordinator.status().waiting if one.key == RoundKey(RUN, 0))
     assert status.lacks == 1
-    waiting = federation.coordinator.result(round_key(RUN, 0), "A")
+    waiting = federation.coordinator.result(RoundKey(RUN, 0), "A")
     assert waiting.lacks == (0 if go is fail else 1) and waiting.waiting_for == (("C", "D") if go is fail else ())
     assert bool(lines_with(federation, "rounds/0 waits: A, B have contributed")) == (go is not fail)
 
@@ -702,7 +702,7 @@ def test_nobody_is_handed_the_update_of_a_single_site(make_federation):
     leave(federation, "B")
     federation.update(0, "A", 1)
     federation.act("return", Member("B", "site"))
-    assert isinstance(federation.coordinator.result(round_key(RUN, 0), "B"), Waiting)
+    assert isinstance(federation.coordinator.result(RoundKey(RUN, 0), "B"), Waiting)
     with pytest.raises(RefusedError, match="cannot be closed with A: it needs at least 2 contributions"):
         federation.act("proceed")
 
@@ -715,7 +715,7 @@ def test_the_operator_may_go_below_a_quorum_and_not_below_the_floor(make_federat
         federation.act("proceed")
     federation.update(0, "B", 1)
     federation.act("proceed")
-    assert federation.coordinator.book.is_closed(round_key(RUN, 0))
+    assert federation.coordinator.book.is_closed(RoundKey(RUN, 0))
 
 
 def test_who_goes_after_the_operator_has_decided_is_not_counted(make_federation):
@@ -727,7 +727,7 @@ def test_who_goes_after_the_operator_has_decided_is_not_counted(make_federation)
     federation.act("proceed")
     be_revoked(federation, "B")
     federation.act("resume")
-    assert not federation.coordinator.book.is_closed(round_key(RUN, 0))
+    assert not federation.coordinator.book.is_closed(RoundKey(RUN, 0))
     federation.update(0, "C", 1)  # is not too late
     assert sorted(federation.aggregate(0)[0].contributors) == ["A", "C"]
 
@@ -738,12 +738,12 @@ PAIR = {**SHAPES, "deep.weight": (5, 2)}
 def test_what_too_few_sites_have_is_not_shared(make_federation):
     federation = make_federation(*"ABCD", min_sites=3)
     for number, (site, shapes) in enumerate(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES))):
-        federation.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+        federation.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
     shared = federation.coordinator.archive.agreement(RUN).match.shared
     assert set(shared) == set(SHAPES)
     other = make_federation(*"ABCD")
     for number, (site, shapes) in enumerate(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES))):
-        other.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+        other.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
     assert sorted(other.coordinator.archive.agreement(RUN).match.shared["deep.weight"]) == ["A", "B"]
     assert [line for line in other.lines if "1 of 4 shared tensors are those of two sites only" in line]
 
@@ -752,8 +752,8 @@ def test_a_network_of_which_too_few_sites_have_anything_is_refused_with_the_caus
     federation = make_federation(*"ABCD", min_sites=3)
     foreign = {"foreign.weight": (7, 3)}
     for site, shapes in zip("ABCD", (SHAPES, SHAPES, foreign, foreign)):
-        federation.send(registration_key(RUN), site, make_registration(2, shapes, {}))
-    refusal = federation.coordinator.book.get(registration_key(RUN)).refusal
+        federation.send(RegistrationKey(RUN), site, make_registration(2, shapes, {}))
+    refusal = federation.coordinator.book.get(RegistrationKey(RUN)).refusal
     assert "fewer than 3 sites have, and --min-sites 3 keeps it from being averaged" in refusal
 
 
@@ -763,12 +763,12 @@ def test_a_tensor_with_too_few_holders_in_a_round_keeps_its_values(make_federati
     dtype = np.float16 if precision == "float16" else np.float32
     networks = dict(zip("ABCD", (PAIR, PAIR, SHAPES, SHAPES)))
     for number, (site, shapes) in enumerate(networks.items()):
-        federation.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+        federation.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
     owners = federation.coordinator.archive.agreement(RUN).match.initial_owner
     for site in networks:
         initial = make_weights(0, PAIR)
         federation.send(
-            initial_key(RUN),
+            InitialKey(RUN),
             site,
             messages.Update(),
             {name: initial[name] for name, owner in owners.items() if owner == site},
@@ -778,14 +778,14 @@ def test_a_tensor_with_too_few_holders_in_a_round_keeps_its_values(make_federati
         for seed, site in enumerate(sites):
             weights = make_weights(10 * number + seed, networks[site])
             federation.send(
-                round_key(RUN, number),
+                RoundKey(RUN, number),
                 site,
                 messages.Update(),
                 {name: values.astype(dtype) for name, values in weights.items()},
             )
         federation.now += 100
         federation.close()
-        with federation.coordinator.archive.result(round_key(RUN, number)) as document:
+        with federation.coordinator.archive.result(RoundKey(RUN, number)) as document:
             deep.append(document.read("deep.weight"))
             head.append(document.read("head.weight"))
     assert np.array_equal(deep[0], initial["deep.weight"]) and not np.array_equal(deep[1], deep[0])
@@ -797,9 +797,9 @@ def test_a_tensor_with_too_few_holders_in_a_round_keeps_its_values(make_federati
 def test_a_latecomer_changes_nothing_of_what_is_shared(make_federation):
     federation = make_federation(*"ABCD", min_sites=3)
     for number, (site, shapes) in enumerate(zip("ABC", (PAIR, PAIR, SHAPES))):
-        federation.send(registration_key(RUN), site, make_registration(number + 1, shapes))
+        federation.send(RegistrationKey(RUN), site, make_registration(number + 1, shapes))
     federation.act("proceed")
-    federation.send(admission_key(RUN, "D"), "D", make_registration(9, PAIR))
+    federation.send(AdmissionKey(RUN, "D"), "D", make_registration(9, PAIR))
     match = federation.coordinator.archive.agreement(RUN).match
     assert set(match.shared) == set(SHAPES) and all("D" in sites for sites in match.shared.values())
 
@@ -807,12 +807,12 @@ def test_a_latecomer_changes_nothing_of_what_is_shared(make_federation):
 def test_a_run_does_not_begin_with_too_few_sites(make_federation):
     federation = make_federation(*"ABCD", min_sites=3)
     for site in "AB":
-        federation.send(registration_key(RUN), site, make_registration(1))
+        federation.send(RegistrationKey(RUN), site, make_registration(1))
     with pytest.raises(RefusedError, match="registration cannot be closed with A, B: it needs at least 3"):
         federation.act("proceed")
     be_revoked(federation, "C")
     be_revoked(federation, "D")
-    assert not federation.coordinator.book.is_closed(registration_key(RUN))
+    assert not federation.coordinator.book.is_closed(RegistrationKey(RUN))
     assert lines_with(federation, "registration waits: A, B have contributed")
 
 
@@ -820,11 +820,11 @@ def test_statistics_of_too_few_sites_are_not_pooled(make_federation):
     federation = make_federation("A", "B", "C", min_sites=2)
     for site in "BC":
         be_revoked(federation, site)
-    federation.send(messages.CENSUS_KEY, "A", make_census(5))
-    assert not federation.coordinator.book.is_closed(messages.CENSUS_KEY)
+    federation.send(keys.CensusKey(), "A", make_census(5))
+    assert not federation.coordinator.book.is_closed(keys.CensusKey())
     federation.coordinator.invite("B", "site", by="boss")
-    federation.send(messages.CENSUS_KEY, "B", make_census(6))
-    assert federation.coordinator.book.is_closed(messages.CENSUS_KEY)
+    federation.send(keys.CensusKey(), "B", make_census(6))
+    assert federation.coordinator.book.is_closed(keys.CensusKey())
 
 
 def test_what_too_few_sites_have_validated_is_told_to_nobody_else(make_federation):
@@ -834,11 +834,11 @@ def test_what_too_few_sites_have_validated_is_told_to_nobody_else(make_federatio
         federation.update(number, "A", 1)
         federation.update(number, "B", 2)
         if number == 0:
-            federation.send(validation_key(RUN, 0), "A", messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
+            federation.send(ValidationKey(RUN, 0), "A", messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
     (record,) = federation.store.load_validations(RUN)
     assert (record["dice"], record["mean_dice"], record["best_round"]) == ([None], None, None)
     assert record["dice_of_site"] == {"A": [0.8]}, "who may see curves sees it"
-    with federation.coordinator.archive.result(validation_key(RUN, 0)) as document:
+    with federation.coordinator.archive.result(ValidationKey(RUN, 0)) as document:
         assert document.message.dice == (None,) and not document.message.dice_of_site
 
 
@@ -868,8 +868,8 @@ def test_a_site_sees_no_traffic_of_others(make_federation):
     federation = make_federation("A", "B")
     members = federation.coordinator.members
     for site, received in (("A", 100), ("B", 12_345)):
-        federation.send(messages.CENSUS_KEY, site, make_census(received))
-        members.count(site, messages.CENSUS_KEY, Traffic(received, 7, 1000.0))
+        federation.send(keys.CensusKey(), site, make_census(received))
+        members.count(site, keys.CensusKey(), Traffic(received, 7, 1000.0))
     seen = federation.coordinator.status(Member("A", "site"))
     assert [(one.site, one.bytes_received) for one in seen.traffic] == [("A", 100)]
     assert {one.site: (one.bytes_received, one.bytes_sent) for one in seen.sites} == {"A": (100, 7), "B": (0, 0)}
@@ -882,9 +882,9 @@ def test_no_values_of_plans_are_told_when_a_run_ends_without_a_model(make_federa
     federation = make_federation("A", "B", num_epochs=1)
     for site, voxels in (("A", 987001), ("B", 654002)):
         plans = make_plans(configurations={"3d_fullres": {"median_image_size_in_voxels": [voxels, 9, 9]}})
-        federation.send(registration_key(RUN), site, make_registration(2, plans=plans))
+        federation.send(RegistrationKey(RUN), site, make_registration(2, plans=plans))
     for site in "AB":
-        federation.send(initial_key(RUN), site, messages.Update(), make_weights(0) if site == "A" else {})
+        federation.send(InitialKey(RUN), site, messages.Update(), make_weights(0) if site == "A" else {})
     federation.update(0, "A", 1)
     federation.update(0, "B", 1)
     with pytest.raises(RefusedError) as info:

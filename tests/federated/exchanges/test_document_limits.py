@@ -12,23 +12,31 @@ from fake_federation import RUN, SHAPES, make_census, make_plans, make_registrat
 
 from nnunetv2.federated.coordinator.service import Result
 from nnunetv2.federated.errors import FederationError, WireError
-from nnunetv2.federated.exchanges import closing
 from nnunetv2.federated.exchanges.document_limits import (
-    OF_MESSAGE,
+    AGGREGATE,
+    PLANS,
+    REGISTRATION,
+    SMALL,
     coarse_limits,
-    message_limits,
-    result_limits,
     weights_limits,
 )
-from nnunetv2.federated.exchanges.exchange import parse_key
+from nnunetv2.federated.exchanges.steps import step_of
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import Limits, TensorSpec, encode_header, open_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, plans_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import (
+    CensusKey,
+    CoarseKey,
+    FineKey,
+    InitialKey,
+    PlansKey,
+    RegistrationKey,
+    RoundKey,
+)
 from nnunetv2.federated.protocol.strict_json import MAX_DIGITS, count_elements, parse_json
 from nnunetv2.federated.site.transports.http_requests import LARGEST_ANSWER, read_small
 
 TIGHT = Limits(header_bytes=4000, elements=100)
-PLANS = '{"protocol":1,"kind":"plans_report","plans":{"x":%s}}'
+REPORT = '{"protocol":1,"kind":"plans_report","plans":{"x":%s}}'
 
 
 def raw(message: str) -> bytes:
@@ -63,11 +71,11 @@ def read(folder, content: bytes, limits: Limits):
 )
 def test_what_is_built_from_a_document_is_bounded_before_it_is_built(tmp_path, json_text, complaint):
     with pytest.raises(WireError, match=complaint):
-        read(tmp_path, raw(PLANS % json_text), TIGHT)
+        read(tmp_path, raw(REPORT % json_text), TIGHT)
 
 
 def test_brackets_cannot_hide_in_the_escapes_of_the_header(tmp_path):
-    text = PLANS % ("[" + ",".join(["[]"] * 90) + "]")
+    text = REPORT % ("[" + ",".join(["[]"] * 90) + "]")
     hidden = "".join(rf"\u{ord(one):04x}" if one in "[]{}," else json.dumps(one)[1:-1] for one in text)
     header = ('{"__metadata__":{"message":"' + hidden + '"}}').encode()
     assert count_elements(header) < 5
@@ -76,14 +84,14 @@ def test_brackets_cannot_hide_in_the_escapes_of_the_header(tmp_path):
 
 
 def test_what_is_within_the_limits_is_read(tmp_path):
-    assert read(tmp_path, raw(PLANS % "[[],[[]],{},-1.5e3,12]"), TIGHT).plans == {"x": [[], [[]], {}, -1500.0, 12]}
+    assert read(tmp_path, raw(REPORT % "[[],[[]],{},-1.5e3,12]"), TIGHT).plans == {"x": [[], [[]], {}, -1500.0, 12]}
     assert parse_json("9" * MAX_DIGITS, what="it") == int("9" * MAX_DIGITS)
 
 
 def test_faults_are_not_collected_by_the_thousand(tmp_path):
     fields = ",".join(f'"unknown{number}":0' for number in range(5000))
     with pytest.raises(WireError, match="5001 values are not what they should be"):
-        read(tmp_path, raw(f'{{"protocol":1,"kind":"plans_report",{fields}}}'), message_limits("plans"))
+        read(tmp_path, raw(f'{{"protocol":1,"kind":"plans_report",{fields}}}'), PLANS)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +105,13 @@ def test_faults_are_not_collected_by_the_thousand(tmp_path):
 def test_the_first_fault_of_a_long_list_is_told(tmp_path, change, complaint):
     content = {**json.loads(make_registration().model_dump_json()), **change}
     with pytest.raises(WireError, match=complaint):
-        read(tmp_path, raw(json.dumps(content)), message_limits("registration"))
+        read(tmp_path, raw(json.dumps(content)), REGISTRATION)
 
 
 def test_labels_are_counted_before_they_are_looked_at(tmp_path):
     content = {**json.loads(make_census().model_dump_json()), "labels": {str(number): "x" for number in range(10_001)}}
     with pytest.raises(WireError, match="has 10001 entries, at most 10000"):
-        read(tmp_path, raw(json.dumps(content)), message_limits("census"))
+        read(tmp_path, raw(json.dumps(content)), SMALL)
 
 
 @pytest.mark.parametrize(
@@ -137,19 +145,19 @@ def test_honest_documents_have_room_to_spare():
     shapes = dict.fromkeys(names, (320, 320, 3, 3, 3))
     specs = {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
     registration = make_registration(shapes=shapes, aliases={f"decoder.{name}": name for name in names})
-    assert fits(registration, message_limits("registration"))
+    assert fits(registration, REGISTRATION)
     plans = make_plans(configurations={str(number): {"patch_size": [1] * 3} for number in range(1000)})
-    assert fits(messages.PlansReport(plans=plans), message_limits("plans"))
+    assert fits(messages.PlansReport(plans=plans), PLANS)
     labels = {f"structure_{number}": number for number in range(1000)}
-    assert fits(make_census(labels=labels), message_limits("census"))
+    assert fits(make_census(labels=labels), SMALL)
     counts = (float(2**53 - 1),) * 5000
-    assert fits(messages.Validation(tp=counts, fp=counts, fn=counts), message_limits("validation"))
-    assert fits(messages.FineSummary(bins=(tuple(range(65_000, 65_006)),) * 64), message_limits("fine"))
+    assert fits(messages.Validation(tp=counts, fp=counts, fn=counts), SMALL)
+    assert fits(messages.FineSummary(bins=(tuple(range(65_000, 65_006)),) * 64), SMALL)
     figures = {"train_losses": -0.123456789012345678, "dice_per_class_or_region": [0.12345678901234568] * 1000}
     update = messages.Update(metrics=figures, earlier=messages.EarlierMetrics(round=1, metrics=figures))
     assert fits(update, weights_limits(specs), specs, times=1.2)
     aggregate = messages.Aggregate(round=1, contributors={f"site-{number}": 1.0 for number in range(1000)})
-    assert fits(aggregate, result_limits("round"), specs)
+    assert fits(aggregate, AGGREGATE, specs)
 
 
 @pytest.mark.parametrize(("cases", "channels"), [(1, 1), (1000, 4), (20_000, 1)])
@@ -203,26 +211,26 @@ def begun(federation):
     """A federation whose run takes updates of its first round, and its sites."""
     sites = {name: Peer(federation, name) for name in "AB"}
     for peer in sites.values():
-        assert peer.send(registration_key(RUN), make_registration()) == 200
-    assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{registration_key(RUN)}?wait=20", timeout=30).ok
+        assert peer.send(RegistrationKey(RUN), make_registration()) == 200
+    assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{RegistrationKey(RUN)}?wait=20", timeout=30).ok
     owner = next(iter(set(federation.coordinator.archive.agreement(RUN).match.initial_owner.values())))
     for name, peer in sites.items():
-        assert peer.send(initial_key(RUN), messages.Update(), make_weights(0) if name == owner else {}) == 200
-    assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{initial_key(RUN)}?wait=20", timeout=30).ok
+        assert peer.send(InitialKey(RUN), messages.Update(), make_weights(0) if name == owner else {}) == 200
+    assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{InitialKey(RUN)}?wait=20", timeout=30).ok
     return federation, sites
 
 
-@pytest.mark.parametrize("key", [CENSUS_KEY, plans_key("p"), registration_key(RUN)])
+@pytest.mark.parametrize("key", [CensusKey(), PlansKey("p"), RegistrationKey(RUN)])
 def test_a_document_larger_than_its_kind_may_be_is_refused_before_it_is_read(federation, key):
-    body = raw(PLANS % ("[" + ",".join(["[]"] * (2 << 20)) + "]"))
+    body = raw(REPORT % ("[" + ",".join(["[]"] * (2 << 20)) + "]"))
     answer = Peer(federation, "A").put(key, body)
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
     assert not list((federation.coordinator.store.folder / "incoming").iterdir())
 
 
 def test_as_much_json_as_fits_is_refused_for_its_brackets(federation):
-    room = OF_MESSAGE["plans"].header_bytes - 1000
-    answer = Peer(federation, "A").put(plans_key("p"), raw(PLANS % ("[" + ",".join(["[]"] * (room // 3)) + "]")))
+    room = PLANS.header_bytes - 1000
+    answer = Peer(federation, "A").put(PlansKey("p"), raw(REPORT % ("[" + ",".join(["[]"] * (room // 3)) + "]")))
     assert answer.status_code == 400 and "brackets and commas" in answer.json()["message"]
 
 
@@ -230,20 +238,20 @@ def test_an_update_has_room_for_its_tensors_and_its_figures_only(begun):
     federation, sites = begun
     limits = weights_limits({name: TensorSpec("F32", shape) for name, shape in SHAPES.items()})
     assert limits.header_bytes < 256 << 10
-    assert closing.limits_of(parse_key(round_key(RUN, 0)), "A", federation.coordinator.archive) == limits
+    assert step_of(RoundKey(RUN, 0)).limits(RoundKey(RUN, 0), "A", federation.coordinator.archive) == limits
     weights = make_weights(1)
     header = json.loads(encode_header(messages.Update(), {n: TensorSpec.of(v) for n, v in weights.items()})[8:])
     header["__metadata__"]["message"] = '{"protocol":1,"kind":"update"}' + " " * (256 << 10)
     text = json.dumps(header).encode()
     body = len(text).to_bytes(8, "little") + text + b"".join(values.tobytes() for values in weights.values())
-    assert sites["A"].put(round_key(RUN, 0), body).json()["code"] == "too_large"
-    assert sites["A"].send(round_key(RUN, 0), messages.Update(metrics={"train_losses": 0.5}), weights) == 200
+    assert sites["A"].put(RoundKey(RUN, 0), body).json()["code"] == "too_large"
+    assert sites["A"].send(RoundKey(RUN, 0), messages.Update(metrics={"train_losses": 0.5}), weights) == 200
 
 
 def test_documents_that_are_all_json_are_read_one_at_a_time(federation, tmp_path):
     coordinator, path = federation.coordinator, tmp_path / "document"
     path.write_bytes(encode_header(messages.PlansReport(plans={}), {}))
-    with coordinator._opened(parse_key(plans_key("p")), "A", path) as document:
+    with coordinator._opened(PlansKey("p"), "A", path) as document:
         assert document.message.kind == "plans_report" and coordinator._reading.locked()
     assert not coordinator._reading.locked()
 
@@ -253,8 +261,8 @@ def test_figures_of_other_trainers_are_kept(begun):
     federation, sites = begun
     figures = {"loss": 0.5, "my_trainer.own-figure": [0.1, None], "2d": 1.0}
     for peer in sites.values():
-        assert peer.send(round_key(RUN, 0), messages.Update(metrics=figures), make_weights(1)) == 200
-    assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{round_key(RUN, 0)}?wait=20", timeout=30).ok
+        assert peer.send(RoundKey(RUN, 0), messages.Update(metrics=figures), make_weights(1)) == 200
+    assert sites["A"].session.get(f"{sites['A'].base}/gatherings/{RoundKey(RUN, 0)}?wait=20", timeout=30).ok
     assert federation.coordinator.store.load_rounds(RUN)[0]["sites"]["A"]["metrics"] == figures
 
 
@@ -281,20 +289,11 @@ def test_more_figures_than_people_look_at_are_refused(tmp_path, figures):
 
 
 # ------------------------------------------------------------------------------------------------------- at a site
-BOMB = raw(PLANS % ("[" + ",".join(["[]"] * (2 << 20)) + "]"))
+BOMB = raw(REPORT % ("[" + ",".join(["[]"] * (2 << 20)) + "]"))
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        round_key(RUN, 0),
-        initial_key(RUN),
-        registration_key(RUN),
-        CENSUS_KEY,
-        "fingerprint/coarse",
-        "fingerprint/fine",
-        plans_key("p"),
-    ],
+    "key", [RoundKey(RUN, 0), InitialKey(RUN), RegistrationKey(RUN), CensusKey(), CoarseKey(), FineKey(), PlansKey("p")]
 )
 def test_a_site_reads_no_more_of_a_result_than_there_can_be(federation, tmp_path, monkeypatch, key):
     path = tmp_path / "bomb"
@@ -316,13 +315,13 @@ def test_how_large_a_pooled_fingerprint_may_be_follows_from_the_cases(federation
     with federation.client("A") as client:
         for num_cases, fits_in in ((20_000, True), (10, False)):
             answer_with(messages.PooledCensus(num_cases=num_cases))
-            client.result(CENSUS_KEY)
+            client.result(CensusKey())
             answer_with(messages.PooledFingerprint(num_cases=20_000, fingerprint=fingerprint))
             if fits_in:
-                assert client.result("fingerprint/fine").message.fingerprint == fingerprint
+                assert client.result(FineKey()).message.fingerprint == fingerprint
             else:
                 with pytest.raises(WireError, match="brackets and commas"):
-                    client.result("fingerprint/fine")
+                    client.result(FineKey())
 
 
 def test_answers_that_are_no_files_are_small():

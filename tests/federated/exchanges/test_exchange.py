@@ -1,5 +1,7 @@
 """Rules of exchanges, as plain state."""
 
+import pickle
+
 import pytest
 from fake_federation import make_settings
 
@@ -7,18 +9,30 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import (
     Contribution,
     Exchange,
+    Policy,
     Verdict,
-    closed,
+    close_with,
     due_at,
-    fresh_exchange,
     judge,
     may_close,
-    parse_key,
-    prerequisite,
-    refused,
+    refuse_with,
     with_contribution,
 )
-from nnunetv2.federated.exchanges.state import RoundBook, RunControl
+from nnunetv2.federated.exchanges.registry import ExchangeRegistry, RunControl
+from nnunetv2.federated.exchanges.steps import STEPS, fresh_exchange, parse_key, prerequisite
+from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
+    CensusKey,
+    CoarseKey,
+    FineKey,
+    InitialKey,
+    LateCensusKey,
+    LatePlansKey,
+    PlansKey,
+    RegistrationKey,
+    RoundKey,
+    ValidationKey,
+)
 
 D1, D2 = "1" * 64, "2" * 64
 
@@ -32,24 +46,48 @@ def add(state: Exchange, site: str, digest=D1, now=0.0) -> Exchange:
 
 
 @pytest.mark.parametrize(
-    ("key", "kind", "run", "number"),
+    ("text", "key", "kind", "parts"),
     [
-        ("fingerprint/census", "census", None, None),
-        ("fingerprint/coarse", "coarse", None, None),
-        ("fingerprint/fine", "fine", None, None),
-        ("plans/nnUNetPlans", "plans", None, None),
-        ("runs/3d_fullres.fold_0.T/registration", "registration", "3d_fullres.fold_0.T", None),
-        ("runs/r/initial", "initial", "r", None),
-        ("runs/r/rounds/12", "round", "r", 12),
-        ("runs/r/validations/3", "validation", "r", 3),
-        ("runs/r/admissions/C", "admission", "r", None),
-        ("fingerprint/admissions/C", "late_census", None, None),
-        ("plans/p/admissions/C", "late_plans", None, None),
+        ("fingerprint/census", CensusKey(), "census", {}),
+        ("fingerprint/coarse", CoarseKey(), "coarse", {}),
+        ("fingerprint/fine", FineKey(), "fine", {"again": 0}),
+        ("fingerprint/fine/2", FineKey(2), "fine", {"again": 2}),
+        ("plans/nnUNetPlans", PlansKey("nnUNetPlans"), "plans", {"plans": "nnUNetPlans"}),
+        ("runs/a.fold_0.T/registration", RegistrationKey("a.fold_0.T"), "registration", {"run": "a.fold_0.T"}),
+        ("runs/r/initial", InitialKey("r"), "initial", {"run": "r"}),
+        ("runs/r/rounds/12", RoundKey("r", 12), "round", {"run": "r", "number": 12}),
+        ("runs/r/validations/3", ValidationKey("r", 3), "validation", {"run": "r", "number": 3}),
+        ("runs/r/admissions/C", AdmissionKey("r", "C"), "admission", {"run": "r", "site": "C"}),
+        ("fingerprint/admissions/C", LateCensusKey("C"), "late_census", {"site": "C"}),
+        ("plans/p/admissions/C", LatePlansKey("p", "C"), "late_plans", {"plans": "p", "site": "C"}),
     ],
 )
-def test_keys_are_taken_apart(key, kind, run, number):
-    parsed = parse_key(key)
-    assert (str(parsed), parsed.kind, parsed.run, parsed.number) == (key, kind, run, number)
+def test_keys_are_taken_apart(text, key, kind, parts):
+    parsed = parse_key(text)
+    assert (type(parsed), parsed, parsed.kind, vars(parsed)) == (type(key), text, kind, parts)
+    assert (str(key), vars(key), pickle.loads(pickle.dumps(key))) == (text, parts, key)
+    assert parse_key(parsed) is parsed
+
+
+def test_every_step_has_a_key_and_follows_its_policy():
+    assert len({step.key for step in STEPS}) == len({step.key.pattern for step in STEPS}) == len(STEPS)
+    names = {name: {step.key.kind for step in STEPS if getattr(step.policy, name)} for name in Policy.__annotations__}
+    weights = {"initial", "round"}
+    planning = {"census", "coarse", "fine"}
+    assert names == {
+        "pooled": planning | weights | {"registration"},
+        "by_quorum": weights | {"validation"},
+        "first_stays": weights | {"validation"},
+        "compared": {"census", "plans", "registration", "admission"},
+        "repeatable": {"late_census", "late_plans"},
+        "missable": planning | {"plans", "registration"},
+        "carries_weights": weights,
+        "settles_members": {"registration", "admission"},
+        "pauses_with_run": weights,
+        "stops_with_run": weights | {"registration"},
+        "recurs": {"round"},
+        "closes_first": {"validation"},
+    }
 
 
 @pytest.mark.parametrize(
@@ -124,7 +162,7 @@ def test_closes_at_the_deadline_with_its_quorum():
     assert due_at(state) == 110
     assert not may_close(state, now=109.9)
     assert may_close(state, now=110)
-    outcome = closed(state, now=110).outcome
+    outcome = close_with(state, now=110).outcome
     assert (outcome.contributors, outcome.missing) == (("A", "C"), ("B",))
 
 
@@ -151,17 +189,17 @@ def test_statistics_plans_and_matches_never_close_without_everybody(key):
 def test_the_same_again_changes_nothing():
     state = add(exchange(), "A")
     assert judge(state, "A", D1) is Verdict.SAME
-    assert judge(closed(add(state, "B"), 0), "A", D1) is Verdict.SAME
+    assert judge(close_with(add(state, "B"), 0), "A", D1) is Verdict.SAME
 
 
 def test_the_first_weights_stay():
     state = add(exchange(), "A")
     assert judge(state, "A", D2) is Verdict.KEEP_FIRST
-    assert judge(closed(add(state, "B"), 0), "A", D2) is Verdict.KEEP_FIRST
+    assert judge(close_with(add(state, "B"), 0), "A", D2) is Verdict.KEEP_FIRST
 
 
 def test_weights_that_come_too_late_do_not_count():
-    state = closed(add(exchange(), "A"), 0)
+    state = close_with(add(exchange(), "A"), 0)
     assert judge(state, "B", D2) is Verdict.KEEP_FIRST
 
 
@@ -169,13 +207,15 @@ def test_statistics_may_be_corrected_until_they_are_closed():
     state = add(exchange("fingerprint/coarse"), "A")
     assert judge(state, "A", D2) is Verdict.STORE
     with pytest.raises(RefusedError, match="closed.*differs"):
-        judge(closed(add(state, "B"), 0), "A", D2)
-    census = closed(add(add(exchange("fingerprint/census"), "A"), "B"), 0)
+        judge(close_with(add(state, "B"), 0), "A", D2)
+    census = close_with(add(add(exchange("fingerprint/census"), "A"), "B"), 0)
     assert judge(census, "A", D2) is Verdict.COMPARE, "it is small: what differs can be named"
 
 
 def test_a_refused_gathering_opens_again_with_a_correction():
-    state = refused(add(add(exchange("fingerprint/census"), "A"), "B"), RefusedError("labels differ", "fix it"), now=1)
+    state = refuse_with(
+        add(add(exchange("fingerprint/census"), "A"), "B"), RefusedError("labels differ", "fix it"), now=1
+    )
     assert not may_close(state, now=2)
     assert judge(state, "A", D1) is Verdict.SAME
     assert judge(state, "A", D2) is Verdict.STORE
@@ -189,15 +229,15 @@ def test_strangers_are_refused():
         judge(exchange(), "X", D1)
 
 
-def finish(book: RoundBook, key: str) -> None:
+def finish(book: ExchangeRegistry, key: str) -> None:
     state = book.begin(parse_key(key))
     for site in state.expected:
         state = add(state, site)
-    book.put(closed(state, 0))
+    book.put(close_with(state, 0))
 
 
 def test_gatherings_begin_in_order():
-    book = RoundBook(make_settings())
+    book = ExchangeRegistry(make_settings())
     with pytest.raises(RefusedError, match="cannot begin before runs/r/registration is closed"):
         book.begin(parse_key("runs/r/initial"))
     finish(book, "runs/r/registration")
@@ -205,7 +245,7 @@ def test_gatherings_begin_in_order():
 
 
 def test_a_run_counts_its_rounds():
-    book = RoundBook(make_settings(num_epochs=2))
+    book = ExchangeRegistry(make_settings(num_epochs=2))
     state = book.run_state("r")
     assert (state.registered, state.open_round, state.closed) == ((), None, False)
     finish(book, "runs/r/registration")
@@ -223,7 +263,7 @@ def test_a_run_counts_its_rounds():
 
 
 def test_the_coordinators_absence_does_not_count_against_the_deadline():
-    book = RoundBook(make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=10))
+    book = ExchangeRegistry(make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=10))
     finish(book, "runs/r/registration")
     finish(book, "runs/r/initial")
     book.put(add(add(exchange(sites=("A", "B", "C"), quorum=2, deadline_s=10), "A", now=100), "B", now=101))
@@ -234,18 +274,18 @@ def test_the_coordinators_absence_does_not_count_against_the_deadline():
     assert [str(ready.key) for ready in book.ready(now=5010)] == ["runs/r/rounds/0"]
 
 
-def started_book(*sites: str, **settings) -> RoundBook:
-    book = RoundBook(make_settings(sites=sites, **settings))
+def started_book(*sites: str, **settings) -> ExchangeRegistry:
+    book = ExchangeRegistry(make_settings(sites=sites, **settings))
     finish(book, "runs/r/registration")
     finish(book, "runs/r/initial")
     return book
 
 
-def contribute(book: RoundBook, key: str, site: str, now=0.0) -> None:
+def contribute(book: ExchangeRegistry, key: str, site: str, now=0.0) -> None:
     book.put(add(book.begin(parse_key(key)), site, now=now))
 
 
-def ready(book: RoundBook, now=0.0) -> list[str]:
+def ready(book: ExchangeRegistry, now=0.0) -> list[str]:
     return [str(one.key) for one in book.ready(now)]
 
 
@@ -268,10 +308,10 @@ def test_a_revoked_site_does_not_count_any_more():
     book.settings = make_settings(sites=("A", "B"))
     assert book.get("runs/r/rounds/0").waiting_for == ("B",)
     contribute(book, "runs/r/rounds/0", "B")
-    assert closed(book.get("runs/r/rounds/0"), 1.0).outcome.contributors == ("A", "B")
+    assert close_with(book.get("runs/r/rounds/0"), 1.0).outcome.contributors == ("A", "B")
 
 
-def test_a_failed_site_is_excused_where_a_quorum_allows_it():
+def test_a_failed_site_is_dropped_out_where_a_quorum_allows_it():
     for quorum, expected in ((None, []), (2, ["runs/r/rounds/0"])):
         book = started_book("A", "B", "C", quorum=quorum, deadline_s=None if quorum is None else 1e6)
         contribute(book, "runs/r/rounds/0", "A")
@@ -333,7 +373,7 @@ def test_a_run_without_rounds_can_be_forgotten():
 
 
 def test_a_site_that_missed_the_first_statistics_is_not_waited_for_in_the_second():
-    book = RoundBook(make_settings(sites=("A", "B", "C")))
+    book = ExchangeRegistry(make_settings(sites=("A", "B", "C")))
     finish(book, "fingerprint/census")
     book.settings = make_settings(sites=("A", "B"))  # C is revoked, and invited again
     finish(book, "fingerprint/coarse")

@@ -28,10 +28,11 @@ from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.dashboard.overview import Lookout
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.closing import match_registrations
 from nnunetv2.federated.exchanges.outlook import Outlook, counters_of, foresee_model
-from nnunetv2.federated.protocol import api, messages
-from nnunetv2.federated.protocol.messages import TensorEntry, registration_key
+from nnunetv2.federated.exchanges.steps.registration import match_registrations
+from nnunetv2.federated.protocol import api, keys, messages
+from nnunetv2.federated.protocol.keys import RegistrationKey
+from nnunetv2.federated.protocol.messages import TensorEntry
 from nnunetv2.federated.site.participant import Participant
 
 COUNTER = TensorEntry(name="norm.num_batches_tracked", dtype="I64", shape=())
@@ -187,9 +188,9 @@ def test_a_site_that_comes_late_with_other_plans_changes_the_outlook(tmp_path):
         coordinator = federation.coordinator
         with federation.client("A") as a, federation.client("B") as b:
             for client in (a, b):
-                client.contribute(registration_key(RUN), make_registration())
+                client.contribute(RegistrationKey(RUN), make_registration())
             run_control.act(coordinator, RUN, api.RunAction(action="proceed"), Member("boss", "operator"))
-            wait_until(lambda: coordinator.book.is_closed(registration_key(RUN)))
+            wait_until(lambda: coordinator.book.is_closed(RegistrationKey(RUN)))
             assert a.outlooks().runs == (api.RunOutlook(run=RUN, trainer="nnUNetTrainerFake"),)
             told = register(federation, {"C": make_registration(plans=different_plans(batch_size=3))})
             assert "no common model" in told["C"]
@@ -198,7 +199,7 @@ def test_a_site_that_comes_late_with_other_plans_changes_the_outlook(tmp_path):
 
 def test_before_registration_closes_nothing_is_said(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation, federation.client("A") as client:
-        client.contribute(registration_key(RUN), make_registration())
+        client.contribute(RegistrationKey(RUN), make_registration())
         assert client.outlooks().runs == ()
 
 
@@ -224,9 +225,9 @@ def test_a_network_with_batch_normalization_becomes_a_model(tmp_path):
 
         def take_part(site):
             with federation.client(site) as client:
-                client.exchange(registration_key(RUN), registration)
-                client.exchange(messages.initial_key(RUN), messages.Update(), make_weights(0) if site == "A" else {})
-                client.exchange(messages.round_key(RUN, 0), messages.Update(), make_weights(1))
+                client.exchange(RegistrationKey(RUN), registration)
+                client.exchange(keys.InitialKey(RUN), messages.Update(), make_weights(0) if site == "A" else {})
+                client.exchange(keys.RoundKey(RUN, 0), messages.Update(), make_weights(1))
 
         in_threads(lambda: take_part("A"), lambda: take_part("B"))
         wait_until(lambda: federation.coordinator.store.load_events("model"))
@@ -258,6 +259,6 @@ def test_a_site_may_update_its_software_while_a_run_goes_on(tmp_path):
     ):
         in_threads(lambda: train(a, seed=1, num_rounds=1), lambda: train(b, seed=2, num_rounds=1))
         newer = make_other(network_trainer="nnUNetTrainer", architecture=D1)
-        assert a.exchange(registration_key(RUN), newer).message.coverage.keys() == {"A", "B"}
+        assert a.exchange(RegistrationKey(RUN), newer).message.coverage.keys() == {"A", "B"}
         with pytest.raises(RefusedError, match="num_training_cases was 3 and is 4"):
-            a.contribute(registration_key(RUN), newer.model_copy(update={"num_training_cases": 4}))
+            a.contribute(RegistrationKey(RUN), newer.model_copy(update={"num_training_cases": 4}))

@@ -31,14 +31,7 @@ from nnunetv2.federated.exchanges.plausibility import (
     largest_validation,
 )
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.messages import (
-    CENSUS_KEY,
-    COARSE_KEY,
-    initial_key,
-    registration_key,
-    round_key,
-    validation_key,
-)
+from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, InitialKey, RegistrationKey, RoundKey, ValidationKey
 
 
 def draw(kind: str, number: int = 20_000) -> np.ndarray:
@@ -155,9 +148,9 @@ def contribute_all(federation, spacings: dict) -> dict:
 
     def take_part(site):
         with federation.client(site) as client:
-            client.exchange(CENSUS_KEY, make_census(3))
+            client.exchange(CensusKey(), make_census(3))
             return client.exchange(
-                COARSE_KEY,
+                CoarseKey(),
                 summary_of(values, spacings[site]),
                 {"coarse.0": fingerprint_statistics.coarse_histogram(values)},
             ).message
@@ -171,11 +164,11 @@ def test_a_mean_beside_the_histogram_is_refused_and_no_figure_is_told(tmp_path):
         federation.client("A") as client,
         federation.client("B") as other,
     ):
-        in_threads(*(lambda one=one: one.exchange(CENSUS_KEY, make_census(3)) for one in (client, other)))
+        in_threads(*(lambda one=one: one.exchange(CensusKey(), make_census(3)) for one in (client, other)))
         values = draw("normal")
         with pytest.raises(RefusedError, match="channel 0: the mean does not lie where"):
             client.contribute(
-                COARSE_KEY,
+                CoarseKey(),
                 summary_of(values, mean=1e30, m2=1e60),
                 {"coarse.0": fingerprint_statistics.coarse_histogram(values)},
             )
@@ -210,11 +203,11 @@ def test_no_more_cases_are_trained_with_than_were_planned_with(tmp_path):
         federation.client("A") as client,
         federation.client("B") as other,
     ):
-        in_threads(*(lambda one=one: one.exchange(CENSUS_KEY, make_census(3)) for one in (client, other)))
+        in_threads(*(lambda one=one: one.exchange(CensusKey(), make_census(3)) for one in (client, other)))
         with pytest.raises(RefusedError, match="registers 100000 training cases, and had 3 cases in all"):
-            client.contribute(registration_key(RUN), make_registration(100_000))
-        client.contribute(registration_key(RUN), make_registration(2))
-        other.contribute(registration_key(RUN), make_registration(3))
+            client.contribute(RegistrationKey(RUN), make_registration(100_000))
+        client.contribute(RegistrationKey(RUN), make_registration(2))
+        other.contribute(RegistrationKey(RUN), make_registration(3))
         wait_until(
             lambda: any(
                 f"run {RUN}: A 2 training cases (40%), B 3 training cases (60%); sites count by their "
@@ -232,8 +225,8 @@ def test_a_site_cannot_decide_which_aggregate_is_best_by_claiming_voxels(tmp_pat
         federation.client("B") as b,
     ):
         registration = make_registration(plans=plans)
-        in_threads(*(lambda one=one: one.exchange(registration_key(RUN), registration) for one in (a, b)))
-        for key, tensors in ((initial_key(RUN), (make_weights(0), {})), (round_key(RUN, 0), (make_weights(1),) * 2)):
+        in_threads(*(lambda one=one: one.exchange(RegistrationKey(RUN), registration) for one in (a, b)))
+        for key, tensors in ((InitialKey(RUN), (make_weights(0), {})), (RoundKey(RUN, 0), (make_weights(1),) * 2)):
             answers = in_threads(
                 *(
                     lambda key=key, one=one, own=own: one.exchange(key, messages.Update(), own).message
@@ -242,8 +235,8 @@ def test_a_site_cannot_decide_which_aggregate_is_best_by_claiming_voxels(tmp_pat
             )
             assert all(isinstance(answer, messages.Aggregate) for answer in answers), answers
         with pytest.raises(RefusedError, match="more voxels were validated than"):
-            a.contribute(validation_key(RUN, 0), messages.Validation(tp=(2.0**53,), fp=(0,), fn=(0,)))
-        a.contribute(validation_key(RUN, 0), messages.Validation(tp=(4 * 2 * 16.0**3,), fp=(0,), fn=(0,)))
+            a.contribute(ValidationKey(RUN, 0), messages.Validation(tp=(2.0**53,), fp=(0,), fn=(0,)))
+        a.contribute(ValidationKey(RUN, 0), messages.Validation(tp=(4 * 2 * 16.0**3,), fp=(0,), fn=(0,)))
 
 
 # ---------------------------------------------------------------------------------------------------------- at a site

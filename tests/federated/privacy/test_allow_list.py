@@ -15,7 +15,7 @@ from nnunetv2.federated.privacy import allow_list
 from nnunetv2.federated.privacy.disclosure import allow_list_of
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec
-from nnunetv2.federated.protocol.messages import CENSUS_KEY
+from nnunetv2.federated.protocol.keys import CensusKey
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_the_client_sends_nothing_that_is_not_allowed(with_list, tmp_path):
         with_list({"version": 1, "documents": {"census": {"fields": ["num_cases", "labels.*", "share_extrema"]}}})
         with federation.client("A") as client:
             with pytest.raises(NotAllowedError, match="field channel_names.0"):
-                client.contribute(CENSUS_KEY, make_census())
+                client.contribute(CensusKey(), make_census())
             client.report_failure(RUN, 0, "ValueError")  # not on the list either: kept back, without an error
         assert federation.coordinator.store.load_events("failure") == []
-        assert federation.coordinator.book.get(CENSUS_KEY) is None
+        assert federation.coordinator.book.get(CensusKey()) is None
         assert credential.site == "A"

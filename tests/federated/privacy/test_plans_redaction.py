@@ -9,11 +9,11 @@ from fake_federation import RUN, in_threads, make_plans, make_registration, make
 
 from nnunetv2.federated.commands.manifest import describe
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.closing import agree_on_plans
+from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
 from nnunetv2.federated.privacy.disclosure import Disclosure
 from nnunetv2.federated.privacy.plans_redaction import without_extrema
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.messages import admission_key, plans_key, registration_key
+from nnunetv2.federated.protocol.keys import AdmissionKey, PlansKey, RegistrationKey
 
 CHANNEL = {
     "max": 3071.0,
@@ -109,24 +109,24 @@ def test_a_run_that_was_registered_with_extrema_goes_on_without(tmp_path, is_lat
         with federation.client("A") as a, federation.client("B") as b:
             in_threads(
                 *(
-                    lambda c=client: c.contribute(registration_key(RUN), make_registration(plans=with_intensities()))
+                    lambda c=client: c.contribute(RegistrationKey(RUN), make_registration(plans=with_intensities()))
                     for client in (a, b)
                 )
             )
             if is_late:
                 federation_proceeds(federation)
-            wait_until(lambda: federation.coordinator.book.is_closed(registration_key(RUN)))
-            before = a.result(registration_key(RUN)).message
+            wait_until(lambda: federation.coordinator.book.is_closed(RegistrationKey(RUN)))
+            before = a.result(RegistrationKey(RUN)).message
             upgraded = make_registration(plans=without_extrema(with_intensities()))
-            assert a.exchange(registration_key(RUN), upgraded).message == before
+            assert a.exchange(RegistrationKey(RUN), upgraded).message == before
             assert len(federation.coordinator.store.load_events("contribution")) == 2
             for changed in (with_intensities(mean=0.5), with_intensities() | {"patch_size": 3}):
                 with pytest.raises(RefusedError, match="what site A sends now differs from what it sent before"):
-                    a.contribute(registration_key(RUN), make_registration(plans=changed))
+                    a.contribute(RegistrationKey(RUN), make_registration(plans=changed))
         if is_late:
             with federation.client("C") as c:
-                first = c.exchange(admission_key(RUN, "C"), make_registration(plans=with_intensities())).message
-                assert c.exchange(admission_key(RUN, "C"), upgraded).message == first
+                first = c.exchange(AdmissionKey(RUN, "C"), make_registration(plans=with_intensities())).message
+                assert c.exchange(AdmissionKey(RUN, "C"), upgraded).message == first
 
 
 def federation_proceeds(federation) -> None:
@@ -134,7 +134,7 @@ def federation_proceeds(federation) -> None:
     from nnunetv2.federated.coordinator.members import Member
     from nnunetv2.federated.protocol import api
 
-    wait_until(lambda: len(federation.coordinator.book.get(registration_key(RUN)).contributions) == 2)
+    wait_until(lambda: len(federation.coordinator.book.get(RegistrationKey(RUN)).contributions) == 2)
     run_control.act(federation.coordinator, RUN, api.RunAction(action="proceed"), Member("olga", "operator"))
 
 
@@ -146,7 +146,7 @@ def test_a_model_has_the_plans_as_they_are_at_the_sites(tmp_path, is_common):
         def take_part(site):
             with federation.client(site) as client:
                 if is_common:
-                    client.exchange(plans_key("nnUNetPlans"), messages.PlansReport(plans=plans))
+                    client.exchange(PlansKey("nnUNetPlans"), messages.PlansReport(plans=plans))
                 train(client, seed=1, num_rounds=1, plans=without_extrema(plans))
 
         assert in_threads(*(lambda site=site: take_part(site) for site in "AB")) == [None, None]

@@ -29,6 +29,7 @@ from nnunetv2.federated.protocol.document import (
     write_document,
     write_subset,
 )
+from nnunetv2.federated.protocol.keys import InitialKey, PlansKey, RegistrationKey, RoundKey, run_name
 from nnunetv2.federated.protocol.messages import (
     Aggregate,
     Census,
@@ -42,11 +43,6 @@ from nnunetv2.federated.protocol.messages import (
     Registration,
     Update,
     WantedBins,
-    initial_key,
-    plans_key,
-    registration_key,
-    round_key,
-    run_name,
 )
 from nnunetv2.federated.protocol.strict_json import canonical_json, decode_json, encode_json, json_digest
 
@@ -482,12 +478,12 @@ def test_digest_of_plans_does_not_depend_on_the_order_of_keys():
 def test_keys_of_gatherings():
     run = run_name("3d_fullres", 0, "nnUNetTrainerAsymFedAvg")
     assert run == "3d_fullres.fold_0.nnUNetTrainerAsymFedAvg"
-    assert round_key(run, 7) == f"runs/{run}/rounds/7"
-    assert (registration_key(run), initial_key(run)) == (f"runs/{run}/registration", f"runs/{run}/initial")
-    assert plans_key("nnUNetPlans") == "plans/nnUNetPlans"
+    assert RoundKey(run, 7) == f"runs/{run}/rounds/7"
+    assert (RegistrationKey(run), InitialKey(run)) == (f"runs/{run}/registration", f"runs/{run}/initial")
+    assert PlansKey("nnUNetPlans") == "plans/nnUNetPlans"
     for bad in ("", "..", "a/b", "a b", "a" * 200):
         with pytest.raises(ValueError, match="part of a key"):
-            plans_key(bad)
+            PlansKey(bad)
 
 
 def test_refusals_keep_their_parts_when_pickled():

@@ -10,7 +10,7 @@ import pytest
 from fake_federation import RUN, in_threads, make_registration, make_settings, make_weights, served
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, RefusedError
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import SettingsChange
 from nnunetv2.federated.site.participant import Participant
 
@@ -67,14 +67,15 @@ def test_a_site_sends_only_the_initial_weights_it_owns_and_takes_the_rest():
 
 
 def test_weights_travel_under_canonical_names_and_return_under_local_ones():
-    answer = document("message", w=np.zeros(2), v=np.ones(3))
+    said = messages.Aggregate(round=1, contributors={"a": 1.0})
+    answer = document(said, w=np.zeros(2), v=np.ones(3))
     session = make_session({"open_round": 1}, {"runs/run/rounds/1": answer})
     weights, message = session.exchange(
         1, {"w.local": np.ones(2), "v": np.ones(3), "own": np.ones(1)}, messages.Update(metrics={"loss": 1.0})
     )
     assert session.transport.sent["runs/run/rounds/1"].keys() == {"w", "v"}
     assert weights.keys() == {"w.local", "v"}
-    assert message == "message"
+    assert message is said
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_what_is_shared_is_unknown_before_registration():
 
 def test_run_names_reject_what_cannot_be_part_of_a_key():
     with pytest.raises(ValueError, match="3d/../x"):
-        messages.run_name("3d/../x", 0, "t")
+        keys.run_name("3d/../x", 0, "t")
 
 
 def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path):

@@ -8,33 +8,37 @@ from fake_federation import RUN, SHAPES, make_client, make_registration, make_we
 from hostile_coordinator import Endless, hostile, send
 
 from nnunetv2.federated.errors import RefusedError, WireError
-from nnunetv2.federated.exchanges.exchange import parse_key
+from nnunetv2.federated.exchanges.steps import STEPS, step_of
+from nnunetv2.federated.exchanges.steps.base import MESSAGE_ALLOWANCE
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
-from nnunetv2.federated.protocol.messages import (
-    CENSUS_KEY,
-    COARSE_KEY,
-    FINE_KEY,
-    initial_key,
-    plans_key,
-    registration_key,
-    round_key,
-    validation_key,
+from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
+    CensusKey,
+    CoarseKey,
+    FineKey,
+    InitialKey,
+    LateCensusKey,
+    LatePlansKey,
+    PlansKey,
+    RegistrationKey,
+    RoundKey,
+    ValidationKey,
 )
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.participant import Participant
 from nnunetv2.federated.site.transports.http_requests import NoAnswerError
 
 ALL_KEYS = {
-    CENSUS_KEY: messages.PooledCensus(num_cases=3),
-    COARSE_KEY: messages.WantedBins(bins=((1,),)),
-    FINE_KEY: messages.PooledFingerprint(num_cases=1, fingerprint={}),
-    plans_key("p"): messages.PlansAgreement(digest="0" * 64),
-    f"{plans_key('p')}/admissions/A": messages.PlansAgreement(digest="0" * 64),
-    "fingerprint/admissions/A": messages.PooledCensus(num_cases=3),
-    initial_key(RUN): messages.Aggregate(round=None, contributors={"A": 1.0}),
-    round_key(RUN, 3): messages.Aggregate(round=3, contributors={"A": 1.0}),
-    validation_key(RUN, 3): messages.PooledValidation(
+    CensusKey(): messages.PooledCensus(num_cases=3),
+    CoarseKey(): messages.WantedBins(bins=((1,),)),
+    FineKey(): messages.PooledFingerprint(num_cases=1, fingerprint={}),
+    PlansKey("p"): messages.PlansAgreement(digest="0" * 64),
+    LatePlansKey("p", "A"): messages.PlansAgreement(digest="0" * 64),
+    LateCensusKey("A"): messages.PooledCensus(num_cases=3),
+    InitialKey(RUN): messages.Aggregate(round=None, contributors={"A": 1.0}),
+    RoundKey(RUN, 3): messages.Aggregate(round=3, contributors={"A": 1.0}),
+    ValidationKey(RUN, 3): messages.PooledValidation(
         round=3,
         dice=(),
         mean_dice=None,
@@ -65,41 +69,36 @@ def make_match(**changes) -> messages.Match:
 # ------------------------------------------------------------------------------------------------------- kinds and keys
 @pytest.mark.parametrize("key", ALL_KEYS)
 def test_a_result_is_of_the_kind_of_its_gathering(key):
-    results.check_result(key, ALL_KEYS[key])
-    allowed = results.RESULTS_OF_KIND[parse_key(key).kind]
+    step_of(key).check_result(key, ALL_KEYS[key])
+    allowed = step_of(key).results
     for other in ALL_KEYS.values():
         if not isinstance(other, allowed):
             with pytest.raises(WireError, match="with a message of kind"):
-                results.check_result(key, other)
+                step_of(key).check_result(key, other)
 
 
 def test_a_registration_is_answered_with_a_match():
-    results.check_result(registration_key(RUN), make_match())
+    step_of(RegistrationKey(RUN)).check_result(RegistrationKey(RUN), make_match())
     with pytest.raises(WireError, match="kind pooled_census, expected match"):
-        results.check_result(registration_key(RUN), messages.PooledCensus(num_cases=1))
+        step_of(RegistrationKey(RUN)).check_result(RegistrationKey(RUN), messages.PooledCensus(num_cases=1))
 
 
-@pytest.mark.parametrize(
-    ("key", "number"), [(initial_key(RUN), 0), (round_key(RUN, 1), None), (round_key(RUN, 1), 10**7)]
-)
+@pytest.mark.parametrize(("key", "number"), [(InitialKey(RUN), 0), (RoundKey(RUN, 1), None), (RoundKey(RUN, 1), 10**7)])
 def test_an_aggregate_is_of_a_round_that_can_be(key, number):
     with pytest.raises(WireError, match="round"):
-        results.check_result(key, messages.Aggregate(round=number, contributors={}))
+        step_of(key).check_result(key, messages.Aggregate(round=number, contributors={}))
 
 
 def test_every_kind_of_gathering_has_a_result_of_its_own():
-    from typing import get_args
-
-    from nnunetv2.federated.exchanges.exchange import Kind
-
-    assert results.RESULTS_OF_KIND.keys() == set(get_args(Kind))
+    assert all(step.results for step in STEPS)
+    assert {type(key) for key in ALL_KEYS} | {RegistrationKey, AdmissionKey} <= {step.key for step in STEPS}
 
 
 def test_a_late_update_counts_in_another_round_of_its_run_and_nowhere_else():
-    sent = round_key(RUN, 1)
+    sent = RoundKey(RUN, 1)
     assert results.check_receipt(sent, "") == results.check_receipt(sent, sent) == sent
-    assert results.check_receipt(sent, round_key(RUN, 2)) == round_key(RUN, 2)
-    for other in (round_key("other", 2), initial_key(RUN), CENSUS_KEY):
+    assert results.check_receipt(sent, RoundKey(RUN, 2)) == RoundKey(RUN, 2)
+    for other in (RoundKey("other", 2), InitialKey(RUN), CensusKey()):
         with pytest.raises(WireError, match="counts what was sent"):
             results.check_receipt(sent, other)
     with pytest.raises(RefusedError, match="there is no gathering"):
@@ -110,12 +109,12 @@ def test_a_late_update_counts_in_another_round_of_its_run_and_nowhere_else():
 def test_weights_may_be_as_large_as_those_that_were_registered():
     registered = results.weights_bytes(make_registration())
     assert registered == 4 * (4 * 3 + 4 + 2 * 4)
-    assert results.largest_result(round_key(RUN, 0), registered) == registered + results.MESSAGE_ALLOWANCE
-    assert results.largest_result(CENSUS_KEY, 0) < results.largest_result(FINE_KEY, 0)
+    assert step_of(RoundKey(RUN, 0)).largest_result(registered) == registered + MESSAGE_ALLOWANCE
+    assert step_of(CensusKey()).largest_result(0) < step_of(FineKey()).largest_result(0)
 
 
 @pytest.mark.parametrize("announced", [1 << 50, 100 << 20, None], ids=["a pebibyte", "100 MiB", "nothing"])
-@pytest.mark.parametrize("key", [round_key(RUN, 1), CENSUS_KEY])
+@pytest.mark.parametrize("key", [RoundKey(RUN, 1), CensusKey()])
 def test_a_result_without_end_takes_no_disk(announced, key, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     answer = Endless(announced)
@@ -156,7 +155,7 @@ def test_a_part_that_is_larger_than_the_whole_takes_no_disk(tmp_path, monkeypatc
 
     with hostile(answer) as credential, make_client(credential, give_up_after_s=20.0) as client:
         with pytest.raises((WireError, NoAnswerError), match="at most 4194304 are taken"):
-            client.result(round_key(RUN, 1))
+            client.result(RoundKey(RUN, 1))
         assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) == 0
     assert len(asked) == 2
 
@@ -167,9 +166,9 @@ def test_a_document_of_another_kind_is_refused_by_the_client(tmp_path):
         hostile(lambda handler: send(handler, (tmp_path / "d").read_bytes())) as credential,
         make_client(credential) as client,
     ):
-        assert client.result(CENSUS_KEY).message.num_cases == 3
+        assert client.result(CensusKey()).message.num_cases == 3
         with pytest.raises(WireError, match="with a message of kind pooled_census, expected aggregate"):
-            client.result(round_key(RUN, 1))
+            client.result(RoundKey(RUN, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

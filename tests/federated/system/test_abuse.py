@@ -41,11 +41,11 @@ from nnunetv2.federated.coordinator.http.rate_limits import Limits
 from nnunetv2.federated.coordinator.http.tls import private_certificate
 from nnunetv2.federated.coordinator.storage import partial_uploads
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError
-from nnunetv2.federated.exchanges import closing
+from nnunetv2.federated.exchanges.steps.base import Step
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FailureReport
 from nnunetv2.federated.protocol.document import open_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
 from nnunetv2.federated.protocol.strict_json import MAX_DEPTH, parse_json
 from nnunetv2.federated.site.credential import new_token
 from nnunetv2.federated.site.transports.http_requests import LONGEST_RETRY_AFTER_S, NoAnswerError, check_status
@@ -66,12 +66,12 @@ def peers(federation, tmp_path):
 def start_run(peers) -> None:
     """Let all register; round 0 is open."""
     for number, peer in enumerate(peers.values()):
-        assert peer.put(registration_key(RUN), peer.document(make_registration(3 - number))).status_code == 200
-    assert peers["A"].get(f"gatherings/{registration_key(RUN)}?wait=9").status_code == 200
+        assert peer.put(RegistrationKey(RUN), peer.document(make_registration(3 - number))).status_code == 200
+    assert peers["A"].get(f"gatherings/{RegistrationKey(RUN)}?wait=9").status_code == 200
     for site, peer in peers.items():
         body = peer.document(messages.Update(), make_weights(0) if site == "A" else {})
-        assert peer.put(initial_key(RUN), body).status_code == 200
-    assert peers["A"].get(f"gatherings/{initial_key(RUN)}?wait=9").status_code == 200
+        assert peer.put(InitialKey(RUN), body).status_code == 200
+    assert peers["A"].get(f"gatherings/{InitialKey(RUN)}?wait=9").status_code == 200
 
 
 # --------------------------------------------------------------------------------------------------------- credentials
@@ -96,10 +96,10 @@ def test_credentials_that_are_wrong_foreign_or_revoked_open_nothing(federation, 
         peer = Peer(federation, token, tmp_path)
         for answer in (
             peer.get("settings"),
-            peer.put(CENSUS_KEY, b"x"),
-            peer.get(f"gatherings/{CENSUS_KEY}"),
+            peer.put(CensusKey(), b"x"),
+            peer.get(f"gatherings/{CensusKey()}"),
             peer.post("failures", {}),
-            peer.post(f"offers/{CENSUS_KEY}", {}),
+            peer.post(f"offers/{CensusKey()}", {}),
         ):
             assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized"), token
     assert peers["M"].get("settings").status_code == 200
@@ -131,23 +131,23 @@ def test_a_site_that_is_not_known_any_more_says_so_in_one_line(federation):
 def test_a_site_neither_reads_nor_writes_what_others_contributed(federation, peers):
     start_run(peers)
     secret_of_a = peers["A"].document(messages.Update(), make_weights(7))
-    assert peers["A"].put(round_key(RUN, 0), secret_of_a).status_code == 200
+    assert peers["A"].put(RoundKey(RUN, 0), secret_of_a).status_code == 200
     digest = hashlib.sha256(secret_of_a).hexdigest()
     mallory = peers["M"]
     # offering what another has sent tells nothing of it, and sending it counts as one's own
-    offer = mallory.post(f"offers/{round_key(RUN, 0)}", {"digest": digest, "size": len(secret_of_a)})
+    offer = mallory.post(f"offers/{RoundKey(RUN, 0)}", {"digest": digest, "size": len(secret_of_a)})
     assert offer.status_code == 202 and offer.json() == {"offset": 0}
     for path in (
-        f"gatherings/{round_key(RUN, 0)}/A",
-        f"gatherings/{round_key(RUN, 0)}/A.{digest[:24]}.safetensors",
-        f"gatherings/{round_key(RUN, 0)}%2fA",
-        f"contributions/{round_key(RUN, 0)}/A",
+        f"gatherings/{RoundKey(RUN, 0)}/A",
+        f"gatherings/{RoundKey(RUN, 0)}/A.{digest[:24]}.safetensors",
+        f"gatherings/{RoundKey(RUN, 0)}%2fA",
+        f"contributions/{RoundKey(RUN, 0)}/A",
         "members/A",
     ):
         assert mallory.get(path).status_code in (404, 405)
-    assert mallory.get(f"gatherings/{round_key(RUN, 0)}").status_code == 202  # waiting, as everybody
-    assert mallory.put(round_key(RUN, 0), mallory.document(messages.Update(), make_weights(9))).status_code == 200
-    held = federation.coordinator.book.get(round_key(RUN, 0)).contributions
+    assert mallory.get(f"gatherings/{RoundKey(RUN, 0)}").status_code == 202  # waiting, as everybody
+    assert mallory.put(RoundKey(RUN, 0), mallory.document(messages.Update(), make_weights(9))).status_code == 200
+    held = federation.coordinator.book.get(RoundKey(RUN, 0)).contributions
     assert held["A"].digest == digest and set(held) == {"A", "M"}
     for action in ("pause", "resume", "stop", "reset", "proceed"):
         assert mallory.post(f"runs/{RUN}/actions", {"action": action}).status_code == 403
@@ -160,7 +160,7 @@ def test_a_site_neither_reads_nor_writes_what_others_contributed(federation, pee
 def test_what_was_checked_is_what_is_stored(federation, peers, monkeypatch):
     """A site that sends the same document once more while the first is being checked has no hand on that."""
     start_run(peers)
-    mallory, check, begun, go_on = peers["M"], closing.check_contribution, threading.Event(), threading.Event()
+    mallory, check, begun, go_on = peers["M"], Step.check_contribution, threading.Event(), threading.Event()
     good = mallory.document(messages.Update(), make_weights(1))
     bad = mallory.document(
         messages.Update(), {name: values * np.float32("nan") for name, values in make_weights(1).items()}
@@ -171,19 +171,19 @@ def test_what_was_checked_is_what_is_stored(federation, peers, monkeypatch):
         begun.set()
         assert go_on.wait(PATIENCE_S)
 
-    monkeypatch.setattr(closing, "check_contribution", slowly)
+    monkeypatch.setattr(Step, "check_contribution", slowly)
     answers = []
-    first = threading.Thread(target=lambda: answers.append(mallory.put(round_key(RUN, 0), good)))
+    first = threading.Thread(target=lambda: answers.append(mallory.put(RoundKey(RUN, 0), good)))
     first.start()
     assert begun.wait(PATIENCE_S)
     claimed = hashlib.sha256(good).hexdigest()
     second = Peer(federation, federation.credential("M").token, mallory.folder)
-    answer = second.put(round_key(RUN, 0), bad, **{"X-Content-SHA256": claimed})
+    answer = second.put(RoundKey(RUN, 0), bad, **{"X-Content-SHA256": claimed})
     assert (answer.status_code, answer.json()["code"]) == (400, "taken_over")
     go_on.set()
     first.join(PATIENCE_S)
     assert answers[0].json()["digest"] == claimed
-    stored = federation.coordinator.store.contribution_path(round_key(RUN, 0), "M", claimed)
+    stored = federation.coordinator.store.contribution_path(RoundKey(RUN, 0), "M", claimed)
     assert stored.read_bytes() == good
 
 
@@ -192,7 +192,7 @@ def test_an_upload_that_was_begun_with_a_stolen_credential_does_not_count(federa
     start_run(peers)
     body = peers["M"].document(messages.Update(), make_weights(1))
     head = (
-        f"PUT /v1/gatherings/{round_key(RUN, 0)} HTTP/1.1\r\nHost: x\r\n"
+        f"PUT /v1/gatherings/{RoundKey(RUN, 0)} HTTP/1.1\r\nHost: x\r\n"
         f"Authorization: Bearer {federation.credential('M').token}\r\nContent-Length: {len(body)}\r\n"
         f"X-Content-SHA256: {hashlib.sha256(body).hexdigest()}\r\n\r\n"
     )
@@ -203,18 +203,18 @@ def test_an_upload_that_was_begun_with_a_stolen_credential_does_not_count(federa
         federation.coordinator.invite("M", "site", by="boss")
         connection.sendall(body[100:])
         assert connection.recv(1000).startswith(b"HTTP/1.1 401")
-    exchange = federation.coordinator.book.get(round_key(RUN, 0))
+    exchange = federation.coordinator.book.get(RoundKey(RUN, 0))
     assert exchange is None or "M" not in exchange.contributions
 
 
 def test_who_waits_for_a_result_with_a_credential_that_is_revoked_does_not_get_it(federation, peers):
     for number, peer in enumerate(peers.values()):
         if number:
-            peer.put(CENSUS_KEY, peer.document(make_census()))
+            peer.put(CensusKey(), peer.document(make_census()))
     answers = []
-    waiting = threading.Thread(target=lambda: answers.append(peers["M"].get(f"gatherings/{CENSUS_KEY}?wait=9")))
+    waiting = threading.Thread(target=lambda: answers.append(peers["M"].get(f"gatherings/{CensusKey()}?wait=9")))
     waiting.start()
-    wait_until(lambda: federation.app.state.changes._waiting[CENSUS_KEY])
+    wait_until(lambda: federation.app.state.changes._waiting[CensusKey()])
     federation.coordinator.revoke("M", by="boss")
     waiting.join(PATIENCE_S)
     assert answers[0].status_code == 401
@@ -229,7 +229,7 @@ def test_an_upload_of_another_site_is_not_gone_on_with(federation, peers, monkey
         federation,
         head(
             "PUT",
-            f"gatherings/{round_key(RUN, 0)}",
+            f"gatherings/{RoundKey(RUN, 0)}",
             federation.credential("A").token,
             **{"Content-Length": len(body), "X-Content-SHA256": digest},
         )
@@ -237,10 +237,10 @@ def test_an_upload_of_another_site_is_not_gone_on_with(federation, peers, monkey
     ):
         wait_until(lambda: federation.coordinator.uploads.in_progress())
     uploads = federation.coordinator.uploads
-    wait_until(lambda: uploads.offset(round_key(RUN, 0), "A", digest) == 200)
-    assert uploads.offset(round_key(RUN, 0), "M", digest) == 0
+    wait_until(lambda: uploads.offset(RoundKey(RUN, 0), "A", digest) == 200)
+    assert uploads.offset(RoundKey(RUN, 0), "M", digest) == 0
     answer = peers["M"].put(
-        round_key(RUN, 0),
+        RoundKey(RUN, 0),
         body[200:],
         **{"Content-Range": f"bytes 200-{len(body) - 1}/{len(body)}", "X-Content-SHA256": digest},
     )
@@ -266,11 +266,11 @@ def test_an_upload_of_another_site_is_not_gone_on_with(federation, peers, monkey
 def test_updates_are_held_against_what_the_site_registered(federation, peers, change, complaint):
     start_run(peers)
     mallory = peers["M"]
-    answer = mallory.put(round_key(RUN, 0), mallory.document(messages.Update(), change(make_weights(1))))
+    answer = mallory.put(RoundKey(RUN, 0), mallory.document(messages.Update(), change(make_weights(1))))
     assert answer.status_code == 400
     with pytest.raises(RefusedError, match=complaint):
         check_status(answer)
-    assert federation.coordinator.book.get(round_key(RUN, 0)) is None
+    assert federation.coordinator.book.get(RoundKey(RUN, 0)) is None
 
 
 def forged(entries: dict, *, message: messages.Message, data: bytes = b"") -> bytes:
@@ -296,22 +296,22 @@ def forged(entries: dict, *, message: messages.Message, data: bytes = b"") -> by
 )
 def test_tensors_that_claim_what_they_are_not(federation, peers, entries):
     start_run(peers)
-    answer = peers["M"].put(round_key(RUN, 0), forged(entries, message=messages.Update(), data=bytes(32)))
+    answer = peers["M"].put(RoundKey(RUN, 0), forged(entries, message=messages.Update(), data=bytes(32)))
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid")
 
 
 @pytest.mark.parametrize("size", [2**31, 2**63 - 1, 2**64 - 1])
 def test_headers_that_claim_to_be_huge(peers, size):
-    answer = peers["M"].put(CENSUS_KEY, struct.pack("<Q", size) + b"{}" * 100)
+    answer = peers["M"].put(CensusKey(), struct.pack("<Q", size) + b"{}" * 100)
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid")
 
 
 def test_a_compressed_body_is_not_decompressed(federation, peers):
     bomb = gzip.compress(bytes(64 << 20))
-    answer = peers["M"].put(CENSUS_KEY, bomb, **{"Content-Encoding": "gzip"})
+    answer = peers["M"].put(CensusKey(), bomb, **{"Content-Encoding": "gzip"})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid")
     proper = gzip.compress(peers["M"].document(make_census()))
-    assert peers["M"].put(CENSUS_KEY, proper, **{"Content-Encoding": "gzip"}).status_code == 400
+    assert peers["M"].put(CensusKey(), proper, **{"Content-Encoding": "gzip"}).status_code == 400
     answer = requests.post(
         f"{federation.url}/v1/join", data=bomb, timeout=PATIENCE_S, headers={"Content-Encoding": "gzip"}
     )
@@ -319,7 +319,7 @@ def test_a_compressed_body_is_not_decompressed(federation, peers):
 
 
 def test_what_is_announced_as_huge_is_refused_before_it_is_read(federation, peers):
-    for key, length in ((CENSUS_KEY, 1 << 40), (CENSUS_KEY, 999_999_999_999_999), ("plans/x", 300 << 20)):
+    for key, length in ((CensusKey(), 1 << 40), (CensusKey(), 999_999_999_999_999), ("plans/x", 300 << 20)):
         request = head(
             "PUT",
             f"gatherings/{key}",
@@ -387,15 +387,15 @@ def test_nobody_is_sent_elsewhere(federation):
 
 def test_one_site_cannot_write_lines_in_the_name_of_another(federation, peers):
     reason = "out of memory\n2026-01-01 00:00:00  site A has joined\x1b[2J\u202e"
-    peers["M"].put(registration_key(RUN), peers["M"].document(make_registration()))
+    peers["M"].put(RegistrationKey(RUN), peers["M"].document(make_registration()))
     assert peers["M"].post("failures", {"run": RUN, "round": 0, "reason": reason}).status_code == 204
     shown = peers["A"].get("status").json()["failures"][0]["reason"]
     assert shown == "out of memory 2026-01-01 00:00:00  site A has joined\\x1b[2J\\u202e" == printable(reason)
     assert federation.lines[-1].endswith(shown)
-    peers["M"].put(CENSUS_KEY, peers["M"].document(make_census(labels={"background": 0, "\x1b[31mliver\n": 1})))
+    peers["M"].put(CensusKey(), peers["M"].document(make_census(labels={"background": 0, "\x1b[31mliver\n": 1})))
     for site in "AB":
-        peers[site].put(CENSUS_KEY, peers[site].document(make_census(labels=LABELS)))
-    message = peers["A"].get(f"gatherings/{CENSUS_KEY}?wait=9").json()["message"]
+        peers[site].put(CensusKey(), peers[site].document(make_census(labels=LABELS)))
+    message = peers["A"].get(f"gatherings/{CensusKey()}?wait=9").json()["message"]
     assert message.isprintable() and "\\x1b[31mliver" in message
 
 
@@ -547,7 +547,7 @@ def test_headers_that_come_byte_by_byte_end_the_connection(impatient, federation
 def test_a_body_that_crawls_ends_the_connection_and_others_do_not_notice(impatient, federation, peers):
     request = head(
         "PUT",
-        f"gatherings/{CENSUS_KEY}",
+        f"gatherings/{CensusKey()}",
         federation.credential("M").token,
         **{"Content-Length": 100_000, "X-Content-SHA256": "0" * 64},
     )
@@ -569,9 +569,9 @@ def test_an_answer_that_nobody_reads_ends_the_connection(impatient, federation, 
         lambda self, error: (unsent.append(self._unsent), lose(self, error))[1],
     )
     size = 64 << 20
-    with federation.coordinator.store.result_path(initial_key(RUN)).open("r+b") as file:
+    with federation.coordinator.store.result_path(InitialKey(RUN)).open("r+b") as file:
         file.truncate(size)  # more than any socket holds
-    with raw(federation, head("GET", f"gatherings/{initial_key(RUN)}", federation.credential("M").token)) as connection:
+    with raw(federation, head("GET", f"gatherings/{InitialKey(RUN)}", federation.credential("M").token)) as connection:
         wait_until(lambda: any(unsent))
         received = 0
         with suppress(ConnectionError):
@@ -582,7 +582,7 @@ def test_an_answer_that_nobody_reads_ends_the_connection(impatient, federation, 
 
 def test_a_body_behind_a_refusal_is_not_swallowed(impatient, federation):
     request = head(
-        "PUT", f"gatherings/{CENSUS_KEY}", "M.wrong", **{"Content-Length": 1 << 40, "X-Content-SHA256": "0" * 64}
+        "PUT", f"gatherings/{CensusKey()}", "M.wrong", **{"Content-Length": 1 << 40, "X-Content-SHA256": "0" * 64}
     )
     with raw(federation, request) as connection:
         assert read_head(connection).startswith(b"HTTP/1.1 401 ")
@@ -595,8 +595,8 @@ def test_a_body_behind_a_refusal_is_not_swallowed(impatient, federation):
 
 
 def test_waiting_for_other_sites_is_not_being_slow(impatient, federation, peers):
-    peers["A"].put(CENSUS_KEY, peers["A"].document(make_census()))
-    assert peers["A"].get(f"gatherings/{CENSUS_KEY}?wait=3").status_code == 202
+    peers["A"].put(CensusKey(), peers["A"].document(make_census()))
+    assert peers["A"].get(f"gatherings/{CensusKey()}?wait=3").status_code == 202
 
 
 def test_a_thousand_open_connections_do_not_stop_a_running_round(tmp_path):
@@ -606,7 +606,7 @@ def test_a_thousand_open_connections_do_not_stop_a_running_round(tmp_path):
     with served(tmp_path / "federation", make_settings(num_epochs=num_rounds)) as federation:
         token = federation.credential("A").token
         crawl = head(
-            "PUT", f"gatherings/{CENSUS_KEY}", token, **{"Content-Length": 100_000, "X-Content-SHA256": "0" * 64}
+            "PUT", f"gatherings/{CensusKey()}", token, **{"Content-Length": 100_000, "X-Content-SHA256": "0" * 64}
         )
         starts = (
             b"",
@@ -641,33 +641,33 @@ def test_a_thousand_open_connections_do_not_stop_a_running_round(tmp_path):
 def test_replayed_requests_change_nothing(federation, peers):
     start_run(peers)
     body = peers["A"].document(messages.Update(), make_weights(1))
-    first = peers["A"].put(round_key(RUN, 0), body).json()
+    first = peers["A"].put(RoundKey(RUN, 0), body).json()
     for _ in range(3):
-        assert peers["A"].put(round_key(RUN, 0), body).json() == first
+        assert peers["A"].put(RoundKey(RUN, 0), body).json() == first
     weights = peers["A"].document(messages.Update(), make_weights(0))
-    assert peers["A"].put(initial_key(RUN), weights).json()["already"]
-    other = peers["A"].put(round_key(RUN, 0), peers["A"].document(messages.Update(), make_weights(2))).json()
+    assert peers["A"].put(InitialKey(RUN), weights).json()["already"]
+    other = peers["A"].put(RoundKey(RUN, 0), peers["A"].document(messages.Update(), make_weights(2))).json()
     assert other["already"] and other["digest"] == first["digest"]
     stored = federation.coordinator.store
-    assert len([event for event in stored.load_events("contribution") if event.key == round_key(RUN, 0)]) == 1
-    with open_document(stored.contribution_path(round_key(RUN, 0), "A", first["digest"])) as document:
+    assert len([event for event in stored.load_events("contribution") if event.key == RoundKey(RUN, 0)]) == 1
+    with open_document(stored.contribution_path(RoundKey(RUN, 0), "A", first["digest"])) as document:
         for name in SHAPES:
             np.testing.assert_array_equal(document.read(name), make_weights(1)[name])
 
 
 def test_a_result_that_is_deleted_while_it_is_asked_for_is_asked_for_again(federation, peers):
     start_run(peers)
-    federation.coordinator.store.result_path(initial_key(RUN)).unlink()
-    answer = peers["A"].get(f"gatherings/{initial_key(RUN)}")
+    federation.coordinator.store.result_path(InitialKey(RUN)).unlink()
+    answer = peers["A"].get(f"gatherings/{InitialKey(RUN)}")
     assert (answer.status_code, answer.json()["code"]) == (503, "coordinator_trouble")
 
 
 def test_a_registration_for_another_run_or_with_a_path_in_its_plans_is_refused(peers):
     mallory = peers["M"]
     body = mallory.document(make_registration(1))
-    assert mallory.put(registration_key("2d.fold_0.nnUNetTrainer"), body).status_code == 400
+    assert mallory.put(RegistrationKey("2d.fold_0.nnUNetTrainer"), body).status_code == 400
     body = mallory.document(make_registration(1, plans=make_plans(plans_name="../../evil")))
-    assert mallory.put(registration_key(RUN), body).status_code == 400
+    assert mallory.put(RegistrationKey(RUN), body).status_code == 400
 
 
 def test_a_failure_report_is_bounded(peers):

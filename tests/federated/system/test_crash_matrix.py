@@ -39,7 +39,8 @@ from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol.api import RunAction, RunState
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.invitation import decode_invitation
-from nnunetv2.federated.protocol.messages import Validation, registration_key, round_key, validation_key
+from nnunetv2.federated.protocol.keys import RegistrationKey, RoundKey, ValidationKey
+from nnunetv2.federated.protocol.messages import Validation
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.enrolment import join
 
@@ -71,7 +72,7 @@ def take_part(client, number: int, *, num_rounds: int = NUM_ROUNDS, shapes=SHAPE
 
     def validate(next_round: int) -> None:
         tp = float(10 * next_round + number)
-        client.contribute(validation_key(RUN, next_round - 1), Validation(tp=(tp,), fp=(1.0,), fn=(2.0,)))
+        client.contribute(ValidationKey(RUN, next_round - 1), Validation(tp=(tp,), fp=(1.0,), fn=(2.0,)))
 
     return train(client, seed=number, num_rounds=num_rounds, num_cases=number + 1, shapes=shapes, on_round=validate)
 
@@ -203,7 +204,7 @@ class SitesInThreads:
 def check_journal(folder: Path, num_rounds: int, digest: str) -> None:
     """Nothing was lost, nothing counted twice, and the log of events is whole."""
     with Store(folder) as store:
-        assert store.load_result_digest(round_key(RUN, num_rounds - 1)) == digest
+        assert store.load_result_digest(RoundKey(RUN, num_rounds - 1)) == digest
         closings = Counter(event.key for event in store.load_events("closing"))
         contributions = Counter((event.site, event.key) for event in store.load_events("contribution"))
         assert set(closings.values()) == {1} and set(contributions.values()) == {1}
@@ -211,7 +212,7 @@ def check_journal(folder: Path, num_rounds: int, digest: str) -> None:
         assert len(store.load_rounds(RUN)) == num_rounds
         assert audit_log.first_break(store.load_log()) is None
         assert not list((folder / "incoming").iterdir())
-        assert file_digest(store.result_path(round_key(RUN, num_rounds - 1))) == digest
+        assert file_digest(store.result_path(RoundKey(RUN, num_rounds - 1))) == digest
 
 
 # ----------------------------------------------------------------------------------------- every record of the journal
@@ -279,7 +280,7 @@ def test_what_an_operator_has_said_outlasts_a_death_at_its_record(nursery, tmp_p
     coordinator.live()
     clients = [make_client(credential) for credential in coordinator.credentials()[:2]]
     for client in clients:
-        client.contribute(registration_key(RUN), make_registration())
+        client.contribute(RegistrationKey(RUN), make_registration())
     coordinator.stop()
     coordinator.live(die_at=1, side=side, skip_start=True)
 
@@ -302,7 +303,7 @@ def test_what_an_operator_has_said_outlasts_a_death_at_its_record(nursery, tmp_p
         assert clients[0].run_state(RUN).members == ()
         proceed()
     for client in clients:
-        assert sorted(client.result(registration_key(RUN)).message.coverage) == ["A", "B"]
+        assert sorted(client.result(RegistrationKey(RUN)).message.coverage) == ["A", "B"]
         client.close()
     coordinator.stop()
     with Store(coordinator.folder) as store:

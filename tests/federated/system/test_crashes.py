@@ -27,7 +27,7 @@ from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, write_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
 
 NUM_ROUNDS = 8
 
@@ -132,13 +132,13 @@ def close_what_is_ready(coordinator: Coordinator) -> None:
 
 def fill_up_to_round_0(coordinator: Coordinator) -> None:
     for site in "AB":
-        fill(coordinator, registration_key(RUN), site, make_registration(2 if site == "A" else 1))
+        fill(coordinator, RegistrationKey(RUN), site, make_registration(2 if site == "A" else 1))
     close_what_is_ready(coordinator)
-    fill(coordinator, initial_key(RUN), "A", messages.Update(), make_weights(0))
-    fill(coordinator, initial_key(RUN), "B", messages.Update())
+    fill(coordinator, InitialKey(RUN), "A", messages.Update(), make_weights(0))
+    fill(coordinator, InitialKey(RUN), "B", messages.Update())
     close_what_is_ready(coordinator)
     for seed, site in enumerate("AB"):
-        fill(coordinator, round_key(RUN, 0), site, messages.Update(), make_weights(seed))
+        fill(coordinator, RoundKey(RUN, 0), site, messages.Update(), make_weights(seed))
 
 
 @pytest.fixture
@@ -154,13 +154,13 @@ def expected_digest(tmp_path) -> str:
         coordinator = Coordinator(store)
         fill_up_to_round_0(coordinator)
         close_what_is_ready(coordinator)
-        return store.load_result_digest(round_key(RUN, 0))
+        return store.load_result_digest(RoundKey(RUN, 0))
 
 
 @pytest.mark.parametrize("place", ["before the result", "after the result", "after the row", "while writing the model"])
 def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monkeypatch, place):
+    from nnunetv2.federated.aggregation import weighted_mean
     from nnunetv2.federated.coordinator.models import model_store
-    from nnunetv2.federated.exchanges import closing
 
     def crash(*_, **__):
         raise Crash
@@ -169,7 +169,7 @@ def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monke
         coordinator = Coordinator(store)
         fill_up_to_round_0(coordinator)
         if place == "before the result":
-            monkeypatch.setattr(closing.weighted_mean, "aggregate_documents", crash)
+            monkeypatch.setattr(weighted_mean, "aggregate_documents", crash)
         elif place == "after the result":
             monkeypatch.setattr(store, "save_closing", crash)
         elif place == "after the row":
@@ -184,9 +184,9 @@ def test_a_crash_while_a_round_is_closed_changes_nothing(folder, tmp_path, monke
         coordinator.start()
         wait_until(lambda: coordinator.run_state(RUN).closed and store.load_events("model"))
         coordinator.stop()
-        digest = store.load_result_digest(round_key(RUN, 0))
-        assert digest == file_digest(store.result_path(round_key(RUN, 0))) == expected_digest(tmp_path)
-        closings = [event for event in store.load_events("closing") if event.key == round_key(RUN, 0)]
+        digest = store.load_result_digest(RoundKey(RUN, 0))
+        assert digest == file_digest(store.result_path(RoundKey(RUN, 0))) == expected_digest(tmp_path)
+        closings = [event for event in store.load_events("closing") if event.key == RoundKey(RUN, 0)]
         assert len(closings) == 1
         model = folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres" / "fold_0" / "checkpoint_final.pth"
         assert model.exists()
@@ -208,17 +208,17 @@ def test_a_crash_while_a_contribution_is_taken_over(folder, monkeypatch, place):
         else:
             monkeypatch.setattr(coordinator.book, "put", crash)
         with pytest.raises(Crash):
-            fill(coordinator, CENSUS_KEY, "A", make_census())
+            fill(coordinator, CensusKey(), "A", make_census())
     monkeypatch.undo()
     with Store(folder) as store:
         coordinator = Coordinator(store)
-        held = coordinator.book.get(CENSUS_KEY)
+        held = coordinator.book.get(CensusKey())
         assert (held is not None) == (place == "after the row")
-        fill(coordinator, CENSUS_KEY, "A", make_census())  # the site got no receipt, and sends it again
+        fill(coordinator, CensusKey(), "A", make_census())  # the site got no receipt, and sends it again
         assert len(store.load_events("contribution")) == 1
-        fill(coordinator, CENSUS_KEY, "B", make_census())
+        fill(coordinator, CensusKey(), "B", make_census())
         close_what_is_ready(coordinator)
-        assert coordinator.book.is_closed(CENSUS_KEY)
+        assert coordinator.book.is_closed(CensusKey())
 
 
 def test_the_result_does_not_depend_on_the_order_of_arrival(tmp_path):
@@ -228,64 +228,64 @@ def test_the_result_does_not_depend_on_the_order_of_arrival(tmp_path):
             create_federation(store, make_settings(num_epochs=1), now=time.time())
             coordinator = Coordinator(store)
             for site in order:
-                fill(coordinator, registration_key(RUN), site, make_registration(2 if site == "A" else 1))
+                fill(coordinator, RegistrationKey(RUN), site, make_registration(2 if site == "A" else 1))
             close_what_is_ready(coordinator)
             for site in order:
-                fill(coordinator, initial_key(RUN), site, messages.Update(), make_weights(0) if site == "A" else {})
+                fill(coordinator, InitialKey(RUN), site, messages.Update(), make_weights(0) if site == "A" else {})
             close_what_is_ready(coordinator)
             for site in order:
-                fill(coordinator, round_key(RUN, 0), site, messages.Update(), make_weights(ord(site)))
+                fill(coordinator, RoundKey(RUN, 0), site, messages.Update(), make_weights(ord(site)))
             close_what_is_ready(coordinator)
-            digests.add(store.load_result_digest(round_key(RUN, 0)))
+            digests.add(store.load_result_digest(RoundKey(RUN, 0)))
     assert len(digests) == 1
 
 
 def test_trouble_of_the_machine_is_shown_and_outlasted(folder, monkeypatch):
-    from nnunetv2.federated.exchanges import closing
+    from nnunetv2.federated.exchanges.steps import base
 
     now = 100.0
     lines: list[str] = []
     with Store(folder) as store:
         coordinator = Coordinator(store, announce=lines.append, clock=lambda: now)
         for site in "AB":
-            fill(coordinator, CENSUS_KEY, site, make_census())
+            fill(coordinator, CensusKey(), site, make_census())
 
         def no_space(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(closing, "write_document", no_space)
+        monkeypatch.setattr(base, "write_document", no_space)
         close_what_is_ready(coordinator)
         assert "fingerprint/census cannot be closed, trying again in 15 s" in lines[-1]
         with pytest.raises(OSError, match="No space left on device"):
-            coordinator.result(CENSUS_KEY, "A")
+            coordinator.result(CensusKey(), "A")
         assert coordinator.closer._ready() == []
         assert coordinator.closer._seconds_until_next() == 15
         monkeypatch.undo()
         now += 16
         assert coordinator.closer._seconds_until_next() is None  # no wait of 0 s, over and over
         close_what_is_ready(coordinator)
-        assert coordinator.book.is_closed(CENSUS_KEY)
-        coordinator.result(CENSUS_KEY, "A")
+        assert coordinator.book.is_closed(CensusKey())
+        coordinator.result(CensusKey(), "A")
 
 
 def test_a_clock_that_is_set_back_delays_nothing_for_long(folder, monkeypatch):
-    from nnunetv2.federated.exchanges import closing
+    from nnunetv2.federated.exchanges.steps import base
 
     now = 1e6
     with Store(folder) as store:
         coordinator = Coordinator(store, clock=lambda: now)
         for site in "AB":
-            fill(coordinator, CENSUS_KEY, site, make_census())
+            fill(coordinator, CensusKey(), site, make_census())
         with monkeypatch.context() as patch:
-            patch.setattr(closing, "write_document", lambda *_: 1 / 0)
+            patch.setattr(base, "write_document", lambda *_: 1 / 0)
             close_what_is_ready(coordinator)
         assert coordinator.closer._ready() == []
         now -= 3600.0
         close_what_is_ready(coordinator)
-        assert coordinator.book.is_closed(CENSUS_KEY)
-        fill(coordinator, registration_key(RUN), "A", make_registration(1))
+        assert coordinator.book.is_closed(CensusKey())
+        fill(coordinator, RegistrationKey(RUN), "A", make_registration(1))
         now -= 3600.0
-        assert Coordinator(store, clock=lambda: now).book.get(registration_key(RUN)).opened == now
+        assert Coordinator(store, clock=lambda: now).book.get(RegistrationKey(RUN)).opened == now
 
 
 def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
@@ -306,13 +306,13 @@ def test_models_that_cannot_be_written_are_written_later(folder, monkeypatch):
         monkeypatch.setattr(aggregation_worker, "RETRY_TIDYING_S", 0.05)
         for number in range(coordinator.settings.num_epochs):
             for site in "AB":
-                fill(coordinator, round_key(RUN, number), site, messages.Update(), make_weights(1))
+                fill(coordinator, RoundKey(RUN, number), site, messages.Update(), make_weights(1))
             close_what_is_ready(coordinator)
         assert coordinator.book.run_state(RUN).closed and "trying again" in lines[-1]
         coordinator.start()  # does not fail
         try:
-            fill(coordinator, CENSUS_KEY, "A", make_census()), fill(coordinator, CENSUS_KEY, "B", make_census())
-            wait_until(lambda: coordinator.book.is_closed(CENSUS_KEY))
+            fill(coordinator, CensusKey(), "A", make_census()), fill(coordinator, CensusKey(), "B", make_census())
+            wait_until(lambda: coordinator.book.is_closed(CensusKey()))
             assert not store.load_events("model")
             monkeypatch.setattr(model_store, "keep_models", keep)
             wait_until(lambda: store.load_events("model"))
@@ -326,19 +326,19 @@ def test_a_quorum_closes_a_round_at_its_deadline_after_a_restart(tmp_path):
         create_federation(store, settings, now=time.time())
         coordinator = Coordinator(store)
         for site in "ABC":
-            fill(coordinator, registration_key(RUN), site, make_registration(2 if site == "A" else 1))
+            fill(coordinator, RegistrationKey(RUN), site, make_registration(2 if site == "A" else 1))
         close_what_is_ready(coordinator)
         for site in "ABC":
-            fill(coordinator, initial_key(RUN), site, messages.Update(), make_weights(0) if site == "A" else {})
+            fill(coordinator, InitialKey(RUN), site, messages.Update(), make_weights(0) if site == "A" else {})
         close_what_is_ready(coordinator)
         for site in "AB":
-            fill(coordinator, round_key(RUN, 0), site, messages.Update(), make_weights(1))
+            fill(coordinator, RoundKey(RUN, 0), site, messages.Update(), make_weights(1))
     with Store(tmp_path / "federation") as store:
         coordinator = Coordinator(store)
         coordinator.start()
-        wait_until(lambda: coordinator.book.is_closed(round_key(RUN, 0)))
+        wait_until(lambda: coordinator.book.is_closed(RoundKey(RUN, 0)))
         coordinator.stop()
-        assert coordinator.book.get(round_key(RUN, 0)).outcome.missing == ("C",)
+        assert coordinator.book.get(RoundKey(RUN, 0)).outcome.missing == ("C",)
 
 
 def test_tensors_that_nobody_sends_keep_their_values(tmp_path):
@@ -356,17 +356,17 @@ def test_tensors_that_nobody_sends_keep_their_values(tmp_path):
         coordinator = Coordinator(store, clock=lambda: now)
         for site in "ABCD":
             registration = make_registration(2 if site == "A" else 1, shapes[site], aliases={})
-            fill(coordinator, registration_key(RUN), site, registration)
+            fill(coordinator, RegistrationKey(RUN), site, registration)
         close_what_is_ready(coordinator)
         for site in "ABCD":
             values = {name: np.full(2, 5, np.float32) for name in shapes["A"]} if site == "A" else {}
-            fill(coordinator, initial_key(RUN), site, messages.Update(), values)
+            fill(coordinator, InitialKey(RUN), site, messages.Update(), values)
         close_what_is_ready(coordinator)
         for site in "CD":
-            fill(coordinator, round_key(RUN, 0), site, messages.Update(), {"stem.weight": np.ones(2, np.float32)})
+            fill(coordinator, RoundKey(RUN, 0), site, messages.Update(), {"stem.weight": np.ones(2, np.float32)})
         now = 10.0
         close_what_is_ready(coordinator)
-        with coordinator.archive.result(round_key(RUN, 0)) as aggregate:
+        with coordinator.archive.result(RoundKey(RUN, 0)) as aggregate:
             assert aggregate.read("stem.weight").tolist() == [1.0, 1.0]
             assert aggregate.read("deep.weight").tolist() == [5.0, 5.0]
             assert aggregate.message.missing == ("A", "B")

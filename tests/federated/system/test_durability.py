@@ -33,13 +33,14 @@ from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.storage import partial_uploads
 from nnunetv2.federated.coordinator.storage import store as store_module
 from nnunetv2.federated.coordinator.storage.store import Store
-from nnunetv2.federated.exchanges.exchange import Closed, Contribution, fresh_exchange, parse_key, with_contribution
+from nnunetv2.federated.exchanges.exchange import Closed, Contribution, with_contribution
+from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, write_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
 
 LARGE = {"w": (1_500_000,)}
-KEY = round_key(RUN, 0)
+KEY = RoundKey(RUN, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ tools
@@ -48,9 +49,9 @@ def begin_round_0(clients, shapes=LARGE) -> None:
     values = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
 
     def begin(client):
-        match = client.exchange(registration_key(RUN), make_registration(3, shapes, {})).message
+        match = client.exchange(RegistrationKey(RUN), make_registration(3, shapes, {})).message
         owned = {name for name, owner in match.initial_owner.items() if owner == client.credential.site}
-        client.exchange(initial_key(RUN), messages.Update(), {name: values[name] for name in owned})
+        client.exchange(InitialKey(RUN), messages.Update(), {name: values[name] for name in owned})
 
     results = in_threads(*[lambda client=client: begin(client) for client in clients])
     assert not any(results), results
@@ -202,7 +203,7 @@ def test_a_start_looks_at_files_and_not_at_all_that_ever_was(tmp_path, monkeypat
     with Store(tmp_path / "federation") as store:
         create_federation(store, make_settings(), now=1.0)
         for number in range(20):
-            exchange = fresh_exchange(parse_key(round_key(RUN, number)), make_settings())
+            exchange = fresh_exchange(parse_key(RoundKey(RUN, number)), make_settings())
             for site in "AB":
                 (incoming := incoming_path(store)).write_bytes(b"x")
                 exchange = with_contribution(exchange, site, Contribution("0" * 64, 1, 2.0))
@@ -217,17 +218,17 @@ def test_a_start_looks_at_files_and_not_at_all_that_ever_was(tmp_path, monkeypat
             if number < 18:
                 store.delete_contributions(exchange.key)
                 store.delete_results(exchange.key)
-        (store.result_folder(round_key(RUN, 19)) / "C.000.safetensors").write_bytes(b"orphan")
+        (store.result_folder(RoundKey(RUN, 19)) / "C.000.safetensors").write_bytes(b"orphan")
     looked_at, known = [], Store._known_files
     monkeypatch.setattr(Store, "_known_files", lambda self, key: (looked_at.append(key), known(self, key))[1])
     with Store(tmp_path / "federation") as store:
         assert store.rounds_with_files(RUN) == [18, 19]
-        assert sorted(path.name for path in store.result_folder(round_key(RUN, 19)).iterdir()) == [
+        assert sorted(path.name for path in store.result_folder(RoundKey(RUN, 19)).iterdir()) == [
             f"A.{'0' * 24}.safetensors",
             f"B.{'0' * 24}.safetensors",
             "result.safetensors",
         ]
-    assert sorted(looked_at) == [round_key(RUN, 18), round_key(RUN, 19)]
+    assert sorted(looked_at) == [RoundKey(RUN, 18), RoundKey(RUN, 19)]
 
 
 # -------------------------------------------------------------------------------------------------------- a full disk
@@ -312,12 +313,12 @@ def test_a_disk_that_is_full_again_and_again_costs_time_only(small_disk, tmp_pat
 
     def large_training(client, seed):
         site = client.credential.site
-        match = client.exchange(registration_key(RUN), make_registration(3, shapes, {})).message
+        match = client.exchange(RegistrationKey(RUN), make_registration(3, shapes, {})).message
         own = {"w": np.ones(shapes["w"], np.float32)} if match.initial_owner["w"] == site else {}
-        document = client.exchange(initial_key(RUN), messages.Update(), own)
+        document = client.exchange(InitialKey(RUN), messages.Update(), own)
         for number in range(4):
             update = {"w": document.read("w") * np.float32(0.5) + np.float32(seed + number)}
-            document = client.exchange(round_key(RUN, number), messages.Update(), update)
+            document = client.exchange(RoundKey(RUN, number), messages.Update(), update)
         return file_digest(document.path)
 
     assert digest_of_run(small_disk / "federation") == digest_of_run(tmp_path / "undisturbed")
@@ -338,7 +339,7 @@ def test_uploads_that_are_being_synced_do_not_keep_others_from_being_served(tmp_
         monkeypatch.setattr(federation.coordinator, "contribute", hold)
         clients = [federation.client(site) for site in sites]
         threads = [
-            threading.Thread(target=client.contribute, args=(CENSUS_KEY, make_census()), daemon=True)
+            threading.Thread(target=client.contribute, args=(CensusKey(), make_census()), daemon=True)
             for client in clients
         ]
         for thread in threads:
@@ -346,11 +347,11 @@ def test_uploads_that_are_being_synced_do_not_keep_others_from_being_served(tmp_
         wait_until(lambda: len(held) == request_bodies.FINISHING_THREADS)
         with federation.client(sites[0]) as other:
             other.status()
-        assert not federation.coordinator.book.is_closed(CENSUS_KEY)
+        assert not federation.coordinator.book.is_closed(CensusKey())
         release.set()
         for thread in threads:
             thread.join(PATIENCE_S)
-        wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
+        wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
         for client in clients:
             client.close()
 

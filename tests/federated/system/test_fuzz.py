@@ -36,15 +36,15 @@ from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import Problem
 from nnunetv2.federated.protocol.document import TensorSpec, write_document
-from nnunetv2.federated.protocol.messages import (
-    CENSUS_KEY,
-    COARSE_KEY,
-    FINE_KEY,
-    admission_key,
-    initial_key,
-    registration_key,
-    round_key,
-    validation_key,
+from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
+    CensusKey,
+    CoarseKey,
+    FineKey,
+    InitialKey,
+    RegistrationKey,
+    RoundKey,
+    ValidationKey,
 )
 from nnunetv2.federated.protocol.strict_json import decode_json
 
@@ -89,15 +89,15 @@ class Scene:
     async def prepare(self) -> None:
         """Let all register; let A and B open round 0, which then waits for M; A and B begin the fingerprint."""
         for number, site in enumerate(TOKENS):
-            await self.put(registration_key(RUN), site, self.document(make_registration(3 - number)))
-        await self.result(registration_key(RUN))
+            await self.put(RegistrationKey(RUN), site, self.document(make_registration(3 - number)))
+        await self.result(RegistrationKey(RUN))
         for site in TOKENS:
             await self.put(
-                initial_key(RUN), site, self.document(messages.Update(), make_weights(0) if site == "A" else {})
+                InitialKey(RUN), site, self.document(messages.Update(), make_weights(0) if site == "A" else {})
             )
-        await self.result(initial_key(RUN))
-        await self.put(round_key(RUN, 0), "A", self.document(messages.Update(), make_weights(1)))
-        await self.put(CENSUS_KEY, "A", self.document(make_census()))
+        await self.result(InitialKey(RUN))
+        await self.put(RoundKey(RUN, 0), "A", self.document(messages.Update(), make_weights(1)))
+        await self.put(CensusKey(), "A", self.document(make_census()))
         await self.put("plans/nnUNetPlans", "A", self.document(messages.PlansReport(plans={"plans_name": "x"})))
 
     async def put(self, key: str, site: str, body: bytes) -> None:
@@ -270,7 +270,7 @@ class Mutator:
             "/v1/members/A",
             "/v1/join",
             "/v1/authority",
-            f"/v1/offers/{round_key(RUN, 0)}",
+            f"/v1/offers/{RoundKey(RUN, 0)}",
             "/",
             "/metrics",
             "/v2/x",
@@ -283,7 +283,7 @@ class Mutator:
             {"run": RUN, "round": 0, "reason": "out of memory"},
             {"action": "stop"},
             {"action": "reset"},
-            {"action": "proceed", "gathering": round_key(RUN, 0)},
+            {"action": "proceed", "gathering": RoundKey(RUN, 0)},
             {"name": "C", "role": "site"},
             {"quorum": 1, "deadline_s": 0.1},
             {"protocol": 1, "invitation": "x" * 43, "token": "A." + "x" * 43},
@@ -430,16 +430,16 @@ def documents_of(scene: Scene) -> dict[str, bytes]:
     histogram = np.zeros(65536, np.int64)
     histogram[40000] = 5
     return {
-        round_key(RUN, 0): scene.document(messages.Update(metrics={"loss": 1.0, "dice": [0.5, None]}), make_weights(3)),
-        registration_key(RUN): scene.document(make_registration(1)),
-        registration_key("2d.fold_1.nnUNetTrainerFake"): scene.document(make_registration(1)),
-        initial_key(RUN): scene.document(messages.Update()),
-        validation_key(RUN, 0): scene.document(messages.Validation(tp=(1.0,), fp=(2.0,), fn=(3.0,))),
-        admission_key(RUN, "M"): scene.document(make_registration(1)),
-        admission_key(RUN, "A"): scene.document(make_registration(1)),
-        CENSUS_KEY: scene.document(make_census()),
-        COARSE_KEY: scene.document(coarse, {"coarse.0": histogram}),
-        FINE_KEY: scene.document(messages.FineSummary(bins=((40000,),)), {"fine.0": histogram[None]}),
+        RoundKey(RUN, 0): scene.document(messages.Update(metrics={"loss": 1.0, "dice": [0.5, None]}), make_weights(3)),
+        RegistrationKey(RUN): scene.document(make_registration(1)),
+        RegistrationKey("2d.fold_1.nnUNetTrainerFake"): scene.document(make_registration(1)),
+        InitialKey(RUN): scene.document(messages.Update()),
+        ValidationKey(RUN, 0): scene.document(messages.Validation(tp=(1.0,), fp=(2.0,), fn=(3.0,))),
+        AdmissionKey(RUN, "M"): scene.document(make_registration(1)),
+        AdmissionKey(RUN, "A"): scene.document(make_registration(1)),
+        CensusKey(): scene.document(make_census()),
+        CoarseKey(): scene.document(coarse, {"coarse.0": histogram}),
+        FineKey(): scene.document(messages.FineSummary(bins=((40000,),)), {"fine.0": histogram[None]}),
         "plans/nnUNetPlans": scene.document(messages.PlansReport(plans={"plans_name": "x", "configurations": {}})),
     }
 
@@ -461,10 +461,10 @@ def test_mutated_requests_are_refused_and_change_nothing_of_others(scene):
             assert not list((scene.store.folder / "incoming").iterdir())
             assert audit_log.first_break(scene.store.load_log()) is None
             # the run goes on as if nothing had happened
-            if "M" not in scene.coordinator.book.get(round_key(RUN, 0)).contributions:
-                await scene.put(round_key(RUN, 0), "M", scene.document(messages.Update(), make_weights(5)))
-            await scene.put(round_key(RUN, 0), "B", scene.document(messages.Update(), make_weights(2)))
-            await scene.result(round_key(RUN, 0))
+            if "M" not in scene.coordinator.book.get(RoundKey(RUN, 0)).contributions:
+                await scene.put(RoundKey(RUN, 0), "M", scene.document(messages.Update(), make_weights(5)))
+            await scene.put(RoundKey(RUN, 0), "B", scene.document(messages.Update(), make_weights(2)))
+            await scene.result(RoundKey(RUN, 0))
             return early, late
 
     begin = time.perf_counter()
@@ -494,13 +494,13 @@ KNOWN = (
     ("POST", "/v1/members"),
     ("DELETE", "/v1/members/A"),
     ("PATCH", "/v1/settings"),
-    ("POST", f"/v1/offers/{round_key(RUN, 0)}"),
-    ("POST", f"/v1/offers/{CENSUS_KEY}"),
-    ("PUT", f"/v1/gatherings/{round_key(RUN, 0)}"),
-    ("PUT", f"/v1/gatherings/{CENSUS_KEY}"),
+    ("POST", f"/v1/offers/{RoundKey(RUN, 0)}"),
+    ("POST", f"/v1/offers/{CensusKey()}"),
+    ("PUT", f"/v1/gatherings/{RoundKey(RUN, 0)}"),
+    ("PUT", f"/v1/gatherings/{CensusKey()}"),
     ("PUT", "/v1/gatherings/plans/x"),
-    ("GET", f"/v1/gatherings/{initial_key(RUN)}"),
-    ("GET", f"/v1/gatherings/{round_key(RUN, 0)}"),
+    ("GET", f"/v1/gatherings/{InitialKey(RUN)}"),
+    ("GET", f"/v1/gatherings/{RoundKey(RUN, 0)}"),
     ("GET", "/metrics"),
     ("GET", "/v1/overview"),
     ("GET", f"/v1/runs/{RUN}/curves"),
@@ -578,9 +578,9 @@ def raw_requests(rng: random.Random, token: str) -> list[bytes]:
     proper = [
         f"GET /v1/settings HTTP/1.1\r\n{credential}\r\n",
         f"POST /v1/failures HTTP/1.1\r\n{credential}Content-Length: 2\r\n\r\n{{}}",
-        f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\n{credential}Content-Length: 5\r\n"
+        f"PUT /v1/gatherings/{CensusKey()} HTTP/1.1\r\n{credential}Content-Length: 5\r\n"
         f"X-Content-SHA256: {'0' * 64}\r\n\r\nabcde",
-        f"PUT /v1/gatherings/{CENSUS_KEY} HTTP/1.1\r\n{credential}Transfer-Encoding: chunked\r\n\r\n"
+        f"PUT /v1/gatherings/{CensusKey()} HTTP/1.1\r\n{credential}Transfer-Encoding: chunked\r\n\r\n"
         "5\r\nabcde\r\n0\r\n\r\n",
     ]
     join = b"POST /v1/join HTTP/1.1\r\nHost: x\r\n"

@@ -21,14 +21,8 @@ from fake_federation import (
 from demo.phantoms import Scanner, write_dataset
 from nnunetv2.experiment_planning.federated_planning import PlanningOptions, plan_federated
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.protocol.messages import (
-    CENSUS_KEY,
-    COARSE_KEY,
-    PlansReport,
-    late_census_key,
-    late_plans_key,
-    plans_key,
-)
+from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, LateCensusKey, LatePlansKey, PlansKey
+from nnunetv2.federated.protocol.messages import PlansReport
 
 DATASETS = {"A": "Dataset501_A", "B": "Dataset502_B", "C": "Dataset503_C"}
 
@@ -88,8 +82,8 @@ def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
     assert any("site C plans late" in line for line in federation.lines)
     assert any("site C has planned late, and holds the same plans" in line for line in federation.lines)
     recorded = {(event.kind, event.site, event.key) for event in federation.coordinator.store.load_events()}
-    assert ("contribution", "C", late_census_key("C")) in recorded
-    assert ("closing", None, late_plans_key("nnUNetPlans", "C")) in recorded
+    assert ("contribution", "C", LateCensusKey("C")) in recorded
+    assert ("closing", None, LatePlansKey("nnUNetPlans", "C")) in recorded
 
 
 def test_whoever_repeats_the_command_gets_the_same_unless_what_was_pooled_has_changed(federation, roots):
@@ -126,29 +120,29 @@ def test_a_late_site_that_does_not_fit_is_told_what_differs(federation, roots):
 
 def test_while_the_census_is_open_a_new_site_is_an_ordinary_one(federation, roots):
     with federation.client("A") as first:
-        first.contribute(CENSUS_KEY, make_census())
+        first.contribute(CensusKey(), make_census())
     federation.coordinator.invite("C", "site", by="boss")
-    assert federation.coordinator.book.get(CENSUS_KEY).waiting_for == ("B", "C")
+    assert federation.coordinator.book.get(CensusKey()).waiting_for == ("B", "C")
 
 
 def test_a_site_that_comes_in_between_waits_and_says_for_whom(federation, roots, capsys):
     """The census is closed, the rest is not: the newcomer waits for the others, and needs nobody to wait for it."""
     with federation.client("A") as first, federation.client("B") as second:
         for client, num_cases in ((first, 2), (second, 3)):
-            client.contribute(CENSUS_KEY, census_of(roots, client.credential.site, num_cases))
-    wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
+            client.contribute(CensusKey(), census_of(roots, client.credential.site, num_cases))
+    wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
     federation.coordinator.invite("C", "site", by="boss")
     shown: list[str] = []
 
     def come_when_it_waits(site: str) -> str:
-        wait_until(lambda: f"{COARSE_KEY}: waiting for A, B" in "".join(shown))
+        wait_until(lambda: f"{CoarseKey()}: waiting for A, B" in "".join(shown))
         return plan(federation, site)
 
     def come_late() -> str:
         return plan(federation, "C")
 
     def listen() -> None:
-        wait_until(lambda: shown.append(capsys.readouterr().out) or f"{COARSE_KEY}: waiting for" in "".join(shown))
+        wait_until(lambda: shown.append(capsys.readouterr().out) or f"{CoarseKey()}: waiting for" in "".join(shown))
 
     results = in_threads(come_late, listen, *(lambda site=site: come_when_it_waits(site) for site in "AB"))
     assert [results[0], *results[2:]] == ["nnUNetPlans"] * 3, results
@@ -170,13 +164,13 @@ def test_nobody_else_is_let_in_by_a_latecomers_door(tmp_path):
         federation.client("B") as b,
     ):
         for client in (a, b):
-            client.contribute(CENSUS_KEY, make_census())
-            client.contribute(plans_key("p"), PlansReport(plans=make_plans()))
-        wait_until(lambda: federation.coordinator.book.is_closed(plans_key("p")))
+            client.contribute(CensusKey(), make_census())
+            client.contribute(PlansKey("p"), PlansReport(plans=make_plans()))
+        wait_until(lambda: federation.coordinator.book.is_closed(PlansKey("p")))
         with pytest.raises(RefusedError, match="does not take part"):
-            a.contribute(late_census_key("B"), make_census())
+            a.contribute(LateCensusKey("B"), make_census())
         with pytest.raises(RefusedError, match="does not take part"):
-            a.contribute(late_plans_key("p", "B"), PlansReport(plans=make_plans()))
+            a.contribute(LatePlansKey("p", "B"), PlansReport(plans=make_plans()))
 
 
 def test_a_site_that_was_not_shown_in_reads_nothing_of_the_fingerprint(tmp_path):
@@ -186,17 +180,17 @@ def test_a_site_that_was_not_shown_in_reads_nothing_of_the_fingerprint(tmp_path)
         federation.client("B") as b,
     ):
         for client in (a, b):
-            client.contribute(CENSUS_KEY, make_census())
-        wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
+            client.contribute(CensusKey(), make_census())
+        wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
         federation.coordinator.invite("C", "site", by="boss")
         with federation.client("C") as late:
             with pytest.raises(RefusedError, match="does not take part"):
-                late.result(COARSE_KEY)
+                late.result(CoarseKey())
             with pytest.raises(RefusedError, match="labels.liver is 1 at A, B and 2 at C"):
-                late.exchange(late_census_key("C"), make_census(labels={**LABELS, "liver": 2}))
+                late.exchange(LateCensusKey("C"), make_census(labels={**LABELS, "liver": 2}))
             with pytest.raises(RefusedError, match="does not take part"):
-                late.result(COARSE_KEY)
-            assert late.exchange(late_census_key("C"), make_census(77)).message.num_cases == 6
+                late.result(CoarseKey())
+            assert late.exchange(LateCensusKey("C"), make_census(77)).message.num_cases == 6
             assert late.run_state("r").registered == ()
 
 
@@ -206,19 +200,19 @@ def test_plans_cannot_be_compared_before_the_others_have(tmp_path):
         federation.client("A") as a,
         pytest.raises(RefusedError, match="cannot begin before plans/p is closed"),
     ):
-        a.contribute(late_plans_key("p", "A"), PlansReport(plans=make_plans()))
+        a.contribute(LatePlansKey("p", "A"), PlansReport(plans=make_plans()))
 
 
 def test_late_planning_outlasts_a_restart(tmp_path):
     folder = tmp_path / "federation"
     with served(folder, make_settings()) as federation, federation.client("A") as a, federation.client("B") as b:
         for client in (a, b):
-            client.contribute(CENSUS_KEY, make_census())
-        wait_until(lambda: federation.coordinator.book.is_closed(CENSUS_KEY))
+            client.contribute(CensusKey(), make_census())
+        wait_until(lambda: federation.coordinator.book.is_closed(CensusKey()))
         federation.coordinator.invite("C", "site", by="boss")
         with federation.client("C") as late:
-            late.exchange(late_census_key("C"), make_census())
+            late.exchange(LateCensusKey("C"), make_census())
     assert Path(folder, "gatherings", "fingerprint", "admissions", "C", "result.safetensors").is_file()
     with served(folder, make_settings()) as federation:
-        assert federation.coordinator.book.is_closed(late_census_key("C"))
-        assert federation.coordinator.result(COARSE_KEY, "C").waiting_for == ("A", "B")
+        assert federation.coordinator.book.is_closed(LateCensusKey("C"))
+        assert federation.coordinator.result(CoarseKey(), "C").waiting_for == ("A", "B")

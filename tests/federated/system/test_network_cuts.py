@@ -17,7 +17,7 @@ from fake_federation import RUN, in_threads, make_client, make_settings, served,
 from patience import PATIENCE_S
 
 import nnunetv2.federated.site.transports.http as client_module
-from nnunetv2.federated.protocol.messages import registration_key, round_key
+from nnunetv2.federated.protocol.keys import RegistrationKey, RoundKey
 
 FULL = os.environ.get("NNUNET_FED_MATRIX") == "full"
 SITES = ("A", "B", "C")
@@ -89,8 +89,8 @@ def test_a_run_survives_ten_cuts_of_every_kind(tmp_path, undisturbed, monkeypatc
         print(f"{cuts} cuts of {CUT_S:g} s: {dict(network.hits)}")
         assert digests == [undisturbed] * len(SITES)
         store = federation.coordinator.store
-        assert store.load_result_digest(round_key(RUN, NUM_ROUNDS - 1)) == undisturbed
+        assert store.load_result_digest(RoundKey(RUN, NUM_ROUNDS - 1)) == undisturbed
         contributions = [(event.site, event.key) for event in store.load_events("contribution")]
         assert len(contributions) == len(set(contributions)) == len(SITES) * (NUM_ROUNDS + 2)
-        assert (SITES[0], registration_key(RUN)) in contributions
+        assert (SITES[0], RegistrationKey(RUN)) in contributions
         assert set(network.hits) == set(TROUBLES) and cuts >= (10 if FULL else 6)

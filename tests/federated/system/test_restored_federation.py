@@ -12,7 +12,7 @@ from fake_federation import RUN, in_threads, make_client, make_registration, mak
 from nnunetv2.federated.coordinator.storage import backup
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.messages import round_key
+from nnunetv2.federated.protocol.keys import RoundKey
 from nnunetv2.federated.site.participant import Participant
 
 NUM_ROUNDS = 6
@@ -80,7 +80,7 @@ def test_sites_that_are_ahead_of_a_restored_federation_are_told_so_and_can_begin
         make_client(replace(credentials["A"], url=federation.url)) as client,
     ):
         with pytest.raises(RefusedError, match="cannot begin before"):
-            client.exchange(round_key(RUN, 5), messages.Update(), make_weights(0))
+            client.exchange(RoundKey(RUN, 5), messages.Update(), make_weights(0))
         session = Participant(client, site="A", run=RUN)
         session.register(make_registration())
         weights = {name: np.array(values) for name, values in make_weights(0).items()}

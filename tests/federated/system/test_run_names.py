@@ -18,7 +18,7 @@ from nnunetv2.federated.coordinator import run_control
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import api, messages
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, PlansKey, RegistrationKey, RoundKey
 from nnunetv2.federated.site.participant import Participant
 
 OTHER = "nnUNetResEncUNetMPlans"
@@ -82,7 +82,7 @@ def test_where_plans_have_to_be_equal_the_correction_meets_the_others_in_the_sam
         in_threads(lambda: wrong("A", "nnUNetPlans"), lambda: wrong("B", OTHER))
         with federation.client("A") as client:
             assert client.run_state(RUN, plans=OTHER).run == RUN
-            client.contribute(registration_key(RUN), registration(OTHER, equal=True))
+            client.contribute(RegistrationKey(RUN), registration(OTHER, equal=True))
         names = in_threads(
             lambda: train_through(federation, "A", OTHER, num_rounds=1, equal=True),
             lambda: train_through(federation, "B", OTHER, num_rounds=1, equal=True),
@@ -96,7 +96,7 @@ def test_two_trainings_of_a_site_that_wait_for_the_others_do_not_replace_each_ot
             for name, run in (("nnUNetPlans", RUN), (OTHER, FURTHER)):
                 found = client.run_state(RUN, plans=name).run
                 assert found == run
-                client.contribute(registration_key(found), registration(name))
+                client.contribute(RegistrationKey(found), registration(name))
         with federation.client("B") as client:
             session = Participant(client, site="B", run=RUN)
             assert session.register(registration(OTHER)).coverage.keys() == {"A", "B"}
@@ -108,28 +108,28 @@ def test_a_late_site_joins_the_run_that_goes_on(tmp_path):
         coordinator = federation.coordinator
         with federation.client("A") as a, federation.client("B") as b:
             for client in (a, b):
-                client.contribute(registration_key(RUN), registration())
+                client.contribute(RegistrationKey(RUN), registration())
             run_control.act(coordinator, RUN, api.RunAction(action="proceed"), Member("boss", "operator"))
-            wait_until(lambda: coordinator.book.is_closed(registration_key(RUN)))
+            wait_until(lambda: coordinator.book.is_closed(RegistrationKey(RUN)))
         with federation.client("C") as c:
             assert c.run_state(RUN, plans="nnUNetPlans").run == RUN
             assert c.run_state(RUN, plans=OTHER).run == RUN, "networks may differ"
             assert c.run_state(RUN).run == RUN
         with federation.client("A") as a:
-            a.contribute(registration_key(FURTHER), registration(OTHER))
+            a.contribute(RegistrationKey(FURTHER), registration(OTHER))
         with federation.client("C") as c:
             assert c.run_state(RUN, plans=OTHER).run == FURTHER, "there is a training with these plans"
 
 
 def test_names_of_plans_that_are_none_are_refused(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation, federation.client("A") as client:
-        client.contribute(registration_key(RUN), registration())
+        client.contribute(RegistrationKey(RUN), registration())
         for name in ("a/b", "x" * 128, "../.."):
             with pytest.raises(RefusedError, match="cannot be part of a key.*-overwrite_plans_name"):
                 client.run_state(RUN, plans=name)
         assert client.run_state(RUN, plans="nnUNetPlans").run == RUN
         with pytest.raises(RefusedError, match="a registration for 3d_fullres.fold_0.nnUNetTrainerFake was sent"):
-            client.contribute(registration_key(f"{RUN}.other"), registration())
+            client.contribute(RegistrationKey(f"{RUN}.other"), registration())
 
 
 # ------------------------------------------------------------------------------------- what has changed since is named
@@ -140,9 +140,9 @@ def test_what_a_site_has_changed_since_it_registered_is_named(tmp_path):
         changed["configurations"]["3d_fullres"]["patch_size"] = [16, 32, 16]
         with federation.client("A") as client:
             with pytest.raises(RefusedError, match="num_training_cases was 3 and is 6"):
-                client.contribute(registration_key(RUN), registration(num_cases=6))
+                client.contribute(RegistrationKey(RUN), registration(num_cases=6))
             with pytest.raises(RefusedError, match=r"plans.configurations.3d_fullres.patch_size\[1\] was 16 and is 32"):
-                client.contribute(registration_key(RUN), make_registration(plans=changed))
+                client.contribute(RegistrationKey(RUN), make_registration(plans=changed))
 
 
 def test_what_a_site_has_changed_since_it_planned_is_named(tmp_path):
@@ -151,17 +151,17 @@ def test_what_a_site_has_changed_since_it_planned_is_named(tmp_path):
 
         def plan(site):
             with federation.client(site) as client:
-                client.exchange(CENSUS_KEY, census)
-                client.exchange(plans_key("nnUNetPlans"), messages.PlansReport(plans=make_plans()))
+                client.exchange(CensusKey(), census)
+                client.exchange(PlansKey("nnUNetPlans"), messages.PlansReport(plans=make_plans()))
 
         in_threads(lambda: plan("A"), lambda: plan("B"))
         with federation.client("A") as client:
-            assert client.contribute(CENSUS_KEY, census).waiting_for == ()
+            assert client.contribute(CensusKey(), census).waiting_for == ()
             with pytest.raises(RefusedError, match="num_cases was 5 and is 6") as info:
-                client.contribute(CENSUS_KEY, census.model_copy(update={"num_cases": 6}))
+                client.contribute(CensusKey(), census.model_copy(update={"num_cases": 6}))
             assert info.value.code == "already_closed"
             with pytest.raises(RefusedError, match="plans.colour was absent and is"):
-                client.contribute(plans_key("nnUNetPlans"), messages.PlansReport(plans=make_plans(colour="red")))
+                client.contribute(PlansKey("nnUNetPlans"), messages.PlansReport(plans=make_plans(colour="red")))
 
 
 # ------------------------------------------------------------------------------------------------- pretrained weights
@@ -181,15 +181,15 @@ def test_sites_start_from_the_same_pretrained_weights_or_not_at_all(tmp_path, fi
 
         def register(site, message):
             with federation.client(site) as client, pytest.raises(RefusedError, match=said) as info:
-                client.exchange(registration_key(RUN), message)
+                client.exchange(RegistrationKey(RUN), message)
             assert info.value.code == "weights_differ" and "at all sites, or give none anywhere" in str(info.value)
 
         in_threads(lambda: register("A", with_weights(first)), lambda: register("B", with_weights(second)))
         with federation.client("A") as a, federation.client("B") as b:  # corrected, they go on
-            b.contribute(registration_key(RUN), with_weights("1"))
-            assert a.exchange(registration_key(RUN), with_weights("1")).message.coverage.keys() == {"A", "B"}
+            b.contribute(RegistrationKey(RUN), with_weights("1"))
+            assert a.exchange(RegistrationKey(RUN), with_weights("1")).message.coverage.keys() == {"A", "B"}
             with pytest.raises(RefusedError, match="pretrained_weights was .* and is absent"):
-                a.contribute(registration_key(RUN), with_weights(None))  # the initial weights are still to come
+                a.contribute(RegistrationKey(RUN), with_weights(None))  # the initial weights are still to come
 
 
 def test_a_training_that_goes_on_needs_no_pretrained_weights_any_more(tmp_path):
@@ -208,4 +208,4 @@ def test_a_training_that_goes_on_needs_no_pretrained_weights_any_more(tmp_path):
                 session.register(with_weights(digest))
                 assert not session.start(0, make_weights(1)).begins
             assert client.run_state(RUN).open_round == 0
-            client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1))
+            client.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(1))

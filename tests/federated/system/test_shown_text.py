@@ -20,7 +20,7 @@ from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.consistency import first_difference
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.invitation import Invitation, encode_invitation
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, plans_key
+from nnunetv2.federated.protocol.keys import CensusKey, PlansKey
 from nnunetv2.federated.protocol.strict_json import canonical_json, decode_json
 from nnunetv2.federated.site.credential import save_credential
 from nnunetv2.utilities.command_line import run_command
@@ -60,8 +60,8 @@ def refused(tmp_path):
         odd_labels = {**LABELS, ESCAPES: 2}
         with federation.client("A") as a, federation.client("M") as m:
             for key, ours, theirs in (
-                (plans_key("p"), messages.PlansReport(plans=make_plans()), messages.PlansReport(plans=odd_plans)),
-                (CENSUS_KEY, make_census(), make_census(labels=odd_labels)),
+                (PlansKey("p"), messages.PlansReport(plans=make_plans()), messages.PlansReport(plans=odd_plans)),
+                (CensusKey(), make_census(), make_census(labels=odd_labels)),
             ):
                 a.contribute(key, ours)
                 m.contribute(key, theirs)
@@ -102,7 +102,7 @@ def test_what_a_coordinator_says_and_keeps_is_harmless(refused):
     assert all(is_harmless(line) and "\n" not in line for line in refused.lines if "failure" not in line)
     assert all(is_harmless(one.refusal) for one in refused.coordinator.book.open_exchanges())
     with refused.client("A") as client, pytest.raises(RefusedError) as caught:
-        client.result(plans_key("p"))
+        client.result(PlansKey("p"))
     assert is_harmless(str(caught.value))
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from nnunetv2.federated.aggregation.pooled_validation import mean_of_known
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.protocol.keys import RegistrationKey
 from nnunetv2.federated.protocol.messages import (
     MAX_LABELS,
     MAX_SITES,
@@ -25,7 +26,6 @@ from nnunetv2.federated.protocol.messages import (
     SiteName,
     SiteNames,
     Text,
-    registration_key,
 )
 
 ROUNDS_AT_ONCE = 200
@@ -107,14 +107,13 @@ def draw(coordinator: Coordinator, run: str, *, since: int = 0, since_validation
     rounds = store.load_rounds(run, since, ROUNDS_AT_ONCE + 1, characters=CHARACTERS_AT_ONCE)
     validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
     later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
-    latest, last_validation = coordinator.book.latest_round(run), store.load_last_validation(run)
+    latest, last_validation = coordinator.book.latest_number(run), store.load_last_validation(run)
     return Curves(
         run=run,
         rounds=tuple(_round(record, later) for record in rounds),
         validations=tuple(map(_validation, validations)),
         classes=_classes(coordinator, run, last_validation) if validations else None,
-        more=_is_before(rounds, latest and latest.key.number)
-        or _is_before(validations, last_validation and last_validation["round"]),
+        more=_is_before(rounds, latest) or _is_before(validations, last_validation and last_validation["round"]),
     )
 
 
@@ -190,7 +189,7 @@ def _classes(coordinator: Coordinator, run: str, record: Mapping[str, Any]) -> C
 
 def _names_of_classes(coordinator: Coordinator, run: str) -> list[str]:
     """Return what the classes or regions of a run are called, in the order in which Dice is counted."""
-    key = registration_key(run)
+    key = RegistrationKey(run)
     registered = coordinator.book.get(key)
     if registered is None or not registered.is_closed:
         return []

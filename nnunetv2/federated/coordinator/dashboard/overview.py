@@ -24,8 +24,10 @@ from nnunetv2.federated.coordinator.http.notifications import ANYTHING, Changes
 from nnunetv2.federated.coordinator.models import model_store
 from nnunetv2.federated.coordinator.models.model_folder import without_values
 from nnunetv2.federated.coordinator.service import Coordinator
-from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at, parse_key, prerequisite
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
+from nnunetv2.federated.exchanges.steps import prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
     Count,
@@ -36,9 +38,6 @@ from nnunetv2.federated.protocol.messages import (
     SiteName,
     SiteNames,
     Text,
-    initial_key,
-    registration_key,
-    round_key,
 )
 from nnunetv2.federated.protocol.strict_json import encode_json
 
@@ -195,7 +194,7 @@ class Lookout:
             deadline_s=coordinator.settings.deadline_s,
             runs=runs,
             sites=self._sites(sites, runs),
-            meetings=tuple(self._meeting(one) for one in book.open_exchanges() if one.key.run is None),
+            meetings=tuple(self._meeting(one) for one in book.open_exchanges() if not isinstance(one.key, RunKey)),
             troubles=tuple(
                 TroubleView(time=one.time, kind=one.kind, site=one.site, key=one.key[:500], text=one.text[:8000])
                 for one in reversed(list(self.tail.troubles))
@@ -263,11 +262,11 @@ class Lookout:
     def _open_exchange(self, run: str) -> Exchange:
         """Return what a run waits for, begun or not."""
         book = self.coordinator.book
-        for key in (registration_key(run), initial_key(run)):
+        for key in (RegistrationKey(run), InitialKey(run)):
             if not book.is_closed(key):
-                return book.begin(parse_key(key))
-        latest = book.latest_round(run)
-        return book.begin(parse_key(round_key(run, 0 if latest is None else latest.key.number + 1)))
+                return book.begin(key)
+        latest = book.latest_number(run)
+        return book.begin(RoundKey(run, 0 if latest is None else latest + 1))
 
     def _meeting(self, exchange: Exchange) -> Meeting:
         return Meeting(
@@ -303,7 +302,7 @@ class Lookout:
                 view = MemberView(site=site, activity="waiting", since=held.received)
             elif site in uploads:
                 view = MemberView(site=site, activity="sending", since=since, note=f"{uploads[site] / 1e6:.1f} MB")
-            elif site in exchange.excused:
+            elif site in exchange.dropped_out:
                 view = MemberView(site=site, activity="failed", since=since, note=self.tail.reason(run, site)[:8000])
             else:
                 view = MemberView(site=site, activity="working", since=since)

@@ -20,16 +20,17 @@ from typing import Any
 from nnunetv2.federated.coordinator.models.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import PLANS_OF_A_SITE, comparable_plans
-from nnunetv2.federated.exchanges.documents import Archive
+from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.outlook import counters_of, foresee_model
-from nnunetv2.federated.protocol.messages import Registration, plans_key, round_key
+from nnunetv2.federated.protocol.keys import PlansKey, RoundKey
+from nnunetv2.federated.protocol.messages import Registration
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 FALLBACK_DATASET = "Dataset999_Federated"
 """Folder in the zip where the plans name no proper dataset."""
 
 
-def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive: Archive) -> str:
+def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive: DocumentReader) -> str:
     """Write the model folder of a run that is over, and say in one line where it is or why there is none.
 
     Args:
@@ -43,7 +44,7 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
     outlook = foresee_model(registrations.items(), match)
     if outlook.obstacle:
         return (
-            f"no model folder is written, the last aggregate is {archive.result_path(round_key(run, final))}: "
+            f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
             f"{outlook.obstacle}"
         )
     canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
@@ -85,7 +86,7 @@ def without_values(outcome: str) -> str:
     return re.sub(r"(the plans differ): .* is (?!not the same ).*", r"\1", outcome, flags=re.DOTALL)
 
 
-def _write_description(folder: Path, registrations: Mapping[str, Registration], archive: Archive) -> Path:
+def _write_description(folder: Path, registrations: Mapping[str, Registration], archive: DocumentReader) -> Path:
     """Write the JSON files of a model folder and return the folder."""
     registration = next(iter(registrations.values()))
     # All three are checked on receipt to be plain segments of a path.
@@ -103,7 +104,7 @@ def _write_checkpoint(
     number: int,
     registrations: Mapping[str, Registration],
     names: Mapping[str, str],
-    archive: Archive,
+    archive: DocumentReader,
     *,
     trainer: str,
 ) -> None:
@@ -123,7 +124,7 @@ def _write_checkpoint(
         current_epoch=number + 1,
         trainer_name=trainer,
     )
-    with archive.result(round_key(run, number)) as aggregate:
+    with archive.result(RoundKey(run, number)) as aggregate:
         write_checkpoint(path, aggregate, names, content, counters=counters_of(registration))
 
 
@@ -157,14 +158,14 @@ def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[in
     return tuple(sorted(set(axes[0]).intersection(*axes[1:])))
 
 
-def plans_of_sites(registrations: Mapping[str, Registration], archive: Archive) -> dict[str, Any]:
+def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentReader) -> dict[str, Any]:
     """Return the plans of a run as they are in the files of the sites, if the sites have made them together.
 
     What may differ between the sites, and says how files are read and called, is as most of them have it.
     """
     plans = next(iter(registrations.values())).plans
-    key = plans_key(plans["plans_name"])
-    compared = archive.messages(key).values() if archive.is_closed(key) else ()
+    key = PlansKey(plans["plans_name"])
+    compared = archive.messages_of(key).values() if archive.is_closed(key) else ()
     agreed = comparable_plans(plans)
     made_together = next((one.plans for one in compared if comparable_plans(one.plans) == agreed), plans)
     held = {
@@ -184,7 +185,7 @@ def of_most_sites(values: Iterable[Any]) -> Any:
     return max(values, key=values.count)
 
 
-def save_fingerprint(path: Path, archive: Archive) -> None:
+def save_fingerprint(path: Path, archive: DocumentReader) -> None:
     """Write the pooled fingerprint beside the model, if this federation has made one."""
     fingerprint = archive.pooled_fingerprint()
     if fingerprint is not None:

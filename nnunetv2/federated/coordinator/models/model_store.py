@@ -15,7 +15,7 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.outlook import Outlook, foresee_model
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import file_digest
-from nnunetv2.federated.protocol.messages import registration_key
+from nnunetv2.federated.protocol.keys import RegistrationKey
 
 if TYPE_CHECKING:
     from nnunetv2.federated.coordinator.service import Coordinator
@@ -45,7 +45,7 @@ def keep(coordinator: Coordinator, run: str) -> None:
 
 def outlook(coordinator: Coordinator, run: str) -> Outlook | None:
     """Return what will become of a run's averages; None before its sites have registered. Computed once."""
-    if not coordinator.book.is_closed(registration_key(run)):
+    if not coordinator.book.is_closed(RegistrationKey(run)):
         return None
     agreement = coordinator.archive.agreement(run)  # another one when a site is admitted, or the run begins anew
     known = coordinator.outlooks.get(run)
@@ -113,7 +113,7 @@ def find(coordinator: Coordinator, run: str) -> Path:
 
 def _made_of(coordinator: Coordinator, run: str) -> dict[str, int | None]:
     """Return the rounds whose aggregates are the model's checkpoints."""
-    return {"final": coordinator.book.latest_round(run).key.number, "best": coordinator.archive.best_round(run)}
+    return {"final": coordinator.book.latest_number(run), "best": coordinator.archive.best_round(run)}
 
 
 def _outcome(coordinator: Coordinator, run: str, rounds: Mapping[str, int | None]) -> str | None:

@@ -108,12 +108,12 @@ def _collect(folder: Path, scratch: Path) -> tuple[float, dict[str, str]]:
 def _documents(database: sqlite3.Connection) -> Iterator[tuple[str, str]]:
     """Yield path and SHA-256 of every document that may be asked for again."""
     from nnunetv2.federated.coordinator.storage.store import contribution_name, result_name
-    from nnunetv2.federated.exchanges.exchange import FINAL_KINDS, parse_key
+    from nnunetv2.federated.exchanges.steps import parse_key, step_of
 
     closed = {
         key
         for key, outcome in database.execute("SELECT key, outcome FROM gatherings")
-        if outcome is not None and json.loads(outcome)["closed"] and parse_key(key).kind in FINAL_KINDS
+        if outcome is not None and json.loads(outcome)["closed"] and step_of(parse_key(key)).policy.first_stays
     }
     for key, site, digest in database.execute("SELECT key, site, digest FROM contributions ORDER BY key, site"):
         if key not in closed:

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.exchange import FINAL_KINDS, ExchangeKey
-from nnunetv2.federated.exchanges.state import RoundBook
+from nnunetv2.federated.exchanges.registry import ExchangeRegistry
+from nnunetv2.federated.exchanges.steps import step_of
+from nnunetv2.federated.protocol.keys import Key
 
 MAX_OPEN = 200
 """Exchanges with names of their own (runs that are not registered for by all, plans) that one site may have open."""
@@ -21,13 +22,13 @@ RESERVED_BYTES = 256 << 20
 """What uploads leave free on the disk: for aggregates, the database and its journal."""
 
 
-def check_room(key: ExchangeKey, site: str, size: int, *, book: RoundBook, folder: Path) -> None:
+def check_room(key: Key, site: str, size: int, *, book: ExchangeRegistry, folder: Path) -> None:
     """Raise RefusedError if a site has sent enough that is still open, or if the disk has no room for a document."""
-    if key.kind not in FINAL_KINDS:
+    if not step_of(key).policy.first_stays:
         others = [
             one.contributions[site].size
             for one in book.open_exchanges()
-            if one.key != key and one.key.kind not in FINAL_KINDS and site in one.contributions
+            if one.key != key and not one.policy.first_stays and site in one.contributions
         ]
         if len(others) >= MAX_OPEN:
             raise RefusedError(

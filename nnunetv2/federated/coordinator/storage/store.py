@@ -27,17 +27,11 @@ from nnunetv2.federated.coordinator.storage.audit_log import Event, add_event
 from nnunetv2.federated.coordinator.storage.database import Database
 from nnunetv2.federated.coordinator.storage.read_only import DATABASE_FILE
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.federated.exchanges.exchange import (
-    Closed,
-    Contribution,
-    Exchange,
-    ExchangeKey,
-    Refused,
-    fresh_exchange,
-    parse_key,
-)
-from nnunetv2.federated.exchanges.state import RunControl
+from nnunetv2.federated.exchanges.exchange import Closed, Contribution, Exchange, Refused
+from nnunetv2.federated.exchanges.registry import RunControl
+from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.keys import Key
 from nnunetv2.utilities.plain_text import excerpt
 
 FULL_RESULT = ""
@@ -246,21 +240,21 @@ class Store:
         return [json.loads(row[0]) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ documents
-    def contribution_path(self, key: ExchangeKey | str, site: str, digest: str) -> Path:
+    def contribution_path(self, key: Key | str, site: str, digest: str) -> Path:
         """Return where a contribution is kept."""
         return self._key_folder(key) / contribution_name(site, digest)
 
-    def result_path(self, key: ExchangeKey | str, subset: str = FULL_RESULT) -> Path:
+    def result_path(self, key: Key | str, subset: str = FULL_RESULT) -> Path:
         """Return where a result is kept; `subset` names a part of its tensors."""
         return self._key_folder(key) / result_name(subset)
 
-    def result_folder(self, key: ExchangeKey | str) -> Path:
+    def result_folder(self, key: Key | str) -> Path:
         """Return the folder for the results of an exchange; it exists."""
         folder = self._key_folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _key_folder(self, key: ExchangeKey | str) -> Path:
+    def _key_folder(self, key: Key | str) -> Path:
         # The keys of a run are "runs/<run>/registration" and so on: proper path segments, checked by parse_key.
         return self.folder / "gatherings" / str(key)
 
@@ -365,18 +359,18 @@ class Store:
                 ),
             )
 
-    def load_result_digest(self, key: ExchangeKey | str, subset: str = FULL_RESULT) -> str | None:
+    def load_result_digest(self, key: Key | str, subset: str = FULL_RESULT) -> str | None:
         """Return the digest of a result that is on the disk, or None."""
         rows = self._database.rows("SELECT digest FROM results WHERE key = ? AND subset = ?", str(key), subset)
         return rows[0][0] if rows else None
 
-    def save_subset(self, key: ExchangeKey | str, subset: str, digest: str) -> None:
+    def save_subset(self, key: Key | str, subset: str, digest: str) -> None:
         """Remember a part of a result, which is in `result_path` already."""
         self._flush_folders(self.result_path(key, subset).parent)
         with self._database.transaction() as connection:
             _write_result(connection, key, subset, digest)
 
-    def delete_contributions(self, key: ExchangeKey | str) -> None:
+    def delete_contributions(self, key: Key | str) -> None:
         """Delete the files of an exchange's contributions; their digests stay known."""
         for site, digest in self._database.rows("SELECT site, digest FROM contributions WHERE key = ?", str(key)):
             self.contribution_path(key, site, digest).unlink(missing_ok=True)
@@ -392,7 +386,7 @@ class Store:
         )
         return sorted(int(row[0]) for row in rows)
 
-    def delete_results(self, key: ExchangeKey | str) -> None:
+    def delete_results(self, key: Key | str) -> None:
         """Delete the results of an exchange: first the rows, so that none speaks of a file that is gone."""
         subsets = [row[0] for row in self._database.rows("SELECT subset FROM results WHERE key = ?", str(key))]
         if not subsets:
@@ -555,7 +549,7 @@ def _write_exchange(connection: Connection, exchange: Exchange) -> None:
     )
 
 
-def _write_result(connection: Connection, key: ExchangeKey | str, subset: str, digest: str) -> None:
+def _write_result(connection: Connection, key: Key | str, subset: str, digest: str) -> None:
     connection.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", (str(key), subset, digest))
 
 
@@ -565,7 +559,7 @@ def _encode_control(control: RunControl) -> str:
             "state": control.state,
             "left": sorted(control.left),
             "failed": dict(control.failed),
-            "proceeding": sorted(control.proceeding),
+            "proceeding": sorted(control.forced),
         }
     )
 
@@ -576,7 +570,7 @@ def _decode_control(text: str) -> RunControl:
         state=content["state"],
         left=frozenset(content["left"]),
         failed=content["failed"],
-        proceeding=frozenset(content.get("proceeding", ())),
+        forced=frozenset(content.get("proceeding", ())),
     )  # not there before 2.8.1+fed.3
 
 

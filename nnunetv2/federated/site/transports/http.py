@@ -24,13 +24,12 @@ import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
-from nnunetv2.federated.exchanges.document_limits import result_limits
-from nnunetv2.federated.exchanges.exchange import parse_key
+from nnunetv2.federated.exchanges.steps import step_of
 from nnunetv2.federated.privacy import allow_list
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.federated.protocol.invitation import check_transport_is_safe
-from nnunetv2.federated.protocol.messages import PooledCensus
+from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R, RunKey
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.credential import SiteCredential
@@ -120,7 +119,7 @@ class HttpTransport:
         self._last_line: str | None = None
         self._session = open_session(credential)
         self._folder = tempfile.TemporaryDirectory(prefix="nnunet-federated-", ignore_cleanup_errors=True)
-        self._document: Document | None = None
+        self._document: Document[Any] | None = None
         self._number = 0
         self._num_cases: int | None = None
         """Cases of all sites, once the coordinator has said it."""
@@ -147,12 +146,12 @@ class HttpTransport:
     # ------------------------------------------------------------------------------------------------- exchanges
     def exchange(
         self,
-        key: str,
-        message: messages.Message,
+        key: ExchangeKey[Q, R],
+        message: Q,
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
-    ) -> Document:
+    ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
 
         Args:
@@ -177,8 +176,8 @@ class HttpTransport:
 
     def contribute(
         self,
-        key: str,
-        message: messages.Message,
+        key: ExchangeKey[Q, Any],
+        message: Q,
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
@@ -194,8 +193,8 @@ class HttpTransport:
         Raises:
             NotAllowedError: The allow-list of this site does not name a field or tensor; nothing was sent.
         """
-        if isinstance(message, messages.Registration):
-            self._weights_bytes[parse_key(key).run] = results.weights_bytes(message)
+        if isinstance(message, messages.Registration) and isinstance(key, RunKey):
+            self._weights_bytes[key.run] = results.weights_bytes(message)
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
         allow_list.check_document(message, specs, url=self.credential.url)
@@ -222,10 +221,11 @@ class HttpTransport:
             self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
         return receipt
 
-    def result(self, key: str) -> Document:
+    def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
         """Wait until an exchange is closed and return its result; see `exchange`."""
         self._forget_document()
-        largest = results.largest_result(key, self._weights_bytes.get(parse_key(key).run, 0))
+        step = step_of(key)
+        largest = step.largest_result(self._weights_bytes.get(key.run, 0) if isinstance(key, RunKey) else 0)
         download = PartialDownload(self._new_path(), largest=largest)
         # The first answer comes at once, so that people see whom they wait for.
         waiting = self._persist(lambda: self._poll(key, download, wait_s=0))
@@ -240,16 +240,16 @@ class HttpTransport:
                     "(--min-sites or --quorum of the coordinator)"
                 )
             waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
-        limits = result_limits(parse_key(key).kind, num_cases=self._num_cases)
-        self._document = open_document(download.path, limits=replace(limits, file_bytes=largest))
+        limits = replace(step.result_limits(self._num_cases), file_bytes=largest)
+        self._document = document = open_document(download.path, limits=limits)
         try:
-            results.check_result(key, self._document.message)
+            step.check_result(key, document.message)
         except WireError:
             self._forget_document()
             raise
-        if isinstance(self._document.message, PooledCensus):
-            self._num_cases = self._document.message.num_cases
-        return self._document
+        if isinstance(document.message, messages.PooledCensus):
+            self._num_cases = document.message.num_cases
+        return document
 
     # ------------------------------------------------------------------------------------------------- questions
     def settings(self, *, patience_s: float | None = None) -> api.FederationSettings:
@@ -462,8 +462,6 @@ class HttpTransport:
 # -------------------------------------------------------------------------------------------------------- functions
 def is_late(site: str, key: str, message: messages.Message) -> bool:
     """Tell whether a result shows that a site's update came too late to count."""
-    from nnunetv2.federated.protocol.messages import Aggregate
-
-    if not isinstance(message, Aggregate) or message.round is None:
+    if not isinstance(message, messages.Aggregate) or message.round is None:
         return False
     return site not in message.contributors or key.rpartition("/")[2] != str(message.round)

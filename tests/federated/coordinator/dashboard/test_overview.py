@@ -20,7 +20,7 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FailureReport, RunAction
 from nnunetv2.federated.protocol.document import TensorSpec, write_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key, validation_key
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey, ValidationKey
 
 BOSS = Member("boss", "operator")
 
@@ -51,12 +51,12 @@ class Federation:
 
     def start(self, *sites: str) -> None:
         for number, site in enumerate(sites):
-            self.send(registration_key(RUN), site, make_registration(number + 1))
+            self.send(RegistrationKey(RUN), site, make_registration(number + 1))
         for site in sites:
-            self.send(initial_key(RUN), site, messages.Update(), make_weights(0) if site == sites[-1] else {})
+            self.send(InitialKey(RUN), site, messages.Update(), make_weights(0) if site == sites[-1] else {})
 
     def update(self, number: int, site: str, **measured) -> None:
-        self.send(round_key(RUN, number), site, messages.Update(metrics=measured), make_weights(number))
+        self.send(RoundKey(RUN, number), site, messages.Update(metrics=measured), make_weights(number))
 
     def look(self):
         return self.lookout.look()
@@ -109,22 +109,22 @@ def test_invited_and_revoked_sites_are_told_apart(make_federation):
 
 def test_open_gatherings_before_training_say_who_is_waited_for(make_federation):
     federation = make_federation("A", "B")
-    federation.send(CENSUS_KEY, "A", make_census())
+    federation.send(CensusKey(), "A", make_census())
     (meeting,) = federation.look().meetings
     assert (meeting.kind, meeting.contributed, meeting.waiting_for, meeting.since) == ("census", ("A",), ("B",), 1000.0)
 
 
 def test_a_refusal_is_told_with_its_remedy(make_federation):
     federation = make_federation("A", "B")
-    federation.send(CENSUS_KEY, "A", make_census())
-    federation.send(CENSUS_KEY, "B", make_census(labels={"background": 0, "spleen": 1}))
+    federation.send(CensusKey(), "A", make_census())
+    federation.send(CensusKey(), "B", make_census(labels={"background": 0, "spleen": 1}))
     (meeting,) = federation.look().meetings
     assert "the sites' datasets do not go together" in meeting.refusal and "Make dataset.json" in meeting.refusal
 
 
 def test_a_run_goes_through_its_stages(make_federation):
     federation = make_federation("A", "B")
-    federation.send(registration_key(RUN), "A", make_registration(1))
+    federation.send(RegistrationKey(RUN), "A", make_registration(1))
     run = federation.run()
     assert (run.meeting.kind, run.meeting.waiting_for, activities(run)) == (
         "registration",
@@ -132,13 +132,13 @@ def test_a_run_goes_through_its_stages(make_federation):
         {"A": "waiting", "B": "working"},
     )
     federation.now = 1010.0
-    federation.send(registration_key(RUN), "B", make_registration(2))
+    federation.send(RegistrationKey(RUN), "B", make_registration(2))
     run = federation.run()
     assert (run.meeting.kind, run.meeting.since) == ("initial", 1010.0), "it waits since the registration was closed"
-    federation.send(initial_key(RUN), "A", messages.Update())
-    federation.send(initial_key(RUN), "B", messages.Update(), make_weights(0))
+    federation.send(InitialKey(RUN), "A", messages.Update())
+    federation.send(InitialKey(RUN), "B", messages.Update(), make_weights(0))
     run = federation.run()
-    assert (run.meeting.key, run.meeting.waiting_for, run.rounds_closed) == (round_key(RUN, 0), ("A", "B"), 0)
+    assert (run.meeting.key, run.meeting.waiting_for, run.rounds_closed) == (RoundKey(RUN, 0), ("A", "B"), 0)
     federation.now = 1020.0
     federation.update(0, "A")
     federation.now = 1030.0
@@ -202,7 +202,7 @@ def test_sites_that_have_left_are_not_waited_for_but_named(make_federation):
 def test_an_upload_that_is_under_way_is_seen(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
-    with federation.coordinator.uploads.writing(round_key(RUN, 0), "A", "0" * 64, offset=0):
+    with federation.coordinator.uploads.writing(RoundKey(RUN, 0), "A", "0" * 64, offset=0):
         run = federation.run()
         assert activities(run) == {"A": "sending", "B": "working"} and run.members[0].note == "0.0 MB"
         assert federation.look().health.uploads == 1
@@ -231,12 +231,12 @@ def test_validations_and_class_names_are_in_the_curves(make_federation):
     federation = make_federation("A", "B")
     labels = {"background": 0, "tumour": 2, "liver": 1, "ignore": 3}
     for number, site in enumerate("AB"):
-        federation.send(registration_key(RUN), site, make_registration(number + 1, labels=labels))
+        federation.send(RegistrationKey(RUN), site, make_registration(number + 1, labels=labels))
     for site in "AB":
-        federation.send(initial_key(RUN), site, messages.Update(), make_weights(0) if site == "B" else {})
+        federation.send(InitialKey(RUN), site, messages.Update(), make_weights(0) if site == "B" else {})
     federation.update(0, "A", loss=1.0, dice_per_class=[0.1, 0.2]), federation.update(0, "B", loss=math.nan)
     for site, tp in (("A", 8.0), ("B", 0.0)):
-        federation.send(validation_key(RUN, 0), site, messages.Validation(tp=[tp, 0], fp=[2, 0], fn=[2, 0], loss=-0.5))
+        federation.send(ValidationKey(RUN, 0), site, messages.Validation(tp=[tp, 0], fp=[2, 0], fn=[2, 0], loss=-0.5))
     found = curves.draw(federation.coordinator, RUN)
     assert found.rounds[0].pooled == {"loss": 1.0} and found.rounds[0].sites["B"].metrics == {"loss": None}
     assert "dice_per_class" not in found.rounds[0].sites["A"].metrics
@@ -270,7 +270,7 @@ def test_what_is_measured_after_an_update_has_left_belongs_to_its_round(make_fed
 
     def update(number: int, site: str, loss: float, **earlier) -> None:
         federation.send(
-            round_key(RUN, number),
+            RoundKey(RUN, number),
             site,
             messages.Update(metrics={"train": float(number)}, **earlier),
             make_weights(number),
@@ -403,8 +403,8 @@ def test_the_figures_say_how_the_federation_is(make_federation):
     federation = make_federation("A", "B", num_epochs=7)
     federation.coordinator.invite("C", "site", by="boss")
     federation.coordinator.members.count("A", "", Traffic(1000, 50, 990.0))
-    federation.send(CENSUS_KEY, "A", make_census())
-    federation.send(registration_key(RUN), "A", make_registration())
+    federation.send(CensusKey(), "A", make_census())
+    federation.send(RegistrationKey(RUN), "A", make_registration())
     run_control.report_failure(federation.coordinator, "B", FailureReport(run=RUN, reason="no memory"))
     found = figures_of(federation)
     assert found['nnunet_fed_sites{state="active"}'] == 2 and found['nnunet_fed_sites{state="invited"}'] == 1
@@ -412,7 +412,7 @@ def test_the_figures_say_how_the_federation_is(make_federation):
     assert found['nnunet_fed_site_sent_bytes_total{site="A"}'] == 50
     assert found['nnunet_fed_site_last_seen_age_seconds{site="A"}'] == 10
     assert found['nnunet_fed_open_gatherings{kind="census"}'] == 1
-    assert found[f'nnunet_fed_waiting_for_sites{{gathering="{CENSUS_KEY}"}}'] == 2
+    assert found[f'nnunet_fed_waiting_for_sites{{gathering="{CensusKey()}"}}'] == 2
     assert found['nnunet_fed_failures_total{site="B"}'] == 1
     assert found['nnunet_fed_requests_refused_total{code="unauthorized"}'] == 3
     assert found["nnunet_fed_page_sessions"] == 1 and found["nnunet_fed_uploads_in_progress"] == 0

@@ -19,7 +19,7 @@ from prefix_proxy import prefixed
 
 from nnunetv2.federated.coordinator.http.endpoint import Place
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.messages import initial_key, registration_key, round_key, validation_key
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, ValidationKey
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,12 +60,12 @@ def federation(tmp_path):
         federation.client("B") as b,
     ):
         in_threads(
-            lambda: a.exchange(registration_key(RUN), make_registration(1, labels=LABELS)),
-            lambda: b.exchange(registration_key(RUN), make_registration(2, labels=LABELS)),
+            lambda: a.exchange(RegistrationKey(RUN), make_registration(1, labels=LABELS)),
+            lambda: b.exchange(RegistrationKey(RUN), make_registration(2, labels=LABELS)),
         )
         in_threads(
-            lambda: a.exchange(initial_key(RUN), messages.Update()),
-            lambda: b.exchange(initial_key(RUN), messages.Update(), make_weights(0)),
+            lambda: a.exchange(InitialKey(RUN), messages.Update()),
+            lambda: b.exchange(InitialKey(RUN), messages.Update(), make_weights(0)),
         )
         federation.a, federation.b = a, b
         for number in range(3):
@@ -95,15 +95,15 @@ def play_round(federation, number: int) -> None:
     in_threads(
         *(
             lambda seed=seed, client=client: client.exchange(
-                round_key(RUN, number), update(number, seed), make_weights(seed)
+                RoundKey(RUN, number), update(number, seed), make_weights(seed)
             )
             for seed, client in clients.items()
         )
     )
     found = messages.Validation(tp=[10.0 + number, 5.0], fp=[5.0, 5.0], fn=[5.0, 5.0])
     for client in clients.values():
-        client.contribute(validation_key(RUN, number), found)
-    wait_until(lambda: federation.coordinator.book.is_closed(validation_key(RUN, number)))
+        client.contribute(ValidationKey(RUN, number), found)
+    wait_until(lambda: federation.coordinator.book.is_closed(ValidationKey(RUN, number)))
 
 
 def invitation(federation, url: str | None = None, name: str = "eve") -> str:
@@ -198,10 +198,10 @@ def test_a_round_finishes_before_the_eyes_of_the_viewer(federation, make_page):
     assert (page.run(points), page.run(validated)) == (3, 2)  # what the last round's weights score comes with the next
     page.run("window.stayed = true")
 
-    waiting = threading.Thread(target=lambda: federation.a.exchange(round_key(RUN, 3), update(3, 1), make_weights(1)))
+    waiting = threading.Thread(target=lambda: federation.a.exchange(RoundKey(RUN, 3), update(3, 1), make_weights(1)))
     waiting.start()
     shows(page, "Round 3: waiting for B", "has sent, waits")
-    federation.b.exchange(round_key(RUN, 3), update(3, 2), make_weights(2))
+    federation.b.exchange(RoundKey(RUN, 3), update(3, 2), make_weights(2))
     waiting.join(PATIENCE_S)
     shows(page, "4 of 5", "Round 4: waiting for A, B")
     page.wait_for(f"{points} === 4 && {validated} === 3")

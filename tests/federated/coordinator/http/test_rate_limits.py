@@ -20,8 +20,9 @@ from nnunetv2.federated.coordinator.http.rate_limits import (
 )
 from nnunetv2.federated.coordinator.storage import quotas
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.exchange import Contribution, fresh_exchange, parse_key, with_contribution
-from nnunetv2.federated.exchanges.state import RoundBook
+from nnunetv2.federated.exchanges.exchange import Contribution, with_contribution
+from nnunetv2.federated.exchanges.registry import ExchangeRegistry
+from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
 
 
@@ -268,7 +269,7 @@ def test_a_site_has_only_so_much_open(tmp_path, monkeypatch):
     monkeypatch.setattr(quotas, "MAX_OPEN", 3)
     monkeypatch.setattr(quotas, "RESERVED_BYTES", 0)
     settings = FederationSettings(federation="test", sites=("A", "B"))
-    book = RoundBook(settings)
+    book = ExchangeRegistry(settings)
     for number in range(3):
         exchange = fresh_exchange(parse_key(f"plans/p{number}"), settings)
         book.put(with_contribution(exchange, "A", Contribution("0" * 64, 10, 0.0)))
@@ -287,7 +288,7 @@ def test_a_site_has_only_so_much_open(tmp_path, monkeypatch):
 
 def test_room_is_kept_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(quotas, "RESERVED_BYTES", 1 << 60)
-    book = RoundBook(FederationSettings(federation="test", sites=("A", "B")))
+    book = ExchangeRegistry(FederationSettings(federation="test", sites=("A", "B")))
     with pytest.raises(RefusedError, match="disk is full") as info:
         quotas.check_room(parse_key("runs/r/rounds/0"), "A", 1, book=book, folder=tmp_path)
     assert STATUS_OF_CODE[info.value.code] == 507  # the site asks again

@@ -20,7 +20,7 @@ from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.certificates import fingerprint_of, only_certificate
 from nnunetv2.federated.protocol.document import write_document
-from nnunetv2.federated.protocol.messages import CENSUS_KEY
+from nnunetv2.federated.protocol.keys import CensusKey
 from nnunetv2.federated.site.credential import load_credential
 
 
@@ -186,7 +186,7 @@ def test_a_stop_lets_an_upload_end(tmp_path):
         body = (tmp_path / "census").read_bytes()
         context = ssl.create_default_context(cafile=str(tmp_path / "federation" / "tls" / "ca.pem"))
         connection = http.client.HTTPSConnection("127.0.0.1", process.port, context=context, timeout=PATIENCE_S)
-        connection.putrequest("PUT", f"/v1/gatherings/{CENSUS_KEY}")
+        connection.putrequest("PUT", f"/v1/gatherings/{CensusKey()}")
         for name, value in (
             ("Authorization", f"Bearer {token}"),
             ("Content-Length", str(len(body))),

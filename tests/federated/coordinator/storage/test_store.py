@@ -11,15 +11,9 @@ from nnunetv2.federated.coordinator.members import Members, create_federation
 from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.coordinator.storage.store import Store, Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
-from nnunetv2.federated.exchanges.exchange import (
-    Contribution,
-    closed,
-    fresh_exchange,
-    parse_key,
-    refused,
-    with_contribution,
-)
-from nnunetv2.federated.exchanges.state import RunControl
+from nnunetv2.federated.exchanges.exchange import Contribution, close_with, refuse_with, with_contribution
+from nnunetv2.federated.exchanges.registry import RunControl
+from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 
 KEY = parse_key("runs/r/rounds/0")
 
@@ -51,10 +45,10 @@ def reopened(store: Store) -> Store:
 def test_everything_comes_back_after_a_restart(store):
     state = contribute(store, fresh_exchange(KEY, make_settings(deadline_s=5.0, quorum=1), required=["A"]), "A", b"a")
     other = fresh_exchange(parse_key("fingerprint/census"), make_settings(deadline_s=5.0, quorum=1))
-    other = refused(contribute(store, other, "B", b"b"), RefusedError("no", "do", code="datasets_differ"), now=3.0)
+    other = refuse_with(contribute(store, other, "B", b"b"), RefusedError("no", "do", code="datasets_differ"), now=3.0)
     store.save_refusal(other)
     done = fresh_exchange(parse_key("runs/r/initial"), make_settings(deadline_s=5.0, quorum=1))
-    done = closed(contribute(store, done, "A", b"c"), now=4.0)
+    done = close_with(contribute(store, done, "A", b"c"), now=4.0)
     store.save_closing(done, "d" * 64)
     store.add_traffic({("A", ""): Traffic(1, 2, 3.0)})
     joined = replace(store.load_members()["A"], state="active", token_hash="hash")
@@ -92,7 +86,7 @@ def test_leftovers_of_a_crash_are_removed_at_the_next_start(store):
 
 
 def test_results_and_contributions_can_be_deleted(store):
-    state = closed(contribute(store, fresh_exchange(KEY, make_settings()), "A", b"a"), now=4.0)
+    state = close_with(contribute(store, fresh_exchange(KEY, make_settings()), "A", b"a"), now=4.0)
     store.result_path(KEY).write_bytes(b"result")
     store.save_closing(state, "d" * 64)
     store.result_path(KEY, "part").write_bytes(b"part")

@@ -13,7 +13,7 @@ from nnunetv2.federated.commands.api_client import ask
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError, WireError
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.invitation import Invitation
-from nnunetv2.federated.protocol.messages import round_key, validation_key
+from nnunetv2.federated.protocol.keys import RegistrationKey, RoundKey, ValidationKey
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.enrolment import join
@@ -51,7 +51,7 @@ def test_every_call_of_a_training_outlasts_a_foreign_answer(tmp_path, monkeypatc
                 with make_client(moved(federation.credential(site), door.url), lines[site], pause_s=0.01) as client:
                     assert client.settings().federation == "test"
                     digest = train(client, seed=seed, num_rounds=2)
-                    client.contribute(validation_key(RUN, 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
+                    client.contribute(ValidationKey(RUN, 1), messages.Validation(tp=(8,), fp=(2,), fn=(2,)))
                     assert client.status().federation == "test"
                     client.fetch_model(RUN, tmp_path / f"{site}.zip")
                 assert {method for method, _ in door.asked} == {"GET", "POST", "PUT"}
@@ -112,7 +112,7 @@ def test_the_coordinators_own_refusals_stay_final(tmp_path):
         with FrontDoor(federation.url, None) as door:
             with make_client(moved(credential, door.url)) as client:
                 with pytest.raises(RefusedError) as info:
-                    client.contribute(round_key(RUN, 0), messages.Update(), make_weights(0))
+                    client.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(0))
                 assert info.value.code == "too_early"
             stranger = SiteCredential(door.url, "test", "A", "A.wrong-wrong-wrong-wrong")
             with make_client(stranger) as client, pytest.raises(NotJoinedError):
@@ -167,7 +167,7 @@ def test_a_registration_waits_behind_a_page(tmp_path):
 
             def take_part(site):
                 with make_client(moved(federation.credential(site), door.url), pause_s=0.01) as client:
-                    return client.exchange(f"runs/{RUN}/registration", make_registration()).message
+                    return client.exchange(RegistrationKey(RUN), make_registration()).message
 
             first, second = in_threads(lambda: take_part("A"), lambda: take_part("B"))
         assert first == second

@@ -29,7 +29,7 @@ from patience import PATIENCE_S
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import TensorSpec
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, initial_key, registration_key, round_key
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
@@ -49,7 +49,7 @@ def federation(tmp_path):
 def test_two_sites_exchange_and_get_the_same_result(federation):
     def take_part(site, cases):
         with federation.client(site) as client:
-            return client.exchange(CENSUS_KEY, make_census(cases)).message.num_cases
+            return client.exchange(CensusKey(), make_census(cases)).message.num_cases
 
     assert in_threads(lambda: take_part("A", 3), lambda: take_part("B", 4)) == [7, 7]
 
@@ -69,12 +69,12 @@ def test_the_progress_line_names_who_is_missing_and_only_when_that_changes(tmp_p
 
         def first():
             with federation.client("A", lines) as client:
-                return client.exchange(CENSUS_KEY, make_census()).message.num_cases
+                return client.exchange(CensusKey(), make_census()).message.num_cases
 
         def later(site, condition):
             wait_until(condition)
             with federation.client(site) as client:
-                client.exchange(CENSUS_KEY, make_census())
+                client.exchange(CensusKey(), make_census())
 
         federation.credential("A"), federation.credential("B"), federation.credential("C")
         results = in_threads(
@@ -104,10 +104,10 @@ def test_results_do_not_pile_up_on_the_sites_disk(federation):
 def test_specs_decide_how_tensors_travel(federation):
     with federation.client("A") as client:
         with pytest.raises(FederationError, match="float64"):
-            client.contribute(CENSUS_KEY, make_census(), {"x": np.zeros(3)})
+            client.contribute(CensusKey(), make_census(), {"x": np.zeros(3)})
         with pytest.raises(RefusedError, match="x is not expected"):
             client.contribute(
-                CENSUS_KEY, make_census(), {"x": np.zeros(3, np.float32)}, specs={"x": TensorSpec("F32", (3,))}
+                CensusKey(), make_census(), {"x": np.zeros(3, np.float32)}, specs={"x": TensorSpec("F32", (3,))}
             )
 
 
@@ -115,7 +115,7 @@ def test_specs_decide_how_tensors_travel(federation):
 def test_a_failed_closing_reaches_every_site_as_one_readable_line(federation):
     def take_part(site, labels):
         with federation.client(site) as client:
-            client.exchange(CENSUS_KEY, make_census(labels=labels))
+            client.exchange(CensusKey(), make_census(labels=labels))
 
     errors = in_threads(lambda: take_part("A", LABELS), lambda: take_part("B", {"background": 0, "tumour": 1}))
     for error in errors:
@@ -242,7 +242,7 @@ def test_a_silent_coordinator_is_noticed():
 def test_a_failure_report_never_raises_and_never_waits(federation):
     with federation.client("A") as client:
         client.report_failure(RUN, 2, "no run of this name: it is not taken, and nothing is raised")
-        client.contribute(registration_key(RUN), make_registration())
+        client.contribute(RegistrationKey(RUN), make_registration())
         client.report_failure(RUN, 2, "out of memory")
     assert federation.coordinator.status().failures[0].reason == "out of memory"
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -259,8 +259,8 @@ def start_big_run(federation) -> None:
 
     def take_part(site, own):
         with federation.client(site) as client:
-            client.exchange(registration_key(RUN), make_registration(2 if own else 1, BIG, aliases={}))
-            client.exchange(initial_key(RUN), messages.Update(), make_weights(0, BIG) if own else {})
+            client.exchange(RegistrationKey(RUN), make_registration(2 if own else 1, BIG, aliases={}))
+            client.exchange(InitialKey(RUN), messages.Update(), make_weights(0, BIG) if own else {})
 
     assert in_threads(lambda: take_part("A", True), lambda: take_part("B", False)) == [None, None]
 
@@ -269,10 +269,10 @@ def test_an_upload_that_breaks_is_repeated_and_counts_once(federation):
     start_big_run(federation)
     with Cutter(federation.url, upload=[700_000, 1_500_000]) as cutter:
         with make_client(moved(federation.credential("A"), cutter.url)) as client:
-            receipt = client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, BIG))
+            receipt = client.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(1, BIG))
         assert receipt.waiting_for == ("B",)
     events = [
-        event for event in federation.coordinator.store.load_events("contribution") if event.key == round_key(RUN, 0)
+        event for event in federation.coordinator.store.load_events("contribution") if event.key == RoundKey(RUN, 0)
     ]
     assert len(events) == 1
 
@@ -282,7 +282,7 @@ def test_an_upload_goes_on_where_it_broke_even_after_a_restart_of_the_connection
     size = sum(4 * int(np.prod(shape)) for shape in BIG.values())
     with Cutter(federation.url, upload=[1_900_000, 900_000]) as cutter:
         with make_client(moved(federation.credential("A"), cutter.url)) as client:
-            client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, BIG))
+            client.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(1, BIG))
         assert size < cutter.carried["upload"] < 1.3 * size
     assert list((federation.coordinator.store.folder / "incoming").iterdir()) == []
 
@@ -293,7 +293,7 @@ def test_a_receipt_that_gets_lost_costs_no_second_upload(federation):
     # The answer to the offer has about 100 bytes; the receipt for the upload is what exceeds 300.
     with Cutter(federation.url, download=[300]) as cutter:
         with make_client(moved(federation.credential("A"), cutter.url)) as client:
-            client.contribute(round_key(RUN, 0), messages.Update(), make_weights(1, BIG))
+            client.contribute(RoundKey(RUN, 0), messages.Update(), make_weights(1, BIG))
         assert size < cutter.carried["upload"] < 1.2 * size
 
 
@@ -303,7 +303,7 @@ def test_a_download_goes_on_where_it_broke(federation):
     with Cutter(federation.url, download=[900_000, 700_000]) as cutter:
         lines: list[str] = []
         with make_client(moved(federation.credential("A"), cutter.url), lines) as client:
-            document = client.result(initial_key(RUN))
+            document = client.result(InitialKey(RUN))
             expected = make_weights(0, BIG)
             for name in BIG:
                 np.testing.assert_array_equal(document.read(name), expected[name])
@@ -319,12 +319,12 @@ def test_waiting_outlasts_a_restart_of_the_coordinator(tmp_path):
     with served(tmp_path / "federation", settings) as federation:
         a, b = federation.credential("A"), federation.credential("B")
         with make_client(a) as client:
-            client.contribute(CENSUS_KEY, make_census(1))
+            client.contribute(CensusKey(), make_census(1))
     with served(tmp_path / "federation", settings) as federation:
         with make_client(moved(b, federation.url)) as client:
-            assert client.exchange(CENSUS_KEY, make_census(2)).message.num_cases == 3
+            assert client.exchange(CensusKey(), make_census(2)).message.num_cases == 3
         with make_client(moved(a, federation.url)) as client:
-            assert client.exchange(CENSUS_KEY, make_census(1)).message.num_cases == 3
+            assert client.exchange(CensusKey(), make_census(1)).message.num_cases == 3
 
 
 # ---------------------------------------------------------------------------------------------------- asymmetric runs
@@ -338,12 +338,12 @@ def test_a_site_receives_only_the_tensors_that_it_shares(tmp_path):
 
         def take_part(site):
             with federation.client(site) as client:
-                match = client.exchange(registration_key(RUN), make_registration(3, shapes[site], aliases={})).message
+                match = client.exchange(RegistrationKey(RUN), make_registration(3, shapes[site], aliases={})).message
                 own = {name for name, owner in match.initial_owner.items() if owner == site}
                 values = {name: np.full(shape, ord(site), np.float32) for name, shape in shapes[site].items()}
-                client.exchange(initial_key(RUN), messages.Update(), {name: values[name] for name in own})
+                client.exchange(InitialKey(RUN), messages.Update(), {name: values[name] for name in own})
                 shared = {name: values[name] for name, sites in match.shared.items() if site in sites}
-                document = client.exchange(round_key(RUN, 0), messages.Update(), shared)
+                document = client.exchange(RoundKey(RUN, 0), messages.Update(), shared)
                 return {name: float(document.read(name).max()) for name in sorted(document.specs)}
 
         results = in_threads(*(lambda site=site: take_part(site) for site in "ABC"))
@@ -360,12 +360,12 @@ def test_who_misses_a_round_gets_the_latest_aggregate(tmp_path):
         clients = {site: federation.client(site) for site in "ABC"}
 
         def begin(site):
-            match = clients[site].exchange(registration_key(RUN), make_registration()).message
+            match = clients[site].exchange(RegistrationKey(RUN), make_registration()).message
             own = [name for name, owner in match.initial_owner.items() if owner == site]
-            clients[site].exchange(initial_key(RUN), messages.Update(), {name: make_weights(0)[name] for name in own})
+            clients[site].exchange(InitialKey(RUN), messages.Update(), {name: make_weights(0)[name] for name in own})
 
         def play(site, number):
-            return clients[site].exchange(round_key(RUN, number), messages.Update(), make_weights(number)).message
+            return clients[site].exchange(RoundKey(RUN, number), messages.Update(), make_weights(number)).message
 
         assert in_threads(*(lambda site=site: begin(site) for site in "ABC")) == [None] * 3
         for number in range(3):
@@ -423,13 +423,13 @@ def test_closing_ends_what_another_thread_waits_for(tmp_path):
 
         def wait():
             with pytest.raises(FederationError, match="closed while it was in use"):
-                client.exchange(CENSUS_KEY, make_census())
+                client.exchange(CensusKey(), make_census())
 
         def close():
             wait_until(lambda: any("waiting for B, C" in line for line in lines))
             client.close()
             with federation.client("B") as other:  # ends the long poll
-                other.contribute(CENSUS_KEY, make_census())
+                other.contribute(CensusKey(), make_census())
 
         assert in_threads(wait, close) == [None, None]
 
@@ -455,7 +455,7 @@ def test_a_site_says_that_too_few_take_part(tmp_path):
 
         def take_part(site):
             with federation.client(site, lines) as client:
-                return client.exchange(CENSUS_KEY, make_census()).message
+                return client.exchange(CensusKey(), make_census()).message
 
         def come_back():
             wait_until(lambda: any("too few sites take part at the moment, waiting for 1 more" in one for one in lines))

@@ -48,7 +48,7 @@ from typing import TypeVar
 
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
-from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
@@ -135,7 +135,7 @@ class FederatedTraining(RenamedHooks):
         """
         credential = self.credential or load_credential()
         check_enough_cases(len(self.do_split()[0]), f"fold {self.fold} of {self.plans_manager.dataset_name}")
-        run = messages.run_name(self.configuration_name, self.fold, type(self).__name__)
+        run = keys.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
             self.participant = Participant(transport, site=credential.site, run=run)

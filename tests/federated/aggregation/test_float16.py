@@ -23,18 +23,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from benchmarks.byte_counter import ByteCounter
-from nnunetv2.federated.aggregation import half_precision
-from nnunetv2.federated.aggregation.half_precision import ErrorFeedback, rest_of, rounded
+from nnunetv2.federated.aggregation.codecs import float16
+from nnunetv2.federated.aggregation.codecs.float16 import Float16WithErrorFeedback, rest_of, rounded
 from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents
 from nnunetv2.federated.commands import manifest
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.errors import PrecisionError, WireError
-from nnunetv2.federated.exchanges.closing import match_registrations
+from nnunetv2.federated.exchanges.steps.registration import match_registrations
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import SettingsChange
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, open_document, write_document
 from nnunetv2.federated.protocol.invitation import Invitation
-from nnunetv2.federated.protocol.messages import admission_key, initial_key, round_key
+from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RoundKey
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.enrolment import join
 from nnunetv2.federated.site.participant import Participant
@@ -63,14 +63,14 @@ def test_a_value_is_its_rounding_and_the_rest_exactly(value):
 @pytest.mark.parametrize("value", [65520.0, -65520.0, 3e38])
 def test_what_is_too_large_is_named_and_never_becomes_infinite(value):
     with pytest.raises(PrecisionError, match=r"tensor w: a value of size [\d.e+]+ does not fit.*--precision float32"):
-        ErrorFeedback().encode({"v": np.float32([1]), "w": np.float32([1, value])})
+        Float16WithErrorFeedback().encode({"v": np.float32([1]), "w": np.float32([1, value])})
 
 
 # ----------------------------------------------------------------------------------------------------- error feedback
 @settings(max_examples=80, deadline=None)
 @given(arrays(np.float32, st.tuples(st.integers(1, 30), st.just(4)), elements=SINGLES))
 def test_all_that_is_sent_adds_up_to_all_weights_within_one_rounding(weights):
-    feedback, total = ErrorFeedback(), np.zeros(4)
+    feedback, total = Float16WithErrorFeedback(), np.zeros(4)
     for values in weights:
         total += feedback.encode({"w": values})["w"]
         feedback.settle()
@@ -79,7 +79,7 @@ def test_all_that_is_sent_adds_up_to_all_weights_within_one_rounding(weights):
 
 
 def test_an_update_is_the_same_until_it_counts():
-    feedback, weights = ErrorFeedback(), {"w": np.float32([1 + 2**-11 - 2**-20])}
+    feedback, weights = Float16WithErrorFeedback(), {"w": np.float32([1 + 2**-11 - 2**-20])}
     first, again = feedback.encode(weights)["w"], feedback.encode(weights)["w"]
     assert first.tolist() == again.tolist() == [1]
     feedback.settle()
@@ -88,7 +88,7 @@ def test_an_update_is_the_same_until_it_counts():
 
 def train_in_steps(folder, step: float, *, num_rounds: int, with_feedback: bool = True) -> tuple[float, float]:
     """Let two sites add a step to a weight of 1 in every round; return what they end with, and what is kept."""
-    sites = {"A": ErrorFeedback(), "B": ErrorFeedback()}
+    sites = {"A": Float16WithErrorFeedback(), "B": Float16WithErrorFeedback()}
     weight = np.float32([1.0])
     specs = {"w": TensorSpec("F32", (1,))}
     write_document(folder / "-1", messages.Aggregate(round=None, contributors={}), specs, [weight])
@@ -97,7 +97,7 @@ def train_in_steps(folder, step: float, *, num_rounds: int, with_feedback: bool 
             sent = feedback.encode({"w": weight.astype(np.float32) + np.float32(factor * step)})
             if with_feedback:
                 feedback.settle()
-            write_document(folder / site, messages.Update(), half_precision.narrowed(specs), sent.values())
+            write_document(folder / site, messages.Update(), float16.narrowed(specs), sent.values())
         with (
             open_document(folder / "A") as a,
             open_document(folder / "B") as b,
@@ -107,7 +107,7 @@ def train_in_steps(folder, step: float, *, num_rounds: int, with_feedback: bool 
                 {"A": a, "B": b},
                 {"A": 1, "B": 1},
                 out_path=folder / str(number),
-                precision="float16",
+                handout=Float16WithErrorFeedback(),
                 message=messages.Aggregate(round=number, contributors={"A": 1, "B": 1}),
                 previous=previous if with_feedback else None,
             )
@@ -135,7 +135,7 @@ def test_the_aggregate_is_the_mean_and_the_rest_of_the_one_before(tmp_path):
     specs = {name: TensorSpec.of(values) for name, values in before.items()}
     write_document(tmp_path / "before", messages.Aggregate(round=None, contributors={}), specs, before.values())
     for site, update in updates.items():
-        write_document(tmp_path / site, messages.Update(), half_precision.narrowed(specs), update.values())
+        write_document(tmp_path / site, messages.Update(), float16.narrowed(specs), update.values())
     with (
         open_document(tmp_path / "before") as previous,
         open_document(tmp_path / "A") as a,
@@ -148,7 +148,7 @@ def test_the_aggregate_is_the_mean_and_the_rest_of_the_one_before(tmp_path):
                 out_path=tmp_path / "result",
                 previous=previous,
                 message=messages.Aggregate(round=0, contributors={}),
-                precision="float16",
+                handout=Float16WithErrorFeedback(),
             )
             for documents in ({"A": a, "B": b}, {"B": b, "A": a})
         ]
@@ -183,7 +183,7 @@ def in_half(seed: int) -> dict[str, np.ndarray]:
 
 def send_round(federation: Federation, number: int) -> None:
     for seed, site in enumerate("AB"):
-        federation.send(round_key(RUN, number), site, messages.Update(), in_half(10 * number + seed))
+        federation.send(RoundKey(RUN, number), site, messages.Update(), in_half(10 * number + seed))
 
 
 def published(federation: Federation, key: str, site: str = "A") -> str:
@@ -197,7 +197,7 @@ def test_the_default_is_what_it_was(make_federation):
     federation = make_federation(precision="float32")
     federation.start("A", "B")
     federation.update(0, "A", 1), federation.update(0, "B", 2)
-    result = federation.coordinator.result(round_key(RUN, 0), "A")
+    result = federation.coordinator.result(RoundKey(RUN, 0), "A")
     assert result.path.name == "result.safetensors"
     match = match_registrations({site: make_registration() for site in "AB"}, make_settings())
     for text in (match.model_dump_json(), make_settings().model_dump_json()):
@@ -209,16 +209,16 @@ def test_sites_download_the_rounding_of_what_is_kept(make_federation):
     federation = make_federation()
     federation.start("A", "B")
     send_round(federation, 0)
-    for key in (initial_key(RUN), round_key(RUN, 0)):
+    for key in (InitialKey(RUN), RoundKey(RUN, 0)):
         with (
             federation.coordinator.archive.result(key) as kept,
             open_document(federation.coordinator.result(key, "A").path) as sent,
         ):
-            assert sent.message == kept.message and sent.specs == half_precision.narrowed(kept.specs)
+            assert sent.message == kept.message and sent.specs == float16.narrowed(kept.specs)
             for name, spec in kept.specs.items():
                 assert spec.dtype == "F32"
                 np.testing.assert_array_equal(sent.read(name), rounded(kept.read(name)))
-    assert published(federation, round_key(RUN, 0), "A") == published(federation, round_key(RUN, 0), "B")
+    assert published(federation, RoundKey(RUN, 0), "A") == published(federation, RoundKey(RUN, 0), "B")
 
 
 def test_a_late_site_downloads_the_same_document(make_federation):
@@ -226,8 +226,8 @@ def test_a_late_site_downloads_the_same_document(make_federation):
     federation.start("A", "B")
     send_round(federation, 0)
     federation.coordinator.invite("C", "site", by="boss")
-    federation.send(admission_key(RUN, "C"), "C", make_registration(7))
-    assert published(federation, round_key(RUN, 0), "C") == published(federation, round_key(RUN, 0), "A")
+    federation.send(AdmissionKey(RUN, "C"), "C", make_registration(7))
+    assert published(federation, RoundKey(RUN, 0), "C") == published(federation, RoundKey(RUN, 0), "A")
 
 
 @pytest.mark.parametrize("step", ["save_contribution", "save_closing", "save_subset", "delete_results"])
@@ -242,17 +242,17 @@ def test_a_crash_changes_no_byte(make_federation, monkeypatch, step):
 
     for number in (1, 2, 3):
         send_round(undisturbed, number)
-        expected = published(undisturbed, round_key(RUN, number))
+        expected = published(undisturbed, RoundKey(RUN, number))
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(Store, step, die)
             send_round(federation, number)
-            published(federation, round_key(RUN, number))
+            published(federation, RoundKey(RUN, number))
             raise SystemExit  # nothing was deleted yet
         federation.store.close()
         federation = make_federation("mortal")
         federation.close()
         send_round(federation, number)
-        assert published(federation, round_key(RUN, number)) == expected
+        assert published(federation, RoundKey(RUN, number)) == expected
 
 
 def test_the_precision_is_fixed(make_federation):
@@ -273,7 +273,7 @@ def test_an_update_of_another_precision_is_refused(make_federation, precision, u
     federation = make_federation(precision=precision)
     federation.start("A", "B")
     with pytest.raises(WireError, match=complaint):
-        federation.send(round_key(RUN, 0), "A", messages.Update(), update)
+        federation.send(RoundKey(RUN, 0), "A", messages.Update(), update)
 
 
 # --------------------------------------------------------------------------------------------------------------- sites
@@ -328,7 +328,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
 
     session = Participant(transport := Transport(), site="a", run=RUN)
     session.match = type("Match", (), {"shared": {"w": {"a": "w", "b": "w"}}})()
-    session._feedback = ErrorFeedback()
+    session._codec = Float16WithErrorFeedback()
     for contributors in ({"b": 1.0}, {"a": 1.0}, {"a": 1.0}):
         transport.contributors = contributors
         session.exchange(0, {"w": np.float32([1 + 2**-12 + 2**-13])}, NO_METRICS)
@@ -338,7 +338,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
 def test_weights_that_cannot_travel_are_not_even_sent_in_the_beginning():
     session = Participant(None, site="a", run=RUN)
     session.match = type("Match", (), {"shared": {"w": {"a": "v"}}, "initial_owner": {"w": "a"}})()
-    session._feedback = ErrorFeedback()
+    session._codec = Float16WithErrorFeedback()
     with pytest.raises(PrecisionError, match="tensor w: a value of size 70000 "):
         session._begin({"v": np.float32([70000])}, is_registered=True)
 

@@ -24,11 +24,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nnunetv2.federated.aggregation import weighted_mean
 from nnunetv2.federated.errors import PrecisionError
 from nnunetv2.federated.protocol.document import DTYPES, Document, TensorSpec, write_document
+from nnunetv2.federated.protocol.messages import Aggregate, Message, Update
 
 OVERFLOW = 65520.0
 """From here on, rounding would give infinity."""
@@ -63,41 +66,7 @@ def rest_of(values: np.ndarray) -> np.ndarray:
     return values - rounded(values)
 
 
-def add_rest_(document: Document, name: str, begin: int, block: np.ndarray) -> None:
-    """Add what rounding takes from a tensor of a document, element `begin` and those after it, to a block in place."""
-    values = np.empty(block.size, DTYPES[document.spec(name).dtype])
-    document.read_into(name, begin, values)
-    block += rest_of(values)
-
-
-class ErrorFeedback:
-    """A site's account of what rounding has taken from its updates and no later one has brought."""
-
-    def __init__(self) -> None:
-        self._rests: dict[str, np.ndarray] = {}
-        self._next_rests: dict[str, np.ndarray] = {}
-
-    def encode(self, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return float32 weights as they are to be sent. The same weights give the same again until `settle`.
-
-        Raises:
-            PrecisionError: A value is too large; its tensor is named.
-        """
-        sent: dict[str, np.ndarray] = {}
-        self._next_rests = {}
-        for name, values in weights.items():
-            wanted = values + self._rests[name] if name in self._rests else values
-            with named(name):
-                sent[name] = rounded(wanted)
-            self._next_rests[name] = wanted - sent[name]
-        return sent
-
-    def settle(self) -> None:
-        """Keep the rests of what was encoded last, which counts. If it does not, the rests before it are still due."""
-        self._rests = self._next_rests
-
-
-def write_rounded(source: Document, path: Path, names: Iterable[str]) -> str:
+def write_rounded(source: Document[Message], path: Path, names: Iterable[str]) -> str:
     """Write a document with the message and some tensors of `source`, in half precision, and return its SHA-256.
 
     Raises:
@@ -122,3 +91,71 @@ def named(tensor: str) -> Iterator[None]:
         yield
     except PrecisionError as error:
         raise PrecisionError(f"tensor {tensor}: {error}") from error
+
+
+class Float16WithErrorFeedback:
+    """The codec of half precision; see `UpdateCodec`. It is also the `Handout` of its aggregates."""
+
+    is_verbatim = False
+
+    def __init__(self) -> None:
+        self._rests: dict[str, np.ndarray] = {}
+        """What rounding has taken from this site's updates and no later one has brought."""
+        self._next_rests: dict[str, np.ndarray] = {}
+
+    def specs(self, registered: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """Return the tensors in half precision."""
+        return narrowed(registered)
+
+    def encode(self, update: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return float32 weights as they are to be sent. The same weights give the same again until `settle`.
+
+        Raises:
+            PrecisionError: A value is too large; its tensor is named.
+        """
+        sent: dict[str, np.ndarray] = {}
+        self._next_rests = {}
+        for name, values in update.items():
+            wanted = values + self._rests[name] if name in self._rests else values
+            with named(name):
+                sent[name] = rounded(wanted)
+            self._next_rests[name] = wanted - sent[name]
+        return sent
+
+    def settle(self) -> None:
+        """Keep the rests of what was encoded last, which counts. If it does not, the rests before it are still due."""
+        self._rests = self._next_rests
+
+    def combine(
+        self,
+        documents: Mapping[str, Document[Update]],
+        weights: Mapping[str, float],
+        *,
+        out_path: Path,
+        message: Aggregate,
+        previous: Document[Aggregate],
+        min_sites: int,
+    ) -> weighted_mean.Aggregated:
+        """Average updates, add what rounding took from the aggregate before, and write the aggregate in float32."""
+        return weighted_mean.aggregate_documents(
+            documents, weights, out_path=out_path, message=message, previous=previous, min_sites=min_sites, handout=self
+        )
+
+    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str]) -> str:
+        """Write these tensors in half precision, and return the SHA-256."""
+        return write_rounded(source, path, names)
+
+    # ------------------------------------------------------------------------------------------------- the handout
+    def kept(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """Return tensors of updates as aggregates keep them."""
+        return widened(specs)
+
+    def handed_out(self, values: np.ndarray) -> np.ndarray:
+        """Return values of an aggregate as sites have got them."""
+        return rounded(values)
+
+    def add_rest_(self, document: Document[Any], name: str, begin: int, block: np.ndarray) -> None:
+        """Add what rounding takes from a tensor, element `begin` and those after it, to a block in place."""
+        values = np.empty(block.size, DTYPES[document.spec(name).dtype])
+        document.read_into(name, begin, values)
+        block += rest_of(values)

@@ -1,4 +1,4 @@
-"""What follows from contributions: agreement, refusals, pooled fingerprints, matches and kept models."""
+"""A federation that pools fingerprints, compares plans, trains and keeps a model."""
 
 import json
 import zipfile
@@ -22,116 +22,8 @@ from fake_federation import (
 from nnunetv2.federated.aggregation import fingerprint_statistics
 from nnunetv2.federated.coordinator.models.model_folder import common_mirroring_axes, describe_dataset
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.closing import agree_on_plans, check_same_dataset, match_registrations, pool_census
-from nnunetv2.federated.exchanges.consistency import first_difference
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.messages import CENSUS_KEY, COARSE_KEY, FINE_KEY, plans_key, registration_key
-
-
-# --------------------------------------------------------------------------------------------------------- differences
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"A": 1, "B": 1}, None),
-        ({"A": {"x": 1, "y": 2}, "B": {"y": 2, "x": 1}}, None),
-        ({"A": 1, "B": 2}, "plans is 1 at A and 2 at B"),
-        ({"A": 1, "B": 2, "C": 1, "D": 3}, "plans is 1 at A, C, 2 at B and 3 at D"),
-        ({"A": {"x": {"y": 1}}, "B": {"x": {"y": None}}}, "plans.x.y is 1 at A and null at B"),
-        ({"A": {}, "B": {"x": "t"}}, 'plans.x is absent at A and "t" at B'),
-        ({"A": {"x": [1, [2, 3]]}, "B": {"x": [1, [2, 4]]}}, "plans.x[1][1] is 3 at A and 4 at B"),
-        ({"A": [1], "B": [1, 2]}, "plans is [1] at A and [1,2] at B"),
-        ({"A": {"x": 1}, "B": [1]}, 'plans is {"x":1} at A and [1] at B'),
-        ({"A": True, "B": 1}, "plans is true at A and 1 at B"),
-    ],
-)
-def test_the_first_difference_is_named(values, expected):
-    assert first_difference(values, "plans") == expected
-
-
-def test_long_values_are_shortened():
-    assert len(first_difference({"A": "x" * 5000, "B": "y" * 5000}, "plans")) < 500
-
-
-# ------------------------------------------------------------------------------------------------------------ datasets
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"labels": {"background": 0, "liver": 2}}, "labels.liver is 1 at A and 2 at B"),
-        ({"labels": {"background": 0, "liver": 1, "tumour": 2}}, "labels.tumour is absent at A and 2 at B"),
-        ({"channel_names": {"0": "MR"}}, 'channel_names.0 is "CT" at A and "MR" at B'),
-        ({"channel_names": {"0": "CT", "1": "PET"}}, 'channel_names.1 is absent at A and "PET" at B'),
-        ({"regions_class_order": (1,)}, r"regions_class_order is null at A and \[1\] at B"),
-    ],
-)
-def test_datasets_that_differ_are_refused(change, complaint):
-    other = messages.Census(**{**make_census().model_dump(), **change})
-    with pytest.raises(RefusedError, match=complaint) as info:
-        pool_census({"A": make_census(), "B": other})
-    assert info.value.code == "datasets_differ" and "dataset.json" in info.value.remedy
-
-
-def test_cases_are_added_up():
-    assert pool_census({"A": make_census(3), "B": make_census(4)}).num_cases == 7
-
-
-def test_the_order_of_labels_matters_for_regions_only():
-    labels = {"background": 0, "whole": (1, 2), "core": (2,)}
-    turned = {"background": 0, "core": (2,), "whole": (1, 2)}
-    plain = {"A": make_census(labels=LABELS), "B": make_census(labels=dict(reversed(LABELS.items())))}
-    check_same_dataset(plain)
-    regions = {
-        site: messages.Census(num_cases=1, channel_names={"0": "CT"}, labels=order, regions_class_order=(1, 2))
-        for site, order in (("A", labels), ("B", turned))
-    }
-    with pytest.raises(RefusedError, match="order of labels"):
-        check_same_dataset(regions)
-
-
-# --------------------------------------------------------------------------------------------------------------- plans
-def test_equal_plans_agree_whatever_the_dataset_is_called():
-    plans = {
-        "A": make_plans(image_reader_writer="SimpleITKIO"),
-        "B": make_plans(dataset_name="Dataset002_Other", image_reader_writer="NibabelIO"),
-    }
-    assert agree_on_plans(plans) == agree_on_plans({"C": make_plans()})
-
-
-def test_plans_that_differ_are_refused_with_the_field():
-    other = make_plans()
-    other["configurations"] = {"3d_fullres": {"patch_size": [16, 16, 32]}}
-    with pytest.raises(RefusedError) as info:
-        agree_on_plans({"A": make_plans(), "B": other, "C": make_plans()})
-    assert info.value.message == (
-        "the plans differ: plans.configurations.3d_fullres.patch_size[2] is not the same at A, C and at B"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ matches
-def test_a_match_says_what_is_shared_and_not_how_many_cases_a_site_has():
-    contributed = {"A": make_registration(1), "B": make_registration(3)}
-    match = match_registrations(contributed, make_settings())
-    assert match.weights == {"A": 1.0, "B": 1.0} and match.weighting == "cases"
-    assert set(match.shared) == set(SHAPES)
-    assert set(match.initial_owner.values()) == {"B"}
-    assert match.coverage == {"A": (24, 24), "B": (24, 24)}
-    assert match.num_epochs == 3
-    assert match_registrations(contributed, make_settings(weighting="uniform")).weighting == "uniform"
-
-
-def test_networks_that_share_nothing_are_refused():
-    other = make_registration(shapes={"something.weight": (3,)}, aliases={})
-    with pytest.raises(RefusedError, match="site A shares only 0 of .*24 parameters") as info:
-        match_registrations({"A": make_registration(), "B": other}, make_settings())
-    assert info.value.code == "nothing_shared"
-
-
-def test_plans_are_compared_where_a_trainer_wants_them_equal():
-    different = make_plans(transpose_forward=[0, 1, 2])
-    match_registrations({"A": make_registration(), "B": make_registration(plans=different)}, make_settings())
-    with pytest.raises(RefusedError, match="transpose_forward is not the same at A and at B"):
-        match_registrations(
-            {"A": make_registration(), "B": make_registration(plans=different, equal=True)}, make_settings()
-        )
+from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, FineKey, PlansKey, RegistrationKey, RoundKey
 
 
 @pytest.mark.parametrize(
@@ -171,20 +63,20 @@ def test_the_pooled_fingerprint_is_the_central_one(federation):
     def take_part(site, num_cases):
         values = VALUES[site]
         with federation.client(site) as client:
-            client.exchange(CENSUS_KEY, make_census(num_cases))
+            client.exchange(CensusKey(), make_census(num_cases))
             bins = client.exchange(
-                COARSE_KEY, summarise(values, num_cases), {"coarse.0": fingerprint_statistics.coarse_histogram(values)}
+                CoarseKey(), summarise(values, num_cases), {"coarse.0": fingerprint_statistics.coarse_histogram(values)}
             ).message.bins
             with pytest.raises(RefusedError, match="not those that were asked for"):
                 client.contribute(
-                    FINE_KEY, messages.FineSummary(bins=((0,),)), {"fine.0": np.zeros((1, 65536), np.int64)}
+                    FineKey(), messages.FineSummary(bins=((0,),)), {"fine.0": np.zeros((1, 65536), np.int64)}
                 )
             with pytest.raises(RefusedError, match="count different voxels"):
                 client.contribute(
-                    FINE_KEY, messages.FineSummary(bins=bins), {"fine.0": np.zeros((len(bins[0]), 65536), np.int64)}
+                    FineKey(), messages.FineSummary(bins=bins), {"fine.0": np.zeros((len(bins[0]), 65536), np.int64)}
                 )
             fine = {"fine.0": fingerprint_statistics.fine_histogram(values, bins[0])}
-            return client.exchange(FINE_KEY, messages.FineSummary(bins=bins), fine).message
+            return client.exchange(FineKey(), messages.FineSummary(bins=bins), fine).message
 
     first, second = in_threads(lambda: take_part("A", 3), lambda: take_part("B", 2))
     assert first == second
@@ -202,7 +94,7 @@ def test_a_summary_must_fit_the_census(tmp_path):
 
         def count(site):
             with federation.client(site) as client:
-                client.exchange(CENSUS_KEY, make_census(2))
+                client.exchange(CensusKey(), make_census(2))
 
         assert in_threads(lambda: count("A"), lambda: count("B")) == [None, None]
         histogram = fingerprint_statistics.coarse_histogram(VALUES["A"])
@@ -213,13 +105,13 @@ def test_a_summary_must_fit_the_census(tmp_path):
                 (summarise(VALUES["A"], 2), -histogram, "negative or impossibly large"),
             ]:
                 with pytest.raises(RefusedError, match=complaint):
-                    client.contribute(COARSE_KEY, summary, {"coarse.0": tensor})
+                    client.contribute(CoarseKey(), summary, {"coarse.0": tensor})
 
 
 def test_the_plans_of_the_sites_are_compared(federation):
     def report(site, plans):
         with federation.client(site) as client:
-            return client.exchange(plans_key("nnUNetPlans"), messages.PlansReport(plans=plans)).message.digest
+            return client.exchange(PlansKey("nnUNetPlans"), messages.PlansReport(plans=plans)).message.digest
 
     first, second = in_threads(lambda: report("A", make_plans()), lambda: report("B", make_plans(dataset_name="D")))
     assert first == second and len(first) == 64
@@ -229,9 +121,9 @@ def test_the_plans_of_the_sites_are_compared(federation):
 def test_a_registration_must_belong_to_its_run(federation):
     with federation.client("A") as client:
         with pytest.raises(RefusedError, match="a registration for 3d_fullres.fold_0.nnUNetTrainerFake was sent"):
-            client.contribute(registration_key("2d.fold_0.nnUNetTrainerFake"), make_registration())
+            client.contribute(RegistrationKey("2d.fold_0.nnUNetTrainerFake"), make_registration())
         with pytest.raises(RefusedError, match="cannot be part of a folder's name"):
-            client.contribute(registration_key(RUN), make_registration(plans=make_plans(plans_name="../../etc")))
+            client.contribute(RegistrationKey(RUN), make_registration(plans=make_plans(plans_name="../../etc")))
 
 
 def test_the_last_aggregate_becomes_a_model_folder(federation):
@@ -251,7 +143,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
     assert set(weights) == {*SHAPES, "decoder.encoder.weight"}
     assert weights["decoder.encoder.weight"].data_ptr() == weights["encoder.weight"].data_ptr()
     with federation.client("A") as client:
-        document = client.result(f"runs/{RUN}/rounds/2")
+        document = client.result(RoundKey(RUN, 2))
         for name in SHAPES:
             np.testing.assert_array_equal(weights[name].numpy(), document.read(name))
     assert checkpoint["trainer_name"] == "nnUNetTrainerFake", "it does not say that its network is another trainer's"
@@ -264,7 +156,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
         "file_ending": ".nii.gz",
         "numTraining": 4,
     }
-    has_fingerprint = federation.coordinator.book.is_closed(FINE_KEY)  # depends on which tests have run
+    has_fingerprint = federation.coordinator.book.is_closed(FineKey())  # depends on which tests have run
     assert (model / "dataset_fingerprint.json").exists() == has_fingerprint
 
 
@@ -313,7 +205,7 @@ def test_without_equal_plans_the_reason_is_given(tmp_path):
 
         def register(site, plans):
             with federation.client(site) as client:
-                client.exchange(registration_key(RUN), make_registration(plans=plans))
+                client.exchange(RegistrationKey(RUN), make_registration(plans=plans))
 
         other = make_plans(transpose_forward=[2, 0, 1])
         assert in_threads(lambda: register("A", make_plans()), lambda: register("B", other)) == [None, None]

@@ -11,20 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.exchange import (
-    Closed,
-    Exchange,
-    ExchangeKey,
-    due_at,
-    fresh_exchange,
-    may_close,
-    prerequisite,
-)
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at, may_close
+from nnunetv2.federated.exchanges.steps import fresh_exchange, prerequisite, step_of
 from nnunetv2.federated.protocol.api import FederationSettings, RunState
-from nnunetv2.federated.protocol.messages import initial_key, late_census_key, registration_key, round_key
-
-ORDER_OF_CLOSING = {"validation": 0}
-"""What is closed first if several exchanges are ready: a validation belongs to the round before."""
+from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RegistrationKey, RoundKey, RunKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +26,11 @@ class RunControl:
     """Sites that have left the run, and are not expected until they return."""
     failed: Mapping[str, int] = field(default_factory=dict)
     """Site -> the round from which on it cannot go on, as it has reported. Contributing again takes that back."""
-    proceeding: frozenset[str] = frozenset()
+    forced: frozenset[str] = frozenset()
     """Open exchanges that the operator wants closed with what there is."""
 
 
-class RoundBook:
+class ExchangeRegistry:
     """Every exchange of a federation, and what has been said about its runs.
 
     Not safe for concurrent changes: its owner sees to that. Exchanges are immutable, so what was read stays true
@@ -55,8 +45,8 @@ class RoundBook:
     ) -> None:
         self.settings = settings
         self.controls = dict(controls or {})
-        self._exchanges: dict[str, Exchange] = {}
-        self._open: set[str] = set()
+        self._exchanges: dict[Key, Exchange] = {}
+        self._open: set[Key] = set()
         self._runs: dict[str, None] = {}
         self._latest: dict[str, int] = {}
         self._admitted: dict[str, set[str]] = {}
@@ -66,36 +56,37 @@ class RoundBook:
     def __iter__(self) -> Iterator[Exchange]:
         return (self._present(exchange) for exchange in list(self._exchanges.values()))
 
-    def get(self, key: ExchangeKey | str) -> Exchange | None:
+    def get(self, key: Key) -> Exchange | None:
         """Return an exchange that has begun, as it is at this moment, or None."""
-        exchange = self._exchanges.get(str(key))
+        exchange = self._exchanges.get(key)
         return None if exchange is None else self._present(exchange)
 
     def put(self, exchange: Exchange) -> None:
         """Remember the newest state of an exchange."""
         key = exchange.key
-        self._exchanges[key.text] = exchange
-        if key.run is not None:
+        self._exchanges[key] = exchange
+        if isinstance(key, RunKey):
             self._runs[key.run] = None
         if not exchange.is_closed:
-            self._open.add(key.text)
+            self._open.add(key)
             return
-        self._open.discard(key.text)
-        if key.kind == "round":
-            self._latest[key.run] = max(key.number, self._latest.get(key.run, 0))
-        elif key.kind == "admission":
-            self._admitted.setdefault(key.run, set()).add(key.site)
+        self._open.discard(key)
+        if isinstance(key, RunKey):
+            if isinstance(key, NumberedKey) and exchange.policy.recurs:
+                self._latest[key.run] = max(key.number, self._latest.get(key.run, 0))
+            if (newcomer := step_of(key).newcomer(key)) is not None:
+                self._admitted.setdefault(key.run, set()).add(newcomer)
 
     def forget_run(self, run: str) -> None:
         """Forget a run in which no round has been closed."""
-        for text in [text for text, exchange in self._exchanges.items() if exchange.key.run == run]:
-            del self._exchanges[text]
-            self._open.discard(text)
+        for key in [key for key in self._exchanges if isinstance(key, RunKey) and key.run == run]:
+            del self._exchanges[key]
+            self._open.discard(key)
         self._runs.pop(run, None)
         self._admitted.pop(run, None)
         self.controls.pop(run, None)
 
-    def begin(self, key: ExchangeKey, *, required: Iterable[str] = ()) -> Exchange:
+    def begin(self, key: Key, *, required: Iterable[str] = ()) -> Exchange:
         """Return the exchange, or a fresh one if it may begin now.
 
         Args:
@@ -114,13 +105,12 @@ class RoundBook:
                 "If the coordinator was restored from a backup, start the training without --c.",
                 code="too_early",
             )
-        if key.kind == "round" and self.num_rounds is not None and key.number >= self.num_rounds:
-            raise RefusedError(f"{key}: the run has {self.num_rounds} rounds, counted from 0", code="unknown_gathering")
+        step_of(key).check_may_begin(key, self.settings)
         return self._present(fresh_exchange(key, self.settings, required=required))
 
-    def is_closed(self, key: ExchangeKey | str) -> bool:
+    def is_closed(self, key: Key) -> bool:
         """Tell whether an exchange has its result."""
-        exchange = self._exchanges.get(str(key))
+        exchange = self._exchanges.get(key)
         return exchange is not None and exchange.is_closed
 
     # ---------------------------------------------------------------------------------------- who is expected where
@@ -128,41 +118,32 @@ class RoundBook:
         """Return what has been said about a run."""
         return self.controls.get(run, RunControl())
 
-    def expected(self, key: ExchangeKey) -> frozenset[str]:
+    def left(self, run: str) -> frozenset[str]:
+        """Name the sites that have left a run."""
+        return self.control(run).left
+
+    def expected(self, key: Key) -> frozenset[str]:
         """Return the sites that are to contribute to an open exchange now."""
-        sites = frozenset(self.settings.sites)
-        if key.site is not None:
-            return sites & {key.site}
-        if key.kind in ("coarse", "fine"):
-            return sites & self._contributors(prerequisite(key).text)
-        if key.kind == "initial":
-            return (sites & self._contributors(registration_key(key.run))) - self.control(key.run).left
-        if key.kind == "validation":
-            return sites & self._contributors(round_key(key.run, key.number))
-        return self.members(key.run) if key.kind == "round" else sites
+        return step_of(key).expected(key, self)
 
     def members(self, run: str) -> frozenset[str]:
         """Return the sites that take part in the rounds of a run: registered or admitted, and not gone since."""
-        registered = self._contributors(registration_key(run)) | self._admitted.get(run, set())
-        return (registered & frozenset(self.settings.sites)) - self.control(run).left
+        registered = self.contributors(RegistrationKey(run)) | self._admitted.get(run, set())
+        return (registered & frozenset(self.settings.sites)) - self.left(run)
 
     def may_read(self, exchange: Exchange, site: str) -> bool:
         """Tell whether a site may have the result: it is expected, takes part in the run, or plans late."""
-        key = exchange.key
-        is_late = key.kind in ("coarse", "fine") and self.is_closed(late_census_key(site))
-        return site in exchange.expected or is_late or (key.run is not None and site in self.members(key.run))
+        return site in exchange.expected or step_of(exchange.key).may_read(exchange.key, site, self)
 
     def admitted(self, run: str) -> tuple[str, ...]:
         """Name the sites that joined a run after it had begun."""
         return tuple(sorted(self._admitted.get(run, ())))
 
-    def _contributors(self, key: str) -> frozenset[str]:
+    def contributors(self, key: Key) -> frozenset[str]:
+        """Name the sites whose contributions are in a result; none as long as there is no result."""
         exchange = self._exchanges.get(key)
-        return (
-            frozenset(exchange.outcome.contributors)
-            if exchange and isinstance(exchange.outcome, Closed)
-            else frozenset()
-        )
+        outcome = None if exchange is None else exchange.outcome
+        return frozenset(outcome.contributors) if isinstance(outcome, Closed) else frozenset()
 
     def _present(self, exchange: Exchange) -> Exchange:
         """Return an exchange with what holds at this moment. Of a closed one, nothing changes any more."""
@@ -170,7 +151,7 @@ class RoundBook:
         if isinstance(exchange.outcome, Closed):
             outcome = exchange.outcome
             return replace(exchange, expected=frozenset(outcome.contributors) | frozenset(outcome.missing))
-        control = self.control(key.run) if key.run else RunControl()
+        control = self.control(key.run) if isinstance(key, RunKey) else RunControl()
         now = fresh_exchange(key, self.settings, expected=self.expected(key))
         return replace(
             exchange,
@@ -178,19 +159,19 @@ class RoundBook:
             quorum=now.quorum,
             floor=now.floor,
             deadline_s=now.deadline_s,
-            excused=frozenset(
-                site for site, number in control.failed.items() if key.number is not None and number <= key.number
+            dropped_out=frozenset(
+                site for site, number in control.failed.items() if isinstance(key, NumberedKey) and number <= key.number
             ),
-            is_held=control.state != "running" and key.kind in ("round", "initial"),
-            is_superseded=str(key) in control.proceeding
-            or (key.kind == "validation" and self.is_closed(round_key(key.run, key.number + 1))),
+            is_paused=control.state != "running" and exchange.policy.pauses_with_run,
+            is_overtaken=step_of(key).is_overtaken(key, self),
+            is_forced=str(key) in control.forced,
         )
 
     # ------------------------------------------------------------------------------------------------------ closing
     def ready(self, now: float) -> list[Exchange]:
         """List what can be closed now, in the order in which it should be."""
         ready = [exchange for exchange in self.open_exchanges() if may_close(exchange, now)]
-        return sorted(ready, key=lambda one: (ORDER_OF_CLOSING.get(one.key.kind, 1), one.key.number or 0))
+        return sorted(ready, key=_order_of_closing)
 
     def next_due(self) -> float | None:
         """Return when the next exchange closes by itself."""
@@ -198,14 +179,14 @@ class RoundBook:
 
     def restarted(self, now: float) -> None:
         """Let deadlines count from the coordinator's start: nobody could contribute while it was away."""
-        for text in self._open:
-            exchange = self._exchanges[text]
+        for key in self._open:
+            exchange = self._exchanges[key]
             if exchange.outcome is None:
-                self._exchanges[text] = replace(exchange, opened=now)
+                self._exchanges[key] = replace(exchange, opened=now)
 
     def open_exchanges(self) -> list[Exchange]:
         """List the exchanges that have begun and have no result; among them those that were refused."""
-        return [self._present(self._exchanges[text]) for text in sorted(self._open) if text in self._exchanges]
+        return [self._present(self._exchanges[key]) for key in sorted(self._open) if key in self._exchanges]
 
     # --------------------------------------------------------------------------------------------------------- runs
     @property
@@ -223,23 +204,26 @@ class RoundBook:
 
     def latest_round(self, run: str) -> Exchange | None:
         """Return the last round of a run that is closed, or None."""
-        return self.get(round_key(run, self._latest[run])) if run in self._latest else None
+        return self.get(RoundKey(run, self._latest[run])) if run in self._latest else None
+
+    def latest_number(self, run: str) -> int | None:
+        """Return the number of the last round of a run that is closed, or None."""
+        return self._latest.get(run)
 
     def closed_at(self, run: str, rounds: int) -> list[float]:
         """Return when the last rounds of a run were closed, at most so many, in order."""
         last = self._latest.get(run, -1)
-        found = (self._exchanges.get(round_key(run, number)) for number in range(max(0, last + 1 - rounds), last + 1))
+        found = (self._exchanges.get(RoundKey(run, number)) for number in range(max(0, last + 1 - rounds), last + 1))
         return [one.outcome.time for one in found if one is not None and isinstance(one.outcome, Closed)]
 
     def run_state(self, run: str) -> RunState:
         """Say how far a run is. Of one that nobody has registered for, all fields are empty."""
-        registration = self.get(registration_key(run))
-        latest = self.latest_round(run)
-        next_round = 0 if latest is None else latest.key.number + 1
+        registration = self.get(RegistrationKey(run))
+        next_round = self._latest.get(run, -1) + 1
         control = self.control(run)
         complete = self.num_rounds is not None and next_round >= self.num_rounds
         is_over = complete or control.state == "stopped"
-        takes_updates = self.is_closed(initial_key(run)) and not is_over
+        takes_updates = self.is_closed(InitialKey(run)) and not is_over
         return RunState(
             run=run,
             registered=tuple(sorted(registration.contributions)) if registration else (),
@@ -251,3 +235,8 @@ class RoundBook:
             open_round=next_round if takes_updates else None,
             rounds_closed=next_round,
         )
+
+
+def _order_of_closing(exchange: Exchange) -> tuple[bool, int]:
+    """Return what is sorted by: a validation comes first, for it belongs to the round before."""
+    return not exchange.policy.closes_first, exchange.key.number if isinstance(exchange.key, NumberedKey) else 0

@@ -1,0 +1,276 @@
+"""Define a step: all that one kind of exchange is, from the size of its documents to the result made of them.
+
+A step is stateless. It asks the exchanges' `State` who takes part, and the `DocumentReader` what was sent before; it
+knows of no sockets, clocks or databases. `steps/__init__.py` lists all steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from nnunetv2.federated.errors import StatisticsError, WireError
+from nnunetv2.federated.exchanges import document_limits
+from nnunetv2.federated.exchanges.consistency import first_change
+from nnunetv2.federated.exchanges.documents import DocumentReader
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy, changed_since
+from nnunetv2.federated.privacy.plans_redaction import without_extrema
+from nnunetv2.federated.protocol.api import FederationSettings, RunState
+from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec, check_tensors, write_document
+from nnunetv2.federated.protocol.keys import Key, Q, R, RunKey
+from nnunetv2.federated.protocol.messages import Message
+
+K = TypeVar("K", bound=Key)
+MESSAGE_ALLOWANCE = 4 << 20
+"""Bytes that a result may have: names and shapes, beside the tensors of weights."""
+LARGEST_MESSAGE = 64 << 20
+"""Bytes of a result that grows with cases or tensors of all sites: a pooled fingerprint, a match."""
+
+
+class State(Protocol):
+    """Answers from the exchanges of a federation; `registry.ExchangeRegistry` gives them."""
+
+    settings: FederationSettings
+
+    def get(self, key: Key) -> Exchange | None:
+        """Return an exchange that has begun, or None."""
+        ...
+
+    def is_closed(self, key: Key) -> bool:
+        """Tell whether an exchange has its result."""
+        ...
+
+    def contributors(self, key: Key) -> frozenset[str]:
+        """Name the sites whose contributions are in a result; none as long as there is no result."""
+        ...
+
+    def members(self, run: str) -> frozenset[str]:
+        """Name the sites that take part in the rounds of a run."""
+        ...
+
+    def left(self, run: str) -> frozenset[str]:
+        """Name the sites that have left a run."""
+        ...
+
+    def run_state(self, run: str) -> RunState:
+        """Say how far a run is."""
+        ...
+
+    def latest_number(self, run: str) -> int | None:
+        """Return the number of the last round of a run that is closed, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The result of an exchange, which is in its place."""
+
+    digest: str
+    """Its SHA-256."""
+    record: Mapping[str, Any] | None = None
+    """What is to be remembered of a round or validation, as JSON, when its documents are gone."""
+    remarks: tuple[str, ...] = ()
+    """What the person at the coordinator should know of it, a line each."""
+
+
+class Step(Generic[K, Q, R]):
+    """One kind of exchange: keys K, contributions Q, results R."""
+
+    key: ClassVar[type[Key]]
+    contribution: type[Q]
+    results: tuple[type[R], ...]
+    policy: ClassVar[Policy] = Policy()
+    contribution_note: ClassVar[str] = ""
+    """Said of the contribution in the documentation of the protocol: tensors, and what is special."""
+    result_note: ClassVar[str] = ""
+    """The same of the result."""
+
+    # ------------------------------------------------------------------------------------------- who, and when
+    def prerequisite(self, key: K) -> Key | None:
+        """Return the exchange that must be closed before this one can begin."""
+        return None
+
+    def check_may_begin(self, key: K, settings: FederationSettings) -> None:
+        """Raise RefusedError if settings do not provide for this exchange."""
+
+    def expected(self, key: K, state: State) -> frozenset[str]:
+        """Return the sites that are to contribute to an open exchange now."""
+        return frozenset(state.settings.sites)
+
+    def required(self, key: K, reader: DocumentReader) -> Iterable[str]:
+        """Return the sites without which no deadline closes it. What comes before is closed."""
+        return ()
+
+    def may_read(self, key: K, site: str, state: State) -> bool:
+        """Tell whether a site may have the result although it is not expected: because it takes part in the run."""
+        return isinstance(key, RunKey) and site in state.members(key.run)
+
+    def is_overtaken(self, key: K, state: State) -> bool:
+        """Tell whether what follows has happened already."""
+        return False
+
+    def place(self, key: K, site: str, digest: str, state: State) -> Key:
+        """Return the exchange in which a contribution counts: this one, or a later one if it comes too late."""
+        return key
+
+    def newest(self, key: K, state: State) -> Key:
+        """Return the exchange whose result a site gets that has missed this one."""
+        return key
+
+    def newcomer(self, key: K) -> str | None:
+        """Return the site that the closing lets into a run that has begun."""
+        return None
+
+    # -------------------------------------------------------------------------------------------- contributions
+    header: ClassVar[Limits] = document_limits.SMALL
+    """How large the header of a contribution may be, where nothing is known beforehand."""
+
+    def limits(self, key: K, site: str, reader: DocumentReader) -> Limits:
+        """Return how large a document may be that a site contributes to an exchange that has begun."""
+        return document_limits.with_tensors(self.header)
+
+    def tensors(self, key: K, site: str, message: Q, reader: DocumentReader) -> Mapping[str, TensorSpec]:
+        """Return the tensors that a contribution is to have."""
+        return {}
+
+    def check(
+        self, key: K, site: str, document: Document[Q], reader: DocumentReader, settings: FederationSettings
+    ) -> None:
+        """Raise WireError or StatisticsError if a contribution contradicts itself or what the site has said before."""
+
+    def check_contribution(
+        self, key: K, site: str, document: Document[Any], reader: DocumentReader, settings: FederationSettings
+    ) -> None:
+        """Raise WireError unless a document is what its exchange expects of a site.
+
+        That is its kind, the names, shapes and finite values of its tensors, and its consistency.
+        """
+        if not isinstance(document.message, self.contribution):
+            raise WireError(
+                f"{key} takes messages of kind {kind_of(self.contribution)}, "
+                f"this one is of kind {document.message.kind}"
+            )
+        self.check_tensors(document, self.tensors(key, site, document.message, reader))
+        try:
+            self.check(key, site, document, reader, settings)
+        except StatisticsError as error:
+            raise WireError(f"what site {site} sends cannot be right: {error}") from error
+
+    def check_tensors(self, document: Document[Q], expected: Mapping[str, TensorSpec]) -> None:
+        """Raise WireError unless a document has these tensors, finite throughout."""
+        check_tensors(document, expected)
+
+    def check_unchanged(self, key: K, site: str, message: Q, reader: DocumentReader) -> None:
+        """Raise RefusedError, naming the difference, unless a site contributes again what it has contributed."""
+        with reader.contribution(key, site) as held:
+            before, now = self.compared(key, held.message, message, reader)
+        change = first_change(before, now)
+        if change is not None:
+            raise changed_since(key, site, change)
+
+    def compared(
+        self, key: K, before: Q, now: Q, reader: DocumentReader
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Return what must be the same in two contributions of a site."""
+        return comparable(before), comparable(now)
+
+    # -------------------------------------------------------------------------------------------------- closing
+    def close(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+        """Compute the result of an exchange and write it to its place.
+
+        Args:
+            exchange: With the outcome that it will have; its contributors are those that count.
+
+        Raises:
+            FederationError: The contributions do not go together; the text is meant for all sites.
+        """
+        with reader.contributions(exchange) as documents:
+            return self.combine(exchange, documents, settings, reader)
+
+    def combine(
+        self,
+        exchange: Exchange,
+        documents: Mapping[str, Document[Q]],
+        settings: FederationSettings,
+        reader: DocumentReader,
+    ) -> Computed:
+        """Make the result of the contributions that count, and write it. By default, it is a message alone."""
+        key: Any = exchange.key
+        result = self.pool(key, documents, settings, reader)
+        remarks = tuple(self.remarks(key, documents, result))
+        return Computed(write_document(reader.result_path(key), result, {}, []), remarks=remarks)
+
+    def pool(
+        self, key: K, documents: Mapping[str, Document[Q]], settings: FederationSettings, reader: DocumentReader
+    ) -> R:
+        """Make a message of the contributions that count."""
+        raise NotImplementedError
+
+    def remarks(self, key: K, documents: Mapping[str, Document[Q]], result: R) -> Iterable[str]:
+        """Say what the person at the coordinator should know of a result."""
+        return ()
+
+    def describe(self, key: K) -> str:
+        """Return the name of an exchange, as people read it."""
+        return str(key)
+
+    def describe_closing(self, key: K) -> str:
+        """Say what a site has achieved by an exchange of its own; empty where there are several."""
+        return ""
+
+    # -------------------------------------------------------------------------------------------------- results
+    def tensors_for(self, key: K, site: str, reader: DocumentReader) -> tuple[str, ...] | None:
+        """Return the tensors of a result that concern a site, sorted; None if it gets the result as it is kept."""
+        return None
+
+    def write_for_sites(self, key: K, names: Sequence[str], path: Path, reader: DocumentReader) -> str:
+        """Write these tensors of a result as they travel, and return the SHA-256."""
+        raise NotImplementedError
+
+    def result_limits(self, num_cases: int | None) -> Limits:
+        """Return the limits of what a coordinator may send as a result; its tensors are not counted.
+
+        Args:
+            num_cases: The cases of all sites, where that is known.
+        """
+        return document_limits.SMALL
+
+    def largest_result(self, weights: int) -> int:
+        """Return how many bytes a result may have.
+
+        Args:
+            weights: Bytes of the site's own weights in the run; 0 if it has registered none.
+        """
+        return MESSAGE_ALLOWANCE
+
+    def check_result(self, key: K, message: Message) -> None:
+        """Raise WireError unless a message is what the result of an exchange says."""
+        if not isinstance(message, self.results):
+            raise WireError(
+                f"the coordinator answers {key} with a message of kind {message.kind}, expected "
+                f"{' or '.join(map(kind_of, self.results))}"
+            )
+
+
+def kind_of(message: type[Message]) -> str:
+    """Return the kind that a message has on the wire."""
+    return str(message.model_fields["kind"].default)
+
+
+def comparable(message: Message) -> dict[str, Any]:
+    """Return a message as JSON, without voxels' extrema in its plans: versions of the software differ in them."""
+    content = message.model_dump(mode="json")
+    return {**content, "plans": without_extrema(content["plans"])} if "plans" in content else content
+
+
+def messages_of(documents: Mapping[str, Document[Q]]) -> dict[str, Q]:
+    """Return the message of each site."""
+    return {site: document.message for site, document in documents.items()}
+
+
+def closed_outcome(exchange: Exchange) -> Closed:
+    """Return the outcome of an exchange that is being closed."""
+    assert isinstance(exchange.outcome, Closed)
+    return exchange.outcome

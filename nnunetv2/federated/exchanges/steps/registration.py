@@ -1,0 +1,183 @@
+"""Register what the sites of a run train, and decide what they share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from nnunetv2.federated.aggregation import matching
+from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
+from nnunetv2.federated.exchanges import document_limits
+from nnunetv2.federated.exchanges.documents import DocumentReader
+from nnunetv2.federated.exchanges.exchange import Policy
+from nnunetv2.federated.exchanges.steps.base import LARGEST_MESSAGE, Step, comparable, messages_of
+from nnunetv2.federated.exchanges.steps.census import check_same_dataset, planned_cases
+from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import Document, Limits
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RunKey, run_name
+from nnunetv2.federated.protocol.messages import NEW_IN_REGISTRATION, SEGMENT_PATTERN, Match, Registration
+
+K = TypeVar("K", bound=RunKey[Registration, Match])
+
+
+class MembershipStep(Step[K, Registration, Match]):
+    """Base of the two steps by which sites become members of a run."""
+
+    contribution, results = Registration, (Match,)
+    header = document_limits.REGISTRATION
+
+    def check(
+        self, key: K, site: str, document: Document[Registration], reader: DocumentReader, settings: FederationSettings
+    ) -> None:
+        """Raise WireError unless a registration belongs to this run, and to the data that was planned with."""
+        check_registration(key, site, document.message, reader)
+
+    def compared(
+        self, key: K, before: Registration, now: Registration, reader: DocumentReader
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Return what must be the same in two registrations of a site.
+
+        Versions of the software may word one differently: extrema of voxels, and what only one of them says, do not
+        count. Nor do the weights that a training starts from, once the initial ones are settled.
+        """
+        earlier, later = comparable(before), comparable(now)
+        for name in NEW_IN_REGISTRATION:
+            is_settled = name == "pretrained_weights" and reader.is_closed(InitialKey(key.run))
+            is_unknown = name != "pretrained_weights" and not (name in earlier and name in later)
+            if is_settled or is_unknown:
+                earlier.pop(name, None), later.pop(name, None)
+        return earlier, later
+
+    def result_limits(self, num_cases: int | None) -> Limits:
+        """Return what a match may take."""
+        return document_limits.MATCH
+
+    def largest_result(self, weights: int) -> int:
+        """Return how many bytes a match may have."""
+        return LARGEST_MESSAGE
+
+
+class RegistrationStep(MembershipStep[RegistrationKey]):
+    """The sites of a run say what they train, and learn what is shared."""
+
+    key = RegistrationKey
+    policy = Policy(pooled=True, missable=True, compared=True, settles_members=True, stops_with_run=True)
+
+    def pool(
+        self,
+        key: RegistrationKey,
+        documents: Mapping[str, Document[Registration]],
+        settings: FederationSettings,
+        reader: DocumentReader,
+    ) -> Match:
+        """Decide what the sites share."""
+        return match_registrations(messages_of(documents), settings)
+
+    def remarks(
+        self, key: RegistrationKey, documents: Mapping[str, Document[Registration]], result: Match
+    ) -> Iterator[str]:
+        """Say what each site counts, and what only two of them have."""
+        return remarks_on_match(key, messages_of(documents), result, with_shares=True)
+
+
+def match_registrations(contributed: Mapping[str, Registration], settings: FederationSettings) -> Match:
+    """Decide what the sites of a run share."""
+    check_compatible(contributed)
+    check_pretrained_weights({site: message.pretrained_weights for site, message in contributed.items()})
+    cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
+    try:
+        matched = matching.match_tensors(
+            {site: message.tensors for site, message in contributed.items()},
+            rule=settings.matching,
+            min_sites=settings.min_sites,
+        )
+    except MatchingError as error:
+        raise RefusedError(str(error), code="nothing_shared") from error
+    return Match(
+        rule=settings.matching,
+        weighting=settings.weighting,
+        precision=settings.precision,
+        weights=dict.fromkeys(contributed, 1.0),
+        num_epochs=settings.num_epochs,
+        num_iterations_per_epoch=settings.num_iterations_per_epoch,
+        num_val_iterations_per_epoch=settings.num_val_iterations_per_epoch,
+        shared=matched.shared,
+        initial_owner=matching.choose_owners(matched.shared, cases),
+        coverage=matched.coverage,
+    )
+
+
+def check_registration(
+    key: RunKey[Registration, Match], site: str, message: Registration, reader: DocumentReader
+) -> None:
+    """Raise WireError unless a registration belongs to its run, and to the data that was planned with."""
+    plans_name = message.plans.get("plans_name")
+    if not isinstance(plans_name, str) or not re.fullmatch(SEGMENT_PATTERN.strip("^$"), plans_name):
+        raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
+    named = run_name(message.configuration, message.fold, message.trainer)
+    if key.run not in (named, f"{named}.{plans_name}"):
+        raise WireError(f"a registration for {named} was sent to the run {key.run}")
+    planned = planned_cases(site, reader)
+    # What was registered before the software compared this is left alone: its run goes on.
+    if planned is not None and message.num_training_cases > planned and not reader.has_contributed(key, site):
+        raise WireError(
+            f"site {site} registers {message.num_training_cases} training cases, and had {planned} cases "
+            "in all when the fingerprints were pooled. Train with the dataset that was planned with, or "
+            "plan with all cases in a new federation"
+        )
+
+
+def check_compatible(registered: Mapping[str, Registration]) -> None:
+    """Raise RefusedError unless datasets go together, and plans where a trainer wants them equal."""
+    check_same_dataset({site: message.dataset_json for site, message in registered.items()})
+    if any(message.requires_equal_plans for message in registered.values()):
+        agree_on_plans({site: message.plans for site, message in registered.items()})
+
+
+def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:
+    """Raise RefusedError, saying who gave what, unless all sites start from the same weights or from random ones."""
+    groups: dict[str | None, list[str]] = {}
+    for site, digest in sorted(digests.items()):
+        groups.setdefault(digest, []).append(site)
+    if len(groups) > 1:
+        given = "; ".join(
+            f"{', '.join(sites)}: {'none' if digest is None else f'SHA-256 {digest[:12]}...'}"
+            for digest, sites in groups.items()
+        )
+        raise RefusedError(
+            f"the sites do not start from the same pretrained weights ({given})",
+            "Give the same file as -pretrained_weights at all sites, or give none anywhere.",
+            code="weights_differ",
+        )
+
+
+def remarks_on_match(
+    key: RunKey[Registration, Match], registered: Mapping[str, Registration], match: Match, *, with_shares: bool
+) -> Iterator[str]:
+    """Say what each site counts, and what only two of them have.
+
+    Args:
+        with_shares: Say how much of the average that is, too.
+    """
+    cases = {site: message.num_training_cases for site, message in registered.items()}
+    weights = cases if match.weighting == "cases" else dict.fromkeys(cases, 1)
+    counted = ", ".join(
+        f"{site} {_cases(number)}" + (f" ({weights[site] / sum(weights.values()):.0%})" if with_shares else "")
+        for site, number in sorted(cases.items())
+    )
+    yield (
+        f"run {key.run}: {counted}; sites count "
+        f"{'by their training cases' if match.weighting == 'cases' else 'the same'}"
+    )
+    pairs = sum(len(sites) == 2 for sites in match.shared.values())
+    if pairs and len(match.coverage) > 2:
+        yield (
+            f"run {key.run}: {pairs} of {len(match.shared)} shared tensors are those of two sites only, which can "
+            "compute each other's: found federations with --min-sites 3 where that must not be"
+        )
+
+
+def _cases(number: int) -> str:
+    return f"{number} training case{'' if number == 1 else 's'}"

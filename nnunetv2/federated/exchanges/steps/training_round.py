@@ -1,0 +1,189 @@
+"""Average the weights of a round, and remember who has contributed what."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nnunetv2.federated.aggregation import weighted_mean
+from nnunetv2.federated.errors import RefusedError, WireError
+from nnunetv2.federated.exchanges.documents import DocumentReader
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
+from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
+from nnunetv2.federated.exchanges.steps.weights import WeightStep
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.protocol.keys import ExchangeKey, InitialKey, RoundKey
+from nnunetv2.federated.protocol.messages import Aggregate, Update
+
+
+class TrainingRoundStep(WeightStep[RoundKey]):
+    """The sites of a run send what they have trained, and receive the average."""
+
+    key = RoundKey
+    policy = Policy(
+        pooled=True,
+        by_quorum=True,
+        first_stays=True,
+        carries_weights=True,
+        pauses_with_run=True,
+        stops_with_run=True,
+        recurs=True,
+    )
+    contribution_note = "; the shared tensors of the site, F32 or F16"
+    result_note = "; the same, averaged"
+
+    def prerequisite(self, key: RoundKey) -> ExchangeKey[Update, Aggregate]:
+        """Return the round before, or what the first one begins with."""
+        return RoundKey(key.run, key.number - 1) if key.number else InitialKey(key.run)
+
+    def check_may_begin(self, key: RoundKey, settings: FederationSettings) -> None:
+        """Raise RefusedError if runs have fewer rounds."""
+        if settings.num_epochs is not None and key.number >= settings.num_epochs:
+            raise RefusedError(
+                f"{key}: the run has {settings.num_epochs} rounds, counted from 0", code="unknown_gathering"
+            )
+
+    def expected(self, key: RoundKey, state: State) -> frozenset[str]:
+        """Return the members of the run."""
+        return state.members(key.run)
+
+    def place(self, key: RoundKey, site: str, digest: str, state: State) -> RoundKey:
+        """Return where an update counts: a late one may be carried into the round that is open now.
+
+        A document that was carried before, and whose receipt was lost, stays where it is.
+        """
+        exchange = state.get(key)
+        outcome = None if exchange is None else exchange.outcome
+        if not isinstance(outcome, Closed) or state.settings.late_updates != "carry" or site in outcome.contributors:
+            return key
+        open_round = state.run_state(key.run).open_round
+        last = open_round if open_round is not None else self.newest(key, state).number
+        for number in range(key.number + 1, last + 1):
+            later = RoundKey(key.run, number)
+            exchange = state.get(later)
+            held = None if exchange is None else exchange.contributions.get(site)
+            if held is not None and held.digest == digest:
+                return later
+        return key if open_round is None else RoundKey(key.run, open_round)
+
+    def newest(self, key: RoundKey, state: State) -> RoundKey:
+        """Return the last round that is closed."""
+        latest = state.latest_number(key.run)
+        return key if latest is None else RoundKey(key.run, latest)
+
+    def weights(self, key: RoundKey, site: str, reader: DocumentReader) -> Mapping[str, TensorSpec]:
+        """Return the tensors that a site shares, as they travel."""
+        agreement = reader.agreement(key.run)
+        return agreement.codec.specs(agreement.specs_for(site))
+
+    def check_tensors(self, document: Document[Update], expected: Mapping[str, TensorSpec]) -> None:
+        """Raise WireError, and say so if it is the precision, unless a document has these tensors."""
+        for name, spec in document.specs.items():
+            if name in expected and expected[name].dtype != spec.dtype:
+                raise WireError(
+                    f"tensor {name} travels as {expected[name].dtype} in this federation, not as {spec.dtype}: "
+                    "this site needs the version of the software that the coordinator has"
+                )
+        super().check_tensors(document, expected)
+
+    def describe(self, key: RoundKey) -> str:
+        """Return run and number."""
+        return f"run {key.run}, round {key.number}"
+
+    def combine(
+        self,
+        exchange: Exchange,
+        documents: Mapping[str, Document[Update]],
+        settings: FederationSettings,
+        reader: DocumentReader,
+    ) -> Computed:
+        """Average the updates, each with the weight of its site."""
+        key = exchange.key
+        assert isinstance(key, RoundKey)
+        agreement = reader.agreement(key.run)
+        weights = {site: agreement.weights[site] for site in documents}
+        message = Aggregate(
+            round=key.number, missing=closed_outcome(exchange).missing, contributors=dict.fromkeys(documents, 1.0)
+        )
+        measured = {
+            site: document.message.model_dump(mode="json", include={"metrics", "earlier"})
+            for site, document in documents.items()
+        }
+        with reader.result(self.prerequisite(key)) as previous:
+            done = agreement.codec.combine(
+                documents,
+                weights,
+                message=message,
+                previous=previous,
+                out_path=reader.result_path(key),
+                min_sites=settings.min_sites,
+            )
+        record = record_of_round(exchange, weights, measured, settings, done)
+        remarks = (*_remarks_on_kept(key, done.kept, settings), *_remarks_on_outliers(key, record))
+        return Computed(done.digest, record, remarks)
+
+
+def record_of_round(
+    exchange: Exchange,
+    weights: Mapping[str, float],
+    measured: Mapping[str, Mapping[str, Any]],
+    settings: FederationSettings,
+    done: weighted_mean.Aggregated,
+) -> dict[str, Any]:
+    """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held.
+
+    Args:
+        measured: Site -> the metrics of its update, and those of an earlier round that came with it. They stay here:
+            the other sites do not see them.
+    """
+    outcome = closed_outcome(exchange)
+    assert isinstance(exchange.key, RoundKey)
+    contributed = {
+        site: {
+            "weight": weight,
+            "digest": held.digest,
+            "bytes": held.size,
+            "received": held.received,
+            **measured[site],
+            "change_norm": done.changes[site].norm,
+            "change_rms": done.changes[site].rms,
+        }
+        for site, weight in weights.items()
+        for held in (exchange.contributions[site],)
+    }
+    return {
+        "round": exchange.key.number,
+        "opened": exchange.opened,
+        "closed": outcome.time,
+        "digest": done.digest,
+        "sites": contributed,
+        "missing": list(outcome.missing),
+        "failed": sorted(exchange.dropped_out & set(outcome.missing)),
+        "outliers": weighted_mean.outliers(done.changes),
+        "kept": len(done.kept),
+        "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),
+    }
+
+
+def _remarks_on_kept(key: RoundKey, kept: tuple[str, ...], settings: FederationSettings) -> Iterator[str]:
+    """Say which tensors have come from too few sites."""
+    if kept:
+        yield (
+            f"run {key.run}, round {key.number}: {len(kept)} tensors keep their values, since fewer than "
+            f"{settings.min_sites} of the sites that have them took part: {', '.join(kept[:3])}"
+            f"{', ...' if len(kept) > 3 else ''}"
+        )
+
+
+def _remarks_on_outliers(key: RoundKey, record: Mapping[str, Any]) -> Iterator[str]:
+    """Say which updates moved conspicuously far. They count: whether a site is to go is for people to decide."""
+    for site in record["outliers"]:
+        changes = {name: one["change_rms"] for name, one in record["sites"].items()}
+        times = _times(changes.pop(site), statistics.median(changes.values()))
+        yield f"{key}: the update of site {site} moves {times} as far as the median of the others; it was counted"
+
+
+def _times(value: float, reference: float) -> str:
+    return f"{value / reference:.3g} times" if reference else "infinitely"

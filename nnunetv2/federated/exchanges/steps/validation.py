@@ -1,0 +1,78 @@
+"""Add up what the sites found when they validated the aggregate of a round. Nobody waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nnunetv2.federated.aggregation import pooled_validation
+from nnunetv2.federated.errors import StatisticsError
+from nnunetv2.federated.exchanges import plausibility
+from nnunetv2.federated.exchanges.documents import DocumentReader
+from nnunetv2.federated.exchanges.exchange import Exchange, Policy
+from nnunetv2.federated.exchanges.steps.base import Computed, State, Step, messages_of
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import Document, write_document
+from nnunetv2.federated.protocol.keys import RoundKey, ValidationKey
+from nnunetv2.federated.protocol.messages import PooledValidation, Validation
+
+
+class ValidationStep(Step[ValidationKey, Validation, PooledValidation]):
+    """The sites of a round send the voxels that they have counted.
+
+    It is closed with fewer sites than the federation asks for, and then without a result; see `pooled_validation`.
+    """
+
+    key = ValidationKey
+    contribution, results = Validation, (PooledValidation,)
+    policy = Policy(by_quorum=True, first_stays=True, closes_first=True)
+    contribution_note = ": scores of the average of round n; nobody waits for it"
+
+    def prerequisite(self, key: ValidationKey) -> RoundKey:
+        """Return the round."""
+        return RoundKey(key.run, key.number)
+
+    def expected(self, key: ValidationKey, state: State) -> frozenset[str]:
+        """Return the sites that have contributed to the round."""
+        return frozenset(state.settings.sites) & state.contributors(RoundKey(key.run, key.number))
+
+    def is_overtaken(self, key: ValidationKey, state: State) -> bool:
+        """Tell whether the next round is closed."""
+        return state.is_closed(RoundKey(key.run, key.number + 1))
+
+    def check(
+        self,
+        key: ValidationKey,
+        site: str,
+        document: Document[Validation],
+        reader: DocumentReader,
+        settings: FederationSettings,
+    ) -> None:
+        """Raise StatisticsError if more voxels were counted than the site can have validated."""
+        registration, found = reader.registration(key.run, site), document.message
+        largest = plausibility.largest_validation(
+            registration.plans, registration.configuration, settings.num_val_iterations_per_epoch
+        )
+        counted = max(sum(voxels) for voxels in zip(found.tp, found.fp, found.fn, strict=True))
+        if counted > largest:
+            raise StatisticsError("more voxels were validated than so many batches of such patches have")
+
+    def describe(self, key: ValidationKey) -> str:
+        """Return run and number."""
+        return f"run {key.run}, validation {key.number}"
+
+    def combine(
+        self,
+        exchange: Exchange,
+        documents: Mapping[str, Document[Validation]],
+        settings: FederationSettings,
+        reader: DocumentReader,
+    ) -> Computed:
+        """Write the pooled validation; what single sites have found is remembered here."""
+        key = exchange.key
+        assert isinstance(key, ValidationKey)
+        pooled = pooled_validation.pool(
+            key.number, messages_of(documents), before=reader.last_validation(key.run), min_sites=settings.min_sites
+        )
+        for_sites = pooled.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})
+        digest = write_document(reader.result_path(key), for_sites, {}, [])
+        return Computed(digest, pooled.model_dump(mode="json"))

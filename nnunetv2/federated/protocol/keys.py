@@ -1,0 +1,232 @@
+"""Name exchanges: a key is the path under which the sites of a federation exchange documents.
+
+    fingerprint/census              runs/3d_fullres.fold_0.nnUNetTrainerFedAvg/rounds/12
+
+A key is its text, since routes, folders and rows of a database are named by it, and it knows the parts of that text.
+Its class says what goes on under it: `ExchangeKey[Q, R]` takes messages Q and results in a message R. What is done
+with them is in `exchanges/steps/`, whose `parse_key` turns text into keys.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from nnunetv2.federated.protocol.messages import (
+    SEGMENT_PATTERN,
+    SITE_PATTERN,
+    Aggregate,
+    Census,
+    CoarseSummary,
+    FineSummary,
+    Match,
+    Message,
+    PlansAgreement,
+    PlansReport,
+    PooledCensus,
+    PooledFingerprint,
+    PooledValidation,
+    Registration,
+    Update,
+    Validation,
+    WantedBins,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Q = TypeVar("Q", bound=Message)
+"""What a site contributes."""
+R = TypeVar("R", bound=Message)
+"""What all sites receive."""
+
+_SEGMENT = SEGMENT_PATTERN.strip("^$")
+_PARTS = {"site": SITE_PATTERN.strip("^$"), "number": "0|[1-9][0-9]{0,7}", "again": "[1-9][0-9]{0,2}"}
+"""Part of a key -> regular expression; all others are segments."""
+_NUMBERS = ("number", "again")
+
+
+class ExchangeKey(str, Generic[Q, R]):
+    """The key of one exchange. Children name their parts, in the order of the pattern."""
+
+    kind: ClassVar[str]
+    """Such as "round": what figures and pages call exchanges of this kind."""
+    pattern: ClassVar[str]
+    """Such as "runs/{run}/rounds/{number}"; what stands in square brackets may be absent."""
+    _expression: ClassVar[re.Pattern[str]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "pattern" in vars(cls):
+            pattern = cls.pattern.replace("[", "(?:").replace("]", ")?")
+            cls._expression = re.compile(re.sub(r"\{(\w+)\}", _group, pattern))
+
+    @classmethod
+    def _named(cls, text: str, **parts: str | int) -> Self:
+        key = str.__new__(cls, text)
+        vars(key).update(parts)
+        return key
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Take a text apart; None if it is no key of this class."""
+        match = cls._expression.fullmatch(text)
+        if match is None:
+            return None
+        parts = match.groupdict(default="0")
+        return cls(**{name: int(part) if name in _NUMBERS else part for name, part in parts.items()})
+
+    def __str__(self) -> str:
+        return str.__str__(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).parse, (str.__str__(self),)
+
+
+Key = ExchangeKey[Any, Any]
+"""Any of them."""
+
+
+def _group(part: re.Match[str]) -> str:
+    return f"(?P<{part[1]}>{_PARTS.get(part[1], _SEGMENT)})"
+
+
+def segment(text: str) -> str:
+    """Return `text` if it can stand between two slashes of a key.
+
+    Raises:
+        ValueError: It is too long, or has other characters.
+    """
+    if not re.fullmatch(SEGMENT_PATTERN.strip("^$"), text):
+        raise ValueError(f"{text!r} cannot be part of a key: use at most 128 letters, digits, '_', '-', '+' and '.'")
+    return text
+
+
+# ---------------------------------------------------------------------------------------- fingerprint and plans
+class CensusKey(ExchangeKey[Census, PooledCensus]):
+    """The sites compare their datasets and count their cases."""
+
+    kind, pattern = "census", "fingerprint/census"
+
+    def __new__(cls) -> Self:
+        return cls._named(cls.pattern)
+
+
+class CoarseKey(ExchangeKey[CoarseSummary, WantedBins]):
+    """The sites add up coarse histograms."""
+
+    kind, pattern = "coarse", "fingerprint/coarse"
+
+    def __new__(cls) -> Self:
+        return cls._named(cls.pattern)
+
+
+class FineKey(ExchangeKey[FineSummary, PooledFingerprint | WantedBins]):
+    """The sites look into bins: the first ones, or the others that these have led to."""
+
+    kind, pattern = "fine", "fingerprint/fine[/{again}]"
+    again: int
+    """How often bins were looked into before."""
+
+    def __new__(cls, again: int = 0) -> Self:
+        return cls._named(f"fingerprint/fine/{again:d}" if again else "fingerprint/fine", again=again)
+
+
+class PlansKey(ExchangeKey[PlansReport, PlansAgreement]):
+    """The sites compare their plans."""
+
+    kind, pattern = "plans", "plans/{plans}"
+    plans: str
+
+    def __new__(cls, plans: str) -> Self:
+        return cls._named(f"plans/{segment(plans)}", plans=plans)
+
+
+class LateCensusKey(ExchangeKey[Census, PooledCensus]):
+    """One site compares its dataset after the fingerprints were pooled."""
+
+    kind, pattern = "late_census", "fingerprint/admissions/{site}"
+    site: str
+
+    def __new__(cls, site: str) -> Self:
+        return cls._named(f"fingerprint/admissions/{segment(site)}", site=site)
+
+
+class LatePlansKey(ExchangeKey[PlansReport, PlansAgreement]):
+    """One site compares its plans with those that the others agreed on before."""
+
+    kind, pattern = "late_plans", "plans/{plans}/admissions/{site}"
+    plans: str
+    site: str
+
+    def __new__(cls, plans: str, site: str) -> Self:
+        return cls._named(f"plans/{segment(plans)}/admissions/{segment(site)}", plans=plans, site=site)
+
+
+# ------------------------------------------------------------------------------------------------- training runs
+class RunKey(ExchangeKey[Q, R]):
+    """Base of the keys of a training run."""
+
+    run: str
+
+    def __new__(cls, run: str) -> Self:
+        return cls._named(cls.pattern.format(run=segment(run)), run=run)
+
+
+class NumberedKey(RunKey[Q, R]):
+    """Base of the keys of one round of a run."""
+
+    number: int
+    """The round, counted from 0."""
+
+    def __new__(cls, run: str, number: int) -> Self:
+        return cls._named(cls.pattern.format(run=segment(run), number=int(number)), run=run, number=number)
+
+
+class RegistrationKey(RunKey[Registration, Match]):
+    """The sites of a run say what they train."""
+
+    kind, pattern = "registration", "runs/{run}/registration"
+
+
+class AdmissionKey(RunKey[Registration, Match]):
+    """One site joins a run that has begun."""
+
+    kind, pattern = "admission", "runs/{run}/admissions/{site}"
+    site: str
+
+    def __new__(cls, run: str, site: str) -> Self:
+        return cls._named(f"runs/{segment(run)}/admissions/{segment(site)}", run=run, site=site)
+
+
+class InitialKey(RunKey[Update, Aggregate]):
+    """The sites settle the weights that all start from."""
+
+    kind, pattern = "initial", "runs/{run}/initial"
+
+
+class RoundKey(NumberedKey[Update, Aggregate]):
+    """The sites average their weights."""
+
+    kind, pattern = "round", "runs/{run}/rounds/{number}"
+
+
+class ValidationKey(NumberedKey[Validation, PooledValidation]):
+    """The sites add up their validations of the aggregate of a round."""
+
+    kind, pattern = "validation", "runs/{run}/validations/{number}"
+
+
+# ------------------------------------------------------------------------------------------------- names of runs
+def run_name(configuration: str, fold: int | str, trainer: str) -> str:
+    """Return the name that a training run has in this federation."""
+    return segment(f"{configuration}.fold_{fold}.{trainer}")
+
+
+def run_with_plans(run: str, plans_name: str) -> str:
+    """Return the name of a run whose sites have trained with other plans under its plain name before.
+
+    Raises:
+        ValueError: It is too long, or cannot be part of a key.
+    """
+    return segment(f"{run}.{plans_name}")
