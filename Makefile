@@ -1,12 +1,15 @@
-# Two commands set up everything they need in a fresh clone:
-#   make demo    three sites plan, train and predict with one model, on phantom scans
-#   make test    the test suite
+# Every target sets up what it needs in a fresh clone; `make help` lists them.
 # PYTHON picks the interpreter (3.10 to 3.13), VENV the folder of the virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 REFERENCE ?= .venv-reference
+SOURCES = nnunetv2 tests benchmarks demo documentation setup.py
+PYTEST = $(VENV)/bin/python -m pytest --durations=15
 
-.PHONY: demo test quick parity reference federation-matrix lint clean
+.PHONY: help demo test quick coverage parity reference federation-matrix lint format typing-baseline clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 25
 
 # torch comes first: with its CPU build in place nothing asks for the CUDA packages.
 $(VENV)/.installed: setup.py constraints-cpu.txt
@@ -20,30 +23,41 @@ $(REFERENCE)/.installed: constraints-cpu.txt
 	$(REFERENCE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch nnunetv2==2.8.1
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed  ## three sites plan, train and predict with one model, on phantom scans
 	$(VENV)/bin/python -m demo
 
-# Everything, the comparison with the reference release included.
-test: $(VENV)/.installed $(REFERENCE)/.installed lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/.installed $(REFERENCE)/.installed lint  ## lint, and all tests: a quarter of an hour
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
-# What a change should pass while it is being made.
-quick: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
+quick: $(VENV)/.installed  ## the tests that a change should pass while it is being made
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not parity"
 
-parity: $(VENV)/.installed $(REFERENCE)/.installed
-	$(VENV)/bin/python -m pytest tests/parity
+# A target of its own, since tracing costs half of the time again.
+coverage: $(VENV)/.installed  ## the quick tests, and the share of lines that they run
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not parity" --cov --cov-report=term:skip-covered
 
-reference: $(REFERENCE)/.installed
+parity: $(VENV)/.installed $(REFERENCE)/.installed  ## the comparison with the reference release
+	$(PYTEST) tests/parity
 
-# Crashes, cut networks and invented requests in full number: half an hour. `make test` runs fewer of each.
-federation-matrix: $(VENV)/.installed
+reference: $(REFERENCE)/.installed  ## the virtual environment of the reference release
+
+# `make test` runs fewer of each.
+federation-matrix: $(VENV)/.installed  ## crashes, cut networks and invented requests in full number: half an hour
 	NNUNET_FED_MATRIX=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s \
 		tests/federated/system/test_crash_matrix.py tests/federated/system/test_network_cuts.py tests/federated/system/test_fuzz.py
 
-lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check nnunetv2 tests benchmarks demo documentation setup.py
-	$(VENV)/bin/ruff format --check nnunetv2 tests benchmarks demo documentation setup.py
+lint: $(VENV)/.installed  ## rules, format, directions of imports, types
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python tests/lint/typing_baseline.py
 
-clean:
-	rm -rf $(VENV) $(REFERENCE) demo-output build *.egg-info
+format: $(VENV)/.installed  ## mend what ruff can mend
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
+
+typing-baseline: $(VENV)/.installed  ## note that mypy finds fewer errors than before
+	$(VENV)/bin/python tests/lint/typing_baseline.py --update
+
+clean:  ## remove what these targets made
+	rm -rf $(VENV) $(REFERENCE) demo-output build .coverage* .mypy_cache .import_linter_cache *.egg-info

@@ -58,7 +58,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["nnunetv2", "nnunetv2.*"]),
-    package_data={"nnunetv2.federated.coordinator.dashboard": ["static/*"]},
+    package_data={"nnunetv2": ["py.typed"], "nnunetv2.federated.coordinator.dashboard": ["static/*"]},
     install_requires=[
         "torch>=2.6,!=2.9.*",
         "dynamic-network-architectures>=0.4.4",
@@ -90,7 +90,20 @@ setup(
         "uvicorn>=0.31,<0.55",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "httpx", "setuptools>=70.1"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist",
+            "pytest-timeout",
+            "pytest-cov",
+            "hypothesis",
+            "httpx",
+            "setuptools>=70.1",
+            "ruff",
+            "import-linter>=2.1",
+            "mypy>=1.16",
+            "types-requests",
+            "types-tqdm",
+        ],
         # loggers and an optimizer that trainers use on request
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],

@@ -94,7 +94,7 @@ class MeasuredSite(threading.Thread):
         """Register and exchange; an error is kept for the main thread."""
         try:
             self._exchange_all()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  shown by the main thread
             self.error = error
 
     def _exchange_all(self) -> None:

@@ -51,7 +51,7 @@ def play_round(url: str, key: str, sites: Sequence[PlayedSite], begin: float) ->
             receipts[index] = time.monotonic()
             download(url, key, site.token)
             results[index] = time.monotonic()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  shown by the main thread
             errors.append(error)
 
     threads = [threading.Thread(target=play, args=entry, daemon=True) for entry in enumerate(sites)]

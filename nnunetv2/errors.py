@@ -1,8 +1,11 @@
-"""What this package raises when it is given something that it cannot work with."""
+"""Errors for input that preprocessing cannot work with."""
 
 
 class InvalidInputError(ValueError, AssertionError):
-    """Shapes, settings or folders that do not fit. Also an AssertionError, which scripts for nnU-Net 2 may expect."""
+    """Shapes, settings or folders that do not fit.
+
+    Also an AssertionError, which scripts for nnU-Net 2 may expect.
+    """
 
 
 class FolderInUseError(RuntimeError):

@@ -22,7 +22,7 @@ for name in ("nms", "qnms"):
 def make_torchvision_importable() -> None:
     """Declare the operators that torchvision describes, if it cannot do so itself."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except (AttributeError, RuntimeError):  # the first and every later failure
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

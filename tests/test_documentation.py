@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "documentation").glob("*.md"))]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "documentation").glob("*.md"))]
 DEPLOY = [path for path in sorted((PROJECT / "deploy").iterdir()) if path.is_file()]
 ADMIN_COMMANDS = "backup|invite|log|proceed|restore|revoke|settings|verify-log"
 OF_OTHER_PROGRAMS = {"--ipc", "--no-deps", "--shm-size"}
@@ -37,7 +37,7 @@ def commands() -> dict[str, str]:
     return ast.literal_eval(table)
 
 
-class Found(BaseException):  # noqa: N818 - not an error: it leaves a command with the parser that it has built
+class Found(BaseException):
     pass
 
 

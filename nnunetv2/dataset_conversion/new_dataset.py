@@ -14,7 +14,9 @@ from nnunetv2.errors import InvalidInputError
 
 @contextmanager
 def building_dataset(name: str) -> Iterator[Path]:
-    """Yield an empty folder that becomes `nnUNet_raw/name` once the block has succeeded, and is removed otherwise.
+    """Yield an empty folder for a new dataset.
+
+    It becomes `nnUNet_raw/name` once the block has succeeded, and is removed otherwise.
 
     Raises:
         InvalidInputError: The name is no dataset name, or its number is taken.

@@ -1,4 +1,7 @@
-"""Average the probabilities of several models class by class, reading only one class of each at a time."""
+"""Average the probabilities of several models, one class at a time.
+
+Memory holds that class of each model only.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +17,9 @@ KEY = "probabilities"
 
 
 def average_classes(files: Sequence[str]) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
-    """Return the shape `(c, *spatial)` that all files share, and their mean, one float32 array `(*spatial)` per class.
+    """Return the files' common shape `(c, *spatial)`, and the mean of each class.
+
+    A mean is a float32 array `(*spatial)`.
 
     The iterator may be left early; files are open only while it runs.
 
@@ -59,7 +65,7 @@ def _read_classes(file: str, stack: ExitStack) -> Iterator[np.ndarray]:
         yield np.frombuffer(_read_exactly(stream, count * dtype.itemsize, file), dtype).reshape(shape[1:])
 
 
-def _open(file: str, stack: ExitStack) -> zipfile.ZipExtFile:
+def _open(file: str, stack: ExitStack) -> Any:
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no {file}; predict with --save_probabilities (train with --npz)")
     try:

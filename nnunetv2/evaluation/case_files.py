@@ -38,7 +38,9 @@ def list_pairs(folder_ref: str, folder_pred: str, file_ending: str, *, chill: bo
 
 
 def list_names(folder: str, file_ending: str) -> list[str]:
-    """Return the sorted names of all files of a folder with an ending, links to files that are not there included.
+    """Return the sorted names of a folder's files with an ending.
+
+    Links to missing files are included.
 
     Raises:
         FileNotFoundError: There is no such folder.

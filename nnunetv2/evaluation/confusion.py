@@ -15,7 +15,7 @@ _DENSE_VALUES = 256
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many voxels have which pair of labels.
+    """Number of voxels per pair of labels.
 
                  prediction
                  values[0]  values[1]  ...
@@ -49,15 +49,14 @@ class Confusion:
         return counts
 
     def of_class(self, labels: Sequence[int]) -> tuple[int, int, int, int]:
-        """Return true positives, false positives, false negatives and true negatives of the union of some labels."""
+        """Return TP, FP, FN and TN of the union of some labels."""
         inside = np.zeros(len(self.values), dtype=bool)
         for label in labels:
             inside |= self.values == label
         rows_in, rows_out = self.counts[inside].sum(axis=0), self.counts[~inside].sum(axis=0)
-        return tuple(
-            int(row[columns].sum())
-            for row, columns in ((rows_in, inside), (rows_out, inside), (rows_in, ~inside), (rows_out, ~inside))
-        )
+        tp, fp = int(rows_in[inside].sum()), int(rows_out[inside].sum())
+        fn, tn = int(rows_in[~inside].sum()), int(rows_out[~inside].sum())
+        return tp, fp, fn, tn
 
 
 def compute_confusion(reference: np.ndarray, prediction: np.ndarray) -> Confusion:

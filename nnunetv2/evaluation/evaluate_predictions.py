@@ -1,4 +1,7 @@
-"""Score predicted label maps against references: overlap per case and class, and their means in summary.json."""
+"""Score predicted label maps against references.
+
+Overlap per case and class, and their means in summary.json.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,7 +57,7 @@ __all__ = [
 
 
 def region_or_label_to_mask(segmentation: np.ndarray, region_or_label: LabelOrRegion) -> np.ndarray:
-    """Return where a label map has one of the labels of a class, as booleans of the same shape."""
+    """Return the mask of a class in a label map, as booleans."""
     return np.isin(segmentation, labels_of(region_or_label))
 
 
@@ -76,7 +79,9 @@ def compute_metrics(
     *,
     surface_tolerance_mm: float | None = None,
 ) -> Results:
-    """Score one case. Each file is read once, and its voxels are counted in one pass.
+    """Score one case.
+
+    Each file is read once, and its voxels are counted in one pass.
 
     Args:
         image_reader_writer: Reads both files.
@@ -185,7 +190,9 @@ def compute_metrics_on_folder2(
     html_file: str | None = None,
     image_folder: str | None = None,
 ) -> None:
-    """Score all predictions of a folder on the classes of a dataset, into `folder_pred`/summary.json by default.
+    """Score all predictions of a folder on the classes of a dataset.
+
+    Results go into `folder_pred`/summary.json by default.
 
     Args:
         html_file: Where a report for readers is written too; see `report`.
@@ -228,7 +235,9 @@ def compute_metrics_on_folder_simple(
     html_file: str | None = None,
     image_folder: str | None = None,
 ) -> None:
-    """Score all predictions of a folder on these labels; the file format is that of the references.
+    """Score all predictions of a folder on these labels.
+
+    The file format is that of the references.
 
     The last two arguments are those of `compute_metrics_on_folder2`.
     """
@@ -360,7 +369,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _read_extras(args: argparse.Namespace) -> dict[str, float | str | None]:
+def _read_extras(args: argparse.Namespace) -> dict[str, Any]:
     if args.tolerance is not None and (not args.surface or not args.tolerance >= 0):
         raise ValueError("-tolerance is a distance in mm from 0 on, and needs --surface")
     if args.images is not None and not args.html:

@@ -1,4 +1,7 @@
-"""Write an evaluation as one HTML file that needs nothing else: tables, box plots, and the worst cases as pictures."""
+"""Write an evaluation as one self-contained HTML file.
+
+Tables, box plots, and the worst cases as pictures.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,10 @@ def write_report(
 
 
 def rank_cases(results: Results) -> list[tuple[float, dict]]:
-    """Return (mean Dice over the classes of the case, case), lowest first; cases without any class are left out."""
+    """Return (mean Dice over classes, case), lowest first.
+
+    Cases without any class are left out.
+    """
     ranked = []
     for case in results["metric_per_case"]:
         dice = [scores["Dice"] for scores in case["metrics"].values() if not math.isnan(scores["Dice"])]

@@ -1,4 +1,7 @@
-"""Draw a case for the report: reference, prediction and where they differ, side by side in one PNG."""
+"""Draw a case for the report as one PNG.
+
+Reference, prediction and where they differ, side by side.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _GAP = 4
 def draw_case(
     case: Mapping[str, Any], classes: Sequence[LabelOrRegion], reader: BaseReaderWriter, image_file: str | None
 ) -> tuple[str, str]:
-    """Return the picture of a case, as PNG in base64, and the place of its slice in words.
+    """Return a case's picture (PNG in base64) and its slice in words.
 
     Args:
         case: An entry of `metric_per_case`.

@@ -1,4 +1,4 @@
-"""What summary.json holds: scores per case and class, their means, and how classes are spelled as keys."""
+"""Build summary.json: scores, their means, and the spelling of classes as keys."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ Results = dict[str, Any]
 
 
 def label_or_region_to_key(label_or_region: LabelOrRegion) -> str:
-    """Return the key of a class in summary.json: "1", or "(1, 2, 3)" for a region."""
+    """Return a class as summary.json spells it: "1", or "(1, 2, 3)"."""
     return str(plain_class(label_or_region))
 
 
 def key_to_label_or_region(key: str) -> LabelOrRegion:
-    """Return the class that a key in summary.json stands for: an int, or a tuple of them."""
+    """Parse the key of a class in summary.json: int, or tuple of ints."""
     try:
         return int(key)
     except ValueError:
         return tuple(int(part) for part in key.strip("() ").split(",") if part.strip())
 
 
-def plain_class(label_or_region: LabelOrRegion | str) -> LabelOrRegion | str:
-    """Return a label as int and a region as tuple of ints; their NumPy kin print differently."""
+def plain_class(label_or_region: LabelOrRegion | str) -> Any:
+    """Return a label as int and a region as tuple of ints.
+
+    Their NumPy kin print differently.
+    """
     if isinstance(label_or_region, str):
         return label_or_region
-    if np.ndim(label_or_region) == 0:
-        return int(label_or_region)
-    return tuple(int(label) for label in label_or_region)
+    plain: Any = label_or_region
+    return int(plain) if np.ndim(plain) == 0 else tuple(map(int, plain))
 
 
 def labels_of(label_or_region: LabelOrRegion) -> tuple[int, ...]:
     """Return the labels that make up a class."""
-    return (label_or_region,) if np.ndim(label_or_region) == 0 else tuple(label_or_region)
+    labels: Any = label_or_region
+    return (labels,) if np.ndim(labels) == 0 else tuple(labels)
 
 
 def labels_to_list_of_regions(labels: Iterable[int]) -> list[tuple[int, ...]]:
@@ -56,7 +59,10 @@ def labels_to_list_of_regions(labels: Iterable[int]) -> list[tuple[int, ...]]:
 def score_classes(
     confusion: Confusion, classes: Sequence[LabelOrRegion], ignore_label: int | None = None
 ) -> dict[LabelOrRegion, dict[str, float]]:
-    """Return overlaps and counts of voxels per class; voxels whose reference is `ignore_label` do not count."""
+    """Return overlaps and counts of voxels per class.
+
+    Voxels whose reference is `ignore_label` do not count.
+    """
     if ignore_label is not None:
         confusion = confusion.without_reference(ignore_label)
     return {plain_class(which): _scores(*confusion.of_class(labels_of(which))) for which in classes}
@@ -88,7 +94,10 @@ def summarize(metrics_of_cases: Sequence[Mapping[LabelOrRegion, Mapping[str, flo
 
 
 def save_summary_json(results: Results, output_file: str | os.PathLike[str]) -> None:
-    """Write results, keys sorted; numbers that are not defined are written as NaN. `results` stays unchanged."""
+    """Write results, keys sorted.
+
+    Undefined numbers are written as NaN. `results` stays unchanged.
+    """
     plain = _change_keys(deepcopy(results), label_or_region_to_key)
     recursive_fix_for_json_export(plain)
     save_json_atomically(plain, output_file)
@@ -121,5 +130,5 @@ def _scores(tp: int, fp: int, fn: int, tn: int) -> dict[str, float]:
 
 
 def _nanmean(values: Sequence[float]) -> float:
-    values = np.asarray(values, dtype=np.float64)
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+    array = np.asarray(values, dtype=np.float64)
+    return float(np.nanmean(array)) if not np.isnan(array).all() else float("nan")

@@ -21,7 +21,10 @@ METRICS = ("HD95", "ASSD", "SurfaceDice")
 
 @dataclass(frozen=True)
 class Surface:
-    """Elements of a surface: their places `(n, axes)` in mm and their areas in mm^2 (in 2D lengths in mm)."""
+    """Elements of a surface.
+
+    Their places `(n, axes)` in mm and their areas in mm^2 (in 2D lengths in mm).
+    """
 
     places: np.ndarray
     areas: np.ndarray
@@ -58,7 +61,10 @@ def compute_surface_metrics(
 
 
 def find_surface(mask: np.ndarray, spacing_mm: Sequence[float]) -> Surface:
-    """Return the surface elements of a mask that is not empty. Outside of the array there is nothing."""
+    """Return the surface elements of a mask that is not empty.
+
+    Outside of the array there is nothing.
+    """
     codes = _neighbourhood_codes(mask)
     cubes = np.argwhere((codes > 0) & (codes < 2**2**mask.ndim - 1))
     areas, centres = _element_table(tuple(float(size) for size in spacing_mm))

@@ -1,4 +1,4 @@
-"""Score the surfaces of all classes of a case, each inside the box that holds it."""
+"""Score the surfaces of classes, each inside its bounding box."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def score_surfaces(
         labels = labels_of(which)
         box = _union([found[int(label)] for found in boxes for label in labels if int(label) in found])
         box = box or (slice(0, 0),) * reference.ndim
-        masks = (np.isin(labelled[box], labels) for labelled in (reference, prediction))
-        scores[plain_class(which)] = compute_surface_metrics(*masks, spacing_mm, tolerance_mm)
+        ours, theirs = (np.isin(labelled[box], labels) for labelled in (prediction, reference))
+        scores[plain_class(which)] = compute_surface_metrics(theirs, ours, spacing_mm, tolerance_mm)
     return scores
 
 

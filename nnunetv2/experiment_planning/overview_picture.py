@@ -122,7 +122,9 @@ def find_outliers(values: np.ndarray, at_most: int = 3) -> list[int]:
     return [int(place) for place in farthest if distance[place] > 10 * typical]
 
 
-def _use_log_scale_if_wide(axes: Axes, direction: str, values: Sequence, *, from_zero: bool = True) -> None:
+def _use_log_scale_if_wide(
+    axes: Axes, direction: str, values: Sequence | np.ndarray, *, from_zero: bool = True
+) -> None:
     """Use a logarithmic scale for values that span more than a factor of 30, linear around 0 unless `from_zero`.
 
     Args:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.atomic_write import replacing
 
@@ -28,7 +28,9 @@ def copy_references(labels: dict[str, str], target: Path, file_ending: str, read
         reader: Knows which files belong to a label. None: there are no such files.
     """
     target.mkdir(parents=True, exist_ok=True)
-    list_side_cars = getattr(reader, "list_side_cars", lambda label, is_label: [])  # readers need not be our subclasses
+    list_side_cars: Any = getattr(
+        reader, "list_side_cars", lambda label, is_label: []
+    )  # readers need not be our subclasses
     replaced = []
     for case, label in labels.items():
         copies = {Path(label): target / f"{case}{file_ending}"}

@@ -66,7 +66,7 @@ class RefusedError(FederationError):
         self.remedy = remedy
         self.code = code
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         """Keep all three parts when the error crosses a process boundary."""
         return _rebuild_refusal, (type(self), self.message, self.remedy, self.code)
 
@@ -82,5 +82,6 @@ def _rebuild_refusal(kind: type[RefusedError], message: str, remedy: str, code: 
 
 def reason_without_paths(error: BaseException) -> str:
     """Return the text of an error for other machines: paths of this one are no business of theirs."""
-    is_about_a_file = isinstance(error, OSError) and error.filename is not None
-    return (error.strerror or type(error).__name__) if is_about_a_file else str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return error.strerror or type(error).__name__
+    return str(error)

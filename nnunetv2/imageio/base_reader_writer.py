@@ -39,26 +39,31 @@ class BaseReaderWriter(ABC):
 
     @abstractmethod
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
-        """Read a label map as an array `(1, x, y, z)`, and its properties as for images."""
+        """Read a label map `(1, x, y, z)`, and its properties as for images."""
 
     @abstractmethod
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
-        """Write a label map `(x, y, z)` with the geometry in `properties`, as `read_images` returned them."""
+        """Write a label map `(x, y, z)` with the properties of its image."""
 
     def require_properties(self, properties: Mapping[str, Any]) -> None:  # noqa: B027 (most formats need none)
-        """Check that `write_seg` can do with the properties of an image, before work is spent on it.
+        """Check early that `write_seg` can use the properties of an image.
 
         Raises:
             ValueError: Another reader made them.
         """
 
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
-        """Find what is wrong with a file although it can be read. The integrity check calls this; it may take time."""
+        """Find the faults of a file that can still be read.
+
+        The integrity check calls this; it may take time.
+        """
         return []
 
     def list_side_cars(self, fname: FilePath, is_label: bool = False) -> list[str]:
-        """Return the files beside an image that belong to it, whether they exist or not. Their stem is that of the
-        case."""
+        """Return the files that belong to an image, whether they exist or not.
+
+        Their stem is that of the case.
+        """
         return []
 
     @staticmethod

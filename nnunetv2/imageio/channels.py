@@ -1,4 +1,7 @@
-"""What all readers and writers do alike: take files, compare channels, stack them, choose the type of a label map."""
+"""Share the steps of all readers and writers.
+
+Take files, compare channels, stack them, choose the type of a label map.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def list_files(image_fnames: Sequence[FilePath]) -> list[str]:
 
 
 def describe_missing(file: FilePath) -> str:
-    """Return in words that an image file is not there, or that it is a link to one that is not."""
+    """Describe a missing image file, or a link to a missing one."""
     if Path(file).is_symlink():
         return (
             f"image file {os.fspath(file)} is a link to {Path(file).readlink()}, which does not exist. Is the disk "
@@ -64,7 +67,7 @@ def naming(file: str) -> Iterator[None]:
 
 
 def stack_channels(images: Sequence[np.ndarray], files: Sequence[str]) -> np.ndarray:
-    """Return arrays `(c_i, x, y, z)`, one per file, as one float32 array `(c, x, y, z)`.
+    """Stack arrays `(c_i, x, y, z)` of several files into one float32 array.
 
     Raises:
         RuntimeError: Their spatial shapes differ.
@@ -109,7 +112,7 @@ def require_key(properties: Mapping[str, Any], key: str, reader: str) -> None:
 
 
 def as_labels(seg: np.ndarray) -> np.ndarray:
-    """Return a label map in the type in which it is written: uint8 if its maximum is below 255, else uint16."""
+    """Return a label map as it is written: uint8 below 255, else uint16."""
     return seg.astype(np.uint8 if np.max(seg) < 255 else np.uint16, copy=False)
 
 

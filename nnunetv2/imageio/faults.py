@@ -1,4 +1,6 @@
-"""Find what is wrong with an image file although reading it raises nothing: files cut short, flipped bits, lost NaN.
+"""Find faults of image files that reading does not report.
+
+Files cut short, flipped bits, lost NaN.
 
 ITK reads NIfTI files through a library that fills up what is missing and puts 0 in the place of NaN and infinity, both
 in silence. So sizes are compared whenever a file is read, and contents when a dataset is checked.
@@ -11,7 +13,7 @@ import itertools
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +36,10 @@ _HEADERS = {348: (70, 108, "f4"), 540: (12, 168, "i8")}
 
 
 class Fault(NamedTuple):
-    """What is wrong with a file. `what` and `remedy` are the same for all faults of a kind, so that a report can group
-    them."""
+    """Fault of a file.
+
+    `what` and `remedy` are the same for all faults of a kind, so that a report can group them.
+    """
 
     what: str
     found: str
@@ -79,7 +83,10 @@ def find_damage(file: str) -> list[Fault]:
 
 
 def find_faults_in_nifti(file: str) -> list[Fault]:
-    """Find damage, NaN and infinity in a NIfTI file, which SimpleITK reads as if they were not there."""
+    """Find damage, NaN and infinity in a NIfTI file.
+
+    SimpleITK reads it as if they were not there.
+    """
     try:
         num_non_finite = _count_non_finite(_decompressed(file))
     except DamagedFileError as error:
@@ -88,17 +95,20 @@ def find_faults_in_nifti(file: str) -> list[Fault]:
 
 
 def find_form_faults(file: str) -> list[Fault]:
-    """Find a NIfTI header whose two ways to say where the image lies, qform and sform, disagree by half a voxel."""
+    """Find a qform and sform that disagree by half a voxel.
+
+    They are the two ways of a NIfTI header to say where the image lies.
+    """
     import nibabel
 
     try:
-        image = nibabel.load(file)
+        image: Any = nibabel.load(file)
         (qform, has_qform), (sform, has_sform) = image.header.get_qform(coded=True), image.header.get_sform(coded=True)
-    except Exception:  # whatever is wrong with the file, reading it will say so
+    except Exception:  # noqa: BLE001  whatever is wrong with the file, reading it will say so
         return []
     if not (has_qform and has_sform):
         return []
-    corners = np.array(list(itertools.product(*((0, size - 1) for size in image.shape[:3]), (1,))), dtype=float)
+    corners = np.array(list(itertools.product(*((0, size - 1) for size in image.shape[:3]), (1,))), dtype=np.float64)
     corners = np.hstack([corners[:, :-1], np.zeros((len(corners), 4 - corners.shape[1])), corners[:, -1:]])
     apart = np.linalg.norm((corners @ (qform - sform).T)[:, :3], axis=1).max()
     if apart <= 0.5 * min(np.linalg.norm(sform[:3, :3], axis=0)):
@@ -132,10 +142,10 @@ def _count_non_finite(chunks: Iterator[bytes]) -> int:
     for chunk in itertools.chain(chunks, [b""]):
         whole = max(0, len(rest) - offset) // dtype.itemsize
         if whole:
-            num_non_finite += whole - np.count_nonzero(np.isfinite(np.frombuffer(rest, dtype, whole, offset)))
+            num_non_finite += whole - int(np.count_nonzero(np.isfinite(np.frombuffer(rest, dtype, whole, offset))))
         used = offset + whole * dtype.itemsize
         rest, offset = rest[used:] + chunk, max(0, offset - len(rest))
-    return int(num_non_finite)
+    return num_non_finite
 
 
 def _find_float_voxels(header: bytes) -> tuple[np.dtype, int] | None:

@@ -16,12 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 class NaturalImage2DIO(BaseReaderWriter):
-    """Gray and colour images. Colours become channels, red first; the missing first axis gets a spacing of 999."""
+    """Gray and colour images.
+
+    Colours become channels, red first; the missing first axis gets a spacing of 999.
+    """
 
     supported_file_endings = [".png", ".bmp", ".tif"]
 
     def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
-        """Read gray images `(x, y)` as one channel and colour images `(x, y, 3 or 4)` as three or four.
+        """Read gray `(x, y)` or colour images `(x, y, 3 or 4)` as channels.
 
         Raises:
             AssertionError: An image has another shape.
@@ -32,7 +35,7 @@ class NaturalImage2DIO(BaseReaderWriter):
         return stack_channels(images, files), {"spacing": (999, 1, 1)}
 
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
-        """Read a label map stored as gray values, or as numbers of colours in a palette.
+        """Read a label map stored as gray values, or as palette numbers.
 
         Raises:
             RuntimeError: It has colours.

@@ -1,4 +1,6 @@
-"""Read and write 3D NIfTI files with nibabel, as they lie in the file or in the nearest RAS+ orientation.
+"""Read and write 3D NIfTI files with nibabel.
+
+As they lie in the file, or in the nearest RAS+ orientation.
 
 NIfTI arrays are (x, y, z); ours are their transpose (z, y, x), as with SimpleITK.
 """
@@ -68,10 +70,15 @@ class NibabelIO(BaseReaderWriter):
 
 
 class NibabelIOWithReorient(NibabelIO):
-    """NIfTI with axes flipped and permuted towards RAS+; label maps go back into the orientation of their image."""
+    """NIfTI with axes flipped and permuted towards RAS+.
+
+    Label maps go back into the orientation of their image.
+    """
 
     def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
-        """Read the channels of a case. The first file's affines before and after are kept in `nibabel_stuff`.
+        """Read the channels of a case.
+
+        The first file's affines before and after are kept in `nibabel_stuff`.
 
         Raises:
             AssertionError: An image does not have three axes.
@@ -108,7 +115,7 @@ def _load(file: str) -> nibabel.Nifti1Image:
     import nibabel
 
     with naming(file):
-        image = nibabel.load(file)
+        image: Any = nibabel.load(file)
     assert image.ndim == 3, (
         f"{file} has {image.ndim} dimensions, shape {image.shape}; the nibabel readers take 3D images only. Store "
         "each channel in a 3D file of its own; 2D images are read by SimpleITKIO"

@@ -60,7 +60,9 @@ def determine_reader_writer_from_file_ending(
     allow_nonmatching_filename: bool = False,
     verbose: bool = True,
 ) -> type[BaseReaderWriter]:
-    """Return the first class that supports the ending and reads the example, if one is given.
+    """Return the first class that supports the ending and reads the example.
+
+    Without an example, the ending decides.
 
     Args:
         file_ending: With dot; upper and lower case do not matter.

@@ -66,7 +66,9 @@ class SimpleITKIO(BaseReaderWriter):
     supported_file_endings = [".nii.gz", ".nrrd", ".mha", ".gipl"]
 
     def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
-        """Read the channels of a case. `sitk_stuff` in the properties is the first file's geometry in ITK's order.
+        """Read the channels of a case.
+
+        `sitk_stuff` in the properties is the first file's geometry in ITK's order.
 
         Raises:
             RuntimeError: A file cannot be read or is no 2D to 4D scalar image, or shapes or spacings differ. Different
@@ -88,7 +90,9 @@ class SimpleITKIO(BaseReaderWriter):
         return seg, properties
 
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
-        """Write a label map `(z, y, x)`, compressed. 2D properties make a 2D file, 4D ones a 3D file.
+        """Write a label map `(z, y, x)`, compressed.
+
+        2D properties make a 2D file, 4D ones a 3D file.
 
         Raises:
             AssertionError: `seg` does not have three axes.
@@ -107,7 +111,10 @@ class SimpleITKIO(BaseReaderWriter):
 
 
 class SimpleITKIOWithReorient(SimpleITKIO):
-    """Like SimpleITKIO, but 3D images are first brought into one orientation, and label maps back into theirs."""
+    """SimpleITKIO with 3D images in one orientation.
+
+    Label maps are brought back into theirs.
+    """
 
     def read_images(self, image_fnames: Sequence[FilePath], orientation: str = "RAS") -> tuple[np.ndarray, dict]:
         """Read the channels of a case in an orientation given by an ITK code.

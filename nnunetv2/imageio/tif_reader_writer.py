@@ -33,7 +33,9 @@ class Tiff3DIO(BaseReaderWriter):
     supported_file_endings = [".tif", ".tiff"]
 
     def read_images(self, image_fnames: Sequence[FilePath]) -> tuple[np.ndarray, dict]:
-        """Read the channels of a case, and its spacing from the JSON file named like the case.
+        """Read the channels of a case, and its spacing.
+
+        That is in the JSON file named like the case.
 
         Raises:
             AssertionError: A file ends otherwise, or the JSON file has no valid spacing.
@@ -44,7 +46,10 @@ class Tiff3DIO(BaseReaderWriter):
         return stack_channels(images, files), {"spacing": _read_spacing(_side_car(files[0]), files[0])}
 
     def read_seg(self, seg_fname: FilePath) -> tuple[np.ndarray, dict]:
-        """Read a label map as float32 `(1, x, y, z)`, and its spacing from the JSON file named like it."""
+        """Read a label map as float32 `(1, x, y, z)`.
+
+        Its spacing is in the JSON file named like it.
+        """
         (file,) = list_files((seg_fname,))
         spacing = _read_spacing(_side_car(file, is_label=True), file)
         assert all(entry > 0 for entry in spacing), f"the spacing {spacing} of {file} must be above 0"
@@ -65,7 +70,10 @@ class Tiff3DIO(BaseReaderWriter):
         return [_side_car(fspath(fname), is_label)]
 
     def find_faults(self, fname: FilePath, is_label: bool = False) -> list[Fault]:
-        """Find that the spacing is not given. A wrong one makes wrong plans, so it should not be taken by default."""
+        """Find that the spacing is not given.
+
+        A wrong one makes wrong plans, so it should not be taken by default.
+        """
         side_car = Path(_side_car(fspath(fname), is_label))
         if side_car.is_file():
             return []

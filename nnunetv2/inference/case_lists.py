@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 PathOrText = str | os.PathLike
 Inputs = PathOrText | Sequence[Sequence[PathOrText]]
@@ -28,7 +31,7 @@ class CaseLists:
     """The label map of a cascade's previous stage."""
 
 
-def is_path(value: object) -> bool:
+def is_path(value: object) -> TypeIs[PathOrText]:
     """Tell one path from a list of paths."""
     return isinstance(value, (str, os.PathLike))
 
@@ -73,14 +76,17 @@ def _describe_other_endings(folder: str, ending: str) -> str:
 
 
 def case_id(file: PathOrText, ending: str) -> str:
-    """Return the name of a case from its first file: without folder, ending and, if there is one, channel number."""
+    """Return the name of a case from its first file.
+
+    Folder, ending and, if there is one, channel number are left out.
+    """
     name = Path(file).name
     name = name[: -len(ending)] if name.endswith(ending) else Path(name).stem
     return re.sub(r"_[0-9]{4}$", "", name)
 
 
 def name_outputs(output: PathOrText, ending: str, reader: type) -> tuple[str, str]:
-    """Return where the label map of a case goes and where its probabilities do, both without their own endings.
+    """Return the paths of a case's label map and probabilities, without endings.
 
     ITK's writer takes `a.nii.gz.nii.gz` and `a.nii.nii.gz` for `a.nii.gz`, so programs pass such names, and the release
     puts probabilities beside it into `a.nii.gz.npz`. The writer of nibabel doubles the ending.
@@ -96,7 +102,10 @@ def name_outputs(output: PathOrText, ending: str, reader: type) -> tuple[str, st
 
 
 def keep_name(output: str, ending: str, reader: type) -> str:
-    """Return what `name_outputs` takes for exactly `output`, whose ending belongs to the name of a case."""
+    """Return the argument of `name_outputs` that stands for exactly `output`.
+
+    Its ending belongs to the name of a case.
+    """
     return output if _drop_nifti_ending(output, ending, reader) == output else f"{output}{ending}"
 
 
@@ -132,18 +141,19 @@ def list_cases(
         raise ValueError(f"part_id must be 0 to num_parts - 1, got part {part_id} of {num_parts}")
     if outputs is not None and not is_path(outputs) and len(outputs) != len(images):
         raise ValueError(f"there are {len(images)} cases, but {len(outputs)} output file names")
-    images = [[os.fspath(file) for file in files] for files in images[part_id::num_parts]]
-    names = [case_id(files[0], ending) for files in images]
+    chosen = [[os.fspath(file) for file in files] for files in images[part_id::num_parts]]
+    names = [case_id(files[0], ending) for files in chosen]
+    places = None
     if is_path(outputs):
-        outputs = [keep_name(os.path.join(outputs, name), ending, reader) for name in names]
+        places = [keep_name(os.path.join(outputs, name), ending, reader) for name in names]
     elif outputs is not None:
-        outputs = [os.fspath(output) for output in outputs[part_id::num_parts]]
-    _require_distinct([name_outputs(output, ending, reader)[0] for output in outputs or []])
+        places = [os.fspath(output) for output in outputs[part_id::num_parts]]
+    _require_distinct([name_outputs(output, ending, reader)[0] for output in places or []])
     previous = [
         None if previous_stage_folder is None else os.path.join(previous_stage_folder, f"{name}{ending}")
         for name in names
     ]
-    return CaseLists(images, outputs, previous)
+    return CaseLists(chosen, places, previous)
 
 
 def without_finished(cases: CaseLists, ending: str, reader: type, save_probabilities: bool) -> CaseLists:
@@ -154,8 +164,11 @@ def without_finished(cases: CaseLists, ending: str, reader: type, save_probabili
         files = [f"{labels}{ending}", *([f"{probabilities}.npz", f"{probabilities}.pkl"] if save_probabilities else ())]
         return all(Path(file).is_file() for file in files)
 
-    left = [i for i, output in enumerate(cases.outputs) if not is_finished(output)]
-    return CaseLists(*([values[i] for i in left] for values in (cases.images, cases.outputs, cases.previous_stage)))
+    outputs = cases.outputs or []
+    left = [i for i, output in enumerate(outputs) if not is_finished(output)]
+    return CaseLists(
+        [cases.images[i] for i in left], [outputs[i] for i in left], [cases.previous_stage[i] for i in left]
+    )
 
 
 def require_previous_stage(cases: CaseLists) -> None:

@@ -186,7 +186,7 @@ def resample_and_save(
     logits, target_shape = _as_array(predicted), tuple(int(n) for n in target_shape)
     _, spacing, _ = _target_grid(plans_manager, configuration_manager, properties_dict)
     resampling_fn = configuration_manager.resampling_fn_probabilities
-    labels = np.zeros(target_shape, dtype=_label_dtype(label_manager))
+    labels: np.ndarray = np.zeros(target_shape, dtype=_label_dtype(label_manager))
     threads = max(1, min(num_threads_torch, usable_cpu_count()))
     change = find_grid_change(resampling_fn, logits.shape[1:], target_shape, spacing, spacing)
     if change is not None and follows_default_rules(label_manager):
@@ -269,7 +269,7 @@ class _Canvas:
         self._shape, self._backward = tuple(shape), tuple(transpose_backward)
         self._forward = tuple(np.argsort(transpose_backward))
         self._crop = tuple(slice(int(start), int(stop)) for start, stop in crop)
-        self.labels = np.zeros([self._shape[i] for i in self._backward], dtype=dtype)
+        self.labels: np.ndarray = np.zeros([self._shape[i] for i in self._backward], dtype=dtype)
         # In network order, cropped: what is written here shows up in `labels`.
         self.cropped = self.labels.transpose(self._forward)[self._crop]
 

@@ -92,9 +92,9 @@ class ExportQueue:
 
     def _failed(self) -> dict[str, BaseException]:
         return {
-            name: future.exception()
+            name: error
             for name, _, future in self._exports
-            if future.done() and future.exception() is not None
+            if future.done() and (error := future.exception()) is not None
         }
 
     def _wait_for_room(self, num_bytes: int) -> None:
@@ -116,8 +116,8 @@ class ExportQueue:
 
 
 def _log_failure(name: str, done: Future) -> None:
-    if not done.cancelled() and done.exception() is not None:
-        logger.error("case %s failed: %s", name, _describe(done.exception()))
+    if not done.cancelled() and (error := done.exception()) is not None:
+        logger.error("case %s failed: %s", name, _describe(error))
 
 
 def _failure(failed: dict[str, BaseException], total: int) -> RuntimeError:

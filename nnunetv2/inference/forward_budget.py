@@ -23,7 +23,7 @@ _WORDS_OF_TORCH = ("out of memory", "can't allocate memory", "not enough memory"
 
 
 class ForwardBudget:
-    """The largest number of voxels that enters the network in one batch; halved whenever the memory did not suffice."""
+    """Largest number of voxels per batch; halved when memory runs out."""
 
     def __init__(self, voxels: int) -> None:
         self.voxels = voxels
@@ -42,7 +42,7 @@ class ForwardBudget:
 
 
 def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
-    """Return a budget that suits a device's cores and the memory that is free on it now."""
+    """Return a budget that suits a device's cores and free memory."""
     if device.type not in ("cpu", "cuda"):
         return ForwardBudget(0)
     useful = _CPU_VOXELS if device.type == "cpu" else _GPU_VOXELS
@@ -51,7 +51,7 @@ def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on a CUDA device now; on any other, that of the machine."""
+    """Return the free memory of a CUDA device, or else the machine's."""
     if device.type != "cuda":
         return free_memory_bytes()
     return torch.cuda.mem_get_info(device)[0]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 _SECONDS_TO_FINISH_CASES = 5
 # KeyboardInterrupt can get lost: what is raised in a destructor or a callback of C code is printed and dropped.
@@ -41,7 +42,7 @@ def _noticing_interrupts(on_interrupt: Callable[[], None]) -> Iterator[None]:
         yield
         return
 
-    def handle(number: int, frame: object) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         on_interrupt()
         signal.default_int_handler(number, frame)
 

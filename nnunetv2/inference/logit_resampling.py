@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +170,7 @@ def _winners(logits: np.ndarray, band: Band, change: GridChange) -> np.ndarray:
     return winners
 
 
-def _put(slab: np.ndarray, band: Band, change: GridChange, target: np.ndarray) -> None:
+def _put(slab: Any, band: Band, change: GridChange, target: np.ndarray) -> None:
     """Write a slab of the linear grid to its place in the final one."""
     rows = band.outputs
     if change.nearest is not None and change.nearest_axis == 0:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 
 
 def mirror_combinations(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return all subsets of axes, smallest first: (), (0,), (1,), (0, 1) for axes (0, 1)."""
+    """Return all subsets of axes, smallest first.
+
+    For axes (0, 1): (), (0,), (1,), (0, 1).
+    """
     return [subset for size in range(len(axes) + 1) for subset in combinations(axes, size)]
 
 
@@ -28,7 +32,7 @@ def mirrored_mean(
     # The number of subsets is a power of two: with one for the copies, too, all batches have the same shape, which
     # compiled networks and cuDNN's benchmarks prefer.
     at_once = 1 << (min(copies_at_once, len(subsets)).bit_length() - 1)
-    total = None
+    total: Any = None
     for first in range(0, len(subsets), at_once):
         group = subsets[first : first + at_once]
         answers = network(_flipped(tiles, group)).float()

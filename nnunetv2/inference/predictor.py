@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAIN_MEMORY = torch.device("cpu")
+_LATER: Any = None  # what attributes are before a model is loaded
 
 
 class nnUNetPredictor:
@@ -87,15 +88,15 @@ class nnUNetPredictor:
             logger.debug("perform_everything_on_device has no effect on %s", device.type)
         self.perform_everything_on_device = perform_everything_on_device and device.type == "cuda"
 
-        self.plans_manager: PlansManager | None = None
-        self.configuration_manager: ConfigurationManager | None = None
+        self.plans_manager: PlansManager = _LATER
+        self.configuration_manager: ConfigurationManager = _LATER
         self.list_of_parameters: list[dict[str, Any]] | None = None
-        self.network: nn.Module | None = None
-        self.dataset_json: dict[str, Any] | None = None
-        self.trainer_name: str | None = None
+        self.network: nn.Module = _LATER
+        self.dataset_json: dict[str, Any] = _LATER
+        self.trainer_name: str = _LATER
         self.allowed_mirroring_axes: tuple[int, ...] | None = None
-        self.label_manager: LabelManager | None = None
-        self._batched_network: nn.Module | None = None
+        self.label_manager: LabelManager = _LATER
+        self._batched_network: nn.Module = _LATER
         self._budget: ForwardBudget | None = None
         self._is_device_full = False  # for the current case, which the CPU predicts then
 
@@ -437,6 +438,7 @@ class nnUNetPredictor:
                 return logits
             # Summed in float32: in float16 five folds would lose three bits.
             total = logits.float() if total is None else total.add_(logits)
+        assert total is not None
         return total.div_(len(self.list_of_parameters)).half()
 
     @torch.inference_mode()
@@ -691,7 +693,7 @@ def _wants_compilation() -> bool:
 
 def _compiled(network: nn.Module) -> nn.Module:
     already = _is_compiled(network) or _is_compiled(getattr(network, "module", network))
-    return network if already else torch.compile(network)
+    return network if already else cast(nn.Module, torch.compile(network))
 
 
 def _is_compiled(network: nn.Module) -> bool:

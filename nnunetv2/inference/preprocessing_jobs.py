@@ -22,7 +22,6 @@ from nnunetv2.utilities.plain_text import log_plainly
 
 if TYPE_CHECKING:
     from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager
-    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 # A process needs seconds to start and copies each case. Reading, resampling and compressing release the interpreter
 # lock, so threads serve as well, until there is so much to do that Python's own work would slow the network down.
@@ -59,7 +58,7 @@ class FileCase:
         """Size of the image files on disk."""
         return sum(Path(file).stat().st_size for file in self.files if Path(file).is_file())
 
-    def preprocess(self, preprocessor: DefaultPreprocessor, model: Model) -> Item:
+    def preprocess(self, preprocessor: Any, model: Model) -> Item:
         """Read and preprocess the case."""
         data, seg, properties = preprocessor.run_case(
             list(self.files),
@@ -91,7 +90,7 @@ class ArrayCase:
         """Size of the image in memory."""
         return self.image.nbytes
 
-    def preprocess(self, preprocessor: DefaultPreprocessor, model: Model) -> Item:
+    def preprocess(self, preprocessor: Any, model: Model) -> Item:
         """Preprocess the case. Preprocessors add entries to the properties: ours is a copy."""
         from nnunetv2.preprocessing.odd_sizes import warn_of_odd_size
 
@@ -236,7 +235,7 @@ def _as_item(
     return {"data": np.ascontiguousarray(data, dtype=np.float32), "data_properties": properties, "ofile": output}
 
 
-def _check_channels(data: np.ndarray, preprocessor: DefaultPreprocessor, model: Model) -> None:
+def _check_channels(data: np.ndarray, preprocessor: object, model: Model) -> None:
     """Check that a case has as many channels as the network; preprocessors of others may make their own."""
     from nnunetv2.plans.plans_manager import determine_num_input_channels
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor

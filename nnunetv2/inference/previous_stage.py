@@ -11,7 +11,9 @@ from nnunetv2.utilities.file_path_utilities import (
 
 
 def previous_stage_model(model_folder: Path, previous_stage: str, folds: list[int | str], checkpoint: str) -> Path:
-    """Return the model of the previous stage: beside a cascade's, with the same trainer, plans and folds.
+    """Return the folder of a cascade's previous model.
+
+    It is beside the cascade's, with the same trainer, plans and folds.
 
     Raises:
         FileNotFoundError: It is not there, or a fold is missing; the message says what to do instead.
@@ -39,5 +41,8 @@ def previous_stage_model(model_folder: Path, previous_stage: str, folds: list[in
 
 
 def previous_stage_output(output_folder: Path, previous_stage: str) -> Path:
-    """Return where the predictions of the previous stage go: they stay, so that a run can be continued."""
+    """Return the folder for predictions of the previous stage.
+
+    They stay, so that a run can be continued.
+    """
     return output_folder / f"predicted_{previous_stage}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ Slicer = tuple[slice | int, ...]
 def compute_steps_for_sliding_window(
     image_size: Sequence[int], tile_size: Sequence[int], tile_step_size: float
 ) -> list[list[int]]:
-    """Return where tiles start along each axis, evenly spread from the first voxel to the last.
+    """Return the starts of tiles along each axis, evenly spread.
+
+    They reach from the first voxel to the last.
 
     Neighbouring tiles start at most `tile_step_size * tile_size` voxels apart: an image of 110 and tiles of 64 voxels
     with step 0.5 give [0, 23, 46].
@@ -40,7 +43,9 @@ def _starts(image: int, tile: int, tile_step_size: float) -> list[int]:
 
 
 def compute_tile_slicers(image_size: Sequence[int], tile_size: Sequence[int], tile_step_size: float) -> list[Slicer]:
-    """Return the slicers of all tiles, last axis fastest. Tiles of two axes cover a volume slice by slice.
+    """Return the slicers of all tiles, last axis fastest.
+
+    Tiles of two axes cover a volume slice by slice.
 
     Raises:
         AssertionError: The tile has neither as many axes as the image nor one fewer.
@@ -48,7 +53,7 @@ def compute_tile_slicers(image_size: Sequence[int], tile_size: Sequence[int], ti
     missing = len(image_size) - len(tile_size)
     assert missing in (0, 1), f"tiles of size {tuple(tile_size)} do not fit an image of size {tuple(image_size)}"
     steps = compute_steps_for_sliding_window(image_size[missing:], tile_size, tile_step_size)
-    slices = [[slice(start, start + size) for start in starts] for starts, size in zip(steps, tile_size)]
+    slices: list[Any] = [[slice(start, start + size) for start in starts] for starts, size in zip(steps, tile_size)]
     planes = [range(image_size[0])] if missing else []
     return [(slice(None), *tile) for tile in product(*planes, *slices)]
 
@@ -61,7 +66,7 @@ def compute_gaussian(
     dtype: torch.dtype = torch.float16,
     device: torch.device = torch.device("cuda", 0),
 ) -> torch.Tensor:
-    """Return the weight of each voxel of a tile: a Gaussian around its centre, nowhere 0.
+    """Return the weights of a tile's voxels: a Gaussian, nowhere 0.
 
     Args:
         sigma_scale: Standard deviation as a fraction of the tile's side.

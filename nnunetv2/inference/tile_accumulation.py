@@ -1,4 +1,4 @@
-"""Run a network over the tiles of an image and blend the answers into one map of logits."""
+"""Run a network over the tiles of an image and blend the logits."""
 
 from __future__ import annotations
 

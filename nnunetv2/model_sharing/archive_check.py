@@ -1,4 +1,6 @@
-"""Look at a zip file of models before anything of it is written: where it would write, how much, and what.
+"""Check a zip file of models before anything is extracted.
+
+Its paths, its size, and the kinds of its files.
 
 A zip file from elsewhere may name places outside of the target folder, hold links that lead there, or unpack to a
 thousand times its size. Such a file is refused as a whole; a model that somebody tampered with is not worth a part.
@@ -19,12 +21,15 @@ GIB = 2**30
 
 
 class UnsafeArchiveError(RuntimeError):
-    """A zip file holds something that does not belong into a model. The message names it."""
+    """A zip file holds something foreign to a model.
+
+    The message names it.
+    """
 
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """How large an archive may become."""
+    """Largest size of an archive."""
 
     total_bytes: int = 64 * GIB
     """All files together, unpacked."""
@@ -113,8 +118,10 @@ def _check_place(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path
     if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise refuse("is a link or a special file")
     # A link that lies in the folder of models already must not lead the files elsewhere either.
+    if target is None:
+        return
     place = target
-    for part in parts if target is not None else ():
+    for part in parts:
         place = place / part
         if place.is_symlink() and not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(target)):
             raise refuse(f"would be written through the link {place}")

@@ -59,7 +59,9 @@ def download_file(
     sha256: str | None = None,
     max_bytes: int | None = None,
 ) -> str:
-    """Download a file, showing progress; it appears under its name once it is complete and correct.
+    """Download a file, showing progress.
+
+    It appears under its name once it is complete and correct.
 
     Args:
         local_filename: Where it is written; the folder must exist.

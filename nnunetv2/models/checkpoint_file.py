@@ -92,7 +92,7 @@ def load_checkpoint_file(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    options = {"map_location": map_location, "mmap": mmap or None}
+    options: dict[str, Any] = {"map_location": map_location, "mmap": mmap or None}
     if _allows_unsafe_checkpoints():
         return torch.load(path, weights_only=False, **options)
     if not zipfile.is_zipfile(path):

@@ -7,12 +7,19 @@ several times as long and, in bfloat16, more than half the time of a training st
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional
 
+if TYPE_CHECKING:
+    from torch.nn.modules.instancenorm import _InstanceNorm
+else:
+    _InstanceNorm = object
 
-class _FastInstanceNorm:
+
+class _FastInstanceNorm(_InstanceNorm):
     """Mixin before a class of torch: the same parameters, the same result up to rounding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +42,7 @@ class FastInstanceNorm3d(_FastInstanceNorm, nn.InstanceNorm3d):
     """Instance normalization of `(b, c, z, y, x)`."""
 
 
-_FAST = {
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.InstanceNorm1d: FastInstanceNorm1d,
     nn.InstanceNorm2d: FastInstanceNorm2d,
     nn.InstanceNorm3d: FastInstanceNorm3d,

@@ -1,4 +1,7 @@
-"""A predicted case and its reference while postprocessing is decided: compressed in memory, read from disk once."""
+"""Hold cases while postprocessing is decided.
+
+Prediction and reference are compressed in memory, and read from disk once.
+"""
 
 from __future__ import annotations
 

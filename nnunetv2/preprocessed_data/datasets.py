@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -42,7 +42,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    Array = np.ndarray | blosc2.NDArray
+    Array: TypeAlias = "np.ndarray | blosc2.NDArray"
     Case = tuple[Array, Array, Array | None, dict]
 
 
@@ -141,7 +141,7 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
 
         try:
             return choose_filter(arr, blocks, chunks, codec, clevel)
-        except Exception as error:  # whatever it is, the file can be written without a filter
+        except Exception as error:  # noqa: BLE001  whatever it is, the file can be written without a filter
             logger.warning("cannot try filters on an array of shape %s, so it is stored without: %s", arr.shape, error)
             return blosc2.Filter.NOFILTER
 

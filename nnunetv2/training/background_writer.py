@@ -1,4 +1,4 @@
-"""Write files beside the training rather than in its way, one after the other and in order."""
+"""Write files in a thread, in order, while the training goes on."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class BackgroundWriter:
                 task = self._waiting.pop(0)
             try:
                 task.function(*task.arguments)
-            except Exception as error:  # kept for the thread that trains, whatever it is
+            except Exception as error:  # noqa: BLE001  kept for the thread that trains, whatever it is
                 self._note_failure(task, error)
-            task = None  # lets go of the arguments, which may be large
+            del task  # lets go of the arguments, which may be large
 
     def _note_failure(self, task: _Task, error: Exception) -> None:
         message = f"could not write {task.name}: {type(error).__name__}: {error}"

@@ -1,10 +1,12 @@
-"""Share a batch, and the foreground samples in it, among the processes of a distributed training."""
+"""Share a batch and its foreground samples among processes."""
 
 from __future__ import annotations
 
 
 def split_batch_size(batch_size: int, world_size: int) -> list[int]:
-    """Return how many samples each process takes: as equal as possible, the first ones take one more.
+    """Return the number of samples per process, as equal as possible.
+
+    The first processes take one more.
 
     Raises:
         ValueError: There are more processes than samples.
@@ -35,7 +37,9 @@ def oversampling_of_rank(batch_size: int, world_size: int, rank: int, oversample
 
 
 def loss_weight_of_rank(batch_size: int, world_size: int, rank: int) -> float:
-    """Return by what to multiply the loss of a process, so that the mean over processes is that over all samples.
+    """Return the factor of a process's loss.
+
+    With it, the mean over processes is that over all samples.
 
     It is 1 if the processes have equally many samples. The Dice of a whole batch is the same number in all processes,
     and the weights sum to the number of processes, so it stays what it is.

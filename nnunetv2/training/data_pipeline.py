@@ -1,11 +1,11 @@
-"""Build the streams of training and validation batches from the hooks of a trainer, and end them."""
+"""Build and end the batch streams of a trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -31,7 +31,7 @@ def start_augmenters(
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     )
     labels = trainer.label_manager
-    shared = {
+    shared: dict[str, Any] = {
         "is_cascaded": trainer.is_cascaded,
         "foreground_labels": labels.foreground_labels,
         "regions": labels.foreground_regions if labels.has_regions else None,

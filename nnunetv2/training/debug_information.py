@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import torch
 
 _LOADER_PARTS = ("generator", "generator.transforms", "num_processes", "transform")
 
 
-def describe_trainer(trainer: object) -> dict[str, str | int]:
-    """Return every attribute of a trainer as text: name -> value; no methods, and of the network only its class."""
+def describe_trainer(trainer: Any) -> dict[str, str | int]:
+    """Return a trainer's attributes as text, name -> value.
+
+    Methods are left out; of the network only its class is told.
+    """
     described = {}
     for name in dir(trainer):
         if name.startswith("__"):
             continue
         try:
             value = getattr(trainer, name)
-        except Exception as error:  # a property of somebody's trainer may fail before training
+        except Exception as error:  # noqa: BLE001  a property of somebody's trainer may fail before training
             value = f"unavailable: {error!r}"
         if not callable(value) or name == "loss":
             described[name] = str(value)

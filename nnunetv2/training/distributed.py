@@ -1,4 +1,4 @@
-"""What several processes that train one network have to agree on."""
+"""Agree on devices and results among the processes of one training."""
 
 from __future__ import annotations
 

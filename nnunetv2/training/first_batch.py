@@ -1,4 +1,7 @@
-"""Show the first batch of a training as a picture, so that wrong data is seen at once."""
+"""Show the first batch of a training as a picture.
+
+Wrong data is seen at once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ MAX_SAMPLES = 6
 
 
 def draw_first_batch(trainer: nnUNetTrainer, batch: dict) -> None:
-    """Draw samples of a batch beside the log, in the background. A failure is logged and does no harm."""
+    """Draw samples of a batch beside the log, in the background.
+
+    A failure is logged and does no harm.
+    """
     try:
         samples = _copy_samples(batch)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # somebody's loader

@@ -22,7 +22,9 @@ class FolderInUseError(RuntimeError):
 
 @contextmanager
 def training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder while training into it. The lock ends with the process, however that ends.
+    """Hold a folder while training into it.
+
+    The lock ends with the process, however that ends.
 
     Where the operating system or the file system knows no locks, nothing is held.
 

@@ -28,13 +28,18 @@ def log_file_name(now: datetime) -> str:
 
 
 def format_log_line(arguments: tuple, now: datetime | None) -> str:
-    """Join the arguments of a log call, each followed by a space, after the time if there is one; all printable."""
+    """Join the arguments of a log call into a printable line.
+
+    Each is followed by a space; the time comes first, if there is one.
+    """
     words = printable("".join(f"{argument} " for argument in arguments), lines=True)
     return words if now is None else f"{now}: {words}"
 
 
 def append_to_log(path: Path, text: str, *, header: str) -> None:
-    """Append a line to a log; a new file begins with `header`. Network disks may fail for a moment: try several times.
+    """Append a line to a log; a new file begins with `header`.
+
+    Network disks may fail for a moment: it is tried several times.
 
     Raises:
         OSError: The last attempt failed too.

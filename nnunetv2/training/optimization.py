@@ -62,7 +62,10 @@ def portable_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 
 def load_optimizer_state_(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state; how to compute, and the memory layout of the parameters, stay as they are here."""
+    """Load a state, and keep the optimizer's ways to compute.
+
+    The memory layout of the parameters stays, too.
+    """
     settings = [{key: group[key] for key in HOW_TO_COMPUTE if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, settings):

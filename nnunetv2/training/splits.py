@@ -26,7 +26,9 @@ def split_cases(
     *,
     generate: Callable[..., list[dict]] = generate_crossval_split,
 ) -> Split:
-    """Return the training and validation cases of a fold; write the splits of a dataset that has none.
+    """Return the training and validation cases of a fold.
+
+    Splits are written for a dataset that has none.
 
     Args:
         path: The file splits_final.json.
@@ -54,7 +56,7 @@ def load_or_create_splits(
     *,
     generate: Callable[..., list[dict]] = generate_crossval_split,
 ) -> list[dict]:
-    """Read the splits of a dataset, or write those of a five-fold cross-validation if there are none.
+    """Read the splits of a dataset, or write a five-fold cross-validation.
 
     Args:
         path: The file splits_final.json.
@@ -77,7 +79,9 @@ def load_or_create_splits(
 
 
 def choose_fold(splits: Sequence[dict], fold: int, identifiers: Callable[[], Iterable[str]], report: Report) -> Split:
-    """Return the training and validation cases of a fold; a fold beyond the splits is a random 80:20 split.
+    """Return the training and validation cases of a fold.
+
+    A fold beyond the splits is a random 80:20 split.
 
     Raises:
         ValueError: The fold is negative.
@@ -112,7 +116,10 @@ def _require_cases(train: Sequence[str], val: Sequence[str], fold: str) -> None:
 
 
 def split_randomly(identifiers: Iterable[str], fold: int) -> Split:
-    """Draw 80 % of the cases for training (in the order drawn); the rest is for validation."""
+    """Draw 80 % of the cases for training, in the order drawn.
+
+    The rest is for validation.
+    """
     keys = sorted(identifiers)
     drawn = np.random.RandomState(SEED + fold).choice(len(keys), int(len(keys) * 0.8), replace=False)
     chosen = set(drawn.tolist())

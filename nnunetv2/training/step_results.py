@@ -1,4 +1,7 @@
-"""Results of steps that stay on the GPU until somebody looks: fetching each at once would stop it in every step."""
+"""Keep results of steps on the GPU until they are read.
+
+Fetching each at once would stop the GPU in every step.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ import torch
 
 
 class PendingArray(np.lib.mixins.NDArrayOperatorsMixin):
-    """A NumPy array that is still on its way from a GPU. Computing with it, or printing it, waits for it."""
+    """A NumPy array on its way from a GPU.
+
+    Computing with it, or printing it, waits for it.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor.detach()
@@ -54,18 +60,24 @@ class PendingArray(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 def as_result(tensor: torch.Tensor) -> np.ndarray | PendingArray:
-    """Return a tensor as an array; one on a GPU is fetched when somebody looks at it."""
+    """Return a tensor as an array, fetched from a GPU when read."""
     return PendingArray(tensor) if tensor.is_cuda else tensor.detach().cpu().numpy()
 
 
 def latest_loss(outputs: Sequence[Any]) -> float | None:
-    """Return the loss of the latest step, None if it tells none; waits for the GPU."""
+    """Return the loss of the latest step, or None.
+
+    It waits for the GPU.
+    """
     loss = outputs[-1].get("loss") if outputs and isinstance(outputs[-1], dict) else None
     return None if loss is None or np.size(loss) != 1 else float(loss)
 
 
 def fetch(outputs: Sequence[Any]) -> list[Any]:
-    """Return the results of all steps of an epoch as NumPy arrays; waits for the GPU once per kind of result."""
+    """Return the results of an epoch's steps as NumPy arrays.
+
+    It waits for the GPU once per kind of result.
+    """
     outputs = list(outputs)
     if not outputs or not isinstance(outputs[0], dict):
         return outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def dice_from_counts(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> list[np.
     return list(dice.astype(np.float32))
 
 
-def mean_of_known(values: Sequence[float]) -> float:
+def mean_of_known(values: Sequence[Any]) -> float:
     """Return the mean of the values that are not NaN; NaN if there are none."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")

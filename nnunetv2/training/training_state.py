@@ -58,7 +58,7 @@ def _describe_construction(trainer: nnUNetTrainer) -> dict[str, Any]:
     return {**trainer.my_init_kwargs, **{name: value for name, value in values.items() if _is_plain(value)}}
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: Any) -> bool:
     """Tell whether a value consists of numbers, text and containers of them."""
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))

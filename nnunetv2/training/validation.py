@@ -177,6 +177,7 @@ def _read_ahead(
     """Yield each case with what was read for it, while the next one is being read."""
     following = reader.submit(read, cases[0]) if cases else None
     for i, case in enumerate(cases):
+        assert following is not None
         content = following.result()
         following = reader.submit(read, cases[i + 1]) if i + 1 < len(cases) else None
         yield case, content

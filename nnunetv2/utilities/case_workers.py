@@ -147,7 +147,7 @@ def _serve(function: Callable[..., object], connection: Connection) -> None:
             result, failure = None, None
             try:
                 result = function(*arguments)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  told to the parent process, whatever it is
                 failure = (_in_words(error), traceback.format_exc())
             try:
                 connection.send((result, failure))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 
 
 def lock_file(descriptor: int) -> None:
@@ -12,7 +12,7 @@ def lock_file(descriptor: int) -> None:
         BlockingIOError: Another process has locked it.
         OSError: The file system knows no locks.
     """
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         try:

@@ -55,7 +55,9 @@ def read_json(
             f"{os.fspath(file)} is empty, where JSON is expected. Remedy: restore the file, or make it anew"
         )
     try:
-        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys if refuse_duplicates else None)
+        content: Any = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=_unique_keys if refuse_duplicates else None
+        )
     except UnicodeDecodeError as error:
         raise JsonFileError(f"{os.fspath(file)} is not encoded in UTF-8: {error}. Remedy: save it as UTF-8") from error
     except json.JSONDecodeError as error:

@@ -26,7 +26,7 @@ color_cycle = (
 """RGB colours as hexadecimal digits. The first one, black, is background's and changes nothing."""
 
 
-def hex_to_rgb(hex: str) -> tuple[int, int, int]:  # noqa: A002
+def hex_to_rgb(hex: str) -> tuple[int, int, int]:
     """Return red, green and blue of a colour given by six hexadecimal digits, with or without #.
 
     Raises:

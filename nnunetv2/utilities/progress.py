@@ -1,4 +1,7 @@
-"""Show how a run over many cases gets on: a bar, or a line per case."""
+"""Show the progress of a run over many cases.
+
+As a bar, or with a line per case.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fm
 def follow(
     done: Iterator[tuple[str, Item]], *, total: int, description: str, show_bar: bool = True, log_cases: bool = False
 ) -> Iterator[tuple[str, Item]]:
-    """Pass on (case, result) pairs and show their number, cases per second and the time left.
+    """Pass on (case, result) pairs and show progress.
+
+    That is their number, cases per second and the time left.
 
     Args:
         log_cases: Log a line per case in place of the bar, which lines of a log would tear apart.

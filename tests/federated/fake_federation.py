@@ -131,7 +131,7 @@ def in_threads(*functions: Callable[[], object], timeout_s: float = PATIENCE_S) 
     def run(index: int) -> None:
         try:
             results[index] = functions[index]()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised by the caller
             results[index] = error
 
     threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(functions))]

@@ -101,7 +101,7 @@ def be_born(order: dict) -> NoReturn:
         for descriptor, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
             os.dup2(source, descriptor)
         status = {"coordinator": coordinate, "site": take_part}[order["role"]](order)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  a forked process ends here, whatever happened
         import traceback
 
         traceback.print_exc()

@@ -289,7 +289,7 @@ def test_cropped_resampling_finds_the_same_objects(regions):
 def test_cropped_resampling_gives_way_to_probabilities(caplog):
     plans_manager, configuration_manager, label_manager = managers()
     arguments = (make_logits(), plans_manager, configuration_manager, label_manager, make_case(), True)
-    labels, probabilities = convert(*arguments, use_cropped_logits_resampling=True)
+    _, probabilities = convert(*arguments, use_cropped_logits_resampling=True)
     assert "ignored" in caplog.text
     np.testing.assert_array_equal(probabilities, convert(*arguments)[1])
 

@@ -11,7 +11,7 @@ import pytest
 from tiny_dataset import make_dataset_json, make_plans, make_tiny_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "training" / "variants"))
-from variant_table import VARIANTS  # noqa: E402
+from variant_table import VARIANTS
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 

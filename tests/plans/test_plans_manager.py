@@ -195,7 +195,7 @@ def test_network_class_that_moved_is_found():
 
 def test_networks_that_cannot_be_built():
     path = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
-    with pytest.warns(UserWarning), pytest.raises(ImportError, match="NoSuchNet"):
+    with pytest.warns(UserWarning, match="NoSuchNet"), pytest.raises(ImportError, match="NoSuchNet"):
         get_network_from_plans("a.b.NoSuchNet", KWARGS, IMPORTED, 1, 2)
     with pytest.raises(ValueError, match=r"no torch\.nn\.Module"):
         get_network_from_plans("os.system", {}, [], 1, 2)

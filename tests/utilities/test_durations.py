@@ -21,7 +21,6 @@ from nnunetv2.utilities.durations import format_duration
         (59.6, "1 min"),
         (754, "12 min"),
         (195_123, "2 d 6 h"),
-        (-3, "0 s"),
     ],
 )
 def test_durations_are_short(seconds, text):

@@ -24,8 +24,10 @@ def is_harmless(text, *, allowed=""):
     """Tell whether a text has no control, format, surrogate, private, unassigned or separating character."""
     return all(
         one in allowed
-        or unicodedata.category(one) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-        and (one == " " or unicodedata.category(one) != "Zs")
+        or (
+            unicodedata.category(one) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+            and (one == " " or unicodedata.category(one) != "Zs")
+        )
         for one in text
     )
 

@@ -88,7 +88,7 @@ def read_cropped_case(
 
 
 def raise_unless_finite(images: np.ndarray, segmentation: np.ndarray) -> None:
-    """Refuse NaN and infinite values, which would turn every statistic of the dataset into the like."""
+    """Refuse NaN and infinite values, which would spoil every statistic."""
     for name, array in (("image", images), ("label", segmentation)):
         number = sum(plane.size - np.count_nonzero(np.isfinite(plane)) for channel in array for plane in channel)
         if number:

@@ -200,8 +200,8 @@ class ExperimentPlanner:
 
     def get_plans_for_configuration(
         self,
-        spacing: Sequence[float],
-        median_shape: Sequence[float],
+        spacing: Sequence[float] | np.ndarray,
+        median_shape: Sequence[float] | np.ndarray,
         data_identifier: str,
         approximate_n_voxels_dataset: float,
         _cache: dict[str, int],
@@ -233,10 +233,12 @@ class ExperimentPlanner:
         batch_size = max(min(affordable, sensible), self.UNet_min_batch_size)
         return self._describe_configuration(data_identifier, batch_size, topology, spacing, median_shape)
 
-    def _design(self, spacing: Sequence[float], patch_size: Sequence[float]) -> Topology:
+    def _design(self, spacing: Sequence[float] | np.ndarray, patch_size: Sequence[float] | np.ndarray) -> Topology:
         return get_pool_and_conv_props(spacing, patch_size, self.UNet_featuremap_min_edge_length, NO_LIMIT)
 
-    def _shrink(self, topology: Topology, spacing: Sequence[float], median_shape: Sequence[float]) -> Topology:
+    def _shrink(
+        self, topology: Topology, spacing: Sequence[float] | np.ndarray, median_shape: Sequence[float] | np.ndarray
+    ) -> Topology:
         """Shorten the axis that covers most of the median image by one step of what the network can divide.
 
         The step is that of the network for the shorter patch, which may be less deep.
@@ -285,8 +287,8 @@ class ExperimentPlanner:
         data_identifier: str,
         batch_size: int,
         topology: Topology,
-        spacing: Sequence[float],
-        median_shape: Sequence[float],
+        spacing: Sequence[float] | np.ndarray,
+        median_shape: Sequence[float] | np.ndarray,
     ) -> dict[str, Any]:
         schemes, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
         resample_data, data_kwargs, resample_seg, seg_kwargs = self.determine_resampling()

@@ -39,7 +39,7 @@ def median_target_spacing(spacings: np.ndarray, shapes: np.ndarray, anisotropy_t
     return target
 
 
-def coarsest_axis_first(spacing: Sequence[float]) -> tuple[list[int], list[int]]:
+def coarsest_axis_first(spacing: Sequence[float] | np.ndarray) -> tuple[list[int], list[int]]:
     """Return the permutation that moves the axis of the largest spacing to the front, and its inverse."""
     coarsest = int(np.argmax(spacing))
     forward = [coarsest, *(axis for axis in range(len(spacing)) if axis != coarsest)]
@@ -47,7 +47,7 @@ def coarsest_axis_first(spacing: Sequence[float]) -> tuple[list[int], list[int]]
 
 
 def median_resampled_shape(
-    spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], target: Sequence[float]
+    spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], target: Sequence[float] | np.ndarray
 ) -> np.ndarray:
     """Return the median shape per axis once each case has the target spacing. May be a half, but is never 0."""
     # Without the one voxel that preprocessing keeps of a thin case: plans are those of the release.
@@ -55,7 +55,7 @@ def median_resampled_shape(
     return np.where(median == 0, 1.0, median)
 
 
-def initial_patch_size(spacing: Sequence[float], median_shape: Sequence[float]) -> np.ndarray:
+def initial_patch_size(spacing: Sequence[float] | np.ndarray, median_shape: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return a patch that is cubic in mm and large, cut to the median shape (whose halves it may keep)."""
     inverse = 1 / np.asarray(spacing, dtype=float)
     dim = len(inverse)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def describe_too_small(configuration_name: str, median_shape: Sequence[float]) -> str:
@@ -24,7 +27,7 @@ def find_too_small(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str,
     }
 
 
-def describe_flat_axes(median_shape: Sequence[float], transpose_forward: Sequence[int]) -> str | None:
+def describe_flat_axes(median_shape: Sequence[float] | np.ndarray, transpose_forward: Sequence[int]) -> str | None:
     """Return a hint if images have one voxel along an axis that slices are made of, otherwise None.
 
     Args:

@@ -24,7 +24,7 @@ def get_shape_must_be_divisible_by(net_numpool_per_axis: Sequence[int]) -> np.nd
     return 2 ** np.asarray(net_numpool_per_axis)
 
 
-def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int]) -> np.ndarray:
+def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int] | np.ndarray) -> np.ndarray:
     """Return the smallest multiples of `must_be_divisible_by` that are not below `shape`, as ints.
 
     Args:
@@ -36,7 +36,10 @@ def pad_shape(shape: Sequence[float], must_be_divisible_by: int | Sequence[int])
 
 
 def get_pool_and_conv_props(
-    spacing: Sequence[float], patch_size: Sequence[float], min_feature_map_size: int, max_numpool: int
+    spacing: Sequence[float] | np.ndarray,
+    patch_size: Sequence[float] | np.ndarray,
+    min_feature_map_size: int,
+    max_numpool: int,
 ) -> Topology:
     """Halve the feature maps until they are small, the finest axes first.
 

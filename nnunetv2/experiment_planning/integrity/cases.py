@@ -159,13 +159,13 @@ def _read(
     reader: BaseReaderWriter, paths: list[str], is_label: bool = False
 ) -> tuple[list[Fault], tuple[np.ndarray, Mapping[str, Any]] | None]:
     """Read files. Return faults that reading does not show, or why it fails, and array and properties."""
-    find_more = getattr(reader, "find_faults", lambda path, is_label: [])  # readers need not be our subclasses
+    find_more: Any = getattr(reader, "find_faults", lambda path, is_label: [])  # readers need not be our subclasses
     faults = [fault for path in paths for fault in find_more(path, is_label)]
     if any(fault.what == DAMAGED for fault in faults):
         return faults, None
     try:
         return faults, reader.read_seg(paths[0]) if is_label else reader.read_images(paths)
-    except Exception as error:  # readers raise whatever their library raises; all of it belongs in the table
+    except Exception as error:  # noqa: BLE001  readers raise whatever their library raises; all of it belongs in the table
         unreadable = Fault(
             "a file cannot be read",
             _in_words(error),

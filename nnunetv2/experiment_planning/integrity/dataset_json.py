@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def determine_expected_labels(content: Mapping[str, Any]) -> list[int]:
     labels = [int(label) for label in manager.all_labels]
     if manager.has_ignore_label:
         labels.append(int(manager.ignore_label))
-    jumps = [f"{a} is followed by {b}" for a, b in zip(labels, labels[1:]) if b != a + 1]
+    jumps = [f"{a} is followed by {b}" for a, b in pairwise(labels) if b != a + 1]
     if jumps or labels[0] != 0:
         raise InvalidDatasetError(
             f"labels must be consecutive numbers from 0, but {NAME} has "

@@ -86,7 +86,7 @@ def _place(geometry: Geometry, voxels: np.ndarray) -> np.ndarray:
     return voxels * geometry.spacing @ np.transpose(geometry.direction) + geometry.origin
 
 
-def _freeze(origin: Sequence[float], direction: np.ndarray, spacing: Sequence[float]) -> Geometry:
+def _freeze(origin: Sequence[float] | np.ndarray, direction: np.ndarray, spacing: Sequence[float]) -> Geometry:
     return Geometry(
         tuple(map(float, origin)), tuple(tuple(map(float, row)) for row in direction), tuple(map(float, spacing))
     )

@@ -118,7 +118,9 @@ class Moments:
         return math.sqrt(self.m2 / self.count)
 
 
-def sorted_geometry(spacings: Iterable[Sequence[float]], shapes: Iterable[Sequence[int]]) -> tuple[tuple, tuple]:
+def sorted_geometry(
+    spacings: Iterable[Sequence[float]], shapes: Iterable[Sequence[int]]
+) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[int, ...], ...]]:
     """Return the spacings and shapes of the same cases, sorted together so that the order of cases is not told."""
     pairs = sorted(
         (tuple(map(float, spacing)), tuple(map(int, shape))) for spacing, shape in zip(spacings, shapes, strict=True)
@@ -181,10 +183,10 @@ def pooled_percentiles(
         raise StatisticsError("fine and coarse histograms do not describe the same values")
     dtype = np.float64 if promotes_to_float64 else np.float32
 
-    def value_at(rank: int) -> np.floating:
+    def value_at(rank: int) -> np.float32 | np.float64:
         number, rank_inside = _locate(coarse, rank)
         place, _ = _locate(fine[rows[number]], rank_inside)
-        return key_values(np.array([number << 16 | place]))[0].astype(dtype)
+        return dtype(key_values(np.array([number << 16 | place]))[0])
 
     def percentile(wanted: float) -> float:
         low, high, fraction = _neighbours(int(coarse.sum()), wanted)
@@ -205,9 +207,12 @@ def outermost_bounds(coarse: np.ndarray) -> tuple[float, float]:
 class ChannelMoments(Protocol):
     """What pooling reads of a channel's moments; `Moments` and the message of that name have it."""
 
-    count: int
-    mean: float
-    m2: float
+    @property
+    def count(self) -> int: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def m2(self) -> float: ...
 
 
 class SiteSummary(Protocol):
@@ -285,8 +290,9 @@ def _pool_channel(
 
 def _extrema(channel: int, summaries: Sequence[SiteSummary]) -> tuple[float, float] | None:
     """Return the extrema of a channel if every site that has foreground shares its own."""
-    shared = [summary.extrema for summary in summaries if summary.moments[channel].count]
-    if any(extrema is None for extrema in shared):
+    of_sites = [summary.extrema for summary in summaries if summary.moments[channel].count]
+    shared = [extrema for extrema in of_sites if extrema is not None]
+    if len(shared) < len(of_sites):
         return None
     return min(extrema[channel][0] for extrema in shared), max(extrema[channel][1] for extrema in shared)
 

@@ -68,7 +68,7 @@ def distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """
     distinct: dict[str, Any] = {}
     aliases: dict[str, str] = {}
-    first_names: dict[tuple, str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
         # Tensors without memory (empty, or on the meta device) all have address 0 and alias only themselves.
         place = tensor.data_ptr() or id(tensor)
@@ -94,7 +94,7 @@ def count_parameters(manifest: Manifest) -> int:
     return sum(math.prod(entry.shape) for entry in manifest if entry.dtype in _FLOATING)
 
 
-def _dtype_name(name: str, dtype: Any) -> str:
+def _dtype_name(name: str, dtype: Any) -> Any:
     try:
         return _DTYPES[str(dtype).removeprefix("torch.")]
     except KeyError:
@@ -207,7 +207,7 @@ def _layer_of(name: str) -> str:
 
 def _groups_of_sites(layer: Mapping[str, Mapping[str, TensorEntry]], min_sites: int) -> list[list[str]]:
     """Return the groups, of so many sites at least, whose tensors of this layer agree in every respect."""
-    groups: dict[tuple, list[str]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for site, tensors in layer.items():
         if all(entry.dtype in SHAREABLE for entry in tensors.values()):
             groups[tuple(sorted((name, entry.dtype, entry.shape) for name, entry in tensors.items()))].append(site)

@@ -36,7 +36,7 @@ def pool(
     mean = mean_of_known(dice)
     average = moving_average(None if before is None else before.ema_dice, mean)
     best_round, best = (None, None) if before is None else (before.best_round, before.best_ema_dice)
-    if mean is not None and (best is None or average > best):
+    if mean is not None and average is not None and (best is None or average > best):
         best_round, best = number, average
     return PooledValidation(
         round=number,

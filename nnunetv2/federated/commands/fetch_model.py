@@ -157,9 +157,11 @@ def _plans_in(path: Path, model: PurePosixPath) -> dict[str, Any]:
         if name not in archive.namelist() or archive.getinfo(name).file_size > MAX_DOCUMENT_JSON:
             raise WireError(f"{path} is no model: it has no {name}, or a huge one")
         plans = parse_json(archive.read(name), what=f"{name} in {path}")
-    plans_name = plans.get("plans_name") if isinstance(plans, dict) else None
+    if not isinstance(plans, dict):
+        raise WireError(f"{path} is no model: its plans are no JSON object")
+    plans_name = plans.get("plans_name")
     if not isinstance(plans_name, str) or not re.fullmatch(SEGMENT_PATTERN.strip("^$"), plans_name):
-        raise WireError(f"{path} is no model: the plans in it are called {str(plans_name):.80}")
+        raise WireError(f"{path} is no model: the plans in it are called {plans_name!s:.80}")
     return plans
 
 

@@ -7,6 +7,7 @@ the results, one exchange at a time, so that memory stays small.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import statistics
 import threading
@@ -100,7 +101,7 @@ class Coordinator:
 
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
         """Count the bytes of a member's request and its response, per exchange."""
-        if self.state.registry.get(key) is None:
+        if not self.state.registry.has_begun(key):
             key = ""  # anybody can make up names: no counter for each
         self.members.count(member, key, Traffic(received, sent, self.state.clock()))
 
@@ -345,7 +346,9 @@ class Coordinator:
             return run
         further = f"{run}.{plans_name}"
         if registration is None or not registration.is_closed:
-            may_be_plain = site not in names or plans_name in names.values() or registration.outcome is not None
+            may_be_plain = (
+                site not in names or plans_name in names.values() or bool(registration and registration.outcome)
+            )
         else:
             may_be_plain = site not in names and (
                 plans_name in names.values() or not self.state.registry.run_state(run).closed
@@ -409,11 +412,11 @@ class Coordinator:
         if latest is None:
             return api.RunProgress(run=run)
         moments = self.state.registry.closed_at(run, RECENT_ROUNDS + 1)
-        durations = [later - earlier for earlier, later in zip(moments, moments[1:])]
+        durations = [later - earlier for earlier, later in itertools.pairwise(moments)]
         found = self.state.store.load_last_validation(run)
         return api.RunProgress(
             run=run,
-            last_closed=latest.outcome.time,
+            last_closed=moments[-1],
             round_s=statistics.median(durations) if durations else None,
             validation=None
             if found is None
@@ -464,5 +467,5 @@ def _failure_status(event: Event) -> api.FailureStatus:
     """Return what a line of the log says; before 2.8.1+fed.4, its texts could be longer than a status holds."""
     run, reason = (excerpt(event.detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
     return api.FailureStatus(
-        site=event.site, time=event.time, run=run[:500], round=event.detail["round"], reason=reason
+        site=event.site or "", time=event.time, run=run[:500], round=event.detail["round"], reason=reason
     )

@@ -61,6 +61,10 @@ class ExchangeRegistry:
         exchange = self._exchanges.get(key)
         return None if exchange is None else self._present(exchange)
 
+    def has_begun(self, key: str) -> bool:
+        """Tell whether there is an exchange under a key, whether it is a proper one or not."""
+        return key in self._exchanges
+
     def put(self, exchange: Exchange) -> None:
         """Remember the newest state of an exchange."""
         key = exchange.key

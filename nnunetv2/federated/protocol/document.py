@@ -307,7 +307,7 @@ def _bytes_of(values: np.ndarray, dtype: np.dtype) -> memoryview:
 
 
 # ------------------------------------------------------------------------------------------------------ reading
-def open_document(path: Path, *, limits: Limits = Limits()) -> Document[Any]:  # noqa: B008 - frozen
+def open_document(path: Path, *, limits: Limits = Limits()) -> Document[Any]:
     """Check the whole header of a document and return it open.
 
     Raises:

@@ -93,17 +93,22 @@ def parse_json(
         _check_depth(value)
         return value
     except (ValueError, RecursionError) as error:
-        raise WireError(f"{what} is not proper JSON: {str(error):.200}") from None
+        raise WireError(f"{what} is not proper JSON: {error!s:.200}") from None
 
 
 def count_elements(data: bytes | bytearray | str) -> int:
     """Count what a JSON text may at most hold: its opening brackets and its commas."""
-    return sum(map(data.count, "[{," if isinstance(data, str) else (b"[", b"{", b",")))
+    if isinstance(data, str):
+        return sum(map(data.count, "[{,"))
+    return sum(map(data.count, (b"[", b"{", b",")))
 
 
 def _is_of_numbers(data: bytes | bytearray | str, quotes: int) -> bool:
-    quote, escape = ('"', "\\u") if isinstance(data, str) else (b'"', b"\\u")
-    return data.isascii() and escape not in data and data.count(quote) <= quotes
+    if not data.isascii():
+        return False
+    if isinstance(data, str):
+        return "\\u" not in data and data.count('"') <= quotes
+    return b"\\u" not in data and data.count(b'"') <= quotes
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

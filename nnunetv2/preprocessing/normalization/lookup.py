@@ -12,7 +12,9 @@ _FIELD = "an entry of normalization_schemes in the plans"
 
 
 def find_normalization_class(name: str) -> type[ImageNormalization]:
-    """Return the class of that name from the modules in this folder, to which users may add their own.
+    """Return a normalization class by name, from the modules in this folder.
+
+    Users may add their own there.
 
     Raises:
         RuntimeError: No module here defines it.

@@ -21,5 +21,8 @@ channel_name_to_normalization_mapping: dict[str, type[ImageNormalization]] = {
 
 
 def get_normalization_scheme(channel_name: str) -> type[ImageNormalization]:
-    """Return the class for a channel name, in any case of letters. Names that mean nothing get a z-score."""
+    """Return the normalization class for a channel name, in any case.
+
+    Names that mean nothing get a z-score.
+    """
     return channel_name_to_normalization_mapping.get(channel_name.casefold(), ZScoreNormalization)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2.errors import InvalidInputError
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
@@ -161,8 +161,9 @@ def _code_files(run: DatasetRun, preprocessor: object) -> set[Path]:
         run.plans_manager.label_manager_class,
         *map(find_normalization_class, configuration.normalization_schemes),
     ]
-    parts = [base for of_class in classes for base in inspect.getmro(of_class)]
-    parts += [function.func for function in (configuration.resampling_fn_data, configuration.resampling_fn_seg)]
+    parts: list[Any] = [base for of_class in classes for base in inspect.getmro(of_class)]
+    resampling: list[Any] = [configuration.resampling_fn_data, configuration.resampling_fn_seg]
+    parts += [function.func for function in resampling]
     parts += [blosc2_layout, cropping, foreground_locations, label_resampling, datasets, separable]
     files = set()
     for part in parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def sample_foreground_locations(
     random_state = np.random.RandomState(seed)
     members = {_key(entry): _members(entry) for entry in classes_or_regions}
     voxels = find_voxels(seg, {label for labels in members.values() for label in labels})
-    locations = {}
+    locations: dict[Any, Any] = {}
     for key, labels in members.items():
         candidates = [voxels[label] for label in labels]
         total = sum(map(len, candidates))

@@ -1,4 +1,4 @@
-"""Turn a label map into the same labels on a finer or coarser grid, without a volume per label.
+"""Resample label maps without a volume per label.
 
 The rule, which batchgenerators >= 0.25.4 defines: interpolate each label's 0/1 indicator; the largest value wins; on an
 exact tie the label of the nearest input voxel wins if it takes part, else the smallest label.
@@ -38,7 +38,9 @@ class _LinearAxis:
 
 
 def resample_labels(labels: np.ndarray, new_shape: Sequence[int], order: int) -> np.ndarray:
-    """Resample a label map of any number of axes and any dtype; returns a new array of the same dtype.
+    """Resample a label map of any number of axes and any dtype.
+
+    The result is a new array of the same dtype.
 
     Args:
         order: 0 nearest neighbour, 1 linear, 2 to 5 splines. See the module for the decision.
@@ -76,7 +78,9 @@ def _vote_where_mixed(labels: np.ndarray, new_shape: tuple[int, ...], nearest: S
 
 
 def find_mixed_cells(labels: np.ndarray) -> np.ndarray:
-    """Mark the cells between input voxels whose 2 ** axes corners do not all hold the same label.
+    """Mark the cells between voxels whose corners hold different labels.
+
+    A cell has 2 ** axes corners, which are voxels of the input.
 
     Returns:
         Boolean array, one shorter than `labels` on each axis that has more than one voxel.
@@ -89,7 +93,7 @@ def find_mixed_cells(labels: np.ndarray) -> np.ndarray:
         upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(labels.ndim))
         uniform = uniform[lower] & uniform[upper]
         # The first corner of a cell stands for all of them along the axes already seen.
-        first = tuple(slice(0, n) for n in uniform.shape)
+        first = tuple(map(slice, uniform.shape))
         uniform &= labels[lower][first] == labels[upper][first]
     return ~uniform
 

@@ -1,4 +1,4 @@
-"""Leave an array as it is: a resampling function for plans whose data must keep its grid."""
+"""Leave arrays as they are, for plans whose data keeps its grid."""
 
 from __future__ import annotations
 

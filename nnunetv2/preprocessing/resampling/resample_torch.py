@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ def resample_torch_fornnunet(
     if data.ndim != 4:
         raise InvalidInputError(f"expected data (c, x, y, z), got shape {tuple(data.shape)}")
     new_shape = tuple(int(n) for n in new_shape)
-    settings = {
+    settings: dict[str, Any] = {
         "is_seg": is_seg,
         "num_threads": num_threads,
         "device": device,
@@ -100,16 +101,16 @@ def resample_torch_fornnunet(
     )
     if not separate:
         return resample_torch_simple(data, new_shape, mode=mode, **settings)
-    was_array = isinstance(data, np.ndarray)
-    tensor = torch.from_numpy(np.ascontiguousarray(data)) if was_array else data
+    assert axis is not None
+    tensor = torch.from_numpy(np.ascontiguousarray(data)) if isinstance(data, np.ndarray) else data
     # Slices become channels, which no interpolation mixes.
     channels, slices = tensor.shape[0], tensor.shape[axis + 1]
     folded = tensor.movedim(axis + 1, 1).flatten(0, 1)
     plane_shape = [n for a, n in enumerate(new_shape) if a != axis]
-    planes = resample_torch_simple(folded, plane_shape, mode=mode, **settings)
-    volume = planes.unflatten(0, (channels, slices)).movedim(1, axis + 1)
+    planes: Any = resample_torch_simple(folded, plane_shape, mode=mode, **settings)
+    volume: Any = planes.unflatten(0, (channels, slices)).movedim(1, axis + 1)
     volume = resample_torch_simple(volume, new_shape, mode=aniso_axis_mode, **settings)
-    return volume.cpu().numpy() if was_array else volume
+    return volume.cpu().numpy() if isinstance(data, np.ndarray) else volume
 
 
 def _interpolate(tensor: torch.Tensor, new_shape: Sequence[int], mode: str) -> torch.Tensor:

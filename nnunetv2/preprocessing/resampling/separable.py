@@ -1,4 +1,4 @@
-"""Turn an array into the same image on a finer or coarser grid, one axis after the other.
+"""Resample images, one axis after the other.
 
 B-spline interpolation on a regular grid is separable: the 3-D result is three products with one small matrix per axis.
 Output `i` of an axis with `old` input and `new` output positions lies at `(old / new) * (i + 0.5) - 0.5`, so the outer
@@ -37,7 +37,10 @@ _SLAB_VOXELS = 2**22
 
 @dataclass(frozen=True)
 class Band:
-    """A block of output positions of one axis, as mixtures of a range of input positions."""
+    """A block of output positions of one axis.
+
+    They are mixtures of a range of input positions.
+    """
 
     outputs: slice
     inputs: slice
@@ -46,12 +49,15 @@ class Band:
 
 
 def sample_positions(old: int, new: int) -> np.ndarray:
-    """Return where the `new` output voxels of an axis lie on the grid of its `old` input voxels (float64)."""
+    """Return the positions of an axis' output voxels among its input voxels (float64)."""
     return (old / new) * (np.arange(new) + 0.5) - 0.5
 
 
 def nearest_indices(old: int, new: int) -> np.ndarray:
-    """Return the input voxel nearest to each output voxel of an axis; halves round up, as scipy does at order 0."""
+    """Return the input voxel nearest to each output voxel of an axis.
+
+    Halves round up, as scipy does at order 0.
+    """
     return np.clip(np.floor(sample_positions(old, new) + 0.5), 0, old - 1).astype(np.intp)
 
 
@@ -67,7 +73,9 @@ def gather(array: np.ndarray, indices: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def resample_image(image: np.ndarray, new_shape: Sequence[int], order: int, out: np.ndarray) -> None:
-    """Interpolate an image of any number of axes and write it to `out`, clipped to the range of its input.
+    """Interpolate an image into `out`, clipped to the range of its input.
+
+    It has any number of axes.
 
     Needs memory for one slab beside input and output. Float16 and float32 are computed in float32 (differs from
     scikit-image's float64 by less than 1e-6 of the range), all else in float64.
@@ -90,7 +98,9 @@ def resample_image(image: np.ndarray, new_shape: Sequence[int], order: int, out:
 def resampled_slabs(
     image: np.ndarray, new_shape: Sequence[int], order: int, convert: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the interpolated image in slabs along its first axis, not clipped, as (rows of the output, float array).
+    """Yield the interpolated image in slabs along its first axis, not clipped.
+
+    Each is (rows of the output, float array).
 
     The arrays may share memory with `image` where nothing changes; do not write to them.
 
@@ -113,13 +123,17 @@ def resampled_slabs(
 
 
 def resample_axis(array: np.ndarray, axis: int, new: int, order: int) -> np.ndarray:
-    """Interpolate a contiguous float array along one axis, not clipped. Returns `array` itself if nothing changes."""
+    """Interpolate a contiguous float array along one axis, not clipped.
+
+    Returns `array` itself if nothing changes.
+    """
     old = array.shape[axis]
     if old == new:
         return array
     before, after = prod(array.shape[:axis]), prod(array.shape[axis + 1 :])
     mixed = np.empty((before, new, after), array.dtype)
     for band in axis_bands(old, new, order, array.dtype):
+        assert band.weights is not None  # only where sizes agree
         if after == 1:  # the last axis: one large product instead of many small ones
             np.matmul(array.reshape(before, old)[:, band.inputs], band.weights.T, out=mixed[:, band.outputs, 0])
         else:
@@ -128,7 +142,10 @@ def resample_axis(array: np.ndarray, axis: int, new: int, order: int) -> np.ndar
 
 
 def axis_bands(old: int, new: int, order: int, dtype: np.dtype, block: int = _BLOCK) -> tuple[Band, ...]:
-    """Return the interpolation matrix of one axis, (new, old), cut into bands of at most `block` outputs."""
+    """Return the interpolation matrix of one axis, (new, old), in bands.
+
+    A band has at most `block` outputs.
+    """
     if not 1 <= order <= 5:
         raise ValueError(f"the order of interpolation must be 0 (nearest), 1 (linear) or 2 to 5 (splines), got {order}")
     # Where outputs are sparse, a block of them would span many inputs that each of them ignores.

@@ -24,7 +24,10 @@ Cells = tuple[np.ndarray, np.ndarray]
 
 
 class AffineGrid(NamedTuple):
-    """Points `matrix @ index + offset`, in voxels of the source, for all indices of a patch."""
+    """Points `matrix @ index + offset` for all indices of a patch.
+
+    They are in voxels of the source.
+    """
 
     matrix: np.ndarray
     """`(dim, dim)`, float64."""
@@ -38,7 +41,7 @@ class AffineGrid(NamedTuple):
         return self.offset + np.minimum(reach, 0).sum(1), self.offset + np.maximum(reach, 0).sum(1)
 
     def cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the box, half-open, of the voxels that a linear interpolation at the points draws on."""
+        """Return the half-open box of voxels that linear interpolation needs."""
         smallest, largest = self.bounds()
         return np.floor(smallest - SLACK).astype(int), np.floor(largest + SLACK).astype(int) + 2
 
@@ -53,7 +56,7 @@ class AffineGrid(NamedTuple):
 
 
 def centred_grid(affine: np.ndarray, centre: Sequence[float], patch: Sequence[int]) -> AffineGrid:
-    """Return the grid of a patch that is turned about its own centre, which comes to lie at `centre`.
+    """Return the grid of a patch, turned about its centre and moved to `centre`.
 
     Args:
         affine: Rotation and scaling of column vectors.
@@ -65,7 +68,10 @@ def centred_grid(affine: np.ndarray, centre: Sequence[float], patch: Sequence[in
 
 
 class Source(NamedTuple):
-    """The part of an array that a grid needs, with what is beyond the edges of the array."""
+    """The part of an array that a grid needs.
+
+    It includes values beyond the edges of the array.
+    """
 
     values: np.ndarray
     """`(c, *box)`, contiguous."""
@@ -76,7 +82,10 @@ class Source(NamedTuple):
 
 
 def cut_source(values: np.ndarray, grid: AffineGrid, fill: float) -> Source:
-    """Cut out of an array `(c, *spatial)` what a grid draws on, surrounded by `fill` where that is needed."""
+    """Cut the part of an array `(c, *spatial)` that a grid needs.
+
+    It is surrounded by `fill` where it reaches beyond the array.
+    """
     length = np.array(values.shape[1:])
     lower, upper = grid.cells()
     # One voxel of padding suffices: further out, everything is the same. A position at `length` needs two.
@@ -107,7 +116,7 @@ def sample_images(images: np.ndarray, grid: AffineGrid) -> np.ndarray:
 
 
 def sample_lower_corners(values: np.ndarray, source: Source) -> np.ndarray:
-    """Return the value, at each point, of the voxel at the lower corner of its cell: `(c, *patch)`.
+    """Return the voxel at the lower corner of each point's cell: `(c, *patch)`.
 
     Args:
         values: `(c, *box)`, of the same box as the source.

@@ -1,4 +1,6 @@
-"""Run data loaders in worker processes, or in this one, and notice at once when a worker fails.
+"""Run data loaders in worker processes or in this one.
+
+A worker that fails is noticed at once.
 
 What flows:
 
@@ -84,9 +86,9 @@ def build_augmenters(
                 NumberedBatches(loader, (*entropy, stream), first=first)
                 for stream, (loader, first) in enumerate(zip(loaders, first_batches))
             ]
-        return tuple(SingleThreadedAugmenter(loader, None) for loader in loaders)
+        return SingleThreadedAugmenter(loaders[0], None), SingleThreadedAugmenter(loaders[1], None)
     sizes = ((num_processes, max(6, num_processes // 2)), (max(1, num_processes // 2), max(3, num_processes // 4)))
-    return tuple(
+    training, validation = (
         WorkerAugmenter(
             loader,
             None,
@@ -101,6 +103,7 @@ def build_augmenters(
             zip((train_loader, val_loader), sizes, first_batches)
         )
     )
+    return training, validation
 
 
 class _Channels(NamedTuple):
@@ -147,14 +150,14 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         self._entropy, self._first_batch = entropy, first_batch
 
     def start(self) -> None:
-        """Start the workers now, so that the first batch is on its way when it is asked for."""
+        """Start the workers early, so that the first batch is on its way."""
         self._start()
 
     def _start(self) -> None:
         """Start workers and the thread that fetches their batches."""
         if self.initialized:
             return
-        context = multiprocessing.get_context(choose_start_method())
+        context: Any = multiprocessing.get_context(choose_start_method())
         self.abort_event, self.pause_event = context.Event(), context.Event()
         self._failures, self.results_loop_queue = context.SimpleQueue(), queue.Queue(NUM_READY_BATCHES)
         queues, loaders = self._build_queues_and_loaders(context)
@@ -243,7 +246,10 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
 
 
 def choose_start_method() -> str:
-    """Return how workers are started: by fork where that is safe, which is fast and shares memory; else by spawn."""
+    """Return the start method of workers: fork where that is safe, else spawn.
+
+    Fork is fast and shares memory.
+    """
     return "fork" if sys.platform.startswith("linux") else "spawn"
 
 
@@ -264,14 +270,14 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
                 return
     except KeyboardInterrupt:
         channels.abort.set()
-    except Exception as error:  # reported, whatever it is: here nobody else would see it
+    except Exception as error:  # noqa: BLE001  reported, whatever it is: here nobody else would see it
         report = f"augmentation-{worker} failed: {type(error).__name__}: {error}"[:MAX_REPORT_LENGTH].rstrip(": ")
         channels.failures.put((report, traceback.format_exc()[-MAX_REPORT_LENGTH:]))
         channels.abort.set()
 
 
 def prepare_worker() -> None:
-    """Set up a process that does nothing but augment: one thread, and memory that is used again.
+    """Set up an augmentation process: one thread, and reused memory.
 
     The workers together fill the processor already. Every sample needs the same few arrays of some MiB; glibc gives
     such memory back when it is freed, and getting it anew means to fault in and clear each of its pages.

@@ -1,4 +1,4 @@
-"""Compute how many voxels to load so that a rotated and scaled patch does not run over their edge."""
+"""Compute the size to load for a patch that is rotated and scaled."""
 
 from __future__ import annotations
 

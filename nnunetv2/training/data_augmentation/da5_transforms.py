@@ -213,7 +213,10 @@ def _lengths_of_rectangles(length: int) -> list[int]:
 
 
 def draw_width(shape: Sequence[int], axis: int) -> float:
-    """Draw the width of a bump in voxels, between a sixth of the patch and all of it, even on a logarithmic scale."""
+    """Draw the width of a bump in voxels, even on a logarithmic scale.
+
+    It lies between a sixth of the patch and all of it.
+    """
     length = shape[axis]
     return float(np.exp(np.random.uniform(np.log(max(1, length // 6)), np.log(length))))
 

@@ -6,7 +6,7 @@ a time. Their order matters: -1 marks what lies outside the image until its voxe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ ELONGATED_2D_PATCH = 1.5
 
 
 class PatchGeometry(NamedTuple):
-    """How patches are loaded and turned; in the order in which the trainer's hook returns it."""
+    """Sizes and rotations of patches, in the order of the trainer's hook."""
 
     rotation: tuple[float, float]
     """Range of rotations about each axis, in radians."""
@@ -59,7 +59,9 @@ def rotation_and_patch_size(
     scale_range: tuple[float, float] = SCALE_RANGE_FOR_PATCH_SIZE,
     allow_dummy_2d: bool = True,
 ) -> PatchGeometry:
-    """Decide from the shape of the patches (2 or 3 axes) how far they may be turned, and what to load for that.
+    """Choose rotations and the size to load from the shape of patches.
+
+    Patches have 2 or 3 axes.
 
     Args:
         scale_range: Zoom that the loaded patch allows for.
@@ -122,7 +124,7 @@ def build_validation_transforms(
 
 
 def _spatial_transforms(
-    patch_size: Sequence[int], rotation: RandomScalar, do_dummy_2d_data_aug: bool
+    patch_size: Sequence[int] | np.ndarray, rotation: RandomScalar, do_dummy_2d_data_aug: bool
 ) -> list[BasicTransform]:
     """Turn, scale and crop. For dummy 2D the slices pass as channels, so that they are all treated alike."""
     spatial = BoundarySpatialTransform(
@@ -197,7 +199,10 @@ def _gamma(p_invert_image: float) -> FastGammaTransform:
 
 
 def mask_transforms(use_mask_for_norm: Sequence[bool] | None) -> list[BasicTransform]:
-    """Set the voxels outside the image's own content to 0, in the channels that are normalised within it alone."""
+    """Set voxels outside the image's own content to 0.
+
+    Only in channels that are normalised within it alone.
+    """
     channels = [channel for channel, is_masked in enumerate(use_mask_for_norm or ()) if is_masked]
     return [FastMaskImageTransform(channels, channel_idx_in_seg=0, set_outside_to=0)] if channels else []
 
@@ -205,7 +210,7 @@ def mask_transforms(use_mask_for_norm: Sequence[bool] | None) -> list[BasicTrans
 def previous_stage_transforms(
     is_cascaded: bool, foreground_labels: Sequence[int] | None, *, augment: bool, p_per_label: float = 0.5
 ) -> list[BasicTransform]:
-    """Turn -1 into background, and for a cascade the previous stage's labels into channels of the image.
+    """Turn -1 into background, and a previous stage's labels into channels.
 
     Args:
         augment: Imitate the mistakes of a previous stage.
@@ -230,7 +235,8 @@ def previous_stage_transforms(
     )
 
     label_channels = list(range(-len(foreground_labels), 0))
-    return transforms + [
+    return [
+        *transforms,
         RandomTransform(
             ApplyRandomBinaryOperatorTransform(
                 channel_idx=list(label_channels), strel_size=(1, 8), p_per_label=p_per_label
@@ -252,11 +258,14 @@ def previous_stage_transforms(
 def target_transforms(
     deep_supervision_scales: DeepSupervisionScales | None, regions: Regions | None, ignore_label: int | None
 ) -> list[BasicTransform]:
-    """Turn labels into regions (the ignore label becomes the last one), and into one target per resolution."""
+    """Turn labels into regions, and into one target per resolution.
+
+    The ignore label becomes the last region.
+    """
     transforms: list[BasicTransform] = []
     if regions is not None:
         # plain ints, as the library tests for them
-        plain = [int(region) if np.isscalar(region) else tuple(int(label) for label in region) for region in regions]
+        plain = [tuple(map(int, region)) if isinstance(region, Iterable) else int(region) for region in regions]
         all_regions = plain if ignore_label is None else [*plain, ignore_label]
         transforms.append(ConvertSegmentationToRegionsTransform(regions=all_regions, channel_in_seg=0))
     if deep_supervision_scales is not None:

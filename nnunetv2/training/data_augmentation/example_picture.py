@@ -1,4 +1,6 @@
-"""Draw a few augmented patches with their labels, so that wrong data is seen before it is trained on.
+"""Draw a few augmented patches with their labels.
+
+Wrong data is seen there before it is trained on.
 
 One row per sample, one panel per view and channel: slices along the axes of a volume, or the image itself in 2D.
 """
@@ -104,7 +106,9 @@ def _foreground_voxels(sample: Sample) -> int:
 
 
 def choose_views(masks: Iterable[np.ndarray], shape: Sequence[int]) -> list[View]:
-    """Return the slice with the most foreground along each of three axes, the middle one where there is none.
+    """Return the slice with most foreground along each of three axes.
+
+    It is the middle one where there is none.
 
     A 2D image is its own view.
     """
@@ -144,7 +148,10 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 
 
 def stretch(image: np.ndarray) -> np.ndarray:
-    """Scale intensities to 0 to 1, apart from a few extreme ones, which are cut off. Voxels that are NaN become 1."""
+    """Scale intensities to 0 to 1.
+
+    A few extreme ones are cut off; voxels that are NaN become 1.
+    """
     finite = image[np.isfinite(image)]
     if finite.size == 0:
         return np.ones_like(image)
@@ -216,11 +223,12 @@ def _choose_colors(samples: Sequence[Sample]) -> dict[str, tuple[float, float, f
     from matplotlib import colormaps
 
     names = sorted({name for sample in samples for name in sample.masks}, key=lambda name: (len(name), name))
-    palette = colormaps[COLORMAP].colors
+    palette: Any = colormaps[COLORMAP]
+    palette = palette.colors
     return {name: palette[number % len(palette)] for number, name in enumerate(names)}
 
 
-def _draw_legend(figure: Figure, colors: Mapping[str, Sequence[float]]) -> None:
+def _draw_legend(figure: Figure, colors: Mapping[str, tuple[float, float, float]]) -> None:
     from matplotlib.patches import Patch
 
     if not colors:

@@ -34,7 +34,10 @@ class SeparableBlurTransform(GaussianBlurTransform):
 
 
 def gaussian_kernel(sigma: float) -> np.ndarray:
-    """Return a symmetric float32 kernel with sum 1, six sigmas wide, of the nearest odd length."""
+    """Return a symmetric float32 kernel with sum 1, six sigmas wide.
+
+    Its length is the nearest odd one.
+    """
     wanted = WIDTH_IN_SIGMAS * sigma + 0.5
     length = round(wanted)
     if length % 2 == 0:
@@ -45,7 +48,10 @@ def gaussian_kernel(sigma: float) -> np.ndarray:
 
 
 def blur(image: np.ndarray, kernels: list[np.ndarray]) -> np.ndarray:
-    """Convolve an image `(*spatial)` of 2 or 3 axes with one kernel per axis, mirrored at its edges; return float32."""
+    """Convolve an image of 2 or 3 axes with one kernel per axis.
+
+    It is mirrored at its edges; the result is float32.
+    """
     if image.ndim == 2:
         return _blur_plane(image, *kernels)
     first, *plane_kernels = kernels
@@ -94,7 +100,10 @@ def _reflect(index: int, length: int) -> int:
 
 
 class FastGammaTransform(GammaTransform):
-    """Bend intensities, with fewer passes over the image than the library needs, and NumPy's vectorised power."""
+    """Bend intensities with few passes over the image.
+
+    NumPy's power is vectorised.
+    """
 
     def _apply_to_image(self, img: Tensor, **params) -> Tensor:
         for number, channel in enumerate(params["apply_to_channel"].tolist()):
@@ -108,7 +117,7 @@ class FastGammaTransform(GammaTransform):
 
 
 def bend_(image: Tensor, gamma: float, *, keep_statistics: bool) -> None:
-    """Raise an image, scaled to 0 to 1, to a power, and scale it back in place.
+    """Raise an image to a power, scaled to 0 to 1 meanwhile, in place.
 
     Args:
         keep_statistics: Give the result the mean and the standard deviation that the image had, not its range.
@@ -130,6 +139,9 @@ def bend_(image: Tensor, gamma: float, *, keep_statistics: bool) -> None:
 
 
 def standard_deviation(centred: Tensor) -> float:
-    """Return the unbiased standard deviation of numbers whose mean is 0; NaN if there is but one."""
+    """Return the unbiased standard deviation of numbers with mean 0.
+
+    NaN if there is but one.
+    """
     total = sum(float(torch.dot(chunk, chunk)) for chunk in centred.reshape(-1).split(CHUNK))
     return float(np.sqrt(total / (centred.numel() - 1))) if centred.numel() > 1 else float("nan")

@@ -1,4 +1,6 @@
-"""Sample label maps between voxels: a point gets the label that has the largest share in a linear interpolation.
+"""Sample label maps between voxels.
+
+A point gets the label that has the largest share in a linear interpolation.
 
 Where all voxels around a point have one label, that is it. Only at the boundaries, a few percent of a patch, are shares
 computed. They are compared as float16 in thousandths, and among equal ones the label of the nearest voxel wins, then
@@ -51,7 +53,9 @@ def _as_small_integers(labels: np.ndarray, padding_label: int) -> np.ndarray:
 
 
 def find_mixed_cells(labels: np.ndarray) -> np.ndarray:
-    """Mark the cells of label maps `(c, *spatial)`, named by their lower corner, whose voxels differ.
+    """Mark the cells of label maps `(c, *spatial)` whose voxels differ.
+
+    Cells are named by their lower corner.
 
     At the upper edges, where there is no cell, the marks mean nothing.
     """

@@ -1,4 +1,4 @@
-"""Import a module without some of the libraries at its top, which it needs for rare calls only.
+"""Import a module without the libraries that it rarely needs.
 
 The spatial transform of batchgeneratorsv2 imports pandas and scipy.ndimage for one function each, which our affine
 transforms never call. The two take half a second: a third of what a training needs besides torch until its first step.
@@ -17,7 +17,9 @@ from typing import Any
 
 @contextmanager
 def importing_late(*names: str) -> Iterator[None]:
-    """Let modules imported in this context have functions of these libraries that import them when they are called.
+    """Delay imports of some libraries until their functions are called.
+
+    It holds for modules that are imported in this context.
 
     Libraries that are imported already are left as they are; afterwards, everybody else imports the real ones.
     """

@@ -1,4 +1,7 @@
-"""Draw every batch from random numbers of its own, so that batches repeat exactly, however many workers draw them."""
+"""Draw each batch from random numbers of its own.
+
+So batches repeat exactly, however many workers draw them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 
 
 def seed_everything(entropy: int | Sequence[int]) -> None:
-    """Seed the global generators of numpy, torch and Python, each differently, from one or several whole numbers."""
+    """Seed the global generators of NumPy, torch and Python, each differently."""
     for_numpy, for_torch, for_python = np.random.SeedSequence(entropy).generate_state(3)
     np.random.seed(int(for_numpy))
     torch.manual_seed(int(for_torch))
@@ -22,7 +25,10 @@ def seed_everything(entropy: int | Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def random_numbers_from(entropy: Sequence[int]) -> Iterator[None]:
-    """Seed the global generators for a while; afterwards they go on as if nothing had been drawn from them."""
+    """Seed the global generators for a while.
+
+    Afterwards they go on as if nothing had been drawn from them.
+    """
     states = np.random.get_state(), torch.get_rng_state(), random.getstate()
     seed_everything(entropy)
     try:

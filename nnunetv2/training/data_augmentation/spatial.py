@@ -1,4 +1,7 @@
-"""Rotate and scale image and label patches: the library's transform, several times faster where it is affine."""
+"""Rotate and scale image and label patches, several times faster.
+
+The library's transform serves where it is not affine.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ SIGNED_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class BoundarySpatialTransform(SpatialTransform):
-    """Draw the same rotations and scalings as `SpatialTransform` and give the same patches, in a fraction of the time.
+    """Transform patches as `SpatialTransform` does, in a fraction of the time.
+
+    The same random numbers give the same patches.
 
     The time does not grow with the number of labels, as only the boundaries between them are interpolated. Elastic
     deformation, and other settings than linear interpolation with constant padding, are left to the library.
@@ -29,7 +34,10 @@ class BoundarySpatialTransform(SpatialTransform):
     """
 
     def get_parameters(self, **data_dict) -> dict:
-        """Draw the transform from numpy's global generator; `grid` stays None where the affine matrix says it all."""
+        """Draw the transform from NumPy's global generator.
+
+        `grid` stays None where the affine matrix says it all.
+        """
         parameters = super().get_parameters(**data_dict)
         return {**parameters, "grid": None} if self._is_affine() else parameters
 
@@ -55,7 +63,10 @@ class BoundarySpatialTransform(SpatialTransform):
         )
 
     def affine_grid(self, parameters: dict) -> AffineGrid | None:
-        """Return the points that a patch is sampled at; None if it is cropped, or transformed by the library."""
+        """Return the sampling grid of a patch.
+
+        None if it is cropped, or transformed by the library.
+        """
         if parameters["affine"] is None or parameters["grid"] is not None:
             return None
         return centred_grid(parameters["affine"], parameters["center_location_in_pixels"], self.patch_size)
@@ -80,7 +91,10 @@ class BoundarySpatialTransform(SpatialTransform):
 
 
 def needed_box(grid: AffineGrid, shape: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the box, half-open and not empty, of a patch of this shape that sampling at the grid draws on."""
+    """Return the box of a patch that sampling at the grid needs.
+
+    It is half-open and not empty.
+    """
     lower, upper = grid.cells()
     lower = np.clip(lower, 0, np.array(shape) - 1)
     upper = np.clip(upper, lower + 1, shape)

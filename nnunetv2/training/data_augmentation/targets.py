@@ -17,7 +17,10 @@ from torch import Tensor
 
 
 class FastRemoveLabelTransform(RemoveLabelTansform):
-    """Give the voxels of one label another one. The labels are changed in place, as in the library."""
+    """Give the voxels of one label another one.
+
+    The labels are changed in place, as in the library.
+    """
 
     def _apply_to_segmentation(self, segmentation: Tensor, **params) -> Tensor:
         channels = range(len(segmentation)) if self.segmentation_channels is None else self.segmentation_channels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -165,6 +165,7 @@ class nnUNetDataLoader(DataLoader):
         if chosen_class is None:
             corner = draw_corner(smallest, largest)
         else:
+            assert class_locations is not None  # or there would be no class
             voxel = draw_voxel(class_locations[chosen_class])
             limit = largest if self.clamp_foreground_patches else None
             corner = corner_around(voxel, self.patch_size, smallest, limit)
@@ -189,7 +190,8 @@ class nnUNetDataLoader(DataLoader):
     def generate_train_batch(self) -> dict:
         """Return `data` `(b, c, *patch)`, `target` (a list of them with deep supervision) and the cases' `keys`."""
         keys = self.get_indices()
-        data, target = None, None
+        data: Any = None
+        target: Any = None
         step = split_off_spatial(self.transforms)
         with torch.no_grad():
             for number, key in enumerate(keys):
@@ -226,14 +228,14 @@ class nnUNetDataLoader(DataLoader):
         return (image[:, 0], labels[:, 0]) if self.patch_size_was_2d else (image, labels)
 
 
-def _allocate(sample: Target, batch_size: int) -> Target:
+def _allocate(sample: Any, batch_size: int) -> Any:
     """Return room for a batch of tensors like this one, or a list of them where it is a list."""
     if isinstance(sample, (list, tuple)):
         return [_allocate(entry, batch_size) for entry in sample]
     return torch.empty((batch_size, *sample.shape), dtype=sample.dtype)
 
 
-def _write(batch: Target, number: int, sample: Target) -> None:
+def _write(batch: Any, number: int, sample: Any) -> None:
     """Copy a sample to its place in a batch."""
     if isinstance(sample, (list, tuple)):
         for batch_entry, entry in zip(batch, sample):

@@ -1,4 +1,4 @@
-"""Decide how a patch is turned and scaled before it is read, and read only what that needs.
+"""Choose rotation and scaling before reading, and read only the voxels needed.
 
 A patch that may be turned is loaded larger than the network sees it: 205 voxels per axis for 128, which is 4 times as
 many. Two thirds of the patches are neither turned nor scaled in the end, only cropped to the middle. The spatial
@@ -8,7 +8,7 @@ transform draws its parameters from the shape of what it is given alone, so it c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
@@ -24,7 +24,7 @@ ReadBox = Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
 
 
 class SpatialStep(NamedTuple):
-    """The beginning of a pipeline of transforms up to its spatial transform, and the rest of it."""
+    """A pipeline of transforms, cut after its spatial transform."""
 
     before: list[BasicTransform]
     spatial: SpatialTransform
@@ -33,8 +33,10 @@ class SpatialStep(NamedTuple):
     rest: list[BasicTransform]
 
 
-def split_off_spatial(transforms: BasicTransform | None) -> SpatialStep | None:
-    """Find the spatial transform that a pipeline begins with, alone or in the conversion for thin patches.
+def split_off_spatial(transforms: Any) -> SpatialStep | None:
+    """Find the spatial transform that a pipeline begins with.
+
+    It stands there alone, or in the conversion for thin patches.
 
     None if the pipeline begins differently, or if the transform may look at more than the shape of the image: then it
     must be given the whole patch.
@@ -44,7 +46,7 @@ def split_off_spatial(transforms: BasicTransform | None) -> SpatialStep | None:
     pipeline = list(transforms.transforms)
     num_before = 1 if type(pipeline[0]) is Convert3DTo2DTransform else 0
     before, after = pipeline[:num_before], pipeline[num_before + 1 : 2 * num_before + 1]
-    spatial = pipeline[num_before] if len(pipeline) > num_before else None
+    spatial: Any = pipeline[num_before] if len(pipeline) > num_before else None
     if type(spatial) not in (SpatialTransform, BoundarySpatialTransform):
         return None
     if before and [type(transform) for transform in after] != [Convert2DTo3DTransform]:
@@ -55,7 +57,9 @@ def split_off_spatial(transforms: BasicTransform | None) -> SpatialStep | None:
 
 
 def central_box(lower: Sequence[int], upper: Sequence[int], size: Sequence[int]) -> Box | None:
-    """Return the box of `size` (the last axes) in the middle of a box; None if it does not fit in.
+    """Return the box of `size` in the middle of a box.
+
+    None if it does not fit in. It is about the last axes.
 
     The middle is where the spatial transform crops: the centre of an even length is right of the middle.
     """

@@ -1,4 +1,7 @@
-"""Choose where in an image a patch is cut out. All boxes are half-open and may reach beyond the image."""
+"""Choose the position of a patch in an image.
+
+All boxes are half-open and may reach beyond the image.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ ClassLocations = Mapping[Any, Sequence[Sequence[int]]]
 
 
 def corner_range(
-    shape: Sequence[int], patch_size: Sequence[int], need_to_pad: Sequence[int]
+    shape: Sequence[int], patch_size: Sequence[int], need_to_pad: Sequence[int] | np.ndarray
 ) -> tuple[list[int], list[int]]:
-    """Return the smallest and the largest lower corner that a patch may have, both inclusive, per axis.
+    """Return the smallest and largest lower corner of a patch, inclusive.
 
     The image is thought of as padded by `need_to_pad` voxels per axis in total, or by more if the patch needs it; half
     of the padding, rounded up, may come before the image, and as much after it.
@@ -60,7 +63,9 @@ def draw_voxel(voxels: Sequence[Sequence[int]]) -> list[int]:
 def corner_around(
     voxel: Sequence[int], patch_size: Sequence[int], smallest: Sequence[int], largest: Sequence[int] | None = None
 ) -> list[int]:
-    """Return the corner of the patch centred on a voxel, moved up to the smallest corner where it lies below it.
+    """Return the corner of the patch centred on a voxel.
+
+    Below the smallest corner it is moved up to it.
 
     Without `largest` the patch may reach any distance beyond the far end of the image, which is how nnU-Net has always
     drawn its foreground patches; with it, it is moved down to the largest corner.

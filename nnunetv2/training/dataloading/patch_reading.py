@@ -1,4 +1,7 @@
-"""Read a box out of a case, which may reach beyond the image, without reading the rest of it."""
+"""Read a box of a case without reading the rest.
+
+It may reach beyond the image.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ OUTSIDE = -1
 def read_box(
     array: np.ndarray, lower: Sequence[int], upper: Sequence[int], *, pad_value: float, dtype: type[np.generic]
 ) -> np.ndarray:
-    """Cut a half-open box out of the last axes of an array, with everything outside the array set to `pad_value`.
+    """Cut a half-open box out of the last axes of an array.
+
+    Everything outside the array is `pad_value`.
 
     A box that does not touch the array is 0, as `acvl_utils.crop_and_pad_nd` has it. Memory maps and
     `blosc2.NDArray` are read only where the box is.
@@ -46,7 +51,7 @@ def read_box(
 
 
 def overlaps(lower: Sequence[int], upper: Sequence[int], shape: Sequence[int]) -> bool:
-    """Tell whether a half-open box and an array of this shape have a voxel in common."""
+    """Tell whether a half-open box shares a voxel with an array."""
     return all(low < length and high > 0 for low, high, length in zip(lower, upper, shape))
 
 

@@ -15,7 +15,9 @@ Report = Callable[[Curves, Path], None]
 
 
 class BackgroundReporter:
-    """Write reports in a thread of its own, always of the newest curves: epochs shorter than a drawing are left out.
+    """Write reports of the newest curves in a thread of its own.
+
+    Epochs shorter than a drawing are left out.
 
     The thread lives while there is something to write. It is no daemon, so the last reports are complete when the
     program ends.
@@ -62,5 +64,5 @@ class BackgroundReporter:
             for report in self._reports:
                 try:
                     report(curves, folder)
-                except Exception as error:  # a full disk, or an odd value in a curve of the user
+                except Exception as error:  # noqa: BLE001  a full disk, or an odd value in a curve of the user
                     logger.warning("%s of %s failed: %s", getattr(report, "__name__", report), folder, error)

@@ -22,14 +22,17 @@ CSV_FILE, JSON_FILE = "progress.csv", "progress.json"
 
 
 def split_entries(name: str, value: Any) -> dict[str, Any]:
-    """Return the curves that a value belongs to: one, or one per entry of a list, `<name>/class_1` and so on."""
+    """Return the curves of a value: one, or one per entry of a list.
+
+    Those are `<name>/class_1` and so on.
+    """
     if not isinstance(value, list):
         return {name: value}
     return {f"{name}/class_{number}": entry for number, entry in enumerate(value, start=1)}
 
 
 def encode_csv(curves: Curves) -> str:
-    """Return the text of the CSV; curves that are shorter than others end with empty cells."""
+    """Return the curves as CSV; short ones end with empty cells."""
     rows: list[dict[str, Any]] = [{} for _ in range(max(map(len, curves.values()), default=0))]
     for name, values in curves.items():
         for row, value in zip(rows, values):

@@ -16,7 +16,7 @@ SIZE_INCHES, DOTS_PER_INCH = (10, 18), 100
 
 
 def draw_progress(curves: Curves, folder: Path) -> None:
-    """Draw losses and Dice, the duration of epochs and the learning rate, one above the other, into `progress.png`.
+    """Draw losses, Dice, duration of epochs and learning rate into `progress.png`.
 
     As many epochs are drawn as the shortest curve has. Uses matplotlib's objects alone, no pyplot, whose global state
     belongs to the user and to the main thread.

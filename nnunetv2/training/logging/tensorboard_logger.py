@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    pass
 
 FOLDER = "tensorboard"
 
@@ -36,7 +36,7 @@ class TensorBoardLogger:
         self.folder = Path(output_folder) / FOLDER
         self.resume = resume
         self._open_writer = SummaryWriter
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None  # a SummaryWriter, once there is something to write
         self._settings: dict[str, Any] = {}
         self._step = 0
 

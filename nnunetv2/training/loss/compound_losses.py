@@ -1,4 +1,4 @@
-"""Add a soft Dice loss to a cross entropy, with voxels left out that carry the ignore label."""
+"""Add a soft Dice loss to a cross entropy, without ignored voxels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _LabelMapLoss(nn.Module):
         mask, dice_target = None, target
         if self.ignore_label is not None:
             dice_target, mask = hide_label(target, self.ignore_label)
-        loss = 0
+        loss: Any = 0
         if self.weight_dice != 0:
             loss = loss + self.weight_dice * self.dc(net_output, dice_target, loss_mask=mask)
         if self.weight_ce != 0:
@@ -125,7 +125,10 @@ class DC_and_BCE_loss(nn.Module):
         self.dc = dice_class(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of logits `(b, regions, *spatial)` against `(b, regions (+1 ignore), *spatial)`, a scalar."""
+        """Return the loss of logits `(b, regions, *spatial)`, a scalar.
+
+        The target is `(b, regions (+1 ignore), *spatial)`.
+        """
         mask = None
         if self.use_ignore_label:
             target, mask = split_off_last_region(target)

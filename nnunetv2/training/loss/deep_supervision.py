@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 def deep_supervision_weights(num_scales: int, *, keep_last_tiny: bool) -> np.ndarray:
-    """Halve the weight with each lower resolution, drop the lowest and let the weights sum to 1.
+    """Halve the weight with each lower resolution, and drop the lowest.
+
+    The weights sum to 1.
 
     Args:
         num_scales: Number of outputs, highest resolution first. A single one has weight 1.
@@ -35,7 +37,7 @@ class DeepSupervisionWrapper(nn.Module):
         weight_factors: A weight per resolution; all 1 if None. A resolution of weight 0 is not computed.
     """
 
-    def __init__(self, loss: nn.Module, weight_factors: Sequence[float] | None = None) -> None:
+    def __init__(self, loss: nn.Module, weight_factors: Sequence[float] | np.ndarray | None = None) -> None:
         super().__init__()
         if weight_factors is not None:
             weight_factors = tuple(weight_factors)

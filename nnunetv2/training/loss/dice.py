@@ -1,4 +1,4 @@
-"""Turn network outputs and targets into soft Dice losses, and into counts of hits and misses.
+"""Compute soft Dice losses, and counts of hits and misses.
 
 Outputs are `(b, c, *spatial)`. Targets are label maps `(b, 1, *spatial)` or `(b, *spatial)`, or one-hot with the
 shape of the output. A mask is `(b, 1, *spatial)` and 1 (or True) where a voxel counts.
@@ -42,7 +42,7 @@ def _probabilities(logits: Tensor, nonlinearity: Callable[[Tensor], Tensor] | No
 def get_tp_fp_fn_tn(
     net_output: Tensor, gt: Tensor, axes: Sequence[int] | None = None, mask: Tensor | None = None, square: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Count true positives, false positives, false negatives and true negatives, softly if the output is soft.
+    """Count TP, FP, FN and TN, softly if the output is soft.
 
     Args:
         net_output: `(b, c, *spatial)`, probabilities or a one-hot prediction.
@@ -59,7 +59,8 @@ def get_tp_fp_fn_tn(
     not_wanted = 1 - wanted
     products = (with_output * wanted, with_output * not_wanted, without_output * wanted, without_output * not_wanted)
     axes = tuple(range(2, net_output.ndim)) if axes is None else tuple(axes)
-    return tuple(_sum_voxels(product, axes, mask, square) for product in products)
+    tp, fp, fn, tn = (_sum_voxels(product, axes, mask, square) for product in products)
+    return tp, fp, fn, tn
 
 
 def _sum_voxels(entries: Tensor, axes: tuple[int, ...], mask: Tensor | None, square: bool) -> Tensor:
@@ -77,7 +78,9 @@ def _sum_over_ranks(*statistics: Tensor) -> tuple[Tensor, ...]:
 
 
 class MemoryEfficientSoftDiceLoss(nn.Module):
-    """Negate the mean soft Dice, computed from three sums per class instead of four maps of all voxels.
+    """Negate the mean soft Dice, from three sums per class.
+
+    The other implementation keeps four maps of all voxels.
 
     dc = (2 I + smooth) / (G + P + smooth) with the sums I of p·y, P of p and G of y. The loss is -mean(dc).
     """
@@ -98,7 +101,10 @@ class MemoryEfficientSoftDiceLoss(nn.Module):
         self.ddp = ddp
 
     def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        """Return the loss of outputs `x` against `y`, a scalar; voxels where `loss_mask` is 0 do not count."""
+        """Return the loss of outputs `x` against `y`, a scalar.
+
+        Voxels where `loss_mask` is 0 do not count.
+        """
         p = _probabilities(x, self.apply_nonlin)
         first_class = 0 if self.do_bg else 1
         with torch.no_grad():
@@ -140,13 +146,15 @@ class SoftDiceLoss(nn.Module):
         self.clip_tp = clip_tp
 
     def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        """Return the loss of outputs `x` against `y`, a scalar; voxels where `loss_mask` is 0 do not count."""
+        """Return the loss of outputs `x` against `y`, a scalar.
+
+        Voxels where `loss_mask` is 0 do not count.
+        """
         p = _probabilities(x, self.apply_nonlin)
         axes = [0, *range(2, p.ndim)] if self.batch_dice else list(range(2, p.ndim))
-        counts = get_tp_fp_fn_tn(p, y, axes, loss_mask)[:3]
+        hits, false_alarms, misses, _ = get_tp_fp_fn_tn(p, y, axes, loss_mask)
         if self.batch_dice and self.ddp:
-            counts = _sum_over_ranks(*counts)
-        hits, false_alarms, misses = counts
+            hits, false_alarms, misses = _sum_over_ranks(hits, false_alarms, misses)
         if self.clip_tp is not None:
             hits = hits.clamp(min=self.clip_tp)
         denominator = (2 * hits + false_alarms + misses + self.smooth).clamp(min=SMALLEST_DENOMINATOR)

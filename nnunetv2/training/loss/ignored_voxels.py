@@ -7,13 +7,16 @@ from torch import Tensor, nn
 
 
 def hide_label(target: Tensor, ignore_label: int) -> tuple[Tensor, Tensor]:
-    """Return a label map with 0 in place of the ignore label, and the mask of all other voxels (bool)."""
+    """Replace the ignore label by 0, and return the mask of other voxels (bool)."""
     mask = target != ignore_label
     return torch.where(mask, target, 0), mask
 
 
 def split_off_last_region(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Split `(b, regions, *spatial)` into all but the last, which marks ignored voxels, and the mask of the others."""
+    """Split `(b, regions, *spatial)` into regions and the mask of voxels that count.
+
+    The last region marks those that are ignored.
+    """
     ignored = target[:, -1:]
     return target[:, :-1], ~ignored if ignored.dtype == torch.bool else 1 - ignored
 

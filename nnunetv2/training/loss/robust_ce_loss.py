@@ -18,7 +18,9 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class TopKLoss(RobustCrossEntropyLoss):
-    """Average the cross entropy over the hardest `k` percent of the voxels, at least one of them.
+    """Average the cross entropy over the hardest `k` percent of voxels.
+
+    That is at least one voxel.
 
     Voxels with the label `ignore_index` are not counted; without any other voxel the loss is 0.
     """

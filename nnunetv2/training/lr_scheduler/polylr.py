@@ -8,7 +8,10 @@ from nnunetv2.training.lr_scheduler.stepwise import StepwiseLRScheduler, polynom
 
 
 class PolyLRScheduler(StepwiseLRScheduler):
-    """lr(t) = initial_lr (1 - t / max_steps) ** exponent, for all parameter groups, and 0 from max_steps on."""
+    """Decay as lr(t) = initial_lr (1 - t / max_steps) ** exponent.
+
+    For all parameter groups; 0 from max_steps on.
+    """
 
     def __init__(
         self,

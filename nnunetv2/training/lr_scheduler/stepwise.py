@@ -1,13 +1,19 @@
-"""Set the learning rate from the number of the step alone, so that a resumed training needs no scheduler state."""
+"""Set the learning rate from the number of the step alone.
+
+A resumed training needs no scheduler state.
+"""
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import _LRScheduler
 
 
 class StepwiseLRScheduler(_LRScheduler):
-    """Base of our schedules: a subclass says in `lr_at` what the learning rate is at a step.
+    """Base of schedules that compute the rate from the step.
+
+    A subclass does so in `lr_at`.
 
     `step(t)` goes to step `t` (trainers pass the epoch); `step()` and `step(-1)` go on from the own counter `ctr`. The
     constructor makes one step already, so the optimizer starts with the learning rate of step 0.
@@ -25,16 +31,22 @@ class StepwiseLRScheduler(_LRScheduler):
         """Return the learning rate of all parameter groups at a step, counted from 0."""
         raise NotImplementedError
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each parameter group at the step that the counter names."""
         return self.lrs_at(self.ctr)
 
-    def lrs_at(self, step: int) -> list[float]:
-        """Return the learning rate of each parameter group at a step; one for all unless a schedule says otherwise."""
+    def lrs_at(self, step: int) -> list[float | Tensor]:
+        """Return the learning rate of each parameter group at a step.
+
+        It is one for all unless a schedule says otherwise.
+        """
         return [self.lr_at(step)] * len(self.optimizer.param_groups)
 
     def step(self, current_step: int | None = None) -> None:
-        """Set the learning rates of `current_step`, or of the next step if that is None or -1."""
+        """Set the learning rates of `current_step`.
+
+        None or -1 stand for the next step.
+        """
         if current_step is None or current_step == -1:
             current_step = self.ctr
             self.ctr += 1

@@ -1,16 +1,20 @@
-"""Raise the learning rate in a warm-up, and let it fall from the end of the warm-up on."""
+"""Raise the learning rate in a warm-up, and let it fall afterwards."""
 
 from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nnunetv2.training.lr_scheduler.stepwise import StepwiseLRScheduler, polynomial_decay, require_positive_length
 
 
 class Lin_incr_offset_LRScheduler(StepwiseLRScheduler):
-    """Climb in a line from step `start_step` on: lr(t) = max_lr (1 + t - start_step) / max_steps."""
+    """Climb in a line from step `start_step` on.
+
+    lr(t) = max_lr (1 + t - start_step) / max_steps.
+    """
 
     def __init__(
         self, optimizer: Optimizer, max_lr: float, max_steps: int, start_step: int, current_step: int | None = None
@@ -27,7 +31,10 @@ class Lin_incr_offset_LRScheduler(StepwiseLRScheduler):
 
 
 class Lin_incr_LRScheduler(Lin_incr_offset_LRScheduler):
-    """Climb in a line that reaches max_lr at step `max_steps` - 1: the special case of a start at step 0."""
+    """Climb in a line that reaches max_lr at step `max_steps` - 1.
+
+    It is the special case of a start at step 0.
+    """
 
     def __init__(self, optimizer: Optimizer, max_lr: float, max_steps: int, current_step: int | None = None) -> None:
         super().__init__(optimizer, max_lr, max_steps, start_step=0, current_step=current_step)
@@ -59,7 +66,9 @@ class PolyLRScheduler_offset(StepwiseLRScheduler):
 
 
 class CosineAnnealingLR_offset(StepwiseLRScheduler):
-    """Let each group's own learning rate fall to eta_min along half a cosine, from step `offset` to step `T_max`.
+    """Decay each group's learning rate to eta_min along half a cosine.
+
+    From step `offset` to step `T_max`.
 
     `verbose` is accepted for old callers and does nothing.
     """
@@ -80,10 +89,13 @@ class CosineAnnealingLR_offset(StepwiseLRScheduler):
         super().__init__(optimizer, last_epoch + 1, last_epoch)
 
     def step(self, epoch: int | None = None) -> None:
-        """Set the learning rates of `epoch`, or of the next one if that is None or -1."""
+        """Set the learning rates of `epoch`.
+
+        None or -1 stand for the next one.
+        """
         super().step(epoch)
 
-    def lrs_at(self, step: int) -> list[float]:
+    def lrs_at(self, step: int) -> list[float | Tensor]:
         """Return the learning rate of each parameter group at a step, counted from 0."""
         share = (1 + math.cos(math.pi * (step - self.offset) / (self.T_max - self.offset))) / 2
         return [self.eta_min + (base_lr - self.eta_min) * share for base_lr in self.base_lrs]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from nnunetv2.training import log_file as log_files
 from nnunetv2.training import splits, steps, training_folders
 from nnunetv2.training.background_writer import BackgroundWriter
 from nnunetv2.training.batch_shares import loss_weight_of_rank, oversampling_of_rank, split_batch_size
+from nnunetv2.training.bf16_gradients import describe_wrong_gradients
 from nnunetv2.training.compiling import wants_compilation
 from nnunetv2.training.data_augmentation.default_transforms import (
     build_training_transforms,
@@ -54,7 +55,7 @@ from nnunetv2.training.training_state import describe_state, restore_state_
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.device import autocast_context
+from nnunetv2.utilities.device import autocast_context, wants_cpu_autocast
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.legacy_names import names_from
 from nnunetv2.utilities.plain_text import show
@@ -82,6 +83,15 @@ HOOKS_THAT_MAY_READ_CHECKPOINTS = ("save_checkpoint", "on_epoch_end", "on_train_
 """Trainers extend them to copy or upload the checkpoint that was saved last; others do not wait for it."""
 
 CUDA = torch.device("cuda")
+
+Geometry = tuple[tuple[float, float], bool, Any, tuple[int, ...] | None]
+"""Rotation, dummy 2D augmentation, size of the patch to augment from (ints), mirror axes."""
+
+Folder = Any
+"""A str, or None below a root that is not set: writing there fails with a message of its own."""
+
+_LATER: Any = None
+"""The value of an attribute before the hook that fills it in."""
 
 
 class nnUNetTrainer:
@@ -147,17 +157,18 @@ class nnUNetTrainer:
         self.oversample_foreground_percent, self.probabilistic_oversampling = 0.33, False
 
         # What initialize() and on_train_start() fill in.
-        self.dataset_class: type[nnUNetBaseDataset] | None = None
+        self.dataset_class: type[nnUNetBaseDataset] = _LATER
         self.label_manager = self.plans_manager.get_label_manager(dataset_json)
-        self.num_input_channels: int | None = None
-        self.network: nn.Module | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.lr_scheduler: Any = None
-        self.loss: nn.Module | None = None
+        self.num_input_channels: int = _LATER
+        self.network: nn.Module = _LATER
+        self.optimizer: torch.optim.Optimizer = _LATER
+        self.lr_scheduler: Any = _LATER
+        self.loss: nn.Module = _LATER
         self.grad_scaler = build_grad_scaler(self.device)
-        self.dataloader_train: Iterator[dict] | None = None
-        self.dataloader_val: Iterator[dict] | None = None
+        self.dataloader_train: Iterator[dict] = _LATER
+        self.dataloader_val: Iterator[dict] = _LATER
 
+        self._keeps_float32: bool | None = None  # decided with the first batch
         self._loss_weight = 1.0  # of this process, where processes have batches of unequal size
         self._best_ema: float | None = None
         self.inference_allowed_mirroring_axes: tuple[int, ...] | None = None
@@ -181,12 +192,12 @@ class nnUNetTrainer:
         folders = training_folders.locate_folders(
             self.plans_manager, self.configuration_name, self.fold, type(self).__name__
         )
-        self.preprocessed_dataset_folder_base = folders.preprocessed_dataset_folder_base
-        self.preprocessed_dataset_folder = folders.preprocessed_dataset_folder
-        self.output_folder_base = folders.output_folder_base
-        self.output_folder = folders.output_folder
+        self.preprocessed_dataset_folder_base: Folder = folders.preprocessed_dataset_folder_base
+        self.preprocessed_dataset_folder: Folder = folders.preprocessed_dataset_folder
+        self.output_folder_base: Folder = folders.output_folder_base
+        self.output_folder: Folder = folders.output_folder
         self.is_cascaded = self.configuration_manager.previous_stage_name is not None
-        self.folder_with_segs_from_previous_stage = folders.folder_with_segs_from_previous_stage
+        self.folder_with_segs_from_previous_stage: Folder = folders.folder_with_segs_from_previous_stage
 
     def _open_output_folder(self, continue_training: bool) -> None:
         """Create the output folder and the logger. The log file appears with the first line after construction."""
@@ -225,7 +236,7 @@ class nnUNetTrainer:
         self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
-            self.network = torch.compile(self.network)
+            self.network = cast(nn.Module, torch.compile(self.network))
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
             self.network = distribute(self.network, self.device, has_unused_parameters=not self.enable_deep_supervision)
@@ -304,7 +315,9 @@ class nnUNetTrainer:
 
     def _build_loss(self) -> nn.Module:
         """Return Dice plus cross entropy, added up over the outputs of deep supervision."""
-        loss = build_default_loss(self.label_manager, batch_dice=self.configuration_manager.batch_dice, ddp=self.is_ddp)
+        loss: Any = build_default_loss(
+            self.label_manager, batch_dice=self.configuration_manager.batch_dice, ddp=self.is_ddp
+        )
         if self._do_i_compile():
             loss.dc = torch.compile(loss.dc)
         return self._over_all_outputs(loss)
@@ -330,13 +343,12 @@ class nnUNetTrainer:
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the network between returning all outputs and only the one of highest resolution."""
-        bare_network(self.network).decoder.deep_supervision = enabled
+        decoder: Any = bare_network(self.network).decoder
+        decoder.deep_supervision = enabled
 
     # ---------------------------------------------------------------- data
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
-        self,
-    ) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...] | None]:
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Geometry:
         """Decide rotation (radians), dummy 2D augmentation, size of the patch to augment from, and mirror axes."""
         rotation, dummy_2d, initial_patch_size, mirror_axes = rotation_and_patch_size(
             self.configuration_manager.patch_size
@@ -424,7 +436,7 @@ class nnUNetTrainer:
                 [*cases[0], *cases[1]],
                 self.configuration_manager.previous_stage_name,
             )
-        return tuple(
+        training, validation = (
             self.dataset_class(
                 self.preprocessed_dataset_folder,
                 keys,
@@ -432,6 +444,7 @@ class nnUNetTrainer:
             )
             for keys in cases
         )
+        return training, validation
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         """Return endless batches of training and validation data, whose workers are running already."""
@@ -551,6 +564,7 @@ class nnUNetTrainer:
     def validation_step(self, batch: dict) -> dict:
         """Return the loss of one batch, and its true positives, false positives and false negatives per class."""
         data, target = steps.move_batch(batch, self.device)
+        output: Any
         output, loss = self._forward(data, target)
         if self.enable_deep_supervision:
             output, target = output[0], target[0]
@@ -581,6 +595,8 @@ class nnUNetTrainer:
 
     def _forward(self, data: torch.Tensor, target: steps.TensorOrList) -> tuple[steps.TensorOrList, torch.Tensor]:
         """Return output and loss of a batch, in the precision of the device."""
+        if self._keeps_float32 is None:
+            self._keeps_float32 = self._has_to_keep_float32(data)
         with self._autocast():
             output = self.network(data)
             loss = self.loss(steps.as_loss_input(output), target)
@@ -588,7 +604,19 @@ class nnUNetTrainer:
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which network and loss are computed; it chooses their precision."""
-        return autocast_context(self.device)
+        return contextlib.nullcontext() if self._keeps_float32 else autocast_context(self.device)
+
+    def _has_to_keep_float32(self, data: torch.Tensor) -> bool:
+        """Tell whether a CPU would compute wrong gradients in bfloat16, and log why."""
+        if self.device.type != "cpu" or not wants_cpu_autocast():
+            return False
+        reason = describe_wrong_gradients(bare_network(self.network), data[:1])
+        if reason:
+            self.print_to_log_file(
+                "Training in float32: in bfloat16 this processor computes wrong gradients for one of the network's "
+                f"convolutions, {reason}"
+            )
+        return reason is not None
 
     def _report_epoch(self) -> None:
         def latest(key: str) -> Any:

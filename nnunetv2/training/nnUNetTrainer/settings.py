@@ -1,4 +1,7 @@
-"""Make trainers that differ from another one in a few attributes, or entries of the plans, only."""
+"""Make trainers that differ from another in a few attributes only.
+
+Entries of the plans count, too.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def with_settings(**settings: object) -> Callable[[Trainer], Trainer]:
 
 
 def with_batch_size(batch_size: int) -> Callable[[Trainer], Trainer]:
-    """Let the decorated trainer use another batch size than its plans, which stay as they are."""
+    """Let the decorated trainer use another batch size than its plans."""
 
     def construct(parent: Any, self: Any, *arguments: Any, **options: Any) -> None:
         parent(*arguments, **options)
@@ -54,7 +57,7 @@ def with_plans(**entries: object) -> Callable[[Trainer], Trainer]:
 def _constructed_by(construct: Callable[..., None]) -> Callable[[Trainer], Trainer]:
     """Return a decorator that gives a class the constructor `construct(parent's constructor, self, ...)`."""
 
-    def decorate(trainer_class: Trainer) -> Trainer:
+    def decorate(trainer_class: Any) -> Any:
         if "__init__" in vars(trainer_class):
             raise TypeError(f"{trainer_class.__name__} has a constructor of its own: set the attributes there")
 
@@ -68,7 +71,7 @@ def _constructed_by(construct: Callable[..., None]) -> Callable[[Trainer], Train
     return decorate
 
 
-def derive_trainer(parent: Trainer, name: str, description: str, module: str, **settings: object) -> Trainer:
+def derive_trainer(parent: Trainer, name: str, description: str, module: str, **settings: object) -> Any:
     """Return a subclass of a trainer with other attributes, for names that follow a pattern.
 
     Args:

@@ -236,7 +236,7 @@ def test_one_odd_site_does_not_end_the_sharing_of_the_others():
     matching = match_by_name({"A": even, "B": odd, "C": even})
     assert matching.shared == {
         "c.weight": {"A": "c.weight", "C": "c.weight"},
-        "d.weight": {site: "d.weight" for site in "ABC"},
+        "d.weight": dict.fromkeys("ABC", "d.weight"),
     }
     assert matching.coverage == {"A": (6, 6), "B": (4, 13), "C": (6, 6)}
 

@@ -164,7 +164,7 @@ def test_initial_values_are_those_of_the_owners(tmp_path):
 @pytest.mark.parametrize("owners", [{"v": "B"}, {"v": "nobody"}, {"u": "A"}])
 def test_an_owner_that_does_not_deliver_is_named(tmp_path, owners):
     documents = make_documents(tmp_path, A={"v": np.float32([1])}, B={})
-    with pytest.raises(AggregationError, match=f"site {[*owners.values()][0]} has not contributed tensor"):
+    with pytest.raises(AggregationError, match=f"site {next(iter(owners.values()))} has not contributed tensor"):
         collect_from_owners(documents, owners, out_path=tmp_path / "result", message=MESSAGE)
 
 

@@ -175,7 +175,7 @@ def test_what_is_shared_is_unknown_before_registration():
 
 
 def test_run_names_reject_what_cannot_be_part_of_a_key():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="3d/../x"):
         keys.run_name("3d/../x", 0, "t")
 
 

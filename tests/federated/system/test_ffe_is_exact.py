@@ -72,7 +72,7 @@ def federate(roots: dict, folder: Path, labels: dict, split: dict[str, list], rn
         try:
             options = PlanningOptions(mode="ffe", num_processes=1, show_progress_bar=False)
             plan_federated(site.dataset, options, credential_file=site.credential)
-        except Exception as error:  # handed to the main thread
+        except Exception as error:  # noqa: BLE001  handed to the main thread
             errors.append(error)
 
     with running_coordinator(folder / "coordinator", sites, show=lambda line: None):

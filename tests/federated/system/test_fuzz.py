@@ -124,7 +124,7 @@ class Scene:
             "files": of_others,
             "contributions": {key: held for key, held in ours.items() if held},
             "closed": sorted(str(one.key) for one in self.coordinator.state.registry if one.is_closed),
-            "members": {name: record for name, record in self.store.load_members().items()},
+            "members": dict(self.store.load_members()),
             "settings": self.store.load_settings(),
             "controls": {
                 run: (control.state, control.left - {"M"})

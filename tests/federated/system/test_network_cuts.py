@@ -55,6 +55,7 @@ def undisturbed(tmp_path_factory) -> str:
     return first
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(CUT_S * 30 + 600)
 def test_a_run_survives_ten_cuts_of_every_kind(tmp_path, undisturbed, monkeypatch):
     if not FULL:

@@ -55,7 +55,7 @@ class nnUNetTrainerElastic(nnUNetTrainer):
         is_cascaded: bool = False,
         foreground_labels=None,
         regions=None,
-        ignore_label: int = None,
+        ignore_label: int | None = None,
     ) -> BasicTransform:
         spatial = SpatialTransform(
             patch_size[1:] if do_dummy_2d_data_aug else patch_size,

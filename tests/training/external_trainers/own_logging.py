@@ -35,7 +35,7 @@ class nnUNetTrainerLogsMore(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 2
-        self.logger.local_logger.my_fantastic_logging["gradient_norm"] = list()
+        self.logger.local_logger.my_fantastic_logging["gradient_norm"] = []
         self.listener = Listener()
         self.logger.loggers.append(self.listener)
 

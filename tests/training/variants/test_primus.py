@@ -206,7 +206,7 @@ def test_a_configuration_that_inherits_takes_the_patch_of_its_trainer():
 def test_a_patch_that_does_not_fit_is_refused_before_training(tiny, monkeypatch, patch, nearest):
     monkeypatch.setattr(primus_trainers, "find_primus", lambda name: pytest.fail("it went on"))
     trainer = make("nnUNet_PrimusV2M_Trainer", make_plans(stages=3, patch_size=list(patch)))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  looked at below
         trainer.run_training()
     message = str(caught.value)
     assert str(patch) in message and f"nearest that fits is {nearest}" in message and "\n" not in message

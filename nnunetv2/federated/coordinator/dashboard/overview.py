@@ -7,6 +7,7 @@ is computed at most a few times a second, however many they are, and those who w
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import shutil
 import statistics
@@ -329,7 +330,7 @@ class OverviewBuilder:
 
 def typical_duration(moments: list[float]) -> float | None:
     """Return the median time between moments; None if there are fewer than two."""
-    return statistics.median(late - early for early, late in zip(moments, moments[1:])) if len(moments) > 1 else None
+    return statistics.median(late - early for early, late in itertools.pairwise(moments)) if len(moments) > 1 else None
 
 
 def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:

@@ -103,8 +103,8 @@ def write_checkpoint(
         _add(archive, "archive/byteorder", [b"little"])
         for tensor, number in numbers.items():
             _add(archive, f"archive/data/{number}", document.pieces(tensor), size=document.spec(tensor).nbytes)
-        for tensor in list(weights.values())[len(names) :]:
-            _add(archive, f"archive/data/{tensor.number}", [bytes(tensor.spec.nbytes)], size=tensor.spec.nbytes)
+        for counter in list(weights.values())[len(names) :]:
+            _add(archive, f"archive/data/{counter.number}", [bytes(counter.spec.nbytes)], size=counter.spec.nbytes)
         _add(archive, "archive/version", [b"3\n"])
 
 
@@ -157,12 +157,15 @@ _STORAGES = {
 }
 
 
-class _CheckpointPickler(pickle._Pickler):  # the one in C imports every class that it is to name
+_Pickler: Any = pickle._Pickler  # its methods are known to no stub
+
+
+class _CheckpointPickler(_Pickler):  # type: ignore[misc]  # the one in C imports every class that it is to name
     """Pickle plain values, and the stand-ins above as what they stand for."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch = dict(_Pickler.dispatch)
 
-    def persistent_id(self, obj: Any) -> tuple | None:
+    def persistent_id(self, obj: Any) -> tuple[object, ...] | None:
         """Refer to storages by number, in torch's way."""
         if isinstance(obj, _Storage):
             return "storage", _STORAGES[obj.spec.dtype], obj.number, "cpu", obj.spec.size
@@ -175,7 +178,14 @@ class _CheckpointPickler(pickle._Pickler):  # the one in C imports every class t
 
     def save_tensor(self, obj: _Tensor) -> None:
         """Write the call that rebuilds a tensor: storage, offset, shape, strides, requires_grad, hooks."""
-        arguments = (_Storage(obj.number, obj.spec), 0, obj.spec.shape, _strides(obj.spec.shape), False, OrderedDict())
+        arguments: tuple[object, ...] = (
+            _Storage(obj.number, obj.spec),
+            0,
+            obj.spec.shape,
+            _strides(obj.spec.shape),
+            False,
+            OrderedDict(),
+        )
         self.save_reduce(_REBUILD_TENSOR, arguments, obj=obj)
 
     dispatch[_Global] = save_global_name
@@ -207,6 +217,7 @@ def _add(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes | memoryvie
     member = zipfile.ZipInfo(name)  # dated 1980, so that equal models are equal files
     member.file_size = size  # decides between the small and the large form of the header
     is_large = size * 1.05 > zipfile.ZIP64_LIMIT
+    assert archive.fp is not None
     begin = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(name) + 20 * is_large + 4
     padding = -begin % _ALIGNMENT
     member.extra = _PADDING_FIELD + padding.to_bytes(2, "little") + b"Z" * padding

@@ -202,7 +202,7 @@ class Store:
         ]
         with self._database.transaction() as connection:
             for table in ("gatherings", "contributions", "results"):
-                connection.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in keys])  # noqa: S608
+                connection.executemany(f"DELETE FROM {table} WHERE key = ?", [(key,) for key in keys])
             connection.execute("DELETE FROM runs WHERE run = ?", (run,))
             add_event(connection, event)
         self._durable_folders.clear()
@@ -232,7 +232,7 @@ class Store:
     def _records(
         self, table: Literal["rounds", "validations"], run: str, first: int, limit: int, characters: int | None
     ) -> list[dict[str, Any]]:
-        query = f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number LIMIT ?"  # noqa: S608
+        query = f"SELECT record FROM {table} WHERE run = ? AND number >= ? ORDER BY number LIMIT ?"
         rows = (
             self._database.rows(query, run, first, limit)
             if characters is None
@@ -311,8 +311,7 @@ class Store:
             if record is not None:
                 table = {"round": "rounds", "validation": "validations"}[key.kind]
                 connection.execute(
-                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)",  # noqa: S608
-                    (key.run, key.number, json.dumps(record)),
+                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", (key.run, key.number, json.dumps(record))
                 )
             for site in (record or {}).get("outliers", ()):
                 add_event(
@@ -460,10 +459,7 @@ class Store:
         """Return the audit log, oldest first; perhaps one kind, or the last ones."""
         which, values = ("", ()) if kind is None else ("WHERE kind = ? ", (kind,))  # by their index
         rows = self._database.rows(
-            f"SELECT time, kind, site, key, detail FROM events {which}"  # noqa: S608
-            "ORDER BY number DESC LIMIT ?",
-            *values,
-            last,
+            f"SELECT time, kind, site, key, detail FROM events {which}ORDER BY number DESC LIMIT ?", *values, last
         )
         return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
 
@@ -494,7 +490,7 @@ class Store:
     def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple]:
         """Return rows (time, kind, site, key, detail) of some kinds, up to `last`."""
         return self._database.rows(
-            f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "  # noqa: S608
+            f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "
             "AND number <= ? ORDER BY number",
             *kinds,
             last,

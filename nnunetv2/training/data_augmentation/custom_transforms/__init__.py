@@ -1,1 +1,4 @@
-"""Batched NumPy transforms of earlier releases, on `data` and `seg` `(b, c, *spatial)`, for code that imports them."""
+"""Batched NumPy transforms of earlier releases, for code that imports them.
+
+They work on `data` and `seg` `(b, c, *spatial)`.
+"""

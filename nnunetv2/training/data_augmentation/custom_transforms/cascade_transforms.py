@@ -1,4 +1,7 @@
-"""Feed the previous stage's labels of a cascade to the network, and make them as imperfect as in real use."""
+"""Feed the previous stage's labels of a cascade to the network.
+
+They are made as imperfect as in real use.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ def dilation(mask: np.ndarray, element: np.ndarray) -> np.ndarray:
 
 
 def erosion(mask: np.ndarray, element: np.ndarray) -> np.ndarray:
-    """Shrink a mask by a structuring element, but not from the edge of the patch, behind which it may go on."""
+    """Shrink a mask by a structuring element, except from the patch's edge.
+
+    Behind the edge it may go on.
+    """
     return ndimage.binary_erosion(mask, element, border_value=1)
 
 
@@ -32,7 +38,10 @@ def opening(mask: np.ndarray, element: np.ndarray) -> np.ndarray:
 
 
 def ball(radius: int, num_axes: int) -> np.ndarray:
-    """Return a ball (a disk in 2D) as a boolean array of side 2 radius + 1."""
+    """Return a ball, a disk in 2D, as booleans.
+
+    Its side is 2 radius + 1.
+    """
     distances = np.indices((2 * radius + 1,) * num_axes) - radius
     return (distances**2).sum(0) <= radius**2
 
@@ -42,7 +51,9 @@ def _as_list(channels: int | Sequence[int]) -> list[int]:
 
 
 class MoveSegAsOneHotToData(AbstractTransform):
-    """Append one channel per label to `data` `(b, c, *spatial)`, 1 where a channel of `seg` has that label.
+    """Append one indicator channel per label to `data` `(b, c, *spatial)`.
+
+    It is 1 where a channel of `seg` has that label.
 
     Args:
         index_in_origin: The channel of the labels.
@@ -123,7 +134,9 @@ class RemoveRandomConnectedComponentFromOneHotEncodingTransform(AbstractTransfor
 
 
 class ApplyRandomBinaryOperatorTransform(AbstractTransform):
-    """Grow, shrink, close or open some of the label channels `channel_idx`; a voxel keeps at most one label.
+    """Grow, shrink, close or open label channels `channel_idx` at random.
+
+    A voxel keeps at most one label.
 
     Args:
         p_per_sample: Share of the samples that are changed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from batchgenerators.augmentations.utils import resize_segmentation
@@ -39,7 +39,7 @@ class DownsampleSegForDSTransform2(AbstractTransform):
 
     def _resize(self, labels: np.ndarray, scale: float | Sequence[float]) -> np.ndarray:
         axes = list(range(2, labels.ndim)) if self.axes is None else list(self.axes)
-        factors = [scale] * len(axes) if np.isscalar(scale) else list(scale)
+        factors = list(scale) if isinstance(scale, Iterable) else [scale] * len(axes)
         if len(factors) != len(axes):
             raise ValueError(f"scale {scale} has {len(factors)} entries for {len(axes)} axes")
         if all(factor == 1 for factor in factors):

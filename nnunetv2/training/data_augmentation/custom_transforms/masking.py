@@ -8,7 +8,10 @@ from batchgenerators.transforms.abstract_transforms import AbstractTransform
 
 
 class MaskTransform(AbstractTransform):
-    """Write `set_outside_to` into channels of `data` `(b, c, *spatial)` where a channel of `seg` is negative."""
+    """Write `set_outside_to` into `data` where a channel of `seg` is negative.
+
+    Both are `(b, c, *spatial)`.
+    """
 
     def __init__(
         self,

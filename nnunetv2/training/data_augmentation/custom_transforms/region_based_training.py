@@ -9,7 +9,9 @@ from batchgenerators.transforms.abstract_transforms import AbstractTransform
 
 
 class ConvertSegmentationToRegionsTransform(AbstractTransform):
-    """Replace labels `(b, c, *spatial)` by uint8 maps `(b, regions, *spatial)`, 1 where a region's labels are.
+    """Replace labels by uint8 maps of regions, 1 inside.
+
+    `(b, c, *spatial)` becomes `(b, regions, *spatial)`.
 
     Args:
         regions: A label, or a set of labels, per region.

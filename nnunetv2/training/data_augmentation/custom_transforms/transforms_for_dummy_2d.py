@@ -10,7 +10,10 @@ REMEMBERED_SHAPE = "orig_shape_{}"
 
 
 class Convert3DTo2DTransform(AbstractTransform):
-    """Turn `(b, c, x, y, z)` into `(b, c * x, y, z)`; the old shape is kept under `orig_shape_<key>`."""
+    """Turn `(b, c, x, y, z)` into `(b, c * x, y, z)`.
+
+    The old shape is kept under `orig_shape_<key>`.
+    """
 
     def __init__(self, apply_to_keys: Sequence[str] = ("data", "seg")) -> None:
         self.apply_to_keys = apply_to_keys

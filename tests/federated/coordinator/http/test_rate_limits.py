@@ -195,7 +195,7 @@ def test_strangers_are_limited_by_address_and_members_are_not_touched_by_that():
 
     async def scenario() -> None:
         assert [(await caller.ask())[0] for _ in range(3)] == [200, 200, 429]
-        status, headers = await caller.ask()
+        _, headers = await caller.ask()
         assert headers[b"retry-after"] == b"10"
         assert (await caller.ask(member="A"))[0] == (await caller.ask(host="192.0.2.2"))[0] == 200
         caller.now += 10

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.training.data_augmentation.da5_transforms import SCALING, build_da5_transforms
 from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import Geometry, nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.settings import with_settings
 
 if TYPE_CHECKING:
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 class nnUNetTrainerDA5(nnUNetTrainer):
     """Augment more, and more often: see `build_da5_transforms`."""
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
-        self,
-    ) -> tuple[tuple[float, float], bool, Sequence[int], tuple[int, ...]]:
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Geometry:
         """As in the default trainer, with larger patches to load, as they are scaled more."""
         geometry = rotation_and_patch_size(self.configuration_manager.patch_size, scale_range=SCALING)
         self.print_to_log_file(f"do_dummy_2d_data_aug: {geometry.dummy_2d}")
         self.inference_allowed_mirroring_axes = geometry.mirror_axes
-        return tuple(geometry)
+        return geometry.rotation, geometry.dummy_2d, geometry.initial_patch_size, geometry.mirror_axes
 
     @staticmethod
     def get_training_transforms(

@@ -64,7 +64,7 @@ def in_thread(question: Callable[[], Answer], *, name: str) -> Future[Answer]:
     def ask() -> None:
         try:
             future.set_result(question())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised by whoever asks for the result
             future.set_exception(error)
 
     Thread(target=ask, name=name, daemon=True).start()

@@ -58,7 +58,7 @@ def describe_training(
     )
 
 
-def _describe_network(trainer: type, network: torch.nn.Module) -> dict[str, str]:
+def _describe_network(trainer: type, network: torch.nn.Module) -> dict[str, Any]:
     """Return trainer and digest of a network, unless the trainer is ours."""
     if trainer.__name__ in OWN_TRAINERS:
         return {}
@@ -73,8 +73,7 @@ def building_class(trainer: type) -> type:
     return next(
         base
         for base in reversed(trainer.__mro__)
-        if issubclass(base, nnUNetTrainer)
-        and inspect.getattr_static(base, "build_network_architecture") is method
+        if (issubclass(base, nnUNetTrainer) and inspect.getattr_static(base, "build_network_architecture") is method)
         or base is trainer
     )
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as _Trainer
+else:
+    _Trainer = object  # the mixin stands before a trainer class of the user's choice
 
 NEW_NAMES = {
     "meet_the_others": "exchange_weights",
@@ -15,7 +20,7 @@ NEW_NAMES = {
 }
 
 
-class RenamedHooks:
+class RenamedHooks(_Trainer):
     """Give every subclass each hook under both names, so `super()` finds both."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:

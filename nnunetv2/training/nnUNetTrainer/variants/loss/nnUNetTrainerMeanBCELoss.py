@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -17,6 +19,6 @@ class nnUNetTrainerMeanBCELoss(nnUNetTrainer):
     def _build_loss(self) -> nn.Module:
         """Return the default loss with this average."""
         assert self.label_manager.has_regions, "nnUNetTrainerMeanBCELoss is for regions; this dataset has labels"
-        loss = super()._build_loss()
+        loss: Any = super()._build_loss()
         (loss.loss if self.enable_deep_supervision else loss).average_over_channels = True
         return loss

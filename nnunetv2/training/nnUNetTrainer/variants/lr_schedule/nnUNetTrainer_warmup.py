@@ -22,6 +22,9 @@ class nnUNetTrainer_warmup(nnUNetTrainer):
     The first stage (`training_stage`) is 'warmup_all', the second one 'train'; both use the same optimizer.
     """
 
+    warmup_duration_whole_net: int
+    training_stage: str | None
+
     def configure_optimizers(self, stage: str = WARMUP) -> tuple[torch.optim.Optimizer, Any]:
         """Return optimizer and schedule of a stage; those in use if it is the current one.
 
