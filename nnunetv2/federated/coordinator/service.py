@@ -346,9 +346,8 @@ class Coordinator:
             return run
         further = f"{run}.{plans_name}"
         if registration is None or not registration.is_closed:
-            may_be_plain = (
-                site not in names or plans_name in names.values() or bool(registration and registration.outcome)
-            )
+            was_refused = registration is not None and registration.outcome is not None
+            may_be_plain = site not in names or plans_name in names.values() or was_refused
         else:
             may_be_plain = site not in names and (
                 plans_name in names.values() or not self.state.registry.run_state(run).closed
@@ -467,5 +466,5 @@ def _failure_status(event: Event) -> api.FailureStatus:
     """Return what a line of the log says; before 2.8.1+fed.4, its texts could be longer than a status holds."""
     run, reason = (excerpt(event.detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
     return api.FailureStatus(
-        site=event.site or "", time=event.time, run=run[:500], round=event.detail["round"], reason=reason
+        site=str(event.site), time=event.time, run=run[:500], round=event.detail["round"], reason=reason
     )
