@@ -81,8 +81,13 @@ class PartialUploads:
         Args:
             key: Only of this exchange.
         """
-        found = {tuple(path.name.split(".")[:2]): upload.size for path, upload in list(self._writers.items())}
-        return {place: size for place, size in found.items() if key is None or place[0] == _hash_of(key)}
+        wanted = None if key is None else _hash_of(key)
+        found: dict[tuple[str, str], int] = {}
+        for path, upload in list(self._writers.items()):
+            exchange, site = path.name.split(".")[:2]
+            if wanted in (None, exchange):
+                found[exchange, site] = upload.size
+        return found
 
     def is_writer(self, upload: PartialUpload) -> bool:
         """Return whether no newer request has taken over."""
@@ -142,13 +147,20 @@ class PartialUpload:
         self._digest = hashlib.sha256()
 
     def read_beginning(self) -> None:
-        """Take what is here already into the digest, and go to its end."""
-        remaining = self.size
-        self._file.seek(0)
-        while remaining:
-            piece = self._file.read(min(_READ_BYTES, remaining))
+        """Take what is here already into the digest, and go to its end.
+
+        Raises:
+            RefusedError: A newer request has taken over; the code is `taken_over`.
+        """
+        begin = 0
+        while begin < self.size:
+            with self._lock:  # per piece: a newer request waits for one of them, not for all
+                if self._file is None:
+                    raise _taken_over()
+                self._file.seek(begin)
+                piece = self._file.read(min(_READ_BYTES, self.size - begin))
             self._digest.update(piece)
-            remaining -= len(piece)
+            begin += len(piece)
 
     def append(self, *pieces: bytes) -> None:
         """Write the next pieces.

@@ -56,6 +56,8 @@ def test_the_newest_request_writes(uploads):
             with pytest.raises(RefusedError) as info:
                 old.append(b"from a connection that is half dead")
             assert info.value.code == "taken_over"
+            with pytest.raises(RefusedError, match="begun anew"):
+                old.read_beginning()
             new.append(b"rest")
     assert new.path.read_bytes() == CONTENT + b"rest"
 
