@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.coordinator.storage import audit_log
-from nnunetv2.federated.coordinator.storage.read_only import Row, open_read_only, read_log
+from nnunetv2.federated.coordinator.storage.audit_log import Row
+from nnunetv2.federated.coordinator.storage.read_only import open_read_only, read_log
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 

@@ -136,6 +136,7 @@ class Members:
                     "invitation", by, None, {"member": name, "role": role, "expires": invitation.expires}
                 ),
             )
+            assert invitation.secret is not None  # it is new
             return invitation.secret
 
     def revoke(self, name: str, *, by: str) -> None:
@@ -223,7 +224,7 @@ class Members:
             return Member(name, "operator")
         record = self._state.member_records.get(name)
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
-        if not hmac.compare_digest(expected, token_hash):
+        if not hmac.compare_digest(expected, token_hash) or record is None:
             raise RefusedError(
                 "the coordinator does not know this credential, or it was revoked",
                 "Ask the coordinating site for a new invitation, and join with it: nnUNetv2_fed_join INVITE.",

@@ -56,7 +56,7 @@ class LogTail:
         self.troubles: deque[Trouble] = deque(maxlen=SHOWN_TROUBLES)
         self.models: dict[str, str] = {}
         """Run -> where its model is, or why there is none."""
-        self._reasons: dict[tuple[str, str], str] = {}
+        self._reasons: dict[tuple[str, str | None], str] = {}
 
     def read_on(self) -> None:
         """Read what has been appended."""
@@ -90,12 +90,12 @@ class LogTail:
                 self._reasons[run, site] = reason
             number = detail.get("round")
             where = run if number is None else f"{run}, round {number}"
-            self.troubles.append(Trouble(moment, kind, site, where, reason))
+            self.troubles.append(Trouble(moment, "failure", site, where, reason))
         elif kind == "refusal":
-            self.troubles.append(Trouble(moment, kind, site, key, without_values(detail["message"])))
+            self.troubles.append(Trouble(moment, "refusal", site, key, without_values(detail["message"])))
         elif kind == "late":
             text = f"came {detail['seconds']:.1f} s after the round was closed, and does not count"
-            self.troubles.append(Trouble(moment, kind, site, key, text))
+            self.troubles.append(Trouble(moment, "late", site, key, text))
 
 
 def _is_read(kind: str) -> bool:

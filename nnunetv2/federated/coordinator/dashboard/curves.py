@@ -15,6 +15,7 @@ from pydantic import Field
 from nnunetv2.federated.aggregation.pooled_validation import mean_of_known
 from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.exchanges.exchange import Closed
 from nnunetv2.federated.protocol.keys import RegistrationKey
 from nnunetv2.federated.protocol.messages import (
     MAX_LABELS,
@@ -108,12 +109,13 @@ def build_curves(state: FederationState, run: str, *, since: int = 0, since_vali
     validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
     later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
     latest, last_validation = state.registry.latest_number(run), store.load_last_validation(run)
+    last_validated = None if last_validation is None else last_validation["round"]
     return Curves(
         run=run,
         rounds=tuple(_round(record, later) for record in rounds),
         validations=tuple(map(_validation, validations)),
-        classes=_classes(state, run, last_validation) if validations else None,
-        more=_is_before(rounds, latest) or _is_before(validations, last_validation and last_validation["round"]),
+        classes=_classes(state, run, last_validation) if validations and last_validation is not None else None,
+        more=_is_before(rounds, latest) or _is_before(validations, last_validated),
     )
 
 
@@ -157,7 +159,7 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: value for name, value in metrics.items() if value is None or isinstance(value, int | float)}
 
 
-def pooled(weighted: Iterable[tuple[float, Mapping[str, float | None]]]) -> dict[str, float]:
+def pooled(weighted: Iterable[tuple[float, Mapping[str, float | None]]]) -> dict[str, float | None]:
     """Return the mean of every metric over its sites, counted by weight."""
     sums: dict[str, list[float]] = {}
     for weight, metrics in weighted:
@@ -184,14 +186,14 @@ def _classes(state: FederationState, run: str, record: Mapping[str, Any]) -> Cla
     names = _names_of_classes(state, run)
     if len(names) != len(record["dice"]):
         names = [f"class {number}" for number in range(1, len(record["dice"]) + 1)]
-    return ClassDice(round=record["round"], names=names, pooled=record["dice"], sites=record["dice_of_site"])
+    return ClassDice(round=record["round"], names=tuple(names), pooled=record["dice"], sites=record["dice_of_site"])
 
 
 def _names_of_classes(state: FederationState, run: str) -> list[str]:
     """Return the names of a run's classes or regions, in the order of Dice."""
     key = RegistrationKey(run)
     registered = state.registry.get(key)
-    if registered is None or not registered.is_closed:
+    if registered is None or not isinstance(registered.outcome, Closed):
         return []
     with state.documents.contribution(key, registered.outcome.contributors[0]) as document:
         return names_of_classes(document.message)

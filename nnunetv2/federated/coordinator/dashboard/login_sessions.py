@@ -142,11 +142,18 @@ class LoginSessions:
         return coordinator.authenticate(request.token)
 
     def viewer(self, cookie: str) -> Viewer:
+        """Return whose session a cookie is, and until when. Raises as `member`."""
+        return self._viewer(*self._resume(cookie))
+
+    def member(self, cookie: str) -> Member:
         """Return whose session a cookie is.
 
         Raises:
             RefusedError: There is no such session any more; the code is `unauthorized`.
         """
+        return self._resume(cookie)[0]
+
+    def _resume(self, cookie: str) -> tuple[Member, Session]:
         now, key = self._coordinator.state.clock(), hash_secret(cookie)
         with self._lock:
             session = self._sessions.get(key)
@@ -155,7 +162,7 @@ class LoginSessions:
                 raise RefusedError("nobody is logged in here", "Log in.", code="unauthorized")
             self._sessions[key] = session = replace(session, last_used=now)
         try:
-            return self._viewer(self._coordinator.members.authenticate_hash(session.name, session.token_hash), session)
+            return self._coordinator.members.authenticate_hash(session.name, session.token_hash), session
         except RefusedError:
             self.log_out(cookie)
             raise

@@ -218,9 +218,12 @@ class OverviewBuilder:
         expiries = {one.member: one.expires for one in invitations}
         found, activities = [], _what_matters(runs)
         for status in sites:
-            run, activity = activities.get(status.site, (None, "idle"))
+            run: str | None = None
+            activity: Activity = "idle"
             if status.state != "active":
-                run, activity = None, status.state
+                activity = status.state
+            elif status.site in activities:
+                run, activity = activities[status.site]
             found.append(
                 SiteView(
                     site=status.site,
@@ -238,7 +241,7 @@ class OverviewBuilder:
     # ---------------------------------------------------------------------------------------------------- one run
     def _run(self, run: str) -> RunView:
         registry = self._state.registry
-        state, latest = registry.run_state(run), registry.latest_round(run)
+        state, latest = registry.run_state(run), self._last_closing(run)
         exchange = None if state.closed else self._open_exchange(run)
         validation = self._state.store.load_last_validation(run) or {}
         round_s = self._round_seconds(run, state.rounds_closed)
@@ -251,12 +254,17 @@ class OverviewBuilder:
             members=() if exchange is None else self._members(run, exchange),
             round_s=round_s,
             left_s=None if state.closed else self._seconds_left(run, round_s),
-            last_closed=latest.outcome.time if latest else None,
-            last_missing=latest.outcome.missing if latest else (),
+            last_closed=latest.time if latest else None,
+            last_missing=latest.missing if latest else (),
             validated_round=validation.get("round"),
             model=self._model(run)[:8000],
             **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")},
         )
+
+    def _last_closing(self, run: str) -> Closed | None:
+        """Return how the last round of a run that is closed was closed, or None."""
+        latest = self._state.registry.latest_round(run)
+        return latest.outcome if latest is not None and isinstance(latest.outcome, Closed) else None
 
     def _model(self, run: str) -> str:
         return self.tail.models.get(run, "") or str(self._coordinator.models.outlook(run) or "")
@@ -321,10 +329,10 @@ class OverviewBuilder:
         return known[1]
 
     def _seconds_left(self, run: str, round_s: float | None) -> float | None:
-        state, latest = self._state.registry.run_state(run), self._state.registry.latest_round(run)
+        state, latest = self._state.registry.run_state(run), self._last_closing(run)
         if round_s is None or state.num_rounds is None or latest is None or state.state != "running":
             return None
-        elapsed = max(0.0, self._state.clock() - latest.outcome.time)
+        elapsed = max(0.0, self._state.clock() - latest.time)
         return time_left(state.num_rounds - state.rounds_closed, round_s, elapsed)
 
 
@@ -391,9 +399,10 @@ class OverviewCache:
                     return self._overview, self._body
                 await asyncio.sleep(SHORTEST_INTERVAL_S - age)
             revision = self.revision
-            self._overview, self._body = await run_in_threadpool(self._build, revision)
+            shared = await run_in_threadpool(self._build, revision)
+            self._overview, self._body = shared
             self._revision, self._made = revision, time.monotonic()
-            return self._overview, self._body
+            return shared
 
     def _build(self, revision: str) -> tuple[Overview, bytes]:
         overview = self.builder.build(revision)

@@ -86,7 +86,7 @@ class Dashboard:
     def identify(self, connection: Scope) -> str | None:
         """Return whose session a request shows, or None."""
         try:
-            return self.sessions.viewer(HTTPConnection(connection).cookies[self._cookie]).name
+            return self.sessions.member(HTTPConnection(connection).cookies[self._cookie]).name
         except (KeyError, RefusedError):
             return None
 
@@ -94,9 +94,9 @@ class Dashboard:
         """Return the observer or operator that sends a request, by bearer token or by session."""
         if "authorization" in request.headers:
             return _admitted(member_of(request))
-        viewer = self.sessions.viewer(request.cookies.get(self._cookie, ""))
-        traffic_of(request.scope).member = viewer.name
-        return _admitted(Member(viewer.name, viewer.role))
+        member = self.sessions.member(request.cookies.get(self._cookie, ""))
+        traffic_of(request.scope).member = member.name
+        return _admitted(member)
 
     # ----------------------------------------------------------------------------------------------- handlers
     async def get_page(self, request: Request) -> Response:

@@ -90,7 +90,7 @@ def _filled(metric: Metric, name: str, samples: Samples) -> Metric:
 
 
 def _of_sites(overview: Overview) -> Iterator[Metric]:
-    states = Counter(site.state for site in overview.sites)
+    states: Counter[str] = Counter(site.state for site in overview.sites)
     activities = Counter(site.activity for site in overview.sites if site.state == "active")
     yield _gauge("sites", "Sites by state.", [({"state": state}, states[state]) for state in STATES_OF_SITE])
     yield _gauge(

@@ -26,6 +26,7 @@ from typing import Any
 
 from nnunetv2.federated.aggregation.matching import normalise_name
 from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.protocol.messages import Aggregate
 from nnunetv2.utilities.atomic_write import replacing
 
 _ALIGNMENT = 64
@@ -68,7 +69,7 @@ def model_checkpoint(
 
 def write_checkpoint(
     path: Path,
-    document: Document,
+    document: Document[Aggregate],
     names: Mapping[str, str],
     content: Mapping[str, Any],
     *,

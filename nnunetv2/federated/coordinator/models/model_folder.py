@@ -152,10 +152,8 @@ def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any
 
 def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[int, ...] | None:
     """Return the axes along which all sites have mirrored, and the model may be asked to."""
-    axes = [message.mirroring_axes for message in registrations.values()]
-    if any(one is None for one in axes):
-        return None
-    return tuple(sorted(set(axes[0]).intersection(*axes[1:])))
+    axes = [set(one.mirroring_axes) for one in registrations.values() if one.mirroring_axes is not None]
+    return tuple(sorted(set.intersection(*axes))) if len(axes) == len(registrations) else None
 
 
 def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentReader) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentR
     What may differ between the sites, and says how files are read and called, is as most of them have it.
     """
     plans = next(iter(registrations.values())).plans
-    key = PlansKey(plans["plans_name"])
+    key = PlansKey(str(plans["plans_name"]))
     compared = archive.messages_of(key).values() if archive.is_closed(key) else ()
     agreed = comparable_plans(plans)
     made_together = next((one.plans for one in compared if comparable_plans(one.plans) == agreed), plans)

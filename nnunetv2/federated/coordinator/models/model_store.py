@@ -41,9 +41,11 @@ class ModelStore:
         state, rounds = self._state, self._made_of(run)
         if self._outcome(run, rounds) is not None:
             return
+        final = rounds["final"]
+        assert final is not None, run  # a run of no closed round has no model
         folder = state.store.folder / FOLDER
         folder.mkdir(mode=0o700, exist_ok=True)
-        text = keep_models(run, folder, final=rounds["final"], best=rounds["best"], archive=state.documents)
+        text = keep_models(run, folder, final=final, best=rounds["best"], archive=state.documents)
         state.record("model", None, run, {"outcome": text, "rounds": rounds})
         state.log(f"run {run} is over: {text}")
 

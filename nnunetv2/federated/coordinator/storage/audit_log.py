@@ -20,6 +20,8 @@ LOGGED_CHARACTERS = 1000
 """Of a text that a site is the cause of, written as JSON: why it failed, or why it was refused. Lines stay for good."""
 LINES = "SELECT number, time, kind, site, key, detail, hash FROM events"
 """Query of the lines as they are chained; the detail is JSON text."""
+Row = tuple[int, float, str, str | None, str | None, str, str]
+"""Number, time, kind, site, key, detail and hash of a line."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,13 @@ def add_event(connection: sqlite3.Connection, event: Event) -> None:
     )
 
 
-def chained_hash(before: str, row: tuple) -> str:
+def chained_hash(before: str, row: tuple[object, ...]) -> str:
     """Return the hash of a line (number, time, kind, site, key, detail), given the one before."""
     return hashlib.sha256(f"{before}\n{json.dumps(row)}".encode()).hexdigest()
 
 
-def first_break(rows: Iterable[tuple]) -> Broken | None:
-    """Return where the chain of (number, time, kind, site, key, detail, hash) is broken, or None."""
+def first_break(rows: Iterable[Row]) -> Broken | None:
+    """Return where the chain of a log's lines is broken, or None."""
     before, expected = START, 1
     for *row, digest in rows:
         if row[0] != expected:

@@ -239,10 +239,13 @@ def _read_contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Backup:
     if member.size > LARGEST_CONTENTS:
         raise FederationError(f"{CONTENTS_FILE} is too large")
     try:
-        content = json.loads(archive.extractfile(member).read())
+        file = archive.extractfile(member)
+        if file is None:
+            raise FederationError(f"{CONTENTS_FILE} cannot be read: it is no file")
+        content = json.loads(file.read())
         version = content["version"]
         saved = Backup(str(content["federation"]), float(content["created"]), dict(content["files"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FederationError(f"{CONTENTS_FILE} cannot be read: {error}") from error
     if version != VERSION:
         raise FederationError(f"this is a backup of version {version}, which this program does not know")
@@ -258,7 +261,9 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path, k
     digest = hashlib.sha256()
     target = scratch / path
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with archive.extractfile(member) as file, target.open("xb") as out:
+    content = archive.extractfile(member)
+    assert content is not None  # only what is no regular file has none
+    with content as file, target.open("xb") as out:
         target.chmod(0o600)
         while piece := file.read(_PIECE_BYTES):
             digest.update(piece)

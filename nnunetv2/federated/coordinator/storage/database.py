@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.errors import FederationError
@@ -126,15 +127,15 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def rows(self, query: str, *values: object) -> list[tuple]:
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Return the rows that a query finds."""
         with self._lock, _trouble_as_os_error():
             return self._connection.execute(query, values).fetchall()
 
-    def first_rows(self, query: str, *values: object, characters: int, least: int) -> list[tuple]:
+    def first_rows(self, query: str, *values: object, characters: int, least: int) -> list[tuple[Any, ...]]:
         """Return the first rows of a query, bounded by characters, but `least`."""
         with self._lock, _trouble_as_os_error():
-            found: list[tuple] = []
+            found: list[tuple[Any, ...]] = []
             for row in self._connection.execute(query, values):
                 characters -= len(row[-1])
                 if characters < 0 and len(found) >= least:

@@ -14,8 +14,6 @@ from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.errors import FederationError
 
 DATABASE_FILE = "coordinator.sqlite"
-Row = tuple[int, float, str, str | None, str | None, str, str]
-"""Number, time, kind, site, key, detail and hash of a line."""
 
 
 @contextmanager
@@ -44,6 +42,6 @@ def open_read_only(folder: Path) -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def read_log(connection: sqlite3.Connection) -> Iterator[Row]:
+def read_log(connection: sqlite3.Connection) -> Iterator[audit_log.Row]:
     """Yield the lines of a log in order, as `audit_log.LINES` has them."""
     yield from connection.execute(f"{audit_log.LINES} ORDER BY number")

@@ -23,7 +23,7 @@ from sys import intern
 from typing import IO, Any, Literal
 
 from nnunetv2.federated.coordinator.storage import audit_log
-from nnunetv2.federated.coordinator.storage.audit_log import Event, add_event
+from nnunetv2.federated.coordinator.storage.audit_log import Event, Row, add_event
 from nnunetv2.federated.coordinator.storage.database import Database
 from nnunetv2.federated.coordinator.storage.read_only import DATABASE_FILE
 from nnunetv2.federated.errors import FederationError
@@ -31,7 +31,7 @@ from nnunetv2.federated.exchanges.exchange import Closed, Contribution, Exchange
 from nnunetv2.federated.exchanges.registry import RunControl
 from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
-from nnunetv2.federated.protocol.keys import Key
+from nnunetv2.federated.protocol.keys import Key, NumberedKey
 from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.plain_text import excerpt
 
@@ -309,21 +309,22 @@ class Store:
             _write_exchange(connection, exchange)
             _write_result(connection, key, FULL_RESULT, digest)
             if record is not None:
+                assert isinstance(key, NumberedKey)
                 table = {"round": "rounds", "validation": "validations"}[key.kind]
                 connection.execute(
                     f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", (key.run, key.number, json.dumps(record))
                 )
-            for site in (record or {}).get("outliers", ()):
-                add_event(
-                    connection,
-                    Event(
-                        exchange.outcome.time,
-                        "outlier",
-                        site,
-                        str(key),
-                        {name: record["sites"][site][name] for name in ("change_norm", "change_rms")},
-                    ),
-                )
+                for site in record.get("outliers", ()):
+                    add_event(
+                        connection,
+                        Event(
+                            exchange.outcome.time,
+                            "outlier",
+                            site,
+                            str(key),
+                            {name: record["sites"][site][name] for name in ("change_norm", "change_rms")},
+                        ),
+                    )
             add_event(
                 connection,
                 Event(
@@ -461,7 +462,10 @@ class Store:
         rows = self._database.rows(
             f"SELECT time, kind, site, key, detail FROM events {which}ORDER BY number DESC LIMIT ?", *values, last
         )
-        return [Event(*row[:4], detail=json.loads(row[4])) for row in reversed(rows)]
+        return [
+            Event(moment, kind_of_event, site, key, json.loads(detail))
+            for moment, kind_of_event, site, key, detail in reversed(rows)
+        ]
 
     def has_event(self, kind: str, site: str, key: str) -> bool:
         """Return whether the audit log has such a line."""
@@ -469,7 +473,7 @@ class Store:
             self._database.rows("SELECT 1 FROM events WHERE kind = ? AND site = ? AND key = ? LIMIT 1", kind, site, key)
         )
 
-    def load_log(self, after: int = 0, limit: int = -1) -> list[tuple]:
+    def load_log(self, after: int = 0, limit: int = -1) -> list[Row]:
         """Return the audit log's rows after line `after`, as of `audit_log.LINES`."""
         return self._database.rows(f"{audit_log.LINES} WHERE number > ? ORDER BY number LIMIT ?", after, limit)
 
@@ -487,7 +491,7 @@ class Store:
             )
         }
 
-    def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple]:
+    def load_lines(self, kinds: Sequence[str], last: int) -> list[tuple[float, str, str | None, str | None, str]]:
         """Return rows (time, kind, site, key, detail) of some kinds, up to `last`."""
         return self._database.rows(
             f"SELECT time, kind, site, key, detail FROM events WHERE kind IN ({', '.join('?' * len(kinds))}) "
