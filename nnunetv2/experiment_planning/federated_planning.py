@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -48,6 +48,7 @@ from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
+Answer = messages.PooledFingerprint | messages.WantedBins
 MOST_LOOKS = 20
 """How often a site lets the coordinator look into bins: honest ones need one look, seldom two or three."""
 
@@ -150,7 +151,7 @@ def _take_part(transport: Transport, extractor: Any, census: messages.Census) ->
     summary = summarise(samples, values, share_extrema=census.share_extrema)
     channels = [outermost.Channel.of(*channel, hide=not census.share_extrema) for channel in values]
     coarse = {f"coarse.{c}": channel.coarse_histogram() for c, channel in enumerate(channels)}
-    answer = transport.exchange(keys.CoarseKey(), summary, coarse).message
+    answer: Answer = transport.exchange(keys.CoarseKey(), summary, coarse).message
     for number in range(MOST_LOOKS):
         if not isinstance(answer, messages.WantedBins):
             results.check_fingerprint(answer, len(channels))
@@ -169,9 +170,9 @@ def _look_into(
     number: int,
     values: Sequence[tuple[np.ndarray, np.ndarray]],
     channels: Sequence[outermost.Channel],
-    bins: Sequence[Sequence[int]],
+    bins: tuple[tuple[int, ...], ...],
     others: int,
-) -> tuple[list[outermost.Channel], messages.Message]:
+) -> tuple[list[outermost.Channel], Answer]:
     """Send histograms inside some bins; return corrected channels and the answer.
 
     Args:
@@ -222,7 +223,10 @@ def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFinger
     Raises:
         FederationError: They differ so much that their units must.
     """
-    rest = Counter(zip(map(tuple, pooled.fingerprint["spacings"]), map(tuple, pooled.fingerprint["shapes_after_crop"])))
+    # Of these types, as `results.check_fingerprint` has found.
+    pooled_spacings = cast("list[list[float]]", pooled.fingerprint["spacings"])
+    pooled_shapes = cast("list[list[int]]", pooled.fingerprint["shapes_after_crop"])
+    rest = Counter(zip(map(tuple, pooled_spacings), map(tuple, pooled_shapes)))
     rest -= Counter(zip(map(tuple, own.spacings), map(tuple, own.shapes)))
     if not rest:
         return
@@ -260,7 +264,7 @@ def _come_late(transport: Transport, extractor: Any, census: messages.Census, si
         flush=True,
     )
     _sample(extractor, num_cases)
-    answer = transport.result(keys.CoarseKey()).message
+    answer: Answer = transport.result(keys.CoarseKey()).message
     for number in range(MOST_LOOKS):  # in order: none can begin before the one before it is closed
         if not isinstance(answer, messages.WantedBins):
             return answer
@@ -292,7 +296,7 @@ def make_census(extractor: Any, *, share_extrema: bool) -> messages.Census:
 def intensities_per_channel(samples: Sequence[CaseSample]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Join all cases' foreground values: per channel, values (float32) and counts."""
     return [
-        tuple(np.concatenate(parts) for parts in zip(*channel))
+        (np.concatenate([values for values, _ in channel]), np.concatenate([counts for _, counts in channel]))
         for channel in zip(*(sample.intensities for sample in samples))
     ]
 
@@ -312,8 +316,9 @@ def summarise(
         else None
     )
     return messages.CoarseSummary(
-        spacings=spacings,
-        shapes=shapes,
+        # Three numbers each: the message refuses others.
+        spacings=cast("tuple[messages.Spacing, ...]", spacings),
+        shapes=cast("tuple[messages.Shape, ...]", shapes),
         relative_sizes=tuple(sorted(sample.relative_size for sample in samples)),
         moments=tuple(messages.ChannelMoments(count=m.count, mean=m.mean, m2=m.m2) for m in moments),
         promotes_to_float64=not all(sample.has_foreground for sample in samples),

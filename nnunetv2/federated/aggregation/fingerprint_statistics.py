@@ -218,12 +218,18 @@ class ChannelMoments(Protocol):
 class SiteSummary(Protocol):
     """What pooling reads of a site; `messages.CoarseSummary` explains the fields."""
 
-    spacings: Sequence[Sequence[float]]
-    shapes: Sequence[Sequence[int]]
-    relative_sizes: Sequence[float]
-    moments: Sequence[ChannelMoments]
-    promotes_to_float64: bool
-    extrema: Sequence[tuple[float, float]] | None
+    @property
+    def spacings(self) -> Sequence[Sequence[float]]: ...
+    @property
+    def shapes(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def relative_sizes(self) -> Sequence[float]: ...
+    @property
+    def moments(self) -> Sequence[ChannelMoments]: ...
+    @property
+    def promotes_to_float64(self) -> bool: ...
+    @property
+    def extrema(self) -> Sequence[tuple[float, float]] | None: ...
 
 
 def pool_fingerprint(

@@ -122,17 +122,21 @@ def aggregate_documents(
 
     def value_of(name: str) -> np.ndarray:
         if name not in holders:
+            assert previous is not None  # it has values to keep
             return previous.read(name)
         contributors = [documents[site] for site in holders[name]]
         _check_weights(used := [float(weights[site]) for site in holders[name]])
-        is_known = known.get(name) == specs[name]
+        observe, add = None, None
+        if previous is not None and known.get(name) == specs[name]:
+            observe = comparison.observer(name, holders[name])
+            add = None if handout is None else partial(handout.add_rest_, previous, name)
         mean = _mean(
             specs[name].size,
             DTYPES[sent[name].dtype],
             used,
             lambda index, begin, out: contributors[index].read_into(name, begin, out),
-            comparison.observer(name, holders[name]) if is_known else None,
-            partial(handout.add_rest_, previous, name) if is_known and handout is not None else None,
+            observe,
+            add,
             DTYPES[specs[name].dtype],
         )
         return mean.reshape(specs[name].shape)
@@ -231,7 +235,9 @@ class _Comparison:
 
     def observer(self, name: str, sites: Sequence[str]) -> Callable[[int, int, np.ndarray], None]:
         """Return what `_mean` shows the blocks of tensor `name` to."""
-        spec = self._previous.specs[name]
+        previous, handout = self._previous, self._handout
+        assert previous is not None
+        spec = previous.specs[name]
         raw, before, difference = (
             np.empty(min(spec.size, _BLOCK), dtype) for dtype in (DTYPES[spec.dtype], np.float64, np.float64)
         )
@@ -241,9 +247,9 @@ class _Comparison:
         def observe(index: int, begin: int, values: np.ndarray) -> None:
             block = slice(0, values.size)
             if index == 0:
-                self._previous.read_into(name, begin, raw[block])
+                previous.read_into(name, begin, raw[block])
                 # What the sites began with.
-                np.copyto(before[block], raw[block] if self._handout is None else self._handout.handed_out(raw[block]))
+                np.copyto(before[block], raw[block] if handout is None else handout.handed_out(raw[block]))
             np.subtract(values, before[block], out=difference[block])
             self._squares[sites[index]][name] += _sum_of_squares(difference[block])
 

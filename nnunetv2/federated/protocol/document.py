@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -36,6 +36,9 @@ from nnunetv2.federated.protocol.messages import MAX_TENSORS, PROTOCOL, TENSOR_N
 from nnunetv2.federated.protocol.strict_json import parse_json, validated
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.early_writing import begin_writing
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
 """What may travel: safetensors' name -> numpy dtype."""
@@ -47,7 +50,8 @@ M = TypeVar("M", bound=Message, covariant=True)
 
 @functools.cache
 def _one_of(kinds: tuple[type[Message], ...]) -> TypeAdapter[Message]:
-    return TypeAdapter(Annotated[Union[kinds], Field(discriminator="kind")])  # noqa: UP007 - made at run time
+    union: Any = Annotated[Union[kinds], Field(discriminator="kind")]  # noqa: UP007 - made at run time
+    return TypeAdapter(union)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Document(Generic[M]):
         """Fill `out`, contiguous and of the tensor's dtype, with the elements of tensor `name` from `begin` on."""
         spec = self.spec(name)
         assert out.dtype == DTYPES[spec.dtype] and 0 <= begin <= spec.size - out.size
-        self._fill(self._offsets[name] + begin * out.itemsize, memoryview(out).cast("B"))
+        self._fill(self._offsets[name] + begin * out.itemsize, out.data.cast("B"))
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of tensor `name` in pieces of up to one MiB; each is valid until the next is asked for."""
@@ -211,14 +215,14 @@ class OutgoingDocument(io.RawIOBase):
         self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence])
         return self._position
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         """Fill the buffer with the next bytes, as far as those of one tensor go, and return their number."""
-        index = bisect_right(self._ends, self._position)
+        wanted, index = memoryview(buffer).cast("B"), bisect_right(self._ends, self._position)
         if index == len(self._pieces):
             return 0
         begin = self._position - (self._ends[index] - len(self._pieces[index]))
-        found = self._pieces[index][begin : begin + len(buffer)]
-        buffer[: len(found)] = found
+        found = self._pieces[index][begin : begin + len(wanted)]
+        wanted[: len(found)] = found
         self._position += len(found)
         return len(found)
 
@@ -303,7 +307,7 @@ def _bytes_of_all(specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray 
 
 def _bytes_of(values: np.ndarray, dtype: np.dtype) -> memoryview:
     """Return the bytes of an array as they travel, without a copy where it already has that form."""
-    return memoryview(np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8).data
 
 
 # ------------------------------------------------------------------------------------------------------ reading

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,9 @@ from pydantic import (
     model_validator,
 )
 
-PROTOCOL = 1
+Name = TypeVar("Name", str, int)
+
+PROTOCOL: Final = 1
 MAX_SITES = 1000
 MAX_CASES = 100_000
 MAX_CHANNELS = 256
@@ -96,7 +98,7 @@ def _check_aliases(aliases: Any) -> Any:
     return aliases
 
 
-def _check_unique(names: tuple) -> tuple:
+def _check_unique(names: tuple[Name, ...]) -> tuple[Name, ...]:
     if len(set(names)) != len(names):
         raise ValueError("names are repeated")
     return names
@@ -189,7 +191,7 @@ class WithAdditions(Part):
 class WithPrecision(WithAdditions):
     """Base of what says how weights travel."""
 
-    ADDED = ("precision",)
+    ADDED: ClassVar[tuple[str, ...]] = ("precision",)
 
     precision: Precision = "float32"
     """float16 is sent with error feedback, see `aggregation/codecs/float16.py`."""

@@ -68,7 +68,8 @@ class Participant:
             RefusedError: The networks, labels or channels of the sites do not go together.
             WireError: The tensors that the coordinator takes for shared are not those of this site.
         """
-        state = self.transport.run_state(self.run, plans=registration.plans.get("plans_name"))
+        plans_name = registration.plans.get("plans_name")
+        state = self.transport.run_state(self.run, plans=None if plans_name is None else str(plans_name))
         self.run = state.run  # another one where the sites have trained with other plans before
         has_begun = bool(state.members or state.left)
         is_late = has_begun and self.site not in state.registered
@@ -128,7 +129,8 @@ class Participant:
             raise FederationError(
                 f"the operator has stopped run {self.run} before its first round was closed. Ask the coordinating site"
             )
-        if not state.closed and state.open_round is None:
+        next_round = state.rounds_closed if state.closed else state.open_round
+        if next_round is None:
             if epoch > 0 and self.site in self._match().initial_owner.values():
                 raise FederationError(
                     f"run {self.run} has not begun, and this site's checkpoint is at epoch {epoch}: what it has "
@@ -136,7 +138,6 @@ class Participant:
                 )
             is_registered = self.site in state.registered
             return Position(0, self._begin(weights, is_registered=is_registered), begins=is_registered)
-        next_round = state.rounds_closed if state.closed else state.open_round
         check_round(next_round)
         if epoch > next_round + 1 + staleness:
             raise FederationError(
@@ -198,7 +199,8 @@ class Participant:
         key = keys.InitialKey(self.run)
         if not is_registered:
             return self._fetch(key)
-        owned = {name: local for name, local in self.local_names.items() if self.match.initial_owner[name] == self.site}
+        owners = self._match().initial_owner
+        owned = {name: local for name, local in self.local_names.items() if owners[name] == self.site}
         update = self._under_canonical_names(weights, owned)
         check_finite(update)
         self._codec.encode(update)  # raises for what could not come back

@@ -63,7 +63,8 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 def rest_of(values: np.ndarray) -> np.ndarray:
     """Return what rounding takes from float32 values: exact, in float32."""
-    return values - rounded(values)
+    rest: np.ndarray = values - rounded(values)
+    return rest
 
 
 def write_rounded(source: Document[Message], path: Path, names: Iterable[str]) -> str:

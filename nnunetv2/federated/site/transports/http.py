@@ -404,17 +404,18 @@ class HttpTransport:
 
         def note_failure(state: RetryCallState) -> None:
             if state.attempt_number == 1:  # most likely a connection that was idle for too long: not worth a line
+                assert state.outcome_timestamp is not None  # set with the failure
                 state.start_time = state.outcome_timestamp  # patience counts from the first failure
             else:
-                self._say(f"{state.outcome.exception()}{TRYING_AGAIN}")
+                self._say(f"{_failure_of(state)}{TRYING_AGAIN}")
 
         def pause(state: RetryCallState) -> float:
             jittered = growing(state) * random.uniform(0.5, 1.0)  # sites do not come back all at once
-            wanted: float = state.outcome.exception().wait_s
-            return min(max(jittered, wanted), patience_s - state.seconds_since_start)
+            assert state.seconds_since_start is not None  # it has failed already
+            return min(max(jittered, _failure_of(state).wait_s), patience_s - state.seconds_since_start)
 
         def give_up(state: RetryCallState) -> NoReturn:
-            error = state.outcome.exception()
+            error = _failure_of(state)
             raise CoordinatorUnreachable(
                 f"the coordinator at {self.credential.url} has not answered for {patience_s:g} s: {error}"
             ) from error
@@ -465,3 +466,10 @@ def is_late(site: str, key: str, message: messages.Message) -> bool:
     if not isinstance(message, messages.Aggregate) or message.round is None:
         return False
     return site not in message.contributors or key.rpartition("/")[2] != str(message.round)
+
+
+def _failure_of(state: RetryCallState) -> NoAnswerError:
+    """Return the error of the last try; others are not retried."""
+    error = None if state.outcome is None else state.outcome.exception()
+    assert isinstance(error, NoAnswerError)
+    return error

@@ -62,7 +62,7 @@ def dry_run(
         trainer.build_network_architecture,
         plans_manager=manager,
         configuration_manager=description,
-        dataset_json=dataset_json,
+        dataset_json=dict(dataset_json),
         num_output_channels=labels.num_segmentation_heads,
         enable_deep_supervision=True,
         num_input_channels=determine_num_input_channels(manager, description, dataset_json),

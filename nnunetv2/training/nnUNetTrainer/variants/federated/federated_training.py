@@ -39,7 +39,7 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -92,6 +92,11 @@ class PendingExchange:
         """Return the size of the weights that came; it waits for them."""
         weights = {} if self.answer is None else self.answer.result()[0]
         return sum(values.nbytes for values in weights.values()) / 1e6
+
+    def result(self) -> tuple[Weights, messages.Aggregate]:
+        """Wait for the aggregate, in the first process."""
+        assert self.answer is not None
+        return self.answer.result()
 
 
 class FederatedTraining(RenamedHooks):
@@ -284,13 +289,15 @@ class FederatedTraining(RenamedHooks):
     def finish_exchange(self) -> messages.Aggregate:
         """Wait for the pending exchange, load the aggregate, and return its message."""
         start, pending = time.monotonic(), self.pending
-        aggregate = self.receive_weights(lambda: pending.answer.result())
+        assert pending is not None
+        aggregate = self.receive_weights(pending.result)
         self.report_round(aggregate, megabytes=pending.megabytes, waited_s=time.monotonic() - start)
         self.pending = None
         return aggregate
 
     def resume_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
         """Move to the epoch after an aggregate, or finish a stopped run."""
+        assert aggregate.round is not None
         if aggregate.round < epoch:
             self.log_line(
                 f"The operator has stopped run {self.participant.run} after round {aggregate.round}: ending with "
@@ -305,12 +312,14 @@ class FederatedTraining(RenamedHooks):
         """Validate the aggregate on this site's data; log and send the counts."""
         if not ask_first_process(lambda: self.participant.wants_validation(aggregate, is_last=is_last)):
             return
+        number = aggregate.round
+        assert number is not None  # the initial weights are not wanted
         found = validate_network(self)
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
-        problem = ask_first_process(lambda: self.participant.send_validation(aggregate.round, found))
-        self.log_line(describe_validation(aggregate.round, found) + (f" (not sent: {problem})" if problem else ""))
+        problem = ask_first_process(lambda: self.participant.send_validation(number, found))
+        self.log_line(describe_validation(number, found) + (f" (not sent: {problem})" if problem else ""))
 
     def resume_at(self, epoch: int) -> None:
         """Move to the epoch of the run; the curves show missed epochs as gaps."""
@@ -360,7 +369,7 @@ class FederatedTraining(RenamedHooks):
             )
         return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
-    def metrics_of(self, epoch: int, names: Sequence[str]) -> Mapping[str, object]:
+    def metrics_of(self, epoch: int, names: Sequence[str]) -> dict[str, messages.Metric]:
         """Return the values of these curves at an epoch, where there are any."""
         curves = {name: self.logger.get_value(name, step=None) for name in names}
         return {name: values[epoch] for name, values in curves.items() if epoch < len(values)}

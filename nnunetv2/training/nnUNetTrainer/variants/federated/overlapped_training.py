@@ -59,6 +59,7 @@ class OverlappedTraining(FederatedTraining):
         """Finish the exchange and catch up; tell whether the run goes on."""
         own, pending = self.local_weights(), self.pending
         aggregate = self.finish_exchange()
+        assert pending is not None and aggregate.round is not None
         is_complete = aggregate.round + 1 >= self.num_epochs
         is_over = is_complete or aggregate.round < pending.number
         if is_over:
