@@ -1,6 +1,8 @@
 # Every target sets up what it needs in a fresh clone; `make help` lists them.
-# PYTHON picks the interpreter (3.10 to 3.13), VENV the folder of the virtual environment.
+# PYTHON picks the interpreter (3.10 to 3.13), VENV the folder of the virtual environment, WORKERS how many tests run at
+# the same time.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV ?= .venv
 REFERENCE ?= .venv-reference
 SOURCES = nnunetv2 tests benchmarks demo documentation setup.py
@@ -27,14 +29,14 @@ demo: $(VENV)/.installed  ## three sites plan, train and predict with one model,
 	$(VENV)/bin/python -m demo
 
 test: $(VENV)/.installed $(REFERENCE)/.installed lint  ## lint, and all tests: a quarter of an hour
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
 quick: $(VENV)/.installed  ## the tests that a change should pass while it is being made
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not parity"
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity"
 
 # A target of its own, since tracing costs half of the time again.
 coverage: $(VENV)/.installed  ## the quick tests, and the share of lines that they run
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not parity" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity" --cov --cov-report=term:skip-covered
 
 parity: $(VENV)/.installed $(REFERENCE)/.installed  ## the comparison with the reference release
 	$(PYTEST) tests/parity
