@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.commands.api_client import OPERATOR_FILE
@@ -196,7 +198,7 @@ def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
     if "sites" not in given:
         given = {**given, "sites": ask_for_sites(folder)}
     values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
-    settings = validated(lambda: FederationSettings(**values), "the command line")
+    settings = validated(lambda: FederationSettings.model_validate(values), "the command line")
     check_settings(settings)
     return settings
 
@@ -296,6 +298,7 @@ def print_invitations(invitations: Sequence[InvitationRecord], federation: str, 
         if invitations:
             show("Send each site its own line; a line is good for one site, once, until it expires:")
         for record in invitations:
+            assert record.secret is not None, "an open invitation has its secret"
             invitation = endpoint.invitation(federation, record.member, record.secret)
             show(f"  {record.member}:  {shell_command('nnUNetv2_fed_join', invitation)}")
         sys.stdout.flush()
@@ -312,7 +315,8 @@ def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None
     from nnunetv2.federated.protocol.certificates import only_certificate
 
     return_what_is_freed()
-    sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
     with trouble_names(store.folder):
         certificate = address.certificate(store.folder)
     private = (
@@ -343,7 +347,7 @@ def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None
                 await self.shutdown(sockets)
                 raise
 
-        def handle_exit(self, sig: int, frame: object) -> None:
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             coordinator.notifier.stop()
             super().handle_exit(sig, frame)
 

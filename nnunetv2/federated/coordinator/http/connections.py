@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nnunetv2.federated.coordinator.http.large_bodies import CONNECTION, BufferPool, LargeBody, can_bypass
-from nnunetv2.federated.coordinator.http.listener import Listener
+from nnunetv2.federated.coordinator.http.listener import Connection, Listener
 from nnunetv2.federated.coordinator.http.rate_limits import ConnectionRegistry, Limits, Phase, ProgressWatchdog
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.strict_json import encode_json
@@ -41,7 +41,7 @@ PARTING_S = 0.3
 """How long a connection whose last answer was sent lasts when the server stops."""
 
 
-class GuardedProtocol(H11Protocol):
+class GuardedProtocol(H11Protocol, Connection):
     """One connection, watched.
 
     Args:
@@ -49,7 +49,7 @@ class GuardedProtocol(H11Protocol):
         options: What uvicorn gives its protocols.
     """
 
-    def __init__(self, registry: ConnectionRegistry, **options: Any) -> None:
+    def __init__(self, registry: ConnectionRegistry[Connection], **options: Any) -> None:
         super().__init__(**options)
         self.app_state = {**self.app_state, CONNECTION: self}  # where the application finds it: scope["state"]
         self._registry = registry
@@ -66,7 +66,8 @@ class GuardedProtocol(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------------------------------ what asyncio calls
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport), "a connection is read and written"
         super().connection_made(transport)
         transport.set_write_buffer_limits(UNSENT_BYTES)
         if self._socket is None:  # no TLS in between
@@ -140,8 +141,9 @@ class GuardedProtocol(H11Protocol):
         To close it is not enough: with TLS, asyncio waits for the other side to close too, and a client that keeps a
         connection for its next request does not even notice that it should.
         """
-        self._timer.cancel()
-        is_over = self._is_answered() and not self._socket.get_write_buffer_size()
+        if self._timer is not None:
+            self._timer.cancel()
+        is_over = self._is_answered() and not self._count_unsent()
         self._timer = self.loop.call_later(PARTING_S, self.drop if is_over else self._part)
 
     # --------------------------------------------------------------------------------------------------- large bodies
@@ -152,7 +154,8 @@ class GuardedProtocol(H11Protocol):
         Enter it right after a part of the body was received, before anything else is awaited. The connection is closed
         after the answer.
         """
-        self.scope["headers"].append((b"connection", b"close"))  # as if the request had asked for it
+        # As if the request had asked for it.
+        self.scope["headers"] = [*self.scope["headers"], (b"connection", b"close")]
         self.flow.pause_reading()  # the body itself says when to read; afterwards there is nothing to read
         self._body = LargeBody(self, remaining, pool)
         self.transport.set_protocol(self._body)
@@ -178,7 +181,7 @@ class GuardedProtocol(H11Protocol):
     # ------------------------------------------------------------------------------------------------------ watching
     def _watch(self) -> None:
         """Look again and again whether the connection makes progress, and drop it if not."""
-        unsent = self._socket.get_write_buffer_size()
+        unsent = self._count_unsent()
         self._times_sent += unsent != self._unsent
         self._unsent = unsent
         phase = self._phase()
@@ -188,10 +191,15 @@ class GuardedProtocol(H11Protocol):
         else:
             self._timer = self.loop.call_later(WATCH_S, self._watch)
 
+    def _count_unsent(self) -> int:
+        """Return the bytes of answers that wait for a reader."""
+        assert self._socket is not None, "whoever made the connection has attached its socket"
+        return self._socket.get_write_buffer_size()
+
     def _phase(self) -> Phase:
         if self._body is not None:
             return "body" if self._body.is_awaited else "other"
-        if self._socket.get_write_buffer_size():
+        if self._count_unsent():
             return "answer"
         answered = self._is_answered()
         if self.conn.their_state is h11.SEND_BODY:
@@ -259,7 +267,9 @@ class GuardedServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, limits: Limits | None = None) -> None:
         super().__init__(config)
-        self.registry = ConnectionRegistry(limits or Limits())
+        self.registry = ConnectionRegistry[Connection](limits or Limits())
+        self.servers = []  # uvicorn closes asyncio's own at the end; here are listeners instead
+        self._listeners: list[Listener] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then accept connections."""
@@ -275,12 +285,14 @@ class GuardedServer(uvicorn.Server):
             app_state=self.lifespan.state,
             _loop=asyncio.get_running_loop(),
         )
-        self.servers = [Listener(one, make_connection, self.registry, self.config.ssl) for one in sockets]
+        self._listeners = [Listener(one, make_connection, self.registry, self.config.ssl) for one in sockets]
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop; connections whose handshake is not over, of which uvicorn does not know, end at once."""
-        for connection in set(self.registry) - self.server_state.connections:
+        for listener in self._listeners:
+            listener.close()
+        for connection in set(self.registry).difference(self.server_state.connections):
             connection.drop()
         await super().shutdown(sockets)
 

@@ -176,5 +176,5 @@ class LargeBody(asyncio.BufferedProtocol):
 
     def _hand_over(self) -> None:
         self._connection.transport.pause_reading()
-        if self.is_awaited:  # not if the request was cancelled meanwhile
+        if self._arrival is not None and not self._arrival.done():  # not if the request was cancelled
             self._arrival.set_result(None)

@@ -8,9 +8,15 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from nnunetv2.federated.coordinator.http import tls
+from nnunetv2.federated.coordinator.http.tls import (
+    Certificate,
+    given_certificate,
+    private_certificate,
+    require_clients_of,
+)
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.invitation import check_url
 from nnunetv2.utilities.loopback import is_loopback
@@ -89,21 +95,19 @@ class ListenAddress:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
         return replace(self, host=host, url=None, tls=self.speaks_tls).public_url
 
-    def certificate(self, folder: Path) -> tls.Certificate | None:
+    def certificate(self, folder: Path) -> Certificate | None:
         """Return the certificate for TLS, made on the first start; None without TLS."""
         if not self.speaks_tls:
             return None
-        if self.tls_certificate:
-            certificate = tls.given_certificate(Path(self.tls_certificate), Path(self.tls_key))
+        if self.tls_certificate and self.tls_key:
+            certificate = given_certificate(Path(self.tls_certificate), Path(self.tls_key))
         else:
-            hosts = {self.host, urlsplit(self.public_url).hostname} - {"0.0.0.0", "::", ""}
-            certificate = tls.private_certificate(folder / "tls", sorted(hosts))
-        return (
-            tls.require_clients_of(certificate, Path(self.client_authority)) if self.client_authority else certificate
-        )
+            hosts = {self.host, urlsplit(self.public_url).hostname or ""} - {"0.0.0.0", "::", ""}
+            certificate = private_certificate(folder / "tls", sorted(hosts))
+        return require_clients_of(certificate, Path(self.client_authority)) if self.client_authority else certificate
 
 
-def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) -> ListenAddress:
+def settle_address(stored: Mapping[str, Any], arguments: argparse.Namespace) -> ListenAddress:
     """Return the address of a start: what the command line says, else what held before."""
     known = {field.name for field in fields(ListenAddress)}
     given = {
@@ -114,7 +118,7 @@ def settle_address(stored: Mapping[str, object], arguments: argparse.Namespace) 
     return ListenAddress(**{**{name: value for name, value in stored.items() if name in known}, **given})
 
 
-def tls_options(certificate: tls.Certificate | None) -> dict[str, object]:
+def tls_options(certificate: Certificate | None) -> dict[str, object]:
     """Return uvicorn's options for a certificate."""
     if certificate is None:
         return {}

@@ -15,10 +15,11 @@ import socket
 import ssl
 import sys
 import time
+from abc import ABC, abstractmethod
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import TypedDict
 
 from nnunetv2.federated.coordinator.http.rate_limits import ConnectionRegistry
 
@@ -39,20 +40,31 @@ LOG_EVERY_S = 60.0
 """How often that is logged at most."""
 
 
-class Connection(Protocol):
-    """What a listener needs of the protocol above it."""
+class Connection(asyncio.Protocol, ABC):
+    """Base of the protocols above a listener."""
 
+    @abstractmethod
     def attach(self, transport: asyncio.Transport) -> None:
         """Remember the transport that is the socket itself, below TLS."""
 
+    @abstractmethod
     def heard(self) -> None:
         """Mark the connection as no longer silent."""
 
+    @abstractmethod
     def detached(self) -> None:
         """Forget the connection: its socket is closed."""
 
+    @abstractmethod
     def drop(self) -> None:
         """Close the socket at once."""
+
+
+class _Deadlines(TypedDict, total=False):
+    """Deadlines that asyncio sets for the encryption of a connection; before Python 3.11, for its beginning only."""
+
+    ssl_handshake_timeout: float
+    ssl_shutdown_timeout: float
 
 
 class TlsLayer(SSLProtocol):
@@ -66,14 +78,17 @@ class TlsLayer(SSLProtocol):
     """What is decrypted at a time: one record."""
 
     def __init__(self, connection: Connection, context: ssl.SSLContext, buffer: bytearray) -> None:
-        deadlines = {"ssl_handshake_timeout": HANDSHAKE_S}
+        deadlines = _Deadlines(ssl_handshake_timeout=HANDSHAKE_S)
         if sys.version_info >= (3, 11):
             deadlines["ssl_shutdown_timeout"] = TLS_PARTING_S
-        super().__init__(asyncio.get_running_loop(), connection, context, None, server_side=True, **deadlines)
+        loop = asyncio.get_running_loop()
+        # The stubs do not know that nobody need wait for the handshake, and that its deadline may be a fraction.
+        super().__init__(loop, connection, context, None, server_side=True, **deadlines)  # type: ignore[arg-type]
         self._ssl_buffer, self._ssl_buffer_view = buffer, memoryview(buffer)
-        self._connection: Connection | None = connection
+        self._connection = connection
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport), "a socket is read and written"
         self._connection.attach(transport)
         super().connection_made(transport)
 
@@ -81,8 +96,9 @@ class TlsLayer(SSLProtocol):
         self._connection.heard()
         super().buffer_updated(nbytes)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        connection, self._connection = self._connection, None
+    def connection_lost(self, exc: BaseException | None) -> None:
+        connection = self._connection
+        del self._connection  # no circle: the connection holds its transport, which holds this layer
         super().connection_lost(exc)
         connection.detached()
 
@@ -101,7 +117,7 @@ class Listener:
         self,
         listening: socket.socket,
         make_connection: Callable[[], Connection],
-        registry: ConnectionRegistry,
+        registry: ConnectionRegistry[Connection],
         context: ssl.SSLContext | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -117,15 +133,11 @@ class Listener:
         listening.listen(BACKLOG)
         self._resume()
 
-    # ------------------------------------------------------------------------ what uvicorn calls, as of asyncio.Server
     def close(self) -> None:
         """Accept nobody any more."""
         if self._pause is not None:
             self._pause.cancel()
         self._loop.remove_reader(self._listening)
-
-    async def wait_closed(self) -> None:
-        """Return at once: connections are waited for one by one."""
 
     # ------------------------------------------------------------------------------------------------------ accepting
     def _resume(self) -> None:
@@ -153,7 +165,9 @@ class Listener:
         if gives_way is not None:
             gives_way.drop()
         accepted.setblocking(False)
-        protocol = connection if self._context is None else TlsLayer(connection, self._context, self._buffer)
+        protocol: asyncio.BaseProtocol = connection
+        if self._context is not None:
+            protocol = TlsLayer(connection, self._context, self._buffer)
         beginning = self._loop.create_task(self._loop.connect_accepted_socket(lambda: protocol, accepted))
         self._beginnings.add(beginning)
         beginning.add_done_callback(partial(self._has_begun, accepted, connection))

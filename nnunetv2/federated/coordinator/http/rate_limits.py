@@ -15,13 +15,15 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nnunetv2.federated.coordinator.http.error_responses import answer_too_many
 from nnunetv2.federated.coordinator.http.large_bodies import connection_of
 from nnunetv2.federated.coordinator.token_bucket import TokenBucket
+
+Connection = TypeVar("Connection", bound=Hashable)
 
 COSTLY_PATH = re.compile("/v1/status|/v1/runs/[^/]+/curves|/metrics")
 COSTLY_REQUEST = 10.0
@@ -137,22 +139,23 @@ class Standing(IntEnum):
     MEMBER = 2
 
 
-class _Idle:
+class _Idle(Generic[Connection]):
     """Idle connections, in the order in which they make room."""
 
     def __init__(self) -> None:
-        self._by_standing: tuple[dict[Hashable, None], ...] = tuple({} for _ in Standing)  # dicts keep their order
+        # Dictionaries keep their order.
+        self._by_standing: tuple[dict[Connection, None], ...] = tuple({} for _ in Standing)
 
     def __len__(self) -> int:
         return sum(map(len, self._by_standing))
 
-    def add(self, connection: Hashable, standing: Standing) -> None:
+    def add(self, connection: Connection, standing: Standing) -> None:
         self._by_standing[standing][connection] = None
 
-    def remove(self, connection: Hashable, standing: Standing) -> None:
+    def remove(self, connection: Connection, standing: Standing) -> None:
         del self._by_standing[standing][connection]
 
-    def first(self, highest: Standing = Standing.MEMBER) -> Hashable | None:
+    def first(self, highest: Standing = Standing.MEMBER) -> Connection | None:
         """Return the one that makes room first, if its standing is not above the highest."""
         return next((one for connections in self._by_standing[: highest + 1] for one in connections), None)
 
@@ -164,7 +167,7 @@ class _Entry:
     is_busy: bool = False
 
 
-class ConnectionRegistry:
+class ConnectionRegistry(Generic[Connection]):
     """Registry of the open connections; decides which makes room for others.
 
     One that makes room is forgotten at once, before it is closed: of a burst, all that are too many make room.
@@ -172,17 +175,17 @@ class ConnectionRegistry:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._entries: dict[Hashable, _Entry] = {}
-        self._idle = _Idle()
-        self._idle_of_address: dict[str, _Idle] = {}
+        self._entries: dict[Connection, _Entry] = {}
+        self._idle = _Idle[Connection]()
+        self._idle_of_address: dict[str, _Idle[Connection]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Hashable]:
+    def __iter__(self) -> Iterator[Connection]:
         return iter(self._entries)
 
-    def opened(self, connection: Hashable, host: str) -> Hashable | None:
+    def opened(self, connection: Connection, host: str) -> Connection | None:
         """Add a new connection, and return the one that has to make room for it, if any.
 
         That is the new one itself, which is not noted then, if all others are at work for members.
@@ -194,7 +197,7 @@ class ConnectionRegistry:
             self._add_idle(connection, entry)
         return gives_way
 
-    def heard(self, connection: Hashable) -> None:
+    def heard(self, connection: Connection) -> None:
         """Mark a connection as no longer silent: silent ones make room before it."""
         entry = self._entries.get(connection)
         if entry is not None and entry.standing is Standing.SILENT and not entry.is_busy:
@@ -202,14 +205,14 @@ class ConnectionRegistry:
             entry.standing = Standing.STRANGER
             self._add_idle(connection, entry)
 
-    def busy(self, connection: Hashable) -> None:
+    def busy(self, connection: Connection) -> None:
         """Mark a connection as at work for a member: it does not have to make room."""
         entry = self._entries.get(connection)
         if entry is not None and not entry.is_busy:
             self._remove_idle(connection, entry)
             entry.standing, entry.is_busy = Standing.MEMBER, True
 
-    def idle(self, connection: Hashable) -> Hashable | None:
+    def idle(self, connection: Connection) -> Connection | None:
         """Mark a member's request as over, and return the connection that has to make room, if any."""
         entry = self._entries.get(connection)
         if entry is None or not entry.is_busy:
@@ -219,21 +222,21 @@ class ConnectionRegistry:
         self._add_idle(connection, entry)
         return gives_way
 
-    def closed(self, connection: Hashable) -> None:
+    def closed(self, connection: Connection) -> None:
         """Forget a connection."""
         entry = self._entries.pop(connection, None)
         if entry is not None and not entry.is_busy:
             self._remove_idle(connection, entry)
 
-    def give_up_strangers(self, number: int) -> list[Hashable]:
+    def give_up_strangers(self, number: int) -> list[Connection]:
         """Forget up to so many idle connections of strangers, and return them: files have run out."""
-        given_up = []
+        given_up: list[Connection] = []
         while len(given_up) < number and (one := self._idle.first(Standing.STRANGER)) is not None:
             self.closed(one)
             given_up.append(one)
         return given_up
 
-    def _crowded_out(self, group: str, is_full: bool, otherwise: Hashable | None) -> Hashable | None:
+    def _crowded_out(self, group: str, is_full: bool, otherwise: Connection | None) -> Connection | None:
         """Forget and return the connection that makes room for one more, if any."""
         of_address = self._idle_of_address.get(group, ())
         if len(of_address) >= self.limits.idle_connections_per_address:
@@ -242,15 +245,15 @@ class ConnectionRegistry:
             gives_way = self._idle.first() if len(self._idle) else otherwise
         else:
             return None
-        if gives_way is not otherwise:
+        if gives_way is not None and gives_way is not otherwise:
             self.closed(gives_way)
         return gives_way
 
-    def _add_idle(self, connection: Hashable, entry: _Entry) -> None:
+    def _add_idle(self, connection: Connection, entry: _Entry) -> None:
         self._idle.add(connection, entry.standing)
         self._idle_of_address.setdefault(entry.group, _Idle()).add(connection, entry.standing)
 
-    def _remove_idle(self, connection: Hashable, entry: _Entry) -> None:
+    def _remove_idle(self, connection: Connection, entry: _Entry) -> None:
         self._idle.remove(connection, entry.standing)
         of_address = self._idle_of_address[entry.group]
         of_address.remove(connection, entry.standing)

@@ -126,9 +126,9 @@ async def receive(request: Request, upload: PartialUpload, headers: UploadHeader
             continue
         async with connection.large_body(remaining, reception.buffers) as rest:
             await reception.write(upload.append, piece)
-            async for piece in rest.pieces():
-                traffic_of(request.scope).bypassed += len(piece)
-                await reception.write(upload.append, piece)
+            async for view in rest.pieces():
+                traffic_of(request.scope).bypassed += len(view)
+                await reception.write(upload.append, view)
         more_follow = False
     if upload.size != headers.size:
         raise RefusedError(

@@ -209,7 +209,8 @@ def _is_good(record: Path, made: Certificate, hosts: Sequence[str], now: float) 
     if not (record.exists() and made.certificate.exists() and made.key.exists()):
         return False
     content = json.loads(record.read_text(encoding="utf-8"))
-    return (
+    assert made.authority is not None, "a certificate that is made here is of the private authority"
+    return bool(
         content["hosts"] == list(hosts)
         and content["authority"] == fingerprint(made.authority)
         and now < content["expires"] - RENEWED_BEFORE_S
