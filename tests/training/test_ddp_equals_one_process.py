@@ -62,6 +62,7 @@ SCRIPT = """
             np.savez(out, **figures, **weights)
         if world_size > 1:
             distributed.destroy_process_group()
+            os._exit(0)  # threads of gloo (torch 2.13) abort some processes that end in the usual way
 
 
     if __name__ == "__main__":
@@ -92,13 +93,15 @@ def test_two_processes_end_with_the_weights_and_figures_of_one(roots, tmp_path, 
     results = []
     for world_size in (1, 2):
         out = tmp_path / f"{world_size}.npz"
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, script, plans_file, out, str(find_free_network_port()), str(STEPS), str(world_size)],
-            check=True,
+            check=False,
             env=environment,
             timeout=300,
             capture_output=True,
+            text=True,
         )
+        assert done.returncode == 0, done.stderr[-3000:]
         with np.load(out) as loaded:
             results.append(dict(loaded))
     alone, together = results
