@@ -182,13 +182,16 @@ def test_a_site_that_joins_a_running_federation_types_the_same_commands(tmp_path
     folder, logs = tmp_path / "coordinator", tmp_path / "logs"
     lines: list[str] = []
     training: list[RunningProcess] = []
-    options = ("--epochs", "4", "--iterations", "1", "--val-iterations", "1")
+    options = ("--epochs", "16", "--iterations", "1", "--val-iterations", "1")
     with running_coordinator(folder, sites, options, show=lines.append):
         plan(sites, logs)
         training += [start_training(site, logs, lines) for site in sites]
         try:
             wait_for_line(lines, r"\[north\] .*Round 1:", training)
-            administrate(folder, "pause", RUN)  # so that the machine's pace decides nothing
+            # A round takes milliseconds, a command a second: no round may close before the run is paused.
+            os.kill(training[0].pid, signal.SIGSTOP)
+            administrate(folder, "pause", RUN)
+            os.kill(training[0].pid, signal.SIGCONT)
             join(late, administrate(folder, "invite", late.name))
             plan([late], logs)
             training.append(start_training(late, logs, lines))
@@ -200,7 +203,7 @@ def test_a_site_that_joins_a_running_federation_types_the_same_commands(tmp_path
                 process.stop()
     shown = "\n".join(lines)
     assert "site west plans late" in shown and "site west has planned late" in shown
-    first, *others = (final_weights(site) for site in (*sites, late))
+    first, *others = (final_weights(site, num_epochs=(16,)) for site in (*sites, late))
     for other in others:
         assert first.keys() == other.keys()
         for name, values in first.items():
