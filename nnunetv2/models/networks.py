@@ -63,12 +63,15 @@ def bare_network(network: nn.Module) -> nn.Module:
 
 def adapt_weight_names(weights: Mapping[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Remove the prefixes of DDP and torch.compile from names that the bare network does not have."""
-    adapted = {}
-    for name, tensor in weights.items():
-        if name not in expected:
-            name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        adapted[name] = tensor
-    return adapted
+    return {name if name in expected else _without_wrappers(name): tensor for name, tensor in weights.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    """Remove the prefixes of wrappers, in whatever order they were put around the network."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def speed_up_on_cpu_(network: nn.Module, device: torch.device | str) -> nn.Module:

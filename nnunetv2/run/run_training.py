@@ -16,6 +16,15 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run import processes
+from nnunetv2.run.fine_tuning import (
+    NO_FINE_TUNING,
+    FineTuning,
+    add_fine_tuning_options,
+    check_fine_tuning,
+    fine_tuning_of,
+    refuse_freezing,
+    start_from_pretrained_weights,
+)
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -121,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
     add_device_option(parser)
+    add_fine_tuning_options(parser)
     return parser
 
 
@@ -138,6 +148,8 @@ def run_training(
     disable_checkpointing: bool = False,
     val_with_best: bool = False,
     device: torch.device | None = None,
+    *,
+    fine_tuning: FineTuning = NO_FINE_TUNING,
 ) -> None:
     """Train a fold, unless only its validation is asked for, and predict its validation cases.
 
@@ -149,10 +161,11 @@ def run_training(
         continue_training: Go on from the latest checkpoint.
         val_with_best: Validate with checkpoint_best.
         device: Where to train. Default: CUDA.
+        fine_tuning: What is frozen, and whether classes keep their weights.
 
     Raises:
         AssertionError: Two options exclude each other.
-        ValueError: The fold is neither a number nor 'all'.
+        ValueError: The fold is neither a number nor 'all', or the options for fine-tuning cannot be obeyed.
         RuntimeError: nnUNet_preprocessed or nnUNet_results is unset, a checkpoint is missing, or pretrained weights are
             to be loaded into a continued training.
     """
@@ -167,11 +180,14 @@ def run_training(
         val_with_best=val_with_best,
         pretrained_weights=pretrained_weights,
     )
+    check_fine_tuning(fine_tuning, pretrained_weights=pretrained_weights, only_run_validation=only_run_validation)
     for root in (nnUNet_preprocessed, nnUNet_results):
         root.require()
     if plans_identifier == "nnUNetPlans":
         show(*PRESETS_HINT.split("\n"))
     processes.check_device(device, num_gpus)
+    if fine_tuning.freeze:
+        refuse_freezing(_find_trainer(trainer_class_name))
     what = (
         dataset_name_or_id,
         configuration,
@@ -187,10 +203,10 @@ def run_training(
     )
     if processes.are_launched_by_torchrun():
         rank, world_size = processes.torchrun_rank(num_gpus)
-        run_ddp(rank, *what, world_size, device.type)
+        run_ddp(rank, *what, world_size, device.type, fine_tuning)
         return
     if num_gpus > 1:
-        processes.spawn(run_ddp, (*what, num_gpus, device.type), num_gpus, find_free_network_port)
+        processes.spawn(run_ddp, (*what, num_gpus, device.type, fine_tuning), num_gpus, find_free_network_port)
         return
     _seed(rank=0)
     # A validation goes on with what a training has logged, and deletes nothing of it.
@@ -211,6 +227,7 @@ def run_training(
         pretrained_weights=pretrained_weights,
         export_validation_probabilities=export_validation_probabilities,
         val_with_best=val_with_best,
+        fine_tuning=fine_tuning,
     )
 
 
@@ -229,6 +246,7 @@ def run_ddp(
     val_with_best: bool,
     world_size: int,
     device_type: str = "cuda",
+    fine_tuning: FineTuning = NO_FINE_TUNING,
 ) -> None:
     """Be one of several processes that train together, each with a GPU, or with its share of the processor."""
     import torch
@@ -251,6 +269,7 @@ def run_ddp(
             pretrained_weights=pretrained_weights,
             export_validation_probabilities=npz,
             val_with_best=val_with_best,
+            fine_tuning=fine_tuning,
         )
     finally:
         cleanup_ddp()
@@ -274,9 +293,7 @@ def get_trainer_from_args(
     """
     import torch
 
-    from nnunetv2.run import run_training as public  # programs may have put a function of their own there
-
-    trainer_class = public.recursive_find_trainer_class_by_name(trainer_name)
+    trainer_class = _find_trainer(trainer_name)
     folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
     plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
     dataset_json = _read_json(folder / "dataset.json", DATASET)
@@ -294,6 +311,8 @@ def maybe_load_checkpoint(
     continue_training: bool,
     validation_only: bool,
     pretrained_weights_file: str | None = None,
+    *,
+    pretrained_heads: str | None = None,
 ) -> None:
     """Bring a trainer to where it shall start: the latest checkpoint, the final one, or pretrained weights.
 
@@ -302,6 +321,7 @@ def maybe_load_checkpoint(
             a final checkpoint.
     """
     from nnunetv2.models.checkpoint_file import FINAL
+    from nnunetv2.run import load_pretrained_weights as strict
     from nnunetv2.run import run_training as public
 
     if continue_training and pretrained_weights_file is not None:
@@ -316,7 +336,10 @@ def maybe_load_checkpoint(
     elif pretrained_weights_file is not None:
         if not nnunet_trainer.was_initialized:
             nnunet_trainer.initialize()
-        public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
+        if public.load_pretrained_weights is strict.load_pretrained_weights:
+            start_from_pretrained_weights(nnunet_trainer, pretrained_weights_file, heads=pretrained_heads)
+        else:  # a program has put its own there
+            public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
         nnunet_trainer.pretrained_weights = pretrained_weights_file  # the sites of a federation compare them
 
 
@@ -381,6 +404,7 @@ def _train(args: argparse.Namespace) -> None:
         args.disable_checkpointing,
         args.val_best,
         device=device,
+        fine_tuning=fine_tuning_of(args),
     )
 
 
@@ -431,19 +455,37 @@ def _run(
     pretrained_weights: str | None,
     export_validation_probabilities: bool,
     val_with_best: bool,
+    fine_tuning: FineTuning,
 ) -> None:
     """Load what is to be loaded, train, validate."""
     from nnunetv2.models.checkpoint_file import BEST
 
     trainer.disable_checkpointing = disable_checkpointing
+    trainer.freeze_patterns = fine_tuning.freeze
     if not (only_run_validation and val_with_best):
-        maybe_load_checkpoint(trainer, continue_training, only_run_validation, pretrained_weights)
+        maybe_load_checkpoint(
+            trainer,
+            continue_training,
+            only_run_validation,
+            pretrained_weights,
+            pretrained_heads=fine_tuning.pretrained_heads,
+        )
+    if trainer.freeze_patterns:
+        _ensure_frozen(trainer)
     _let_cudnn_choose_fast_algorithms()
     if not only_run_validation:
         trainer.run_training()
     if val_with_best:
         _load_checkpoint_named(trainer, BEST)
     trainer.perform_actual_validation(export_validation_probabilities)
+
+
+def _ensure_frozen(trainer: nnUNetTrainer) -> None:
+    from nnunetv2.training.freezing import ensure_frozen_
+
+    if not trainer.was_initialized:
+        trainer.initialize()
+    ensure_frozen_(trainer)
 
 
 def _load_most_advanced_checkpoint(trainer: nnUNetTrainer) -> None:
@@ -480,6 +522,12 @@ def _seed(rank: int) -> None:
     seed = seed_from_environment()
     if seed is not None:
         seed_everything(seed + rank)
+
+
+def _find_trainer(name: str) -> type[nnUNetTrainer]:
+    from nnunetv2.run import run_training as public  # programs may have put a function of their own there
+
+    return public.recursive_find_trainer_class_by_name(name)
 
 
 def _read_json(path: Path, required: Mapping[str, type]) -> dict:

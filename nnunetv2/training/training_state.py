@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.models.networks import adapt_weight_names, bare_network
+from nnunetv2.training.freezing import KEY
 from nnunetv2.training.optimization import load_optimizer_state_, portable_optimizer_state
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
     The names of weights are those of the bare network, without the prefixes of DDP and torch.compile.
     """
     scaler = trainer.grad_scaler
+    frozen = {KEY: list(trainer.freeze_patterns)} if trainer.freeze_patterns else {}
     return {
         "network_weights": bare_network(trainer.network).state_dict(),
         "optimizer_state": portable_optimizer_state(trainer.optimizer),
@@ -29,6 +31,7 @@ def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
         "init_args": _describe_construction(trainer),
         "trainer_name": type(trainer).__name__,
         "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+        **frozen,
     }
 
 

@@ -69,6 +69,8 @@ def test_the_parser_knows_the_options_of_the_reference():
         "val_best": False,
         "disable_checkpointing": False,
         "device": "cuda",
+        "pretrained_heads": None,
+        "freeze": [],
     }
     args = build_parser().parse_args(
         [

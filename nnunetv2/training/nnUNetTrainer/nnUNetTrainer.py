@@ -41,6 +41,7 @@ from nnunetv2.training.debug_information import describe_trainer
 from nnunetv2.training.distributed import device_of_process, distribute, gather, is_distributed, wait_for_all
 from nnunetv2.training.first_batch import draw_first_batch
 from nnunetv2.training.folder_lock import training_in
+from nnunetv2.training.freezing import ensure_frozen_, freeze_, keep_frozen_statistics_, take_over_patterns_
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
@@ -118,6 +119,9 @@ class nnUNetTrainer:
     max_gradient_norm: float = steps.MAX_GRADIENT_NORM
     """What `train_step` clips the norm of the gradient at."""
 
+    refuses_freezing: str | None = None
+    """Why no part of the network can be frozen; None if it can."""
+
     def __init__(
         self,
         plans: dict,
@@ -155,6 +159,7 @@ class nnUNetTrainer:
         self.initial_lr, self.weight_decay = 0.01, 3e-5
         self.enable_deep_supervision = True
         self.oversample_foreground_percent, self.probabilistic_oversampling = 0.33, False
+        self.freeze_patterns: tuple[str, ...] = ()  # patterns, see `training/freezing.py`
 
         # What initialize() and on_train_start() fill in.
         self.dataset_class: type[nnUNetBaseDataset] = _LATER
@@ -234,6 +239,8 @@ class nnUNetTrainer:
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
         self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
+        if self.freeze_patterns:  # before DDP and torch.compile look at the network
+            self.print_to_log_file(freeze_(self.network, self.freeze_patterns))
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
             self.network = cast(nn.Module, torch.compile(self.network))
@@ -537,6 +544,7 @@ class nnUNetTrainer:
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
         self.network.train()
+        keep_frozen_statistics_(self.network)
         self.lr_scheduler.step(self.current_epoch)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.print_to_log_file("")
@@ -684,11 +692,13 @@ class nnUNetTrainer:
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, given as its content or as a file."""
-        if not self.was_initialized:
-            self.initialize()
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = checkpoint_files.load_checkpoint_file(checkpoint, map_location=self.device)
+        take_over_patterns_(self, checkpoint)
+        if not self.was_initialized:
+            self.initialize()
+        ensure_frozen_(self)
         restore_state_(self, checkpoint)
 
     # ---------------------------------------------------------------- final validation

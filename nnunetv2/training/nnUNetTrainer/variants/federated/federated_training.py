@@ -105,6 +105,10 @@ class FederatedTraining(RenamedHooks):
     requires_equal_plans = False
     """Whether a site with other plans is refused, or shares what matches."""
 
+    refuses_freezing = (
+        "in a federation all sites train all tensors that they share: what one site froze, the others would change"
+    )
+
     staleness = 0
     """How many epochs the site trains on while a round is exchanged."""
 
@@ -257,7 +261,7 @@ class FederatedTraining(RenamedHooks):
         if weights is None:
             return "All sites start from the initial weights"
         return (
-            f"All sites start from the same pretrained weights, {weights}; the layers that output classes are "
+            f"All sites start from the same pretrained weights, {weights}; tensors that start anew are "
             "those of the site named above"
         )
 
