@@ -1,4 +1,4 @@
-"""Compare the labels of a dataset with predictions, and rank its cases and their regions by doubt."""
+"""Rank the cases of a dataset by the distance of their labels from predictions."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class CaseFiles:
 
 
 def name_classes(labels: LabelManager) -> dict[str, tuple[int, ...]]:
-    """Return the names of the classes that a dataset is segmented into, without background, and their labels."""
+    """Return the classes of a dataset, without background: name -> labels."""
     named = {
-        name: tuple(map(int, value)) if isinstance(value, (list, tuple)) else (int(value),)
+        name: tuple(map(int, value)) if isinstance(value, Sequence) else (value,)
         for name, value in labels.label_dict.items()
         if name != "ignore"
     }

@@ -205,8 +205,8 @@ def audit_annotations(
         show(f"  {case.score:6.1f}  {case.case}: {region.kind}, {region.description}")
     if len(audit.doubtful) > _SHOWN:
         show(f"  and {len(audit.doubtful) - _SHOWN} more")
-    for case, reason in audit.failed.items():
-        show(f"  not compared: {case}: {reason}")
+    for name, reason in audit.failed.items():
+        show(f"  not compared: {name}: {reason}")
     show(f"Pictures and tables: {target / HTML_FILE}")
     return int(bool(audit.failed))
 

@@ -1,4 +1,4 @@
-"""Compare a label map with a prediction: how far apart they are, and in which regions.
+"""Compare a label map with a prediction: distance per class, and regions that differ.
 
 Distances are in millimetres: the volume on which two masks disagree, divided by the mean area of their surfaces. For
 two nearby surfaces that is about the mean distance between them, for a structure that one of the two lacks about two
@@ -45,7 +45,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """How label and prediction of one case disagree."""
+    """Distances and regions of one case."""
 
     distances_mm: dict[str, float]
     """Per class; classes that are in neither are left out."""
@@ -79,7 +79,8 @@ def compare(
         counted = label != ignore_label
         label, prediction = np.where(counted, label, 0), np.where(counted, prediction, 0)
     boxes = [*_boxes_of_labels(label), *_boxes_of_labels(prediction)]
-    distances, regions = {}, []
+    distances: dict[str, float] = {}
+    regions: list[Region] = []
     for name, labels in classes.items():
         box = _join([one for value, one in boxes if value in labels])
         if box is not None:
@@ -104,7 +105,10 @@ def distance_mm(one: np.ndarray, other: np.ndarray, spacing: Sequence[float]) ->
 
 
 def surface_mm2(mask: np.ndarray, spacing: Sequence[float]) -> float:
-    """Return the area of the faces between voxels of a mask and others; the image's border is none."""
+    """Return the area of a mask's surface, made of faces between voxels.
+
+    The border of the image is no surface.
+    """
     voxel = math.prod(spacing)
     faces = (np.count_nonzero(np.diff(mask.view(np.int8), axis=axis)) for axis in range(mask.ndim))
     return float(sum(number * voxel / size for number, size in zip(faces, spacing)))

@@ -1,4 +1,4 @@
-"""Decide which labels are doubtful: those much farther from their predictions than is usual in their dataset.
+"""Decide which labels are doubtful, by the distances that are usual in their dataset.
 
 A network is never right everywhere, so a distance says something only beside those of other cases. Distances are
 positive and skewed; their logarithms are roughly normal where the labels are right. Wrong labels lie on one side only,
@@ -30,7 +30,7 @@ _SMALLEST_MM = 1e-3
 
 @dataclass(frozen=True)
 class Usual:
-    """What distances of a class are usual in a dataset, as logarithms."""
+    """Centre and spread of the distances of a class, as logarithms."""
 
     median: float
     spread: float
@@ -67,7 +67,7 @@ def choose_cut(num_classes: int, false_alarms: float = FALSE_ALARMS) -> float:
 
 
 def score_case(distances_mm: Mapping[str, float], usual: Mapping[str, Usual]) -> tuple[float, str | None]:
-    """Return a case's score and the class that it comes from: a case is as doubtful as its most doubtful class."""
+    """Return a case's score and its most doubtful class, from which the score comes."""
     scores = {name: usual[name].score(distance) for name, distance in distances_mm.items()}
     worst = max(scores, key=lambda name: scores[name], default=None)
     return (0.0, None) if worst is None else (scores[worst], worst)

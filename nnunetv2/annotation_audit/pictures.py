@@ -1,4 +1,4 @@
-"""Draw a region of a case: the image alone, with the label's outlines, and with those of the prediction."""
+"""Draw a region of a case: label, prediction, and the image alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CasePainter:
         self.axis = slice_axis(self.spacing, self.label.shape)
 
     def draw(self, centre: Sequence[int], labels: Sequence[int]) -> tuple[list[str], str]:
-        """Return three panels (PNG in base64) of the slice through a voxel, and the slice in words.
+        """Return three panels of the slice through a voxel (PNG, base64), and its place.
 
         Args:
             centre: The voxel `(z, y, x)`.
@@ -57,8 +57,8 @@ class CasePainter:
         grey, label, prediction = _stretch(image)[window], label[window], prediction[window]
         shape = _shape(grey.shape, spacing)
         picture = ndimage.zoom(grey, np.divide(shape, grey.shape), order=1, grid_mode=True, mode="nearest")
-        panels = [np.repeat(picture[..., None], 3, axis=2).astype(np.uint8)]
-        panels += [_outline(panels[0], outlined, labels) for outlined in (label, prediction)]
+        plain = np.repeat(picture[..., None], 3, axis=2).astype(np.uint8)
+        panels = [*(_outline(plain, outlined, labels) for outlined in (label, prediction)), plain]
         extent = self.label.shape[self.axis]
         return [encode_png(panel) for panel in panels], (
             f"slice {number + 1} of {extent}" if extent > 1 else "the whole image"

@@ -1,4 +1,4 @@
-"""Find a prediction for every labelled case, if possible of a network that has not learned from its label.
+"""Find predictions of labelled cases by networks that have not learned from them.
 
 Networks of a cross-validation predict the cases that they were validated on. Their training has left these predictions
 in the folder `validation` of each fold; what is missing is predicted here. All other cases are predicted by what is
@@ -76,7 +76,7 @@ def find_model_folder(
 
 
 def find_folds(folder: Path, checkpoint: str) -> list[Fold]:
-    """Return the folds of a model folder that have a checkpoint: numbers in their order, then 'all'."""
+    """Return the folds that have a checkpoint: numbers in their order, then 'all'."""
     names = [path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")]
     numbers: list[Fold] = sorted(int(name) for name in names if name.isdigit())
     return [*numbers, "all"] if "all" in names else numbers
@@ -129,7 +129,9 @@ def predict_missing(
     device: torch.device,
     num_processes: int,
 ) -> dict[str, Path]:
-    """Predict what is missing, and return the file of every case; a case that could not be predicted has none there.
+    """Predict the cases without a prediction, and return the file of every case.
+
+    A case that could not be predicted has no file there.
 
     Args:
         planned: As `plan_predictions` says.

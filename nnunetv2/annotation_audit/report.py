@@ -1,4 +1,4 @@
-"""Write an audit as tables and as one self-contained HTML file, all of which stay where they are written."""
+"""Write an audit as tables and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 JSON_FILE, CASES_FILE, REGIONS_FILE, HTML_FILE = "audit.json", "cases.csv", "regions.csv", "audit.html"
 VERSION = 1
 _REGIONS_PER_CASE = 3
-_PANELS = ("image", "label", "prediction")
+_PANELS = ("label", "prediction", "image")
 
 
 def write_tables(audit: Audit, folder: Path) -> None:
@@ -155,12 +155,12 @@ def _doubtful_cases(audit: Audit, reader: BaseReaderWriter, num_pictures: int) -
         return "<h2>Doubtful cases</h2><p>None.</p>"
     from nnunetv2.annotation_audit.pictures import colour_of
 
-    labels = [label for values in audit.classes.values() for label in values]
-    labels = list(dict.fromkeys(labels))
+    labels = list(dict.fromkeys(label for values in audit.classes.values() for label in values))
+    names = {values[0]: name for name, values in audit.classes.items() if len(values) == 1}
     legend = "".join(
-        f"<span class='key'><i style='background:#{colour_of(labels.index(values[0]))}'></i>{_text(name)}</span>"
-        for name, values in audit.classes.items()
-        if len(values) == 1
+        f"<span class='key'><i style='background:#{colour_of(number)}'></i>"
+        f"{_text(names.get(label, f'label {label}'))}</span>"
+        for number, label in enumerate(labels)
     )
     articles = [
         _article(number, case, audit, reader if number <= num_pictures else None, labels)
@@ -172,7 +172,7 @@ def _doubtful_cases(audit: Audit, reader: BaseReaderWriter, num_pictures: int) -
 def _article(
     number: int, case: RankedCase, audit: Audit, reader: BaseReaderWriter | None, labels: Sequence[int]
 ) -> str:
-    regions = case.regions[:_REGIONS_PER_CASE]
+    regions = [one for one in case.regions if one.score > audit.cut][:_REGIONS_PER_CASE] or case.regions[:1]
     rest = len(case.regions) - len(regions)
     figures = _figures(case, regions, reader, labels) if reader is not None else [""] * len(regions)
     items = "".join(
@@ -182,7 +182,7 @@ def _article(
     )
     distances = ", ".join(f"{_text(name)} {value:.2f} mm" for name, value in case.distances_mm.items())
     seen = " <span class='tag'>seen in training</span>" if case.is_seen else ""
-    more = f"<p class='soft'>and {rest} smaller regions, see {REGIONS_FILE}</p>" if rest else ""
+    more = f"<p class='soft'>{rest} more in {REGIONS_FILE}</p>" if rest else ""
     return (
         f"<article id='case-{number}'><h3>{number}. {_text(case.case)}{seen}</h3>"
         f"<p class='soft'>Score {case.score:.1f}; {distances}</p><ol>{items}</ol>{more}</article>"
@@ -288,8 +288,8 @@ h3{font-size:1.05rem;margin:0}.soft{color:var(--soft);font-size:.9rem;margin:.2r
 .tag{font-size:.8rem;font-weight:400;border:1px solid var(--line);border-radius:.5rem;padding:0 .4rem}
 article{border:1px solid var(--line);border-radius:.5rem;padding:.7rem 1rem;margin:1rem 0}
 ol{padding-left:1.2rem;margin:.4rem 0}li b{color:var(--mark)}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,150px),1fr));gap:.5rem;margin-top:.4rem;
-max-width:820px}
+.panels{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:.5rem;margin-top:.4rem;max-width:820px}
+@media(max-width:480px){.panels{grid-template-columns:repeat(2,minmax(0,1fr))}}
 figure{margin:0}img{width:100%;display:block;background:#000}figcaption{font-size:.85rem;color:var(--soft)}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th,td{border-bottom:1px solid var(--line);padding:.25rem .5rem;text-align:right;vertical-align:top}

@@ -62,7 +62,10 @@ def _read_image(file: str | None, reader: BaseReaderWriter, shape: tuple[int, ..
 
 
 def slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int:
-    """Return the axis along which slices lie: the one of length 1, or with the largest spacing, the first of equals."""
+    """Return the axis along which slices lie.
+
+    It is the one of length 1, or else that with the largest spacing, the first of equals.
+    """
     return list(shape).index(1) if 1 in shape else int(np.argmax(np.round(spacing, 3)))
 
 

@@ -1,4 +1,4 @@
-"""Carry the weights of a network over to one with other input channels, classes or depth.
+"""Carry weights over to a network with other input channels, classes or depth.
 
 Every tensor of the new network meets one of these rules, in this order; where none applies, nothing is carried over:
 
@@ -35,12 +35,12 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class UnfitWeightsError(ValueError):
-    """A tensor of a network has no counterpart, and no rule says what it starts from."""
+    """A tensor of a network has no counterpart, and no rule applies."""
 
 
 @dataclass(frozen=True)
 class ChannelsAndClasses:
-    """What the first and the last layers of a network stand for. Empty: not known."""
+    """Names of a network's inputs and outputs. Empty: not known."""
 
     channels: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ UNKNOWN = ChannelsAndClasses()
 
 @dataclass
 class Transfer:
-    """What each tensor of a network starts from, under the first of its names."""
+    """Initial values of a network's tensors, each under the first of its names."""
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     """All that is to be written into the network."""
@@ -91,7 +91,7 @@ def name_channels_and_classes(dataset_json: Mapping[str, Any], *, is_cascaded: b
 
 
 def fits_outside_heads(current: Mapping[str, torch.Tensor], weights: Weights) -> bool:
-    """Tell whether all tensors but those of layers that output classes are there, with the same shapes."""
+    """Tell whether weights fit, but for the layers that output classes."""
     return all(
         name in weights and weights[name].shape == tensor.shape
         for name, tensor in current.items()
@@ -280,7 +280,7 @@ def _name_all(names: Sequence[str], number: int) -> bool:
 
 
 def _single(value: int | Sequence[int]) -> int:
-    return int(value[0] if isinstance(value, (list, tuple)) else value)
+    return int(value[0]) if isinstance(value, Sequence) else int(value)
 
 
 def _join(names: Iterable[str]) -> str:

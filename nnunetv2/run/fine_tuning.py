@@ -1,4 +1,4 @@
-"""Start a training from the weights of another one, and say what each tensor starts from."""
+"""Start a training from the weights of another one, and log each tensor's origin."""
 
 from __future__ import annotations
 
@@ -100,7 +100,6 @@ def start_from_pretrained_weights(trainer: nnUNetTrainer, file: str, *, heads: s
         plan_transfer,
     )
     from nnunetv2.run import load_pretrained_weights as strict
-    from nnunetv2.run import run_training as public
 
     network = bare_network(trainer.network)
     checkpoint = strict.read_pretrained_checkpoint(file)
@@ -117,7 +116,7 @@ def start_from_pretrained_weights(trainer: nnUNetTrainer, file: str, *, heads: s
             "what both networks have must be alike: train with the plans that the weights were trained with"
         ) from error
     if fits and not by_name:
-        public.load_pretrained_weights(trainer.network, file)
+        strict.load_pretrained_weights(trainer.network, file)
     else:
         apply_transfer_(network, transfer)
     if trainer.local_rank == 0:

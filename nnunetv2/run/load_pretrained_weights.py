@@ -1,4 +1,4 @@
-"""Start a network from the weights of another one of the same architecture, as the release does."""
+"""Start a network from the weights of another one of the same architecture."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _ENCODER = "encoder"
 
 
 def match_parameters(network: nn.Module, pattern: str) -> list[str]:
-    """Return the names of the parameters that a pattern means, each under the first of its names.
+    """Return the parameters that a pattern means, each under the first of its names.
 
     Args:
         network: May be wrapped by DDP or torch.compile.

@@ -9,7 +9,7 @@ MASK_NORM_BELOW = 0.75
 
 
 def choose_normalization(channel_names: Iterable[str], relative_size_after_cropping: float) -> list[tuple[str, bool]]:
-    """Return for each channel the name of its normalization, and whether that leaves the border at 0."""
+    """Return per channel its normalization, and whether that leaves the border at 0."""
     from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
     is_mostly_border = relative_size_after_cropping < MASK_NORM_BELOW
