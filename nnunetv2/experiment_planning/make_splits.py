@@ -1,4 +1,4 @@
-"""The command nnUNetv2_make_splits: write splits_final.json so that patients stay whole, or check the one there is."""
+"""The command nnUNetv2_make_splits: splits that keep patients whole, written or checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_FOLDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class SplitRequest:
-    """How to split a dataset."""
+    """The rules by which a dataset is split."""
 
     patients: str | None = None
     """Regular expression or table; None: every case is a patient of its own."""
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_splits(dataset: int | str, request: SplitRequest) -> None:
-    """Write splits_final.json of a dataset, and beside it which patient each case shows; print what was done.
+    """Write splits_final.json of a dataset and the patients beside it; print the folds.
 
     Splits that are there already stay unless `request.overwrite`.
 
@@ -79,7 +79,8 @@ def make_splits(dataset: int | str, request: SplitRequest) -> None:
     else:
         save_patients(patients, found.preprocessed)
     save_json_atomically(folds, found.splits)
-    counts = f"{len(found.cases)} cases of {len(set(patients.values()))} patients in {len(folds)} folds"
+    owners = f"{len(set(patients.values()))} patients" + ("" if request.patients else " (each case taken for one)")
+    counts = f"{len(found.cases)} cases of {owners} in {len(folds)} folds"
     show(f"{counts}, written to {found.splits}")
     show(*(f"  {line}" for line in describe_folds(folds, patients, groups)))
     if request.patients is not None:
@@ -125,7 +126,7 @@ def _require_free(found: _Dataset, folds: list[dict], patients: Mapping[str, str
 
 
 def check_splits(dataset: int | str, request: SplitRequest) -> None:
-    """Check that no fold of the splits in place separates a patient; print what was found.
+    """Check that the splits in place separate no patient, and print the result.
 
     Raises:
         FileNotFoundError: There are no splits.

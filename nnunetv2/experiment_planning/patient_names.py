@@ -1,4 +1,4 @@
-"""Tell which patient, or which group, a case belongs to: by a pattern of its name, by a table, or by a guess."""
+"""Tell the patient or group of each case, by its name or by a table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ _SIBLING_PATTERNS = (
 
 
 def assign_patients(cases: Sequence[str], rule: str) -> dict[str, str]:
-    """Return case -> patient, by a table (a path that ends in .csv or exists) or by a regular expression.
+    """Return case -> patient, by a table or by a regular expression.
+
+    A table is a path that exists or ends in .csv or .tsv.
 
     Raises:
         ValueError: The rule makes no sense, or some cases have no patient by it.
@@ -41,7 +43,9 @@ def assign_patients(cases: Sequence[str], rule: str) -> dict[str, str]:
 
 
 def match_patients(cases: Sequence[str], pattern: str) -> dict[str, str]:
-    """Return case -> patient: the group named `patient`, the first group, or the whole match of an expression.
+    """Return case -> patient by a regular expression.
+
+    The group named `patient` counts, or the first group, or the whole match.
 
     Raises:
         ValueError: It is no regular expression, or some names do not match.
@@ -167,7 +171,7 @@ def guess_siblings(cases: Iterable[str]) -> list[Siblings]:
 
 
 def suggest_rule(siblings: Sequence[Siblings], cases: Sequence[str]) -> str | None:
-    """Return the regular expression by which all siblings are found, if it also matches every other case."""
+    """Return the expression that finds all siblings, if it matches every case."""
     patterns = {one.pattern for one in siblings}
     pattern = next(iter(patterns)) if len(patterns) == 1 else None
     return pattern if pattern and all(re.match(pattern, case) for case in cases) else None

@@ -1,4 +1,4 @@
-"""Split cases into folds so that each patient stays on one side, and groups are spread evenly or left out."""
+"""Split cases into folds that keep patients whole and spread groups, or leave one out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEED = 12345
 def split_patients(
     patients: Mapping[str, str], num_folds: int, groups: Mapping[str, str] | None = None, *, seed: int = SEED
 ) -> Folds:
-    """Split into folds of about equal numbers of cases, in each of which every group has its share.
+    """Split into folds of about equal size, in which every group has its share.
 
     Patients are dealt one by one, those with most cases first, each to the fold that has the fewest cases of its
     group. A patient with cases in several groups counts as one of a group of its own kind.
@@ -50,7 +50,9 @@ def split_patients(
 
 
 def leave_one_group_out(patients: Mapping[str, str], groups: Mapping[str, str]) -> Folds:
-    """Make a fold per group, in the order of their names, that validates on this group and trains on the others.
+    """Make a fold per group that validates on this group and trains on the others.
+
+    Folds are in the order of the groups' names.
 
     Args:
         patients: Case -> patient.
@@ -81,7 +83,7 @@ def invert(names: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def describe_folds(folds: Folds, patients: Mapping[str, str], groups: Mapping[str, str] | None) -> list[str]:
-    """Return lines with the numbers of patients and cases on both sides of each fold, and the groups validated on."""
+    """Return a line per fold: patients and cases on both sides, and groups validated on."""
     lines = []
     for number, fold in enumerate(folds):
         sides = (

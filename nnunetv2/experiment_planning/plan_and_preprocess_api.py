@@ -102,7 +102,7 @@ def extract_fingerprints(
 
 
 def choose_cases(dataset_name: str, num_processes: int | None, *, check: bool, without_bad_cases: bool) -> bool:
-    """Check a dataset as far as asked for, and settle which cases planning and all that follows use.
+    """Check a dataset as far as asked for, and settle the cases that are used.
 
     With `without_bad_cases` a list in the preprocessed folder names those left out, each with its reason. Without, a
     list of an earlier run is removed, so that all cases are used again.

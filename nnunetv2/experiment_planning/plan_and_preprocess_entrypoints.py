@@ -122,9 +122,8 @@ def _preprocess(
 ) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
-    preprocess(
-        datasets, plans_name, arguments.c, arguments.np, arguments.verbose, _shows_bars(arguments), without_bad_cases
-    )
+    more = {"without_bad_cases": True} if without_bad_cases else {}
+    preprocess(datasets, plans_name, arguments.c, arguments.np, arguments.verbose, _shows_bars(arguments), **more)
 
 
 def _shows_bars(arguments: Namespace) -> bool:

@@ -67,7 +67,9 @@ def verify_dataset_integrity(folder: str, num_processes: int = 8) -> None:
 
 
 def leave_out_bad_cases(folder: str, num_processes: int = 8) -> bool:
-    """Check a dataset, and list the cases with errors in its preprocessed folder: what follows does without them.
+    """Check a dataset, and list the cases with errors in its preprocessed folder.
+
+    All that follows does without them.
 
     Returns:
         Whether the list is another one than before.
@@ -98,7 +100,7 @@ def leave_out_bad_cases(folder: str, num_processes: int = 8) -> bool:
 
 @dataclass
 class Inspection:
-    """What is known of a raw dataset after all its files were read."""
+    """The state of a raw dataset, as reading all its files has shown it."""
 
     name: str
     findings: list[Finding]
@@ -142,7 +144,7 @@ def _find_likeness(
 ) -> list[Finding]:
     """Find images that occur twice, those for testing included, and names like several scans of one patient."""
     digests = [(files.case, *one) for files, report in zip(cases, reports) for one in report.digests.items()]
-    findings = []
+    findings: list[Finding] = []
     reader = _determine_reader(dataset_json, cases) if reports else None
     if isinstance(reader, type):
         of_test, findings = digest_test_images(root, dataset_json["file_ending"], reader, threads)

@@ -1,4 +1,4 @@
-"""The list of training cases that a dataset does without because they cannot be read or do not fit together."""
+"""The list of training cases that a dataset does without, damaged or mismatched."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def load_bad_cases(folder: Path) -> list[BadCase]:
 def list_training_cases(
     raw_folder: str | Path, preprocessed_folder: Path, dataset_json: dict | None = None
 ) -> dict[str, dict]:
-    """Return the files of all training cases that are not on the list: {case: {"images": [...], "label": file}}."""
+    """Return the files of all training cases that are not on the list.
+
+    In the form {case: {"images": [...], "label": file}}.
+    """
     dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
     return without_bad_cases(dataset, preprocessed_folder)
 
@@ -82,7 +85,7 @@ def describe_bad_cases(preprocessed_folder: Path) -> str | None:
 
 
 def find_bad_cases_of(references: str | os.PathLike[str]) -> set[str]:
-    """Return the cases left out of a dataset, by its folder of references: labelsTr or gt_segmentations."""
+    """Return the cases left out of the dataset that a labelsTr or gt_segmentations belongs to."""
     folder = Path(references).absolute()
     if folder.name == "gt_segmentations":
         return {one.case for one in load_bad_cases(folder.parent)}

@@ -1,4 +1,4 @@
-"""The file that says which patient each case shows, so that no split separates the scans of one."""
+"""The file that names the patient of each case, so that no split separates them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def load_patients(folder: Path) -> dict[str, str]:
 
 
 def find_separated(folds: Sequence[Mapping[str, Sequence[str]]], patients: Mapping[str, str]) -> list[SeparatedPatient]:
-    """Find patients that a fold both trains on and validates on. A case without a patient is one of its own."""
+    """Find patients that a fold both trains on and validates on.
+
+    A case without a patient is one of its own.
+    """
     separated = []
     for fold, split in enumerate(folds):
         train, val = (_by_patient(split[part], patients) for part in ("train", "val"))

@@ -30,7 +30,9 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
 def count_training_cases(
     dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str, preprocessed_folder: Path
 ) -> int:
-    """Return the number of training cases: that of dataset.json, or of the fingerprint if it has others, or fewer.
+    """Return the number of training cases by dataset.json.
+
+    A pooled fingerprint, and one without bad cases, counts instead.
 
     Raises:
         InvalidInputError: dataset.json gives none.
