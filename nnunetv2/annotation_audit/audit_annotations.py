@@ -132,7 +132,6 @@ def audit_annotations(
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
     from nnunetv2.utilities.json_files import DATASET, read_json
     from nnunetv2.utilities.map_cases import map_cases_visibly
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     dataset = maybe_convert_to_dataset_name(dataset_name_or_id)
     raw = Path(nnUNet_raw.require()) / dataset
@@ -155,7 +154,7 @@ def audit_annotations(
     if not folds:
         raise InvalidInputError(f"{folder} is no model folder: it has no fold with a {checkpoint}")
     _require_same_task(read_json(folder / "dataset.json", required=DATASET), dataset_json, folder, raw)
-    cases = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    cases = _labelled_cases(raw, dataset_json)
     if not cases:
         raise InvalidInputError(f"{raw} has no labelled cases")
     target = folder / "annotation_audit" if output is None else Path(output)
@@ -209,6 +208,17 @@ def audit_annotations(
         show(f"  not compared: {name}: {reason}")
     show(f"Pictures and tables: {target / HTML_FILE}")
     return int(bool(audit.failed))
+
+
+def _labelled_cases(raw: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the files of all labelled cases but those left out as bad ones."""
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.preprocessed_data.bad_cases import list_training_cases
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    if not nnUNet_preprocessed.is_set():
+        return get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    return list_training_cases(raw, Path(nnUNet_preprocessed) / raw.name, dataset_json)
 
 
 def _read_splits(dataset: str) -> list[Mapping[str, Sequence[str]]]:
