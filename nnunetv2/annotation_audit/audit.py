@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnunetv2.annotation_audit.disagreement import Classes, Disagreement, Region, compare
+from nnunetv2.annotation_audit.disagreement import Classes, Disagreement, Figures, Region, compare
 from nnunetv2.annotation_audit.doubtful import FEWEST_CASES, Usual, choose_cut, describe_classes, score_case
 from nnunetv2.plans.label_manager import LabelManager
 
@@ -22,7 +22,7 @@ class RankedRegion:
 
     region: Region
     score: float
-    """In spreads above what is usual for a case of its dataset."""
+    """Of its distance, in spreads above what is usual for its class in a whole case."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class RankedCase:
     is_doubtful: bool
     is_seen: bool
     """Whether the network that predicted it may have learned from its label."""
-    distances_mm: Mapping[str, float]
+    figures: Mapping[str, Figures]
+    """Per class."""
     regions: list[RankedRegion]
     """Farthest apart first."""
     label_file: str
@@ -54,7 +55,7 @@ class Audit:
     cut: float
     false_alarms: float
     usual: dict[bool, dict[str, Usual]]
-    """What is usual for cases that were seen (True) or not: class -> distances."""
+    """What is usual for cases that were seen (True) or not: class -> figures."""
     cases: list[RankedCase]
     """Most doubtful first."""
     failed: dict[str, str]
@@ -127,16 +128,17 @@ def rank(
     groups = {seen: [case for case in known if files[case].is_seen == seen] for seen in (False, True)}
     are_apart = min(map(len, groups.values())) >= FEWEST_CASES
     usual = {
-        seen: describe_classes(known[case].distances_mm for case in (groups[seen] if are_apart else known))
+        seen: describe_classes(known[case].figures for case in (groups[seen] if are_apart else known))
         for seen in groups
     }
     cut = choose_cut(len(classes), false_alarms)
     ranked = []
     for case, found in known.items():
         of_group, origin = usual[files[case].is_seen], files[case]
-        score, class_name = score_case(found.distances_mm, of_group)
+        score, class_name = score_case(found.figures, of_group)
         regions = [
-            RankedRegion(region, of_group[region.class_name].score(region.distance_mm)) for region in found.regions
+            RankedRegion(region, of_group[region.class_name].score_distance(region.distance_mm))
+            for region in found.regions
         ]
         ranked.append(
             RankedCase(
@@ -145,7 +147,7 @@ def rank(
                 class_name=class_name,
                 is_doubtful=score > cut,
                 is_seen=origin.is_seen,
-                distances_mm=found.distances_mm,
+                figures=found.figures,
                 regions=sorted(regions, key=lambda one: -one.score),
                 label_file=origin.label,
                 prediction_file=origin.prediction,

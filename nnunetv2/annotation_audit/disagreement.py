@@ -44,10 +44,19 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Disagreement:
-    """Distances and regions of one case."""
+class Figures:
+    """How far a class is off in one case."""
 
-    distances_mm: dict[str, float]
+    distance_mm: float
+    offset_mm: float
+    """Mean offset of the boundary: above 0, the label is too small; below 0, too large."""
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Figures and regions of one case."""
+
+    figures: dict[str, Figures]
     """Per class; classes that are in neither are left out."""
     regions: list[Region]
     """Farthest apart first."""
@@ -79,29 +88,38 @@ def compare(
         counted = label != ignore_label
         label, prediction = np.where(counted, label, 0), np.where(counted, prediction, 0)
     boxes = [*_boxes_of_labels(label), *_boxes_of_labels(prediction)]
-    distances: dict[str, float] = {}
+    figures: dict[str, Figures] = {}
     regions: list[Region] = []
     for name, labels in classes.items():
         box = _join([one for value, one in boxes if value in labels])
         if box is not None:
             labelled, predicted = np.isin(label[box], labels), np.isin(prediction[box], labels)
-            distances[name] = distance_mm(labelled, predicted, spacing)
+            figures[name] = Figures(distance_mm(labelled, predicted, spacing), offset_mm(labelled, predicted, spacing))
             others = {other: set(values) for other, values in classes.items() if not set(values) & set(labels)}
             finder = _RegionFinder(
                 name, label[box], prediction[box], spacing, others, offset=[side.start for side in box]
             )
             regions += finder.find(labelled, predicted)
-    return Disagreement(distances, sorted(regions, key=lambda region: -region.distance_mm))
+    return Disagreement(figures, sorted(regions, key=lambda region: -region.distance_mm))
 
 
 def distance_mm(one: np.ndarray, other: np.ndarray, spacing: Sequence[float]) -> float:
     """Return the volume on which two masks disagree over the mean area of their surfaces."""
-    volume = np.count_nonzero(one != other) * math.prod(spacing)
+    return _over_surface(np.count_nonzero(one != other), one, other, spacing)
+
+
+def offset_mm(label: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> float:
+    """Return how much larger the prediction is, as the mean offset of the boundary."""
+    return _over_surface(np.count_nonzero(prediction) - np.count_nonzero(label), label, prediction, spacing)
+
+
+def _over_surface(voxels: int, one: np.ndarray, other: np.ndarray, spacing: Sequence[float]) -> float:
+    volume = voxels * math.prod(spacing)
     if volume == 0:
         return 0.0
     area = (surface_mm2(one, spacing) + surface_mm2(other, spacing)) / 2
     # Masks without a surface fill the whole image, or are empty.
-    return float(volume / area) if area else float(volume ** (1 / one.ndim))
+    return float(volume / area) if area else math.copysign(abs(volume) ** (1 / one.ndim), volume)
 
 
 def surface_mm2(mask: np.ndarray, spacing: Sequence[float]) -> float:
@@ -162,12 +180,14 @@ class _RegionFinder:
             moved = ", ".join(f"{step * size:+.1f}" for step, size in zip(steps, self.spacing))
             yield self._region(SHIFTED, box, differing, f"the label fits better moved by ({moved}) mm", distance)
             return
-        area = (surface_mm2(labelled, self.spacing) + surface_mm2(predicted, self.spacing)) / 2
-        volume = (np.count_nonzero(predicted) - np.count_nonzero(labelled)) * math.prod(self.spacing)
-        mean = volume / area if area else 0.0
-        direction = "small" if mean > 0 else "large"
+        offset = offset_mm(labelled, predicted, self.spacing)
+        direction = "small" if offset > 0 else "large"
         yield self._region(
-            BOUNDARY, box, differing, f"{distance:.1f} mm apart, the label {abs(mean):.1f} mm too {direction}", distance
+            BOUNDARY,
+            box,
+            differing,
+            f"{distance:.1f} mm apart, the label {abs(offset):.1f} mm too {direction}",
+            distance,
         )
 
     def _region(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.annotation_audit.audit import Audit, RankedCase, RankedRegion
+from nnunetv2.annotation_audit.disagreement import Figures
 from nnunetv2.annotation_audit.doubtful import FEWEST_CASES
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.plain_text import printable
@@ -30,7 +32,15 @@ def write_tables(audit: Audit, folder: Path) -> None:
     classes = list(audit.classes)
     _write_csv(
         folder / CASES_FILE,
-        ["rank", "case", "doubtful", "score", "class", "seen", *(f"distance_mm {name}" for name in classes)],
+        [
+            "rank",
+            "case",
+            "doubtful",
+            "score",
+            "class",
+            "seen",
+            *(f"{figure} {name}" for name in classes for figure in ("distance_mm", "offset_mm")),
+        ],
         (
             [
                 number,
@@ -39,7 +49,7 @@ def write_tables(audit: Audit, folder: Path) -> None:
                 f"{case.score:.3f}",
                 case.class_name or "",
                 _yes(case.is_seen),
-                *(f"{case.distances_mm[name]:.3f}" if name in case.distances_mm else "" for name in classes),
+                *(cell for name in classes for cell in _cells_of_figures(case.figures.get(name))),
             ]
             for number, case in enumerate(audit.cases, start=1)
         ),
@@ -76,8 +86,9 @@ def describe(audit: Audit) -> dict[str, Any]:
             {
                 "seen": seen,
                 "class": name,
-                "distance_mm": usual.distance_mm(0),
-                "doubtful_from_mm": usual.distance_mm(audit.cut),
+                "distance_mm": usual.distance_mm,
+                "offset_mm": usual.offset_mm,
+                "doubtful_from_mm": usual.doubtful_from_mm(audit.cut),
             }
             for seen, classes in audit.usual.items()
             if any(case.is_seen == seen for case in audit.cases)
@@ -90,7 +101,7 @@ def describe(audit: Audit) -> dict[str, Any]:
                 "score": case.score,
                 "class": case.class_name,
                 "seen": case.is_seen,
-                "distances_mm": dict(case.distances_mm),
+                "figures": {name: asdict(figures) for name, figures in case.figures.items()},
                 "label_file": case.label_file,
                 "prediction_file": case.prediction_file,
                 "regions": [
@@ -129,8 +140,8 @@ def _overview(audit: Audit) -> str:
         (len(audit.failed), "not compared"),
     ]
     notes = [
-        f"Doubtful is a case whose label lies farther from the prediction than is usual here: a score above "
-        f"{audit.cut:.2f}. Of a dataset without a mistake, about {audit.false_alarms:.0%} would be listed. "
+        "Doubtful is a case whose label lies farther from the prediction than is usual here, or is too small or too "
+        f"large all around: a score above {audit.cut:.2f}. Of a dataset without a mistake, about {audit.false_alarms:.0%} would be listed. "
         "A doubtful label may be right, and the network wrong: please look."
     ]
     if len(audit.cases) < FEWEST_CASES:
@@ -180,7 +191,10 @@ def _article(
         f"{_text(one.region.description)}{figure}</li>"
         for one, figure in zip(regions, figures)
     )
-    distances = ", ".join(f"{_text(name)} {value:.2f} mm" for name, value in case.distances_mm.items())
+    distances = "; ".join(
+        f"{_text(name)} {figures.distance_mm:.2f} mm apart, {_describe_offset(figures.offset_mm)}"
+        for name, figures in case.figures.items()
+    )
     seen = " <span class='tag'>seen in training</span>" if case.is_seen else ""
     more = f"<p class='soft'>{rest} more in {REGIONS_FILE}</p>" if rest else ""
     return (
@@ -250,6 +264,14 @@ def _cell(value: object) -> object:
         return value
     text = printable(value)
     return f"'{text}" if text[:1] in ("=", "+", "@", "\t") or (text[:1] == "-" and not _is_number(text)) else text
+
+
+def _cells_of_figures(figures: Figures | None) -> tuple[str, str]:
+    return ("", "") if figures is None else (f"{figures.distance_mm:.3f}", f"{figures.offset_mm:.3f}")
+
+
+def _describe_offset(offset_mm: float) -> str:
+    return f"the label {abs(offset_mm):.2f} mm too {'small' if offset_mm > 0 else 'large'}"
 
 
 def _is_number(text: str) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2.annotation_audit.disagreement import compare, distance_mm, surface_mm2
+from nnunetv2.annotation_audit.disagreement import Figures, compare, distance_mm, offset_mm, surface_mm2
 
 SPACING = (3.0, 1.5, 1.0)
 CLASSES = {"organ": (1,), "lesion": (2,)}
@@ -43,14 +43,20 @@ def test_parallel_boundaries_are_as_far_apart_as_they_are():
     assert distance_mm(slab, thicker, SPACING) == pytest.approx(2.0)
 
 
+def test_a_smaller_label_has_a_positive_offset():
+    slab, thicker = (make_box((0, 0, 0), (12, 24, stop)).astype(bool) for stop in (10, 12))
+    assert offset_mm(slab, thicker, SPACING) == pytest.approx(2.0)
+    assert offset_mm(thicker, slab, SPACING) == pytest.approx(-2.0)
+
+
 def test_what_agrees_has_no_region():
     found = compare(ORGAN, ORGAN.copy(), spacing=SPACING, classes=CLASSES)
-    assert found.distances_mm == {"organ": 0.0} and found.regions == []
+    assert found.figures == {"organ": Figures(0.0, 0.0)} and found.regions == []
 
 
 def test_nothing_at_all_is_no_disagreement():
     found = compare(np.zeros((4, 5, 6), int), np.zeros((4, 5, 6), int), spacing=SPACING, classes=CLASSES)
-    assert found.distances_mm == {} and found.regions == []
+    assert found.figures == {} and found.regions == []
 
 
 @pytest.mark.parametrize(("swap", "kind"), [(False, "missing"), (True, "extra")])
@@ -100,7 +106,7 @@ def test_regions_of_several_labels_are_classes():
     label = ORGAN.copy()
     label[5:7, 10:14, 10:16] = 2
     found = compare(label, ORGAN, spacing=SPACING, classes=classes)
-    assert found.distances_mm["whole"] == 0 and [one.kind for one in found.regions] == ["extra"]
+    assert found.figures["whole"].distance_mm == 0 and [one.kind for one in found.regions] == ["extra"]
 
 
 def test_pictures_of_one_slice_are_compared_too():
@@ -125,4 +131,7 @@ def test_any_two_maps_can_be_compared(seed, dims):
         assert all(0 <= place < side for place, side in zip(region.centre, dims))
     other = compare(prediction, label, spacing=SPACING, classes=CLASSES)
     one = compare(label, prediction, spacing=SPACING, classes=CLASSES)
-    assert one.distances_mm == pytest.approx(other.distances_mm)
+    for name, figures in one.figures.items():
+        swapped = other.figures[name]
+        assert figures.distance_mm == pytest.approx(swapped.distance_mm)
+        assert figures.offset_mm == pytest.approx(-swapped.offset_mm) and abs(figures.offset_mm) <= figures.distance_mm
