@@ -80,7 +80,7 @@ class CaseFiles:
 def name_classes(labels: LabelManager) -> dict[str, tuple[int, ...]]:
     """Return the classes of a dataset, without background: name -> labels."""
     named = {
-        name: tuple(map(int, value)) if isinstance(value, Sequence) else (value,)
+        name: (int(value),) if isinstance(value, (int, str)) else tuple(map(int, value))
         for name, value in labels.label_dict.items()
         if name != "ignore"
     }

@@ -141,7 +141,8 @@ def _overview(audit: Audit) -> str:
     ]
     notes = [
         "Doubtful is a case whose label lies farther from the prediction than is usual here, or is too small or too "
-        f"large all around: a score above {audit.cut:.2f}. Of a dataset without a mistake, about {audit.false_alarms:.0%} would be listed. "
+        f"large all around: a score above {audit.cut:.2f}. Of a dataset without a mistake, about "
+        f"{audit.false_alarms:.0%} would be listed. "
         "A doubtful label may be right, and the network wrong: please look."
     ]
     if len(audit.cases) < FEWEST_CASES:

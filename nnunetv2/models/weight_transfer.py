@@ -280,7 +280,7 @@ def _name_all(names: Sequence[str], number: int) -> bool:
 
 
 def _single(value: int | Sequence[int]) -> int:
-    return int(value[0]) if isinstance(value, Sequence) else int(value)
+    return int(value) if isinstance(value, (int, str)) else int(value[0])
 
 
 def _join(names: Iterable[str]) -> str:

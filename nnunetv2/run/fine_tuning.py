@@ -68,17 +68,6 @@ def check_fine_tuning(options: FineTuning, *, pretrained_weights: str | None, on
         raise ValueError(f"pretrained_heads is {options.pretrained_heads!r}, expected {NEW!r} or {BY_NAME!r}")
 
 
-def refuse_freezing(trainer_class: type) -> None:
-    """Refuse to freeze parts of a network whose trainer would not keep them.
-
-    Raises:
-        ValueError: It would not.
-    """
-    reason = getattr(trainer_class, "refuses_freezing", None)
-    if reason is not None:
-        raise ValueError(f"{trainer_class.__name__} cannot --freeze: {reason}. Leave --freeze out")
-
-
 def start_from_pretrained_weights(trainer: nnUNetTrainer, file: str, *, heads: str | None = None) -> None:
     """Fill an initialized trainer's network from a checkpoint, and log what each tensor starts from.
 

@@ -22,7 +22,6 @@ from nnunetv2.run.fine_tuning import (
     add_fine_tuning_options,
     check_fine_tuning,
     fine_tuning_of,
-    refuse_freezing,
     start_from_pretrained_weights,
 )
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
@@ -189,7 +188,7 @@ def run_training(
         show(*PRESETS_HINT.split("\n"))
     processes.check_device(device, num_gpus)
     if fine_tuning.freeze:
-        refuse_freezing(_find_trainer(trainer_class_name))
+        _require_freezing(trainer_class_name)
     what = (
         dataset_name_or_id,
         configuration,
@@ -468,7 +467,8 @@ def _run(
     from nnunetv2.models.checkpoint_file import BEST
 
     trainer.disable_checkpointing = disable_checkpointing
-    trainer.freeze_patterns = fine_tuning.freeze
+    if fine_tuning.freeze:
+        trainer.freeze_patterns = fine_tuning.freeze
     if not (only_run_validation and val_with_best):
         maybe_load_checkpoint(
             trainer,
@@ -485,6 +485,12 @@ def _run(
     if val_with_best:
         _load_checkpoint_named(trainer, BEST)
     trainer.perform_actual_validation(export_validation_probabilities)
+
+
+def _require_freezing(trainer_class_name: str) -> None:
+    from nnunetv2.training.freezing import require_freezing
+
+    require_freezing(_find_trainer(trainer_class_name))
 
 
 def _ensure_frozen(trainer: nnUNetTrainer) -> None:

@@ -27,6 +27,17 @@ KEY = "freeze_patterns"
 _ENCODER = "encoder"
 
 
+def require_freezing(trainer_class: type) -> None:
+    """Refuse trainers that would not keep parts of a network as they are.
+
+    Raises:
+        ValueError: This one would not.
+    """
+    reason = getattr(trainer_class, "refuses_freezing", None)
+    if reason is not None:
+        raise ValueError(f"{trainer_class.__name__} cannot --freeze: {reason}. Leave --freeze out")
+
+
 def match_parameters(network: nn.Module, pattern: str) -> list[str]:
     """Return the parameters that a pattern means, each under the first of its names.
 

@@ -361,6 +361,12 @@ SHORT_TRAINERS = """
             self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 1
 
 
+    class OwnPatterns(ShortTrainer):
+        def __init__(self, plans, configuration, fold, dataset_json, device):
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.freeze_patterns = ("encoder",)
+
+
     class OwnInitialize(ShortTrainer):
         def initialize(self):
             patterns, self.freeze_patterns = self.freeze_patterns, ()
@@ -403,6 +409,18 @@ def test_what_is_frozen_is_kept_and_taken_over(results, trainer, monkeypatch):
     ):
         train(trainer, continue_training=True, fine_tuning=FineTuning(freeze=("decoder",)))
     train(trainer, continue_training=True, fine_tuning=FineTuning(freeze=("encoder.stages.0", "regex:norm")))
+
+
+def test_a_trainer_may_choose_what_is_frozen(results):
+    train("OwnPatterns")
+    fold = results / "OwnPatterns__nnUNetPlans__3d_fullres" / "fold_0"
+    assert load_checkpoint_file(fold / "checkpoint_final.pth")["freeze_patterns"] == ["encoder"]
+    train("OwnPatterns", continue_training=True)
+
+
+def test_a_federated_trainer_freezes_nothing(make_trainer):
+    with pytest.raises(ValueError, match="cannot --freeze: in a federation"):
+        make_trainer(nnUNetTrainerAsymFedAvg, freeze=["encoder"])
 
 
 def test_a_training_without_frozen_parts_says_nothing_of_them(results):

@@ -43,7 +43,13 @@ from nnunetv2.training.debug_information import describe_trainer
 from nnunetv2.training.distributed import device_of_process, distribute, gather, is_distributed, wait_for_all
 from nnunetv2.training.first_batch import draw_first_batch
 from nnunetv2.training.folder_lock import training_in
-from nnunetv2.training.freezing import ensure_frozen_, freeze_, keep_frozen_statistics_, take_over_patterns_
+from nnunetv2.training.freezing import (
+    ensure_frozen_,
+    freeze_,
+    keep_frozen_statistics_,
+    require_freezing,
+    take_over_patterns_,
+)
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
@@ -242,6 +248,7 @@ class nnUNetTrainer:
         )
         self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
         if self.freeze_patterns:  # before DDP and torch.compile look at the network
+            require_freezing(type(self))
             self.print_to_log_file(freeze_(self.network, self.freeze_patterns))
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
