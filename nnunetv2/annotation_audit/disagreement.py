@@ -105,12 +105,12 @@ def compare(
 
 def distance_mm(one: np.ndarray, other: np.ndarray, spacing: Sequence[float]) -> float:
     """Return the volume on which two masks disagree over the mean area of their surfaces."""
-    return _over_surface(np.count_nonzero(one != other), one, other, spacing)
+    return _over_surface(int(np.count_nonzero(one != other)), one, other, spacing)
 
 
 def offset_mm(label: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> float:
     """Return how much larger the prediction is, as the mean offset of the boundary."""
-    return _over_surface(np.count_nonzero(prediction) - np.count_nonzero(label), label, prediction, spacing)
+    return _over_surface(int(np.count_nonzero(prediction) - np.count_nonzero(label)), label, prediction, spacing)
 
 
 def _over_surface(voxels: int, one: np.ndarray, other: np.ndarray, spacing: Sequence[float]) -> float:
