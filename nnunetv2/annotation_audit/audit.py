@@ -97,7 +97,7 @@ def compare_files(
         return compare(
             _whole_numbers(label[0]),
             _whole_numbers(prediction[0]),
-            spacing=_spacing(properties["spacing"]),
+            spacing=_spacing(properties["spacing"], label[0].shape),
             classes=classes,
             ignore_label=ignore_label,
         )
@@ -163,5 +163,6 @@ def _whole_numbers(labels: np.ndarray) -> np.ndarray:
     return np.rint(labels).astype(np.int32)
 
 
-def _spacing(spacing: Sequence[float]) -> tuple[float, ...]:
-    return tuple(abs(float(size)) or 1.0 for size in spacing)
+def _spacing(spacing: Sequence[float], shape: Sequence[int]) -> tuple[float, ...]:
+    """Return the spacing in millimetres; one slice of a picture has none across it, and counts as 1."""
+    return tuple(1.0 if side == 1 else abs(float(size)) or 1.0 for size, side in zip(spacing, shape))

@@ -131,7 +131,7 @@ def audit_annotations(
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
     from nnunetv2.utilities.json_files import DATASET, read_json
-    from nnunetv2.utilities.map_cases import map_cases_visibly
+    from nnunetv2.utilities.map_cases import map_cases
 
     dataset = maybe_convert_to_dataset_name(dataset_name_or_id)
     raw = Path(nnUNet_raw.require()) / dataset
@@ -187,15 +187,13 @@ def audit_annotations(
     )()
     labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
     classes = name_classes(labels)
-    found = map_cases_visibly(
+    compared = map_cases(
         compare_files,
         {case: (one.label, one.prediction, reader, classes, labels.ignore_label) for case, one in files.items()},
-        num_processes=num_processes,
-        description="comparing label maps",
+        num_processes,
+        [file for one in files.values() for file in (one.label, one.prediction)],
     )
-    audit = rank(
-        dict(zip(files, found)), files, dataset=dataset, model=str(folder), classes=classes, false_alarms=false_alarms
-    )
+    audit = rank(compared, files, dataset=dataset, model=str(folder), classes=classes, false_alarms=false_alarms)
     write_tables(audit, target)
     write_page(audit, target, reader, num_pictures=num_pictures)
     show(f"{len(audit.doubtful)} of {len(audit.cases)} cases are doubtful (score above {audit.cut:.2f})")

@@ -170,6 +170,23 @@ def test_a_model_of_other_labels_is_refused(model):
         audit()
 
 
+@pytest.mark.parametrize("kind", ["regions", "ignore"])
+def test_regions_and_voxels_to_be_ignored_are_understood(roots, kind):
+    results = make_trained_models(
+        roots, configurations={"3d_fullres": 0.8}, folds=(0,), cases_per_fold=3, **{kind: True}
+    )
+    raw = roots["nnUNet_raw"] / NAME
+    (raw / "imagesTr").mkdir()
+    for case in CASES[:3]:
+        write_label_map(raw / "imagesTr" / f"{case}_0000.nii.gz", np.ones(SHAPE))
+    splits = [{"train": [], "val": CASES[:3]}]
+    (roots["nnUNet_preprocessed"] / NAME / "splits_final.json").write_text(json.dumps(splits))
+    audit()
+    found = read_json(next(results.iterdir()) / "annotation_audit")
+    names = {"whole", "core", "tip"} if kind == "regions" else {"organ", "lesion", "vessel"}
+    assert [set(case["figures"]) for case in found["cases"]] == [names] * 3
+
+
 # -------------------------------------------------------------------------------------------------- predictions
 
 
