@@ -32,7 +32,7 @@ def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) ->
         if parts:
             told.append(f"{PLACES[place].capitalize()}, training together is: {'; '.join(parts)}.")
     if not told:
-        told.append("There is no federated arm to compare with one without a federation.")
+        return "There is no federated arm beside one without a federation: nothing is compared."
     return " ".join([*told, *_reservations(study, comparisons)])
 
 

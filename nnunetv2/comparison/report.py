@@ -168,7 +168,10 @@ def _with_interval(estimate: Estimate, metric: str) -> str:
 
 
 def _name(study: Study, number: int) -> str:
-    return next(one.name for one in study.tested if one.number == number)
+    """Return the name of a dataset without its number, where that tells all of them apart."""
+    short = {one.number: one.name.partition("_")[2] or one.name for one in study.tested}
+    is_unique = len(set(short.values())) == len(short)
+    return short[number] if is_unique else next(one.name for one in study.tested if one.number == number)
 
 
 # ------------------------------------------------------------------------------------------------------------ HTML
@@ -177,6 +180,7 @@ def as_html(findings: Findings, folder: StudyFolder) -> str:
     study = findings.study
     sections = [
         _summary(findings),
+        _overview(findings),
         *(_table(findings, place, metric) for place, metric in findings.estimates),
         _differences(findings),
         _matrices(findings),
@@ -201,6 +205,26 @@ def _summary(findings: Findings) -> str:
         f"<p>{len(study.sites)} sites, {len(tested)} test cases, {study.seeds} trainings of each kind (seeds), "
         f"{study.epochs} epochs of {study.iterations} iterations, configuration {escape(study.configuration)}.</p>"
         f"<ul>{arms}</ul>"
+    )
+
+
+def _overview(findings: Findings) -> str:
+    """Show one line per arm: the mean Dice of all sites, wherever models were tested."""
+    places = {place: arms for (place, metric), arms in findings.estimates.items() if metric == "Dice"}
+    best = {place: max(estimates[None].mean for estimates in arms.values()) for place, arms in places.items()}
+    head = "".join(f"<th>{PLACES[place]}</th>" for place in places)
+    rows = []
+    for arm in (one.name for one in findings.study.arms):
+        cells = "".join(
+            _estimate_cell(arms[arm][None], "Dice", is_best=arms[arm][None].mean == best[place])
+            if arm in arms
+            else "<td>-</td>"
+            for place, arms in places.items()
+        )
+        rows.append(f"<tr><th scope='row'>{escape(arm)}</th>{cells}</tr>")
+    return (
+        f"<h2>Mean Dice</h2><div class='wide'><table><thead><tr><th>model</th>{head}</tr></thead><tbody>{''.join(rows)}"
+        "</tbody></table></div>"
     )
 
 
@@ -269,8 +293,9 @@ def _matrices(findings: Findings) -> str:
         rows = []
         for model, datasets in matrix(findings.scores, arm.name, "Dice").items():
             cells = "".join(_shaded(datasets.get(one.number, math.nan)) for one in study.tested)
-            rows.append(f"<tr><th scope='row'>{escape(model)}</th>{cells}</tr>")
-        head = "".join(f"<th>{escape(one.name)}</th>" for one in study.tested)
+            whose = next((_name(study, one.number) for one in study.sites if one.name == model), model)
+            rows.append(f"<tr><th scope='row'>{escape(whose)}</th>{cells}</tr>")
+        head = "".join(f"<th>{escape(_name(study, one.number))}</th>" for one in study.tested)
         parts.append(
             f"<h3>{escape(arm.name)}</h3><div class='wide'><table class='matrix'><thead><tr><th>model of, tested "
             "at</th>"
@@ -329,7 +354,7 @@ def _worst_cases(findings: Findings, folder: StudyFolder) -> str:
             "</figcaption></figure>"
         )
     return (
-        f"<h2>Worst cases of {escape(arm.name)}</h2><p class='quiet'>At the site's own model, seed 0. Left the "
+        f"<h2>Worst cases of {escape(arm.name)}</h2><p class='quiet'>By the site's own model, seed 0. Left the "
         "reference, "
         "in the middle the prediction, right where they differ (red: missed, yellow: too much, blue: another "
         "class), in the "
