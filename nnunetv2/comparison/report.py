@@ -18,6 +18,7 @@ from nnunetv2.comparison.scores import (
     LOWER_IS_BETTER,
     METRICS,
     PLACES,
+    POOLED,
     CaseValues,
     Place,
     Score,
@@ -335,7 +336,7 @@ def _worst_cases(findings: Findings, folder: StudyFolder) -> str:
 
     figures = []
     for value, number, case in ranked[:NUM_WORST]:
-        model = "pooled" if arm.training == "pooled" else _name(study, number)
+        model = POOLED if arm.training == "pooled" else next(one.name for one in study.sites if one.number == number)
         summary = load_summary_json(folder.predicted(arm.name, 0, model) / "summary.json")
         [entry] = [one for one in summary["metric_per_case"] if Path(one["prediction_file"]).name.split(".")[0] == case]
         content = study.sites[0].description()

@@ -1,4 +1,4 @@
-"""Describe a comparison as a value, written down so that `--c` goes on with the same."""
+"""Describe a comparison as a value, written down for going on with it."""
 
 from __future__ import annotations
 

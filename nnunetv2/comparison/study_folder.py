@@ -105,7 +105,7 @@ def link_datasets(study: Study, folder: StudyFolder) -> None:
 
 
 def link_tests(study: Study, folder: StudyFolder) -> None:
-    """Put the test cases of all datasets side by side, to predict them in one go."""
+    """Put the test cases of all datasets side by side."""
     with whole_or_nothing(folder.tests) as tests:
         if tests is None:
             return
