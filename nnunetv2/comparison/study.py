@@ -13,6 +13,7 @@ from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import DATASET, read_json
+from nnunetv2.utilities.plain_text import show
 
 STUDY_FILE = "study.json"
 VERSION = 1
@@ -97,12 +98,14 @@ def check_study(study: Study) -> None:
                     "all "
                     "datasets of a comparison the same, names and values alike"
                 )
-        if not list_test_cases(dataset):
-            raise ValueError(
-                f"{dataset.name} has no test cases: put images that no training sees into {dataset.folder}/imagesTs "
-                "and "
-                "their labels into labelsTs"
-            )
+    without = [dataset.name for dataset in study.tested if not list_test_cases(dataset)]
+    for name in without if len(without) < len(study.tested) else ():
+        show(f"{name} has no test cases in imagesTs and labelsTs: its models are tested elsewhere only")
+    if len(without) == len(study.tested):
+        raise ValueError(
+            f"no dataset has test cases: put images that no training sees into {study.sites[0].folder}/imagesTs and "
+            "their labels into labelsTs, and so for the others"
+        )
 
 
 def list_test_cases(dataset: Dataset) -> dict[str, tuple[list[Path], Path]]:

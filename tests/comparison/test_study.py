@@ -43,16 +43,19 @@ def make_study(*sites, **changes):
     return replace(study, **changes)
 
 
-def test_datasets_that_do_not_go_together_are_named(tmp_path):
+def test_datasets_that_do_not_go_together_are_named(tmp_path, capsys):
     first = make_dataset(tmp_path, 1)
     for other, message in (
         (make_dataset(tmp_path, 2, labels={"background": 0, "b": 1}), "Dataset002_S2 has labels .*'b'"),
-        (make_dataset(tmp_path, 3, tests=()), "Dataset003_S3 has no test cases: put images"),
         (make_dataset(tmp_path, 4, label_of_tests=False), "Dataset004_S4: test case t1 lacks .*labelsTs/t1.nii.gz"),
         (first, "named twice"),
     ):
         with pytest.raises(ValueError, match=message):
             check_study(make_study(first, other))
+    with pytest.raises(ValueError, match="no dataset has test cases: put images that no training sees into"):
+        check_study(make_study(make_dataset(tmp_path, 6, tests=()), make_dataset(tmp_path, 7, tests=())))
+    check_study(make_study(first, make_dataset(tmp_path, 3, tests=())))
+    assert "Dataset003_S3 has no test cases" in capsys.readouterr().out
     with pytest.raises(ValueError, match="two sites or more"):
         check_study(make_study(first))
     with pytest.raises(ValueError, match="--seeds must be 1 or more, it is 0"):
