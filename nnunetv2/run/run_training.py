@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run import applied_options, processes, training_options
 from nnunetv2.training import stopping
-from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, split_results_name
+from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, check_class_names, class_names, split_results_name
 from nnunetv2.training.seeding import seed_everything, seed_from_environment, seed_restored, use_seed
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -304,7 +304,7 @@ def get_trainer_from_args(
     from nnunetv2.run import run_training as public  # programs may have put a function of their own there
 
     trainer_class = public.recursive_find_trainer_class_by_name(trainer_name)
-    folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
+    folder = _preprocessed_folder(dataset_name_or_id)
     plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
     dataset_json = _read_json(folder / "dataset.json", DATASET)
     return trainer_class(
@@ -457,11 +457,14 @@ def _check_options(
 
 
 def _build_trainer(*what: Any, options: TrainingOptions) -> nnUNetTrainer:
-    """Construct a trainer as `get_trainer_from_args` does, unless its class refuses one of the options."""
+    """Construct a trainer as `get_trainer_from_args` does, unless an option is refused."""
     from nnunetv2.run import run_training as public
 
     if options.given():
         applied_options.refuse_options(public.recursive_find_trainer_class_by_name(what[3]), options)
+    if options.class_weights is not None:
+        labels = _read_json(_preprocessed_folder(what[0]) / "dataset.json", DATASET)["labels"]
+        check_class_names(options.class_weights, class_names(labels))
     named: dict[str, Any] = {"results_name": options.results_name} if options.results_name else {}
     return get_trainer_from_args(*what, **named)
 
@@ -529,6 +532,10 @@ def _seed(rank: int, options: TrainingOptions) -> None:
     seed = seed_from_environment()
     if seed is not None:
         seed_everything(seed + rank)
+
+
+def _preprocessed_folder(dataset_name_or_id: str | int) -> Path:
+    return Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
 
 
 def _read_json(path: Path, required: Mapping[str, type]) -> dict:

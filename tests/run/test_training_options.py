@@ -163,6 +163,8 @@ def test_classes_get_their_weights_in_the_loss(fold, without_validation, monkeyp
 def test_a_trainer_obeys_an_option_or_refuses_it_by_name(model, trainer, options, complaint):
     with pytest.raises(OptionError, match=complaint):
         train(trainer, **SHORT, **options)
+    assert not list(model.parent.glob("*/fold_0/*.pth"))
+    assert not model.exists() or trainer == "nnUNetTrainerDiceLoss"
 
 
 def test_an_optimizer_that_ignores_an_option_is_told_of(fold, without_validation, monkeypatch):
