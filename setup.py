@@ -14,6 +14,7 @@ COMMANDS = {
     "nnUNetv2_convert_MSD_dataset": "dataset_conversion.convert_MSD_dataset:entry_point",
     "nnUNetv2_convert_old_nnUNet_dataset": "dataset_conversion.convert_raw_dataset_from_old_nnunet_format:convert_entry_point",
     "nnUNetv2_train": "run.run_training:run_training_entry",
+    "nnUNetv2_stop": "run.stop_training:stop_entry",
     "nnUNetv2_predict": "inference.predict_from_raw_data:predict_entry_point",
     "nnUNetv2_predict_from_modelfolder": "inference.predict_from_raw_data:predict_entry_point_modelfolder",
     "nnUNetv2_evaluate_folder": "evaluation.evaluate_predictions:evaluate_folder_entry_point",
