@@ -49,7 +49,7 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def holding_back() -> Iterator[None]:
-    """Hold SIGUSR1 back during the block.
+    """Hold SIGUSR1 back from this thread during the block.
 
     Processes started in it hold it back until they listen.
     """

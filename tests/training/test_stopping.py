@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 
 import pytest
 
@@ -70,6 +71,6 @@ def test_a_signal_is_noted_while_somebody_listens_and_what_it_did_before_is_rest
 
 def test_a_signal_that_was_held_back_comes_when_somebody_listens():
     with holding_back():
-        os.kill(os.getpid(), signal.SIGUSR1)  # would end this process
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # would end this process
         with listening():
             assert stopping.was_signalled()
