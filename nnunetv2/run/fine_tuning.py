@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2.training.options import BY_NAME
 from nnunetv2.utilities.json_files import DATASET, read_json
 
 if TYPE_CHECKING:
     from nnunetv2.models.weight_transfer import ChannelsAndClasses, Transfer
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-NEW, BY_NAME = "new", "by_name"
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """Options of `nnUNetv2_train` for networks that have learned something already."""
-
-    freeze: tuple[str, ...] = ()
-    """Patterns of parameters that stay as they are."""
-    pretrained_heads: str | None = None
-    """Whether layers that output classes start anew or by the names of classes; None: by name where the rest had to be
-    adapted, too."""
-
-
-NO_FINE_TUNING = FineTuning()
-
-
-def add_fine_tuning_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `FineTuning` to a parser."""
-    parser.add_argument(
-        "--pretrained_heads",
-        choices=(NEW, BY_NAME),
-        help="With -pretrained_weights: whether the layers that output classes start anew, or each class from that of "
-        "its name. Default: anew, as in the release; by name if the other layers do not all fit either.",
-    )
-    parser.add_argument(
-        "--freeze",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="Leave parameters as they are: 'encoder', the name of a module, also with * and ?, or regex:EXPRESSION. "
-        "May be given several times; --c takes it over.",
-    )
-
-
-def fine_tuning_of(arguments: argparse.Namespace) -> FineTuning:
-    """Return the options of a parsed command line."""
-    return FineTuning(tuple(arguments.freeze), arguments.pretrained_heads)
-
-
-def check_fine_tuning(options: FineTuning, *, pretrained_weights: str | None, only_run_validation: bool) -> None:
-    """Refuse options that make no sense together, before anything is written.
-
-    Raises:
-        ValueError: They do not.
-    """
-    if options.pretrained_heads is not None and pretrained_weights is None:
-        raise ValueError(f"--pretrained_heads {options.pretrained_heads} needs -pretrained_weights, which is missing")
-    if options.freeze and only_run_validation:
-        raise ValueError("--freeze is for training, and --val only validates: leave one of them out")
-    if options.pretrained_heads not in (None, NEW, BY_NAME):
-        raise ValueError(f"pretrained_heads is {options.pretrained_heads!r}, expected {NEW!r} or {BY_NAME!r}")
 
 
 def start_from_pretrained_weights(trainer: nnUNetTrainer, file: str, *, heads: str | None = None) -> None:
@@ -75,7 +21,7 @@ def start_from_pretrained_weights(trainer: nnUNetTrainer, file: str, *, heads: s
 
     Args:
         file: A checkpoint of this package or of the release.
-        heads: See `FineTuning.pretrained_heads`.
+        heads: See `TrainingOptions.pretrained_heads`.
 
     Raises:
         ValueError: A tensor of the network has no counterpart in the file, and no rule says what it starts from.

@@ -8,9 +8,9 @@ has, as in prediction, and does not change them. Instance normalization has no s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -21,21 +21,7 @@ if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 REGULAR_EXPRESSION = "regex:"
-KEY = "freeze_patterns"
-"""Of the patterns in a checkpoint; absent where nothing was frozen."""
-
 _ENCODER = "encoder"
-
-
-def require_freezing(trainer_class: type) -> None:
-    """Refuse trainers that would not keep parts of a network as they are.
-
-    Raises:
-        ValueError: This one would not.
-    """
-    reason = getattr(trainer_class, "refuses_freezing", None)
-    if reason is not None:
-        raise ValueError(f"{trainer_class.__name__} cannot --freeze: {reason}. Leave --freeze out")
 
 
 def match_parameters(network: nn.Module, pattern: str) -> list[str]:
@@ -114,34 +100,6 @@ def ensure_frozen_(trainer: nnUNetTrainer) -> None:
             "cannot be obeyed. Train with one process, or call freeze_ where the trainer builds the network"
         )
     trainer.print_to_log_file(freeze_(trainer.network, trainer.freeze_patterns))
-
-
-def patterns_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the patterns that a checkpoint's training was started with.
-
-    Raises:
-        ValueError: They are no list of texts.
-    """
-    patterns = checkpoint.get(KEY, ())
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(one, str) for one in patterns):
-        raise ValueError(f"the checkpoint holds {patterns!r} under {KEY!r}; expected a list of patterns")
-    return tuple(patterns)
-
-
-def take_over_patterns_(trainer: nnUNetTrainer, checkpoint: Mapping[str, Any]) -> None:
-    """Let a trainer freeze what the training of a checkpoint froze.
-
-    Raises:
-        ValueError: It was told to freeze something else.
-    """
-    patterns = patterns_of(checkpoint)
-    if trainer.freeze_patterns and trainer.freeze_patterns != patterns:
-        started = f"--freeze {' '.join(patterns)}" if patterns else "nothing frozen"
-        raise ValueError(
-            f"this training was started with {started}, not with --freeze {' '.join(trainer.freeze_patterns)}: go on "
-            "without --freeze, or start another training with -pretrained_weights"
-        )
-    trainer.freeze_patterns = patterns
 
 
 def _is_in_module(name: str, pattern: str) -> bool:

@@ -13,11 +13,12 @@ import torch
 from tiny_dataset import NAME, make_configuration, make_dataset_json, make_plans, make_tiny_dataset
 
 from nnunetv2.models.checkpoint_file import CheckpointError, load_checkpoint_file
-from nnunetv2.run.fine_tuning import FineTuning
+from nnunetv2.run.applied_options import prepare_trainer_
 from nnunetv2.run.run_training import get_trainer_from_args, main, maybe_load_checkpoint, run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerAsymFedAvg
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
+from nnunetv2.training.options import OptionError, TrainingOptions
 
 CPU = torch.device("cpu")
 LABELS = {"background": 0, "blob": 1, "core": 2}
@@ -393,52 +394,70 @@ def train(trainer="ShortTrainer", **options):
     run_training(998, "3d_fullres", 0, trainer_class_name=trainer, device=CPU, **options)
 
 
+def frozen(trainer):
+    return sorted(name for name, one in trainer.network.named_parameters() if not one.requires_grad)
+
+
+def resume(name, **options):
+    """Bring a trainer to where the command would go on."""
+    trainer = get_trainer_from_args(998, "3d_fullres", 0, name, continue_training=True, device=CPU)
+    prepare_trainer_(trainer, TrainingOptions(**options), continue_training=True)
+    maybe_load_checkpoint(trainer, True, False)
+    return trainer
+
+
 @pytest.mark.parametrize("trainer", ["ShortTrainer", "ShortWarmup", "OwnInitialize"])
-def test_what_is_frozen_is_kept_and_taken_over(results, trainer, monkeypatch):
-    train(trainer, fine_tuning=FineTuning(freeze=("encoder.stages.0", "regex:norm")))
+def test_what_is_frozen_is_kept_and_taken_over(results, trainer):
+    patterns = ("encoder.stages.0", "regex:norm")
+    train(trainer, options=TrainingOptions(freeze=patterns))
     fold = results / f"{trainer}__nnUNetPlans__3d_fullres" / "fold_0"
-    checkpoint = load_checkpoint_file(fold / "checkpoint_final.pth")
-    assert checkpoint["freeze_patterns"] == ["encoder.stages.0", "regex:norm"]
-    assert json.loads((fold / "debug.json").read_text())["freeze_patterns"] == "('encoder.stages.0', 'regex:norm')"
-    resumed = get_trainer_from_args(998, "3d_fullres", 0, trainer, continue_training=True, device=CPU)
-    maybe_load_checkpoint(resumed, True, False)
-    trained = [name for name, one in resumed.network.named_parameters() if one.requires_grad]
-    assert trained and not any("norm" in name or name.startswith("encoder.stages.0") for name in trained)
+    assert load_checkpoint_file(fold / "checkpoint_final.pth")["training_options"] == {"freeze": patterns}
+    assert json.loads((fold / "debug.json").read_text())["freeze_patterns"] == str(patterns)
+    resumed = frozen(resume(trainer))
+    assert resumed and all("norm" in name or name.startswith("encoder.stages.0") for name in resumed)
     with pytest.raises(
-        ValueError, match="started with --freeze encoder.stages.0 regex:norm, not with --freeze decoder"
+        OptionError, match="finished .* contradicts --freeze decoder .trained with encoder.stages.0 --freeze"
     ):
-        train(trainer, continue_training=True, fine_tuning=FineTuning(freeze=("decoder",)))
-    train(trainer, continue_training=True, fine_tuning=FineTuning(freeze=("encoder.stages.0", "regex:norm")))
+        train(trainer, continue_training=True, options=TrainingOptions(freeze=("decoder",)))
+    train(trainer, continue_training=True, options=TrainingOptions(freeze=patterns))
+
+
+def test_an_unfinished_training_may_go_on_with_all_layers(results):
+    fold = results / "ShortTrainer__nnUNetPlans__3d_fullres" / "fold_0"
+    unfinished = get_trainer_from_args(998, "3d_fullres", 0, "ShortTrainer", device=CPU)
+    prepare_trainer_(unfinished, TrainingOptions(epochs=2, freeze=("encoder",)), continue_training=False)
+    unfinished.save_checkpoint(str(fold / "checkpoint_latest.pth"))
+    assert len(frozen(resume("ShortTrainer"))) == 16 and frozen(resume("ShortTrainer", freeze=())) == []
+    train(continue_training=True, options=TrainingOptions(freeze=()))
+    assert load_checkpoint_file(fold / "checkpoint_final.pth")["training_options"] == {"epochs": 2, "freeze": ()}
 
 
 def test_a_trainer_may_choose_what_is_frozen(results):
     train("OwnPatterns")
-    fold = results / "OwnPatterns__nnUNetPlans__3d_fullres" / "fold_0"
-    assert load_checkpoint_file(fold / "checkpoint_final.pth")["freeze_patterns"] == ["encoder"]
-    train("OwnPatterns", continue_training=True)
+    assert len(frozen(resume("OwnPatterns"))) == 16
 
 
 def test_a_federated_trainer_freezes_nothing(make_trainer):
-    with pytest.raises(ValueError, match="cannot --freeze: in a federation"):
+    with pytest.raises(OptionError, match="nnUNetTrainerAsymFedAvg freezes nothing: all sites train"):
         make_trainer(nnUNetTrainerAsymFedAvg, freeze=["encoder"])
 
 
 def test_a_training_without_frozen_parts_says_nothing_of_them(results):
     train()
     fold = results / "ShortTrainer__nnUNetPlans__3d_fullres" / "fold_0"
-    assert "freeze_patterns" not in load_checkpoint_file(fold / "checkpoint_final.pth")
-    with pytest.raises(ValueError, match="started with nothing frozen, not with --freeze encoder"):
-        train(continue_training=True, fine_tuning=FineTuning(freeze=("encoder",)))
+    assert "training_options" not in load_checkpoint_file(fold / "checkpoint_final.pth")
+    with pytest.raises(OptionError, match="contradicts --freeze encoder .trained with nothing"):
+        train(continue_training=True, options=TrainingOptions(freeze=("encoder",)))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fine_tuning": FineTuning(pretrained_heads="by_name")}, "needs -pretrained_weights"),
-        ({"fine_tuning": FineTuning(freeze=("encoder",)), "only_run_validation": True}, "--val only validates"),
+        ({"options": TrainingOptions(pretrained_heads="by_name")}, "needs -pretrained_weights"),
+        ({"options": TrainingOptions(freeze=("encoder",)), "only_run_validation": True}, "--val only validates"),
         (
-            {"fine_tuning": FineTuning(freeze=("encoder",)), "trainer": "nnUNetTrainerAsymFedAvg"},
-            "nnUNetTrainerAsymFedAvg cannot --freeze: in a federation",
+            {"options": TrainingOptions(freeze=("encoder",)), "trainer": "nnUNetTrainerAsymFedAvg"},
+            "--freeze does not go with nnUNetTrainerAsymFedAvg: all sites train",
         ),
     ],
 )
@@ -469,7 +488,11 @@ def test_the_command_hands_its_options_on(results, monkeypatch):
         monkeypatch.setenv(name, "1")
     command = ["998", "3d_fullres", "0", "-device", "cpu"]
     main([*command, "--freeze", "encoder", "--freeze", "decoder.stages.*", "--pretrained_heads", "new"])
-    assert given["fine_tuning"] == FineTuning(("encoder", "decoder.stages.*"), "new")
+    assert given["options"] == TrainingOptions(freeze=("encoder", "decoder.stages.*"), pretrained_heads="new")
+    main([*command, "--freeze", "nothing"])
+    assert given["options"] == TrainingOptions(freeze=())
+    with pytest.raises(OptionError, match="goes with no other --freeze"):
+        main([*command, "--freeze", "nothing", "--freeze", "encoder"])
 
 
 def test_federated_trainers_take_adapted_weights(make_trainer, save):
@@ -480,6 +503,6 @@ def test_federated_trainers_take_adapted_weights(make_trainer, save):
 
 @pytest.mark.slow
 def test_several_processes_train_what_is_not_frozen(results, monkeypatch):
-    train(num_gpus=2, fine_tuning=FineTuning(freeze=("encoder",)))
+    train(num_gpus=2, options=TrainingOptions(freeze=("encoder",)))
     fold = results / "ShortTrainer__nnUNetPlans__3d_fullres" / "fold_0"
-    assert load_checkpoint_file(fold / "checkpoint_final.pth")["freeze_patterns"] == ["encoder"]
+    assert load_checkpoint_file(fold / "checkpoint_final.pth")["training_options"] == {"freeze": ("encoder",)}

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from nnunetv2.models.checkpoint_file import load_checkpoint_file
-from nnunetv2.training.freezing import take_over_patterns_
 from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.settings import with_settings
@@ -63,7 +62,6 @@ class nnUNetTrainer_warmup(nnUNetTrainer):
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
-        take_over_patterns_(self, checkpoint)
         if not self.was_initialized:
             self.initialize()
         self._enter_stage_of(checkpoint["current_epoch"])  # before its optimizer receives its state
