@@ -1,4 +1,4 @@
-"""Check a site's data: read its cases as far as the time allows, and gather what is wrong by kind."""
+"""Read a site's cases as far as the time allows, and gather their faults by kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a hospital's check: one sentence and one remedy each, for people and for programs."""
+"""The findings of a hospital's check, with a sentence and a remedy each."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nnunetv2.experiment_planning.summary import format_bytes
 from nnunetv2.site_check.findings import Finding
 from nnunetv2.utilities.durations import format_duration
 
@@ -45,8 +46,8 @@ class Forecast:
     def lines(self) -> Iterator[str]:
         """Yield it for people."""
         yield (
-            f"{self.rounds:,} rounds with {self.update_bytes / 1e6:,.1f} MB each way: {self.gigabytes:,.1f} GB in all, "
-            "without waiting for other sites"
+            f"{self.rounds:,} rounds with {format_bytes(self.update_bytes)} each way: "
+            f"{format_bytes(1e9 * self.gigabytes)} in all"
         )
         for what, seconds in (("transfers", self.transfer_s), ("training", self.training_s)):
             if seconds is None:
@@ -54,7 +55,8 @@ class Forecast:
             else:
                 yield f"{what}: {format_duration(seconds)} per round, {format_duration(seconds * self.rounds)} in all"
         if self.transfer_s is not None and self.training_s is not None:
-            yield f"together: about {format_duration((self.transfer_s + self.training_s) * self.rounds)}"
+            together = format_duration((self.transfer_s + self.training_s) * self.rounds)
+            yield f"together: about {together}, without waiting for other sites"
 
 
 def training_seconds(step_s: float, *, num_steps: int, num_validation_steps: int) -> float:

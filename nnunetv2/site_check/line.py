@@ -1,4 +1,4 @@
-"""Check the way to the coordinator: network, proxy, TLS, clock, credential, version, and bodies as large as weights."""
+"""Check the way to the coordinator, from its name to bodies as large as weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import requests
 from requests.utils import get_environ_proxies, select_proxy
 
+from nnunetv2.experiment_planning.summary import format_bytes
 from nnunetv2.federated.errors import FederationError, NotJoinedError, RefusedError, WireError, in_sentences
 from nnunetv2.federated.protocol.api import LARGEST_REHEARSAL, FederationSettings
 from nnunetv2.federated.protocol.certificates import fingerprint_of, has_wrong_dates
@@ -40,9 +42,10 @@ ANSWER_TIMEOUT_S = 15.0
 WORTH_A_LOOK_S = 60.0
 TOO_MUCH_S = 300.0
 """By which a clock may be off."""
-SMALL_BYTES = 64 << 10
 PASSAGE_S = 12.0
 """In which as much as possible of a large body is sent, and fetched."""
+PROBE_S = 3.0
+"""In which a body that is too large for the time shows whether it would be let through."""
 _WRONG_NAME = 62, 64  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 _finding = partial(Finding, area="line")
@@ -252,55 +255,72 @@ def _is_another_authority(credential: SiteCredential) -> bool:
 # ------------------------------------------------------------------------------------------------ the dummy round
 def _rehearse(line: Line, transport: HttpTransport, document_bytes: int) -> Line:
     """Send and fetch bytes without content: few of them, then as many as weights have."""
-    size = max(SMALL_BYTES, min(document_bytes, LARGEST_REHEARSAL))
+    size = max(rehearsal.SMALL_BYTES, min(document_bytes, LARGEST_REHEARSAL))
     try:
-        rehearsal.send(transport, SMALL_BYTES, limit_s=PASSAGE_S)
-        rehearsal.fetch(transport, SMALL_BYTES, limit_s=PASSAGE_S)
+        rehearsal.send(transport, rehearsal.SMALL_BYTES, limit_s=PASSAGE_S)
+        rehearsal.fetch(transport, rehearsal.SMALL_BYTES, limit_s=PASSAGE_S)
     except RefusedError as error:
         return _with(line, _explain_refusal(error))
     except NoAnswerError as error:
         sentence = f"Questions are answered, but a small upload does not arrive: {error}"
         remedy = "Ask your network administrators to let PUT requests to this address through."
         return _with(line, _finding(name="uploads_refused", state="problem", sentence=sentence, remedy=remedy))
-    megabytes = f"{size / 1e6:,.0f} MB"
+    cut = partial(_explain_cut, format_bytes(size))
     try:
-        up = rehearsal.send(transport, size, limit_s=PASSAGE_S)
+        up = rehearsal.measure_upload(transport, size, limit_s=PASSAGE_S)
+    except (RefusedError, NoAnswerError) as error:
+        return _with(line, cut(error, what="body"))
+    try:
+        down = _when_free(lambda: rehearsal.fetch(transport, size, limit_s=PASSAGE_S))
+    except (RefusedError, NoAnswerError) as error:
+        return _with(replace(line, up=up), cut(error, what="answer"))
+    line = replace(line, up=up, down=down)
+    is_whole = up.num_bytes == down.num_bytes == size
+    try:
+        if up.num_bytes < size:  # begun all the same, so that whatever bounds bodies refuses it
+            _when_free(lambda: rehearsal.send(transport, size, limit_s=PROBE_S))
+    except NoAnswerError as error:
+        return _with(line, cut(error, what="body"))
     except RefusedError as error:
         return _with(line, _explain_refusal(error))
-    except NoAnswerError as error:
-        sentence = f"A body of {megabytes}, the size of the weights, does not get through, smaller ones do: {error}"
-        remedy = (
-            "Ask who runs the proxy on the way, here or at the coordinating site, to lift its bound on the size and "
-            "duration of requests (client_max_body_size 0 in nginx)."
-        )
-        return _with(line, _finding(name="large_bodies_cut", state="problem", sentence=sentence, remedy=remedy))
-    line = replace(line, up=up)
-    try:
-        down = _fetch_when_free(transport, size)
-    except RefusedError as error:
-        return _with(line, _explain_refusal(error))
-    except NoAnswerError as error:
-        sentence = f"A download of {megabytes}, the size of the weights, does not come whole: {error}"
-        remedy = "Ask who runs the proxy on the way to lift its bound on the size and duration of answers."
-        return _with(line, _finding(name="large_answers_cut", state="problem", sentence=sentence, remedy=remedy))
-    part = "" if up.is_whole and down.is_whole else ", as far as it came in the time of this check"
+    part = "" if is_whole else ", as far as it came in the time of this check"
     sentence = (
-        f"A dummy round of {megabytes} each way{part}: {8 * up.bytes_per_s / 1e6:,.1f} Mbit/s up, "
+        f"A dummy round of {format_bytes(size)} each way{part}: {8 * up.bytes_per_s / 1e6:,.1f} Mbit/s up, "
         f"{8 * down.bytes_per_s / 1e6:,.1f} Mbit/s down."
     )
-    return replace(_with(line, _finding(name="dummy_round", state="ok", sentence=sentence)), down=down)
+    return _with(line, _finding(name="dummy_round", state="ok", sentence=sentence))
 
 
-def _fetch_when_free(transport: HttpTransport, size: int) -> rehearsal.Passage:
-    """Fetch, once the coordinator has noticed that an upload was broken off."""
+def _when_free(rehearse: Callable[[], rehearsal.Passage]) -> rehearsal.Passage:
+    """Rehearse, once the coordinator has noticed that a rehearsal before was broken off."""
     for pause_s in (0.2, 0.5, 1, 2, 4):
         try:
-            return rehearsal.fetch(transport, size, limit_s=PASSAGE_S)
+            return rehearse()
         except RefusedError as error:
             if error.code != "refused":
                 raise
             time.sleep(pause_s)
-    return rehearsal.fetch(transport, size, limit_s=PASSAGE_S)
+    return rehearse()
+
+
+def _explain_cut(size: str, error: FederationError, *, what: Literal["body", "answer"]) -> Finding:
+    """Tell what keeps large bodies, or large answers, from coming through."""
+    if isinstance(error, RefusedError):
+        return _explain_refusal(error)
+    if what == "body":
+        return _finding(
+            name="large_bodies_cut",
+            state="problem",
+            sentence=f"A body of {size}, the size of the weights, does not get through, smaller ones do: {error}",
+            remedy="Ask who runs the proxy on the way, here or at the coordinating site, to lift its bound on the size "
+            "and duration of requests (client_max_body_size 0 in nginx).",
+        )
+    return _finding(
+        name="large_answers_cut",
+        state="problem",
+        sentence=f"A download of {size}, the size of the weights, does not come whole: {error}",
+        remedy="Ask who runs the proxy on the way to lift its bound on the size and duration of answers.",
+    )
 
 
 def _explain_refusal(error: RefusedError) -> Finding:

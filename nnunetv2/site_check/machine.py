@@ -1,4 +1,4 @@
-"""Check what a machine needs before it can train: variables, folders that can be written, room on the disk."""
+"""Check the variables, folders and disks that a training needs."""
 
 from __future__ import annotations
 

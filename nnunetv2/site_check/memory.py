@@ -1,4 +1,4 @@
-"""Check that a GPU holds the agreed plans: by the planner's own estimate, and by training steps on random data."""
+"""Check that a GPU holds the agreed plans, by the planner's estimate or by trying."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _finding = partial(Finding, area="training")
 # GB that training takes for a billion values in the feature maps of a batch, as the planners know of their references:
 # 8 GB hold two samples of 560 million values in 3d and twelve of 85 million in 2d (residual: 680 and 135 million).
 _GB_PER_BILLION = {(False, 3): 7.2, (False, 2): 7.9, (True, 3): 5.9, (True, 2): 5.0}
+START_S = 20.0
+"""In which PyTorch and the network are loaded."""
 _SMALLER = (
     "Train on a larger GPU, or agree on smaller plans with all sites: -gpu_memory_target, or a preset that fits, and "
     "another -overwrite_plans_name."
@@ -86,7 +88,7 @@ def check_trial(name: str, needed_gb: float, trial: Trial) -> Finding:
 def try_steps(
     plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, *, device: str, limit_s: float
 ) -> Trial:
-    """Train some steps in a process of its own, which may run out of memory or time without harm."""
+    """Train some steps in a process of its own, which may fail without harm."""
     task = json.dumps(
         {
             "plans": plans,
@@ -102,7 +104,7 @@ def try_steps(
             input=task,
             capture_output=True,
             text=True,
-            timeout=limit_s * 2,
+            timeout=limit_s + START_S,
             check=False,
         )
     except subprocess.TimeoutExpired:

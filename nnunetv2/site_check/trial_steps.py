@@ -1,4 +1,4 @@
-"""Train a few steps on random data and print how long they take and how much GPU memory; a process of `memory.py`."""
+"""Train a few steps on random data, in a process of its own, and measure them."""
 
 from __future__ import annotations
 

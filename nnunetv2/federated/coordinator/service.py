@@ -162,7 +162,7 @@ class Coordinator:
         run_control.report_failure(self.state, self._failure_budget, site, report)
 
     def note_rehearsal(self, site: str, size: int) -> None:
-        """Note in the audit log that a site has rehearsed an upload; of its bytes nothing is kept."""
+        """Note in the audit log that a site has rehearsed an upload."""
         self.state.record("rehearsal", site, None, {"bytes": size})
 
     def outlooks(self) -> api.Outlooks:

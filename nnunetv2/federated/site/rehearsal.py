@@ -1,6 +1,6 @@
-"""Rehearse a round: send and fetch bytes without content on the way of weights, and measure the line.
+"""Rehearse a round with bytes without content, and measure the line.
 
-The headers announce the whole size, so that whatever bounds bodies on the way shows, also on lines too slow to carry
+Bytes take the way of weights. The headers announce the whole size, so that whatever bounds bodies on the way shows, also on lines too slow to carry
 all of it within the time that there is.
 """
 
@@ -20,6 +20,9 @@ from nnunetv2.utilities.resumable_download import PIECE_BYTES
 if TYPE_CHECKING:
     from nnunetv2.federated.site.transports.http import HttpTransport
 
+SMALL_BYTES = 64 << 10
+GROWTH = 8
+"""By which one body is larger than the one before."""
 BLOCK_BYTES = 1 << 20
 """Random bytes that a body repeats; too many for what compresses on the way."""
 
@@ -109,6 +112,21 @@ def send(transport: HttpTransport, size: int, *, limit_s: float) -> Passage:
             "the coordinator has received other bytes than were sent: something on the way changes them"
         )
     return Passage(num_bytes=size, seconds=time.monotonic() - begun, is_whole=True)
+
+
+def measure_upload(transport: HttpTransport, size: int, *, limit_s: float) -> Passage:
+    """Send ever larger bodies, up to a size, and return the passage of the last.
+
+    Only bodies that have arrived tell a speed: what was handed to the system may still be on its way.
+
+    Raises:
+        NoAnswerError: One did not arrive, or something on the way refused it.
+        RefusedError: The coordinator does not take it.
+    """
+    passage = send(transport, min(size, SMALL_BYTES), limit_s=limit_s)
+    while passage.is_whole and passage.num_bytes < size and GROWTH * passage.seconds < limit_s / 2:
+        passage = send(transport, min(size, GROWTH * passage.num_bytes), limit_s=limit_s)
+    return passage
 
 
 def fetch(transport: HttpTransport, size: int, *, limit_s: float) -> Passage:

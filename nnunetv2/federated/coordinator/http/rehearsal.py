@@ -1,9 +1,9 @@
-"""Let a site rehearse a round: take bytes of the size of weights and give as many, keeping none.
+"""Let a site rehearse a round with bytes of which none are kept.
 
     PUT /v1/rehearsal         a body with the headers of a document -> {digest, size}
     GET /v1/rehearsal?size=   so many bytes, with the headers of a result
 
-A rehearsal takes the way of a real document through proxies, connections and limits. Sites only, one at a time each,
+Bodies are as large as weights, and take their way through proxies, connections and limits. Sites only, one at a time each,
 within a budget of bytes; nothing reaches the disk.
 """
 
@@ -87,7 +87,7 @@ async def get_rehearsal(request: Request) -> Response:
 
 
 class RehearsedResult(StreamingResponse):
-    """Send bytes with the headers of a result, and end the rehearsal whatever becomes of them."""
+    """Send bytes with the headers of a result, then end the rehearsal."""
 
     def __init__(self, size: int, digest: str, admission: ExitStack) -> None:
         headers = {

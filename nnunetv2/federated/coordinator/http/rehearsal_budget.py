@@ -22,7 +22,7 @@ MOST_SITES = 4
 
 
 class Rehearsals:
-    """The rehearsals of one coordinator: who is at it, and how much each site has left. Thread-safe.
+    """The rehearsals of one coordinator, and the bytes that each site has left. Thread-safe.
 
     Args:
         clock: Seconds, from any moment on.

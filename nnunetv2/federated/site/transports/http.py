@@ -90,7 +90,7 @@ def patience_from_environment() -> float:
 
 
 class Body(Protocol):
-    """What a request can send without holding all of it in memory."""
+    """A body of known length that is read piece by piece."""
 
     def __len__(self) -> int: ...
 
