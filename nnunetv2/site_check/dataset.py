@@ -1,4 +1,4 @@
-"""Read a site's cases as far as the time allows, and gather their faults by kind."""
+"""Read a site's cases within some time, and gather their faults by kind."""
 
 from __future__ import annotations
 

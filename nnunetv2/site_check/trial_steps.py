@@ -1,4 +1,4 @@
-"""Train a few steps on random data, in a process of its own, and measure them."""
+"""Train a few steps on random data in their own process, and measure them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rehearse a round with bytes without content, and measure the line.
 
-Bytes take the way of weights. The headers announce the whole size, so that whatever bounds bodies on the way shows, also on lines too slow to carry
-all of it within the time that there is.
+Bytes take the way of weights. The headers announce the whole size, so that whatever bounds bodies on the way shows,
+also on lines too slow to carry all of it within the time that there is.
 """
 
 from __future__ import annotations

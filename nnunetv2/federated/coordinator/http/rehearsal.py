@@ -3,8 +3,8 @@
     PUT /v1/rehearsal         a body with the headers of a document -> {digest, size}
     GET /v1/rehearsal?size=   so many bytes, with the headers of a result
 
-Bodies are as large as weights, and take their way through proxies, connections and limits. Sites only, one at a time each,
-within a budget of bytes; nothing reaches the disk.
+Bodies are as large as weights, and take their way through proxies, connections and limits. Sites only, one at a time
+each, within a budget of bytes; nothing reaches the disk.
 """
 
 from __future__ import annotations
