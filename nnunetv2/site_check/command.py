@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2.utilities.command_line import DEVICES, dataset_argument, run_command
+from nnunetv2.utilities.command_line import dataset_argument, run_command
 
 if TYPE_CHECKING:
     from nnunetv2.federated.privacy.disclosure import Disclosure
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from nnunetv2.site_check.forecast import Forecast
     from nnunetv2.site_check.line import Line
 
-DATA_S = 30.0
+DATA_S = 25.0
 """In which cases are read, unless all of them are to be."""
-TRIAL_S = 12.0
+TRIAL_S = 10.0
 """In which training steps are tried."""
 DEFAULT_EPOCHS, DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS = 1000, 250, 50
 USUAL_BYTES = 125_000_000
@@ -312,7 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-tr", default="nnUNetTrainerAsymFedAvg", metavar="CLASS", help="trainer (default: %(default)s)"
     )
     parser.add_argument(
-        "-device", default="cuda", choices=DEVICES, help="where the network will run (default: %(default)s)"
+        "-device", default="cuda", choices=("cuda", "cpu"), help="where the network will run (default: %(default)s)"
     )
     parser.add_argument(
         "--gpu_memory",

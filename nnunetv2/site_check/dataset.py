@@ -46,7 +46,7 @@ def check_data(raw: Path, preprocessed: Path, *, time_limit_s: float | None, num
     except (InvalidDatasetError, OSError, ValueError) as error:
         remedy = "Mend dataset.json and the folders as documentation/dataset-format.md describes."
         return [_finding(name="dataset", state="problem", sentence=f"{raw.name}: {error}", remedy=remedy)]
-    faults = [fault for fault in inspection.findings if fault.case not in left_out or not fault.is_error]
+    faults = [fault for fault in inspection.findings if not fault.case or fault.case not in left_out]
     bad = {fault.case for fault in faults if fault.is_error and fault.case}
     num_cases = inspection.num_cases - len(left_out & inspection.cases)
     findings = _gather(faults)

@@ -257,7 +257,11 @@ def _rehearse(line: Line, transport: HttpTransport, document_bytes: int) -> Line
     """Send and fetch bytes without content: few of them, then as many as weights have."""
     size = max(rehearsal.SMALL_BYTES, min(document_bytes, LARGEST_REHEARSAL))
     try:
-        rehearsal.send(transport, rehearsal.SMALL_BYTES, limit_s=PASSAGE_S)
+        small = rehearsal.send(transport, rehearsal.SMALL_BYTES, limit_s=PASSAGE_S)
+        if not small.is_whole:
+            sentence = f"The line carries {small.bytes_per_s:,.0f} bytes per second, too few for a dummy round."
+            note = _finding(name="dummy_round_too_slow", state="note", sentence=sentence)
+            return replace(_with(line, note), up=small, down=small)
         rehearsal.fetch(transport, rehearsal.SMALL_BYTES, limit_s=PASSAGE_S)
     except RefusedError as error:
         return _with(line, _explain_refusal(error))

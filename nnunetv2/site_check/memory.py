@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -68,8 +69,8 @@ def check_trial(name: str, needed_gb: float, trial: Trial) -> Finding:
         steps = "no step in the time of this check" if trial.step_s is None else f"{trial.step_s:.1f} s per step"
         sentence = f"There is no GPU that PyTorch can use here; on the processor, {name} does {steps}."
         remedy = (
-            f"Train on a machine with a GPU of at least {needed_gb:.0f} GB; if this one has it, install its driver and "
-            "a PyTorch built for it. For a GPU elsewhere, tell its memory: --gpu_memory GB."
+            f"Train on a machine with a GPU of at least {max(1, math.ceil(needed_gb))} GB; if this one has it, install "
+            "its driver and a PyTorch built for it. For a GPU elsewhere, tell its memory: --gpu_memory GB."
         )
         if trial.failure:
             sentence = f"There is no GPU that PyTorch can use here, and on the processor {name} fails: {trial.failure}"
