@@ -12,7 +12,6 @@ from fake_federation import make_settings, served
 from tiny_dataset import make_configuration, make_dataset_json, make_plans
 
 from nnunetv2.experiment_planning.experiment_planners.vram_proxy import PLAIN_UNET
-from nnunetv2.federated.coordinator.http import tls
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.site_check import line, trial_steps
 from nnunetv2.site_check.findings import Finding, describe, summarise, to_json
