@@ -14,6 +14,7 @@ from nnunetv2.models.network_from_plans import get_network_from_plans
 from nnunetv2.models.networks import speed_up_on_cpu_
 from nnunetv2.plans.plans_manager import PlansManager, determine_num_input_channels
 from nnunetv2.utilities.device import autocast_context
+from nnunetv2.utilities.plain_text import show
 
 MOST_STEPS = 6
 """The first of them is slow, and does not count where there are others."""
@@ -38,7 +39,7 @@ def main() -> None:
         result["failure"] = " ".join(str(error).split())[:300]
     if wants_gpu:
         result["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
-    print(json.dumps(result))
+    show(json.dumps(result))
 
 
 def measure(
