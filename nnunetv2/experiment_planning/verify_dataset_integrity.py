@@ -113,8 +113,8 @@ class Inspection:
     num_channels: int = 0
     num_training: int = 0
     """Cases that dataset.json announces."""
-    num_read: int = 0
-    """Cases whose files were read: those whose files are there, as far as the time allowed."""
+    num_unread: int = 0
+    """Cases that could have been read, had the time allowed."""
 
     @property
     def num_cases(self) -> int:
@@ -143,12 +143,13 @@ def inspect_dataset(root: Path, num_processes: int = 8, *, time_limit_s: float |
     labels = determine_expected_labels(dataset_json)
     until = None if time_limit_s is None else time.monotonic() + time_limit_s
     inspected = _inspect_cases(cases, dataset_json, labels, num_processes, findings, until)
+    num_unread = len(cases) - len(inspected)
     cases, reports = [files for files, _ in inspected], [report for _, report in inspected]
     findings += _find_unused_labels(reports, dataset_json, labels, complete=not unfit and len(reports) == len(dataset))
     findings += _find_likeness(root, dataset_json, dataset, cases, reports, num_processes if until is None else 0)
     names = set(map(str, dataset))
     channels = len(get_channel_names(dataset_json))
-    return Inspection(root.name, findings, names, labels, channels, dataset_json["numTraining"], len(reports))
+    return Inspection(root.name, findings, names, labels, channels, dataset_json["numTraining"], num_unread)
 
 
 def _find_likeness(

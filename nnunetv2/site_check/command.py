@@ -108,12 +108,13 @@ def run_checks(request: Request) -> Results:
 
 def _add(findings: list[Finding], area: str, check: Callable[[], Iterable[Finding]]) -> None:
     """Add what a check finds; one that fails is a finding, and the others go on."""
+    from nnunetv2.federated.errors import FederationError
     from nnunetv2.site_check.findings import Finding
     from nnunetv2.utilities.command_line import describe_error
 
     try:
         findings.extend(check())
-    except (ValueError, OSError, RuntimeError, ImportError, KeyError, TypeError) as error:
+    except (FederationError, ValueError, OSError, RuntimeError, ImportError, KeyError, TypeError) as error:
         sentence = f"This could not be checked: {describe_error(error)}"
         remedy = "Mend what the line names; if it names nothing, show it to the coordinating site."
         findings.append(Finding(area=area, name="not_checked", state="problem", sentence=sentence, remedy=remedy))
@@ -130,7 +131,13 @@ def _load_credential(results: Results) -> SiteCredential | None:
     except FederationError as error:
         sentence, _, remedy = str(error).partition(". ")
         results.line.append(
-            Finding(area="line", name="not_joined", state="problem", sentence=f"{sentence}.", remedy=remedy)
+            Finding(
+                area="line",
+                name="not_joined",
+                state="problem",
+                sentence=f"{sentence[:1].upper()}{sentence[1:]}.",
+                remedy=f"{remedy or 'Join with nnUNetv2_fed_join and a new invitation'}.",
+            )
         )
         return None
 
@@ -174,13 +181,14 @@ def _choose(wanted: str | None, plans: dict[str, Any], file: Path) -> str:
 
 def _check_permission(results: Results, site: _Site, credential: SiteCredential) -> bool:
     """Ask the allow-list; return whether it is for this coordinator, so that a dummy round may go there."""
+    from nnunetv2.federated.errors import FederationError
     from nnunetv2.federated.privacy.allow_list import load_allow_list
     from nnunetv2.site_check.permission import check_permission
 
     _add(results.permission, "permission", lambda: [check_permission(site.documents, url=credential.url)])
     try:
         allow = load_allow_list()
-    except RuntimeError:
+    except FederationError:
         return False
     return allow is None or allow.coordinator in (None, credential.url)
 

@@ -50,9 +50,9 @@ def check_data(raw: Path, preprocessed: Path, *, time_limit_s: float | None, num
     bad = {fault.case for fault in faults if fault.is_error and fault.case}
     num_cases = inspection.num_cases - len(left_out & inspection.cases)
     findings = _gather(faults)
-    read = f"{inspection.num_read} of {count(inspection.num_cases, 'case')} read"
-    if inspection.num_read < inspection.num_cases and not faults:
-        sentence = f"{raw.name}: {read} in the time of this check, no fault found."
+    read = f"{inspection.num_cases - inspection.num_unread} of {count(inspection.num_cases, 'case')} read"
+    if inspection.num_unread:
+        sentence = f"{raw.name}: {read} in the time of this check, {'no fault found' if not findings else 'see above'}."
         remedy = "nnUNetv2_fed_check with --all_cases reads the others too."
         findings.append(_finding(name="data_sampled", state="note", sentence=sentence, remedy=remedy))
     elif not findings:
@@ -67,7 +67,8 @@ def _check_number(name: str, num_cases: int) -> Finding:
     try:
         refusal = refusal_of(num_cases, name)
     except FederationError as error:
-        return _finding(name="min_cases", state="problem", sentence=str(error))
+        remedy = "Set the variable to a whole number, or unset it."
+        return _finding(name="min_cases", state="problem", sentence=f"{error}.", remedy=remedy)
     if refusal is None:
         sentence = f"{name} has {count(num_cases, 'case')} that can be used, enough to take part."
         return _finding(name="num_cases", state="ok", sentence=sentence)

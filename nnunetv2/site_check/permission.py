@@ -39,6 +39,11 @@ def check_permission(documents: Sequence[Disclosure], *, url: str) -> Finding:
             f"{allow_list_path()[0]} anew with --write-allow-list.",
         )
     except FederationError as error:
-        return _finding(name="allow_list_unreadable", state="problem", sentence=str(error))
+        return _finding(
+            name="allow_list_unreadable",
+            state="problem",
+            sentence=f"{error}.",
+            remedy="Write it anew: nnUNetv2_fed_manifest with --write-allow-list.",
+        )
     sentence = f"The allow-list {allow_list_path()[0]} lets all of it out: {len(documents)} kinds of documents."
     return _finding(name="allow_list", state="ok", sentence=sentence)

@@ -75,7 +75,7 @@ def check(join, dataset, capsys):
     """Run the command and return exit status and findings, name -> finding, of those that are not in order."""
 
     def check(*options: str, dataset: str | None = NAME) -> tuple[int, dict[str, dict]]:
-        status = command.main([*([dataset] if dataset else []), "--json", *options])
+        status = command.main([*([dataset] if dataset else []), *options, "--json"])
         report = json.loads(capsys.readouterr().out)
         assert report["seconds"] < 120
         assert all(one["remedy"] for one in report["findings"] if one["state"] == "problem")
@@ -338,6 +338,25 @@ def test_25_an_allow_list_that_forbids_a_step(fails, tmp_path, monkeypatch, caps
     assert "decoder." in fails("allow_list_forbids")["sentence"]
 
 
+def test_an_allow_list_that_cannot_be_read_lets_nothing_out(check, tmp_path, monkeypatch, federation):
+    (tmp_path / "allow.json").write_text("{")
+    monkeypatch.setenv("nnUNet_fed_allow", str(tmp_path / "allow.json"))
+    before = len(federation.state.store.load_log())
+    assert check()[1]["allow_list_unreadable"]["remedy"]
+    assert len(federation.state.store.load_log()) == before  # no dummy round either
+
+
+def test_a_minimum_of_cases_that_is_no_number(check, monkeypatch):
+    monkeypatch.setenv("nnUNet_fed_min_cases", "ten")
+    assert "min_cases" in check()[1]
+
+
+def test_a_credential_that_is_no_credential(fails, monkeypatch, tmp_path):
+    (tmp_path / "odd.json").write_text("[]")
+    monkeypatch.setenv("nnUNet_fed_site", str(tmp_path / "odd.json"))
+    assert fails("not_joined")["remedy"]
+
+
 def test_an_allow_list_of_these_documents_lets_them_out(check, tmp_path, monkeypatch, capsys):
     from nnunetv2.federated.commands.manifest import main as manifest
 
@@ -357,9 +376,19 @@ def test_a_gpu_given_that_is_large_enough(check):
     assert check("--gpu_memory", "24")[0] == 0
 
 
+def test_cases_that_the_time_does_not_suffice_for_are_told(check, monkeypatch, capsys):
+    monkeypatch.setattr(command, "DATA_S", 0.0)
+    command.main([NAME])
+    printed = capsys.readouterr().out
+    assert "of 12 cases read in the time of this check" in printed and "--all_cases" in printed
+    assert check("--all_cases")[0] == 0
+
+
 # --------------------------------------------------------------------------------------------------------- odd input
 def test_a_dataset_that_does_not_exist_and_one_without_plans(check, roots):
     assert "not_checked" in check(dataset="999")[1] or "dataset" in check(dataset="999")[1]
+    assert "trains without a federation" in check("-tr", "nnUNetTrainer")[1]["not_checked"]["sentence"]
+    assert "no configuration 5d" in check("5d")[1]["not_checked"]["sentence"]
     (roots["nnUNet_preprocessed"] / NAME / "nnUNetPlans.json").unlink()
     assert check()[0] == 0
 
