@@ -64,11 +64,11 @@ def training_seconds(step_s: float, *, num_steps: int, num_validation_steps: int
     return step_s * (num_steps + VALIDATION_COST * num_validation_steps)
 
 
-def check_speed(forecast: Forecast) -> Finding | None:
+def check_speed(forecast: Forecast | None) -> Iterator[Finding]:
     """Warn of a line that would slow all sites down."""
-    if forecast.transfer_s is None or forecast.transfer_s < SLOW_S:
-        return None
-    return Finding(
+    if forecast is None or forecast.transfer_s is None or forecast.transfer_s < SLOW_S:
+        return
+    yield Finding(
         area="line",
         name="slow_line",
         state="warning",

@@ -49,7 +49,7 @@ def dataset(roots, monkeypatch) -> Path:
     (raw / "dataset.json").write_text(json.dumps(make_dataset_json(numTraining=12)))
     (preprocessed / "nnUNetPlans.json").write_text(json.dumps(make_plans()))
     monkeypatch.setenv("nnUNet_fed_min_cases", "10")
-    monkeypatch.setattr("nnunetv2.site_check.memory.try_steps", lambda *_, **__: Trial(device="cpu", step_s=0.25))
+    monkeypatch.setattr("nnunetv2.site_check.checks.try_steps", lambda *_, **__: Trial(device="cpu", step_s=0.25))
     return raw
 
 
@@ -377,7 +377,7 @@ def test_a_gpu_given_that_is_large_enough(check):
 
 
 def test_cases_that_the_time_does_not_suffice_for_are_told(check, monkeypatch, capsys):
-    monkeypatch.setattr(command, "DATA_S", 0.0)
+    monkeypatch.setattr("nnunetv2.site_check.checks.DATA_S", 0.0)
     command.main([NAME])
     printed = capsys.readouterr().out
     assert "of 12 cases read in the time of this check" in printed and "--all_cases" in printed
