@@ -309,7 +309,7 @@ class Coordinator:
         is_gone = self.state.store.load_result_digest(key) is None
         if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):
             key = step.newest(key, self.state.registry)
-        names = step.tensors_for(key, site, self.state.documents)
+        names = step_of(key).tensors_for(key, site, self.state.documents)
         if names is None:
             return Result(str(key), self.state.store.result_path(key), self.state.store.load_result_digest(key) or "")
         return self._subset(key, names)
