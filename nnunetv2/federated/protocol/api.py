@@ -16,6 +16,7 @@ from nnunetv2.federated.protocol.messages import (
     LongText,
     Part,
     Positive,
+    PublicKey,
     SiteName,
     SiteNames,
     Text,
@@ -32,10 +33,17 @@ LEAST_SITES = 2
 MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 
 
+class SecureSettings(Part):
+    """How what the sites contribute is summed behind masks."""
+
+    k: Annotated[int, Field(ge=3, le=MAX_SITES)]
+    """Nothing is summed over fewer sites."""
+
+
 class FederationSettings(WithPrecision):
     """What holds for every site of a federation, fixed when it was created."""
 
-    ADDED = ("precision", "min_sites")
+    ADDED = ("precision", "min_sites", "secure")
 
     federation: Text
     sites: SiteNames
@@ -54,6 +62,8 @@ class FederationSettings(WithPrecision):
     """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
     min_sites: MinSites = LEAST_SITES
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
+    secure: SecureSettings | None = None
+    """None: the coordinator sees what each site contributes."""
 
 
 def check_floor(settings: FederationSettings) -> None:
@@ -119,11 +129,15 @@ class InviteAnswer(Part):
     expires: Finite
 
 
-class JoinRequest(Part):
+class JoinRequest(WithAdditions):
+    ADDED = ("identity",)
+
     protocol: Literal[1] = PROTOCOL
     invitation: Annotated[str, Field(min_length=1, max_length=500)]
     token: Annotated[str, Field(min_length=16, max_length=500)]
     """The secret that the site has made for itself and stored before asking."""
+    identity: PublicKey | None = None
+    """Public part of the key that the site signs with, where the federation aggregates securely."""
 
 
 class JoinAnswer(Part):
@@ -133,6 +147,12 @@ class JoinAnswer(Part):
     """Name of the member, which may be an observer or an operator too."""
     role: Literal["site", "observer", "operator"] = "site"
     settings: FederationSettings
+
+
+class Roster(Part):
+    """The identities of the sites that have joined, as the coordinator tells them. People compare its number."""
+
+    sites: Annotated[dict[SiteName, PublicKey], Field(max_length=MAX_SITES)]
 
 
 class Offer(Part):

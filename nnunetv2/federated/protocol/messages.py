@@ -109,6 +109,10 @@ LocalName = Annotated[str, Field(pattern=LOCAL_NAME_PATTERN)]
 TensorName = Annotated[str, Field(pattern=TENSOR_NAME_PATTERN)]
 Segment = Annotated[str, Field(pattern=SEGMENT_PATTERN)]
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+PublicKey = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+"""32 bytes in hexadecimal: of Ed25519 or X25519."""
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+"""Of Ed25519, in hexadecimal."""
 Text = Annotated[str, Field(max_length=500)]
 LongText = Annotated[str, Field(max_length=8000)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -170,6 +174,17 @@ _MESSAGES: dict[str, type[Message]] = {}
 def document_messages() -> tuple[type[Message], ...]:
     """Return every message that a document can carry: those of this module, and of steps that have their own."""
     return tuple(_MESSAGES.values())
+
+
+class SignedKey(Part):
+    """The key with which a site agrees on masks with the others, signed by the site's identity."""
+
+    identity: PublicKey
+    """Ed25519."""
+    exchange_key: PublicKey
+    """X25519, made for one run or one pooling of fingerprints."""
+    signature: Signature
+    """Over federation, gathering and key; see `privacy/identities.py`."""
 
 
 class WithAdditions(Part):
