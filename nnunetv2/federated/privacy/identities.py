@@ -124,17 +124,14 @@ def check_distinct(values: Mapping[str, str], what: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- survivors
-def sign_survivors(
-    identity: Ed25519PrivateKey, *, federation: str, gathering: str, cohort: str, survivors: Iterable[str]
-) -> str:
-    """Confirm the sites whose updates of a round are summed.
+def sign_survivors(identity: Ed25519PrivateKey, *, federation: str, gathering: str, digest: str) -> str:
+    """Confirm the sites whose updates are summed.
 
     Args:
         gathering: In which they are confirmed; it names run and round.
-        cohort: Digest of the cohort's names, identities and run keys, in hexadecimal.
-        survivors: Names, in any order.
+        digest: Of the survivors, their cohort and its keys: `secure_aggregation.protocol.survivors_digest`.
     """
-    return sign(identity, SURVIVORS, federation, gathering, cohort, *sorted(survivors))
+    return sign(identity, SURVIVORS, federation, gathering, digest)
 
 
 def check_confirmations(
@@ -143,8 +140,7 @@ def check_confirmations(
     *,
     federation: str,
     gathering: str,
-    cohort: str,
-    survivors: Iterable[str],
+    digest: str,
     least: int,
 ) -> None:
     """Check that enough sites of the cohort have confirmed exactly these survivors.
@@ -152,17 +148,16 @@ def check_confirmations(
     Args:
         signatures: Site -> signature. Those that are no good, or of no site of the cohort, do not count.
         identities: Site -> identity, as this site trusts them, of the cohort.
-        gathering, cohort, survivors: As in `sign_survivors`.
+        gathering, digest: As in `sign_survivors`.
         least: How many confirmations it takes.
 
     Raises:
         RefusedError: `survivors_unconfirmed`: there are fewer.
     """
-    parts = (federation, gathering, cohort, *sorted(survivors))
     confirmed = [
         site
         for site, signature in signatures.items()
-        if site in identities and is_signed(signature, identities[site], SURVIVORS, *parts)
+        if site in identities and is_signed(signature, identities[site], SURVIVORS, federation, gathering, digest)
     ]
     if len(confirmed) < least:
         raise RefusedError(

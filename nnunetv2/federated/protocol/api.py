@@ -33,11 +33,13 @@ LEAST_SITES = 2
 MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 
 
-class SecureSettings(Part):
-    """How what the sites contribute is summed behind masks."""
+class Secure(Part):
+    """How updates and statistics are added up where nobody is to see a single one."""
 
-    k: Annotated[int, Field(ge=3, le=MAX_SITES)]
-    """Nothing is summed over fewer sites."""
+    k: Annotated[int, Field(ge=3, le=64)] = 3
+    """No sum has fewer sites."""
+    geometry: Literal["list", "quantiles"] = "list"
+    """What is told of shapes and spacings: those of all cases, of nobody in particular, or order statistics only."""
 
 
 class FederationSettings(WithPrecision):
@@ -62,8 +64,8 @@ class FederationSettings(WithPrecision):
     """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
     min_sites: MinSites = LEAST_SITES
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
-    secure: SecureSettings | None = None
-    """None: the coordinator sees what each site contributes."""
+    secure: Secure | None = None
+    """Set where updates and statistics are masked, so that only their sums can be seen."""
 
 
 def check_floor(settings: FederationSettings) -> None:

@@ -325,7 +325,7 @@ class TrainingData(Part):
     file_ending: Annotated[str, Field(max_length=32)]
 
 
-NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights")
+NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights", "keys", "trust")
 """Fields that versions before 2.8.1+fed.4 do not know. They travel only where there is something to say."""
 
 
@@ -354,6 +354,10 @@ class Registration(Message):
     """Digest of the kinds of modules in the network; tensors do not tell one activation from another."""
     pretrained_weights: Digest | None = None
     """SHA-256 of the checkpoint that this site starts from."""
+    keys: SignedKey | None = None
+    """With which this site masks, where the federation adds up masked updates."""
+    trust: Literal["first_use", "verified"] | None = None
+    """How this site knows the identities of the others, in such a federation."""
 
     @model_serializer(mode="wrap")
     def _leave_what_is_not_said_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -377,6 +381,8 @@ class Registration(Message):
 class Match(WithPrecision, Message):
     """What the sites of a run share, decided once when all have registered."""
 
+    ADDED = ("precision", "keys", "kept_local")
+
     kind: Literal["match"] = "match"
     rule: Literal["name", "resolution"]
     weighting: Literal["cases", "uniform"]
@@ -391,6 +397,10 @@ class Match(WithPrecision, Message):
     """Canonical name -> the site whose initial values all start from."""
     coverage: Annotated[dict[SiteName, tuple[Count, Count]], Field(max_length=MAX_SITES)]
     """Site -> (parameters it shares, parameters it has)."""
+    keys: Annotated[dict[SiteName, SignedKey], Field(max_length=MAX_SITES)] = {}
+    """Of the sites, where their updates are masked."""
+    kept_local: Annotated[tuple[TensorName, ...], Field(max_length=MAX_TENSORS)] = ()
+    """Tensors that several sites have, and too few for a sum that hides each of them."""
 
     @model_validator(mode="after")
     def _owners_share(self) -> Match:
@@ -456,11 +466,25 @@ class PooledValidation(Message):
     loss_of_site: Annotated[dict[SiteName, Finite | None], Field(max_length=MAX_SITES)]
 
 
-class Aggregate(Message):
+class NextRound(Part):
+    """Who masks in the round that follows, and how weights become integers there."""
+
+    cohort: SiteNames
+    weight_bits: Annotated[int, Field(ge=1, le=40)]
+    """Bits of the sum of what these sites count; of the number itself, more need not be known."""
+    typical_change: Annotated[Finite, Field(ge=0)] | None = None
+    """Root mean square of the changes of the round before, over its sites."""
+
+
+class Aggregate(WithAdditions, Message):
     """What became of the updates; tensors travel under canonical names."""
+
+    ADDED = ("next_round",)
 
     kind: Literal["aggregate"] = "aggregate"
     round: Annotated[int, Field(ge=0, le=10**7)] | None
     """None for the initial weights."""
     contributors: OneOfSite
     missing: SiteNames = ()
+    next_round: NextRound | None = None
+    """Where updates are masked."""

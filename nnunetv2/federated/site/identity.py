@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
+from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.privacy.identities import sign_run_key
 from nnunetv2.federated.protocol.keys import segment
 from nnunetv2.federated.site.credential import credential_path
@@ -63,6 +64,7 @@ def make_identity(credential_file: Path | None = None) -> Ed25519PrivateKey:
     Raises:
         NotJoinedError: There is one that cannot be read.
     """
+    require_cryptography("a federation that aggregates securely")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     path = identity_path(credential_file)
@@ -75,6 +77,7 @@ def make_identity(credential_file: Path | None = None) -> Ed25519PrivateKey:
 
 
 def _read_identity(path: Path) -> Ed25519PrivateKey:
+    require_cryptography("a federation that aggregates securely")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:

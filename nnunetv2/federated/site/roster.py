@@ -17,9 +17,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
-from nnunetv2.federated.privacy.identities import check_distinct, is_number, public_of, roster_number
+from nnunetv2.federated.privacy.identities import check_distinct, check_run_keys, is_number, public_of, roster_number
 from nnunetv2.federated.privacy.trust import VARIABLE, Trust, trust_mode
-from nnunetv2.federated.protocol.messages import MAX_SITES, Part, PublicKey, SiteName, Text
+from nnunetv2.federated.protocol.messages import MAX_SITES, Part, PublicKey, SignedKey, SiteName, Text
 from nnunetv2.federated.protocol.strict_json import decode_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.identity import beside, load_identity
@@ -41,19 +41,27 @@ class Roster(Part):
 
 
 @dataclass(frozen=True)
-class TrustedSites:
-    """The sites of a cohort whose identities this site accepts."""
+class TrustedKeys:
+    """The sites of a cohort, with identities and run keys that this site accepts."""
 
     mode: Trust
-    identities: Mapping[str, str]
-    number: str
-    """Of the cohort's identities, for people to compare."""
+    keys: Mapping[str, SignedKey]
     new: tuple[str, ...] = ()
     """Those that were seen for the first time."""
 
+    @property
+    def identities(self) -> dict[str, bytes]:
+        """Return the public keys of Ed25519 by site."""
+        return {site: bytes.fromhex(key.identity) for site, key in self.keys.items()}
+
+    @property
+    def run_keys(self) -> dict[str, bytes]:
+        """Return the public keys of X25519 by site."""
+        return {site: bytes.fromhex(key.exchange_key) for site, key in self.keys.items()}
+
     def __str__(self) -> str:
         if self.mode == "verified":
-            return f"identities of the sites: verified by people ({', '.join(sorted(self.identities))})"
+            return f"identities of the sites: verified by people ({', '.join(sorted(self.keys))})"
         new = f"; seen for the first time: {', '.join(self.new)}" if self.new else ""
         return (
             f"identities of the sites: as first seen, not verified by people{new}. Compare the number that "
@@ -103,24 +111,31 @@ class _Change:
 
 
 # ---------------------------------------------------------------------------------------------------------- checking
-def trust_sites(
-    identities: Mapping[str, str], credential: SiteCredential, credential_file: Path | None = None
-) -> TrustedSites:
-    """Accept the identities of a cohort, or refuse them. Ask before anything masked is made for these sites.
+def trusted_keys(
+    keys: Mapping[str, SignedKey],
+    credential: SiteCredential,
+    *,
+    gathering: str | Mapping[str, str],
+    credential_file: Path | None = None,
+) -> TrustedKeys:
+    """Accept the run keys of a cohort, or refuse them. Ask before anything masked is made for these sites.
 
     Identities that were never seen are pinned, unless people are to verify them.
 
     Args:
-        identities: Name -> identity, of the cohort, this site included.
+        keys: Site -> run key, this site included, as the coordinator tells them.
+        gathering: In which all have handed in theirs, or each site's own.
 
     Raises:
-        RefusedError: `identity_changed`: a site, or this one, has another identity than is known here.
-            `identity_repeated`: two sites have one. `roster_unverified`: people have not compared one that is needed.
+        RefusedError: `run_key_forged`: a key is not signed by the identity beside it. `identity_changed`: a site, or
+            this one, has another identity than is known here. `identity_repeated`: two sites have one, or one key.
+            `roster_unverified`: people have not compared one that is needed.
         FederationError: What this site remembers cannot be read, or `nnUNet_fed_trust` is neither of its values.
     """
     mode = trust_mode()
+    identities = {site: key.identity for site, key in keys.items()}
     _check_own(identities, credential, credential_file)
-    check_distinct(identities, "identity")
+    check_run_keys(keys, federation=credential.federation, gathering=gathering)
     with _changing(credential.federation, credential_file) as change:
         roster = change.roster
         _check_pinned(identities, roster, credential)
@@ -129,8 +144,7 @@ def trust_sites(
         new = tuple(sorted(identities.keys() - roster.identities.keys()))
         if new:
             change.roster = roster.model_copy(update={"identities": {**roster.identities, **identities}})
-    number = roster_number(credential.federation, identities)
-    return TrustedSites(mode, dict(identities), number, new)
+    return TrustedKeys(mode, dict(keys), new)
 
 
 def changed_identities(identities: Mapping[str, str], roster: Roster) -> list[str]:
