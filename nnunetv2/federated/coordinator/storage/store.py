@@ -55,6 +55,8 @@ class MemberRecord:
     token_hash: str | None
     since: float
     """Seconds since 1970 at which the state began."""
+    identity: str | None = None
+    """Public part of the key with which a site signs, in hexadecimal; None where nothing is masked."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ class Store:
 
     def load_members(self) -> dict[str, MemberRecord]:
         """Return everybody by name."""
-        rows = self._database.rows("SELECT name, role, state, token_hash, since FROM members ORDER BY name")
+        rows = self._database.rows(
+            "SELECT name, role, state, token_hash, since, identity FROM members "
+            "LEFT JOIN identities ON member = name ORDER BY name"
+        )
         return {row[0]: MemberRecord(*row) for row in rows}
 
     def load_invitations(self) -> dict[str, InvitationRecord]:
@@ -173,7 +178,10 @@ class Store:
     ) -> None:
         """Write members and invitations that have changed, and the settings if they have, together."""
         with self._database.transaction() as connection:
-            connection.executemany("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", map(astuple, members))
+            for name, *rest, identity in map(astuple, members):
+                connection.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", (name, *rest))
+                if identity is not None:
+                    connection.execute("INSERT OR REPLACE INTO identities VALUES (?, ?)", (name, identity))
             connection.executemany(
                 "INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)", map(astuple, invitations)
             )
