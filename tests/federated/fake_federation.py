@@ -173,7 +173,9 @@ class LocalFederation:
         if site not in self._credentials:
             secret = self.invitations()[site]
             path = self.coordinator.state.store.folder / f"credential.{site}.json"
-            join(Invitation(self.url, self.coordinator.settings.federation, site, secret), path=path)
+            settings = self.coordinator.settings
+            is_secure = settings.secure is not None
+            join(Invitation(self.url, settings.federation, site, secret, secure=is_secure), path=path)
             self._credentials[site] = load_credential(path)
         return self._credentials[site]
 
