@@ -98,6 +98,10 @@ class DocumentReader:
         exchange = self._find(key)
         return exchange is not None and exchange.is_closed
 
+    def exchange(self, key: Key) -> Exchange:
+        """Return an exchange that has begun."""
+        return self._begun(key)
+
     def has_contributed(self, key: Key, site: str) -> bool:
         """Tell whether there is something that a site has contributed to an exchange."""
         exchange = self._find(key)

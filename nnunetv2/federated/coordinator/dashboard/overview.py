@@ -26,7 +26,7 @@ from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
 from nnunetv2.federated.exchanges.steps import prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus
-from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
     Count,
@@ -276,7 +276,12 @@ class OverviewBuilder:
             if not registry.is_closed(key):
                 return registry.begin(key)
         latest = registry.latest_number(run)
-        return registry.begin(RoundKey(run, 0 if latest is None else latest + 1))
+        key = RoundKey(run, 0 if latest is None else latest + 1)
+        if self._state.settings.secure is not None:
+            for before in (UploadKey(run, key.number), SurvivorsKey(run, key.number)):
+                if not registry.is_closed(before):
+                    return registry.begin(before)
+        return registry.begin(key)
 
     def _exchange_view(self, exchange: Exchange) -> ExchangeView:
         return ExchangeView(
