@@ -288,6 +288,8 @@ class Coordinator:
         exchange = self._begin(parse_key(key))
         if not self.state.registry.may_read(exchange, site):
             raise RefusedError(f"site {site} does not take part in {key}", code="not_expected")
+        if isinstance(exchange.key, RunKey) and exchange.policy.carries_weights and self.settings.secure is not None:
+            self.state.registry.ask(exchange.key.run, site)
         if isinstance(exchange.outcome, Refused):
             raise exchange.outcome.as_error()
         if isinstance(exchange.outcome, Closed):
@@ -319,7 +321,7 @@ class Coordinator:
         is_gone = self.state.store.load_result_digest(key) is None
         if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):
             key = step.newest(key, self.state.registry)
-        names = step.tensors_for(key, site, self.state.documents)
+        names = step_of(key).tensors_for(key, site, self.state.documents)
         if names is None:
             return Result(str(key), self.state.store.result_path(key), self.state.store.load_result_digest(key) or "")
         return self._subset(key, names)

@@ -343,7 +343,9 @@ class Store:
                     {
                         "digest": digest,
                         "contributions": {
-                            site: exchange.contributions[site].digest for site in exchange.outcome.contributors
+                            site: exchange.contributions[site].digest
+                            for site in exchange.outcome.contributors
+                            if site in exchange.contributions  # else it counts by what it has sent masked
                         },
                         "missing": list(exchange.outcome.missing),
                     },
@@ -596,7 +598,8 @@ def _decode_outcome(text: str | None) -> Closed | Refused | None:
         return None
     content = json.loads(text)
     if content.pop("closed"):
-        return Closed(content["time"], *(tuple(map(intern, content[name])) for name in ("contributors", "missing")))
+        names = ("contributors", "missing", "cohort")
+        return Closed(content["time"], *(tuple(map(intern, content.get(name, ()))) for name in names))
     return Refused(**content)
 
 
