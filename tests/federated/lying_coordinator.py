@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from fake_federation import RUN, LocalFederation, make_registration, make_settings, make_weights, served
+from fake_federation import LocalFederation, served
+from masked_sites import masked_settings
 
 from nnunetv2.federated.coordinator.site_service import Result
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.keys import Key
-from nnunetv2.federated.site.participant import Participant
 
 Tensors = Mapping[str, np.ndarray]
 Lie = Callable[[str, messages.Message, Tensors], tuple[messages.Message, Tensors] | None]
@@ -61,58 +61,14 @@ class Liar:
         """Return the documents that sites have sent to an exchange, by site."""
         exchange = self.federation.state.registry.get(key)
         held = {} if exchange is None else exchange.contributions
-        return {site: self.federation.state.store.contribution_path(key, site, one.digest) for site, one in held.items()}
+        return {
+            site: self.federation.state.store.contribution_path(key, site, one.digest) for site, one in held.items()
+        }
 
 
 @contextmanager
 def lying(folder: Path, *, sites: str = "ABC", k: int = 3, **settings) -> Iterator[Liar]:
     """Serve a secure federation whose coordinator can lie."""
-    settings = {"num_epochs": 3, "validate_every": 0, "min_sites": k, **settings}
-    with served(folder / "federation", make_settings(sites=tuple(sites), secure={"k": k}, **settings)) as federation:
+    settings = masked_settings(tuple(sites), k=k, **{"validate_every": 0, **settings})
+    with served(folder / "federation", settings) as federation:
         yield Liar(federation)
-
-
-class MaskedSite:
-    """A site that trains a few numbers, in a run whose updates are masked."""
-
-    def __init__(self, federation: LocalFederation, site: str, *, run: str = RUN, **options) -> None:
-        self.site, self.lines = site, []
-        self.client = federation.client(site, self.lines, **options)
-        self.participant = Participant(
-            self.client,
-            site=site,
-            run=run,
-            credential=self.client.credential,
-            credential_file=federation.credential_file(site),
-            report=self.lines.append,
-        )
-        self.weights: Mapping[str, np.ndarray] = {}
-        self.number = 0
-
-    def __enter__(self) -> MaskedSite:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-
-    def begin(self, *, anew: bool = True, seed: int | None = None) -> MaskedSite:
-        """Register, and get what the run starts from, or has come to."""
-        self.participant.register(make_registration(self._cases, aliases={}), anew=anew)
-        position = self.participant.start(0, make_weights(ord(self.site) if seed is None else seed))
-        self.weights, self.number = position.weights, position.epoch
-        return self
-
-    @property
-    def _cases(self) -> int:
-        return 10 + ord(self.site) % 7
-
-    def trained(self) -> dict[str, np.ndarray]:
-        """Return what this site has trained in the round that is open."""
-        shift = np.float32(0.01 * (ord(self.site) % 7 + self.number + 1))
-        return {name: values * np.float32(0.9) + shift for name, values in self.weights.items()}
-
-    def exchange(self) -> messages.Aggregate:
-        """Take part in the round that is open."""
-        self.weights, message = self.participant.exchange(self.number, self.trained(), messages.Update())
-        self.number += 1
-        return message

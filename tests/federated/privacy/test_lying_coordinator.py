@@ -1,0 +1,489 @@
+"""Attacks of a coordinator that lies, over real HTTP, and what stops each of them."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from fake_federation import RUN, in_threads, make_weights, served
+from hostile_coordinator import hostile, send
+from lying_coordinator import Liar, lying
+from masked_sites import THREE, MaskedSite, masked_settings, masked_site
+
+from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
+from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
+from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.document import open_document
+from nnunetv2.federated.protocol.keys import (
+    InitialKey,
+    RegistrationKey,
+    RoundKey,
+    SurvivorsKey,
+    UploadKey,
+    ValidationKey,
+)
+from nnunetv2.federated.protocol.secure_messages import Survivors
+from nnunetv2.federated.protocol.strict_json import encode_json
+from nnunetv2.federated.site.identity import load_identity
+from nnunetv2.federated.site.roster import verify
+
+REGISTRATION = RegistrationKey(RUN)
+
+
+@pytest.fixture(autouse=True)
+def first_use(monkeypatch):
+    for variable in ("nnUNet_fed_trust", "nnUNet_fed_require_secure"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    monkeypatch.setenv("nnUNet_fed_trust", "verified")
+
+
+@pytest.fixture
+def three(tmp_path):
+    with lying(tmp_path) as liar:
+        yield liar
+
+
+@pytest.fixture
+def five(tmp_path):
+    with lying(tmp_path, sites="ABCDE", k=4) as liar:
+        yield liar
+
+
+def sites_of(liar: Liar, names: str) -> dict[str, MaskedSite]:
+    return {name: masked_site(liar.federation, name, seed=seed) for seed, name in enumerate(names)}
+
+
+def outcomes(sites: dict[str, MaskedSite], action) -> dict[str, object]:
+    """Let all sites do something at the same time; return what each returns or raises."""
+    return dict(zip(sites, in_threads(*(lambda site=site: action(site) for site in sites.values())), strict=True))
+
+
+def code_of(outcome: object) -> str:
+    return outcome.code if isinstance(outcome, RefusedError) else repr(outcome)
+
+
+def begin(sites: dict[str, MaskedSite]) -> None:
+    """Register all sites, and let them start."""
+    found = outcomes(sites, lambda site: (site.register(), site.start()))
+    assert not [one for one in found.values() if isinstance(one, BaseException)], found
+
+
+def play(site: MaskedSite, number: int = 0) -> messages.Aggregate:
+    """Let a site take part in a round."""
+    weights, aggregate = site.round(number, site.position.weights)
+    site.position = replace(site.position, weights=weights, epoch=number + 1)
+    return aggregate
+
+
+def verify_at(liar: Liar, *names: str) -> None:
+    """Let people at sites confirm the roster as it is now."""
+    roster = liar.federation.coordinator.roster().sites
+    for name in names:
+        credential = liar.federation.credential(name)
+        number = roster_number(credential.federation, roster)
+        verify(roster, number, credential, liar.federation.credential_file(name))
+
+
+def nothing_masked_was_sent(liar: Liar, site: str, number: int = 0) -> bool:
+    return site not in liar.received(UploadKey(RUN, number))
+
+
+# ------------------------------------------------------------------------------------------------ keys and identities
+def told_keys(**forged):
+    """Return a lie about the keys in a match."""
+
+    def lie(site, match, tensors):
+        return (match.model_copy(update={"keys": {**match.keys, **forged}}), tensors) if site == "A" else None
+
+    return lie
+
+
+def test_a_swapped_run_key_is_refused(three):
+    sites = sites_of(three, "ABC")
+
+    def lie(site, match, tensors):
+        swapped = match.keys["B"].model_copy(update={"exchange_key": public_of(X25519PrivateKey.generate())})
+        return told_keys(B=swapped)(site, match, tensors)
+
+    three.about(REGISTRATION, lie)
+    found = outcomes(sites, lambda site: site.register())
+    assert code_of(found["A"]) == "run_key_forged" and "for site B" in str(found["A"])
+    assert nothing_masked_was_sent(three, "A")
+
+
+def own_key_of(liar: Liar, place: str):
+    """Return a run key of the coordinator's own, with an identity of its own."""
+    identity, key = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
+    federation = liar.federation.coordinator.settings.federation
+    return sign_run_key(identity, key, federation=federation, gathering=place)
+
+
+def test_a_swapped_identity_is_refused_once_the_right_one_was_seen(three):
+    sites = sites_of(three, "ABC")
+    begin(sites)
+    three.about(REGISTRATION, told_keys(B=own_key_of(three, str(REGISTRATION))))
+    with pytest.raises(RefusedError, match="site B has another identity") as info:
+        masked_site(three.federation, "A", seed=0).register()
+    assert info.value.code == "identity_changed"
+
+
+def test_an_identity_that_was_swapped_from_the_beginning_is_refused_where_people_have_compared(three, verified):
+    sites = sites_of(three, "ABC")
+    for name in "ABC":
+        three.federation.credential(name)
+    verify_at(three, "A", "B", "C")
+    three.about(REGISTRATION, told_keys(B=own_key_of(three, str(REGISTRATION))))
+    found = outcomes(sites, lambda site: site.register())
+    assert code_of(found["A"]) == "identity_changed"
+    assert nothing_masked_was_sent(three, "A")
+
+
+def test_without_that_look_of_people_every_log_says_what_it_does_not_protect_from(three):
+    sites = sites_of(three, "ABC")
+    begin(sites)
+    for site in sites.values():
+        assert any(
+            "not verified by people" in line and "a coordinator that invents sites" in line for line in site.lines
+        )
+
+
+def test_an_identity_in_place_of_the_site_s_own_is_refused(three):
+    sites = sites_of(three, "ABC")
+    three.about(REGISTRATION, told_keys(A=own_key_of(three, str(REGISTRATION))))
+    found = outcomes(sites, lambda site: site.register())
+    assert code_of(found["A"]) == "identity_changed" and "for this site, A" in str(found["A"])
+
+
+def test_a_fake_site_is_refused_where_people_have_compared(tmp_path, verified):
+    """The coordinator invites a site of its own after the number was compared."""
+    with lying(tmp_path, sites="ABC") as liar:
+        for name in "ABC":
+            liar.federation.credential(name)
+        verify_at(liar, "A", "B", "C")
+        liar.federation.coordinator.invite("Z", "site", by="liar")
+        sites = sites_of(liar, "ABCZ")
+        verify_at(liar, "Z")
+        found = outcomes(sites, lambda site: site.register())
+        assert {code_of(found[name]) for name in "ABC"} == {"roster_unverified"}
+        assert "identity of Z (nnUNet_fed_trust=verified)" in str(found["A"])
+        assert all(nothing_masked_was_sent(liar, name) for name in "ABC")
+        verify_at(liar, "A", "B", "C")
+        begin(sites_of(liar, "ABCZ"))
+
+
+def test_a_key_of_another_run_is_refused(three):
+    """Whose masks the coordinator could know, if that run was with sites of its own."""
+    identity = load_identity(three.federation.credential_file("B")) if three.federation.credential("B") else None
+    elsewhere = sign_run_key(
+        identity, X25519PrivateKey.generate(), federation="test", gathering="runs/another/registration"
+    )
+    sites = sites_of(three, "ABC")
+    three.about(REGISTRATION, told_keys(B=elsewhere))
+    assert code_of(outcomes(sites, lambda site: site.register())["A"]) == "run_key_forged"
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+@contextmanager
+def settings_of_a_liar(**changes):
+    """Serve settings that are not those with which sites have joined, and count what else is asked for."""
+    settings = masked_settings(THREE).model_copy(update=changes)
+    asked: list[str] = []
+
+    def answer(handler) -> None:
+        asked.append(f"{handler.command} {handler.path}")
+        state = api.RunState(run=RUN)
+        send(handler, encode_json(settings if handler.path == "/v1/settings" else state))
+
+    with hostile(answer) as credential:
+        yield replace(credential, federation="test", secure=3), asked
+
+
+def test_a_federation_that_goes_back_to_clear_updates_gets_nothing_from_who_has_joined_a_secure_one(tmp_path):
+    with settings_of_a_liar(secure=None) as (credential, asked), make_client(credential) as client:
+        site = MaskedSite(client, credential, tmp_path / "site.json", seed=0)
+        with pytest.raises(
+            NotAllowedError, match=r"sums in clear, and this site requires secure sums of 3 .*when it joined"
+        ):
+            site.register()
+        assert all(request.startswith("GET ") for request in asked)
+
+
+@pytest.mark.parametrize("required", ["4", "64"])
+def test_a_site_s_own_requirement_is_kept_whatever_held_when_it_joined(tmp_path, monkeypatch, required):
+    monkeypatch.setenv("nnUNet_fed_require_secure", required)
+    with settings_of_a_liar() as (credential, asked), make_client(credential) as client:
+        site = MaskedSite(client, credential, tmp_path / "site.json", seed=0)
+        with pytest.raises(NotAllowedError, match=f"from 3 sites on, and this site requires secure sums of {required}"):
+            site.register()
+        assert all(request.startswith("GET ") for request in asked)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (RoundKey(RUN, 0), messages.Update()),
+        (ValidationKey(RUN, 0), messages.Validation(tp=(1.0,), fp=(1.0,), fn=(1.0,))),
+    ],
+    ids=["update", "validation"],
+)
+def test_no_way_of_the_software_sends_an_update_in_clear(key, message):
+    """Whatever else goes wrong: the one place where documents leave refuses it."""
+    with settings_of_a_liar(secure=None) as (credential, asked), make_client(credential) as client:
+        with pytest.raises(NotAllowedError, match="would leave in clear"):
+            client.exchange(key, message, make_weights(0))
+        assert asked == []
+
+
+# ----------------------------------------------------------------------------------------------------------- survivors
+def told_survivors(change, *, only: str = "ABCDE"):
+    """Return a lie about survivors: lane -> sites is changed by a function."""
+
+    def lie(site, message, tensors):
+        if site not in only or not isinstance(message, Survivors):
+            return None
+        return message.model_copy(
+            update={"sent": {lane: change(sites) for lane, sites in message.sent.items()}}
+        ), tensors
+
+    return lie
+
+
+def no_shares_were_given(liar: Liar, number: int = 0) -> bool:
+    return not liar.received(RoundKey(RUN, number))
+
+
+def alone_or_with_a(site: str):
+    return lambda sites: tuple(sorted({"A", site}))
+
+
+def without(*names: str):
+    return lambda sites: tuple(site for site in sites if site not in names)
+
+
+def play_against(liar: Liar, sites: dict[str, MaskedSite], number: int = 0) -> dict[str, str]:
+    """Let sites take part in a round; return the code with which each refuses."""
+    return {name: code_of(found) for name, found in outcomes(sites, lambda site: play(site, number)).items()}
+
+
+def test_a_view_with_fewer_than_k_sites_is_refused(five):
+    """As after settings were changed to a quorum of 1: what counts is what held when the site registered."""
+    sites = sites_of(five, "ABCDE")
+    begin(sites)
+    five.about(UploadKey(RUN, 0), lambda site, *answer: told_survivors(alone_or_with_a(site))(site, *answer))
+    assert set(play_against(five, sites).values()) == {"survivors_implausible"}
+    assert no_shares_were_given(five)
+
+
+def test_a_lane_that_is_shrunk_alone_is_refused(five):
+    """So that the sum of the weights would have k sites although t took part."""
+    sites = sites_of(five, "ABCDE")
+    begin(sites)
+
+    def lie(site, message, tensors):
+        if not isinstance(message, Survivors):
+            return None
+        weights = next(lane for lane in message.sent if len(lane) == 16)
+        return message.model_copy(update={"sent": {**message.sent, weights: ("A", "B", "C", "D")}}), tensors
+
+    five.about(UploadKey(RUN, 0), lie)
+    assert set(play_against(five, sites).values()) == {"survivors_implausible"}
+    assert no_shares_were_given(five)
+
+
+def test_survivors_that_do_not_name_the_site_or_that_nobody_knows_are_refused(five):
+    sites = sites_of(five, "ABCDE")
+    begin(sites)
+    five.about(UploadKey(RUN, 0), told_survivors(lambda sites: (*sites, "Z")))
+    assert set(play_against(five, sites).values()) == {"survivors_implausible"}
+    assert no_shares_were_given(five)
+
+
+@pytest.fixture
+def credulous(monkeypatch):
+    """Let the coordinator accept confirmations of whatever it has told."""
+    monkeypatch.setattr(ConfirmationStep, "check", lambda *_: None)
+
+
+def test_two_sets_of_survivors_to_two_halves_are_confirmed_by_too_few(five, credulous):
+    """E alone is left out of one view, so that its pair seeds and its own seed would both be given."""
+    sites = sites_of(five, "ABCDE")
+    begin(sites)
+    five.about(UploadKey(RUN, 0), told_survivors(without("E"), only="AB"))
+    found = play_against(five, sites)
+    assert set(found.values()) == {"survivors_unconfirmed"}
+    assert no_shares_were_given(five)
+
+
+def test_a_second_set_of_survivors_to_one_site_is_refused_also_after_a_restart(five, credulous):
+    sites = sites_of(five, "ABCDE")
+    begin(sites)
+    five.about(UploadKey(RUN, 0), told_survivors(without("E"), only="AB"))
+    assert set(play_against(five, sites).values()) == {"survivors_unconfirmed"}
+    five.stop(UploadKey(RUN, 0))
+    again = sites_of(five, "AB")
+    found = outcomes(again, lambda site: (site.register(), site.start(), play(site))[-1])
+    assert {code_of(one) for one in found.values()} == {"second_set"}
+    assert "A SECOND SET OF SURVIVORS" in str(found["A"])
+    assert no_shares_were_given(five) or set(five.received(RoundKey(RUN, 0))) <= set("CDE")
+
+
+def test_replayed_survivors_of_another_round_are_refused(three, credulous):
+    sites = sites_of(three, "ABC")
+    begin(sites)
+    kept: dict[str, tuple] = {}
+
+    def keep(site, message, tensors):
+        kept.setdefault(site, (message, tensors))
+
+    three.about(UploadKey(RUN, 0), keep)
+    signatures: dict[str, tuple] = {}
+    three.about(SurvivorsKey(RUN, 0), lambda site, *answer: signatures.setdefault(site, answer) and None)
+    outcomes(sites, play)
+    assert kept.keys() == signatures.keys() == set("ABC")
+    three.about(UploadKey(RUN, 1), lambda site, *_: kept[site])
+    three.about(SurvivorsKey(RUN, 1), lambda site, *_: signatures[site])
+    found = outcomes(sites, lambda site: play(site, 1))
+    assert {code_of(one) for one in found.values()} == {"survivors_unconfirmed"}
+    assert no_shares_were_given(three, 1)
+
+
+# ------------------------------------------------------------------------------------------------ weights of the start
+def other_weights(site, message, tensors):
+    """Send site A other weights than the others, by a hair."""
+    if site != "A":
+        return None
+    return message, {name: values * np.float32(1.0000002) for name, values in tensors.items()}
+
+
+@pytest.mark.parametrize("is_credulous", [False, True], ids=["honest about uploads", "takes anything"])
+def test_different_weights_to_two_sites_leave_masks_that_do_not_cancel(three, monkeypatch, is_credulous):
+    """Else the coordinator sees, from how the sum reacts, what one site has."""
+    sites = sites_of(three, "ABC")
+    for key in (InitialKey(RUN),):
+        three.about(key, other_weights)
+    begin(sites)
+    if not is_credulous:
+        found = outcomes({"A": sites["A"]}, play)
+        assert "bound to another cohort, or to other weights" in str(found["A"])
+        return
+    monkeypatch.setattr(UploadStep, "check", lambda *_: None)
+    state = three.federation.state
+    threads_end = in_threads(*(lambda site=site: play_until_stuck(site, state) for site in sites.values()))
+    assert all("masks" in str(one) for one in threads_end), threads_end
+    assert state.registry.latest_round(RUN) is None
+
+
+def play_until_stuck(site: MaskedSite, state) -> object:
+    """Return why the round has no result: what the coordinator says, or what keeps it from closing."""
+    site.participant.transport.give_up_after_s = 1.0
+    try:
+        return play(site)
+    except FederationError as error:
+        obstacles = [one.reason for one in state.obstacles.values()]
+        return f"{error} {obstacles} {state.registry.get(RoundKey(RUN, 0)).outcome}"
+
+
+# --------------------------------------------------------------------------------------------------- twice the same round
+def test_a_second_round_of_the_same_number_gets_nothing(tmp_path):
+    """The coordinator goes back to a backup of itself and asks for round 0 once more, from sites that have other weights."""
+    settings, folder = masked_settings(THREE, validate_every=0), tmp_path / "federation"
+    with served(folder, settings) as federation:
+        begin({name: masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)})
+        credentials = {name: federation.credential(name) for name in THREE}
+        files = {name: federation.credential_file(name) for name in THREE}
+    shutil.copytree(folder, tmp_path / "backup")
+
+    def run_on(coordinator_folder, change=0.0):
+        """Return how round 0 ends for each site, and the digests of what it has sent."""
+        with served(coordinator_folder, settings) as federation:
+            sites = {}
+            for seed, name in enumerate(THREE):
+                client = make_client(replace(credentials[name], url=federation.url), give_up_after_s=2.0)
+                sites[name] = MaskedSite(
+                    client, client.credential, files[name], seed=seed, trained=lambda number: change
+                )
+            ends = outcomes(sites, lambda site: (site.register(), site.start(), play(site))[-1])
+            received = federation.state.registry.get(UploadKey(RUN, 0))
+            sent = {} if received is None else {site: one.digest for site, one in received.contributions.items()}
+            return ends, sent
+
+    ends, first = run_on(folder)
+    assert all(isinstance(one, messages.Aggregate) for one in ends.values()), ends
+    ends, second = run_on(tmp_path / "backup", change=1.0)
+    assert not any(isinstance(one, messages.Aggregate) for one in ends.values()), ends
+    assert all(second[site] == first[site] for site in second)  # never other bytes under the same masks
+
+
+# ----------------------------------------------------------------------------------------------------- what it has kept
+def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites_keys(tmp_path):
+    """The coordinator keeps E's upload, and all other sites give it their run keys and their shares."""
+    with lying(tmp_path, sites="ABCDE", quorum=4, deadline_s=0.05) as liar:
+        sites = sites_of(liar, "ABCDE")
+        begin(sites)
+        captured: dict[str, bytes] = {}
+        honest = liar.federation.coordinator.contribute
+
+        def hold_back(key, site, incoming, digest, size):
+            if site == "E" and key == str(UploadKey(RUN, 0)):
+                captured["upload"] = incoming.read_bytes()
+                raise OSError("lost on the way")
+            return honest(key, site, incoming, digest, size)
+
+        liar.federation.coordinator.contribute = hold_back
+        sites["E"].participant.transport.give_up_after_s = 0.5
+        found = outcomes(sites, play)
+        assert isinstance(found["E"], FederationError)
+        assert all(set(found[name].contributors) == set("ABCD") for name in "ABCD"), found
+        path = tmp_path / "captured.safetensors"
+        path.write_bytes(captured["upload"])
+        plan = sites["E"].participant._masked._plan(RoundKey(RUN, 0))
+        cohort, lane = plan.sum.cohort, next(one for one in plan.sum.lanes if len(one.name) == 16)
+        words = unmasked_with_all_pair_seeds(path, cohort, lane, liar)
+        plain = plain_words(sites["E"], plan, lane)
+        assert np.count_nonzero(words[4:] == plain) == 0
+        assert words[0] != 1 and words[2] != 0 and words[3] != 0
+
+
+def unmasked_with_all_pair_seeds(path, cohort, lane, liar: Liar) -> np.ndarray:
+    """Take off every mask that E shares with another site, as those sites' keys allow."""
+    from nnunetv2.federated.privacy.secure_aggregation.key_agreement import agree, derive_key
+    from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
+    from nnunetv2.federated.site.identity import run_key
+
+    with open_document(path) as document:
+        words = np.array(document.read(f"masked.{lane.name}"))
+    for other in "ABCD":
+        private, _ = run_key("test", str(REGISTRATION), liar.federation.credential_file(other))
+        secret = agree(private.private_bytes_raw(), cohort.run_keys["E"])
+        seed = derive_key(secret, b"pair seed", lane.context(cohort))
+        apply_masks_(words, plus=[seed], minus=[])  # E comes after all others, so it has subtracted
+    return words
+
+
+def plain_words(site: MaskedSite, plan, lane) -> np.ndarray:
+    """Return the numbers that a site has masked."""
+    words = np.empty(lane.size, np.uint32)
+    local = site.epoch(0, site.position.weights)
+    masked = site.participant._masked
+    numbers = masked._numbers(plan, {name: local[name] for name in masked._specs}, messages.Update())
+    numbers[lane.name](words)
+    return words
+
+
+def test_registration_says_how_each_site_trusts_the_others(three, verified):
+    for name in "ABC":
+        three.federation.credential(name)
+    verify_at(three, "A", "B", "C")
+    begin(sites_of(three, "ABC"))
+    documents = three.federation.state.documents
+    assert {documents.registration(RUN, site).trust for site in "ABC"} == {"verified"}
