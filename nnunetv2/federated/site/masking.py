@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnunetv2.federated.exchanges.secure_sums import SecureSum
+from nnunetv2.federated.exchanges.secure_sums import OPTIONAL, SecureSum
 from nnunetv2.federated.exchanges.steps.secure_sum import (
     COMMITMENTS,
     ENVELOPE,
@@ -170,7 +170,9 @@ class Masking:
         self, key: Confirmations, found: SecureSum, survivors: protocol.Survivors, wait_s: float | None
     ) -> Confirmed | None:
         """Sign the survivors, and return the signatures of the others too; None if the sum was abandoned."""
-        protocol.check_survivors(found.cohort, found.lanes, survivors, site=self.site, least=found.least)
+        protocol.check_survivors(
+            found.cohort, found.lanes, survivors, site=self.site, least=found.least, optional=OPTIONAL
+        )
         digest = protocol.survivors_digest(found.cohort, survivors)
         self.outbox.promise_survivors(str(key), digest)
         signature = identities.sign_survivors(

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from fake_federation import RUN, in_threads, make_weights, served
+from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
 from hostile_coordinator import hostile, send
 from lying_coordinator import Liar, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 
+from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
 from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
+from nnunetv2.federated.privacy.secure_aggregation import protocol
+from nnunetv2.federated.privacy.secure_aggregation.key_agreement import agree, derive_key
+from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import open_document
 from nnunetv2.federated.protocol.keys import (
@@ -30,7 +34,7 @@ from nnunetv2.federated.protocol.keys import (
 )
 from nnunetv2.federated.protocol.secure_messages import Survivors
 from nnunetv2.federated.protocol.strict_json import encode_json
-from nnunetv2.federated.site.identity import load_identity
+from nnunetv2.federated.site.identity import load_identity, run_key
 from nnunetv2.federated.site.roster import verify
 
 REGISTRATION = RegistrationKey(RUN)
@@ -284,7 +288,7 @@ def test_a_view_with_fewer_than_k_sites_is_refused(five):
     assert no_shares_were_given(five)
 
 
-def test_a_lane_that_is_shrunk_alone_is_refused(five):
+def test_a_lane_that_is_shrunk_alone_is_refused(five, credulous):
     """So that the sum of the weights would have k sites although t took part."""
     sites = sites_of(five, "ABCDE")
     begin(sites)
@@ -331,7 +335,7 @@ def test_a_second_set_of_survivors_to_one_site_is_refused_also_after_a_restart(f
     assert set(play_against(five, sites).values()) == {"survivors_unconfirmed"}
     five.stop(UploadKey(RUN, 0))
     again = sites_of(five, "AB")
-    found = outcomes(again, lambda site: (site.register(), site.start(), play(site))[-1])
+    found = outcomes(again, come_back)
     assert {code_of(one) for one in found.values()} == {"second_set"}
     assert "A SECOND SET OF SURVIVORS" in str(found["A"])
     assert no_shares_were_given(five) or set(five.received(RoundKey(RUN, 0))) <= set("CDE")
@@ -393,90 +397,99 @@ def play_until_stuck(site: MaskedSite, state) -> object:
         return f"{error} {obstacles} {state.registry.get(RoundKey(RUN, 0)).outcome}"
 
 
-# --------------------------------------------------------------------------------------------------- twice the same round
+# -------------------------------------------------------------------------------------------------- the same round twice
 def test_a_second_round_of_the_same_number_gets_nothing(tmp_path):
-    """The coordinator goes back to a backup of itself and asks for round 0 once more, from sites that have other weights."""
+    """The coordinator goes back to a backup and asks for round 0 once more, from sites that have other weights now."""
     settings, folder = masked_settings(THREE, validate_every=0), tmp_path / "federation"
     with served(folder, settings) as federation:
-        begin({name: masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)})
+        sites = {name: masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)}
+        begin(sites)
         credentials = {name: federation.credential(name) for name in THREE}
         files = {name: federation.credential_file(name) for name in THREE}
     shutil.copytree(folder, tmp_path / "backup")
+    with served(folder, settings) as federation:
+        sites = {name: returning(federation, credentials[name], files[name]) for name in THREE}
+        ends = outcomes(sites, come_back)
+        assert all(isinstance(one, messages.Aggregate) for one in ends.values()), ends
+    with served(tmp_path / "backup", settings) as federation:
+        sites = {name: returning(federation, credentials[name], files[name], change=1.0) for name in THREE}
 
-    def run_on(coordinator_folder, change=0.0):
-        """Return how round 0 ends for each site, and the digests of what it has sent."""
-        with served(coordinator_folder, settings) as federation:
-            sites = {}
-            for seed, name in enumerate(THREE):
-                client = make_client(replace(credentials[name], url=federation.url), give_up_after_s=2.0)
-                sites[name] = MaskedSite(
-                    client, client.credential, files[name], seed=seed, trained=lambda number: change
-                )
-            ends = outcomes(sites, lambda site: (site.register(), site.start(), play(site))[-1])
-            received = federation.state.registry.get(UploadKey(RUN, 0))
-            sent = {} if received is None else {site: one.digest for site, one in received.contributions.items()}
-            return ends, sent
+        def stop() -> None:
+            wait_until(lambda: all("does not answer a second time" in "".join(one.lines) for one in sites.values()))
+            federation.coordinator.act(RUN, api.RunAction(action="stop"), Member("boss", "operator"))
 
-    ends, first = run_on(folder)
-    assert all(isinstance(one, messages.Aggregate) for one in ends.values()), ends
-    ends, second = run_on(tmp_path / "backup", change=1.0)
-    assert not any(isinstance(one, messages.Aggregate) for one in ends.values()), ends
-    assert all(second[site] == first[site] for site in second)  # never other bytes under the same masks
+        *ends, _ = in_threads(*(lambda site=site: come_back(site) for site in sites.values()), stop)
+        assert {code_of(one) for one in ends} == {"run_stopped"}
+        assert federation.state.registry.get(UploadKey(RUN, 0)) is None
+
+
+def returning(federation, credential, file, *, change: float = 0.0) -> MaskedSite:
+    """Return a site that was there before, with its files."""
+    client = make_client(replace(credential, url=federation.url))
+    return MaskedSite(client, credential, file, seed=ord(credential.site) % 65, trained=lambda number: change)
+
+
+def come_back(site: MaskedSite) -> messages.Aggregate:
+    site.register()
+    site.start()
+    return play(site)
 
 
 # ----------------------------------------------------------------------------------------------------- what it has kept
-def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites_keys(tmp_path):
-    """The coordinator keeps E's upload, and all other sites give it their run keys and their shares."""
+def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites_keys(tmp_path, monkeypatch):
+    """The coordinator keeps E's upload, and all other sites give it the keys with which they mask."""
+    own_seeds: dict[tuple[str, str], bytes] = {}
+    share_keys = protocol.share_keys
+
+    def sharing(cohort, site, private_key, lanes):
+        shared = share_keys(cohort, site, private_key, lanes)
+        if site == "E":
+            own_seeds.update({(lane, one): seed for (lane, one), seed in shared.seeds.items() if one == "E"})
+        return shared
+
+    monkeypatch.setattr(protocol, "share_keys", sharing)
     with lying(tmp_path, sites="ABCDE", quorum=4, deadline_s=0.05) as liar:
         sites = sites_of(liar, "ABCDE")
         begin(sites)
-        captured: dict[str, bytes] = {}
+        plan = sites["E"].participant._masked._plan(RoundKey(RUN, 0))
+        lane = next(one for one in plan.sum.lanes if len(one.name) == 16)
+        plain = plain_words(sites["E"], plan, lane)
+        kept = tmp_path / "kept.safetensors"
         honest = liar.federation.coordinator.contribute
 
         def hold_back(key, site, incoming, digest, size):
-            if site == "E" and key == str(UploadKey(RUN, 0)):
-                captured["upload"] = incoming.read_bytes()
+            if (key, site) == (str(UploadKey(RUN, 0)), "E"):
+                shutil.copy(incoming, kept)
                 raise OSError("lost on the way")
             return honest(key, site, incoming, digest, size)
 
         liar.federation.coordinator.contribute = hold_back
-        sites["E"].participant.transport.give_up_after_s = 0.5
         found = outcomes(sites, play)
-        assert isinstance(found["E"], FederationError)
-        assert all(set(found[name].contributors) == set("ABCD") for name in "ABCD"), found
-        path = tmp_path / "captured.safetensors"
-        path.write_bytes(captured["upload"])
-        plan = sites["E"].participant._masked._plan(RoundKey(RUN, 0))
-        cohort, lane = plan.sum.cohort, next(one for one in plan.sum.lanes if len(one.name) == 16)
-        words = unmasked_with_all_pair_seeds(path, cohort, lane, liar)
-        plain = plain_words(sites["E"], plan, lane)
-        assert np.count_nonzero(words[4:] == plain) == 0
-        assert words[0] != 1 and words[2] != 0 and words[3] != 0
+        assert all(set(one.contributors) == set("ABCD") for one in found.values()), found
+        words = without_pair_masks(kept, plan.sum.cohort, lane, liar)
+        assert not (words[4:] == plain).any() and words[0] != 1 and words[2] != 0 and words[3] != 0
+        apply_masks_(words, plus=[], minus=[own_seeds[lane.name, "E"]])  # which never left E's machine but in shares
+        assert (words[4:] == plain).all() and list(words[:4]) == [1, sites["E"].registration.num_training_cases, 0, 0]
 
 
-def unmasked_with_all_pair_seeds(path, cohort, lane, liar: Liar) -> np.ndarray:
-    """Take off every mask that E shares with another site, as those sites' keys allow."""
-    from nnunetv2.federated.privacy.secure_aggregation.key_agreement import agree, derive_key
-    from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
-    from nnunetv2.federated.site.identity import run_key
-
+def without_pair_masks(path, cohort, lane, liar: Liar) -> np.ndarray:
+    """Take off every mask that E has in common with another site, as those sites' keys allow."""
     with open_document(path) as document:
         words = np.array(document.read(f"masked.{lane.name}"))
     for other in "ABCD":
         private, _ = run_key("test", str(REGISTRATION), liar.federation.credential_file(other))
         secret = agree(private.private_bytes_raw(), cohort.run_keys["E"])
         seed = derive_key(secret, b"pair seed", lane.context(cohort))
-        apply_masks_(words, plus=[seed], minus=[])  # E comes after all others, so it has subtracted
+        apply_masks_(words, plus=[seed], minus=[])  # E comes after all others, so it has subtracted them
     return words
 
 
 def plain_words(site: MaskedSite, plan, lane) -> np.ndarray:
-    """Return the numbers that a site has masked."""
+    """Return the numbers that a site masks in round 0."""
     words = np.empty(lane.size, np.uint32)
-    local = site.epoch(0, site.position.weights)
+    trained = site.epoch(0, site.position.weights)
     masked = site.participant._masked
-    numbers = masked._numbers(plan, {name: local[name] for name in masked._specs}, messages.Update())
-    numbers[lane.name](words)
+    masked._numbers(plan, {name: trained[name] for name in masked._specs}, messages.Update())[lane.name](words)
     return words
 
 

@@ -23,7 +23,7 @@ once, each a sum of its own over the sites that send it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, islice
@@ -256,12 +256,22 @@ def sites_among(survivors: Survivors) -> tuple[str, ...]:
     return tuple(sorted({site for sites in survivors.values() for site in sites}))
 
 
-def check_survivors(cohort: Cohort, lanes: Sequence[Lane], survivors: Survivors, *, site: str, least: int) -> None:
+def check_survivors(
+    cohort: Cohort,
+    lanes: Sequence[Lane],
+    survivors: Survivors,
+    *,
+    site: str,
+    least: int,
+    optional: Collection[str] = (),
+) -> None:
     """Check, at a site, the survivors that the coordinator names, before anything is signed.
 
     Args:
         site: This one.
         least: Sites that a sum is to have, at least.
+        optional: Names of lanes that a site may leave out. All others it sends, so that none of them can have lost
+            sites alone: the sum of such a lane would have fewer than t of its sites.
 
     Raises:
         RefusedError: There are too few of them, this site is not among them, or they are not of the cohort.
@@ -271,7 +281,12 @@ def check_survivors(cohort: Cohort, lanes: Sequence[Lane], survivors: Survivors,
     is_possible = survivors.keys() <= holders.keys() and all(
         list(sites) == sorted(set(sites)) and set(sites) <= set(holders[name]) for name, sites in survivors.items()
     )
-    if len(named) < needed or site not in named or not is_possible:
+    is_whole = all(
+        survivors.get(lane.name, ()) == tuple(one for one in lane.holders if one in named)
+        for lane in lanes
+        if lane.name not in optional
+    )
+    if len(named) < needed or site not in named or not is_possible or not is_whole:
         raise RefusedError(
             f"the coordinator names {', '.join(named) or 'nobody'} as the sites whose updates are to be added, which "
             f"cannot be: it takes {needed} of {', '.join(cohort.sites)}, among them {site}",
