@@ -16,7 +16,7 @@ from lying_coordinator import Liar, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.errors import NotAllowedError, RefusedError
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
 from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
 from nnunetv2.federated.privacy.secure_aggregation import protocol
@@ -31,6 +31,7 @@ from nnunetv2.federated.protocol.keys import (
     SurvivorsKey,
     UploadKey,
     ValidationKey,
+    ValidationUploadKey,
 )
 from nnunetv2.federated.protocol.secure_messages import Survivors
 from nnunetv2.federated.protocol.strict_json import encode_json
@@ -369,35 +370,108 @@ def other_weights(site, message, tensors):
     return message, {name: values * np.float32(1.0000002) for name, values in tensors.items()}
 
 
-@pytest.mark.parametrize("is_credulous", [False, True], ids=["honest about uploads", "takes anything"])
-def test_different_weights_to_two_sites_leave_masks_that_do_not_cancel(three, monkeypatch, is_credulous):
-    """Else the coordinator sees, from how the sum reacts, what one site has."""
+def test_different_weights_to_two_sites_are_noticed_when_masked_updates_arrive(three):
     sites = sites_of(three, "ABC")
-    for key in (InitialKey(RUN),):
-        three.about(key, other_weights)
+    three.about(InitialKey(RUN), other_weights)
     begin(sites)
-    if not is_credulous:
-        found = outcomes({"A": sites["A"]}, play)
-        assert "bound to another cohort, or to other weights" in str(found["A"])
-        return
+    assert "bound to another cohort, or to other weights" in str(outcomes({"A": sites["A"]}, play)["A"])
+
+
+class Seeds:
+    """The seeds that sites have made, for a test that looks into sums as nobody can."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.own: dict[tuple[str, str], bytes] = {}
+        """(site, lane) -> the seed that is the site's own."""
+        share_keys = protocol.share_keys
+
+        def sharing(cohort, site, private_key, lanes, common):
+            shared = share_keys(cohort, site, private_key, lanes, common)
+            self.own.update({(site, lane.name): shared.seeds[lane.name, site] for lane in lanes})
+            return shared
+
+        monkeypatch.setattr(protocol, "share_keys", sharing)
+
+    def sums(self, liar: Liar, key) -> dict[str, np.ndarray]:
+        """Return the sum of each lane without the sites' own masks, as when all of them unmask it."""
+        sums: dict[str, np.ndarray] = {}
+        for site, path in liar.received(key).items():
+            with open_document(path) as document:
+                for lane in document.message.lanes:
+                    words = np.array(document.read(f"masked.{lane}"))
+                    apply_masks_(words, plus=[], minus=[self.own[site, lane]])
+                    sums[lane] = words + sums[lane] if lane in sums else words
+        return sums
+
+
+def cancels(words: np.ndarray, num_sites: int = 3) -> bool:
+    return words[0] == num_sites and words[2] == words[3] == 0
+
+
+@pytest.fixture
+def takes_anything(monkeypatch):
+    """Let the coordinator accept masked documents whatever they are bound to."""
     monkeypatch.setattr(UploadStep, "check", lambda *_: None)
-    state = three.federation.state
-    threads_end = in_threads(*(lambda site=site: play_until_stuck(site, state) for site in sites.values()))
-    assert all("masks" in str(one) for one in threads_end), threads_end
-    assert state.registry.latest_round(RUN) is None
 
 
-def play_until_stuck(site: MaskedSite, state) -> object:
-    """Return why the round has no result: what the coordinator says, or what keeps it from closing."""
-    site.participant.transport.give_up_after_s = 1.0
-    try:
-        return play(site)
-    except FederationError as error:
-        obstacles = [one.reason for one in state.obstacles.values()]
-        return f"{error} {obstacles} {state.registry.get(RoundKey(RUN, 0)).outcome}"
+def stop_when_all_have_sent(liar: Liar, sites: dict[str, MaskedSite], key, action) -> None:
+    """Let sites do something that has no end, until all masked documents are there."""
+
+    def stop() -> None:
+        wait_until(lambda: len(liar.received(key)) == len(sites))
+        for site in sites.values():
+            site.participant.transport.close()
+
+    in_threads(*(lambda site=site: action(site) for site in sites.values()), stop)
 
 
-# -------------------------------------------------------------------------------------------------- the same round twice
+@pytest.mark.parametrize("is_lie", [False, True])
+def test_different_weights_to_two_sites_leave_no_sum_of_anything(three, monkeypatch, takes_anything, is_lie):
+    """Neither of weights nor of losses, Dice and distances: from these, too, it shows how one site reacts."""
+    seeds, sites = Seeds(monkeypatch), sites_of(three, "ABC")
+    if is_lie:
+        three.about(InitialKey(RUN), other_weights)
+    begin(sites)
+    stop_when_all_have_sent(three, sites, UploadKey(RUN, 0), play)
+    sums = seeds.sums(three, UploadKey(RUN, 0))
+    assert len(sums) >= 3
+    assert {cancels(words) for words in sums.values()} == {not is_lie}, sums
+
+
+@pytest.mark.parametrize("is_lie", [False, True])
+def test_what_is_told_of_other_sites_to_one_alone_leaves_no_sum_of_how_far_they_moved(
+    three, monkeypatch, takes_anything, is_lie
+):
+    """Else a smaller and smaller distance, told to one site, finds out how far it moves."""
+    seeds, sites = Seeds(monkeypatch), sites_of(three, "ABC")
+    if is_lie:
+
+        def lie(site, message, tensors):
+            begin = message.next_round.model_copy(update={"typical_change": 1e-9})
+            return (message.model_copy(update={"next_round": begin}), tensors) if site == "A" else None
+
+        three.about(InitialKey(RUN), lie)
+    begin(sites)
+    stop_when_all_have_sent(three, sites, UploadKey(RUN, 0), play)
+    assert cancels(seeds.sums(three, UploadKey(RUN, 0))["changes"]) is not is_lie
+
+
+@pytest.mark.parametrize("is_lie", [False, True])
+def test_different_averages_to_validate_leave_no_sum_of_counts(tmp_path, monkeypatch, takes_anything, is_lie):
+    with lying(tmp_path, validate_every=1) as liar:
+        seeds, sites = Seeds(monkeypatch), sites_of(liar, "ABC")
+        begin(sites)
+        if is_lie:
+            liar.about(RoundKey(RUN, 0), other_weights)
+        aggregates = outcomes(sites, play)
+        for name, site in sites.items():
+            assert site.validate(aggregates[name], is_last=False) is None
+        sums = seeds.sums(liar, ValidationUploadKey(RUN, 0))
+        assert sums.keys() == {"counts", "loss"}
+        assert {cancels(words) for words in sums.values()} == {not is_lie}
+
+
+# ------------------------------------------------------------------------------------------------- the same round twice
 def test_a_second_round_of_the_same_number_gets_nothing(tmp_path):
     """The coordinator goes back to a backup and asks for round 0 once more, from sites that have other weights now."""
     settings, folder = masked_settings(THREE, validate_every=0), tmp_path / "federation"
@@ -441,8 +515,8 @@ def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites
     own_seeds: dict[tuple[str, str], bytes] = {}
     share_keys = protocol.share_keys
 
-    def sharing(cohort, site, private_key, lanes):
-        shared = share_keys(cohort, site, private_key, lanes)
+    def sharing(cohort, site, private_key, lanes, common):
+        shared = share_keys(cohort, site, private_key, lanes, common)
         if site == "E":
             own_seeds.update({(lane, one): seed for (lane, one), seed in shared.seeds.items() if one == "E"})
         return shared
@@ -466,20 +540,21 @@ def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites
         liar.federation.coordinator.contribute = hold_back
         found = outcomes(sites, play)
         assert all(set(one.contributors) == set("ABCD") for one in found.values()), found
-        words = without_pair_masks(kept, plan.sum.cohort, lane, liar)
+        words = without_pair_masks(kept, plan.sum, lane, liar)
         assert not (words[4:] == plain).any() and words[0] != 1 and words[2] != 0 and words[3] != 0
         apply_masks_(words, plus=[], minus=[own_seeds[lane.name, "E"]])  # which never left E's machine but in shares
         assert (words[4:] == plain).all() and list(words[:4]) == [1, sites["E"].registration.num_training_cases, 0, 0]
 
 
-def without_pair_masks(path, cohort, lane, liar: Liar) -> np.ndarray:
+def without_pair_masks(path, found, lane, liar: Liar) -> np.ndarray:
     """Take off every mask that E has in common with another site, as those sites' keys allow."""
+    cohort, common = found.cohort, found.common("E")
     with open_document(path) as document:
         words = np.array(document.read(f"masked.{lane.name}"))
     for other in "ABCD":
         private, _ = run_key("test", str(REGISTRATION), liar.federation.credential_file(other))
         secret = agree(private.private_bytes_raw(), cohort.run_keys["E"])
-        seed = derive_key(secret, b"pair seed", lane.context(cohort))
+        seed = derive_key(secret, b"pair seed", lane.context(cohort), common[other])
         apply_masks_(words, plus=[seed], minus=[])  # E comes after all others, so it has subtracted them
     return words
 

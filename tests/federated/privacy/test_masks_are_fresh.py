@@ -30,8 +30,8 @@ class Log:
         self._lock = threading.Lock()
         share_keys = protocol.share_keys
 
-        def logged(cohort, site, private_key, lanes):
-            shared = share_keys(cohort, site, private_key, lanes)
+        def logged(cohort, site, private_key, lanes, common):
+            shared = share_keys(cohort, site, private_key, lanes, common)
             with self._lock:
                 self.seeds += [(site, hashlib.sha256(seed).hexdigest()) for seed in shared.seeds.values()]
             return shared
@@ -84,7 +84,8 @@ class World:
                 weights, aggregate = site.round(number, weights)
                 number = aggregate.round + 1
 
-        ends = in_threads(*(lambda site=self.site(federation, name, run=run): go(site) for name in names or self.names))
+        sites = [self.site(federation, name, run=run) for name in names or self.names]
+        ends = in_threads(*(lambda site=site: go(site) for site in sites))
         assert ends == [None] * len(ends), ends
 
 

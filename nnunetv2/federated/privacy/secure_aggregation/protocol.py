@@ -27,6 +27,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, islice
+from types import MappingProxyType
 
 import numpy as np
 
@@ -184,7 +185,13 @@ def seed_names(site: str, lanes: Iterable[Lane]) -> list[SeedName]:
     ]
 
 
-def share_keys(cohort: Cohort, site: str, private_key: bytes, lanes: Sequence[Lane]) -> SharedKeys:
+def share_keys(
+    cohort: Cohort,
+    site: str,
+    private_key: bytes,
+    lanes: Sequence[Lane],
+    common: Mapping[str, bytes] = MappingProxyType({}),
+) -> SharedKeys:
     """Make the seeds of a site and share them among the cohort.
 
     The self seeds are new each time, so masks made twice are not the same: what leaves is to be kept and sent again.
@@ -192,13 +199,15 @@ def share_keys(cohort: Cohort, site: str, private_key: bytes, lanes: Sequence[La
     Args:
         private_key: That of the site's run key.
         lanes: Those that the site sends; it is among their holders.
+        common: Other site -> digest of what this site and that one have been sent alike. If they have not, no mask that
+            they have in common cancels, in any lane.
     """
     secret_with = {other: agree(private_key, cohort.run_keys[other]) for other in cohort.sites}
     by_name = {lane.name: lane for lane in lanes}
     seeds = {
         (lane, other): secrets.token_bytes(SEED_BYTES)
         if other == site
-        else derive_key(secret_with[other], b"pair seed", by_name[lane].context(cohort))
+        else derive_key(secret_with[other], b"pair seed", by_name[lane].context(cohort), common.get(other, b""))
         for lane, other in seed_names(site, lanes)
     }
     together = np.frombuffer(b"".join(seeds.values()), np.uint8).reshape(-1, SEED_BYTES)
