@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -51,6 +52,15 @@ class SecureSum:
     """Sites that every sum is to have."""
     weights: Mapping[str, int] = field(default_factory=dict)
     """Site -> what it counts. Sites know only their own."""
+    starts: tuple[tuple[tuple[str, ...], bytes], ...] = ()
+    """Sites, and the digest of the weights that they alone have in common and start from, as far as it is known."""
+
+    def common(self, site: str) -> dict[str, bytes]:
+        """Return, for each site, the digest of all weights that a site and that one have both been sent."""
+        return {
+            other: digest_of(*(digest for holders, digest in self.starts if {site, other} <= {*holders}))
+            for other in self.cohort.sites
+        }
 
     def lane(self, name: str) -> Lane:
         """Return a lane by its name."""
@@ -169,22 +179,25 @@ def plan_round(
         read_before: The same of the aggregate before it; None if there is none.
         weights: Site -> what it counts, as far as it is known.
     """
-    codec, groups = masked_codec_of(match.precision), groups_of(match.shared, begin.cohort, least=least)
-    cohort = cohort_of(federation, str(key), match.keys, begin.cohort)
+    codec, cohort = masked_codec_of(match.precision), cohort_of(federation, str(key), match.keys, begin.cohort)
     exponents: dict[str, int] = {}
     lanes = [
-        Lane(CHANGES, cohort.sites, "U64", 2),
+        Lane(CHANGES, cohort.sites, "U64", 2, str(begin.typical_change).encode()),
         *(Lane(name, cohort.sites, "U64", len(metrics)) for name, metrics in FIGURES.items()),
     ]
-    for group in groups:
+    groups, starts = [], []
+    for group in groups_of(match.shared, begin.cohort, least=2):
         known = [name for name in group.tensors if name in specs]
         reference = b""
         if known:
             reference = _reference(known, codec, read, read_before, exponents, begin.weight_bits)
-        size = sum(specs[name].size for name in known)
-        lanes.append(Lane(group.name, group.holders, codec.dtype, size, reference))
-    secure_sum = SecureSum(cohort, tuple(lanes), least, dict(weights))
-    return RoundPlan(secure_sum, groups, exponents, begin.weight_bits, begin.typical_change)
+            starts.append((group.holders, reference))
+        if len(group.holders) >= least:
+            groups.append(group)
+            size = sum(specs[name].size for name in known)
+            lanes.append(Lane(group.name, group.holders, codec.dtype, size, reference))
+    secure_sum = SecureSum(cohort, tuple(lanes), least, dict(weights), tuple(starts))
+    return RoundPlan(secure_sum, tuple(groups), exponents, begin.weight_bits, begin.typical_change)
 
 
 def _reference(
@@ -238,16 +251,33 @@ def plan_validation(
     num_classes: int,
     least: int,
     weights: Mapping[str, int],
+    validated: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> SecureSum:
     """Return what is added up when the aggregate of a round was validated.
 
     Args:
         sites: The contributors of the round.
         num_classes: Classes or regions that are counted; see `num_classes_of`.
+        validated: Canonical name -> values of the aggregate, as a site has downloaded them; sites only.
     """
     cohort = cohort_of(federation, str(key), match.keys, sites)
     lanes = (Lane(COUNTS, cohort.sites, "U64", 3 * num_classes), Lane(LOSS, cohort.sites, "U64", 1))
-    return SecureSum(cohort, lanes, least, dict(weights))
+    starts = tuple(
+        (group.holders, _digest_of(known, validated))
+        for group in groups_of(match.shared, cohort.sites, least=2)
+        if (known := [name for name in group.tensors if name in validated])
+    )
+    return SecureSum(cohort, lanes, least, dict(weights), starts)
+
+
+def _digest_of(names: Iterable[str], values: Mapping[str, np.ndarray]) -> bytes:
+    """Return the digest of tensors by their names."""
+    digest = hashlib.sha256()
+    for name in names:
+        one = np.ascontiguousarray(values[name])
+        digest.update(digest_of(name.encode(), one.dtype.str.encode()))
+        digest.update(one.reshape(-1).view(np.uint8).data)
+    return digest.digest()
 
 
 def num_classes_of(labels: Mapping[str, int | tuple[int, ...]]) -> int:

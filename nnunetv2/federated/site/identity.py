@@ -10,7 +10,7 @@ FILE is the credential; only its owner can read these.
 from __future__ import annotations
 
 import hashlib
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,16 +145,10 @@ def forget_run_keys(federation: str, run: str, credential_file: Path | None = No
     """
     folder = secure_folder(federation, run, credential_file)
     with locked(beside(credential_file, ".lock")):
-        for path in folder.rglob(EXCHANGE_KEY_FILE):
+        for path in list(folder.rglob(EXCHANGE_KEY_FILE)):
             path.unlink(missing_ok=True)
-        for path in sorted((one for one in folder.rglob("*") if one.is_dir()), reverse=True):
-            _remove_if_empty(path)
-        _remove_if_empty(folder)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # other files are in it, or it is gone
+                path.parent.rmdir()
 
 
 # -------------------------------------------------------------------------------------------------------------- files

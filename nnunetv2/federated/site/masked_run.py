@@ -306,6 +306,9 @@ class MaskedRun:
         number = aggregate.round
         assert number is not None
         key = keys.ValidationKey(self.run, number)
+        validated = next((values for message, values in self._aggregates if message.round == number), None)
+        if validated is None:
+            return f"the aggregate of round {number} is not the last one that this site has downloaded"
         try:
             plan = plan_validation(
                 key,
@@ -315,6 +318,7 @@ class MaskedRun:
                 num_classes=num_classes_of(self._registration.dataset_json.labels),
                 least=self._least,
                 weights={self.site: self._weight},
+                validated=validated,
             )
             counts = [round(voxels) for voxels in (*found.tp, *found.fp, *found.fn)]
             if len(counts) != plan.lane(COUNTS).size:

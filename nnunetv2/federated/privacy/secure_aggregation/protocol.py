@@ -23,10 +23,11 @@ once, each a sum of its own over the sites that send it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, islice
+from types import MappingProxyType
 
 import numpy as np
 
@@ -184,7 +185,13 @@ def seed_names(site: str, lanes: Iterable[Lane]) -> list[SeedName]:
     ]
 
 
-def share_keys(cohort: Cohort, site: str, private_key: bytes, lanes: Sequence[Lane]) -> SharedKeys:
+def share_keys(
+    cohort: Cohort,
+    site: str,
+    private_key: bytes,
+    lanes: Sequence[Lane],
+    common: Mapping[str, bytes] = MappingProxyType({}),
+) -> SharedKeys:
     """Make the seeds of a site and share them among the cohort.
 
     The self seeds are new each time, so masks made twice are not the same: what leaves is to be kept and sent again.
@@ -192,13 +199,15 @@ def share_keys(cohort: Cohort, site: str, private_key: bytes, lanes: Sequence[La
     Args:
         private_key: That of the site's run key.
         lanes: Those that the site sends; it is among their holders.
+        common: Other site -> digest of what this site and that one have been sent alike. If they have not, no mask that
+            they have in common cancels, in any lane.
     """
     secret_with = {other: agree(private_key, cohort.run_keys[other]) for other in cohort.sites}
     by_name = {lane.name: lane for lane in lanes}
     seeds = {
         (lane, other): secrets.token_bytes(SEED_BYTES)
         if other == site
-        else derive_key(secret_with[other], b"pair seed", by_name[lane].context(cohort))
+        else derive_key(secret_with[other], b"pair seed", by_name[lane].context(cohort), common.get(other, b""))
         for lane, other in seed_names(site, lanes)
     }
     together = np.frombuffer(b"".join(seeds.values()), np.uint8).reshape(-1, SEED_BYTES)
@@ -256,12 +265,22 @@ def sites_among(survivors: Survivors) -> tuple[str, ...]:
     return tuple(sorted({site for sites in survivors.values() for site in sites}))
 
 
-def check_survivors(cohort: Cohort, lanes: Sequence[Lane], survivors: Survivors, *, site: str, least: int) -> None:
+def check_survivors(
+    cohort: Cohort,
+    lanes: Sequence[Lane],
+    survivors: Survivors,
+    *,
+    site: str,
+    least: int,
+    optional: Collection[str] = (),
+) -> None:
     """Check, at a site, the survivors that the coordinator names, before anything is signed.
 
     Args:
         site: This one.
         least: Sites that a sum is to have, at least.
+        optional: Names of lanes that a site may leave out. All others it sends, so that none of them can have lost
+            sites alone: the sum of such a lane would have fewer than t of its sites.
 
     Raises:
         RefusedError: There are too few of them, this site is not among them, or they are not of the cohort.
@@ -271,7 +290,12 @@ def check_survivors(cohort: Cohort, lanes: Sequence[Lane], survivors: Survivors,
     is_possible = survivors.keys() <= holders.keys() and all(
         list(sites) == sorted(set(sites)) and set(sites) <= set(holders[name]) for name, sites in survivors.items()
     )
-    if len(named) < needed or site not in named or not is_possible:
+    is_whole = all(
+        survivors.get(lane.name, ()) == tuple(one for one in lane.holders if one in named)
+        for lane in lanes
+        if lane.name not in optional
+    )
+    if len(named) < needed or site not in named or not is_possible or not is_whole:
         raise RefusedError(
             f"the coordinator names {', '.join(named) or 'nobody'} as the sites whose updates are to be added, which "
             f"cannot be: it takes {needed} of {', '.join(cohort.sites)}, among them {site}",
