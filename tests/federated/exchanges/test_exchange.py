@@ -72,21 +72,22 @@ def test_keys_are_taken_apart(text, key, kind, parts):
 def test_every_step_has_a_key_and_follows_its_policy():
     assert len({step.key for step in STEPS}) == len({step.key.pattern for step in STEPS}) == len(STEPS)
     names = {name: {step.key.kind for step in STEPS if getattr(step.policy, name)} for name in Policy.__annotations__}
-    weights = {"initial", "round"}
+    weights = {"initial", "round", "upload"}
+    masked = {"survivors", "validation_upload", "validation_survivors"}
     planning = {"census", "coarse", "fine"}
     assert names == {
         "pooled": planning | weights | {"registration"},
-        "by_quorum": weights | {"validation"},
-        "first_stays": weights | {"validation"},
+        "by_quorum": weights | {"validation", "validation_upload"},
+        "first_stays": weights | masked | {"validation"},
         "compared": {"census", "plans", "registration", "admission"},
         "repeatable": {"late_census", "late_plans"},
         "missable": planning | {"plans", "registration"},
         "carries_weights": weights,
         "settles_members": {"registration", "admission"},
         "pauses_with_run": weights,
-        "stops_with_run": weights | {"registration"},
+        "stops_with_run": weights | {"registration", "survivors"},
         "recurs": {"round"},
-        "closes_first": {"validation"},
+        "closes_first": {"validation", "validation_upload", "validation_survivors"},
     }
 
 
