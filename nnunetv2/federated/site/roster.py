@@ -25,7 +25,9 @@ from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.identity import beside, load_identity
 from nnunetv2.federated.site.private_files import locked, write_private
 
-Identities = Annotated[dict[SiteName, PublicKey], Field(max_length=10 * MAX_SITES)]
+MAX_REMEMBERED = 10 * MAX_SITES
+"""Sites, also those that have left."""
+Identities = Annotated[dict[SiteName, PublicKey], Field(max_length=MAX_REMEMBERED)]
 
 
 class Roster(Part):
@@ -142,6 +144,11 @@ def trusted_keys(
         if mode == "verified":
             _check_verified(identities, roster)
         new = tuple(sorted(identities.keys() - roster.identities.keys()))
+        if len(roster.identities) + len(new) > MAX_REMEMBERED:
+            raise FederationError(
+                f"the coordinator has named more than {MAX_REMEMBERED} different sites: nothing was sent. Ask the "
+                "coordinating site"
+            )
         if new:
             change.roster = roster.model_copy(update={"identities": {**roster.identities, **identities}})
     return TrustedKeys(mode, dict(keys), new)
