@@ -26,7 +26,7 @@ from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
 from nnunetv2.federated.exchanges.steps import prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus
-from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey
+from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
     Count,
@@ -50,7 +50,7 @@ Activity = Literal["working", "sending", "waiting", "failed", "left", "idle", "i
 
 # --------------------------------------------------------------------------------------------------------- messages
 class MemberView(Part):
-    """What a site is doing in a run at the moment."""
+    """The work of a site in a run at the moment."""
 
     site: SiteName
     activity: Activity
@@ -133,7 +133,7 @@ class TroubleView(Part):
 
 
 class Health(Part):
-    """How the coordinator itself is."""
+    """The state of the coordinator itself."""
 
     started: Finite
     uploads: Count
@@ -146,7 +146,7 @@ class Health(Part):
 
 
 class Overview(Part):
-    """What a federation is doing."""
+    """The work of a federation at the moment."""
 
     version: Literal[1] = 1
     revision: Text
@@ -276,7 +276,12 @@ class OverviewBuilder:
             if not registry.is_closed(key):
                 return registry.begin(key)
         latest = registry.latest_number(run)
-        return registry.begin(RoundKey(run, 0 if latest is None else latest + 1))
+        key = RoundKey(run, 0 if latest is None else latest + 1)
+        if self._state.settings.secure is not None:
+            for before in (UploadKey(run, key.number), SurvivorsKey(run, key.number)):
+                if not registry.is_closed(before):
+                    return registry.begin(before)
+        return registry.begin(key)
 
     def _exchange_view(self, exchange: Exchange) -> ExchangeView:
         return ExchangeView(
@@ -377,7 +382,7 @@ class OverviewCache:
         return f"{self._start}.{self._notifier.count}"
 
     async def wait(self, seen: str, wait_s: float) -> None:
-        """Wait until something differs from a revision that somebody has seen, but not longer than this."""
+        """Wait, for a limited time, until something differs from a seen revision."""
         change = self._notifier.expect(ANYTHING)
         if seen == self.revision and wait_s > 0 and not self._notifier.stopping:
             with suppress(asyncio.TimeoutError):

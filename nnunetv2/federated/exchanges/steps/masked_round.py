@@ -14,7 +14,7 @@ import numpy as np
 from nnunetv2.federated.aggregation.weighted_mean import write_computed
 from nnunetv2.federated.errors import AggregationError, RefusedError
 from nnunetv2.federated.exchanges.documents import DocumentReader, start_of
-from nnunetv2.federated.exchanges.exchange import Exchange, Policy
+from nnunetv2.federated.exchanges.exchange import Contribution, Exchange, Policy
 from nnunetv2.federated.exchanges.masked_codecs import masked_codec_of
 from nnunetv2.federated.exchanges.secure_sums import (
     CHANGES,
@@ -154,7 +154,8 @@ def combine_round(exchange: Exchange, opened: Opened, settings: FederationSettin
 
         digest = write_computed(reader.result_path(key), message, before.specs, value_of)
     kept = len(before.specs) - len(places)
-    record = _record_of_round(exchange, opened, settings, digest=digest, figures=figures, kept=kept)
+    uploads = reader.exchange(UploadKey(key.run, key.number))
+    record = _record_of_round(exchange, opened, settings, digest=digest, figures=figures, kept=kept, uploads=uploads)
     return Computed(digest, record, tuple(_remarks(key, kept, figures.conspicuous)))
 
 
@@ -241,7 +242,14 @@ def pooled_figures(opened: Opened) -> Pooled:
 
 
 def _record_of_round(
-    exchange: Exchange, opened: Opened, settings: FederationSettings, *, digest: str, figures: Pooled, kept: int
+    exchange: Exchange,
+    opened: Opened,
+    settings: FederationSettings,
+    *,
+    digest: str,
+    figures: Pooled,
+    kept: int,
+    uploads: Exchange,
 ) -> dict[str, Any]:
     """Return what is remembered of a masked round: who took part, and what all of them have in common."""
     outcome = closed_outcome(exchange)
@@ -249,12 +257,15 @@ def _record_of_round(
     number = exchange.key.number
     return {
         "round": number,
-        "opened": exchange.opened,
+        "opened": uploads.opened,
         "closed": outcome.time,
         "digest": digest,
-        "sites": {site: {"weight": float(opened.found.weights[site]), "masked": True} for site in outcome.contributors},
+        "sites": {
+            site: {"weight": float(opened.found.weights[site]), **_about(uploads.contributions[site])}
+            for site in outcome.contributors
+        },
         "missing": list(outcome.missing),
-        "failed": sorted(exchange.dropped_out & set(outcome.missing)),
+        "failed": sorted(uploads.dropped_out & set(outcome.missing)),
         "outliers": [],
         "kept": kept,
         "pooled": {
@@ -265,6 +276,11 @@ def _record_of_round(
         },
         "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),
     }
+
+
+def _about(held: Contribution) -> dict[str, Any]:
+    """Return what is remembered of a masked update: of its content, its digest only."""
+    return {"digest": held.digest, "bytes": held.size, "received": held.received}
 
 
 def _remarks(key: RoundKey, kept: int, number: int) -> Iterator[str]:

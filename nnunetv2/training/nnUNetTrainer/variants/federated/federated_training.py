@@ -383,7 +383,9 @@ class FederatedTraining(RenamedHooks):
             f"Round {aggregate.round}: {megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
             f"sites: {', '.join(sorted(aggregate.contributors))}{missing}"
         )
-        if len(aggregate.contributors) < self.min_sites:
+        if not aggregate.contributors:
+            self.log_line("The operator has closed this round without any update: going on from the average before")
+        elif len(aggregate.contributors) < self.min_sites:
             self.log_line(
                 f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
                 "--min-sites, or it does not keep to it. Show this line to the coordinating site"
