@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Agreement:
     """What each site counts in an average. The sites do not know it of each other."""
     plans_names: Mapping[str, str]
     """Site -> the name of its plans."""
+    trust: Mapping[str, str | None] = field(default_factory=dict)
+    """Site -> how it knows the identities of the others, where updates are masked."""
 
     @property
     def codec(self) -> UpdateCodec:
@@ -163,7 +165,7 @@ class DocumentReader:
             with self.result(AdmissionKey(run, site)) as document:
                 match = late_join.with_site(match, document.message, site)
         specs: dict[str, TensorSpec] = {}
-        weights, plans_names = {}, {}
+        weights, plans_names, trust = {}, {}, {}
         for site, message in self.each_registration(run):
             canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
             for entry in message.tensors:
@@ -171,7 +173,8 @@ class DocumentReader:
                     specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
             weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
             plans_names[site] = str(message.plans.get("plans_name"))
-        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names)
+            trust[site] = message.trust
+        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names, trust)
 
     def _begun(self, key: Key) -> Exchange:
         exchange = self._find(key)

@@ -151,6 +151,11 @@ class Outbox:
         """Tell whether an exchange is over as far as this site knows."""
         return bool(self._of("closed", exchange))
 
+    @property
+    def has_promises(self) -> bool:
+        """Tell whether anything was masked here since the run began, or began anew."""
+        return bool(self._lines) and self._lines[-1].kind != "anew"
+
     def start_anew(self) -> None:
         """Let exchanges of the same names come again, of a run that begins anew with other keys.
 

@@ -13,9 +13,11 @@ from fake_federation import RUN, in_threads, make_client, served, wait_until
 from masked_sites import THREE, MaskedSite, masked_settings
 
 from nnunetv2.federated.coordinator.members import Member
+from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.keys import UploadKey
+from nnunetv2.federated.site.masked_run import START_ANEW_VARIABLE
 
 OPERATOR = Member("boss", "operator")
 OTHER_FOLD = RUN.replace("fold_0", "fold_1")
@@ -77,7 +79,7 @@ class World:
         """Let sites, each a new process, go on to a round."""
 
         def go(site: MaskedSite) -> None:
-            site.register(anew=anew)
+            site.register()
             position = site.start()
             weights, number = position.weights, position.epoch
             while number < rounds:
@@ -85,7 +87,10 @@ class World:
                 number = aggregate.round + 1
 
         sites = [self.site(federation, name, run=run) for name in names or self.names]
-        ends = in_threads(*(lambda site=site: go(site) for site in sites))
+        with pytest.MonkeyPatch.context() as environment:
+            if anew:
+                environment.setenv(START_ANEW_VARIABLE, run)
+            ends = in_threads(*(lambda site=site: go(site) for site in sites))
         assert ends == [None] * len(ends), ends
 
 
@@ -114,6 +119,10 @@ def test_a_run_that_was_reset_makes_other_masks(tmp_path, log):
         *ends, _ = in_threads(*(lambda site=site: site.round(0, site.position.weights) for site in sites[:2]), reset)
         assert not any(isinstance(one, tuple) for one in ends), ends
         before = len(log.seeds)
+        again = world.site(federation, "A")
+        with pytest.raises(RefusedError) as refused:  # a person is to say that the run begins anew
+            again.register()
+        assert refused.value.code == "run_began_anew"
         world.play(federation, rounds=2, anew=True)
     log.check(at_least=before + 2 * 3 * 3)
 

@@ -64,7 +64,7 @@ def test_people_see_what_all_sites_have_in_common_and_of_no_site(tmp_path):
         assert one.mean_dice == 2 * tp / (2 * tp + 3 * 1.0 + 3 * 2.0)
     for record in records:
         for held in record.get("sites", {}).values():
-            assert held.keys() == {"weight", "digest", "bytes", "received"}
+            assert held.keys() == {"weight", "trust", "digest", "bytes", "received"}
         assert not record.get("dice_of_site") and not record.get("loss_of_site")
     assert "dice_of_site" not in str(overview) and "loss" not in str(overview)
 

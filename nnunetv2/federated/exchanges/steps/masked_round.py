@@ -154,8 +154,16 @@ def combine_round(exchange: Exchange, opened: Opened, settings: FederationSettin
 
         digest = write_computed(reader.result_path(key), message, before.specs, value_of)
     kept = len(before.specs) - len(places)
-    uploads = reader.exchange(UploadKey(key.run, key.number))
-    record = _record_of_round(exchange, opened, settings, digest=digest, figures=figures, kept=kept, uploads=uploads)
+    record = _record_of_round(
+        exchange,
+        opened,
+        settings,
+        digest=digest,
+        figures=figures,
+        kept=kept,
+        uploads=reader.exchange(UploadKey(key.run, key.number)),
+        trust=agreement.trust,
+    )
     return Computed(digest, record, tuple(_remarks(key, kept, figures.conspicuous)))
 
 
@@ -250,6 +258,7 @@ def _record_of_round(
     figures: Pooled,
     kept: int,
     uploads: Exchange,
+    trust: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Return what is remembered of a masked round: who took part, and what all of them have in common."""
     outcome = closed_outcome(exchange)
@@ -261,7 +270,11 @@ def _record_of_round(
         "closed": outcome.time,
         "digest": digest,
         "sites": {
-            site: {"weight": float(opened.found.weights[site]), **_about(uploads.contributions[site])}
+            site: {
+                "weight": float(opened.found.weights[site]),
+                "trust": trust[site],
+                **_about(uploads.contributions[site]),
+            }
             for site in outcome.contributors
         },
         "missing": list(outcome.missing),

@@ -36,7 +36,8 @@ class MembershipStep(Step[K, Registration, Match]):
     ) -> None:
         """Raise WireError unless a registration belongs to this run and its data."""
         check_registration(key, site, document.message, reader)
-        check_run_key(key, site, document.message, settings)
+        if not reader.has_contributed(key, site):  # what is registered once more is compared
+            check_run_key(key, site, document.message, settings)
 
     def compared(
         self, key: K, before: Registration, now: Registration, reader: DocumentReader

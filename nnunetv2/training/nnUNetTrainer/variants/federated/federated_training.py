@@ -155,6 +155,8 @@ class FederatedTraining(RenamedHooks):
             try:
                 with speaks_last:
                     super().run_training()
+                if self.local_rank == 0:
+                    self.participant.finish()
             except (FirstProcessError, FolderInUseError):
                 raise  # which has been reported, or is no failure of the training that goes on there
             except BaseException as error:
