@@ -56,7 +56,7 @@ class SecureSum:
     """Sites, and the digest of the weights that they alone have in common and start from, as far as it is known."""
 
     def common(self, site: str) -> dict[str, bytes]:
-        """Return, for each site, the digest of all weights that a site and that one have both been sent."""
+        """Return, per other site, the digest of the weights that both have been sent."""
         return {
             other: digest_of(*(digest for holders, digest in self.starts if {site, other} <= {*holders}))
             for other in self.cohort.sites

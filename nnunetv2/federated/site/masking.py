@@ -113,9 +113,7 @@ class Masking:
         weight: int,
     ) -> Document[MaskedUpdate]:
         """Mask lane by lane, and write what is masked to the outbox."""
-        shared = protocol.share_keys(
-            found.cohort, self.site, self.keys.private_key, lanes, found.common(self.site)
-        )
+        shared = protocol.share_keys(found.cohort, self.site, self.keys.private_key, lanes, found.common(self.site))
 
         def masked(lane: protocol.Lane) -> np.ndarray:
             words = protocol.with_check_words(lane, weight)
