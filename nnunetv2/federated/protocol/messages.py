@@ -183,7 +183,7 @@ def document_messages() -> tuple[type[Message], ...]:
 
 
 class SignedKey(Part):
-    """The key with which a site agrees on masks with the others, signed by the site's identity."""
+    """The key with which a site agrees on masks, signed by its identity."""
 
     identity: PublicKey
     """Ed25519."""

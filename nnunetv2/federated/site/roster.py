@@ -1,4 +1,4 @@
-"""Remember who the other sites are: pin identities when they are first seen, and what people have verified.
+"""Remember the identities of the other sites: as first seen, or as verified by people.
 
     FILE.roster.json   {version, federation, identities: {name: identity}, verified: {name: identity}, number}
 
@@ -78,7 +78,7 @@ def roster_path(credential_file: Path | None = None) -> Path:
 
 
 def load_roster(federation: str, credential_file: Path | None = None) -> Roster:
-    """Return what this site remembers of a federation; nothing yet, where it has joined another one since.
+    """Return the roster that this site remembers of a federation, empty at first.
 
     Raises:
         FederationError: The file cannot be read: whoever damaged it may want a site to forget.
@@ -120,9 +120,9 @@ def trusted_keys(
     gathering: str | Mapping[str, str],
     credential_file: Path | None = None,
 ) -> TrustedKeys:
-    """Accept the run keys of a cohort, or refuse them. Ask before anything masked is made for these sites.
+    """Accept the run keys of a cohort, or refuse them.
 
-    Identities that were never seen are pinned, unless people are to verify them.
+    To be asked before anything masked is made for these sites. Identities that were never seen are pinned, unless people are to verify them.
 
     Args:
         keys: Site -> run key, this site included, as the coordinator tells them.
@@ -204,7 +204,7 @@ def _check_verified(identities: Mapping[str, str], roster: Roster) -> None:
 def verify(
     identities: Mapping[str, str], typed: str, credential: SiteCredential, credential_file: Path | None = None
 ) -> None:
-    """Remember that people have compared a roster, from now on also in place of what was pinned before.
+    """Remember that people have compared a roster, in place of what was pinned before.
 
     Args:
         identities: Name -> identity, as the coordinator tells them now.
