@@ -171,7 +171,7 @@ def check_confirmations(
 
 # ----------------------------------------------------------------------------------------------------------- numbers
 def roster_number(federation: str, identities: Mapping[str, str]) -> str:
-    """Return the number of a roster, or of a site: 40 digits in groups of five.
+    """Return the number of a roster, or of a site: 40 digits in fives.
 
     Args:
         identities: Name -> identity.

@@ -1,4 +1,4 @@
-"""Let nothing leave in clear that this site wants to be masked, whatever the coordinator says.
+"""Let nothing leave in clear that this site wants masked, whatever the coordinator says.
 
 A site that has joined a federation with secure aggregation remembers from how many sites on anything is summed, and
 holds the coordinator to it. Beyond that the site decides: `nnUNet_fed_require_secure=4` refuses every federation that

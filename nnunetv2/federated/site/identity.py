@@ -138,7 +138,7 @@ def run_key(federation: str, gathering: str, credential_file: Path | None = None
 
 
 def forget_run_keys(federation: str, run: str, credential_file: Path | None = None) -> None:
-    """Delete all keys of a run that is over: this disk opens none of its masks later.
+    """Delete all keys of a run that is over; no disk opens its masks later.
 
     Args:
         run: The part of the gatherings' keys before the last slashes: "runs/<run>", or "fingerprint".
