@@ -38,6 +38,9 @@ UPLOADS = (
     "too_many_bytes",
     "disk_full",
     "run_stopped",
+    "run_key_forged",
+    "identity_repeated",
+    "survivors_unconfirmed",
 )
 
 

@@ -158,7 +158,7 @@ class JoinAnswer(Part):
 
 
 class Roster(Part):
-    """The identities of the sites that have joined, as the coordinator tells them. People compare its number."""
+    """The identities of the sites that have joined, as the coordinator tells them."""
 
     sites: Annotated[dict[SiteName, PublicKey], Field(max_length=MAX_SITES)]
 

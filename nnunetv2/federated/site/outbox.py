@@ -5,14 +5,15 @@
 
 Two masks over two values would show their difference, and shares for two sets of survivors both seeds of a site. So a
 masked document is made once: whatever happens, the same bytes are sent again. And a site answers for one set of
-survivors per exchange, ever.
+survivors per exchange, ever. That holds for several processes of one site together, such as one that was started twice.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,10 @@ import numpy as np
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.messages import Message
+from nnunetv2.federated.site.private_files import locked
 
 SPENT_FILE = "spent.jsonl"
+LOCK_FILE = "lock"
 Promise = Literal["masked", "answered", "closed", "anew"]
 
 
@@ -68,20 +71,27 @@ class Outbox:
     ) -> Document[Any]:
         """Write a masked document, promise that there will be no other, and open it.
 
+        Where another process of this site was quicker, its document is opened.
+
         Args:
             context: Digest of all that its masks are bound to.
         """
-        self.check_unspent(exchange, context)
-        write_document(self._path(exchange), message, specs, tensors)
-        _flush_folder(self._documents)
-        self._append(_Line("masked", exchange, context))
-        return open_document(self._path(exchange))
+        with self._alone():
+            if (document := self.held(exchange)) is not None:
+                self.check_context(exchange, context)
+                return document
+            self.check_unspent(exchange, context)
+            write_document(self._path(exchange), message, specs, tensors)
+            _flush_folder(self._documents)
+            self._append(_Line("masked", exchange, context))
+            return open_document(self._path(exchange))
 
     def drop(self, exchange: str) -> None:
         """Delete the document of an exchange that is over, for good."""
-        if not self.is_closed(exchange):
-            self._append(_Line("closed", exchange, ""))
-        self._path(exchange).unlink(missing_ok=True)
+        with self._alone():
+            if not self.is_closed(exchange):
+                self._append(_Line("closed", exchange, ""))
+            self._path(exchange).unlink(missing_ok=True)
 
     def drop_others(self, keep: Iterable[str]) -> None:
         """Delete the documents of all exchanges but some."""
@@ -111,9 +121,11 @@ class Outbox:
             )
 
     def check_context(self, exchange: str, context: str) -> None:
-        """Raise RefusedError, `round_spent`, if the document that is held was masked in another context."""
+        """Raise RefusedError, `round_spent`, if what is held was masked in another context."""
         found = self._of("masked", exchange)
-        if found and context not in found:
+        if not found:  # the machine went down when the document was there and the promise was not
+            self._append(_Line("masked", exchange, context))
+        elif context not in found:
             raise RefusedError(
                 f"{exchange} has come a second time, with other weights or sites than before: what was masked then "
                 "cannot be used, and nothing else is masked for it",
@@ -128,16 +140,17 @@ class Outbox:
         Raises:
             RefusedError: Shares for another set were promised before; its code is `second_set`.
         """
-        before = self._of("answered", exchange)
-        if any(one != digest for one in before):
-            raise RefusedError(
-                f"THE COORDINATOR NAMES A SECOND SET OF SURVIVORS FOR {exchange}: with shares for both it could read "
-                "single updates. Nothing was given",
-                "Show this to the coordinating site and to the other sites.",
-                code="second_set",
-            )
-        if not before:
-            self._append(_Line("answered", exchange, digest))
+        with self._alone():
+            before = self._of("answered", exchange)
+            if any(one != digest for one in before):
+                raise RefusedError(
+                    f"THE COORDINATOR NAMES A SECOND SET OF SURVIVORS FOR {exchange}: with shares for both it could "
+                    "read single updates. Nothing was given",
+                    "Show this to the coordinating site and to the other sites.",
+                    code="second_set",
+                )
+            if not before:
+                self._append(_Line("answered", exchange, digest))
 
     def is_closed(self, exchange: str) -> bool:
         """Tell whether an exchange is over as far as this site knows."""
@@ -153,9 +166,17 @@ class Outbox:
 
         A person says so. What was masked in one context is never masked in it again all the same.
         """
-        for path in self._documents.glob("*.safetensors"):
-            path.unlink()
-        self._append(_Line("anew", "", ""))
+        with self._alone():
+            for path in self._documents.glob("*.safetensors"):
+                path.unlink(missing_ok=True)
+            self._append(_Line("anew", "", ""))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from changing anything for the block, and know what they have promised."""
+        with locked(self._folder / LOCK_FILE):
+            self._lines = self._load()
+            yield
 
     def _of(self, kind: Promise, exchange: str) -> list[str]:
         """Return the digests that were promised for an exchange since the run began anew."""

@@ -97,6 +97,8 @@ class Participant:
         """
         plans_name = registration.plans.get("plans_name")
         state = self.transport.run_state(self.run, plans=None if plans_name is None else str(plans_name))
+        if state.run not in (self.run, f"{self.run}.{plans_name}"):  # two runs under one name would share their masks
+            raise WireError(f"the coordinator takes this training, {self.run}, for {state.run}: use matching versions")
         self.run = state.run  # another one where the sites have trained with other plans before
         has_begun = bool(state.members or state.left)
         is_late = has_begun and self.site not in state.registered

@@ -16,14 +16,14 @@ from lying_coordinator import Liar, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.errors import NotAllowedError, RefusedError
+from nnunetv2.federated.errors import NotAllowedError, RefusedError, WireError
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
 from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
 from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import agree, derive_key
 from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
 from nnunetv2.federated.protocol import api, messages
-from nnunetv2.federated.protocol.document import open_document
+from nnunetv2.federated.protocol.document import TensorSpec, open_document
 from nnunetv2.federated.protocol.keys import (
     InitialKey,
     RegistrationKey,
@@ -33,9 +33,10 @@ from nnunetv2.federated.protocol.keys import (
     ValidationKey,
     ValidationUploadKey,
 )
-from nnunetv2.federated.protocol.secure_messages import Survivors
+from nnunetv2.federated.protocol.secure_messages import MaskedUpdate, Survivors
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site.identity import load_identity, run_key
+from nnunetv2.federated.site.outbox import Outbox
 from nnunetv2.federated.site.roster import verify
 
 REGISTRATION = RegistrationKey(RUN)
@@ -566,6 +567,37 @@ def plain_words(site: MaskedSite, plan, lane) -> np.ndarray:
     masked = site.participant._masked
     masked._numbers(plan, {name: trained[name] for name in masked._specs}, messages.Update())[lane.name](words)
     return words
+
+
+def test_two_processes_of_one_site_answer_for_one_set_of_survivors_together(tmp_path):
+    """As where the coordinator takes two folds for one run, or somebody starts a training twice."""
+    first, second = Outbox(tmp_path), Outbox(tmp_path)
+    first.promise_survivors("runs/r/survivors/0", "a" * 64)
+    second.promise_survivors("runs/r/survivors/0", "a" * 64)
+    with pytest.raises(RefusedError, match="A SECOND SET"):
+        second.promise_survivors("runs/r/survivors/0", "b" * 64)
+
+
+def test_two_processes_of_one_site_send_one_masked_document(tmp_path):
+    message = MaskedUpdate(lanes={"w": "a" * 64})
+    words = [np.full(3, number, np.uint32) for number in range(2)]
+    boxes = [Outbox(tmp_path) for _ in words]
+
+    def put(box, one):
+        with box.put("runs/r/uploads/0", "c" * 64, message, {"masked.w": TensorSpec.of(one)}, [one]) as document:
+            return bytes(document.read("masked.w"))
+
+    found = in_threads(*(lambda box=box, one=one: put(box, one) for box, one in zip(boxes, words, strict=True)))
+    assert found[0] == found[1] and isinstance(found[0], bytes)
+
+
+def test_a_coordinator_that_takes_two_folds_for_one_run_is_refused(three):
+    honest = three.federation.coordinator.run_of_plans
+    three.federation.coordinator.run_of_plans = lambda run, *others: honest(run.replace("fold_1", "fold_0"), *others)
+    site = masked_site(three.federation, "A", seed=0)
+    site.participant.run = RUN.replace("fold_0", "fold_1")
+    with pytest.raises(WireError, match=r"takes this training, .*fold_1.*, for .*fold_0"):
+        site.register()
 
 
 def test_registration_says_how_each_site_trusts_the_others(three, verified):

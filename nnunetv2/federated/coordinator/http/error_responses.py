@@ -43,6 +43,9 @@ STATUS_OF_CODE = {
     "identity_missing": 403,
     "identity_taken": 409,
     "identity_changed": 409,
+    "identity_repeated": 409,
+    "run_key_forged": 409,
+    "survivors_unconfirmed": 409,
     "name_taken": 409,
     "too_many_sites": 409,
     # what there is not
@@ -74,9 +77,6 @@ STATUS_OF_CODE = {
     "quorum_below_threshold": 409,
     "late_updates_masked": 409,
     "run_key_missing": 409,
-    "run_key_forged": 409,
-    "identity_repeated": 409,
-    "survivors_unconfirmed": 409,
     "shares_do_not_fit": 409,
     # how much one member may ask for
     "too_many_requests": 429,
