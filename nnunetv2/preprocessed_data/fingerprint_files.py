@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 FINGERPRINT_FILE = "dataset_fingerprint.json"
 LOCAL_FINGERPRINT = "dataset_fingerprint_local.json"
 """This site's own fingerprint, in folders where FINGERPRINT_FILE is the pooled one."""
+LISTS = ("spacings", "shapes_after_crop")
+"""Fields of a fingerprint with one entry per case,"""
+GEOMETRY_STATISTICS = "geometry_statistics"
+"""and what stands in their place where a federation pools order statistics only; see `case_geometry`."""
+
+
+def count_cases(fingerprint: Mapping[str, Any]) -> int:
+    """Return how many cases a fingerprint describes."""
+    if GEOMETRY_STATISTICS in fingerprint:
+        return int(fingerprint[GEOMETRY_STATISTICS]["num_cases"])
+    return len(fingerprint[LISTS[0]])
 
 
 def has_pooled_fingerprint(preprocessed_folder: Path) -> bool:
