@@ -1,29 +1,30 @@
 """Sum values and their squares as whole numbers: mean and standard deviation that depend on no order and no split.
 
 Sums of float64 differ in their last digits with the order of summation, and cannot be masked. So every value becomes a
-whole number first, its distance from a pivot in steps that all sites agree on, and the sums travel mod 2^128.
+whole number first, its distance from a pivot in steps that all sites agree on.
 
-    q = rint((x - pivot) * 2^exponent),   |q| <= 2^48,   S1 = sum of q,   S2 = sum of q^2
+    q = rint((x - pivot) * 2^exponent),   |q| <= 2^46,   S1 = sum of q,   S2 = sum of q^2
 
-Pivot and exponent follow from the pooled coarse histogram, so that the steps are a 2^48th of the range of all values.
+Each sum travels as two words, which add up mod 2^64 without a carry: the lower 58 bits, of which 64 sites fill a word,
+and the rest. Pivot and exponent follow from the pooled coarse histogram, so that a step is a 2^46th of the range.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from nnunetv2.federated.aggregation.fingerprint_statistics import Moments, key_values, outermost_bounds
 from nnunetv2.federated.errors import StatisticsError
+from nnunetv2.federated.protocol.secure_fingerprint_messages import Steps
 
-BITS = 48
-"""Of |q|. With the 2^30 values that a channel has at most, S2 stays below 2^127."""
-WORDS_PER_SUM = 2
-WORDS_PER_CHANNEL = 2 * WORDS_PER_SUM
-_WORD = 64
+BITS = 46
+"""Of |q|. With the 2^30 values that a channel has at most, S2 stays below 2^122."""
+WORDS_PER_CHANNEL = 4
+_LOWER_BITS = 58
+_WORD = 1 << 64
 _LIMB = 16
 _LIMB_MASK = (1 << _LIMB) - 1
 _CHUNK = 1 << 20
@@ -31,40 +32,33 @@ _MOST_IN_CHUNK = 1 << 30
 """Products of two limbs, of so many values together, stay below 2^63."""
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The whole numbers that stand for the values of a channel."""
+def steps_of(coarse: np.ndarray) -> Steps:
+    """Choose the finest steps in which all values of a pooled coarse histogram have at most `BITS` bits.
 
-    pivot: float
-    exponent: int
+    Args:
+        coarse: int64 (65536,), not empty.
+    """
+    cumulative = np.cumsum(coarse)
+    middle = int(np.searchsorted(cumulative, (cumulative[-1] - 1) // 2, side="right"))
+    pivot = float(key_values(np.array([middle << 16]))[0])
+    farthest = max(abs(bound - pivot) for bound in outermost_bounds(coarse))
+    return Steps(pivot=pivot, exponent=BITS - math.frexp(farthest)[1])
 
-    @classmethod
-    def of(cls, coarse: np.ndarray) -> Steps:
-        """Choose the finest steps in which all values of a pooled coarse histogram have at most `BITS` bits.
 
-        Args:
-            coarse: int64 (65536,), not empty.
-        """
-        cumulative = np.cumsum(coarse)
-        middle = int(np.searchsorted(cumulative, (cumulative[-1] - 1) // 2, side="right"))
-        pivot = float(key_values(np.array([middle << 16]))[0])
-        farthest = max(abs(bound - pivot) for bound in outermost_bounds(coarse))
-        return cls(pivot, BITS - math.frexp(farthest)[1])
+def whole_numbers(values: np.ndarray, steps: Steps) -> np.ndarray:
+    """Return the int64 whole numbers that stand for float32 values.
 
-    def whole_numbers(self, values: np.ndarray) -> np.ndarray:
-        """Return the int64 whole numbers that stand for float32 values.
-
-        Raises:
-            StatisticsError: A value is farther from the pivot than the steps allow for.
-        """
-        with np.errstate(over="ignore"):  # infinite, which is refused
-            scaled = np.rint(np.ldexp(values.astype(np.float64) - self.pivot, self.exponent))
-        if scaled.size and not np.abs(scaled).max() <= 2.0**BITS:
-            raise StatisticsError(
-                "the steps in which intensities are to be summed do not reach as far as this site's values: nothing "
-                "more is sent. Ask the coordinating site which version it runs"
-            )
-        return scaled.astype(np.int64)
+    Raises:
+        StatisticsError: A value is farther from the pivot than the steps allow for.
+    """
+    with np.errstate(over="ignore"):  # infinite, which is refused
+        scaled = np.rint(np.ldexp(values.astype(np.float64) - steps.pivot, steps.exponent))
+    if scaled.size and not np.abs(scaled).max() <= 2.0**BITS:
+        raise StatisticsError(
+            "the steps in which intensities are to be summed do not reach as far as this site's values: nothing "
+            "more is sent. Ask the coordinating site which version it runs"
+        )
+    return scaled.astype(np.int64)
 
 
 # ------------------------------------------------------------------------------------------------- one site's part
@@ -84,7 +78,7 @@ def integer_sums(values: np.ndarray, counts: np.ndarray, steps: Steps) -> tuple[
         weights = counts[part].astype(np.int64)
         if (weights < 0).any() or weights.sum(dtype=np.float64) > _MOST_IN_CHUNK:
             raise StatisticsError("intensities have negative or impossibly large counts")
-        numbers = steps.whole_numbers(values[part])
+        numbers = whole_numbers(values[part], steps)
         sizes = _limbs(np.abs(numbers))
         signed = weights * np.sign(numbers)
         first += sum(int(limb @ signed) << (_LIMB * place) for place, limb in enumerate(sizes))
@@ -103,26 +97,18 @@ def _limbs(numbers: np.ndarray) -> tuple[np.ndarray, ...]:
 
 # --------------------------------------------------------------------------------------------------- as they travel
 def to_words(first: int, second: int) -> np.ndarray:
-    """Return both sums mod 2^128 as uint64 (4,): the lower and the upper word of each."""
+    """Return both sums as uint64 (4,), whose sums over up to 64 sites `from_words` takes."""
+    lower = (1 << _LOWER_BITS) - 1
     return np.array(
-        [(number >> (_WORD * word)) % (1 << _WORD) for number in (first, second) for word in range(WORDS_PER_SUM)],
-        np.uint64,
+        [word for number in (first, second) for word in (number & lower, (number >> _LOWER_BITS) % _WORD)], np.uint64
     )
-
-
-def add_words(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Add sums as they travel, mod 2^128."""
-    return to_words(*(a + b for a, b in zip(from_words(one), from_words(other), strict=True)))
 
 
 def from_words(words: np.ndarray) -> tuple[int, int]:
-    """Return the sum of the numbers, which may be negative, and that of the squares."""
-    first, second = (
-        sum(int(word) << (_WORD * place) for place, word in enumerate(pair))
-        for pair in (words[:WORDS_PER_SUM], words[WORDS_PER_SUM:])
-    )
-    size = 1 << (_WORD * WORDS_PER_SUM)
-    return first - size if first >= size >> 1 else first, second
+    """Return the sum of the numbers, which may be negative, and that of their squares."""
+    low_1, high_1, low_2, high_2 = map(int, words)
+    signed = high_1 - _WORD if high_1 >= _WORD >> 1 else high_1
+    return low_1 + (signed << _LOWER_BITS), low_2 + (high_2 << _LOWER_BITS)
 
 
 # ---------------------------------------------------------------------------------------------------------- pooling

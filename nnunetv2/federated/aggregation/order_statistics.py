@@ -13,29 +13,19 @@ As in `fingerprint_statistics`, which does the same with the two halves of float
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from nnunetv2.federated.aggregation.fingerprint_statistics import NUM_BINS, interpolate, locate, neighbours
 from nnunetv2.federated.errors import StatisticsError
+from nnunetv2.federated.protocol.secure_fingerprint_messages import Branch
 
 LEVELS = 4
 _DIGIT_BITS = 16
 _DIGITS = np.uint64(NUM_BINS - 1)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """The values that begin with the same bits."""
-
-    prefix: int
-    """These bits: none at level 0, then 16, 32, 48; 64 when the value is found."""
-    below: int
-    """How many values are smaller than all of them."""
-
-
-ROOT = (Branch(0, 0),)
+ROOT = (Branch(prefix=0, below=0),)
 """What is looked into first: all values."""
 
 
@@ -81,7 +71,7 @@ def narrow(branches: Sequence[Branch], histograms: np.ndarray, ranks: Iterable[i
             raise StatisticsError("the sites' counts do not hold the rank that is looked for")
         digit, inside = locate(histogram, rank - branch.below)
         prefix = branch.prefix << _DIGIT_BITS | digit
-        found[prefix] = Branch(prefix, rank - inside)
+        found[prefix] = Branch(prefix=prefix, below=rank - inside)
     return tuple(found[prefix] for prefix in sorted(found))
 
 

@@ -11,7 +11,6 @@ from nnunetv2.federated.aggregation import geometry_quantiles as quantiles
 from nnunetv2.federated.aggregation.order_statistics import (
     LEVELS,
     ROOT,
-    Branch,
     count_digits,
     median_of,
     narrow,
@@ -20,6 +19,7 @@ from nnunetv2.federated.aggregation.order_statistics import (
     value_at,
 )
 from nnunetv2.federated.errors import StatisticsError
+from nnunetv2.federated.protocol.secure_fingerprint_messages import Branch
 
 LENGTHS = st.one_of(st.floats(0, 1e5), st.sampled_from([0.0, -0.0, 0.6836, 0.7, 1.0, 5.0, 5e-324]))
 VALUES = st.lists(LENGTHS, min_size=1, max_size=60)
@@ -76,7 +76,7 @@ def test_values_that_do_not_sort_by_their_bits_are_refused(bad):
 @pytest.mark.parametrize("histogram", [np.zeros((1, 65536), np.uint64), np.full((1, 65536), 2**63, np.uint64)])
 def test_counts_without_the_wanted_rank_are_refused(histogram):
     with pytest.raises(StatisticsError, match="do not hold the rank"):
-        narrow((Branch(0, 0),), histogram, [3])
+        narrow((Branch(prefix=0, below=0),), histogram, [3])
 
 
 # ------------------------------------------------------------------------------------------- geometry of all cases
