@@ -32,10 +32,19 @@ LEAST_SITES = 2
 MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 
 
+class Secure(Part):
+    """How updates and statistics are added up where nobody is to see a single one."""
+
+    k: Annotated[int, Field(ge=3, le=64)] = 3
+    """No sum has fewer sites."""
+    geometry: Literal["list", "quantiles"] = "list"
+    """What is told of shapes and spacings: those of all cases, of nobody in particular, or order statistics only."""
+
+
 class FederationSettings(WithPrecision):
     """What holds for every site of a federation, fixed when it was created."""
 
-    ADDED = ("precision", "min_sites")
+    ADDED = ("precision", "min_sites", "secure")
 
     federation: Text
     sites: SiteNames
@@ -54,6 +63,8 @@ class FederationSettings(WithPrecision):
     """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
     min_sites: MinSites = LEAST_SITES
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
+    secure: Secure | None = None
+    """Set where updates and statistics are masked, so that only their sums can be seen."""
 
 
 def check_floor(settings: FederationSettings) -> None:

@@ -31,6 +31,13 @@ from nnunetv2.federated.protocol.messages import (
     Validation,
     WantedBins,
 )
+from nnunetv2.federated.protocol.secure_messages import (
+    Confirmation,
+    Confirmed,
+    MaskedUpdate,
+    Survivors,
+    UnmaskingShares,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -205,13 +212,37 @@ class InitialKey(RunKey[Update, Aggregate]):
     kind, pattern = "initial", "runs/{run}/initial"
 
 
-class RoundKey(NumberedKey[Update, Aggregate]):
-    """The sites average their weights."""
+class UploadKey(NumberedKey[MaskedUpdate, Survivors | Aggregate]):
+    """The sites send masked weights of a round, and learn whose have arrived."""
+
+    kind, pattern = "upload", "runs/{run}/uploads/{number}"
+
+
+class SurvivorsKey(NumberedKey[Confirmation, Confirmed | Aggregate]):
+    """The sites of a round confirm to each other whose masked weights are there."""
+
+    kind, pattern = "survivors", "runs/{run}/survivors/{number}"
+
+
+class RoundKey(NumberedKey[Update | UnmaskingShares, Aggregate]):
+    """The sites average their weights; where these are masked, they help to unmask the sum."""
 
     kind, pattern = "round", "runs/{run}/rounds/{number}"
 
 
-class ValidationKey(NumberedKey[Validation, PooledValidation]):
+class ValidationUploadKey(NumberedKey[MaskedUpdate, Survivors]):
+    """The sites send masked counts of a validation."""
+
+    kind, pattern = "validation_upload", "runs/{run}/validations/{number}/uploads"
+
+
+class ValidationSurvivorsKey(NumberedKey[Confirmation, Confirmed]):
+    """The sites of a validation confirm to each other whose masked counts are there."""
+
+    kind, pattern = "validation_survivors", "runs/{run}/validations/{number}/survivors"
+
+
+class ValidationKey(NumberedKey[Validation | UnmaskingShares, PooledValidation]):
     """The sites add up their validations of the aggregate of a round."""
 
     kind, pattern = "validation", "runs/{run}/validations/{number}"
