@@ -79,6 +79,9 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
                 "invitation_used",
                 "invitation_expired",
                 "token_reused",
+                "identity_missing",
+                "identity_taken",
+                "identity_changed",
                 "too_large",
             ),
         )
@@ -91,6 +94,13 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             body=api.SettingsChange,
             answers={200: api.FederationSettings},
         ),
+    },
+    "/v1/roster": {
+        "get": Operation(
+            summary="The identities of the sites that have joined, where they aggregate securely. Compare the number.",
+            who="member",
+            answers={200: api.Roster},
+        )
     },
     "/v1/status": {
         "get": Operation(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nnunetv2.federated.coordinator.http.endpoint import Endpoint
     from nnunetv2.federated.coordinator.http.tls import Certificate
     from nnunetv2.federated.coordinator.service import Coordinator
-    from nnunetv2.federated.coordinator.storage.store import InvitationRecord, Store
+    from nnunetv2.federated.coordinator.storage.store import Store
     from nnunetv2.federated.protocol.api import FederationSettings
 
 DEFAULT_EPOCHS = 1000
@@ -292,14 +292,18 @@ def log(line: str) -> None:
         show(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
 
-def print_invitations(invitations: Sequence[InvitationRecord], federation: str, endpoint: Endpoint) -> None:
+def print_invitations(coordinator: Coordinator, endpoint: Endpoint) -> None:
     """Print what every member that has not joined has to type."""
+    members, federation = coordinator.members, coordinator.settings.federation
+    invitations = members.open_invitations(time.time())
     with suppress(OSError):
         if invitations:
             show("Send each site its own line; a line is good for one site, once, until it expires:")
         for record in invitations:
             assert record.secret is not None, "an open invitation has its secret"
-            invitation = endpoint.invitation(federation, record.member, record.secret)
+            invitation = endpoint.invitation(
+                federation, record.member, record.secret, with_identity=members.needs_identity(record.member)
+            )
             show(f"  {record.member}:  {shell_command('nnUNetv2_fed_join', invitation)}")
         sys.stdout.flush()
 
@@ -334,7 +338,7 @@ def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             settings = coordinator.settings
-            print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, endpoint)
+            print_invitations(coordinator, endpoint)
             log(
                 f"{settings.federation} with {', '.join(settings.sites)} is served at {endpoint.url}; "
                 f"folder {store.folder}"

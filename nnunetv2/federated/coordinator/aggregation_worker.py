@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 
 from nnunetv2.federated.coordinator.members import Members
 from nnunetv2.federated.coordinator.models.model_store import ModelStore
 from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.errors import FederationError, RefusedError, reason_without_paths
-from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, close_with, may_close, refuse_with
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, may_close, refuse_with
 from nnunetv2.federated.exchanges.steps import step_of
 from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RoundKey, RunKey, ValidationKey
 
@@ -153,7 +154,8 @@ class AggregationWorker:
         state.store.result_folder(exchange.key)
         self._remarks = ()
         try:
-            done = close_with(exchange, state.clock())
+            outcome = step_of(exchange.key).outcome(exchange, state.clock(), state.registry)
+            done = replace(exchange, outcome=outcome)
             computed = step_of(done.key).close(done, state.settings, state.documents)
         except FederationError as error:
             refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")

@@ -107,12 +107,22 @@ class Coordinator:
 
     def join(self, request: api.JoinRequest) -> api.JoinAnswer:
         """Let a member join; see `Members.join`."""
-        member, is_new = self.members.join(request.invitation, request.token)
+        before = self.members.identity_of(request.token.partition(".")[0])
+        member, is_new = self.members.join(request.invitation, request.token, request.identity)
         if is_new:
             self.state.log(f"{member.role} {member.name} has joined")
+        if is_new and request.identity is not None and before not in (None, request.identity):
+            self.state.log(
+                f"site {member.name} has another identity than before: the other sites refuse it until their people "
+                "have compared the new number of the roster (nnUNetv2_fed_roster --verified)"
+            )
         return api.JoinAnswer(
             federation=self.settings.federation, site=member.name, role=member.role, settings=self.settings
         )
+
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites that take part."""
+        return api.Roster(sites=self.members.identities())
 
     def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
         """Invite a member and return the secret of its invitation; see `Members.invite`."""
@@ -309,7 +319,7 @@ class Coordinator:
         is_gone = self.state.store.load_result_digest(key) is None
         if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):
             key = step.newest(key, self.state.registry)
-        names = step.tensors_for(key, site, self.state.documents)
+        names = step_of(key).tensors_for(key, site, self.state.documents)
         if names is None:
             return Result(str(key), self.state.store.result_path(key), self.state.store.load_result_digest(key) or "")
         return self._subset(key, names)

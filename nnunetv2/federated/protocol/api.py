@@ -16,6 +16,7 @@ from nnunetv2.federated.protocol.messages import (
     LongText,
     Part,
     Positive,
+    PublicKey,
     SiteName,
     SiteNames,
     Text,
@@ -130,11 +131,15 @@ class InviteAnswer(Part):
     expires: Finite
 
 
-class JoinRequest(Part):
+class JoinRequest(WithAdditions):
+    ADDED = ("identity",)
+
     protocol: Literal[1] = PROTOCOL
     invitation: Annotated[str, Field(min_length=1, max_length=500)]
     token: Annotated[str, Field(min_length=16, max_length=500)]
     """The secret that the site has made for itself and stored before asking."""
+    identity: PublicKey | None = None
+    """Public part of the key that the site signs with, where the federation aggregates securely."""
 
 
 class JoinAnswer(Part):
@@ -144,6 +149,12 @@ class JoinAnswer(Part):
     """Name of the member, which may be an observer or an operator too."""
     role: Literal["site", "observer", "operator"] = "site"
     settings: FederationSettings
+
+
+class Roster(Part):
+    """The identities of the sites that have joined, as the coordinator tells them. People compare its number."""
+
+    sites: Annotated[dict[SiteName, PublicKey], Field(max_length=MAX_SITES)]
 
 
 class Offer(Part):

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.privacy.identities import public_of
+from nnunetv2.federated.privacy.require_secure import VARIABLE, check_settings, required_k
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.certificates import check_chain, fingerprint_of, only_certificate
 from nnunetv2.federated.protocol.invitation import Invitation, check_transport_is_safe, check_url
@@ -20,6 +22,7 @@ from nnunetv2.federated.site.credential import (
     new_token,
     save_credential,
 )
+from nnunetv2.federated.site.identity import make_identity
 from nnunetv2.federated.site.transports.http_requests import (
     CONNECT_TIMEOUT_S,
     check_status,
@@ -41,7 +44,8 @@ def join(
 ) -> str:
     """Accept an invitation, save the credential, and return a line about it.
 
-    The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated.
+    The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated. So is
+    the site's identity, where the federation aggregates securely; it stays the same when the site joins again.
 
     Args:
         replace: Give up the credential of another federation, or of another name in this one.
@@ -52,11 +56,13 @@ def join(
 
     Raises:
         RefusedError: The coordinator does not accept the invitation.
+        NotAllowedError: The federation protects less than `nnUNet_fed_require_secure` asks for.
         FederationError: The credential of another federation is in the way, the coordinator is not the one that the
             invitation speaks of, or the client certificate cannot be used.
     """
     path = path or credential_path()
     check_transport_is_safe(invitation.url, insecure=insecure)
+    _check_invitation(invitation)
     known = _credential_in_the_way(invitation, path, replace=replace)
     pending = path.with_name(path.name + ".joining")
     certificate, key = (None if file is None else str(file.resolve()) for file in (client_certificate, client_key))
@@ -75,8 +81,9 @@ def join(
         _hash(invitation.secret),
     )
     save_credential(credential, pending)
+    identity = public_of(make_identity(path)) if invitation.secure else None
     try:
-        answer = request_to_join(credential, invitation.secret)
+        answer = request_to_join(credential, invitation.secret, identity)
     except RefusedError:
         pending.unlink()
         if authority is not None:
@@ -84,10 +91,34 @@ def join(
         raise
     if answer.settings.precision != "float32":
         credential = dataclasses.replace(credential, precision=answer.settings.precision)
+    if invitation.secure:
+        _check_settings(answer.settings)
+    if answer.settings.secure is not None:
+        credential = dataclasses.replace(credential, secure=answer.settings.secure.k)
     _settle(credential, pending, path)
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
     return f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+
+
+def _check_invitation(invitation: Invitation) -> None:
+    """Raise NotAllowedError if an invitation promises less protection than this site requires."""
+    required = required_k()
+    if required is not None and not invitation.secure:
+        raise NotAllowedError(
+            f"{invitation.federation} does not aggregate securely, and this site requires secure sums of {required} "
+            f"sites or more ({VARIABLE}): nothing was sent. Ask the coordinating site"
+        )
+
+
+def _check_settings(settings: api.FederationSettings) -> None:
+    """Raise NotAllowedError if a federation protects less than its invitation promised, or this site requires."""
+    if settings.secure is None:
+        raise NotAllowedError(
+            f"{settings.federation} does not aggregate securely, although the invitation says so: this site has not "
+            "joined. Tell the coordinating site"
+        )
+    check_settings(settings, None)
 
 
 def _fetch_authority(invitation: Invitation, pending: Path, certificate: str | None, key: str | None) -> Path:
@@ -167,9 +198,9 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def request_to_join(credential: SiteCredential, invitation: str) -> api.JoinAnswer:
-    """Send the secret of an invitation and the site's new token, once."""
-    request = api.JoinRequest(invitation=invitation, token=credential.token)
+def request_to_join(credential: SiteCredential, invitation: str, identity: str | None = None) -> api.JoinAnswer:
+    """Send the secret of an invitation, the site's new token and the public part of its identity, once."""
+    request = api.JoinRequest(invitation=invitation, token=credential.token, identity=identity)
     with (
         open_session(credential, with_token=False) as session,
         translated_errors(),

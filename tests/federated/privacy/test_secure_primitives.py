@@ -66,7 +66,7 @@ def test_the_stream_is_aes_256_in_counter_mode():
 
 def test_a_seed_of_another_size_is_refused():
     with pytest.raises(ValueError, match="32 bytes"):
-        masking.Keystream(b"short", np.dtype("<u4"))
+        masking.Keystreams([b"short"], [], np.dtype("<u4"))
 
 
 # ------------------------------------------------------------------------------------------------------------- keys

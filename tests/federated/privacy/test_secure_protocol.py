@@ -69,7 +69,7 @@ def add_up(meeting, lanes, uploads, survivors, answers, least=K):
             total = np.zeros(lane.length, WORDS[lane.dtype])
             for site in survivors[lane.name]:
                 total += uploads[site][0][lane.name]
-            protocol.unmask_(total, masks[lane.name])
+            protocol.unmask_(total, lane, masks[lane.name])
             sums[lane.name] = total
     return sums, false
 

@@ -55,8 +55,8 @@ def test_an_invitation_that_was_never_made_is_refused(federation, tmp_path, chan
 def test_an_interrupted_join_goes_on_with_the_token_that_was_sent(federation, tmp_path, monkeypatch):
     path, invitation = tmp_path / "site.json", invitation_for(federation, "D")
 
-    def answer_gets_lost(credential, secret):
-        request_to_join(credential, secret)
+    def answer_gets_lost(*request):
+        request_to_join(*request)
         raise CoordinatorUnreachable("the connection broke")
 
     request_to_join = enrolment.request_to_join
@@ -95,7 +95,7 @@ def test_a_refused_join_leaves_the_authority_of_the_credential_that_it_would_rep
     assert sorted(file.name for file in tmp_path.iterdir()) == ["site.json", "site.json.ca.pem"]
 
     answer = api.JoinAnswer(federation="test", site="E", role="site", settings=make_settings())
-    monkeypatch.setattr(enrolment, "request_to_join", lambda credential, secret: answer)
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: answer)
     join(invitation, path=path, replace=True)
     monkeypatch.chdir("/")
     after = load_credential(tmp_path / path)
@@ -121,7 +121,7 @@ def test_the_pinned_authority_is_written_anew(tmp_path, monkeypatch):
     told = "\r\n" + GENUINE.replace("\n", "\r\n") + "  \n"
     monkeypatch.setattr(enrolment, "fetch_authority", lambda url, **others: told)
     answer = api.JoinAnswer(federation="test", site="A", role="site", settings=make_settings())
-    monkeypatch.setattr(enrolment, "request_to_join", lambda credential, secret: answer)
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: answer)
     join(Invitation("https://c.example:8750", "test", "A", "s", fingerprint_of(GENUINE)), path=tmp_path / "site.json")
     assert (tmp_path / "site.json.ca.pem").read_text() == GENUINE
 

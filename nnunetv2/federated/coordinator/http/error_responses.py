@@ -40,6 +40,9 @@ STATUS_OF_CODE = {
     "invitation_used": 403,
     "invitation_expired": 403,
     "token_reused": 409,
+    "identity_missing": 403,
+    "identity_taken": 409,
+    "identity_changed": 409,
     "name_taken": 409,
     "too_many_sites": 409,
     # what there is not

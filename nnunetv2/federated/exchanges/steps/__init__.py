@@ -13,6 +13,8 @@ from nnunetv2.federated.exchanges.steps.coarse_histogram import CoarseHistogramS
 from nnunetv2.federated.exchanges.steps.fine_histogram import FineHistogramStep
 from nnunetv2.federated.exchanges.steps.initial_weights import InitialWeightsStep
 from nnunetv2.federated.exchanges.steps.late_join import AdmissionStep, LateCensusStep, LatePlansStep
+from nnunetv2.federated.exchanges.steps.masked_round import RoundSurvivorsStep, RoundUploadStep
+from nnunetv2.federated.exchanges.steps.masked_validation import ValidationSurvivorsStep, ValidationUploadStep
 from nnunetv2.federated.exchanges.steps.plans import PlansStep
 from nnunetv2.federated.exchanges.steps.registration import RegistrationStep
 from nnunetv2.federated.exchanges.steps.training_round import TrainingRoundStep
@@ -31,7 +33,11 @@ STEPS: tuple[AnyStep, ...] = (
     RegistrationStep(),
     AdmissionStep(),
     InitialWeightsStep(),
+    RoundUploadStep(),
+    RoundSurvivorsStep(),
     TrainingRoundStep(),
+    ValidationUploadStep(),
+    ValidationSurvivorsStep(),
     ValidationStep(),
 )
 _STEP_OF_KEY: dict[type[Key], AnyStep] = {step.key: step for step in STEPS}

@@ -15,7 +15,7 @@ from nnunetv2.federated.errors import StatisticsError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.consistency import first_change
 from nnunetv2.federated.exchanges.documents import DocumentReader
-from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy, changed_since
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy, changed_since, close_with
 from nnunetv2.federated.privacy.plans_redaction import without_extrema
 from nnunetv2.federated.protocol.api import FederationSettings, RunState
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec, check_tensors, write_document
@@ -62,6 +62,14 @@ class State(Protocol):
         """Return the number of the last round of a run that is closed, or None."""
         ...
 
+    def cohort(self, run: str, number: int) -> frozenset[str]:
+        """Name the sites that mask with each other in a round; none before it is known."""
+        ...
+
+    def next_cohort(self, run: str, number: int, missing: Iterable[str]) -> tuple[str, ...]:
+        """Name the sites that mask in the round after one that closes now without those that are missing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -102,6 +110,14 @@ class Step(Generic[K, Q, R]):
     def required(self, key: K, reader: DocumentReader) -> Iterable[str]:
         """Return the sites without which no deadline closes it. What comes before is closed."""
         return ()
+
+    def floor(self, key: K, state: State) -> int:
+        """Return how many contributions there must be, whatever happens."""
+        return state.settings.min_sites if self.policy.pooled else 1
+
+    def closes_at(self, key: K, state: State) -> int | None:
+        """Return how many contributions close it at any time, or None."""
+        return None
 
     def may_read(self, key: K, site: str, state: State) -> bool:
         """Tell whether a site may have the result although it is not expected: because it takes part in the run."""
@@ -177,6 +193,10 @@ class Step(Generic[K, Q, R]):
         return comparable(before), comparable(now)
 
     # -------------------------------------------------------------------------------------------------- closing
+    def outcome(self, exchange: Exchange, now: float, state: State) -> Closed:
+        """Return whose contributions count in an exchange that closes now, and who is missing."""
+        return closed_outcome(close_with(exchange, now))
+
     def close(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
         """Compute the result of an exchange and write it to its place.
 

@@ -6,7 +6,7 @@ be entered at any word, so that a long vector may be worked on tensor by tensor,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,32 +21,43 @@ _BLOCK_BYTES = 1 << 17
 _ZEROS = bytes(_BLOCK_BYTES)
 
 
-class Keystream:
-    """The words of one stream, in order.
+class Keystreams:
+    """Streams that are added to a vector and subtracted from it, from one of its words on, part by part.
 
     Args:
-        seed: 32 bytes.
+        plus: Seeds of the streams to add.
+        minus: Seeds of those to subtract.
         dtype: Little-endian unsigned words.
         begin: The first word wanted.
     """
 
-    def __init__(self, seed: bytes, dtype: np.dtype, begin: int = 0) -> None:
+    def __init__(self, plus: Iterable[bytes], minus: Iterable[bytes], dtype: np.dtype, begin: int = 0) -> None:
         self._dtype = dtype
         self._buffer = bytearray(_BLOCK_BYTES + _CIPHER_BLOCK - 1)
-        counter, skipped = divmod(begin * dtype.itemsize, _CIPHER_BLOCK)
-        self._cipher = _encryptor(seed, counter)
-        self._cipher.update_into(_ZEROS[:skipped], self._buffer)
+        """One for all streams: whatever their number, memory is flat."""
+        self._added = [self._from(seed, begin) for seed in plus]
+        self._subtracted = [self._from(seed, begin) for seed in minus]
 
-    def words(self, count: int) -> np.ndarray:
-        """Return the next words, of at most a block; they are valid until the next are asked for."""
+    def apply_(self, words: np.ndarray) -> None:
+        """Add and subtract the next words of all streams, in place."""
+        size = _BLOCK_BYTES // self._dtype.itemsize
+        for start in range(0, words.size, size):
+            block = words[start : start + size]
+            for cipher in self._added:
+                block += self._next(cipher, block.size)
+            for cipher in self._subtracted:
+                block -= self._next(cipher, block.size)
+
+    def _next(self, cipher: CipherContext, count: int) -> np.ndarray:
         size = count * self._dtype.itemsize
-        self._cipher.update_into(_ZEROS if size == _BLOCK_BYTES else memoryview(_ZEROS)[:size], self._buffer)
+        cipher.update_into(_ZEROS if size == _BLOCK_BYTES else memoryview(_ZEROS)[:size], self._buffer)
         return np.frombuffer(self._buffer, self._dtype, count)
 
-
-def words_per_block(dtype: np.dtype) -> int:
-    """Return how many words are masked at a time."""
-    return _BLOCK_BYTES // dtype.itemsize
+    def _from(self, seed: bytes, begin: int) -> CipherContext:
+        counter, skipped = divmod(begin * self._dtype.itemsize, _CIPHER_BLOCK)
+        cipher = _encryptor(seed, counter)
+        cipher.update_into(_ZEROS[:skipped], self._buffer)
+        return cipher
 
 
 def apply_masks_(words: np.ndarray, *, plus: Iterable[bytes], minus: Iterable[bytes], begin: int = 0) -> None:
@@ -58,20 +69,7 @@ def apply_masks_(words: np.ndarray, *, plus: Iterable[bytes], minus: Iterable[by
         minus: Seeds of those to subtract.
         begin: Place of the first of these words in the whole vector, where this is a part of one.
     """
-    added = [Keystream(seed, words.dtype, begin) for seed in plus]
-    subtracted = [Keystream(seed, words.dtype, begin) for seed in minus]
-    mask_block_by_block_(words, added, subtracted)
-
-
-def mask_block_by_block_(words: np.ndarray, added: Sequence[Keystream], subtracted: Sequence[Keystream]) -> None:
-    """Add and subtract the next words of streams, in place."""
-    size = words_per_block(words.dtype)
-    for start in range(0, words.size, size):
-        block = words[start : start + size]
-        for stream in added:
-            block += stream.words(block.size)
-        for stream in subtracted:
-            block -= stream.words(block.size)
+    Keystreams(plus, minus, words.dtype, begin).apply_(words)
 
 
 def _encryptor(seed: bytes, counter: int) -> CipherContext:

@@ -40,7 +40,7 @@ from nnunetv2.federated.privacy.secure_aggregation.key_agreement import (
     seal_envelope,
     with_lengths,
 )
-from nnunetv2.federated.privacy.secure_aggregation.masking import SEED_BYTES, apply_masks_
+from nnunetv2.federated.privacy.secure_aggregation.masking import SEED_BYTES, Keystreams, apply_masks_
 
 MIN_SITES = 3
 """With two, each sees what the other has sent."""
@@ -451,9 +451,14 @@ def _masks_of(
     return masks
 
 
-def unmask_(total: np.ndarray, masks: Masks, begin: int = 0) -> None:
-    """Take the masks from a sum of masked vectors, or from a part of it that begins at a word, in place."""
-    apply_masks_(total, plus=masks.minus, minus=masks.plus, begin=begin)
+def unmasking(masks: Masks, lane: Lane, begin: int = 0) -> Keystreams:
+    """Return what takes the masks from a sum of masked vectors, part by part, from a word on."""
+    return Keystreams(masks.minus, masks.plus, WORDS[lane.dtype], begin)
+
+
+def unmask_(total: np.ndarray, lane: Lane, masks: Masks) -> None:
+    """Take the masks from a sum of masked vectors in place."""
+    unmasking(masks, lane).apply_(total)
 
 
 def check_sum(lane: Lane, check_words: np.ndarray, weights: Mapping[str, int], sites: Sequence[str]) -> None:

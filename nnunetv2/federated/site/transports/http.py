@@ -25,7 +25,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
 from nnunetv2.federated.exchanges.steps import step_of
-from nnunetv2.federated.privacy import allow_list
+from nnunetv2.federated.privacy import allow_list, require_secure
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.federated.protocol.invitation import check_transport_is_safe
@@ -191,12 +191,14 @@ class HttpTransport:
             patience_s: How long the coordinator may be away, where that differs from `give_up_after_s`.
 
         Raises:
-            NotAllowedError: The allow-list of this site does not name a field or tensor; nothing was sent.
+            NotAllowedError: The allow-list of this site does not name a field or tensor, or the message is in clear
+                and this site requires secure sums; nothing was sent.
         """
         if isinstance(message, messages.Registration) and isinstance(key, RunKey):
             self._weights_bytes[key.run] = results.weights_bytes(message)
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
+        require_secure.check_message(key, message, self.credential.secure)
         allow_list.check_document(message, specs, url=self.credential.url)
         document = OutgoingDocument(message, specs, tensors)
         offer = api.Offer(digest=document.digest, size=document.size)
@@ -255,6 +257,10 @@ class HttpTransport:
     def settings(self, *, patience_s: float | None = None) -> api.FederationSettings:
         """Return the settings of the federation."""
         return self._persist(lambda: self._ask("GET", "settings", api.FederationSettings), patience_s)
+
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites, as the coordinator tells them."""
+        return self._persist(lambda: self._ask("GET", "roster", api.Roster))
 
     def run_state(self, run: str, *, plans: str | None = None) -> api.RunState:
         """Return the state of a run; with `plans`, of the one with these plans."""

@@ -1,0 +1,240 @@
+"""Collect the masked weights of a round, confirm whose have arrived, and average what can be unmasked.
+
+Unmasking itself is the round's own exchange (`training_round.py`), whose result is the aggregate as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from nnunetv2.federated.aggregation.weighted_mean import write_computed
+from nnunetv2.federated.errors import AggregationError, RefusedError
+from nnunetv2.federated.exchanges.documents import DocumentReader, start_of
+from nnunetv2.federated.exchanges.exchange import Exchange, Policy
+from nnunetv2.federated.exchanges.masked_codecs import masked_codec_of
+from nnunetv2.federated.exchanges.secure_sums import (
+    EARLIER,
+    EARLIER_FIGURES,
+    FIGURES,
+    TRAINING_FIGURES,
+    RoundPlan,
+    SecureSum,
+    bits_of,
+)
+from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
+from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, Opened, UploadStep
+from nnunetv2.federated.privacy.secure_aggregation.fixed_point import decode_figure
+from nnunetv2.federated.privacy.secure_aggregation.protocol import CHECK_WORDS
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import DTYPES, TensorSpec
+from nnunetv2.federated.protocol.keys import ExchangeKey, RoundKey, SurvivorsKey, UploadKey
+from nnunetv2.federated.protocol.messages import Aggregate, NextRound
+from nnunetv2.federated.protocol.secure_messages import Confirmed, Survivors
+
+_BLOCK = 1 << 15
+"""Words summed at a time: they stay in the processor's cache."""
+
+
+class RoundUploadStep(UploadStep[UploadKey]):
+    """The sites of a round send masked weights."""
+
+    key = UploadKey
+    results = (Survivors, Aggregate)
+    policy = Policy(
+        pooled=True,
+        by_quorum=True,
+        first_stays=True,
+        carries_weights=True,
+        pauses_with_run=True,
+        stops_with_run=True,
+    )
+
+    def prerequisite(self, key: UploadKey) -> ExchangeKey[Any, Aggregate]:
+        """Return the round before, or what the first one begins with."""
+        return start_of(RoundKey(key.run, key.number))
+
+    def check_may_begin(self, key: UploadKey, settings: FederationSettings) -> None:
+        """Raise RefusedError if this federation does not mask, or runs have fewer rounds."""
+        super().check_may_begin(key, settings)
+        if settings.num_epochs is not None and key.number >= settings.num_epochs:
+            raise RefusedError(
+                f"{key}: the run has {settings.num_epochs} rounds, counted from 0", code="unknown_gathering"
+            )
+
+    def sum_of(self, key: UploadKey, reader: DocumentReader) -> SecureSum:
+        """Return what is added up."""
+        return reader.round_plan(RoundKey(key.run, key.number)).sum
+
+    def cohort(self, key: UploadKey, state: State) -> frozenset[str]:
+        """Name the sites that mask with each other."""
+        return state.cohort(key.run, key.number)
+
+    def expected(self, key: UploadKey, state: State) -> frozenset[str]:
+        """Return the members of the run among them."""
+        return self.cohort(key, state) & state.members(key.run)
+
+    def newest(self, key: UploadKey, state: State) -> Any:
+        """Return the last round that is closed, for sites that come when this one is over."""
+        latest = state.latest_number(key.run)
+        return key if latest is None or latest < key.number else RoundKey(key.run, latest)
+
+    def describe(self, key: UploadKey) -> str:
+        """Return run and number."""
+        return f"run {key.run}, masked updates of round {key.number}"
+
+
+class RoundSurvivorsStep(ConfirmationStep[SurvivorsKey]):
+    """The sites of a round sign whose masked weights are there."""
+
+    key = SurvivorsKey
+    results = (Confirmed, Aggregate)
+    policy = Policy(first_stays=True, stops_with_run=True)
+
+    def upload_key(self, key: SurvivorsKey) -> UploadKey:
+        """Return the exchange of the masked weights."""
+        return UploadKey(key.run, key.number)
+
+    def sum_of(self, key: SurvivorsKey, reader: DocumentReader) -> SecureSum:
+        """Return what is added up."""
+        return reader.round_plan(RoundKey(key.run, key.number)).sum
+
+    def cohort(self, key: SurvivorsKey, state: State) -> frozenset[str]:
+        """Name the sites that mask with each other."""
+        return state.cohort(key.run, key.number)
+
+    def newest(self, key: SurvivorsKey, state: State) -> Any:
+        """Return the last round that is closed, for sites that come when this one is over."""
+        latest = state.latest_number(key.run)
+        return key if latest is None or latest < key.number else RoundKey(key.run, latest)
+
+    def describe(self, key: SurvivorsKey) -> str:
+        """Return run and number."""
+        return f"run {key.run}, survivors of round {key.number}"
+
+
+# ---------------------------------------------------------------------------------------------------- the aggregate
+def combine_round(
+    exchange: Exchange, opened: Opened, settings: FederationSettings, reader: DocumentReader
+) -> Computed:
+    """Write the mean of the weights that can be unmasked; the others keep their values."""
+    key = exchange.key
+    assert isinstance(key, RoundKey)
+    plan, outcome, agreement = reader.round_plan(key), closed_outcome(exchange), reader.agreement(key.run)
+    figures = pooled_figures(opened)
+    message = Aggregate(
+        round=key.number,
+        missing=outcome.missing,
+        contributors=dict.fromkeys(outcome.contributors, 1.0),
+        next_round=next_round(outcome.cohort, agreement.weights, typical_change=figures.get("change")),
+    )
+    places = _places(plan, opened, agreement.specs)
+    codec = masked_codec_of(agreement.match.precision)
+    with reader.result(start_of(key)) as before:
+
+        def value_of(name: str) -> np.ndarray:
+            if name not in places:
+                return before.read(name)
+            group, begin = places[name]
+            spec, total = before.spec(name), opened.total_weight(group)
+            mean = np.empty(spec.size, DTYPES[spec.dtype])
+            start = np.empty(min(_BLOCK, spec.size), DTYPES[spec.dtype])
+            for at, words in zip(
+                range(0, spec.size, _BLOCK), opened.parts(group, begin, spec.size, _BLOCK), strict=True
+            ):
+                held = start[: words.size]
+                before.read_into(name, at, held)
+                mean[at : at + _BLOCK] = codec.decode(
+                    words, held, total=total, bits=plan.weight_bits, exponent=plan.exponents[name]
+                )
+            if not np.isfinite(mean).all():
+                raise AggregationError("the mean is not finite")
+            return mean.reshape(spec.shape)
+
+        digest = write_computed(reader.result_path(key), message, before.specs, value_of)
+    kept = len(before.specs) - len(places)
+    record = _record_of_round(exchange, opened, settings, digest=digest, figures=figures, kept=kept)
+    return Computed(digest, record, tuple(_remarks(key, kept, figures)))
+
+
+def next_round(
+    cohort: tuple[str, ...], weights: Mapping[str, float], *, typical_change: float | None = None
+) -> NextRound:
+    """Return what sites are told of the round that follows."""
+    return NextRound(
+        cohort=cohort, weight_bits=bits_of(weights[site] for site in cohort), typical_change=typical_change
+    )
+
+
+def _places(plan: RoundPlan, opened: Opened, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, int]]:
+    """Return, per tensor that can be unmasked, its group and the word at which it begins."""
+    places = {}
+    for group in plan.groups:
+        if group.name in opened.masks:
+            begin = CHECK_WORDS
+            for name in group.tensors:
+                places[name] = group.name, begin
+                begin += specs[name].size
+    return places
+
+
+def pooled_figures(opened: Opened) -> dict[str, float]:
+    """Return the means of the figures that came with the updates, weighted by training cases, and counts."""
+    figures: dict[str, float] = {}
+    if (found := opened.small(FIGURES)) is not None:
+        *values, conspicuous = found
+        total = opened.total_weight(FIGURES)
+        figures.update(zip((*TRAINING_FIGURES, "change"), (decode_figure(word, total) for word in values), strict=True))
+        figures["conspicuous"] = conspicuous
+    if (found := opened.small(EARLIER)) is not None:
+        total = opened.total_weight(EARLIER)
+        figures.update(zip(EARLIER_FIGURES, (decode_figure(word, total) for word in found), strict=True))
+    return figures
+
+
+def _record_of_round(
+    exchange: Exchange,
+    opened: Opened,
+    settings: FederationSettings,
+    *,
+    digest: str,
+    figures: Mapping[str, float],
+    kept: int,
+) -> dict[str, Any]:
+    """Return what is remembered of a masked round: who took part, and what all of them have in common."""
+    outcome = closed_outcome(exchange)
+    assert isinstance(exchange.key, RoundKey)
+    number = exchange.key.number
+    earlier = {name: figures[name] for name in EARLIER_FIGURES if name in figures}
+    return {
+        "round": number,
+        "opened": exchange.opened,
+        "closed": outcome.time,
+        "digest": digest,
+        "sites": {
+            site: {"weight": float(opened.found.weights[site]), "masked": True} for site in outcome.contributors
+        },
+        "missing": list(outcome.missing),
+        "failed": sorted(exchange.dropped_out & set(outcome.missing)),
+        "outliers": [],
+        "kept": kept,
+        "pooled": {
+            "metrics": {name: figures[name] for name in TRAINING_FIGURES if name in figures},
+            "earlier": {"round": number - 1, "metrics": earlier} if earlier else None,
+            "change": figures.get("change"),
+            "conspicuous": int(figures.get("conspicuous", 0)),
+        },
+        "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),
+    }
+
+
+def _remarks(key: RoundKey, kept: int, figures: Mapping[str, float]) -> Iterator[str]:
+    if kept:
+        yield f"run {key.run}, round {key.number}: {kept} tensors keep their values, since too few sites sent them"
+    if number := int(figures.get("conspicuous", 0)):
+        yield (
+            f"{key}: {number} site{'' if number == 1 else 's'} moved more than three times as far as the sites did in "
+            "the round before; which, only the sites themselves know. They were counted"
+        )
