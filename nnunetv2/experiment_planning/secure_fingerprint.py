@@ -1,7 +1,7 @@
 """Answer, at a site, what is added up for the fingerprint of a secure federation, and refuse what no fingerprint needs.
 
-What is asked, in which order, and what follows from a sum is in `federated/aggregation/fingerprint_sums.py`; the vectors
-made here are masked before they leave (`federated/site/`).
+What is asked, in which order, and what follows from a sum is in `federated/aggregation/fingerprint_sums.py`; the
+vectors made here are masked before they leave (`federated/site/masking.py`).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class FingerprintAnswers:
     ) -> None:
         self._intensities = intensities
         self._channels = [outermost.Channel.of(*channel, hide=True) for channel in intensities]
-        self._cases = [
+        self._cases = sorted(
             Case(_triple(sample.spacing), _whole_triple(sample.shape_after_crop), float(sample.relative_size))
             for sample in samples
-        ]
+        )
         self._promotes_to_float64 = not all(sample.has_foreground for sample in samples)
         self._num_cases = num_cases
         self._others = others
@@ -63,16 +63,14 @@ class FingerprintAnswers:
         self._looks = 0
 
     @property
+    def cases(self) -> Sequence[Case]:
+        """The cases of this site, sorted."""
+        return self._cases
+
+    @property
     def asked(self) -> NextSum:
         """What is asked now."""
         return self._asked
-
-    @property
-    def num_words(self) -> int:
-        """The length of the vector that answers it."""
-        return fingerprint_sums.num_words(
-            self._asked.question, num_channels=len(self._channels), num_cases=self._num_cases
-        )
 
     def proceed(self, asked: NextSum) -> None:
         """Take in the next question.
@@ -86,8 +84,8 @@ class FingerprintAnswers:
         elif not self._follows(question):
             raise FederationError(
                 f"the coordinator wants to add up {question.what!r} after {self._asked.question.what!r}, which the "
-                f"fingerprint of a federation with --geometry {self._geometry} does not need: nothing more is sent. Ask "
-                "the coordinating site which version it runs"
+                f"fingerprint of a federation with --geometry {self._geometry} does not need: nothing more is sent. "
+                "Ask the coordinating site which version it runs"
             )
         self._asked = asked
 
@@ -120,8 +118,8 @@ class FingerprintAnswers:
         is_expected = isinstance(self._asked.question, CoarseHistograms | FineHistograms)
         if not is_expected or self._looks > MOST_LOOKS or len(question.bins) != len(self._channels):
             raise FederationError(
-                "the coordinator wants to look into intensities that no percentile needs: nothing more is sent. Ask the "
-                "coordinating site which version it runs"
+                "the coordinator wants to look into intensities that no percentile needs: nothing more is sent. Ask "
+                "the coordinating site which version it runs"
             )
         for channel, wanted in zip(self._channels, question.bins):
             channel.check_wanted_bins(wanted, self._others)
