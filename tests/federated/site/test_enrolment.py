@@ -6,13 +6,15 @@ import pytest
 from certificate_texts import BESIDE, GENUINE, block
 from fake_federation import make_settings, served
 
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, RefusedError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.privacy.identities import public_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.certificates import fingerprint_of
 from nnunetv2.federated.protocol.invitation import Invitation
 from nnunetv2.federated.site import enrolment
 from nnunetv2.federated.site.credential import SiteCredential, load_credential, save_credential
 from nnunetv2.federated.site.enrolment import join
+from nnunetv2.federated.site.identity import load_identity
 
 CREDENTIAL = SiteCredential("https://c.example:8750", "federation-1", "A", "A.token")
 
@@ -137,3 +139,74 @@ def test_a_client_certificate_that_cannot_be_shown_is_refused_before_anything_is
                 client_certificate=tmp_path / certificate,
                 client_key=None if key is None else tmp_path / key,
             )
+
+
+# ---------------------------------------------------------------------------------------------------------- protection
+@pytest.fixture(scope="module")
+def secure_federation(tmp_path_factory):
+    settings = make_settings(sites=("A", "B", "C", "D", "E", "F"), secure={"k": 4})
+    with served(tmp_path_factory.mktemp("secure") / "federation", settings) as served_:
+        yield served_
+
+
+@pytest.fixture
+def required(monkeypatch):
+    """Return a function that sets from how many sites on this site lets itself be summed."""
+    return lambda k: monkeypatch.setenv("nnUNet_fed_require_secure", str(k))
+
+
+def test_a_site_that_requires_secure_sums_refuses_an_invitation_in_clear(federation, tmp_path, required, monkeypatch):
+    required(3)
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: pytest.fail("the secret was sent"))
+    with pytest.raises(NotAllowedError, match=r"does not aggregate securely.*nnUNet_fed_require_secure"):
+        join(Invitation(federation.url, "test", "A", "s"), path=tmp_path / "site.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_site_that_requires_larger_sums_has_not_joined_but_may_later(secure_federation, tmp_path, required):
+    path, invitation = tmp_path / "site.json", secure_federation.invitation("A")
+    required(5)
+    with pytest.raises(NotAllowedError, match="sums from 4 sites on, and this site requires secure sums of 5"):
+        join(invitation, path=path)
+    assert not path.exists()
+    required(4)
+    join(invitation, path=path)
+    assert load_credential(path).secure == 4
+
+
+def test_a_coordinator_that_forgets_what_its_invitation_promised_is_refused(tmp_path, monkeypatch):
+    answer = api.JoinAnswer(federation="test", site="A", role="site", settings=make_settings())
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: answer)
+    with pytest.raises(NotAllowedError, match="although the invitation says so: this site has not joined"):
+        join(Invitation("https://c.example:8750", "test", "A", "s", secure=True), path=tmp_path / "site.json")
+    assert not (tmp_path / "site.json").exists()
+
+
+def test_an_interrupted_secure_join_goes_on_with_the_identity_that_was_sent(secure_federation, tmp_path, monkeypatch):
+    path, invitation = tmp_path / "site.json", secure_federation.invitation("B")
+    request_to_join = enrolment.request_to_join
+
+    def answer_gets_lost(*request):
+        request_to_join(*request)
+        raise CoordinatorUnreachable("the connection broke")
+
+    monkeypatch.setattr(enrolment, "request_to_join", answer_gets_lost)
+    with pytest.raises(CoordinatorUnreachable):
+        join(invitation, path=path)
+    monkeypatch.undo()
+    join(invitation, path=path)
+    assert secure_federation.coordinator.roster().sites["B"] == public_of(load_identity(path))
+
+
+def test_without_the_library_a_site_cannot_join_and_says_what_to_install(secure_federation, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunetv2.federated.privacy.cryptography_library.find_spec", lambda name: None)
+    invitation = secure_federation.invitation("C")
+    with pytest.raises(FederationError, match="pip install cryptography"):
+        join(invitation, path=tmp_path / "site.json")
+    monkeypatch.undo()
+    join(invitation, path=tmp_path / "site.json")
+
+
+def test_a_join_in_clear_makes_no_identity(federation, tmp_path):
+    join(invitation_for(federation, "A"), path=tmp_path / "site.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["site.json"]
