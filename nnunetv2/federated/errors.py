@@ -35,6 +35,10 @@ class CoordinatorUnreachable(FederationError, ConnectionError):  # noqa: N818 - 
     """The coordinator did not answer for as long as the site was willing to wait."""
 
 
+class StillOpenError(FederationError):
+    """An exchange was not closed for as long as the site was willing to wait."""
+
+
 class NotAllowedError(FederationError):
     """This site's own list of what may leave it does not allow what was about to be sent."""
 

@@ -288,6 +288,8 @@ class Coordinator:
         exchange = self._begin(parse_key(key))
         if not self.state.registry.may_read(exchange, site):
             raise RefusedError(f"site {site} does not take part in {key}", code="not_expected")
+        if isinstance(exchange.key, RunKey) and exchange.policy.carries_weights and self.settings.secure is not None:
+            self.state.registry.ask(exchange.key.run, site)
         if isinstance(exchange.outcome, Refused):
             raise exchange.outcome.as_error()
         if isinstance(exchange.outcome, Closed):

@@ -24,14 +24,20 @@ from nnunetv2.federated.protocol.keys import RoundKey, ValidationKey
 from nnunetv2.federated.protocol.messages import Match, NextRound, SignedKey
 from nnunetv2.federated.protocol.secure_messages import MAX_GROUPS
 
-FIGURES, EARLIER = "figures", "earlier"
-"""Lanes of figures that come with an update: of its own round, and the validation of the one before."""
+CHANGES = "changes"
+"""Lane of every update: how far a site has moved, and 1 if that is conspicuous."""
+TRAINING, VALIDATED, EARLIER = "training", "validated", "earlier"
+"""Lanes of figures that may come with an update: of its own round, and of the validation of the one before."""
+FIGURES = {
+    TRAINING: ("train_losses",),
+    VALIDATED: ("val_losses", "mean_fg_dice"),
+    EARLIER: ("val_losses", "mean_fg_dice"),
+}
+"""Lane -> metrics whose means over the training cases the coordinator learns."""
 COUNTS, LOSS = "counts", "loss"
 """Lanes of a validation: TP, FP and FN per class, and the loss."""
-OPTIONAL = frozenset({EARLIER, LOSS})
+OPTIONAL = frozenset({*FIGURES, LOSS})
 """A site that has no such figure does not send the lane; all others it sends."""
-TRAINING_FIGURES = ("train_losses",)
-EARLIER_FIGURES = ("val_losses", "mean_fg_dice")
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,8 @@ def plan_round(
     cohort = cohort_of(federation, str(key), match.keys, begin.cohort)
     exponents: dict[str, int] = {}
     lanes = [
-        Lane(FIGURES, cohort.sites, "U64", len(TRAINING_FIGURES) + 2),
-        Lane(EARLIER, cohort.sites, "U64", len(EARLIER_FIGURES)),
+        Lane(CHANGES, cohort.sites, "U64", 2),
+        *(Lane(name, cohort.sites, "U64", len(metrics)) for name, metrics in FIGURES.items()),
     ]
     for group in groups:
         known = [name for name in group.tensors if name in specs]

@@ -6,6 +6,7 @@ Unmasking itself is the round's own exchange (`training_round.py`), whose result
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,18 @@ from nnunetv2.federated.exchanges.documents import DocumentReader, start_of
 from nnunetv2.federated.exchanges.exchange import Exchange, Policy
 from nnunetv2.federated.exchanges.masked_codecs import masked_codec_of
 from nnunetv2.federated.exchanges.secure_sums import (
+    CHANGES,
     EARLIER,
-    EARLIER_FIGURES,
     FIGURES,
-    TRAINING_FIGURES,
+    TRAINING,
+    VALIDATED,
     RoundPlan,
     SecureSum,
     bits_of,
 )
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, Opened, UploadStep
-from nnunetv2.federated.privacy.secure_aggregation.fixed_point import decode_figure
+from nnunetv2.federated.privacy.secure_aggregation.fixed_point import CHANGE_BITS, decode_figure
 from nnunetv2.federated.privacy.secure_aggregation.protocol import CHECK_WORDS
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import DTYPES, TensorSpec
@@ -128,7 +130,7 @@ def combine_round(
         round=key.number,
         missing=outcome.missing,
         contributors=dict.fromkeys(outcome.contributors, 1.0),
-        next_round=next_round(outcome.cohort, agreement.weights, typical_change=figures.get("change")),
+        next_round=next_round(outcome.cohort, agreement.weights, typical_change=figures.change),
     )
     places = _places(plan, opened, agreement.specs)
     codec = masked_codec_of(agreement.match.precision)
@@ -156,7 +158,7 @@ def combine_round(
         digest = write_computed(reader.result_path(key), message, before.specs, value_of)
     kept = len(before.specs) - len(places)
     record = _record_of_round(exchange, opened, settings, digest=digest, figures=figures, kept=kept)
-    return Computed(digest, record, tuple(_remarks(key, kept, figures)))
+    return Computed(digest, record, tuple(_remarks(key, kept, figures.conspicuous)))
 
 
 def next_round(
@@ -180,18 +182,37 @@ def _places(plan: RoundPlan, opened: Opened, specs: Mapping[str, TensorSpec]) ->
     return places
 
 
-def pooled_figures(opened: Opened) -> dict[str, float]:
-    """Return the means of the figures that came with the updates, weighted by training cases, and counts."""
-    figures: dict[str, float] = {}
-    if (found := opened.small(FIGURES)) is not None:
-        *values, conspicuous = found
-        total = opened.total_weight(FIGURES)
-        figures.update(zip((*TRAINING_FIGURES, "change"), (decode_figure(word, total) for word in values), strict=True))
-        figures["conspicuous"] = conspicuous
-    if (found := opened.small(EARLIER)) is not None:
-        total = opened.total_weight(EARLIER)
-        figures.update(zip(EARLIER_FIGURES, (decode_figure(word, total) for word in found), strict=True))
-    return figures
+@dataclass(frozen=True)
+class Pooled:
+    """The figures that came with the updates of a round, of all sites together."""
+
+    metrics: Mapping[str, float]
+    """Means over the training cases, of the round itself,"""
+    earlier: Mapping[str, float]
+    """and of the validation of the round before."""
+    change: float | None
+    """Mean over the training cases of the distances that the sites have moved (root mean square)."""
+    conspicuous: int
+    """Sites that have moved more than three times as far as the sites did in the round before."""
+
+
+def pooled_figures(opened: Opened) -> Pooled:
+    """Return the figures whose sums could be unmasked."""
+
+    def means(lane: str) -> dict[str, float]:
+        found = opened.small(lane)
+        total = 0 if found is None else opened.total_weight(lane)
+        return {name: decode_figure(word, total) for name, word in zip(FIGURES[lane], found or ())}
+
+    changes = opened.small(CHANGES)
+    return Pooled(
+        metrics={**means(TRAINING), **means(VALIDATED)},
+        earlier=means(EARLIER),
+        change=None
+        if changes is None
+        else decode_figure(changes[0], opened.total_weight(CHANGES), bits=CHANGE_BITS),
+        conspicuous=0 if changes is None else changes[1],
+    )
 
 
 def _record_of_round(
@@ -200,14 +221,13 @@ def _record_of_round(
     settings: FederationSettings,
     *,
     digest: str,
-    figures: Mapping[str, float],
+    figures: Pooled,
     kept: int,
 ) -> dict[str, Any]:
     """Return what is remembered of a masked round: who took part, and what all of them have in common."""
     outcome = closed_outcome(exchange)
     assert isinstance(exchange.key, RoundKey)
     number = exchange.key.number
-    earlier = {name: figures[name] for name in EARLIER_FIGURES if name in figures}
     return {
         "round": number,
         "opened": exchange.opened,
@@ -221,19 +241,19 @@ def _record_of_round(
         "outliers": [],
         "kept": kept,
         "pooled": {
-            "metrics": {name: figures[name] for name in TRAINING_FIGURES if name in figures},
-            "earlier": {"round": number - 1, "metrics": earlier} if earlier else None,
-            "change": figures.get("change"),
-            "conspicuous": int(figures.get("conspicuous", 0)),
+            "metrics": dict(figures.metrics),
+            "earlier": {"round": number - 1, "metrics": dict(figures.earlier)} if figures.earlier else None,
+            "change_rms": figures.change,
+            "conspicuous": figures.conspicuous,
         },
         "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),
     }
 
 
-def _remarks(key: RoundKey, kept: int, figures: Mapping[str, float]) -> Iterator[str]:
+def _remarks(key: RoundKey, kept: int, number: int) -> Iterator[str]:
     if kept:
         yield f"run {key.run}, round {key.number}: {kept} tensors keep their values, since too few sites sent them"
-    if number := int(figures.get("conspicuous", 0)):
+    if number:
         yield (
             f"{key}: {number} site{'' if number == 1 else 's'} moved more than three times as far as the sites did in "
             "the round before; which, only the sites themselves know. They were counted"

@@ -263,8 +263,7 @@ def check_confirmations(
         {site: found.cohort.identities[site].hex() for site in names},
         federation=found.cohort.federation,
         gathering=str(key),
-        cohort=protocol.survivors_digest(found.cohort, survivors),
-        survivors=names,
+        digest=protocol.survivors_digest(found.cohort, survivors),
         least=least,
     )
 

@@ -25,8 +25,8 @@ CHANGE_FACTOR = 4.0
 """A change may be so many times as large as the largest of the round before."""
 SMALLEST_CHANGE = -24
 """r of a tensor that has hardly moved: half precision has no smaller steps."""
-FRACTION_BITS = 20
-"""Of figures such as losses, which travel as 64 bits."""
+FIGURE_BITS, CHANGE_BITS = 20, 36
+"""Bits behind the point, of 64: of figures such as losses, and of distances between weights, which are small."""
 
 
 class DivergedError(BrokenTrainingError):
@@ -106,15 +106,22 @@ def decode_changes(words: np.ndarray, total: int, *, weight_bits: int, exponent:
 
 
 # ------------------------------------------------------------------------------------------------ figures of 64 bits
-def encode_figure(value: float, weight: int) -> int:
-    """Return a weighted figure, such as a loss, as an integer modulo 2^64. It must be finite, and below 2^16."""
-    limit = 2.0**16
+def encode_figure(value: float, weight: int, *, bits: int = FIGURE_BITS) -> int:
+    """Return a weighted figure, such as a loss, as an integer modulo 2^64.
+
+    Args:
+        bits: Behind the point.
+
+    Raises:
+        ValueError: It is not finite, or so large that the sum of all sites could overflow.
+    """
+    limit = 2.0 ** (39 - bits)  # leaves 24 bits for the weights, and one for the sign
     if not abs(value) < limit:
         raise ValueError(f"a figure is to be finite and below {limit:g}, this one is {value}")
-    return round(value * 2.0**FRACTION_BITS) * weight % 2**64
+    return round(value * 2.0**bits) * weight % 2**64
 
 
-def decode_figure(word: int, total: int) -> float:
+def decode_figure(word: int, total: int, *, bits: int = FIGURE_BITS) -> float:
     """Return the mean that a sum of `encode_figure` stands for."""
     signed = word - 2**64 if word >= 2**63 else word
-    return signed / (total * 2.0**FRACTION_BITS)
+    return signed / (total * 2.0**bits)

@@ -143,7 +143,9 @@ class FederatedTraining(RenamedHooks):
         run = keys.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
-            self.participant = Participant(transport, site=credential.site, run=run)
+            self.participant = Participant(
+                transport, site=credential.site, run=run, credential=credential, report=self.print_to_log_file
+            )
             # What ends one of several processes may be the failure of another one, which has reported that.
             speaks_last = (
                 nullcontext()
@@ -318,7 +320,7 @@ class FederatedTraining(RenamedHooks):
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
-        problem = ask_first_process(lambda: self.participant.send_validation(number, found))
+        problem = ask_first_process(lambda: self.participant.send_validation(aggregate, found, is_last=is_last))
         self.log_line(describe_validation(number, found) + (f" (not sent: {problem})" if problem else ""))
 
     def resume_at(self, epoch: int) -> None:
