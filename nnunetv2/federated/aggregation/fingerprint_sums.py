@@ -33,6 +33,7 @@ from nnunetv2.federated.aggregation.integer_moments import WORDS_PER_CHANNEL, fr
 from nnunetv2.federated.errors import StatisticsError
 from nnunetv2.federated.protocol.messages import PooledFingerprint
 from nnunetv2.federated.protocol.secure_fingerprint_messages import (
+    Branch,
     CaseTable,
     CoarseHistograms,
     DigitCounts,
@@ -204,7 +205,7 @@ def _after_cases(asked: NextSum, question: CaseTable, total: np.ndarray, num_cas
 
 def _narrowed(
     question: DigitCounts, total: np.ndarray, percentiles: Sequence[Sequence[float]], num_cases: int
-) -> tuple[tuple[order_statistics.Branch, ...], ...]:
+) -> tuple[tuple[Branch, ...], ...]:
     counted = [
         part.reshape(-1, NUM_BINS)
         for part in _parts(total, [NUM_BINS * len(of_quantity) for of_quantity in question.branches])

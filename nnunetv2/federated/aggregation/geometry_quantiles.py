@@ -14,7 +14,6 @@ import numpy as np
 
 from nnunetv2.federated.aggregation.order_statistics import (
     ROOT,
-    Branch,
     count_digits,
     median_of,
     narrow,
@@ -22,6 +21,7 @@ from nnunetv2.federated.aggregation.order_statistics import (
     ranks_of,
 )
 from nnunetv2.federated.errors import StatisticsError
+from nnunetv2.federated.protocol.secure_fingerprint_messages import Branch
 
 AXES = 3
 OF_CASES = ((10.0, 50.0),) * AXES + ((50.0,),) * (AXES + 1)

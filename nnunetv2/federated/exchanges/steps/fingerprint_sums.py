@@ -113,7 +113,7 @@ class _OfShapes(_OfAllSites[S]):
             )
 
 
-def _asked_by(before: FingerprintSumKey | ShapeSumKey, reader: DocumentReader) -> NextSum:
+def _asked_by(before: Key, reader: DocumentReader) -> NextSum:
     """Return what the result of a sum asks for.
 
     Raises:
