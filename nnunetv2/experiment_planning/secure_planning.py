@@ -27,7 +27,7 @@ from nnunetv2.experiment_planning.site_cases import (
     sample_locally,
 )
 from nnunetv2.federated.aggregation import fingerprint_sums, geometry_quantiles
-from nnunetv2.federated.errors import FederationError, RefusedError, WireError
+from nnunetv2.federated.errors import FederationError, RefusedError, StillOpenError, WireError
 from nnunetv2.federated.exchanges.secure_fingerprint import SUM, plan_fingerprint_sum, plan_shape_sum
 from nnunetv2.federated.privacy.require_secure import required_k
 from nnunetv2.federated.protocol import keys, messages
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
     from nnunetv2.federated.exchanges.secure_sums import SecureSum
     from nnunetv2.federated.protocol.api import FederationSettings, Secure
-    from nnunetv2.federated.protocol.keys import ExchangeKey, R
+    from nnunetv2.federated.protocol.keys import ExchangeKey, Key, R
     from nnunetv2.federated.protocol.secure_messages import Confirmation, MaskedUpdate, UnmaskingShares
     from nnunetv2.federated.site.credential import SiteCredential
     from nnunetv2.federated.site.transport import Transport
@@ -170,16 +170,30 @@ class SecurePooling:
                 extractor,
                 pooled,
                 planner,
-                lambda plans, target, number, asked: self._transport.result(keys.ShapeSumKey(plans, number)).message,
+                lambda plans, target, number, asked: self._wait_for(
+                    keys.ShapeSumUploadKey(plans, number),
+                    keys.ShapeSumSurvivorsKey(plans, number),
+                    keys.ShapeSumKey(plans, number),
+                ),
             )
         return pooled.num_cases
 
     def _wait_for_fingerprint(self) -> messages.PooledFingerprint:
-        for number in range(MOST_SUMS):  # in order: none can begin before the one before it is closed
-            message = self._transport.result(keys.FingerprintSumKey(number)).message
+        for number in range(MOST_SUMS):
+            message = self._wait_for(
+                keys.FingerprintSumUploadKey(number),
+                keys.FingerprintSumSurvivorsKey(number),
+                keys.FingerprintSumKey(number),
+            )
             if isinstance(message, messages.PooledFingerprint):
                 return message
         raise too_many_sums()
+
+    def _wait_for(self, upload_key: Key, survivors_key: Key, key: ExchangeKey[UnmaskingShares, R]) -> R:
+        """Return what follows from a sum of others, in order: none can begin before the one before it is closed."""
+        self._transport.result(upload_key)
+        self._transport.result(survivors_key)
+        return self._transport.result(key).message
 
     def _answers(
         self,
@@ -250,11 +264,7 @@ class SecurePooling:
         if self._outbox.is_closed(str(upload_key)):
             return self._transport.result(key).message
         if census.keys[self._credential.site].exchange_key != self._signed.exchange_key:
-            raise FederationError(
-                f"{key}: this site's key is not the one that it gave to the others, so its masks would not cancel out. "
-                f"Bring back what lay in {secure_folder(self._credential.federation, POOLING, self._credential_file)}, "
-                "or ask the coordinating site for a new federation"
-            )
+            return self._receive_only(key)
 
         def fill(words: np.ndarray) -> None:
             words[:] = vector()
@@ -263,6 +273,19 @@ class SecurePooling:
         message = self._masking.unmask(upload_key, survivors_key, key, found).message
         self._outbox.drop(str(upload_key))
         return message
+
+    def _receive_only(self, key: ExchangeKey[UnmaskingShares, R]) -> R:
+        """Return what followed from a sum that this site has added to with a key that it does not have any more."""
+        try:
+            return self._transport.result(key, wait_s=0).message
+        except (StillOpenError, RefusedError) as error:
+            if isinstance(error, RefusedError) and error.code != "too_early":
+                raise
+            folder = secure_folder(self._credential.federation, POOLING, self._credential_file)
+            raise FederationError(
+                f"{key}: this site's key is not the one that it gave to the others, so its masks would not cancel out. "
+                f"Bring back what lay in {folder}, or ask the coordinating site for a new federation"
+            ) from error
 
     # ------------------------------------------------------------------------------------------- resampled shapes
     def _write_with_shapes(
