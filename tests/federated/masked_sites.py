@@ -11,6 +11,7 @@ from fake_federation import RUN, SHAPES, make_registration, make_settings, make_
 
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings, Secure
+from nnunetv2.federated.protocol.keys import RoundKey, UploadKey
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.participant import Participant, Position
 
@@ -83,6 +84,19 @@ class MaskedSite:
         update = messages.Update(metrics={"train_losses": -0.25 * (self.seed + number)}, earlier=earlier)
         return self.participant.exchange(number, self.epoch(number, weights), update)
 
+    def upload(self, number: int, weights: Mapping[str, np.ndarray]) -> None:
+        """Do the first of the three steps of a round, as a site that is ended after it."""
+        masked = self.participant._masked
+        plan = masked._plan(RoundKey(RUN, number))
+        update = messages.Update(metrics={"train_losses": 0.0})
+        shared = self.participant._under_canonical_names(self.epoch(number, weights), self.participant.local_names)
+        masked._masking.upload(UploadKey(RUN, number), plan.sum, masked._numbers(plan, shared, update), masked._weight)
+
+    def join(self) -> dict[str, np.ndarray]:
+        """Register and start; return the weights to go on from."""
+        self.register()
+        return dict(self.start().weights)
+
     def validate(self, aggregate: messages.Aggregate, *, is_last: bool) -> str | None:
         """Validate an aggregate where the federation wants that; return the reason of a failure."""
         if not self.participant.wants_validation(aggregate, is_last=is_last):
@@ -118,5 +132,3 @@ def masked_site(federation, site: str, *, seed: int, **options) -> MaskedSite:
     credential = federation.credential(site)
     file = federation.coordinator.state.store.folder / f"credential.{site}.json"
     return MaskedSite(federation.client(site), credential, file, seed=seed, **options)
-
-

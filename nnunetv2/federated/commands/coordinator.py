@@ -27,6 +27,7 @@ from nnunetv2.federated.coordinator.http.listen_address import (
     tls_options,
 )
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.protocol.invitation import check_site_name
 from nnunetv2.federated.site.credential import SiteCredential, new_token, save_credential
 from nnunetv2.utilities.plain_text import shell_command, show
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from nnunetv2.federated.coordinator.http.tls import Certificate
     from nnunetv2.federated.coordinator.service import Coordinator
     from nnunetv2.federated.coordinator.storage.store import Store
-    from nnunetv2.federated.protocol.api import FederationSettings
+    from nnunetv2.federated.protocol.api import FederationSettings, Secure
 
 DEFAULT_EPOCHS = 1000
 DEFAULT_SITES = ("site1", "site2", "site3")
@@ -61,6 +62,7 @@ SETTINGS_OF_OPTIONS = {
     "late_updates": "late_updates",
     "validate_every": "validate_every",
     "min_sites": "min_sites",
+    "secure": "secure",
 }
 
 
@@ -172,7 +174,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="no statistics, round or tensor is ever averaged over "
         "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
-        "compute each other's part of what only they have: take 3 where you can (default: 2)",
+        "compute each other's part of what only they have: take 3 where you can (default: 2; with --secure, its number)",
+    )
+    what.add_argument(
+        "--secure",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="K",
+        help="mask updates and statistics, so that this coordinator learns sums of K sites or more only, and no single "
+        "contribution; for 3 to 64 sites, needs the library cryptography (default: in clear; K is 3)",
     )
     return parser
 
@@ -185,9 +196,20 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
         for option, value in vars(arguments).items()
         if option in SETTINGS_OF_OPTIONS and value is not None
     }
+    if "secure" in given:
+        given["secure"] = secure_settings(arguments)
     if "sites" in given:
         given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))
     return given
+
+
+def secure_settings(arguments: argparse.Namespace) -> Secure:
+    """Return how updates are masked, as the command line says."""
+    from nnunetv2.federated.protocol.api import Secure
+    from nnunetv2.federated.protocol.strict_json import validated
+
+    require_cryptography("--secure")
+    return validated(lambda: Secure(k=arguments.secure), "--secure")
 
 
 def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
@@ -197,6 +219,8 @@ def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
 
     if "sites" not in given:
         given = {**given, "sites": ask_for_sites(folder)}
+    if "secure" in given:
+        given = {"min_sites": given["secure"].k, **given}
     values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
     settings = validated(lambda: FederationSettings.model_validate(values), "the command line")
     check_settings(settings)
@@ -223,6 +247,7 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
 
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
+    from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
     from nnunetv2.federated.protocol.api import check_floor, check_late_updates, check_quorum
 
     num_sites = len(settings.sites)
@@ -233,6 +258,7 @@ def check_settings(settings: FederationSettings) -> None:
     check_quorum(settings)
     check_floor(settings)
     check_late_updates(settings)
+    check_secure_settings(settings)
 
 
 def check_unchanged(
@@ -248,7 +274,7 @@ def check_unchanged(
     for name, value in given.items():
         present = getattr(stored, name)
         if value not in (present, getattr(first, name)):
-            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            was, wanted = map(_in_words, (present, value))
             raise FederationError(
                 f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
                 f"{wanted}: leave the option out, or start a new federation in another --folder"
@@ -261,11 +287,16 @@ def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> 
     for name, value in given.items():
         present = getattr(stored, name)
         if value != present:
-            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            was, wanted = map(_in_words, (present, value))
             yield (
                 f"--{options[name].replace('_', '-')} {wanted} is that of the first start and has no effect: an "
                 f"operator has changed it to {was} since"
             )
+
+
+def _in_words(value: object) -> object:
+    """Return a setting as it is typed."""
+    return " ".join(value) if isinstance(value, tuple) else getattr(value, "k", value)
 
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
@@ -282,6 +313,8 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
     check_unchanged(settings, FederationSettings.model_validate(first) if first else settings, given, store.folder)
     for line in describe_overruled(settings, given):
         log(line)
+    if settings.secure is not None:
+        require_cryptography("--secure")
     return settings
 
 

@@ -17,7 +17,18 @@ from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.errors import FederationError, RefusedError, reason_without_paths
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, may_close, refuse_with
 from nnunetv2.federated.exchanges.steps import step_of
-from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RoundKey, RunKey, ValidationKey
+from nnunetv2.federated.protocol.keys import (
+    InitialKey,
+    Key,
+    NumberedKey,
+    RoundKey,
+    RunKey,
+    SurvivorsKey,
+    UploadKey,
+    ValidationKey,
+    ValidationSurvivorsKey,
+    ValidationUploadKey,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +199,18 @@ class AggregationWorker:
             run = exchange.key.run
             self._state.log(f"run {run}: {self._models.outlook(run)}")
 
+    def _forget_masked(self, run: str, number: int, *, results: bool) -> None:
+        """Delete what was masked for a round that is closed, and for validations that are."""
+        registry, store = self._state.registry, self._state.store
+        keys: list[Key] = [UploadKey(run, number), SurvivorsKey(run, number)]
+        if registry.is_closed(ValidationKey(run, number)):
+            keys += [ValidationUploadKey(run, number), ValidationSurvivorsKey(run, number)]
+        for key in keys:
+            if registry.has_begun(str(key)):
+                store.delete_contributions(key)
+                if results:
+                    store.delete_results(key)
+
     def tidy_up(self, run: str, *, after_crash: bool = False) -> None:
         """Write the models of a run that is over, and delete superseded documents.
 
@@ -222,6 +245,9 @@ class AggregationWorker:
         for number in recent if not after_crash else store.rounds_with_files(run):
             if number < latest:
                 store.delete_contributions(RoundKey(run, number))
+        for number in recent if not after_crash else range(latest):  # those of the last one are small, and in use
+            self._forget_masked(run, number, results=True)
+        self._forget_masked(run, latest, results=False)
         for number in range(max(0, latest - RECENT_ROUNDS), latest + 1):
             if registry.is_closed(ValidationKey(run, number)):  # its record stays
                 store.delete_contributions(ValidationKey(run, number))

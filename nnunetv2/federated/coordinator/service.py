@@ -31,10 +31,11 @@ from nnunetv2.federated.coordinator.storage.quotas import check_room
 from nnunetv2.federated.coordinator.storage.store import Role, Store, Traffic, flush
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, Verdict, judge
+from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
 from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
-from nnunetv2.federated.protocol.keys import Key, RunKey, run_with_plans
+from nnunetv2.federated.protocol.keys import Key, RunKey, UploadKey, run_with_plans
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class Coordinator:
     def act(self, run: str, action: api.RunAction, member: Member) -> api.RunState:
         """Apply a member's action to a run; see `run_control.act`."""
         state = run_control.act(self.state, run, action, member)
-        if action.action == "stop":
+        if action.action in ("stop", "abandon"):
             self.worker.tidy_up(run)
         return state
 
@@ -267,7 +268,8 @@ class Coordinator:
     def _note_late(self, exchange: Exchange, site: str) -> None:
         """Log, once, that a site's update came when its round was closed already."""
         outcome = exchange.outcome
-        if not exchange.policy.recurs or not isinstance(outcome, Closed) or site not in outcome.missing:
+        is_of_round = exchange.policy.recurs or isinstance(exchange.key, UploadKey)
+        if not is_of_round or not isinstance(outcome, Closed) or site not in outcome.missing:
             return
         key = str(exchange.key)
         with self.state.locks[key]:
@@ -471,6 +473,8 @@ def _changed(settings: api.FederationSettings, change: api.SettingsChange) -> ap
         api.check_floor(changed)
     if "late_updates" in change.model_fields_set:
         api.check_late_updates(changed)
+    if change.model_fields_set & {"quorum", "late_updates"}:
+        check_secure_settings(changed)
     return changed
 
 

@@ -17,13 +17,7 @@ from nnunetv2.federated.aggregation import late_join
 from nnunetv2.federated.aggregation.codecs import codec_of
 from nnunetv2.federated.aggregation.codecs.base import UpdateCodec
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange
-from nnunetv2.federated.exchanges.secure_sums import (
-    RoundPlan,
-    SecureSum,
-    num_classes_of,
-    plan_round,
-    plan_validation,
-)
+from nnunetv2.federated.exchanges.secure_sums import RoundPlan, SecureSum, num_classes_of, plan_round, plan_validation
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import DTYPES, Document, TensorSpec, open_document

@@ -32,7 +32,15 @@ class MaskedCodec(Protocol):
         ...
 
     def encode_(
-        self, name: str, values: np.ndarray, start: np.ndarray, *, weight: int, bits: int, exponent: int, out: np.ndarray
+        self,
+        name: str,
+        values: np.ndarray,
+        start: np.ndarray,
+        *,
+        weight: int,
+        bits: int,
+        exponent: int,
+        out: np.ndarray,
     ) -> None:
         """Write a tensor of an update into words.
 
@@ -72,7 +80,15 @@ class MaskedWeights:
         return fixed_point.weight_exponent(largest_of(values))
 
     def encode_(
-        self, name: str, values: np.ndarray, start: np.ndarray, *, weight: int, bits: int, exponent: int, out: np.ndarray
+        self,
+        name: str,
+        values: np.ndarray,
+        start: np.ndarray,
+        *,
+        weight: int,
+        bits: int,
+        exponent: int,
+        out: np.ndarray,
     ) -> None:
         """Write weights into words."""
         try:
@@ -105,7 +121,15 @@ class MaskedChanges:
         return fixed_point.change_exponent(largest_of(values.astype(np.float32) - before.astype(np.float32)))
 
     def encode_(
-        self, name: str, values: np.ndarray, start: np.ndarray, *, weight: int, bits: int, exponent: int, out: np.ndarray
+        self,
+        name: str,
+        values: np.ndarray,
+        start: np.ndarray,
+        *,
+        weight: int,
+        bits: int,
+        exponent: int,
+        out: np.ndarray,
     ) -> None:
         """Write changes into words. The same weights give the same words until `settle`."""
         change = values.astype(np.float32) - start.astype(np.float32)

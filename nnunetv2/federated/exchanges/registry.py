@@ -162,7 +162,8 @@ class ExchangeRegistry:
 
     def ask(self, run: str, site: str) -> None:
         """Note that a site that is not in the cohort of the open round wants to be in that of the next one."""
-        if site not in self.cohort(run, self._latest.get(run, -1) + 1):
+        cohort = self.cohort(run, self._latest.get(run, -1) + 1)
+        if cohort and site not in cohort:
             self._asking.setdefault(run, set()).add(site)
 
     def next_cohort(self, run: str, number: int, missing: Iterable[str]) -> tuple[str, ...]:

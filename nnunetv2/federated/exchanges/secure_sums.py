@@ -18,7 +18,8 @@ import numpy as np
 from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import digest_of
-from nnunetv2.federated.privacy.secure_aggregation.protocol import Cohort, Lane
+from nnunetv2.federated.privacy.secure_aggregation.protocol import Cohort, Lane, check_size, threshold_of
+from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import TensorSpec
 from nnunetv2.federated.protocol.keys import RoundKey, ValidationKey
 from nnunetv2.federated.protocol.messages import Match, NextRound, SignedKey
@@ -58,6 +59,35 @@ class SecureSum:
     def held_by(self, site: str) -> tuple[Lane, ...]:
         """Return the lanes that a site may send."""
         return tuple(lane for lane in self.lanes if site in lane.holders)
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+def check_secure_settings(settings: FederationSettings) -> None:
+    """Raise RefusedError if settings do not go with masked updates, where these are wanted."""
+    if settings.secure is None:
+        return
+    check_size(len(settings.sites))
+    if settings.min_sites < settings.secure.k:
+        raise RefusedError(
+            f"--min-sites {settings.min_sites} is less than --secure {settings.secure.k}: nothing is added up over "
+            "fewer sites",
+            "Leave --min-sites out.",
+            code="min_sites_below_k",
+        )
+    threshold = threshold_of(len(settings.sites))
+    if settings.quorum is not None and settings.quorum < threshold:
+        raise RefusedError(
+            f"--quorum {settings.quorum} is less than the {threshold} of {len(settings.sites)} sites that it takes to "
+            "unmask a sum",
+            f"Choose a quorum of {threshold} or more.",
+            code="quorum_below_threshold",
+        )
+    if settings.late_updates == "carry":
+        raise RefusedError(
+            "--late-updates carry does not go with --secure: what a site has masked belongs to its round",
+            "Leave it out: late updates are dropped.",
+            code="late_updates_masked",
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- groups

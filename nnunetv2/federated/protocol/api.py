@@ -252,7 +252,7 @@ class FailureReport(Part):
 class RunAction(Part):
     """What an operator wants of a run, or a site of its own part in it."""
 
-    action: Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
+    action: Literal["pause", "resume", "stop", "reset", "proceed", "abandon", "leave", "return"]
     gathering: Text | None = None
     """The exchange to close with what there is, for `proceed`."""
 

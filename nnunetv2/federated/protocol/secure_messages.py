@@ -33,8 +33,8 @@ class Survivors(Message):
     """The sites whose masked vectors are there. Tensors: `envelope.<sender>.<receiver>`, of each receiver its own."""
 
     kind: Literal["survivors"] = "survivors"
-    sent: Annotated[dict[LaneName, SiteNames], Field(min_length=1, max_length=MAX_LANES)]
-    """Lane -> sites, sorted."""
+    sent: Annotated[dict[LaneName, SiteNames], Field(max_length=MAX_LANES)]
+    """Lane -> sites, sorted. None where the operator has abandoned the sum."""
 
 
 class Confirmation(Message):
@@ -49,7 +49,7 @@ class Confirmed(Message):
     """So many sites as unmask have seen the same survivors."""
 
     kind: Literal["confirmed"] = "confirmed"
-    signatures: Annotated[dict[SiteName, Signature], Field(min_length=1, max_length=64)]
+    signatures: Annotated[dict[SiteName, Signature], Field(max_length=64)]
 
 
 class UnmaskingShares(Message):

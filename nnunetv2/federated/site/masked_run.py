@@ -143,9 +143,7 @@ class MaskedRun:
             for site in signed
         }
         gathering[self.site] = self._gathering
-        trusted = trusted_keys(
-            signed, self._credential, gathering=gathering, credential_file=self._credential_file
-        )
+        trusted = trusted_keys(signed, self._credential, gathering=gathering, credential_file=self._credential_file)
         self._trusted = dict(signed)
         self._report(str(trusted))
 
@@ -197,12 +195,7 @@ class MaskedRun:
         return document
 
     def _take_part(
-        self,
-        key: keys.RoundKey,
-        upload_key: keys.UploadKey,
-        plan: RoundPlan,
-        weights: Weights,
-        update: messages.Update,
+        self, key: keys.RoundKey, upload_key: keys.UploadKey, plan: RoundPlan, weights: Weights, update: messages.Update
     ) -> Document[messages.Aggregate]:
         self._outbox.drop_others([str(upload_key)])
         self._masking.upload(upload_key, plan.sum, self._numbers(plan, weights, update), self._weight)

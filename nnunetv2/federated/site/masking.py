@@ -71,7 +71,13 @@ class Masking:
         self.outbox = outbox
 
     def upload(
-        self, key: Uploads, found: SecureSum, numbers: Mapping[str, Fill], weight: int, *, patience_s: float | None = None
+        self,
+        key: Uploads,
+        found: SecureSum,
+        numbers: Mapping[str, Fill],
+        weight: int,
+        *,
+        patience_s: float | None = None,
     ) -> None:
         """Mask the numbers of this site, unless that was done before, and send them.
 
@@ -163,16 +169,13 @@ class Masking:
     def _confirm(
         self, key: Confirmations, found: SecureSum, survivors: protocol.Survivors, wait_s: float | None
     ) -> Confirmed | None:
-        """Sign the survivors, and return the signatures of the others too; None if the run has gone on."""
+        """Sign the survivors, and return the signatures of the others too; None if the sum was abandoned."""
         protocol.check_survivors(found.cohort, found.lanes, survivors, site=self.site, least=found.least)
         digest = protocol.survivors_digest(found.cohort, survivors)
         self.outbox.promise_survivors(str(key), digest)
         signature = identities.sign_survivors(
-            self.keys.identity,
-            federation=found.cohort.federation,
-            gathering=str(key),
-            digest=digest,
+            self.keys.identity, federation=found.cohort.federation, gathering=str(key), digest=digest
         )
         self.transport.contribute(key, Confirmation(digest=digest, signature=signature))
         message = self.transport.result(key, wait_s=wait_s).message
-        return message if isinstance(message, Confirmed) else None
+        return message if isinstance(message, Confirmed) and message.signatures else None

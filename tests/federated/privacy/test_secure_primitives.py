@@ -29,7 +29,9 @@ def test_a_further_share_follows_from_enough_others():
 
 
 @settings(deadline=None)
-@given(st.binary(min_size=32, max_size=32), st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
+@given(
+    st.binary(min_size=32, max_size=32), st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
+)
 def test_sharing_is_undone(secret, sizes):
     number, threshold = sizes
     secrets = np.frombuffer(secret, np.uint8).reshape(1, 32)
@@ -101,11 +103,7 @@ def as_words(values, weight, bits, exponent):
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(1, 100_000), min_size=1, max_size=16),
-    st.floats(1e-6, 100),
-    st.integers(0, 2**32),
-)
+@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=16), st.floats(1e-6, 100), st.integers(0, 2**32))
 def test_the_mean_of_weights_is_within_half_a_step_per_site(weights, scale, seed):
     rng = np.random.default_rng(seed)
     sites = [(rng.normal(0, scale, 50)).astype(np.float32) for _ in weights]
@@ -115,7 +113,9 @@ def test_the_mean_of_weights_is_within_half_a_step_per_site(weights, scale, seed
     for values, weight in zip(sites, weights, strict=True):
         total += as_words(values, weight, bits, exponent)
     mean = fixed_point.decode_weights(total, sum(weights), weight_bits=bits, exponent=exponent)
-    exact = sum(values.astype(np.float64) * weight for values, weight in zip(sites, weights, strict=True)) / sum(weights)
+    exact = sum(values.astype(np.float64) * weight for values, weight in zip(sites, weights, strict=True)) / sum(
+        weights
+    )
     step = 2.0 ** -(31 - bits - exponent) / sum(weights)
     assert np.abs(mean - exact).max() <= step * (len(weights) / 2 + 1e-6)
 

@@ -134,9 +134,7 @@ def five():
     lane = Lane("w", tuple(meeting.names), "U32", 1000)
     rng = np.random.default_rng(0)
     plain = {site: {"w": rng.integers(0, 2**32, 1000).astype("<u4")} for site in meeting.names}
-    uploads = {
-        site: upload(meeting.cohort, meeting.private[site], site, [lane], plain[site]) for site in meeting.names
-    }
+    uploads = {site: upload(meeting.cohort, meeting.private[site], site, [lane], plain[site]) for site in meeting.names}
     return meeting, lane, plain, uploads
 
 

@@ -14,9 +14,7 @@ def expected_mean(sites, start, number):
     """Return what a plain weighted mean would be: names -> float64."""
     total = sum(site.registration.num_training_cases for site in sites)
     trained = [(site.registration.num_training_cases, site.epoch(number, start)) for site in sites]
-    return {
-        name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start
-    }
+    return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}
 
 
 @pytest.mark.parametrize("names", [THREE, FIVE])

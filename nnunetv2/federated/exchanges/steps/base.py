@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from nnunetv2.federated.errors import StatisticsError, WireError
+from nnunetv2.federated.errors import RefusedError, StatisticsError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.consistency import first_change
 from nnunetv2.federated.exchanges.documents import DocumentReader
@@ -135,6 +135,10 @@ class Step(Generic[K, Q, R]):
         """Return the exchange whose result a site gets that has missed this one."""
         return key
 
+    def used_by(self, key: K) -> Key | None:
+        """Return the exchange whose result is made of these contributions, where it is another one."""
+        return None
+
     def newcomer(self, key: K) -> str | None:
         """Return the site that the closing lets into a run that has begun."""
         return None
@@ -208,6 +212,10 @@ class Step(Generic[K, Q, R]):
         """
         with reader.contributions(exchange) as documents:
             return self.combine(exchange, documents, settings, reader)
+
+    def abandon(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+        """Write the result of an exchange that the operator has closed without any contribution."""
+        raise RefusedError(f"{exchange.key} cannot be closed without contributions", code="not_open")
 
     def combine(
         self,

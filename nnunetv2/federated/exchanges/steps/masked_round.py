@@ -46,13 +46,12 @@ class RoundUploadStep(UploadStep[UploadKey]):
     key = UploadKey
     results = (Survivors, Aggregate)
     policy = Policy(
-        pooled=True,
-        by_quorum=True,
-        first_stays=True,
-        carries_weights=True,
-        pauses_with_run=True,
-        stops_with_run=True,
+        pooled=True, by_quorum=True, first_stays=True, carries_weights=True, pauses_with_run=True, stops_with_run=True
     )
+
+    def used_by(self, key: UploadKey) -> RoundKey:
+        """Return the round."""
+        return RoundKey(key.run, key.number)
 
     def prerequisite(self, key: UploadKey) -> ExchangeKey[Any, Aggregate]:
         """Return the round before, or what the first one begins with."""
@@ -118,9 +117,7 @@ class RoundSurvivorsStep(ConfirmationStep[SurvivorsKey]):
 
 
 # ---------------------------------------------------------------------------------------------------- the aggregate
-def combine_round(
-    exchange: Exchange, opened: Opened, settings: FederationSettings, reader: DocumentReader
-) -> Computed:
+def combine_round(exchange: Exchange, opened: Opened, settings: FederationSettings, reader: DocumentReader) -> Computed:
     """Write the mean of the weights that can be unmasked; the others keep their values."""
     key = exchange.key
     assert isinstance(key, RoundKey)
@@ -170,6 +167,36 @@ def next_round(
     )
 
 
+def abandon_round(exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+    """Write the aggregate before as the result of a round that nobody contributes to.
+
+    Args:
+        exchange: With the outcome that it will have.
+    """
+    key, outcome = exchange.key, closed_outcome(exchange)
+    assert isinstance(key, RoundKey)
+    weights = reader.agreement(key.run).weights
+    with reader.result(start_of(key)) as before:
+        message = Aggregate(
+            round=key.number, missing=outcome.missing, contributors={}, next_round=next_round(outcome.cohort, weights)
+        )
+        digest = write_computed(reader.result_path(key), message, before.specs, before.read)
+        record = {
+            "round": key.number,
+            "opened": exchange.opened or outcome.time,
+            "closed": outcome.time,
+            "digest": digest,
+            "sites": {},
+            "missing": list(outcome.missing),
+            "failed": [],
+            "outliers": [],
+            "kept": len(before.specs),
+            "abandoned": True,
+            "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),
+        }
+    return Computed(digest, record)
+
+
 def _places(plan: RoundPlan, opened: Opened, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, int]]:
     """Return, per tensor that can be unmasked, its group and the word at which it begins."""
     places = {}
@@ -208,21 +235,13 @@ def pooled_figures(opened: Opened) -> Pooled:
     return Pooled(
         metrics={**means(TRAINING), **means(VALIDATED)},
         earlier=means(EARLIER),
-        change=None
-        if changes is None
-        else decode_figure(changes[0], opened.total_weight(CHANGES), bits=CHANGE_BITS),
+        change=None if changes is None else decode_figure(changes[0], opened.total_weight(CHANGES), bits=CHANGE_BITS),
         conspicuous=0 if changes is None else changes[1],
     )
 
 
 def _record_of_round(
-    exchange: Exchange,
-    opened: Opened,
-    settings: FederationSettings,
-    *,
-    digest: str,
-    figures: Pooled,
-    kept: int,
+    exchange: Exchange, opened: Opened, settings: FederationSettings, *, digest: str, figures: Pooled, kept: int
 ) -> dict[str, Any]:
     """Return what is remembered of a masked round: who took part, and what all of them have in common."""
     outcome = closed_outcome(exchange)
@@ -233,9 +252,7 @@ def _record_of_round(
         "opened": exchange.opened,
         "closed": outcome.time,
         "digest": digest,
-        "sites": {
-            site: {"weight": float(opened.found.weights[site]), "masked": True} for site in outcome.contributors
-        },
+        "sites": {site: {"weight": float(opened.found.weights[site]), "masked": True} for site in outcome.contributors},
         "missing": list(outcome.missing),
         "failed": sorted(exchange.dropped_out & set(outcome.missing)),
         "outliers": [],

@@ -28,6 +28,10 @@ class ValidationUploadStep(UploadStep[ValidationUploadKey]):
     results = (Survivors,)
     policy = Policy(by_quorum=True, first_stays=True, closes_first=True)
 
+    def used_by(self, key: ValidationUploadKey) -> ValidationKey:
+        """Return the validation."""
+        return ValidationKey(key.run, key.number)
+
     def prerequisite(self, key: ValidationUploadKey) -> RoundKey:
         """Return the round."""
         return RoundKey(key.run, key.number)
@@ -83,8 +87,6 @@ def pool_opened(key: ValidationKey, opened: Opened, reader: DocumentReader) -> P
     loss = opened.small(LOSS)
     mean_loss = None if loss is None else decode_figure(loss[0], opened.total_weight(LOSS))
     pooled = pooled_validation.pool(
-        key.number,
-        {"all": Validation(tp=tp, fp=fp, fn=fn, loss=mean_loss)},
-        before=reader.last_validation(key.run),
+        key.number, {"all": Validation(tp=tp, fp=fp, fn=fn, loss=mean_loss)}, before=reader.last_validation(key.run)
     )
     return pooled.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})

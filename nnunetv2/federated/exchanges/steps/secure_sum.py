@@ -88,6 +88,10 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
         """Return how many sites can unmask, or are asked for."""
         return max(threshold_of(len(self.cohort(key, state))), state.settings.min_sites)
 
+    def used_by(self, key: U) -> Key:
+        """Return the exchange that results in the sum."""
+        raise NotImplementedError
+
     def check_may_begin(self, key: U, settings: FederationSettings) -> None:
         """Raise RefusedError unless this federation masks."""
         if settings.secure is None:
@@ -106,12 +110,7 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
         return _upload_specs(found, site, [lane for lane in found.held_by(site) if lane.name in message.lanes])
 
     def check(
-        self,
-        key: U,
-        site: str,
-        document: Document[MaskedUpdate],
-        reader: DocumentReader,
-        settings: FederationSettings,
+        self, key: U, site: str, document: Document[MaskedUpdate], reader: DocumentReader, settings: FederationSettings
     ) -> None:
         """Raise WireError unless the masks are bound to what the coordinator knows."""
         found = self.sum_of(key, reader)
@@ -142,6 +141,10 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
         values = (documents[sender].read(f"{ENVELOPE}{site}") for sender, site in envelopes.values())
         return Computed(write_document(reader.result_path(key), Survivors(sent=sent), specs, values))
 
+    def abandon(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+        """Write that nobody's vectors are added."""
+        return Computed(write_document(reader.result_path(exchange.key), Survivors(sent={}), {}, []))
+
     def tensors_for(self, key: U, site: str, reader: DocumentReader) -> tuple[str, ...]:
         """Return the envelopes for a site."""
         with reader.result(key) as document:
@@ -166,7 +169,8 @@ def _upload_specs(found: SecureSum, site: str, lanes: Sequence[Lane]) -> dict[st
     return {
         **{MASKED + lane.name: TensorSpec(lane.dtype, (lane.length,)) for lane in lanes},
         **{
-            ENVELOPE + other: TensorSpec("U8", (seeds * SEED_BYTES + ENVELOPE_OVERHEAD,)) for other in found.cohort.sites
+            ENVELOPE + other: TensorSpec("U8", (seeds * SEED_BYTES + ENVELOPE_OVERHEAD,))
+            for other in found.cohort.sites
         },
         COMMITMENTS: TensorSpec("U8", (seeds, SEED_BYTES)),
     }
@@ -209,12 +213,7 @@ class ConfirmationStep(Step[C, Confirmation, Any]):
         return self.floor(key, state)
 
     def check(
-        self,
-        key: C,
-        site: str,
-        document: Document[Confirmation],
-        reader: DocumentReader,
-        settings: FederationSettings,
+        self, key: C, site: str, document: Document[Confirmation], reader: DocumentReader, settings: FederationSettings
     ) -> None:
         """Raise WireError unless a site has signed the survivors that it was sent."""
         found, survivors = self.sum_of(key, reader), survivors_of(self.upload_key(key), reader)
@@ -222,6 +221,10 @@ class ConfirmationStep(Step[C, Confirmation, Any]):
         if document.message.digest != digest:
             raise WireError(f"site {site} confirms other survivors than those that it was sent")
         check_confirmations(key, {site: document.message.signature}, found, survivors, least=1)
+
+    def abandon(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+        """Write that nobody has confirmed anything."""
+        return Computed(write_document(reader.result_path(exchange.key), Confirmed(signatures={}), {}, []))
 
     def pool(
         self,
@@ -249,12 +252,7 @@ def survivors_of(key: Uploads, reader: DocumentReader) -> dict[str, tuple[str, .
 
 
 def check_confirmations(
-    key: Confirmations,
-    signatures: Mapping[str, str],
-    found: SecureSum,
-    survivors: protocol.Survivors,
-    *,
-    least: int,
+    key: Confirmations, signatures: Mapping[str, str], found: SecureSum, survivors: protocol.Survivors, *, least: int
 ) -> None:
     """Raise RefusedError unless so many survivors have signed exactly this set; see `privacy/identities.py`."""
     names = protocol.sites_among(survivors)
@@ -438,5 +436,3 @@ def _remarks_on(exchange: Exchange, opened: Opened) -> Iterator[str]:
             f"{exchange.key}: {len(sealed)} of {len(opened.found.lanes)} sums stay sealed, since fewer than "
             f"{opened.found.least} of their sites took part"
         )
-
-

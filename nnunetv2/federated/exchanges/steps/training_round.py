@@ -13,7 +13,7 @@ from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
 from nnunetv2.federated.exchanges.secure_sums import SecureSum
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
-from nnunetv2.federated.exchanges.steps.masked_round import combine_round
+from nnunetv2.federated.exchanges.steps.masked_round import abandon_round, combine_round
 from nnunetv2.federated.exchanges.steps.secure_sum import Opened, UnmaskingStep, is_masked
 from nnunetv2.federated.exchanges.steps.weights import WeightStep
 from nnunetv2.federated.protocol.api import FederationSettings
@@ -86,6 +86,10 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
     ) -> Computed:
         """Average the updates whose sum could be unmasked."""
         return combine_round(exchange, opened, settings, reader)
+
+    def abandon(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+        """Write the average before once more."""
+        return abandon_round(exchange, settings, reader)
 
     def place(self, key: RoundKey, site: str, digest: str, state: State) -> RoundKey:
         """Return where an update counts: a late one may be carried into the round that is open now.

@@ -90,4 +90,6 @@ def open_envelope(key: bytes, envelope: bytes, *, outside: bytes = b"") -> bytes
     try:
         return AESGCM(key).decrypt(envelope[:_NONCE_BYTES], envelope[_NONCE_BYTES:], outside)
     except (InvalidTag, ValueError) as error:
-        raise WireError("an envelope does not open: it was changed on its way, or is for another site or round") from error
+        raise WireError(
+            "an envelope does not open: it was changed on its way, or is for another site or round"
+        ) from error

@@ -256,9 +256,7 @@ def sites_among(survivors: Survivors) -> tuple[str, ...]:
     return tuple(sorted({site for sites in survivors.values() for site in sites}))
 
 
-def check_survivors(
-    cohort: Cohort, lanes: Sequence[Lane], survivors: Survivors, *, site: str, least: int
-) -> None:
+def check_survivors(cohort: Cohort, lanes: Sequence[Lane], survivors: Survivors, *, site: str, least: int) -> None:
     """Check, at a site, the survivors that the coordinator names, before anything is signed.
 
     Args:
