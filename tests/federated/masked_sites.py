@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class MaskedSite:
         )
         self.trained = trained
         self.position: Position | None = None
+        self.pause_s = 0.0
+        """How long an epoch takes."""
 
     def register(self, *, anew: bool = False) -> messages.Match:
         return self.participant.register(self.registration, anew=anew)
@@ -111,6 +114,7 @@ class MaskedSite:
         position = self.start()
         weights, number = position.weights, position.epoch
         while number < num_rounds and not position.is_over:
+            time.sleep(self.pause_s)
             weights, aggregate = self.round(number, weights)
             self.validate(aggregate, is_last=aggregate.round + 1 >= num_rounds)
             number = aggregate.round + 1
