@@ -21,11 +21,13 @@ from nnunetv2.experiment_planning.secure_planning import SecurePooling
 from nnunetv2.experiment_planning.site_cases import make_census as census_of
 from nnunetv2.federated.aggregation.integer_moments import integer_sums, to_words
 from nnunetv2.federated.aggregation.outermost import Channel
-from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.privacy.disclosure import allow_list_of
 from nnunetv2.federated.protocol import keys
 from nnunetv2.federated.protocol.api import Secure
 from nnunetv2.federated.protocol.messages import ChannelMoments, CoarseSummary
 from nnunetv2.federated.site.identity import secure_folder
+from nnunetv2.federated.site.planned_documents import planning_documents
 
 SITES = ("A", "B", "C")
 DATASETS = {site: f"Dataset50{number}_{site}" for number, site in enumerate("ABCD", 1)}
@@ -387,3 +389,23 @@ def test_other_plans_add_up_shapes_at_their_own_spacing(datasets, roots, tmp_pat
         assert all("different target spacings: A for others than most" in str(error) for error in found), found
         for error in outcomes(federation, experiment_planner_class=EveryCase, overwrite_plans_name="Every"):
             assert "no spacings" in str(error) and "--geometry list" in str(error)
+
+
+def test_an_allow_list_of_the_manifest_lets_planning_through(tmp_path, monkeypatch):
+    documents = planning_documents(
+        {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}}, 4, is_masked=True
+    )
+    allowed = tmp_path / "allow.json"
+    allowed.write_text(allow_list_of(documents, coordinator=None).model_dump_json())
+    monkeypatch.setenv("nnUNet_fed_allow", str(allowed))
+    with federation_of(tmp_path / "federation", "list") as federation:
+        extractors = make_extractors(tmp_path)
+        assert pool_all(federation, extractors) == [9, 9, 9]
+    content = json.loads(allowed.read_text())
+    del content["documents"]["unmasking_shares"]
+    allowed.write_text(json.dumps(content))
+    with (
+        federation_of(tmp_path / "other", "list") as federation,
+        pytest.raises(NotAllowedError, match="a message of kind unmasking_shares is not allowed to leave"),
+    ):
+        raise next(one for one in pool_all(federation, make_extractors(tmp_path)) if isinstance(one, Exception))

@@ -5,13 +5,14 @@ What is asked, and what follows from a sum, is in `aggregation/fingerprint_sums.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from nnunetv2.federated.aggregation import fingerprint_sums
-from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.errors import RefusedError, StatisticsError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Exchange, Policy
@@ -140,6 +141,24 @@ def _total(opened: Opened) -> np.ndarray:
     return next(opened.parts(SUM, CHECK_WORDS, size, size)).copy()
 
 
+@contextmanager
+def _named(key: Key) -> Iterator[None]:
+    """Say of sums that cannot be which they are, and that they are not made again.
+
+    Raises:
+        RefusedError: In the place of StatisticsError.
+    """
+    try:
+        yield
+    except StatisticsError as error:
+        raise RefusedError(
+            f"{key}: {error}",
+            "One of the sites has added what it should not, and nobody can see which. Compare the versions of the "
+            "software, and plan in a new federation: nothing is masked twice for the same one.",
+            code="sum_implausible",
+        ) from error
+
+
 # ------------------------------------------------------------------------------------------------- masked vectors
 class _UploadOfAllStep(UploadStep[K]):
     """Base of the steps in which every site of the census sends a masked vector."""
@@ -206,8 +225,8 @@ class ShapeUploadStep(_OfShapes[ShapeSumUploadKey], _UploadOfAllStep[ShapeSumUpl
         if odd := sorted(site for site, digest in bound_to.items() if digest != usual):
             raise RefusedError(
                 f"the sites plan for different target spacings: {', '.join(odd)} for others than most of them",
-                "Plan again at all sites, with the same options and the same version: "
-                "nnUNetv2_plan_and_preprocess --federated.",
+                "Plan again at all sites, with the same options and the same version, and under another name "
+                "(-overwrite_plans_name): nothing is masked twice for the same one.",
                 code="plans_differ",
             )
         return super().combine(exchange, documents, settings, reader)
@@ -250,13 +269,14 @@ class FingerprintSumStep(
     ) -> Computed:
         """Return what is added up next, or the fingerprint."""
         assert isinstance(exchange.key, FingerprintSumKey) and settings.secure is not None
-        result = fingerprint_sums.next_sum(
-            self.asked(exchange.key, reader),
-            _total(opened),
-            num_channels=_num_channels(reader),
-            num_cases=_num_cases(reader),
-            geometry=settings.secure.geometry,
-        )
+        with _named(exchange.key):
+            result = fingerprint_sums.next_sum(
+                self.asked(exchange.key, reader),
+                _total(opened),
+                num_channels=_num_channels(reader),
+                num_cases=_num_cases(reader),
+                geometry=settings.secure.geometry,
+            )
         return Computed(write_document(reader.result_path(exchange.key), result, {}, []))
 
     def result_limits(self, num_cases: int | None) -> Limits:
@@ -285,7 +305,8 @@ class ShapeSumStep(_OfShapes[ShapeSumKey], UnmaskingStep[ShapeSumKey, UnmaskingS
     ) -> Computed:
         """Return what is counted next, or the median shape."""
         assert isinstance(exchange.key, ShapeSumKey)
-        result = fingerprint_sums.next_resampled(
-            self.asked(exchange.key, reader), _total(opened), num_cases=_num_cases(reader)
-        )
+        with _named(exchange.key):
+            result = fingerprint_sums.next_resampled(
+                self.asked(exchange.key, reader), _total(opened), num_cases=_num_cases(reader)
+            )
         return Computed(write_document(reader.result_path(exchange.key), result, {}, []))
