@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunetv2.errors import InvalidInputError
 from nnunetv2.experiment_planning.experiment_planners.case_geometry import FingerprintWithoutLists
+from nnunetv2.preprocessed_data.bad_cases import load_bad_cases
 from nnunetv2.preprocessed_data.fingerprint_files import GEOMETRY_STATISTICS, LISTS, count_cases, has_pooled_fingerprint
 from nnunetv2.utilities.json_files import read_json
 
@@ -32,13 +33,15 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
 def count_training_cases(
     dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str, preprocessed_folder: Path
 ) -> int:
-    """Return the number of training cases that dataset.json gives, or of all cases in a pooled fingerprint.
+    """Return the number of training cases by dataset.json.
+
+    A pooled fingerprint, and one without bad cases, counts instead.
 
     Raises:
         InvalidInputError: dataset.json gives none.
     """
-    if has_pooled_fingerprint(preprocessed_folder):
-        return count_cases(fingerprint)  # of all sites: else the sites' plans would differ
+    if has_pooled_fingerprint(preprocessed_folder) or load_bad_cases(preprocessed_folder):
+        return count_cases(fingerprint)  # as many as it describes: else the sites' plans would differ
     if "numTraining" not in dataset_json:
         raise InvalidInputError(f"dataset.json of {dataset_name} lacks numTraining, the number of training cases")
     return dataset_json["numTraining"]

@@ -157,7 +157,10 @@ class Part(BaseModel):
 
 
 class Message(Part):
-    """Base of what a document can carry. Children give `kind` one value, by which documents know them."""
+    """Base of what a document can carry.
+
+    Children give `kind` one value, by which documents know them.
+    """
 
     protocol: Literal[1] = PROTOCOL
     if TYPE_CHECKING:
@@ -172,7 +175,10 @@ _MESSAGES: dict[str, type[Message]] = {}
 
 
 def document_messages() -> tuple[type[Message], ...]:
-    """Return every message that a document can carry: those of this module, and of steps that have their own."""
+    """Return every message that a document can carry.
+
+    Those of this module, and of steps that have their own.
+    """
     return tuple(_MESSAGES.values())
 
 
@@ -188,7 +194,10 @@ class SignedKey(Part):
 
 
 class WithAdditions(Part):
-    """Base of what has got fields since protocol 1 began; those are left out while they say what they always meant."""
+    """Base of what has got fields since protocol 1 began.
+
+    Those are left out while they say what they always meant.
+    """
 
     ADDED: ClassVar[tuple[str, ...]] = ()
     """Names of these fields. A peer that does not know them yet does what they say by default."""
@@ -214,7 +223,10 @@ class WithPrecision(WithAdditions):
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
 class Census(WithAdditions, Message):
-    """What must agree between the sites before anything is pooled, and how many cases one of them has."""
+    """The parts of a dataset that must agree between sites before pooling.
+
+    And how many cases one of them has.
+    """
 
     ADDED = ("keys",)
 
@@ -229,7 +241,10 @@ class Census(WithAdditions, Message):
 
 
 class PooledCensus(WithAdditions, Message):
-    """The number of cases of all sites together; the number of sampled voxels per case follows from it."""
+    """The number of cases of all sites together.
+
+    The number of sampled voxels per case follows from it.
+    """
 
     ADDED = ("keys",)
 
@@ -278,7 +293,10 @@ class WantedBins(Message):
 
 
 class FineSummary(WithAdditions, Message):
-    """The bins a site looked into; its tensors `fine.<channel>` are int64 of shape (number of bins, 65536)."""
+    """The bins a site looked into.
+
+    Its tensors `fine.<channel>` are int64 of shape (number of bins, 65536).
+    """
 
     ADDED = ("corrected",)
 
@@ -338,7 +356,7 @@ NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights", 
 
 
 class Registration(Message):
-    """What a site is about to train."""
+    """The training that a site is about to begin."""
 
     kind: Literal["registration"] = "registration"
     configuration: Segment
@@ -387,7 +405,10 @@ class Registration(Message):
 
 
 class Match(WithPrecision, Message):
-    """What the sites of a run share, decided once when all have registered."""
+    """The tensors that sites of a run share.
+
+    Decided once, when all have registered.
+    """
 
     ADDED = ("precision", "keys", "kept_local")
 
@@ -420,14 +441,16 @@ class Match(WithPrecision, Message):
 
 
 class EarlierMetrics(Part):
-    """What a site measured in an earlier round after its update had left."""
+    """Measurements of an earlier round that were made after its update had left."""
 
     round: Annotated[int, Field(ge=0, le=10**7)]
     metrics: Metrics
 
 
 class Update(Message):
-    """One site's share of a round, or of the initial weights; tensors travel under canonical names.
+    """One site's share of a round, or of the initial weights.
+
+    Tensors travel under canonical names.
 
     Weights leave as soon as they are trained, and are validated while they travel. So an update has the training loss
     of its own round and the validation of the round before; that of the last round has both.
@@ -440,7 +463,10 @@ class Update(Message):
 
 
 class Validation(Message):
-    """What a site found when it validated the aggregate of a round: voxels per class or region, summed over batches."""
+    """The counts of a site that validated a round's aggregate.
+
+    Voxels per class or region, summed over batches.
+    """
 
     kind: Literal["validation"] = "validation"
     tp: VoxelCounts
@@ -456,7 +482,7 @@ class Validation(Message):
 
 
 class PooledValidation(Message):
-    """How good the aggregate of a round is on the validation data of all sites that looked at it."""
+    """The scores of a round's aggregate on all sites that validated it."""
 
     kind: Literal["pooled_validation"] = "pooled_validation"
     round: Annotated[int, Field(ge=0, le=10**7)]
@@ -485,7 +511,7 @@ class NextRound(Part):
 
 
 class Aggregate(WithAdditions, Message):
-    """What became of the updates; tensors travel under canonical names."""
+    """The aggregate of the updates; tensors travel under canonical names."""
 
     ADDED = ("next_round",)
 
