@@ -143,7 +143,7 @@ def pool_fingerprint(transport: Transport, extractor: Any, census: messages.Cens
 def pool_secure_fingerprint(
     pooling: SecurePooling, extractor: Any, census: messages.Census, planner: Mapping[str, Any]
 ) -> int:
-    """Learn the pooled fingerprint by masked sums, and write it beside the local one; see `pool_fingerprint`."""
+    """Learn the pooled fingerprint by masked sums; see `pool_fingerprint`."""
     census = pooling.with_keys(census)
     return _or_late(
         lambda: pooling.take_part(extractor, census, planner), lambda: pooling.come_late(extractor, census, planner)

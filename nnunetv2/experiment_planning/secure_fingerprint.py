@@ -1,4 +1,4 @@
-"""Answer, at a site, what is added up for the fingerprint of a secure federation, and refuse what no fingerprint needs.
+"""Answer the questions of a secure fingerprint at a site, and refuse others.
 
 What is asked, in which order, and what follows from a sum is in `federated/aggregation/fingerprint_sums.py`; the
 vectors made here are masked before they leave (`federated/site/masking.py`).
@@ -30,7 +30,7 @@ MOST_LOOKS = 20
 
 
 class FingerprintAnswers:
-    """What one site adds to the sums of a fingerprint, question by question in their order.
+    """The vectors of one site for the sums of a fingerprint, question by question.
 
     Args:
         samples: Of all cases of this site.
@@ -69,7 +69,7 @@ class FingerprintAnswers:
 
     @property
     def asked(self) -> NextSum:
-        """What is asked now."""
+        """The question that is open."""
         return self._asked
 
     def proceed(self, asked: NextSum) -> None:
@@ -146,7 +146,7 @@ class FingerprintAnswers:
 
 
 def extends(question: DigitCounts, before: DigitCounts) -> bool:
-    """Tell whether counts are asked for behind bits that lie behind those of the question before, and nowhere else."""
+    """Tell whether digits are asked for only behind those of the question before."""
     return (
         question.level == before.level + 1
         and len(question.branches) == len(before.branches)

@@ -1,4 +1,4 @@
-"""Plan from the pooled fingerprint of a federation that masks its statistics: the coordinator sees sums only.
+"""Plan from a pooled fingerprint of which the coordinator sees masked sums only.
 
     census                     number of cases, channels, labels, this site's key    -> number of all cases, all keys
     fingerprint/sums/<n>       a masked vector, for one sum after the other          -> at last, the pooled fingerprint
@@ -92,7 +92,7 @@ class SecurePooling:
 
     @property
     def geometry(self) -> Geometry:
-        """How spacings and shapes are told."""
+        """The form in which spacings and shapes are told."""
         return self._secure.geometry
 
     def with_keys(self, census: messages.Census) -> messages.Census:
@@ -320,7 +320,10 @@ def _find_shape(add: Callable[[int, NextSum], NextSum | ResampledShape]) -> tupl
 
 
 def with_shapes_of(file: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return a pooled fingerprint with the shapes that a file knows already, if that is of the same cases."""
+    """Return a pooled fingerprint with the resampled shapes that a file knows already.
+
+    None of them, if that file is of other cases.
+    """
     try:
         before = read_json(file).get(GEOMETRY_STATISTICS, {})
     except (OSError, JsonFileError):

@@ -1,4 +1,4 @@
-"""Look at the cases of this site for a federation: sample them, describe them, compare their sizes with others."""
+"""Sample and describe the cases of this site, and compare their sizes with others."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def compare_geometry(
 def compare_geometry_with_medians(
     spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], statistics: results.GeometryStatistics
 ) -> None:
-    """Compare the sizes of this site's scans with the medians of all sites together; see `compare_geometry`."""
+    """Compare the sizes of this site's scans with the medians of all sites."""
     spacing, shape = statistics.spacings.median, statistics.shapes_after_crop.median
     extent = tuple(edge * length for edge, length in zip(spacing, shape, strict=True))
     _compare(plausibility.Geometry.of(spacings, shapes), plausibility.Geometry(spacing, extent), "at all sites")

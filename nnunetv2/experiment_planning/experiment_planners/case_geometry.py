@@ -1,4 +1,4 @@
-"""Answer a planner's questions about the spacings and shapes of all cases, from lists or from order statistics.
+"""Answer planners' questions about spacings and shapes, from lists or from order statistics.
 
 A fingerprint usually lists every case. One that a federation pooled by order statistics alone (`--geometry quantiles`)
 has the field `geometry_statistics` in the place of the lists, with what planners ask for; either gives the same bits.
@@ -20,14 +20,20 @@ _PLAN_AGAIN = "nnUNetv2_plan_and_preprocess --federated, with the same options a
 
 
 class CaseGeometry(Protocol):
-    """What planners ask about the cases of a dataset. Spacings in mm and shapes in voxels, per axis of arrays."""
+    """The questions of planners about the cases of a dataset.
+
+    Spacings in mm and shapes in voxels, per axis of arrays.
+    """
 
     def spacing_percentile(self, percentile: float) -> np.ndarray:
         """Return np.percentile of the spacings: 10 or 50."""
         ...
 
     def median_spacing(self) -> np.ndarray:
-        """Return np.median of the spacings, which may differ from their percentile 50 in the last digit."""
+        """Return np.median of the spacings.
+
+        It may differ from their percentile 50 in the last digit.
+        """
         ...
 
     def median_shape(self) -> np.ndarray:
@@ -35,7 +41,7 @@ class CaseGeometry(Protocol):
         ...
 
     def median_resampled_shape(self, target: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Return np.median of the shapes that the cases would have at this spacing. May be 0."""
+        """Return np.median of the shapes at this spacing. May be 0."""
         ...
 
 
@@ -119,6 +125,9 @@ class FingerprintWithoutLists(dict[str, Any]):
 def resampled_shapes(
     spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], target: Sequence[float] | np.ndarray
 ) -> list[list[int]]:
-    """Return the shape of each case once it has the target spacing; an axis of a thin case may have none."""
+    """Return the shape of each case once it has the target spacing.
+
+    An axis of a thin case may have no voxel.
+    """
     # Without the one voxel that preprocessing keeps of such a case: plans are those of the release.
     return [round_lengths(shape, spacing, target) for spacing, shape in zip(spacings, shapes)]

@@ -1,9 +1,9 @@
-"""Add up sets of cases without telling whose they are: an invertible Bloom lookup table of their geometry.
+"""Add up the geometry of cases without telling whose they are.
 
-A case is a record of eleven 32-bit words: spacing, shape, and the share of voxels that cropping leaves. Every record is
 A case is a record of eleven 32-bit words: spacing, shape, and the share of voxels that cropping leaves. Each record is
-by cell and word by word. In the sum, a cell with copies of a single record gives that record away; it is taken out of
-its other two cells, which uncovers further ones, until the table is empty.
+added, with its count and its hash, to three cells of a table that its hash chooses: an invertible Bloom lookup table.
+Tables of several sites add up, word by word. In the sum, a cell with copies of a single record gives that record away;
+it is taken out of its other two cells, which uncovers further ones, until the table is empty.
 
     cell    count | hash, 2 words | spacing, 6 words | shape, 3 words | relative size, 2 words      14 x uint64
 
@@ -48,7 +48,7 @@ class TableTooSmallError(StatisticsError):
 
 
 def num_cells(num_cases: int, doublings: int) -> int:
-    """Return the cells of a table for the cases of all sites, a multiple of three."""
+    """Return the number of cells of a table, a multiple of three."""
     return _HASHES * math.ceil((2 * num_cases + 64) / _HASHES) << doublings
 
 
@@ -73,7 +73,7 @@ def fill_table(cases: Iterable[Case], num_all_cases: int, doublings: int = 0) ->
 
 
 def read_table(table: np.ndarray, num_cases: int) -> list[Case]:
-    """Return the cases in a sum of tables, sorted, each as often as it was added.
+    """Return the cases in a sum of tables, sorted, repetitions included.
 
     Args:
         table: uint64 (cells, 14), the sum mod 2^64.

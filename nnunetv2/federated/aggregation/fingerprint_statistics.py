@@ -304,7 +304,7 @@ def as_fingerprint(intensities: Sequence[Mapping[str, float]], geometry: Mapping
 def listed_geometry(
     spacings: Iterable[Sequence[float]], shapes: Iterable[Sequence[int]], relative_sizes: Sequence[float]
 ) -> dict[str, Any]:
-    """Return the fields of a fingerprint that tell of all its cases, given in the order in which they are to stand."""
+    """Return the fields of a fingerprint that list its cases, in the given order."""
     return {
         "median_relative_size_after_cropping": float(np.median(relative_sizes)),
         "shapes_after_crop": [list(shape) for shape in shapes],
@@ -367,7 +367,10 @@ def _extrema(channel: int, summaries: Sequence[SiteSummary]) -> tuple[float, flo
 
 # ------------------------------------------------------------------------------------------------------------ ranks
 def neighbours(count: int, percentile: float) -> tuple[int, int, float]:
-    """Return the two ranks around a percentile and the fraction of the way between, as numpy's method linear."""
+    """Return the two ranks around a percentile and the fraction between.
+
+    As numpy's method linear.
+    """
     position = (count - 1) * (percentile / 100)
     if position >= count - 1:
         return count - 1, count - 1, 0.0
@@ -376,7 +379,10 @@ def neighbours(count: int, percentile: float) -> tuple[int, int, float]:
 
 
 def interpolate(low: np.floating, high: np.floating, fraction: float) -> float:
-    """Go from low to high with numpy's arithmetic: the difference in the values' dtype, the rest in float64."""
+    """Interpolate with numpy's arithmetic.
+
+    The difference in the values' dtype, the rest in float64.
+    """
     with np.errstate(over="ignore"):
         difference = float(high - low)
     if fraction >= 0.5:

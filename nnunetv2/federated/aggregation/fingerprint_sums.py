@@ -1,4 +1,4 @@
-"""Find the fingerprint of all sites by one sum after the other: what is asked, what a site adds, what follows.
+"""Find the fingerprint of all sites by one sum after the other.
 
 Every sum is of one vector of 64-bit words per site. Its result says what is added up next:
 
@@ -47,7 +47,7 @@ Question = CoarseHistograms | FineHistograms | CaseTable | DigitCounts
 
 
 class FineChannel(NamedTuple):
-    """What is added up of one channel when it is looked into."""
+    """The statistics of one channel that are added up with `fine`."""
 
     moments: np.ndarray
     """uint64 (4,), see `integer_moments`."""
@@ -88,7 +88,7 @@ def coarse_vector(histograms: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def fine_vector(channels: Sequence[FineChannel], *, promotes_to_float64: bool) -> np.ndarray:
-    """Return the insides of bins and the moments of each channel as they are added up."""
+    """Return the statistics of each channel as they are added up."""
     parts = [np.array([promotes_to_float64], np.uint64)]
     for channel in channels:
         parts += [channel.moments, channel.coarse.astype(np.uint64), channel.fine.astype(np.uint64).reshape(-1)]
@@ -142,7 +142,7 @@ def next_sum(
 
 
 def next_resampled(asked: NextSum, total: np.ndarray, *, num_cases: int) -> NextSum | ResampledShape:
-    """Return what follows from a sum for the median shape at a target spacing; see `next_sum`."""
+    """Return what follows from a sum of resampled shapes; see `next_sum`."""
     question = asked.question
     assert isinstance(question, DigitCounts)
     branches = _narrowed(question, total, geometry_quantiles.OF_RESAMPLED_SHAPES, num_cases)

@@ -1,4 +1,4 @@
-"""Describe the geometry of all cases by the order statistics that planners ask for, and by nothing else.
+"""Describe the geometry of all cases by the order statistics that planners need.
 
 First per axis the 10th and 50th percentile of the spacings and the median of the shapes, and the median relative size;
 then, at the target spacing that follows from these, the median of the resampled shapes. `order_statistics` finds the
@@ -81,7 +81,7 @@ def check_total(histograms: Sequence[np.ndarray], count: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ as it is written
 def described_cases(found: Branches, count: int) -> dict[str, Any]:
-    """Return the fields of a fingerprint that tell of its cases, from branches of 64 bits.
+    """Return the fields of a fingerprint that describe its cases, from complete branches.
 
     Raises:
         StatisticsError: A spacing, a shape or the relative size is impossible.
@@ -114,7 +114,7 @@ def median_resampled_shape(found: Branches, count: int) -> list[float]:
 def with_resampled_shape(
     fingerprint: Mapping[str, Any], spacing: Sequence[float], median: Sequence[float]
 ) -> dict[str, Any]:
-    """Return a fingerprint that knows the median shape of the cases at a spacing, beside others that it knows."""
+    """Return a fingerprint with a further median shape at a spacing."""
     statistics = fingerprint["geometry_statistics"]
     others = [entry for entry in statistics.get("resampled_shapes", ()) if entry["spacing"] != list(spacing)]
     entry = {"spacing": list(spacing), "median": list(median)}

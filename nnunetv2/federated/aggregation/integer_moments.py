@@ -1,4 +1,4 @@
-"""Sum values and their squares as whole numbers: mean and standard deviation that depend on no order and no split.
+"""Sum values and their squares as whole numbers, exactly for any order and split.
 
 Sums of float64 differ in their last digits with the order of summation, and cannot be masked. So every value becomes a
 whole number first, its distance from a pivot in steps that all sites agree on.
@@ -33,7 +33,7 @@ _MOST_IN_CHUNK = 1 << 30
 
 
 def steps_of(coarse: np.ndarray) -> Steps:
-    """Choose the finest steps in which all values of a pooled coarse histogram have at most `BITS` bits.
+    """Choose the finest steps in which all values have at most `BITS` bits.
 
     Args:
         coarse: int64 (65536,), not empty.

@@ -83,7 +83,10 @@ def value_at(branches: Sequence[Branch], rank: int) -> float:
 
 # ------------------------------------------------------------------------------------------------ of so many values
 def ranks_of(count: int, percentiles: Iterable[float]) -> tuple[int, ...]:
-    """Return the ranks, from 0, that percentiles of so many values are between. That of 50 gives the median, too."""
+    """Return the ranks, from 0, around percentiles of so many values.
+
+    Those of 50 give the median, too.
+    """
     return tuple(sorted({rank for percentile in percentiles for rank in neighbours(count, percentile)[:2]}))
 
 
@@ -94,6 +97,9 @@ def percentile_of(branches: Sequence[Branch], count: int, percentile: float) -> 
 
 
 def median_of(branches: Sequence[Branch], count: int) -> float:
-    """Compute np.median of all values to the bit; it may differ from the 50th percentile in the last digit."""
+    """Compute np.median of all values to the bit.
+
+    It may differ from the 50th percentile in the last digit.
+    """
     low, high = (value_at(branches, rank) for rank in ((count - 1) // 2, count // 2))
     return (low + high) / 2

@@ -220,7 +220,9 @@ def secure_settings(arguments: argparse.Namespace) -> Secure:
 
 
 def with_geometry(given: dict[str, object], stored: Secure | None) -> dict[str, object]:
-    """Return the given settings with `--geometry` as a part of `--secure`; where it is not given, it stays as it is.
+    """Return the given settings with `--geometry` as a part of `--secure`.
+
+    Where it is not given, it stays as it is.
 
     Raises:
         FederationError: It is given without `--secure`.

@@ -1,4 +1,4 @@
-"""Say what the sites of a secure federation add up when they plan, as each of them and the coordinator know it.
+"""Plan the sums of a secure fingerprint, as sites and coordinator both know them.
 
 Every sum is about all sites of the census, or about nothing: who is missing is waited for, and none of fewer is opened.
 """

@@ -196,7 +196,7 @@ class FingerprintSumSurvivorsKey(ExchangeKey[Confirmation, Confirmed]):
 
 
 class FingerprintSumKey(ExchangeKey[UnmaskingShares, NextSum | PooledFingerprint]):
-    """The sites help to unmask a sum of their statistics, and learn what is added up next."""
+    """The sites help to unmask a sum of statistics, and learn the next one."""
 
     kind, pattern = "fingerprint_sum", "fingerprint/sums/{number}"
     number: int
@@ -229,7 +229,7 @@ class ShapeSumSurvivorsKey(ExchangeKey[Confirmation, Confirmed]):
 
 
 class ShapeSumKey(ExchangeKey[UnmaskingShares, NextSum | ResampledShape]):
-    """The sites help to unmask a sum of counts of shapes, and learn what is counted next."""
+    """The sites help to unmask a sum of counts, and learn the next one."""
 
     kind, pattern = "shape_sum", "plans/{plans}/sums/{number}"
     plans: str

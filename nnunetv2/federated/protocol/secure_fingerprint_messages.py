@@ -1,4 +1,4 @@
-"""The messages with which sites of a secure federation find their fingerprint by sums: what is added up next."""
+"""The messages that say which statistics a secure federation adds up next."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CoarseHistograms(Part):
 
 
 class FineHistograms(Part):
-    """Asks how many intensities lie where inside some of these bins, and for sums of all intensities."""
+    """Asks for the insides of some of these bins, and for sums of all intensities."""
 
     what: Literal["fine"] = "fine"
     bins: Annotated[tuple[BinList, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
@@ -70,7 +70,7 @@ class DigitCounts(Part):
 
 
 class NextSum(Message):
-    """What the sites of a secure federation add up next for the fingerprint, as one vector of 64-bit words."""
+    """The next sum of the sites of a secure federation: one vector of 64-bit words each."""
 
     kind: Literal["next_sum"] = "next_sum"
     question: Annotated[CoarseHistograms | FineHistograms | CaseTable | DigitCounts, Field(discriminator="what")]

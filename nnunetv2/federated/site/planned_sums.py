@@ -1,4 +1,4 @@
-"""Build the documents of masked sums before they are made: what leaves, and how little of it can be read."""
+"""Build the documents of masked sums before they are made."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def validation_sums(when: str, num_classes: int) -> list[Disclosure]:
 
 
 def planning_sums(num_channels: int) -> list[Disclosure]:
-    """Return the documents of the sums in which a fingerprint is found, in the order in which they leave."""
+    """Return the documents of the sums of a fingerprint, in their order."""
     steps = Steps(pivot=0.0, exponent=0)
     most = (Branch(prefix=0, below=0),) * geometry_quantiles.MOST_BRANCHES
     few = most[: geometry_quantiles.MOST_BRANCHES // 2]

@@ -60,7 +60,7 @@ class ShapeStatistics(messages.Part):
 
 
 class GeometryStatistics(messages.Part):
-    """What stands in the place of the lists where geometry is told by order statistics only."""
+    """The statistics in the place of the lists of cases."""
 
     num_cases: Annotated[int, Field(ge=1)]
     spacings: SpacingStatistics

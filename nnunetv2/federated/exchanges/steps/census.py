@@ -33,7 +33,7 @@ class CensusStep(Step[CensusKey, Census, PooledCensus]):
         reader: DocumentReader,
         settings: FederationSettings,
     ) -> None:
-        """Raise RefusedError unless a site that is to mask its statistics can, and shares no extrema."""
+        """Raise RefusedError unless a site can mask its statistics, where it is to."""
         if settings.secure is not None:
             check_can_be_masked(site, document.message)
 
@@ -51,7 +51,7 @@ class CensusStep(Step[CensusKey, Census, PooledCensus]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> PooledCensus:
-        """Add up the cases, if the datasets go together; where statistics are masked, hand out the sites' keys."""
+        """Add up the cases, and hand out the sites' keys where they mask."""
         contributed = messages_of(documents)
         pooled = pool_census(contributed)
         if settings.secure is None:
@@ -69,7 +69,7 @@ def pool_census(contributed: Mapping[str, Census]) -> PooledCensus:
 
 
 def check_can_be_masked(site: str, census: Census) -> None:
-    """Raise RefusedError if a site wants to share extrema, or has no key to mask with."""
+    """Raise RefusedError if a site shares extrema, or has no key."""
     if census.share_extrema:
         raise RefusedError(
             f"site {site} wants to share its smallest and largest voxels, and this federation adds up masked "

@@ -1,4 +1,4 @@
-"""Pool fingerprints where nobody is to see the statistics of a site: one masked sum after the other.
+"""Pool fingerprints by one masked sum after the other.
 
 What is asked, and what follows from a sum, is in `aggregation/fingerprint_sums.py`.
 """
@@ -210,7 +210,7 @@ class ShapeUploadStep(_OfShapes[ShapeSumUploadKey], _UploadOfAllStep[ShapeSumUpl
         reader: DocumentReader,
         settings: FederationSettings,
     ) -> None:
-        """Check nothing: masks are bound to the target spacing, which only the sites know; see `combine`."""
+        """Leave it to `combine`: only sites know the target spacing of their masks."""
 
     def combine(
         self,
@@ -253,7 +253,7 @@ class ShapeSurvivorsStep(_OfShapes[ShapeSumSurvivorsKey], ConfirmationStep[Shape
 class FingerprintSumStep(
     _OfFingerprint[FingerprintSumKey], UnmaskingStep[FingerprintSumKey, UnmaskingShares, FingerprintResult]
 ):
-    """The sites help to unmask a sum, of which the next one follows, or the fingerprint."""
+    """The sites help to unmask a sum, and learn the next one, or the fingerprint."""
 
     key = FingerprintSumKey
     contribution, results = UnmaskingShares, (NextSum, PooledFingerprint)
@@ -289,7 +289,7 @@ class FingerprintSumStep(
 
 
 class ShapeSumStep(_OfShapes[ShapeSumKey], UnmaskingStep[ShapeSumKey, UnmaskingShares, ShapeResult]):
-    """The sites help to unmask a sum, of which the next one follows, or the median shape at the target spacing."""
+    """The sites help to unmask a sum, and learn the next one, or a median."""
 
     key = ShapeSumKey
     contribution, results = UnmaskingShares, (NextSum, ResampledShape)
