@@ -37,7 +37,12 @@ UPLOADS = (
     "too_many_gatherings",
     "too_many_bytes",
     "disk_full",
+    "masked_only",
+    "extrema_not_masked",
     "run_stopped",
+    "run_key_forged",
+    "identity_repeated",
+    "survivors_unconfirmed",
 )
 
 
@@ -214,6 +219,7 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
                 "plans_differ",
                 "weights_differ",
                 "nothing_shared",
+                "sum_implausible",
                 "do_not_match",
                 "already_closed",
                 "incomplete_request",

@@ -64,8 +64,8 @@ class MaskedSite:
         self.pause_s = 0.0
         """How long an epoch takes."""
 
-    def register(self, *, anew: bool = False) -> messages.Match:
-        return self.participant.register(self.registration, anew=anew)
+    def register(self) -> messages.Match:
+        return self.participant.register(self.registration)
 
     def start(self, epoch: int = 0) -> Position:
         self.position = self.participant.start(epoch, make_weights(self.seed, self.shapes))
@@ -119,6 +119,7 @@ class MaskedSite:
             self.validate(aggregate, is_last=aggregate.round + 1 >= num_rounds)
             number = aggregate.round + 1
             on_round(number)
+        self.participant.finish()
         return digest_of(weights)
 
 

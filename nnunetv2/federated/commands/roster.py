@@ -1,4 +1,4 @@
-"""Show who takes part in a federation, as numbers that people compare, and remember that they have done so."""
+"""Show the sites of a federation as numbers that people compare, and remember the comparison."""
 
 from __future__ import annotations
 

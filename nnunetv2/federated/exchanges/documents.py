@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Agreement:
     """What each site counts in an average. The sites do not know it of each other."""
     plans_names: Mapping[str, str]
     """Site -> the name of its plans."""
+    trust: Mapping[str, str | None] = field(default_factory=dict)
+    """Site -> how it knows the identities of the others, where updates are masked."""
 
     @property
     def codec(self) -> UpdateCodec:
@@ -98,6 +100,10 @@ class DocumentReader:
         """Tell whether an exchange has its result."""
         exchange = self._find(key)
         return exchange is not None and exchange.is_closed
+
+    def exchange(self, key: Key) -> Exchange:
+        """Return an exchange that has begun."""
+        return self._begun(key)
 
     def has_contributed(self, key: Key, site: str) -> bool:
         """Tell whether there is something that a site has contributed to an exchange."""
@@ -161,7 +167,7 @@ class DocumentReader:
             with self.result(AdmissionKey(run, site)) as document:
                 match = late_join.with_site(match, document.message, site)
         specs: dict[str, TensorSpec] = {}
-        weights, plans_names = {}, {}
+        weights, plans_names, trust = {}, {}, {}
         for site, message in self.each_registration(run):
             canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
             for entry in message.tensors:
@@ -169,7 +175,8 @@ class DocumentReader:
                     specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
             weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
             plans_names[site] = str(message.plans.get("plans_name"))
-        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names)
+            trust[site] = message.trust
+        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names, trust)
 
     def _begun(self, key: Key) -> Exchange:
         exchange = self._find(key)
@@ -235,7 +242,7 @@ class DocumentReader:
     # ------------------------------------------------------------------------------------------------- masked sums
     @property
     def settings(self) -> FederationSettings:
-        """What holds for the federation."""
+        """The settings of the federation."""
         assert self._settings is not None, "this reader was made without settings"
         return self._settings()
 

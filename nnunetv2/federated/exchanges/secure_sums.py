@@ -1,4 +1,4 @@
-"""Say what the sites of a run add up without showing it: groups of tensors, figures, counts of a validation.
+"""Plan the masked sums of a run: groups of tensors, figures, counts of a validation.
 
 Sites and coordinator compute this each for itself, from what they have in common: the match of the run, the aggregate
 that a round starts from, and the cohort that its message names. What they do not have in common, masks do not cancel.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -43,7 +44,7 @@ OPTIONAL = frozenset({*FIGURES, LOSS})
 
 @dataclass(frozen=True)
 class SecureSum:
-    """What sites and coordinator know of some sums before anything is sent."""
+    """Masked sums, as sites and coordinator know them before anything is sent."""
 
     cohort: Cohort
     lanes: tuple[Lane, ...]
@@ -51,6 +52,15 @@ class SecureSum:
     """Sites that every sum is to have."""
     weights: Mapping[str, int] = field(default_factory=dict)
     """Site -> what it counts. Sites know only their own."""
+    starts: tuple[tuple[tuple[str, ...], bytes], ...] = ()
+    """Sites, and the digest of the weights that they alone have in common and start from, as far as it is known."""
+
+    def common(self, site: str) -> dict[str, bytes]:
+        """Return, per other site, the digest of all weights that both were sent."""
+        return {
+            other: digest_of(*(digest for holders, digest in self.starts if {site, other} <= {*holders}))
+            for other in self.cohort.sites
+        }
 
     def lane(self, name: str) -> Lane:
         """Return a lane by its name."""
@@ -109,7 +119,8 @@ def groups_of(shared: Mapping[str, Mapping[str, str]], cohort: Iterable[str], *,
         shared: Canonical name -> site -> its own name, as in a match.
         least: Groups of fewer sites are left out.
     """
-    present, tensors = frozenset(cohort), {}
+    present = frozenset(cohort)
+    tensors: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(shared):
         holders = tuple(sorted(present & shared[name].keys()))
         if len(holders) >= least:
@@ -132,7 +143,7 @@ def check_groups(shared: Mapping[str, Mapping[str, str]]) -> None:
 # ----------------------------------------------------------------------------------------------------------- rounds
 @dataclass(frozen=True)
 class RoundPlan:
-    """What is added up in one round of a run."""
+    """The sums of one round of a run."""
 
     sum: SecureSum
     groups: tuple[Group, ...]
@@ -169,22 +180,25 @@ def plan_round(
         read_before: The same of the aggregate before it; None if there is none.
         weights: Site -> what it counts, as far as it is known.
     """
-    codec, groups = masked_codec_of(match.precision), groups_of(match.shared, begin.cohort, least=least)
-    cohort = cohort_of(federation, str(key), match.keys, begin.cohort)
+    codec, cohort = masked_codec_of(match.precision), cohort_of(federation, str(key), match.keys, begin.cohort)
     exponents: dict[str, int] = {}
     lanes = [
-        Lane(CHANGES, cohort.sites, "U64", 2),
+        Lane(CHANGES, cohort.sites, "U64", 2, str(begin.typical_change).encode()),
         *(Lane(name, cohort.sites, "U64", len(metrics)) for name, metrics in FIGURES.items()),
     ]
-    for group in groups:
+    groups, starts = [], []
+    for group in groups_of(match.shared, begin.cohort, least=2):
         known = [name for name in group.tensors if name in specs]
         reference = b""
         if known:
             reference = _reference(known, codec, read, read_before, exponents, begin.weight_bits)
-        size = sum(specs[name].size for name in known)
-        lanes.append(Lane(group.name, group.holders, codec.dtype, size, reference))
-    secure_sum = SecureSum(cohort, tuple(lanes), least, dict(weights))
-    return RoundPlan(secure_sum, groups, exponents, begin.weight_bits, begin.typical_change)
+            starts.append((group.holders, reference))
+        if len(group.holders) >= least:
+            groups.append(group)
+            size = sum(specs[name].size for name in known)
+            lanes.append(Lane(group.name, group.holders, codec.dtype, size, reference))
+    secure_sum = SecureSum(cohort, tuple(lanes), least, dict(weights), tuple(starts))
+    return RoundPlan(secure_sum, tuple(groups), exponents, begin.weight_bits, begin.typical_change)
 
 
 def _reference(
@@ -238,20 +252,39 @@ def plan_validation(
     num_classes: int,
     least: int,
     weights: Mapping[str, int],
+    validated: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> SecureSum:
     """Return what is added up when the aggregate of a round was validated.
 
     Args:
         sites: The contributors of the round.
         num_classes: Classes or regions that are counted; see `num_classes_of`.
+        validated: Canonical name -> values of the aggregate, as a site has downloaded them; sites only.
     """
     cohort = cohort_of(federation, str(key), match.keys, sites)
     lanes = (Lane(COUNTS, cohort.sites, "U64", 3 * num_classes), Lane(LOSS, cohort.sites, "U64", 1))
-    return SecureSum(cohort, lanes, least, dict(weights))
+    starts = tuple(
+        (group.holders, _digest_of(known, validated))
+        for group in groups_of(match.shared, cohort.sites, least=2)
+        if (known := [name for name in group.tensors if name in validated])
+    )
+    return SecureSum(cohort, lanes, least, dict(weights), starts)
+
+
+def _digest_of(names: Iterable[str], values: Mapping[str, np.ndarray]) -> bytes:
+    """Return the digest of tensors by their names."""
+    digest = hashlib.sha256()
+    for name in names:
+        one = np.ascontiguousarray(values[name])
+        digest.update(digest_of(name.encode(), one.dtype.str.encode()))
+        digest.update(one.reshape(-1).view(np.uint8).data)
+    return digest.digest()
 
 
 def num_classes_of(labels: Mapping[str, int | tuple[int, ...]]) -> int:
-    """Return how many classes, or regions, a validation counts: all but background and what is ignored.
+    """Return the number of classes or regions that a validation counts.
+
+    Those are all but background and what is ignored.
 
     Args:
         labels: As in dataset.json.

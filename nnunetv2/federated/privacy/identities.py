@@ -1,4 +1,4 @@
-"""Sign and verify with the identities of sites, and turn a roster into a number that people compare.
+"""Sign and verify with identities of sites, and number rosters for people to compare.
 
 An identity is an Ed25519 key that a site makes when it joins. Whatever it signs is bound to a purpose and to all that
 the signature is about, each part behind its length, so that no signature can be read as another one.
@@ -28,7 +28,7 @@ RUN_KEY, SURVIVORS = "run key", "survivors"
 
 
 def length_prefixed(*parts: str | bytes | int) -> bytes:
-    """Join parts, each behind its length (8 bytes, big-endian), so that equal bytes mean equal parts.
+    """Join parts, each behind its length, 8 bytes, big-endian: equal bytes mean equal parts.
 
     Args:
         parts: Texts as UTF-8; whole numbers from 0 on as their digits.
@@ -69,7 +69,7 @@ def _statement(purpose: str, parts: Iterable[str | bytes | int]) -> bytes:
 def sign_run_key(
     identity: Ed25519PrivateKey, exchange_key: X25519PrivateKey, *, federation: str, gathering: str
 ) -> SignedKey:
-    """Sign the key with which a site agrees on masks, for the gathering in which it is handed in."""
+    """Sign the key with which a site agrees on masks in a gathering."""
     public = public_of(exchange_key)
     return SignedKey(
         identity=public_of(identity),
@@ -79,7 +79,7 @@ def sign_run_key(
 
 
 def check_run_keys(keys: Mapping[str, SignedKey], *, federation: str, gathering: str | Mapping[str, str]) -> None:
-    """Check that each site's run key is signed by the identity beside it, and that no two sites are one.
+    """Check that run keys are signed by the identities beside them, and all different.
 
     Whether the identities are the right ones is asked elsewhere; see `site/roster.py`.
 
@@ -171,7 +171,7 @@ def check_confirmations(
 
 # ----------------------------------------------------------------------------------------------------------- numbers
 def roster_number(federation: str, identities: Mapping[str, str]) -> str:
-    """Return the number of a roster, or of one site of it: 40 decimal digits in groups of five.
+    """Return the number of a roster, or of a site: 40 digits in fives.
 
     Args:
         identities: Name -> identity.

@@ -1,4 +1,4 @@
-"""Let nothing leave in clear that this site wants summed behind masks only, whatever the coordinator says.
+"""Let nothing leave in clear that this site wants masked, whatever the coordinator says.
 
 A site that has joined a federation with secure aggregation remembers from how many sites on anything is summed, and
 holds the coordinator to it. Beyond that the site decides: `nnUNet_fed_require_secure=4` refuses every federation that
@@ -26,7 +26,7 @@ CLEAR = (Update, Validation, CoarseSummary, FineSummary)
 
 
 def required_k(promised: int | None = None) -> int | None:
-    """Return from how many sites on this site lets itself be summed; None: it also sends in clear.
+    """Return the fewest sites among which this site is summed; None: it sends in clear.
 
     Args:
         promised: What held in the federation when this site joined it; None for one that sums in clear.
@@ -64,7 +64,7 @@ def check_settings(settings: FederationSettings, promised: int | None) -> None:
 
 
 def check_message(key: str, message: Message, promised: int | None) -> None:
-    """Raise NotAllowedError if a message would show this site's own numbers although it requires secure sums.
+    """Raise NotAllowedError if a message shows this site's numbers, which it wants masked.
 
     Args:
         key: The exchange that it is for.

@@ -199,7 +199,7 @@ def _hash(secret: str) -> str:
 
 
 def request_to_join(credential: SiteCredential, invitation: str, identity: str | None = None) -> api.JoinAnswer:
-    """Send the secret of an invitation, the site's new token and the public part of its identity, once."""
+    """Send the secret of an invitation, the new token and the public identity, once."""
     request = api.JoinRequest(invitation=invitation, token=credential.token, identity=identity)
     with (
         open_session(credential, with_token=False) as session,

@@ -10,7 +10,7 @@ FILE is the credential; only its owner can read these.
 from __future__ import annotations
 
 import hashlib
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ def load_identity(credential_file: Path | None = None) -> Ed25519PrivateKey:
 
 
 def make_identity(credential_file: Path | None = None) -> Ed25519PrivateKey:
-    """Return the identity of this site, made if there is none yet; it is on the disk before this returns.
+    """Return the identity of this site, made and saved if there is none yet.
 
     Raises:
         NotJoinedError: There is one that cannot be read.
@@ -94,7 +94,7 @@ def _read_identity(path: Path) -> Ed25519PrivateKey:
 
 # ------------------------------------------------------------------------------------------------------ exchange keys
 def secure_folder(federation: str, gathering: str, credential_file: Path | None = None) -> Path:
-    """Return the folder in which this site keeps what it must not lose of a gathering, or of a run.
+    """Return the folder for keys and promises of a gathering, or of a run.
 
     Raises:
         ValueError: The gathering's key has other parts than keys have.
@@ -138,23 +138,17 @@ def run_key(federation: str, gathering: str, credential_file: Path | None = None
 
 
 def forget_run_keys(federation: str, run: str, credential_file: Path | None = None) -> None:
-    """Delete all keys of a run that is over, so that nobody can open its masks with this disk later.
+    """Delete all keys of a run that is over; no disk opens its masks later.
 
     Args:
         run: The part of the gatherings' keys before the last slashes: "runs/<run>", or "fingerprint".
     """
     folder = secure_folder(federation, run, credential_file)
     with locked(beside(credential_file, ".lock")):
-        for path in folder.rglob(EXCHANGE_KEY_FILE):
+        for path in list(folder.rglob(EXCHANGE_KEY_FILE)):
             path.unlink(missing_ok=True)
-        for path in sorted((one for one in folder.rglob("*") if one.is_dir()), reverse=True):
-            _remove_if_empty(path)
-        _remove_if_empty(folder)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # other files are in it, or it is gone
+                path.parent.rmdir()
 
 
 # -------------------------------------------------------------------------------------------------------------- files

@@ -1,4 +1,6 @@
-"""Take part in a training run whose updates are masked: keys, what a round adds up, figures, validations.
+"""Take part in a training run whose updates are masked.
+
+That is: keys, the sums of a round, figures, validations.
 
 Knows weights as named arrays; how numbers are masked and unmasked is in `masking.py`.
 """
@@ -6,6 +8,7 @@ Knows weights as named arrays; how numbers are masked and unmasked is in `maskin
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -44,6 +47,8 @@ from nnunetv2.federated.site.transport import Transport
 
 Weights = Mapping[str, np.ndarray]
 """Canonical name -> array."""
+START_ANEW_VARIABLE = "nnUNet_fed_start_anew"
+"""Names the run that begins anew, with which a person says that this is so."""
 VALIDATION_PATIENCE_S = 120.0
 """How long to try to deliver what nobody waits for."""
 _BLOCK = 1 << 15
@@ -91,21 +96,42 @@ class MaskedRun:
 
     # ---------------------------------------------------------------------------------------------- registration
     def sign_registration(
-        self, registration: messages.Registration, key: keys.Key, *, is_known: bool, anew: bool
+        self, registration: messages.Registration, key: keys.Key, *, is_known: bool
     ) -> messages.Registration:
         """Return a registration with the run key of this site.
 
         Args:
             key: The exchange that it is for.
             is_known: Whether the coordinator has a registration of this site.
-            anew: Whether a person has said that the run begins anew, so that other keys are needed.
+
+        Raises:
+            RefusedError: `run_began_anew`: the coordinator knows nothing of this site, which has masked for this run,
+                and nobody here has said that this is right.
         """
-        if anew and not is_known:
-            forget_run_keys(self._credential.federation, f"runs/{self.run}", self._credential_file)
-            self._outbox.start_anew()
+        if not is_known and self._outbox.has_promises:
+            self._begin_anew()
         self._gathering = str(key)
         _, signed = run_key(self._credential.federation, self._gathering, self._credential_file)
         return registration.model_copy(update={"keys": signed, "trust": trust_mode()})
+
+    def _begin_anew(self) -> None:
+        """Mask with another key from now on, if a person has said that the run begins anew."""
+        if os.environ.get(START_ANEW_VARIABLE) != self.run:
+            raise RefusedError(
+                f"run {self.run} begins anew at the coordinator, and this site has sent masked updates of it before: "
+                "two of one round could show their difference",
+                "Ask the coordinating site whether it has reset the run. If so, start once with "
+                f"{START_ANEW_VARIABLE}={self.run}",
+                code="run_began_anew",
+            )
+        forget_run_keys(self._credential.federation, f"runs/{self.run}", self._credential_file)
+        self._outbox.start_anew()
+        self._report(f"Run {self.run} begins anew, as {START_ANEW_VARIABLE} says: this site masks with another key")
+
+    def forget(self) -> None:
+        """Forget the keys of a run that is over, and what was masked with them."""
+        self._outbox.drop_others(())
+        forget_run_keys(self._credential.federation, f"runs/{self.run}", self._credential_file)
 
     def begin(self, match: messages.Match, registration: messages.Registration, registered: tuple[str, ...]) -> None:
         """Take over what the sites of the run have in common.
@@ -272,8 +298,8 @@ class MaskedRun:
             is_conspicuous = typical is not None and rms > OUTLIER_FACTOR * typical > 0
             if is_conspicuous:
                 self._report(
-                    f"This site has moved {rms / (typical or 1):.3g} times as far as the sites did in the round before. "
-                    "The others learn that one has, not which"
+                    f"This site has moved {rms / (typical or 1):.3g} times as far as the sites did in the round "
+                    "before. The others learn that one has, not which"
                 )
             words[:] = encode_figure(min(rms, LARGEST_CHANGE), self._weight, bits=CHANGE_BITS), int(is_conspicuous)
 
@@ -306,6 +332,9 @@ class MaskedRun:
         number = aggregate.round
         assert number is not None
         key = keys.ValidationKey(self.run, number)
+        validated = next((values for message, values in self._aggregates if message.round == number), None)
+        if validated is None:
+            return f"the aggregate of round {number} is not the last one that this site has downloaded"
         try:
             plan = plan_validation(
                 key,
@@ -315,6 +344,7 @@ class MaskedRun:
                 num_classes=num_classes_of(self._registration.dataset_json.labels),
                 least=self._least,
                 weights={self.site: self._weight},
+                validated=validated,
             )
             counts = [round(voxels) for voxels in (*found.tp, *found.fp, *found.fn)]
             if len(counts) != plan.lane(COUNTS).size:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnunetv2.federated.exchanges.secure_sums import SecureSum
+from nnunetv2.federated.exchanges.secure_sums import OPTIONAL, SecureSum
 from nnunetv2.federated.exchanges.steps.secure_sum import (
     COMMITMENTS,
     ENVELOPE,
@@ -113,7 +113,7 @@ class Masking:
         weight: int,
     ) -> Document[MaskedUpdate]:
         """Mask lane by lane, and write what is masked to the outbox."""
-        shared = protocol.share_keys(found.cohort, self.site, self.keys.private_key, lanes)
+        shared = protocol.share_keys(found.cohort, self.site, self.keys.private_key, lanes, found.common(self.site))
 
         def masked(lane: protocol.Lane) -> np.ndarray:
             words = protocol.with_check_words(lane, weight)
@@ -170,7 +170,9 @@ class Masking:
         self, key: Confirmations, found: SecureSum, survivors: protocol.Survivors, wait_s: float | None
     ) -> Confirmed | None:
         """Sign the survivors, and return the signatures of the others too; None if the sum was abandoned."""
-        protocol.check_survivors(found.cohort, found.lanes, survivors, site=self.site, least=found.least)
+        protocol.check_survivors(
+            found.cohort, found.lanes, survivors, site=self.site, least=found.least, optional=OPTIONAL
+        )
         digest = protocol.survivors_digest(found.cohort, survivors)
         self.outbox.promise_survivors(str(key), digest)
         signature = identities.sign_survivors(

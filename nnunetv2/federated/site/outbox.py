@@ -1,18 +1,19 @@
-"""Keep what this site has masked until it has counted, and remember for good what it must not do twice.
+"""Keep masked documents until they have counted, and promises for good.
 
     outbox/<exchange>.safetensors    a masked document, from before its first byte leaves until its sum is known
     spent.jsonl                      a line per promise, appended and on the disk before what it is about leaves
 
 Two masks over two values would show their difference, and shares for two sets of survivors both seeds of a site. So a
 masked document is made once: whatever happens, the same bytes are sent again. And a site answers for one set of
-survivors per exchange, ever.
+survivors per exchange, ever. That holds for several processes of one site together, such as one that was started twice.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,10 @@ import numpy as np
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.messages import Message
+from nnunetv2.federated.site.private_files import locked
 
 SPENT_FILE = "spent.jsonl"
+LOCK_FILE = "lock"
 Promise = Literal["masked", "answered", "closed", "anew"]
 
 
@@ -68,23 +71,30 @@ class Outbox:
     ) -> Document[Any]:
         """Write a masked document, promise that there will be no other, and open it.
 
+        Where another process of this site was quicker, its document is opened.
+
         Args:
             context: Digest of all that its masks are bound to.
         """
-        self.check_unspent(exchange, context)
-        write_document(self._path(exchange), message, specs, tensors)
-        _flush_folder(self._documents)
-        self._append(_Line("masked", exchange, context))
-        return open_document(self._path(exchange))
+        with self._alone():
+            if (document := self.held(exchange)) is not None:
+                self.check_context(exchange, context)
+                return document
+            self.check_unspent(exchange, context)
+            write_document(self._path(exchange), message, specs, tensors)
+            _flush_folder(self._documents)
+            self._append(_Line("masked", exchange, context))
+            return open_document(self._path(exchange))
 
     def drop(self, exchange: str) -> None:
-        """Delete the document of an exchange that is over, and promise never to take part in it again."""
-        if not self.is_closed(exchange):
-            self._append(_Line("closed", exchange, ""))
-        self._path(exchange).unlink(missing_ok=True)
+        """Delete the document of an exchange that is over, for good."""
+        with self._alone():
+            if not self.is_closed(exchange):
+                self._append(_Line("closed", exchange, ""))
+            self._path(exchange).unlink(missing_ok=True)
 
     def drop_others(self, keep: Iterable[str]) -> None:
-        """Delete documents of exchanges that went on without this site, all but those of some exchanges."""
+        """Delete the documents of all exchanges but some."""
         kept = {file_stem(exchange) for exchange in keep}
         for path in self._documents.glob("*.safetensors"):
             if path.stem not in kept:
@@ -95,7 +105,10 @@ class Outbox:
 
     # ------------------------------------------------------------------------------------------------- promises
     def check_unspent(self, exchange: str, context: str) -> None:
-        """Raise RefusedError, `round_spent`, if this site has masked something else for an exchange, or it was over."""
+        """Raise RefusedError, `round_spent`, if this site may not mask for an exchange.
+
+        It has masked something else for it before, or the exchange is over.
+        """
         masked_before = any(line.kind == "masked" and line.digest == context for line in self._lines)
         if masked_before or self._of("masked", exchange) or self.is_closed(exchange):
             state = "is over" if self.is_closed(exchange) else "has been answered"
@@ -108,9 +121,11 @@ class Outbox:
             )
 
     def check_context(self, exchange: str, context: str) -> None:
-        """Raise RefusedError, `round_spent`, if the document that is held was masked in another context."""
+        """Raise RefusedError, `round_spent`, if what is held was masked in another context."""
         found = self._of("masked", exchange)
-        if found and context not in found:
+        if not found:  # the machine went down when the document was there and the promise was not
+            self._append(_Line("masked", exchange, context))
+        elif context not in found:
             raise RefusedError(
                 f"{exchange} has come a second time, with other weights or sites than before: what was masked then "
                 "cannot be used, and nothing else is masked for it",
@@ -125,29 +140,43 @@ class Outbox:
         Raises:
             RefusedError: Shares for another set were promised before; its code is `second_set`.
         """
-        before = self._of("answered", exchange)
-        if any(one != digest for one in before):
-            raise RefusedError(
-                f"THE COORDINATOR NAMES A SECOND SET OF SURVIVORS FOR {exchange}: with shares for both it could read "
-                "single updates. Nothing was given",
-                "Show this to the coordinating site and to the other sites.",
-                code="second_set",
-            )
-        if not before:
-            self._append(_Line("answered", exchange, digest))
+        with self._alone():
+            before = self._of("answered", exchange)
+            if any(one != digest for one in before):
+                raise RefusedError(
+                    f"THE COORDINATOR NAMES A SECOND SET OF SURVIVORS FOR {exchange}: with shares for both it could "
+                    "read single updates. Nothing was given",
+                    "Show this to the coordinating site and to the other sites.",
+                    code="second_set",
+                )
+            if not before:
+                self._append(_Line("answered", exchange, digest))
 
     def is_closed(self, exchange: str) -> bool:
         """Tell whether an exchange is over as far as this site knows."""
         return bool(self._of("closed", exchange))
 
+    @property
+    def has_promises(self) -> bool:
+        """Tell whether anything was masked here since the run began, or began anew."""
+        return bool(self._lines) and self._lines[-1].kind != "anew"
+
     def start_anew(self) -> None:
-        """Let exchanges of the same names come again, of a run that begins anew with other keys.
+        """Let exchanges of the same names come again, with other keys.
 
         A person says so. What was masked in one context is never masked in it again all the same.
         """
-        for path in self._documents.glob("*.safetensors"):
-            path.unlink()
-        self._append(_Line("anew", "", ""))
+        with self._alone():
+            for path in self._documents.glob("*.safetensors"):
+                path.unlink(missing_ok=True)
+            self._append(_Line("anew", "", ""))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from changing anything for the block, and know what they have promised."""
+        with locked(self._folder / LOCK_FILE):
+            self._lines = self._load()
+            yield
 
     def _of(self, kind: Promise, exchange: str) -> list[str]:
         """Return the digests that were promised for an exchange since the run began anew."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -85,13 +85,10 @@ class Participant:
         self._masked: MaskedRun | None = None
         """This site's part in a run whose updates are masked."""
 
-    def register(self, registration: messages.Registration, *, anew: bool = False) -> messages.Match:
+    def register(self, registration: messages.Registration) -> messages.Match:
         """Register this site's training, wait for the others, and return the match.
 
         A run that has begun without this site admits it; one that it has left takes it back.
-
-        Args:
-            anew: Whether a person has said that the run begins anew, so that this site masks with another key.
 
         Raises:
             NotAllowedError: The federation masks less than this site requires.
@@ -100,15 +97,17 @@ class Participant:
         """
         plans_name = registration.plans.get("plans_name")
         state = self.transport.run_state(self.run, plans=None if plans_name is None else str(plans_name))
+        if state.run not in (self.run, f"{self.run}.{plans_name}"):  # two runs under one name would share their masks
+            raise WireError(f"the coordinator takes this training, {self.run}, for {state.run}: use matching versions")
         self.run = state.run  # another one where the sites have trained with other plans before
         has_begun = bool(state.members or state.left)
         is_late = has_begun and self.site not in state.registered
         key = keys.AdmissionKey(self.run, self.site) if is_late else keys.RegistrationKey(self.run)
-        self._masked = self._masked_run()
+        masked = self._masked_run()
+        self._masked = None if state.closed else masked  # of a run that is over, only the last average is wanted
         if self._masked is not None:
-            registration = self._masked.sign_registration(
-                registration, key, is_known=self.site in state.registered, anew=anew
-            )
+            is_known = self.site in state.registered or self.site in state.members
+            registration = self._masked.sign_registration(registration, key, is_known=is_known)
         answer = self.transport.exchange(key, registration).message
         if self.site in state.left:
             self.transport.act(self.run, "return")
@@ -283,7 +282,7 @@ class Participant:
             )
         return error
 
-    def _fetch(self, key: keys.ExchangeKey[messages.Update, messages.Aggregate]) -> Weights:
+    def _fetch(self, key: keys.ExchangeKey[Any, messages.Aggregate]) -> Weights:
         return self._read(self.transport.result(key))
 
     @staticmethod
@@ -328,6 +327,11 @@ class Participant:
             raise WireError(
                 f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the coordinating site"
             )
+
+    def finish(self) -> None:
+        """Forget the keys of a run that is over."""
+        if self._masked is not None and self.transport.run_state(self.run).closed:
+            self._masked.forget()
 
     def report_failure(self, number: int | None, reason: str) -> None:
         """Report a failure, so that the others know whom they wait for."""

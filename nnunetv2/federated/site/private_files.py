@@ -1,4 +1,4 @@
-"""Write files that only their owner can read, and let one process at a time change them."""
+"""Write files for their owner only, and let one process at a time change them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCK_PATIENCE_S = 60.0
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file atomically, for its owner only; it outlasts a power failure from the return on."""
+    """Write a file atomically and durably, for its owner only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,4 @@
-"""Remember who the other sites are: pin identities when they are first seen, and what people have verified.
+"""Remember the identities of the other sites: as first seen, or as verified by people.
 
     FILE.roster.json   {version, federation, identities: {name: identity}, verified: {name: identity}, number}
 
@@ -25,7 +25,9 @@ from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.identity import beside, load_identity
 from nnunetv2.federated.site.private_files import locked, write_private
 
-Identities = Annotated[dict[SiteName, PublicKey], Field(max_length=10 * MAX_SITES)]
+MAX_REMEMBERED = 10 * MAX_SITES
+"""Sites, also those that have left."""
+Identities = Annotated[dict[SiteName, PublicKey], Field(max_length=MAX_REMEMBERED)]
 
 
 class Roster(Part):
@@ -76,7 +78,7 @@ def roster_path(credential_file: Path | None = None) -> Path:
 
 
 def load_roster(federation: str, credential_file: Path | None = None) -> Roster:
-    """Return what this site remembers of a federation; nothing yet, where it has joined another one since.
+    """Return the roster that this site remembers of a federation, empty at first.
 
     Raises:
         FederationError: The file cannot be read: whoever damaged it may want a site to forget.
@@ -118,9 +120,9 @@ def trusted_keys(
     gathering: str | Mapping[str, str],
     credential_file: Path | None = None,
 ) -> TrustedKeys:
-    """Accept the run keys of a cohort, or refuse them. Ask before anything masked is made for these sites.
+    """Accept the run keys of a cohort, or refuse them.
 
-    Identities that were never seen are pinned, unless people are to verify them.
+    To be asked before anything masked is made for these sites. Identities that were never seen are pinned, unless people are to verify them.
 
     Args:
         keys: Site -> run key, this site included, as the coordinator tells them.
@@ -142,6 +144,11 @@ def trusted_keys(
         if mode == "verified":
             _check_verified(identities, roster)
         new = tuple(sorted(identities.keys() - roster.identities.keys()))
+        if len(roster.identities) + len(new) > MAX_REMEMBERED:
+            raise FederationError(
+                f"the coordinator has named more than {MAX_REMEMBERED} different sites: nothing was sent. Ask the "
+                "coordinating site"
+            )
         if new:
             change.roster = roster.model_copy(update={"identities": {**roster.identities, **identities}})
     return TrustedKeys(mode, dict(keys), new)
@@ -197,7 +204,7 @@ def _check_verified(identities: Mapping[str, str], roster: Roster) -> None:
 def verify(
     identities: Mapping[str, str], typed: str, credential: SiteCredential, credential_file: Path | None = None
 ) -> None:
-    """Remember that people have compared a roster, from now on also in place of what was pinned before.
+    """Remember that people have compared a roster, in place of what was pinned before.
 
     Args:
         identities: Name -> identity, as the coordinator tells them now.

@@ -52,7 +52,8 @@ def unmask(meeting, lanes, uploads, survivors, answering, least=K):
     """Take steps 3 and 4; return lane -> sum with its check words, and the sites with false shares."""
     answers = {}
     for site in answering:
-        protocol.check_survivors(meeting.cohort, lanes, survivors, site=site, least=least)
+        optional = [lane.name for lane in lanes]
+        protocol.check_survivors(meeting.cohort, lanes, survivors, site=site, least=least, optional=optional)
         envelopes = {sender: uploads[sender][1].envelopes[site] for sender in protocol.sites_among(survivors)}
         answers[site] = protocol.reveal_shares(
             meeting.cohort, site, meeting.private[site], lanes, survivors, envelopes, least=least
@@ -154,7 +155,7 @@ def answers_of(meeting, lane, uploads, survivors, sites):
 
 
 def test_any_set_of_answers_gives_the_same_sum(five):
-    meeting, lane, plain, uploads = five
+    meeting, lane, _plain, uploads = five
     survivors = {"w": ("a", "b", "c", "e")}
     found = {
         bytes(unmask(meeting, [lane], uploads, survivors, sites)[0]["w"])
@@ -164,7 +165,7 @@ def test_any_set_of_answers_gives_the_same_sum(five):
 
 
 def test_a_masked_vector_shows_nothing_even_when_all_pair_seeds_are_known(five):
-    meeting, lane, plain, uploads = five
+    _meeting, _lane, plain, uploads = five
     masked, shared = uploads["a"]
     known = {name: seed for name, seed in shared.seeds.items() if name != ("w", "a")}
     words = masked["w"].copy()
@@ -260,3 +261,14 @@ def test_cohorts_are_of_3_to_64_sites(number, code):
 @pytest.mark.parametrize(("number", "threshold"), [(3, 3), (4, 3), (5, 4), (8, 6), (10, 7), (16, 11), (64, 43)])
 def test_two_thirds_and_one_unmask(number, threshold):
     assert protocol.threshold_of(number) == threshold
+
+
+def test_a_lane_that_every_site_sends_cannot_have_lost_a_site_alone():
+    meeting = Meeting([f"s{number}" for number in range(5)])
+    lanes = [Lane("w", meeting.cohort.sites, "U32", 4), Lane("loss", meeting.cohort.sites, "U64", 1)]
+    everybody, some = meeting.cohort.sites, meeting.cohort.sites[:4]
+    check = protocol.check_survivors
+    check(meeting.cohort, lanes, {"w": everybody, "loss": some}, site="s0", least=K, optional=["loss"])
+    for survivors in ({"w": some, "loss": everybody}, {"loss": everybody}):
+        with pytest.raises(RefusedError, match="cannot be"):
+            check(meeting.cohort, lanes, survivors, site="s0", least=K, optional=["loss"])

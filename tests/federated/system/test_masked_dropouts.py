@@ -17,9 +17,7 @@ QUORUM = {"quorum": 4, "deadline_s": 3600.0}
 def mean_of(sites, start, number):
     total = sum(site.registration.num_training_cases for site in sites)
     trained = [(site.registration.num_training_cases, site.epoch(number, start)) for site in sites]
-    return {
-        name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start
-    }
+    return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}
 
 
 def all_join(sites):
@@ -52,7 +50,7 @@ def operator(federation):
 
 
 def test_a_site_that_fails_before_its_upload_is_not_waited_for_and_comes_back(five):
-    federation, sites = five
+    _federation, sites = five
     start = all_join(sites)
     *others, last = sites
     last.participant.report_failure(0, "OutOfMemoryError")
@@ -183,7 +181,9 @@ def test_a_site_that_trains_again_sends_what_it_has_masked_first(five, tmp_path)
     start = all_join(sites)
     sites[0].upload(0, start)
     held = federation.state.registry.get(UploadKey(RUN, 0)).contributions["A"].digest
-    again = masked_site(federation, "A", seed=0, trained=lambda number: 7.0)  # an unseeded training finds something else
+    again = masked_site(
+        federation, "A", seed=0, trained=lambda number: 7.0
+    )  # an unseeded training finds something else
     begin = again.join()
     again.upload(0, begin)
     assert federation.state.registry.get(UploadKey(RUN, 0)).contributions["A"].digest == held

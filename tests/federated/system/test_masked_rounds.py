@@ -7,6 +7,8 @@ import pytest
 from fake_federation import RUN, in_threads, make_weights, served
 from masked_sites import FIVE, THREE, digest_of, masked_settings, masked_site
 
+from nnunetv2.federated.coordinator.dashboard.curves import build_curves
+from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
 from nnunetv2.federated.protocol.keys import RoundKey
 
 
@@ -34,3 +36,51 @@ def test_masked_rounds_give_the_weighted_mean(tmp_path, names):
         records = federation.state.store.load_rounds(RUN)
         assert [record["pooled"]["conspicuous"] for record in records] == [0, 0, 0]
         assert federation.state.store.load_last_validation(RUN)["round"] == 2
+
+
+def test_people_see_what_all_sites_have_in_common_and_of_no_site(tmp_path):
+    """The pooled figures are those of the plain run; of one site, nobody learns loss, Dice or distance."""
+    with served(tmp_path / "federation", masked_settings(THREE)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        in_threads(*(lambda site=site: site.train(3) for site in sites))
+        store = federation.state.store
+        curves = build_curves(federation.state, RUN)
+        overview = OverviewBuilder(federation.coordinator).build().model_dump(mode="json")
+        records = [*store.load_rounds(RUN), *store.load_validations(RUN)]
+    cases = np.array([1, 2, 3])
+    for number, one in enumerate(curves.rounds):
+        assert set(one.sites) == set(THREE)
+        assert all(point.metrics == {} and point.bytes > 0 for point in one.sites.values())
+        losses = [-0.25 * (seed + number) for seed in range(3)]
+        assert one.pooled["train_losses"] == pytest.approx(np.average(losses, weights=cases), abs=1e-6)
+        if number < 2:
+            dice = [0.5 + 0.1 * seed for seed in range(3)]
+            assert one.pooled["mean_fg_dice"] == pytest.approx(np.average(dice, weights=cases), abs=1e-6)
+        assert one.conspicuous == 0 and one.outliers == ()
+    assert [one.round for one in curves.validations] == [0, 1, 2]
+    for one in curves.validations:
+        assert one.dice_of_site == one.loss_of_site == {}
+        tp = sum(10.0 * (one.round + 1) + seed for seed in range(3))
+        assert one.mean_dice == 2 * tp / (2 * tp + 3 * 1.0 + 3 * 2.0)
+    for record in records:
+        for held in record.get("sites", {}).values():
+            assert held.keys() == {"weight", "trust", "digest", "bytes", "received"}
+        assert not record.get("dice_of_site") and not record.get("loss_of_site")
+    assert "dice_of_site" not in str(overview) and "loss" not in str(overview)
+
+
+def test_a_site_that_moves_much_farther_than_the_others_is_counted_and_not_named(tmp_path):
+    def lost(number):
+        return 3.0 if number == 2 else 0.0
+
+    with served(tmp_path / "federation", masked_settings(THREE, validate_every=0)) as federation:
+        sites = [
+            masked_site(federation, name, seed=seed, **({"trained": lost} if name == "B" else {}))
+            for seed, name in enumerate(THREE)
+        ]
+        in_threads(*(lambda site=site: site.train(3) for site in sites))
+        curves = build_curves(federation.state, RUN)
+    assert [one.conspicuous for one in curves.rounds] == [0, 0, 1]
+    assert [site.participant.site for site in sites if any("times as far" in line for line in site.lines)] == ["B"]
+    assert any("1 site moved" in line for line in federation.lines)
+    assert not any("site B" in line and "moved" in line for line in federation.lines)

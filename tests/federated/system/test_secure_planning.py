@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -347,6 +348,37 @@ def add_census(federation: LocalFederation, site: str) -> None:
     client = federation.client(site)
     pooling = SecurePooling(client, Secure(), credential, federation.credential_file(site))
     client.contribute(keys.CensusKey(), pooling.with_keys(make_census()))
+
+
+@pytest.mark.parametrize(
+    ("lie", "complaint"),
+    [
+        (lambda census: {"keys": {site: census.keys[site] for site in "AB"}}, "names 2 sites .* it takes 3"),
+        (lambda census: {"keys": {**{s: census.keys[s] for s in "BC"}, "D": census.keys["A"]}}, "this one among them"),
+        (lambda census: {"keys": {**census.keys, "C": census.keys["B"]}}, "identity|not signed"),
+        (lambda census: {"num_cases": 1}, "counts 1 cases of all sites"),
+    ],
+    ids=["too few sites", "without this one", "one site twice", "fewer cases"],
+)
+def test_a_census_that_cannot_be_is_refused_before_anything_is_masked(lie, complaint, tmp_path):
+    class Lying:
+        def __init__(self, client):
+            self._client = client
+
+        def __getattr__(self, name):
+            return getattr(self._client, name)
+
+        def exchange(self, key, *args, **kwargs):
+            document = self._client.exchange(key, *args, **kwargs)
+            assert key == keys.CensusKey(), "nothing else is sent"
+            return SimpleNamespace(message=document.message.model_copy(update=lie(document.message)))
+
+    with federation_of(tmp_path / "federation", "list") as federation:
+        for site in ("B", "C"):
+            add_census(federation, site)
+        with pytest.raises(FederationError, match=complaint):
+            pool(federation, "A", make_extractors(tmp_path)["A"], Lying)
+        assert not federation.state.registry.has_begun("fingerprint/sums/0/uploads")
 
 
 def test_two_sites_cannot_add_up_anything(tmp_path):

@@ -43,6 +43,9 @@ STATUS_OF_CODE = {
     "identity_missing": 403,
     "identity_taken": 409,
     "identity_changed": 409,
+    "identity_repeated": 409,
+    "run_key_forged": 409,
+    "survivors_unconfirmed": 409,
     "name_taken": 409,
     "too_many_sites": 409,
     # what there is not
@@ -66,6 +69,18 @@ STATUS_OF_CODE = {
     "plans_differ": 409,
     "weights_differ": 409,
     "nothing_shared": 409,
+    # masked sums
+    "cohort_too_small": 409,
+    "too_many_sites_for_secure": 409,
+    "too_many_groups": 409,
+    "min_sites_below_k": 409,
+    "quorum_below_threshold": 409,
+    "late_updates_masked": 409,
+    "run_key_missing": 409,
+    "shares_do_not_fit": 409,
+    "masked_only": 409,
+    "extrema_not_masked": 409,
+    "sum_implausible": 409,
     # how much one member may ask for
     "too_many_requests": 429,
     "too_many_attempts": 429,

@@ -1,4 +1,4 @@
-"""Collect the masked weights of a round, confirm whose have arrived, and average what can be unmasked.
+"""Collect the masked weights of a round, confirm the survivors, average the sum.
 
 Unmasking itself is the round's own exchange (`training_round.py`), whose result is the aggregate as ever.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from nnunetv2.federated.aggregation.weighted_mean import write_computed
 from nnunetv2.federated.errors import AggregationError, RefusedError
 from nnunetv2.federated.exchanges.documents import DocumentReader, start_of
-from nnunetv2.federated.exchanges.exchange import Exchange, Policy
+from nnunetv2.federated.exchanges.exchange import Contribution, Exchange, Policy
 from nnunetv2.federated.exchanges.masked_codecs import masked_codec_of
 from nnunetv2.federated.exchanges.secure_sums import (
     CHANGES,
@@ -78,7 +78,7 @@ class RoundUploadStep(UploadStep[UploadKey]):
         return self.cohort(key, state) & state.members(key.run)
 
     def newest(self, key: UploadKey, state: State) -> Any:
-        """Return the last round that is closed, for sites that come when this one is over."""
+        """Return the last closed round, for sites that come when this one is over."""
         latest = state.latest_number(key.run)
         return key if latest is None or latest < key.number else RoundKey(key.run, latest)
 
@@ -107,7 +107,7 @@ class RoundSurvivorsStep(ConfirmationStep[SurvivorsKey]):
         return state.cohort(key.run, key.number)
 
     def newest(self, key: SurvivorsKey, state: State) -> Any:
-        """Return the last round that is closed, for sites that come when this one is over."""
+        """Return the last closed round, for sites that come when this one is over."""
         latest = state.latest_number(key.run)
         return key if latest is None or latest < key.number else RoundKey(key.run, latest)
 
@@ -154,7 +154,16 @@ def combine_round(exchange: Exchange, opened: Opened, settings: FederationSettin
 
         digest = write_computed(reader.result_path(key), message, before.specs, value_of)
     kept = len(before.specs) - len(places)
-    record = _record_of_round(exchange, opened, settings, digest=digest, figures=figures, kept=kept)
+    record = _record_of_round(
+        exchange,
+        opened,
+        settings,
+        digest=digest,
+        figures=figures,
+        kept=kept,
+        uploads=reader.exchange(UploadKey(key.run, key.number)),
+        trust=agreement.trust,
+    )
     return Computed(digest, record, tuple(_remarks(key, kept, figures.conspicuous)))
 
 
@@ -241,7 +250,15 @@ def pooled_figures(opened: Opened) -> Pooled:
 
 
 def _record_of_round(
-    exchange: Exchange, opened: Opened, settings: FederationSettings, *, digest: str, figures: Pooled, kept: int
+    exchange: Exchange,
+    opened: Opened,
+    settings: FederationSettings,
+    *,
+    digest: str,
+    figures: Pooled,
+    kept: int,
+    uploads: Exchange,
+    trust: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Return what is remembered of a masked round: who took part, and what all of them have in common."""
     outcome = closed_outcome(exchange)
@@ -249,12 +266,19 @@ def _record_of_round(
     number = exchange.key.number
     return {
         "round": number,
-        "opened": exchange.opened,
+        "opened": uploads.opened,
         "closed": outcome.time,
         "digest": digest,
-        "sites": {site: {"weight": float(opened.found.weights[site]), "masked": True} for site in outcome.contributors},
+        "sites": {
+            site: {
+                "weight": float(opened.found.weights[site]),
+                "trust": trust[site],
+                **_about(uploads.contributions[site]),
+            }
+            for site in outcome.contributors
+        },
         "missing": list(outcome.missing),
-        "failed": sorted(exchange.dropped_out & set(outcome.missing)),
+        "failed": sorted(uploads.dropped_out & set(outcome.missing)),
         "outliers": [],
         "kept": kept,
         "pooled": {
@@ -265,6 +289,11 @@ def _record_of_round(
         },
         "settings": settings.model_dump(mode="json", exclude={"federation", "sites"}),
     }
+
+
+def _about(held: Contribution) -> dict[str, Any]:
+    """Return what is remembered of a masked update: of its content, its digest only."""
+    return {"digest": held.digest, "bytes": held.size, "received": held.received}
 
 
 def _remarks(key: RoundKey, kept: int, number: int) -> Iterator[str]:

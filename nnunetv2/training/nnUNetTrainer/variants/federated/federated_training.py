@@ -160,6 +160,8 @@ class FederatedTraining(RenamedHooks):
             try:
                 with speaks_last:
                     super().run_training()
+                if self.local_rank == 0:
+                    self.participant.finish()
             except (FirstProcessError, FolderInUseError):
                 raise  # which has been reported, or is no failure of the training that goes on there
             except BaseException as error:
@@ -397,7 +399,9 @@ class FederatedTraining(RenamedHooks):
             f"Round {aggregate.round}: {megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
             f"sites: {', '.join(sorted(aggregate.contributors))}{missing}"
         )
-        if len(aggregate.contributors) < self.min_sites:
+        if not aggregate.contributors:
+            self.log_line("The operator has closed this round without any update: going on from the average before")
+        elif len(aggregate.contributors) < self.min_sites:
             self.log_line(
                 f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
                 "--min-sites, or it does not keep to it. Show this line to the coordinating site"
