@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nnunetv2.federated.commands.api_client import OPERATOR_FILE
 from nnunetv2.federated.coordinator.http.listen_address import (
@@ -63,6 +63,7 @@ SETTINGS_OF_OPTIONS = {
     "validate_every": "validate_every",
     "min_sites": "min_sites",
     "secure": "secure",
+    "geometry": "geometry",
 }
 
 
@@ -185,6 +186,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="mask updates and statistics, so that this coordinator learns sums of K sites or more only, and no single "
         "contribution; for 3 to 64 sites, needs the library cryptography (default: in clear; K is 3)",
     )
+    what.add_argument(
+        "--geometry",
+        choices=("list", "quantiles"),
+        help="with --secure, what is told of spacings and shapes when sites plan: those of all cases, of nobody in "
+        "particular, or order statistics only, which planners of other packages may not read (default: list)",
+    )
     return parser
 
 
@@ -210,6 +217,27 @@ def secure_settings(arguments: argparse.Namespace) -> Secure:
 
     require_cryptography("--secure")
     return validated(lambda: Secure(k=arguments.secure), "--secure")
+
+
+def with_geometry(given: dict[str, object], stored: Secure | None) -> dict[str, object]:
+    """Return the given settings with `--geometry` as a part of `--secure`.
+
+    Where it is not given, it stays as it is.
+
+    Raises:
+        FederationError: It is given without `--secure`.
+    """
+    given = dict(given)
+    geometry = given.pop("geometry", None)
+    if "secure" not in given:
+        if geometry is not None:
+            raise FederationError(
+                f"--geometry {geometry} needs --secure: in clear, the coordinator sees spacings and shapes of each site"
+            )
+        return given
+    secure = cast("Secure", given["secure"])
+    told = geometry or ("list" if stored is None else stored.geometry)
+    return {**given, "secure": secure.model_copy(update={"geometry": told})}
 
 
 def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
@@ -298,7 +326,9 @@ def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> 
 
 def _in_words(value: object) -> object:
     """Return a setting as it is typed."""
-    return " ".join(value) if isinstance(value, tuple) else getattr(value, "k", value)
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return f"{value.k} --geometry {value.geometry}" if hasattr(value, "geometry") else value
 
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
@@ -310,6 +340,7 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
     from nnunetv2.federated.protocol.api import FederationSettings
 
     settings = store.load_settings()
+    given = with_geometry(given, None if settings is None else settings.secure)
     if settings is None:
         settings = new_settings(given, store.folder)
         create_federation(store, settings, now=time.time())

@@ -75,6 +75,7 @@ def collect(
     trainer: str,
     plans_name: str,
     share_extrema: bool = False,
+    is_masked: bool = False,
     precision: Precision = "float32",
     pretrained_weights: Path | None = None,
 ) -> list[Disclosure]:
@@ -82,13 +83,16 @@ def collect(
 
     Args:
         configurations: Those to be trained. None given: all that the plans have, if there are plans.
+        is_masked: Whether the federation masks updates and statistics.
         pretrained_weights: Checkpoint that training is to start from.
 
     Raises:
         FederationError: The dataset is not there, or the trainer is none for federations.
     """
+    from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
     from nnunetv2.federated.site.planned_documents import planning_documents
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     name = maybe_convert_to_dataset_name(dataset)
@@ -105,12 +109,15 @@ def collect(
             f"{plans_file} is missing: plan first. Before, only what planning sends can be listed: "
             "leave out the configurations"
         )
-    documents = planning_documents(dataset_json, num_cases, plans=plans, share_extrema=share_extrema)
+    documents = planning_documents(
+        dataset_json, num_cases, plans=plans, share_extrema=share_extrema, is_masked=is_masked
+    )
     if plans is None:
         return documents
+    registered_plans = without_own_statistics(plans, pooled_fingerprint(roots[-1])) if is_masked else None
     for configuration in configurations or plans["configurations"]:
         documents += _training_documents(
-            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights
+            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights, registered_plans
         )
     return documents
 
@@ -123,7 +130,13 @@ def _training_documents(
     num_cases: int,
     precision: Precision,
     pretrained_weights: Path | None,
+    registered_plans: Mapping[str, Any] | None,
 ) -> list[Disclosure]:
+    """Return the disclosures of one training.
+
+    Args:
+        registered_plans: As they leave, where the federation masks updates; else None.
+    """
     from nnunetv2.federated.site.planned_documents import training_documents
     from nnunetv2.training.nnUNetTrainer.variants.federated.dry_run import dry_run
 
@@ -134,6 +147,7 @@ def _training_documents(
         trainer_name=trainer,
         num_cases=num_cases,
         pretrained_weights=pretrained_weights,
+        registered_plans=registered_plans,
     )
     return training_documents(
         planned.registration,
@@ -141,6 +155,7 @@ def _training_documents(
         later_metrics=planned.later_metrics,
         num_classes=planned.num_classes,
         precision=precision,
+        is_masked=registered_plans is not None,
     )
 
 
@@ -207,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer=arguments.tr,
         plans_name=arguments.p,
         share_extrema=arguments.share_extrema,
+        is_masked=credential is not None and credential.secure is not None,
         pretrained_weights=arguments.pretrained_weights,
         precision="float32" if credential is None else credential.precision or "float32",
     )

@@ -413,6 +413,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="mask updates and statistics, so that the coordinator learns sums of K sites or more only (K: 3)",
     )
+    parser.add_argument(
+        "--geometry",
+        choices=("list", "quantiles"),
+        help="with --secure, what is told of spacings and shapes: those of all cases, or order statistics (list)",
+    )
     parser.add_argument("--c", dest="continue_training", action="store_true", help="go on where an earlier run stopped")
     return parser
 
@@ -438,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         coordinator_options=[
             *shlex.split(arguments.coordinator_options),
             *([] if arguments.secure is None else ["--secure", str(arguments.secure)]),
+            *([] if arguments.geometry is None else ["--geometry", arguments.geometry]),
         ],
         continue_training=arguments.continue_training,
     )

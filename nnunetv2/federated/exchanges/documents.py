@@ -25,6 +25,7 @@ from nnunetv2.federated.protocol.keys import (
     AdmissionKey,
     ExchangeKey,
     FineKey,
+    FingerprintSumKey,
     InitialKey,
     Key,
     Q,
@@ -133,12 +134,13 @@ class DocumentReader:
 
     def pooled_fingerprint(self) -> dict[str, Any] | None:
         """Return the fingerprint that the sites have pooled, or None."""
-        number = 0
-        while self.is_closed(FineKey(number)):
-            with self.result(FineKey(number)) as document:
-                if isinstance(document.message, messages.PooledFingerprint):
-                    return document.message.fingerprint
-            number += 1
+        for key_of in (FineKey, FingerprintSumKey):  # in clear, or masked
+            number = 0
+            while self.is_closed(key_of(number)):
+                with self.result(key_of(number)) as document:
+                    if isinstance(document.message, messages.PooledFingerprint):
+                        return document.message.fingerprint
+                number += 1
         return None
 
     def messages_of(self, key: ExchangeKey[Q, Any]) -> dict[str, Q]:

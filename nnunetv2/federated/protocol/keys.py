@@ -31,6 +31,7 @@ from nnunetv2.federated.protocol.messages import (
     Validation,
     WantedBins,
 )
+from nnunetv2.federated.protocol.secure_fingerprint_messages import NextSum, ResampledShape
 from nnunetv2.federated.protocol.secure_messages import (
     Confirmation,
     Confirmed,
@@ -171,6 +172,71 @@ class LatePlansKey(ExchangeKey[PlansReport, PlansAgreement]):
 
     def __new__(cls, plans: str, site: str) -> Self:
         return cls._named(f"plans/{segment(plans)}/admissions/{segment(site)}", plans=plans, site=site)
+
+
+# ------------------------------------------------------------------------- the same, where statistics are masked
+class FingerprintSumUploadKey(ExchangeKey[MaskedUpdate, Survivors]):
+    """The sites send masked statistics for one sum, and learn whose have arrived."""
+
+    kind, pattern = "fingerprint_upload", "fingerprint/sums/{number}/uploads"
+    number: int
+
+    def __new__(cls, number: int) -> Self:
+        return cls._named(f"fingerprint/sums/{number:d}/uploads", number=number)
+
+
+class FingerprintSumSurvivorsKey(ExchangeKey[Confirmation, Confirmed]):
+    """The sites confirm to each other whose masked statistics are there."""
+
+    kind, pattern = "fingerprint_survivors", "fingerprint/sums/{number}/survivors"
+    number: int
+
+    def __new__(cls, number: int) -> Self:
+        return cls._named(f"fingerprint/sums/{number:d}/survivors", number=number)
+
+
+class FingerprintSumKey(ExchangeKey[UnmaskingShares, NextSum | PooledFingerprint]):
+    """The sites help to unmask a sum of statistics, and learn the next one."""
+
+    kind, pattern = "fingerprint_sum", "fingerprint/sums/{number}"
+    number: int
+    """How many sums there were before."""
+
+    def __new__(cls, number: int) -> Self:
+        return cls._named(f"fingerprint/sums/{number:d}", number=number)
+
+
+class ShapeSumUploadKey(ExchangeKey[MaskedUpdate, Survivors]):
+    """The sites send masked counts of shapes at the target spacing of some plans."""
+
+    kind, pattern = "shape_upload", "plans/{plans}/sums/{number}/uploads"
+    plans: str
+    number: int
+
+    def __new__(cls, plans: str, number: int) -> Self:
+        return cls._named(f"plans/{segment(plans)}/sums/{number:d}/uploads", plans=plans, number=number)
+
+
+class ShapeSumSurvivorsKey(ExchangeKey[Confirmation, Confirmed]):
+    """The sites confirm to each other whose masked counts of shapes are there."""
+
+    kind, pattern = "shape_survivors", "plans/{plans}/sums/{number}/survivors"
+    plans: str
+    number: int
+
+    def __new__(cls, plans: str, number: int) -> Self:
+        return cls._named(f"plans/{segment(plans)}/sums/{number:d}/survivors", plans=plans, number=number)
+
+
+class ShapeSumKey(ExchangeKey[UnmaskingShares, NextSum | ResampledShape]):
+    """The sites help to unmask a sum of counts, and learn the next one."""
+
+    kind, pattern = "shape_sum", "plans/{plans}/sums/{number}"
+    plans: str
+    number: int
+
+    def __new__(cls, plans: str, number: int) -> Self:
+        return cls._named(f"plans/{segment(plans)}/sums/{number:d}", plans=plans, number=number)
 
 
 # ------------------------------------------------------------------------------------------------- training runs

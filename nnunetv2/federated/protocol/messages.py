@@ -222,11 +222,13 @@ class WithPrecision(WithAdditions):
 
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
-class Census(Message):
+class Census(WithAdditions, Message):
     """The parts of a dataset that must agree between sites before pooling.
 
     And how many cases one of them has.
     """
+
+    ADDED = ("keys",)
 
     kind: Literal["census"] = "census"
     num_cases: Annotated[int, Field(ge=1, le=MAX_CASES)]
@@ -234,16 +236,22 @@ class Census(Message):
     labels: Labels
     regions_class_order: LabelList | None = None
     share_extrema: bool = False
+    keys: SignedKey | None = None
+    """With which this site masks, where the federation adds up masked statistics."""
 
 
-class PooledCensus(Message):
+class PooledCensus(WithAdditions, Message):
     """The number of cases of all sites together.
 
     The number of sampled voxels per case follows from it.
     """
 
+    ADDED = ("keys",)
+
     kind: Literal["pooled_census"] = "pooled_census"
     num_cases: Annotated[int, Field(ge=1, le=MAX_CASES * MAX_SITES)]
+    keys: Annotated[dict[SiteName, SignedKey], Field(max_length=MAX_SITES)] = {}
+    """Of all sites, where their statistics are masked."""
 
 
 class ChannelMoments(Part):

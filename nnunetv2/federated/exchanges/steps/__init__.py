@@ -11,6 +11,14 @@ from nnunetv2.federated.exchanges.steps.base import K, Step
 from nnunetv2.federated.exchanges.steps.census import CensusStep
 from nnunetv2.federated.exchanges.steps.coarse_histogram import CoarseHistogramStep
 from nnunetv2.federated.exchanges.steps.fine_histogram import FineHistogramStep
+from nnunetv2.federated.exchanges.steps.fingerprint_sums import (
+    FingerprintSumStep,
+    FingerprintSurvivorsStep,
+    FingerprintUploadStep,
+    ShapeSumStep,
+    ShapeSurvivorsStep,
+    ShapeUploadStep,
+)
 from nnunetv2.federated.exchanges.steps.initial_weights import InitialWeightsStep
 from nnunetv2.federated.exchanges.steps.late_join import AdmissionStep, LateCensusStep, LatePlansStep
 from nnunetv2.federated.exchanges.steps.masked_round import RoundSurvivorsStep, RoundUploadStep
@@ -27,7 +35,13 @@ STEPS: tuple[AnyStep, ...] = (
     CensusStep(),
     CoarseHistogramStep(),
     FineHistogramStep(),
+    FingerprintUploadStep(),
+    FingerprintSurvivorsStep(),
+    FingerprintSumStep(),
     LateCensusStep(),
+    ShapeUploadStep(),
+    ShapeSurvivorsStep(),
+    ShapeSumStep(),
     PlansStep(),
     LatePlansStep(),
     RegistrationStep(),

@@ -43,12 +43,14 @@ def dry_run(
     trainer_name: str,
     num_cases: int,
     pretrained_weights: Path | None = None,
+    registered_plans: Mapping[str, Any] | None = None,
 ) -> PlannedTraining:
     """Build the network of a training, and return its registration and metrics.
 
     Args:
         num_cases: All cases of the site; a fold registers those that it trains with.
         pretrained_weights: Checkpoint that it would start from.
+        registered_plans: The plans as they leave, where that is not as they are.
 
     Raises:
         FederationError: The trainer is none for federations.
@@ -69,7 +71,7 @@ def dry_run(
     )
     registration = describe_training(
         network,
-        plans=plans,
+        plans=plans if registered_plans is None else registered_plans,
         dataset_json=dataset_json,
         configuration=configuration,
         fold=0,

@@ -39,21 +39,23 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
+from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
@@ -130,6 +132,9 @@ class FederatedTraining(RenamedHooks):
 
     min_sites = LEAST_SITES
     """Over so many sites, at least, everything is averaged, as the coordinator has promised."""
+
+    is_masked = False
+    """Whether this federation masks updates and statistics."""
 
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
@@ -217,6 +222,7 @@ class FederatedTraining(RenamedHooks):
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
         self.min_sites = settings.min_sites
+        self.is_masked = settings.secure is not None
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
@@ -232,7 +238,7 @@ class FederatedTraining(RenamedHooks):
         """Return the registration of this site."""
         return describe_training(
             self.network,
-            plans=self.plans_manager.plans,
+            plans=self._plans_to_register(),
             dataset_json=self.dataset_json,
             fold=self.fold,
             configuration=self.configuration_name,
@@ -242,6 +248,14 @@ class FederatedTraining(RenamedHooks):
             requires_equal_plans=self.requires_equal_plans,
             pretrained_weights=None if self.pretrained_weights is None else file_digest(Path(self.pretrained_weights)),
         )
+
+    def _plans_to_register(self) -> Mapping[str, Any]:
+        """Return the plans, without statistics of this site alone where the federation masks such."""
+        plans: Mapping[str, Any] = self.plans_manager.plans
+        if not self.is_masked:
+            return plans
+        folder = self.preprocessed_dataset_folder_base
+        return without_own_statistics(plans, None if folder is None else pooled_fingerprint(Path(folder)))
 
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
