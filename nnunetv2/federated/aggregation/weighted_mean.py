@@ -316,7 +316,7 @@ def _check_weights(weights: Sequence[float]) -> None:
 def write_computed(
     path: Path, message: Message, specs: Mapping[str, TensorSpec], value_of: Callable[[str], np.ndarray]
 ) -> str:
-    """Write a document whose tensors are computed by a few threads, slightly ahead of what is written.
+    """Write a document whose tensors a few threads compute, slightly ahead of the writing.
 
     Args:
         value_of: Returns a tensor by its name; an AggregationError of it will name the tensor.

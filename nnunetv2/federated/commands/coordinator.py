@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="no statistics, round or tensor is ever averaged over "
         "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
-        "compute each other's part of what only they have: take 3 where you can (default: 2; with --secure, its number)",
+        "compute each other's part of what only they have: take 3 where you can (default: 2; --secure: K)",
     )
     what.add_argument(
         "--secure",
@@ -247,8 +247,8 @@ def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
 
     if "sites" not in given:
         given = {**given, "sites": ask_for_sites(folder)}
-    if "secure" in given:
-        given = {"min_sites": given["secure"].k, **given}
+    if (k := getattr(given.get("secure"), "k", None)) is not None:
+        given = {"min_sites": k, **given}
     values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
     settings = validated(lambda: FederationSettings.model_validate(values), "the command line")
     check_settings(settings)

@@ -242,7 +242,7 @@ class DocumentReader:
     # ------------------------------------------------------------------------------------------------- masked sums
     @property
     def settings(self) -> FederationSettings:
-        """What holds for the federation."""
+        """The settings of the federation."""
         assert self._settings is not None, "this reader was made without settings"
         return self._settings()
 

@@ -1,4 +1,4 @@
-"""The two forms in which weights become the integers of a masked sum: one codec per precision of a federation.
+"""Turn weights into the integers of a masked sum and back: one codec per precision.
 
     float32     MaskedWeights    the weights, 32 bits each
     float16     MaskedChanges    what they have changed since the download, 16 bits each, with error feedback
@@ -17,7 +17,10 @@ from nnunetv2.federated.protocol.messages import Precision
 
 
 class MaskedCodec(Protocol):
-    """How the weights of a run become integers. A site has one of its own; the coordinator's keep nothing."""
+    """The form in which the weights of a run become integers.
+
+    A site has one of its own; the coordinator's keep nothing.
+    """
 
     dtype: str
     """Of the words, as documents name it."""
@@ -115,7 +118,10 @@ class MaskedChanges:
         self._next_rests: dict[str, np.ndarray] = {}
 
     def exponent(self, values: np.ndarray, before: np.ndarray | None) -> int:
-        """Return the exponent to which changes are cut: from the last change, at first from the values."""
+        """Return the exponent to which changes are cut.
+
+        It follows from the last change, at first from the values.
+        """
         if before is None:
             return fixed_point.change_exponent(largest_of(values) / fixed_point.CHANGE_FACTOR**2)
         return fixed_point.change_exponent(largest_of(values.astype(np.float32) - before.astype(np.float32)))
@@ -141,12 +147,19 @@ class MaskedChanges:
         self._next_rests[name] = change - sent
 
     def settle(self) -> None:
-        """Keep the rests of what was encoded last, which counts. If it does not, the rests before it are still due."""
+        """Keep the rests of the last encoding, which has counted.
+
+        If it has not, the rests before it are still due.
+        """
         self._rests = {**self._rests, **self._next_rests}
 
     def decode(self, words: np.ndarray, before: np.ndarray, *, total: int, bits: int, exponent: int) -> np.ndarray:
-        """Return the aggregate before with the mean of changes. What its rounding took is in it already."""
-        return before + fixed_point.decode_changes(words, total, weight_bits=bits, exponent=exponent)
+        """Return the aggregate before, with the mean of changes.
+
+        What its rounding took is in it already.
+        """
+        mean: np.ndarray = before + fixed_point.decode_changes(words, total, weight_bits=bits, exponent=exponent)
+        return mean
 
 
 def masked_codec_of(precision: Precision) -> MaskedCodec:

@@ -166,19 +166,21 @@ class ExchangeRegistry:
 
     # ------------------------------------------------------------------------------------- who masks with each other
     def cohort(self, run: str, number: int) -> frozenset[str]:
-        """Name the sites that mask with each other in a round; none before it is known."""
+        """Name the sites that mask with each other in a round, once they are known."""
         before = self._exchanges.get(RoundKey(run, number - 1) if number else InitialKey(run))
         outcome = None if before is None else before.outcome
         return frozenset(outcome.cohort) if isinstance(outcome, Closed) else frozenset()
 
     def ask(self, run: str, site: str) -> None:
-        """Note that a site that is not in the cohort of the open round wants to be in that of the next one."""
+        """Note that a site outside the open round's cohort wants to be in the next."""
         cohort = self.cohort(run, self._latest.get(run, -1) + 1)
         if cohort and site not in cohort:
             self._asking.setdefault(run, set()).add(site)
 
     def next_cohort(self, run: str, number: int, missing: Iterable[str]) -> tuple[str, ...]:
-        """Name the sites that mask in the round after a round, or after the initial weights (-1), that closes now.
+        """Name the sites that mask in the round after one that closes now.
+
+        Number -1 stands for the initial weights.
 
         Those are the members of the run that were in it, and those that have asked since. With too few of them, those
         that were missing are waited for.

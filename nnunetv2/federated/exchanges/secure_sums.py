@@ -1,4 +1,4 @@
-"""Say what the sites of a run add up without showing it: groups of tensors, figures, counts of a validation.
+"""Plan the masked sums of a run: groups of tensors, figures, counts of a validation.
 
 Sites and coordinator compute this each for itself, from what they have in common: the match of the run, the aggregate
 that a round starts from, and the cohort that its message names. What they do not have in common, masks do not cancel.
@@ -44,7 +44,7 @@ OPTIONAL = frozenset({*FIGURES, LOSS})
 
 @dataclass(frozen=True)
 class SecureSum:
-    """What sites and coordinator know of some sums before anything is sent."""
+    """Masked sums, as sites and coordinator know them before anything is sent."""
 
     cohort: Cohort
     lanes: tuple[Lane, ...]
@@ -56,7 +56,7 @@ class SecureSum:
     """Sites, and the digest of the weights that they alone have in common and start from, as far as it is known."""
 
     def common(self, site: str) -> dict[str, bytes]:
-        """Return, per other site, the digest of the weights that both have been sent."""
+        """Return, per other site, the digest of all weights that both were sent."""
         return {
             other: digest_of(*(digest for holders, digest in self.starts if {site, other} <= {*holders}))
             for other in self.cohort.sites
@@ -119,7 +119,8 @@ def groups_of(shared: Mapping[str, Mapping[str, str]], cohort: Iterable[str], *,
         shared: Canonical name -> site -> its own name, as in a match.
         least: Groups of fewer sites are left out.
     """
-    present, tensors = frozenset(cohort), {}
+    present = frozenset(cohort)
+    tensors: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(shared):
         holders = tuple(sorted(present & shared[name].keys()))
         if len(holders) >= least:
@@ -142,7 +143,7 @@ def check_groups(shared: Mapping[str, Mapping[str, str]]) -> None:
 # ----------------------------------------------------------------------------------------------------------- rounds
 @dataclass(frozen=True)
 class RoundPlan:
-    """What is added up in one round of a run."""
+    """The sums of one round of a run."""
 
     sum: SecureSum
     groups: tuple[Group, ...]
@@ -281,7 +282,9 @@ def _digest_of(names: Iterable[str], values: Mapping[str, np.ndarray]) -> bytes:
 
 
 def num_classes_of(labels: Mapping[str, int | tuple[int, ...]]) -> int:
-    """Return how many classes, or regions, a validation counts: all but background and what is ignored.
+    """Return the number of classes or regions that a validation counts.
+
+    Those are all but background and what is ignored.
 
     Args:
         labels: As in dataset.json.

@@ -34,7 +34,7 @@ MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 
 
 class Secure(Part):
-    """How updates and statistics are added up where nobody is to see a single one."""
+    """The settings of a federation that masks updates and statistics."""
 
     k: Annotated[int, Field(ge=3, le=64)] = 3
     """No sum has fewer sites."""

@@ -183,7 +183,7 @@ def document_messages() -> tuple[type[Message], ...]:
 
 
 class SignedKey(Part):
-    """The key with which a site agrees on masks, signed by its identity."""
+    """A site's key for agreeing on masks, signed by its identity."""
 
     identity: PublicKey
     """Ed25519."""
@@ -501,7 +501,7 @@ class PooledValidation(Message):
 
 
 class NextRound(Part):
-    """Who masks in the round that follows, and how weights become integers there."""
+    """The cohort of the round that follows, and the range of its integers."""
 
     cohort: SiteNames
     weight_bits: Annotated[int, Field(ge=1, le=40)]

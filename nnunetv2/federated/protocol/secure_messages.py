@@ -1,4 +1,4 @@
-"""The messages with which sites add up what nobody is to see: masked vectors, survivors, shares.
+"""The messages of masked sums: masked vectors, survivors, confirmations, shares.
 
 Every sum takes three exchanges; see `privacy/secure_aggregation/protocol.py` for what is in them.
 """
@@ -18,7 +18,7 @@ LaneName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class MaskedUpdate(Message):
-    """What a site contributes to sums, masked.
+    """The masked vectors of a site.
 
     Tensors: per lane `masked.<lane>`, U16, U32 or U64; per site of the cohort `envelope.<site>`, U8, that it alone can
     open; `commitments`, U8 of shape (number of seeds, 32).
@@ -53,6 +53,9 @@ class Confirmed(Message):
 
 
 class UnmaskingShares(Message):
-    """A site's shares of the seeds that the sums still contain. Tensor: `shares`, U8 of shape (number of seeds, 32)."""
+    """A site's shares of the seeds that the sums still contain.
+
+    Tensor: `shares`, U8 of shape (number of seeds, 32).
+    """
 
     kind: Literal["unmasking_shares"] = "unmasking_shares"

@@ -1,4 +1,6 @@
-"""Take part in a training run whose updates are masked: keys, what a round adds up, figures, validations.
+"""Take part in a training run whose updates are masked.
+
+That is: keys, the sums of a round, figures, validations.
 
 Knows weights as named arrays; how numbers are masked and unmasked is in `masking.py`.
 """
@@ -296,8 +298,8 @@ class MaskedRun:
             is_conspicuous = typical is not None and rms > OUTLIER_FACTOR * typical > 0
             if is_conspicuous:
                 self._report(
-                    f"This site has moved {rms / (typical or 1):.3g} times as far as the sites did in the round before. "
-                    "The others learn that one has, not which"
+                    f"This site has moved {rms / (typical or 1):.3g} times as far as the sites did in the round "
+                    "before. The others learn that one has, not which"
                 )
             words[:] = encode_figure(min(rms, LARGEST_CHANGE), self._weight, bits=CHANGE_BITS), int(is_conspicuous)
 

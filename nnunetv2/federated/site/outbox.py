@@ -1,4 +1,4 @@
-"""Keep what this site has masked until it has counted, and remember for good what it must not do twice.
+"""Keep masked documents until they have counted, and promises for good.
 
     outbox/<exchange>.safetensors    a masked document, from before its first byte leaves until its sum is known
     spent.jsonl                      a line per promise, appended and on the disk before what it is about leaves
@@ -87,14 +87,14 @@ class Outbox:
             return open_document(self._path(exchange))
 
     def drop(self, exchange: str) -> None:
-        """Delete the document of an exchange that is over, and promise never to take part in it again."""
+        """Delete the document of an exchange that is over, for good."""
         with self._alone():
             if not self.is_closed(exchange):
                 self._append(_Line("closed", exchange, ""))
             self._path(exchange).unlink(missing_ok=True)
 
     def drop_others(self, keep: Iterable[str]) -> None:
-        """Delete documents of exchanges that went on without this site, all but those of some exchanges."""
+        """Delete the documents of all exchanges but some."""
         kept = {file_stem(exchange) for exchange in keep}
         for path in self._documents.glob("*.safetensors"):
             if path.stem not in kept:
@@ -105,7 +105,10 @@ class Outbox:
 
     # ------------------------------------------------------------------------------------------------- promises
     def check_unspent(self, exchange: str, context: str) -> None:
-        """Raise RefusedError, `round_spent`, if this site has masked something else for an exchange, or it was over."""
+        """Raise RefusedError, `round_spent`, if this site may not mask for an exchange.
+
+        It has masked something else for it before, or the exchange is over.
+        """
         masked_before = any(line.kind == "masked" and line.digest == context for line in self._lines)
         if masked_before or self._of("masked", exchange) or self.is_closed(exchange):
             state = "is over" if self.is_closed(exchange) else "has been answered"
@@ -118,9 +121,11 @@ class Outbox:
             )
 
     def check_context(self, exchange: str, context: str) -> None:
-        """Raise RefusedError, `round_spent`, if the document that is held was masked in another context."""
+        """Raise RefusedError, `round_spent`, if what is held was masked in another context."""
         found = self._of("masked", exchange)
-        if found and context not in found:
+        if not found:  # the machine went down when the document was there and the promise was not
+            self._append(_Line("masked", exchange, context))
+        elif context not in found:
             raise RefusedError(
                 f"{exchange} has come a second time, with other weights or sites than before: what was masked then "
                 "cannot be used, and nothing else is masked for it",
@@ -157,7 +162,7 @@ class Outbox:
         return bool(self._lines) and self._lines[-1].kind != "anew"
 
     def start_anew(self) -> None:
-        """Let exchanges of the same names come again, of a run that begins anew with other keys.
+        """Let exchanges of the same names come again, with other keys.
 
         A person says so. What was masked in one context is never masked in it again all the same.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -282,7 +282,7 @@ class Participant:
             )
         return error
 
-    def _fetch(self, key: keys.ExchangeKey[messages.Update, messages.Aggregate]) -> Weights:
+    def _fetch(self, key: keys.ExchangeKey[Any, messages.Aggregate]) -> Weights:
         return self._read(self.transport.result(key))
 
     @staticmethod

@@ -155,7 +155,7 @@ def answers_of(meeting, lane, uploads, survivors, sites):
 
 
 def test_any_set_of_answers_gives_the_same_sum(five):
-    meeting, lane, plain, uploads = five
+    meeting, lane, _plain, uploads = five
     survivors = {"w": ("a", "b", "c", "e")}
     found = {
         bytes(unmask(meeting, [lane], uploads, survivors, sites)[0]["w"])
@@ -165,7 +165,7 @@ def test_any_set_of_answers_gives_the_same_sum(five):
 
 
 def test_a_masked_vector_shows_nothing_even_when_all_pair_seeds_are_known(five):
-    meeting, lane, plain, uploads = five
+    _meeting, _lane, plain, uploads = five
     masked, shared = uploads["a"]
     known = {name: seed for name, seed in shared.seeds.items() if name != ("w", "a")}
     words = masked["w"].copy()

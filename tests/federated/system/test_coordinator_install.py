@@ -65,7 +65,9 @@ def installed(requirements, wheels, tmp_path_factory) -> Path:
 def packages_of(environment: Path) -> set[str]:
     """Return the names of what is installed, but for installers and this package."""
     python = environment / "bin" / "python"
-    listed = run(sys.executable, "-m", "pip", "--python", python, "list", "--format", "json", "--disable-pip-version-check")
+    listed = run(
+        sys.executable, "-m", "pip", "--python", python, "list", "--format", "json", "--disable-pip-version-check"
+    )
     names = {entry["name"] for entry in json.loads(listed)} - OF_THE_INSTALLER
     assert "nnunetv2" in names
     return names - {"nnunetv2"}

@@ -50,7 +50,7 @@ def operator(federation):
 
 
 def test_a_site_that_fails_before_its_upload_is_not_waited_for_and_comes_back(five):
-    federation, sites = five
+    _federation, sites = five
     start = all_join(sites)
     *others, last = sites
     last.participant.report_failure(0, "OutOfMemoryError")

@@ -139,7 +139,7 @@ def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[in
 
 
 def pooled_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
-    """Return metrics of all sites together that came with later masked updates: (round, ALL_SITES) -> metrics."""
+    """Return pooled metrics that came with later masked updates: (round, ALL_SITES) -> metrics."""
     return {
         (earlier["round"], ALL_SITES): earlier["metrics"]
         for record in records

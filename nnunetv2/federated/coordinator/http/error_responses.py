@@ -69,6 +69,15 @@ STATUS_OF_CODE = {
     "plans_differ": 409,
     "weights_differ": 409,
     "nothing_shared": 409,
+    # masked sums
+    "cohort_too_small": 409,
+    "too_many_sites_for_secure": 409,
+    "too_many_groups": 409,
+    "min_sites_below_k": 409,
+    "quorum_below_threshold": 409,
+    "late_updates_masked": 409,
+    "run_key_missing": 409,
+    "shares_do_not_fit": 409,
     # how much one member may ask for
     "too_many_requests": 429,
     "too_many_attempts": 429,

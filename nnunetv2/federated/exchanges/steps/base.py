@@ -66,11 +66,11 @@ class State(Protocol):
         ...
 
     def cohort(self, run: str, number: int) -> frozenset[str]:
-        """Name the sites that mask with each other in a round; none before it is known."""
+        """Name the sites that mask with each other in a round, once they are known."""
         ...
 
     def next_cohort(self, run: str, number: int, missing: Iterable[str]) -> tuple[str, ...]:
-        """Name the sites that mask in the round after one that closes now without those that are missing."""
+        """Name the sites that mask in the round after one that closes now."""
         ...
 
 
@@ -97,6 +97,8 @@ class Step(Generic[K, Q, R]):
     """Said of the contribution in the documentation of the protocol: tensors, and what is special."""
     result_note: ClassVar[str] = ""
     """The same of the result."""
+    closing_note: ClassVar[str] = ""
+    """With how many contributions it closes, where its policy does not tell."""
 
     # ------------------------------------------------------------------------------------------- who, and when
     def prerequisite(self, key: K) -> Key | None:

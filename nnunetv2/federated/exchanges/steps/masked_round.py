@@ -1,4 +1,4 @@
-"""Collect the masked weights of a round, confirm whose have arrived, and average what can be unmasked.
+"""Collect the masked weights of a round, confirm the survivors, average the sum.
 
 Unmasking itself is the round's own exchange (`training_round.py`), whose result is the aggregate as ever.
 """
@@ -78,7 +78,7 @@ class RoundUploadStep(UploadStep[UploadKey]):
         return self.cohort(key, state) & state.members(key.run)
 
     def newest(self, key: UploadKey, state: State) -> Any:
-        """Return the last round that is closed, for sites that come when this one is over."""
+        """Return the last closed round, for sites that come when this one is over."""
         latest = state.latest_number(key.run)
         return key if latest is None or latest < key.number else RoundKey(key.run, latest)
 
@@ -107,7 +107,7 @@ class RoundSurvivorsStep(ConfirmationStep[SurvivorsKey]):
         return state.cohort(key.run, key.number)
 
     def newest(self, key: SurvivorsKey, state: State) -> Any:
-        """Return the last round that is closed, for sites that come when this one is over."""
+        """Return the last closed round, for sites that come when this one is over."""
         latest = state.latest_number(key.run)
         return key if latest is None or latest < key.number else RoundKey(key.run, latest)
 

@@ -1,4 +1,4 @@
-"""Collect the masked counts of a validation, confirm whose have arrived, and pool what can be unmasked.
+"""Collect the masked counts of a validation, confirm the survivors, pool the sum.
 
 Unmasking itself is the validation's own exchange (`validation.py`).
 """
@@ -22,7 +22,7 @@ LARGEST_COUNT = 2**53
 
 
 class ValidationUploadStep(UploadStep[ValidationUploadKey]):
-    """The sites of a round send the voxels that they have counted, masked. Nobody waits for it."""
+    """The sites of a round send masked counts of voxels; nobody waits for it."""
 
     key = ValidationUploadKey
     results = (Survivors,)

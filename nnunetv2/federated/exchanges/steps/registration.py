@@ -130,7 +130,10 @@ def _kept_local(contributed: Mapping[str, Registration], settings: FederationSet
 def check_run_key(
     key: RunKey[Registration, Match], site: str, message: Registration, settings: FederationSettings
 ) -> None:
-    """Raise RefusedError unless a site hands in a key that it has signed, where updates are masked."""
+    """Raise RefusedError unless a site hands in a key that it has signed.
+
+    Only federations that mask ask for one.
+    """
     if settings.secure is None:
         return
     if message.keys is None:

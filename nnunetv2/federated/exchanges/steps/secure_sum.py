@@ -23,7 +23,7 @@ from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange
 from nnunetv2.federated.exchanges.secure_sums import OPTIONAL, SecureSum
-from nnunetv2.federated.exchanges.steps.base import MESSAGE_ALLOWANCE, Computed, K, State, Step, closed_outcome
+from nnunetv2.federated.exchanges.steps.base import MESSAGE_ALLOWANCE, Computed, K, State, Step
 from nnunetv2.federated.privacy import identities
 from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import ENVELOPE_OVERHEAD
@@ -71,6 +71,7 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
     contribution = MaskedUpdate
     contribution_note = "; `masked.<lane>` U16, U32 or U64, `envelope.<site>` and `commitments` U8"
     result_note = "; `envelope.<sender>.<site>` U8, of each site its own"
+    closing_note = "all of the cohort, or the quorum at the deadline; at least t"
 
     def sum_of(self, key: U, reader: DocumentReader) -> SecureSum:
         """Return what is added up."""
@@ -183,6 +184,7 @@ class ConfirmationStep(Step[C, Confirmation, Any]):
     contribution = Confirmation
     contribution_note = ", of one set of survivors only"
     result_note = ": as many signatures as sites unmask"
+    closing_note = "t of the survivors"
 
     def upload_key(self, key: C) -> Uploads:
         """Return the exchange of the masked vectors."""
@@ -286,7 +288,7 @@ class Opened:
         return sum(self.found.weights[site] for site in self.survivors[lane])
 
     def parts(self, name: str, begin: int, size: int, block: int) -> Iterator[np.ndarray]:
-        """Yield the sum of a lane's vectors without masks, part by part, from a word on.
+        """Yield the unmasked sum of a lane's vectors, part by part.
 
         Args:
             name: Of the lane.
@@ -307,7 +309,7 @@ class Opened:
             yield total[part]
 
     def small(self, name: str) -> list[int] | None:
-        """Return the sum of a small lane as numbers without check words; None if it stays sealed."""
+        """Return the sum of a small lane as numbers; None if it stays sealed."""
         if name not in self.masks:
             return None
         size = self.found.lane(name).size
@@ -315,7 +317,10 @@ class Opened:
 
 
 class UnmaskingStep(Step[K, Q, R]):
-    """Base of the steps whose result is made of masked sums, where the federation masks. Put it first."""
+    """Base of the steps whose result is made of masked sums, where the federation masks.
+
+    It comes first among the bases.
+    """
 
     def upload_key(self, key: K) -> Uploads:
         """Return the exchange of the masked vectors."""

@@ -41,7 +41,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
     contribution_note = "; the shared tensors of the site, F32 or F16. With `--secure`: `unmasking_shares`; `shares` U8"
     result_note = "; the same, averaged"
 
-    def prerequisite(self, key: RoundKey) -> ExchangeKey[Update, Aggregate]:
+    def prerequisite(self, key: RoundKey) -> ExchangeKey[Any, Aggregate]:
         """Return the round before, or what the first one begins with."""
         return RoundKey(key.run, key.number - 1) if key.number else InitialKey(key.run)
 
@@ -53,7 +53,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
             )
 
     def expected(self, key: RoundKey, state: State) -> frozenset[str]:
-        """Return the members of the run, and of those that mask their updates the ones that have sent them."""
+        """Return the members of the run; those whose masked updates are there, if known."""
         members = state.members(key.run)
         return super().expected(key, state) & members if is_masked(state) else members
 

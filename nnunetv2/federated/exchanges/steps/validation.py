@@ -28,7 +28,7 @@ class ValidationStep(
     """The sites of a round send the voxels that they have counted.
 
     It is closed with fewer sites than the federation asks for, and then without a result; see `pooled_validation`.
-    Where updates are masked, so are the counts (`masked_validation.py`), and the sites send the shares that unmask them.
+    Where updates are masked, so are the counts (`masked_validation.py`); the sites send the shares that unmask them.
     """
 
     key = ValidationKey
@@ -43,7 +43,7 @@ class ValidationStep(
         return RoundKey(key.run, key.number)
 
     def expected(self, key: ValidationKey, state: State) -> frozenset[str]:
-        """Return the sites that have contributed to the round, and masked counts where these are masked."""
+        """Return the contributors of the round; those whose masked counts are there."""
         if is_masked(state):
             return super().expected(key, state)
         return frozenset(state.settings.sites) & state.contributors(RoundKey(key.run, key.number))

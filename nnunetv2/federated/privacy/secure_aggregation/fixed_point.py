@@ -1,7 +1,7 @@
 """Write weights as integers, so that their sums are exact and masks can hide them.
 
-float32     n w 2^f mod 2^32, where n is the weight of the site: e is by 3 above the exponent of the largest |value| of the
-            tensor in the aggregate before, f = 31 - b - e, and b bits hold the sum of all n. |w| must be below 2^e.
+float32     n w 2^f mod 2^32, where n is the weight of the site: e is by 3 above the exponent of the largest |value| of
+            the tensor in the aggregate before, f = 31 - b - e, and b bits hold the sum of all n. |w| must be below 2^e.
 float16     n d 2^f mod 2^16 of the change d against what was downloaded: f = 15 - b - r, where 2^r bounds what a change
             may be. Longer ones are cut to it; what that and rounding take comes with the next round (error feedback).
 
@@ -30,12 +30,16 @@ FIGURE_BITS, CHANGE_BITS = 20, 36
 
 
 class DivergedError(BrokenTrainingError):
-    """A weight has grown so much in one round that it does not fit into the sum."""
+    """A weight has grown too much in one round to fit into the sum."""
 
 
 # ---------------------------------------------------------------------------------------------- weights of 32 bits
 def weight_exponent(largest: float) -> int:
-    """Return e: values of a tensor, whose largest magnitude was this, are to stay below 2^e."""
+    """Return e: values are to stay below 2^e.
+
+    Args:
+        largest: Magnitude of the tensor before.
+    """
     return max(0, math.frexp(largest)[1] + HEADROOM_BITS)
 
 
@@ -79,12 +83,18 @@ def decode_weights(words: np.ndarray, total: int, *, weight_bits: int, exponent:
 
 # ---------------------------------------------------------------------------------------------- changes of 16 bits
 def change_exponent(largest: float) -> int:
-    """Return r: changes of a tensor, of which the largest before was this, are cut to 2^r."""
+    """Return r: changes are cut to 2^r.
+
+    Args:
+        largest: Magnitude of the tensor's change before.
+    """
     return max(SMALLEST_CHANGE, math.frexp(CHANGE_FACTOR * largest)[1])
 
 
 def encode_changes_(values: np.ndarray, weight: int, *, weight_bits: int, exponent: int, out: np.ndarray) -> np.ndarray:
-    """Write float32 changes of one tensor, weighted and cut, into words; return what they stand for, in float32.
+    """Write float32 changes of one tensor, weighted and cut, into words.
+
+    Returns the changes that the words stand for, in float32.
 
     Args:
         values, weight, weight_bits, exponent: See `encode_weights_`; the exponent is r.

@@ -1,4 +1,4 @@
-"""Agree on keys: X25519 between two sites, and HKDF-SHA256 from there to one key per purpose.
+"""Agree on keys: X25519 between two sites, then HKDF-SHA256 per purpose.
 
 Everything that a key is for goes into its derivation, each part with its length in front, so that no two purposes can
 have the same key. Envelopes are AES-256-GCM.
@@ -57,7 +57,7 @@ def derive_key(secret: bytes, *purpose: bytes) -> bytes:
 
 
 def with_lengths(*parts: bytes) -> bytes:
-    """Join parts, each with its length in front, so that other parts never give the same bytes."""
+    """Join parts behind their lengths, so that other parts give other bytes."""
     return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 

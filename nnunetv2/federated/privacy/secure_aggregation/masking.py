@@ -1,7 +1,7 @@
-"""Add keystreams of AES-256-CTR to vectors of unsigned words, and subtract them, modulo 2^16, 2^32 or 2^64.
+"""Mask vectors of unsigned words with keystreams of AES-256-CTR, modulo 2^16, 2^32 or 2^64.
 
-A seed of 32 bytes is the key of one stream; its counter begins at 0, since no seed is used for two streams. A stream can
-be entered at any word, so that a long vector may be worked on tensor by tensor, in any order, by several threads.
+A seed of 32 bytes is the key of one stream; its counter begins at 0, since no seed is used for two streams. A stream
+can be entered at any word, so that a long vector may be worked on tensor by tensor, in any order, by several threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ZEROS = bytes(_BLOCK_BYTES)
 
 
 class Keystreams:
-    """Streams that are added to a vector and subtracted from it, from one of its words on, part by part.
+    """Streams to add to a vector and to subtract from it, part by part.
 
     Args:
         plus: Seeds of the streams to add.

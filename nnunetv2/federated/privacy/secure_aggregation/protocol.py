@@ -1,7 +1,7 @@
-"""Add up vectors of integers of which nobody sees a single one: secure aggregation by double masking.
+"""Add up vectors of which nobody sees one: secure aggregation by double masking.
 
-Method: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning (CCS 2017). Its steps stand
-here in order, under their names, as functions on plain values that know of no network, disk or federation:
+Method: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning (CCS 2017). Its steps
+stand here in order, under their names, as functions on plain values that know of no network, disk or federation:
 
     step (paper)            here                                    sent by a site         learned by all
     0 AdvertiseKeys         once per run, before this               run key, signed        `Cohort`
@@ -23,7 +23,7 @@ once, each a sum of its own over the sites that send it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, islice
@@ -61,7 +61,7 @@ SeedName = tuple[str, str]
 # ------------------------------------------------------------------------------------------------ 0 AdvertiseKeys
 @dataclass(frozen=True)
 class Cohort:
-    """The sites that mask with each other in one exchange, with the keys that they have advertised.
+    """The sites that mask with each other in one exchange, and their keys.
 
     Raises:
         RefusedError: There are fewer than 3 sites (`cohort_too_small`), or more than 64 (`too_many_sites_for_secure`).
@@ -158,7 +158,7 @@ class Lane:
 
 
 def context_digest(cohort: Cohort, lanes: Iterable[Lane]) -> str:
-    """Return the digest, in hex, of all that the masks of some lanes are bound to."""
+    """Return the digest, in hex, that the masks of some lanes are bound to."""
     ordered = sorted(lanes, key=lambda lane: lane.name)
     return digest_of(cohort.context, *(lane.context(cohort) for lane in ordered)).hex()
 
@@ -177,7 +177,7 @@ class SharedKeys:
 
 
 def seed_names(site: str, lanes: Iterable[Lane]) -> list[SeedName]:
-    """List the seeds of a site that sends these lanes, in the order in which its shares and commitments stand."""
+    """List the seeds of a site with these lanes, in the order of its shares."""
     return [
         (lane.name, other)
         for lane in sorted(lanes, key=lambda lane: lane.name)
@@ -221,7 +221,10 @@ def share_keys(
 
 
 def commitments_to(seeds: Iterable[bytes]) -> np.ndarray:
-    """Return what tells a rebuilt seed from another one, and nothing of it: uint8 of shape (number, 32)."""
+    """Return commitments to seeds, uint8 of shape (number, 32).
+
+    They tell a rebuilt seed from another one, and nothing of it.
+    """
     digests = b"".join(digest_of(b"nnunet-fed seed", seed) for seed in seeds)
     return np.frombuffer(digests, np.uint8).reshape(-1, SEED_BYTES)
 
@@ -232,7 +235,7 @@ def _envelope_key(cohort: Cohort, secret: bytes, sender: str, receiver: str) -> 
 
 # --------------------------------------------------------------------------------------- 2 MaskedInputCollection
 def with_check_words(lane: Lane, weight: int) -> np.ndarray:
-    """Return a vector for a lane, whose check words are set and whose other words are still to be filled."""
+    """Return a vector for a lane with its check words; the others are unset."""
     words = np.empty(lane.length, WORDS[lane.dtype])
     words[:CHECK_WORDS] = np.array((1, weight, 0, 0), np.uint64).astype(words.dtype)
     return words
@@ -240,7 +243,8 @@ def with_check_words(lane: Lane, weight: int) -> np.ndarray:
 
 def mask_input_(words: np.ndarray, lane: Lane, site: str, shared: SharedKeys) -> None:
     """Mask the vector of a site in place: check words and numbers."""
-    plus, minus = [shared.seeds[lane.name, site]], []
+    plus = [shared.seeds[lane.name, site]]
+    minus: list[bytes] = []
     for other in lane.holders:
         if other != site:
             (plus if site < other else minus).append(shared.seeds[lane.name, other])
@@ -253,7 +257,7 @@ Survivors = Mapping[str, tuple[str, ...]]
 
 
 def survivors_digest(cohort: Cohort, survivors: Survivors) -> str:
-    """Return the digest, in hex, that survivors sign: it is bound to the cohort and its exchange."""
+    """Return the digest, in hex, that survivors sign, bound to cohort and exchange."""
     lanes = (
         with_lengths(name.encode(), *(site.encode() for site in sites)) for name, sites in sorted(survivors.items())
     )
@@ -306,14 +310,15 @@ def check_survivors(
 
 # ------------------------------------------------------------------------------------------------------ 4 Unmasking
 def unmasked_lanes(lanes: Iterable[Lane], survivors: Survivors, least: int) -> list[Lane]:
-    """Return the lanes whose sums have enough sites, in the order of their names. The others stay sealed for good."""
+    """Return the lanes whose sums have enough sites, by name; others stay sealed."""
     ordered = sorted(lanes, key=lambda lane: lane.name)
     return [lane for lane in ordered if len(survivors.get(lane.name, ())) >= least]
 
 
 def revealed_names(lane: Lane, site: str, survivors: Survivors) -> list[SeedName]:
-    """List the seeds of a survivor that are rebuilt: its self seed, and those that it has with sites that dropped out.
+    """List the seeds of a survivor that are rebuilt.
 
+    Those are its self seed, and the ones that it has with sites that dropped out.
     So nobody ever learns both seeds of a site: what masks the vector of one that dropped out is its own self seed.
     """
     sent = survivors[lane.name]
@@ -344,7 +349,7 @@ def reveal_shares(
     *,
     least: int,
 ) -> np.ndarray:
-    """Return, at a site, its shares of the seeds that survivors leave: uint8 of shape (number of seeds, 32).
+    """Return a site's shares of the seeds to rebuild, uint8 of shape (number, 32).
 
     To be called after `check_survivors` and t valid signatures, and for one set of survivors only, ever.
 
@@ -381,7 +386,7 @@ def _revealed(lanes: Iterable[Lane], survivors: Survivors, least: int) -> list[t
 
 @dataclass(frozen=True)
 class Masks:
-    """What is left of the masks in the sum of a lane's vectors."""
+    """The masks that the sum of a lane's vectors still has."""
 
     plus: tuple[bytes, ...] = field(repr=False)
     """Seeds whose streams were added,"""
@@ -420,13 +425,11 @@ def rebuild_seeds(
     expected = _expected_commitments(wanted, lanes, survivors, commitments)
     if len(answers) < cohort.threshold:
         raise AggregationError(f"{len(answers)} answers, it takes {cohort.threshold}")
-    seeds, used = None, ()
-    for used in islice(combinations(sorted(answers), cohort.threshold), _SUBSETS_TRIED):
+    for used in _subsets(sorted(answers), cohort.threshold):
         seeds = shamir.combine({cohort.point(site): answers[site] for site in used})
         if np.array_equal(commitments_to(map(bytes, seeds)), expected):
             break
     else:
-        assert seeds is not None
         fits = (commitments_to(map(bytes, seeds)) == expected).all(axis=1)
         owners = sorted({site for (site, _), is_right in zip(wanted, fits, strict=True) if not is_right})
         raise SharesDoNotFitError(
@@ -442,6 +445,13 @@ def rebuild_seeds(
         if site not in used and not np.array_equal(shamir.combine_at(held, cohort.point(site)), answers[site])
     )
     return _masks_of(dict(zip(wanted, map(bytes, seeds), strict=True)), lanes, survivors, least), false
+
+
+def _subsets(sites: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    """Yield subsets to rebuild seeds from: at first those that leave each site out in turn, then others."""
+    for begin in range(len(sites)):
+        yield tuple((*sites[begin:], *sites[:begin])[:size])
+    yield from islice(combinations(sites, size), _SUBSETS_TRIED)
 
 
 def _expected_commitments(
@@ -465,7 +475,8 @@ def _masks_of(
 ) -> dict[str, Masks]:
     masks = {}
     for lane in unmasked_lanes(lanes, survivors, least):
-        plus, minus = [], []
+        plus: list[bytes] = []
+        minus: list[bytes] = []
         for site in survivors[lane.name]:
             for name in revealed_names(lane, site, survivors):
                 (plus if site <= name[1] else minus).append(seeds[site, name])
@@ -474,7 +485,7 @@ def _masks_of(
 
 
 def unmasking(masks: Masks, lane: Lane, begin: int = 0) -> Keystreams:
-    """Return what takes the masks from a sum of masked vectors, part by part, from a word on."""
+    """Return streams that take the masks from a sum, part by part."""
     return Keystreams(masks.minus, masks.plus, WORDS[lane.dtype], begin)
 
 
@@ -494,5 +505,5 @@ def check_sum(lane: Lane, check_words: np.ndarray, weights: Mapping[str, int], s
     expected = [len(sites) % modulus, sum(weights[site] for site in sites) % modulus, 0, 0]
     if [int(word) for word in check_words] != expected:
         raise AggregationError(
-            f"the masks of {lane.name} do not cancel out: a site has not masked what it has agreed to. Nothing was added"
+            f"the masks of {lane.name} do not cancel out: a site has not masked as agreed. Nothing was added"
         )

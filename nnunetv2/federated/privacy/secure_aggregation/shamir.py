@@ -1,4 +1,4 @@
-"""Share secrets among sites so that t of them can rebuild one, and fewer learn nothing.
+"""Share secrets so that t holders rebuild one, and fewer learn nothing.
 
 Every byte of a secret is the constant term of a random polynomial of degree t - 1 over GF(2^8), the field of AES; the
 share of a site is the value of the polynomial at the site's point. Many secrets are shared at once.
@@ -35,7 +35,7 @@ def _times(values: np.ndarray, factor: int) -> np.ndarray:
     """Multiply bytes by one element of the field."""
     if factor == 0:
         return np.zeros_like(values)
-    product = _POWERS[_LOGARITHMS[values] + _LOGARITHMS[factor]]
+    product: np.ndarray = _POWERS[_LOGARITHMS[values] + _LOGARITHMS[factor]]
     product[values == 0] = 0
     return product
 
@@ -66,7 +66,7 @@ def split(secrets: np.ndarray, threshold: int, points: Sequence[int]) -> dict[in
 
 
 def combine(shares: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Rebuild secrets from exactly as many shares as it takes: point -> shares of equal shape."""
+    """Rebuild secrets from as many shares as it takes: point -> shares."""
     total: np.ndarray | None = None
     for point, values in shares.items():
         weight = 0  # the logarithm of Lagrange's weight at 0: the product of other / (other - point)
