@@ -84,25 +84,23 @@ def test_keys_are_taken_apart(text, key, kind, parts):
 def test_every_step_has_a_key_and_follows_its_policy():
     assert len({step.key for step in STEPS}) == len({step.key.pattern for step in STEPS}) == len(STEPS)
     names = {name: {step.key.kind for step in STEPS if getattr(step.policy, name)} for name in Policy.__annotations__}
-    weights = {"initial", "round"}
+    weights = {"initial", "round", "upload"}
+    masked = {"survivors", "validation_upload", "validation_survivors"}
     planning = {"census", "coarse", "fine"}
-    of_rounds = {"upload", "survivors"}  # of masked sums
-    of_validations = {"validation_upload", "validation_survivors"}
     of_planning = {f"{what}_{step}" for what in ("fingerprint", "shape") for step in ("upload", "survivors", "sum")}
-    uploads_of_planning = {"fingerprint_upload", "shape_upload"}
     assert names == {
-        "pooled": planning | weights | {"registration", "upload"} | uploads_of_planning,
-        "by_quorum": weights | {"validation", "upload", "validation_upload"},
-        "first_stays": weights | {"validation"} | of_rounds | of_validations | of_planning,
+        "pooled": planning | weights | {"registration", "fingerprint_upload", "shape_upload"},
+        "by_quorum": weights | {"validation", "validation_upload"},
+        "first_stays": weights | masked | {"validation"} | of_planning,
         "compared": {"census", "plans", "registration", "admission"},
         "repeatable": {"late_census", "late_plans"},
         "missable": planning | {"plans", "registration"} | of_planning,
-        "carries_weights": weights | {"upload"},
+        "carries_weights": weights,
         "settles_members": {"registration", "admission"},
-        "pauses_with_run": weights | {"upload"},
-        "stops_with_run": weights | {"registration"} | of_rounds,
+        "pauses_with_run": weights,
+        "stops_with_run": weights | {"registration", "survivors"},
         "recurs": {"round"},
-        "closes_first": {"validation"} | of_validations,
+        "closes_first": {"validation", "validation_upload", "validation_survivors"},
     }
 
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_federation import LocalFederation, in_threads, make_census, make_settings, served, wait_until
+from fake_federation import (
+    LocalFederation,
+    coordinator_process,
+    in_threads,
+    make_census,
+    make_client,
+    make_settings,
+    served,
+    wait_until,
+)
 
 from demo.phantoms import Scanner, write_dataset
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
@@ -21,6 +32,7 @@ from nnunetv2.experiment_planning.secure_planning import SecurePooling
 from nnunetv2.experiment_planning.site_cases import make_census as census_of
 from nnunetv2.federated.aggregation.integer_moments import integer_sums, to_words
 from nnunetv2.federated.aggregation.outermost import Channel
+from nnunetv2.federated.coordinator.storage.quotas import has_name_of_its_own
 from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
 from nnunetv2.federated.privacy.disclosure import allow_list_of
 from nnunetv2.federated.protocol import keys
@@ -338,6 +350,37 @@ def add_census(federation: LocalFederation, site: str) -> None:
     client.contribute(keys.CensusKey(), pooling.with_keys(make_census()))
 
 
+@pytest.mark.parametrize(
+    ("lie", "complaint"),
+    [
+        (lambda census: {"keys": {site: census.keys[site] for site in "AB"}}, "names 2 sites .* it takes 3"),
+        (lambda census: {"keys": {**{s: census.keys[s] for s in "BC"}, "D": census.keys["A"]}}, "this one among them"),
+        (lambda census: {"keys": {**census.keys, "C": census.keys["B"]}}, "identity|not signed"),
+        (lambda census: {"num_cases": 1}, "counts 1 cases of all sites"),
+    ],
+    ids=["too few sites", "without this one", "one site twice", "fewer cases"],
+)
+def test_a_census_that_cannot_be_is_refused_before_anything_is_masked(lie, complaint, tmp_path):
+    class Lying:
+        def __init__(self, client):
+            self._client = client
+
+        def __getattr__(self, name):
+            return getattr(self._client, name)
+
+        def exchange(self, key, *args, **kwargs):
+            document = self._client.exchange(key, *args, **kwargs)
+            assert key == keys.CensusKey(), "nothing else is sent"
+            return SimpleNamespace(message=document.message.model_copy(update=lie(document.message)))
+
+    with federation_of(tmp_path / "federation", "list") as federation:
+        for site in ("B", "C"):
+            add_census(federation, site)
+        with pytest.raises(FederationError, match=complaint):
+            pool(federation, "A", make_extractors(tmp_path)["A"], Lying)
+        assert not federation.state.registry.has_begun("fingerprint/sums/0/uploads")
+
+
 def test_two_sites_cannot_add_up_anything(tmp_path):
     with federation_of(tmp_path / "federation", "list", sites=("A", "B")) as federation:
         for site in ("A", "B"):
@@ -409,3 +452,47 @@ def test_an_allow_list_of_the_manifest_lets_planning_through(tmp_path, monkeypat
         pytest.raises(NotAllowedError, match="a message of kind unmasking_shares is not allowed to leave"),
     ):
         raise next(one for one in pool_all(federation, make_extractors(tmp_path)) if isinstance(one, Exception))
+
+
+# ------------------------------------------------------------------------------------ coordinators that end, or hoard
+@pytest.mark.slow
+def test_a_coordinator_that_is_killed_again_and_again_opens_the_same_sums(tmp_path):
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    extractors = make_extractors(expected)
+    with federation_of(expected / "federation", "list") as federation:
+        assert pool_all(federation, extractors) == [9, 9, 9]
+    undisturbed = written(extractors)
+
+    extractors, rng = make_extractors(tmp_path), np.random.default_rng(1)
+    with coordinator_process(tmp_path / "federation", "--sites", *SITES, "--secure") as coordinator:
+        credentials = coordinator.credentials()
+
+        def take_part(site: str) -> int:
+            with make_client(credentials[site]) as client:
+                credential_file = tmp_path / f"{site}.json"
+                pooling = SecurePooling(client, client.settings().secure, credentials[site], credential_file)
+                census = pooling.with_keys(census_of(extractors[site], share_extrema=False))
+                return pooling.take_part(extractors[site], census, {})
+
+        def kill_whenever_something_new_begins() -> int:
+            gatherings = tmp_path / "federation" / "gatherings" / "fingerprint" / "sums"
+            for name in ("0/uploads", "0/survivors", "1"):
+                wait_until((gatherings / name).exists)
+                time.sleep(rng.uniform(0, 0.1))
+                coordinator.kill()
+                coordinator.start()
+                kills.append(name)
+            return len(kills)
+
+        kills: list[str] = []
+        *pooled, _ = in_threads(
+            *(lambda site=site: take_part(site) for site in SITES), kill_whenever_something_new_begins
+        )
+    assert pooled == [9, 9, 9], pooled
+    assert len(kills) == 3 and written(extractors) == undisturbed
+
+
+def test_names_of_plans_are_no_way_to_fill_the_disk():
+    assert has_name_of_its_own(keys.ShapeSumUploadKey("anything", 0))
+    assert not has_name_of_its_own(keys.FingerprintSumUploadKey(0))

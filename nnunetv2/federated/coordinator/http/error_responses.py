@@ -78,6 +78,9 @@ STATUS_OF_CODE = {
     "late_updates_masked": 409,
     "run_key_missing": 409,
     "shares_do_not_fit": 409,
+    "masked_only": 409,
+    "extrema_not_masked": 409,
+    "sum_implausible": 409,
     # how much one member may ask for
     "too_many_requests": 429,
     "too_many_attempts": 429,

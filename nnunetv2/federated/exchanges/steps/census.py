@@ -81,7 +81,7 @@ def check_can_be_masked(site: str, census: Census) -> None:
         raise RefusedError(
             f"site {site} has no key with which to mask its statistics, as this federation wants",
             "Use matching versions of the software at all sites.",
-            code="keys_missing",
+            code="run_key_missing",
         )
 
 

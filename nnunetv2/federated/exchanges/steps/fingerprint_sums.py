@@ -164,6 +164,7 @@ class _UploadOfAllStep(UploadStep[K]):
     """Base of the steps in which every site of the census sends a masked vector."""
 
     policy = Policy(pooled=True, first_stays=True, missable=True)
+    closing_note = "all of the census"
 
     def floor(self, key: K, state: State) -> int:
         """Return how many sites there are: nothing is made of fewer."""
@@ -259,6 +260,7 @@ class FingerprintSumStep(
     contribution, results = UnmaskingShares, (NextSum, PooledFingerprint)
     policy = Policy(first_stays=True, missable=True)
     contribution_note = "; `shares` U8"
+    closing_note = "t of the census"
 
     def prerequisite(self, key: FingerprintSumKey) -> FingerprintSumSurvivorsKey:
         """Return the confirmations."""
@@ -295,6 +297,7 @@ class ShapeSumStep(_OfShapes[ShapeSumKey], UnmaskingStep[ShapeSumKey, UnmaskingS
     contribution, results = UnmaskingShares, (NextSum, ResampledShape)
     policy = Policy(first_stays=True, missable=True)
     contribution_note = "; `shares` U8"
+    closing_note = "t of the census"
 
     def prerequisite(self, key: ShapeSumKey) -> ShapeSumSurvivorsKey:
         """Return the confirmations."""

@@ -302,6 +302,9 @@
   }
   const STAGE = { census: "Comparison of the datasets", coarse: "Statistics of the intensities, first part",
     fine: "Statistics of the intensities, second part", plans: "Comparison of the plans",
+    fingerprint_upload: "Masked statistics", fingerprint_survivors: "Masked statistics, who takes part",
+    fingerprint_sum: "Masked statistics, opening of the sum", shape_upload: "Masked shapes",
+    shape_survivors: "Masked shapes, who takes part", shape_sum: "Masked shapes, opening of the sum",
     late_census: "Comparison of a latecomer's dataset", late_plans: "Comparison of a latecomer's plans" };
   function drawMeetings(meetings) {
     byId("meetings-section").hidden = !meetings.length;
