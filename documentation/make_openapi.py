@@ -43,6 +43,7 @@ UPLOADS = (
     "run_key_forged",
     "identity_repeated",
     "survivors_unconfirmed",
+    "run_key_missing",
 )
 
 
@@ -98,6 +99,7 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             who="operator",
             body=api.SettingsChange,
             answers={200: api.FederationSettings},
+            codes=("min_sites_below_k", "quorum_below_threshold", "late_updates_masked"),
         ),
     },
     "/v1/roster": {
@@ -219,6 +221,10 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
                 "plans_differ",
                 "weights_differ",
                 "nothing_shared",
+                "cohort_too_small",
+                "too_many_sites_for_secure",
+                "too_many_groups",
+                "shares_do_not_fit",
                 "sum_implausible",
                 "do_not_match",
                 "already_closed",
