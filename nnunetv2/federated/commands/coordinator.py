@@ -326,9 +326,11 @@ def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> 
 
 def _in_words(value: object) -> object:
     """Return a setting as it is typed."""
+    from nnunetv2.federated.protocol.api import Secure
+
     if isinstance(value, tuple):
         return " ".join(value)
-    return f"{value.k} --geometry {value.geometry}" if hasattr(value, "geometry") else value
+    return f"{value.k} --geometry {value.geometry}" if isinstance(value, Secure) else value
 
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:

@@ -134,7 +134,8 @@ class DocumentReader:
 
     def pooled_fingerprint(self) -> dict[str, Any] | None:
         """Return the fingerprint that the sites have pooled, or None."""
-        for key_of in (FineKey, FingerprintSumKey):  # in clear, or masked
+        kinds: tuple[Callable[[int], Key], ...] = (FineKey, FingerprintSumKey)  # in clear, or masked
+        for key_of in kinds:
             number = 0
             while self.is_closed(key_of(number)):
                 with self.result(key_of(number)) as document:

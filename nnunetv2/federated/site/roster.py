@@ -122,8 +122,8 @@ def trusted_keys(
 ) -> TrustedKeys:
     """Accept the run keys of a cohort, or refuse them.
 
-    To be asked before anything masked is made for these sites. Identities that were never seen are pinned, unless people
-    are to verify them.
+    To be asked before anything masked is made for these sites. Identities that were never seen are pinned, unless
+    people are to verify them.
 
     Args:
         keys: Site -> run key, this site included, as the coordinator tells them.
