@@ -132,7 +132,7 @@ def planning_sums(num_channels: int) -> list[Disclosure]:
             "It tells how these are distributed in steps of 6 percent, and their median exactly",
         ),
     )
-    documents = []
+    documents: list[Disclosure] = []
     for what, question, sums_tell in questions:
         size = fingerprint_sums.num_words(question, num_channels=num_channels, num_cases=MANY_CASES)
         masked, *others = masked_documents(f"planning, {what}", {"sum": ("U64", size)}, sums_tell=sums_tell)
