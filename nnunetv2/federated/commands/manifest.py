@@ -89,10 +89,8 @@ def collect(
     Raises:
         FederationError: The dataset is not there, or the trainer is none for federations.
     """
-    from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
     from nnunetv2.federated.site.planned_documents import planning_documents
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-    from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     name = maybe_convert_to_dataset_name(dataset)
@@ -114,10 +112,10 @@ def collect(
     )
     if plans is None:
         return documents
-    registered_plans = without_own_statistics(plans, pooled_fingerprint(roots[-1])) if is_masked else None
+    masked_in = roots[-1] if is_masked else None
     for configuration in configurations or plans["configurations"]:
         documents += _training_documents(
-            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights, registered_plans
+            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights, masked_in
         )
     return documents
 
@@ -130,12 +128,12 @@ def _training_documents(
     num_cases: int,
     precision: Precision,
     pretrained_weights: Path | None,
-    registered_plans: Mapping[str, Any] | None,
+    masked_in: Path | None,
 ) -> list[Disclosure]:
     """Return the disclosures of one training.
 
     Args:
-        registered_plans: As they leave, where the federation masks updates; else None.
+        masked_in: The preprocessed folder of the dataset, where the federation masks updates; else None.
     """
     from nnunetv2.federated.site.planned_documents import training_documents
     from nnunetv2.training.nnUNetTrainer.variants.federated.dry_run import dry_run
@@ -147,7 +145,7 @@ def _training_documents(
         trainer_name=trainer,
         num_cases=num_cases,
         pretrained_weights=pretrained_weights,
-        registered_plans=registered_plans,
+        masked_in=masked_in,
     )
     return training_documents(
         planned.registration,
@@ -155,7 +153,7 @@ def _training_documents(
         later_metrics=planned.later_metrics,
         num_classes=planned.num_classes,
         precision=precision,
-        is_masked=registered_plans is not None,
+        is_masked=masked_in is not None,
     )
 
 

@@ -70,7 +70,7 @@ class DigitCounts(Part):
 
 
 class NextSum(Message):
-    """The next sum of the sites of a secure federation: one vector of 64-bit words each."""
+    """The next sum of a secure federation: one vector of 64-bit words per site."""
 
     kind: Literal["next_sum"] = "next_sum"
     question: Annotated[CoarseHistograms | FineHistograms | CaseTable | DigitCounts, Field(discriminator="what")]
