@@ -98,7 +98,13 @@ def join(
     _settle(credential, pending, path)
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
-    return f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+    joined = f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+    if credential.secure is None:
+        return joined
+    return (
+        f"{joined}. Its sites mask what they send, {credential.secure} or more together: when all have joined, compare "
+        "the number of the roster with them (nnUNetv2_fed_roster)"
+    )
 
 
 def _check_invitation(invitation: Invitation) -> None:

@@ -16,7 +16,7 @@ from lying_coordinator import Liar, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.errors import NotAllowedError, RefusedError, WireError
+from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError, WireError
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
 from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
 from nnunetv2.federated.privacy.secure_aggregation import protocol
@@ -290,6 +290,20 @@ def test_a_view_with_fewer_than_k_sites_is_refused(five):
     assert no_shares_were_given(five)
 
 
+def test_a_quorum_of_one_is_refused_by_the_coordinator_and_if_it_lies_by_the_sites(five, monkeypatch):
+    coordinator = five.federation.coordinator
+    with pytest.raises(FederationError, match="--quorum 1 is less than"):
+        coordinator.change_settings(api.SettingsChange(quorum=1, deadline_s=0.05), by="liar")
+    sites = sites_of(five, "ABCDE")
+    begin(sites)
+    forced = coordinator.settings.model_copy(update={"quorum": 1, "deadline_s": 0.05, "min_sites": 2})
+    monkeypatch.setattr(UploadStep, "floor", lambda *_: 1)
+    coordinator.state._use_settings(forced)
+    found = outcomes({"A": sites["A"]}, play)
+    assert code_of(found["A"]) == "survivors_implausible" and "names A as the sites" in str(found["A"])
+    assert no_shares_were_given(five)
+
+
 def test_a_lane_that_is_shrunk_alone_is_refused(five, credulous):
     """So that the sum of the weights would have k sites although t took part."""
     sites = sites_of(five, "ABCDE")
@@ -523,9 +537,10 @@ def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites
         return shared
 
     monkeypatch.setattr(protocol, "share_keys", sharing)
-    with lying(tmp_path, sites="ABCDE", quorum=4, deadline_s=0.05) as liar:
+    with lying(tmp_path, sites="ABCDE") as liar:
         sites = sites_of(liar, "ABCDE")
         begin(sites)
+        liar.federation.coordinator.change_settings(api.SettingsChange(quorum=4, deadline_s=0.05), by="boss")
         plan = sites["E"].participant._masked._plan(RoundKey(RUN, 0))
         lane = next(one for one in plan.sum.lanes if len(one.name) == 16)
         plain = plain_words(sites["E"], plan, lane)
@@ -600,10 +615,20 @@ def test_a_coordinator_that_takes_two_folds_for_one_run_is_refused(three):
         site.register()
 
 
-def test_registration_says_how_each_site_trusts_the_others(three, verified):
-    for name in "ABC":
-        three.federation.credential(name)
-    verify_at(three, "A", "B", "C")
-    begin(sites_of(three, "ABC"))
-    documents = three.federation.state.documents
-    assert {documents.registration(RUN, site).trust for site in "ABC"} == {"verified"}
+@pytest.mark.parametrize(
+    ("trust", "line"),
+    [
+        ("first_use", "identities of the sites: as first seen, not verified by people"),
+        ("verified", "identities of the sites: verified by people (A, B, C)"),
+    ],
+)
+def test_the_record_of_a_round_and_every_log_say_how_sites_trust_each_other(three, monkeypatch, trust, line):
+    monkeypatch.setenv("nnUNet_fed_trust", trust)
+    sites = sites_of(three, "ABC")
+    verify_at(three, *("ABC" if trust == "verified" else ""))
+    begin(sites)
+    ends = outcomes(sites, play)
+    assert all(isinstance(one, messages.Aggregate) for one in ends.values()), ends
+    (record,) = three.federation.state.store.load_rounds(RUN)
+    assert {site: one["trust"] for site, one in record["sites"].items()} == dict.fromkeys("ABC", trust)
+    assert all(any(one.startswith(line) for one in site.lines) for site in sites.values())

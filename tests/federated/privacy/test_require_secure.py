@@ -4,6 +4,7 @@ import pytest
 from fake_federation import RUN, make_census, make_registration, make_settings
 
 from nnunetv2.federated.errors import FederationError, NotAllowedError
+from nnunetv2.federated.exchanges.steps import STEPS
 from nnunetv2.federated.privacy.require_secure import check_message, check_settings, required_k
 from nnunetv2.federated.protocol import keys, messages
 
@@ -83,3 +84,17 @@ def test_what_shows_a_site_s_own_numbers_stays(monkeypatch, key, message):
 )
 def test_what_has_to_be_in_clear_leaves(key, message):
     check_message(key, message, 3)
+
+
+SHOWS_NO_NUMBERS = {"census", "registration", "plans_report", "masked_update", "confirmation", "unmasking_shares"}
+"""What sites also contribute: it is to be known in clear, or is masked."""
+
+
+def test_every_contribution_was_judged():
+    """A further message that shows a site's own numbers belongs into CLEAR."""
+    contributed = {
+        kind.model_fields["kind"].default
+        for step in STEPS
+        for kind in (step.contribution if isinstance(step.contribution, tuple) else (step.contribution,))
+    }
+    assert contributed == {message.kind for _, message in CLEAR} | SHOWS_NO_NUMBERS
