@@ -137,7 +137,7 @@ def _proceed(state: FederationState, run: str, exchange: str | None, name: str) 
         least = waiting[0].floor
         raise RefusedError(
             f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs at least {least} "
-            f"contribution{'' if least == 1 else 's (--min-sites)'}, and that of "
+            f"contribution{'' if least == 1 else f's ({_reason(state)})'}, and that of "
             f"{', '.join(sorted(waiting[0].required)) or 'nobody in particular'}",
             "Sites that have left or were revoked can come back: nnUNetv2_train ... --c, or invite them "
             "again. Else stop the run.",
@@ -147,6 +147,11 @@ def _proceed(state: FederationState, run: str, exchange: str | None, name: str) 
     still_open = frozenset(one for one in control.forced if not state.registry.is_closed(parse_key(one)))
     control = replace(control, forced=still_open | {str(key)})
     state.set_control(run, control, _event(state, str(key), "proceed", name))
+
+
+def _reason(state: FederationState) -> str:
+    """Name the options from which the least number of contributions follows."""
+    return "--min-sites" if state.settings.secure is None else "--secure: so many unmask a sum, or are asked for"
 
 
 def _reset(state: FederationState, run: str, name: str) -> None:

@@ -122,9 +122,11 @@ class MaskedChanges:
 
         It follows from the last change, at first from the values.
         """
-        if before is None:
-            return fixed_point.change_exponent(largest_of(values) / fixed_point.CHANGE_FACTOR**2)
-        return fixed_point.change_exponent(largest_of(values.astype(np.float32) - before.astype(np.float32)))
+        change = 0.0
+        if before is not None:
+            change = largest_of(values.astype(np.float32) - before.astype(np.float32))
+        # Where nothing has moved, as in a sum that stayed sealed, that says nothing of the next change.
+        return fixed_point.change_exponent(change or largest_of(values) / fixed_point.CHANGE_FACTOR**2)
 
     def encode_(
         self,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from fake_federation import RUN, in_threads, make_weights, served, wait_until
-from masked_sites import FIVE, THREE, digest_of, masked_settings, masked_site
+from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
+from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site
 
+from nnunetv2.federated.coordinator.storage.backup import backup, restore
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.keys import RoundKey, SurvivorsKey, UploadKey
+from nnunetv2.federated.site.credential import load_credential
 
 QUORUM = {"quorum": 4, "deadline_s": 3600.0}
 
@@ -256,3 +260,59 @@ def test_half_precision_comes_as_close_to_the_mean_as_its_steps_allow(tmp_path):
             assert {spec.dtype for spec in document.specs.values()} == {"F32"}
         assert weights["encoder.weight"].dtype == np.float16
         assert make_weights(0)["encoder.weight"].dtype == np.float32
+
+
+# ------------------------------------------------------------------------------------------------------------- backups
+def reconnected(federation, site):
+    """Return a site of a federation as a new process, at the coordinator's present address."""
+    credential = replace(load_credential(site), url=federation.url)
+    name = site.name.split(".")[1]
+    return MaskedSite(make_client(credential), credential, site, seed=THREE.index(name))
+
+
+def test_rounds_that_were_closed_before_a_backup_was_restored_are_not_answered_again(tmp_path):
+    settings = masked_settings(THREE, validate_every=0, num_epochs=6)
+    with served(tmp_path / "federation", settings) as federation:
+        files = {name: tmp_path / "federation" / f"credential.{name}.json" for name in THREE}
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        weights = all_join(sites)
+        for number in range(2):
+            weights, _ = all_exchange(sites, number, weights)
+        backup(tmp_path / "federation", tmp_path / "backup.tar")
+        for number in range(2, 4):
+            weights, _ = all_exchange(sites, number, weights)
+    restore(tmp_path / "backup.tar", tmp_path / "restored")
+    with served(tmp_path / "restored", settings) as federation:
+        sites = [reconnected(federation, file) for file in files.values()]
+        begin = all_join(sites)
+        in_threads(*(lambda site=site: site.round(2, begin) for site in sites), lambda: abandon_each(federation, sites))
+        assert federation.state.registry.get(UploadKey(RUN, 2)) is None
+        starts = in_threads(*(site.start for site in sites))
+        assert [start.epoch for start in starts] == [4, 4, 4], starts
+        weights, aggregate = all_exchange(sites, 4, starts[0].weights)
+        assert aggregate.round == 4 and sorted(aggregate.contributors) == list(THREE)
+
+
+def abandon_each(federation, sites):
+    """Close the rounds that the sites know already, as soon as all have said so."""
+    wait_until(lambda: all(any("is over" in line for line in site.lines) for site in sites))
+    act(federation, "abandon")
+    act(federation, "abandon")
+
+
+def test_a_backup_between_two_steps_of_a_round_has_what_was_masked(tmp_path):
+    settings = masked_settings(THREE, validate_every=0)
+    with served(tmp_path / "federation", settings) as federation:
+        files = [tmp_path / "federation" / f"credential.{name}.json" for name in THREE]
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        start = all_join(sites)
+        for site in sites:
+            site.upload(0, start)
+        wait_until(lambda: federation.state.registry.is_closed(UploadKey(RUN, 0)))
+        backup(tmp_path / "federation", tmp_path / "backup.tar")
+    restore(tmp_path / "backup.tar", tmp_path / "restored")
+    with served(tmp_path / "restored", settings) as federation:
+        again = [reconnected(federation, file) for file in files]
+        weights, aggregate = all_exchange(again, 0, all_join(again))
+        assert sorted(aggregate.contributors) == list(THREE)
+        assert_close(weights, mean_of(sites, start, 0))

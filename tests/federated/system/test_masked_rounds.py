@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_federation import RUN, in_threads, make_weights, served
+from fake_federation import RUN, SHAPES, in_threads, make_registration, make_settings, make_weights, served, wait_until
 from masked_sites import FIVE, THREE, digest_of, masked_settings, masked_site
 
 from nnunetv2.federated.coordinator.dashboard.curves import build_curves
 from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
-from nnunetv2.federated.protocol.keys import RoundKey
+from nnunetv2.federated.privacy.secure_aggregation import masking, protocol
+from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.keys import RoundKey, UploadKey
 
 
 def expected_mean(sites, start, number):
@@ -84,3 +86,70 @@ def test_a_site_that_moves_much_farther_than_the_others_is_counted_and_not_named
     assert [site.participant.site for site in sites if any("times as far" in line for line in site.lines)] == ["B"]
     assert any("1 site moved" in line for line in federation.lines)
     assert not any("site B" in line and "moved" in line for line in federation.lines)
+
+
+def run_of_three(folder, shapes=SHAPES):
+    """Return the SHA-256 of the last aggregate of a masked run."""
+    with served(folder, masked_settings(THREE)) as federation:
+        sites = [masked_site(federation, name, seed=seed, shapes=shapes) for seed, name in enumerate(THREE)]
+        digests = in_threads(*(lambda site=site: site.train(3) for site in sites))
+        assert len(set(digests)) == 1, digests
+        return federation.state.store.load_result_digest(RoundKey(RUN, 2))
+
+
+def test_the_average_is_that_of_masks_that_are_all_zero(tmp_path, monkeypatch):
+    """To the bit, and whoever has answered first: masks leave nothing behind."""
+    with_masks = run_of_three(tmp_path / "masked")
+    monkeypatch.setattr(masking.Keystreams, "apply_", lambda self, words: None)
+    assert run_of_three(tmp_path / "zeros") == with_masks
+
+
+def test_nothing_that_the_coordinator_stores_shows_a_part_of_an_update(tmp_path, monkeypatch):
+    shapes = {"encoder.weight": (60, 50), "head.weight": (2, 4)}
+    plain, seeds = [], []
+    mask, share = protocol.mask_input_, protocol.share_keys
+
+    def noting_words(words, lane, site, shared):
+        plain.append(words.tobytes())
+        mask(words, lane, site, shared)
+
+    def noting_seeds(*arguments, **options):
+        shared = share(*arguments, **options)
+        seeds.extend(shared.seeds.values())
+        return shared
+
+    monkeypatch.setattr(protocol, "mask_input_", noting_words)
+    monkeypatch.setattr(protocol, "share_keys", noting_seeds)
+    with served(tmp_path / "federation", masked_settings(THREE, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed, shapes=shapes) for seed, name in enumerate(THREE)]
+        start = in_threads(*(site.join for site in sites))[0]
+        for site in sites:
+            site.upload(0, start)
+            plain.extend(np.ascontiguousarray(values).tobytes() for values in site.epoch(0, start).values())
+        wait_until(lambda: federation.state.registry.is_closed(UploadKey(RUN, 0)))
+        files = [
+            path for path in (tmp_path / "federation").rglob("*") if path.is_file() and "credential." not in str(path)
+        ]
+        stored = [path.read_bytes() for path in files]
+    assert sum(len(content) > 12_000 for content in stored) >= 3 and len(seeds) > 9
+    found = {content[at : at + 16] for content in stored for at in range(len(content) - 15)}
+    windows = {words[at : at + 16] for words in plain for at in range(0, len(words) - 15, 4)}
+    assert not {window for window in windows if window.count(0) < 6} & found  # zeros in a row are everywhere
+    assert not any(seed in content for seed in seeds for content in stored)
+
+
+def test_without_masks_messages_are_those_of_the_version_before():
+    """An older site reads the settings, the match and the aggregate of a federation in clear."""
+    settings = make_settings()
+    assert "secure" not in settings.model_dump_json()
+    match = messages.Match(
+        rule="name",
+        weighting="cases",
+        weights={"A": 1.0},
+        shared={"w": {"A": "w"}},
+        initial_owner={"w": "A"},
+        coverage={"A": (1, 1)},
+    )
+    assert not {"keys", "kept_local"} & match.model_dump().keys()
+    assert "next_round" not in messages.Aggregate(round=0, contributors={"A": 1.0}).model_dump_json()
+    assert not {"keys", "trust"} & make_registration().model_dump().keys()

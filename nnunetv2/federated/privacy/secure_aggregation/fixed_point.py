@@ -23,8 +23,8 @@ HEADROOM_BITS = 3
 """A value may grow by a factor of 8 in a round."""
 CHANGE_FACTOR = 4.0
 """A change may be so many times as large as the largest of the round before."""
-SMALLEST_CHANGE = -24
-"""r of a tensor that has hardly moved: half precision has no smaller steps."""
+SMALLEST_CHANGE, UNKNOWN_CHANGE = -24, -6
+"""r of a tensor that has hardly moved: half precision has no smaller steps; and of one of which nothing is known."""
 FIGURE_BITS, CHANGE_BITS = 20, 36
 """Bits behind the point, of 64: of figures such as losses, and of distances between weights, which are small."""
 
@@ -88,7 +88,7 @@ def change_exponent(largest: float) -> int:
     Args:
         largest: Magnitude of the tensor's change before.
     """
-    return max(SMALLEST_CHANGE, math.frexp(CHANGE_FACTOR * largest)[1])
+    return UNKNOWN_CHANGE if largest == 0 else max(SMALLEST_CHANGE, math.frexp(CHANGE_FACTOR * largest)[1])
 
 
 def encode_changes_(values: np.ndarray, weight: int, *, weight_bits: int, exponent: int, out: np.ndarray) -> np.ndarray:
