@@ -54,8 +54,7 @@ from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
 Answer = messages.PooledFingerprint | messages.WantedBins
-MOST_LOOKS = 20
-"""How often a site lets the coordinator look into bins: honest ones need one look, seldom two or three."""
+MOST_LOOKS = outermost.MOST_LOOKS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from nnunetv2.federated.aggregation import fingerprint_statistics, fingerprint_s
 from nnunetv2.federated.aggregation.case_table import Case
 from nnunetv2.federated.aggregation.integer_moments import integer_sums, to_words
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.exchanges import plausibility
 from nnunetv2.federated.protocol.secure_fingerprint_messages import (
     CaseTable,
     CoarseHistograms,
@@ -24,9 +25,6 @@ from nnunetv2.federated.protocol.secure_fingerprint_messages import (
     NextSum,
 )
 from nnunetv2.utilities.plain_text import show
-
-MOST_LOOKS = 20
-"""How often a site lets the others look into bins: honest coordinators need one look, seldom two or three."""
 
 
 class FingerprintAnswers:
@@ -38,6 +36,9 @@ class FingerprintAnswers:
         num_cases: Cases of all sites.
         others: How many values of a channel the other sites may have together.
         geometry: What the federation tells of spacings and shapes.
+
+    Raises:
+        StatisticsError: A case has an impossible spacing: behind masks, nobody else would notice.
     """
 
     def __init__(
@@ -54,6 +55,9 @@ class FingerprintAnswers:
         self._cases = sorted(
             Case(_triple(sample.spacing), _whole_triple(sample.shape_after_crop), float(sample.relative_size))
             for sample in samples
+        )
+        plausibility.check_geometry(
+            [case.spacing for case in self._cases], [case.relative_size for case in self._cases]
         )
         self._promotes_to_float64 = not all(sample.has_foreground for sample in samples)
         self._num_cases = num_cases
@@ -116,7 +120,7 @@ class FingerprintAnswers:
         """Show as many of the outermost values as these bins take; see `outermost`."""
         self._looks += 1
         is_expected = isinstance(self._asked.question, CoarseHistograms | FineHistograms)
-        if not is_expected or self._looks > MOST_LOOKS or len(question.bins) != len(self._channels):
+        if not is_expected or self._looks > outermost.MOST_LOOKS or len(question.bins) != len(self._channels):
             raise FederationError(
                 "the coordinator wants to look into intensities that no percentile needs: nothing more is sent. Ask "
                 "the coordinating site which version it runs"

@@ -162,6 +162,7 @@ class SecurePooling:
         )
         sample_locally(extractor, late_census.num_cases)
         pooled = self._wait_for_fingerprint()
+        forget_run_keys(self._credential.federation, POOLING, self._credential_file)  # it masks nothing
         found = results.check_fingerprint(pooled, len(census.channel_names), geometry=self.geometry)
         if isinstance(found, results.Fingerprint):
             save_json_atomically(pooled.fingerprint, Path(extractor.output_folder) / FINGERPRINT_FILE)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
-from nnunetv2.experiment_planning.secure_fingerprint import MOST_LOOKS, FingerprintAnswers, extends
+from nnunetv2.experiment_planning.secure_fingerprint import FingerprintAnswers, extends
 from nnunetv2.federated.aggregation import fingerprint_sums, geometry_quantiles
+from nnunetv2.federated.aggregation.outermost import MOST_LOOKS
 from nnunetv2.federated.errors import FederationError, StatisticsError
 from nnunetv2.federated.protocol.messages import PooledFingerprint
 from nnunetv2.federated.protocol.secure_fingerprint_messages import Branch, CaseTable, DigitCounts, NextSum
@@ -124,3 +125,9 @@ def test_bins_of_other_channels_are_refused():
     two = {"bins": honest.question.bins * 2, "steps": honest.question.steps * 2}
     with pytest.raises(FederationError, match="no percentile needs"):
         answers.proceed(NextSum(question=honest.question.model_copy(update=two)))
+
+
+def test_impossible_spacings_stay_at_the_site(monkeypatch):
+    monkeypatch.setitem(globals(), "SPACINGS", ((5e9, 0.7, 0.7),))
+    with pytest.raises(StatisticsError, match="look at the headers of the images"):
+        make_answers("list")

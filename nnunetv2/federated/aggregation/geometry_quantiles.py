@@ -7,6 +7,7 @@ values; here is which, and what is written of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,16 +100,19 @@ def described_cases(found: Branches, count: int) -> dict[str, Any]:
         "shapes_after_crop": {"median": medians(AXES)},
     }
     relative_size = median_of(found[2 * AXES], count)
-    if not all(
-        np.isfinite(value) and value > 0 for value in (*percentiles(10), *medians(0), *medians(AXES), relative_size)
-    ):
-        raise StatisticsError("the sites' counts lead to a spacing or a shape that is impossible")
+    _check_lengths(percentiles(10), percentiles(50), medians(0), medians(AXES), [relative_size])
     return {"geometry_statistics": statistics, "median_relative_size_after_cropping": relative_size}
 
 
 def median_resampled_shape(found: Branches, count: int) -> list[float]:
-    """Return the median shape at the target spacing, from branches of 64 bits."""
+    """Return the median shape at the target spacing, from complete branches; an axis may have no voxel."""
     return [median_of(of_axis, count) for of_axis in found]
+
+
+def _check_lengths(*lengths: Sequence[float]) -> None:
+    """Raise StatisticsError unless all lengths are finite and above 0."""
+    if not all(0 < length < math.inf for several in lengths for length in several):
+        raise StatisticsError("the sites' counts lead to a spacing or a shape that is impossible")
 
 
 def with_resampled_shape(

@@ -37,12 +37,17 @@ def steps_of(coarse: np.ndarray) -> Steps:
 
     Args:
         coarse: int64 (65536,), not empty.
+
+    Raises:
+        StatisticsError: It counts what are no numbers.
     """
     cumulative = np.cumsum(coarse)
     middle = int(np.searchsorted(cumulative, (cumulative[-1] - 1) // 2, side="right"))
     pivot = float(key_values(np.array([middle << 16]))[0])
-    farthest = max(abs(bound - pivot) for bound in outermost_bounds(coarse))
-    return Steps(pivot=pivot, exponent=BITS - math.frexp(farthest)[1])
+    distances = [abs(bound - pivot) for bound in outermost_bounds(coarse)]
+    if not all(map(math.isfinite, distances)):
+        raise StatisticsError("a histogram counts values that are no numbers")
+    return Steps(pivot=pivot, exponent=BITS - math.frexp(max(distances))[1])
 
 
 def whole_numbers(values: np.ndarray, steps: Steps) -> np.ndarray:

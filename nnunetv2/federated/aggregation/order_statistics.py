@@ -12,6 +12,7 @@ As in `fingerprint_statistics`, which does the same with the two halves of float
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -76,9 +77,16 @@ def narrow(branches: Sequence[Branch], histograms: np.ndarray, ranks: Iterable[i
 
 
 def value_at(branches: Sequence[Branch], rank: int) -> float:
-    """Return the value of a rank, from 0, when all four histograms are known."""
+    """Return the value of a rank, from 0, when all four histograms are known.
+
+    Raises:
+        StatisticsError: It is negative, infinite or no number.
+    """
     prefix = max((branch for branch in branches if branch.below <= rank), key=lambda branch: branch.below).prefix
-    return float(np.array([prefix], np.uint64).view(np.float64)[0])
+    value = float(np.array([prefix], np.uint64).view(np.float64)[0])
+    if not 0 <= value < math.inf:
+        raise StatisticsError("the sites' counts lead to a value that is impossible")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ of so many values

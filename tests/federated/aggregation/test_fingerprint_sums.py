@@ -204,3 +204,30 @@ def test_a_site_that_counts_cases_twice_is_noticed():
         twice = vector([*cases, cases[0]], question, 4)
         with pytest.raises(StatisticsError, match="census"):
             sums.next_sum(NextSum(question=question), twice, num_channels=1, num_cases=4, geometry=geometry)
+
+
+@pytest.mark.parametrize("prefix", [0x7FF0, 0x7FF8, 0xBFF0, 0xFFFF], ids=["infinite", "no number", "negative", "all"])
+def test_counts_that_lead_to_no_length_are_refused(prefix):
+    """As of a site that counts what it likes."""
+    for first, following in (
+        (sums.FIRST_RESAMPLED, lambda asked, total: sums.next_resampled(asked, total, num_cases=2)),
+        (
+            NextSum(question=DigitCounts(level=0, branches=geometry_quantiles.roots(geometry_quantiles.OF_CASES))),
+            lambda asked, total: sums.next_sum(asked, total, num_channels=1, num_cases=2, geometry="quantiles"),
+        ),
+    ):
+        asked, digit = first, prefix
+        with pytest.raises(StatisticsError, match="impossible"):
+            for _ in range(4):
+                branches = sum(map(len, asked.question.branches))
+                counts = np.zeros((branches, 65536), np.uint64)
+                counts[:, digit] = 2
+                asked, digit = following(asked, counts.reshape(-1)), 1
+
+
+@pytest.mark.parametrize("number", [0, 100, 65535])
+def test_histograms_of_what_are_no_numbers_are_refused(number):
+    counts = np.zeros(65536, np.uint64)
+    counts[[number, 40_000]] = 5
+    with pytest.raises(StatisticsError, match="no numbers"):
+        sums.next_sum(sums.FIRST, counts, num_channels=1, num_cases=2, geometry="list")
