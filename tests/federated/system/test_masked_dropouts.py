@@ -316,3 +316,18 @@ def test_a_backup_between_two_steps_of_a_round_has_what_was_masked(tmp_path):
         weights, aggregate = all_exchange(again, 0, all_join(again))
         assert sorted(aggregate.contributors) == list(THREE)
         assert_close(weights, mean_of(sites, start, 0))
+
+
+def test_a_survivor_that_asks_when_the_round_is_over_gets_the_average(five):
+    federation, sites = five
+    start = all_join(sites)
+    sites[4].upload(0, start)
+    weights, _ = all_exchange(sites[:4], 0, start)
+    wait_until(lambda: not any_masked_file(federation))
+    received, aggregate = sites[4].round(0, start)
+    assert aggregate.round == 0 and digest_of(received) == digest_of(weights)
+
+
+def any_masked_file(federation):
+    folder = federation.state.store.folder / "gatherings" / "runs" / RUN / "uploads" / "0"
+    return [path for path in folder.glob("*.safetensors") if not path.name.startswith("result")]
