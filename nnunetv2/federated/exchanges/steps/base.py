@@ -151,7 +151,7 @@ class Step(Generic[K, Q, R]):
         return None
 
     def is_used_up(self, key: K, state: State) -> bool:
-        """Tell whether what a closed exchange was for has happened, so that its result is of no more use."""
+        """Tell whether the exchange for which a closed one was made is closed, too."""
         used_by = self.used_by(key)
         return used_by is not None and state.is_closed(used_by)
 
