@@ -104,4 +104,5 @@ class Seeds:
 
 
 def cancels(words: np.ndarray, num_sites: int = 3) -> bool:
-    return words[0] == num_sites and words[2] == words[3] == 0
+    """Tell whether the masks in a sum cancel out, by its check words."""
+    return bool(words[0] == num_sites and words[2] == words[3] == 0)
