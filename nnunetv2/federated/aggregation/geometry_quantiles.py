@@ -105,7 +105,7 @@ def described_cases(found: Branches, count: int) -> dict[str, Any]:
 
 
 def median_resampled_shape(found: Branches, count: int) -> list[float]:
-    """Return the median shape at the target spacing, from complete branches; an axis may have no voxel."""
+    """Return the median shape at the target spacing; an axis may have no voxel."""
     return [median_of(of_axis, count) for of_axis in found]
 
 
