@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run import processes
+from nnunetv2.training.differential_privacy.options import PrivacyOptions, add_privacy_options, options_of
 from nnunetv2.training.seeding import seed_everything, seed_from_environment
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -120,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Validate with checkpoint_best instead of checkpoint_final. Writes into the same folder 'validation'.",
     )
     parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
+    add_privacy_options(parser)
     add_device_option(parser)
     return parser
 
@@ -138,6 +140,7 @@ def run_training(
     disable_checkpointing: bool = False,
     val_with_best: bool = False,
     device: torch.device | None = None,
+    privacy: PrivacyOptions | None = None,
 ) -> None:
     """Train a fold, unless only its validation is asked for, and predict its validation cases.
 
@@ -149,6 +152,7 @@ def run_training(
         continue_training: Go on from the latest checkpoint.
         val_with_best: Validate with checkpoint_best.
         device: Where to train. Default: CUDA.
+        privacy: Options of a trainer with differential privacy.
 
     Raises:
         AssertionError: Two options exclude each other.
@@ -160,6 +164,8 @@ def run_training(
 
     device = torch.device("cuda") if device is None else device
     fold = parse_fold(fold)
+    if privacy is not None:
+        _check_privacy(trainer_class_name, num_gpus)
     _check_options(
         continue_training=continue_training,
         only_run_validation=only_run_validation,
@@ -203,6 +209,8 @@ def run_training(
         continue_training or only_run_validation,
         device,
     )
+    if privacy is not None:
+        trainer.privacy_options = privacy
     _run(
         trainer,
         disable_checkpointing=disable_checkpointing,
@@ -363,6 +371,7 @@ def cleanup_ddp() -> None:
 def _train(args: argparse.Namespace) -> None:
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
 
+    privacy = options_of(args)
     with _without_garbage_collection():
         import nnunetv2.training.nnUNetTrainer.nnUNetTrainer  # noqa: F401  every trainer needs it, and torch
     device = resolve_device(args.device)
@@ -381,6 +390,7 @@ def _train(args: argparse.Namespace) -> None:
         args.disable_checkpointing,
         args.val_best,
         device=device,
+        privacy=privacy,
     )
 
 
@@ -420,6 +430,20 @@ def _check_options(
             )
         if not Path(pretrained_weights).is_file():
             raise FileNotFoundError(f"there are no pretrained weights {pretrained_weights}")
+
+
+def _check_privacy(trainer_name: str, num_gpus: int) -> None:
+    """Refuse options of differential privacy where nothing would heed them."""
+    from nnunetv2.run import run_training as public
+    from nnunetv2.training.differential_privacy.refusals import check_process
+
+    trainer = public.recursive_find_trainer_class_by_name(trainer_name)
+    if not hasattr(trainer, "privacy_options"):
+        raise ValueError(
+            f"{trainer_name} trains without differential privacy, so the options --dp... cannot be used: choose "
+            "-tr nnUNetTrainerDP, or nnUNetTrainerDPAsymFedAvg in a federation"
+        )
+    check_process(is_ddp=num_gpus > 1 or processes.are_launched_by_torchrun(), has_grad_scaler=False)
 
 
 def _run(

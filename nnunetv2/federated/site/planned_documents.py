@@ -106,7 +106,7 @@ def training_documents(
     *,
     metrics: Sequence[str],
     later_metrics: Sequence[str],
-    num_classes: int,
+    num_classes: int | None,
     precision: Precision = "float32",
 ) -> list[Disclosure]:
     """Return the documents that training sends, from its registration to its last round.
@@ -114,7 +114,7 @@ def training_documents(
     Args:
         metrics: Names of the figures of an epoch that travel with its update.
         later_metrics: Names of those that travel with the next one.
-        num_classes: Foreground classes or regions.
+        num_classes: Foreground classes or regions; None if no figures of validation are sent.
         precision: How the tensors of the rounds travel.
     """
     run = keys.run_name(registration.configuration, registration.fold, registration.trainer)
@@ -125,11 +125,10 @@ def training_documents(
     }
 
     def values(names: Sequence[str]) -> dict[str, Any]:
-        return {name: [MEASURED] * num_classes if name.startswith("dice_per") else MEASURED for name in names}
+        return {name: [MEASURED] * (num_classes or 0) if name.startswith("dice_per") else MEASURED for name in names}
 
     earlier = messages.EarlierMetrics(round=10**7, metrics=values(later_metrics)) if later_metrics else None
-    counted = (float(2**53 - 1),) * num_classes
-    return [
+    documents = [
         Disclosure(
             when=f"training {registration.configuration}, before the first round",
             message=registration,
@@ -151,15 +150,19 @@ def training_documents(
             passed_on="the weighted average of the tensors",
         ),
         Disclosure(
-            when=f"training {registration.configuration}, every round that is validated",
-            known=False,
-            message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
-            passed_on="the Dice per class, of all sites together",
-        ),
-        Disclosure(
             when=f"training {registration.configuration}, if it fails",
             known=False,
             message=api.FailureReport(run=run, round=10**7, reason="OutOfMemoryError"),
             passed_on="all of it; the reason is a kind of error, never its text",
         ),
     ]
+    if num_classes is None:
+        return documents
+    counted = (float(2**53 - 1),) * num_classes
+    validation = Disclosure(
+        when=f"training {registration.configuration}, every round that is validated",
+        known=False,
+        message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
+        passed_on="the Dice per class, of all sites together",
+    )
+    return [*documents[:-1], validation, documents[-1]]
