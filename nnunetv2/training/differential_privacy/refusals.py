@@ -87,16 +87,16 @@ def are_plans_from(plans: Mapping[str, Any], fingerprints: Mapping[str, Mapping[
 def check_plans(plans: Mapping[str, Any], fingerprints: Mapping[str, Mapping[str, Any]], *, may_leak: bool) -> bool:
     """Refuse plans of the same patients unless the site has said that they may stay uncovered; return if they do.
 
+    Plans that were made here have left their fingerprint beside them.
+
     Args:
         may_leak: Whether it has.
     """
-    found = are_plans_from(plans, fingerprints) if fingerprints else "no dataset_fingerprint.json tells that they were not"
-    if found is None:
-        return False
-    if not may_leak:
-        reason = f"the plans were made from these very patients ({found})"
+    found = are_plans_from(plans, fingerprints)
+    if found is not None and not may_leak:
         raise PrivacyRefusedError(
-            f"{reason}, which epsilon does not cover: take plans of another dataset "
-            "(nnUNetv2_move_plans_between_datasets), or train with --dp_uncovered plans, and every record says so"
+            f"the plans were made from these very patients ({found}), which epsilon does not cover: take plans of "
+            "another dataset (nnUNetv2_move_plans_between_datasets), or train with --dp_uncovered plans, and every "
+            "record says so"
         )
-    return True
+    return found is not None

@@ -350,8 +350,11 @@ class PrivateTraining(_Trainer):
                 f"{len(both)} patients have scans for training and for validation, such as {both[0]}: validation "
                 "scores will be too good"
             )
-        if self.are_plans_uncovered:
-            self.print_to_log_file("The plans are not covered by epsilon: they were made from the same patients")
+        self.print_to_log_file(
+            "The plans are not covered by epsilon: they were made from the same patients"
+            if self.are_plans_uncovered
+            else "The plans are taken for those of other patients: no fingerprint here is theirs"
+        )
         if seed_from_environment() is not None:
             self.print_to_log_file(
                 f"{SEED_VARIABLE} has no effect on lots and noise: who knew the seed could take the noise away"
