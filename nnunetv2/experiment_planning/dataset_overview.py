@@ -11,9 +11,9 @@ import numpy as np
 
 from nnunetv2.experiment_planning.dataset_look import PERCENTILES, CaseLook, DatasetOverview
 from nnunetv2.experiment_planning.overview_picture import draw_overview
+from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.json_files import read_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 OVERVIEW_FILE = "dataset_overview.png"
 MAX_CASES = 60
@@ -42,7 +42,7 @@ def look_at_dataset(raw_folder: Path, fingerprint_file: Path) -> DatasetOverview
 
     dataset_json = read_json(raw_folder / "dataset.json")
     fingerprint = read_json(fingerprint_file)
-    dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    dataset = list_training_cases(raw_folder, fingerprint_file.parent, dataset_json)
     first = next(iter(dataset.values()))["images"][0]
     reader = determine_reader_writer_from_dataset_json(dataset_json, first, verbose=False)
     chosen = spread_evenly(list(dataset), MAX_CASES)

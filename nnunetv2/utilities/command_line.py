@@ -31,6 +31,19 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def dataset_argument(text: str) -> int | str:
+    """Return the number or the name of a dataset, for the `type` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is neither.
+    """
+    if text.isdecimal():
+        return int(text)
+    if text.startswith("Dataset"):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a dataset nor a name that starts with Dataset")
+
+
 def run_command(function: Callable[[], int | None]) -> None:
     """Run the body of a command line program and turn its failure into one line and an exit status.
 

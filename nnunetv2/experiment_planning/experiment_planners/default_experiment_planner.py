@@ -32,10 +32,10 @@ from nnunetv2.experiment_planning.experiment_planners.plans_file import write_pl
 from nnunetv2.experiment_planning.experiment_planners.splits import adopt_splits
 from nnunetv2.experiment_planning.experiment_planners.vram_proxy import PLAIN_UNET, count_feature_map_values
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.json_files import read_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,9 @@ class ExperimentPlanner:
         self.raw_dataset_folder = str(Path(nnUNet_raw) / self.dataset_name)
         self.preprocessed_dataset_folder = str(Path(nnUNet_preprocessed) / self.dataset_name)
         self.dataset_json = read_json(Path(self.raw_dataset_folder) / "dataset.json")
-        self.dataset = get_filenames_of_train_images_and_targets(self.raw_dataset_folder, self.dataset_json)
+        self.dataset = list_training_cases(
+            self.raw_dataset_folder, Path(self.preprocessed_dataset_folder), self.dataset_json
+        )
         self.dataset_fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder))
         self.num_training_cases: int = count_training_cases(
             self.dataset_json, self.dataset_fingerprint, self.dataset_name, Path(self.preprocessed_dataset_folder)

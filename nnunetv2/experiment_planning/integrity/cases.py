@@ -12,6 +12,7 @@ import numpy as np
 from nnunetv2.experiment_planning.integrity.files import relative
 from nnunetv2.experiment_planning.integrity.findings import Finding, enumerate_some
 from nnunetv2.experiment_planning.integrity.geometry import Geometry, find_displacement, get_geometry
+from nnunetv2.experiment_planning.integrity.likeness import digest_voxels
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.faults import DAMAGED, Fault, describe_non_finite
 
@@ -58,6 +59,8 @@ class CaseReport:
     findings: list[Finding] = field(default_factory=list)
     labels: frozenset[int] = frozenset()
     """The expected labels that occur."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """File -> digest of its voxels, of sound images that have more than one value."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def _inspect_images(reader: BaseReaderWriter, paths: list[str], files: CaseFiles
         image, properties = content
         volume = _describe(paths[0], image, properties)
         faults += [*volume.faults, *(find_intensity_faults(image) if not faults else [])]
-        if not faults and image.min() == image.max():
+        digest = digest_voxels(image) if not faults else None
+        if digest is not None:
+            report.digests[relative(paths[0], files.folder)] = digest
+        elif not faults:
             _add(
                 report,
                 files,

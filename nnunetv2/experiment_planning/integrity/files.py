@@ -16,6 +16,7 @@ Dataset = Mapping[str, Mapping[str, Any]]
 """Case -> {"images": files, "label": file}."""
 
 MISSING = "file is missing"
+OTHER_NUMBER = "the number of cases differs from numTraining"
 # Endings of images, so that stray notes and thumbnails are told from cases in a second format.
 _IMAGE_ENDINGS = (
     ".nii.gz",
@@ -49,7 +50,7 @@ def check_files(folder: Path, dataset_json: Mapping[str, Any], dataset: Dataset)
             Finding(
                 "",
                 NAME,
-                "the number of cases differs from numTraining",
+                OTHER_NUMBER,
                 f"{count(len(dataset), 'case')}, such as {enumerate_some(dataset, 5)}",
                 count(dataset_json["numTraining"], "case"),
                 "correct numTraining, or add the cases that are missing",

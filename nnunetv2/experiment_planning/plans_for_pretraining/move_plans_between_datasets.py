@@ -91,11 +91,12 @@ def rename_data_identifier(identifier: str, source_name: str, target_name: str) 
 def _determine_reader(raw_folder: Path, plans: dict[str, Any]) -> str:
     from nnunetv2.errors import InvalidInputError
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 
     dataset_json = read_json(raw_folder / "dataset.json")
     _warn_of_other_channels(dataset_json, plans, raw_folder.name)
-    dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    dataset = list_training_cases(raw_folder, Path(nnUNet_preprocessed) / raw_folder.name, dataset_json)
     if not dataset:
         raise InvalidInputError(f"{raw_folder} has no training images")
     example = next(iter(dataset.values()))["images"][0]

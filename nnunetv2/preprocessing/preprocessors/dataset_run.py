@@ -80,15 +80,15 @@ class DatasetRun:
 
 
 def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_identifier: str) -> DatasetRun:
-    """Read plans and list the training cases.
+    """Read plans and list the training cases, without those on the list of bad ones.
 
     Raises:
         InvalidInputError: The dataset, its plans or its cases do not exist, or the plans name no proper folder.
     """
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.plans.plans_manager import PlansManager
+    from nnunetv2.preprocessed_data.bad_cases import list_training_cases
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
     raw_folder = Path(nnUNet_raw.require()) / dataset_name
@@ -100,7 +100,7 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
     plans_manager = PlansManager(str(plans_file))
     configuration_manager = plans_manager.get_configuration(configuration_name)
     dataset_json = _read_planned_dataset_json(preprocessed_folder, raw_folder)
-    files = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    files = list_training_cases(raw_folder, preprocessed_folder, dataset_json)
     _require(len(files) > 0, f"the dataset {raw_folder} has no training cases")
     # The name comes from the plans, maybe from elsewhere, and what it names is emptied.
     name = configuration_manager.data_identifier

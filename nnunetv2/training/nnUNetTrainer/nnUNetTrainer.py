@@ -414,6 +414,7 @@ class nnUNetTrainer:
         def identifiers() -> list[str]:
             return list(self.dataset_class.get_identifiers(folder))
 
+        splits.report_bad_cases(Path(self._require(self.preprocessed_dataset_folder_base)), self.print_to_log_file)
         if self.fold == "all":
             everything = identifiers()
             return everything, everything
