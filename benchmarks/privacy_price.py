@@ -4,8 +4,8 @@
 
 Sites A to D train together (AsymFedAvg, over real HTTP, all in one process), each with some 30 patients, of whom most
 have two scans. Site E has 19 patients, too few for differential privacy: it lends the plans, and, in the arms that are
-called pretrained, the weights of a training of its own; its patients are not protected. All arms draw the same number of patches. The
-test column of `sites.csv` is held out; both scans of a patient are on the same side.
+called pretrained, the weights of a training of its own; its patients are not protected. All arms draw the same number
+of patches. The test column of `sites.csv` is held out; both scans of a patient are on the same side.
 
 Prints a Markdown table of test Dice per site and arm; WORK/result.json keeps it, with all settings. Arms that are in it
 are not run again.
@@ -157,9 +157,7 @@ class Comparison:
         from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
         from nnunetv2.training.differential_privacy.options import PrivacyOptions
         from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerAsymFedAvg
-        from nnunetv2.training.nnUNetTrainer.variants.privacy.nnUNetTrainerDPAsymFedAvg import (
-            nnUNetTrainerDPAsymFedAvg,
-        )
+        from nnunetv2.training.nnUNetTrainer.variants.privacy.nnUNetTrainerDPAsymFedAvg import nnUNetTrainerDPAsymFedAvg
 
         is_private = arm.epsilon is not None
         name = arm.name.replace(",", "").replace(" ", "_")

@@ -210,7 +210,7 @@ def run_training(
         device,
     )
     if privacy is not None:
-        trainer.privacy_options = privacy
+        setattr(trainer, "privacy_options", privacy)  # noqa: B010  trainers without have been refused
     _run(
         trainer,
         disable_checkpointing=disable_checkpointing,

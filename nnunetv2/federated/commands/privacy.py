@@ -105,7 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="allow all trainings of the dataset together to bring each patient to this epsilon, for example 8 0.0001. "
         "A new budget takes the place of the one before; it cannot be below what is spent",
     )
-    parser.add_argument("--by", metavar="NAME", help="who sets the budget; needed with --budget, and kept in the ledger")
+    parser.add_argument(
+        "--by", metavar="NAME", help="who sets the budget; needed with --budget, and kept in the ledger"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     parser.add_argument(
         "--head", metavar="HASH", help="a head that was noted earlier: finds out whether the ledger was cut off since"

@@ -34,7 +34,7 @@ from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, Ver
 from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
-from nnunetv2.federated.protocol.keys import Key, RunKey, run_with_plans
+from nnunetv2.federated.protocol.keys import Key, RegistrationKey, RunKey, run_with_plans
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,22 @@ class Coordinator:
     def outlooks(self) -> api.Outlooks:
         """Return what will become of the averages of every run, as far as it is known."""
         return self.models.outlooks(self.state.registry.runs()[:SHOWN_EXCHANGES])
+
+    def declared_privacy(self) -> api.DeclaredPrivacy:
+        """Return what sites have declared of the privacy of their trainings, of the runs where any has."""
+        registry, documents = self.state.registry, self.state.documents
+        found = {
+            run: documents.agreement(run).privacy
+            for run in registry.runs()[:SHOWN_EXCHANGES]
+            if registry.is_closed(RegistrationKey(run))
+        }
+        return api.DeclaredPrivacy(
+            runs=tuple(
+                api.RunPrivacy(run=run, sites=dict(declared))
+                for run, declared in found.items()
+                if any(declared.values())
+            )
+        )
 
     def find_model(self, run: str) -> Path:
         """Return where the model of a run is; see `ModelStore.find`."""

@@ -63,6 +63,9 @@ class SiteService(Protocol):
     def outlooks(self) -> api.Outlooks:
         """Return what will become of the averages of every run, as far as it is known."""
 
+    def declared_privacy(self) -> api.DeclaredPrivacy:
+        """Return what sites have declared of the privacy of their trainings, of the runs where any has."""
+
     def find_model(self, run: str) -> Path:
         """Return where the model of a run is."""
 

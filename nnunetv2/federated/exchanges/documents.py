@@ -30,6 +30,8 @@ class Agreement:
     """What each site counts in an average. The sites do not know it of each other."""
     plans_names: Mapping[str, str]
     """Site -> the name of its plans."""
+    privacy: Mapping[str, messages.PrivacyDeclaration | None]
+    """Site -> what it has declared of its training's differential privacy."""
 
     @property
     def codec(self) -> UpdateCodec:
@@ -132,7 +134,7 @@ class DocumentReader:
             with self.result(AdmissionKey(run, site)) as document:
                 match = late_join.with_site(match, document.message, site)
         specs: dict[str, TensorSpec] = {}
-        weights, plans_names = {}, {}
+        weights, plans_names, privacy = {}, {}, {}
         for site, message in self.each_registration(run):
             canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
             for entry in message.tensors:
@@ -140,7 +142,8 @@ class DocumentReader:
                     specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
             weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
             plans_names[site] = str(message.plans.get("plans_name"))
-        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names)
+            privacy[site] = message.privacy
+        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names, privacy)
 
     def _begun(self, key: Key) -> Exchange:
         exchange = self._find(key)

@@ -13,12 +13,7 @@ from nnunetv2.federated.protocol.messages import Match, Registration
 
 NETWORK_TRAINER = "nnUNetTrainer"
 OWN_TRAINERS = frozenset(
-    {
-        "nnUNetTrainerFedAvg",
-        "nnUNetTrainerAsymFedAvg",
-        "nnUNetTrainerAsymFedAvgOverlapped",
-        "nnUNetTrainerDPAsymFedAvg",
-    }
+    {"nnUNetTrainerFedAvg", "nnUNetTrainerAsymFedAvg", "nnUNetTrainerAsymFedAvgOverlapped", "nnUNetTrainerDPAsymFedAvg"}
 )
 """Federated trainers of this package. Their network is that of `NETWORK_TRAINER`, which every nnU-Net has."""
 COUNTERS = ("num_batches_tracked",)

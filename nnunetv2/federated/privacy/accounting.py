@@ -15,12 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnunetv2.federated.errors import FederationError
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 INTERVAL = 1e-4
 """Grid on which privacy losses are counted. A coarser one is faster, and its upper bounds are higher."""
@@ -50,9 +47,7 @@ def epsilon_of(steps: Iterable[NoisySteps], delta: float) -> float:
     return _epsilon(_grouped(steps), delta)
 
 
-def find_sigma(
-    spent: Sequence[NoisySteps], *, rate: float, count: int, epsilon: float, delta: float
-) -> float | None:
+def find_sigma(spent: Sequence[NoisySteps], *, rate: float, count: int, epsilon: float, delta: float) -> float | None:
     """Return the smallest noise multiplier with which further steps stay within epsilon; None if there is none.
 
     Args:
@@ -88,9 +83,7 @@ def find_sigma(
     return min(sigma, high)
 
 
-def most_epochs(
-    spent: Sequence[NoisySteps], epoch: NoisySteps, *, at_most: int, epsilon: float, delta: float
-) -> int:
+def most_epochs(spent: Sequence[NoisySteps], epoch: NoisySteps, *, at_most: int, epsilon: float, delta: float) -> int:
     """Return how many epochs of such steps stay within epsilon, 0 to `at_most`."""
 
     def fits(number: int) -> bool:
@@ -141,7 +134,7 @@ def _accountant() -> Any:
     return PLDAccountant(relation, INTERVAL)
 
 
-def _library() -> ModuleType:
+def _library() -> Any:
     try:
         import dp_accounting
     except ImportError as error:

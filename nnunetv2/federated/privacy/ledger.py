@@ -2,8 +2,8 @@
 
     nnUNet_preprocessed/<dataset>/privacy_ledger.jsonl, a line per event:
 
-    {"number": 1, "time": ..., "kind": "budget", "by": "A. Weiss", "detail": {"epsilon": 8.0, "delta": 1e-05}, "hash": ...}
-    {"number": 2, "time": ..., "kind": "charge", "by": null, "detail": {"run": ..., "epoch": 0, ...}, "hash": ...}
+    {"number": 1, "time": 1.7e9, "kind": "budget", "by": "A. Weiss", "detail": {"epsilon": 8.0, ...}, "hash": "..."}
+    {"number": 2, "time": 1.7e9, "kind": "charge", "by": null, "detail": {"run": "...", "epoch": 0, ...}, "hash": "..."}
 
 Lines are only appended, chained by hashes as those of the coordinator's audit log, and on the disk before the epoch
 begins that they charge. What crashes afterwards is charged again. So the ledger counts too much at times, and never too

@@ -16,6 +16,7 @@ from nnunetv2.federated.protocol.messages import (
     LongText,
     Part,
     Positive,
+    PrivacyDeclaration,
     SiteName,
     SiteNames,
     Text,
@@ -217,6 +218,23 @@ class Outlooks(Part):
     """
 
     runs: Annotated[tuple[RunOutlook, ...], Field(max_length=10_000)] = ()
+
+
+class RunPrivacy(Part):
+    """What the sites of a run have declared of the differential privacy of their trainings."""
+
+    run: Text
+    sites: Annotated[dict[SiteName, PrivacyDeclaration | None], Field(max_length=MAX_SITES)]
+    """None: without differential privacy."""
+
+
+class DeclaredPrivacy(Part):
+    """The runs in which some site has declared differential privacy.
+
+    An answer of its own, for the same reason as `Outlooks`.
+    """
+
+    runs: Annotated[tuple[RunPrivacy, ...], Field(max_length=10_000)] = ()
 
 
 class FailureReport(Part):

@@ -77,7 +77,7 @@ class PatientLoader(nnUNetDataLoader):
 
 
 class LotStream:
-    """Iterate over lots, endlessly; each is an iterator over the batches of its patients.
+    """Iterate over lots, endlessly: `{"patients": iterator over the batches of its patients}`.
 
     A lot has to be gone through before the next one is asked for.
 
@@ -98,12 +98,12 @@ class LotStream:
     def __iter__(self) -> LotStream:
         return self
 
-    def __next__(self) -> Iterator[dict]:
-        """Return the batches of the next lot."""
+    def __next__(self) -> dict[str, Iterator[dict]]:
+        """Return the next lot."""
         if not self._num_workers:
-            return map(self._loader.load_patient, self._sampler.draw())
+            return {"patients": map(self._loader.load_patient, self._sampler.draw())}
         self._load_ahead()
-        return self._take(self._sizes.popleft())
+        return {"patients": self._take(self._sizes.popleft())}
 
     def start(self) -> None:
         """Start the workers early, so that the first patients are on their way."""
@@ -161,7 +161,7 @@ def _become_worker(loader: PatientLoader) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log_plainly()
     prepare_worker()
-    seed_everything(np.random.SeedSequence().entropy)
+    seed_everything(secrets.randbits(128))
     _loader_of_worker = loader
 
 

@@ -93,10 +93,7 @@ def add_privacy_options(parser: argparse.ArgumentParser) -> None:
         "budget (nnUNetv2_fed_privacy)",
     )
     group.add_argument(
-        "--dp_sigma",
-        type=float,
-        metavar="SIGMA",
-        help="Noise multiplier. Default: the smallest that keeps to epsilon",
+        "--dp_sigma", type=float, metavar="SIGMA", help="Noise multiplier. Default: the smallest that keeps to epsilon"
     )
     group.add_argument(
         "--dp_lot",
@@ -105,9 +102,7 @@ def add_privacy_options(parser: argparse.ArgumentParser) -> None:
         help=f"Patients per step, on average. Default: a quarter of them, at most {LARGEST_LOT}",
     )
     group.add_argument("--dp_clip", type=float, metavar="NORM", help="Largest norm of a patient's gradient. Default: 1")
-    group.add_argument(
-        "--dp_patches", type=int, metavar="NUMBER", help="Patches per patient and step. Default: 1"
-    )
+    group.add_argument("--dp_patches", type=int, metavar="NUMBER", help="Patches per patient and step. Default: 1")
     group.add_argument(
         "--dp_uncovered",
         action="append",

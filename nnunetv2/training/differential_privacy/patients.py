@@ -1,23 +1,23 @@
-"""Know which scans belong to the same patient: patients.json of a dataset.
+"""Know which scans belong to the same patient.
 
-    nnUNet_raw/<dataset>/patients.json, copied to nnUNet_preprocessed/<dataset> with the preprocessing
+    nnUNet_raw/<dataset>/patients.json, which preprocessing copies to nnUNet_preprocessed/<dataset>
 
     {"case_001": "P17", "case_002": "P17", "case_003": "P18"}
 
-Without this file each scan counts as a patient of its own, and all that is promised is promised per scan.
+or the patients that `nnUNetv2_make_splits --patients` was told of. Without either each scan
+counts as a patient of its own, and all that is promised is promised per scan.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE, PATIENTS_FILE, load_patients
 from nnunetv2.utilities.json_files import JsonFileError, read_json
-
-PATIENTS_FILE = "patients.json"
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,19 @@ def read_patients(preprocessed: Path, raw: Path | None) -> dict[str, str] | None
         raw: The same below nnUNet_raw, where that is known.
 
     Raises:
-        JsonFileError: The file is no mapping of texts to texts.
-        ValueError: The two folders have different files.
+        JsonFileError: A file is no mapping of texts to texts.
+        ValueError: There are several files, and they differ.
     """
-    found = [
-        folder / PATIENTS_FILE for folder in (preprocessed, raw) if folder and (folder / PATIENTS_FILE).is_file()
-    ]
-    contents = [_read(file) for file in found]
-    if len(contents) == 2 and contents[0] != contents[1]:
-        raise ValueError(f"{found[0]} is not the same as {found[1]}: copy the right one over the other")
-    return contents[0] if contents else None
+    files = [folder / DECLARED_PATIENTS_FILE for folder in (preprocessed, raw) if folder is not None]
+    found = {file: _read(file) for file in files if file.is_file()}
+    if by_splits := load_patients(preprocessed):
+        found[preprocessed / PATIENTS_FILE] = by_splits
+    for file, patient_of in found.items():
+        first, others = next(iter(found.items()))
+        odd = next((case for case in patient_of if others.get(case, patient_of[case]) != patient_of[case]), None)
+        if odd is not None:
+            raise ValueError(f"{first} and {file} name different patients for case {odd}: correct one of them")
+    return next(iter(found.values()), None)
 
 
 def group_by_patient(cases: Sequence[str], patient_of: dict[str, str] | None) -> Patients:
@@ -69,18 +72,13 @@ def group_by_patient(cases: Sequence[str], patient_of: dict[str, str] | None) ->
     missing = sorted(set(cases) - patient_of.keys())
     if missing:
         raise ValueError(
-            f"{PATIENTS_FILE} names no patient for case {missing[0]} ({len(missing)} of {len(cases)} training cases): "
-            "add them"
+            f"{DECLARED_PATIENTS_FILE} names no patient for case {missing[0]} ({len(missing)} of {len(cases)} training "
+            "cases): add them"
         )
     grouped: dict[str, list[str]] = {}
     for case in sorted(cases):
         grouped.setdefault(patient_of[case], []).append(case)
     return Patients(dict(sorted(grouped.items())), "patient")
-
-
-def on_both_sides(training: Iterable[str], validation: Iterable[str], patient_of: dict[str, str]) -> list[str]:
-    """Return the patients with scans for training and for validation, whose validation is too good."""
-    return sorted({patient_of.get(case) for case in training} & {patient_of.get(case) for case in validation} - {None})
 
 
 def _read(file: Path) -> dict[str, str]:

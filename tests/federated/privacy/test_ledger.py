@@ -102,7 +102,9 @@ print("charged", flush=True)
 """
 
 
-@pytest.mark.parametrize(("where", "counted"), [("0", 0), ("1", 0), ("200", 0), ("before the sync", 1), ("after the sync", 1)])
+@pytest.mark.parametrize(
+    ("where", "counted"), [("0", 0), ("1", 0), ("200", 0), ("before the sync", 1), ("after the sync", 1)]
+)
 def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_ledger(begun, where, counted):
     """Whoever is told that an epoch is charged finds it in the ledger; who is not has trained nothing."""
     code = KILLED.format(paths=[str(Path(__file__).parent), str(PROJECT), str(PROJECT / "tests")])
@@ -185,7 +187,9 @@ def test_without_a_budget_nothing_is_charged(path):
 
 def test_a_charge_beyond_the_budget_is_not_written(begun):
     before = begun.read_bytes()
-    with pytest.raises(BudgetError, match=r"epoch 1 of .*fold_0 would bring the patients of Dataset101_Liver to epsilon"):
+    with pytest.raises(
+        BudgetError, match=r"epoch 1 of .*fold_0 would bring the patients of Dataset101_Liver to epsilon"
+    ):
         charge(begun, make_charge(1, sigma=20.0, steps=10), at_most=0.01)
     assert begun.read_bytes() == before
 

@@ -8,8 +8,8 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training impor
 from nnunetv2.training.nnUNetTrainer.variants.privacy.private_training import PrivateTraining
 
 
-class PrivateFederatedTraining(FederatedTraining):
-    """Mixin: like FederatedTraining, but what leaves is covered by the differential privacy of PrivateTraining.
+class PrivateFederatedTraining(FederatedTraining, PrivateTraining):
+    """Mixin: both together, so that what leaves is covered by differential privacy.
 
     Losses, Dice and counts of validated voxels stay at the site.
     """
@@ -38,5 +38,5 @@ class PrivateFederatedTraining(FederatedTraining):
         return PrivacyDeclaration.model_validate(self.describe_privacy())
 
 
-class nnUNetTrainerDPAsymFedAvg(PrivateFederatedTraining, PrivateTraining, nnUNetTrainer):
+class nnUNetTrainerDPAsymFedAvg(PrivateFederatedTraining, nnUNetTrainer):
     """Average what the sites have in common (AsymFedAvg), with differential privacy for each patient."""

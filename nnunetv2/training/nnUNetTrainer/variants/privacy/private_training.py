@@ -6,8 +6,8 @@ before every epoch (`federated/privacy/ledger.py`). All that becomes of the nois
 averages and models among it, tells no more of a patient.
 
 What tells more, and stays where it is: losses and Dice of training and validation are lines of the log; the curves,
-which go into checkpoints, pictures and to loggers, have gaps in their place. There is no checkpoint_best, which would be
-chosen by them.
+which go into checkpoints, pictures and to loggers, have gaps in their place. There is no checkpoint_best, which would
+be chosen by them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from nnunetv2.federated.privacy.accounting import accountant_name, epsilon_of
-from nnunetv2.federated.privacy.ledger import LEDGER_FILE, BudgetError, Charge, Ledger, LedgerError, charge, read_ledger
+from nnunetv2.federated.privacy.ledger import LEDGER_FILE, Charge, Ledger, LedgerError, charge, read_ledger
 from nnunetv2.paths import nnUNet_raw
+from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE, find_separated
 from nnunetv2.training import steps
 from nnunetv2.training.data_augmentation.augmenters import build_augmenters
 from nnunetv2.training.data_pipeline import build_loaders
@@ -170,14 +171,14 @@ class PrivateTraining(_Trainer):
         self._charge_epoch()
         super().on_train_epoch_start()
 
-    def train_step(self, batch: Iterator[dict]) -> dict:
-        """Learn from a lot, the batches of its patients, and return their mean loss.
+    def train_step(self, batch: dict) -> dict:
+        """Learn from a lot, `{"patients": batches}`, and return the mean loss of its patients.
 
         An empty lot takes a step of noise, and has the loss of the one before.
         """
         assert self._clipped_sum is not None
         losses = []
-        for one in batch:
+        for one in batch["patients"]:
             data, target = steps.move_batch(one, self.device)
             loss = self._forward(data, target)[1]
             self._clipped_sum.add(loss)
@@ -196,7 +197,7 @@ class PrivateTraining(_Trainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Keep the validation loss and the Dice for the log only."""
         collated = collate_outputs(val_outputs)
-        tp, fp, fn = (np.sum(collated[name], axis=0, dtype=np.float64) for name in ("tp_hard", "fp_hard", "fn_hard"))
+        tp, fp, fn = (np.asarray(collated[name], np.float64).sum(axis=0) for name in ("tp_hard", "fp_hard", "fn_hard"))
         self._measured["val_loss"] = float(np.mean(collated["loss"]))
         self._measured["pseudo_dice"] = [float(dice) for dice in steps.dice_from_counts(tp, fp, fn)]
         super().on_validation_epoch_end(_without_values(val_outputs))
@@ -304,7 +305,7 @@ class PrivateTraining(_Trainer):
             "patches": self.privacy_plan.patches,
             "epochs_charged": sum(one.run == self._run_name for one in ledger.charges),
             "ledger": {"lines": len(ledger.lines), "head": ledger.head},
-            "options": asdict(self.privacy_options),
+            "options": asdict(replace(self.privacy_options, epsilon=self.privacy_plan.limit)),
         }
         save_json_atomically(record, self._in_output_folder(RECORD_FILE), sort_keys=False)
 
@@ -322,9 +323,9 @@ class PrivateTraining(_Trainer):
                 f"{ledger.path} has charged per {earlier.pop()}, and this training would per {self.patients.unit}, "
                 "which do not add up: "
                 + (
-                    f"put {patient_lists.PATIENTS_FILE} back"
+                    f"put {DECLARED_PATIENTS_FILE} back"
                     if self.patients.unit == "scan"
-                    else f"train without {patient_lists.PATIENTS_FILE}, and all records say that the unit is a scan"
+                    else f"train without {DECLARED_PATIENTS_FILE}, and all records say that the unit is a scan"
                 )
             )
 
@@ -342,13 +343,13 @@ class PrivateTraining(_Trainer):
     def _report_privacy(self, patient_of: dict[str, str] | None, training: list[str], validation: list[str]) -> None:
         if patient_of is None:
             self.print_to_log_file(
-                f"There is no {patient_lists.PATIENTS_FILE}: each scan counts as a patient of its own. A patient with "
+                f"There is no {DECLARED_PATIENTS_FILE}: each scan counts as a patient of its own. A patient with "
                 "several scans is protected less than epsilon says, and all records say that the unit is a scan"
             )
-        elif self.fold != "all" and (both := patient_lists.on_both_sides(training, validation, patient_of)):
+        elif self.fold != "all" and (both := find_separated([{"train": training, "val": validation}], patient_of)):
             self.print_to_log_file(
-                f"{len(both)} patients have scans for training and for validation, such as {both[0]}: validation "
-                "scores will be too good"
+                f"{len(both)} patients have scans for training and for validation, such as {both[0].patient}: "
+                "validation scores will be too good (nnUNetv2_make_splits keeps patients whole)"
             )
         self.print_to_log_file(
             "The plans are not covered by epsilon: they were made from the same patients"
