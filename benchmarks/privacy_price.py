@@ -1,13 +1,13 @@
 """Measure what differential privacy for each patient costs in Dice: hippocampus MR, plain and with epsilon 8 and 3.
 
-    python -m benchmarks.privacy_price --data FOLDER_OF_HIPPOCAMPUS --folder WORK [--epochs 40 --steps 5 --lot 8]
+    python -m benchmarks.privacy_price --data FOLDER_OF_HIPPOCAMPUS --folder WORK [--epochs 25 --steps 8 --lot 8]
 
 Sites A to D train together (AsymFedAvg, over real HTTP, all in one process), each with some 30 patients, of whom most
 have two scans. Site E has 19 patients, too few for differential privacy: it lends the plans, and, in the arms that are
 called pretrained, the weights of a training of its own; its patients are not protected. All arms draw the same number
 of patches. The test column of `sites.csv` is held out; both scans of a patient are on the same side.
 
-Prints a Markdown table of test Dice per site and arm; WORK/result.json keeps it, with all settings. Arms that are in it
+The network is a small one for slices (configuration 2d), as two CPU cores demand. Prints a Markdown table of test Dice per site and arm; WORK/result.json keeps it, with all settings. Arms that are in it
 are not run again.
 """
 
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 SITES, DONOR = ("A", "B", "C", "D"), "E"
-CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlansDonor"
+CONFIGURATION, PLANS = "2d", "nnUNetPlansDonor"
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
-FEATURES, PATCH_SIZE, BATCH_SIZE = (4, 8, 16, 16), (32, 40, 32), 2
+FEATURES, BATCH_SIZE, PATCHES = (8, 16, 32, 32), 16, 4
 DELTA = 1 / 300
 """A tenth of the inverse of the number of patients."""
 
@@ -103,9 +103,11 @@ def preprocess(folder: Path, splits: dict[str, dict[str, list[str]]]) -> None:
     path = folder / "nnUNet_preprocessed" / dataset_name(DONOR) / f"{PLANS}.json"
     plans = json.loads(path.read_text(encoding="utf-8"))
     configuration = plans["configurations"][CONFIGURATION]
-    configuration["batch_size"], configuration["patch_size"] = BATCH_SIZE, list(PATCH_SIZE)
+    configuration["batch_size"] = BATCH_SIZE
     network = configuration["architecture"]["arch_kwargs"]
     network["features_per_stage"] = [FEATURES[min(stage, len(FEATURES) - 1)] for stage in range(network["n_stages"])]
+    network["n_conv_per_stage"] = [1] * network["n_stages"]
+    network["n_conv_per_stage_decoder"] = [1] * (network["n_stages"] - 1)
     path.write_text(json.dumps(plans), encoding="utf-8")
     for site in SITES:
         move_plans_between_datasets(number_of[DONOR], number_of[site], PLANS)
@@ -174,7 +176,7 @@ class Comparison:
                     credential, report=report, pause_s=0.1
                 )
                 if is_private:
-                    trainer.privacy_options = PrivacyOptions(epsilon=arm.epsilon, lot=self.lot)
+                    trainer.privacy_options = PrivacyOptions(epsilon=arm.epsilon, lot=self.lot, patches=PATCHES)
                     trainer.initial_lr = self.rate
                     allow(Path(trainer.preprocessed_dataset_folder_base), arm.epsilon)
                 trainer.initialize()
@@ -197,7 +199,7 @@ class Comparison:
     @property
     def _plain_iterations(self) -> int:
         """Return the iterations of an epoch in which as many patches are drawn as with lots."""
-        return self.steps * self.lot // BATCH_SIZE
+        return self.steps * self.lot * PATCHES // BATCH_SIZE
 
     def _construct(self, trainer_class: Any, site: str, arm: str) -> Any:
         """Construct a trainer whose results and ledger belong to an arm alone."""
@@ -207,9 +209,16 @@ class Comparison:
         preprocessed = self.folder / "nnUNet_preprocessed" / dataset_name(site)
         plans = json.loads((preprocessed / f"{PLANS}.json").read_text(encoding="utf-8"))
         dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
-        trainer = trainer_class(plans, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
+        trainer = without_augmentation(trainer_class)(plans, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
         trainer.print_to_log_file = quiet(trainer)
         return trainer
+
+
+def without_augmentation(trainer_class: Any) -> Any:
+    """Return a trainer of the same name that does not augment: in so few steps it would cost more than it gives."""
+    from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
+
+    return type(trainer_class.__name__, (trainer_class, nnUNetTrainerNoDA), {})
 
 
 def quiet(trainer: Any) -> Any:
@@ -283,8 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = Path(os.environ.get("FEDNNUNET_DATA", "../shared/data")) / "hippocampus"
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder; finished arms in it are kept")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=5, help="of an epoch")
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=8, help="of an epoch")
     parser.add_argument("--lot", type=int, default=8)
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate with differential privacy")
     arguments = parser.parse_args(argv)
@@ -292,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for root in ("nnUNet_raw", "nnUNet_preprocessed"):
         (folder / root).mkdir(parents=True, exist_ok=True)
         os.environ[root] = str(folder / root)
-    os.environ.update(nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1", nnUNet_fed_min_cases="1")
+    os.environ.update(nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1", nnUNet_fed_min_cases="1", nnUNet_cpu_autocast="0")
     splits = write_raw_datasets(arguments.data.resolve(), folder / "nnUNet_raw")
     if not (folder / "nnUNet_preprocessed" / dataset_name("D") / "splits_final.json").is_file():
         preprocess(folder, splits)

@@ -68,12 +68,12 @@ def make_plan(
     if budget is None:
         raise BudgetError(
             f"{dataset} has no privacy budget yet: somebody has to allow one, such as "
-            f"nnUNetv2_fed_privacy -d {dataset} --budget 8 {1 / (10 * num_patients):.1g} --by NAME"
+            f"nnUNetv2_fed_privacy -d {dataset} --budget 8 {1 / (10 * num_patients):.2g} --by NAME"
         )
     if budget.delta >= 1 / num_patients:
         raise ValueError(
             f"the budget's delta of {budget.delta:g} would allow to publish one of {num_patients} patients: choose "
-            f"{1 / (10 * num_patients):.1g} or less (nnUNetv2_fed_privacy -d {dataset} --budget)"
+            f"{1 / (10 * num_patients):.2g} or less (nnUNetv2_fed_privacy -d {dataset} --budget)"
         )
     limit = budget.epsilon if options.epsilon is None else options.epsilon
     if limit > budget.epsilon:

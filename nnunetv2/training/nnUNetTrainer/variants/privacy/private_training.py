@@ -70,7 +70,6 @@ class PrivateTraining(_Trainer):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.num_epochs, self.num_iterations_per_epoch = 100, 25
-        self.initial_lr = 0.1  # steps are as long as the clipping norm, at most
         self.oversample_foreground_percent, self.probabilistic_oversampling = 1 / 3, True
         self.grad_scaler = None
         self.save_every = 1  # an epoch that is lost is paid for all the same
