@@ -4,9 +4,9 @@
 
 A canary is a patient with labels of its own, unlike all others. A tiny network is trained many times with it and as
 often without, by the same steps as `nnUNetTrainerDP`: lots, one backward pass per patient, clipping, noise. Who attacks
-knows everything but the noise and the lots, and asks how well each network knows the canary. The error rates of the best
-threshold bound epsilon from below (Jagielski et al., NeurIPS 2020; intervals of Clopper and Pearson). With noise that
-bound may not exceed the epsilon that the accountant gives; without noise it should.
+knows everything but the noise and the lots, and asks how well each network knows the canary. The error rates of the
+best threshold bound epsilon from below (Jagielski et al., NeurIPS 2020; intervals of Clopper and Pearson). With noise
+that bound may not exceed the epsilon that the accountant gives; without noise it should.
 """
 
 from __future__ import annotations

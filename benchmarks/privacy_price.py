@@ -1,13 +1,16 @@
 """Measure what differential privacy for each patient costs in Dice: hippocampus MR, plain and with epsilon 8 and 3.
 
-    python -m benchmarks.privacy_price --data FOLDER_OF_HIPPOCAMPUS --folder WORK [--epochs 25 --steps 8 --lot 8]
+    python -m benchmarks.privacy_price --data FOLDER_OF_HIPPOCAMPUS --folder WORK [--epochs 20 --steps 5 --lot 8]
 
 Sites A to D train together (AsymFedAvg, over real HTTP, all in one process), each with some 30 patients, of whom most
 have two scans. Site E has 19 patients, too few for differential privacy: it lends the plans, and, in the arms that are
 called pretrained, the weights of a training of its own; its patients are not protected. All arms draw the same number
 of patches. The test column of `sites.csv` is held out; both scans of a patient are on the same side.
 
-The network is a small one for slices (configuration 2d), as two CPU cores demand. Prints a Markdown table of test Dice per site and arm; WORK/result.json keeps it, with all settings. Arms that are in it
+The network is a small one for slices (configuration 2d), as two CPU cores demand, and as noise does, whose length grows
+with the root of the number of parameters.
+
+Prints a Markdown table of test Dice per site and arm; WORK/result.json keeps it, with all settings. Arms that are in it
 are not run again.
 """
 
@@ -28,7 +31,7 @@ from typing import Any
 SITES, DONOR = ("A", "B", "C", "D"), "E"
 CONFIGURATION, PLANS = "2d", "nnUNetPlansDonor"
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
-FEATURES, BATCH_SIZE, PATCHES = (8, 16, 32, 32), 16, 4
+FEATURES, BATCH_SIZE, PATCHES = (4, 8, 8, 8), 16, 4
 DELTA = 1 / 300
 """A tenth of the inverse of the number of patients."""
 
@@ -48,7 +51,7 @@ class Arm:
         return f"{how}, {'pretrained' if self.is_pretrained else 'from scratch'}"
 
 
-ARMS = tuple(Arm(epsilon, pretrained) for pretrained in (False, True) for epsilon in (None, 8.0, 3.0))
+ARMS = tuple(Arm(epsilon, pretrained) for epsilon in (None, 8.0, 3.0) for pretrained in (False, True))
 UNTRAINED = "pretrained weights as they are"
 
 
@@ -125,10 +128,11 @@ class Comparison:
         folder: Everything is written here.
         epochs, steps: Length of every training with differential privacy.
         lot: Patients per step, on average.
+        rates: Learning rates with differential privacy, from scratch and from pretrained weights.
     """
 
-    def __init__(self, folder: Path, *, epochs: int, steps: int, lot: int, rate: float) -> None:
-        self.folder, self.epochs, self.steps, self.lot, self.rate = folder, epochs, steps, lot, rate
+    def __init__(self, folder: Path, *, epochs: int, steps: int, lot: int, rates: Sequence[float]) -> None:
+        self.folder, self.epochs, self.steps, self.lot, self.rates = folder, epochs, steps, lot, rates
 
     def pretrain(self) -> Path:
         """Train at the donor alone, and return the checkpoint."""
@@ -177,7 +181,7 @@ class Comparison:
                 )
                 if is_private:
                     trainer.privacy_options = PrivacyOptions(epsilon=arm.epsilon, lot=self.lot, patches=PATCHES)
-                    trainer.initial_lr = self.rate
+                    trainer.initial_lr = self.rates[arm.is_pretrained]
                     allow(Path(trainer.preprocessed_dataset_folder_base), arm.epsilon)
                 trainer.initialize()
                 if arm.is_pretrained:
@@ -218,7 +222,8 @@ def without_augmentation(trainer_class: Any) -> Any:
     """Return a trainer of the same name that does not augment: in so few steps it would cost more than it gives."""
     from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 
-    return type(trainer_class.__name__, (trainer_class, nnUNetTrainerNoDA), {})
+    bases = (nnUNetTrainerNoDA,) if issubclass(nnUNetTrainerNoDA, trainer_class) else (trainer_class, nnUNetTrainerNoDA)
+    return type(trainer_class.__name__, bases, {})
 
 
 def quiet(trainer: Any) -> Any:
@@ -292,10 +297,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = Path(os.environ.get("FEDNNUNET_DATA", "../shared/data")) / "hippocampus"
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder; finished arms in it are kept")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=8, help="of an epoch")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=5, help="of an epoch")
     parser.add_argument("--lot", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=0.02, help="learning rate with differential privacy")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs=2,
+        default=(0.05, 0.01),
+        help="learning rates with differential privacy, from scratch and from pretrained weights",
+    )
     arguments = parser.parse_args(argv)
     folder = arguments.folder.resolve()
     for root in ("nnUNet_raw", "nnUNet_preprocessed"):
@@ -306,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (folder / "nnUNet_preprocessed" / dataset_name("D") / "splits_final.json").is_file():
         preprocess(folder, splits)
     comparison = Comparison(
-        folder, epochs=arguments.epochs, steps=arguments.steps, lot=arguments.lot, rate=arguments.rate
+        folder, epochs=arguments.epochs, steps=arguments.steps, lot=arguments.lot, rates=arguments.rates
     )
     result_file = folder / "result.json"
     result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
