@@ -14,6 +14,7 @@ COMMANDS = {
     "nnUNetv2_convert_MSD_dataset": "dataset_conversion.convert_MSD_dataset:entry_point",
     "nnUNetv2_convert_old_nnUNet_dataset": "dataset_conversion.convert_raw_dataset_from_old_nnunet_format:convert_entry_point",
     "nnUNetv2_train": "run.run_training:run_training_entry",
+    "nnUNetv2_stop": "run.stop_training:stop_entry",
     "nnUNetv2_predict": "inference.predict_from_raw_data:predict_entry_point",
     "nnUNetv2_predict_from_modelfolder": "inference.predict_from_raw_data:predict_entry_point_modelfolder",
     "nnUNetv2_evaluate_folder": "evaluation.evaluate_predictions:evaluate_folder_entry_point",
@@ -36,6 +37,7 @@ COMMANDS = {
     "nnUNetv2_fed_privacy": "federated.commands.privacy:privacy_entry",
     "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
+    "nnUNetv2_fed_compare": "comparison.command:compare_entry",
 }
 
 setup(

@@ -1,6 +1,6 @@
 """Measure what differential privacy for each patient costs in Dice: hippocampus MR, plain and with epsilon 8 and 3.
 
-    python -m benchmarks.privacy_price --data FOLDER_OF_HIPPOCAMPUS --folder WORK [--epochs 20 --steps 5 --lot 8]
+    python -m benchmarks.privacy_price --data FOLDER_OF_HIPPOCAMPUS --folder WORK [--epochs 20 --steps 15 --lot 8]
 
 Sites A to D train together (AsymFedAvg, over real HTTP, all in one process), each with some 30 patients, of whom most
 have two scans. Site E has 19 patients, too few for differential privacy: it lends the plans, and, in the arms that are
@@ -31,7 +31,7 @@ from typing import Any
 SITES, DONOR = ("A", "B", "C", "D"), "E"
 CONFIGURATION, PLANS = "2d", "nnUNetPlansDonor"
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
-FEATURES, BATCH_SIZE, PATCHES = (4, 8, 8, 8), 16, 4
+FEATURES, BATCH_SIZE, PATCHES = (8, 16, 16, 16), 4, 1
 DELTA = 1 / 300
 """A tenth of the inverse of the number of patients."""
 
@@ -298,13 +298,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder; finished arms in it are kept")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=5, help="of an epoch")
+    parser.add_argument("--steps", type=int, default=15, help="of an epoch")
     parser.add_argument("--lot", type=int, default=8)
     parser.add_argument(
         "--rates",
         type=float,
         nargs=2,
-        default=(0.05, 0.01),
+        default=(0.01, 0.002),
         help="learning rates with differential privacy, from scratch and from pretrained weights",
     )
     arguments = parser.parse_args(argv)

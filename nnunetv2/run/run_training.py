@@ -1,6 +1,7 @@
 """Train one fold of a configuration: the command nnUNetv2_train and the functions behind it.
 
-Set the environment variable nnUNet_seed to a whole number to seed all generators; see `training/seeding.py`.
+Options that stand for a trainer of one's own are in `run/training_options.py`. `--seed`, or the environment variable
+nnUNet_seed, seeds all generators; see `training/seeding.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.run import processes
+from nnunetv2.run import applied_options, processes, training_options
+from nnunetv2.training import stopping
 from nnunetv2.training.differential_privacy.options import PrivacyOptions, add_privacy_options, options_of
-from nnunetv2.training.seeding import seed_everything, seed_from_environment
+from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, check_class_names, class_names, split_results_name
+from nnunetv2.training.seeding import seed_everything, seed_from_environment, seed_restored, use_seed
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
@@ -80,11 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     arguments = build_parser().parse_args(argv)
     limit_threads(arguments.device)
-    _train(arguments)
+    options = training_options.options_from(arguments)
+    with stopping.listening():
+        _train(arguments, options)
 
 
 def limit_threads(device_type: str) -> None:
-    """Give every library one thread, unless the user chose another number; before NumPy and torch are imported.
+    """Give every library one thread, unless the user chose another number.
+
+    Before NumPy and torch are imported.
 
     Augmentation workers would otherwise start a team of threads each. On a CPU the training itself needs the team, so
     the number for OpenMP stays as it is (see `set_torch_threads`), and workers limit themselves.
@@ -121,8 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Validate with checkpoint_best instead of checkpoint_final. Writes into the same folder 'validation'.",
     )
     parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
-    add_privacy_options(parser)
     add_device_option(parser)
+    training_options.add_training_options(parser)
+    add_privacy_options(parser)
     return parser
 
 
@@ -140,6 +148,7 @@ def run_training(
     disable_checkpointing: bool = False,
     val_with_best: bool = False,
     device: torch.device | None = None,
+    options: TrainingOptions = NO_OPTIONS,
     privacy: PrivacyOptions | None = None,
 ) -> None:
     """Train a fold, unless only its validation is asked for, and predict its validation cases.
@@ -152,11 +161,13 @@ def run_training(
         continue_training: Go on from the latest checkpoint.
         val_with_best: Validate with checkpoint_best.
         device: Where to train. Default: CUDA.
+        options: What to change of the trainer.
         privacy: Options of a trainer with differential privacy.
 
     Raises:
         AssertionError: Two options exclude each other.
-        ValueError: The fold is neither a number nor 'all'.
+        ValueError: The fold is neither a number nor 'all', or one of `options` contradicts the trainer, a finished
+            training or the others.
         RuntimeError: nnUNet_preprocessed or nnUNet_results is unset, a checkpoint is missing, or pretrained weights are
             to be loaded into a continued training.
     """
@@ -164,6 +175,7 @@ def run_training(
 
     device = torch.device("cuda") if device is None else device
     fold = parse_fold(fold)
+    trainer_class_name, options = split_results_name(trainer_class_name, options)
     if privacy is not None:
         _check_privacy(trainer_class_name, num_gpus)
     _check_options(
@@ -172,6 +184,7 @@ def run_training(
         disable_checkpointing=disable_checkpointing,
         val_with_best=val_with_best,
         pretrained_weights=pretrained_weights,
+        options=options,
     )
     for root in (nnUNet_preprocessed, nnUNet_results):
         root.require()
@@ -193,33 +206,36 @@ def run_training(
     )
     if processes.are_launched_by_torchrun():
         rank, world_size = processes.torchrun_rank(num_gpus)
-        run_ddp(rank, *what, world_size, device.type)
+        run_ddp(rank, *what, world_size, device.type, options)
         return
     if num_gpus > 1:
-        processes.spawn(run_ddp, (*what, num_gpus, device.type), num_gpus, find_free_network_port)
+        processes.spawn(run_ddp, (*what, num_gpus, device.type, options), num_gpus, find_free_network_port)
         return
-    _seed(rank=0)
-    # A validation goes on with what a training has logged, and deletes nothing of it.
-    trainer = get_trainer_from_args(
-        dataset_name_or_id,
-        configuration,
-        fold,
-        trainer_class_name,
-        plans_identifier,
-        continue_training or only_run_validation,
-        device,
-    )
-    if privacy is not None:
-        setattr(trainer, "privacy_options", privacy)  # noqa: B010  trainers without have been refused
-    _run(
-        trainer,
-        disable_checkpointing=disable_checkpointing,
-        continue_training=continue_training,
-        only_run_validation=only_run_validation,
-        pretrained_weights=pretrained_weights,
-        export_validation_probabilities=export_validation_probabilities,
-        val_with_best=val_with_best,
-    )
+    with seed_restored():
+        _seed(0, options)
+        # A validation goes on with what a training has logged, and deletes nothing of it.
+        trainer = _build_trainer(
+            dataset_name_or_id,
+            configuration,
+            fold,
+            trainer_class_name,
+            plans_identifier,
+            continue_training or only_run_validation,
+            device,
+            options=options,
+        )
+        if privacy is not None:
+            setattr(trainer, "privacy_options", privacy)  # noqa: B010  trainers without have been refused
+        _run(
+            trainer,
+            options,
+            disable_checkpointing=disable_checkpointing,
+            continue_training=continue_training,
+            only_run_validation=only_run_validation,
+            pretrained_weights=pretrained_weights,
+            export_validation_probabilities=export_validation_probabilities,
+            val_with_best=val_with_best,
+        )
 
 
 def run_ddp(
@@ -237,8 +253,31 @@ def run_ddp(
     val_with_best: bool,
     world_size: int,
     device_type: str = "cuda",
+    options: TrainingOptions = NO_OPTIONS,
 ) -> None:
-    """Be one of several processes that train together, each with a GPU, or with its share of the processor."""
+    """Be one of several processes that train together.
+
+    Each with a GPU, or with its share of the processor.
+    """
+    with stopping.listening(), seed_restored():
+        _run_ddp(
+            rank,
+            (dataset_name_or_id, configuration, fold, tr, p, c or val),
+            world_size,
+            device_type,
+            options,
+            disable_checkpointing=disable_checkpointing,
+            continue_training=c,
+            only_run_validation=val,
+            pretrained_weights=pretrained_weights,
+            export_validation_probabilities=npz,
+            val_with_best=val_with_best,
+        )
+
+
+def _run_ddp(
+    rank: int, what: tuple[Any, ...], world_size: int, device_type: str, options: TrainingOptions, **settings: Any
+) -> None:
     import torch
 
     setup_ddp(rank, world_size, device_type)
@@ -247,19 +286,8 @@ def run_ddp(
             torch.cuda.set_device(processes.local_rank(rank))
         else:
             processes.share_cores(world_size)
-        _seed(rank)
-        trainer = get_trainer_from_args(
-            dataset_name_or_id, configuration, fold, tr, p, c or val, torch.device(device_type)
-        )
-        _run(
-            trainer,
-            disable_checkpointing=disable_checkpointing,
-            continue_training=c,
-            only_run_validation=val,
-            pretrained_weights=pretrained_weights,
-            export_validation_probabilities=npz,
-            val_with_best=val_with_best,
-        )
+        _seed(rank, options)
+        _run(_build_trainer(*what, torch.device(device_type), options=options), options, **settings)
     finally:
         cleanup_ddp()
 
@@ -272,8 +300,12 @@ def get_trainer_from_args(
     plans_identifier: str = "nnUNetPlans",
     continue_training: bool = False,
     device: torch.device | None = None,
+    results_name: str | None = None,
 ) -> nnUNetTrainer:
     """Construct the trainer of this name for a preprocessed dataset.
+
+    Args:
+        results_name: Ending of the trainer's name in the folder of the results.
 
     Raises:
         ValueError: The dataset is neither a name nor an id.
@@ -285,11 +317,15 @@ def get_trainer_from_args(
     from nnunetv2.run import run_training as public  # programs may have put a function of their own there
 
     trainer_class = public.recursive_find_trainer_class_by_name(trainer_name)
-    folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
+    folder = _preprocessed_folder(dataset_name_or_id)
     plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
     dataset_json = _read_json(folder / "dataset.json", DATASET)
     return trainer_class(
-        plans={**plans, "continue_training": continue_training},
+        plans={
+            **plans,
+            "continue_training": continue_training,
+            **({"results_name": results_name} if results_name else {}),
+        },
         configuration=configuration,
         fold=fold,
         dataset_json=dataset_json,
@@ -303,7 +339,9 @@ def maybe_load_checkpoint(
     validation_only: bool,
     pretrained_weights_file: str | None = None,
 ) -> None:
-    """Bring a trainer to where it shall start: the latest checkpoint, the final one, or pretrained weights.
+    """Bring a trainer to where it shall start.
+
+    The latest checkpoint, the final one, or pretrained weights.
 
     Raises:
         RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without
@@ -368,7 +406,7 @@ def cleanup_ddp() -> None:
     distributed.destroy_process_group()
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, options: TrainingOptions) -> None:
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
 
     privacy = options_of(args)
@@ -390,6 +428,7 @@ def _train(args: argparse.Namespace) -> None:
         args.disable_checkpointing,
         args.val_best,
         device=device,
+        options=options,
         privacy=privacy,
     )
 
@@ -415,6 +454,7 @@ def _check_options(
     disable_checkpointing: bool,
     val_with_best: bool,
     pretrained_weights: str | None,
+    options: TrainingOptions,
 ) -> None:
     """Refuse options that exclude each other before anything is written."""
     assert not (val_with_best and disable_checkpointing), (
@@ -430,6 +470,20 @@ def _check_options(
             )
         if not Path(pretrained_weights).is_file():
             raise FileNotFoundError(f"there are no pretrained weights {pretrained_weights}")
+    applied_options.refuse_for_validation(options, only_run_validation=only_run_validation)
+
+
+def _build_trainer(*what: Any, options: TrainingOptions) -> nnUNetTrainer:
+    """Construct a trainer as `get_trainer_from_args` does, unless an option is refused."""
+    from nnunetv2.run import run_training as public
+
+    if options.given():
+        applied_options.refuse_options(public.recursive_find_trainer_class_by_name(what[3]), options)
+    if options.class_weights is not None:
+        labels = _read_json(_preprocessed_folder(what[0]) / "dataset.json", DATASET)["labels"]
+        check_class_names(options.class_weights, class_names(labels))
+    named: dict[str, Any] = {"results_name": options.results_name} if options.results_name else {}
+    return get_trainer_from_args(*what, **named)
 
 
 def _check_privacy(trainer_name: str, num_gpus: int) -> None:
@@ -448,6 +502,7 @@ def _check_privacy(trainer_name: str, num_gpus: int) -> None:
 
 def _run(
     trainer: nnUNetTrainer,
+    options: TrainingOptions,
     *,
     disable_checkpointing: bool,
     continue_training: bool,
@@ -460,6 +515,8 @@ def _run(
     from nnunetv2.models.checkpoint_file import BEST
 
     trainer.disable_checkpointing = disable_checkpointing
+    if not only_run_validation:
+        applied_options.prepare_trainer_(trainer, options, continue_training=continue_training)
     if not (only_run_validation and val_with_best):
         maybe_load_checkpoint(trainer, continue_training, only_run_validation, pretrained_weights)
     _let_cudnn_choose_fast_algorithms()
@@ -499,11 +556,17 @@ def _let_cudnn_choose_fast_algorithms() -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _seed(rank: int) -> None:
+def _seed(rank: int, options: TrainingOptions) -> None:
     """Seed this process if the user wants that; every process draws other samples."""
+    if options.seed is not None:
+        use_seed(options.seed)
     seed = seed_from_environment()
     if seed is not None:
         seed_everything(seed + rank)
+
+
+def _preprocessed_folder(dataset_name_or_id: str | int) -> Path:
+    return Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
 
 
 def _read_json(path: Path, required: Mapping[str, type]) -> dict:

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.models.networks import adapt_weight_names, bare_network
 from nnunetv2.training.optimization import load_optimizer_state_, portable_optimizer_state
+from nnunetv2.training.options import CHECKPOINT_KEY
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
-    """Return the content of a checkpoint, with which the next epoch can be trained. Its tensors are the trainer's own.
+    """Return the content of a checkpoint, with which the next epoch can be trained.
+
+    Its tensors are the trainer's own.
 
     The names of weights are those of the bare network, without the prefixes of DDP and torch.compile.
     """
     scaler = trainer.grad_scaler
+    options = trainer.training_options.lasting()
     return {
         "network_weights": bare_network(trainer.network).state_dict(),
         "optimizer_state": portable_optimizer_state(trainer.optimizer),
@@ -29,11 +33,16 @@ def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
         "init_args": _describe_construction(trainer),
         "trainer_name": type(trainer).__name__,
         "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+        **({CHECKPOINT_KEY: options} if options else {}),
+        **({"stopped": trainer.stopped} if trainer.stopped else {}),
     }
 
 
 def restore_state_(trainer: nnUNetTrainer, checkpoint: Mapping[str, Any]) -> None:
-    """Bring an initialized trainer to where it was when a checkpoint was saved, here or by the reference."""
+    """Bring an initialized trainer to the state of a checkpoint.
+
+    Saved here or by the reference.
+    """
     network = bare_network(trainer.network)
     network.load_state_dict(adapt_weight_names(checkpoint["network_weights"], network.state_dict()))
     trainer.current_epoch, trainer._best_ema = checkpoint["current_epoch"], checkpoint["_best_ema"]

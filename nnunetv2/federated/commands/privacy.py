@@ -1,4 +1,4 @@
-"""Show what trainings have spent of the patients' privacy, and set how much they may spend.
+"""Show the privacy that trainings have spent on patients, and set the budget.
 
 The account of a dataset is a file of this site (`privacy/ledger.py`); nothing is sent.
 """

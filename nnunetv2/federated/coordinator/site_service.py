@@ -61,10 +61,10 @@ class SiteService(Protocol):
         """Return the name of the run that a site's training with these plans belongs to."""
 
     def outlooks(self) -> api.Outlooks:
-        """Return what will become of the averages of every run, as far as it is known."""
+        """Foresee the averages of every run, as far as they are known."""
 
     def declared_privacy(self) -> api.DeclaredPrivacy:
-        """Return what sites have declared of the privacy of their trainings, of the runs where any has."""
+        """Return the privacy that sites have declared, of the runs where any has."""
 
     def find_model(self, run: str) -> Path:
         """Return where the model of a run is."""

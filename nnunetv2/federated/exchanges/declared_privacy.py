@@ -1,4 +1,4 @@
-"""Tell what the sites of a run have declared of the differential privacy of their trainings.
+"""Describe the differential privacy that the sites of a run have declared.
 
 Nobody but a site can know whether it is so: every text says who declares it.
 """
@@ -16,7 +16,7 @@ WHO = "declared by the sites"
 
 
 def describe_privacy(declared: Declared) -> str:
-    """Describe the privacy of a run in one line; empty if no site has declared any."""
+    """Describe the privacy of a run in one line; empty without any."""
     private = {site: one for site, one in declared.items() if one is not None}
     if not private:
         return ""
@@ -31,7 +31,7 @@ def describe_privacy(declared: Declared) -> str:
 
 
 def privacy_record(declared: Declared) -> dict[str, Any] | None:
-    """Return the content of a model's privacy.json, or None if no site has declared any privacy.
+    """Return the content of a model's privacy.json, or None without any privacy.
 
     The largest epsilon is on top; it is null where some site trained without, or the sites have protected scans and
     patients, which cannot be compared.

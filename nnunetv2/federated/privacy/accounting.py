@@ -1,4 +1,4 @@
-"""Compute the differential privacy that noisy steps of training cost the patients whom they drew from.
+"""Compute the differential privacy that noisy steps of training cost patients.
 
 A step draws every patient with the same chance (Poisson sampling), sums what each adds, which is no longer than the
 clipping norm C, and adds normal noise of standard deviation sigma C. Epsilon and delta are those of adding or removing
@@ -48,7 +48,7 @@ def epsilon_of(steps: Iterable[NoisySteps], delta: float) -> float:
 
 
 def find_sigma(spent: Sequence[NoisySteps], *, rate: float, count: int, epsilon: float, delta: float) -> float | None:
-    """Return the smallest noise multiplier with which further steps stay within epsilon; None if there is none.
+    """Return the smallest noise multiplier that keeps further steps within epsilon, or None.
 
     Args:
         spent: Earlier steps on the same patients.

@@ -1,4 +1,4 @@
-"""Keep account of the differential privacy that trainings have spent on the patients of a dataset.
+"""Keep account of the privacy that trainings have spent on a dataset's patients.
 
     nnUNet_preprocessed/<dataset>/privacy_ledger.jsonl, a line per event:
 
@@ -46,7 +46,7 @@ class BudgetError(FederationError):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the site allows its trainings to spend on each patient, all together."""
+    """The largest cost of each patient that the site allows, of all trainings together."""
 
     epsilon: float
     delta: float

@@ -34,15 +34,16 @@ READY_PER_WORKER = 2
 
 
 def secret_generator() -> np.random.Generator:
-    """Return a generator that nobody else can repeat, seeded by the system's source of secrets with 256 bits.
+    """Return a generator that nobody else can repeat.
 
-    Neither nnUNet_seed nor NumPy's global state has any part in it: noise that somebody can repeat hides nothing.
+    The system's source of secrets seeds it, with 256 bits. Neither nnUNet_seed nor NumPy's global state has any part in
+    it: noise that somebody can repeat hides nothing.
     """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(secrets.randbits(256))))
 
 
 class PoissonSampler:
-    """Draw lots: each patient with the same chance, independent of all others and of earlier lots."""
+    """Draw each patient for a lot with the same chance, independent of all others."""
 
     def __init__(self, patients: Sequence[str], *, rate: float, generator: np.random.Generator) -> None:
         if not 0 < rate <= 1:

@@ -30,7 +30,7 @@ WHY_NOT = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyOptions:
-    """What a user has asked for; None: the default, or what the training began with."""
+    """The wishes of a user; None: the default, or as the training began."""
 
     epsilon: float | None = None
     """To which patients are brought at most, by all trainings of the dataset together. Default: the budget."""

@@ -90,7 +90,9 @@ def _read(file: Path) -> dict[str, str]:
 
 
 def datasets_with_the_same_cases(ledger_file: Path) -> list[str]:
-    """Return other datasets with a ledger, whose cases have the same names and labels of the same sizes.
+    """Return other datasets with a ledger whose cases seem to be the same.
+
+    Their cases have the same names, and labels of the same sizes.
 
     A copy of patients under another id spends in silence what belongs to them. That can be hinted at, not proved.
     """

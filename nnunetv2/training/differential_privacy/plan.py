@@ -1,4 +1,4 @@
-"""Choose lots and noise for the epochs to come, so that patients stay within the budget of their site."""
+"""Choose lots and noise so that patients stay within the budget of their site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnunetv2.training.differential_privacy.options import LARGEST_LOT, PrivacyO
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """What every step of a training does, and what all of them will have spent at its end."""
+    """The content of every step of a training, and its cost at the end."""
 
     lot: int
     """Patients of a lot, on average."""

@@ -73,7 +73,7 @@ def check_previous_stage(segmentations: Path | None) -> None:
 
 
 def are_plans_from(plans: Mapping[str, Any], fingerprints: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the fingerprint that plans were made from, or None if they come from other patients.
+    """Return the fingerprint that plans were made from; None for those of other patients.
 
     Args:
         fingerprints: File name -> content, of the dataset.
@@ -85,7 +85,7 @@ def are_plans_from(plans: Mapping[str, Any], fingerprints: Mapping[str, Mapping[
 
 
 def check_plans(plans: Mapping[str, Any], fingerprints: Mapping[str, Mapping[str, Any]], *, may_leak: bool) -> bool:
-    """Refuse plans of the same patients unless the site has said that they may stay uncovered; return if they do.
+    """Tell whether plans stay uncovered; refuse those of the same patients unless they may.
 
     Plans that were made here have left their fingerprint beside them.
 

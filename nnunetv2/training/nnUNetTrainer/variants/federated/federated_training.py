@@ -39,7 +39,7 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -69,7 +69,10 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
+from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import check_against_settings
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
+from nnunetv2.training.options import OptionError, TrainingOptions
+from nnunetv2.training.stopping import was_signalled
 
 METRICS_OF_TRAINING = ("train_losses",)
 METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
@@ -119,6 +122,16 @@ class FederatedTraining(RenamedHooks):
 
     leaves_checkpoint_files_alone = True
 
+    training_options = TrainingOptions()
+
+    refused_options: Mapping[str, str] = {
+        "early_stopping": "a run ends for all its sites at once, by nnUNetv2_fed_coordinator --epochs or when the "
+        "operator stops it with nnUNetv2_fed_admin",
+        "stop_after_s": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
+        "stop": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
+        "results_name": "a run is known by configuration, fold and trainer, and takes part in it once at each site",
+    }
+
     pretrained_weights: str | None = None
     """Checkpoint that the network of this site starts from. All sites of a run give the same, or none."""
 
@@ -133,6 +146,8 @@ class FederatedTraining(RenamedHooks):
 
     pending: PendingExchange | None = None
     """The exchange under way."""
+
+    _has_answered_signal = False
 
     min_sites = LEAST_SITES
     """Over so many sites, at least, everything is averaged, as the coordinator has promised."""
@@ -159,8 +174,8 @@ class FederatedTraining(RenamedHooks):
             try:
                 with speaks_last:
                     super().run_training()
-            except (FirstProcessError, FolderInUseError):
-                raise  # which has been reported, or is no failure of the training that goes on there
+            except (FirstProcessError, FolderInUseError, OptionError):
+                raise  # which has been reported, or is no failure of the training
             except BaseException as error:
                 # The text of an error may quote paths or case names; only its kind leaves the site.
                 self.participant.report_failure(self.round_in_training, kind_of(error))
@@ -182,6 +197,13 @@ class FederatedTraining(RenamedHooks):
                 f"Run {self.participant.run} is over after {self.current_epoch} rounds: ending with its aggregate"
             )
             self.finish_run()
+
+    def _has_to_stop(self) -> bool:
+        """Tell that a site does not stop alone, and answer a signal that asks for it."""
+        if was_signalled() and not self._has_answered_signal:
+            self._has_answered_signal = True
+            self.log_line(f"SIGUSR1 does not stop this training: {self.refused_options['stop']}")
+        return False
 
     def on_train_epoch_start(self) -> None:
         """Note the round in training."""
@@ -220,6 +242,7 @@ class FederatedTraining(RenamedHooks):
         """Use the epochs and iterations that the federation has fixed for all its sites."""
         self.min_sites = settings.min_sites
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
+        check_against_settings(self.training_options, settings)
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch

@@ -14,6 +14,8 @@ class PrivateFederatedTraining(FederatedTraining, PrivateTraining):
     Losses, Dice and counts of validated voxels stay at the site.
     """
 
+    refused_options = {**PrivateTraining.refused_options, **FederatedTraining.refused_options}
+
     sends_figures = False
     sends_before_validation = True
     example_of_privacy = PrivacyDeclaration(
@@ -29,7 +31,7 @@ class PrivateFederatedTraining(FederatedTraining, PrivateTraining):
     )
 
     def run_training(self) -> None:
-        """Train as a member of the federation, which hears nothing of a training that cannot be private."""
+        """Train as a member of the federation, if the training can be private."""
         self.check_privacy()
         super().run_training()
 

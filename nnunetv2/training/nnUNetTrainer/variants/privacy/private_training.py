@@ -1,9 +1,9 @@
-"""Train with differential privacy for each patient: a mixin for trainers, with or without a federation.
+"""Train with differential privacy for each patient: a mixin for trainers.
 
-Every step draws a lot of patients, takes the gradient of each of them by a backward pass of its own, clips it, sums,
-adds noise, and divides by the size of a lot on average. The noise follows from the budget of the site, which is charged
-before every epoch (`federated/privacy/ledger.py`). All that becomes of the noisy gradients afterwards, momentum,
-averages and models among it, tells no more of a patient.
+It works with and without a federation. Every step draws a lot of patients, takes the gradient of each of them by a
+backward pass of its own, clips it, sums, adds noise, and divides by the size of a lot on average. The noise follows
+from the budget of the site, which is charged before every epoch (`federated/privacy/ledger.py`). All that becomes of
+the noisy gradients afterwards, momentum, averages and models among it, tells no more of a patient.
 
 What tells more, and stays where it is: losses and Dice of training and validation are lines of the log; the curves,
 which go into checkpoints, pictures and to loggers, have gaps in their place. There is no checkpoint_best, which would
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,12 @@ class PrivateTraining(_Trainer):
     """Mixin for trainers: put it before the trainer's class, and after that of a federation."""
 
     leaves_checkpoint_files_alone = True
+
+    refused_options: Mapping[str, str] = {
+        "early_stopping": "an end that depends on figures of patients tells of them, and epsilon does not cover it",
+        "batch_size": "it draws lots of patients instead of batches, --dp_lot sets their size",
+        "seed": "noise that somebody can repeat hides nothing",
+    }
 
     privacy_options = PrivacyOptions()
     """What the user has asked for."""
@@ -147,7 +153,7 @@ class PrivateTraining(_Trainer):
         return f"{Path(self._require(self.output_folder_base)).name}/fold_{self.fold}"
 
     def plan_privacy(self) -> None:
-        """Find the noise with which the epochs to come fit into what is left of the budget.
+        """Find the noise with which the epochs to come fit into the budget.
 
         Raises:
             BudgetError: They do not; the message has a plan that does.
@@ -202,7 +208,7 @@ class PrivateTraining(_Trainer):
         super().on_validation_epoch_end(_without_values(val_outputs))
 
     def on_train_end(self) -> None:
-        """Say what the patients have spent by now."""
+        """Report the privacy that is spent by now."""
         super().on_train_end()
         if self._planned_head:
             ledger = read_ledger(self.ledger_file)
