@@ -56,7 +56,8 @@ def make_plan(
         options: What the user has asked for.
         ledger: What is spent already, and the budget.
         num_patients: Of the training split.
-        epochs, steps: How many epochs, and steps in each.
+        epochs: How many are to come; 0 for a training that is over, which costs nothing.
+        steps: Of each.
         training: Its name in messages, such as "3d_fullres fold 1".
 
     Raises:
@@ -86,8 +87,10 @@ def make_plan(
         raise ValueError(f"--dp_lot {lot} is more than the {num_patients} patients of the training split")
     rate = lot / num_patients
     spent = ledger.spent
-    sigma = options.sigma or accounting.find_sigma(
-        spent, rate=rate, count=epochs * steps, epsilon=limit, delta=budget.delta
+    sigma = options.sigma or (
+        accounting.find_sigma(spent, rate=rate, count=epochs * steps, epsilon=limit, delta=budget.delta)
+        if epochs
+        else accounting.LARGEST_SIGMA  # a training that is over needs no noise, and may have spent everything
     )
     if sigma is None:
         now = accounting.epsilon_of(spent, budget.delta)
@@ -97,7 +100,7 @@ def make_plan(
         )
     epoch = NoisySteps(rate, sigma, steps)
     epsilon = accounting.epsilon_of([*spent, NoisySteps(rate, sigma, steps * epochs)], budget.delta)
-    if epsilon > limit:
+    if epochs and epsilon > limit:
         raise BudgetError(
             _over_budget(spent, epoch, epochs, epsilon, limit=limit, delta=budget.delta, name=(training, dataset))
         )

@@ -93,6 +93,14 @@ def test_nothing_is_left_after_everything_was_spent(path):
         plan(path)
 
 
+def test_a_training_that_is_over_needs_nothing_more(path):
+    set_budget(path, Budget(epsilon=50.0, delta=DELTA), by="A. Weiss")
+    spend(path)
+    spent = epsilon_of(read_ledger(path).spent, DELTA)
+    set_budget(path, Budget(epsilon=spent, delta=DELTA), by="A. Weiss")
+    assert plan(path, epochs=0).epsilon == spent
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

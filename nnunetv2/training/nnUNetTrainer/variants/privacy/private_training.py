@@ -163,7 +163,7 @@ class PrivateTraining(_Trainer):
             self.privacy_options,
             ledger,
             num_patients=len(self.patients),
-            epochs=max(1, self.num_epochs - self.current_epoch),
+            epochs=max(0, self.num_epochs - self.current_epoch),
             steps=self.num_iterations_per_epoch,
             training=f"{self.configuration_name} fold {self.fold}",
         )
