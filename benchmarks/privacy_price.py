@@ -322,6 +322,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=(0.02, 0.005),
         help="learning rates with differential privacy, from scratch and from pretrained weights",
     )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=[arm.name for arm in ARMS],
+        metavar="ARM",
+        help=f"default: all of {', '.join(repr(arm.name) for arm in ARMS)}",
+    )
     arguments = parser.parse_args(argv)
     folder = arguments.folder.resolve()
     for root in ("nnUNet_raw", "nnUNet_preprocessed"):
@@ -340,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if UNTRAINED not in result:
         result[UNTRAINED] = comparison.test_untrained(checkpoint)
     for arm in ARMS:
-        if arm.name not in result:
+        if arm.name in arguments.arms and arm.name not in result:
             result[arm.name] = {**comparison.run(arm, checkpoint), "settings": vars(arguments) | {"features": FEATURES}}
             result_file.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
             print_table(result)

@@ -176,8 +176,7 @@ def run_training(
     device = torch.device("cuda") if device is None else device
     fold = parse_fold(fold)
     trainer_class_name, options = split_results_name(trainer_class_name, options)
-    if privacy is not None:
-        _check_privacy(trainer_class_name, num_gpus)
+    _check_privacy(trainer_class_name, privacy, num_gpus=num_gpus, only_run_validation=only_run_validation)
     _check_options(
         continue_training=continue_training,
         only_run_validation=only_run_validation,
@@ -486,18 +485,26 @@ def _build_trainer(*what: Any, options: TrainingOptions) -> nnUNetTrainer:
     return get_trainer_from_args(*what, **named)
 
 
-def _check_privacy(trainer_name: str, num_gpus: int) -> None:
-    """Refuse options of differential privacy where nothing would heed them."""
+def _check_privacy(
+    trainer_name: str, privacy: PrivacyOptions | None, *, num_gpus: int, only_run_validation: bool
+) -> None:
+    """Refuse options of differential privacy without effect, and private trainers with several processes."""
+    is_ddp = num_gpus > 1 or processes.are_launched_by_torchrun()
+    if privacy is None and not is_ddp:
+        return
     from nnunetv2.run import run_training as public
     from nnunetv2.training.differential_privacy.refusals import check_process
 
-    trainer = public.recursive_find_trainer_class_by_name(trainer_name)
-    if not hasattr(trainer, "privacy_options"):
+    is_private = hasattr(public.recursive_find_trainer_class_by_name(trainer_name), "privacy_options")
+    if privacy is not None and not is_private:
         raise ValueError(
             f"{trainer_name} trains without differential privacy, so the options --dp... cannot be used: choose "
             "-tr nnUNetTrainerDP, or nnUNetTrainerDPAsymFedAvg in a federation"
         )
-    check_process(is_ddp=num_gpus > 1 or processes.are_launched_by_torchrun(), has_grad_scaler=False)
+    if privacy is not None and only_run_validation:
+        raise ValueError("--val only validates: leave out the options --dp...")
+    if is_private:
+        check_process(is_ddp=is_ddp, has_grad_scaler=False)
 
 
 def _run(

@@ -10,6 +10,16 @@ from nnunetv2.federated.privacy.accounting import NoisySteps
 from nnunetv2.federated.privacy.ledger import BudgetError, Ledger
 from nnunetv2.training.differential_privacy.options import LARGEST_LOT, PrivacyOptions
 
+LEAST_LEFT = 0.05
+"""Of the budget, with which a training may begin: with less, it would learn noise."""
+RUINOUS = 4.0
+"""Times more noise than an earlier epoch had, and the next one would ruin the network."""
+
+
+def spare_epochs(epochs: int) -> int:
+    """Return how many epochs may be trained again without more noise for the others."""
+    return 1 + epochs // 50
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
@@ -48,9 +58,18 @@ class PrivacyPlan:
 
 
 def make_plan(
-    options: PrivacyOptions, ledger: Ledger, *, num_patients: int, epochs: int, steps: int, training: str
+    options: PrivacyOptions,
+    ledger: Ledger,
+    *,
+    num_patients: int,
+    epochs: int,
+    steps: int,
+    training: str,
+    sigma_before: float | None = None,
 ) -> PrivacyPlan:
     """Return the plan of the epochs to come.
+
+    Noise that is found leaves room for a few epochs that a crash lets be trained again.
 
     Args:
         options: What the user has asked for.
@@ -59,6 +78,7 @@ def make_plan(
         epochs: How many are to come; 0 for a training that is over, which costs nothing.
         steps: Of each.
         training: Its name in messages, such as "3d_fullres fold 1".
+        sigma_before: Noise multiplier of its earlier epochs; None for a training that begins.
 
     Raises:
         BudgetError: There is no budget, or the plan does not fit into it. The message has one that does.
@@ -87,16 +107,22 @@ def make_plan(
         raise ValueError(f"--dp_lot {lot} is more than the {num_patients} patients of the training split")
     rate = lot / num_patients
     spent = ledger.spent
-    sigma = options.sigma or (
-        accounting.find_sigma(spent, rate=rate, count=epochs * steps, epsilon=limit, delta=budget.delta)
-        if epochs
-        else accounting.LARGEST_SIGMA  # a training that is over needs no noise, and may have spent everything
-    )
+    now = accounting.epsilon_of(spent, budget.delta)
+    sigma: float | None = accounting.LARGEST_SIGMA  # of a training that is over: it may have spent everything
+    if options.sigma is not None:
+        sigma = options.sigma
+    elif epochs and sigma_before is None and limit - now < LEAST_LEFT * limit:
+        sigma = None
+    elif epochs:
+        count = (epochs + spare_epochs(epochs)) * steps
+        sigma = accounting.find_sigma(spent, rate=rate, count=count, epsilon=limit, delta=budget.delta)
+        if sigma is not None and sigma_before is not None and sigma > RUINOUS * sigma_before:
+            sigma = None
     if sigma is None:
-        now = accounting.epsilon_of(spent, budget.delta)
         raise BudgetError(
             f"the patients of {dataset} are at epsilon {now:.4g} of {limit:g}: nothing is left for {training}. "
             "Raise --dp_epsilon or the budget (nnUNetv2_fed_privacy)"
+            + ("" if sigma_before is None else ", or use the model as it is (-chk checkpoint_latest.pth)")
         )
     epoch = NoisySteps(rate, sigma, steps)
     epsilon = accounting.epsilon_of([*spent, NoisySteps(rate, sigma, steps * epochs)], budget.delta)

@@ -258,4 +258,14 @@ def test_options_of_privacy_need_a_trainer_that_heeds_them(site):
     with pytest.raises(ValueError, match="nnUNetTrainer trains without differential privacy"):
         run_training(NAME, "3d_fullres", 0, "nnUNetTrainer", device=torch.device("cpu"), privacy=options)
     with pytest.raises(PrivacyRefusedError, match="DDP"):
-        run_training(NAME, "3d_fullres", 0, "nnUNetTrainerDP", num_gpus=2, device=torch.device("cpu"), privacy=options)
+        run_training(NAME, "3d_fullres", 0, "nnUNetTrainerDP", num_gpus=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="--val only validates"):
+        run_training(
+            NAME,
+            "3d_fullres",
+            0,
+            "nnUNetTrainerDP",
+            only_run_validation=True,
+            device=torch.device("cpu"),
+            privacy=options,
+        )

@@ -166,6 +166,9 @@ class PrivateTraining(_Trainer):
             epochs=max(0, self.num_epochs - self.current_epoch),
             steps=self.num_iterations_per_epoch,
             training=f"{self.configuration_name} fold {self.fold}",
+            sigma_before=next((one.sigma for one in reversed(ledger.charges) if one.run == self._run_name), None)
+            if self.current_epoch
+            else None,
         )
         self._planned_head, self._planned_epochs = ledger.head, self.privacy_plan.epochs
         self.print_to_log_file(f"Differential privacy per {self.patients.unit}: {self.privacy_plan.describe()}")
