@@ -130,6 +130,7 @@ class FederatedTraining(RenamedHooks):
         "stop_after_s": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
         "stop": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
         "results_name": "a run is known by configuration, fold and trainer, and takes part in it once at each site",
+        "freeze": "all sites train the tensors that they share: what one froze, the others would change",
     }
 
     pretrained_weights: str | None = None
@@ -291,7 +292,7 @@ class FederatedTraining(RenamedHooks):
         if weights is None:
             return "All sites start from the initial weights"
         return (
-            f"All sites start from the same pretrained weights, {weights}; the layers that output classes are "
+            f"All sites start from the same pretrained weights, {weights}; tensors that start anew are "
             "those of the site named above"
         )
 
