@@ -1,4 +1,4 @@
-"""Gather what is known of the training that a site is to take part in: dataset, plans, documents to be sent."""
+"""Gather dataset, plans and documents of the training that a site is to join."""
 
 from __future__ import annotations
 

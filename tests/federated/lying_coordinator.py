@@ -13,6 +13,8 @@ from fake_federation import LocalFederation, served
 from masked_sites import masked_settings
 
 from nnunetv2.federated.coordinator.site_service import Result
+from nnunetv2.federated.privacy.secure_aggregation import protocol
+from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.keys import Key
@@ -72,3 +74,35 @@ def lying(folder: Path, *, sites: str = "ABC", k: int = 3, **settings) -> Iterat
     settings = masked_settings(tuple(sites), k=k, **{"validate_every": 0, **settings})
     with served(folder / "federation", settings) as federation:
         yield Liar(federation)
+
+
+class Seeds:
+    """The seeds that sites have made, for a test that looks into sums as nobody can."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.own: dict[tuple[str, str], bytes] = {}
+        """(site, lane) -> the seed that is the site's own."""
+        share_keys = protocol.share_keys
+
+        def sharing(cohort, site, private_key, lanes, common):
+            shared = share_keys(cohort, site, private_key, lanes, common)
+            self.own.update({(site, lane.name): shared.seeds[lane.name, site] for lane in lanes})
+            return shared
+
+        monkeypatch.setattr(protocol, "share_keys", sharing)
+
+    def sums(self, liar: Liar, key) -> dict[str, np.ndarray]:
+        """Return the sum of each lane without the sites' own masks, as when all of them unmask it."""
+        sums: dict[str, np.ndarray] = {}
+        for site, path in liar.received(key).items():
+            with open_document(path) as document:
+                for lane in document.message.lanes:
+                    words = np.array(document.read(f"masked.{lane}"))
+                    apply_masks_(words, plus=[], minus=[self.own[site, lane]])
+                    sums[lane] = words + sums[lane] if lane in sums else words
+        return sums
+
+
+def cancels(words: np.ndarray, num_sites: int = 3) -> bool:
+    """Tell whether the masks in a sum cancel out, by its check words."""
+    return bool(words[0] == num_sites and words[2] == words[3] == 0)

@@ -173,8 +173,8 @@ def _abandon(state: FederationState, run: str, name: str) -> None:
     members = tuple(sorted(state.registry.cohort(run, number)))
     cohort = state.registry.next_cohort(run, number, ())
     for key in (UploadKey(run, number), SurvivorsKey(run, number), RoundKey(run, number)):
-        exchange = state.registry.begin(key) if isinstance(key, RoundKey) else state.registry.get(key)
-        if exchange is None or exchange.is_closed:
+        exchange = state.registry.begin(key)  # closed also where nobody has come, for whoever comes later
+        if exchange.is_closed:
             continue
         outcome = Closed(state.clock(), contributors=(), missing=members)
         done = replace(exchange, outcome=replace(outcome, cohort=cohort) if isinstance(key, RoundKey) else outcome)

@@ -328,7 +328,8 @@ class Coordinator:
         """Return the result of a closed exchange, or a newer one for latecomers."""
         key, step = exchange.key, step_of(exchange.key)
         is_gone = self.state.store.load_result_digest(key) is None
-        if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):
+        is_missing = isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing
+        if is_gone or is_missing or step.is_used_up(key, self.state.registry):
             key = step.newest(key, self.state.registry)
         names = step_of(key).tensors_for(key, site, self.state.documents)
         if names is None:

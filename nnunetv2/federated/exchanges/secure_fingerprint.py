@@ -62,6 +62,8 @@ def _plan(
 ) -> SecureSum:
     cohort = cohort_of(federation, str(key), census.keys, census.keys)
     size = num_words(asked.question, num_channels=num_channels, num_cases=census.num_cases)
-    about = digest_of(canonical_json(asked.model_dump(mode="json")), reference)
+    # How much a site samples follows from the number of all cases: where the others were told another one, so that they
+    # sample next to nothing, the sum would be that of one site.
+    about = digest_of(canonical_json(asked.model_dump(mode="json")), str(census.num_cases).encode(), reference)
     lane = Lane(SUM, cohort.sites, "U64", size, about)
     return SecureSum(cohort, (lane,), len(cohort.sites), dict.fromkeys(cohort.sites, 1))

@@ -299,7 +299,7 @@ class RoundKey(NumberedKey[Update | UnmaskingShares, Aggregate]):
     kind, pattern = "round", "runs/{run}/rounds/{number}"
 
 
-class ValidationUploadKey(NumberedKey[MaskedUpdate, Survivors]):
+class ValidationUploadKey(NumberedKey[MaskedUpdate, Survivors | PooledValidation]):
     """The sites send masked counts of a validation."""
 
     kind, pattern = "validation_upload", "runs/{run}/validations/{number}/uploads"

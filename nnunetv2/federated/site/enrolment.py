@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
 from nnunetv2.federated.privacy.identities import public_of
-from nnunetv2.federated.privacy.require_secure import VARIABLE, check_settings, required_k
+from nnunetv2.federated.privacy.require_secure import check_settings
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.certificates import check_chain, fingerprint_of, only_certificate
 from nnunetv2.federated.protocol.invitation import Invitation, check_transport_is_safe, check_url
@@ -62,7 +62,6 @@ def join(
     """
     path = path or credential_path()
     check_transport_is_safe(invitation.url, insecure=insecure)
-    _check_invitation(invitation)
     known = _credential_in_the_way(invitation, path, replace=replace)
     pending = path.with_name(path.name + ".joining")
     certificate, key = (None if file is None else str(file.resolve()) for file in (client_certificate, client_key))
@@ -91,8 +90,8 @@ def join(
         raise
     if answer.settings.precision != "float32":
         credential = dataclasses.replace(credential, precision=answer.settings.precision)
-    if invitation.secure:
-        _check_settings(answer.settings)
+    if answer.role == "site":  # others only look on
+        _check_protection(invitation, answer.settings)
     if answer.settings.secure is not None:
         credential = dataclasses.replace(credential, secure=answer.settings.secure.k)
     _settle(credential, pending, path)
@@ -107,19 +106,9 @@ def join(
     )
 
 
-def _check_invitation(invitation: Invitation) -> None:
-    """Raise NotAllowedError if an invitation promises less protection than this site requires."""
-    required = required_k()
-    if required is not None and not invitation.secure:
-        raise NotAllowedError(
-            f"{invitation.federation} does not aggregate securely, and this site requires secure sums of {required} "
-            f"sites or more ({VARIABLE}): nothing was sent. Ask the coordinating site"
-        )
-
-
-def _check_settings(settings: api.FederationSettings) -> None:
-    """Raise NotAllowedError if a federation protects less than its invitation promised, or this site requires."""
-    if settings.secure is None:
+def _check_protection(invitation: Invitation, settings: api.FederationSettings) -> None:
+    """Raise NotAllowedError if a federation protects less than it promised, or than this site requires."""
+    if invitation.secure and settings.secure is None:
         raise NotAllowedError(
             f"{settings.federation} does not aggregate securely, although the invitation says so: this site has not "
             "joined. Tell the coordinating site"

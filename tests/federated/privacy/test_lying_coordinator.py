@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
 from hostile_coordinator import hostile, send
-from lying_coordinator import Liar, lying
+from lying_coordinator import Liar, Seeds, cancels, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 
 from nnunetv2.federated.coordinator.members import Member
@@ -390,37 +390,6 @@ def test_different_weights_to_two_sites_are_noticed_when_masked_updates_arrive(t
     three.about(InitialKey(RUN), other_weights)
     begin(sites)
     assert "bound to another cohort, or to other weights" in str(outcomes({"A": sites["A"]}, play)["A"])
-
-
-class Seeds:
-    """The seeds that sites have made, for a test that looks into sums as nobody can."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.own: dict[tuple[str, str], bytes] = {}
-        """(site, lane) -> the seed that is the site's own."""
-        share_keys = protocol.share_keys
-
-        def sharing(cohort, site, private_key, lanes, common):
-            shared = share_keys(cohort, site, private_key, lanes, common)
-            self.own.update({(site, lane.name): shared.seeds[lane.name, site] for lane in lanes})
-            return shared
-
-        monkeypatch.setattr(protocol, "share_keys", sharing)
-
-    def sums(self, liar: Liar, key) -> dict[str, np.ndarray]:
-        """Return the sum of each lane without the sites' own masks, as when all of them unmask it."""
-        sums: dict[str, np.ndarray] = {}
-        for site, path in liar.received(key).items():
-            with open_document(path) as document:
-                for lane in document.message.lanes:
-                    words = np.array(document.read(f"masked.{lane}"))
-                    apply_masks_(words, plus=[], minus=[self.own[site, lane]])
-                    sums[lane] = words + sums[lane] if lane in sums else words
-        return sums
-
-
-def cancels(words: np.ndarray, num_sites: int = 3) -> bool:
-    return words[0] == num_sites and words[2] == words[3] == 0
 
 
 @pytest.fixture

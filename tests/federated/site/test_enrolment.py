@@ -155,12 +155,22 @@ def required(monkeypatch):
     return lambda k: monkeypatch.setenv("nnUNet_fed_require_secure", str(k))
 
 
-def test_a_site_that_requires_secure_sums_refuses_an_invitation_in_clear(federation, tmp_path, required, monkeypatch):
+def invited_anew(federation, name: str, role: str = "site") -> Invitation:
+    return Invitation(federation.url, "test", name, federation.coordinator.invite(name, role, by="boss"))
+
+
+def test_a_site_that_requires_secure_sums_does_not_join_a_federation_in_clear(federation, tmp_path, required):
     required(3)
-    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: pytest.fail("the secret was sent"))
-    with pytest.raises(NotAllowedError, match=r"does not aggregate securely.*nnUNet_fed_require_secure"):
-        join(Invitation(federation.url, "test", "A", "s"), path=tmp_path / "site.json")
-    assert not list(tmp_path.iterdir())
+    path, invitation = tmp_path / "site.json", invited_anew(federation, "F")
+    with pytest.raises(NotAllowedError, match=r"in clear, and this site requires .* \(nnUNet_fed_require_secure=3"):
+        join(invitation, path=path)
+    assert not path.exists()
+
+
+def test_who_only_looks_on_requires_nothing(federation, tmp_path, required):
+    required(3)
+    said = join(invited_anew(federation, "eve", "observer"), path=tmp_path / "eve.json")
+    assert said.startswith("Observer eve has joined")
 
 
 def test_a_site_that_requires_larger_sums_has_not_joined_but_may_later(secure_federation, tmp_path, required):
@@ -208,5 +218,5 @@ def test_without_the_library_a_site_cannot_join_and_says_what_to_install(secure_
 
 
 def test_a_join_in_clear_makes_no_identity(federation, tmp_path):
-    join(invitation_for(federation, "A"), path=tmp_path / "site.json")
+    join(invited_anew(federation, "G"), path=tmp_path / "site.json")
     assert [file.name for file in tmp_path.iterdir()] == ["site.json"]

@@ -286,7 +286,7 @@ def test_rounds_that_were_closed_before_a_backup_was_restored_are_not_answered_a
         sites = [reconnected(federation, file) for file in files.values()]
         begin = all_join(sites)
         in_threads(*(lambda site=site: site.round(2, begin) for site in sites), lambda: abandon_each(federation, sites))
-        assert federation.state.registry.get(UploadKey(RUN, 2)) is None
+        assert not federation.state.registry.get(UploadKey(RUN, 2)).contributions
         starts = in_threads(*(site.start for site in sites))
         assert [start.epoch for start in starts] == [4, 4, 4], starts
         weights, aggregate = all_exchange(sites, 4, starts[0].weights)
@@ -316,3 +316,29 @@ def test_a_backup_between_two_steps_of_a_round_has_what_was_masked(tmp_path):
         weights, aggregate = all_exchange(again, 0, all_join(again))
         assert sorted(aggregate.contributors) == list(THREE)
         assert_close(weights, mean_of(sites, start, 0))
+
+
+def test_whoever_comes_to_a_round_that_was_abandoned_before_anybody_came_gets_the_average(five):
+    federation, sites = five
+    start = all_join(sites)
+    act(federation, "abandon")
+    weights, aggregate = all_exchange(sites, 0, start)
+    assert aggregate.round == 0 and aggregate.contributors == {}
+    assert_close(weights, start)
+    _, aggregate = all_exchange(sites, 1, weights)
+    assert sorted(aggregate.contributors) == list(FIVE)
+
+
+def test_a_survivor_that_asks_when_the_round_is_over_gets_the_average(five):
+    federation, sites = five
+    start = all_join(sites)
+    sites[4].upload(0, start)
+    weights, _ = all_exchange(sites[:4], 0, start)
+    wait_until(lambda: not any_masked_file(federation))
+    received, aggregate = sites[4].round(0, start)
+    assert aggregate.round == 0 and digest_of(received) == digest_of(weights)
+
+
+def any_masked_file(federation):
+    folder = federation.state.store.folder / "gatherings" / "runs" / RUN / "uploads" / "0"
+    return [path for path in folder.glob("*.safetensors") if not path.name.startswith("result")]

@@ -23,6 +23,7 @@ from fake_federation import (
     served,
     wait_until,
 )
+from lying_coordinator import Seeds, cancels, lying
 
 from demo.phantoms import Scanner, write_dataset
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
@@ -34,6 +35,7 @@ from nnunetv2.federated.aggregation.integer_moments import integer_sums, to_word
 from nnunetv2.federated.aggregation.outermost import Channel
 from nnunetv2.federated.coordinator.storage.quotas import has_name_of_its_own
 from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.exchanges.steps.secure_sum import UploadStep
 from nnunetv2.federated.privacy.disclosure import allow_list_of
 from nnunetv2.federated.protocol import keys
 from nnunetv2.federated.protocol.api import Secure
@@ -379,6 +381,38 @@ def test_a_census_that_cannot_be_is_refused_before_anything_is_masked(lie, compl
         with pytest.raises(FederationError, match=complaint):
             pool(federation, "A", make_extractors(tmp_path)["A"], Lying)
         assert not federation.state.registry.has_begun("fingerprint/sums/0/uploads")
+
+
+@pytest.mark.parametrize("is_lie", [False, True])
+def test_a_number_of_cases_that_some_alone_are_told_leaves_no_sum(tmp_path, monkeypatch, is_lie):
+    """Else those others would sample next to nothing, and the sum would be that of one site."""
+    seeds, upload_key = Seeds(monkeypatch), keys.FingerprintSumUploadKey(0)
+    monkeypatch.setattr(UploadStep, "check", lambda *_: None)
+    with lying(tmp_path) as liar:
+        if is_lie:
+            liar.about(
+                keys.CensusKey(),
+                lambda site, census, tensors: (
+                    (census.model_copy(update={"num_cases": 10**7}), tensors) if site != "A" else None
+                ),
+            )
+        extractors = make_extractors(tmp_path)
+        clients = {site: liar.federation.client(site) for site in SITES}
+
+        def stop() -> None:
+            wait_until(lambda: len(liar.received(upload_key)) == len(SITES))
+            for client in clients.values():
+                client.close()
+
+        in_threads(
+            *(
+                lambda site=site, client=client: pool(liar.federation, site, extractors[site], lambda _: client)
+                for site, client in clients.items()
+            ),
+            stop,
+        )
+        (words,) = seeds.sums(liar, upload_key).values()
+        assert cancels(words) is not is_lie
 
 
 def test_two_sites_cannot_add_up_anything(tmp_path):

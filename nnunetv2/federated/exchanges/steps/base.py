@@ -150,6 +150,11 @@ class Step(Generic[K, Q, R]):
         """Return the exchange whose result is made of these contributions, where it is another one."""
         return None
 
+    def is_used_up(self, key: K, state: State) -> bool:
+        """Tell whether the exchange for which a closed one was made is closed, too."""
+        used_by = self.used_by(key)
+        return used_by is not None and state.is_closed(used_by)
+
     def newcomer(self, key: K) -> str | None:
         """Return the site that the closing lets into a run that has begun."""
         return None

@@ -5,6 +5,8 @@ Unmasking itself is the validation's own exchange (`validation.py`).
 
 from __future__ import annotations
 
+from typing import Any
+
 from nnunetv2.federated.aggregation import pooled_validation
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.documents import DocumentReader
@@ -25,7 +27,7 @@ class ValidationUploadStep(UploadStep[ValidationUploadKey]):
     """The sites of a round send masked counts of voxels; nobody waits for it."""
 
     key = ValidationUploadKey
-    results = (Survivors,)
+    results = (Survivors, PooledValidation)
     policy = Policy(by_quorum=True, first_stays=True, closes_first=True)
 
     def used_by(self, key: ValidationUploadKey) -> ValidationKey:
@@ -35,6 +37,10 @@ class ValidationUploadStep(UploadStep[ValidationUploadKey]):
     def prerequisite(self, key: ValidationUploadKey) -> RoundKey:
         """Return the round."""
         return RoundKey(key.run, key.number)
+
+    def newest(self, key: ValidationUploadKey, state: State) -> Any:
+        """Return the validation, for sites that come when it is over."""
+        return self.used_by(key) if state.is_closed(self.used_by(key)) else key
 
     def sum_of(self, key: ValidationUploadKey, reader: DocumentReader) -> SecureSum:
         """Return what is added up."""

@@ -30,15 +30,7 @@ from nnunetv2.federated.privacy.secure_aggregation.key_agreement import ENVELOPE
 from nnunetv2.federated.privacy.secure_aggregation.masking import SEED_BYTES
 from nnunetv2.federated.privacy.secure_aggregation.protocol import CHECK_WORDS, Lane, Masks, threshold_of
 from nnunetv2.federated.protocol.api import FederationSettings
-from nnunetv2.federated.protocol.document import (
-    DTYPES,
-    Document,
-    Limits,
-    TensorSpec,
-    check_tensors,
-    write_document,
-    write_subset,
-)
+from nnunetv2.federated.protocol.document import DTYPES, Document, Limits, TensorSpec, check_tensors, write_document
 from nnunetv2.federated.protocol.keys import ExchangeKey, Key, Q, R
 from nnunetv2.federated.protocol.secure_messages import (
     Confirmation,
@@ -132,15 +124,10 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> Computed:
-        """Name the survivors of every lane, and hand the envelopes on."""
-        key: Any = exchange.key
-        cohort = self.sum_of(key, reader).cohort.sites
+        """Name the survivors of every lane. Envelopes are handed on when their sites ask."""
         lanes = sorted({name for document in documents.values() for name in document.message.lanes})
         sent = {name: tuple(site for site, one in documents.items() if name in one.message.lanes) for name in lanes}
-        envelopes = {f"{ENVELOPE}{sender}.{site}": (sender, site) for sender in documents for site in cohort}
-        specs = {name: documents[sender].spec(f"{ENVELOPE}{site}") for name, (sender, site) in envelopes.items()}
-        values = (documents[sender].read(f"{ENVELOPE}{site}") for sender, site in envelopes.values())
-        return Computed(write_document(reader.result_path(key), Survivors(sent=sent), specs, values))
+        return Computed(write_document(reader.result_path(exchange.key), Survivors(sent=sent), {}, []))
 
     def abandon(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
         """Write that nobody's vectors are added."""
@@ -148,13 +135,19 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
 
     def tensors_for(self, key: U, site: str, reader: DocumentReader) -> tuple[str, ...]:
         """Return the envelopes for a site."""
-        with reader.result(key) as document:
-            return tuple(sorted(name for name in document.specs if name.endswith(f".{site}")))
+        if site not in self.sum_of(key, reader).cohort.sites:
+            return ()
+        return tuple(f"{ENVELOPE}{sender}.{site}" for sender in protocol.sites_among(survivors_of(key, reader)))
 
     def write_for_sites(self, key: U, names: Sequence[str], path: Path, reader: DocumentReader) -> str:
-        """Write these envelopes, and return the SHA-256."""
-        with reader.result(key) as document:
-            return write_subset(document, path, names)
+        """Write these envelopes from what the survivors have sent, and return the SHA-256."""
+        envelopes = {}
+        for name in names:
+            sender, site = name.removeprefix(ENVELOPE).split(".")
+            with reader.contribution(key, sender) as document:
+                envelopes[name] = np.array(document.read(ENVELOPE + site))
+        specs = {name: TensorSpec.of(values) for name, values in envelopes.items()}
+        return write_document(path, Survivors(sent=survivors_of(key, reader)), specs, envelopes.values())
 
     def result_limits(self, num_cases: int | None) -> Limits:
         """Return what survivors take, or the aggregate of a run that has gone on."""
