@@ -285,10 +285,10 @@ def check_settings(settings: FederationSettings) -> None:
         raise FederationError(f"a federation has at least two sites, got {', '.join(settings.sites) or 'none'}")
     if len({site.lower() for site in settings.sites}) != num_sites:
         raise FederationError("names of sites must differ in more than upper and lower case")
+    check_secure_settings(settings)
     check_quorum(settings)
     check_floor(settings)
     check_late_updates(settings)
-    check_secure_settings(settings)
 
 
 def check_unchanged(

@@ -79,6 +79,12 @@ def check_secure_settings(settings: FederationSettings) -> None:
     if settings.secure is None:
         return
     check_size(len(settings.sites))
+    if settings.secure.k > len(settings.sites):
+        raise RefusedError(
+            f"--secure {settings.secure.k} is more than the {len(settings.sites)} sites: nothing could be added up",
+            f"Choose a number from 3 to {len(settings.sites)}.",
+            code="min_sites_below_k",
+        )
     if settings.min_sites < settings.secure.k:
         raise RefusedError(
             f"--min-sites {settings.min_sites} is less than --secure {settings.secure.k}: nothing is added up over "

@@ -136,6 +136,15 @@ def test_a_service_may_repeat_what_it_was_created_with_after_an_operator_has_cha
         (["--sites", "A", "B", "--epochs", "0"], "num_epochs"),
         (["--sites", "A", "B", "--quorum", "3", "--deadline", "1"], "--quorum 3 is more than the 2 sites"),
         (["--sites", "A", "B", "--quorum", "1"], "--quorum needs --deadline"),
+        (["--sites", "A", "B", "--secure"], "secure aggregation needs 3"),
+        (["--sites", "A", "B", "C", "--secure", "2"], "--secure is not valid: k: Input should be greater than"),
+        (["--sites", "A", "B", "C", "--secure", "4"], "--secure 4 is more than the 3 sites"),
+        (["--sites", "A", "B", "C", "--secure", "--min-sites", "2"], "--min-sites 2 is less than --secure 3"),
+        (["--sites", *"ABCDE", "--secure", "--quorum", "3", "--deadline", "1"], "the 4 of 5 sites that it takes"),
+        (
+            ["--sites", *"ABCDE", "--secure", "--quorum", "4", "--deadline", "1", "--late-updates", "carry"],
+            "--late-updates carry does not go with --secure",
+        ),
         (["--sites", "A", "B", "--quorum", "1", "--deadline", "9"], "--quorum 1 is less than --min-sites 2"),
         (["--sites", "A", "B", "C", "--quorum", "2", "--deadline", "9", "--min-sites", "3"], "--quorum 2 is less than"),
         (["--sites", "A", "B", "--min-sites", "3"], "--min-sites 3 is more than the 2 sites"),
@@ -361,3 +370,15 @@ def test_a_log_that_is_full_or_narrow_stops_nobody(tmp_path, monkeypatch):
     finally:
         process.terminate()
         process.wait(PATIENCE_S)
+
+
+def test_a_federation_that_masks_asks_for_the_library_before_it_is_founded(tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunetv2.federated.privacy.cryptography_library.find_spec", lambda name: None)
+    with pytest.raises(FederationError, match="pip install cryptography"):
+        coordinator.given_settings(coordinator.build_parser().parse_args(["--sites", "A", "B", "C", "--secure"]))
+
+
+def test_the_number_of_secure_holds_for_all_that_is_pooled(tmp_path):
+    given = coordinator.given_settings(coordinator.build_parser().parse_args(["--sites", *"ABCD", "--secure", "4"]))
+    settings = coordinator.new_settings(given, tmp_path)
+    assert (settings.min_sites, settings.secure.k) == (4, 4)
