@@ -33,6 +33,7 @@ COMMANDS = {
     "nnUNetv2_fed_admin": "federated.commands.admin:admin_entry",
     "nnUNetv2_fed_join": "federated.commands.join:join_entry",
     "nnUNetv2_fed_leave": "federated.commands.leave:leave_entry",
+    "nnUNetv2_fed_roster": "federated.commands.roster:roster_entry",
     "nnUNetv2_fed_status": "federated.commands.status:status_entry",
     "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
     "nnUNetv2_fed_privacy": "federated.commands.privacy:privacy_entry",
@@ -90,6 +91,7 @@ setup(
         "requests>=2.32.4",
         "tenacity>=8.2",
         "safetensors>=0.4.2",
+        "cryptography>=42",
         # with upper bounds: coordinator/http/connections.py is built on the inside of uvicorn; newest tested: 0.54 and 1.10
         "h11>=0.16",
         "starlette>=0.49.1,<2",
@@ -111,6 +113,8 @@ setup(
             "types-tqdm",
             "dp-accounting>=0.6",
         ],
+        # for a coordinator, which is installed without the requirements above, where sites aggregate securely
+        "secure": ["cryptography>=42"],
         # trainings with differential privacy; its versions of attrs and numpy are bounded above
         "dp": ["dp-accounting>=0.6"],
         # loggers and an optimizer that trainers use on request

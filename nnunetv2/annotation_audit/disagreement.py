@@ -45,7 +45,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Figures:
-    """How far a class is off in one case."""
+    """Distance and offset of a class in one case."""
 
     distance_mm: float
     offset_mm: float

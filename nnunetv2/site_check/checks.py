@@ -1,4 +1,4 @@
-"""Check a site's part in a federation from its folders to its GPU, whatever else is wrong."""
+"""Check a site's part in a federation, from its folders to its GPU."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Results:
         self.by_area[area] += self.obtain(area, lambda: list(check())) or []
 
     def obtain(self, area: str, function: Callable[[], T]) -> T | None:
-        """Return the result of a function; None, and a finding, if it fails: the other checks go on."""
+        """Return the result of a function, or None with a finding if it fails."""
         try:
             return function()
         except _EXPECTED as error:
@@ -149,6 +149,7 @@ def _check_dataset(results: Results, request: Request, credential: SiteCredentia
             trainer=request.trainer,
             share_extrema=request.share_extrema,
             precision=(credential.precision if credential else None) or "float32",
+            is_masked=credential is not None and credential.secure is not None,
         ),
     )
 

@@ -51,6 +51,9 @@ class SiteService(Protocol):
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
         """Count the bytes of a member's request and its response, per exchange."""
 
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites that take part."""
+
     def status(self, viewer: Member | None = None) -> api.Status:
         """Return the state of the federation, as much as this member may see."""
 

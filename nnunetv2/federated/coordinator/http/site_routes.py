@@ -1,6 +1,7 @@
 """Serve the requests of a site: settings, state of a run, documents, models.
 
     GET  /v1/settings                the settings that hold for all sites
+    GET  /v1/roster                  the identities of the sites, where they aggregate securely
     GET  /v1/status                  the state of the federation
     GET  /v1/runs/<run>?plans=       how far a run of training is, or the one that a training with plans belongs to
     GET  /v1/outlooks                which runs will have a common model, and why others will not
@@ -57,6 +58,12 @@ async def get_settings(request: Request) -> Response:
     """Return the settings of the federation to a member."""
     member_of(request)
     return json_response(service_of(request).settings)
+
+
+async def get_roster(request: Request) -> Response:
+    """Return the identities of the sites to a member."""
+    member_of(request)
+    return json_response(await run_in_threadpool(service_of(request).roster))
 
 
 async def get_status(request: Request) -> Response:
@@ -216,6 +223,7 @@ def is_one_range(value: bytes) -> bool:
 # ------------------------------------------------------------------------------------------------------------- app
 SITE_ROUTES = [
     Route("/v1/settings", get_settings),
+    Route("/v1/roster", get_roster),
     Route("/v1/status", get_status),
     Route("/v1/outlooks", get_outlooks),
     Route("/v1/privacy", get_privacy),

@@ -12,6 +12,7 @@ import random
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,9 +24,9 @@ import numpy as np
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, StillOpenError, WireError
 from nnunetv2.federated.exchanges.steps import step_of
-from nnunetv2.federated.privacy import allow_list
+from nnunetv2.federated.privacy import allow_list, require_secure
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.federated.protocol.invitation import check_transport_is_safe
@@ -203,12 +204,14 @@ class HttpTransport:
             patience_s: How long the coordinator may be away, where that differs from `give_up_after_s`.
 
         Raises:
-            NotAllowedError: The allow-list of this site does not name a field or tensor; nothing was sent.
+            NotAllowedError: The allow-list of this site does not name a field or tensor, or the message is in clear
+                and this site requires secure sums; nothing was sent.
         """
         if isinstance(message, messages.Registration) and isinstance(key, RunKey):
             self._weights_bytes[key.run] = results.weights_bytes(message)
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
+        require_secure.check_message(key, message, self.credential.secure)
         allow_list.check_document(message, specs, url=self.credential.url)
         document = OutgoingDocument(message, specs, tensors)
         offer = api.Offer(digest=document.digest, size=document.size)
@@ -233,9 +236,10 @@ class HttpTransport:
             self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
         return receipt
 
-    def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
-        """Wait until an exchange is closed and return its result; see `exchange`."""
+    def result(self, key: ExchangeKey[Any, R], *, wait_s: float | None = None) -> Document[R]:
+        """Wait until an exchange is closed and return its result; see `exchange`, and `Transport.result`."""
         self._forget_document()
+        deadline = None if wait_s is None else time.monotonic() + wait_s
         step = step_of(key)
         largest = step.largest_result(self._weights_bytes.get(key.run, 0) if isinstance(key, RunKey) else 0)
         download = PartialDownload(self._new_path(), largest=largest)
@@ -251,7 +255,10 @@ class HttpTransport:
                     f"{key}: too few sites take part at the moment, waiting for {waiting.lacks} more "
                     "(--min-sites or --quorum of the coordinator)"
                 )
-            waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S))
+            left_s = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
+            if left_s <= 0:
+                raise StillOpenError(f"{key} was not closed within {wait_s:g} s")
+            waiting = self._persist(lambda: self._poll(key, download, wait_s=left_s))  # noqa: B023 - called at once
         limits = replace(step.result_limits(self._num_cases), file_bytes=largest)
         self._document = document = open_document(download.path, limits=limits)
         try:
@@ -267,6 +274,10 @@ class HttpTransport:
     def settings(self, *, patience_s: float | None = None) -> api.FederationSettings:
         """Return the settings of the federation."""
         return self._persist(lambda: self._ask("GET", "settings", api.FederationSettings), patience_s)
+
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites, as the coordinator tells them."""
+        return self._persist(lambda: self._ask("GET", "roster", api.Roster))
 
     def run_state(self, run: str, *, plans: str | None = None) -> api.RunState:
         """Return the state of a run; with `plans`, of the one with these plans."""

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from fake_federation import make_settings, served, wait_until
+from patience import PATIENCE_S
 
 from nnunetv2.federated.commands.audit_log import describe
 from nnunetv2.federated.coordinator.http import rehearsal_budget
@@ -53,15 +54,15 @@ def audit_log(store) -> str:
 def test_bytes_go_there_and_back_and_none_is_kept(federation, size):
     with federation.client("A") as client:
         before = files_of(federation.state.store.folder)
-        sent = rehearsal.send(client, size, limit_s=60)
-        fetched = rehearsal.fetch(client, size, limit_s=60)
+        sent = rehearsal.send(client, size, limit_s=PATIENCE_S)
+        fetched = rehearsal.fetch(client, size, limit_s=PATIENCE_S)
         assert (sent.num_bytes, sent.is_whole) == (fetched.num_bytes, fetched.is_whole) == (size, True)
         assert files_of(federation.state.store.folder) == before
 
 
 def test_the_audit_log_and_the_traffic_tell_of_it(federation):
     with federation.client("B") as client:
-        rehearsal.send(client, 123_456, limit_s=60)
+        rehearsal.send(client, 123_456, limit_s=PATIENCE_S)
         assert "123456 bytes without content, not kept" in audit_log(federation.state.store)
         (own,) = (site for site in client.status().sites if site.site == "B")
         assert own.bytes_received >= 123_456
@@ -73,13 +74,13 @@ def test_a_line_that_is_too_slow_is_measured_all_the_same(federation):
         assert not sent.is_whole and sent.num_bytes < 200_000_000
         fetched = when_free(lambda: rehearsal.fetch(client, 200_000_000, limit_s=0))
         assert not fetched.is_whole and fetched.num_bytes < 200_000_000
-        assert when_free(lambda: rehearsal.send(client, 1000, limit_s=60)).is_whole
+        assert when_free(lambda: rehearsal.send(client, 1000, limit_s=PATIENCE_S)).is_whole
 
 
 def test_strangers_cost_nothing(federation):
     """Their bodies are not read beyond what answers them."""
     address = urlsplit(federation.url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE_S)
     connection.putrequest("PUT", "/v1/rehearsal")
     connection.putheader("Content-Length", str(400 << 20))
     connection.putheader("X-Content-SHA256", "0" * 64)
@@ -102,7 +103,7 @@ def test_sizes_that_make_no_sense_are_refused(federation, size):
 
 
 def test_a_body_that_was_changed_on_its_way_is_refused(federation):
-    body = rehearsal.RandomBody(1000, 60)
+    body = rehearsal.RandomBody(1000, PATIENCE_S)
     with federation.client("A") as client, pytest.raises(NoAnswerError, match="damaged on its way"):
         client.rehearse_upload(body, "0" * 64)
 
@@ -111,7 +112,7 @@ def test_a_site_that_was_revoked_cannot_rehearse(tmp_path):
     with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"))) as one, one.client("C") as client:
         one.coordinator.revoke("C", by="operator")
         with pytest.raises(NotJoinedError):
-            rehearsal.send(client, 1000, limit_s=60)
+            rehearsal.send(client, 1000, limit_s=PATIENCE_S)
 
 
 def test_a_site_rehearses_once_at_a_time_and_within_its_budget():
@@ -152,6 +153,6 @@ def test_content_has_its_size_and_digest():
 
 
 def test_a_body_of_random_bytes_is_what_its_digest_says():
-    body = rehearsal.RandomBody(2 * rehearsal.BLOCK_BYTES + 5, 60)
+    body = rehearsal.RandomBody(2 * rehearsal.BLOCK_BYTES + 5, PATIENCE_S)
     read = b"".join(iter(lambda: body.read(os.getpid() % 1000 + 60_000), b""))
     assert len(read) == len(body) and hashlib.sha256(read).hexdigest() == body.digest()

@@ -44,16 +44,18 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
+from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
@@ -69,7 +71,10 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
-from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import check_against_settings
+from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import (
+    check_against_match,
+    check_against_settings,
+)
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.stopping import was_signalled
@@ -153,6 +158,9 @@ class FederatedTraining(RenamedHooks):
     min_sites = LEAST_SITES
     """Over so many sites, at least, everything is averaged, as the coordinator has promised."""
 
+    is_masked = False
+    """Whether this federation masks updates and statistics."""
+
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
         """Train as a member of the federation; report a failure.
@@ -165,7 +173,9 @@ class FederatedTraining(RenamedHooks):
         run = keys.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
-            self.participant = Participant(transport, site=credential.site, run=run)
+            self.participant = Participant(
+                transport, site=credential.site, run=run, credential=credential, report=self.print_to_log_file
+            )
             # What ends one of several processes may be the failure of another one, which has reported that.
             speaks_last = (
                 nullcontext()
@@ -175,6 +185,8 @@ class FederatedTraining(RenamedHooks):
             try:
                 with speaks_last:
                     super().run_training()
+                if self.local_rank == 0:
+                    self.participant.finish()
             except (FirstProcessError, FolderInUseError, OptionError):
                 raise  # which has been reported, or is no failure of the training
             except BaseException as error:
@@ -184,9 +196,12 @@ class FederatedTraining(RenamedHooks):
 
     def on_train_start(self) -> None:
         """Apply the settings of the run, register, and load the common weights."""
-        self.apply_settings(ask_first_process(lambda: self.participant.transport.settings()))
+        settings = ask_first_process(lambda: self.participant.transport.settings())
+        self.apply_settings(settings)
         super().on_train_start()
         match, self.participant.run, outlook = ask_first_process(self._register)
+        if self.is_masked:
+            check_against_match(match, settings)
         for line in (*describe_match(match, self.participant.site), outlook):
             self.log_line(line, add_timestamp=False)
         own = self.local_weights()
@@ -242,6 +257,7 @@ class FederatedTraining(RenamedHooks):
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
         self.min_sites = settings.min_sites
+        self.is_masked = settings.secure is not None
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         check_against_settings(self.training_options, settings)
         epochs_before = self.num_epochs
@@ -262,7 +278,7 @@ class FederatedTraining(RenamedHooks):
         """Return the registration of this site."""
         return describe_training(
             self.network,
-            plans=self.plans_manager.plans,
+            plans=self._plans_to_register(),
             dataset_json=self.dataset_json,
             fold=self.fold,
             configuration=self.configuration_name,
@@ -273,6 +289,14 @@ class FederatedTraining(RenamedHooks):
             pretrained_weights=None if self.pretrained_weights is None else file_digest(Path(self.pretrained_weights)),
             privacy=self.declare_privacy(),
         )
+
+    def _plans_to_register(self) -> Mapping[str, Any]:
+        """Return the plans, without statistics of this site alone where the federation masks such."""
+        plans: Mapping[str, Any] = self.plans_manager.plans
+        if not self.is_masked:
+            return plans
+        folder = self.preprocessed_dataset_folder_base
+        return without_own_statistics(plans, None if folder is None else pooled_fingerprint(Path(folder)))
 
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
@@ -355,7 +379,7 @@ class FederatedTraining(RenamedHooks):
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
-        problem = ask_first_process(lambda: self.participant.send_validation(number, found))
+        problem = ask_first_process(lambda: self.participant.send_validation(aggregate, found, is_last=is_last))
         self.log_line(describe_validation(number, found) + (f" (not sent: {problem})" if problem else ""))
 
     def resume_at(self, epoch: int) -> None:
@@ -420,7 +444,9 @@ class FederatedTraining(RenamedHooks):
             f"Round {aggregate.round}: {megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
             f"sites: {', '.join(sorted(aggregate.contributors))}{missing}"
         )
-        if len(aggregate.contributors) < self.min_sites:
+        if not aggregate.contributors:
+            self.log_line("The operator has closed this round without any update: going on from the average before")
+        elif len(aggregate.contributors) < self.min_sites:
             self.log_line(
                 f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
                 "--min-sites, or it does not keep to it. Show this line to the coordinating site"
