@@ -61,6 +61,7 @@ SETTINGS_OF_OPTIONS = {
     "late_updates": "late_updates",
     "validate_every": "validate_every",
     "min_sites": "min_sites",
+    "proximal": "proximal",
 }
 
 
@@ -174,7 +175,20 @@ def build_parser() -> argparse.ArgumentParser:
         "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
         "compute each other's part of what only they have: take 3 where you can (default: 2)",
     )
+    add_method_options(parser)
     return parser
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Add what sites may do beside plain averaging."""
+    how = parser.add_argument_group("how sites train that differ", "Fixed by the first start.")
+    how.add_argument(
+        "--proximal",
+        type=float,
+        metavar="MU",
+        help="keep the weights of a site near those that its round began with: FedProx; 0.001 to 0.1 are usual "
+        "(default: none)",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- settings

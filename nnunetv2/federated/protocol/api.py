@@ -35,7 +35,7 @@ MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 class FederationSettings(WithPrecision):
     """What holds for every site of a federation, fixed when it was created."""
 
-    ADDED = ("precision", "min_sites")
+    ADDED = ("precision", "min_sites", "proximal")
 
     federation: Text
     sites: SiteNames
@@ -54,6 +54,16 @@ class FederationSettings(WithPrecision):
     """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
     min_sites: MinSites = LEAST_SITES
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
+    proximal: Positive | None = None
+    """Strength of the proximal term that keeps a site's weights near those of its round. None: there is none."""
+
+
+def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
+    """Describe what sites do beside plain averaging, a line each."""
+    lines = []
+    if settings.proximal is not None:
+        lines.append(f"Proximal term of strength {settings.proximal:g} towards the weights of the round")
+    return tuple(lines)
 
 
 def check_floor(settings: FederationSettings) -> None:

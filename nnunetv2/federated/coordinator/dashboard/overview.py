@@ -25,7 +25,7 @@ from nnunetv2.federated.coordinator.notifier import ANYTHING, Notifier
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
 from nnunetv2.federated.exchanges.steps import prerequisite
-from nnunetv2.federated.protocol.api import SiteStatus
+from nnunetv2.federated.protocol.api import SiteStatus, describe_methods
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
@@ -157,6 +157,8 @@ class Overview(Part):
     min_sites: Count
     """Nothing is averaged over fewer sites."""
     deadline_s: Finite | None
+    methods: Annotated[tuple[LongText, ...], Field(max_length=10)] = ()
+    """What sites do beside plain averaging, a line each."""
     sites: Annotated[tuple[SiteView, ...], Field(max_length=10 * MAX_SITES)]
     runs: Annotated[tuple[RunView, ...], Field(max_length=10_000)]
     meetings: Annotated[tuple[ExchangeView, ...], Field(max_length=10_000)]
@@ -192,6 +194,7 @@ class OverviewBuilder:
             quorum=settings.quorum,
             min_sites=settings.min_sites,
             deadline_s=settings.deadline_s,
+            methods=describe_methods(settings),
             runs=runs,
             sites=self._sites(sites, runs),
             meetings=tuple(

@@ -49,11 +49,12 @@ from typing import TypeVar
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.protocol import keys, messages
-from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
+from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings, describe_methods
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
+from nnunetv2.models.networks import bare_network
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
@@ -66,6 +67,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     export_weights,
     import_weights_,
 )
+from nnunetv2.training.nnUNetTrainer.variants.federated.proximal import ProximalTerm
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
@@ -141,6 +143,12 @@ class FederatedTraining(RenamedHooks):
     pending: PendingExchange | None = None
     """The exchange under way."""
 
+    proximal_term: ProximalTerm | None = None
+    """Keeps the weights near those of the round, where the operator wants that."""
+
+    shared_tensors: frozenset[str] = frozenset()
+    """Names in the network's state dict of what this site shares."""
+
     _has_answered_signal = False
 
     min_sites = LEAST_SITES
@@ -180,6 +188,9 @@ class FederatedTraining(RenamedHooks):
         self.apply_settings(ask_first_process(lambda: self.participant.transport.settings()))
         super().on_train_start()
         match, self.participant.run, outlook = ask_first_process(self._register)
+        self.shared_tensors = frozenset(
+            sites[self.participant.site] for sites in match.shared.values() if self.participant.site in sites
+        )
         for line in (*describe_match(match, self.participant.site), outlook):
             self.log_line(line, add_timestamp=False)
         own = self.local_weights()
@@ -203,6 +214,8 @@ class FederatedTraining(RenamedHooks):
         """Note the round in training."""
         self.round_in_training = self.current_epoch
         super().on_train_epoch_start()
+        if self.proximal_term is not None:
+            self.proximal_term.attach_(self.optimizer)  # some trainers build another one between epochs
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Let only whole epochs with finite losses become updates, and send them."""
@@ -233,10 +246,13 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
-        """Use the epochs and iterations that the federation has fixed for all its sites."""
+        """Use the epochs, iterations and methods that the federation has fixed for all its sites."""
         self.min_sites = settings.min_sites
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         check_against_settings(self.training_options, settings)
+        for line in describe_methods(settings):
+            self.log_line(line)
+        self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -375,6 +391,12 @@ class FederatedTraining(RenamedHooks):
 
         rest = ask_first_process(ask)
         self.load_weights(received)
+        if self.proximal_term is not None:
+            self.proximal_term.anchor(
+                parameter
+                for name, parameter in bare_network(self.network).named_parameters()
+                if name in self.shared_tensors
+            )
         return rest
 
     def load_weights(self, weights: Weights) -> None:
