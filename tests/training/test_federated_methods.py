@@ -107,3 +107,78 @@ def test_proximal_trainings_are_the_same_after_a_kill_and_stay_near(make_sites, 
     assert {record["settings"]["proximal"] for record in undisturbed["records"]} == {5.0}
     assert all("proximal" not in record["settings"] for record in plain["records"])
     assert any("Proximal term of strength 5" in line for line in undisturbed["B"].lines)
+
+
+HEADS = ".seg_layers."
+
+
+@pytest.mark.parametrize("what", ["head", "norm"])
+def test_sites_keep_their_own_tensors_and_the_common_model_is_whole(make_sites, what):
+    settings = {"keep_local": what, "validate_every": 1}
+    undisturbed = train(make_sites, "undisturbed", **settings)
+    assert_same(undisturbed, train(make_sites, "killed", dies_in_epoch=1, **settings))
+    a, b = (weights_of(undisturbed[site]) for site in "AB")
+    own = {name for name in a if not np.array_equal(a[name], b[name])}
+    assert own and all((HEADS if what == "head" else ".norm.") in name or "all_modules.1" in name for name in own)
+    assert undisturbed["records"][-1]["settings"]["keep_local"] == what
+    # The coordinator's model has the mean of what the sites have of these, and the rest of both.
+    common = torch.load(next(undisturbed["folder"].glob("models/*/fold_0/checkpoint_final.pth")), weights_only=True)[
+        "network_weights"
+    ]
+    for name, values in a.items():
+        expected = (values + b[name]) / 2 if name in own else values
+        np.testing.assert_allclose(common[name].numpy(), expected, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_the_common_model_is_validated_and_not_what_a_site_keeps(make_sites):
+    sites = make_sites(keep_local="head", validate_every=1, num_epochs=1)
+    trainers = [sites.trainer(site, Seeded) for site in "AB"]
+    seen = {}
+    for trainer in trainers:
+        step = trainer.validation_step
+
+        def look(batch, trainer=trainer, step=step):
+            head = {n: t.clone() for n, t in trainer.network.state_dict().items() if HEADS in n}
+            seen.setdefault(trainer.credential.site, []).append(head)
+            return step(batch)
+
+        trainer.validation_step = look
+    assert sites.run(*trainers) == [None, None]
+    for name, values in seen["A"][-1].items():
+        assert torch.equal(values, seen["B"][-1][name])  # the aggregate
+        assert not torch.equal(seen["A"][0][name], seen["B"][0][name])  # each site's own
+        for trainer in trainers:
+            own = weights_of(trainer)[name]
+            np.testing.assert_array_equal(own, seen[trainer.credential.site][0][name].numpy())
+
+
+def test_a_site_that_joins_late_begins_with_the_average_and_keeps_its_own_from_then_on(make_sites):
+    sites = make_sites(sites=("A", "B", "C"), quorum=2, deadline_s=1e6, keep_local="head", num_epochs=4)
+    first, second = sites.trainer("A", Seeded), sites.trainer("B", Seeded)
+    coordinator, run = sites.federation.coordinator, run_of(first)
+
+    def join_late():
+        wait_until(lambda: coordinator.state.registry.run_state(run).members, timeout_s=60)
+        sites.act("pause", run)
+        coordinator.invite("D", "site", by="boss")
+        late = sites.trainer("D", Seeded)
+        loaded, load = [], late.load_weights
+        late.load_weights = lambda weights: (loaded.append(set(weights)), load(weights))
+        sites.act("resume", run)
+        late.run_training()
+        return late, loaded
+
+    third = sites.trainer("C", Seeded)
+    *others, joined = in_threads(first.run_training, second.run_training, third.run_training, join_late)
+    assert others == [None] * 3 and not isinstance(joined, BaseException), joined
+    late, loaded = joined
+    assert late.local_tensors and late.local_tensors <= loaded[0]
+    assert any(not late.local_tensors & names for names in loaded[1:])
+    name = min(late.local_tensors)
+    assert not np.array_equal(weights_of(late)[name], weights_of(first)[name])
+
+
+def test_a_name_that_no_tensor_has_is_refused(make_sites):
+    sites = make_sites(keep_local="backbone")
+    errors = sites.run(sites.trainer("A", Seeded), sites.trainer("B", Seeded))
+    assert all("--keep-local backbone: none of the tensors" in str(error) for error in errors), errors

@@ -62,6 +62,7 @@ SETTINGS_OF_OPTIONS = {
     "validate_every": "validate_every",
     "min_sites": "min_sites",
     "proximal": "proximal",
+    "keep_local": "keep_local",
 }
 
 
@@ -188,6 +189,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="MU",
         help="keep the weights of a site near those that its round began with: FedProx; 0.001 to 0.1 are usual "
         "(default: none)",
+    )
+    how.add_argument(
+        "--keep-local",
+        metavar="WHAT",
+        help="tensors of which each site goes on with its own, although their average is part of the common model: "
+        "norm, head, decoder, or names of modules and tensors with wildcards (default: none)",
     )
 
 

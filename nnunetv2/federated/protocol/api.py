@@ -35,7 +35,7 @@ MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 class FederationSettings(WithPrecision):
     """What holds for every site of a federation, fixed when it was created."""
 
-    ADDED = ("precision", "min_sites", "proximal")
+    ADDED = ("precision", "min_sites", "proximal", "keep_local")
 
     federation: Text
     sites: SiteNames
@@ -56,6 +56,8 @@ class FederationSettings(WithPrecision):
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
     proximal: Positive | None = None
     """Strength of the proximal term that keeps a site's weights near those of its round. None: there is none."""
+    keep_local: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?\[\]!-]{1,200}$")] | None = None
+    """Tensors that sites send but keep their own of: norm, head, decoder, or names with wildcards. None: none."""
 
 
 def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
@@ -63,6 +65,8 @@ def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
     lines = []
     if settings.proximal is not None:
         lines.append(f"Proximal term of strength {settings.proximal:g} towards the weights of the round")
+    if settings.keep_local is not None:
+        lines.append(f"Sites keep their own tensors of {settings.keep_local}, whose average is for the common model")
     return tuple(lines)
 
 

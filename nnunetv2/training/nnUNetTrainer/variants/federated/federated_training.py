@@ -12,11 +12,12 @@ What the weights are at each moment of epoch e:
     sent                                  the site's own weights, as the trainer's `on_train_epoch_end` leaves them, of
                                           the tensors that the sites share
     validated, logged, checkpoint_best    the same, of all tensors
-    checkpoint_latest, checkpoint_final,  the aggregate of round e where tensors are shared, the site's own elsewhere
-    trained in epoch e + 1
-    validated for the federation          the same; the voxels that were counted are sent, and a line of the log tells
-                                          of them. The curves and checkpoint_best stay the site's own; the best
-                                          aggregate, by the data of all sites, is chosen and kept by the coordinator
+    checkpoint_latest, checkpoint_final,  the aggregate of round e where tensors are shared, the site's own elsewhere,
+    trained in epoch e + 1                and where the operator wants it so (`--keep-local`)
+    validated for the federation          the aggregate wherever tensors are shared; the voxels that were counted are
+                                          sent, and a line of the log tells of them. The curves and checkpoint_best
+                                          stay the site's own; the best aggregate, by the data of all sites, is chosen
+                                          and kept by the coordinator
 
 Optimizer state, learning rate and augmentation stay at the site. The last epoch ends with an exchange too, so
 checkpoint_final holds the aggregate.
@@ -39,9 +40,9 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -62,6 +63,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation imp
     validate_network,
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
+from nnunetv2.training.nnUNetTrainer.variants.federated.local_tensors import find_local_tensors
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     copy_from_first_process_,
     export_weights,
@@ -149,6 +151,15 @@ class FederatedTraining(RenamedHooks):
     shared_tensors: frozenset[str] = frozenset()
     """Names in the network's state dict of what this site shares."""
 
+    keep_local: str | None = None
+    """The tensors that sites keep their own of, as the operator has described them."""
+
+    local_tensors: frozenset[str] = frozenset()
+    """Those of them that this site shares: they are sent, and their averages are not taken over."""
+
+    local_averages: Weights = {}
+    """The latest averages of these, in the first process only."""
+
     _has_answered_signal = False
 
     min_sites = LEAST_SITES
@@ -193,8 +204,14 @@ class FederatedTraining(RenamedHooks):
         )
         for line in (*describe_match(match, self.participant.site), outlook):
             self.log_line(line, add_timestamp=False)
-        own = self.local_weights()
-        position = self.receive_weights(lambda: self._start(own))
+        if self.keep_local is not None:
+            self.local_tensors = find_local_tensors(self.network, self.keep_local, self.shared_tensors)
+            self.log_line(f"This site keeps its own values of {len(self.local_tensors)} shared tensors")
+        own, goes_on = self.local_weights(), self.current_epoch > 0
+        # Who begins, or comes without a checkpoint, has nothing of its own to keep yet.
+        position = self.receive_weights(
+            lambda: self._start(own), keeps_local=lambda position: goes_on and position["epoch"] > 0
+        )
         self.log_line(self._describe_start(begins=position["begins"]))
         self.resume_at(position["epoch"])
         if position["is_over"]:
@@ -253,6 +270,7 @@ class FederatedTraining(RenamedHooks):
         for line in describe_methods(settings):
             self.log_line(line)
         self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
+        self.keep_local = settings.keep_local
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -329,7 +347,7 @@ class FederatedTraining(RenamedHooks):
         """Wait for the pending exchange, load the aggregate, and return its message."""
         start, pending = time.monotonic(), self.pending
         assert pending is not None
-        aggregate = self.receive_weights(pending.result)
+        aggregate = self.receive_weights(pending.result, keeps_local=lambda _: True)
         self.report_round(aggregate, megabytes=pending.megabytes, waited_s=time.monotonic() - start)
         self.pending = None
         return aggregate
@@ -353,7 +371,8 @@ class FederatedTraining(RenamedHooks):
             return
         number = aggregate.round
         assert number is not None  # the initial weights are not wanted
-        found = validate_network(self)
+        with self.common_model():
+            found = validate_network(self)
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
@@ -380,8 +399,14 @@ class FederatedTraining(RenamedHooks):
         """Return a copy of the network's weights, in the first process only."""
         return export_weights(self.network) if self.local_rank == 0 else {}
 
-    def receive_weights(self, question: Callable[[], tuple[Weights, Rest]]) -> Rest:
-        """Receive weights in the first process, load them in all, and return their message."""
+    def receive_weights(
+        self, question: Callable[[], tuple[Weights, Rest]], *, keeps_local: Callable[[Rest], bool]
+    ) -> Rest:
+        """Receive weights in the first process, load them in all, and return their message.
+
+        Args:
+            keeps_local: Tells by the message whether the site goes on with its own values of its local tensors.
+        """
         received: Weights = {}
 
         def ask() -> Rest:
@@ -390,14 +415,32 @@ class FederatedTraining(RenamedHooks):
             return rest
 
         rest = ask_first_process(ask)
-        self.load_weights(received)
+        self.local_averages = {name: received[name] for name in self.local_tensors & received.keys()}
+        self.load_weights(self.without_local(received) if keeps_local(rest) else received)
         if self.proximal_term is not None:
             self.proximal_term.anchor(
                 parameter
                 for name, parameter in bare_network(self.network).named_parameters()
-                if name in self.shared_tensors
+                if name in self.shared_tensors - self.local_tensors
             )
         return rest
+
+    def without_local(self, weights: Weights) -> Weights:
+        """Return weights without those that this site keeps its own of."""
+        return {name: values for name, values in weights.items() if name not in self.local_tensors}
+
+    @contextmanager
+    def common_model(self) -> Iterator[None]:
+        """Put the averages of local tensors into the network for the block, so that it is the common model."""
+        if not self.local_tensors:
+            yield
+            return
+        own = {name: values for name, values in self.local_weights().items() if name in self.local_tensors}
+        self.load_weights(self.local_averages)
+        try:
+            yield
+        finally:
+            self.load_weights(own)
 
     def load_weights(self, weights: Weights) -> None:
         """Load weights that the first process has into the networks of all processes."""
