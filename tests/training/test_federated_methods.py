@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +184,41 @@ def test_a_name_that_no_tensor_has_is_refused(make_sites):
     sites = make_sites(keep_local="backbone")
     errors = sites.run(sites.trainer("A", Seeded), sites.trainer("B", Seeded))
     assert all("--keep-local backbone: none of the tensors" in str(error) for error in errors), errors
+
+
+FINETUNED = "checkpoint_finetuned.pth"
+
+
+@pytest.mark.parametrize("dies_in_epoch", [1, 4], ids=["in a round", "while fine-tuning"])
+def test_fine_tuned_networks_are_the_same_after_a_kill_and_stay_beside_the_common_model(make_sites, dies_in_epoch):
+    settings = {"finetune_epochs": 2, "proximal": 0.5}
+    undisturbed = train(make_sites, "undisturbed", **settings)
+    interrupted = train(make_sites, "killed", dies_in_epoch=dies_in_epoch, **settings)
+    for name in ("checkpoint_final.pth", FINETUNED):
+        assert_same(undisturbed, interrupted, name)
+    a, b = (weights_of(undisturbed[site], FINETUNED) for site in "AB")
+    final = weights_of(undisturbed["A"])
+    assert all(np.array_equal(values, weights_of(undisturbed["B"])[name]) for name, values in final.items())
+    assert any(not np.array_equal(a[name], b[name]) for name in a)
+    trainer = undisturbed["A"]
+    for name, tensor in trainer.network.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), final[name])  # what is validated
+    content = torch.load(Path(trainer.output_folder, FINETUNED), weights_only=False)
+    assert content["current_epoch"] == 5 and trainer.current_epoch == 3
+    rates = content["logging"]["lrs"]
+    assert rates[3:] == rates[1:3] and len(undisturbed["records"]) == 3
+
+
+def test_a_finished_fine_tuning_is_not_repeated_and_an_older_one_is(make_sites):
+    sites = make_sites(finetune_epochs=1, num_epochs=1)
+    first, second = sites.trainer("A", Seeded), sites.trainer("B", Seeded)
+    assert sites.run(first, second) == [None, None]
+    before = weights_of(first, FINETUNED)
+    again = sites.trainer("A", Seeded, go_on=True)
+    again.dies_in_epoch = 1
+    assert sites.run(again) == [None]
+    assert any("is there already" in line for line in again.lines)
+    anew = sites.trainer("A", Seeded)  # another training in the folder, into a run that is over
+    assert sites.run(anew) == [None]
+    assert not any("is there already" in line for line in anew.lines)
+    assert any(not np.array_equal(before[name], weights_of(anew, FINETUNED)[name]) for name in before)

@@ -63,6 +63,7 @@ SETTINGS_OF_OPTIONS = {
     "min_sites": "min_sites",
     "proximal": "proximal",
     "keep_local": "keep_local",
+    "finetune_epochs": "finetune_epochs",
 }
 
 
@@ -196,6 +197,13 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="tensors of which each site goes on with its own, although their average is part of the common model: "
         "norm, head, decoder, or names of modules and tensors with wildcards (default: none)",
     )
+    how.add_argument(
+        "--finetune-epochs",
+        type=int,
+        metavar="N",
+        help="after the last round each site trains on alone, with the last N learning rates, into "
+        "checkpoint_finetuned.pth (default: 0)",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- settings
@@ -244,7 +252,7 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
 
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
-    from nnunetv2.federated.protocol.api import check_floor, check_late_updates, check_quorum
+    from nnunetv2.federated.protocol.api import check_finetuning, check_floor, check_late_updates, check_quorum
 
     num_sites = len(settings.sites)
     if num_sites < 2:
@@ -254,6 +262,7 @@ def check_settings(settings: FederationSettings) -> None:
     check_quorum(settings)
     check_floor(settings)
     check_late_updates(settings)
+    check_finetuning(settings)
 
 
 def check_unchanged(

@@ -35,7 +35,7 @@ MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 class FederationSettings(WithPrecision):
     """What holds for every site of a federation, fixed when it was created."""
 
-    ADDED = ("precision", "min_sites", "proximal", "keep_local")
+    ADDED = ("precision", "min_sites", "proximal", "keep_local", "finetune_epochs")
 
     federation: Text
     sites: SiteNames
@@ -58,6 +58,8 @@ class FederationSettings(WithPrecision):
     """Strength of the proximal term that keeps a site's weights near those of its round. None: there is none."""
     keep_local: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?\[\]!-]{1,200}$")] | None = None
     """Tensors that sites send but keep their own of: norm, head, decoder, or names with wildcards. None: none."""
+    finetune_epochs: Annotated[int, Field(ge=0, le=10**7)] = 0
+    """Epochs for which each site trains on alone, after the last round."""
 
 
 def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
@@ -67,6 +69,8 @@ def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
         lines.append(f"Proximal term of strength {settings.proximal:g} towards the weights of the round")
     if settings.keep_local is not None:
         lines.append(f"Sites keep their own tensors of {settings.keep_local}, whose average is for the common model")
+    if settings.finetune_epochs:
+        lines.append(f"After the last round, each site trains on alone for {settings.finetune_epochs} epochs")
     return tuple(lines)
 
 
@@ -102,6 +106,15 @@ def check_late_updates(settings: FederationSettings) -> None:
         raise FederationError(
             "--late-updates carry needs --quorum and --deadline: without them no update is late, "
             "since every round waits for all sites"
+        )
+
+
+def check_finetuning(settings: FederationSettings) -> None:
+    """Raise FederationError if sites are to train on longer than their schedule is."""
+    if settings.num_epochs is not None and settings.finetune_epochs > settings.num_epochs:
+        raise FederationError(
+            f"--finetune-epochs {settings.finetune_epochs} is more than the {settings.num_epochs} epochs of a run, "
+            "whose last learning rates they have once more"
         )
 
 

@@ -20,7 +20,7 @@ What the weights are at each moment of epoch e:
                                           and kept by the coordinator
 
 Optimizer state, learning rate and augmentation stay at the site. The last epoch ends with an exchange too, so
-checkpoint_final holds the aggregate.
+checkpoint_final holds the aggregate. What may follow at the site alone is in `finetuning.py`.
 
 How a training ends:
 
@@ -62,6 +62,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation imp
     describe_validation,
     validate_network,
 )
+from nnunetv2.training.nnUNetTrainer.variants.federated.finetuning import finetune_
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
 from nnunetv2.training.nnUNetTrainer.variants.federated.local_tensors import find_local_tensors
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
@@ -157,6 +158,15 @@ class FederatedTraining(RenamedHooks):
     local_tensors: frozenset[str] = frozenset()
     """Those of them that this site shares: they are sent, and their averages are not taken over."""
 
+    finetune_epochs = 0
+    """How long this site trains on alone after the last round."""
+
+    planned_epochs = 0
+    """Length of the run's schedule, also where the operator has ended the run earlier."""
+
+    is_finetuning = False
+    """Whether the rounds are over, and what is trained stays here."""
+
     local_averages: Weights = {}
     """The latest averages of these, in the first process only."""
 
@@ -193,6 +203,9 @@ class FederatedTraining(RenamedHooks):
                 # The text of an error may quote paths or case names; only its kind leaves the site.
                 self.participant.report_failure(self.round_in_training, kind_of(error))
                 raise
+        if self.finetune_epochs:  # which concerns nobody else any more
+            with self._hold_output_folder(), self._alone():
+                finetune_(self, self.finetune_epochs, planned_epochs=self.planned_epochs, log_line=self.log_line)
 
     def on_train_start(self) -> None:
         """Apply the settings of the run, register, and load the common weights."""
@@ -229,7 +242,8 @@ class FederatedTraining(RenamedHooks):
 
     def on_train_epoch_start(self) -> None:
         """Note the round in training."""
-        self.round_in_training = self.current_epoch
+        if not self.is_finetuning:
+            self.round_in_training = self.current_epoch
         super().on_train_epoch_start()
         if self.proximal_term is not None:
             self.proximal_term.attach_(self.optimizer)  # some trainers build another one between epochs
@@ -238,12 +252,15 @@ class FederatedTraining(RenamedHooks):
         """Let only whole epochs with finite losses become updates, and send them."""
         check_epoch(train_outputs, epoch=self.current_epoch, num_iterations=self.num_iterations_per_epoch)
         super().on_train_epoch_end(train_outputs)
-        self.send_before_validation(self.current_epoch)
+        if not self.is_finetuning:
+            self.send_before_validation(self.current_epoch)
 
     def on_epoch_end(self) -> None:
         """Let the trainer end its epoch, then finish its exchange."""
         epoch = self.current_epoch  # super() moves on to the next one
         super().on_epoch_end()
+        if self.is_finetuning:
+            return
         try:
             self.exchange_weights(epoch)
         except FederationError as error:
@@ -259,7 +276,19 @@ class FederatedTraining(RenamedHooks):
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
         """Save checkpoint_best only: checkpoint_latest waits for the aggregate."""
-        self._save_checkpoint_if_best()
+        if not self.is_finetuning:
+            self._save_checkpoint_if_best()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let epochs be this site's own affair for the block."""
+        self.is_finetuning = True
+        if self.proximal_term is not None:
+            self.proximal_term.release()
+        try:
+            yield
+        finally:
+            self.is_finetuning = False
 
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
@@ -270,9 +299,9 @@ class FederatedTraining(RenamedHooks):
         for line in describe_methods(settings):
             self.log_line(line)
         self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
-        self.keep_local = settings.keep_local
+        self.keep_local, self.finetune_epochs = settings.keep_local, settings.finetune_epochs
         epochs_before = self.num_epochs
-        self.num_epochs = settings.num_epochs or self.num_epochs
+        self.num_epochs = self.planned_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = settings.num_val_iterations_per_epoch or self.num_val_iterations_per_epoch
         if self.was_initialized and self.num_epochs != epochs_before:
@@ -431,7 +460,7 @@ class FederatedTraining(RenamedHooks):
 
     @contextmanager
     def common_model(self) -> Iterator[None]:
-        """Put the averages of local tensors into the network for the block, so that it is the common model."""
+        """Make the network the common model for the block, local tensors included."""
         if not self.local_tensors:
             yield
             return

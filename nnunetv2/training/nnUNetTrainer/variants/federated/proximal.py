@@ -28,7 +28,7 @@ class ProximalTerm:
 
     @torch.no_grad()
     def anchor(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep the values of parameters as they are now; steps pull towards them from then on."""
+        """Keep the present values of parameters, towards which steps pull from then on."""
         self._anchors = {
             parameter: self._anchors[parameter].copy_(parameter)
             if parameter in self._anchors
