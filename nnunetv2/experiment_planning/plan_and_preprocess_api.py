@@ -170,7 +170,7 @@ def plan_federated_experiments(
     without_bad_cases: bool = False,
     **planning: Any,
 ) -> str | None:
-    """Fingerprint and plan datasets together with the other sites of the federation that this site has joined.
+    """Fingerprint and plan datasets together with the other sites of the federation.
 
     Args:
         mode: "ffe" plans from the pooled fingerprint, "asym" lets every site plan for itself.
@@ -207,7 +207,10 @@ def plan_federated_experiments(
 
 
 def find_planner_class(name: str) -> type[ExperimentPlanner]:
-    """Find a planner by name, and point out the stronger presets to those who take the default."""
+    """Find a planner by name.
+
+    Those who take the default are told of the stronger presets.
+    """
     if name == ExperimentPlanner.__name__:
         _recommend_presets()
     return find_planning_class(name)
@@ -224,7 +227,9 @@ def _recommend_presets() -> None:
 
 
 def find_planning_class(name: str) -> type:
-    """Find a fingerprint extractor or planner, ours or one that a user has put below experiment_planning.
+    """Find a fingerprint extractor or planner by name.
+
+    Ours, or one that a user has put below experiment_planning.
 
     Raises:
         RuntimeError: There is no class of that name.
@@ -260,7 +265,9 @@ def preprocess_dataset(
     show_progress_bar: bool = True,
     without_bad_cases: bool = False,
 ) -> None:
-    """Preprocess a dataset for the given configurations; one that the plans do not have is passed over.
+    """Preprocess a dataset for the given configurations.
+
+    One that the plans do not have is passed over.
 
     Args:
         num_processes: One number for all configurations, or one for each. None leaves it to the preprocessor, which
@@ -323,7 +330,7 @@ def preprocess(
 
 
 def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> None:
-    """Copy the labels of a dataset to gt_segmentations, those that are missing there or were changed.
+    """Copy the missing or changed labels of a dataset to gt_segmentations.
 
     Args:
         reader: Knows which files belong to a label. None: there are no such files.
@@ -349,7 +356,10 @@ def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequenc
 
 
 def count_for(preprocessor: object, configuration: str) -> int | None:
-    """Return None to a preprocessor that chooses for itself, a number to one with a `run` of its own."""
+    """Return the number of processes to tell a preprocessor.
+
+    None if it chooses for itself, a number if it has a `run` of its own.
+    """
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     chooses = getattr(type(preprocessor), "run", None) is DefaultPreprocessor.run
@@ -372,7 +382,10 @@ def _warn_if_dataset_json_changed(dataset_name: str) -> None:
 
 
 def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str | None = None) -> None:
-    """Print the configurations of a dataset's plans, what preprocessing has made of them so far, and how to go on."""
+    """Print the configurations of a dataset's plans.
+
+    Also what preprocessing has made of them so far, and how to go on.
+    """
     from nnunetv2.experiment_planning.summary import summarise
     from nnunetv2.plans.plans_manager import PlansManager
 

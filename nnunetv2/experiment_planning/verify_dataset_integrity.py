@@ -1,4 +1,7 @@
-"""Check a raw dataset before time is spent on it, and list everything that is wrong with it at once."""
+"""Check a raw dataset, and list everything that is wrong with it at once.
+
+Before time is spent on it.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +187,10 @@ def verify_labels(label_file: str, readerclass: type, expected_labels: list[int]
 
 
 def check_cases(image_files: list[str], label_file: str, expected_num_channels: int, readerclass: type) -> bool:
-    """Return whether image and label can be read, are free of NaN and fit each other; print what is wrong."""
+    """Check that cases can be read, have no NaN and fit their labels.
+
+    What is wrong is printed.
+    """
     channels = [str(channel) for channel in range(expected_num_channels)]
     report = inspect_case(CaseFiles("", image_files, label_file, Path()), Expectation(readerclass, channels, None))
     return _print_errors(report.findings)

@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def limit_threads(device_type: str) -> None:
-    """Give every library one thread, unless the user chose another number; before NumPy and torch are imported.
+    """Give every library one thread, unless the user chose another number.
+
+    Before NumPy and torch are imported.
 
     Augmentation workers would otherwise start a team of threads each. On a CPU the training itself needs the team, so
     the number for OpenMP stays as it is (see `set_torch_threads`), and workers limit themselves.
@@ -245,7 +247,10 @@ def run_ddp(
     device_type: str = "cuda",
     options: TrainingOptions = NO_OPTIONS,
 ) -> None:
-    """Be one of several processes that train together, each with a GPU, or with its share of the processor."""
+    """Be one of several processes that train together.
+
+    Each with a GPU, or with its share of the processor.
+    """
     with stopping.listening(), seed_restored():
         _run_ddp(
             rank,
@@ -326,7 +331,9 @@ def maybe_load_checkpoint(
     validation_only: bool,
     pretrained_weights_file: str | None = None,
 ) -> None:
-    """Bring a trainer to where it shall start: the latest checkpoint, the final one, or pretrained weights.
+    """Bring a trainer to where it shall start.
+
+    The latest checkpoint, the final one, or pretrained weights.
 
     Raises:
         RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without

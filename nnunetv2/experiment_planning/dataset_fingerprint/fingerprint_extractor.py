@@ -68,7 +68,10 @@ class DatasetFingerprintExtractor:
         return len(self.dataset)
 
     def num_samples_per_case(self, num_cases: int) -> int:
-        """Return how many voxels to draw from each channel of each case when there are `num_cases` in all."""
+        """Return how many voxels to draw per channel and case.
+
+        There are `num_cases` in all.
+        """
         if num_cases < 1:
             raise ValueError(f"{self.dataset_name} has no training cases in {self.input_folder}")
         num_samples = int(self.num_foreground_voxels_for_intensitystats // num_cases)

@@ -1,4 +1,7 @@
-"""Turn the fingerprint of a dataset into plans: spacing, patch, batch and network of each configuration."""
+"""Turn the fingerprint of a dataset into plans.
+
+Spacing, patch, batch and network of each configuration.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +121,10 @@ class ExperimentPlanner:
 
     @property
     def UNet_class(self) -> type:
-        """The network planned for. Assign a class, or its dotted path, which spares the import of torch."""
+        """The network planned for.
+
+        Assign a class, or its dotted path, which spares the import of torch.
+        """
         return load_class(self._unet_class)
 
     @UNet_class.setter
@@ -143,13 +149,16 @@ class ExperimentPlanner:
         arch_kwargs: dict,
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """Return the number of values in the feature maps of one sample, which stands for memory."""
+        """Return the number of values in one sample's feature maps.
+
+        It stands for memory.
+        """
         return count_feature_map_values(
             patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
         )
 
     def exceeds_memory(self, estimate: float, reference: float, reference_batch_size: int) -> bool:
-        """Return whether two samples need more than the memory that is known to hold a reference batch."""
+        """Return whether two samples need more memory than a reference batch."""
         return estimate / reference_batch_size * 2 > reference
 
     def determine_resampling(self, *args: Any, **kwargs: Any) -> tuple[Any, dict, Any, dict]:
@@ -177,7 +186,10 @@ class ExperimentPlanner:
         )
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
-        """Return per channel, in the order of dataset.json, the normalization and whether it leaves the border at 0."""
+        """Return per channel the normalization, and whether it leaves the border at 0.
+
+        Channels in the order of dataset.json.
+        """
         from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
         schemes = [get_normalization_scheme(name) for name in self._channel_names().values()]
@@ -316,7 +328,10 @@ class ExperimentPlanner:
     # ---------------------------------------------------------------- all configurations
 
     def plan_experiment(self) -> dict[str, Any]:
-        """Plan all configurations that suit the dataset, write the plans and dataset.json, and return the plans."""
+        """Plan all suitable configurations; write and return the plans.
+
+        dataset.json is written too.
+        """
         forward, backward = (list(map(int, order)) for order in self.determine_transpose())
         spacings, shapes = self.dataset_fingerprint["spacings"], self.dataset_fingerprint["shapes_after_crop"]
         target = np.asarray(self.determine_fullres_target_spacing())

@@ -1,4 +1,4 @@
-"""Read a case and find what is wrong with its voxels, its geometry and its label values."""
+"""Find errors in a case's voxels, geometry and label values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PLACE_REMEDY = (
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """What there is to check about one case."""
+    """The files of one case to check."""
 
     case: str
     images: Sequence[str]
@@ -43,7 +43,7 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What dataset.json says about every case."""
+    """The claims of dataset.json about every case."""
 
     reader: type
     channels: Sequence[str]
@@ -54,7 +54,7 @@ class Expectation:
 
 @dataclass
 class CaseReport:
-    """What one case has shown."""
+    """The findings in one case."""
 
     findings: list[Finding] = field(default_factory=list)
     labels: frozenset[int] = frozenset()
@@ -211,7 +211,10 @@ def find_intensity_faults(image: np.ndarray) -> list[Fault]:
 
 
 def find_label_faults(label: np.ndarray, expected: Sequence[int] | None) -> tuple[list[Fault], frozenset[int]]:
-    """Find values of a label that are not expected (None: any may be). Also return the expected ones that occur."""
+    """Find values of a label that are not expected (None: any may be).
+
+    Also return the expected ones that occur.
+    """
     faults = find_intensity_faults(label)
     if faults or not label.size:
         return faults, frozenset()

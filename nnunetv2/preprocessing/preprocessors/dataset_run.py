@@ -1,4 +1,7 @@
-"""Gather what it takes to preprocess a dataset for one configuration, and what its result depends on."""
+"""Gather what preprocessing a dataset takes and depends on.
+
+For one configuration.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,10 @@ class DatasetRun:
 
     @property
     def fingerprint(self) -> dict | None:
-        """The fingerprint of these cases, if it lies where it was made; that of a federation has others, too."""
+        """The fingerprint of these cases, if it lies where it was made.
+
+        That of a federation has others, too.
+        """
         from nnunetv2.preprocessed_data.fingerprint_files import find_local_fingerprint
 
         file = find_local_fingerprint(self.output_folder.parent)
@@ -118,7 +124,10 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
 
 
 def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
-    """Return digests of all that decides what a case becomes, beside its files: equal ones give equal results."""
+    """Return digests of all that decides what a case becomes, beside its files.
+
+    Equal ones give equal results.
+    """
     relevant = {
         key: value
         for part in (run.plans_manager.plans, run.configuration_manager.configuration)
