@@ -10,9 +10,14 @@ import torch
 from fake_federation import in_threads, wait_until
 from federated_sites import run_of, weights_of
 
+from nnunetv2.federated.coordinator.models.checkpoint_reader import write_weights
+from nnunetv2.federated.protocol.document import file_digest, open_document
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerAsymFedAvg
 
 pytestmark = pytest.mark.slow
+
+RUN = "3d_fullres.fold_0.nnUNetTrainerAsymFedAvg"
 
 
 class Killed(BaseException):
@@ -222,3 +227,40 @@ def test_a_finished_fine_tuning_is_not_repeated_and_an_older_one_is(make_sites):
     assert sites.run(anew) == [None]
     assert not any("is there already" in line for line in anew.lines)
     assert any(not np.array_equal(before[name], weights_of(anew, FINETUNED)[name]) for name in before)
+
+
+def found_with_weights(folder: Path, source) -> dict:
+    """Return settings of a federation that starts from the weights of a trainer, and put these where it looks."""
+    folder.mkdir(parents=True)
+    checkpoint = folder / "weights.pth"
+    torch.save({"network_weights": source.network.state_dict(), "current_epoch": np.float64(3)}, checkpoint)
+    digest = file_digest(checkpoint)
+    target = folder / "federation" / "given" / f"{digest}.safetensors"
+    target.parent.mkdir(parents=True)
+    write_weights(checkpoint, target)
+    return {"initial_weights": digest}
+
+
+def test_all_sites_start_from_the_weights_that_the_operator_gives(make_sites, tmp_path):
+    source = make_sites(folder="source").trainer("A", Seeded)
+    settings = {name: found_with_weights(tmp_path / name, source) for name in ("undisturbed", "killed", "refused")}
+    undisturbed = train(make_sites, "undisturbed", **settings["undisturbed"])
+    assert_same(undisturbed, train(make_sites, "killed", dies_in_epoch=0, **settings["killed"]))
+    for site in "AB":
+        text = "\n".join(undisturbed[site].lines)
+        assert (
+            f"All sites start from the weights of the operator, SHA-256 {settings['killed']['initial_weights']}" in text
+        )
+    assert undisturbed["records"][0]["settings"]["initial_weights"] == settings["killed"]["initial_weights"]
+    with open_document(undisturbed["folder"] / "gatherings" / "runs" / RUN / "initial" / "result.safetensors") as first:
+        given = source.network.state_dict()
+        for name in first.specs:
+            is_head = HEADS in f".{name}" and name.endswith("weight")  # biases of both are 0
+            assert np.array_equal(first.read(name), given[name].numpy()) != is_head, name
+    # Who brings other weights is named.
+    sites = make_sites(folder="refused", num_epochs=1, **settings["refused"])
+    a, b = (sites.trainer(site, Seeded) for site in "AB")
+    other = tmp_path / "other.pth"
+    torch.save({"network_weights": b.network.state_dict()}, other)
+    maybe_load_checkpoint(b, False, False, str(other))
+    assert all("and B brought others" in str(error) for error in sites.run(a, b))

@@ -64,6 +64,7 @@ SETTINGS_OF_OPTIONS = {
     "proximal": "proximal",
     "keep_local": "keep_local",
     "finetune_epochs": "finetune_epochs",
+    "initial_weights": "initial_weights",
 }
 
 
@@ -204,6 +205,13 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="after the last round each site trains on alone, with the last N learning rates, into "
         "checkpoint_finetuned.pth (default: 0)",
     )
+    how.add_argument(
+        "--initial-weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint whose weights all sites start from, except for the layers that output classes (default: "
+        "random weights, or those that all sites give)",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- settings
@@ -214,9 +222,22 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
         for option, value in vars(arguments).items()
         if option in SETTINGS_OF_OPTIONS and value is not None
     }
+    if "initial_weights" in given:
+        given["initial_weights"] = digest_of_weights(arguments.initial_weights)
     if "sites" in given:
         given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))
     return given
+
+
+def digest_of_weights(path: Path) -> str:
+    """Return the SHA-256 of a checkpoint that is to be handed to all sites."""
+    from nnunetv2.federated.protocol.document import file_digest
+
+    if not path.is_file():
+        raise FederationError(
+            f"there are no initial weights {path}. A federation that exists keeps a copy: leave the option out there"
+        )
+    return file_digest(path)
 
 
 def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
@@ -300,10 +321,15 @@ def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> 
             )
 
 
-def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
+def open_federation(
+    store: Store, given: dict[str, object], *, initial_weights: Path | None = None
+) -> FederationSettings:
     """Return the settings of the federation in a folder.
 
     It is created if there is none.
+
+    Args:
+        initial_weights: The checkpoint whose digest is in `given`.
     """
     from nnunetv2.federated.coordinator.members import create_federation
     from nnunetv2.federated.protocol.api import FederationSettings
@@ -311,6 +337,12 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
     settings = store.load_settings()
     if settings is None:
         settings = new_settings(given, store.folder)
+        if initial_weights is not None and settings.initial_weights is not None:
+            from nnunetv2.federated.coordinator.models.checkpoint_reader import write_weights
+
+            target = store.given_path(settings.initial_weights)
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            write_weights(initial_weights, target)
         create_federation(store, settings, now=time.time())
         store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
     first = store.load_meta(FIRST_SETTINGS)
@@ -465,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = Store(folder)
     with store:
         with trouble_names(folder):
-            open_federation(store, given_settings(arguments))
+            open_federation(store, given_settings(arguments), initial_weights=arguments.initial_weights)
         address = settle_address(store.load_meta("address") or {}, arguments)
         with open_socket(address.host, address.port) as listener:
             address = replace(address, port=listener.getsockname()[1])

@@ -54,6 +54,7 @@ class DocumentReader:
         find: Key -> its exchange, or None.
         admitted: Run -> the sites that joined it after it had begun.
         last_validation: Run -> the record of its newest pooled validation, or None.
+        given_path: SHA-256 of a checkpoint that the operator has given -> document with its weights.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class DocumentReader:
         find: Callable[[Key], Exchange | None],
         admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
         last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None,
+        given_path: Callable[[str], Path] = Path,
     ) -> None:
         self._contribution_path = contribution_path
         self.result_path = result_path
         self._find = find
         self._admitted = admitted
         self._last_validation = last_validation
+        self._given_path = given_path
         self._lock = threading.Lock()
         self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
 
@@ -89,6 +92,10 @@ class DocumentReader:
     def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
         """Open the result of a closed exchange."""
         return open_document(self.result_path(key))
+
+    def given_weights(self, digest: str) -> Document[messages.Aggregate]:
+        """Open the weights of a checkpoint that the operator has given to all sites."""
+        return open_document(self._given_path(digest))
 
     @contextmanager
     def contributions(self, exchange: Exchange) -> Iterator[dict[str, Document[Any]]]:

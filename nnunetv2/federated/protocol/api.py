@@ -35,7 +35,7 @@ MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 class FederationSettings(WithPrecision):
     """Settings that hold for every site, fixed when the federation was created."""
 
-    ADDED = ("precision", "min_sites", "proximal", "keep_local", "finetune_epochs")
+    ADDED = ("precision", "min_sites", "proximal", "keep_local", "finetune_epochs", "initial_weights")
 
     federation: Text
     sites: SiteNames
@@ -60,6 +60,8 @@ class FederationSettings(WithPrecision):
     """Tensors that sites send but keep their own of: norm, head, decoder, or names with wildcards. None: none."""
     finetune_epochs: Annotated[int, Field(ge=0, le=10**7)] = 0
     """Epochs for which each site trains on alone, after the last round."""
+    initial_weights: Digest | None = None
+    """SHA-256 of the checkpoint from which all sites start. None: from random weights, or those that sites give."""
 
 
 def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
@@ -71,6 +73,8 @@ def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
         lines.append(f"Sites keep their own tensors of {settings.keep_local}, whose average is for the common model")
     if settings.finetune_epochs:
         lines.append(f"After the last round, each site trains on alone for {settings.finetune_epochs} epochs")
+    if settings.initial_weights is not None:
+        lines.append(f"All sites start from weights of the operator, SHA-256 {settings.initial_weights[:12]}...")
     return tuple(lines)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nnunetv2.federated.aggregation import weighted_mean
+from nnunetv2.federated.aggregation.given_weights import given_names
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Exchange, Policy
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
@@ -54,9 +55,10 @@ class InitialWeightsStep(WeightStep[InitialKey]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> Computed:
-        """Write the tensors of their owners."""
+        """Write the tensors of their owners, or what the operator has given in their place."""
         assert isinstance(exchange.key, InitialKey)
-        owner_of = reader.agreement(exchange.key.run).match.initial_owner
+        agreement = reader.agreement(exchange.key.run)
+        owner_of = agreement.match.initial_owner
         owners = set(owner_of.values())
         message = Aggregate(
             round=None,
@@ -64,4 +66,16 @@ class InitialWeightsStep(WeightStep[InitialKey]):
             contributors={site: 1.0 for site in documents if site in owners},
         )
         out_path = reader.result_path(exchange.key)
-        return Computed(weighted_mean.collect_from_owners(documents, owner_of, message=message, out_path=out_path))
+        if settings.initial_weights is None:
+            return Computed(weighted_mean.collect_from_owners(documents, owner_of, message=message, out_path=out_path))
+        with reader.given_weights(settings.initial_weights) as weights:
+            names = given_names(agreement.match, agreement.specs, weights.specs)
+            return Computed(
+                weighted_mean.collect_from_owners(
+                    documents,
+                    owner_of,
+                    message=message,
+                    out_path=out_path,
+                    given=lambda name: weights.read(names[name]) if name in names else None,
+                )
+            )

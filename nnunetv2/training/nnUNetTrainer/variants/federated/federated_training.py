@@ -158,6 +158,9 @@ class FederatedTraining(RenamedHooks):
     local_tensors: frozenset[str] = frozenset()
     """Those of them that this site shares: they are sent, and their averages are not taken over."""
 
+    initial_weights: str | None = None
+    """SHA-256 of the checkpoint that the operator lets all sites start from."""
+
     finetune_epochs = 0
     """How long this site trains on alone after the last round."""
 
@@ -300,6 +303,7 @@ class FederatedTraining(RenamedHooks):
             self.log_line(line)
         self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
         self.keep_local, self.finetune_epochs = settings.keep_local, settings.finetune_epochs
+        self.initial_weights = settings.initial_weights
         epochs_before = self.num_epochs
         self.num_epochs = self.planned_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -337,6 +341,11 @@ class FederatedTraining(RenamedHooks):
     def _describe_start(self, *, begins: bool) -> str:
         """Describe the initial weights, and whether pretrained ones are used."""
         weights = self.pretrained_weights
+        if begins and self.initial_weights is not None:
+            return (
+                f"All sites start from the weights of the operator, SHA-256 {self.initial_weights}; the layers that "
+                "output classes are those of the site named above"
+            )
         if not begins:
             unused = f"; -pretrained_weights {weights} are not used" if weights else ""
             return f"The run has begun: going on from its weights{unused}"
