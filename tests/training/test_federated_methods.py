@@ -13,7 +13,10 @@ from federated_sites import run_of, weights_of
 from nnunetv2.federated.coordinator.models.checkpoint_reader import write_weights
 from nnunetv2.federated.protocol.document import file_digest, open_document
 from nnunetv2.run.run_training import maybe_load_checkpoint
-from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerAsymFedAvg
+from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
+    nnUNetTrainerAsymFedAvg,
+    nnUNetTrainerAsymFedAvgOverlapped,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -183,6 +186,19 @@ def test_a_site_that_joins_late_begins_with_the_average_and_keeps_its_own_from_t
     assert any(not late.local_tensors & names for names in loaded[1:])
     name = min(late.local_tensors)
     assert not np.array_equal(weights_of(late)[name], weights_of(first)[name])
+
+
+class Overlapped(nnUNetTrainerAsymFedAvgOverlapped, Seeded):
+    get_dataloaders = Seeded.get_dataloaders
+
+
+def test_an_overlapped_training_keeps_its_own_tensors_too(make_sites):
+    sites = make_sites(keep_local="head", proximal=0.1, num_epochs=4)
+    trainers = [sites.trainer(site, Overlapped) for site in "AB"]
+    assert sites.run(*trainers) == [None, None]
+    first, second = map(weights_of, trainers)
+    for name, values in first.items():
+        assert np.array_equal(values, second[name]) == (HEADS not in f".{name}"), name
 
 
 def test_a_name_that_no_tensor_has_is_refused(make_sites):

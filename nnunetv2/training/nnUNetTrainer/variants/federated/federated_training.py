@@ -50,7 +50,7 @@ from typing import TypeVar
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.protocol import keys, messages
-from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings, describe_methods
+from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings, check_finetuning, describe_methods
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
@@ -299,6 +299,7 @@ class FederatedTraining(RenamedHooks):
         self.min_sites = settings.min_sites
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         check_against_settings(self.training_options, settings)
+        check_finetuning(settings)
         for line in describe_methods(settings):
             self.log_line(line)
         self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
