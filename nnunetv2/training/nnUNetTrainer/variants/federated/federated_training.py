@@ -128,7 +128,7 @@ class FederatedTraining(RenamedHooks):
         "operator stops it with nnUNetv2_fed_admin",
         "stop_after_s": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
         "stop": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
-        "results_name": "a run is known by configuration, fold and trainer, and takes part in it once at each site",
+        "results_name": "a site takes part in a run once, and knows it by configuration, fold and trainer",
     }
 
     pretrained_weights: str | None = None
