@@ -36,6 +36,7 @@ COMMANDS = {
     "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
     "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
+    "nnUNetv2_fed_compare": "comparison.command:compare_entry",
 }
 
 setup(
