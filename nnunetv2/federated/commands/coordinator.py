@@ -48,6 +48,9 @@ FIRST_SETTINGS = "first_settings"
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
 
+METHODS = ("proximal", "keep_local", "finetune_epochs", "initial_weights")
+"""Options that say how sites train that differ; the settings have the same names."""
+
 SETTINGS_OF_OPTIONS = {
     "sites": "sites",
     "epochs": "num_epochs",
@@ -61,10 +64,7 @@ SETTINGS_OF_OPTIONS = {
     "late_updates": "late_updates",
     "validate_every": "validate_every",
     "min_sites": "min_sites",
-    "proximal": "proximal",
-    "keep_local": "keep_local",
-    "finetune_epochs": "finetune_epochs",
-    "initial_weights": "initial_weights",
+    **{name: name for name in METHODS},
 }
 
 
@@ -212,6 +212,17 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="checkpoint whose weights all sites start from, except for the layers that output classes (default: "
         "random weights, or those that all sites give)",
     )
+
+
+def method_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options of `add_method_options` that were given, as they are typed."""
+    values = {name: getattr(arguments, name) for name in METHODS}
+    return [
+        word
+        for name, value in values.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- settings

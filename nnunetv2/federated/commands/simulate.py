@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from nnunetv2.federated.commands.coordinator import add_method_options, method_options
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.min_cases import VARIABLE as MIN_CASES_VARIABLE
 from nnunetv2.utilities.plain_text import printable, show
@@ -405,6 +406,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("nnUNet_simulation"),
         help="folder of the federation, the credentials and the logs (default: %(default)s)",
     )
+    add_method_options(parser)
     parser.add_argument("--c", dest="continue_training", action="store_true", help="go on where an earlier run stopped")
     return parser
 
@@ -427,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=arguments.device,
         federated_planning=None if arguments.skip_planning else arguments.federated,
         planning_options=shlex.split(arguments.planning_options),
-        coordinator_options=shlex.split(arguments.coordinator_options),
+        coordinator_options=[*method_options(arguments), *shlex.split(arguments.coordinator_options)],
         continue_training=arguments.continue_training,
     )
     show(f"All sites are done. Aggregates and models: {folder / 'coordinator'}. Logs: {folder / 'logs'}.")
