@@ -24,6 +24,7 @@ COMMANDS = {
     "nnUNetv2_apply_postprocessing": "postprocessing.remove_connected_components:entry_point_apply_postprocessing",
     "nnUNetv2_ensemble": "ensembling.ensemble:entry_point_ensemble_folders",
     "nnUNetv2_plot_overlay_pngs": "evaluation.overlay_plots:entry_point_generate_overlay",
+    "nnUNetv2_audit_annotations": "annotation_audit.audit_annotations:audit_entry_point",
     "nnUNetv2_download_pretrained_model_by_url": "model_sharing.entry_points:download_by_url",
     "nnUNetv2_install_pretrained_model_from_zip": "model_sharing.entry_points:install_from_zip_entry_point",
     "nnUNetv2_export_model_to_zip": "model_sharing.entry_points:export_pretrained_model_entry",
@@ -35,6 +36,7 @@ COMMANDS = {
     "nnUNetv2_fed_status": "federated.commands.status:status_entry",
     "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
     "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
+    "nnUNetv2_fed_check": "site_check.command:check_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
     "nnUNetv2_fed_compare": "comparison.command:compare_entry",
 }

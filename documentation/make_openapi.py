@@ -40,6 +40,8 @@ UPLOADS = (
     "run_stopped",
 )
 
+REHEARSALS = ("too_large", "too_many_bytes", "refused")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
@@ -170,6 +172,23 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             answers={200: api.Receipt, 202: api.Wanted},
             codes=UPLOADS,
         )
+    },
+    "/v1/rehearsal": {
+        "put": Operation(
+            summary="Rehearse the upload of a document: bytes without content, of which nothing is kept.",
+            who="site",
+            body="document",
+            headers=("Content-Length", "X-Content-SHA256"),
+            answers={200: api.Rehearsed},
+            codes=(*MEMBERS, "incomplete_request", "length_required", "damaged_in_transit", *REHEARSALS),
+        ),
+        "get": Operation(
+            summary="Rehearse the download of a result: as many bytes without content.",
+            who="site",
+            query=("size",),
+            answers={200: "application/octet-stream"},
+            codes=(*MEMBERS, "incomplete_request", *REHEARSALS),
+        ),
     },
     "/v1/gatherings/{key}": {
         "put": Operation(

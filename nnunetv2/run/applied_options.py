@@ -28,6 +28,7 @@ ATTRIBUTES = {
     "weight_decay": "weight_decay",
     "oversample": "oversample_foreground_percent",
     "save_every": "save_every",
+    "freeze": "freeze_patterns",
 }
 """Options that set an attribute of the trainer."""
 
@@ -71,6 +72,8 @@ def prepare_trainer_(trainer: nnUNetTrainer, options: TrainingOptions, *, contin
         trainer.initialize()
     if options.class_weights is not None:
         _weigh_classes_(trainer)
+    if options.freeze:
+        _ensure_frozen_(trainer)
     if trainer.local_rank == 0:
         trainer.print_to_log_file(f"Options: {options}")
         for option in options_without_effect(trainer):
@@ -165,6 +168,12 @@ def _take_over_(trainer: nnUNetTrainer, options: TrainingOptions) -> TrainingOpt
     if kept != NO_OPTIONS:
         apply_options_(trainer, kept)
     return continue_options(trainer, options, kept, epochs_done=int(checkpoint["current_epoch"]))
+
+
+def _ensure_frozen_(trainer: nnUNetTrainer) -> None:
+    from nnunetv2.training.freezing import ensure_frozen_  # needs torch
+
+    ensure_frozen_(trainer)
 
 
 def _weigh_classes_(trainer: nnUNetTrainer) -> None:

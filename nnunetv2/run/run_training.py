@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run import applied_options, processes, training_options
+from nnunetv2.run.fine_tuning import start_from_pretrained_weights
 from nnunetv2.training import stopping
 from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, check_class_names, class_names, split_results_name
 from nnunetv2.training.seeding import seed_everything, seed_from_environment, seed_restored, use_seed
@@ -110,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("fold", help="Fold of the cross-validation: 0, 1, ... or 'all' to train with all cases.")
     parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer class name. Default: nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
-    parser.add_argument("-pretrained_weights", help="Checkpoint to start from. Not with --c.")
+    training_options.add_fine_tuning_options(parser)
     parser.add_argument(
         "-num_gpus", type=int, default=1, help="Number of GPUs to train on; with -device cpu, of processes. Default: 1"
     )
@@ -330,16 +331,22 @@ def maybe_load_checkpoint(
     continue_training: bool,
     validation_only: bool,
     pretrained_weights_file: str | None = None,
+    *,
+    pretrained_heads: str | None = None,
 ) -> None:
     """Bring a trainer to where it shall start.
 
     The latest checkpoint, the final one, or pretrained weights.
+
+    Args:
+        pretrained_heads: See `TrainingOptions.pretrained_heads`.
 
     Raises:
         RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without
             a final checkpoint.
     """
     from nnunetv2.models.checkpoint_file import FINAL
+    from nnunetv2.run import load_pretrained_weights as strict
     from nnunetv2.run import run_training as public
 
     if continue_training and pretrained_weights_file is not None:
@@ -354,7 +361,10 @@ def maybe_load_checkpoint(
     elif pretrained_weights_file is not None:
         if not nnunet_trainer.was_initialized:
             nnunet_trainer.initialize()
-        public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
+        if public.load_pretrained_weights is strict.load_pretrained_weights:
+            start_from_pretrained_weights(nnunet_trainer, pretrained_weights_file, heads=pretrained_heads)
+        else:  # a program has put its own there
+            public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
         nnunet_trainer.pretrained_weights = pretrained_weights_file  # the sites of a federation compare them
 
 
@@ -460,6 +470,8 @@ def _check_options(
             )
         if not Path(pretrained_weights).is_file():
             raise FileNotFoundError(f"there are no pretrained weights {pretrained_weights}")
+    elif options.pretrained_heads is not None:
+        raise ValueError(f"--pretrained_heads {options.pretrained_heads} needs -pretrained_weights, which is missing")
     applied_options.refuse_for_validation(options, only_run_validation=only_run_validation)
 
 
@@ -494,7 +506,13 @@ def _run(
     if not only_run_validation:
         applied_options.prepare_trainer_(trainer, options, continue_training=continue_training)
     if not (only_run_validation and val_with_best):
-        maybe_load_checkpoint(trainer, continue_training, only_run_validation, pretrained_weights)
+        maybe_load_checkpoint(
+            trainer,
+            continue_training,
+            only_run_validation,
+            pretrained_weights,
+            pretrained_heads=options.pretrained_heads,
+        )
     _let_cudnn_choose_fast_algorithms()
     if not only_run_validation:
         trainer.run_training()

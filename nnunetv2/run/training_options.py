@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from nnunetv2.training.options import OptionError, TrainingOptions
+from nnunetv2.training.options import NOTHING, PRETRAINED_HEADS, OptionError, TrainingOptions
 from nnunetv2.utilities.durations import parse_duration
 
 
@@ -40,6 +40,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=int, metavar="N", help="Seed of all random numbers: the training can be repeated."
     )
+    group.add_argument(
+        "--freeze",
+        action="append",
+        metavar="PATTERN",
+        help="Leave parameters as they are: 'encoder', the name of a module, also with * and ?, or regex:EXPRESSION; "
+        "'nothing' trains all again. May be given several times.",
+    )
     command = parser.add_argument_group("this command alone")
     command.add_argument(
         "--stop_after",
@@ -52,6 +59,17 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="Keep these results beside others of the trainer, in TRAINER-NAME__PLANS__CONFIGURATION; other commands "
         "find them with -tr TRAINER-NAME.",
+    )
+
+
+def add_fine_tuning_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that set where a training starts."""
+    parser.add_argument("-pretrained_weights", help="Checkpoint to start from. Not with --c.")
+    parser.add_argument(
+        "--pretrained_heads",
+        choices=PRETRAINED_HEADS,
+        help="With -pretrained_weights: whether the layers that output classes start anew, or each class from that of "
+        "its name. Default: anew, as in the release; by name if the other layers do not all fit either.",
     )
 
 
@@ -79,7 +97,16 @@ def options_from(arguments: argparse.Namespace) -> TrainingOptions:
         seed=arguments.seed,
         stop_after_s=stop_after_s,
         results_name=arguments.results_name,
+        freeze=None if arguments.freeze is None else _patterns(arguments.freeze),
+        pretrained_heads=arguments.pretrained_heads,
     )
+
+
+def _patterns(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of `--freeze`, none for `nothing`."""
+    if NOTHING in texts and len(texts) > 1:
+        raise OptionError(f"--freeze {NOTHING} goes with no other --freeze")
+    return () if NOTHING in texts else tuple(texts)
 
 
 def parse_class_weights(texts: Sequence[str]) -> dict[str, float]:

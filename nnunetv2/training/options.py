@@ -16,12 +16,17 @@ CHECKPOINT_KEY = "training_options"
 
 LARGEST_SEED = 2**32 - 1
 
-_OF_ONE_COMMAND = ("stop_after_s", "results_name")
+_OF_ONE_COMMAND = ("stop_after_s", "results_name", "pretrained_heads")
 """Options that say how a command trains, not what; no checkpoint keeps them."""
 
 _RESULTS_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]|_(?!_))*(?<!_)")
 _LONGEST_RESULTS_NAME = 60
 
+
+NEW, BY_NAME = PRETRAINED_HEADS = ("new", "by_name")
+
+NOTHING = "nothing"
+"""How no pattern at all is typed."""
 
 BEFORE_RESULTS_NAME = "-"
 """Between a trainer and the name of its results; no class has it in its name."""
@@ -56,10 +61,15 @@ class TrainingOptions:
     """Epochs from one checkpoint_latest to the next."""
     seed: int | None = None
     """Of all random numbers."""
+    freeze: tuple[str, ...] | None = None
+    """Patterns of parameters that stay as they are, see `freezing.py`. Empty: none, whatever the trainer says."""
     stop_after_s: float | None = None
     """Seconds after which no further epoch begins."""
     results_name: str | None = None
     """Ending of the trainer's name in the folder of the results."""
+    pretrained_heads: str | None = None
+    """With pretrained weights: whether layers that output classes start anew (NEW), or by names of classes (BY_NAME).
+    None: by name where other layers have to be adapted, too."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "iterations", "val_iterations", "batch_size", "save_every"):
@@ -74,6 +84,12 @@ class TrainingOptions:
             _check_class_weights(self.class_weights)
         if self.results_name is not None:
             check_results_name(self.results_name)
+        if self.freeze is not None and not _are_texts(self.freeze):
+            raise OptionError(f"--freeze is {self.freeze!r}: expected patterns such as 'encoder'")
+        if self.pretrained_heads not in (None, *PRETRAINED_HEADS):
+            raise OptionError(
+                f"--pretrained_heads is {self.pretrained_heads!r}: expected {' or '.join(PRETRAINED_HEADS)}"
+            )
 
     def __str__(self) -> str:
         """Return the options as they are typed, those that were given."""
@@ -180,8 +196,14 @@ def _check_class_weights(weights: Any) -> None:
             raise OptionError(f"--class_weights: the weight of {name} is {weight!r}: expected a number from 0 on")
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(one, str) and one for one in value)
+
+
 def as_typed(name: str, value: Any) -> str:
     """Return the value of an option as it is typed."""
     if isinstance(value, Mapping):
         return " ".join(f"{key}={weight:g}" for key, weight in value.items())
+    if isinstance(value, tuple):
+        return f" {option_of(name)} ".join(value) or NOTHING
     return f"{value:g}s" if name == "stop_after_s" else str(value)

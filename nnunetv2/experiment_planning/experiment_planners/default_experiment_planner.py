@@ -17,6 +17,7 @@ import numpy as np
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.errors import InvalidInputError
 from nnunetv2.experiment_planning.experiment_planners.architecture import class_to_build, describe_unet, load_class
+from nnunetv2.experiment_planning.experiment_planners.channel_normalization import choose_normalization
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
     coarsest_axis_first,
@@ -43,8 +44,6 @@ from nnunetv2.utilities.json_files import read_json
 logger = logging.getLogger(__name__)
 
 NO_LIMIT = 999999
-# Below this share of voxels after cropping, statistics of the whole image would describe its empty border.
-MASK_NORM_BELOW = 0.75
 
 
 class ExperimentPlanner:
@@ -190,15 +189,10 @@ class ExperimentPlanner:
 
         Channels in the order of dataset.json.
         """
-        from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
-
-        schemes = [get_normalization_scheme(name) for name in self._channel_names().values()]
-        is_mostly_border = self.dataset_fingerprint["median_relative_size_after_cropping"] < MASK_NORM_BELOW
-        use_mask = [
-            is_mostly_border and scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
-            for scheme in schemes
-        ]
-        return [scheme.__name__ for scheme in schemes], use_mask
+        chosen = choose_normalization(
+            self._channel_names().values(), self.dataset_fingerprint["median_relative_size_after_cropping"]
+        )
+        return [scheme for scheme, _ in chosen], [use_mask for _, use_mask in chosen]
 
     def determine_transpose(self) -> tuple[list[int], list[int]]:
         """Return the order of axes that puts the coarsest first, and the way back."""

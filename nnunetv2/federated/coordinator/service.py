@@ -164,6 +164,10 @@ class Coordinator:
         """Remember that a site cannot go on; see `run_control.report_failure`."""
         run_control.report_failure(self.state, self._failure_budget, site, report)
 
+    def note_rehearsal(self, site: str, size: int) -> None:
+        """Note in the audit log that a site has rehearsed an upload."""
+        self.state.record("rehearsal", site, None, {"bytes": size})
+
     def outlooks(self) -> api.Outlooks:
         """Foresee the averages of every run, as far as they are known."""
         return self.models.outlooks(self.state.registry.runs()[:SHOWN_EXCHANGES])

@@ -75,6 +75,9 @@ class SiteService(Protocol):
     def report_failure(self, site: str, report: api.FailureReport) -> None:
         """Remember that a site cannot go on."""
 
+    def note_rehearsal(self, site: str, size: int) -> None:
+        """Note in the audit log that a site has rehearsed an upload."""
+
     def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
         """Return the receipt for a document already held; None if it is wanted."""
 

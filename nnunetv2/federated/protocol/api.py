@@ -190,6 +190,18 @@ class Wanted(Part):
     """How many bytes of it have arrived already."""
 
 
+LARGEST_REHEARSAL = 512 << 20
+"""Bytes that a rehearsal may have. Weights of nnU-Net have about 120 MB, of its largest presets 400."""
+
+
+class Rehearsed(Part):
+    """A rehearsal has arrived, and nothing of it was kept."""
+
+    digest: Digest
+    size: Count
+    """Bytes."""
+
+
 class Receipt(Part):
     """A contribution is durably stored."""
 

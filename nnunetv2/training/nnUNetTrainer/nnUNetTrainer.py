@@ -50,13 +50,14 @@ from nnunetv2.training.distributed import (
 )
 from nnunetv2.training.first_batch import draw_first_batch
 from nnunetv2.training.folder_lock import training_in
+from nnunetv2.training.freezing import freeze_, keep_frozen_statistics_
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.reexports import ORIGINS
 from nnunetv2.training.optimization import build_grad_scaler, build_sgd
-from nnunetv2.training.options import TrainingOptions
+from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.progress_line import Position, ProgressLine
 from nnunetv2.training.seeding import seed_epoch
 from nnunetv2.training.snapshot import SnapshotTaker, save_snapshot_file
@@ -175,6 +176,7 @@ class nnUNetTrainer:
         self.initial_lr, self.weight_decay = 0.01, 3e-5
         self.enable_deep_supervision = True
         self.oversample_foreground_percent, self.probabilistic_oversampling = 0.33, False
+        self.freeze_patterns: tuple[str, ...] = ()  # patterns, see `training/freezing.py`
 
         # What initialize() and on_train_start() fill in.
         self.dataset_class: type[nnUNetBaseDataset] = _LATER
@@ -255,6 +257,10 @@ class nnUNetTrainer:
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
         self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
+        if self.freeze_patterns:  # before DDP and torch.compile look at the network
+            if "freeze" in self.refused_options:
+                raise OptionError(f"{type(self).__name__} freezes nothing: {self.refused_options['freeze']}")
+            self.print_to_log_file(freeze_(self.network, self.freeze_patterns))
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
             self.network = cast(nn.Module, torch.compile(self.network))
@@ -587,6 +593,7 @@ class nnUNetTrainer:
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
         self.network.train()
+        keep_frozen_statistics_(self.network)
         self.lr_scheduler.step(self.current_epoch)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.print_to_log_file("")
@@ -740,11 +747,11 @@ class nnUNetTrainer:
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, given as its content or as a file."""
-        if not self.was_initialized:
-            self.initialize()
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = checkpoint_files.load_checkpoint_file(checkpoint, map_location=self.device)
+        if not self.was_initialized:
+            self.initialize()
         restore_state_(self, checkpoint)
 
     # ---------------------------------------------------------------- final validation

@@ -10,6 +10,7 @@
     POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202 {offset}: send it from there
     PUT  /v1/gatherings/<key>        contribute a document, or the rest of it (Content-Range) -> receipt
     GET  /v1/gatherings/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
+    PUT, GET /v1/rehearsal           bytes without content, to and fro; see `rehearsal.py`
 
 An offer spares a site the upload of what is held already or would be refused. Who answers is a `SiteService`: the
 handlers know HTTP only.
@@ -32,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from nnunetv2.federated.coordinator.http.authentication import member_of, site_of
 from nnunetv2.federated.coordinator.http.error_responses import HANDLERS, json_response
+from nnunetv2.federated.coordinator.http.rehearsal import REHEARSAL_ROUTES
 from nnunetv2.federated.coordinator.http.request_bodies import drain, read_json, read_upload_headers, receive
 from nnunetv2.federated.coordinator.http.services import Services, provide, services_of
 from nnunetv2.federated.coordinator.http.traffic_meter import TrafficMeter
@@ -216,6 +218,7 @@ SITE_ROUTES = [
     Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
     Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),
     Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
+    *REHEARSAL_ROUTES,
 ]
 
 

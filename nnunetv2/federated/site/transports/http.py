@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -87,6 +87,18 @@ def patience_from_environment() -> float:
     if not 0 <= hours < float("inf"):
         raise ValueError(f"{GIVE_UP_VARIABLE} is {text!r}: set it to a number of hours, such as 48")
     return hours * 3600
+
+
+class Body(Protocol):
+    """A body of known length that is read piece by piece."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def tell(self) -> int: ...
+
+    def read(self, size: int = -1, /) -> bytes: ...
 
 
 class HttpTransport:
@@ -312,6 +324,34 @@ class HttpTransport:
                     raise foreign_answer(response)
         except (FederationError, ValueError) as error:
             logger.warning("the coordinator could not be told of the failure: %s", error)
+
+    # ------------------------------------------------------------------------------------------------- rehearsals
+    def rehearse_upload(self, body: Body, digest: str) -> api.Rehearsed:
+        """Send bytes without content on the way of a document, once; the coordinator keeps none.
+
+        Args:
+            body: Whatever its `read` raises ends the request.
+            digest: SHA-256 of all of it.
+
+        Raises:
+            NoAnswerError: It did not arrive, or something on the way refused it.
+            RefusedError: The coordinator does not take it; one that is older has the code `unknown_path`.
+        """
+        with self._request("PUT", "rehearsal", data=body, headers={"X-Content-SHA256": digest}) as response:
+            return read_answer(api.Rehearsed, response)
+
+    @contextmanager
+    def rehearse_download(self, size: int) -> Iterator[requests.Response]:
+        """Ask once for bytes without content, as for a result, and yield the answer.
+
+        Raises:
+            NoAnswerError: No answer came from the coordinator, or it broke off.
+            RefusedError: The coordinator does not send them.
+        """
+        with self._request("GET", f"rehearsal?size={size}") as response:
+            if not re.fullmatch("[0-9a-f]{64}", response.headers.get("X-Content-SHA256", "")):
+                raise foreign_answer(response)
+            yield response
 
     # -------------------------------------------------------------------------------------------------- requests
     def _ask(

@@ -129,6 +129,7 @@ class FederatedTraining(RenamedHooks):
         "stop_after_s": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
         "stop": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
         "results_name": "a site takes part in a run once, and knows it by configuration, fold and trainer",
+        "freeze": "all sites train the tensors that they share: what one froze, the others would change",
     }
 
     pretrained_weights: str | None = None
@@ -353,7 +354,7 @@ class FederatedTraining(RenamedHooks):
         if weights is None:
             return "All sites start from the initial weights"
         return (
-            f"All sites start from the same pretrained weights, {weights}; the layers that output classes are "
+            f"All sites start from the same pretrained weights, {weights}; tensors that start anew are "
             "those of the site named above"
         )
 
