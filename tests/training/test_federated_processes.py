@@ -157,6 +157,33 @@ def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_pat
     assert log.read_text().count("Round 1:") == 1
 
 
+def test_a_site_with_two_processes_follows_its_federation_and_its_own_options(tmp_path):
+    methods = {"proximal": 0.1, "keep_local": "head", "finetune_epochs": 1}
+    settings = make_settings(num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, **methods)
+    with served(tmp_path / "federation", settings) as federation:
+        for site in "AB":
+            make_tiny_dataset(tmp_path / site / "nnUNet_preprocessed", cases=5)
+        wrong = start(federation, tmp_path, "B", "3d_fullres", "0", "--epochs", "5")
+        assert "--epochs 5 contradicts federation test" in wrong.communicate(timeout=PATIENCE_S)[0].splitlines()[-1]
+        assert wrong.returncode == 1 and not federation.state.store.load_events("failure")
+        finish(
+            start(federation, tmp_path, "A", "3d_fullres", "0", "-num_gpus", "2", "--seed", "1", "--epochs", "2"),
+            start(federation, tmp_path, "B", "3d_fullres", "0", "--class_weights", "core=2"),
+        )
+    first, second = (
+        torch.load(fold_folder(tmp_path, site, "3d_fullres", 0) / "checkpoint_final.pth", weights_only=False)
+        for site in "AB"
+    )
+    assert first["training_options"] == {"epochs": 2, "seed": 1}
+    for name, values in first["network_weights"].items():
+        assert torch.equal(values, second["network_weights"][name]) == (".seg_layers." not in name), name
+    for site in "AB":
+        tuned = torch.load(
+            fold_folder(tmp_path, site, "3d_fullres", 0) / "checkpoint_finetuned.pth", weights_only=False
+        )
+        assert tuned["current_epoch"] == 3
+
+
 def test_a_site_that_a_scheduler_ends_says_so(federation, tmp_path):
     make_tiny_dataset(tmp_path / "A" / "nnUNet_preprocessed", cases=5)
     process = start(federation, tmp_path, "A", "3d_fullres", "0")

@@ -12,14 +12,15 @@ What the weights are at each moment of epoch e:
     sent                                  the site's own weights, as the trainer's `on_train_epoch_end` leaves them, of
                                           the tensors that the sites share
     validated, logged, checkpoint_best    the same, of all tensors
-    checkpoint_latest, checkpoint_final,  the aggregate of round e where tensors are shared, the site's own elsewhere
-    trained in epoch e + 1
-    validated for the federation          the same; the voxels that were counted are sent, and a line of the log tells
-                                          of them. The curves and checkpoint_best stay the site's own; the best
-                                          aggregate, by the data of all sites, is chosen and kept by the coordinator
+    checkpoint_latest, checkpoint_final,  the aggregate of round e where tensors are shared, the site's own elsewhere,
+    trained in epoch e + 1                and where the operator wants it so (`--keep-local`)
+    validated for the federation          the aggregate wherever tensors are shared; the voxels that were counted are
+                                          sent, and a line of the log tells of them. The curves and checkpoint_best
+                                          stay the site's own; the best aggregate, by the data of all sites, is chosen
+                                          and kept by the coordinator
 
 Optimizer state, learning rate and augmentation stay at the site. The last epoch ends with an exchange too, so
-checkpoint_final holds the aggregate.
+checkpoint_final holds the aggregate. What may follow at the site alone is in `finetuning.py`.
 
 How a training ends:
 
@@ -39,9 +40,9 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,11 +51,12 @@ from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol import keys, messages
-from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
+from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings, check_finetuning, describe_methods
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
+from nnunetv2.models.networks import bare_network
 from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
@@ -62,12 +64,15 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation imp
     describe_validation,
     validate_network,
 )
+from nnunetv2.training.nnUNetTrainer.variants.federated.finetuning import finetune_
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
+from nnunetv2.training.nnUNetTrainer.variants.federated.local_tensors import find_local_tensors
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     copy_from_first_process_,
     export_weights,
     import_weights_,
 )
+from nnunetv2.training.nnUNetTrainer.variants.federated.proximal import ProximalTerm
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
@@ -134,7 +139,7 @@ class FederatedTraining(RenamedHooks):
         "operator stops it with nnUNetv2_fed_admin",
         "stop_after_s": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
         "stop": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
-        "results_name": "a run is known by configuration, fold and trainer, and takes part in it once at each site",
+        "results_name": "a site takes part in a run once, and knows it by configuration, fold and trainer",
         "freeze": "all sites train the tensors that they share: what one froze, the others would change",
     }
 
@@ -152,6 +157,33 @@ class FederatedTraining(RenamedHooks):
 
     pending: PendingExchange | None = None
     """The exchange under way."""
+
+    proximal_term: ProximalTerm | None = None
+    """Keeps the weights near those of the round, where the operator wants that."""
+
+    shared_tensors: frozenset[str] = frozenset()
+    """Names in the network's state dict of what this site shares."""
+
+    keep_local: str | None = None
+    """The tensors that sites keep their own of, as the operator has described them."""
+
+    local_tensors: frozenset[str] = frozenset()
+    """Those of them that this site shares: they are sent, and their averages are not taken over."""
+
+    initial_weights: str | None = None
+    """SHA-256 of the checkpoint that the operator lets all sites start from."""
+
+    finetune_epochs = 0
+    """How long this site trains on alone after the last round."""
+
+    planned_epochs = 0
+    """Length of the run's schedule, also where the operator has ended the run earlier."""
+
+    is_finetuning = False
+    """Whether the rounds are over, and what is trained stays here."""
+
+    local_averages: Weights = {}
+    """The latest averages of these, in the first process only."""
 
     _has_answered_signal = False
 
@@ -193,6 +225,9 @@ class FederatedTraining(RenamedHooks):
                 # The text of an error may quote paths or case names; only its kind leaves the site.
                 self.participant.report_failure(self.round_in_training, kind_of(error))
                 raise
+        if self.finetune_epochs:  # which concerns nobody else any more
+            with self._hold_output_folder(), self._alone():
+                finetune_(self, self.finetune_epochs, planned_epochs=self.planned_epochs, log_line=self.log_line)
 
     def on_train_start(self) -> None:
         """Apply the settings of the run, register, and load the common weights."""
@@ -202,10 +237,19 @@ class FederatedTraining(RenamedHooks):
         match, self.participant.run, outlook = ask_first_process(self._register)
         if self.is_masked:
             check_against_match(match, settings)
+        self.shared_tensors = frozenset(
+            sites[self.participant.site] for sites in match.shared.values() if self.participant.site in sites
+        )
         for line in (*describe_match(match, self.participant.site), outlook):
             self.log_line(line, add_timestamp=False)
-        own = self.local_weights()
-        position = self.receive_weights(lambda: self._start(own))
+        if self.keep_local is not None:
+            self.local_tensors = find_local_tensors(self.network, self.keep_local, self.shared_tensors)
+            self.log_line(f"This site keeps its own values of {len(self.local_tensors)} shared tensors")
+        own, goes_on = self.local_weights(), self.current_epoch > 0
+        # Who begins, or comes without a checkpoint, has nothing of its own to keep yet.
+        position = self.receive_weights(
+            lambda: self._start(own), keeps_local=lambda position: goes_on and position["epoch"] > 0
+        )
         self.log_line(self._describe_start(begins=position["begins"]))
         self.resume_at(position["epoch"])
         if position["is_over"]:
@@ -223,19 +267,25 @@ class FederatedTraining(RenamedHooks):
 
     def on_train_epoch_start(self) -> None:
         """Note the round in training."""
-        self.round_in_training = self.current_epoch
+        if not self.is_finetuning:
+            self.round_in_training = self.current_epoch
         super().on_train_epoch_start()
+        if self.proximal_term is not None:
+            self.proximal_term.attach_(self.optimizer)  # some trainers build another one between epochs
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Let only whole epochs with finite losses become updates, and send them."""
         check_epoch(train_outputs, epoch=self.current_epoch, num_iterations=self.num_iterations_per_epoch)
         super().on_train_epoch_end(train_outputs)
-        self.send_before_validation(self.current_epoch)
+        if not self.is_finetuning:
+            self.send_before_validation(self.current_epoch)
 
     def on_epoch_end(self) -> None:
         """Let the trainer end its epoch, then finish its exchange."""
         epoch = self.current_epoch  # super() moves on to the next one
         super().on_epoch_end()
+        if self.is_finetuning:
+            return
         try:
             self.exchange_weights(epoch)
         except FederationError as error:
@@ -251,17 +301,35 @@ class FederatedTraining(RenamedHooks):
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
         """Save checkpoint_best only: checkpoint_latest waits for the aggregate."""
-        self._save_checkpoint_if_best()
+        if not self.is_finetuning:
+            self._save_checkpoint_if_best()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let epochs be this site's own affair for the block."""
+        self.is_finetuning = True
+        if self.proximal_term is not None:
+            self.proximal_term.release()
+        try:
+            yield
+        finally:
+            self.is_finetuning = False
 
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
-        """Use the epochs and iterations that the federation has fixed for all its sites."""
+        """Use the epochs, iterations and methods that the federation has fixed for all its sites."""
         self.min_sites = settings.min_sites
         self.is_masked = settings.secure is not None
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         check_against_settings(self.training_options, settings)
+        check_finetuning(settings)
+        for line in describe_methods(settings):
+            self.log_line(line)
+        self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
+        self.keep_local, self.finetune_epochs = settings.keep_local, settings.finetune_epochs
+        self.initial_weights = settings.initial_weights
         epochs_before = self.num_epochs
-        self.num_epochs = settings.num_epochs or self.num_epochs
+        self.num_epochs = self.planned_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = settings.num_val_iterations_per_epoch or self.num_val_iterations_per_epoch
         if self.was_initialized and self.num_epochs != epochs_before:
@@ -310,6 +378,11 @@ class FederatedTraining(RenamedHooks):
     def _describe_start(self, *, begins: bool) -> str:
         """Describe the initial weights, and whether pretrained ones are used."""
         weights = self.pretrained_weights
+        if begins and self.initial_weights is not None:
+            return (
+                f"All sites start from the weights of the operator, SHA-256 {self.initial_weights}; the layers that "
+                "output classes are those of the site named above"
+            )
         if not begins:
             unused = f"; -pretrained_weights {weights} are not used" if weights else ""
             return f"The run has begun: going on from its weights{unused}"
@@ -349,7 +422,7 @@ class FederatedTraining(RenamedHooks):
         """Wait for the pending exchange, load the aggregate, and return its message."""
         start, pending = time.monotonic(), self.pending
         assert pending is not None
-        aggregate = self.receive_weights(pending.result)
+        aggregate = self.receive_weights(pending.result, keeps_local=lambda _: True)
         self.report_round(aggregate, megabytes=pending.megabytes, waited_s=time.monotonic() - start)
         self.pending = None
         return aggregate
@@ -375,7 +448,8 @@ class FederatedTraining(RenamedHooks):
             return
         number = aggregate.round
         assert number is not None  # the initial weights are not wanted
-        found = validate_network(self)
+        with self.common_model():
+            found = validate_network(self)
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
@@ -402,8 +476,14 @@ class FederatedTraining(RenamedHooks):
         """Return a copy of the network's weights, in the first process only."""
         return export_weights(self.network) if self.local_rank == 0 else {}
 
-    def receive_weights(self, question: Callable[[], tuple[Weights, Rest]]) -> Rest:
-        """Receive weights in the first process, load them in all, and return their message."""
+    def receive_weights(
+        self, question: Callable[[], tuple[Weights, Rest]], *, keeps_local: Callable[[Rest], bool]
+    ) -> Rest:
+        """Receive weights in the first process, load them in all, and return their message.
+
+        Args:
+            keeps_local: Tells by the message whether the site goes on with its own values of its local tensors.
+        """
         received: Weights = {}
 
         def ask() -> Rest:
@@ -412,8 +492,32 @@ class FederatedTraining(RenamedHooks):
             return rest
 
         rest = ask_first_process(ask)
-        self.load_weights(received)
+        self.local_averages = {name: received[name] for name in self.local_tensors & received.keys()}
+        self.load_weights(self.without_local(received) if keeps_local(rest) else received)
+        if self.proximal_term is not None:
+            self.proximal_term.anchor(
+                parameter
+                for name, parameter in bare_network(self.network).named_parameters()
+                if name in self.shared_tensors - self.local_tensors
+            )
         return rest
+
+    def without_local(self, weights: Weights) -> Weights:
+        """Return weights without those that this site keeps its own of."""
+        return {name: values for name, values in weights.items() if name not in self.local_tensors}
+
+    @contextmanager
+    def common_model(self) -> Iterator[None]:
+        """Make the network the common model for the block, local tensors included."""
+        if not self.local_tensors:
+            yield
+            return
+        own = {name: values for name, values in self.local_weights().items() if name in self.local_tensors}
+        self.load_weights(self.local_averages)
+        try:
+            yield
+        finally:
+            self.load_weights(own)
 
     def load_weights(self, weights: Weights) -> None:
         """Load weights that the first process has into the networks of all processes."""

@@ -69,5 +69,6 @@ class OverlappedTraining(FederatedTraining):
             self.resume_at(max(self.current_epoch, aggregate.round + 2))
         self.validate_aggregate(aggregate, is_last=is_over)
         if not is_over:
-            self.load_weights(catch_up(pending.answer.result()[0], own, pending.sent) if pending.answer else {})
+            caught_up = catch_up(pending.answer.result()[0], own, pending.sent) if pending.answer else {}
+            self.load_weights(self.without_local(caught_up))
         return not is_over
