@@ -1,0 +1,19 @@
+"""Predict with ONNX files that `nnUNetv2_export_onnx` wrote: NumPy, SciPy, onnxruntime and an image reader, no torch.
+
+    python -m nnunetv2.inference.onnx -m model -i scans -o segmentations
+
+From Python, `OnnxPredictor` has the methods of `nnUNetPredictor` that take files and arrays.
+"""
+
+from nnunetv2.utilities.legacy_names import names_from, origins
+
+_ORIGINS = origins(
+    {"nnunetv2.inference.onnx.predictor": "OnnxPredictor", "nnunetv2.inference.onnx.metadata": "OnnxFileError"}
+)
+
+__all__ = [*_ORIGINS]
+__getattr__ = names_from(_ORIGINS, __name__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ORIGINS})
