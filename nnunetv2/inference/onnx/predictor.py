@@ -158,8 +158,11 @@ class OnnxPredictor:
         if len(self.networks) == 1:
             return self._predict_fold(self.networks[0], data)
         # Summed in float32: in float16 five folds would lose three bits.
-        total = sum(self._predict_fold(network, data).astype(np.float32) for network in self.networks)
-        return (total / np.float32(len(self.networks))).astype(np.float16)
+        total = self._predict_fold(self.networks[0], data).astype(np.float32)
+        for network in self.networks[1:]:
+            total += self._predict_fold(network, data)
+        total /= len(self.networks)
+        return total.astype(np.float16)
 
     def _predict_fold(self, network: OnnxNetwork, data: np.ndarray) -> np.ndarray:
         axes = self.description.mirroring_axes if self.use_mirroring else ()
@@ -269,7 +272,7 @@ def _require_folds_of_one_model(networks: Sequence[OnnxNetwork]) -> None:
 
 
 def _as_file_cases(cases: CaseLists) -> list[FileCase]:
-    outputs = cases.outputs or [None] * len(cases.images)
+    outputs: Sequence[str | None] = cases.outputs or [None] * len(cases.images)
     return [
         FileCase(tuple(files), previous, output)
         for files, previous, output in zip(cases.images, cases.previous_stage, outputs)

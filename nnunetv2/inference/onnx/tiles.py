@@ -62,7 +62,7 @@ def mirrored_mean(predict: Predict, tiles: np.ndarray, axes: Sequence[int]) -> n
     subsets = mirror_combinations(axes)
     total = np.zeros((), np.float32)
     for subset in subsets:
-        mirrored = [axis + 2 for axis in subset]
+        mirrored = tuple(axis + 2 for axis in subset)
         total = total + np.flip(predict(np.ascontiguousarray(np.flip(tiles, mirrored))), mirrored)
     return total / np.float32(len(subsets))
 

@@ -1,14 +1,13 @@
 """A coordinator needs no torch: a dozen packages, few megabytes, a start in no time."""
 
 import json
-import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
-from fake_federation import PROJECT, in_threads, make_client, train, wait_until
+from bare_environment import PROJECT, download_wheels, list_packages, make_environment, megabytes
+from fake_federation import in_threads, make_client, train, wait_until
 from patience import PATIENCE_S
 
 from nnunetv2.federated.protocol.invitation import decode_invitation
@@ -16,82 +15,34 @@ from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.enrolment import join
 
 REQUIREMENTS = PROJECT / "deploy" / "coordinator-requirements.txt"
-OF_THE_INSTALLER = {"pip", "setuptools", "wheel"}
-
-
-def run(*command: object, **options) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **options)
-    if done.returncode:
-        raise RuntimeError(f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory) -> Path:
     """Return a folder with the wheels of what a coordinator needs."""
     folder = tmp_path_factory.mktemp("wheels")
-    try:
-        run(
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--disable-pip-version-check",
-            "--only-binary",
-            ":all:",
-            "--dest",
-            folder,
-            "-r",
-            REQUIREMENTS,
-        )
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"no package index can be reached: {str(error)[-300:]}")
+    download_wheels(REQUIREMENTS, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def installed(wheels, tmp_path_factory) -> Path:
     """Return the folder of a virtual environment with a coordinator and nothing else."""
-    folder, source = tmp_path_factory.mktemp("coordinator"), tmp_path_factory.mktemp("source")
-    venv.create(folder, with_pip=False, symlinks=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(PROJECT / name, source)
-    shutil.copytree(PROJECT / "nnunetv2", source / "nnunetv2", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "--disable-pip-version-check", "install")
-    run(*pip, "--no-index", "--find-links", wheels, "-r", REQUIREMENTS)
-    own = tmp_path_factory.mktemp("own")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", own, source)
-    run(*pip, "--no-deps", "--no-index", *own.glob("*.whl"))
+    folder = tmp_path_factory.mktemp("coordinator")
+    make_environment(folder, REQUIREMENTS, wheels, tmp_path_factory.mktemp("scratch"))
     return folder
 
 
 @pytest.mark.slow
 def test_a_coordinator_needs_thirteen_packages_and_forty_megabytes(wheels, installed):
-    names = {
-        entry["name"]
-        for entry in json.loads(
-            run(
-                sys.executable,
-                "-m",
-                "pip",
-                "--python",
-                installed / "bin" / "python",
-                "list",
-                "--format",
-                "json",
-                "--disable-pip-version-check",
-            )
-        )
-    } - OF_THE_INSTALLER
-    megabytes = sum(path.stat().st_size for path in wheels.iterdir()) / 1e6
-    size = sum(path.stat().st_size for path in (installed / "lib").rglob("*") if path.is_file()) / 1e6
+    names, to_download = list_packages(installed), megabytes(wheels)
     print(
-        f"\n{len(names)} packages, this one included: {', '.join(sorted(names))}; {megabytes:.1f} MB to download, "
-        f"{size:.1f} MB installed"
+        f"\n{len(names)} packages, this one included: {', '.join(sorted(names))}; {to_download:.1f} MB to download, "
+        f"{megabytes(installed / 'lib'):.1f} MB installed"
     )
     assert "nnunetv2" in names and "torch" not in names
     assert len(names - {"nnunetv2"}) <= (13 if sys.version_info >= (3, 11) else 14)
-    assert megabytes < 40
+    assert to_download < 40
 
 
 @pytest.mark.slow
