@@ -52,9 +52,9 @@ def find_cases(
     part_id: int = 0,
     num_parts: int = 1,
 ) -> CaseLists:
-    """Return the cases that are to be predicted: this part's share of a folder's or of listed ones, without finished.
+    """Return the cases that are to be predicted.
 
-    See `list_folder` and `list_cases` for arguments and errors.
+    Those are this part's share of a folder's or of listed ones, without the finished. See `list_folder` and `list_cases` for arguments and errors.
 
     Args:
         overwrite: Whether cases whose results are all there are predicted again.

@@ -1,4 +1,4 @@
-"""What can go wrong with the answers of a network."""
+"""Name the faults of a network's answers."""
 
 
 class NonFiniteLogitsError(RuntimeError):

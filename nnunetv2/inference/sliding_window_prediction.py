@@ -1,4 +1,7 @@
-"""Weigh the voxels of a tile on torch's devices. The rest of the geometry, without torch, is in `tile_geometry`."""
+"""Weigh the voxels of a tile on torch's devices.
+
+The rest of the geometry, without torch, is in `tile_geometry`.
+"""
 
 from __future__ import annotations
 

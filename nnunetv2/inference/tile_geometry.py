@@ -1,4 +1,4 @@
-"""Place tiles on an image and weigh their voxels: the geometry of sliding window prediction, in NumPy."""
+"""Place tiles on an image and weigh their voxels, in NumPy."""
 
 from __future__ import annotations
 

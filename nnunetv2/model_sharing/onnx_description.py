@@ -52,7 +52,7 @@ def describe_model(model: TrainedModel, configuration: str, *, fold: int | str, 
 
 
 def resample_without_torch(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration that names, in place of linear resampling on torch, the same on arrays.
+    """Return a configuration with linear resampling on arrays in place of that on torch.
 
     Raises:
         ValueError: The plans ask torch for another interpolation.

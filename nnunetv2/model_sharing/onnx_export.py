@@ -1,4 +1,4 @@
-"""Write the networks of a trained model into ONNX files, one per fold, and compare what they answer."""
+"""Write the networks of a trained model into ONNX files, and compare the answers."""
 
 from __future__ import annotations
 

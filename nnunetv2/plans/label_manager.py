@@ -174,7 +174,9 @@ class LabelManager:
         return [entry for entry in classes_or_regions if not _is_background(entry)]
 
     def apply_inference_nonlin(self, logits: ArrayOrTensor) -> ArrayOrTensor:
-        """Turn logits `(c, ...)` into float32 probabilities of the same shape: a tensor; an array where torch is not.
+        """Turn logits `(c, ...)` into float32 probabilities of the same shape.
+
+        They are a tensor, or an array where torch is not installed.
 
         Raises:
             RuntimeError: Torch is not installed, and the function is another one than softmax and logistic.

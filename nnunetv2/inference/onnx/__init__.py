@@ -1,4 +1,6 @@
-"""Predict with ONNX files that `nnUNetv2_export_onnx` wrote: NumPy, SciPy, onnxruntime and an image reader, no torch.
+"""Predict with ONNX files of `nnUNetv2_export_onnx`, without torch.
+
+NumPy, SciPy, onnxruntime and an image reader suffice.
 
     python -m nnunetv2.inference.onnx -m model -i scans -o segmentations
 

@@ -1,4 +1,4 @@
-"""Write what prediction needs to know of a model into the metadata of its ONNX file, and read it back."""
+"""Write the description of a model into an ONNX file's metadata, and read it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class ModelDescription:
     """Of the package that wrote the file."""
 
     def is_fold_of_same_model(self, other: ModelDescription) -> bool:
-        """Tell whether the logits of two networks may be averaged: all that decides on them is the same."""
+        """Tell whether the logits of two networks may be averaged.
+
+        All that decides on them must be the same.
+        """
         return all(
             getattr(self, name) == getattr(other, name)
             for name in ("plans", "configuration", "dataset_json", "mirroring_axes", "trainer")

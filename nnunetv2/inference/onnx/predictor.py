@@ -40,7 +40,9 @@ ENDING = ".onnx"
 
 
 class OnnxPredictor:
-    """Holds the networks of a model, one per fold. Methods are those of `nnUNetPredictor` that take files and arrays.
+    """Holds the networks of a model, one per fold.
+
+    Methods are those of `nnUNetPredictor` that take files and arrays.
 
     Args:
         files: The ONNX files of one model's folds, or the folder that holds them and no others.
