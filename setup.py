@@ -9,6 +9,7 @@ COMMANDS = {
     "nnUNetv2_extract_fingerprint": "experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
     "nnUNetv2_plan_experiment": "experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
     "nnUNetv2_preprocess": "experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry",
+    "nnUNetv2_make_splits": "experiment_planning.make_splits:make_splits_entry",
     "nnUNetv2_move_plans_between_datasets": "experiment_planning.plans_for_pretraining.move_plans_between_datasets:entry_point_move_plans_between_datasets",
     "nnUNetv2_convert_MSD_dataset": "dataset_conversion.convert_MSD_dataset:entry_point",
     "nnUNetv2_convert_old_nnUNet_dataset": "dataset_conversion.convert_raw_dataset_from_old_nnunet_format:convert_entry_point",

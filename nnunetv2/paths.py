@@ -1,4 +1,7 @@
-"""The three roots of nnU-Net and the folder of external trainers, read from the environment whenever they are used."""
+"""The three roots of nnU-Net and the folder of external trainers.
+
+Read from the environment whenever they are used.
+"""
 
 from __future__ import annotations
 

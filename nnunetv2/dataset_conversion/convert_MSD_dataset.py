@@ -56,7 +56,9 @@ def convert_msd_dataset(
 
 
 def parse_task_name(source: Path) -> tuple[int, str]:
-    """Return number and name of a task: (1, "BrainTumour") for Task01_BrainTumour, a folder that exists and is whole.
+    """Return number and name of a task, such as (1, "BrainTumour").
+
+    Of Task01_BrainTumour, a folder that exists and is whole.
 
     Raises:
         InvalidInputError: The folder has another name, or something is missing in it.

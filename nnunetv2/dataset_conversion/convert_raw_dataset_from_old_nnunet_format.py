@@ -1,4 +1,7 @@
-"""Turn a raw dataset of nnU-Net 1 into one of nnU-Net 2: the files stay, dataset.json changes."""
+"""Turn a raw dataset of nnU-Net 1 into one of nnU-Net 2.
+
+The files stay, dataset.json changes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ _NO_LONGER_USED = ("tensorImageSize", "numTest", "training", "test", "modality")
 
 
 def convert(source_folder: str, target_dataset_name: str) -> None:
-    """Copy a dataset of nnU-Net 1 to nnUNet_raw. It appears there when all of it has been copied.
+    """Copy a dataset of nnU-Net 1 to nnUNet_raw.
+
+    It appears there when all of it has been copied.
 
     Args:
         source_folder: Has imagesTr, labelsTr, dataset.json and maybe images and labels for testing and validation.

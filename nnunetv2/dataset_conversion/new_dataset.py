@@ -1,4 +1,4 @@
-"""Build a raw dataset beside the others and let it appear among them only when it is complete."""
+"""Build a raw dataset that appears only when it is complete."""
 
 from __future__ import annotations
 

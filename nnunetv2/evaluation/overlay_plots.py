@@ -48,7 +48,9 @@ def select_slice_to_plot(image: np.ndarray, segmentation: np.ndarray) -> int:
 
 
 def select_slice_to_plot2(image: np.ndarray, segmentation: np.ndarray) -> int:
-    """Return the index along the first axis of the slice with the largest share of all classes.
+    """Return the index of the slice with the largest share of all classes.
+
+    Along the first axis.
 
     For each class counts which fraction of its voxels lies in a slice; the slice with the highest mean of these
     fractions shows small classes, too. 0 without any foreground.

@@ -12,7 +12,10 @@ PERCENTILES = (0.5, 25, 50, 75, 99.5)
 
 @dataclass(frozen=True)
 class CaseLook:
-    """What the picture shows of one case. Axes in array order."""
+    """The view of one case in the picture.
+
+    Axes in array order.
+    """
 
     case: str
     intensities: np.ndarray
@@ -24,7 +27,7 @@ class CaseLook:
 
 @dataclass(frozen=True)
 class DatasetOverview:
-    """What the picture shows of a dataset."""
+    """The view of a dataset in the picture."""
 
     dataset_name: str
     num_cases: int
@@ -43,7 +46,10 @@ class DatasetOverview:
         return bool((self.shapes[:, 0] == 1).all())
 
     def label_sizes(self, name: str) -> np.ndarray:
-        """Return the size of a label in all cases looked at: ml, or pixels of 2-D images."""
+        """Return the size of a label in all cases looked at.
+
+        In ml, or pixels of 2-D images.
+        """
         return np.array(
             [
                 sum(look.label_voxels.get(value, 0) for value in self.labels[name])

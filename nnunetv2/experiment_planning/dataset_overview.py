@@ -1,4 +1,7 @@
-"""Look at the cases of a raw dataset and write `dataset_overview.png`, in which odd ones catch the eye."""
+"""Draw the cases of a raw dataset into `dataset_overview.png`.
+
+Odd ones catch the eye.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import numpy as np
 
 from nnunetv2.experiment_planning.dataset_look import PERCENTILES, CaseLook, DatasetOverview
 from nnunetv2.experiment_planning.overview_picture import draw_overview
+from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 from nnunetv2.utilities.atomic_write import replacing
 from nnunetv2.utilities.json_files import read_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 OVERVIEW_FILE = "dataset_overview.png"
 MAX_CASES = 60
@@ -23,7 +26,9 @@ _MAX_THREADS = 4  # each holds a case in memory
 
 
 def write_dataset_overview(raw_folder: Path, fingerprint_file: Path, picture: Path) -> None:
-    """Read up to `MAX_CASES` cases and draw shapes, spacings, intensities and label sizes of a dataset.
+    """Read up to `MAX_CASES` cases and draw their properties.
+
+    Shapes, spacings, intensities and label sizes.
 
     Args:
         raw_folder: The dataset below nnUNet_raw.
@@ -42,7 +47,7 @@ def look_at_dataset(raw_folder: Path, fingerprint_file: Path) -> DatasetOverview
 
     dataset_json = read_json(raw_folder / "dataset.json")
     fingerprint = read_json(fingerprint_file)
-    dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    dataset = list_training_cases(raw_folder, fingerprint_file.parent, dataset_json)
     first = next(iter(dataset.values()))["images"][0]
     reader = determine_reader_writer_from_dataset_json(dataset_json, first, verbose=False)
     chosen = spread_evenly(list(dataset), MAX_CASES)
@@ -76,7 +81,10 @@ def look_at_case(case: str, files: Mapping[str, Any], reader_class: type) -> Cas
 
 
 def describe_intensities(image: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return `PERCENTILES` of the foreground of an image, of all that is not 0 without foreground."""
+    """Return `PERCENTILES` of the foreground of an image.
+
+    Without foreground, of all that is not 0.
+    """
     foreground = label > 0
     values = image[foreground] if foreground.any() else image[image != 0]
     values = values[:: max(1, len(values) // _MAX_VOXELS)]
@@ -84,7 +92,7 @@ def describe_intensities(image: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def foreground_labels(labels: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
-    """Return the values of each label or region of dataset.json, those that are all background left out."""
+    """Return the values of each foreground label or region of dataset.json."""
     values = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in labels.items()}
     return {name: list(map(int, of_name)) for name, of_name in values.items() if set(of_name) != {0}}
 

@@ -1,4 +1,4 @@
-"""What planning raises for bad input."""
+"""Errors of planning for bad input."""
 
 from nnunetv2.errors import InvalidInputError
 

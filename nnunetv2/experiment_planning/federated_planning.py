@@ -55,7 +55,7 @@ MOST_LOOKS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class PlanningOptions:
-    """How to plan as a member of a federation."""
+    """The options of planning as a member of a federation."""
 
     mode: Literal["ffe", "asym"]
     """"ffe" plans from the pooled fingerprint, so that all sites hold the same plans; "asym" plans from the local one,

@@ -1,4 +1,7 @@
-"""Draw what a dataset is like on one page: shapes, spacings, label sizes and intensities per channel."""
+"""Draw a dataset's properties on one page.
+
+Shapes, spacings, label sizes and intensities per channel.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,10 @@ def _draw_intensities(axes: Axes, overview: DatasetOverview, channel: int) -> No
 
 
 def find_outliers(values: np.ndarray, at_most: int = 3) -> list[int]:
-    """Return the places of values far from all others: more than 10 times the median deviation from the median."""
+    """Return the places of values far from all others.
+
+    More than 10 times the median deviation from the median.
+    """
     distance = np.abs(values - np.median(values))
     typical = max(float(np.median(distance)), 1e-9 * float(np.abs(values).max(initial=0)))
     farthest = np.argsort(-distance, kind="stable")[:at_most]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,20 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.experiment_planning.experiment_planners.plans_file import warn_of_shared_folders
 from nnunetv2.experiment_planning.planning import plan_experiment_dataset as plan_experiment_dataset
 from nnunetv2.experiment_planning.prerequisites import require_dataset
-from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.experiment_planning.verify_dataset_integrity import leave_out_bad_cases, verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessed_data.bad_cases import (
+    BAD_CASES_FILE,
+    describe_bad_cases,
+    list_training_cases,
+    load_bad_cases,
+    save_bad_cases,
+)
 from nnunetv2.preprocessed_data.fingerprint_files import find_local_fingerprint, forget_pooled_fingerprint
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import show
 from nnunetv2.utilities.trusted_names import find_class
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -45,17 +52,20 @@ def extract_fingerprint_dataset(
     clean: bool = True,
     verbose: bool = True,
     show_progress_bar: bool = True,
+    without_bad_cases: bool = False,
 ) -> dict:
     """Return the fingerprint of a dataset; `clean` computes it anew even if there is one.
 
     Args:
         dataset_id: The number of the dataset or its name.
         num_processes: None takes as many as the machine has cores and free memory for.
+        without_bad_cases: Check all cases, and do without those that have errors; see `choose_cases`.
     """
     dataset_name = require_dataset(dataset_id)
     show(dataset_name)
-    if check_dataset_integrity:
-        verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes or default_num_processes)
+    clean |= choose_cases(
+        dataset_name, num_processes, check=check_dataset_integrity, without_bad_cases=without_bad_cases
+    )
     if num_processes is None and not issubclass(fingerprint_extractor_class, DatasetFingerprintExtractor):
         num_processes = default_num_processes  # an extractor of a user's own may not know how to choose
     extractor = fingerprint_extractor_class(dataset_id, num_processes, verbose=verbose)
@@ -74,13 +84,49 @@ def extract_fingerprints(
     clean: bool = True,
     verbose: bool = True,
     show_progress_bar: bool = True,
+    without_bad_cases: bool = False,
 ) -> None:
     """Extract the fingerprints of several datasets, with an extractor given by its class name."""
     extractor_class = find_planning_class(fingerprint_extractor_class_name)
     for dataset_id in dataset_ids:
         extract_fingerprint_dataset(
-            dataset_id, extractor_class, num_processes, check_dataset_integrity, clean, verbose, show_progress_bar
+            dataset_id,
+            extractor_class,
+            num_processes,
+            check_dataset_integrity,
+            clean,
+            verbose,
+            show_progress_bar,
+            without_bad_cases,
         )
+
+
+def choose_cases(dataset_name: str, num_processes: int | None, *, check: bool, without_bad_cases: bool) -> bool:
+    """Check a dataset as far as asked for, and settle the cases that are used.
+
+    With `without_bad_cases` a list in the preprocessed folder names those left out, each with its reason. Without, a
+    list of an earlier run is removed, so that all cases are used again.
+
+    Returns:
+        Whether other cases are used than before.
+
+    Raises:
+        InvalidDatasetError: Errors were found, and none of them may be left out.
+    """
+    raw, preprocessed = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name
+    if without_bad_cases:
+        return leave_out_bad_cases(str(raw), num_processes or default_num_processes)
+    before = load_bad_cases(preprocessed)
+    if before:
+        save_bad_cases([], preprocessed)
+        logger.warning(
+            "%s is removed: its %d cases are used again. --without_bad_cases leaves out what cannot be used",
+            preprocessed / BAD_CASES_FILE,
+            len(before),
+        )
+    if check:
+        verify_dataset_integrity(str(raw), num_processes or default_num_processes)
+    return bool(before)
 
 
 # ------------------------------------------------------------------------------------------------ planning
@@ -121,13 +167,15 @@ def plan_federated_experiments(
     share_extrema: bool = False,
     verbose: bool = True,
     show_progress_bar: bool = True,
+    without_bad_cases: bool = False,
     **planning: Any,
 ) -> str | None:
-    """Fingerprint and plan datasets together with the other sites of the federation that this site has joined.
+    """Fingerprint and plan datasets together with the other sites of the federation.
 
     Args:
         mode: "ffe" plans from the pooled fingerprint, "asym" lets every site plan for itself.
         clean: With "asym", extract the local fingerprint even if there is one; with "ffe" that is always done.
+        without_bad_cases: See `choose_cases`.
         share_extrema: With "ffe", let the smallest and largest voxel of each channel leave the site too.
         planning: Further keywords of `plan_experiment_dataset`.
 
@@ -148,15 +196,21 @@ def plan_federated_experiments(
     )
     plans_identifier = None
     for dataset_id in dataset_ids:
-        dataset_name = require_dataset(dataset_id)
-        if check_dataset_integrity:
-            verify_dataset_integrity(str(Path(nnUNet_raw) / dataset_name), num_processes or default_num_processes)
-        plans_identifier = plan_federated(dataset_id, options)
+        has_changed = choose_cases(
+            require_dataset(dataset_id),
+            num_processes,
+            check=check_dataset_integrity,
+            without_bad_cases=without_bad_cases,
+        )
+        plans_identifier = plan_federated(dataset_id, replace(options, clean=options.clean or has_changed))
     return plans_identifier
 
 
 def find_planner_class(name: str) -> type[ExperimentPlanner]:
-    """Find a planner by name, and point out the stronger presets to those who take the default."""
+    """Find a planner by name.
+
+    Those who take the default are told of the stronger presets.
+    """
     if name == ExperimentPlanner.__name__:
         _recommend_presets()
     return find_planning_class(name)
@@ -173,7 +227,9 @@ def _recommend_presets() -> None:
 
 
 def find_planning_class(name: str) -> type:
-    """Find a fingerprint extractor or planner, ours or one that a user has put below experiment_planning.
+    """Find a fingerprint extractor or planner by name.
+
+    Ours, or one that a user has put below experiment_planning.
 
     Raises:
         RuntimeError: There is no class of that name.
@@ -207,12 +263,17 @@ def preprocess_dataset(
     num_processes: ProcessCounts = (8, 4, 8),
     verbose: bool = False,
     show_progress_bar: bool = True,
+    without_bad_cases: bool = False,
 ) -> None:
-    """Preprocess a dataset for the given configurations; one that the plans do not have is passed over.
+    """Preprocess a dataset for the given configurations.
+
+    One that the plans do not have is passed over.
 
     Args:
         num_processes: One number for all configurations, or one for each. None leaves it to the preprocessor, which
             takes as many as the machine has cores and memory for.
+        without_bad_cases: Check all cases, and do without those that have errors. Without it, those left out when the
+            dataset was planned stay out.
 
     Raises:
         RuntimeError: The numbers of processes and configurations differ.
@@ -229,7 +290,12 @@ def preprocess_dataset(
     _warn_if_dataset_json_changed(dataset_name)
     plans_manager = PlansManager(str(plans_file))
     warn_of_shared_folders(plans_manager.plans, plans_file)
+    if without_bad_cases:
+        leave_out_bad_cases(str(Path(nnUNet_raw) / dataset_name))
     show(f"Preprocessing {dataset_name} with {plans_identifier}")
+    left_out = describe_bad_cases(preprocessed)
+    if left_out is not None:
+        logger.warning("%s", left_out)
     for configuration, count in zip(configurations, processes):
         if configuration not in plans_manager.available_configurations:
             show(f"INFO: {plans_file.name} has no configuration {configuration}, which is therefore passed over.")
@@ -254,27 +320,27 @@ def preprocess(
     num_processes: ProcessCounts = (8, 4, 8),
     verbose: bool = False,
     show_progress_bar: bool = True,
+    without_bad_cases: bool = False,
 ) -> None:
     """Preprocess several datasets."""
     for dataset_id in dataset_ids:
-        preprocess_dataset(dataset_id, plans_identifier, configurations, num_processes, verbose, show_progress_bar)
+        preprocess_dataset(
+            dataset_id, plans_identifier, configurations, num_processes, verbose, show_progress_bar, without_bad_cases
+        )
 
 
 def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> None:
-    """Copy the labels of a dataset to gt_segmentations, those that are missing there or were changed.
+    """Copy the missing or changed labels of a dataset to gt_segmentations.
 
     Args:
         reader: Knows which files belong to a label. None: there are no such files.
     """
     from nnunetv2.experiment_planning.reference_labels import copy_references
 
-    raw, target = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name / "gt_segmentations"
+    raw, preprocessed = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name
     dataset_json = read_json(raw / "dataset.json")
-    labels = {
-        case: files["label"]
-        for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items()
-    }
-    copy_references(labels, target, dataset_json["file_ending"], reader)
+    labels = {case: files["label"] for case, files in list_training_cases(raw, preprocessed, dataset_json).items()}
+    copy_references(labels, preprocessed / "gt_segmentations", dataset_json["file_ending"], reader)
 
 
 def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequence[str]) -> list[int | None]:
@@ -290,7 +356,10 @@ def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequenc
 
 
 def count_for(preprocessor: object, configuration: str) -> int | None:
-    """Return None to a preprocessor that chooses for itself, a number to one with a `run` of its own."""
+    """Return the number of processes to tell a preprocessor.
+
+    None if it chooses for itself, a number if it has a `run` of its own.
+    """
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     chooses = getattr(type(preprocessor), "run", None) is DefaultPreprocessor.run
@@ -313,15 +382,21 @@ def _warn_if_dataset_json_changed(dataset_name: str) -> None:
 
 
 def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str | None = None) -> None:
-    """Print the configurations of a dataset's plans, what preprocessing has made of them so far, and how to go on."""
+    """Print the configurations of a dataset's plans.
+
+    Also what preprocessing has made of them so far, and how to go on.
+    """
     from nnunetv2.experiment_planning.summary import summarise
     from nnunetv2.plans.plans_manager import PlansManager
 
     dataset_name = maybe_convert_to_dataset_name(dataset_id)
     folder = Path(nnUNet_preprocessed) / dataset_name
-    num_cases = len(get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / dataset_name)))
+    num_cases = len(list_training_cases(Path(nnUNet_raw) / dataset_name, folder))
     summary = summarise(PlansManager(str(folder / f"{plans_identifier}.json")), folder, num_cases, trainer=trainer)
     show(*summary.split("\n"))
+    left_out = describe_bad_cases(folder)
+    if left_out is not None:
+        show(left_out)
 
 
 def write_overview(dataset_id: int | str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
-from nnunetv2.utilities.command_line import run_command
+from nnunetv2.utilities.command_line import dataset_argument, run_command
 
 _BY_MACHINE = "Default: as many as the machine has cores and free memory for."
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -50,6 +50,7 @@ def plan_and_preprocess_main(argv: Sequence[str] | None = None) -> None:
         "num_processes": arguments.npfp,
         "check_dataset_integrity": arguments.verify_dataset_integrity,
         "clean": arguments.clean,
+        "without_bad_cases": arguments.without_bad_cases,
         "verbose": arguments.verbose,
         "show_progress_bar": _shows_bars(arguments),
     }
@@ -91,6 +92,7 @@ def extract_fingerprint_main(argv: Sequence[str] | None = None) -> None:
         arguments.clean,
         arguments.verbose,
         _shows_bars(arguments),
+        arguments.without_bad_cases,
     )
 
 
@@ -103,7 +105,7 @@ def plan_experiment_main(argv: Sequence[str] | None = None) -> None:
 
 def preprocess_main(argv: Sequence[str] | None = None) -> None:
     arguments = build_preprocess_parser().parse_args(argv)
-    _preprocess(arguments.d, arguments.plans_name, arguments)
+    _preprocess(arguments.d, arguments.plans_name, arguments, without_bad_cases=arguments.without_bad_cases)
 
 
 def _planning_keywords(arguments: Namespace) -> dict:
@@ -115,10 +117,13 @@ def _planning_keywords(arguments: Namespace) -> dict:
     }
 
 
-def _preprocess(datasets: Sequence[int | str], plans_name: str, arguments: Namespace) -> None:
+def _preprocess(
+    datasets: Sequence[int | str], plans_name: str, arguments: Namespace, *, without_bad_cases: bool = False
+) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
-    preprocess(datasets, plans_name, arguments.c, arguments.np, arguments.verbose, _shows_bars(arguments))
+    more = {"without_bad_cases": True} if without_bad_cases else {}
+    preprocess(datasets, plans_name, arguments.c, arguments.np, arguments.verbose, _shows_bars(arguments), **more)
 
 
 def _shows_bars(arguments: Namespace) -> bool:
@@ -187,6 +192,7 @@ def build_preprocess_parser() -> ArgumentParser:
     _add_dataset_option(parser)
     parser.add_argument("-plans_name", default="nnUNetPlans", help="Name of the plans. Default: nnUNetPlans")
     _add_preprocessing_options(parser)
+    _add_bad_cases_option(parser)
     _add_output_options(parser)
     return parser
 
@@ -195,7 +201,7 @@ def _add_dataset_option(parser: ArgumentParser) -> None:
     parser.add_argument(
         "-d",
         nargs="+",
-        type=_dataset,
+        type=dataset_argument,
         required=True,
         metavar="DATASET",
         help="Numbers of the datasets, such as 4, or their names, such as Dataset004_Hippocampus.",
@@ -214,8 +220,18 @@ def _add_fingerprint_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="Check all files first. Do this once for every new dataset.",
     )
+    _add_bad_cases_option(parser)
     parser.add_argument(
         "--clean", action="store_true", help="Extract the fingerprint even if there is one from an earlier run."
+    )
+
+
+def _add_bad_cases_option(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--without_bad_cases",
+        action="store_true",
+        help="Check all files, and go on without the cases that cannot be read or do not fit together. They are listed "
+        "with their faults, here and in bad_cases.json of the preprocessed dataset.",
     )
 
 
@@ -277,14 +293,6 @@ def _add_preprocessing_options(parser: ArgumentParser) -> None:
 def _add_output_options(parser: ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="Log each step instead of showing progress bars.")
     parser.add_argument("--no_pbar", action="store_true", help="Show no progress bars.")
-
-
-def _dataset(text: str) -> int | str:
-    if text.isdecimal():
-        return int(text)
-    if text.startswith("Dataset"):
-        return text
-    raise ArgumentTypeError(f"{text!r} is neither the number of a dataset nor a name that starts with Dataset")
 
 
 def _at_least_one(text: str) -> int:

@@ -1,4 +1,7 @@
-"""Refuse to start where a run would fail after minutes: variables unset, folders missing or read-only."""
+"""Refuse to start where a run would fail after minutes.
+
+Variables are unset, folders missing or read-only.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _TRIAL = 1 << 16  # bytes
 
 
 def require_dataset(dataset_id: int | str) -> str:
-    """Return the name of a dataset that can be read, and whose preprocessed folder can be written.
+    """Return the name of a readable dataset with a writable preprocessed folder.
 
     Args:
         dataset_id: Its number or its name.

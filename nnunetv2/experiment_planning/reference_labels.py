@@ -1,4 +1,7 @@
-"""Keep the copies of a dataset's labels in gt_segmentations, which predictions are scored against, up to date."""
+"""Keep the copies of a dataset's labels in gt_segmentations up to date.
+
+Predictions are scored against them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def copy_references(labels: dict[str, str], target: Path, file_ending: str, reader: BaseReaderWriter | None) -> None:
-    """Copy labels, and the files beside them, where a copy is missing or the original has changed since.
+    """Copy labels, and the files beside them, that are missing or have changed.
 
     A copy that was edited later than its original was changed stays.
 
@@ -54,7 +57,9 @@ def copy_references(labels: dict[str, str], target: Path, file_ending: str, read
 
 
 def is_up_to_date(source: Path, copy: Path) -> bool:
-    """Tell whether a copy made by `shutil.copy2` holds what its original holds, or was edited later.
+    """Tell whether a copy holds what its original holds, or was edited later.
+
+    Copies are made by `shutil.copy2`.
 
     Times of modification can be set by anybody: archives, rsync and restored backups bring files with older ones. The
     time of any change (ctime) cannot, except on Windows, where it is that of creation.

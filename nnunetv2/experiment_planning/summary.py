@@ -1,4 +1,4 @@
-"""Tell in a few lines what was planned for a dataset and what preprocessing has made of it."""
+"""Summarize what was planned and preprocessed for a dataset."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ _HEADINGS = ("configuration", "spacing [mm]", "median image", "patch", "batch", 
 
 @dataclass(frozen=True)
 class FolderUse:
-    """What a folder of preprocessed data holds."""
+    """The content of a folder of preprocessed data."""
 
     num_cases: int
     num_bytes: int
 
 
 def measure_folder(folder: Path) -> FolderUse:
-    """Count the cases of a folder of preprocessed data and the bytes of all its files; a missing one is empty."""
+    """Count the cases and bytes of a folder of preprocessed data.
+
+    A missing folder is empty.
+    """
     if not folder.is_dir():
         return FolderUse(0, 0)
     files = [file for file in folder.iterdir() if file.is_file()]

@@ -1,14 +1,20 @@
-"""Check a raw dataset before time is spent on it, and list everything that is wrong with it at once."""
+"""Check a raw dataset, and list everything that is wrong with it at once.
+
+Before time is spent on it.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.experiment_planning.errors import InvalidDatasetError, MissingFilesError
+from nnunetv2.experiment_planning.experiment_planners.splits import SPLITS_FILE
 from nnunetv2.experiment_planning.integrity.cases import (
     CaseFiles,
     CaseReport,
@@ -22,10 +28,17 @@ from nnunetv2.experiment_planning.integrity.dataset_json import (
     get_channel_names,
     read_dataset_json,
 )
-from nnunetv2.experiment_planning.integrity.files import MISSING, check_files
+from nnunetv2.experiment_planning.integrity.files import MISSING, OTHER_NUMBER, check_files
 from nnunetv2.experiment_planning.integrity.findings import Finding, count, enumerate_some, format_findings
+from nnunetv2.experiment_planning.integrity.likeness import digest_test_images, find_duplicates, find_siblings
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.preprocessed_data.bad_cases import BadCase, describe_bad_cases, load_bad_cases, save_bad_cases
+from nnunetv2.preprocessed_data.patients_file import load_patients
+from nnunetv2.utilities.crossval_split import read_splits
 from nnunetv2.utilities.plain_text import show
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5  # so many first cases are tried before the choice of a reader is given up
 
@@ -44,7 +57,73 @@ def verify_dataset_integrity(folder: str, num_processes: int = 8) -> None:
         InvalidDatasetError: There is an error; also an AssertionError and a RuntimeError. It is a FileNotFoundError as
             well if files are missing.
     """
-    root = Path(folder)
+    inspection = inspect_dataset(Path(folder), num_processes)
+    _report(inspection.name, inspection.findings, inspection.num_cases)
+    num_channels = count(inspection.num_channels, "channel")
+    show(
+        "",
+        f"{inspection.name} passed the integrity check: {count(inspection.num_cases, 'case')}, {num_channels}, labels "
+        f"{enumerate_some(inspection.labels, 30)}.",
+        "An image may still be wrong in ways no program sees: look at some of them.",
+        "",
+    )
+
+
+def leave_out_bad_cases(folder: str, num_processes: int = 8) -> bool:
+    """Check a dataset, and list the cases with errors in its preprocessed folder.
+
+    All that follows does without them.
+
+    Returns:
+        Whether the list is another one than before.
+
+    Raises:
+        InvalidDatasetError: There is an error that no case alone has, or no case is left.
+    """
+    inspection = inspect_dataset(Path(folder), num_processes)
+    bad = {finding.case for finding in inspection.findings if finding.is_error and finding.case}
+    of_cases = [finding for finding in inspection.findings if finding.is_error and finding.case]
+    _report(inspection.name, _without_explained(inspection, bad), inspection.num_cases)
+    left = len(inspection.cases - bad)
+    if not left:
+        _report(inspection.name, of_cases, inspection.num_cases)
+    preprocessed = Path(nnUNet_preprocessed) / inspection.name
+    before = load_bad_cases(preprocessed)
+    listed = {one.case: one for one in reversed(of_cases)}  # the first fault of each
+    now = [BadCase(case, listed[case].file, _reason(listed[case])) for case in sorted(listed)]
+    save_bad_cases(now, preprocessed)
+    if now:
+        title = f"{inspection.name}: {count(len(now), 'bad case')} left out, {count(left, 'case')} used"
+        show("", *format_findings(title, of_cases).split("\n"), "")
+        logger.warning("%s", describe_bad_cases(preprocessed))
+    else:
+        show(f"{inspection.name}: {count(left, 'case')} checked, none is bad and none left out.")
+    return before != now
+
+
+@dataclass
+class Inspection:
+    """The state of a raw dataset, as reading all its files has shown it."""
+
+    name: str
+    findings: list[Finding]
+    cases: set[str] = field(default_factory=set)
+    labels: Sequence[int] = ()
+    num_channels: int = 0
+    num_training: int = 0
+    """Cases that dataset.json announces."""
+
+    @property
+    def num_cases(self) -> int:
+        return len(self.cases)
+
+
+def inspect_dataset(root: Path, num_processes: int = 8) -> Inspection:
+    """Read a raw dataset, and return all that is wrong with it or looks so.
+
+    Raises:
+        InvalidDatasetError: There is no dataset.json, or none by which cases could be judged.
+    """
     dataset_json = read_dataset_json(root)
     findings = check_dataset_json(dataset_json)
     _report(root.name, [finding for finding in findings if finding.is_error])  # cases cannot be judged by it
@@ -57,15 +136,47 @@ def verify_dataset_integrity(folder: str, num_processes: int = 8) -> None:
     labels = determine_expected_labels(dataset_json)
     reports = _inspect_cases(cases, dataset_json, labels, num_processes, findings)
     findings += _find_unused_labels(reports, dataset_json, labels, complete=not unfit)
-    _report(root.name, findings, len(dataset))
-    num_channels = count(len(get_channel_names(dataset_json)), "channel")
-    show(
-        "",
-        f"{root.name} passed the integrity check: {count(len(dataset), 'case')}, {num_channels}, labels "
-        f"{enumerate_some(labels, 30)}.",
-        "An image may still be wrong in ways no program sees: look at some of them.",
-        "",
+    findings += _find_likeness(root, dataset_json, cases, reports, num_processes)
+    names = set(map(str, dataset))
+    channels = len(get_channel_names(dataset_json))
+    return Inspection(root.name, findings, names, labels, channels, dataset_json["numTraining"])
+
+
+def _find_likeness(
+    root: Path, dataset_json: Mapping[str, Any], cases: Sequence[CaseFiles], reports: Sequence[CaseReport], threads: int
+) -> list[Finding]:
+    """Find images that occur twice, those for testing included, and names like several scans of one patient."""
+    digests = [(files.case, *one) for files, report in zip(cases, reports) for one in report.digests.items()]
+    findings: list[Finding] = []
+    reader = _determine_reader(dataset_json, cases) if reports else None
+    if isinstance(reader, type):
+        of_test, findings = digest_test_images(root, dataset_json["file_ending"], reader, threads)
+        digests += of_test
+    findings += find_duplicates(digests)
+    preprocessed = Path(nnUNet_preprocessed) / root.name if nnUNet_preprocessed.is_set() else root
+    splits = next((file for file in (preprocessed / SPLITS_FILE, root / SPLITS_FILE) if file.is_file()), None)
+    return findings + find_siblings(
+        root.name,
+        [str(files.case) for files in cases],
+        None if splits is None else read_splits(splits),
+        load_patients(preprocessed),
     )
+
+
+def _without_explained(inspection: Inspection, bad: set[str]) -> list[Finding]:
+    """Return the warnings, and the errors that remain when bad cases are left out."""
+    labels_alone = bad - inspection.cases  # their images are missing
+    remaining = [finding for finding in inspection.findings if not (finding.is_error and finding.case)]
+    if inspection.num_cases + len(labels_alone) == inspection.num_training:
+        remaining = [finding for finding in remaining if finding.what != OTHER_NUMBER]
+    return remaining
+
+
+def _reason(finding: Finding) -> str:
+    details = ", ".join(
+        f"{name} {text}" for name, text in (("found", finding.found), ("expected", finding.expected)) if text
+    )
+    return f"{finding.what} ({details})" if details else finding.what
 
 
 def verify_labels(label_file: str, readerclass: type, expected_labels: list[int]) -> bool:
@@ -76,7 +187,10 @@ def verify_labels(label_file: str, readerclass: type, expected_labels: list[int]
 
 
 def check_cases(image_files: list[str], label_file: str, expected_num_channels: int, readerclass: type) -> bool:
-    """Return whether image and label can be read, are free of NaN and fit each other; print what is wrong."""
+    """Check that cases can be read, have no NaN and fit their labels.
+
+    What is wrong is printed.
+    """
     channels = [str(channel) for channel in range(expected_num_channels)]
     report = inspect_case(CaseFiles("", image_files, label_file, Path()), Expectation(readerclass, channels, None))
     return _print_errors(report.findings)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class FederationError(Exception):
-    """Something about the federation went wrong. Its text is meant for the person at the keyboard."""
+    """Something about the federation went wrong.
+
+    Its text is meant for the person at the keyboard.
+    """
 
 
 class WireError(FederationError, ValueError):
@@ -24,11 +27,11 @@ class AggregationError(FederationError, ValueError):
 
 
 class PrecisionError(FederationError, ValueError):
-    """A weight is too large for the precision in which the weights of a federation travel."""
+    """A weight is too large for the precision of the federation."""
 
 
 class NotJoinedError(FederationError):
-    """This machine holds no credential of a federation, or one that the coordinator does not know."""
+    """This machine has no credential that the coordinator knows."""
 
 
 class CoordinatorUnreachable(FederationError, ConnectionError):  # noqa: N818 - a state of affairs, and a public name
@@ -36,11 +39,14 @@ class CoordinatorUnreachable(FederationError, ConnectionError):  # noqa: N818 - 
 
 
 class NotAllowedError(FederationError):
-    """This site's own list of what may leave it does not allow what was about to be sent."""
+    """This site's own allow-list forbids what was about to be sent."""
 
 
 class BrokenTrainingError(FederationError):
-    """The training of this site went wrong: there is nothing to send. The name of the child is what others hear."""
+    """The training of this site went wrong: there is nothing to send.
+
+    The name of the child is what others hear.
+    """
 
 
 class NonFiniteError(BrokenTrainingError):
@@ -72,7 +78,7 @@ class RefusedError(FederationError):
 
 
 def in_sentences(message: str, remedy: str) -> str:
-    """Return what was refused, and what to do about it if that is known, as people read it."""
+    """Return a refusal, with its remedy if there is one, as people read it."""
     return f"{message}. {remedy}" if remedy else message
 
 
@@ -81,7 +87,10 @@ def _rebuild_refusal(kind: type[RefusedError], message: str, remedy: str, code: 
 
 
 def reason_without_paths(error: BaseException) -> str:
-    """Return the text of an error for other machines: paths of this one are no business of theirs."""
+    """Return the text of an error for other machines.
+
+    Paths of this one are no business of theirs.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         return error.strerror or type(error).__name__
     return str(error)

@@ -59,7 +59,10 @@ def export_prediction_from_logits_singleFiles(
 
 
 class JHUPredictor(nnUNetPredictor):
-    """A predictor whose written cases also have one file per class. Returned predictions are the usual ones."""
+    """A predictor whose written cases also have one file per class.
+
+    Returned predictions are the usual ones.
+    """
 
     def predict_from_data_iterator(
         self,

@@ -1,4 +1,6 @@
-"""Resample each class's logits only near where the class was predicted, for models with very many classes.
+"""Resample each class's logits only near where it was predicted.
+
+For models with very many classes.
 
 Background is resampled as the plans say. A foreground class is interpolated linearly inside the box around its own
 low-resolution prediction, a few voxels wider, and wins where its logit exceeds all before it. A class can therefore not

@@ -86,7 +86,9 @@ def preprocess_fromfiles_save_to_queue(
     abort_event: Event,
     verbose: bool = False,
 ) -> None:
-    """Preprocess cases one after the other into a queue; set `done_event` after the last, `abort_event` on failure.
+    """Preprocess cases one after the other into a queue.
+
+    Set `done_event` after the last, `abort_event` on failure.
 
     For programs with workers of their own. Stops early once `abort_event` is set.
     """

@@ -1,4 +1,4 @@
-"""Turn a network's logits into a label map in the image's own space, and write it."""
+"""Turn logits into a label map in the image's own space, and write it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def export_prediction_from_logits(
     num_threads_torch: int = default_num_processes,
     use_cropped_logits_resampling: bool = False,
 ) -> None:
-    """Convert logits and write the label map, and if asked for `.npz` (probabilities) and `.pkl` (properties).
+    """Convert logits and write the label map.
+
+    If asked for also `.npz` (probabilities) and `.pkl` (properties).
 
     Each file appears complete or not at all; the label map comes last, so a case that has one is complete. An output
     named with the ending of a NIfTI file gets no second one, as ITK has it; see `name_outputs`.
@@ -173,7 +175,9 @@ def resample_and_save(
     num_threads_torch: int = default_num_processes,
     dataset_class: type[nnUNetBaseDataset] | None = None,
 ) -> None:
-    """Resample logits to the grid of a cascade's next stage and save the label map there, without channel axis.
+    """Resample logits to a cascade's next stage and save the label map.
+
+    It has no channel axis.
 
     Args:
         target_shape: Spatial shape of the preprocessed case in the next stage.
@@ -199,7 +203,10 @@ def resample_and_save(
 
 
 def estimate_export_bytes(logits: np.ndarray, properties: Mapping[str, Any], with_probabilities: bool) -> int:
-    """Estimate the memory that an export takes, logits included: labels, and if asked for float32 probabilities."""
+    """Estimate the memory of an export, logits included.
+
+    Labels, and if asked for float32 probabilities.
+    """
     voxels = prod(int(n) for n in properties.get("shape_before_cropping", logits.shape[1:]))
     return logits.nbytes + voxels * (2 + (4 * len(logits) if with_probabilities else 0))
 
@@ -213,7 +220,9 @@ def write_case(
     ending: str,
     probabilities_output: str | None = None,
 ) -> None:
-    """Write the files of a case, each in one step and the label map last; `output` is their path without ending.
+    """Write the files of a case, each in one step and the label map last.
+
+    `output` is their path without ending.
 
     Args:
         probabilities_output: The same for the probabilities and properties, if it is another one.
@@ -242,7 +251,10 @@ def save_probabilities_file(probabilities: np.ndarray, path: str | os.PathLike[s
 def write_segmentation(
     writer: BaseReaderWriter, segmentation: np.ndarray, path: str | os.PathLike[str], properties: Mapping[str, Any]
 ) -> None:
-    """Write a label map in one step, whatever the writer does itself. Side-cars it writes come along."""
+    """Write a label map in one step, whatever the writer does itself.
+
+    Side-cars it writes come along.
+    """
     with replacing(path) as written:
         writer.write_seg(segmentation, str(written), properties)
 
@@ -343,7 +355,7 @@ def _label_dtype(label_manager: LabelManager) -> type:
 
 
 def read_dataset_json(content_or_path: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return the content of a dataset.json that may be given as such or as a path."""
+    """Return a dataset.json that may be given as content or as path."""
     if isinstance(content_or_path, Mapping):
         return content_or_path
     return read_json(content_or_path)

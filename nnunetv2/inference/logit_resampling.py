@@ -1,4 +1,4 @@
-"""Turn logits on the network's grid into labels or probabilities on the image's grid, slab by slab.
+"""Turn logits into labels or probabilities on the image's grid, slab by slab.
 
 Resampling all classes of a whole volume and then taking the largest needs several times the memory of the result of
 interest. Here a slab of planes is interpolated for one class after the other, and only the winner is kept:
@@ -94,7 +94,10 @@ def _is_resampling_on_torch(function: Callable) -> bool:
 
 
 def follows_default_rules(label_manager: LabelManager) -> bool:
-    """Tell whether labels depend on nothing but the logits of the same voxel, as those of LabelManager do."""
+    """Tell whether a voxel's label depends on its own logits alone.
+
+    As with LabelManager.
+    """
     rules = (
         "apply_inference_nonlin",
         "convert_logits_to_segmentation",
@@ -107,7 +110,10 @@ def follows_default_rules(label_manager: LabelManager) -> bool:
 def write_labels(
     logits: np.ndarray, change: GridChange, label_manager: LabelManager, labels: np.ndarray, num_threads: int = 1
 ) -> None:
-    """Resample logits `(c, *spatial)` and write the label of each voxel into `labels`, an array of the new shape."""
+    """Resample logits `(c, *spatial)` and write each voxel's label into `labels`.
+
+    `labels` has the new shape.
+    """
 
     def write(band: Band) -> None:
         if label_manager.has_regions:

@@ -48,7 +48,9 @@ _LATER: Any = None  # what attributes are before a model is loaded
 
 
 class nnUNetPredictor:
-    """Holds a model and predicts with it. Attributes are public: programs read them, and set them by hand.
+    """Holds a model and predicts with it.
+
+    Attributes are public: programs read them, and set them by hand.
 
     Args:
         tile_step_size: Distance of neighbouring tiles as a fraction of the patch size, above 0 and at most 1; another
@@ -273,8 +275,10 @@ class nnUNetPredictor:
         num_processes_segmentation_export: int = default_num_processes,
         use_cropped_logits_resampling: bool = False,
     ) -> list[Prediction]:
-        """Predict preprocessed cases: dicts of `data` (tensor, or the path of a `.npy` that is read and deleted),
-        `data_properties` and `ofile` (path without ending; None returns the result).
+        """Predict preprocessed cases.
+
+        They are dicts of `data` (tensor, or the path of a `.npy` that is read and deleted), `data_properties` and
+        `ofile` (path without ending; None returns the result).
 
         A case that cannot be prepared or exported, or whose logits are not finite, does not stop the others.
 
@@ -419,7 +423,9 @@ class nnUNetPredictor:
 
     @torch.inference_mode()
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
-        """Return the logits of a case averaged over all folds: float16 `(classes, *spatial)` in main memory.
+        """Return the logits of a case averaged over all folds.
+
+        float16 `(classes, *spatial)` in main memory.
 
         Args:
             data: `(c, *spatial)`, preprocessed, in cascades with the previous stage stacked below.
@@ -443,7 +449,9 @@ class nnUNetPredictor:
 
     @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
-        """Return the logits of an image `(c, x, y, z)` for the weights that the network has: float16, same shape.
+        """Return the logits of an image `(c, x, y, z)` for the present weights.
+
+        float16, same shape.
 
         Raises:
             ValueError: The image does not have four axes.

@@ -1,4 +1,6 @@
-"""Preprocess cases for prediction ahead of the network, in threads or processes, and hand them out in order.
+"""Preprocess cases ahead of the network, and hand them out in order.
+
+In threads or processes.
 
 A case leaves here as a dict: `data` (float32 `(c, *spatial)`, in cascades with the one-hot previous stage stacked
 below the image's channels), `data_properties` and `ofile` (output path without ending, or None).
@@ -33,7 +35,7 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """What preprocessing needs to know of the model."""
+    """The parts of the model that preprocessing needs."""
 
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
@@ -50,7 +52,7 @@ class FileCase:
 
     @property
     def name(self) -> str:
-        """How messages call the case."""
+        """The name of the case in messages."""
         return Path(self.output or self.files[0]).name
 
     @property
@@ -72,7 +74,10 @@ class FileCase:
 
 @dataclass(frozen=True)
 class ArrayCase:
-    """A case in memory: an image `(c, *spatial)` and its properties, of which only `spacing` is needed."""
+    """A case in memory: an image `(c, *spatial)` and its properties.
+
+    Only `spacing` is needed of these.
+    """
 
     image: np.ndarray
     previous_stage: np.ndarray | None
@@ -82,7 +87,7 @@ class ArrayCase:
 
     @property
     def name(self) -> str:
-        """How messages call the case."""
+        """The name of the case in messages."""
         return Path(self.output).name if self.output else f"number {self.number}, shape {np.shape(self.image)}"
 
     @property
@@ -110,7 +115,10 @@ Case = FileCase | ArrayCase
 
 
 class UnpreparedCaseError(RuntimeError):
-    """A case could not be prepared. The iterator that raised this goes on with the next one."""
+    """A case could not be prepared.
+
+    The iterator that raised this goes on with the next one.
+    """
 
     def __init__(self, case: str, reason: str) -> None:
         super().__init__(case, reason)  # both are `args`, so that the error survives the way out of a process
@@ -205,7 +213,10 @@ class PreprocessedCases(Iterator[Item]):
 def without_unprepared(
     items: Iterable[Item], on_failure: Callable[[str, UnpreparedCaseError], object]
 ) -> Iterator[Item]:
-    """Yield the items that can be prepared; call `on_failure` with the name and error of each case that cannot."""
+    """Yield the items that can be prepared.
+
+    Call `on_failure` with the name and error of each case that cannot.
+    """
     items = iter(items)
     while True:
         try:
@@ -254,7 +265,10 @@ def _one_hot(labels: np.ndarray, model: Model, dtype: np.dtype) -> np.ndarray:
 
 
 def offer(item: Item, put: Callable[..., None], is_aborted: Callable[[], bool]) -> bool:
-    """Put an item into a bounded queue; give up and return False once the consumer has stopped."""
+    """Put an item into a bounded queue.
+
+    Give up and return False once the consumer has stopped.
+    """
     from queue import Full
 
     while not is_aborted():

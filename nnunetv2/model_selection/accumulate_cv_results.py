@@ -1,4 +1,4 @@
-"""Collect the validation predictions of all folds of a model in one folder, and score them together."""
+"""Collect the validation predictions of all folds and score them together."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def accumulate_cv_results(
 
 
 def find_references(dataset_name: str) -> str:
-    """Return the folder of a dataset's reference label maps: raw if it exists, else their copies beside the plans."""
+    """Return the folder of a dataset's reference label maps.
+
+    Raw if it exists, else their copies beside the plans.
+    """
     if nnUNet_raw.is_set():
         raw = Path(nnUNet_raw, dataset_name, "labelsTr")
         if raw.is_dir():

@@ -1,4 +1,7 @@
-"""Compare trained models and pairs of them by cross-validation, and say how to predict with the best."""
+"""Compare models and pairs of them by cross-validation.
+
+And say how to predict with the best.
+"""
 
 from __future__ import annotations
 

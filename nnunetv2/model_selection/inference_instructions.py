@@ -26,7 +26,9 @@ def generate_inference_command(
     output_folder: str = "OUTPUT_FOLDER",
     save_npz: bool = False,
 ) -> str:
-    """Return the command that predicts with a model, preceded, for a cascade, by that of its previous stage.
+    """Return the command that predicts with a model.
+
+    For a cascade, that of its previous stage comes before.
 
     Args:
         folder_with_segs_from_prev_stage: Predictions of the previous stage that exist already.
@@ -61,7 +63,9 @@ def generate_inference_command(
 
 
 def print_inference_instructions(inference_info_dict: Mapping[str, Any], instructions_file: str | None = None) -> None:
-    """Print the commands of the best model or ensemble: predict, ensemble, postprocess; and write them to a file.
+    """Print the commands of the best model or ensemble: predict, ensemble, postprocess.
+
+    And write them to a file.
 
     Args:
         inference_info_dict: The content of inference_information.json.

@@ -36,7 +36,9 @@ def export_pretrained_model(
     save_checkpoints: Sequence[str] = ("checkpoint_final.pth",),
     export_crossval_predictions: bool = False,
 ) -> None:
-    """Write a zip file with everything that prediction needs, and the scores. Paths in it start at nnUNet_results.
+    """Write a zip file with everything that prediction needs, and the scores.
+
+    Paths in it start at nnUNet_results.
 
     Args:
         output_file: The zip file; it appears complete or not at all.

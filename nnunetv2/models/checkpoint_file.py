@@ -1,4 +1,6 @@
-"""Write a training's state into a file and read it back, without running what a foreign file may ask for.
+"""Write a training's state into a file and read it back safely.
+
+Nothing that a foreign file asks for is run.
 
 A checkpoint is a dict that `torch.save` has written. Besides tensors it holds NumPy scalars (the curves), a
 `torch.device` and plain containers, so the reader admits these and refuses everything else: a pickle is a program, and
@@ -60,7 +62,10 @@ class UntrustedCheckpointError(CheckpointError):
 
 
 def save_checkpoint_file(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint; whoever stops the process meanwhile, `path` is the old file or the complete new one."""
+    """Write a checkpoint.
+
+    Whoever stops the process meanwhile, `path` is the old file or the complete new one.
+    """
     with replacing(path) as written:
         torch.save(dict(checkpoint), written)
 

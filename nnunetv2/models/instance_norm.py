@@ -50,7 +50,10 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_fast_instance_norm_(network: nn.Module) -> nn.Module:
-    """Let the instance normalizations of a network compute fast on a CPU; subclasses of torch's stay as they are."""
+    """Let the instance normalizations of a network compute fast on a CPU.
+
+    Subclasses of torch's stay as they are.
+    """
     for module in network.modules():
         module.__class__ = _FAST.get(type(module), type(module))
     return network

@@ -26,7 +26,10 @@ Parameters = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a model folder holds. The network has the parameters of the first fold."""
+    """The content of a model folder.
+
+    The network has the parameters of the first fold.
+    """
 
     network: nn.Module
     parameters: list[Parameters]
@@ -40,7 +43,10 @@ class TrainedModel:
 
 
 def find_folds(folder: str | os.PathLike[str], checkpoint_name: str) -> list[int]:
-    """Return the numbers of the folds that have this checkpoint, ordered by folder name; `fold_all` does not count."""
+    """Return the numbers of the folds that have this checkpoint, ordered by folder name.
+
+    `fold_all` does not count.
+    """
     names = sorted(entry.name for entry in Path(folder).iterdir() if entry.name.startswith("fold_"))
     return [
         int(name.split("_")[-1])

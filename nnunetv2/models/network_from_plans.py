@@ -64,7 +64,9 @@ def get_network_from_plans(
 
 
 def find_network_class(arch_class_name: str | type[nn.Module]) -> type[nn.Module]:
-    """Return a network class by its dotted path, or by its name in dynamic_network_architectures if that has moved.
+    """Return a network class by its dotted path.
+
+    Or by its name in dynamic_network_architectures if that has moved.
 
     Raises:
         ImportError: Neither exists.

@@ -1,4 +1,7 @@
-"""Build a network from the name of a preset instead of plans, as pretraining on other data does."""
+"""Build a network from the name of a preset instead of plans.
+
+Pretraining on other data does so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Build networks with the builders of trainers of all generations, and reach them inside their wrappers."""
+"""Build networks, and reach them inside their wrappers.
+
+With the builders of trainers of all generations.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def bare_network(network: nn.Module) -> nn.Module:
 
 
 def adapt_weight_names(weights: Mapping[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """Remove the prefixes of DDP and torch.compile from names that the bare network does not have."""
+    """Remove the prefixes of DDP and torch.compile from names of weights.
+
+    Where the bare network does not have them.
+    """
     adapted = {}
     for name, tensor in weights.items():
         if name not in expected:
@@ -72,7 +78,10 @@ def adapt_weight_names(weights: Mapping[str, torch.Tensor], expected: Mapping[st
 
 
 def speed_up_on_cpu_(network: nn.Module, device: torch.device | str) -> nn.Module:
-    """Choose normalizations and memory layout that are fast on a CPU; on other devices nothing happens."""
+    """Choose normalizations and memory layout that are fast on a CPU.
+
+    On other devices nothing happens.
+    """
     if torch.device(device).type != "cpu":
         return network
     return to_fast_memory_format_(use_fast_instance_norm_(network), device)
@@ -87,6 +96,9 @@ def deep_supervision_scales(strides: Sequence[Sequence[int]]) -> list[list[float
 
 
 def is_deeply_supervised(network: nn.Module, *, otherwise: bool) -> bool:
-    """Tell whether the network returns the outputs of several resolutions now; `otherwise` if it cannot say."""
+    """Tell whether the network returns the outputs of several resolutions now.
+
+    `otherwise` if it cannot say.
+    """
     decoder = getattr(bare_network(network), "decoder", None)
     return getattr(decoder, "deep_supervision", otherwise)

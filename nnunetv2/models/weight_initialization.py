@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 class InitWeights_He:
-    """Draw the weights of (transposed) convolutions as He et al. 2015 do for leaky ReLU; set their biases to 0.
+    """Draw the weights of (transposed) convolutions as He et al. 2015 do for leaky ReLU.
+
+    Set their biases to 0.
 
     Use it as `network.apply(InitWeights_He(1e-2))`.
     """

@@ -1,4 +1,6 @@
-"""Interpret the labels of a dataset: classes, regions, the ignore label; turn network outputs into label maps.
+"""Interpret the labels of a dataset: classes, regions, the ignore label.
+
+Turn network outputs into label maps.
 
 Network outputs are `(c, *spatial)` with one channel per class (background first) or per region.
 """
@@ -295,7 +297,9 @@ def get_labelmanager_class_from_plans(plans: Mapping) -> type[LabelManager]:
 def convert_labelmap_to_one_hot(
     segmentation: ArrayOrTensor, all_labels: Sequence[int], output_dtype: np.dtype | torch.dtype | None = None
 ) -> ArrayOrTensor:
-    """Turn a label map `(*spatial)` into `(len(all_labels), *spatial)` with 1 where the map has the label, else 0.
+    """Turn a label map `(*spatial)` into one mask per label.
+
+    Shape `(len(all_labels), *spatial)`, 1 where the map has the label, else 0.
 
     Arrays give arrays, tensors give tensors. The default dtype is uint8, and for labels from 255 on uint16 (tensors:
     int16).

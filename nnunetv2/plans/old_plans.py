@@ -1,4 +1,7 @@
-"""Read configurations that were planned before plans described the network by class and arguments (before 2.4)."""
+"""Read configurations of before 2.4.
+
+Later plans describe the network by class and arguments.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,17 @@ _REPLACED_KEYS = (
 
 
 def is_old_configuration(configuration: Mapping) -> bool:
-    """Tell whether a configuration gives its network as the class name of a U-Net and its sizes."""
+    """Tell whether a configuration describes its network in the old way.
+
+    As the class name of a U-Net and its sizes.
+    """
     return "architecture" not in configuration and "UNet_class_name" in configuration
 
 
 def add_architecture(configuration: Mapping) -> dict:
-    """Return a copy of an old configuration in which `architecture` replaces the keys that described the network.
+    """Return a copy of an old configuration with `architecture`.
+
+    It replaces the keys that described the network.
 
     Raises:
         RuntimeError: The network is of an unknown class.

@@ -88,7 +88,7 @@ class ConfigurationManager:
 
     @property
     def network_arch_init_kwargs(self) -> dict:
-        """What the network's constructor is given."""
+        """The arguments of the network's constructor."""
         return self.configuration["architecture"]["arch_kwargs"]
 
     @property
@@ -138,7 +138,9 @@ class ConfigurationManager:
 
 
 class PlansManager:
-    """The plans of a dataset. `plans` is the dict itself, read from a file if a path was given.
+    """The plans of a dataset.
+
+    `plans` is the dict itself, read from a file if a path was given.
 
     Args:
         plans_file_or_dict: Path of a plans JSON, or its content, which is kept, not copied.
@@ -250,7 +252,9 @@ class PlansManager:
 
 
 def resolve_inheritance(configurations: Mapping[str, dict], name: str) -> dict:
-    """Return a deep copy of a configuration, completed by its ancestors' entries; nested dicts are not merged.
+    """Return a deep copy of a configuration, completed by its ancestors' entries.
+
+    Nested dicts are not merged.
 
     Raises:
         ValueError: The configuration or an ancestor is missing.
@@ -277,7 +281,10 @@ def resolve_inheritance(configurations: Mapping[str, dict], name: str) -> dict:
 def determine_num_input_channels(
     plans_manager: PlansManager, configuration_or_config_manager: str | ConfigurationManager, dataset_json: Mapping
 ) -> int:
-    """Count the input channels of a network: those of the image, and in a cascade one per foreground label."""
+    """Count the input channels of a network.
+
+    Those of the image, and in a cascade one per foreground label.
+    """
     configuration = configuration_or_config_manager
     if isinstance(configuration, str):
         configuration = plans_manager.get_configuration(configuration)

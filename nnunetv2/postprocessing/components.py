@@ -15,7 +15,9 @@ _FULL_CONNECTIVITY = {2: 8, 3: 26}
 def remove_all_but_largest_component_from_segmentation(
     segmentation: np.ndarray, labels_or_regions: LabelOrRegion | list[LabelOrRegion], background_label: int = 0
 ) -> np.ndarray:
-    """Return a label map in which some labels, taken together, keep their largest connected component only.
+    """Keep the largest connected component of some labels, taken together.
+
+    Returns the changed label map.
 
     Voxels that share a corner are connected. Components that tie for the largest all stay.
 
@@ -56,7 +58,10 @@ def find_smaller_components(groups: np.ndarray) -> np.ndarray:
 
 
 def bounding_box(array: np.ndarray) -> tuple[slice, ...] | None:
-    """Return the smallest box that holds all values other than 0, or None if there are none."""
+    """Return the smallest box around all values other than 0.
+
+    None if there are none.
+    """
     if not array.any():
         return None
     ranges = []

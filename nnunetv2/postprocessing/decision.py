@@ -1,4 +1,7 @@
-"""Decide for which classes to keep the largest component only, from counts of voxels per case."""
+"""Decide for which classes to keep the largest component only.
+
+From counts of voxels per case.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,10 @@ def decide(
 
 
 def group_disjoint(classes: Sequence[LabelOrRegion]) -> list[list[LabelOrRegion]]:
-    """Split classes into runs without a common label: what is removed from one leaves the others of its run alone."""
+    """Split classes into runs without a common label.
+
+    What is removed from one leaves the others of its run alone.
+    """
     groups: list[list[LabelOrRegion]] = []
     taken: set[int] = set()
     for entry in classes:

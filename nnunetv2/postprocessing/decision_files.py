@@ -45,7 +45,9 @@ def save_decision(folder: str | os.PathLike[str], decision: Decision, functions:
 
 
 def load_functions(path: str | os.PathLike[str]) -> tuple[Functions, Keywords]:
-    """Read which functions to apply, from a JSON file, or from a pickle or better the JSON file beside it.
+    """Read which functions to apply from a JSON file.
+
+    Or from a pickle, or better the JSON file beside it.
 
     Raises:
         FileNotFoundError: There is neither.

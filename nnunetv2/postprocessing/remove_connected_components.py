@@ -1,4 +1,7 @@
-"""Remove what lies outside the largest component of a class; find out where that helps, and apply it to folders."""
+"""Remove what lies outside the largest component of a class.
+
+Find out where that helps, and apply it to folders.
+"""
 
 from __future__ import annotations
 

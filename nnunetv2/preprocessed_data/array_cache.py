@@ -1,4 +1,7 @@
-"""Keep compressed arrays open: for small patches, opening a file takes longer than reading from it."""
+"""Keep compressed arrays open.
+
+For small patches, opening a file takes longer than reading from it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Choose how Blosc2 cuts a stored image into chunks and blocks, so that reading one patch reads little else.
+"""Choose how Blosc2 cuts a stored image into chunks and blocks.
+
+So that reading one patch reads little else.
 
 A block is what Blosc2 decompresses at once and should fit a CPU's L2 cache; a chunk, a stack of blocks, is what it
 finds in the file and should fit the L3 cache.
@@ -28,7 +30,9 @@ def comp_blosc2_params(
     max_chunk_to_patch_ratio_per_axis: float | None = 1.5,
     grow_singleton_patch_axes: bool = False,
 ) -> tuple[Shape4, Shape4]:
-    """Return (block shape, chunk shape) for an image `(c, x, y, z)` that is read in patches.
+    """Return (block shape, chunk shape) for an image read in patches.
+
+    The image is `(c, x, y, z)`.
 
     Both hold one channel. Blocks have sides of powers of two where the image allows; chunks are whole blocks, cut
     where the image or the wanted extent ends.
@@ -57,7 +61,7 @@ def comp_blosc2_params(
 def choose_filter(
     array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], codec: blosc2.Codec, clevel: int
 ) -> blosc2.Filter:
-    """Return SHUFFLE if it makes a chunk from the middle of the array smaller than no filter does, else NOFILTER."""
+    """Return SHUFFLE if it makes the array's middle chunk smaller, else NOFILTER."""
     import blosc2
     import numpy as np
 
@@ -77,7 +81,9 @@ def choose_filter(
 
 
 def compression(codec: blosc2.Codec, clevel: int, filter_: blosc2.Filter | Sequence[blosc2.Filter]) -> dict:
-    """Return Blosc2's compression parameters with `filter_` as the first of the pipeline, or as all of it.
+    """Return Blosc2's compression parameters with a filter.
+
+    As the first of the pipeline, or as all of it.
 
     One thread: several write the blocks of a chunk in the order in which they happen to finish, so that no two runs
     give the same bytes. Other cases keep the other cores busy.

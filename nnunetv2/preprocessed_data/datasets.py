@@ -1,4 +1,6 @@
-"""Store preprocessed cases and read them back: an image, its labels and its properties per case.
+"""Store preprocessed cases and read them back.
+
+An image, its labels and its properties per case.
 
 Two formats exist: Blosc2 (`case.b2nd`, `case_seg.b2nd`), compressed in chunks so that a patch can be read alone, and
 NumPy (`case.npz`, unpacked to `case.npy` and `case_seg.npy` for training). Properties are in `case.pkl` in both.
@@ -72,7 +74,9 @@ class nnUNetBaseDataset(ABC):
 
     @abstractmethod
     def load_case(self, identifier: str) -> Case:
-        """Return (image `(c, x, y, z)`, labels `(1, x, y, z)`, labels of the previous stage or None, properties).
+        """Return image, labels, labels of the previous stage or None, and properties.
+
+        Arrays are `(c, x, y, z)` and `(1, x, y, z)`.
 
         Arrays are opened, not read: index them to get values.
         """
@@ -91,7 +95,10 @@ class nnUNetBaseDataset(ABC):
 
     @staticmethod
     def get_identifiers(folder: str) -> list[str]:
-        """Return the sorted names of all cases in a folder; needed where no identifiers are given."""
+        """Return the sorted names of all cases in a folder.
+
+        Needed where no identifiers are given.
+        """
         raise NotImplementedError("this dataset class cannot list the cases of a folder")
 
     @staticmethod
@@ -160,7 +167,9 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
         filters: blosc2.Filter | Sequence[blosc2.Filter] | None = None,
         filters_seg: blosc2.Filter | Sequence[blosc2.Filter] | None = None,
     ) -> None:
-        """Write a case. The image comes last: it is what makes a case of the files, so every case is complete.
+        """Write a case.
+
+        The image comes last: it is what makes a case of the files, so every case is complete.
 
         Args:
             chunks, blocks: Shapes `(1, x, y, z)`. Default: for patches of 128 voxels a side, with a warning.
@@ -315,7 +324,9 @@ file_ending_dataset_mapping: dict[str, type[nnUNetBaseDataset]] = {
 
 
 def infer_dataset_class(folder: str) -> type[nnUNetBaseDataset]:
-    """Return the class for the format of the cases in a folder. Files of other kinds do not matter.
+    """Return the class for the format of the cases in a folder.
+
+    Files of other kinds do not matter.
 
     Raises:
         InvalidInputError: There is no case, or cases are stored in more than one format.

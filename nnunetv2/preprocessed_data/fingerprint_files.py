@@ -1,4 +1,7 @@
-"""Where the fingerprint of a dataset lies: alone, and beside the pooled one of a federation."""
+"""Name the files of a dataset's fingerprint.
+
+Its own, and beside it the pooled one of a federation.
+"""
 
 from __future__ import annotations
 

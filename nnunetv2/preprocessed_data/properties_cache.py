@@ -1,4 +1,6 @@
-"""Keep the properties of cases in memory: a worker reads those of a case again and again.
+"""Keep the properties of cases in memory.
+
+A worker reads those of a case again and again.
 
 The locations of the classes make up nearly all of them, up to 10,000 voxels per class, and unpickling them costs as
 much as reading a small patch.
@@ -20,7 +22,9 @@ MAX_BYTES = 64 * 2**20
 
 
 class PropertiesCache:
-    """The properties that were read last, at most `max_bytes` of them. A file that has changed is read again.
+    """The properties that were read last, at most `max_bytes` of them.
+
+    A file that has changed is read again.
 
     Locations of voxels are kept as int32, half of what they are in the file. Every caller gets a dict of its own; the
     arrays in it are shared, and therefore read-only.

@@ -1,4 +1,6 @@
-"""Remember which cases of a preprocessed folder are finished, so that an interrupted run goes on where it was.
+"""Remember which cases of a preprocessed folder are finished.
+
+An interrupted run goes on where it was.
 
 Beside a folder such as `nnUNetPlans_3d_fullres` lies the journal `.nnUNetPlans_3d_fullres.finished.jsonl`: not in the
 folder, where nnU-Net takes every file for part of a case. Its first line says what the run was made from, each further
@@ -38,7 +40,9 @@ FileState = list
 
 
 class FinishedCases:
-    """The journal of a folder, for the length of a run. No other run can open it meanwhile.
+    """The journal of a folder, for the length of a run.
+
+    No other run can open it meanwhile.
 
     Args:
         folder: Of preprocessed cases; created if it does not exist.
@@ -70,7 +74,9 @@ class FinishedCases:
         self._file.close()
 
     def remaining(self, sources: Mapping[str, Iterable[str]]) -> list[str]:
-        """Return the cases that are to be done, in order, and remove from the folder all that is of no finished case.
+        """Return the cases that are to be done, in order.
+
+        All that is of no finished case is removed from the folder.
 
         Args:
             sources: Case -> its files.

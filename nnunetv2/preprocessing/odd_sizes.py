@@ -1,4 +1,7 @@
-"""Point out images whose size in voxels or mm hardly suits a model: headers in wrong units, pictures for 3D models."""
+"""Point out images whose size hardly suits a model.
+
+Headers in wrong units, pictures for 3D models.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,9 @@ def describe_grids(
 def warn_of_odd_size(
     name: str, properties: Mapping[str, Any], plans_manager: PlansManager, configuration_manager: ConfigurationManager
 ) -> None:
-    """Warn of a preprocessed image of which hardly a voxel is left, or which is a picture where volumes are expected.
+    """Warn of a preprocessed image with hardly a voxel left.
+
+    Or of a picture where volumes are expected.
 
     Args:
         name: How messages call the image.

@@ -1,4 +1,7 @@
-"""Choose how many processes work on cases: as many as cores, cases and the machine's free memory allow."""
+"""Choose how many processes work on cases.
+
+As many as cores, cases and the machine's free memory allow.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ def choose_num_processes(
 
 
 def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the cores that this process may use: of the machine, less what affinity or a container's quota take."""
+    """Return the cores that this process may use.
+
+    Those of the machine, less what affinity or a container's quota take.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
@@ -96,7 +102,10 @@ def bytes_to_read(cases: Iterable[Iterable[str]]) -> int:
 
 
 def voxels_in_file(file: str) -> int:
-    """Return the voxels of an image from its header; from its size where SimpleITK knows no such format."""
+    """Return the voxels of an image from its header.
+
+    From its size where SimpleITK knows no such format.
+    """
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()

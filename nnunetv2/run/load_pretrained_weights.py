@@ -14,7 +14,7 @@ SEGMENTATION_LAYERS = ".seg_layers."
 
 
 def load_pretrained_weights(network: nn.Module, fname: str | os.PathLike[str], verbose: bool = False) -> None:
-    """Copy the weights of a checkpoint into a network, except those of the layers that output classes.
+    """Copy a checkpoint's weights into a network, but those of its output layers.
 
     Args:
         network: Changed in place; may be wrapped by DDP or torch.compile.

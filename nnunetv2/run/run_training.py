@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def limit_threads(device_type: str) -> None:
-    """Give every library one thread, unless the user chose another number; before NumPy and torch are imported.
+    """Give every library one thread, unless the user chose another number.
+
+    Before NumPy and torch are imported.
 
     Augmentation workers would otherwise start a team of threads each. On a CPU the training itself needs the team, so
     the number for OpenMP stays as it is (see `set_torch_threads`), and workers limit themselves.
@@ -230,7 +232,10 @@ def run_ddp(
     world_size: int,
     device_type: str = "cuda",
 ) -> None:
-    """Be one of several processes that train together, each with a GPU, or with its share of the processor."""
+    """Be one of several processes that train together.
+
+    Each with a GPU, or with its share of the processor.
+    """
     import torch
 
     setup_ddp(rank, world_size, device_type)
@@ -295,7 +300,9 @@ def maybe_load_checkpoint(
     validation_only: bool,
     pretrained_weights_file: str | None = None,
 ) -> None:
-    """Bring a trainer to where it shall start: the latest checkpoint, the final one, or pretrained weights.
+    """Bring a trainer to where it shall start.
+
+    The latest checkpoint, the final one, or pretrained weights.
 
     Raises:
         RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without

@@ -1,4 +1,7 @@
-"""Remember which validation cases are done, so that a validation that was interrupted goes on where it was."""
+"""Remember which validation cases are done.
+
+An interrupted validation goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ FINGERPRINT = "fingerprint"
 
 
 class FinishedCases:
-    """A folder with an empty file per case that is done; it lives as long as the validation is incomplete.
+    """A folder with an empty file per case that is done.
+
+    It lives as long as the validation is incomplete.
 
     It also holds a fingerprint of what predicts. Cases count as done only for that fingerprint: after further training,
     or with other settings, everything is predicted anew. A validation that was completed leaves nothing behind, so

@@ -1,4 +1,6 @@
-"""Show on a terminal where a training is: one line that is written again and again.
+"""Show the progress of a training on one line of the terminal.
+
+It is written again and again.
 
 Epoch 12/1000  training 137/250  loss -0.4312  pseudo Dice 0.8123  0.21 s/it  2 d 6 h left
 """
@@ -19,7 +21,10 @@ CLEAR_LINE = "\r\033[K"
 
 @dataclass(frozen=True)
 class Position:
-    """A phase, training or validation, of an epoch, and how many of its iterations are done."""
+    """A phase of an epoch, and how many of its iterations are done.
+
+    Training or validation.
+    """
 
     epoch: int
     num_epochs: int
@@ -80,7 +85,10 @@ class ProgressLine:
         self._epoch_start = self.clock()
 
     def end_epoch(self) -> None:
-        """Note that the epoch is over; the last few tell how long the others will take."""
+        """Note that the epoch is over.
+
+        The last few tell how long the others will take.
+        """
         if self._epoch_start is not None:
             self._epoch_durations = [*self._epoch_durations[-4:], self.clock() - self._epoch_start]
         self._epoch_start = None
@@ -108,7 +116,7 @@ class ProgressLine:
                 )
 
     def show(self, text: str) -> None:
-        """Write the line in place of the last one, cut to the width of the terminal."""
+        """Write the line in place of the last one, cut to the terminal's width."""
         width = shutil.get_terminal_size().columns
         self.stream.write(CLEAR_LINE + text[: width - 1])
         self.stream.flush()

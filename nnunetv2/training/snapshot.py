@@ -1,4 +1,7 @@
-"""Copy the state of a training, so that it can be written while the training goes on."""
+"""Copy the state of a training.
+
+It can then be written while the training goes on.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,17 @@ Buffers = dict[Kind, torch.Tensor]
 
 
 class Snapshot:
-    """A copy of nested containers. Its memory is used again as soon as nobody holds the snapshot any more."""
+    """A copy of nested containers.
+
+    Its memory is used again as soon as nobody holds the snapshot any more.
+    """
 
     def __init__(self, state: Any) -> None:
         self.state = state
 
 
 class SnapshotTaker:
-    """Copy states into memory of the CPU that is used for one snapshot after the other.
+    """Copy states into main memory that is used again for every snapshot.
 
     Touching fresh memory for the first time takes longer than the copy itself, and the training waits for both.
     """

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from nnunetv2.preprocessed_data.bad_cases import describe_bad_cases, load_bad_cases
+from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE, find_separated, load_patients
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.crossval_split import generate_crossval_split, read_splits
 
@@ -39,14 +42,23 @@ def split_cases(
 
     Raises:
         FileNotFoundError: Cases of the fold are not preprocessed.
-        ValueError: The fold is negative, the file makes no sense, one of the two lists is empty, or there are too few
-            cases to split.
+        ValueError: The fold is negative, the file makes no sense, one of the two lists is empty, a patient is on both
+            sides, or there are too few cases to split.
     """
     folds = load_or_create_splits(path, identifiers, report, generate=generate)
     train, val = choose_fold(folds, fold, identifiers, report)
     _require_cases(train, val, f"fold {fold} of {path}")
+    _require_whole_patients((train, val), fold, path)
+    train, val = _without_bad_cases((train, val), fold, path, report)
     require_preprocessed([*train, *val], identifiers(), folder)
     return train, val
+
+
+def report_bad_cases(preprocessed_folder: Path, report: Report) -> None:
+    """Note in the training log which cases the dataset does without, if any."""
+    line = describe_bad_cases(preprocessed_folder)
+    if line is not None:
+        report(line)
 
 
 def load_or_create_splits(
@@ -107,11 +119,34 @@ def choose_fold(splits: Sequence[dict], fold: int, identifiers: Callable[[], Ite
     return train, val
 
 
+def _without_bad_cases(split: Split, fold: int, path: Path, report: Report) -> Split:
+    """Leave out what preprocessing left out, so that splits made for all cases still serve."""
+    bad = {one.case for one in load_bad_cases(path.parent)}
+    found = sorted(bad.intersection([*split[0], *split[1]]))
+    if not found:
+        return split
+    report(f"Fold {fold} of {path} names {len(found)} bad cases, which are left out: {', '.join(found)}")
+    train, val = ([case for case in part if case not in bad] for part in split)
+    _require_cases(train, val, f"without bad cases, fold {fold} of {path}")
+    return train, val
+
+
 def _require_cases(train: Sequence[str], val: Sequence[str], fold: str) -> None:
     empty = [what for what, cases in (("training", train), ("validation", val)) if not cases]
     if empty:
         raise ValueError(
             f"{fold} has no {' and no '.join(empty)} cases. Name some there, or train on all cases with fold 'all'"
+        )
+
+
+def _require_whole_patients(split: Split, fold: int, path: Path) -> None:
+    """Check that no patient is on both sides, where `nnUNetv2_make_splits` was told who is who."""
+    separated = find_separated([dict(zip(("train", "val"), split))], load_patients(path.parent))
+    if separated:
+        of_all = f" and {len(separated) - 1} more patients" if len(separated) > 1 else ""
+        raise ValueError(
+            f"{path}: {replace(separated[0], fold=fold)}{of_all}. Write the splits anew with nnUNetv2_make_splits, or "
+            f"remove {path.parent / PATIENTS_FILE} if these are not the same patient"
         )
 
 

@@ -22,7 +22,10 @@ MAX_GRADIENT_NORM = 12
 
 
 def move_batch(batch: dict, device: torch.device) -> tuple[torch.Tensor, TensorOrList]:
-    """Return data and target of a batch on the device; the target has an entry per resolution or is one tensor."""
+    """Return data and target of a batch on the device.
+
+    The target has an entry per resolution or is one tensor.
+    """
     data, target = batch["data"], batch["target"]
     data = to_fast_memory_format_(data.to(device, non_blocking=True), device)
     if isinstance(target, (list, tuple)):
@@ -31,7 +34,9 @@ def move_batch(batch: dict, device: torch.device) -> tuple[torch.Tensor, TensorO
 
 
 def as_loss_input(output: TensorOrList) -> TensorOrList:
-    """Return outputs of a network on the CPU in float32; bfloat16 is too coarse for the logarithms of the loss.
+    """Return outputs of a network on the CPU in float32.
+
+    Bfloat16 is too coarse for the logarithms of the loss.
 
     On CUDA, autocast runs these operations in float32 by itself.
     """

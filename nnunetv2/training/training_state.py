@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
-    """Return the content of a checkpoint, with which the next epoch can be trained. Its tensors are the trainer's own.
+    """Return the content of a checkpoint, with which the next epoch can be trained.
+
+    Its tensors are the trainer's own.
 
     The names of weights are those of the bare network, without the prefixes of DDP and torch.compile.
     """
@@ -33,7 +35,10 @@ def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
 
 
 def restore_state_(trainer: nnUNetTrainer, checkpoint: Mapping[str, Any]) -> None:
-    """Bring an initialized trainer to where it was when a checkpoint was saved, here or by the reference."""
+    """Bring an initialized trainer to the state of a checkpoint.
+
+    Saved here or by the reference.
+    """
     network = bare_network(trainer.network)
     network.load_state_dict(adapt_weight_names(checkpoint["network_weights"], network.state_dict()))
     trainer.current_epoch, trainer._best_ema = checkpoint["current_epoch"], checkpoint["_best_ema"]

@@ -90,7 +90,9 @@ def validate(
 
 
 def set_aside_other_cases(folder: Path, cases: Collection[str], ending: str) -> list[str]:
-    """Move predictions of other cases, which an earlier split left, out of a folder that is to be scored.
+    """Move predictions of other cases out of a folder that is to be scored.
+
+    An earlier split has left them.
 
     They go to the folder ASIDE beside it, whatever lies there under the same name is replaced.
 
@@ -221,7 +223,7 @@ def _export(
 
 
 def build_predictor(trainer: nnUNetTrainer, predictor_class: type[nnUNetPredictor]) -> nnUNetPredictor:
-    """Return a predictor that uses the network as it is now, with the settings of inference."""
+    """Return a predictor with the present network and the settings of inference."""
     predictor = predictor_class(
         tile_step_size=0.5,
         use_gaussian=True,
@@ -247,7 +249,10 @@ def build_predictor(trainer: nnUNetTrainer, predictor_class: type[nnUNetPredicto
 
 
 def load_network_input(trainer: nnUNetTrainer, dataset: nnUNetBaseDataset, case: str) -> tuple[torch.Tensor, dict]:
-    """Read a case `(c, *spatial)` and its properties; a cascade gets the previous stage's labels as channels."""
+    """Read a case `(c, *spatial)` and its properties.
+
+    A cascade gets the previous stage's labels as channels.
+    """
     data, _, previous, properties = dataset.load_case(case)
     data = data[:]
     if trainer.is_cascaded:

@@ -1,4 +1,4 @@
-"""Write files so that a reader sees either the old content or the complete new one."""
+"""Write files so that readers see the old content or the whole new one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let errors of a disk that is full or broken name the file that was written, which the system does not."""
+    """Let errors of a broken or full disk name the file.
+
+    The system does not.
+    """
     try:
         yield
     except OSError as error:
@@ -30,7 +33,9 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path to write to; it takes the place of `path` once the block has succeeded.
+    """Yield a path to write to.
+
+    It takes the place of `path` once the block has succeeded.
 
     The yielded file has the name of `path`, in a fresh folder beside it, because image libraries choose the format by
     the ending. Further files that the block writes into that folder (raw data next to a header) go along, first. If the
@@ -61,7 +66,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike[str], older_than_s: float = 3600) -> None:
-    """Remove what processes that were killed while writing into `folder` have left: scratch folders of `replacing`.
+    """Remove scratch folders of `replacing` that killed processes have left.
 
     Those that changed less than `older_than_s` seconds ago stay, for another process may be writing into them.
     """
@@ -75,7 +80,10 @@ def remove_leftovers(folder: str | os.PathLike[str], older_than_s: float = 3600)
 
 
 def save_json_atomically(obj: object, path: str | os.PathLike[str], *, sort_keys: bool = True) -> None:
-    """Write `obj` as JSON with an indent of 4, the layout of all JSON files of nnU-Net."""
+    """Write `obj` as JSON with an indent of 4.
+
+    This is the layout of all JSON files of nnU-Net.
+    """
     text = json.dumps(obj, indent=4, sort_keys=sort_keys)
     with replacing(path) as written:
         written.write_text(text, encoding="utf-8")

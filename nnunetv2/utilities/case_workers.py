@@ -1,4 +1,4 @@
-"""Work on cases in several processes, and say which case it was when something goes wrong.
+"""Work on cases in several processes, and name the case that fails.
 
 `multiprocessing.Pool` waits for ever when the system kills one of its workers; `concurrent.futures` notices, but cannot
 tell what the worker was at. Here each worker has a pipe of its own and one case at a time: a closed pipe is a dead
@@ -24,13 +24,16 @@ _SECONDS_TO_EXIT = 10
 
 
 class CaseFailedError(RuntimeError):
-    """A case could not be processed. The message names it; the cause is the error of the worker."""
+    """A case could not be processed.
+
+    The message names it; the cause is the error of the worker.
+    """
 
 
 def process_cases(
     function: Callable[..., object], cases: Mapping[str, tuple], num_processes: int
 ) -> Iterator[tuple[str, Any]]:
-    """Call `function(*arguments)` for each case and yield the case's name and result when it is done.
+    """Call `function(*arguments)` for each case; yield names and results as they come.
 
     Args:
         function: Picklable, for it is sent to each worker once. What it returns is sent back.

@@ -8,7 +8,9 @@ import numpy as np
 
 
 def collate_outputs(outputs: Sequence[dict]) -> dict:
-    """Merge dicts with equal keys into one: numbers to a list, arrays to one array with a new first axis, lists joined.
+    """Merge dicts with equal keys into one.
+
+    Numbers to a list, arrays to one array with a new first axis, lists joined.
 
     The first dict decides the keys and their types.
 

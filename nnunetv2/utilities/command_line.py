@@ -1,4 +1,4 @@
-"""What all commands share: options, logging, and how an error reaches the person at the terminal."""
+"""Options, logging and error lines that all commands share."""
 
 from __future__ import annotations
 
@@ -31,8 +31,21 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def dataset_argument(text: str) -> int | str:
+    """Return the number or the name of a dataset, for the `type` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is neither.
+    """
+    if text.isdecimal():
+        return int(text)
+    if text.startswith("Dataset"):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a dataset nor a name that starts with Dataset")
+
+
 def run_command(function: Callable[[], int | None]) -> None:
-    """Run the body of a command line program and turn its failure into one line and an exit status.
+    """Run a command line program; turn its failure into one line and a status.
 
     Returns normally on success, because some programs fill `sys.argv`, call our entry points and go on afterwards.
     Set the environment variable nnUNet_debug to see the traceback of an error.
@@ -63,7 +76,10 @@ def run_command(function: Callable[[], int | None]) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message of an error as one printable line; one without a message is given by its type and place."""
+    """Return the message of an error as one printable line.
+
+    One without a message is given by its type and place.
+    """
     message = printable(" ".join(str(error).split()))
     if message:
         return message

@@ -73,7 +73,9 @@ def convert_dataset_name_to_id(dataset_name: str) -> int:
 
 
 def maybe_convert_to_dataset_name(dataset_name_or_id: int | str) -> str:
-    """Return a dataset name for a name, which is not checked, or for an id, given as number or text.
+    """Return a dataset name for a name or an id.
+
+    A name is not checked; an id may be a number or text.
 
     Raises:
         ValueError: The text is neither a name nor a number.

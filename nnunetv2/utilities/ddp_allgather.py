@@ -17,7 +17,10 @@ def print_if_rank0(*args: object) -> None:
 
 
 class AllGatherGrad(torch.autograd.Function):
-    """Gather tensors of one shape from all processes, `(...)` to `(processes, ...)`, and let gradients flow back."""
+    """Gather tensors of one shape from all processes, with gradients.
+
+    `(...)` becomes `(processes, ...)`.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: Any = None) -> torch.Tensor:

@@ -6,7 +6,9 @@ _DEFAULT = 12
 
 
 def get_allowed_n_proc_DA() -> int:
-    """Return the number in the environment variable nnUNet_n_proc_DA, or 12, but at most one per core.
+    """Return the number in nnUNet_n_proc_DA, or 12.
+
+    At most one per core.
 
     Raises:
         ValueError: The variable holds anything else than a whole number from 0.

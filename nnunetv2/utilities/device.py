@@ -68,7 +68,9 @@ def cpu_has_bf16() -> bool:
 
 
 def wants_cpu_autocast() -> bool:
-    """Tell whether networks run in bfloat16 on the CPU: what the environment says, else what the processor can.
+    """Tell whether networks run in bfloat16 on the CPU.
+
+    What the environment says, else what the processor can.
 
     Raises:
         ValueError: nnUNet_cpu_autocast is set to something that is neither yes nor no.
@@ -78,7 +80,9 @@ def wants_cpu_autocast() -> bool:
 
 
 def wants_mps_autocast() -> bool:
-    """Tell whether networks predict in float16 on MPS: if the environment asks for it, and this torch can.
+    """Tell whether networks predict in float16 on MPS.
+
+    If the environment asks for it, and this torch can.
 
     Raises:
         ValueError: nnUNet_mps_autocast is set to something that is neither yes nor no.
@@ -110,7 +114,9 @@ def _read_choice(variable: str) -> bool | None:
 
 
 def autocast_context(device: torch.device | str, *, is_inference: bool = False) -> AbstractContextManager:
-    """Return the context in which networks run on a device: float16 on CUDA, bfloat16 on capable CPUs, else float32.
+    """Return the context in which networks run on a device.
+
+    float16 on CUDA, bfloat16 on capable CPUs, else float32.
 
     Args:
         is_inference: Nothing is trained, so that float16 on MPS, if nnUNet_mps_autocast asks for it, needs no scaling
@@ -129,7 +135,9 @@ def autocast_context(device: torch.device | str, *, is_inference: bool = False) 
 
 
 def prefers_channels_last(device: torch.device | str) -> bool:
-    """Tell whether networks are faster with channels as the last axis in memory: in bfloat16 on a CPU with AMX.
+    """Tell whether networks are faster with channels as the last axis.
+
+    In bfloat16 on a CPU with AMX.
 
     Its matrix units take that layout as it is. With AVX512-BF16 alone, and in float32, the plain layout is faster, by
     10 to 30 % in training (`benchmarks/training.py`) and up to 20 % in prediction.
@@ -157,7 +165,9 @@ def to_fast_memory_format_(network_or_tensor: NetworkOrTensor, device: torch.dev
 
 
 def set_torch_threads(device_type: str) -> None:
-    """Give torch all cores that this process may use on `cpu`, and one on `cuda`, where cores feed the GPU.
+    """Give torch all cores of this process on `cpu`, and one on `cuda`.
+
+    There, cores feed the GPU.
 
     OMP_NUM_THREADS, if set, is the number on `cpu`: several trainings on one machine share its cores that way, where
     each with a thread per core would run many times slower.
@@ -176,7 +186,10 @@ def set_torch_threads(device_type: str) -> None:
 
 
 def usable_cpu_count() -> int:
-    """Count the cores that this process may use, which can be fewer than the machine has (containers, schedulers)."""
+    """Count the cores that this process may use.
+
+    They can be fewer than the machine has (containers, schedulers).
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

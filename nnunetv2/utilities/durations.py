@@ -10,7 +10,10 @@ _ENDLESS_S = 1e12
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration in its largest unit, and the next one while it is below 10: `1 h 12 min`, `25 min`, `40 s`."""
+    """Return a duration in its largest unit, such as `1 h 12 min`.
+
+    The next unit is added while it is below 10.
+    """
     if not seconds < _ENDLESS_S:
         return "ages"
     seconds = max(0, round(seconds))
@@ -24,7 +27,10 @@ def format_duration(seconds: float) -> str:
 
 
 def format_moment(seconds: float) -> str:
-    """Return a time in seconds since 1970 as date and local time; one that no clock shows stays a number."""
+    """Return a time in seconds since 1970 as date and local time.
+
+    One that no clock shows stays a number.
+    """
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
     except (OverflowError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Let the disk begin with a file while the rest of it is still being made.
+"""Let the disk begin with a file while its rest is being made.
 
 The system keeps what is written in memory for up to half a minute. A sync at the end then waits for the whole file;
 with this, for its last few MiB.
@@ -18,7 +18,9 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 def begin_writing(file: IO[bytes], begun: int) -> int:
-    """Let the disk begin with what was written behind byte `begun`; return the byte behind which it has not begun.
+    """Let the disk begin with what was written behind byte `begun`.
+
+    Return the byte behind which it has not begun.
 
     A hint: it waits for nothing, fails in silence and does nothing outside Linux.
     """

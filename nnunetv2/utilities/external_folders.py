@@ -28,7 +28,9 @@ def keep_importable(folder: str) -> None:
 
 
 def folder_of(spec: ModuleSpec | None) -> str | None:
-    """Return the external folder that a top-level module or package stands in, None if it stands elsewhere.
+    """Return the external folder of a top-level module or package.
+
+    None if it stands elsewhere.
 
     Below is not enough: a home folder may hold an environment with all its libraries.
     """

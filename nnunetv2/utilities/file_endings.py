@@ -1,4 +1,7 @@
-"""Take file names apart. An ending such as `.nii.gz` is two suffixes, so pathlib's own notion of one does not fit."""
+"""Take file names apart.
+
+An ending such as `.nii.gz` is two suffixes, so pathlib's own notion of one does not fit.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ def split_channel(name: str, ending: str) -> tuple[str, int] | None:
 
 
 def list_names(folder: str | os.PathLike[str], ending: str) -> list[str]:
-    """Return the sorted names of a folder's files with an ending, links to files that are not there included.
+    """Return the sorted names of a folder's files with an ending.
+
+    Links to files that are not there are included.
 
     What reads those can say so; left out, their cases would be missed by nobody.
     """

@@ -28,7 +28,10 @@ def convert_trainer_plans_config_to_identifier(trainer_name: str, plans_identifi
 
 
 def convert_identifier_to_trainer_plans_config(identifier: str) -> list[str]:
-    """Return trainer, plans and configuration of a model's folder, which may be given with its path."""
+    """Return trainer, plans and configuration of a model's folder.
+
+    It may be given with its path.
+    """
     return Path(identifier).name.split(_BETWEEN_PARTS)
 
 
@@ -90,12 +93,17 @@ def get_ensemble_name(model1_folder: str, model2_folder: str, folds: Sequence[in
 def get_ensemble_name_from_d_tr_c(
     dataset: str | int, tr1: str, p1: str, c1: str, tr2: str, p2: str, c2: str, folds: Sequence[int | str]
 ) -> str:
-    """Return the folder name of an ensemble of two models of a dataset, each given by trainer, plans, configuration."""
+    """Return the folder name of an ensemble of two models of a dataset.
+
+    Each is given by trainer, plans, configuration.
+    """
     return get_ensemble_name(get_output_folder(dataset, tr1, p1, c1), get_output_folder(dataset, tr2, p2, c2), folds)
 
 
 def convert_ensemble_folder_to_model_identifiers_and_folds(ensemble_folder: str) -> tuple[list[str], str]:
-    """Return the model identifiers in the name of an ensemble's folder, and its folds as text.
+    """Return the model identifiers and folds in an ensemble's folder name.
+
+    Folds as text.
 
     Raises:
         ValueError: The name has another form.
@@ -129,7 +137,9 @@ def check_workers_alive_and_busy(
     results_list: Sequence[AsyncResult],
     allowed_num_queued: int = 0,
 ) -> bool:
-    """Tell whether a pool has all the work it should have: as many unfinished results as workers, and some queued.
+    """Tell whether a pool has all the work it should have.
+
+    As many unfinished results as workers, and some queued.
 
     Args:
         export_pool: The pool, of which only the number of workers counts.

@@ -56,7 +56,10 @@ def recursive_find_python_class(
 
 @contextmanager
 def temporarily_extend_syspath(path: str, at_end: bool = False) -> Iterator[None]:
-    """Put a folder in front of `sys.path` (or behind it) for a while, unless it is there already."""
+    """Put a folder into `sys.path` for a while.
+
+    In front or behind, unless it is there already.
+    """
     if path in sys.path:
         yield
         return
@@ -88,7 +91,10 @@ def modules_below(path: str) -> list[str]:
 
 
 def is_module_below(module: object, path: str) -> bool:
-    """Tell whether a module's file, or the folder of a package without one, lies in a folder or below it."""
+    """Tell whether a module's file lies in a folder or below it.
+
+    Or the folder of a package without one.
+    """
     spec = getattr(module, "__spec__", None)
     if spec is None:
         return False

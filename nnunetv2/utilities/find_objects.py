@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def recursive_find_trainer_class_by_name(trainer_name: str) -> type:
-    """Return the trainer class of this name: from the package, else from the first external folder that has it.
+    """Return the trainer class of this name.
+
+    From the package, else from the first external folder that has it.
 
     The modules of an external trainer stay imported and its folder stays at the end of `sys.path`, so that imports
     inside its methods work and worker processes can unpickle it.

@@ -11,7 +11,9 @@ _UNKNOWN_BYTES = 4 * 2**30
 
 
 def free_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the memory that the machine can give without swapping, or what a container's limit leaves, if less.
+    """Return the memory that the machine can give without swapping.
+
+    Or what a container's limit leaves, if less.
 
     4 GiB where the system does not tell.
     """
@@ -20,7 +22,10 @@ def free_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/c
 
 
 def total_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the memory of the machine with its swap space, or a container's limit, if less; None if unknown."""
+    """Return the memory of the machine with its swap space.
+
+    Or a container's limit, if less; None if unknown.
+    """
     known = [_whole_machine(proc), *(_limit(cgroup / names[0]) for names in (_CGROUP_2, _CGROUP_1))]
     return min((value for value in known if value is not None), default=None)
 

@@ -1,4 +1,7 @@
-"""Read JSON files that people edit by hand; whatever is wrong with one, the message names it."""
+"""Read JSON files that people edit by hand.
+
+Whatever is wrong with one, the message names it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def read_json(
     required: Mapping[str, type] = MappingProxyType({}),
     refuse_duplicates: bool = False,
 ) -> Any:
-    """Return the content of a JSON file in UTF-8, with or without a byte order mark.
+    """Return the content of a JSON file in UTF-8.
+
+    With or without a byte order mark.
 
     Args:
         kind: The type of the whole content.

@@ -27,7 +27,9 @@ color_cycle = (
 
 
 def hex_to_rgb(hex: str) -> tuple[int, int, int]:
-    """Return red, green and blue of a colour given by six hexadecimal digits, with or without #.
+    """Return red, green and blue of a colour in six hexadecimal digits.
+
+    With or without #.
 
     Raises:
         ValueError: The text is no such colour.

@@ -1,4 +1,7 @@
-"""Know this machine by its names: the addresses that no proxy, no network and nobody else is in between of."""
+"""Know the addresses of this machine itself.
+
+No proxy, no network and nobody else is in between.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,9 @@ def map_cases_visibly(
     show_progress: bool = True,
     verbose: bool = False,
 ) -> list[Any]:
-    """Return the results of `function(*arguments)` in the order of the cases; show how it gets on.
+    """Return the results of `function(*arguments)` in the order of the cases.
+
+    Show how it gets on.
 
     Args:
         function: Importable by name, since workers are spawned.

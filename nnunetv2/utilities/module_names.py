@@ -1,4 +1,7 @@
-"""Tell from a Python module's source, without importing it, whether the module can have an attribute."""
+"""Tell from a module's source whether it can have an attribute.
+
+The module is not imported.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _NEW_SCOPES = (
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """What a module's source says about its attributes."""
+    """The attributes that a module's source tells of."""
 
     bound: frozenset[str]
     """Names that statements of the module bind: definitions, imports, assignments."""

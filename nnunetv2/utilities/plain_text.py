@@ -1,4 +1,6 @@
-"""Write text of others to a terminal or a log so that it shows every character and commands nothing.
+"""Write text of others so that every character shows and commands nothing.
+
+To a terminal or a log.
 
 Names, labels, reasons and errors come from other sites, from a coordinator, from files. Among their characters may be
 some that move the cursor, colour a terminal, turn the direction of writing, or are not seen at all. Whatever a command
@@ -55,7 +57,9 @@ def _visible(character: str) -> str:
 
 
 def excerpt(text: str, characters: int) -> str:
-    """Return the printable beginning of a text; written as JSON, it has at most so many characters.
+    """Return the printable beginning of a text.
+
+    Written as JSON, it has at most so many characters.
 
     One character of what a stranger sends becomes up to twelve, as an escape here or in JSON: so the cut comes last.
     """
@@ -70,7 +74,7 @@ def excerpt(text: str, characters: int) -> str:
 
 
 def printable_json(value: Any, *, indent: int | None = None) -> str:
-    """Return a value as JSON in which characters that cannot be seen stand as JSON's own escapes."""
+    """Return a value as JSON, with unseen characters as JSON's own escapes."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return "".join(one if one == "\n" or _visible(one) == one else _json_escape(one) for one in text)
 
@@ -81,7 +85,10 @@ def _json_escape(character: str) -> str:
 
 
 def show(*lines: object, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print each text on one line of its own, `printable`; what the terminal's encoding lacks is escaped too."""
+    """Print each text on one line of its own, `printable`.
+
+    What the terminal's encoding lacks is escaped too.
+    """
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
     text = "\n".join(map(printable, lines))
@@ -89,7 +96,9 @@ def show(*lines: object, file: TextIO | None = None, flush: bool = False) -> Non
 
 
 def shell_command(program: str, *words: object, options: Iterable[tuple[str, object | None]] = ()) -> str:
-    """Return a command to type, quoted so that no word of it is taken for a command or an option.
+    """Return a command to type, quoted.
+
+    No word of it is taken for a command or an option.
 
     Args:
         program: What is run.
@@ -116,7 +125,9 @@ def shell_command(program: str, *words: object, options: Iterable[tuple[str, obj
 
 
 class PlainTextFormatter(logging.Formatter):
-    """Write records of a log as printable text; line breaks are kept where the message itself has them.
+    """Write records of a log as printable text.
+
+    Line breaks are kept where the message itself has them.
 
     Texts, paths and errors that fill its placeholders stay on one line each.
     """
@@ -132,7 +143,10 @@ class PlainTextFormatter(logging.Formatter):
 
 
 def log_plainly() -> None:
-    """Write warnings, also Python's own, to stderr as printable text, unless logging is set up in this process."""
+    """Write warnings, also Python's own, to stderr as printable text.
+
+    Unless logging is set up in this process.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(PlainTextFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -1,4 +1,6 @@
-"""Read the pickles of nnU-Net (properties of cases) without running whatever a pickle may ask for.
+"""Read the pickles of nnU-Net without running what they ask for.
+
+They hold properties of cases.
 
 A pickle is a program. The files that nnU-Net exchanges need containers, numbers, text and NumPy arrays only, so the
 reader admits just the callables that rebuild these and refuses everything else before it is imported.
@@ -66,7 +68,9 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def load_pickle_safely(
     path: str | os.PathLike[str], admitted: Mapping[tuple[str, str], object] = MappingProxyType({})
 ) -> object:
-    """Read a pickle that holds nothing but builtin containers, numbers, text and NumPy scalars, arrays and dtypes.
+    """Read a pickle of builtin containers and NumPy values.
+
+    Numbers, text and NumPy scalars, arrays and dtypes, nothing else.
 
     Args:
         admitted: What references to further (module, name) pairs yield. Nothing is imported for them.
@@ -81,7 +85,10 @@ def load_pickle_safely(
 def load_stream_safely(
     file: BinaryIO, *, name: str, admitted: Mapping[tuple[str, str], object] = MappingProxyType({})
 ) -> object:
-    """Read a pickle from an open file; `name` is how error messages call it. See `load_pickle_safely`."""
+    """Read a pickle from an open file.
+
+    `name` is how error messages call it. See `load_pickle_safely`.
+    """
     try:
         return _RestrictedUnpickler(file, admitted).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, ValueError, TypeError) as error:

@@ -1,4 +1,7 @@
-"""Receive a file over HTTP in as many connections as it takes, each going on where the one before broke off."""
+"""Receive a file over HTTP in as many connections as it takes.
+
+Each goes on where the one before broke off.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ class OversizedError(ValueError):
 
 
 class PartialDownload:
-    """A file as far as it has arrived, hashed on its way; for one process, which removes the file if it gives up.
+    """A file as far as it has arrived, hashed on its way.
+
+    For one process, which removes the file if it gives up.
 
     Args:
         path: Where the file is written.
@@ -39,7 +44,10 @@ class PartialDownload:
         self._tag: str | None = None
 
     def headers(self) -> dict[str, str]:
-        """Return what asks for the rest of the file, or for all of it where there is nothing to go on from."""
+        """Return the headers that ask for the rest of the file.
+
+        Or for all of it where there is nothing to go on from.
+        """
         headers = {"Accept-Encoding": "identity"}  # else places in the file and on the line differ
         if self.size and self._tag is not None:
             headers |= {"Range": f"bytes={self.size}-", "If-Range": self._tag}
@@ -53,7 +61,7 @@ class PartialDownload:
         piece_bytes: int = PIECE_BYTES,
         watch: Callable[[int], object] = lambda size: None,
     ) -> str:
-        """Write the body of a good answer behind what is there, and return the SHA-256 of the whole file.
+        """Append the body of a good answer; return the whole file's SHA-256.
 
         Args:
             response: With status 206 if it is the rest that was asked for, else with the whole file.
@@ -93,7 +101,10 @@ class PartialDownload:
 
 
 def announced_size(response: Response) -> int | None:
-    """Return the size of the whole file in bytes, if the server tells it. An encoded body has another size."""
+    """Return the size of the whole file in bytes, if the server tells it.
+
+    An encoded body has another size.
+    """
     if "Content-Encoding" in response.headers:
         return None
     if response.status_code == 206:
@@ -104,7 +115,10 @@ def announced_size(response: Response) -> int | None:
 
 
 def strong_tag(response: Response) -> str | None:
-    """Return what the server calls this content, byte for byte, or None if it says nothing to rely on."""
+    """Return the server's strong tag of this content.
+
+    None if it says nothing to rely on.
+    """
     tag = response.headers.get("ETag", "")
     is_strong = tag.startswith('"') and "Content-Encoding" not in response.headers
     return tag if is_strong else None

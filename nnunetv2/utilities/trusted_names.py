@@ -1,4 +1,6 @@
-"""Decide what the names in plans, dataset.json and checkpoints may mean, without running what a stranger chose.
+"""Decide what names in plans, dataset.json and checkpoints may mean.
+
+Without running what a stranger chose.
 
 Such files come from other people, and what they name is called. A name may mean
 
@@ -71,7 +73,10 @@ def check_name(name: object, field: str, *, may_be_private: bool = False) -> str
 
 
 def check_folder_name(name: str, field: str) -> str:
-    """Return the name of a folder that a file gives; raise UntrustedNameError if it would lead out of its place."""
+    """Return the name of a folder that a file gives.
+
+    Raise UntrustedNameError if it would lead out of its place.
+    """
     if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
         raise UntrustedNameError(f"{field} is {_shown(name)}: expected the plain name of a folder, without slashes")
     return name
@@ -99,7 +104,9 @@ def find_class(
 
 
 def find_function(name: object, *, field: str, folder: str | os.PathLike[str], package: str) -> Any | None:
-    """Return the function that a file names, from the modules of a package in a folder, or None.
+    """Return the function that a file names, or None.
+
+    From the modules of a package in a folder.
 
     Raises:
         UntrustedNameError: The name is none, or means something that is defined elsewhere.
@@ -115,7 +122,9 @@ def find_function(name: object, *, field: str, folder: str | os.PathLike[str], p
 
 # ----------------------------------------------------------------------------------------------------- dotted paths
 def locate_network_class(path: str | type[nn.Module], field: str) -> type[nn.Module] | None:
-    """Return the torch module class at a dotted path, None if it leads nowhere; a class is returned as it is.
+    """Return the torch module class at a dotted path, None if it leads nowhere.
+
+    A class is returned as it is.
 
     Raises:
         UntrustedNameError: The path leads elsewhere, or out of what may be named.
@@ -130,7 +139,9 @@ def locate_network_class(path: str | type[nn.Module], field: str) -> type[nn.Mod
 
 
 def locate_argument(path: str, field: str) -> object | None:
-    """Return what a network is given and will call, from its dotted path; None if that leads nowhere.
+    """Return what a network is given and will call, from its dotted path.
+
+    None if that leads nowhere.
 
     Raises:
         UntrustedNameError: The path leads out of what may be named.
@@ -149,7 +160,10 @@ def locate_argument(path: str, field: str) -> object | None:
 
 
 def may_be_named(path: str) -> bool:
-    """Tell whether plans may name things in the package that a dotted path starts in; nothing is imported."""
+    """Tell whether plans may name things in the package that a dotted path starts in.
+
+    Nothing is imported.
+    """
     module = path.rpartition(".")[0]
     return _is_within(module, (*_PACKAGES, *_listed_packages())) or _external_folder_of(module) is not None
 

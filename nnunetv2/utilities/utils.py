@@ -31,7 +31,10 @@ def get_identifiers_from_splitted_dataset_folder(folder: str, file_ending: str) 
 
 
 def create_paths_fn(folder: str, files: Iterable[str], file_ending: str, f: str) -> list[str]:
-    """Return the paths of those `files` in `folder` that are channels of case `f`, in the order of `files`."""
+    """Return the paths of case `f`'s channels among `files` in `folder`.
+
+    In the order of `files`.
+    """
     return [os.path.join(folder, name) for name in files if (split_channel(name, file_ending) or ("",))[0] == f]
 
 

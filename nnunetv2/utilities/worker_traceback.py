@@ -1,4 +1,7 @@
-"""Let the error of another process be the cause of one in this process, traceback and all."""
+"""Let another process's error be the cause of one in this process.
+
+Traceback and all.
+"""
 
 from __future__ import annotations
 

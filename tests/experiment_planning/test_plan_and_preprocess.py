@@ -251,6 +251,7 @@ def test_flags_have_their_defaults():
         "fpe": "DatasetFingerprintExtractor",
         "npfp": None,
         "verify_dataset_integrity": False,
+        "without_bad_cases": False,
         "no_pp": False,
         "clean": False,
         "pl": "ExperimentPlanner",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
 
 CPU = torch.device("cpu")
 PATCH = [16, 16, 24]
@@ -62,6 +65,20 @@ trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations
 trainer.run_training()
 """
 
+# Loads a checkpoint, tells what the trainer now holds, and writes it anew.
+PASS_ON = """
+import hashlib
+import torch
+from nnunetv2.training.nnUNetTrainer.primus import primus_trainers as module
+trainer = getattr(module, value["trainer"])(plans=value["plans"], configuration="3d_fullres", fold=0,
+                                            dataset_json=value["dataset_json"], device=torch.device("cpu"))
+trainer.load_checkpoint(value["file"])
+answer = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+          for name, tensor in trainer.network.state_dict().items()}
+trainer.save_checkpoint(value["file"])
+"""
+TRAINERS = [name for name in vars(primus_trainers) if "Primus" in name and name != "AbstractPrimus"]
+
 
 def test_primus_trainers_are_those_of_the_release(reference, roots):
     make_torchvision_importable()
@@ -109,3 +126,38 @@ def test_checkpoints_of_primus_pass_between_us_and_the_release(reference, roots,
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 1, 1
     trainer.run_training()
     assert trainer.current_epoch == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("NNUNET_EVERY_PRIMUS"), reason="takes gigabytes and minutes: set NNUNET_EVERY_PRIMUS=1"
+)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_checkpoints_of_every_primus_in_full_size_load_in_the_release_and_back(reference, roots, tmp_path, name):
+    make_torchvision_importable()
+    file = str(tmp_path / "checkpoint.pth")
+    make_tiny_dataset(roots["nnUNet_preprocessed"], stages=3, cases=5, patch_size=PATCH, batch_size=1)
+    value = {
+        "plans": make_plans(stages=3, patch_size=PATCH) | {"continue_training": False},
+        "dataset_json": make_dataset_json(),
+    }
+
+    def new_trainer():
+        trainer = getattr(primus_trainers, name)(**value, configuration="3d_fullres", fold=0, device=CPU)
+        trainer.initialize()
+        return trainer
+
+    def digests(trainer) -> dict[str, str]:
+        weights = trainer.network.state_dict()
+        return {key: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for key, tensor in weights.items()}
+
+    trainer = new_trainer()
+    trainer.save_checkpoint(file)
+    ours = digests(trainer)
+    del trainer
+    _, theirs = reference.run(DECLARE_OPERATORS + PASS_ON, {**value, "trainer": name, "file": file})
+    assert theirs == ours
+    trainer = new_trainer()
+    assert digests(trainer) != ours
+    trainer.load_checkpoint(file)
+    assert digests(trainer) == ours

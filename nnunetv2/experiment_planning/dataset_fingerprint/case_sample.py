@@ -1,4 +1,6 @@
-"""Read one training case and keep what a fingerprint needs: geometry and a sample of its foreground intensities.
+"""Read a training case for the fingerprint: geometry, and a sample of intensities.
+
+Those of the foreground.
 
 A case is sampled with replacement, often far more draws than it has foreground voxels. So a sample is held as the
 values that were drawn and how often each was, never as the list of draws.
@@ -21,7 +23,10 @@ DRAWS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class CaseSample:
-    """What one case contributes to the fingerprint. Shapes and spacings are in array order, not transposed."""
+    """The contribution of one case to the fingerprint.
+
+    Shapes and spacings are in array order, not transposed.
+    """
 
     shape_after_crop: tuple
     """Voxels per axis of the non-zero region."""

@@ -1,4 +1,7 @@
-"""Turn samples of all cases into the fingerprint of the dataset, a plain dict that JSON can hold."""
+"""Turn samples of all cases into the fingerprint of the dataset.
+
+It is a plain dict that JSON can hold.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ def compute_fingerprint(samples: Sequence[CaseSample]) -> dict:
 
 
 def describe_intensities(samples: Sequence[WeightedValues]) -> Mapping[str, float]:
-    """Describe one channel of all cases by mean, median, std, min, max and the outer half percents.
+    """Describe one channel of all cases in seven numbers.
+
+    Mean, median, std, min, max and the outer half percents.
 
     The numbers have the precision of the expanded sample as the reference release would concatenate it: float32,
     but float64 as soon as one case has no foreground, since its empty list promotes the others.

@@ -17,12 +17,12 @@ from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import (
 )
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint import compute_fingerprint
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 from nnunetv2.preprocessed_data.fingerprint_files import FINGERPRINT_FILE
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.map_cases import map_cases_visibly
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class DatasetFingerprintExtractor:
         self.num_processes = num_processes
         self.verbose = verbose
         self.dataset_json = read_json(Path(self.input_folder) / "dataset.json")
-        self.dataset = get_filenames_of_train_images_and_targets(self.input_folder, self.dataset_json)
+        self.dataset = list_training_cases(self.input_folder, Path(self.output_folder), self.dataset_json)
         self.show_progress_bar = True
         # Shared out evenly among the cases, whatever their size, and drawn with replacement.
         self.num_foreground_voxels_for_intensitystats = 10e7
@@ -68,7 +68,10 @@ class DatasetFingerprintExtractor:
         return len(self.dataset)
 
     def num_samples_per_case(self, num_cases: int) -> int:
-        """Return how many voxels to draw from each channel of each case when there are `num_cases` in all."""
+        """Return how many voxels to draw per channel and case.
+
+        There are `num_cases` in all.
+        """
         if num_cases < 1:
             raise ValueError(f"{self.dataset_name} has no training cases in {self.input_folder}")
         num_samples = int(self.num_foreground_voxels_for_intensitystats // num_cases)

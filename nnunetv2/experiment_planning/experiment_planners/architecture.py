@@ -1,4 +1,7 @@
-"""Describe a network in the words of a plans file: its class by a dotted path, its arguments as plain values."""
+"""Describe a network in the words of a plans file.
+
+Its class by a dotted path, its arguments as plain values.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def class_path(class_or_path: type | str) -> str:
 
 
 def class_to_build(path: str, given: type | str) -> type | str:
-    """Return the class that was given for a path if plans need the user's word to name it, else the path."""
+    """Return the class of a path that plans may not name, else the path.
+
+    A class can be given where plans need the user's word.
+    """
     if isinstance(given, str) or class_path(given) != path or may_be_named(path):
         return path
     _tell_how_to_allow(path)

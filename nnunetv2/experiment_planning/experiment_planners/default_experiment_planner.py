@@ -1,4 +1,7 @@
-"""Turn the fingerprint of a dataset into plans: spacing, patch, batch and network of each configuration."""
+"""Turn the fingerprint of a dataset into plans.
+
+Spacing, patch, batch and network of each configuration.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,10 @@ from nnunetv2.experiment_planning.experiment_planners.plans_file import write_pl
 from nnunetv2.experiment_planning.experiment_planners.splits import adopt_splits
 from nnunetv2.experiment_planning.experiment_planners.vram_proxy import PLAIN_UNET, count_feature_map_values
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.json_files import read_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,9 @@ class ExperimentPlanner:
         self.raw_dataset_folder = str(Path(nnUNet_raw) / self.dataset_name)
         self.preprocessed_dataset_folder = str(Path(nnUNet_preprocessed) / self.dataset_name)
         self.dataset_json = read_json(Path(self.raw_dataset_folder) / "dataset.json")
-        self.dataset = get_filenames_of_train_images_and_targets(self.raw_dataset_folder, self.dataset_json)
+        self.dataset = list_training_cases(
+            self.raw_dataset_folder, Path(self.preprocessed_dataset_folder), self.dataset_json
+        )
         self.dataset_fingerprint = read_fingerprint(Path(self.preprocessed_dataset_folder))
         self.num_training_cases: int = count_training_cases(
             self.dataset_json, self.dataset_fingerprint, self.dataset_name, Path(self.preprocessed_dataset_folder)
@@ -116,7 +121,10 @@ class ExperimentPlanner:
 
     @property
     def UNet_class(self) -> type:
-        """The network planned for. Assign a class, or its dotted path, which spares the import of torch."""
+        """The network planned for.
+
+        Assign a class, or its dotted path, which spares the import of torch.
+        """
         return load_class(self._unet_class)
 
     @UNet_class.setter
@@ -141,13 +149,16 @@ class ExperimentPlanner:
         arch_kwargs: dict,
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """Return the number of values in the feature maps of one sample, which stands for memory."""
+        """Return the number of values in one sample's feature maps.
+
+        It stands for memory.
+        """
         return count_feature_map_values(
             patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
         )
 
     def exceeds_memory(self, estimate: float, reference: float, reference_batch_size: int) -> bool:
-        """Return whether two samples need more than the memory that is known to hold a reference batch."""
+        """Return whether two samples need more memory than a reference batch."""
         return estimate / reference_batch_size * 2 > reference
 
     def determine_resampling(self, *args: Any, **kwargs: Any) -> tuple[Any, dict, Any, dict]:
@@ -175,7 +186,10 @@ class ExperimentPlanner:
         )
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
-        """Return per channel, in the order of dataset.json, the normalization and whether it leaves the border at 0."""
+        """Return per channel the normalization, and whether it leaves the border at 0.
+
+        Channels in the order of dataset.json.
+        """
         from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
         schemes = [get_normalization_scheme(name) for name in self._channel_names().values()]
@@ -314,7 +328,10 @@ class ExperimentPlanner:
     # ---------------------------------------------------------------- all configurations
 
     def plan_experiment(self) -> dict[str, Any]:
-        """Plan all configurations that suit the dataset, write the plans and dataset.json, and return the plans."""
+        """Plan all suitable configurations; write and return the plans.
+
+        dataset.json is written too.
+        """
         forward, backward = (list(map(int, order)) for order in self.determine_transpose())
         spacings, shapes = self.dataset_fingerprint["spacings"], self.dataset_fingerprint["shapes_after_crop"]
         target = np.asarray(self.determine_fullres_target_spacing())

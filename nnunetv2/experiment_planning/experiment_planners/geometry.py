@@ -1,4 +1,4 @@
-"""Turn the spacings and shapes of all cases into target spacing, axis order and initial patch."""
+"""Turn spacings and shapes into target spacing, axis order and initial patch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ LOWRES_STEP = 1.03
 
 
 def median_target_spacing(spacings: np.ndarray, shapes: np.ndarray, anisotropy_threshold: float) -> np.ndarray:
-    """Return the median spacing per axis, but a finer one across the slices of clearly anisotropic data.
+    """Return the median spacing per axis.
+
+    A finer one across the slices of clearly anisotropic data.
 
     Where both the median spacing of the coarsest axis is more than `anisotropy_threshold` times that of any other, and
     its median shape less than the others' by that factor, the 10th percentile of its spacings is taken instead, kept
@@ -40,7 +42,10 @@ def median_target_spacing(spacings: np.ndarray, shapes: np.ndarray, anisotropy_t
 
 
 def coarsest_axis_first(spacing: Sequence[float] | np.ndarray) -> tuple[list[int], list[int]]:
-    """Return the permutation that moves the axis of the largest spacing to the front, and its inverse."""
+    """Return the permutation that moves the coarsest axis to the front.
+
+    And its inverse.
+    """
     coarsest = int(np.argmax(spacing))
     forward = [coarsest, *(axis for axis in range(len(spacing)) if axis != coarsest)]
     return forward, [forward.index(axis) for axis in range(len(forward))]
@@ -49,14 +54,20 @@ def coarsest_axis_first(spacing: Sequence[float] | np.ndarray) -> tuple[list[int
 def median_resampled_shape(
     spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], target: Sequence[float] | np.ndarray
 ) -> np.ndarray:
-    """Return the median shape per axis once each case has the target spacing. May be a half, but is never 0."""
+    """Return the median shape per axis once each case has the target spacing.
+
+    May be a half, but is never 0.
+    """
     # Without the one voxel that preprocessing keeps of a thin case: plans are those of the release.
     median = np.median([round_lengths(shape, spacing, target) for spacing, shape in zip(spacings, shapes)], axis=0)
     return np.where(median == 0, 1.0, median)
 
 
 def initial_patch_size(spacing: Sequence[float] | np.ndarray, median_shape: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return a patch that is cubic in mm and large, cut to the median shape (whose halves it may keep)."""
+    """Return a large patch that is cubic in mm.
+
+    It is cut to the median shape, whose halves it may keep.
+    """
     inverse = 1 / np.asarray(spacing, dtype=float)
     dim = len(inverse)
     scale = (INITIAL_PATCH_VOLUME[dim] / np.prod(inverse)) ** (1 / dim)
@@ -64,7 +75,9 @@ def initial_patch_size(spacing: Sequence[float] | np.ndarray, median_shape: Sequ
 
 
 def coarsen(spacing: np.ndarray) -> np.ndarray:
-    """Take one step towards a lower resolution: of the fine axes alone as long as they are less than half the coarsest,
-    then of all."""
+    """Take one step towards a lower resolution.
+
+    Of the fine axes alone as long as they are less than half the coarsest, then of all.
+    """
     lagging = spacing.max() / spacing > 2
     return np.where(lagging | ~lagging.any(), spacing * LOWRES_STEP, spacing)

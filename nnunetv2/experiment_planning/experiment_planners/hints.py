@@ -1,4 +1,4 @@
-"""Say where a plan is of little use because of the images it was made for."""
+"""Point out plans that are of little use because of their images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 def describe_too_small(configuration_name: str, median_shape: Sequence[float]) -> str:
-    """Return why a configuration whose network has a single stage cannot be trained, and what helps."""
+    """Explain why a network with a single stage cannot be trained.
+
+    And what helps.
+    """
     return (
         f"{configuration_name} cannot be trained: its images are too small, {_by(median_shape)} voxels in the "
         "median, for a network of more than one stage. An axis needs at least 8 voxels. Pad or resample the "
@@ -28,7 +31,9 @@ def find_too_small(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 def describe_flat_axes(median_shape: Sequence[float] | np.ndarray, transpose_forward: Sequence[int]) -> str | None:
-    """Return a hint if images have one voxel along an axis that slices are made of, otherwise None.
+    """Return a hint if slices are made of an axis with one voxel.
+
+    Otherwise None.
 
     Args:
         median_shape: Transposed; the first axis is that across slices.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.errors import InvalidInputError
+from nnunetv2.preprocessed_data.bad_cases import load_bad_cases
 from nnunetv2.preprocessed_data.fingerprint_files import has_pooled_fingerprint
 from nnunetv2.utilities.json_files import read_json
 
@@ -29,12 +30,14 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
 def count_training_cases(
     dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], dataset_name: str, preprocessed_folder: Path
 ) -> int:
-    """Return the number of training cases that dataset.json gives, or of all cases in a pooled fingerprint.
+    """Return the number of training cases by dataset.json.
+
+    A pooled fingerprint, and one without bad cases, counts instead.
 
     Raises:
         InvalidInputError: dataset.json gives none.
     """
-    if has_pooled_fingerprint(preprocessed_folder):
+    if has_pooled_fingerprint(preprocessed_folder) or load_bad_cases(preprocessed_folder):
         return len(fingerprint["spacings"])  # one entry per case: else the sites' plans would differ
     if "numTraining" not in dataset_json:
         raise InvalidInputError(f"dataset.json of {dataset_name} lacks numTraining, the number of training cases")

@@ -1,4 +1,7 @@
-"""Turn a patch size and a spacing into strides and kernels: how deep a U-Net goes along each axis."""
+"""Turn a patch size and a spacing into strides and kernels.
+
+That is, how deep a U-Net goes along each axis.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import numpy as np
 
 
 class Topology(NamedTuple):
-    """The shape of a U-Net. Number of stages = number of strides; strides and kernels have one entry per axis."""
+    """The shape of a U-Net.
+
+    Number of stages = number of strides; strides and kernels have one entry per axis.
+    """
 
     num_pool_per_axis: list[int]
     strides: tuple[tuple[int, ...], ...]

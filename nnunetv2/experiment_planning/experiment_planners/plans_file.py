@@ -1,4 +1,4 @@
-"""Write plans beside those that exist, and warn where the two would get in each other's way."""
+"""Write plans beside existing ones, and warn where they get in each other's way."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DECIDES_DATA = (
 
 
 def write_plans(plans: dict[str, Any], file: Path) -> None:
-    """Write plans, keeping the configurations that people have added to an existing file of that name.
+    """Write plans; configurations that people have added to the file stay.
 
     A 3d_lowres (or 3d configuration) that an earlier planning made and this one did not would be out of date. It goes,
     unless one of the kept configurations builds on it.
@@ -77,7 +77,7 @@ def _ancestors(names: Sequence[str], configurations: Mapping[str, Mapping[str, A
 
 
 def warn_of_shared_folders(plans: Mapping[str, Any], file: Path) -> None:
-    """Warn if another plans file names the same folder of preprocessed data but would fill it differently."""
+    """Warn if other plans would fill the same folder of preprocessed data differently."""
     for other_file, name, other_name, differences in _find_conflicts(plans, file):
         logger.warning(
             "configuration %s of %s and %s of %s share the folder %s but differ in %s. Preprocessing one replaces the "

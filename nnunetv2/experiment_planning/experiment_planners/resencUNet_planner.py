@@ -12,7 +12,9 @@ SHARED_CONFIGURATIONS = ("2d", "3d_fullres")
 
 
 class ResEncUNetPlanner(ExperimentPlanner):
-    """Plan a ResidualEncoderUNet: many blocks at low resolution, a light decoder, the memory of the default network.
+    """Plan a ResidualEncoderUNet.
+
+    Many blocks at low resolution, a light decoder, the memory of the default network.
 
     2d and 3d_fullres share their preprocessed data with the default plans, since both make the same, as long as the
     plans keep their usual name.
@@ -43,7 +45,9 @@ class ResEncUNetPlanner(ExperimentPlanner):
         self.UNet_blocks_per_stage_decoder = (1,) * 12
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        """Share the folders of the default plans, unless the plans were given a name of their own.
+        """Share the folders of the default plans.
+
+        Unless the plans were given a name of their own.
 
         A name of their own means that something was changed, and preprocessing must not replace the standard data.
         """
@@ -56,7 +60,10 @@ class ResEncUNetPlanner(ExperimentPlanner):
 
 
 def usual_plans_name(planner_class: type[ExperimentPlanner]) -> str | None:
-    """Return the default of `plans_name` in the constructor of a planner, or of the nearest ancestor that has one."""
+    """Return the default of `plans_name` in a planner's constructor.
+
+    Or in that of the nearest ancestor that has one.
+    """
     for cls in planner_class.__mro__:
         parameter = signature(vars(cls).get("__init__", object)).parameters.get("plans_name")
         if parameter is not None and parameter.default is not Parameter.empty:

@@ -12,7 +12,7 @@ SPLITS_FILE = "splits_final.json"
 
 
 def adopt_splits(raw_folder: Path, preprocessed_folder: Path) -> None:
-    """Copy splits_final.json of the raw dataset, or check that the one in place has the same folds.
+    """Copy the raw dataset's splits_final.json, or check that folds are equal.
 
     Folds are compared as sets; the file in place may have further folds.
 

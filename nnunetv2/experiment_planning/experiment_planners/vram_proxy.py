@@ -1,4 +1,6 @@
-"""Count the numbers that the feature maps of a network hold, the planner's stand-in for its use of GPU memory.
+"""Count the numbers in a network's feature maps.
+
+They are the planner's stand-in for GPU memory.
 
 One training sample, all feature maps that convolutions produce, without deep supervision. The number of input
 channels does not matter. For the two standard networks the count is a sum over stages and needs no network.
@@ -44,7 +46,9 @@ def count_feature_map_values(
     arch_kwargs: Mapping[str, Any],
     arch_kwargs_req_import: Sequence[str],
 ) -> int:
-    """Count the values in the feature maps of a network given as a plans file describes it, or with its class.
+    """Count the values in a network's feature maps.
+
+    The network is given as a plans file describes it, or with its class.
 
     A network other than the two standard ones is built and asked: its class needs a method
     `compute_conv_feature_map_size(input_size)`.
@@ -63,15 +67,21 @@ def count_feature_map_values(
 
 
 def count_plain_unet(patch_size: Sequence[int], output_channels: int, arch_kwargs: Mapping[str, Any]) -> int:
-    """Count for a PlainConvUNet: each convolution of a stage leaves one feature map of the stage's size."""
+    """Count for a PlainConvUNet.
+
+    Each convolution of a stage leaves one feature map of the stage's size.
+    """
     maps = _values_per_map(patch_size, arch_kwargs)
     encoder = sum(n * values for n, values in zip(arch_kwargs["n_conv_per_stage"], maps))
     return encoder + _count_decoder(maps, output_channels, arch_kwargs)
 
 
 def count_residual_encoder_unet(patch_size: Sequence[int], output_channels: int, arch_kwargs: Mapping[str, Any]) -> int:
-    """Count for a ResidualEncoderUNet of basic blocks: two feature maps a block, one for the stem, and one for the
-    projection in the first block of a stage that changes the number of channels or the size."""
+    """Count for a ResidualEncoderUNet of basic blocks.
+
+    Two feature maps a block, one for the stem, and one for the projection in the first block of a stage that changes
+    the number of channels or the size.
+    """
     maps = _values_per_map(patch_size, arch_kwargs)
     features, strides = arch_kwargs["features_per_stage"], arch_kwargs["strides"]
     stem = features[0] * int(np.prod(patch_size, dtype=np.int64))

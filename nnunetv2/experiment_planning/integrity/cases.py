@@ -1,4 +1,4 @@
-"""Read a case and find what is wrong with its voxels, its geometry and its label values."""
+"""Find errors in a case's voxels, geometry and label values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from nnunetv2.experiment_planning.integrity.files import relative
 from nnunetv2.experiment_planning.integrity.findings import Finding, enumerate_some
 from nnunetv2.experiment_planning.integrity.geometry import Geometry, find_displacement, get_geometry
+from nnunetv2.experiment_planning.integrity.likeness import digest_voxels
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.faults import DAMAGED, Fault, describe_non_finite
 
@@ -31,7 +32,7 @@ _PLACE_REMEDY = (
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """What there is to check about one case."""
+    """The files of one case to check."""
 
     case: str
     images: Sequence[str]
@@ -42,7 +43,7 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What dataset.json says about every case."""
+    """The claims of dataset.json about every case."""
 
     reader: type
     channels: Sequence[str]
@@ -53,11 +54,13 @@ class Expectation:
 
 @dataclass
 class CaseReport:
-    """What one case has shown."""
+    """The findings in one case."""
 
     findings: list[Finding] = field(default_factory=list)
     labels: frozenset[int] = frozenset()
     """The expected labels that occur."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """File -> digest of its voxels, of sound images that have more than one value."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def _inspect_images(reader: BaseReaderWriter, paths: list[str], files: CaseFiles
         image, properties = content
         volume = _describe(paths[0], image, properties)
         faults += [*volume.faults, *(find_intensity_faults(image) if not faults else [])]
-        if not faults and image.min() == image.max():
+        digest = digest_voxels(image) if not faults else None
+        if digest is not None:
+            report.digests[relative(paths[0], files.folder)] = digest
+        elif not faults:
             _add(
                 report,
                 files,
@@ -205,7 +211,10 @@ def find_intensity_faults(image: np.ndarray) -> list[Fault]:
 
 
 def find_label_faults(label: np.ndarray, expected: Sequence[int] | None) -> tuple[list[Fault], frozenset[int]]:
-    """Find values of a label that are not expected (None: any may be). Also return the expected ones that occur."""
+    """Find values of a label that are not expected (None: any may be).
+
+    Also return the expected ones that occur.
+    """
     faults = find_intensity_faults(label)
     if faults or not label.size:
         return faults, frozenset()

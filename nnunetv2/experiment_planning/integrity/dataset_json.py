@@ -17,7 +17,7 @@ NAME = "dataset.json"
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """Read dataset.json and check that it and the folders it speaks of are there, and its keys complete.
+    """Read dataset.json; check its keys and the folders it speaks of.
 
     Raises:
         InvalidDatasetError: They are not.
@@ -87,7 +87,10 @@ def parse_dataset_json(file: Path, *, refuse_duplicates: bool = False) -> dict[s
 
 
 def check_dataset_json(content: Mapping[str, Any]) -> list[Finding]:
-    """Find wrong types and contradictions. The result holds errors if cases cannot be judged by this dataset.json."""
+    """Find wrong types and contradictions.
+
+    The result holds errors if cases cannot be judged by this dataset.json.
+    """
     findings = [
         *_check_labels(content["labels"]),
         *_check_channels(get_channel_names(content)),

@@ -16,6 +16,7 @@ Dataset = Mapping[str, Mapping[str, Any]]
 """Case -> {"images": files, "label": file}."""
 
 MISSING = "file is missing"
+OTHER_NUMBER = "the number of cases differs from numTraining"
 # Endings of images, so that stray notes and thumbnails are told from cases in a second format.
 _IMAGE_ENDINGS = (
     ".nii.gz",
@@ -40,7 +41,10 @@ _IMAGE_ENDINGS = (
 
 
 def check_files(folder: Path, dataset_json: Mapping[str, Any], dataset: Dataset) -> list[Finding]:
-    """Check the number of cases, and that each has its label and channels 0, 1, 2 and so on."""
+    """Check the number of cases, their labels and their channels.
+
+    Channels are 0, 1, 2 and so on.
+    """
     if not dataset:
         return [_describe_no_cases(folder, dataset_json)]
     findings = []
@@ -49,7 +53,7 @@ def check_files(folder: Path, dataset_json: Mapping[str, Any], dataset: Dataset)
             Finding(
                 "",
                 NAME,
-                "the number of cases differs from numTraining",
+                OTHER_NUMBER,
                 f"{count(len(dataset), 'case')}, such as {enumerate_some(dataset, 5)}",
                 count(dataset_json["numTraining"], "case"),
                 "correct numTraining, or add the cases that are missing",
@@ -65,7 +69,10 @@ def check_files(folder: Path, dataset_json: Mapping[str, Any], dataset: Dataset)
 
 
 def relative(file: str | Path, folder: Path) -> str:
-    """Return a file relative to the dataset's folder if it lies in it, else as it is."""
+    """Return a file relative to the dataset's folder if it lies in it.
+
+    Else as it is.
+    """
     path = Path(file)
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 

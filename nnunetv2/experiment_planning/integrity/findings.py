@@ -1,4 +1,4 @@
-"""What the integrity check has noticed, and the table that shows it."""
+"""Findings of the integrity check, and the table that shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Compare where two files of a case lie in space, which the network does not see but a viewer does."""
+"""Compare where two files of a case lie in space.
+
+The network does not see it, but a viewer does.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ MATERIAL_VOXELS = 0.5
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where voxels lie. Axes are those of the file's format (the reverse of the array's), lengths in mm."""
+    """Where voxels lie.
+
+    Axes are those of the file's format (the reverse of the array's), lengths in mm.
+    """
 
     origin: tuple[float, ...]
     direction: tuple[tuple[float, ...], ...]
@@ -37,7 +43,10 @@ class Displacement:
 
 
 def get_geometry(properties: Mapping[str, Any]) -> Geometry | None:
-    """Return the geometry that a reader has noted: that which the network sees, after any reorientation."""
+    """Return the geometry that a reader has noted.
+
+    It is what the network sees, after any reorientation.
+    """
     if "sitk_stuff" in properties:
         stuff = properties["sitk_stuff"]
         if not {"spacing", "origin", "direction"} <= set(stuff):
@@ -56,7 +65,9 @@ def get_geometry(properties: Mapping[str, Any]) -> Geometry | None:
 
 
 def find_displacement(first: Geometry | None, other: Geometry | None, shape: Sequence[int]) -> Displacement | None:
-    """Return how `other` lies apart from `first`, or None if both are numerically equal or one is unknown.
+    """Return how `other` lies apart from `first`.
+
+    None if both are numerically equal or one is unknown.
 
     Args:
         first: Of the image.

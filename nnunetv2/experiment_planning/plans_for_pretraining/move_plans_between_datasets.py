@@ -1,4 +1,7 @@
-"""Give one dataset the plans of another, so that a network trained on the one can be fine-tuned on the other."""
+"""Give one dataset the plans of another.
+
+A network trained on the one can then be fine-tuned on the other.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,10 @@ def move_plans_between_datasets(
 
 
 def rename_plans(plans: dict[str, Any], *, dataset_name: str, source_name: str, target_name: str) -> dict[str, Any]:
-    """Return plans under another name and for another dataset; folders of preprocessed data are renamed alike."""
+    """Return plans under another name and for another dataset.
+
+    Folders of preprocessed data are renamed alike.
+    """
     configurations = {name: dict(configuration) for name, configuration in plans["configurations"].items()}
     if target_name != source_name:
         for configuration in configurations.values():
@@ -79,7 +85,9 @@ def rename_plans(plans: dict[str, Any], *, dataset_name: str, source_name: str, 
 
 
 def rename_data_identifier(identifier: str, source_name: str, target_name: str) -> str:
-    """Replace the name of the plans at the start of a data identifier, or put the new one in front.
+    """Replace the name of the plans at the start of a data identifier.
+
+    Or put the new one in front.
 
     With target "mine", "nnUNetPlans_2d" of nnUNetPlans becomes "mine_2d", of other plans "mine_nnUNetPlans_2d".
     """
@@ -91,11 +99,12 @@ def rename_data_identifier(identifier: str, source_name: str, target_name: str) 
 def _determine_reader(raw_folder: Path, plans: dict[str, Any]) -> str:
     from nnunetv2.errors import InvalidInputError
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 
     dataset_json = read_json(raw_folder / "dataset.json")
     _warn_of_other_channels(dataset_json, plans, raw_folder.name)
-    dataset = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    dataset = list_training_cases(raw_folder, Path(nnUNet_preprocessed) / raw_folder.name, dataset_json)
     if not dataset:
         raise InvalidInputError(f"{raw_folder} has no training images")
     example = next(iter(dataset.values()))["images"][0]

@@ -1,4 +1,4 @@
-"""Turn voxels into summaries that add up across sites, and summaries into the fingerprint of all cases together.
+"""Turn voxels into sums that add up across sites, and sums into a fingerprint.
 
 Percentiles are order statistics, and float32 values can be ordered by their bits. So two histograms find any rank
 exactly: a coarse one of the high 16 bits of every value, then a fine one of the low 16 bits inside the few coarse
@@ -84,7 +84,7 @@ def fine_histogram(values: np.ndarray, bins: Sequence[int], counts: np.ndarray |
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean, and sum of squared deviations from the mean, of values that need not be kept."""
+    """Count, mean, and sum of squared deviations of values that need not be kept."""
 
     count: int = 0
     mean: float = 0.0
@@ -104,7 +104,10 @@ class Moments:
         return total
 
     def merge(self, other: ChannelMoments) -> Moments:
-        """Return the moments of both sets of values together (Chan, Golub and LeVeque 1979, equations 2.1)."""
+        """Return the moments of both sets of values together.
+
+        Chan, Golub and LeVeque 1979, equations 2.1.
+        """
         if not self.count or not other.count:
             return Moments(other.count, other.mean, other.m2) if not self.count else self
         count = self.count + other.count
@@ -121,7 +124,10 @@ class Moments:
 def sorted_geometry(
     spacings: Iterable[Sequence[float]], shapes: Iterable[Sequence[int]]
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[int, ...], ...]]:
-    """Return the spacings and shapes of the same cases, sorted together so that the order of cases is not told."""
+    """Return spacings and shapes of the same cases, sorted together.
+
+    The order of cases is not told.
+    """
     pairs = sorted(
         (tuple(map(float, spacing)), tuple(map(int, shape))) for spacing, shape in zip(spacings, shapes, strict=True)
     )
@@ -148,12 +154,14 @@ def pool_histograms(histograms: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def wanted_ranks(count: int) -> tuple[int, ...]:
-    """Return the ranks, from 0, of the sorted values that the percentiles of `count` values need."""
+    """Return the ranks, from 0, of sorted values that the percentiles need."""
     return tuple(sorted({rank for percentile in PERCENTILES for rank in _neighbours(count, percentile)[:2]}))
 
 
 def wanted_bins(coarse: np.ndarray) -> tuple[int, ...]:
-    """Return the bins of a pooled coarse histogram that hold the wanted ranks, ascending, at most six.
+    """Return the bins of a pooled coarse histogram that hold the wanted ranks.
+
+    Ascending, at most six.
 
     Raises:
         StatisticsError: The histogram is empty: no case of any site has foreground.
@@ -197,7 +205,10 @@ def pooled_percentiles(
 
 
 def outermost_bounds(coarse: np.ndarray) -> tuple[float, float]:
-    """Return the bounds of the lowest and highest coarse bin in use: all values lie between, none is told."""
+    """Return the bounds of the lowest and highest coarse bin in use.
+
+    All values lie between them, none is told.
+    """
     used = np.flatnonzero(coarse)
     low, high = key_values(np.array([used[0] << 16, used[-1] << 16 | 0xFFFF]))
     return float(low), float(high)
@@ -205,7 +216,10 @@ def outermost_bounds(coarse: np.ndarray) -> tuple[float, float]:
 
 # ------------------------------------------------------------------------------------------------------- fingerprint
 class ChannelMoments(Protocol):
-    """What pooling reads of a channel's moments; `Moments` and the message of that name have it."""
+    """The moments of a channel, as pooling reads them.
+
+    `Moments` and the message of that name have them.
+    """
 
     @property
     def count(self) -> int: ...
@@ -216,7 +230,10 @@ class ChannelMoments(Protocol):
 
 
 class SiteSummary(Protocol):
-    """What pooling reads of a site; `messages.CoarseSummary` explains the fields."""
+    """The summary of a site, as pooling reads it.
+
+    `messages.CoarseSummary` explains the fields.
+    """
 
     @property
     def spacings(self) -> Sequence[Sequence[float]]: ...

@@ -1,4 +1,6 @@
-"""Let a site join a run that has begun: it shares, of what the others share already, whatever its own network has too.
+"""Let a site join a run that has begun.
+
+It shares, of what the others share already, whatever its own network has too.
 
 What is shared was decided when the run began, so nothing changes for the other sites but the sum of the weights.
 """
@@ -47,7 +49,10 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
 def shared_names(
     site: str, registration: Registration, match: Match, registered: Mapping[str, Registration]
 ) -> dict[str, str]:
-    """Return which tensors of the newcomer are which of the run: canonical name -> its own name."""
+    """Match the newcomer's tensors with those of the run.
+
+    Returns canonical name -> its own name.
+    """
     manifests = {name: message.tensors for name, message in registered.items()} | {site: registration.tensors}
     rule = {"name": matching.match_by_name, "resolution": matching.match_by_resolution}[match.rule]
     # Its partners tell what a tensor is: canonical names depend on who takes part.
@@ -67,7 +72,7 @@ def shared_names(
 
 
 def with_site(match: Match, admitted: Match, site: str) -> Match:
-    """Return a match with a site that was admitted to it, or to an earlier state of it."""
+    """Return a match with a site that was admitted to it, or earlier."""
     return match.model_copy(
         update={
             "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),

@@ -104,7 +104,7 @@ def _dtype_name(name: str, dtype: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- all sites
 @dataclass(frozen=True)
 class Matching:
-    """What sites share."""
+    """The tensors that sites share."""
 
     shared: dict[str, dict[str, str]]
     """Canonical name -> site -> the site's own name; at least so many sites each as were asked for."""
@@ -115,7 +115,9 @@ class Matching:
 
 
 def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: int = 2) -> Matching:
-    """Match the tensors of all sites, and refuse a match that cannot be what the sites want.
+    """Match the tensors of all sites.
+
+    A match that cannot be meant is refused.
 
     Args:
         manifests: Site -> its distinct tensors.
@@ -146,12 +148,17 @@ def match_by_name(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> M
 
 
 def match_by_resolution(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
-    """Match tensors whose names are equal once decoder stages are numbered from the top. Nothing is refused."""
+    """Match tensors whose names are equal once decoder stages are numbered from the top.
+
+    Nothing is refused.
+    """
     return _match(manifests, _names_by_resolution, min_sites)
 
 
 def choose_owners(shared: Mapping[str, Mapping[str, str]], weights: Mapping[str, float]) -> dict[str, str]:
-    """Choose per tensor the site whose initial values all start from: the one with the largest weight.
+    """Choose per tensor the site whose initial values all start from.
+
+    It is the one with the largest weight.
 
     So nearly all initial values come from one network, and any order of the sites chooses the same.
     """

@@ -1,4 +1,6 @@
-"""Keep a site's smallest and largest voxels to itself: count its outermost values farther out than they are.
+"""Keep a site's smallest and largest voxels to itself.
+
+Its outermost values are counted farther out than they are.
 
 A histogram of all values begins with the smallest and ends with the largest voxel of single patients. So a site counts
 the outermost ten thousandth of its values, at either end, at a round number beyond all of them, no nearer than a
@@ -39,13 +41,19 @@ CELLS = 8
 
 
 def hidden_of(count: int) -> int:
-    """Return how many values at each end of `count` are to be hidden; none of a very few."""
+    """Return how many values at each end of `count` are to be hidden.
+
+    None of a very few.
+    """
     return min(max(LEAST_HIDDEN, count // HIDDEN_SHARE), count // PERCENTILE_SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Channel:
-    """The histogram of one channel at one site, and how many of its outermost values are hidden at either end."""
+    """The histogram of one channel at one site.
+
+    It knows how many of its outermost values are hidden at either end.
+    """
 
     whole: np.ndarray
     """int64 (65536,): all values where they are."""
@@ -75,7 +83,10 @@ class Channel:
         return histogram
 
     def showing(self, bins: Sequence[int]) -> Channel:
-        """Return the channel with so few values hidden that no rank inside these bins is another one for it."""
+        """Return the channel with fewer values hidden.
+
+        So few that no rank inside these bins is another one for it.
+        """
         channel = self
         while channel.lowest and any(
             channel.bounds[0] <= wanted <= _last_of(self.whole, channel.lowest) for wanted in bins
@@ -91,7 +102,7 @@ class Channel:
         return channel
 
     def check_wanted_bins(self, bins: Sequence[int], others: int) -> None:
-        """Raise StatisticsError if bins are asked for that hold no wanted rank, whatever the other sites have.
+        """Raise StatisticsError if bins are asked for that can hold no wanted rank.
 
         Args:
             bins: What the coordinator wants to look into.

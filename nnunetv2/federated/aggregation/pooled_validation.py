@@ -51,7 +51,10 @@ def pool(
 
 
 def dice_per_class(tp: Sequence[float], fp: Sequence[float], fn: Sequence[float]) -> tuple[float | None, ...]:
-    """Return 2 TP / (2 TP + FP + FN) per class; None where there is neither foreground nor a prediction of it."""
+    """Return 2 TP / (2 TP + FP + FN) per class.
+
+    None where there is neither foreground nor a prediction of it.
+    """
     return tuple(2 * t / (2 * t + p + n) if 2 * t + p + n > 0 else None for t, p, n in zip(tp, fp, fn))
 
 

@@ -1,4 +1,6 @@
-"""Turn the updates of the sites into one aggregate: streaming, and the same to the bit whatever the order of arrival.
+"""Average the updates of the sites as a stream.
+
+The aggregate is the same to the bit whatever the order of arrival.
 
 Tensors are read block by block from documents on the disk and written as soon as they are summed, so memory holds a
 few tensors of the result however many sites there are. Sums are float64, in the order of the sites' names. How far each
@@ -37,7 +39,7 @@ OUTLIER_FACTOR = 3.0
 
 @dataclass(frozen=True)
 class Change:
-    """How far one site's update is from the aggregate before."""
+    """The distance of one site's update from the aggregate before."""
 
     norm: float
     """L2 norm of the difference of all its tensors."""
@@ -46,13 +48,16 @@ class Change:
 
     @property
     def rms(self) -> float:
-        """Return the root mean square of the difference: comparable between sites that share more or less."""
+        """Return the root mean square of the difference.
+
+        It is comparable between sites that share more or less.
+        """
         return self.norm / math.sqrt(self.size) if self.size else 0.0
 
 
 @dataclass(frozen=True)
 class Aggregated:
-    """What became of the updates of a round."""
+    """The aggregate that the updates of a round have become."""
 
     digest: str
     """SHA-256 of the aggregate; it does not depend on the order in which the updates came."""
@@ -63,7 +68,10 @@ class Aggregated:
 
 
 class Handout(Protocol):
-    """How sites have got the aggregate before, where that is not as it is kept."""
+    """The aggregate before, as sites have got it.
+
+    Where that is not as it is kept.
+    """
 
     def kept(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Return tensors of updates as aggregates keep them."""
@@ -74,7 +82,10 @@ class Handout(Protocol):
         ...
 
     def add_rest_(self, document: Document[Any], name: str, begin: int, block: np.ndarray) -> None:
-        """Add what sites have not got of a tensor, from element `begin` on, to a block in place."""
+        """Add to a block, in place, what sites have not got of a tensor.
+
+        The block begins with element `begin`.
+        """
         ...
 
 
@@ -88,7 +99,7 @@ def aggregate_documents(
     handout: Handout | None = None,
     min_sites: int = 1,
 ) -> Aggregated:
-    """Average, per tensor, over the sites that have it, and write the result as a document.
+    """Average every tensor over the sites that have it; write a document.
 
     Args:
         documents: Site -> its update, already checked (`document.check_tensors`).
@@ -146,7 +157,9 @@ def aggregate_documents(
 
 
 def outliers(changes: Mapping[str, Change]) -> list[str]:
-    """Name the sites whose updates move conspicuously far, sorted. They count all the same: people decide.
+    """Name the sites whose updates move conspicuously far, sorted.
+
+    They count all the same: people decide.
 
     A site is one if the root mean square of its change is more than three times the median of those of the others. The
     median of at least two others is asked for: with fewer, nobody can tell who is odd.
@@ -163,7 +176,7 @@ def outliers(changes: Mapping[str, Change]) -> list[str]:
 def collect_from_owners(
     documents: Mapping[str, Document[Any]], owners: Mapping[str, str], *, out_path: Path, message: Message
 ) -> str:
-    """Take every tensor from the one site that owns it, and write the result as a document.
+    """Take every tensor from the site that owns it; write a document.
 
     Args:
         documents: Site -> its contribution.

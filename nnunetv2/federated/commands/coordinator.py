@@ -1,4 +1,4 @@
-"""Start a coordinator from the command line: create or reopen a federation's folder and serve it."""
+"""Create or reopen a federation's folder and serve it."""
 
 from __future__ import annotations
 
@@ -204,7 +204,9 @@ def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
 
 
 def ask_for_sites(folder: Path) -> tuple[str, ...]:
-    """Ask the person at the terminal for the sites' names; without an answer, use the default.
+    """Ask the person at the terminal for the sites' names.
+
+    Without an answer, use the default.
 
     Raises:
         FederationError: There is nobody to ask. A folder that was mistyped becomes no federation.
@@ -256,7 +258,7 @@ def check_unchanged(
 
 
 def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> Iterator[str]:
-    """Yield a line for every option that is repeated from the first start and does nothing any more."""
+    """Yield a line for every option of the first start that is repeated in vain."""
     options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
     for name, value in given.items():
         present = getattr(stored, name)
@@ -269,7 +271,10 @@ def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> 
 
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
-    """Return the settings of the federation in a folder, which is created if there is none."""
+    """Return the settings of the federation in a folder.
+
+    It is created if there is none.
+    """
     from nnunetv2.federated.coordinator.members import create_federation
     from nnunetv2.federated.protocol.api import FederationSettings
 
@@ -287,7 +292,10 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
 
 # ----------------------------------------------------------------------------------------------------------- serve
 def log(line: str) -> None:
-    """Show a line to the person at the coordinator, with the time; sites do not suffer from a log that is full."""
+    """Show a line to the person at the coordinator, with the time.
+
+    Sites do not suffer from a log that is full.
+    """
     with suppress(OSError, ValueError):
         show(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
@@ -384,7 +392,10 @@ def appoint_operator(coordinator: Coordinator, address: ListenAddress, certifica
 
 @contextmanager
 def harmless_signals() -> Iterator[None]:
-    """Make SIGINT and SIGTERM do nothing: uvicorn acts on them itself, stops, and then raises them once more."""
+    """Make SIGINT and SIGTERM do nothing.
+
+    uvicorn acts on them itself, stops, and then raises them once more.
+    """
     signals = (signal.SIGINT, signal.SIGTERM)
     earlier = [signal.signal(number, lambda *_: None) for number in signals]
     try:
@@ -396,7 +407,7 @@ def harmless_signals() -> Iterator[None]:
 
 @contextmanager
 def trouble_names(folder: Path) -> Iterator[None]:
-    """Turn trouble with the files of a folder into a FederationError that names it and says what to do."""
+    """Turn trouble with a folder's files into a FederationError with a remedy."""
     try:
         yield
     except OSError as error:

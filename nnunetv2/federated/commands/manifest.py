@@ -97,7 +97,7 @@ def collect(
     if folder is None:
         raise FederationError(f"there is no dataset.json of {name}, neither in nnUNet_raw nor in nnUNet_preprocessed")
     dataset_json = read_json(folder / "dataset.json")
-    num_cases = _count_cases(folder, dataset_json)
+    num_cases = _count_cases(folder, roots[-1], dataset_json)
     plans_file = roots[-1] / f"{plans_name}.json"
     plans = read_json(plans_file) if plans_file.is_file() else None
     if plans is None and configurations:
@@ -144,12 +144,12 @@ def _training_documents(
     )
 
 
-def _count_cases(folder: Path, dataset_json: Mapping[str, Any]) -> int:
+def _count_cases(folder: Path, preprocessed_folder: Path, dataset_json: Mapping[str, Any]) -> int:
     """Count the training cases as planning does, or as dataset.json says."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+    from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 
     if (folder / "imagesTr").is_dir() or "dataset" in dataset_json:
-        return len(get_filenames_of_train_images_and_targets(str(folder), dict(dataset_json)))
+        return len(list_training_cases(folder, preprocessed_folder, dict(dataset_json)))
     return int(dataset_json["numTraining"])
 
 

@@ -1,4 +1,6 @@
-"""Run a coordinator and its sites on one machine, over real HTTP, with the commands that people type.
+"""Run a coordinator and its sites on one machine, over real HTTP.
+
+With the commands that people type.
 
 Useful to try a federation before hospitals are asked to join one, and to measure it: nothing is short-cut, every site
 is a process of its own that knows the others only through the coordinator.

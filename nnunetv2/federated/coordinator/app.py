@@ -31,7 +31,10 @@ def build_app(
     *,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> Starlette:
-    """Build the application that serves a coordinator at an endpoint; it starts and stops it too."""
+    """Build the application that serves a coordinator at an endpoint.
+
+    It starts and stops it too.
+    """
     services = Services(coordinator)
     dashboard = Dashboard(coordinator, services, url=endpoint.url)
 

@@ -34,14 +34,17 @@ LOCAL_OPERATOR = "operator"
 
 @dataclass(frozen=True)
 class Member:
-    """Who sends a request."""
+    """The sender of a request."""
 
     name: str
     role: Role
 
 
 def require_role(member: Member, *roles: Role) -> str:
-    """Return the name of a member, or raise RefusedError if its role does not allow what it asks."""
+    """Return the name of a member.
+
+    Raises RefusedError if its role does not allow what it asks.
+    """
     if member.role not in roles:
         raise RefusedError(
             f"{member.name} is {'an' if member.role[0] == 'o' else 'a'} {member.role}: this is for "
@@ -164,7 +167,9 @@ class Members:
             )
 
     def join(self, invitation: str, token: str) -> tuple[Member, bool]:
-        """Let a member join with the secret of its invitation. Repeating it with the same token changes nothing.
+        """Let a member join with the secret of its invitation.
+
+        Repeating it with the same token changes nothing.
 
         Returns:
             Who it is, and whether it is new.
@@ -249,7 +254,9 @@ class Members:
             )
 
     def role_of_invited(self, name: str, invitation: str) -> Role | None:
-        """Return the role in which the secret of an invitation lets a member join, or None if it is not the member's.
+        """Return the role that the secret of an invitation gives.
+
+        None if it is not the member's.
 
         Whether the invitation is still good is what `join` says.
         """

@@ -61,7 +61,9 @@ class Notifier:
         self._call(lambda: self._wake([key, ANYTHING]))
 
     def notify_progress(self, key: str) -> None:
-        """Wake those who wait for an exchange soon: the more of them there are, the later.
+        """Wake those who wait for an exchange soon.
+
+        The more of them there are, the later.
 
         A round of n sites has n contributions; to wake all n sites at each would be n * n answers.
         """

@@ -60,7 +60,9 @@ def new_failure_budget() -> TokenBucket:
 
 
 def report_failure(state: FederationState, budget: TokenBucket, site: str, report: api.FailureReport) -> None:
-    """Remember that a site cannot go on; with a quorum, the round does not wait for it.
+    """Remember that a site cannot go on.
+
+    With a quorum, the round does not wait for it.
 
     Raises:
         RefusedError: There is no such run, or the site has reported failures all day.

@@ -124,7 +124,10 @@ class Coordinator:
         return secret
 
     def revoke(self, name: str, *, by: str) -> None:
-        """Take a member's credential away. Open exchanges neither wait for a revoked site nor count it."""
+        """Take a member's credential away.
+
+        Open exchanges neither wait for a revoked site nor count it.
+        """
         with self.state.locks["settings"]:
             self.members.revoke(name, by=by)
         self.state.log(f"{by} has revoked the credential of {name}")
@@ -162,7 +165,7 @@ class Coordinator:
         run_control.report_failure(self.state, self._failure_budget, site, report)
 
     def outlooks(self) -> api.Outlooks:
-        """Return what will become of the averages of every run, as far as it is known."""
+        """Foresee the averages of every run, as far as they are known."""
         return self.models.outlooks(self.state.registry.runs()[:SHOWN_EXCHANGES])
 
     def find_model(self, run: str) -> Path:

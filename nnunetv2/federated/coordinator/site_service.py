@@ -61,7 +61,7 @@ class SiteService(Protocol):
         """Return the name of the run that a site's training with these plans belongs to."""
 
     def outlooks(self) -> api.Outlooks:
-        """Return what will become of the averages of every run, as far as it is known."""
+        """Foresee the averages of every run, as far as they are known."""
 
     def find_model(self, run: str) -> Path:
         """Return where the model of a run is."""

@@ -1,4 +1,6 @@
-"""Own the state of a federation: change it on the disk, then in memory, then notify.
+"""Own the state of a federation.
+
+It is changed on the disk, then in memory, then those who wait are notified.
 
 Every change of what is durable has one method here, which does all three. Notified are the aggregation worker, the
 sites that wait for an exchange, and people. What the disk refuses has not happened.

@@ -35,7 +35,10 @@ class Difference:
         return printable(f"{self.place} is {', '.join(texts[:-1])} and {texts[-1]}", most=_MOST_CHARACTERS)
 
     def without_values(self) -> str:
-        """Say which of them hold the same, and not what: values of plans that a site has made tell of its data."""
+        """Name the groups that hold the same, without their values.
+
+        Values of plans that a site has made tell of its data.
+        """
         groups = [f"at {', '.join(names)}" for names in self.held.values()]
         return printable(
             f"{self.place} is not the same {', '.join(groups[:-1])} and {groups[-1]}", most=_MOST_CHARACTERS
@@ -43,7 +46,9 @@ class Difference:
 
 
 def first_difference(values: Mapping[str, Any], place: str) -> str | None:
-    """Say where the first difference between sites is, and which sites have what; None if there is none.
+    """Say where the first difference between sites is, and which sites have what.
+
+    None if there is none.
 
     Args:
         values: Site -> JSON value.
@@ -57,7 +62,10 @@ def first_difference(values: Mapping[str, Any], place: str) -> str | None:
 
 
 def first_change(before: Any, now: Any) -> str | None:
-    """Say what has changed between two JSON objects, such as "num_training_cases was 5 and is 6"; None: nothing."""
+    """Describe the first change between two JSON objects; None: nothing.
+
+    Such as "num_training_cases was 5 and is 6".
+    """
     difference = find_difference({"before": before, "now": now}, "")
     if difference is None:
         return None
@@ -67,7 +75,10 @@ def first_change(before: Any, now: Any) -> str | None:
 
 
 def find_difference(values: Mapping[str, Any], place: str) -> Difference | None:
-    """Find the first place where JSON values differ, as deep inside of them as it can be named."""
+    """Find the first place where JSON values differ.
+
+    As deep inside of them as it can be named.
+    """
     groups = _groups(values)
     if len(groups) <= 1:
         return None

@@ -58,7 +58,7 @@ def coarse_limits(num_cases: int, num_channels: int, *, tensor_bytes: int) -> Li
 
 
 def with_tensors(header: Limits, *, tensor_bytes: int = 0) -> Limits:
-    """Return the limits of a document with such a header, whose tensors have so many bytes."""
+    """Return the limits of a document with such a header and so many bytes."""
     return replace(header, file_bytes=8 + header.header_bytes + tensor_bytes)
 
 

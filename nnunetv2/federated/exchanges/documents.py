@@ -1,4 +1,4 @@
-"""Open documents that were contributed or computed earlier, and know what the sites of a run agreed on."""
+"""Open earlier documents, and know what the sites of a run agreed on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nnunetv2.federated.protocol.keys import AdmissionKey, ExchangeKey, FineKey,
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the sites of a run agreed on when they registered."""
+    """The agreement of a run's sites when they registered."""
 
     match: messages.Match
     specs: Mapping[str, TensorSpec]
@@ -92,7 +92,10 @@ class DocumentReader:
 
     @contextmanager
     def contributions(self, exchange: Exchange) -> Iterator[dict[str, Document[Any]]]:
-        """Open everything that counts in a closed exchange: site -> document, in the order of the sites' names."""
+        """Open everything that counts in a closed exchange.
+
+        Site -> document, in the order of the sites' names.
+        """
         with ExitStack() as stack:
             yield {
                 site: stack.enter_context(
@@ -102,7 +105,7 @@ class DocumentReader:
             }
 
     def pooled_fingerprint(self) -> dict[str, Any] | None:
-        """Return the fingerprint that the sites have pooled, or None if they have not, or not yet."""
+        """Return the fingerprint that the sites have pooled, or None."""
         number = 0
         while self.is_closed(FineKey(number)):
             with self.result(FineKey(number)) as document:
@@ -117,7 +120,10 @@ class DocumentReader:
             return {site: document.message for site, document in documents.items()}
 
     def agreement(self, run: str) -> Agreement:
-        """Return what the sites of a run agreed on, with those that were admitted later. Its registration is closed."""
+        """Return what the sites of a run agreed on, with those that were admitted later.
+
+        Its registration is closed.
+        """
         with self._lock:  # after a restart all sites ask at once, and one answer does for all
             admitted = self._admitted(run)
             known = self._agreements.get(run)
@@ -148,7 +154,10 @@ class DocumentReader:
         return exchange
 
     def plans_names(self, run: str) -> Mapping[str, str]:
-        """Return the names of the plans that sites have registered with, also while some have not: site -> name."""
+        """Return the names of the plans that sites have registered with.
+
+        Site -> name, also while some have not registered.
+        """
         key = RegistrationKey(run)
         if self.is_closed(key):
             return self.agreement(run).plans_names
@@ -169,7 +178,10 @@ class DocumentReader:
             return document.message
 
     def each_registration(self, run: str) -> Iterator[tuple[str, messages.Registration]]:
-        """Yield every site and what it registered, in the order of their names: all at once are large."""
+        """Yield every site and its registration, in the order of names.
+
+        All at once are large.
+        """
         registered = RegistrationKey(run)
         keys: dict[str, ExchangeKey[messages.Registration, messages.Match]] = {
             **dict.fromkeys(_contributors(self._begun(registered)), registered),
@@ -185,7 +197,10 @@ class DocumentReader:
         return None if record is None else messages.PooledValidation.model_validate_json(json.dumps(record))
 
     def best_round(self, run: str) -> int | None:
-        """Return the round whose aggregate is the best so far, or None if none was validated."""
+        """Return the round with the best aggregate so far.
+
+        None if no aggregate was validated.
+        """
         last = self.last_validation(run)
         return None if last is None else last.best_round
 

@@ -1,4 +1,6 @@
-"""Say who may do what, when: the state of exchanges as plain values, without sockets, files or a clock of its own.
+"""Decide who may do what in an exchange, and when.
+
+State is plain values, without sockets, files or a clock of its own.
 
 An exchange is one meeting of the sites: each contributes one document, then the coordinator closes it with one result.
 
@@ -63,7 +65,7 @@ class Policy:
 # ------------------------------------------------------------------------------------------------------- exchanges
 @dataclass(frozen=True, slots=True)  # there is one per site and round
 class Contribution:
-    """What is remembered of one site's document."""
+    """The record of one site's document."""
 
     digest: str
     size: int
@@ -136,7 +138,10 @@ class Exchange:
 
     @property
     def refusal(self) -> str:
-        """Say why there is no result although all have contributed, as people read it; empty where that is not so."""
+        """Say why there is no result although all have contributed, as people read it.
+
+        Empty where that is not so.
+        """
         return str(self.outcome.as_error()) if isinstance(self.outcome, Refused) else ""
 
     @property
@@ -146,7 +151,10 @@ class Exchange:
 
     @property
     def least(self) -> int:
-        """Return the smallest number of contributions with which it is closed. The operator can go below a quorum."""
+        """Return the smallest number of contributions with which it is closed.
+
+        The operator can go below a quorum.
+        """
         if self.quorum is None or self.is_hurried or not self.policy.pooled:
             return self.floor
         return max(self.floor, self.quorum)
@@ -158,12 +166,15 @@ class Exchange:
 
     @property
     def counted(self) -> tuple[str, ...]:
-        """Name the expected sites that have contributed. A site that was sent away does not count any more."""
+        """Name the expected sites that have contributed.
+
+        A site that was sent away does not count any more.
+        """
         return tuple(sorted(self.expected & self.contributions.keys()))
 
 
 class Verdict(Enum):
-    """What is to be done with a contribution."""
+    """The decision on a contribution."""
 
     STORE = "store"
     """It is new, or replaces an earlier one."""
@@ -204,7 +215,7 @@ def judge(exchange: Exchange, site: str, digest: str) -> Verdict:
 
 
 def changed_since(key: Key, site: str, change: str = "") -> RefusedError:
-    """Return the refusal of what differs from a contribution that a closed exchange was made of.
+    """Return the refusal of a contribution that differs from the one that counted.
 
     Args:
         change: What has changed, where that is known.
@@ -219,7 +230,10 @@ def changed_since(key: Key, site: str, change: str = "") -> RefusedError:
 
 
 def with_contribution(exchange: Exchange, site: str, contribution: Contribution) -> Exchange:
-    """Return the exchange after a contribution that `judge` wants stored. One that was refused is open again."""
+    """Return the exchange after a contribution that `judge` wants stored.
+
+    One that was refused is open again.
+    """
     opened = exchange.opened if exchange.contributions else contribution.received
     contributions = {**exchange.contributions, site: contribution}
     return replace(exchange, contributions=contributions, opened=opened, outcome=None)
@@ -240,13 +254,16 @@ def may_close(exchange: Exchange, now: float) -> bool:
 
 
 def is_enough(exchange: Exchange) -> bool:
-    """Tell whether something can be made of the contributions that count, if the operator wants that."""
+    """Tell whether a result can be made if the operator wants it now."""
     counted = exchange.counted
     return bool(counted) and len(counted) >= exchange.floor and exchange.required.issubset(counted)
 
 
 def due_at(exchange: Exchange) -> float | None:
-    """Return when the exchange closes without those that are missing; None as long as it must wait for more."""
+    """Return when the exchange closes without those that are missing.
+
+    None as long as it must wait for more.
+    """
     if exchange.outcome is not None or exchange.is_paused or not has_quorum(exchange):
         return None
     if exchange.dropped_out.issuperset(exchange.waiting_for):
@@ -255,7 +272,10 @@ def due_at(exchange: Exchange) -> float | None:
 
 
 def has_quorum(exchange: Exchange) -> bool:
-    """Tell whether enough sites have contributed to go on without the others, among them all that are needed."""
+    """Tell whether enough sites have contributed to go on without the others.
+
+    All that are needed are among them.
+    """
     enough = max(exchange.least, min(exchange.quorum or len(exchange.expected), len(exchange.expected)))
     return 0 < enough <= len(exchange.counted) and exchange.required <= exchange.contributions.keys()
 

@@ -1,4 +1,4 @@
-"""Foresee, from what the sites of a run have registered, whether its averages make a model that everybody can use.
+"""Foresee whether a run's averages make a model that everybody can use.
 
 Plans that a site has made alone tell of its data: what is said here names fields and sites, never values.
 """
@@ -20,7 +20,7 @@ COUNTERS = ("num_batches_tracked",)
 
 @dataclass(frozen=True)
 class Outlook:
-    """What will become of a run's averages."""
+    """The model that a run's averages will make, or why there is none."""
 
     trainer: str = ""
     """Class that builds the network of the common model; empty if there will be none."""
@@ -75,12 +75,18 @@ def missing_tensor(site: str, registration: Registration, match: Match) -> str:
 
 
 def is_counter(name: str) -> bool:
-    """Tell whether a tensor only counts steps of training, so that a model has any number in its place."""
+    """Tell whether a tensor only counts steps of training.
+
+    A model may have any number in its place.
+    """
     return name.rpartition(".")[2] in COUNTERS
 
 
 def counters_of(registration: Registration) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a network that only count: name -> shape, under all their names."""
+    """Return the tensors of a network that only count.
+
+    Name -> shape, under all their names.
+    """
     shapes: Mapping[str, tuple[int, ...]] = {
         entry.name: entry.shape for entry in registration.tensors if is_counter(entry.name)
     }

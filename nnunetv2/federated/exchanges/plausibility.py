@@ -1,4 +1,6 @@
-"""Check what a site says of its data before anything is made of it: moments, geometry, cases, validated voxels.
+"""Check what a site says of its data before anything is made of it.
+
+Moments, geometry, cases, validated voxels.
 
 A site that is broken, or whose scans have other units, would otherwise spoil the plans of all. What cannot be right is
 refused; what is odd is said. Refusals name no figures of the data: observers read them too.
@@ -38,7 +40,7 @@ VALIDATION_SLACK = 10
 def check_moments(
     moments: fingerprint_statistics.ChannelMoments, coarse: np.ndarray, *, is_whole: bool = False
 ) -> None:
-    """Raise StatisticsError if mean and squared deviations cannot be those of the values in a histogram.
+    """Raise StatisticsError unless the moments can be those of a histogram's values.
 
     Args:
         coarse: int64 (65536,), of the same channel and site.
@@ -72,7 +74,7 @@ def check_moments(
 
 
 def check_count(count: int, num_cases: int, num_all_cases: int) -> None:
-    """Raise StatisticsError if a site counts more voxels of a channel than its cases are sampled for.
+    """Raise StatisticsError if a site counts more voxels than its cases are sampled for.
 
     Args:
         num_cases: Of the site.
@@ -83,7 +85,7 @@ def check_count(count: int, num_cases: int, num_all_cases: int) -> None:
 
 
 def check_corrected(first: np.ndarray, before: np.ndarray, now: np.ndarray) -> None:
-    """Raise StatisticsError if a coarse histogram that comes again is more than the same with fewer values hidden.
+    """Raise StatisticsError unless a corrected histogram only shows more values.
 
     Only values that were counted farther out may move, and no more than those are. A site that could send what it likes
     would find, look by look, what the others have at any rank.
@@ -103,7 +105,10 @@ def check_corrected(first: np.ndarray, before: np.ndarray, now: np.ndarray) -> N
 
 # --------------------------------------------------------------------------------------------------------- geometry
 def check_geometry(spacings: Sequence[Sequence[float]], relative_sizes: Sequence[float]) -> None:
-    """Raise StatisticsError for lengths that are none in millimetres, and scans that grew by being cropped."""
+    """Raise StatisticsError for impossible lengths.
+
+    Lengths that are none in millimetres, scans that grew by being cropped.
+    """
     if not all(SMALLEST_MM <= edge <= LARGEST_MM for spacing in spacings for edge in spacing):
         raise StatisticsError(
             f"a spacing is below {SMALLEST_MM:g} or above {LARGEST_MM:g} mm: look at the headers of the images"
@@ -127,7 +132,7 @@ class Geometry:
         return cls(tuple(np.median(edges, axis=0).tolist()), tuple(np.median(extents, axis=0).tolist()))
 
     def factor_to(self, other: Geometry) -> float:
-        """Return by how much these scans are larger than others, below 1 if they are smaller.
+        """Return the ratio of these scans' size to that of others.
 
         Other resolutions leave the extent as it is, other parts of the body the spacing. Other units change both alike:
         what counts is the smaller change of the two, of the axis where it is largest.
@@ -142,7 +147,7 @@ class Geometry:
 
 
 def factors_to_nearest(geometries: Mapping[str, Geometry]) -> dict[str, float]:
-    """Return, per site, by how much its scans are larger than those of the site whose scans are nearest in size."""
+    """Return the ratio of each site's scan size to the nearest other site's."""
     return {
         site: min(
             (own.factor_to(other) for name, other in geometries.items() if name != site),
@@ -159,7 +164,10 @@ def is_at_least(factor: float, limit: float) -> bool:
 
 
 def describe_factor(factor: float) -> str:
-    """Say by how much something is larger or smaller: no more precisely than it takes to find wrong units."""
+    """Describe a ratio of sizes.
+
+    No more precisely than it takes to find wrong units.
+    """
     times, word = (factor, "larger") if factor >= 1 else (1 / factor, "smaller")
     return f"about {float(f'{times:.1g}'):g} times {word}"
 
@@ -171,7 +179,9 @@ def in_mm(lengths: Sequence[float]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- validation
 def largest_validation(plans: Mapping[str, Any], configuration: str, num_iterations: int | None) -> float:
-    """Return how many voxels a site can have validated: batches of patches, with room for trainers of their own.
+    """Return how many voxels a site can have validated.
+
+    Batches of patches, with room for trainers of their own.
 
     Args:
         num_iterations: Validation batches per epoch, if the federation says.

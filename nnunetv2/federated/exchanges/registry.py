@@ -1,4 +1,6 @@
-"""Hold every exchange of a federation: what exists, what may begin, who is expected, how far the runs are.
+"""Hold every exchange of a federation.
+
+Also what may begin, who is expected, and how far the runs are.
 
 Exchanges are stored as they were written down. Whatever can change while one is open (the sites of the federation, who
 has left a run, who has failed, whether the run is paused) is put in when it is handed out.
@@ -19,7 +21,7 @@ from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, Regis
 
 @dataclass(frozen=True, kw_only=True)
 class RunControl:
-    """What the operator and the sites have said about a run."""
+    """The wishes of the operator and the sites for a run."""
 
     state: Literal["running", "paused", "stopped"] = "running"
     left: frozenset[str] = frozenset()
@@ -62,7 +64,7 @@ class ExchangeRegistry:
         return None if exchange is None else self._present(exchange)
 
     def has_begun(self, key: str) -> bool:
-        """Tell whether there is an exchange under a key, whether it is a proper one or not."""
+        """Tell whether there is an exchange under a key, proper or not."""
         return key in self._exchanges
 
     def put(self, exchange: Exchange) -> None:
@@ -131,12 +133,18 @@ class ExchangeRegistry:
         return step_of(key).expected(key, self)
 
     def members(self, run: str) -> frozenset[str]:
-        """Return the sites that take part in the rounds of a run: registered or admitted, and not gone since."""
+        """Return the sites that take part in the rounds of a run.
+
+        Registered or admitted, and not gone since.
+        """
         registered = self.contributors(RegistrationKey(run)) | self._admitted.get(run, set())
         return (registered & frozenset(self.settings.sites)) - self.left(run)
 
     def may_read(self, exchange: Exchange, site: str) -> bool:
-        """Tell whether a site may have the result: it is expected, takes part in the run, or plans late."""
+        """Tell whether a site may have the result.
+
+        It is expected, takes part in the run, or plans late.
+        """
         return site in exchange.expected or step_of(exchange.key).may_read(exchange.key, site, self)
 
     def admitted(self, run: str) -> tuple[str, ...]:
@@ -144,7 +152,10 @@ class ExchangeRegistry:
         return tuple(sorted(self._admitted.get(run, ())))
 
     def contributors(self, key: Key) -> frozenset[str]:
-        """Name the sites whose contributions are in a result; none as long as there is no result."""
+        """Name the sites whose contributions are in a result.
+
+        None as long as there is no result.
+        """
         exchange = self._exchanges.get(key)
         outcome = None if exchange is None else exchange.outcome
         return frozenset(outcome.contributors) if isinstance(outcome, Closed) else frozenset()
@@ -189,13 +200,19 @@ class ExchangeRegistry:
                 self._exchanges[key] = replace(exchange, opened=now)
 
     def open_exchanges(self) -> list[Exchange]:
-        """List the exchanges that have begun and have no result; among them those that were refused."""
+        """List the exchanges that have begun and have no result.
+
+        Among them those that were refused.
+        """
         return [self._present(self._exchanges[key]) for key in sorted(self._open) if key in self._exchanges]
 
     # --------------------------------------------------------------------------------------------------------- runs
     @property
     def num_rounds(self) -> int | None:
-        """Number of rounds of every run; None where the trainers decide, so that a run never counts as complete."""
+        """Number of rounds of every run.
+
+        None where the trainers decide, so that a run never counts as complete.
+        """
         return self.settings.num_epochs
 
     def runs(self) -> list[str]:
@@ -215,13 +232,19 @@ class ExchangeRegistry:
         return self._latest.get(run)
 
     def closed_at(self, run: str, rounds: int) -> list[float]:
-        """Return when the last rounds of a run were closed, at most so many, in order."""
+        """Return when the last rounds of a run were closed.
+
+        At most so many, in order.
+        """
         last = self._latest.get(run, -1)
         found = (self._exchanges.get(RoundKey(run, number)) for number in range(max(0, last + 1 - rounds), last + 1))
         return [one.outcome.time for one in found if one is not None and isinstance(one.outcome, Closed)]
 
     def run_state(self, run: str) -> RunState:
-        """Say how far a run is. Of one that nobody has registered for, all fields are empty."""
+        """Say how far a run is.
+
+        Of one that nobody has registered for, all fields are empty.
+        """
         registration = self.get(RegistrationKey(run))
         next_round = self._latest.get(run, -1) + 1
         control = self.control(run)

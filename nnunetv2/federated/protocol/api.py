@@ -33,7 +33,7 @@ MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 
 
 class FederationSettings(WithPrecision):
-    """What holds for every site of a federation, fixed when it was created."""
+    """Settings that hold for every site, fixed when the federation was created."""
 
     ADDED = ("precision", "min_sites")
 
@@ -71,7 +71,10 @@ def check_floor(settings: FederationSettings) -> None:
 
 
 def check_quorum(settings: FederationSettings) -> None:
-    """Raise FederationError if no round could ever close with the quorum, or the deadline would change nothing."""
+    """Raise FederationError if quorum or deadline make no sense.
+
+    No round could ever close, or the deadline would change nothing.
+    """
     if settings.quorum is not None and settings.quorum > len(settings.sites):
         raise FederationError(f"--quorum {settings.quorum} is more than the {len(settings.sites)} sites")
     if settings.quorum is not None and settings.deadline_s is None:
@@ -92,7 +95,10 @@ def check_late_updates(settings: FederationSettings) -> None:
 
 
 class SettingsChange(Part):
-    """What an operator may change while a federation is at work; what is not given stays."""
+    """A change of settings while a federation is at work.
+
+    Fields that are not given stay.
+    """
 
     quorum: Annotated[int, Field(ge=1, le=MAX_SITES)] | None = None
     deadline_s: Positive | None = None
@@ -136,7 +142,10 @@ class JoinAnswer(Part):
 
 
 class Offer(Part):
-    """What a site is about to contribute. The answer may spare it the upload."""
+    """An announced contribution.
+
+    The answer may spare the upload.
+    """
 
     digest: Digest
     size: Count
@@ -184,7 +193,7 @@ class Problem(Part):
 
 
 class RunState(Part):
-    """How far a run of training has come."""
+    """The progress of a run of training."""
 
     run: Text
     registered: SiteNames = ()
@@ -201,7 +210,7 @@ class RunState(Part):
 
 
 class RunOutlook(Part):
-    """What will become of a run's averages, as it is known once its sites have registered."""
+    """The foreseen averages of a run, known once its sites have registered."""
 
     run: Text
     trainer: Text = ""
@@ -211,7 +220,7 @@ class RunOutlook(Part):
 
 
 class Outlooks(Part):
-    """What will become of the averages of every run whose sites have registered.
+    """The foreseen averages of every run whose sites have registered.
 
     An answer of its own: sites that do not know it yet do not ask, and could not read it as part of another.
     """
@@ -228,7 +237,7 @@ class FailureReport(Part):
 
 
 class RunAction(Part):
-    """What an operator wants of a run, or a site of its own part in it."""
+    """A wish of an operator for a run, or of a site for itself."""
 
     action: Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
     gathering: Text | None = None
@@ -268,7 +277,7 @@ class FailureStatus(Part):
 
 
 class TrafficStatus(Part):
-    """What one site and the coordinator have sent each other for one exchange."""
+    """The bytes of one site and the coordinator for one exchange."""
 
     site: SiteName
     key: Text
@@ -278,7 +287,7 @@ class TrafficStatus(Part):
 
 
 class ValidationStatus(Part):
-    """How good the last validated aggregate of a run is on the data of all sites together."""
+    """The scores of a run's last validated aggregate on the data of all sites."""
 
     round: Count
     dice: Annotated[tuple[Finite | None, ...], Field(max_length=10_000)]
@@ -290,7 +299,7 @@ class ValidationStatus(Part):
 
 
 class RunProgress(Part):
-    """How fast a run is, and how good."""
+    """The pace and the scores of a run."""
 
     run: Text
     last_closed: Finite | None = None
@@ -301,7 +310,7 @@ class RunProgress(Part):
 
 
 class Status(Part):
-    """What the federation is doing, for people to look at."""
+    """The state of a federation, for people to look at."""
 
     federation: Text
     time: Finite = 0.0

@@ -1,4 +1,6 @@
-"""Turn a message and tensors into a document and back: one safetensors file that is safe to open.
+"""Turn a message and tensors into a document and back.
+
+A document is one safetensors file that is safe to open.
 
     8 bytes      length n of the header, little-endian
     n bytes      JSON: {"__metadata__": {"message": <JSON text>}, <name>: {"dtype", "shape", "data_offsets"}, ...}
@@ -56,7 +58,7 @@ def _one_of(kinds: tuple[type[Message], ...]) -> TypeAdapter[Message]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of a tensor before its values: `dtype` by its name in safetensors, and its shape."""
+    """Shape of a tensor, and its `dtype` by its name in safetensors."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -92,7 +94,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a document may hold. Bytes, and a number of tensors."""
+    """The largest content of a document, in bytes and number of tensors."""
 
     file_bytes: int = 8 << 30
     header_bytes: int = 64 << 20
@@ -104,7 +106,9 @@ class Limits:
 
 
 class Document(Generic[M]):
-    """An open document: its message is parsed, its tensors are read one by one, whole or in pieces.
+    """An open document.
+
+    Its message is parsed, its tensors are read one by one, whole or in pieces.
 
     What the coordinator does with tensors, it does with `pieces` and `read_into`, whose memory does not depend on the
     number and size of documents. `read` maps the file: the pages count as the process's own until the array is gone.
@@ -123,7 +127,10 @@ class Document(Generic[M]):
         self._map: mmap.mmap | None = None
 
     def spec(self, name: str) -> TensorSpec:
-        """Return dtype and shape of tensor `name`, or raise WireError if the document does not hold it."""
+        """Return dtype and shape of a tensor.
+
+        Raises WireError if the document does not hold it.
+        """
         if name not in self.specs:
             raise WireError(f"{self.path.name} holds no tensor {name!r}")
         return self.specs[name]
@@ -138,13 +145,19 @@ class Document(Generic[M]):
         return np.frombuffer(self._map, DTYPES[spec.dtype], spec.size, self._offsets[name]).reshape(spec.shape)
 
     def read_into(self, name: str, begin: int, out: np.ndarray) -> None:
-        """Fill `out`, contiguous and of the tensor's dtype, with the elements of tensor `name` from `begin` on."""
+        """Fill `out` with the elements of a tensor from `begin` on.
+
+        `out` is contiguous and of the tensor's dtype.
+        """
         spec = self.spec(name)
         assert out.dtype == DTYPES[spec.dtype] and 0 <= begin <= spec.size - out.size
         self._fill(self._offsets[name] + begin * out.itemsize, out.data.cast("B"))
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of tensor `name` in pieces of up to one MiB; each is valid until the next is asked for."""
+        """Yield the bytes of tensor `name` in pieces of up to one MiB.
+
+        Each is valid until the next is asked for.
+        """
         start, stop = self._offsets[name], self._offsets[name] + self.specs[name].nbytes
         buffer = memoryview(bytearray(min(_PIECE_BYTES, stop - start)))
         for begin in range(start, stop, _PIECE_BYTES):
@@ -181,7 +194,9 @@ class Document(Generic[M]):
 
 # ------------------------------------------------------------------------------------------------------ writing
 class OutgoingDocument(io.RawIOBase):
-    """A document that is sent from memory, as a file to be read from any byte on. Its tensors must not change.
+    """A document sent from memory, as a file to be read from any byte on.
+
+    Its tensors must not change.
 
     Args:
         message: What it says.
@@ -216,7 +231,7 @@ class OutgoingDocument(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill the buffer with the next bytes, as far as those of one tensor go, and return their number."""
+        """Fill the buffer with the next bytes of one tensor; return their number."""
         wanted, index = memoryview(buffer).cast("B"), bisect_right(self._ends, self._position)
         if index == len(self._pieces):
             return 0
@@ -243,7 +258,10 @@ def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec]
 
 
 def write_subset(source: Document[Message], path: Path, names: Iterable[str]) -> str:
-    """Write a document with the message and some tensors of `source`, copying bytes, and return its SHA-256."""
+    """Copy the message and some tensors of `source` into a document.
+
+    Returns the SHA-256.
+    """
     wanted = set(names)
     for name in sorted(wanted):
         source.spec(name)  # raises WireError unless the tensor is there

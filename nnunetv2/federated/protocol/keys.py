@@ -1,4 +1,4 @@
-"""Name exchanges: a key is the path under which the sites of a federation exchange documents.
+"""Name exchanges: a key is the path of one between sites and coordinator.
 
     fingerprint/census              runs/3d_fullres.fold_0.nnUNetTrainerFedAvg/rounds/12
 
@@ -122,7 +122,10 @@ class CoarseKey(ExchangeKey[CoarseSummary, WantedBins]):
 
 
 class FineKey(ExchangeKey[FineSummary, PooledFingerprint | WantedBins]):
-    """The sites look into bins: the first ones, or the others that these have led to."""
+    """The exchange of fine histograms.
+
+    Of the first bins, or of the others that these have led to.
+    """
 
     kind, pattern = "fine", "fingerprint/fine[/{again}]"
     again: int
@@ -224,7 +227,7 @@ def run_name(configuration: str, fold: int | str, trainer: str) -> str:
 
 
 def run_with_plans(run: str, plans_name: str) -> str:
-    """Return the name of a run whose sites have trained with other plans under its plain name before.
+    """Return the name of a run whose plain name was trained with other plans.
 
     Raises:
         ValueError: It is too long, or cannot be part of a key.

@@ -153,7 +153,10 @@ class Part(BaseModel):
 
 
 class Message(Part):
-    """Base of what a document can carry. Children give `kind` one value, by which documents know them."""
+    """Base of what a document can carry.
+
+    Children give `kind` one value, by which documents know them.
+    """
 
     protocol: Literal[1] = PROTOCOL
     if TYPE_CHECKING:
@@ -168,12 +171,18 @@ _MESSAGES: dict[str, type[Message]] = {}
 
 
 def document_messages() -> tuple[type[Message], ...]:
-    """Return every message that a document can carry: those of this module, and of steps that have their own."""
+    """Return every message that a document can carry.
+
+    Those of this module, and of steps that have their own.
+    """
     return tuple(_MESSAGES.values())
 
 
 class WithAdditions(Part):
-    """Base of what has got fields since protocol 1 began; those are left out while they say what they always meant."""
+    """Base of what has got fields since protocol 1 began.
+
+    Those are left out while they say what they always meant.
+    """
 
     ADDED: ClassVar[tuple[str, ...]] = ()
     """Names of these fields. A peer that does not know them yet does what they say by default."""
@@ -199,7 +208,10 @@ class WithPrecision(WithAdditions):
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
 class Census(Message):
-    """What must agree between the sites before anything is pooled, and how many cases one of them has."""
+    """The parts of a dataset that must agree between sites before pooling.
+
+    And how many cases one of them has.
+    """
 
     kind: Literal["census"] = "census"
     num_cases: Annotated[int, Field(ge=1, le=MAX_CASES)]
@@ -210,7 +222,10 @@ class Census(Message):
 
 
 class PooledCensus(Message):
-    """The number of cases of all sites together; the number of sampled voxels per case follows from it."""
+    """The number of cases of all sites together.
+
+    The number of sampled voxels per case follows from it.
+    """
 
     kind: Literal["pooled_census"] = "pooled_census"
     num_cases: Annotated[int, Field(ge=1, le=MAX_CASES * MAX_SITES)]
@@ -255,7 +270,10 @@ class WantedBins(Message):
 
 
 class FineSummary(WithAdditions, Message):
-    """The bins a site looked into; its tensors `fine.<channel>` are int64 of shape (number of bins, 65536)."""
+    """The bins a site looked into.
+
+    Its tensors `fine.<channel>` are int64 of shape (number of bins, 65536).
+    """
 
     ADDED = ("corrected",)
 
@@ -315,7 +333,7 @@ NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights")
 
 
 class Registration(Message):
-    """What a site is about to train."""
+    """The training that a site is about to begin."""
 
     kind: Literal["registration"] = "registration"
     configuration: Segment
@@ -360,7 +378,10 @@ class Registration(Message):
 
 
 class Match(WithPrecision, Message):
-    """What the sites of a run share, decided once when all have registered."""
+    """The tensors that sites of a run share.
+
+    Decided once, when all have registered.
+    """
 
     kind: Literal["match"] = "match"
     rule: Literal["name", "resolution"]
@@ -387,14 +408,16 @@ class Match(WithPrecision, Message):
 
 
 class EarlierMetrics(Part):
-    """What a site measured in an earlier round after its update had left."""
+    """Measurements of an earlier round that were made after its update had left."""
 
     round: Annotated[int, Field(ge=0, le=10**7)]
     metrics: Metrics
 
 
 class Update(Message):
-    """One site's share of a round, or of the initial weights; tensors travel under canonical names.
+    """One site's share of a round, or of the initial weights.
+
+    Tensors travel under canonical names.
 
     Weights leave as soon as they are trained, and are validated while they travel. So an update has the training loss
     of its own round and the validation of the round before; that of the last round has both.
@@ -407,7 +430,10 @@ class Update(Message):
 
 
 class Validation(Message):
-    """What a site found when it validated the aggregate of a round: voxels per class or region, summed over batches."""
+    """The counts of a site that validated a round's aggregate.
+
+    Voxels per class or region, summed over batches.
+    """
 
     kind: Literal["validation"] = "validation"
     tp: VoxelCounts
@@ -423,7 +449,7 @@ class Validation(Message):
 
 
 class PooledValidation(Message):
-    """How good the aggregate of a round is on the validation data of all sites that looked at it."""
+    """The scores of a round's aggregate on all sites that validated it."""
 
     kind: Literal["pooled_validation"] = "pooled_validation"
     round: Annotated[int, Field(ge=0, le=10**7)]
@@ -442,7 +468,7 @@ class PooledValidation(Message):
 
 
 class Aggregate(Message):
-    """What became of the updates; tensors travel under canonical names."""
+    """The aggregate of the updates; tensors travel under canonical names."""
 
     kind: Literal["aggregate"] = "aggregate"
     round: Annotated[int, Field(ge=0, le=10**7)] | None

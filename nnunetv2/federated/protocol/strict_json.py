@@ -52,7 +52,10 @@ def json_digest(value: Any) -> str:
 
 
 def validated(parse: Callable[[], T], what: str) -> T:
-    """Return what `parse` builds, or raise WireError with the first thing that a model found wrong."""
+    """Return what `parse` builds.
+
+    Raises WireError with the first thing that a model found wrong.
+    """
     try:
         return parse()
     except ValidationError as error:

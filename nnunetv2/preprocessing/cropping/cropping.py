@@ -28,7 +28,9 @@ def create_nonzero_mask(data: np.ndarray) -> np.ndarray:
 def crop_to_nonzero(
     data: np.ndarray, seg: np.ndarray | None = None, nonzero_label: int = -1
 ) -> tuple[np.ndarray, np.ndarray, BoundingBox]:
-    """Crop to the smallest box around all voxels that are not zero, and mark in `seg` what in it is outside.
+    """Crop to the smallest box around all voxels that are not zero.
+
+    What in it is outside is marked in `seg`.
 
     Args:
         data: Images `(c, x, y, z)`. An image of zeros only keeps its extent.

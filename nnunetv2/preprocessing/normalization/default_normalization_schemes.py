@@ -77,7 +77,9 @@ class ZScoreNormalization(ImageNormalization):
 
 
 class CTNormalization(ImageNormalization):
-    """Clip to the usual range of the foreground in all training cases, then standardize with its statistics.
+    """Clip to the usual range of the foreground, then standardize.
+
+    Range and statistics are those of all training cases.
 
     Intensities of CT are physical, so one scale serves all cases.
     """

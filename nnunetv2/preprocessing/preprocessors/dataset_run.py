@@ -1,4 +1,7 @@
-"""Gather what it takes to preprocess a dataset for one configuration, and what its result depends on."""
+"""Gather what preprocessing a dataset takes and depends on.
+
+For one configuration.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,10 @@ class DatasetRun:
 
     @property
     def fingerprint(self) -> dict | None:
-        """The fingerprint of these cases, if it lies where it was made; that of a federation has others, too."""
+        """The fingerprint of these cases, if it lies where it was made.
+
+        That of a federation has others, too.
+        """
         from nnunetv2.preprocessed_data.fingerprint_files import find_local_fingerprint
 
         file = find_local_fingerprint(self.output_folder.parent)
@@ -80,15 +86,15 @@ class DatasetRun:
 
 
 def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_identifier: str) -> DatasetRun:
-    """Read plans and list the training cases.
+    """Read plans and list the training cases, without those on the list of bad ones.
 
     Raises:
         InvalidInputError: The dataset, its plans or its cases do not exist, or the plans name no proper folder.
     """
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.plans.plans_manager import PlansManager
+    from nnunetv2.preprocessed_data.bad_cases import list_training_cases
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
     raw_folder = Path(nnUNet_raw.require()) / dataset_name
@@ -100,7 +106,7 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
     plans_manager = PlansManager(str(plans_file))
     configuration_manager = plans_manager.get_configuration(configuration_name)
     dataset_json = _read_planned_dataset_json(preprocessed_folder, raw_folder)
-    files = get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
+    files = list_training_cases(raw_folder, preprocessed_folder, dataset_json)
     _require(len(files) > 0, f"the dataset {raw_folder} has no training cases")
     # The name comes from the plans, maybe from elsewhere, and what it names is emptied.
     name = configuration_manager.data_identifier
@@ -118,7 +124,10 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
 
 
 def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
-    """Return digests of all that decides what a case becomes, beside its files: equal ones give equal results."""
+    """Return digests of all that decides what a case becomes, beside its files.
+
+    Equal ones give equal results.
+    """
     relevant = {
         key: value
         for part in (run.plans_manager.plans, run.configuration_manager.configuration)

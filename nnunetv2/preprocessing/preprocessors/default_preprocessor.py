@@ -129,7 +129,9 @@ class DefaultPreprocessor:
         configuration_manager: ConfigurationManager,
         dataset_json: dict | str,
     ) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Read a case with the reader that the plans name, then preprocess it as `run_case_npy` does.
+        """Read a case with the plans' reader, then preprocess it.
+
+        As `run_case_npy` does.
 
         Args:
             image_files: One per channel, in the order of the channels.
@@ -299,7 +301,10 @@ class DefaultPreprocessor:
         dataset_json: dict,
         configuration_manager: ConfigurationManager,
     ) -> np.ndarray:
-        """Return the labels to train on. Override to change them after resampling, for instance to skeletonize."""
+        """Return the labels to train on.
+
+        Override to change them after resampling, for instance to skeletonize.
+        """
         return seg
 
 

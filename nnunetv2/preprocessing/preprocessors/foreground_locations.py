@@ -1,4 +1,7 @@
-"""Draw voxels of each class, so that training can centre patches on them without searching the segmentation."""
+"""Draw voxels of each class.
+
+Training centres patches on them without searching the segmentation.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ def sample_foreground_locations(
 
 
 def find_voxels(seg: np.ndarray, labels: Iterable[int]) -> dict[int, np.ndarray]:
-    """Return the flat indices (C order) of the voxels of each label, found in one pass over small integers."""
+    """Return the flat indices (C order) of the voxels of each label.
+
+    Found in one pass over small integers.
+    """
     flat = np.ascontiguousarray(seg).reshape(-1)
     index = np.uint32 if flat.size < 2**32 else np.int64
     labels = [int(label) for label in labels]
@@ -76,7 +82,9 @@ def find_voxels(seg: np.ndarray, labels: Iterable[int]) -> dict[int, np.ndarray]
 
 
 def as_small_integers(seg: np.ndarray) -> np.ndarray:
-    """Return labels as int8 or int16, the smaller that holds them; those with fractions, or too large, as they are.
+    """Return labels as int8 or int16, the smaller that holds them.
+
+    Those with fractions, or too large, as they are.
 
     Raises:
         InvalidInputError: A label is NaN or infinite.

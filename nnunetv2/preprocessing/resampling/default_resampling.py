@@ -24,7 +24,7 @@ Shape = Sequence[int] | np.ndarray
 
 
 def get_do_separate_z(spacing: Spacing, anisotropy_threshold: float = ANISO_THRESHOLD) -> bool:
-    """Return whether the longest side of a voxel exceeds the shortest by more than the threshold."""
+    """Return whether a voxel's longest side exceeds the threshold times the shortest."""
     return bool(np.max(spacing) / np.min(spacing) > anisotropy_threshold)
 
 
@@ -34,7 +34,10 @@ def get_lowres_axis(new_spacing: Spacing) -> np.ndarray:
 
 
 def compute_new_shape(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) -> np.ndarray:
-    """Return how many voxels of `new_spacing` cover the image, rounded half to even but at least one, per axis."""
+    """Return how many voxels of `new_spacing` cover the image per axis.
+
+    Rounded half to even, at least one.
+    """
     # A slab that is thinner than half a voxel is still there.
     return np.array(
         [max(length, min(old, 1)) for length, old in zip(round_lengths(old_shape, old_spacing, new_spacing), old_shape)]
@@ -42,7 +45,9 @@ def compute_new_shape(old_shape: Shape, old_spacing: Spacing, new_spacing: Spaci
 
 
 def round_lengths(old_shape: Shape, old_spacing: Spacing, new_spacing: Spacing) -> list[int]:
-    """Return how many voxels of `new_spacing` cover the image, rounded half to even, per axis; that may be none.
+    """Return how many voxels of `new_spacing` cover the image, rounded half to even, per axis.
+
+    That may be none.
 
     Raises:
         InvalidInputError: The arguments differ in length.
@@ -118,7 +123,9 @@ def resample_data_or_seg_to_shape(
     force_separate_z: bool | None = False,
     separate_z_anisotropy_threshold: float = ANISO_THRESHOLD,
 ) -> np.ndarray:
-    """Resample `(c, x, y, z)` data to a shape; the spacings only decide whether one axis is resampled on its own.
+    """Resample `(c, x, y, z)` data to a shape.
+
+    The spacings only decide whether one axis is resampled on its own.
 
     A tensor becomes an array. See `resample_data_or_seg` for the rest.
     """

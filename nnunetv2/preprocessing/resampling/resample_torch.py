@@ -1,4 +1,7 @@
-"""Resample images and label maps with torch: linear only, on any device. Plans may name these functions."""
+"""Resample images and label maps with torch: linear only, on any device.
+
+Plans may name these functions.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,9 @@ def resample_torch_fornnunet(
     mode: str = "linear",
     aniso_axis_mode: str = "nearest-exact",
 ) -> torch.Tensor | np.ndarray:
-    """Resample `(c, x, y, z)` data as plans ask for it; anisotropic data in plane first, then across slices.
+    """Resample `(c, x, y, z)` data as plans ask for it.
+
+    Anisotropic data in plane first, then across slices.
 
     Args:
         force_separate_z: True, False, or None to decide by anisotropy, as in `determine_do_sep_z_and_axis`.

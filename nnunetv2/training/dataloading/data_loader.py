@@ -188,7 +188,10 @@ class nnUNetDataLoader(DataLoader):
         return None
 
     def generate_train_batch(self) -> dict:
-        """Return `data` `(b, c, *patch)`, `target` (a list of them with deep supervision) and the cases' `keys`."""
+        """Return `data` `(b, c, *patch)`, `target` and the cases' `keys`.
+
+        `target` is a list with deep supervision.
+        """
         keys = self.get_indices()
         data: Any = None
         target: Any = None

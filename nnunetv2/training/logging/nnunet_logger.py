@@ -1,4 +1,7 @@
-"""Keep the figures of a training, one list per curve, and pass them on to whoever else keeps them."""
+"""Keep the figures of a training, one list per curve.
+
+And pass them on to whoever else keeps them.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def _is_first_process() -> bool:
 
 
 class ExternalLogger(Protocol):
-    """What else may listen to a training: hand such an object to `MetaLogger.add_logger`."""
+    """A further listener to a training: hand such an object to `MetaLogger.add_logger`."""
 
     def update_config(self, config: Mapping[str, Any]) -> None: ...
 
@@ -71,7 +74,7 @@ class LocalLogger:
         self._reporter: BackgroundReporter | None = None
 
     def log(self, key: str, value: Any, epoch: int) -> None:
-        """Store the value of an epoch: append it, or replace it if the epoch has one already.
+        """Append the value of an epoch, or replace the one it has.
 
         Raises:
             AssertionError: The curve is not registered, or has later epochs already.
@@ -90,7 +93,10 @@ class LocalLogger:
             values.append(value)
 
     def get_value(self, key: str, step: int | None) -> Any:
-        """Return the value of an epoch (-1: the latest), or the whole list if `step` is None."""
+        """Return the value of an epoch (-1: the latest), or the whole list.
+
+        The list if `step` is None.
+        """
         values = self.my_fantastic_logging[key]
         return values if step is None else values[step]
 
@@ -176,7 +182,10 @@ class MetaLogger:
             external.log_summary(key, value)
 
     def get_value(self, key: str, step: int | None) -> Any:
-        """Return a local value of an epoch (-1: the latest), or the whole list if `step` is None."""
+        """Return a local value of an epoch (-1: the latest), or the whole list.
+
+        The list if `step` is None.
+        """
         return self.local_logger.get_value(key, step)
 
     def plot_progress_png(self, output_folder: str | os.PathLike) -> None:

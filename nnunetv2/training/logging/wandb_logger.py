@@ -52,7 +52,10 @@ class WandbLogger:
         self.run.config.update(dict(config), allow_val_change=True)
 
     def log(self, key: str, value: Any, step: int) -> None:
-        """Send the value of an epoch, unless the run to go on with is further already."""
+        """Send the value of an epoch.
+
+        Unless the run to go on with is further already.
+        """
         self.run.summary["current_epoch"] = step
         if self.resume and step < self.run.step:
             return

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def build_default_loss(
     label_manager: LabelManager, *, batch_dice: bool, ddp: bool, smooth: float = 1e-5
 ) -> DC_and_CE_loss | DC_and_BCE_loss:
-    """Build Dice plus cross entropy for labels, or plus binary cross entropy for regions, for a single output.
+    """Build Dice plus cross entropy for a single output.
+
+    Binary cross entropy for regions.
 
     Args:
         batch_dice: Compute one Dice for the whole batch instead of one per sample.
@@ -35,7 +37,9 @@ def build_default_loss(
 
 
 def require_ignore_index(label_manager: LabelManager) -> int:
-    """Return the label that a cross entropy shall ignore; -100, which nothing has, if there is none.
+    """Return the label that a cross entropy shall ignore.
+
+    -100, which nothing has, if there is none.
 
     Raises:
         AssertionError: The dataset has regions, which overlap: no voxel has one label.

@@ -1,4 +1,6 @@
-"""Train a network as its plans say: the class whose methods and attributes third-party trainers override.
+"""Train a network as its plans say.
+
+Third-party trainers override methods and attributes of this class.
 
 The methods are hooks. What they do lives in modules of its own, beside the package of trainers.
 """
@@ -349,7 +351,10 @@ class nnUNetTrainer:
     # ---------------------------------------------------------------- data
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Geometry:
-        """Decide rotation (radians), dummy 2D augmentation, size of the patch to augment from, and mirror axes."""
+        """Decide rotation, dummy 2D augmentation, initial patch size and mirror axes.
+
+        Rotation in radians; the patch is the one to augment from.
+        """
         rotation, dummy_2d, initial_patch_size, mirror_axes = rotation_and_patch_size(
             self.configuration_manager.patch_size
         )
@@ -402,7 +407,9 @@ class nnUNetTrainer:
         )
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return the training and the validation cases of the fold; write splits_final.json if there is none.
+        """Return the training and the validation cases of the fold.
+
+        Write splits_final.json if there is none.
 
         Raises:
             FileNotFoundError: Cases of the split are not preprocessed.
@@ -414,6 +421,7 @@ class nnUNetTrainer:
         def identifiers() -> list[str]:
             return list(self.dataset_class.get_identifiers(folder))
 
+        splits.report_bad_cases(Path(self._require(self.preprocessed_dataset_folder_base)), self.print_to_log_file)
         if self.fold == "all":
             everything = identifiers()
             return everything, everything
@@ -562,7 +570,10 @@ class nnUNetTrainer:
         self.network.eval()
 
     def validation_step(self, batch: dict) -> dict:
-        """Return the loss of one batch, and its true positives, false positives and false negatives per class."""
+        """Return the loss and counts of one batch.
+
+        True positives, false positives and false negatives per class.
+        """
         data, target = steps.move_batch(batch, self.device)
         output: Any
         output, loss = self._forward(data, target)
@@ -572,7 +583,10 @@ class nnUNetTrainer:
         return {"loss": as_result(loss), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """Log the mean validation loss, and the Dice per class of all validation voxels of the epoch together."""
+        """Log the mean validation loss and the Dice per class.
+
+        Of all validation voxels of the epoch together.
+        """
         collated = collate_outputs(val_outputs)
         counts = np.stack(
             [np.sum(collated[name], axis=0, dtype=np.float64) for name in ("tp_hard", "fp_hard", "fn_hard")]
@@ -707,7 +721,10 @@ class nnUNetTrainer:
     # ---------------------------------------------------------------- files and reports
 
     def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        """Append a line to the log of the training, and print it. Only the first process writes the file."""
+        """Append a line to the log of the training, and print it.
+
+        Only the first process writes the file.
+        """
         now = datetime.fromtimestamp(time()) if add_timestamp and self.local_rank == 0 else None
         line = log_files.format_log_line(args, now)
         if self.local_rank == 0 and self.log_file is not None:
@@ -724,7 +741,10 @@ class nnUNetTrainer:
             )
 
     def plot_network_architecture(self) -> None:
-        """Draw the network; does nothing here, a hook for trainers that bring a tool for it."""
+        """Draw the network.
+
+        Does nothing here, a hook for trainers that bring a tool for it.
+        """
 
     def _save_debug_information(self) -> None:
         """Write debug.json: the attributes of this trainer and the machine, as text."""

@@ -1,4 +1,6 @@
-"""Names that trainers of third parties import from the module of nnUNetTrainer, looked up when asked for.
+"""Names that third parties import from the module of nnUNetTrainer.
+
+They are looked up when asked for.
 
 Such trainers start as a copy of one of its methods, together with the imports of the module it came from, or with a
 star import of everything. All names of the release's module are here, those too that our module binds itself.

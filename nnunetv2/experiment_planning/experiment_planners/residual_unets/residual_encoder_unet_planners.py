@@ -1,4 +1,7 @@
-"""Presets of residual encoder U-Nets for GPUs with about 10 (M), 24 (L) and 40 GB (XL) of memory."""
+"""Presets of residual encoder U-Nets for three sizes of GPU.
+
+About 10 (M), 24 (L) and 40 GB (XL) of memory.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from nnunetv2.federated.protocol.messages import Aggregate, Update
 
 
 class UpdateCodec(Protocol):
-    """How the weights of a run's rounds travel, up and down.
+    """The form in which the weights of a run's rounds travel, up and down.
 
     A site has one of its own for as long as it trains, since it may keep what was not sent yet. The coordinator's keep
     nothing.
@@ -29,7 +29,9 @@ class UpdateCodec(Protocol):
 
     # ------------------------------------------------------------------------------------------------- at a site
     def encode(self, update: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return float32 weights as they are to be sent. The same weights give the same again until `settle`.
+        """Return float32 weights as they are to be sent.
+
+        The same weights give the same again until `settle`.
 
         Raises:
             PrecisionError: A value cannot travel; its tensor is named.

@@ -1,4 +1,6 @@
-"""Let weights travel in half precision, and send what rounding takes from them with the next round.
+"""Let weights travel in half precision.
+
+What rounding takes from them goes along with the next round.
 
     site          sent_r = half(w_r + e_r-1)                  e_r = (w_r + e_r-1) - sent_r
     coordinator   u_r = mean_r + c_r-1, kept in float32       c_r = u_r - half(u_r)
@@ -48,7 +50,9 @@ def widened(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """Round float32 values to the nearest float16, ties to even; below 6e-5 the steps no longer shrink.
+    """Round float32 values to the nearest float16, ties to even.
+
+    Below 6e-5 the steps no longer shrink.
 
     Raises:
         PrecisionError: A value is too large for float16.
@@ -68,7 +72,7 @@ def rest_of(values: np.ndarray) -> np.ndarray:
 
 
 def write_rounded(source: Document[Message], path: Path, names: Iterable[str]) -> str:
-    """Write a document with the message and some tensors of `source`, in half precision, and return its SHA-256.
+    """Write a message and some tensors of `source` in half precision; return the SHA-256.
 
     Raises:
         PrecisionError: A value is too large; its tensor is named.
@@ -109,7 +113,9 @@ class Float16WithErrorFeedback:
         return narrowed(registered)
 
     def encode(self, update: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return float32 weights as they are to be sent. The same weights give the same again until `settle`.
+        """Return float32 weights as they are to be sent.
+
+        The same weights give the same again until `settle`.
 
         Raises:
             PrecisionError: A value is too large; its tensor is named.
@@ -124,7 +130,10 @@ class Float16WithErrorFeedback:
         return sent
 
     def settle(self) -> None:
-        """Keep the rests of what was encoded last, which counts. If it does not, the rests before it are still due."""
+        """Keep the rests of what was encoded last, which counts.
+
+        If it does not, the rests before it are still due.
+        """
         self._rests = self._next_rests
 
     def combine(
@@ -137,7 +146,10 @@ class Float16WithErrorFeedback:
         previous: Document[Aggregate],
         min_sites: int,
     ) -> weighted_mean.Aggregated:
-        """Average updates, add what rounding took from the aggregate before, and write the aggregate in float32."""
+        """Average updates and write the aggregate in float32.
+
+        What rounding took from the aggregate before is added.
+        """
         return weighted_mean.aggregate_documents(
             documents, weights, out_path=out_path, message=message, previous=previous, min_sites=min_sites, handout=self
         )
@@ -156,7 +168,10 @@ class Float16WithErrorFeedback:
         return rounded(values)
 
     def add_rest_(self, document: Document[Any], name: str, begin: int, block: np.ndarray) -> None:
-        """Add what rounding takes from a tensor, element `begin` and those after it, to a block in place."""
+        """Add to a block, in place, what rounding takes from a tensor.
+
+        The block begins with element `begin` of the tensor.
+        """
         values = np.empty(block.size, DTYPES[document.spec(name).dtype])
         document.read_into(name, begin, values)
         block += rest_of(values)

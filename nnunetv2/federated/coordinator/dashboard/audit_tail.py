@@ -26,7 +26,7 @@ _LINES_AT_ONCE = 2000
 
 @dataclass(frozen=True)
 class Trouble:
-    """A failure at a site, a contribution that was refused, or one that came too late."""
+    """A failure at a site, a refused contribution, or a late one."""
 
     time: float
     kind: Literal["failure", "refusal", "late"]

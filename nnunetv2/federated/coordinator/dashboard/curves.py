@@ -39,7 +39,7 @@ Scalars = Annotated[dict[Text, Finite | None], Field(max_length=2_000_000)]
 
 
 class CurvePoint(Part):
-    """What one site contributed to one round."""
+    """The contribution of one site to one round."""
 
     weight: Finite
     bytes: Count
@@ -64,7 +64,7 @@ class CurveRound(Part):
 
 
 class CurveValidation(Part):
-    """How good the aggregate of a round was."""
+    """The scores of a round's aggregate."""
 
     round: Count
     mean_dice: Finite | None

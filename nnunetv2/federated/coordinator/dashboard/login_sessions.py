@@ -44,7 +44,7 @@ class LoginRequest(Part):
 
 
 class Viewer(Part):
-    """Who looks at the page."""
+    """The person who looks at the page."""
 
     name: SiteName
     role: Text
@@ -74,7 +74,10 @@ class Attempts:
         self._failures: dict[str, deque[float]] = {}
 
     def failed(self, address: str, now: float) -> None:
-        """Remember a failed login, or raise RefusedError if the address has failed too often of late."""
+        """Remember a failed login.
+
+        Raises RefusedError if the address has failed too often of late.
+        """
         if address not in self._failures and len(self._failures) >= MAX_ADDRESSES:
             del self._failures[next(iter(self._failures))]  # the one that began first
         failures = self._failures.setdefault(address, deque(maxlen=MAX_ATTEMPTS))

@@ -50,7 +50,7 @@ Activity = Literal["working", "sending", "waiting", "failed", "left", "idle", "i
 
 # --------------------------------------------------------------------------------------------------------- messages
 class MemberView(Part):
-    """What a site is doing in a run at the moment."""
+    """The work of a site in a run at the moment."""
 
     site: SiteName
     activity: Activity
@@ -133,7 +133,7 @@ class TroubleView(Part):
 
 
 class Health(Part):
-    """How the coordinator itself is."""
+    """The state of the coordinator itself."""
 
     started: Finite
     uploads: Count
@@ -146,7 +146,7 @@ class Health(Part):
 
 
 class Overview(Part):
-    """What a federation is doing."""
+    """The work of a federation at the moment."""
 
     version: Literal[1] = 1
     revision: Text
@@ -377,7 +377,7 @@ class OverviewCache:
         return f"{self._start}.{self._notifier.count}"
 
     async def wait(self, seen: str, wait_s: float) -> None:
-        """Wait until something differs from a revision that somebody has seen, but not longer than this."""
+        """Wait, for a limited time, until something differs from a seen revision."""
         change = self._notifier.expect(ANYTHING)
         if seen == self.revision and wait_s > 0 and not self._notifier.stopping:
             with suppress(asyncio.TimeoutError):

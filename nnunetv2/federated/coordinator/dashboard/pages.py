@@ -149,7 +149,10 @@ class Dashboard:
         return response
 
     async def get_overview(self, request: Request) -> Response:
-        """Return the state of the federation to an observer; wait for news if there are none."""
+        """Return the state of the federation to an observer.
+
+        Wait for news if there are none.
+        """
         self._viewer_of(request)
         await self.overview.wait(request.query_params.get("seen", ""), min(_number(request, "wait"), LONGEST_WAIT_S))
         self._viewer_of(request)  # it may have been revoked meanwhile

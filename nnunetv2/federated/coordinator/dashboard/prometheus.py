@@ -203,7 +203,10 @@ def _of_coordinator(overview: Overview, coordinator: Coordinator) -> Iterator[Me
 
 
 def memory_used() -> list[int]:
-    """Return the resident memory of this process in bytes; nothing where the system does not tell."""
+    """Return the resident memory of this process in bytes.
+
+    Nothing where the system does not tell.
+    """
     if sys.platform != "linux":
         return []
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

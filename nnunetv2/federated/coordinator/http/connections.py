@@ -289,7 +289,7 @@ class GuardedServer(uvicorn.Server):
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop; connections whose handshake is not over, of which uvicorn does not know, end at once."""
+        """Stop; connections in their handshake, unknown to uvicorn, end at once."""
         for listener in self._listeners:
             listener.close()
         for connection in set(self.registry).difference(self.server_state.connections):

@@ -146,7 +146,10 @@ class LargeBody(asyncio.BufferedProtocol):
         self._filled, self._goal = 0, goal
 
     async def discard(self, at_most: int) -> None:
-        """Discard the rest, up to a limit: a sender that is cut off misses the answer."""
+        """Discard the rest, up to a limit.
+
+        A sender that is cut off misses the answer.
+        """
         async for piece in self.pieces():
             at_most -= len(piece)
             if at_most < 0:

@@ -89,7 +89,10 @@ class ListenAddress:
 
     @property
     def local_url(self) -> str:
-        """The address for programs on this machine. A given certificate is good for the public address only."""
+        """The address for programs on this machine.
+
+        A given certificate is good for the public address only.
+        """
         if self.tls_certificate:
             return self.public_url
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host

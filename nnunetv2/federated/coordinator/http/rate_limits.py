@@ -130,7 +130,10 @@ class ProgressWatchdog:
 
 # ------------------------------------------------------------------------------------------------------ connections
 class Standing(IntEnum):
-    """Order in which idle connections make room for others: the lowest first, of those the oldest."""
+    """The order in which idle connections make room for others.
+
+    The lowest first, of those the oldest.
+    """
 
     SILENT = 0
     """Nothing has arrived on it."""
@@ -186,7 +189,7 @@ class ConnectionRegistry(Generic[Connection]):
         return iter(self._entries)
 
     def opened(self, connection: Connection, host: str) -> Connection | None:
-        """Add a new connection, and return the one that has to make room for it, if any.
+        """Add a connection; return the one that has to make room, if any.
 
         That is the new one itself, which is not noted then, if all others are at work for members.
         """
@@ -206,14 +209,20 @@ class ConnectionRegistry(Generic[Connection]):
             self._add_idle(connection, entry)
 
     def busy(self, connection: Connection) -> None:
-        """Mark a connection as at work for a member: it does not have to make room."""
+        """Mark a connection as at work for a member.
+
+        It does not have to make room.
+        """
         entry = self._entries.get(connection)
         if entry is not None and not entry.is_busy:
             self._remove_idle(connection, entry)
             entry.standing, entry.is_busy = Standing.MEMBER, True
 
     def idle(self, connection: Connection) -> Connection | None:
-        """Mark a member's request as over, and return the connection that has to make room, if any."""
+        """Mark a member's request as over.
+
+        Returns the connection that has to make room, if any.
+        """
         entry = self._entries.get(connection)
         if entry is None or not entry.is_busy:
             return None
@@ -229,7 +238,10 @@ class ConnectionRegistry(Generic[Connection]):
             self._remove_idle(connection, entry)
 
     def give_up_strangers(self, number: int) -> list[Connection]:
-        """Forget up to so many idle connections of strangers, and return them: files have run out."""
+        """Forget and return up to so many idle connections of strangers.
+
+        Files have run out.
+        """
         given_up: list[Connection] = []
         while len(given_up) < number and (one := self._idle.first(Standing.STRANGER)) is not None:
             self.closed(one)

@@ -176,7 +176,7 @@ def wanted_wait(request: Request) -> float:
 
 
 class DigestedFile(FileResponse):
-    """Send a file whose SHA-256 is known, or the range of it that is asked for."""
+    """Send a file whose SHA-256 is known, or a range of it."""
 
     chunk_size = 256 << 10
     """What a download holds at a time; with hundreds of them that counts."""

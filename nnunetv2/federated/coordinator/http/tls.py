@@ -38,7 +38,7 @@ _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a server needs to speak TLS."""
+    """The files with which a server speaks TLS."""
 
     certificate: Path
     key: Path
@@ -88,7 +88,7 @@ def given_certificate(certificate: Path, key: Path) -> Certificate:
 
 
 def require_clients_of(certificate: Certificate, authority: Path) -> Certificate:
-    """Return a certificate whose server wants to see one of an authority from everybody who connects.
+    """Return a certificate whose server asks everybody for one of an authority.
 
     Raises:
         FederationError: The file is missing, or holds anything but certificates, all of which would be trusted.

@@ -110,7 +110,9 @@ def write_checkpoint(
 
 
 def parameter_names(tensors: Iterable[str], aliases: Mapping[str, str], canonical: Mapping[str, str]) -> dict[str, str]:
-    """Return what `write_checkpoint` wants to know: every name of a site's network -> tensor in the aggregate.
+    """Map every name of a site's network to its tensor in the aggregate.
+
+    For `write_checkpoint`.
 
     Args:
         tensors: Names of the site's distinct tensors that are in the aggregate.

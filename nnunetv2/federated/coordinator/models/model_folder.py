@@ -140,7 +140,7 @@ def _write_zip(model: Path, registration: Registration) -> Path:
 
 
 def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any]:
-    """Return what nnU-Net has to know of the data to use the model, as in dataset.json."""
+    """Return the dataset.json with which nnU-Net uses the model."""
     described = next(iter(registrations.values())).dataset_json.model_dump(mode="json", exclude_none=True)
     file_ending = of_most_sites(message.dataset_json.file_ending for message in registrations.values())
     return {
@@ -151,7 +151,7 @@ def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any
 
 
 def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[int, ...] | None:
-    """Return the axes along which all sites have mirrored, and the model may be asked to."""
+    """Return the axes along which all sites have mirrored."""
     axes = [set(one.mirroring_axes) for one in registrations.values() if one.mirroring_axes is not None]
     return tuple(sorted(set.intersection(*axes))) if len(axes) == len(registrations) else None
 

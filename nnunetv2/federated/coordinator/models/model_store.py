@@ -37,7 +37,7 @@ class ModelStore:
         """Run -> what will become of its averages, and what that follows from."""
 
     def keep(self, run: str) -> None:
-        """Write the model of a run that is over, once for what it is made of."""
+        """Write the model of a run that is over, once for each content."""
         state, rounds = self._state, self._made_of(run)
         if self._outcome(run, rounds) is not None:
             return
@@ -50,7 +50,10 @@ class ModelStore:
         state.log(f"run {run} is over: {text}")
 
     def outlook(self, run: str) -> Outlook | None:
-        """Return what will become of a run's averages; None before its sites have registered. Computed once."""
+        """Return what will become of a run's averages.
+
+        None before its sites have registered. Computed once.
+        """
         if not self._state.registry.is_closed(RegistrationKey(run)):
             return None
         documents = self._state.documents
@@ -62,7 +65,7 @@ class ModelStore:
         return known[1]
 
     def outlooks(self, runs: Iterable[str]) -> api.Outlooks:
-        """Return what will become of the averages of these runs, as far as it is known."""
+        """Foresee the averages of these runs, as far as they are known."""
         found = {run: self.outlook(run) for run in runs}
         return api.Outlooks(
             runs=tuple(
@@ -73,7 +76,10 @@ class ModelStore:
         )
 
     def fetch(self, run: str, *, member: str) -> KeptModel:
-        """Return the model of a run for a member, and log that it fetches it. Raises as `find`."""
+        """Return the model of a run for a member, and log that it fetches it.
+
+        Raises as `find`.
+        """
         path = self.find(run)
         model = KeptModel(path, _digest(path, *_identity(path)))
         self._record_fetch(run, member, model.digest)

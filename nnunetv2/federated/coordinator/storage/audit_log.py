@@ -58,7 +58,10 @@ def add_event(connection: sqlite3.Connection, event: Event) -> None:
 
 
 def chained_hash(before: str, row: tuple[object, ...]) -> str:
-    """Return the hash of a line (number, time, kind, site, key, detail), given the one before."""
+    """Return the hash of a line, given the one before.
+
+    A line is number, time, kind, site, key, detail.
+    """
     return hashlib.sha256(f"{before}\n{json.dumps(row)}".encode()).hexdigest()
 
 

@@ -43,7 +43,7 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Backup:
-    """What has been saved or restored."""
+    """The content that was saved or restored."""
 
     federation: str
     created: float

@@ -1,4 +1,4 @@
-"""List the steps of a federation, one line each, and find the step of a key."""
+"""List the steps of a federation, and find the step of a key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Define a step: all that one kind of exchange is, from the size of its documents to the result made of them.
+"""Define a step: all that one kind of exchange is.
 
 A step is stateless. It asks the exchanges' `State` who takes part, and the `DocumentReader` what was sent before; it
 knows of no sockets, clocks or databases. `steps/__init__.py` lists all steps.
@@ -43,7 +43,10 @@ class State(Protocol):
         ...
 
     def contributors(self, key: Key) -> frozenset[str]:
-        """Name the sites whose contributions are in a result; none as long as there is no result."""
+        """Name the sites whose contributions are in a result.
+
+        None as long as there is no result.
+        """
         ...
 
     def members(self, run: str) -> frozenset[str]:
@@ -104,7 +107,10 @@ class Step(Generic[K, Q, R]):
         return ()
 
     def may_read(self, key: K, site: str, state: State) -> bool:
-        """Tell whether a site may have the result although it is not expected: because it takes part in the run."""
+        """Tell whether a site that is not expected may have the result.
+
+        By default, if it takes part in the run.
+        """
         return isinstance(key, RunKey) and site in state.members(key.run)
 
     def is_overtaken(self, key: K, state: State) -> bool:
@@ -112,7 +118,10 @@ class Step(Generic[K, Q, R]):
         return False
 
     def place(self, key: K, site: str, digest: str, state: State) -> Key:
-        """Return the exchange in which a contribution counts: this one, or a later one if it comes too late."""
+        """Return the exchange in which a contribution counts.
+
+        This one, or a later one if it comes too late.
+        """
         return key
 
     def newest(self, key: K, state: State) -> Key:
@@ -128,7 +137,10 @@ class Step(Generic[K, Q, R]):
     """How large the header of a contribution may be, where nothing is known beforehand."""
 
     def limits(self, key: K, site: str, reader: DocumentReader) -> Limits:
-        """Return how large a document may be that a site contributes to an exchange that has begun."""
+        """Return how large a document of a site may be.
+
+        The exchange has begun.
+        """
         return document_limits.with_tensors(self.header)
 
     def tensors(self, key: K, site: str, message: Q, reader: DocumentReader) -> Mapping[str, TensorSpec]:
@@ -138,7 +150,10 @@ class Step(Generic[K, Q, R]):
     def check(
         self, key: K, site: str, document: Document[Q], reader: DocumentReader, settings: FederationSettings
     ) -> None:
-        """Raise WireError or StatisticsError if a contribution contradicts itself or what the site has said before."""
+        """Raise WireError or StatisticsError if a contribution contradicts itself.
+
+        Or what the site has said before.
+        """
 
     def check_contribution(
         self, key: K, site: str, document: Document[Any], reader: DocumentReader, settings: FederationSettings
@@ -196,7 +211,10 @@ class Step(Generic[K, Q, R]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> Computed:
-        """Make the result of the contributions that count, and write it. By default, it is a message alone."""
+        """Make the result of the contributions that count, and write it.
+
+        By default, it is a message alone.
+        """
         key: Any = exchange.key
         result = self.pool(key, documents, settings, reader)
         remarks = tuple(self.remarks(key, documents, result))
@@ -209,7 +227,7 @@ class Step(Generic[K, Q, R]):
         raise NotImplementedError
 
     def remarks(self, key: K, documents: Mapping[str, Document[Q]], result: R) -> Iterable[str]:
-        """Say what the person at the coordinator should know of a result."""
+        """Return lines on a result for the person at the coordinator."""
         return ()
 
     def describe(self, key: K) -> str:
@@ -217,12 +235,18 @@ class Step(Generic[K, Q, R]):
         return str(key)
 
     def describe_closing(self, key: K) -> str:
-        """Say what a site has achieved by an exchange of its own; empty where there are several."""
+        """Describe what a site has achieved by an exchange of its own.
+
+        Empty where there are several sites.
+        """
         return ""
 
     # -------------------------------------------------------------------------------------------------- results
     def tensors_for(self, key: K, site: str, reader: DocumentReader) -> tuple[str, ...] | None:
-        """Return the tensors of a result that concern a site, sorted; None if it gets the result as it is kept."""
+        """Return the tensors of a result that concern a site, sorted.
+
+        None if it gets the result as it is kept.
+        """
         return None
 
     def write_for_sites(self, key: K, names: Sequence[str], path: Path, reader: DocumentReader) -> str:
@@ -230,7 +254,9 @@ class Step(Generic[K, Q, R]):
         raise NotImplementedError
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return the limits of what a coordinator may send as a result; its tensors are not counted.
+        """Return the limits of what a coordinator may send as a result.
+
+        Its tensors are not counted.
 
         Args:
             num_cases: The cases of all sites, where that is known.
@@ -260,7 +286,10 @@ def kind_of(message: type[Message]) -> str:
 
 
 def comparable(message: Message) -> dict[str, Any]:
-    """Return a message as JSON, without voxels' extrema in its plans: versions of the software differ in them."""
+    """Return a message as JSON, without voxels' extrema in its plans.
+
+    Versions of the software differ in them.
+    """
     content = message.model_dump(mode="json")
     return {**content, "plans": without_extrema(content["plans"])} if "plans" in content else content
 

@@ -56,7 +56,10 @@ def check_same_dataset(described: Mapping[str, Census | TrainingData]) -> None:
 
 
 def planned_cases(site: str, reader: DocumentReader) -> int | None:
-    """Return how many cases a site had when it planned with the others; None if it has not."""
+    """Return how many cases a site had when it planned with the others.
+
+    None if it has not.
+    """
     for key in (CensusKey(), LateCensusKey(site)):
         if reader.has_contributed(key, site):
             with reader.contribution(key, site) as document:

@@ -1,4 +1,4 @@
-"""Add up coarse histograms of intensities, and ask for the bins in which the percentiles lie."""
+"""Add up coarse histograms, and ask for the bins with the percentiles."""
 
 from __future__ import annotations
 
@@ -117,7 +117,10 @@ def pool_channels(documents: Iterable[Document[Any]], name: str) -> list[Any]:
 
 
 def check_same_units(geometries: Mapping[str, plausibility.Geometry]) -> None:
-    """Raise RefusedError, naming the sites, if scans differ so much in size that their units must differ."""
+    """Raise RefusedError if sizes of scans show that units differ.
+
+    It names the sites.
+    """
     odd = {
         site: factor
         for site, factor in plausibility.factors_to_nearest(geometries).items()

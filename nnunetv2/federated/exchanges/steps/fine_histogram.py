@@ -57,7 +57,7 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
         return document_limits.with_tensors(self.header, tensor_bytes=histograms * HISTOGRAM_BYTES)
 
     def tensors(self, key: FineKey, site: str, message: FineSummary, reader: DocumentReader) -> dict[str, TensorSpec]:
-        """Return a histogram of the insides of the bins per channel, and coarse ones that are corrected."""
+        """Return fine histograms per channel, and corrected coarse ones."""
         fine = {f"fine.{c}": TensorSpec("I64", (len(bins), NUM_BINS)) for c, bins in enumerate(message.bins)}
         return fine | coarse_specs(message.corrected)
 
@@ -69,7 +69,7 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
         reader: DocumentReader,
         settings: FederationSettings,
     ) -> None:
-        """Raise WireError unless the bins are those that were asked for, and hold as much as the coarse ones."""
+        """Raise WireError unless the bins are the wanted ones and hold as much as before."""
         if self._asked_for(key, reader) != document.message.bins:
             raise WireError("the bins are not those that were asked for")
         for channel, bins in enumerate(document.message.bins):
@@ -90,7 +90,10 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> FineResult:
-        """Pool the fingerprint; or return other bins, if corrected histograms show that percentiles lie in those."""
+        """Pool the fingerprint.
+
+        Or return other bins, if corrected histograms show that percentiles lie in those.
+        """
         following = FineKey(key.again + 1)  # before which these histograms are the last
         with ExitStack() as stack:
             summaries = [stack.enter_context(reader.contribution(CoarseKey(), site)).message for site in documents]

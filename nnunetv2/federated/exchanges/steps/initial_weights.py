@@ -1,4 +1,7 @@
-"""Settle the weights that all sites of a run start from: each tensor is that of the site that owns it."""
+"""Settle the weights that all sites of a run start from.
+
+Each tensor is that of the site that owns it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ class InitialWeightsStep(WeightStep[InitialKey]):
         return set(reader.agreement(key.run).match.initial_owner.values())
 
     def weights(self, key: InitialKey, site: str, reader: DocumentReader) -> Mapping[str, TensorSpec]:
-        """Return the tensors that a site owns. They are sent once, and all begin with them: in full precision."""
+        """Return the tensors that a site owns.
+
+        They are sent once, and all begin with them: in full precision.
+        """
         return reader.agreement(key.run).specs_owned_by(site)
 
     def combine(

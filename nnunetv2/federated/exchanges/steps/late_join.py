@@ -1,4 +1,6 @@
-"""Let one site in after the others have pooled fingerprints, agreed on plans or begun a run.
+"""Let one site in after the others have begun.
+
+They have pooled fingerprints, agreed on plans, or begun a run.
 
 Each is an exchange of that site alone with what the others have settled.
 """
@@ -43,7 +45,10 @@ class _StepOfOneSite(Step[KeyOfSite, Q, R]):
 
 
 class LateCensusStep(_StepOfOneSite[LateCensusKey, Census, PooledCensus]):
-    """A site that comes after the census compares its dataset, and may read the pooled fingerprint."""
+    """Compare the dataset of a site that comes after the census.
+
+    It may read the pooled fingerprint.
+    """
 
     key = LateCensusKey
     contribution, results = Census, (PooledCensus,)
@@ -62,7 +67,10 @@ class LateCensusStep(_StepOfOneSite[LateCensusKey, Census, PooledCensus]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> PooledCensus:
-        """Count the cases of the others, if the dataset of the site that comes late goes with theirs."""
+        """Count the cases of the others.
+
+        The dataset of the site that comes late must go with theirs.
+        """
         before = reader.messages_of(CensusKey())
         check_same_dataset({**before, **messages_of(documents)})
         return pool_census(before)
@@ -133,5 +141,5 @@ class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], Membershi
     def remarks(
         self, key: AdmissionKey, documents: Mapping[str, Document[Registration]], result: Match
     ) -> Iterator[str]:
-        """Say what the site counts."""
+        """Return a line on the weight of the site."""
         return remarks_on_match(key, messages_of(documents), result, with_shares=False)

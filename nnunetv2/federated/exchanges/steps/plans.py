@@ -38,7 +38,10 @@ class PlansStep(Step[PlansKey, PlansReport, PlansAgreement]):
 
 
 def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> PlansAgreement:
-    """Return the digest of the plans that all sites hold, or raise RefusedError with the first difference."""
+    """Return the digest of the plans that all sites hold.
+
+    Raises RefusedError with the first difference.
+    """
     comparable = {site: comparable_plans(content) for site, content in plans.items()}
     difference = find_difference(comparable, "plans")
     if difference:

@@ -31,7 +31,7 @@ class MembershipStep(Step[K, Registration, Match]):
     def check(
         self, key: K, site: str, document: Document[Registration], reader: DocumentReader, settings: FederationSettings
     ) -> None:
-        """Raise WireError unless a registration belongs to this run, and to the data that was planned with."""
+        """Raise WireError unless a registration belongs to this run and its data."""
         check_registration(key, site, document.message, reader)
 
     def compared(
@@ -78,7 +78,7 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
     def remarks(
         self, key: RegistrationKey, documents: Mapping[str, Document[Registration]], result: Match
     ) -> Iterator[str]:
-        """Say what each site counts, and what only two of them have."""
+        """Return lines on weights of sites, and on tensors that only two have."""
         return remarks_on_match(key, messages_of(documents), result, with_shares=True)
 
 
@@ -112,7 +112,7 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
 def check_registration(
     key: RunKey[Registration, Match], site: str, message: Registration, reader: DocumentReader
 ) -> None:
-    """Raise WireError unless a registration belongs to its run, and to the data that was planned with."""
+    """Raise WireError unless a registration belongs to its run and its data."""
     plans_name = message.plans.get("plans_name")
     if not isinstance(plans_name, str) or not re.fullmatch(SEGMENT_PATTERN.strip("^$"), plans_name):
         raise WireError(f"plans_name {str(plans_name)[:80]!r} in the plans cannot be part of a folder's name")
@@ -137,7 +137,10 @@ def check_compatible(registered: Mapping[str, Registration]) -> None:
 
 
 def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:
-    """Raise RefusedError, saying who gave what, unless all sites start from the same weights or from random ones."""
+    """Raise RefusedError unless all sites start from equal or from random weights.
+
+    It says who gave what.
+    """
     groups: dict[str | None, list[str]] = {}
     for site, digest in sorted(digests.items()):
         groups.setdefault(digest, []).append(site)
@@ -156,7 +159,7 @@ def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:
 def remarks_on_match(
     key: RunKey[Registration, Match], registered: Mapping[str, Registration], match: Match, *, with_shares: bool
 ) -> Iterator[str]:
-    """Say what each site counts, and what only two of them have.
+    """Return lines on weights of sites, and on tensors that only two have.
 
     Args:
         with_shares: Say how much of the average that is, too.

@@ -50,7 +50,9 @@ class TrainingRoundStep(WeightStep[RoundKey]):
         return state.members(key.run)
 
     def place(self, key: RoundKey, site: str, digest: str, state: State) -> RoundKey:
-        """Return where an update counts: a late one may be carried into the round that is open now.
+        """Return where an update counts.
+
+        A late one may be carried into the round that is open now.
 
         A document that was carried before, and whose receipt was lost, stays where it is.
         """
@@ -79,7 +81,10 @@ class TrainingRoundStep(WeightStep[RoundKey]):
         return agreement.codec.specs(agreement.specs_for(site))
 
     def check_tensors(self, document: Document[Update], expected: Mapping[str, TensorSpec]) -> None:
-        """Raise WireError, and say so if it is the precision, unless a document has these tensors."""
+        """Raise WireError unless a document has these tensors.
+
+        It says so if the precision is the reason.
+        """
         for name, spec in document.specs.items():
             if name in expected and expected[name].dtype != spec.dtype:
                 raise WireError(
@@ -132,7 +137,9 @@ def record_of_round(
     settings: FederationSettings,
     done: weighted_mean.Aggregated,
 ) -> dict[str, Any]:
-    """Return what is remembered of a round: who contributed what, when, with which weight, how far, and what held.
+    """Return the record of a round.
+
+    Who contributed what, when, with which weight, how far, and the settings.
 
     Args:
         measured: Site -> the metrics of its update, and those of an earlier round that came with it. They stay here:

@@ -1,4 +1,7 @@
-"""Add up what the sites found when they validated the aggregate of a round. Nobody waits for it."""
+"""Add up what the sites found when they validated the aggregate of a round.
+
+Nobody waits for it.
+"""
 
 from __future__ import annotations
 

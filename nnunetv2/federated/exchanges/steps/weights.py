@@ -1,4 +1,7 @@
-"""Share what the two steps that carry weights have in common: sizes, and the tensors that concern a site."""
+"""Share what the steps that carry weights have in common.
+
+Sizes, and the tensors that concern a site.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ MAX_ROUNDS = 100_000
 
 
 class WeightStep(Step[K, Update, Aggregate]):
-    """Base of the steps whose documents carry the tensors of a network. Children say which a site contributes."""
+    """Base of the steps whose documents carry the tensors of a network.
+
+    Children say which a site contributes.
+    """
 
     contribution, results = Update, (Aggregate,)
 
@@ -37,7 +43,10 @@ class WeightStep(Step[K, Update, Aggregate]):
         return self.weights(key, site, reader)
 
     def tensors_for(self, key: K, site: str, reader: DocumentReader) -> tuple[str, ...] | None:
-        """Return the tensors that a site shares; None if these are all, and travel as they are kept."""
+        """Return the tensors that a site shares.
+
+        None if these are all, and travel as they are kept.
+        """
         agreement = reader.agreement(key.run)
         names = tuple(sorted(agreement.specs_for(site)))
         return None if len(names) == len(agreement.specs) and agreement.codec.is_verbatim else names

@@ -279,7 +279,7 @@ class HttpTransport:
         self._persist(lambda: self._download(f"runs/{quote(run)}/model", download))
 
     def act(self, run: str, action: Action, exchange: str | None = None) -> api.RunState:
-        """Steer a run, as an operator, or leave it or return to it, as a site."""
+        """Steer a run as an operator, or leave and return as a site."""
         body = api.RunAction(action=action, gathering=exchange)
         return self._persist(lambda: self._ask("POST", f"runs/{quote(run)}/actions", api.RunState, json_body=body))
 

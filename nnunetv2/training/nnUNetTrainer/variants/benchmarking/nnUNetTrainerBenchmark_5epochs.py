@@ -17,7 +17,10 @@ RESULT_FILE = "benchmark_result.json"
 
 
 class nnUNetTrainerBenchmark_5epochs(nnUNetTrainer):
-    """Train for 5 epochs, save no checkpoint, and write the duration of the fastest epoch to benchmark_result.json."""
+    """Train for 5 epochs and write the fastest one's duration to benchmark_result.json.
+
+    No checkpoint is saved.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

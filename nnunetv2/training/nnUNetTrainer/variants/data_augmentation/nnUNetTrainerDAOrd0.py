@@ -12,7 +12,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class nnUNetTrainer_DASegOrd0(nnUNetTrainer):
-    """Sample labels at the nearest voxel; imitate mistakes of a previous stage in all labels, not in every other."""
+    """Sample labels at the nearest voxel.
+
+    Imitate mistakes of a previous stage in all labels, not in every other.
+    """
 
     @staticmethod
     def get_training_transforms(

@@ -7,7 +7,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import Geometry, nnUNetTraine
 
 
 class nnUNetTrainer_noDummy2DDA(nnUNetTrainer):
-    """Turn all 3D patches by up to 30 degrees about each axis, also thin ones; never augment slice by slice."""
+    """Turn all 3D patches by up to 30 degrees about each axis, also thin ones.
+
+    Never augment slice by slice.
+    """
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Geometry:
         """Decide as the default trainer does for patches that are not thin."""

@@ -8,14 +8,23 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training impo
 
 
 class nnUNetTrainerAsymFedAvg(FederatedTraining, nnUNetTrainer):
-    """Average the parameters that several sites have in common; what only one site has stays its own (AsymFedAvg)."""
+    """Average the parameters that several sites have in common.
+
+    What only one site has stays its own (AsymFedAvg).
+    """
 
 
 class nnUNetTrainerFedAvg(FederatedTraining, nnUNetTrainer):
-    """Average whole networks (McMahan et al., AISTATS 2017); sites whose plans differ are refused, field by field."""
+    """Average whole networks (McMahan et al., AISTATS 2017).
+
+    Sites whose plans differ are refused, field by field.
+    """
 
     requires_equal_plans = True
 
 
 class nnUNetTrainerAsymFedAvgOverlapped(OverlappedTraining, nnUNetTrainer):
-    """AsymFedAvg that trains the next epoch while a round is exchanged: every aggregate is used an epoch later."""
+    """AsymFedAvg that trains the next epoch while a round is exchanged.
+
+    Every aggregate is used an epoch later.
+    """

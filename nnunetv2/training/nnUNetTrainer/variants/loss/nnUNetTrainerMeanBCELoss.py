@@ -1,4 +1,7 @@
-"""A trainer for regions with an ignore label, whose two losses have the weights that they have without it."""
+"""A trainer for regions with an ignore label and the usual weights of losses.
+
+Those that both losses have without such a label.
+"""
 
 from __future__ import annotations
 

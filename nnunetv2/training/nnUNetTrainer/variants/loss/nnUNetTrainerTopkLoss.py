@@ -19,7 +19,10 @@ class nnUNetTrainerTopk10Loss(nnUNetTrainer):
 
 
 class nnUNetTrainerTopk10LossLS01(nnUNetTrainer):
-    """Train with the cross entropy of the hardest 10 % of the voxels, against smoothed labels."""
+    """Train with the hardest voxels' cross entropy, against smoothed labels.
+
+    The hardest 10 % of the voxels.
+    """
 
     def _build_loss(self) -> nn.Module:
         """Return this cross entropy; a tenth of each label's weight goes to all labels alike."""

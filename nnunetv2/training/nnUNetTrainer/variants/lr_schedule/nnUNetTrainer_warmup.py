@@ -26,7 +26,9 @@ class nnUNetTrainer_warmup(nnUNetTrainer):
     training_stage: str | None
 
     def configure_optimizers(self, stage: str = WARMUP) -> tuple[torch.optim.Optimizer, Any]:
-        """Return optimizer and schedule of a stage; those in use if it is the current one.
+        """Return optimizer and schedule of a stage.
+
+        Those in use if it is the current one.
 
         Raises:
             ValueError: There is no such stage.

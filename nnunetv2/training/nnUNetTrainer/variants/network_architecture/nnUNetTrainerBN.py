@@ -23,7 +23,9 @@ class nnUNetTrainerBN(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the network of the configuration with batch normalization, which the configuration shows from then on.
+        """Build the configuration's network with batch normalization.
+
+        The configuration shows it from then on.
 
         Raises:
             RuntimeError: The network of the plans has no choice of normalization.

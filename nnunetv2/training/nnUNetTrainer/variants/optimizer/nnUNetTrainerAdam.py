@@ -31,7 +31,7 @@ class nnUNetTrainerAdam3en4(nnUNetTrainerAdam):
 
 
 class nnUNetTrainerVanillaAdam(nnUNetTrainer):
-    """Train with Adam as it was first published, at the learning rate of the default trainer."""
+    """Train with Adam as first published, at the default learning rate."""
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Return this optimizer with the default schedule."""

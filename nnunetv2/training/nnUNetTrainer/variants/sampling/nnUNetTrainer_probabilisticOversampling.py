@@ -14,7 +14,9 @@ from nnunetv2.utilities.plain_text import show
 
 
 class nnUNetTrainer_probabilisticOversampling(nnUNetTrainer):
-    """Draw foreground samples with the probability of their share in a batch of the default trainer.
+    """Draw foreground samples by chance instead of by place in the batch.
+
+    With the probability of their share in a batch of the default trainer.
 
     The default trainer makes the last samples of a batch show foreground: one of two, so here the probability is 0.5.
     """

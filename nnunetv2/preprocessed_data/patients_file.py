@@ -1,0 +1,88 @@
+"""The file that names the patient of each case, so that no split separates them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.json_files import JsonFileError, read_json
+
+PATIENTS_FILE = "splits_patients.json"
+"""In the preprocessed dataset, beside the splits. Written by `nnUNetv2_make_splits`."""
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class SeparatedPatient:
+    """A patient with cases on both sides of a fold."""
+
+    fold: int
+    patient: str
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"patient {self.patient} is on both sides of fold {self.fold}: trained on {_some(self.train)}, "
+            f"validated on {_some(self.val)}"
+        )
+
+
+def save_patients(patients: Mapping[str, str], folder: Path) -> None:
+    """Write case -> patient to a preprocessed dataset."""
+    save_json_atomically(dict(patients), folder / PATIENTS_FILE)
+
+
+def forget_patients(folder: Path) -> None:
+    """Note that nobody has said which case shows whom."""
+    (folder / PATIENTS_FILE).unlink(missing_ok=True)
+
+
+def load_patients(folder: Path) -> dict[str, str]:
+    """Return case -> patient of a preprocessed dataset; empty where nobody has said.
+
+    Raises:
+        JsonFileError: The file holds something else.
+    """
+    file = folder / PATIENTS_FILE
+    if not file.is_file():
+        return {}
+    patients = read_json(file, refuse_duplicates=True)
+    odd = [case for case, patient in patients.items() if not isinstance(patient, str)]
+    if odd:
+        raise JsonFileError(
+            f"{file} must hold the name of a patient in quotes for each case, case {odd[0]} has none. "
+            "Write it anew with nnUNetv2_make_splits"
+        )
+    return patients
+
+
+def find_separated(folds: Sequence[Mapping[str, Sequence[str]]], patients: Mapping[str, str]) -> list[SeparatedPatient]:
+    """Find patients that a fold both trains on and validates on.
+
+    A case without a patient is one of its own.
+    """
+    separated = []
+    for fold, split in enumerate(folds):
+        train, val = (_by_patient(split[part], patients) for part in ("train", "val"))
+        separated += [
+            SeparatedPatient(fold, patient, tuple(train[patient]), tuple(val[patient]))
+            for patient in sorted(train.keys() & val.keys())
+        ]
+    return separated
+
+
+def _by_patient(cases: Sequence[str], patients: Mapping[str, str]) -> dict[str, list[str]]:
+    of_patient: dict[str, list[str]] = {}
+    for case in cases:
+        if case in patients:
+            of_patient.setdefault(patients[case], []).append(case)
+    return of_patient
+
+
+def _some(cases: Sequence[str]) -> str:
+    more = f" and {len(cases) - _SHOWN} more" if len(cases) > _SHOWN else ""
+    return ", ".join(cases[:_SHOWN]) + more
