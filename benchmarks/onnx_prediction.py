@@ -157,14 +157,13 @@ def compare(part: str, arguments: argparse.Namespace, folder: Path) -> None:
         "BENCHMARK_ITERATIONS": str(arguments.iterations),
         "nnUNet_n_proc_DA": "1",
         "OMP_NUM_THREADS": str(arguments.threads),
-        "nnUNet_cpu_autocast": "0",
     }
 
-    def run(program: str, *options: object) -> float:
+    def run(program: str, *options: object, **variables: str) -> float:
         """Run a command and return the time of all cores."""
         words = [str(Path(sys.executable).parent / program)] if program != "python" else [sys.executable]
         before = cpu_seconds_of_children()
-        measure([*words, *map(str, options)], environment)
+        measure([*words, *map(str, options)], {**environment, **variables})
         return cpu_seconds_of_children() - before
 
     named = ("-d", task.number, "-c", task.configuration)
@@ -177,7 +176,7 @@ def compare(part: str, arguments: argparse.Namespace, folder: Path) -> None:
     images = folder / "nnUNet_raw" / dataset / "imagesTs"
     on_torch = run(
         "nnUNetv2_predict", *named, "-tr", TRAINER, "-f", FOLD, "-i", images, "-o", folder / "torch", "-device", "cpu",
-        "--disable_progress_bar",
+        "--disable_progress_bar", nnUNet_cpu_autocast="0",
     )  # fmt: skip
     with_onnx = run(
         "python", "-m", "nnunetv2.inference.onnx", "-m", folder / "onnx", "-i", images, "-o", folder / "predicted"
