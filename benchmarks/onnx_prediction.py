@@ -35,8 +35,8 @@ from benchmarks.federated_hippocampus import SHORT_TRAINER  # noqa: E402
 from benchmarks.process_tree import measure  # noqa: E402
 
 TRAINER, FOLD = "nnUNetTrainerShort", "all"
-TRAIN, TEST = 16, 8
-MOST_FEATURES, STEM_FEATURES = 128, 16
+TRAIN, TEST = 12, 4
+MOST_FEATURES, STEM_FEATURES = 64, 8
 PARTS = ("hippocampus", "spinalcord", "retina", "tiles")
 TILES = {"2d": ((3, 256, 256), 7), "3d": ((1, 64, 96, 96), 5)}
 """Channels and patch, and stages."""

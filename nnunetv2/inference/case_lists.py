@@ -54,8 +54,8 @@ def find_cases(
 ) -> CaseLists:
     """Return the cases that are to be predicted.
 
-    Those are this part's share of a folder's or of listed ones, without the finished. See `list_folder` and `list_cases`
-    for arguments and errors.
+    Those are this part's share of a folder's or of listed ones, without the finished. See `list_folder` and
+    `list_cases` for arguments and errors.
 
     Args:
         overwrite: Whether cases whose results are all there are predicted again.

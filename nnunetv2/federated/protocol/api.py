@@ -22,6 +22,7 @@ from nnunetv2.federated.protocol.messages import (
     WithAdditions,
     WithPrecision,
 )
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.utilities.plain_text import printable
 
 ShownText = Annotated[LongText, AfterValidator(lambda text: printable(text, most=8000))]
@@ -35,7 +36,7 @@ MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 class FederationSettings(WithPrecision):
     """Settings that hold for every site, fixed when the federation was created."""
 
-    ADDED = ("precision", "min_sites")
+    ADDED = ("precision", "exchange_every", "min_sites")
 
     federation: Text
     sites: SiteNames
@@ -54,6 +55,20 @@ class FederationSettings(WithPrecision):
     """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
     min_sites: MinSites = LEAST_SITES
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
+
+    @property
+    def num_rounds(self) -> int | None:
+        """Return the number of rounds of every run; None where the trainers decide."""
+        return None if self.num_epochs is None else Rounds(self.exchange_every).count(self.num_epochs)
+
+
+def check_rounds(settings: FederationSettings) -> None:
+    """Raise FederationError if a round is longer than the training."""
+    if settings.num_epochs is not None and settings.exchange_every > settings.num_epochs:
+        raise FederationError(
+            f"--exchange-every {settings.exchange_every} is more than the {settings.num_epochs} epochs: choose "
+            f"{settings.num_epochs} or less, or more --epochs"
+        )
 
 
 def check_floor(settings: FederationSettings) -> None:

@@ -198,12 +198,14 @@ class WithAdditions(Part):
 
 
 class WithPrecision(WithAdditions):
-    """Base of what says how weights travel."""
+    """Base of what says how weights travel, and how often."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("precision",)
+    ADDED: ClassVar[tuple[str, ...]] = ("precision", "exchange_every")
 
     precision: Precision = "float32"
     """float16 is sent with error feedback, see `aggregation/codecs/float16.py`."""
+    exchange_every: Annotated[int, Field(ge=1, le=10**7)] = 1
+    """Epochs of a round, after which weights travel; the last round may have fewer."""
 
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans

@@ -19,10 +19,12 @@ from nnunetv2.federated.exchanges.outlook import Outlook
 from nnunetv2.federated.exchanges.steps.weights import check_round
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.transport import Transport
 
 Weights = Mapping[str, np.ndarray]
 """Local name -> array: float32, or as they came from the coordinator, which may be float16."""
+EVERY_EPOCH = Rounds()
 VALIDATION_PATIENCE_S = 120.0
 """How long to try to deliver what nobody waits for."""
 
@@ -32,7 +34,7 @@ class Position:
     """Where a site that starts or returns has to go on."""
 
     epoch: int
-    """The next epoch to train; the number of rounds that were closed if the run is over."""
+    """The next epoch to train; the one behind the rounds that were closed if the run is over."""
     weights: Weights
     """The shared weights to go on with, under the site's own names."""
     begins: bool = False
@@ -111,14 +113,18 @@ class Participant:
             raise FederationError("register first: what is shared is not known yet")
         return self.match
 
-    def start(self, epoch: int, weights: Weights, *, staleness: int = 0) -> Position:
+    def start(self, epoch: int, weights: Weights, *, staleness: int = 0, rounds: Rounds = EVERY_EPOCH) -> Position:
         """Find out where to go on, and with which weights.
 
+        Within the round that is open, a site goes on from its own weights.
+
         Args:
-            epoch: The epoch that the site would train next on its own. It may be one ahead of the run: a site that
-                saved its weights before an exchange that did not come about trains that epoch again.
+            epoch: The epoch that the site would train next on its own. It may be a round ahead of the run: a site that
+                saved its weights before an exchange that did not come about trains that round again.
             weights: Its present weights. Where the run has not begun, those that this site owns become everybody's.
-            staleness: By how many more epochs a site may be ahead, because it trains on while a round is exchanged.
+            staleness: By how many more rounds a site may be ahead, because it trains on while a round is exchanged.
+                What such a site has sent it does not know any more, so it begins the open round again.
+            rounds: The epochs of a round.
 
         Raises:
             FederationError: The site's checkpoint is ahead of the run, so it belongs to another federation; or the
@@ -139,14 +145,17 @@ class Participant:
             is_registered = self.site in state.registered
             return Position(0, self._begin(weights, is_registered=is_registered), begins=is_registered)
         check_round(next_round)
-        if epoch > next_round + 1 + staleness:
+        first_epoch = rounds.first_epoch(next_round)
+        if epoch > rounds.first_epoch(next_round + 1 + staleness):
             raise FederationError(
                 f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
                 "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
                 "this run, or use the credential of the other federation."
             )
+        if not state.closed and not staleness and first_epoch < epoch and rounds.of(epoch) == next_round:
+            return Position(epoch, {local: weights[local] for local in self.local_names.values()})
         key = keys.RoundKey(self.run, next_round - 1) if next_round else keys.InitialKey(self.run)
-        return Position(next_round, self._fetch(key), is_over=state.closed)
+        return Position(first_epoch, self._fetch(key), is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
         """Exchange the shared weights of a round; return the aggregate under local names.

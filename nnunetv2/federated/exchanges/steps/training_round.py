@@ -40,9 +40,9 @@ class TrainingRoundStep(WeightStep[RoundKey]):
 
     def check_may_begin(self, key: RoundKey, settings: FederationSettings) -> None:
         """Raise RefusedError if runs have fewer rounds."""
-        if settings.num_epochs is not None and key.number >= settings.num_epochs:
+        if settings.num_rounds is not None and key.number >= settings.num_rounds:
             raise RefusedError(
-                f"{key}: the run has {settings.num_epochs} rounds, counted from 0", code="unknown_gathering"
+                f"{key}: the run has {settings.num_rounds} rounds, counted from 0", code="unknown_gathering"
             )
 
     def expected(self, key: RoundKey, state: State) -> frozenset[str]:

@@ -1,5 +1,7 @@
 """Exchange weights at the end of every round: a mixin for trainers.
 
+A round is an epoch, or as many as the federation has agreed on.
+
     this thread     train e | validate own_e            | load, save | validate aggregate_e | train e + 1
     another one             | send own_e .. aggregate_e |              (every so many rounds)
 
@@ -20,6 +22,9 @@ What the weights are at each moment of epoch e:
 
 Optimizer state, learning rate and augmentation stay at the site. The last epoch ends with an exchange too, so
 checkpoint_final holds the aggregate.
+
+Within a round of several epochs (`--exchange-every`) nothing is sent: the site trains on with its own weights, which
+are in checkpoint_latest after each epoch, and --c goes on from them.
 
 How a training ends:
 
@@ -51,6 +56,7 @@ from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
@@ -122,6 +128,9 @@ class FederatedTraining(RenamedHooks):
     make_transport: Callable[..., Transport] = staticmethod(open_transport)
     """Opens the way to the coordinator; a test or another engine puts its own here."""
 
+    rounds = Rounds()
+    """The epochs of a round."""
+
     round_in_training: int | None = None
     """The round whose update is being made; None before it is known."""
 
@@ -169,17 +178,16 @@ class FederatedTraining(RenamedHooks):
             self.log_line(line, add_timestamp=False)
         own = self.local_weights()
         position = self.receive_weights(lambda: self._start(own))
-        self.log_line(self._describe_start(begins=position["begins"]))
-        self.resume_at(position["epoch"])
+        self.log_line(self._describe_start(position["epoch"], begins=position["begins"]))
+        self.resume_at(min(position["epoch"], self.num_epochs))
         if position["is_over"]:
-            self.log_line(
-                f"Run {self.participant.run} is over after {self.current_epoch} rounds: ending with its aggregate"
-            )
+            rounds = self.rounds.count(self.current_epoch)
+            self.log_line(f"Run {self.participant.run} is over after {rounds} rounds: ending with its aggregate")
             self.finish_run()
 
     def on_train_epoch_start(self) -> None:
         """Note the round in training."""
-        self.round_in_training = self.current_epoch
+        self.round_in_training = self.rounds.of(self.current_epoch)
         super().on_train_epoch_start()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -212,8 +220,10 @@ class FederatedTraining(RenamedHooks):
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs and iterations that the federation has fixed for all its sites."""
-        self.min_sites = settings.min_sites
+        self.min_sites, self.rounds = settings.min_sites, Rounds(settings.exchange_every)
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
+        if self.rounds.epochs > 1:
+            self.log_line(f"Weights are exchanged after every {self.rounds.epochs} epochs, which are a round")
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -245,12 +255,14 @@ class FederatedTraining(RenamedHooks):
         return match, self.participant.run, self.participant.describe_outlook()
 
     def _start(self, own: Weights) -> tuple[Weights, dict]:
-        position = self.participant.start(self.current_epoch, own, staleness=self.staleness)
+        position = self.participant.start(self.current_epoch, own, staleness=self.staleness, rounds=self.rounds)
         return position.weights, {"epoch": position.epoch, "is_over": position.is_over, "begins": position.begins}
 
-    def _describe_start(self, *, begins: bool) -> str:
+    def _describe_start(self, epoch: int, *, begins: bool) -> str:
         """Describe the initial weights, and whether pretrained ones are used."""
-        weights = self.pretrained_weights
+        weights, number = self.pretrained_weights, self.rounds.of(epoch)
+        if epoch > self.rounds.first_epoch(number):
+            return f"Going on within round {number} from this site's own weights, at epoch {epoch}"
         if not begins:
             unused = f"; -pretrained_weights {weights} are not used" if weights else ""
             return f"The run has begun: going on from its weights{unused}"
@@ -263,14 +275,21 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:
-        """Begin the exchange of a trained epoch, unless it is the last."""
-        if self.sends_before_validation and epoch + 1 < self.num_epochs:
-            self.begin_exchange(epoch, self.make_update(epoch, METRICS_OF_TRAINING))
+        """Begin the exchange of a round, unless it is the last, when its last epoch is trained."""
+        is_last_of_round = self.rounds.is_last_of_round(epoch, self.num_epochs)
+        if self.sends_before_validation and is_last_of_round and epoch + 1 < self.num_epochs:
+            self.begin_exchange(self.rounds.of(epoch), self.make_update(epoch, METRICS_OF_TRAINING))
 
     def exchange_weights(self, epoch: int) -> None:
-        """Finish the exchange of an epoch: load the aggregate, save it, validate it."""
+        """Finish the exchange of a round: load the aggregate, save it, validate it.
+
+        Within a round, only save.
+        """
+        if not self.rounds.is_last_of_round(epoch, self.num_epochs):
+            self.save_while_training()
+            return
         if self.pending is None:
-            self.begin_exchange(epoch, self.make_update(epoch, METRICS))
+            self.begin_exchange(self.rounds.of(epoch), self.make_update(epoch, METRICS))
         aggregate = self.finish_exchange()
         self.resume_after(aggregate, epoch)
         if self.current_epoch < self.num_epochs:
@@ -298,7 +317,7 @@ class FederatedTraining(RenamedHooks):
     def resume_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
         """Move to the epoch after an aggregate, or finish a stopped run."""
         assert aggregate.round is not None
-        if aggregate.round < epoch:
+        if aggregate.round < self.rounds.of(epoch):
             self.log_line(
                 f"The operator has stopped run {self.participant.run} after round {aggregate.round}: ending with "
                 "its aggregate"
@@ -306,7 +325,8 @@ class FederatedTraining(RenamedHooks):
             self.finish_run()
         else:
             # A site that was so late that the run went on without it gets a later aggregate.
-            self.resume_at(max(self.current_epoch, aggregate.round + 1))
+            next_epoch = self.rounds.first_epoch(aggregate.round + 1)
+            self.resume_at(max(self.current_epoch, min(next_epoch, self.num_epochs)))
 
     def validate_aggregate(self, aggregate: messages.Aggregate, *, is_last: bool) -> None:
         """Validate the aggregate on this site's data; log and send the counts."""
@@ -325,7 +345,8 @@ class FederatedTraining(RenamedHooks):
         """Move to the epoch of the run; the curves show missed epochs as gaps."""
         if epoch == self.current_epoch:
             return
-        self.log_line(f"The run is at round {epoch}, this site at epoch {self.current_epoch}: going on there")
+        number = self.rounds.of(epoch)
+        self.log_line(f"The run is at round {number}, this site at epoch {self.current_epoch}: going on there")
         now = time.time()
         for name, values in self.logger.local_logger.my_fantastic_logging.items():
             gap = now if name.endswith("timestamps") else float("nan")
@@ -362,11 +383,10 @@ class FederatedTraining(RenamedHooks):
     # ---------------------------------------------------------------- reports
     def make_update(self, epoch: int, known: Sequence[str]) -> messages.Update:
         """Return the metrics of an update, and those that the last lacked."""
-        earlier = None
-        if self.sends_before_validation and epoch > 0:
-            earlier = messages.EarlierMetrics(
-                round=epoch - 1, metrics=self.metrics_of(epoch - 1, METRICS_OF_VALIDATION)
-            )
+        earlier, number = None, self.rounds.of(epoch)
+        if self.sends_before_validation and number > 0:
+            before = self.rounds.first_epoch(number) - 1
+            earlier = messages.EarlierMetrics(round=number - 1, metrics=self.metrics_of(before, METRICS_OF_VALIDATION))
         return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
     def metrics_of(self, epoch: int, names: Sequence[str]) -> dict[str, messages.Metric]:
