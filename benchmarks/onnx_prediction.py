@@ -156,6 +156,7 @@ def compare(part: str, arguments: argparse.Namespace, folder: Path) -> None:
         "BENCHMARK_EPOCHS": str(arguments.epochs),
         "BENCHMARK_ITERATIONS": str(arguments.iterations),
         "nnUNet_n_proc_DA": "1",
+        "nnUNet_compile": "f",
         "OMP_NUM_THREADS": str(arguments.threads),
     }
 

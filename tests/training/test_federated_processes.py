@@ -176,11 +176,19 @@ def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_pat
     assert log.read_text().count("Round 1:") == 1
 
 
-def test_a_site_that_is_killed_within_a_round_ends_with_the_bits_of_an_undisturbed_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_site_that_is_killed_within_a_round_ends_with_the_bits_of_an_undisturbed_run(
+    tmp_path, monkeypatch, precision
+):
     monkeypatch.setenv("nnUNet_seed", "7")
     monkeypatch.setenv("nnUNet_cpu_autocast", "0")
     settings = make_settings(
-        num_epochs=5, exchange_every=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, validate_every=0
+        num_epochs=5,
+        exchange_every=2,
+        precision=precision,
+        num_iterations_per_epoch=2,
+        num_val_iterations_per_epoch=1,
+        validate_every=0,
     )
     ends = []
     for is_disturbed in (False, True):

@@ -143,9 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--precision",
-        choices=("float32", "float16"),
-        help="how weights travel; float16 halves the traffic, and what rounding takes from a round comes "
-        "with the next one (default: float32)",
+        choices=("float32", "float16", "int8"),
+        help="how weights travel; float16 halves the traffic, int8 (changes since the last average) quarters it, and "
+        "what rounding takes from a round comes with the next one (default: float32)",
     )
     what.add_argument(
         "--quorum", type=int, metavar="N", help="sites that suffice to close a round at its deadline (default: all)"

@@ -42,7 +42,12 @@ from nnunetv2.utilities.early_writing import begin_writing
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I8": np.dtype("i1"),
+}
 """What may travel: safetensors' name -> numpy dtype."""
 MAX_DIMENSIONS = 8
 _PIECE_BYTES = 1 << 20
@@ -454,7 +459,7 @@ def check_finite(document: Document[Message]) -> None:
     elements = _PIECE_BYTES // 4
     verdicts = np.empty(elements, bool)
     for name, spec in document.specs.items():
-        if spec.dtype == "I64":
+        if DTYPES[spec.dtype].kind == "i":
             continue
         values = np.empty(min(elements, spec.size), DTYPES[spec.dtype])
         for begin in range(0, spec.size, elements):

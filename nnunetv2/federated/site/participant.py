@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -152,9 +153,11 @@ class Participant:
                 "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
                 "this run, or use the credential of the other federation."
             )
-        if not state.closed and not staleness and first_epoch < epoch and rounds.of(epoch) == next_round:
-            return Position(epoch, {local: weights[local] for local in self.local_names.values()})
         key = keys.RoundKey(self.run, next_round - 1) if next_round else keys.InitialKey(self.run)
+        if not state.closed and not staleness and first_epoch < epoch and rounds.of(epoch) == next_round:
+            if self._codec.is_relative:
+                self._fetch(key)  # what is sent is a change of it
+            return Position(epoch, {local: weights[local] for local in self.local_names.values()})
         return Position(first_epoch, self._fetch(key), is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
@@ -175,7 +178,9 @@ class Participant:
         check_finite(weights)
         sent = self._codec.encode(shared)
         try:
-            document = self.transport.exchange(keys.RoundKey(self.run, number), update, sent)
+            key = keys.RoundKey(self.run, number)
+            form: dict[str, Any] = {"changes": True} if self._codec.is_relative else {}
+            document = self.transport.exchange(key, update, sent, **form)
         except RefusedError as error:
             raise self._explained(error) from error
         if self.site in document.message.contributors:
@@ -212,7 +217,8 @@ class Participant:
         owned = {name: local for name, local in self.local_names.items() if owners[name] == self.site}
         update = self._under_canonical_names(weights, owned)
         check_finite(update)
-        self._codec.encode(update)  # raises for what could not come back
+        if not self._codec.is_relative:
+            self._codec.encode(update)  # raises for what could not come back
         return self._read(self.transport.exchange(key, messages.Update(), update))
 
     def _explained(self, error: RefusedError) -> FederationError:
@@ -247,19 +253,22 @@ class Participant:
                 f"the coordinator's aggregate holds tensor {min(unexpected)}, which is not shared "
                 f"({len(unexpected)} in all)"
             )
-        weights = {local: document.read(name) for name, local in names.items()}
+        came = {name: document.read(name) for name in names}
         for name, local in names.items():
-            self._check_tensor(name, weights[local], self._tensors.get(local))
-        return weights
+            self._check_tensor(name, came[name], self._tensors.get(local))
+        received = self._codec.receive(came)
+        return {local: received[name] for name, local in names.items()}
 
     def _check_tensor(self, name: str, values: np.ndarray, registered: messages.TensorEntry | None) -> None:
         """Raise WireError unless a tensor is finite and of the expected dtype and shape."""
         problem = None
-        if values.dtype.kind != "f":
+        is_change = self._codec.is_relative and values.dtype == np.int8
+        if values.dtype.kind != "f" and not is_change:
             problem = f"is of {values.dtype}"
         elif registered is not None:
-            expected = self._codec.specs({name: TensorSpec("F32", registered.shape)})[name]
-            found = TensorSpec.of(values)
+            kept, found = TensorSpec("F32", registered.shape), TensorSpec.of(values)
+            is_whole = self._codec.is_relative and not is_change
+            expected = kept if is_whole else self._codec.specs({name: kept})[name]
             problem = f"is {found}, expected {expected}" if found != expected else None
         if problem is None and not np.isfinite(values).all():
             problem = "holds NaN or infinity"
@@ -267,6 +276,14 @@ class Participant:
             raise WireError(
                 f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the coordinating site"
             )
+
+    def rests(self) -> dict[str, np.ndarray]:
+        """Return what the next update has to bring, for a checkpoint; nothing where it need not be kept."""
+        return self._codec.rests()
+
+    def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
+        """Go on with the rests of a checkpoint, after `register`."""
+        self._codec.take_over({name: values for name, values in rests.items() if name in self.local_names})
 
     def report_failure(self, number: int | None, reason: str) -> None:
         """Report a failure, so that the others know whom they wait for."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nnunetv2.federated.aggregation import weighted_mean
+from nnunetv2.federated.aggregation.codecs import int8
 from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
@@ -31,7 +32,7 @@ class TrainingRoundStep(WeightStep[RoundKey]):
         stops_with_run=True,
         recurs=True,
     )
-    contribution_note = "; the shared tensors of the site, F32 or F16"
+    contribution_note = "; the shared tensors of the site, F32, F16 or I8"
     result_note = "; the same, averaged"
 
     def prerequisite(self, key: RoundKey) -> ExchangeKey[Update, Aggregate]:
@@ -92,6 +93,7 @@ class TrainingRoundStep(WeightStep[RoundKey]):
                     "this site needs the version of the software that the coordinator has"
                 )
         super().check_tensors(document, expected)
+        int8.check_packed_tensors(document)
 
     def describe(self, key: RoundKey) -> str:
         """Return run and number."""

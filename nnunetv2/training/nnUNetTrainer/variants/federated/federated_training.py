@@ -43,13 +43,17 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
 
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
@@ -60,6 +64,7 @@ from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
@@ -77,6 +82,8 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.registration import desc
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 
+RESTS = "federated_rests"
+"""Key of a checkpoint."""
 METRICS_OF_TRAINING = ("train_losses",)
 METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
 METRICS = (*METRICS_OF_TRAINING, *METRICS_OF_VALIDATION)
@@ -127,6 +134,12 @@ class FederatedTraining(RenamedHooks):
 
     make_transport: Callable[..., Transport] = staticmethod(open_transport)
     """Opens the way to the coordinator; a test or another engine puts its own here."""
+
+    participant: Any = None
+    """The membership of this site; None before the training begins."""
+
+    rests: Mapping[str, np.ndarray] = {}
+    """What a checkpoint says that rounding has taken from this site's updates."""
 
     rounds = Rounds()
     """The epochs of a round."""
@@ -208,6 +221,20 @@ class FederatedTraining(RenamedHooks):
                 self.log_line("The training is saved in checkpoint_latest: --c goes on with it")
             raise
 
+    def _describe_state(self) -> dict[str, Any]:
+        """Add what rounding has taken from this site's updates, while it is due."""
+        rests = self.participant.rests() if self.participant and self.current_epoch + 1 < self.num_epochs else {}
+        state: dict[str, Any] = super()._describe_state()
+        return {**state, RESTS: {name: torch.from_numpy(values) for name, values in rests.items()}} if rests else state
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint, with what its updates have not brought yet."""
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
+        self.rests = {name: values.cpu().numpy() for name, values in checkpoint.get(RESTS, {}).items()}
+        super().load_checkpoint(checkpoint)
+
     def save_while_training(self) -> None:
         """Save checkpoint_latest while the training goes on."""
         with self._writing_in_background():
@@ -252,6 +279,7 @@ class FederatedTraining(RenamedHooks):
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
         match = self.participant.register(self.describe_training())
+        self.participant.take_over(self.rests)
         return match, self.participant.run, self.participant.describe_outlook()
 
     def _start(self, own: Weights) -> tuple[Weights, dict]:
