@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,7 +65,7 @@ def list_hippocampus(data: Path) -> list[tuple[str, Path, Path]]:
 def list_spinal_cord(data: Path) -> list[tuple[str, Path, Path]]:
     """Return cases of all hospitals in turn."""
     sites = [sorted(folder.glob("images/*.nii.gz")) for folder in sorted((data / "spinalcord").iterdir())]
-    paths = [path for turn in zip(*filter(None, sites)) for path in turn]
+    paths = [path for turn in zip_longest(*filter(None, sites)) for path in turn if path is not None]
     return [(path.name[:-7], path, path.parents[1] / "labels" / path.name) for path in paths]
 
 

@@ -436,14 +436,18 @@ def test_an_overlapped_training_exchanges_after_several_epochs_and_resumes(make_
     assert len(sites.federation.state.store.load_rounds(run_of(again[0]))) == 3
 
 
-def test_the_coordinators_model_counts_epochs(make_sites):
-    sites = make_sites(num_epochs=3, exchange_every=2)
+def test_the_coordinators_model_counts_epochs_and_is_that_of_the_sites_in_eight_bits_too(make_sites):
+    sites = make_sites(num_epochs=3, exchange_every=2, precision="int8")
     trainers = [sites.trainer(site) for site in "AB"]
     assert sites.run(*trainers) == [None, None]
+    assert_equal_weights(*trainers)
     models = sites.folder / "federation" / "models"
     wait_until(lambda: any(models.glob("*/fold_0/checkpoint_final.pth")))
     (path,) = models.glob("*/fold_0/checkpoint_final.pth")
-    assert torch.load(path, weights_only=False)["current_epoch"] == 3
+    model = torch.load(path, weights_only=False)
+    assert model["current_epoch"] == 3
+    for name, values in weights_of(trainers[0]).items():
+        np.testing.assert_array_equal(model["network_weights"][name].numpy(), values, err_msg=name)
 
 
 # ------------------------------------------------------------------------------------- what sites are told at the start
