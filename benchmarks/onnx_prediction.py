@@ -99,8 +99,10 @@ def write_raw_dataset(folder: Path, task: Task, data: Path) -> None:
     """Write training and test cases; photographs become png files."""
     cases = task.list_cases(data)
     step = max(1, len(cases) // (TRAIN + TEST))
-    for number, (name, image, label) in enumerate(cases[::step][: TRAIN + TEST]):
-        kind = "Tr" if number < TRAIN else "Ts"
+    chosen = cases[::step][: TRAIN + TEST]
+    num_train = min(TRAIN, len(chosen) - len(chosen) // 4)
+    for number, (name, image, label) in enumerate(chosen):
+        kind = "Tr" if number < num_train else "Ts"
         for suffix in ("images", "labels"):
             (folder / f"{suffix}{kind}").mkdir(parents=True, exist_ok=True)
         copy(image, folder / f"images{kind}" / f"{name}_0000{task.ending}")
@@ -109,7 +111,7 @@ def write_raw_dataset(folder: Path, task: Task, data: Path) -> None:
         "channel_names": {str(i): name for i, name in enumerate(task.channels)},
         "labels": task.labels,
         "file_ending": task.ending,
-        "numTraining": TRAIN,
+        "numTraining": num_train,
     }
     (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
 
@@ -185,8 +187,8 @@ def compare(part: str, arguments: argparse.Namespace, folder: Path) -> None:
     )
     share, foreground = agreement(folder / "torch", folder / "predicted", task.ending)
     print(
-        f"| {part}, {task.configuration} | {TEST} | {100 * share:.4f} % | {100 * foreground:.1f} % | {on_torch:.1f} s "
-        f"| {with_onnx:.1f} s | {with_onnx / on_torch:.2f} |",
+        f"| {part}, {task.configuration} | {len(list(images.iterdir()))} | {100 * share:.4f} % "
+        f"| {100 * foreground:.1f} % | {on_torch:.1f} s | {with_onnx:.1f} s | {with_onnx / on_torch:.2f} |",
         flush=True,
     )
 
