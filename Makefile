@@ -25,8 +25,8 @@ $(REFERENCE)/.installed: constraints-cpu.txt
 	$(REFERENCE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch nnunetv2==2.8.1
 	touch $@
 
-demo: $(VENV)/.installed  ## three sites plan, train and predict with one model, on phantom scans
-	$(VENV)/bin/python -m demo
+demo: $(VENV)/.installed  ## three sites train one model on phantom scans; SECURE=1: behind masks
+	$(VENV)/bin/python -m demo $(if $(SECURE),--secure)
 
 test: $(VENV)/.installed $(REFERENCE)/.installed lint  ## lint, and all tests: a quarter of an hour
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile

@@ -14,6 +14,7 @@ COMMANDS = {
     "nnUNetv2_convert_MSD_dataset": "dataset_conversion.convert_MSD_dataset:entry_point",
     "nnUNetv2_convert_old_nnUNet_dataset": "dataset_conversion.convert_raw_dataset_from_old_nnunet_format:convert_entry_point",
     "nnUNetv2_train": "run.run_training:run_training_entry",
+    "nnUNetv2_stop": "run.stop_training:stop_entry",
     "nnUNetv2_predict": "inference.predict_from_raw_data:predict_entry_point",
     "nnUNetv2_predict_from_modelfolder": "inference.predict_from_raw_data:predict_entry_point_modelfolder",
     "nnUNetv2_evaluate_folder": "evaluation.evaluate_predictions:evaluate_folder_entry_point",
@@ -23,6 +24,7 @@ COMMANDS = {
     "nnUNetv2_apply_postprocessing": "postprocessing.remove_connected_components:entry_point_apply_postprocessing",
     "nnUNetv2_ensemble": "ensembling.ensemble:entry_point_ensemble_folders",
     "nnUNetv2_plot_overlay_pngs": "evaluation.overlay_plots:entry_point_generate_overlay",
+    "nnUNetv2_audit_annotations": "annotation_audit.audit_annotations:audit_entry_point",
     "nnUNetv2_download_pretrained_model_by_url": "model_sharing.entry_points:download_by_url",
     "nnUNetv2_install_pretrained_model_from_zip": "model_sharing.entry_points:install_from_zip_entry_point",
     "nnUNetv2_export_model_to_zip": "model_sharing.entry_points:export_pretrained_model_entry",
@@ -32,10 +34,13 @@ COMMANDS = {
     "nnUNetv2_fed_admin": "federated.commands.admin:admin_entry",
     "nnUNetv2_fed_join": "federated.commands.join:join_entry",
     "nnUNetv2_fed_leave": "federated.commands.leave:leave_entry",
+    "nnUNetv2_fed_roster": "federated.commands.roster:roster_entry",
     "nnUNetv2_fed_status": "federated.commands.status:status_entry",
     "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
     "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
+    "nnUNetv2_fed_check": "site_check.command:check_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
+    "nnUNetv2_fed_compare": "comparison.command:compare_entry",
 }
 
 setup(
@@ -86,6 +91,7 @@ setup(
         "requests>=2.32.4",
         "tenacity>=8.2",
         "safetensors>=0.4.2",
+        "cryptography>=42",
         # with upper bounds: coordinator/http/connections.py is built on the inside of uvicorn; newest tested: 0.54 and 1.10
         "h11>=0.16",
         "starlette>=0.49.1,<2",
@@ -110,6 +116,8 @@ setup(
         ],
         # export to ONNX; deploy/onnx-requirements.txt lists what prediction with the files needs, without torch
         "onnx": ["onnx>=1.16", "onnxruntime>=1.19"],
+        # for a coordinator, which is installed without the requirements above, where sites aggregate securely
+        "secure": ["cryptography>=42"],
         # loggers and an optimizer that trainers use on request
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],

@@ -1,7 +1,8 @@
-"""Three sites with different scanners train one model: python -m demo [--folder demo-output]
+"""Three sites with different scanners train one model: python -m demo [--folder demo-output] [--secure]
 
 Phantom scans are drawn, then the commands run that hospitals type: a coordinator starts, the sites join, plan from the
-pooled fingerprint, preprocess, train together, and predict test cases that nobody trained on.
+pooled fingerprint, preprocess, train together, and predict test cases that nobody trained on. With --secure, they mask
+what they send, and the coordinator sees sums of all three only.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def everywhere(
     print(f"--- {step}: {time.monotonic() - start:.0f} s ---", flush=True)
 
 
-def run(folder: Path) -> bool:
+def run(folder: Path, *, is_secure: bool = False) -> bool:
     """Run the demo in an empty folder; return whether every site reached the Dice that is wanted."""
     start = time.monotonic()
     sites = [make_site(name, folder) for name in SITES]
@@ -82,7 +83,8 @@ def run(folder: Path) -> bool:
         write_dataset(
             dataset_folder(site, "nnUNet_raw"), SITES[site.name][1], num_train=NUM_TRAIN, num_test=NUM_TEST, seed=seed
         )
-    with running_coordinator(folder / "coordinator", sites, COORDINATOR_OPTIONS):
+    options = [*COORDINATOR_OPTIONS, *(["--secure"] if is_secure else [])]
+    with running_coordinator(folder / "coordinator", sites, options):
         everywhere(
             "plan",
             sites,
@@ -171,14 +173,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo-output"), help="emptied first (default: %(default)s)")
-    folder = parser.parse_args(argv).folder.resolve()
+    parser.add_argument("--secure", action="store_true", help="mask updates and statistics: make demo SECURE=1")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder.resolve()
     marker = folder / "made-by-the-demo"
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         parser.error(f"{folder} holds other files; name an empty folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     marker.touch()
-    reached = run(folder)
+    reached = run(folder, is_secure=arguments.secure)
     if not reached:
         print(f"A site stayed below a mean Dice of {WANTED_DICE}.")
     return 0 if reached else 1

@@ -45,6 +45,8 @@ def _lines() -> Iterator[str]:
 
 
 def _closed_with(step: AnyStep) -> str:
+    if step.closing_note:
+        return step.closing_note
     if "{site}" in step.key.pattern:
         return "that of the site"
     sites = "all, or the quorum at the deadline" if step.policy.by_quorum else "all"

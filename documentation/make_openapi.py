@@ -37,8 +37,16 @@ UPLOADS = (
     "too_many_gatherings",
     "too_many_bytes",
     "disk_full",
+    "masked_only",
+    "extrema_not_masked",
     "run_stopped",
+    "run_key_forged",
+    "identity_repeated",
+    "survivors_unconfirmed",
+    "run_key_missing",
 )
+
+REHEARSALS = ("too_large", "too_many_bytes", "refused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,9 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
                 "invitation_used",
                 "invitation_expired",
                 "token_reused",
+                "identity_missing",
+                "identity_taken",
+                "identity_changed",
                 "too_large",
             ),
         )
@@ -90,7 +101,15 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             who="operator",
             body=api.SettingsChange,
             answers={200: api.FederationSettings},
+            codes=("min_sites_below_k", "quorum_below_threshold", "late_updates_masked"),
         ),
+    },
+    "/v1/roster": {
+        "get": Operation(
+            summary="The identities of the sites that have joined, where they aggregate securely. Compare the number.",
+            who="member",
+            answers={200: api.Roster},
+        )
     },
     "/v1/status": {
         "get": Operation(
@@ -171,6 +190,23 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             codes=UPLOADS,
         )
     },
+    "/v1/rehearsal": {
+        "put": Operation(
+            summary="Rehearse the upload of a document: bytes without content, of which nothing is kept.",
+            who="site",
+            body="document",
+            headers=("Content-Length", "X-Content-SHA256"),
+            answers={200: api.Rehearsed},
+            codes=(*MEMBERS, "incomplete_request", "length_required", "damaged_in_transit", *REHEARSALS),
+        ),
+        "get": Operation(
+            summary="Rehearse the download of a result: as many bytes without content.",
+            who="site",
+            query=("size",),
+            answers={200: "application/octet-stream"},
+            codes=(*MEMBERS, "incomplete_request", *REHEARSALS),
+        ),
+    },
     "/v1/gatherings/{key}": {
         "put": Operation(
             summary="Contribute a document, or the rest of one. May be repeated.",
@@ -204,6 +240,11 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
                 "plans_differ",
                 "weights_differ",
                 "nothing_shared",
+                "cohort_too_small",
+                "too_many_sites_for_secure",
+                "too_many_groups",
+                "shares_do_not_fit",
+                "sum_implausible",
                 "do_not_match",
                 "already_closed",
                 "incomplete_request",

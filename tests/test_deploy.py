@@ -100,8 +100,9 @@ def test_the_container_runs_as_nobody_in_particular_and_answers_for_its_health()
     admin.build_parser().parse_args(arguments)
 
 
-def test_the_requirements_of_the_coordinator_are_those_of_the_package():
-    lines = (CONTAINER.parent / "coordinator-requirements.txt").read_text(encoding="utf-8").splitlines()
-    wanted = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+@pytest.mark.parametrize("name", ["coordinator-requirements.txt", "coordinator-secure-requirements.txt"])
+def test_the_requirements_of_the_coordinator_are_those_of_the_package(name):
+    lines = (CONTAINER.parent / name).read_text(encoding="utf-8").splitlines()
+    wanted = {line.strip() for line in lines if line.strip() and not line.startswith(("#", "-r "))}
     assert wanted
     assert wanted <= set(re.findall(r'^ +"([^"]+)",$', (PROJECT / "setup.py").read_text(encoding="utf-8"), flags=re.M))

@@ -17,8 +17,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "documentation").glob("*.md"))]
 DEPLOY = [path for path in sorted((PROJECT / "deploy").iterdir()) if path.is_file()]
 ADMIN_COMMANDS = "backup|invite|log|proceed|restore|revoke|settings|verify-log"
-OF_OTHER_PROGRAMS = {"--ipc", "--no-deps", "--shm-size"}
-"""Options in the texts that are not ours: those of container engines and of pip."""
+OF_OTHER_PROGRAMS = {"--ipc", "--no-deps", "--shm-size", "--signal"}
+"""Options in the texts that are not ours: those of container engines, of pip and of schedulers."""
 
 
 def read(path: Path) -> str:

@@ -39,13 +39,13 @@ def draw_case(
     prediction = _keep(reader.read_seg(case["prediction_file"])[0][0], labels)
     reference = _keep(reference[0], labels)
     image = _read_image(image_file, reader, reference.shape)
-    axis = _coarsest_axis(properties["spacing"], reference.shape)
+    axis = slice_axis(properties["spacing"], reference.shape)
     index = _most_different_slice(reference, prediction, axis)
     slices = [np.take(array, index, axis=axis) for array in (image, reference, prediction)]
     spacing = [size for number, size in enumerate(properties["spacing"]) if number != axis]
     picture = _join(slices, labels, spacing)
     place = f"slice {index + 1} of {reference.shape[axis]}" if reference.shape[axis] > 1 else "whole image"
-    return _encode_png(picture), place
+    return encode_png(picture), place
 
 
 def _keep(labelled: np.ndarray, labels: Sequence[int]) -> np.ndarray:
@@ -61,8 +61,11 @@ def _read_image(file: str | None, reader: BaseReaderWriter, shape: tuple[int, ..
     return np.zeros(shape, dtype=np.float32)
 
 
-def _coarsest_axis(spacing: Sequence[float], shape: Sequence[int]) -> int:
-    """Return the axis along which slices lie: the one of length 1, or with the largest spacing, the first of equals."""
+def slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int:
+    """Return the axis along which slices lie.
+
+    It is the one of length 1, or else that with the largest spacing, the first of equals.
+    """
     return list(shape).index(1) if 1 in shape else int(np.argmax(np.round(spacing, 3)))
 
 
@@ -79,9 +82,9 @@ def _join(slices: Sequence[np.ndarray], labels: Sequence[int], spacing: Sequence
     colours = {0: 0} | {label: 1 + number % (len(color_cycle) - 1) for number, label in enumerate(labels)}
     panels = [generate_overlay(image, labelled, mapping=colours) for labelled in (reference, prediction)]
     panels.append(_mark_differences(image, reference, prediction))
-    shape = _target_shape(image.shape, spacing)
+    shape = target_shape(image.shape, spacing)
     gap = np.full((shape[0], _GAP, 3), 255, dtype=np.uint8)
-    first, *others = [_zoom(panel, shape) for panel in panels]
+    first, *others = [zoom(panel, shape) for panel in panels]
     return np.concatenate([first, *(part for panel in others for part in (gap, panel))], axis=1)
 
 
@@ -94,20 +97,21 @@ def _mark_differences(image: np.ndarray, reference: np.ndarray, prediction: np.n
     return panel
 
 
-def _target_shape(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int]:
+def target_shape(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int]:
     """Return how many pixels a slice gets: true proportions, small ones enlarged, large ones shrunk."""
     size = np.array(shape) * np.array(spacing, dtype=float)
     rows, columns = np.maximum(1, np.round(size / size.max() * _MAX_SIDE)).astype(int)
     return int(rows), int(columns)
 
 
-def _zoom(panel: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def zoom(panel: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Repeat or leave out pixels, so that the edges of labels stay sharp."""
     rows, columns = ((np.arange(new) * old // new) for new, old in zip(shape, panel.shape))
     return panel[rows][:, columns]
 
 
-def _encode_png(picture: np.ndarray) -> str:
+def encode_png(picture: np.ndarray) -> str:
+    """Return an uint8 picture `(rows, columns, 3)` as PNG in base64."""
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()

@@ -20,7 +20,6 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), with exact pooling 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +29,23 @@ import numpy as np
 
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import CaseSample
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.secure_planning import SecurePooling, check_extrema_stay
+from nnunetv2.experiment_planning.site_cases import (
+    compare_geometry,
+    intensities_per_channel,
+    make_census,
+    sample_locally,
+)
 from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
-from nnunetv2.federated.exchanges import plausibility
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.privacy.require_secure import check_settings
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.credential import load_credential
 from nnunetv2.federated.site.transport import Transport, open_transport, show_progress
 from nnunetv2.preprocessed_data.fingerprint_files import (
     FINGERPRINT_FILE,
-    LOCAL_FINGERPRINT,
     forget_pooled_fingerprint,
     has_pooled_fingerprint,
 )
@@ -49,8 +54,7 @@ from nnunetv2.utilities.plain_text import show
 
 T = TypeVar("T")
 Answer = messages.PooledFingerprint | messages.WantedBins
-MOST_LOOKS = 20
-"""How often a site lets the coordinator look into bins: honest ones need one look, seldom two or three."""
+MOST_LOOKS = outermost.MOST_LOOKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +103,15 @@ def plan_federated(dataset_id: int | str, options: PlanningOptions, *, credentia
         return plan_experiment_dataset(dataset_id, **options.planner)[1]
     check_enough_cases(extractor.count_cases(), extractor.dataset_name)
     with open_transport(credential, show_progress) as transport:
+        settings = transport.settings()
+        check_settings(settings, credential.secure)
+        check_extrema_stay(settings, share_extrema=options.share_extrema)
         census = make_census(extractor, share_extrema=options.share_extrema)
-        num_cases = pool_fingerprint(transport, extractor, census, site=credential.site)
+        if settings.secure is None:
+            num_cases = pool_fingerprint(transport, extractor, census, site=credential.site)
+        else:
+            pooling = SecurePooling(transport, settings.secure, credential, credential_file)
+            num_cases = pool_secure_fingerprint(pooling, extractor, census, options.planner)
         plans, plans_name = plan_experiment_dataset(dataset_id, **options.planner)
         report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
         _or_late(
@@ -128,6 +139,16 @@ def pool_fingerprint(transport: Transport, extractor: Any, census: messages.Cens
     return pooled.num_cases
 
 
+def pool_secure_fingerprint(
+    pooling: SecurePooling, extractor: Any, census: messages.Census, planner: Mapping[str, Any]
+) -> int:
+    """Learn the pooled fingerprint by masked sums; see `pool_fingerprint`."""
+    census = pooling.with_keys(census)
+    return _or_late(
+        lambda: pooling.take_part(extractor, census, planner), lambda: pooling.come_late(extractor, census, planner)
+    )
+
+
 def _or_late(take_part: Callable[[], T], come_late: Callable[[], T]) -> T:
     """Take part in an exchange, or come late if it is closed."""
     try:
@@ -145,7 +166,7 @@ def _take_part(transport: Transport, extractor: Any, census: messages.Census) ->
         raise WireError(
             f"the coordinator counts {num_cases} cases of all sites; this site alone has {census.num_cases}"
         )
-    samples = _sample(extractor, num_cases)
+    samples = sample_locally(extractor, num_cases)
     values = intensities_per_channel(samples)
     others = extractor.num_samples_per_case(num_cases) * (num_cases - census.num_cases)
     summary = summarise(samples, values, share_extrema=census.share_extrema)
@@ -155,7 +176,7 @@ def _take_part(transport: Transport, extractor: Any, census: messages.Census) ->
     for number in range(MOST_LOOKS):
         if not isinstance(answer, messages.WantedBins):
             results.check_fingerprint(answer, len(channels))
-            _compare_geometry(summary, answer)
+            compare_geometry(summary.spacings, summary.shapes, answer)
             return answer
         results.check_bins(answer, len(channels))
         channels, answer = _look_into(transport, number, values, channels, answer.bins, others)
@@ -217,44 +238,6 @@ def _describe_hidden(channel: outermost.Channel) -> str:
     return f"{channel.lowest:,} at the lower and {channel.highest:,} at the upper end"
 
 
-def _compare_geometry(own: messages.CoarseSummary, pooled: messages.PooledFingerprint) -> None:
-    """Compare the sizes of this site's scans with those of the others.
-
-    Raises:
-        FederationError: They differ so much that their units must.
-    """
-    # Of these types, as `results.check_fingerprint` has found.
-    pooled_spacings = cast("list[list[float]]", pooled.fingerprint["spacings"])
-    pooled_shapes = cast("list[list[int]]", pooled.fingerprint["shapes_after_crop"])
-    rest = Counter(zip(map(tuple, pooled_spacings), map(tuple, pooled_shapes)))
-    rest -= Counter(zip(map(tuple, own.spacings), map(tuple, own.shapes)))
-    if not rest:
-        return
-    spacings, shapes = zip(*rest.elements())
-    here = plausibility.Geometry.of(own.spacings, own.shapes)
-    others = plausibility.Geometry.of(spacings, shapes)
-    factor = here.factor_to(others)
-    if not plausibility.is_at_least(factor, plausibility.ODD_FACTOR):
-        return
-    spacing, extent = (
-        f"{plausibility.in_mm(own_lengths)} here, {plausibility.in_mm(their_lengths)} there"
-        for own_lengths, their_lengths in ((here.spacing, others.spacing), (here.extent, others.extent))
-    )
-    line = (
-        f"The scans of this site are {plausibility.describe_factor(factor)} than those of the others: median "
-        f"spacing {spacing}; median extent {extent}"
-    )
-    if plausibility.is_at_least(factor, plausibility.IMPOSSIBLE_FACTOR):
-        raise FederationError(
-            f"{line}. They cannot all have spacings in millimetres: look at the images' headers, "
-            "here and with the others, before anything is preprocessed"
-        )
-    show(
-        f"{line}. Is that right? If units are mixed up, stop, mend the headers, and tell the coordinating site.",
-        flush=True,
-    )
-
-
 def _come_late(transport: Transport, extractor: Any, census: messages.Census, site: str) -> messages.PooledFingerprint:
     """Wait for the fingerprint that the other sites pool without this one."""
     num_cases = transport.exchange(keys.LateCensusKey(site), census).message.num_cases
@@ -263,42 +246,13 @@ def _come_late(transport: Transport, extractor: Any, census: messages.Census, si
         f"cases are not part of the plans, which are made from {num_cases} cases of the others.",
         flush=True,
     )
-    _sample(extractor, num_cases)
+    sample_locally(extractor, num_cases)
     answer: Answer = transport.result(keys.CoarseKey()).message
     for number in range(MOST_LOOKS):  # in order: none can begin before the one before it is closed
         if not isinstance(answer, messages.WantedBins):
             return answer
         answer = transport.result(keys.FineKey(number)).message
     raise FederationError("the other sites find no percentiles of their intensities: use matching versions")
-
-
-def _sample(extractor: Any, num_cases: int) -> list[CaseSample]:
-    """Sample this site's share of `num_cases`; write its local fingerprint."""
-    samples = extractor.sample_cases(extractor.num_samples_per_case(num_cases))
-    folder = Path(extractor.output_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_json_atomically(extractor.compute_fingerprint(samples), folder / LOCAL_FINGERPRINT)
-    return samples
-
-
-def make_census(extractor: Any, *, share_extrema: bool) -> messages.Census:
-    """Describe the dataset as far as the sites must agree on it."""
-    description = extractor.dataset_json
-    return messages.Census(
-        num_cases=extractor.count_cases(),
-        labels=description["labels"],
-        channel_names=description.get("channel_names") or description["modality"],
-        regions_class_order=description.get("regions_class_order"),
-        share_extrema=share_extrema,
-    )
-
-
-def intensities_per_channel(samples: Sequence[CaseSample]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Join all cases' foreground values: per channel, values (float32) and counts."""
-    return [
-        (np.concatenate([values for values, _ in channel]), np.concatenate([counts for _, counts in channel]))
-        for channel in zip(*(sample.intensities for sample in samples))
-    ]
 
 
 def summarise(

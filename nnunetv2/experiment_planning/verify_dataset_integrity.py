@@ -6,7 +6,8 @@ Before time is spent on it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -112,21 +113,27 @@ class Inspection:
     num_channels: int = 0
     num_training: int = 0
     """Cases that dataset.json announces."""
+    num_unread: int = 0
+    """Cases that could have been read, had the time allowed."""
 
     @property
     def num_cases(self) -> int:
         return len(self.cases)
 
 
-def inspect_dataset(root: Path, num_processes: int = 8) -> Inspection:
+def inspect_dataset(root: Path, num_processes: int = 8, *, time_limit_s: float | None = None) -> Inspection:
     """Read a raw dataset, and return all that is wrong with it or looks so.
 
+    Args:
+        time_limit_s: Seconds after which no further case is read. None: all are.
+
     Raises:
-        InvalidDatasetError: There is no dataset.json, or none by which cases could be judged.
+        InvalidDatasetError: There is no dataset.json that can be read.
     """
     dataset_json = read_dataset_json(root)
     findings = check_dataset_json(dataset_json)
-    _report(root.name, [finding for finding in findings if finding.is_error])  # cases cannot be judged by it
+    if any(finding.is_error for finding in findings):  # cases cannot be judged by it
+        return Inspection(root.name, [finding for finding in findings if finding.is_error])
     dataset = get_filenames_of_train_images_and_targets(str(root), dataset_json)
     findings += check_files(root, dataset_json, dataset)
     unfit = {finding.case for finding in findings if finding.is_error}
@@ -134,21 +141,35 @@ def inspect_dataset(root: Path, num_processes: int = 8) -> Inspection:
         CaseFiles(case, files["images"], files["label"], root) for case, files in dataset.items() if case not in unfit
     ]
     labels = determine_expected_labels(dataset_json)
-    reports = _inspect_cases(cases, dataset_json, labels, num_processes, findings)
-    findings += _find_unused_labels(reports, dataset_json, labels, complete=not unfit)
-    findings += _find_likeness(root, dataset_json, cases, reports, num_processes)
+    until = None if time_limit_s is None else time.monotonic() + time_limit_s
+    inspected = _inspect_cases(cases, dataset_json, labels, num_processes, findings, until)
+    num_unread = len(cases) - len(inspected)
+    cases, reports = [files for files, _ in inspected], [report for _, report in inspected]
+    findings += _find_unused_labels(reports, dataset_json, labels, complete=not unfit and len(reports) == len(dataset))
+    findings += _find_likeness(root, dataset_json, dataset, cases, reports, num_processes if until is None else 0)
     names = set(map(str, dataset))
     channels = len(get_channel_names(dataset_json))
-    return Inspection(root.name, findings, names, labels, channels, dataset_json["numTraining"])
+    return Inspection(root.name, findings, names, labels, channels, dataset_json["numTraining"], num_unread)
 
 
 def _find_likeness(
-    root: Path, dataset_json: Mapping[str, Any], cases: Sequence[CaseFiles], reports: Sequence[CaseReport], threads: int
+    root: Path,
+    dataset_json: Mapping[str, Any],
+    names: Iterable[str],
+    cases: Sequence[CaseFiles],
+    reports: Sequence[CaseReport],
+    threads: int,
 ) -> list[Finding]:
-    """Find images that occur twice, those for testing included, and names like several scans of one patient."""
+    """Find images that occur twice, and names like several scans of one patient.
+
+    Args:
+        names: Of all cases.
+        cases: Those that were read, with their reports.
+        threads: That read the images for testing; 0 leaves them out.
+    """
     digests = [(files.case, *one) for files, report in zip(cases, reports) for one in report.digests.items()]
     findings: list[Finding] = []
-    reader = _determine_reader(dataset_json, cases) if reports else None
+    reader = _determine_reader(dataset_json, cases) if reports and threads else None
     if isinstance(reader, type):
         of_test, findings = digest_test_images(root, dataset_json["file_ending"], reader, threads)
         digests += of_test
@@ -156,10 +177,7 @@ def _find_likeness(
     preprocessed = Path(nnUNet_preprocessed) / root.name if nnUNet_preprocessed.is_set() else root
     splits = next((file for file in (preprocessed / SPLITS_FILE, root / SPLITS_FILE) if file.is_file()), None)
     return findings + find_siblings(
-        root.name,
-        [str(files.case) for files in cases],
-        None if splits is None else read_splits(splits),
-        load_patients(preprocessed),
+        root.name, list(map(str, names)), None if splits is None else read_splits(splits), load_patients(preprocessed)
     )
 
 
@@ -202,8 +220,9 @@ def _inspect_cases(
     labels: Sequence[int],
     num_processes: int,
     findings: list[Finding],
-) -> list[CaseReport]:
-    """Read all cases, and add what is found to `findings`."""
+    until: float | None = None,
+) -> list[tuple[CaseFiles, CaseReport]]:
+    """Read all cases, or the first ones that are begun by then, and add what is found to `findings`."""
     from tqdm import tqdm
 
     if not cases:
@@ -214,15 +233,20 @@ def _inspect_cases(
         return []
     ignore = labels[-1] if "ignore" in dataset_json["labels"] else None
     expected = Expectation(reader, list(get_channel_names(dataset_json).values()), labels, ignore)
+
+    def inspect(files: CaseFiles) -> CaseReport | None:
+        return None if until is not None and time.monotonic() > until else inspect_case(files, expected)
+
     pool = ThreadPoolExecutor(max(1, min(num_processes, len(cases))))
     try:
-        done = pool.map(lambda files: inspect_case(files, expected), cases)
-        reports = list(tqdm(done, desc="Integrity check", total=len(cases), unit="case"))
+        done = pool.map(inspect, cases)
+        shown = tqdm(done, desc="Integrity check", total=len(cases), unit="case")
+        inspected = [(files, report) for files, report in zip(cases, shown) if report is not None]
     finally:
         pool.shutdown(cancel_futures=True)
-    for report in reports:
+    for _, report in inspected:
         findings += report.findings
-    return reports
+    return inspected
 
 
 def _determine_reader(dataset_json: Mapping[str, Any], cases: Sequence[CaseFiles]) -> type | Finding:

@@ -38,6 +38,10 @@ class CoordinatorUnreachable(FederationError, ConnectionError):  # noqa: N818 - 
     """The coordinator did not answer for as long as the site was willing to wait."""
 
 
+class StillOpenError(FederationError):
+    """An exchange was not closed for as long as the site was willing to wait."""
+
+
 class NotAllowedError(FederationError):
     """This site's own allow-list forbids what was about to be sent."""
 

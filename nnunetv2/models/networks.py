@@ -69,12 +69,15 @@ def adapt_weight_names(weights: Mapping[str, torch.Tensor], expected: Mapping[st
 
     Where the bare network does not have them.
     """
-    adapted = {}
-    for name, tensor in weights.items():
-        if name not in expected:
-            name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        adapted[name] = tensor
-    return adapted
+    return {name if name in expected else _without_wrappers(name): tensor for name, tensor in weights.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    """Remove the prefixes of wrappers, in whatever order they were put around the network."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def speed_up_on_cpu_(network: nn.Module, device: torch.device | str) -> nn.Module:

@@ -1,16 +1,17 @@
-"""Start a training from the weights of another one."""
+"""Start a network from the weights of another one of the same architecture."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
-from nnunetv2.models.checkpoint_file import load_checkpoint_file
+from nnunetv2.models.checkpoint_file import CheckpointError, load_checkpoint_file
 from nnunetv2.models.networks import adapt_weight_names, bare_network
+from nnunetv2.models.weight_transfer import SEGMENTATION_LAYERS
 from nnunetv2.utilities.plain_text import show
-
-SEGMENTATION_LAYERS = ".seg_layers."
 
 
 def load_pretrained_weights(network: nn.Module, fname: str | os.PathLike[str], verbose: bool = False) -> None:
@@ -23,10 +24,11 @@ def load_pretrained_weights(network: nn.Module, fname: str | os.PathLike[str], v
 
     Raises:
         AssertionError: A tensor is missing in the checkpoint, or has another shape.
+        CheckpointError: The file holds no weights of a network.
     """
     network = bare_network(network)
     current = network.state_dict()
-    pretrained = adapt_weight_names(load_checkpoint_file(fname)["network_weights"], current)
+    pretrained = adapt_weight_names(read_pretrained_checkpoint(fname)["network_weights"], current)
     wanted = [name for name in current if SEGMENTATION_LAYERS not in name]
     for name in wanted:
         assert name in pretrained, (
@@ -41,3 +43,21 @@ def load_pretrained_weights(network: nn.Module, fname: str | os.PathLike[str], v
     if verbose:
         for name in wanted:
             show(f"  {name} {tuple(current[name].shape)}")
+
+
+def read_pretrained_checkpoint(fname: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint that a training may start from.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no weights of a network.
+    """
+    import torch
+
+    checkpoint = load_checkpoint_file(fname)
+    weights = checkpoint.get("network_weights")
+    if not isinstance(weights, Mapping) or not all(isinstance(one, torch.Tensor) for one in weights.values()):
+        raise CheckpointError(
+            f"{fname} holds no weights of a network: expected a checkpoint that a training of nnU-Net has written, "
+            "with a dict of tensors under 'network_weights'"
+        )
+    return checkpoint

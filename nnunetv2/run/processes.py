@@ -8,12 +8,17 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2.training import stopping
+
 if TYPE_CHECKING:
     import torch
 
 LONGEST_WAIT = timedelta(hours=6)
 """How long a process waits for another one: unpacking a large dataset takes the first one long. That a process has died
 is noticed at once, by whoever started it."""
+
+REACTION_TIME_S = 1.0
+"""How long it takes until a signal is passed on. The end of a process is noticed at once."""
 
 _TORCHRUN_VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE")
 
@@ -82,7 +87,13 @@ def spawn(
     os.environ["MASTER_ADDR"] = "localhost"
     os.environ.setdefault("MASTER_PORT", str(find_free_port()))
     try:
-        multiprocessing.spawn(function, arguments, nprocs=num_processes, join=True)
+        with stopping.holding_back():  # the signal would kill a process that does not listen yet
+            running = multiprocessing.spawn(function, arguments, nprocs=num_processes, join=False)
+        has_forwarded = False
+        while not running.join(timeout=REACTION_TIME_S):
+            if stopping.was_signalled() and not has_forwarded:
+                has_forwarded = True
+                stopping.forward_signal(running.pids())
     except ProcessRaisedException as error:
         last_line = str(error).strip().splitlines()[-1]
         raise RuntimeError(

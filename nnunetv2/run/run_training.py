@@ -1,6 +1,7 @@
 """Train one fold of a configuration: the command nnUNetv2_train and the functions behind it.
 
-Set the environment variable nnUNet_seed to a whole number to seed all generators; see `training/seeding.py`.
+Options that stand for a trainer of one's own are in `run/training_options.py`. `--seed`, or the environment variable
+nnUNet_seed, seeds all generators; see `training/seeding.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.run import processes
-from nnunetv2.training.seeding import seed_everything, seed_from_environment
+from nnunetv2.run import applied_options, processes, training_options
+from nnunetv2.run.fine_tuning import start_from_pretrained_weights
+from nnunetv2.training import stopping
+from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, check_class_names, class_names, split_results_name
+from nnunetv2.training.seeding import seed_everything, seed_from_environment, seed_restored, use_seed
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
@@ -79,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     arguments = build_parser().parse_args(argv)
     limit_threads(arguments.device)
-    _train(arguments)
+    options = training_options.options_from(arguments)
+    with stopping.listening():
+        _train(arguments, options)
 
 
 def limit_threads(device_type: str) -> None:
@@ -105,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("fold", help="Fold of the cross-validation: 0, 1, ... or 'all' to train with all cases.")
     parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer class name. Default: nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
-    parser.add_argument("-pretrained_weights", help="Checkpoint to start from. Not with --c.")
+    training_options.add_fine_tuning_options(parser)
     parser.add_argument(
         "-num_gpus", type=int, default=1, help="Number of GPUs to train on; with -device cpu, of processes. Default: 1"
     )
@@ -123,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
     add_device_option(parser)
+    training_options.add_training_options(parser)
     return parser
 
 
@@ -140,6 +147,7 @@ def run_training(
     disable_checkpointing: bool = False,
     val_with_best: bool = False,
     device: torch.device | None = None,
+    options: TrainingOptions = NO_OPTIONS,
 ) -> None:
     """Train a fold, unless only its validation is asked for, and predict its validation cases.
 
@@ -151,10 +159,12 @@ def run_training(
         continue_training: Go on from the latest checkpoint.
         val_with_best: Validate with checkpoint_best.
         device: Where to train. Default: CUDA.
+        options: What to change of the trainer.
 
     Raises:
         AssertionError: Two options exclude each other.
-        ValueError: The fold is neither a number nor 'all'.
+        ValueError: The fold is neither a number nor 'all', or one of `options` contradicts the trainer, a finished
+            training or the others.
         RuntimeError: nnUNet_preprocessed or nnUNet_results is unset, a checkpoint is missing, or pretrained weights are
             to be loaded into a continued training.
     """
@@ -162,12 +172,14 @@ def run_training(
 
     device = torch.device("cuda") if device is None else device
     fold = parse_fold(fold)
+    trainer_class_name, options = split_results_name(trainer_class_name, options)
     _check_options(
         continue_training=continue_training,
         only_run_validation=only_run_validation,
         disable_checkpointing=disable_checkpointing,
         val_with_best=val_with_best,
         pretrained_weights=pretrained_weights,
+        options=options,
     )
     for root in (nnUNet_preprocessed, nnUNet_results):
         root.require()
@@ -189,31 +201,34 @@ def run_training(
     )
     if processes.are_launched_by_torchrun():
         rank, world_size = processes.torchrun_rank(num_gpus)
-        run_ddp(rank, *what, world_size, device.type)
+        run_ddp(rank, *what, world_size, device.type, options)
         return
     if num_gpus > 1:
-        processes.spawn(run_ddp, (*what, num_gpus, device.type), num_gpus, find_free_network_port)
+        processes.spawn(run_ddp, (*what, num_gpus, device.type, options), num_gpus, find_free_network_port)
         return
-    _seed(rank=0)
-    # A validation goes on with what a training has logged, and deletes nothing of it.
-    trainer = get_trainer_from_args(
-        dataset_name_or_id,
-        configuration,
-        fold,
-        trainer_class_name,
-        plans_identifier,
-        continue_training or only_run_validation,
-        device,
-    )
-    _run(
-        trainer,
-        disable_checkpointing=disable_checkpointing,
-        continue_training=continue_training,
-        only_run_validation=only_run_validation,
-        pretrained_weights=pretrained_weights,
-        export_validation_probabilities=export_validation_probabilities,
-        val_with_best=val_with_best,
-    )
+    with seed_restored():
+        _seed(0, options)
+        # A validation goes on with what a training has logged, and deletes nothing of it.
+        trainer = _build_trainer(
+            dataset_name_or_id,
+            configuration,
+            fold,
+            trainer_class_name,
+            plans_identifier,
+            continue_training or only_run_validation,
+            device,
+            options=options,
+        )
+        _run(
+            trainer,
+            options,
+            disable_checkpointing=disable_checkpointing,
+            continue_training=continue_training,
+            only_run_validation=only_run_validation,
+            pretrained_weights=pretrained_weights,
+            export_validation_probabilities=export_validation_probabilities,
+            val_with_best=val_with_best,
+        )
 
 
 def run_ddp(
@@ -231,11 +246,31 @@ def run_ddp(
     val_with_best: bool,
     world_size: int,
     device_type: str = "cuda",
+    options: TrainingOptions = NO_OPTIONS,
 ) -> None:
     """Be one of several processes that train together.
 
     Each with a GPU, or with its share of the processor.
     """
+    with stopping.listening(), seed_restored():
+        _run_ddp(
+            rank,
+            (dataset_name_or_id, configuration, fold, tr, p, c or val),
+            world_size,
+            device_type,
+            options,
+            disable_checkpointing=disable_checkpointing,
+            continue_training=c,
+            only_run_validation=val,
+            pretrained_weights=pretrained_weights,
+            export_validation_probabilities=npz,
+            val_with_best=val_with_best,
+        )
+
+
+def _run_ddp(
+    rank: int, what: tuple[Any, ...], world_size: int, device_type: str, options: TrainingOptions, **settings: Any
+) -> None:
     import torch
 
     setup_ddp(rank, world_size, device_type)
@@ -244,19 +279,8 @@ def run_ddp(
             torch.cuda.set_device(processes.local_rank(rank))
         else:
             processes.share_cores(world_size)
-        _seed(rank)
-        trainer = get_trainer_from_args(
-            dataset_name_or_id, configuration, fold, tr, p, c or val, torch.device(device_type)
-        )
-        _run(
-            trainer,
-            disable_checkpointing=disable_checkpointing,
-            continue_training=c,
-            only_run_validation=val,
-            pretrained_weights=pretrained_weights,
-            export_validation_probabilities=npz,
-            val_with_best=val_with_best,
-        )
+        _seed(rank, options)
+        _run(_build_trainer(*what, torch.device(device_type), options=options), options, **settings)
     finally:
         cleanup_ddp()
 
@@ -269,8 +293,12 @@ def get_trainer_from_args(
     plans_identifier: str = "nnUNetPlans",
     continue_training: bool = False,
     device: torch.device | None = None,
+    results_name: str | None = None,
 ) -> nnUNetTrainer:
     """Construct the trainer of this name for a preprocessed dataset.
+
+    Args:
+        results_name: Ending of the trainer's name in the folder of the results.
 
     Raises:
         ValueError: The dataset is neither a name nor an id.
@@ -282,11 +310,15 @@ def get_trainer_from_args(
     from nnunetv2.run import run_training as public  # programs may have put a function of their own there
 
     trainer_class = public.recursive_find_trainer_class_by_name(trainer_name)
-    folder = Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
+    folder = _preprocessed_folder(dataset_name_or_id)
     plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
     dataset_json = _read_json(folder / "dataset.json", DATASET)
     return trainer_class(
-        plans={**plans, "continue_training": continue_training},
+        plans={
+            **plans,
+            "continue_training": continue_training,
+            **({"results_name": results_name} if results_name else {}),
+        },
         configuration=configuration,
         fold=fold,
         dataset_json=dataset_json,
@@ -299,16 +331,22 @@ def maybe_load_checkpoint(
     continue_training: bool,
     validation_only: bool,
     pretrained_weights_file: str | None = None,
+    *,
+    pretrained_heads: str | None = None,
 ) -> None:
     """Bring a trainer to where it shall start.
 
     The latest checkpoint, the final one, or pretrained weights.
+
+    Args:
+        pretrained_heads: See `TrainingOptions.pretrained_heads`.
 
     Raises:
         RuntimeError: Pretrained weights are to be loaded into a continued training, or a validation is to run without
             a final checkpoint.
     """
     from nnunetv2.models.checkpoint_file import FINAL
+    from nnunetv2.run import load_pretrained_weights as strict
     from nnunetv2.run import run_training as public
 
     if continue_training and pretrained_weights_file is not None:
@@ -323,7 +361,10 @@ def maybe_load_checkpoint(
     elif pretrained_weights_file is not None:
         if not nnunet_trainer.was_initialized:
             nnunet_trainer.initialize()
-        public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
+        if public.load_pretrained_weights is strict.load_pretrained_weights:
+            start_from_pretrained_weights(nnunet_trainer, pretrained_weights_file, heads=pretrained_heads)
+        else:  # a program has put its own there
+            public.load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file, verbose=True)
         nnunet_trainer.pretrained_weights = pretrained_weights_file  # the sites of a federation compare them
 
 
@@ -367,7 +408,7 @@ def cleanup_ddp() -> None:
     distributed.destroy_process_group()
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, options: TrainingOptions) -> None:
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
 
     with _without_garbage_collection():
@@ -388,6 +429,7 @@ def _train(args: argparse.Namespace) -> None:
         args.disable_checkpointing,
         args.val_best,
         device=device,
+        options=options,
     )
 
 
@@ -412,6 +454,7 @@ def _check_options(
     disable_checkpointing: bool,
     val_with_best: bool,
     pretrained_weights: str | None,
+    options: TrainingOptions,
 ) -> None:
     """Refuse options that exclude each other before anything is written."""
     assert not (val_with_best and disable_checkpointing), (
@@ -427,10 +470,27 @@ def _check_options(
             )
         if not Path(pretrained_weights).is_file():
             raise FileNotFoundError(f"there are no pretrained weights {pretrained_weights}")
+    elif options.pretrained_heads is not None:
+        raise ValueError(f"--pretrained_heads {options.pretrained_heads} needs -pretrained_weights, which is missing")
+    applied_options.refuse_for_validation(options, only_run_validation=only_run_validation)
+
+
+def _build_trainer(*what: Any, options: TrainingOptions) -> nnUNetTrainer:
+    """Construct a trainer as `get_trainer_from_args` does, unless an option is refused."""
+    from nnunetv2.run import run_training as public
+
+    if options.given():
+        applied_options.refuse_options(public.recursive_find_trainer_class_by_name(what[3]), options)
+    if options.class_weights is not None:
+        labels = _read_json(_preprocessed_folder(what[0]) / "dataset.json", DATASET)["labels"]
+        check_class_names(options.class_weights, class_names(labels))
+    named: dict[str, Any] = {"results_name": options.results_name} if options.results_name else {}
+    return get_trainer_from_args(*what, **named)
 
 
 def _run(
     trainer: nnUNetTrainer,
+    options: TrainingOptions,
     *,
     disable_checkpointing: bool,
     continue_training: bool,
@@ -443,8 +503,16 @@ def _run(
     from nnunetv2.models.checkpoint_file import BEST
 
     trainer.disable_checkpointing = disable_checkpointing
+    if not only_run_validation:
+        applied_options.prepare_trainer_(trainer, options, continue_training=continue_training)
     if not (only_run_validation and val_with_best):
-        maybe_load_checkpoint(trainer, continue_training, only_run_validation, pretrained_weights)
+        maybe_load_checkpoint(
+            trainer,
+            continue_training,
+            only_run_validation,
+            pretrained_weights,
+            pretrained_heads=options.pretrained_heads,
+        )
     _let_cudnn_choose_fast_algorithms()
     if not only_run_validation:
         trainer.run_training()
@@ -482,11 +550,17 @@ def _let_cudnn_choose_fast_algorithms() -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _seed(rank: int) -> None:
+def _seed(rank: int, options: TrainingOptions) -> None:
     """Seed this process if the user wants that; every process draws other samples."""
+    if options.seed is not None:
+        use_seed(options.seed)
     seed = seed_from_environment()
     if seed is not None:
         seed_everything(seed + rank)
+
+
+def _preprocessed_folder(dataset_name_or_id: str | int) -> Path:
+    return Path(nnUNet_preprocessed) / maybe_convert_to_dataset_name(dataset_name_or_id)
 
 
 def _read_json(path: Path, required: Mapping[str, type]) -> dict:

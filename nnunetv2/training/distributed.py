@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+Answer = TypeVar("Answer")
 
 
 def is_distributed() -> bool:
@@ -47,6 +51,15 @@ def gather(values: np.ndarray) -> list[np.ndarray]:
     gathered: list = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, values)
     return gathered
+
+
+def from_first_process(question: Callable[[], Answer]) -> Answer:
+    """Return in all processes what the first one answers; the others are not asked."""
+    if not is_distributed():
+        return question()
+    box = [question() if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
 
 
 def wait_for_all() -> None:

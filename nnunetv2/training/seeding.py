@@ -1,8 +1,13 @@
-"""Make trainings repeat: the environment variable nnUNet_seed, an extension of this package."""
+"""Make trainings repeat: the environment variable nnUNet_seed, an extension of this package.
+
+The option `--seed` sets it for one training.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SEED_VARIABLE = "nnUNet_seed"
 
@@ -19,6 +24,24 @@ def seed_from_environment() -> int | None:
     if not text.isdecimal() or int(text) >= 2**32:
         raise ValueError(f"{SEED_VARIABLE} is {text!r}: set it to a whole number from 0 to {2**32 - 1}, or unset it")
     return int(text)
+
+
+def use_seed(seed: int) -> None:
+    """Let this process, and those that it starts, train with a seed from now on."""
+    os.environ[SEED_VARIABLE] = str(seed)
+
+
+@contextmanager
+def seed_restored() -> Iterator[None]:
+    """Take back, at the end of the block, what `use_seed` has set in it."""
+    before = os.environ.get(SEED_VARIABLE)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(SEED_VARIABLE, None)
+        else:
+            os.environ[SEED_VARIABLE] = before
 
 
 def seed_epoch(epoch: int, rank: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training.options import BEFORE_RESULTS_NAME, check_results_name
 
 if TYPE_CHECKING:
     from nnunetv2.plans.plans_manager import PlansManager
@@ -26,8 +27,20 @@ class Folders:
     """Where the previous stage of a cascade left its segmentations; None without a cascade."""
 
 
-def locate_folders(plans: PlansManager, configuration: str, fold: int | str, trainer_name: str) -> Folders:
-    """Derive the folders of a training from what it trains."""
+def locate_folders(
+    plans: PlansManager, configuration: str, fold: int | str, trainer_name: str, results_name: str | None = None
+) -> Folders:
+    """Derive the folders of a training from what it trains.
+
+    Args:
+        results_name: Keeps the results of several settings of one trainer apart. The stages of a cascade have the same.
+
+    Raises:
+        OptionError: No folder can be called so.
+    """
+    if results_name:
+        check_results_name(results_name)
+        trainer_name = f"{trainer_name}{BEFORE_RESULTS_NAME}{results_name}"
     description = plans.get_configuration(configuration)
     dataset, previous = plans.dataset_name, description.previous_stage_name
 

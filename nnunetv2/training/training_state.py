@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.models.networks import adapt_weight_names, bare_network
 from nnunetv2.training.optimization import load_optimizer_state_, portable_optimizer_state
+from nnunetv2.training.options import CHECKPOINT_KEY
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -21,6 +22,7 @@ def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
     The names of weights are those of the bare network, without the prefixes of DDP and torch.compile.
     """
     scaler = trainer.grad_scaler
+    options = trainer.training_options.lasting()
     return {
         "network_weights": bare_network(trainer.network).state_dict(),
         "optimizer_state": portable_optimizer_state(trainer.optimizer),
@@ -31,6 +33,8 @@ def describe_state(trainer: nnUNetTrainer) -> dict[str, Any]:
         "init_args": _describe_construction(trainer),
         "trainer_name": type(trainer).__name__,
         "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+        **({CHECKPOINT_KEY: options} if options else {}),
+        **({"stopped": trainer.stopped} if trainer.stopped else {}),
     }
 
 

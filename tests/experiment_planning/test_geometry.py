@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from nnunetv2.experiment_planning.experiment_planners.case_geometry import ListedGeometry
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
     coarsest_axis_first,
@@ -14,18 +15,26 @@ from nnunetv2.experiment_planning.experiment_planners.geometry import (
 
 def test_target_is_the_median_spacing():
     spacings, shapes = np.array([[1, 0.8, 0.8], [3, 1, 1], [2, 0.9, 0.9]]), np.array([[50, 60, 70]] * 3)
-    assert median_target_spacing(spacings, shapes, 3).tolist() == [2, 0.9, 0.9]
+    assert median_target_spacing(ListedGeometry(spacings, shapes), 3).tolist() == [2, 0.9, 0.9]
 
 
 def test_thick_few_slices_take_the_tenth_percentile():
     spacings = np.array([[10, 1.5, 1.5]] * 6 + [[5, 1.5, 1.5]] * 4)
-    assert median_target_spacing(spacings, np.array([[9, 256, 216]] * 10), 3).tolist() == [5, 1.5, 1.5]
-    assert median_target_spacing(spacings, np.array([[90, 256, 216]] * 10), 3).tolist() == [10, 1.5, 1.5]
+    assert median_target_spacing(ListedGeometry(spacings, np.array([[9, 256, 216]] * 10)), 3).tolist() == [5, 1.5, 1.5]
+    assert median_target_spacing(ListedGeometry(spacings, np.array([[90, 256, 216]] * 10)), 3).tolist() == [
+        10,
+        1.5,
+        1.5,
+    ]
 
 
 def test_coarsest_axis_stays_the_coarsest():
     spacings = np.array([[10, 1.5, 1.25]] * 8 + [[1, 1.5, 1.25]] * 2)
-    assert median_target_spacing(spacings, np.array([[9, 256, 216]] * 10), 3).tolist() == [1.50001, 1.5, 1.25]
+    assert median_target_spacing(ListedGeometry(spacings, np.array([[9, 256, 216]] * 10)), 3).tolist() == [
+        1.50001,
+        1.5,
+        1.25,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,7 @@ def test_coarsest_axis_goes_first_and_back(spacing, forward, backward):
 
 
 def test_median_shape_is_that_after_resampling():
-    shape = median_resampled_shape([(2, 1, 1), (4, 1, 1)], [(10, 20, 30), (10, 21, 30)], (2, 1, 1))
+    shape = median_resampled_shape(ListedGeometry([(2, 1, 1), (4, 1, 1)], [(10, 20, 30), (10, 21, 30)]), (2, 1, 1))
     assert shape.tolist() == [15, 20.5, 30]
 
 

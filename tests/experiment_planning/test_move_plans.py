@@ -1,9 +1,11 @@
 """Plans of one dataset for another."""
 
 import json
+import logging
 
 import pytest
 
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
 from nnunetv2.experiment_planning.plans_for_pretraining import move_plans_between_datasets as moving
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import (
     move_plans_between_datasets,
@@ -74,4 +76,29 @@ def test_missing_plans_are_named(target):
 def test_other_channels_are_pointed_out(make_scans, make_case, target, caplog):
     make_scans({"a": make_case(num_channels=2)}, number=3)
     move_plans_between_datasets(9, 3, "nnUNetPlans")
-    assert "Dataset003_Scans has 2 channel(s), the plans are for 1" in caplog.text
+    assert "Dataset003_Scans has 2 channel(s), the plans are for 1, and there is no" in caplog.text
+    assert "dataset_fingerprint.json to adapt their normalization by" in caplog.text
+
+
+def test_channels_that_are_known_keep_their_normalization(make_scans, make_case, target, roots, caplog):
+    caplog.set_level(logging.INFO)
+    raw = make_scans({"a": make_case(num_channels=2)}, number=3)
+    description = json.loads((raw / "dataset.json").read_text())
+    description["channel_names"] = {"0": "MRI", "1": "CT"}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    source, new = (roots["nnUNet_preprocessed"] / name for name in ("Dataset009_Source", raw.name))
+    plans = json.loads(json.dumps(PLANS))
+    for configuration in ("2d", "3d_fullres"):
+        plans["configurations"][configuration]["use_mask_for_norm"] = [True]
+    (source / "nnUNetPlans.json").write_text(json.dumps(plans))
+    (source / "dataset.json").write_text(json.dumps({**description, "channel_names": {"0": "CT"}}))
+    extract_fingerprints([3], num_processes=1)
+    move_plans_between_datasets(9, 3, "nnUNetPlans")
+    moved = json.loads((new / "nnUNetPlans.json").read_text())
+    measured = json.loads((new / "dataset_fingerprint.json").read_text())["foreground_intensity_properties_per_channel"]
+    assert moved["foreground_intensity_properties_per_channel"] == {"0": measured["0"], "1": {"mean": 3.0}}
+    for name in ("2d", "3d_fullres"):
+        assert moved["configurations"][name]["normalization_schemes"] == ["ZScoreNormalization", "CTNormalization"]
+        assert moved["configurations"][name]["use_mask_for_norm"] == [False, True]
+    assert moved["configurations"]["mine"] == {"inherits_from": "2d"}
+    assert "Normalization as it was: CT; chosen and measured anew: MRI" in caplog.text

@@ -171,11 +171,18 @@ class LocalFederation:
     def credential(self, site: str) -> SiteCredential:
         """Let a site join, the first time, and return its credential."""
         if site not in self._credentials:
-            secret = self.invitations()[site]
-            path = self.coordinator.state.store.folder / f"credential.{site}.json"
-            join(Invitation(self.url, self.coordinator.settings.federation, site, secret), path=path)
-            self._credentials[site] = load_credential(path)
+            join(self.invitation(site), path=self.credential_file(site))
+            self._credentials[site] = load_credential(self.credential_file(site))
         return self._credentials[site]
+
+    def credential_file(self, site: str) -> Path:
+        return self.coordinator.state.store.folder / f"credential.{site}.json"
+
+    def invitation(self, site: str) -> Invitation:
+        """Return the invitation that a site has not used."""
+        secret, federation = self.invitations()[site], self.coordinator.settings.federation
+        is_secure = self.coordinator.members.needs_identity(site)
+        return Invitation(self.url, federation, site, secret, secure=is_secure)
 
     def client(self, site: str, lines: list[str] | None = None, **options) -> HttpTransport:
         return make_client(self.credential(site), lines, **options)

@@ -15,10 +15,12 @@ DATASET = {
 METRICS = ("val_losses", "dice_per_class_or_region")
 
 
-def make_documents(**options) -> list[Disclosure]:
+def make_documents(*, is_masked: bool = False, **options) -> list[Disclosure]:
     return [
-        *planning_documents(DATASET, 7, plans=make_plans(), **options),
-        *training_documents(make_registration(), metrics=METRICS, later_metrics=METRICS, num_classes=2),
+        *planning_documents(DATASET, 7, plans=make_plans(), is_masked=is_masked, **options),
+        *training_documents(
+            make_registration(), metrics=METRICS, later_metrics=METRICS, num_classes=2, is_masked=is_masked
+        ),
     ]
 
 

@@ -77,7 +77,8 @@ def test_a_documented_trainer_trains(documented, name):
 def test_pretrained_weights_are_loaded_and_a_frozen_encoder_stays(documented):
     first = documented("nnUNetTrainerShort")
     first.run_training()
-    second = documented("nnUNetTrainerDecoderOnly")
+    second = documented("nnUNetTrainerFineTune")
+    second.freeze_patterns = ("encoder",)
     second.initialize()
     load_pretrained_weights(second.network, f"{first.output_folder}/checkpoint_final.pth")
     pretrained = {name: weights.clone() for name, weights in second.network.state_dict().items()}

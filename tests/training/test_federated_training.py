@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -15,6 +17,7 @@ from patience import PATIENCE_S
 from nnunetv2.federated.errors import NonFiniteError, RefusedError, ShortEpochError
 from nnunetv2.federated.privacy.min_cases import DEFAULT
 from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -32,6 +35,8 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg impo
 from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training import OverlappedTraining, catch_up
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match
+from nnunetv2.training.options import OptionError, TrainingOptions
+from nnunetv2.training.stopping import listening
 
 
 class Tied(torch.nn.Module):
@@ -186,6 +191,7 @@ class Transport:
     [
         (MemoryError("case_17"), [("3d_fullres.fold_0.Failing", 5, "OutOfMemoryError")]),
         (FirstProcessError("process 0 of this site failed"), []),
+        (OptionError("--epochs 5 contradicts the federation"), []),
     ],
 )
 def test_every_process_reports_what_went_wrong_in_it(error, reports):
@@ -209,6 +215,26 @@ def test_every_process_reports_what_went_wrong_in_it(error, reports):
     with pytest.raises(type(error)):
         trainer.run_training()
     assert transport.reports == reports
+
+
+def test_an_option_that_contradicts_the_federation_changes_nothing():
+    trainer, _ = make_trainer(0)
+    trainer.num_epochs, trainer.training_options = 1000, TrainingOptions(epochs=5)
+    with pytest.raises(OptionError, match="--epochs 5 contradicts federation F"):
+        trainer.apply_settings(FederationSettings(federation="F", sites=("a", "b"), num_epochs=40))
+    assert trainer.num_epochs == 1000
+
+
+def test_a_signal_stops_no_site_and_is_answered_once():
+    trainer, _ = make_trainer(0)
+    lines = []
+    trainer.log_line = lines.append
+    with listening():
+        assert not trainer._has_to_stop() and not lines
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not trainer._has_to_stop() and not trainer._has_to_stop()
+    (line,) = lines
+    assert "SIGUSR1 does not stop this training" in line and "nnUNetv2_fed_leave" in line
 
 
 # ------------------------------------------------------------------------------------- what happens during an epoch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nnunetv2.utilities.durations import format_duration
+from nnunetv2.utilities.durations import format_duration, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,17 @@ from nnunetv2.utilities.durations import format_duration
 )
 def test_durations_are_short(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90m", 5400), ("90 min", 5400), ("1h30m", 5400), ("1d 2h", 93_600), ("0.5h", 1800), ("45s", 45)],
+)
+def test_typed_durations_are_read(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["90", "", "m", "1x", "1h30", "-1h", "1.2.3h", "1h,5m", "01:30:00"])
+def test_durations_without_units_are_refused(text):
+    with pytest.raises(ValueError, match="90m or 1h30m"):
+        parse_duration(text)

@@ -18,7 +18,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import (
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint import compute_fingerprint
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessed_data.bad_cases import list_training_cases
-from nnunetv2.preprocessed_data.fingerprint_files import FINGERPRINT_FILE
+from nnunetv2.preprocessed_data.fingerprint_files import FINGERPRINT_FILE, count_cases
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import read_json
@@ -173,11 +173,11 @@ class DatasetFingerprintExtractor:
 
     def _load(self, file: Path) -> dict:
         fingerprint = read_json(file)
-        if len(fingerprint["spacings"]) != self.count_cases():
+        if count_cases(fingerprint) != self.count_cases():
             logger.warning(
                 "%s describes %d cases, the dataset has %d now. Run again with --clean to renew it.",
                 file,
-                len(fingerprint["spacings"]),
+                count_cases(fingerprint),
                 self.count_cases(),
             )
         return fingerprint

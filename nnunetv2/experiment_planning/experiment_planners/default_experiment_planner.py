@@ -17,6 +17,8 @@ import numpy as np
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.errors import InvalidInputError
 from nnunetv2.experiment_planning.experiment_planners.architecture import class_to_build, describe_unet, load_class
+from nnunetv2.experiment_planning.experiment_planners.case_geometry import geometry_of
+from nnunetv2.experiment_planning.experiment_planners.channel_normalization import choose_normalization
 from nnunetv2.experiment_planning.experiment_planners.geometry import (
     coarsen,
     coarsest_axis_first,
@@ -43,8 +45,6 @@ from nnunetv2.utilities.json_files import read_json
 logger = logging.getLogger(__name__)
 
 NO_LIMIT = 999999
-# Below this share of voxels after cropping, statistics of the whole image would describe its empty border.
-MASK_NORM_BELOW = 0.75
 
 
 class ExperimentPlanner:
@@ -179,26 +179,17 @@ class ExperimentPlanner:
         """Return the spacing of 3d_fullres in array order, before transposition."""
         if self.overwrite_target_spacing is not None:
             return np.array(self.overwrite_target_spacing)
-        return median_target_spacing(
-            np.vstack(self.dataset_fingerprint["spacings"]),
-            np.vstack(self.dataset_fingerprint["shapes_after_crop"]),
-            self.anisotropy_threshold,
-        )
+        return median_target_spacing(geometry_of(self.dataset_fingerprint), self.anisotropy_threshold)
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
         """Return per channel the normalization, and whether it leaves the border at 0.
 
         Channels in the order of dataset.json.
         """
-        from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
-
-        schemes = [get_normalization_scheme(name) for name in self._channel_names().values()]
-        is_mostly_border = self.dataset_fingerprint["median_relative_size_after_cropping"] < MASK_NORM_BELOW
-        use_mask = [
-            is_mostly_border and scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
-            for scheme in schemes
-        ]
-        return [scheme.__name__ for scheme in schemes], use_mask
+        chosen = choose_normalization(
+            self._channel_names().values(), self.dataset_fingerprint["median_relative_size_after_cropping"]
+        )
+        return [scheme for scheme, _ in chosen], [use_mask for _, use_mask in chosen]
 
     def determine_transpose(self) -> tuple[list[int], list[int]]:
         """Return the order of axes that puts the coarsest first, and the way back."""
@@ -333,9 +324,9 @@ class ExperimentPlanner:
         dataset.json is written too.
         """
         forward, backward = (list(map(int, order)) for order in self.determine_transpose())
-        spacings, shapes = self.dataset_fingerprint["spacings"], self.dataset_fingerprint["shapes_after_crop"]
+        geometry = geometry_of(self.dataset_fingerprint)
         target = np.asarray(self.determine_fullres_target_spacing())
-        median_shape = median_resampled_shape(spacings, shapes, target)[forward]
+        median_shape = median_resampled_shape(geometry, target)[forward]
         configurations = self._plan_configurations(target[forward], median_shape)
         for hint in (describe_flat_axes(median_shape, forward), *find_too_small(configurations).values()):
             if hint is not None:
@@ -347,8 +338,8 @@ class ExperimentPlanner:
         plans = {
             "dataset_name": str(self.dataset_name),
             "plans_name": self.plans_identifier,
-            "original_median_spacing_after_transp": [float(s) for s in np.median(spacings, axis=0)[forward]],
-            "original_median_shape_after_transp": [int(round(s)) for s in np.median(shapes, axis=0)[forward]],
+            "original_median_spacing_after_transp": [float(s) for s in geometry.median_spacing()[forward]],
+            "original_median_shape_after_transp": [int(round(s)) for s in geometry.median_shape()[forward]],
             "image_reader_writer": self.determine_reader_writer().__name__,
             "transpose_forward": forward,
             "transpose_backward": backward,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.errors import InvalidInputError
+from nnunetv2.experiment_planning.experiment_planners.case_geometry import FingerprintWithoutLists
 from nnunetv2.preprocessed_data.bad_cases import load_bad_cases
-from nnunetv2.preprocessed_data.fingerprint_files import has_pooled_fingerprint
+from nnunetv2.preprocessed_data.fingerprint_files import GEOMETRY_STATISTICS, LISTS, count_cases, has_pooled_fingerprint
 from nnunetv2.utilities.json_files import read_json
 
 
@@ -24,7 +25,9 @@ def read_fingerprint(preprocessed_folder: Path) -> dict[str, Any]:
         raise RuntimeError(
             f"{file} is missing. Run nnUNetv2_extract_fingerprint (or nnUNetv2_plan_and_preprocess) first"
         )
-    return read_json(file, required={"spacings": list, "shapes_after_crop": list})
+    if GEOMETRY_STATISTICS in read_json(file):
+        return FingerprintWithoutLists(read_json(file, required={GEOMETRY_STATISTICS: dict}))
+    return read_json(file, required=dict.fromkeys(LISTS, list))
 
 
 def count_training_cases(
@@ -38,7 +41,7 @@ def count_training_cases(
         InvalidInputError: dataset.json gives none.
     """
     if has_pooled_fingerprint(preprocessed_folder) or load_bad_cases(preprocessed_folder):
-        return len(fingerprint["spacings"])  # one entry per case: else the sites' plans would differ
+        return count_cases(fingerprint)  # as many as it describes: else the sites' plans would differ
     if "numTraining" not in dataset_json:
         raise InvalidInputError(f"dataset.json of {dataset_name} lacks numTraining, the number of training cases")
     return dataset_json["numTraining"]

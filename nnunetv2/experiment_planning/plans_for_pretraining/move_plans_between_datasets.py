@@ -27,7 +27,8 @@ def move_plans_between_datasets(
     """Write the plans of the source dataset to the preprocessed folder of the target dataset.
 
     The reader is chosen for the images of the target. All else stays, the intensities of the source among it, since the
-    network has learned with them. An existing file of the target's name is replaced.
+    network has learned with them; only another number of channels needs normalizations of its own, see
+    `other_channels.py`. An existing file of the target's name is replaced.
 
     Args:
         source_plans_identifier: Name of the plans of the source.
@@ -62,7 +63,9 @@ def move_plans_between_datasets(
         source_name=source_plans_identifier,
         target_name=target_plans_identifier,
     )
-    plans["image_reader_writer"] = _determine_reader(raw_folder, plans)
+    dataset_json = read_json(raw_folder / "dataset.json")
+    plans = _fit_to_channels(plans, dataset_json, source_folder=plans_file.parent, target_folder=target_folder)
+    plans["image_reader_writer"] = _determine_reader(raw_folder, dataset_json)
     target_folder.mkdir(parents=True, exist_ok=True)
     if not (target_folder / "dataset.json").is_file():  # preprocessing goes by it; planning would have copied it
         shutil.copy(raw_folder / "dataset.json", target_folder / "dataset.json")
@@ -96,14 +99,55 @@ def rename_data_identifier(identifier: str, source_name: str, target_name: str) 
     return f"{target_name}_{identifier}"
 
 
-def _determine_reader(raw_folder: Path, plans: dict[str, Any]) -> str:
+def _fit_to_channels(
+    plans: dict[str, Any], dataset_json: dict[str, Any], *, source_folder: Path, target_folder: Path
+) -> dict[str, Any]:
+    """Adapt plans to another number of channels, or say what is missing for that."""
+    from nnunetv2.experiment_planning.plans_for_pretraining.other_channels import adapt_channels
+
+    new = _channel_names(dataset_json)
+    planned = {
+        len(configuration["normalization_schemes"])
+        for configuration in plans["configurations"].values()
+        if "normalization_schemes" in configuration
+    }
+    if planned == {len(new)}:
+        return plans
+    differ = f"{target_folder.name} has {len(new)} channel(s), the plans are for {', '.join(map(str, sorted(planned)))}"
+    fingerprint, source = target_folder / "dataset_fingerprint.json", source_folder / "dataset.json"
+    missing = next((path for path in (fingerprint, source) if not path.is_file()), None)
+    if missing is not None:
+        logger.warning(
+            "%s, and there is no %s to adapt their normalization by (nnUNetv2_extract_fingerprint makes fingerprints)",
+            differ,
+            missing,
+        )
+        return plans
+    old = _channel_names(read_json(source))
+    if planned != {len(old)}:
+        logger.warning("%s, and %s names %d: its normalization is not adapted", differ, source, len(old))
+        return plans
+    known = [name for name in new if name in old]
+    logger.info(
+        "%s. Normalization as it was: %s; chosen and measured anew: %s",
+        differ,
+        ", ".join(known) or "of none",
+        ", ".join(name for name in new if name not in old) or "of none",
+    )
+    return adapt_channels(plans, old=old, new=new, fingerprint=read_json(fingerprint))
+
+
+def _channel_names(dataset_json: dict[str, Any]) -> list[str]:
+    names = dataset_json["channel_names" if "channel_names" in dataset_json else "modality"]
+    return [names[key] for key in sorted(names, key=int)]
+
+
+def _determine_reader(raw_folder: Path, dataset_json: dict[str, Any]) -> str:
     from nnunetv2.errors import InvalidInputError
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.paths import nnUNet_preprocessed
     from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 
-    dataset_json = read_json(raw_folder / "dataset.json")
-    _warn_of_other_channels(dataset_json, plans, raw_folder.name)
     dataset = list_training_cases(raw_folder, Path(nnUNet_preprocessed) / raw_folder.name, dataset_json)
     if not dataset:
         raise InvalidInputError(f"{raw_folder} has no training images")
@@ -111,23 +155,6 @@ def _determine_reader(raw_folder: Path, plans: dict[str, Any]) -> str:
     return determine_reader_writer_from_dataset_json(
         dataset_json, example, allow_nonmatching_filename=True, verbose=False
     ).__name__
-
-
-def _warn_of_other_channels(dataset_json: dict[str, Any], plans: dict[str, Any], target: str) -> None:
-    channels = len(dataset_json["channel_names" if "channel_names" in dataset_json else "modality"])
-    planned = {
-        len(configuration["normalization_schemes"])
-        for configuration in plans["configurations"].values()
-        if "normalization_schemes" in configuration
-    }
-    if planned != {channels}:
-        logger.warning(
-            "%s has %d channel(s), the plans are for %s. A network can be fine-tuned only on images with "
-            "the same channels",
-            target,
-            channels,
-            ", ".join(map(str, sorted(planned))),
-        )
 
 
 def build_parser() -> ArgumentParser:

@@ -11,7 +11,7 @@ bins that hold the wanted ranks. Both are counts, which add up whatever the spli
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -155,7 +155,7 @@ def pool_histograms(histograms: Iterable[np.ndarray]) -> np.ndarray:
 
 def wanted_ranks(count: int) -> tuple[int, ...]:
     """Return the ranks, from 0, of sorted values that the percentiles need."""
-    return tuple(sorted({rank for percentile in PERCENTILES for rank in _neighbours(count, percentile)[:2]}))
+    return tuple(sorted({rank for percentile in PERCENTILES for rank in neighbours(count, percentile)[:2]}))
 
 
 def wanted_bins(coarse: np.ndarray) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ def wanted_bins(coarse: np.ndarray) -> tuple[int, ...]:
     count = int(coarse.sum())
     if count == 0:
         raise StatisticsError("no case of any site has foreground: there are no intensities to pool")
-    return tuple(sorted({_locate(coarse, rank)[0] for rank in wanted_ranks(count)}))
+    return tuple(sorted({locate(coarse, rank)[0] for rank in wanted_ranks(count)}))
 
 
 def pooled_percentiles(
@@ -192,13 +192,13 @@ def pooled_percentiles(
     dtype = np.float64 if promotes_to_float64 else np.float32
 
     def value_at(rank: int) -> np.float32 | np.float64:
-        number, rank_inside = _locate(coarse, rank)
-        place, _ = _locate(fine[rows[number]], rank_inside)
+        number, rank_inside = locate(coarse, rank)
+        place, _ = locate(fine[rows[number]], rank_inside)
         return dtype(key_values(np.array([number << 16 | place]))[0])
 
     def percentile(wanted: float) -> float:
-        low, high, fraction = _neighbours(int(coarse.sum()), wanted)
-        return _interpolate(value_at(low), value_at(high), fraction)
+        low, high, fraction = neighbours(int(coarse.sum()), wanted)
+        return interpolate(value_at(low), value_at(high), fraction)
 
     first, median, last = (percentile(wanted) for wanted in PERCENTILES)
     return first, median, last
@@ -274,29 +274,74 @@ def pool_fingerprint(
         (shape for summary in summaries for shape in summary.shapes),
     )
     promotes = any(summary.promotes_to_float64 for summary in summaries)
+    relative_sizes = [size for summary in summaries for size in summary.relative_sizes]
+    intensities = [
+        pooled_intensities(
+            channel,
+            merge_moments(summary.moments[channel] for summary in summaries),
+            coarse[channel],
+            fine[channel],
+            promotes_to_float64=promotes,
+            extrema=_extrema(channel, summaries),
+        )
+        for channel in range(len(coarse))
+    ]
+    return as_fingerprint(intensities, listed_geometry(spacings, shapes, relative_sizes))
+
+
+def as_fingerprint(intensities: Sequence[Mapping[str, float]], geometry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of dataset_fingerprint.json.
+
+    Args:
+        intensities: One per channel.
+        geometry: The fields that tell of the cases: `listed_geometry`, or statistics in the place of its lists.
+    """
+    by_channel = {str(channel): dict(properties) for channel, properties in enumerate(intensities)}
+    content = {"foreground_intensity_properties_per_channel": by_channel, **geometry}
+    return {name: content[name] for name in sorted(content)}
+
+
+def listed_geometry(
+    spacings: Iterable[Sequence[float]], shapes: Iterable[Sequence[int]], relative_sizes: Sequence[float]
+) -> dict[str, Any]:
+    """Return the fields of a fingerprint that list its cases, in the given order."""
     return {
-        "foreground_intensity_properties_per_channel": {
-            str(channel): _pool_channel(channel, summaries, coarse[channel], fine[channel], promotes)
-            for channel in range(len(coarse))
-        },
-        "median_relative_size_after_cropping": float(
-            np.median([size for summary in summaries for size in summary.relative_sizes])
-        ),
+        "median_relative_size_after_cropping": float(np.median(relative_sizes)),
         "shapes_after_crop": [list(shape) for shape in shapes],
         "spacings": [list(spacing) for spacing in spacings],
     }
 
 
-def _pool_channel(
-    channel: int, summaries: Sequence[SiteSummary], coarse: np.ndarray, fine: np.ndarray, promotes_to_float64: bool
-) -> dict[str, float]:
+def merge_moments(parts: Iterable[ChannelMoments]) -> Moments:
+    """Return the moments of all values together, whatever the order of the parts."""
     moments = Moments()
-    for part in sorted((summary.moments[channel] for summary in summaries), key=lambda m: (m.count, m.mean, m.m2)):
+    for part in sorted(parts, key=lambda one: (one.count, one.mean, one.m2)):
         moments = moments.merge(part)
+    return moments
+
+
+def pooled_intensities(
+    channel: int,
+    moments: Moments,
+    coarse: np.ndarray,
+    fine: np.ndarray,
+    *,
+    promotes_to_float64: bool,
+    extrema: tuple[float, float] | None = None,
+) -> dict[str, float]:
+    """Describe the values of one channel at all sites, as dataset_fingerprint.json does.
+
+    Args:
+        coarse, fine: As for `pooled_percentiles`.
+        extrema: Smallest and largest value; None for the outermost histogram bounds.
+
+    Raises:
+        StatisticsError: The numbers contradict each other, or are too large.
+    """
     if moments.count != int(coarse.sum()):
         raise StatisticsError(f"channel {channel}: moments and histograms do not describe the same values")
     low, median, high = pooled_percentiles(coarse, fine, promotes_to_float64=promotes_to_float64)
-    smallest, largest = _extrema(channel, summaries) or outermost_bounds(coarse)
+    smallest, largest = extrema or outermost_bounds(coarse)
     properties = {
         "max": largest,
         "mean": float(np.float32(moments.mean)),
@@ -321,8 +366,11 @@ def _extrema(channel: int, summaries: Sequence[SiteSummary]) -> tuple[float, flo
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
-def _neighbours(count: int, percentile: float) -> tuple[int, int, float]:
-    """Return the two ranks around a percentile and the fraction of the way between, as numpy's method linear."""
+def neighbours(count: int, percentile: float) -> tuple[int, int, float]:
+    """Return the two ranks around a percentile and the fraction between.
+
+    As numpy's method linear.
+    """
     position = (count - 1) * (percentile / 100)
     if position >= count - 1:
         return count - 1, count - 1, 0.0
@@ -330,8 +378,11 @@ def _neighbours(count: int, percentile: float) -> tuple[int, int, float]:
     return low, low + 1, position - low
 
 
-def _interpolate(low: np.floating, high: np.floating, fraction: float) -> float:
-    """Go from low to high with numpy's arithmetic: the difference in the values' dtype, the rest in float64."""
+def interpolate(low: np.floating, high: np.floating, fraction: float) -> float:
+    """Interpolate with numpy's arithmetic.
+
+    The difference in the values' dtype, the rest in float64.
+    """
     with np.errstate(over="ignore"):
         difference = float(high - low)
     if fraction >= 0.5:
@@ -339,7 +390,7 @@ def _interpolate(low: np.floating, high: np.floating, fraction: float) -> float:
     return float(low) + difference * fraction
 
 
-def _locate(histogram: np.ndarray, rank: int) -> tuple[int, int]:
+def locate(histogram: np.ndarray, rank: int) -> tuple[int, int]:
     """Return the bin that holds a rank, and the rank inside that bin."""
     cumulative = np.cumsum(histogram)
     number = int(np.searchsorted(cumulative, rank, side="right"))

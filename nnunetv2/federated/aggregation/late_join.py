@@ -39,6 +39,7 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
         update={
             "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
             "coverage": {**match.coverage, site: (count, total)},
+            "keys": match.keys if registration.keys is None else {**match.keys, site: registration.keys},
             "shared": {
                 name: {**sites, site: names[name]} if name in names else sites for name, sites in match.shared.items()
             },
@@ -77,6 +78,7 @@ def with_site(match: Match, admitted: Match, site: str) -> Match:
         update={
             "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
             "coverage": {**match.coverage, site: admitted.coverage[site]},
+            "keys": {**match.keys, **({site: admitted.keys[site]} if site in admitted.keys else {})},
             "shared": {
                 name: {**sites, site: admitted.shared[name][site]} if site in admitted.shared[name] else sites
                 for name, sites in match.shared.items()

@@ -36,6 +36,8 @@ PERCENTILE_SHARE = 400
 """One value of so many is half of what lies beyond the outer percentiles: no more are hidden."""
 FEWER = 10
 """By how much fewer are hidden, step by step, where a wanted bin lies at an end."""
+MOST_LOOKS = 20
+"""How often a site lets the coordinator look into bins: honest ones need one look, seldom two or three."""
 CELLS = 8
 """The round numbers are multiples of the next power of two above all absolute values, divided by so many."""
 

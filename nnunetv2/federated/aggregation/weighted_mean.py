@@ -152,7 +152,7 @@ def aggregate_documents(
         )
         return mean.reshape(specs[name].shape)
 
-    digest = _write(out_path, message, specs, value_of)
+    digest = write_computed(out_path, message, specs, value_of)
     return Aggregated(digest, comparison.changes(), kept)
 
 
@@ -192,7 +192,7 @@ def collect_from_owners(
         if site not in documents or name not in documents[site].specs:
             raise AggregationError(f"site {site} has not contributed tensor {name}, which it owns")
     specs = {name: documents[site].specs[name] for name, site in owners.items()}
-    return _write(out_path, message, specs, lambda name: documents[owners[name]].read(name))
+    return write_computed(out_path, message, specs, lambda name: documents[owners[name]].read(name))
 
 
 def _mean(
@@ -313,8 +313,14 @@ def _check_weights(weights: Sequence[float]) -> None:
             raise AggregationError(f"a weight must be positive and finite, got {weight}")
 
 
-def _write(path: Path, message: Message, specs: Mapping[str, TensorSpec], value_of: Callable[[str], np.ndarray]) -> str:
-    """Write a document whose tensors are computed by a few threads, slightly ahead of what is written."""
+def write_computed(
+    path: Path, message: Message, specs: Mapping[str, TensorSpec], value_of: Callable[[str], np.ndarray]
+) -> str:
+    """Write a document whose tensors a few threads compute, slightly ahead of the writing.
+
+    Args:
+        value_of: Returns a tensor by its name; an AggregationError of it will name the tensor.
+    """
     ordered = {name: specs[name] for name in sorted(specs)}
 
     def named_value_of(name: str) -> np.ndarray:

@@ -28,6 +28,7 @@ RUN_ACTIONS = {
     "stop": "end a run with its last closed round",
     "reset": "forget a run in which no round has been closed, so that the sites can register anew",
     "proceed": "close what a run waits for with the contributions that there are",
+    "abandon": "close the open round of a run whose updates are masked with the average before, without any of them",
 }
 
 
@@ -62,7 +63,7 @@ def revoke(credential: SiteCredential, arguments: argparse.Namespace) -> None:
 
 
 def steer(credential: SiteCredential, arguments: argparse.Namespace) -> None:
-    """Pause, resume, stop, reset or proceed with a run."""
+    """Pause, resume, stop, reset or proceed with a run, or abandon its open round."""
     from nnunetv2.federated.protocol.api import RunAction, RunState
 
     action = RunAction(action=arguments.command, gathering=arguments.gathering)

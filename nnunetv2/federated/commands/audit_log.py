@@ -155,6 +155,7 @@ def _describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
         "late": "{key}, {seconds:.1f} s late",
         "refusal": "{key}: {message}",
         "fetch": "the model of {key}",
+        "rehearsal": "{bytes} bytes without content, not kept",
     }.get(kind)
     if about is not None:
         return about.format(key=key, **detail)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nnunetv2.federated.commands.api_client import OPERATOR_FILE
 from nnunetv2.federated.coordinator.http.listen_address import (
@@ -27,6 +27,7 @@ from nnunetv2.federated.coordinator.http.listen_address import (
     tls_options,
 )
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.protocol.invitation import check_site_name
 from nnunetv2.federated.site.credential import SiteCredential, new_token, save_credential
 from nnunetv2.utilities.plain_text import shell_command, show
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from nnunetv2.federated.coordinator.http.endpoint import Endpoint
     from nnunetv2.federated.coordinator.http.tls import Certificate
     from nnunetv2.federated.coordinator.service import Coordinator
-    from nnunetv2.federated.coordinator.storage.store import InvitationRecord, Store
-    from nnunetv2.federated.protocol.api import FederationSettings
+    from nnunetv2.federated.coordinator.storage.store import Store
+    from nnunetv2.federated.protocol.api import FederationSettings, Secure
 
 DEFAULT_EPOCHS = 1000
 DEFAULT_SITES = ("site1", "site2", "site3")
@@ -62,6 +63,8 @@ SETTINGS_OF_OPTIONS = {
     "late_updates": "late_updates",
     "validate_every": "validate_every",
     "min_sites": "min_sites",
+    "secure": "secure",
+    "geometry": "geometry",
 }
 
 
@@ -175,7 +178,22 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="no statistics, round or tensor is ever averaged over "
         "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
-        "compute each other's part of what only they have: take 3 where you can (default: 2)",
+        "compute each other's part of what only they have: take 3 where you can (default: 2; --secure: K)",
+    )
+    what.add_argument(
+        "--secure",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="K",
+        help="mask updates and statistics, so that this coordinator learns sums of K sites or more only, and no single "
+        "contribution; for 3 to 64 sites, needs the library cryptography (default: in clear; K is 3)",
+    )
+    what.add_argument(
+        "--geometry",
+        choices=("list", "quantiles"),
+        help="with --secure, what is told of spacings and shapes when sites plan: those of all cases, of nobody in "
+        "particular, or order statistics only, which planners of other packages may not read (default: list)",
     )
     return parser
 
@@ -188,9 +206,41 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
         for option, value in vars(arguments).items()
         if option in SETTINGS_OF_OPTIONS and value is not None
     }
+    if "secure" in given:
+        given["secure"] = secure_settings(arguments)
     if "sites" in given:
         given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))
     return given
+
+
+def secure_settings(arguments: argparse.Namespace) -> Secure:
+    """Return how updates are masked, as the command line says."""
+    from nnunetv2.federated.protocol.api import Secure
+    from nnunetv2.federated.protocol.strict_json import validated
+
+    require_cryptography("--secure")
+    return validated(lambda: Secure(k=arguments.secure), "--secure")
+
+
+def with_geometry(given: dict[str, object], stored: Secure | None) -> dict[str, object]:
+    """Return the given settings with `--geometry` as a part of `--secure`.
+
+    Where it is not given, it stays as it is.
+
+    Raises:
+        FederationError: It is given without `--secure`.
+    """
+    given = dict(given)
+    geometry = given.pop("geometry", None)
+    if "secure" not in given:
+        if geometry is not None:
+            raise FederationError(
+                f"--geometry {geometry} needs --secure: in clear, the coordinator sees spacings and shapes of each site"
+            )
+        return given
+    secure = cast("Secure", given["secure"])
+    told = geometry or ("list" if stored is None else stored.geometry)
+    return {**given, "secure": secure.model_copy(update={"geometry": told})}
 
 
 def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
@@ -200,6 +250,8 @@ def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
 
     if "sites" not in given:
         given = {**given, "sites": ask_for_sites(folder)}
+    if (k := getattr(given.get("secure"), "k", None)) is not None:
+        given = {"min_sites": k, **given}
     values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
     settings = validated(lambda: FederationSettings.model_validate(values), "the command line")
     check_settings(settings)
@@ -228,6 +280,7 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
 
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
+    from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
     from nnunetv2.federated.protocol.api import check_floor, check_late_updates, check_quorum, check_rounds
 
     num_sites = len(settings.sites)
@@ -239,6 +292,7 @@ def check_settings(settings: FederationSettings) -> None:
     check_floor(settings)
     check_late_updates(settings)
     check_rounds(settings)
+    check_secure_settings(settings)
 
 
 def check_unchanged(
@@ -254,7 +308,7 @@ def check_unchanged(
     for name, value in given.items():
         present = getattr(stored, name)
         if value not in (present, getattr(first, name)):
-            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            was, wanted = map(_in_words, (present, value))
             raise FederationError(
                 f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
                 f"{wanted}: leave the option out, or start a new federation in another --folder"
@@ -267,11 +321,20 @@ def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> 
     for name, value in given.items():
         present = getattr(stored, name)
         if value != present:
-            was, wanted = (" ".join(v) if isinstance(v, tuple) else v for v in (present, value))
+            was, wanted = map(_in_words, (present, value))
             yield (
                 f"--{options[name].replace('_', '-')} {wanted} is that of the first start and has no effect: an "
                 f"operator has changed it to {was} since"
             )
+
+
+def _in_words(value: object) -> object:
+    """Return a setting as it is typed."""
+    from nnunetv2.federated.protocol.api import Secure
+
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return f"{value.k} --geometry {value.geometry}" if isinstance(value, Secure) else value
 
 
 def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
@@ -283,6 +346,7 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
     from nnunetv2.federated.protocol.api import FederationSettings
 
     settings = store.load_settings()
+    given = with_geometry(given, None if settings is None else settings.secure)
     if settings is None:
         settings = new_settings(given, store.folder)
         create_federation(store, settings, now=time.time())
@@ -291,6 +355,8 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
     check_unchanged(settings, FederationSettings.model_validate(first) if first else settings, given, store.folder)
     for line in describe_overruled(settings, given):
         log(line)
+    if settings.secure is not None:
+        require_cryptography("--secure")
     return settings
 
 
@@ -304,14 +370,18 @@ def log(line: str) -> None:
         show(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", flush=True)
 
 
-def print_invitations(invitations: Sequence[InvitationRecord], federation: str, endpoint: Endpoint) -> None:
+def print_invitations(coordinator: Coordinator, endpoint: Endpoint) -> None:
     """Print what every member that has not joined has to type."""
+    members, federation = coordinator.members, coordinator.settings.federation
+    invitations = members.open_invitations(time.time())
     with suppress(OSError):
         if invitations:
             show("Send each site its own line; a line is good for one site, once, until it expires:")
         for record in invitations:
             assert record.secret is not None, "an open invitation has its secret"
-            invitation = endpoint.invitation(federation, record.member, record.secret)
+            invitation = endpoint.invitation(
+                federation, record.member, record.secret, with_identity=members.needs_identity(record.member)
+            )
             show(f"  {record.member}:  {shell_command('nnUNetv2_fed_join', invitation)}")
         sys.stdout.flush()
 
@@ -346,7 +416,7 @@ def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             settings = coordinator.settings
-            print_invitations(coordinator.members.open_invitations(time.time()), settings.federation, endpoint)
+            print_invitations(coordinator, endpoint)
             log(
                 f"{settings.federation} with {', '.join(settings.sites)} is served at {endpoint.url}; "
                 f"folder {store.folder}"

@@ -53,6 +53,7 @@ def describe(documents: Sequence[Disclosure], credential: SiteCredential | None)
                 yield f"    tensor {name}  {spec}  {spec.nbytes:,} bytes"
     yield ""
     yield "Every request also carries the token of this site; the coordinator sees where it comes from, and when."
+    yield "nnUNetv2_fed_check sends random bytes besides, made for the purpose, to measure the line."
     yield "Images, segmentations, names of cases, paths and logs never leave."
 
 
@@ -75,6 +76,7 @@ def collect(
     trainer: str,
     plans_name: str,
     share_extrema: bool = False,
+    is_masked: bool = False,
     precision: Precision = "float32",
     pretrained_weights: Path | None = None,
 ) -> list[Disclosure]:
@@ -82,6 +84,7 @@ def collect(
 
     Args:
         configurations: Those to be trained. None given: all that the plans have, if there are plans.
+        is_masked: Whether the federation masks updates and statistics.
         pretrained_weights: Checkpoint that training is to start from.
 
     Raises:
@@ -105,12 +108,15 @@ def collect(
             f"{plans_file} is missing: plan first. Before, only what planning sends can be listed: "
             "leave out the configurations"
         )
-    documents = planning_documents(dataset_json, num_cases, plans=plans, share_extrema=share_extrema)
+    documents = planning_documents(
+        dataset_json, num_cases, plans=plans, share_extrema=share_extrema, is_masked=is_masked
+    )
     if plans is None:
         return documents
+    masked_in = roots[-1] if is_masked else None
     for configuration in configurations or plans["configurations"]:
         documents += _training_documents(
-            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights
+            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights, masked_in
         )
     return documents
 
@@ -123,7 +129,13 @@ def _training_documents(
     num_cases: int,
     precision: Precision,
     pretrained_weights: Path | None,
+    masked_in: Path | None,
 ) -> list[Disclosure]:
+    """Return the disclosures of one training.
+
+    Args:
+        masked_in: The preprocessed folder of the dataset, where the federation masks updates; else None.
+    """
     from nnunetv2.federated.site.planned_documents import training_documents
     from nnunetv2.training.nnUNetTrainer.variants.federated.dry_run import dry_run
 
@@ -134,6 +146,7 @@ def _training_documents(
         trainer_name=trainer,
         num_cases=num_cases,
         pretrained_weights=pretrained_weights,
+        masked_in=masked_in,
     )
     return training_documents(
         planned.registration,
@@ -141,6 +154,7 @@ def _training_documents(
         later_metrics=planned.later_metrics,
         num_classes=planned.num_classes,
         precision=precision,
+        is_masked=masked_in is not None,
     )
 
 
@@ -207,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer=arguments.tr,
         plans_name=arguments.p,
         share_extrema=arguments.share_extrema,
+        is_masked=credential is not None and credential.secure is not None,
         pretrained_weights=arguments.pretrained_weights,
         precision="float32" if credential is None else credential.precision or "float32",
     )

@@ -405,6 +405,19 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("nnUNet_simulation"),
         help="folder of the federation, the credentials and the logs (default: %(default)s)",
     )
+    parser.add_argument(
+        "--secure",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="K",
+        help="mask updates and statistics, so that the coordinator learns sums of K sites or more only (K: 3)",
+    )
+    parser.add_argument(
+        "--geometry",
+        choices=("list", "quantiles"),
+        help="with --secure, what is told of spacings and shapes: those of all cases, or order statistics (list)",
+    )
     parser.add_argument("--c", dest="continue_training", action="store_true", help="go on where an earlier run stopped")
     return parser
 
@@ -427,7 +440,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=arguments.device,
         federated_planning=None if arguments.skip_planning else arguments.federated,
         planning_options=shlex.split(arguments.planning_options),
-        coordinator_options=shlex.split(arguments.coordinator_options),
+        coordinator_options=[
+            *shlex.split(arguments.coordinator_options),
+            *([] if arguments.secure is None else ["--secure", str(arguments.secure)]),
+            *([] if arguments.geometry is None else ["--geometry", arguments.geometry]),
+        ],
         continue_training=arguments.continue_training,
     )
     show(f"All sites are done. Aggregates and models: {folder / 'coordinator'}. Logs: {folder / 'logs'}.")

@@ -74,7 +74,8 @@ def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Ite
     for exchange in waiting:
         if not exchange.key.startswith(f"runs/{state.run}/validations/"):  # which nobody waits for
             yield "  " + _describe_wait(exchange, _name_of(exchange.key, state.run), status.time)
-    is_begun = any(one.key == f"runs/{state.run}/rounds/{state.open_round}" for one in waiting)
+    of_round = {f"runs/{state.run}/{kind}/{state.open_round}" for kind in ("uploads", "survivors", "rounds")}
+    is_begun = any(one.key in of_round for one in waiting)
     if state.open_round is not None and not is_begun:
         since = "" if progress.last_closed is None else f" since {format_duration(status.time - progress.last_closed)}"
         yield f"  all train{since}: round {state.open_round}; nobody has sent an update yet"
@@ -130,6 +131,8 @@ def _name_of(key: str, run: str) -> str:
     rest = key.removeprefix(f"runs/{run}/").split("/")
     names = {
         "rounds": "round",
+        "uploads": "masked updates of round",
+        "survivors": "confirmations of round",
         "validations": "validation of round",
         "admissions": "admission of",
         "initial": "initial weights",

@@ -9,14 +9,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 
 from nnunetv2.federated.coordinator.members import Members
 from nnunetv2.federated.coordinator.models.model_store import ModelStore
 from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.errors import FederationError, RefusedError, reason_without_paths
-from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, close_with, may_close, refuse_with
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, may_close, refuse_with
 from nnunetv2.federated.exchanges.steps import step_of
-from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RoundKey, RunKey, ValidationKey
+from nnunetv2.federated.protocol.keys import (
+    InitialKey,
+    Key,
+    NumberedKey,
+    RoundKey,
+    RunKey,
+    SurvivorsKey,
+    UploadKey,
+    ValidationKey,
+    ValidationSurvivorsKey,
+    ValidationUploadKey,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +165,8 @@ class AggregationWorker:
         state.store.result_folder(exchange.key)
         self._remarks = ()
         try:
-            done = close_with(exchange, state.clock())
+            outcome = step_of(exchange.key).outcome(exchange, state.clock(), state.registry)
+            done = replace(exchange, outcome=outcome)
             computed = step_of(done.key).close(done, state.settings, state.documents)
         except FederationError as error:
             refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")
@@ -185,6 +198,18 @@ class AggregationWorker:
         if exchange.is_closed and exchange.policy.settles_members and isinstance(exchange.key, RunKey):
             run = exchange.key.run
             self._state.log(f"run {run}: {self._models.outlook(run)}")
+
+    def _forget_masked(self, run: str, number: int, *, results: bool) -> None:
+        """Delete what was masked for a round that is closed, and for validations that are."""
+        registry, store = self._state.registry, self._state.store
+        keys: list[Key] = [UploadKey(run, number), SurvivorsKey(run, number)]
+        if registry.is_closed(ValidationKey(run, number)):
+            keys += [ValidationUploadKey(run, number), ValidationSurvivorsKey(run, number)]
+        for key in keys:
+            if registry.has_begun(str(key)):
+                store.delete_contributions(key)
+                if results:
+                    store.delete_results(key)
 
     def tidy_up(self, run: str, *, after_crash: bool = False) -> None:
         """Write the models of a run that is over, and delete superseded documents.
@@ -220,6 +245,9 @@ class AggregationWorker:
         for number in recent if not after_crash else store.rounds_with_files(run):
             if number < latest:
                 store.delete_contributions(RoundKey(run, number))
+        for number in recent if not after_crash else range(latest):  # those of the last one are small, and in use
+            self._forget_masked(run, number, results=True)
+        self._forget_masked(run, latest, results=False)
         for number in range(max(0, latest - RECENT_ROUNDS), latest + 1):
             if registry.is_closed(ValidationKey(run, number)):  # its record stays
                 store.delete_contributions(ValidationKey(run, number))

@@ -6,6 +6,9 @@
 
 An invitation is good for one member, once, until it expires. A member that is invited again keeps its old token until
 it joins with the new invitation; then only the new token counts.
+
+Where sites aggregate securely, each brings the public part of its identity when it joins. The coordinator hands these
+out and remembers them, also of those that were revoked; that they are right is what the sites check among themselves.
 """
 
 from __future__ import annotations
@@ -127,7 +130,8 @@ class Members:
                     code="too_many_sites",
                 )
             if present is None or present.state == "revoked":
-                present = MemberRecord(name, role, "invited", None, now)
+                known = None if present is None else present.identity
+                present = MemberRecord(name, role, "invited", None, now, known)
             invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
             if role == "site" and name not in settings.sites:
                 settings = settings.model_copy(update={"sites": tuple(sorted((*settings.sites, name)))})
@@ -166,16 +170,20 @@ class Members:
                 event=self._state.event("revocation", by, None, {"member": name}),
             )
 
-    def join(self, invitation: str, token: str) -> tuple[Member, bool]:
+    def join(self, invitation: str, token: str, identity: str | None = None) -> tuple[Member, bool]:
         """Let a member join with the secret of its invitation.
 
         Repeating it with the same token changes nothing.
+
+        Args:
+            identity: Public part of the key that it signs with.
 
         Returns:
             Who it is, and whether it is new.
 
         Raises:
-            RefusedError: The invitation is not known, has expired, or was used with another token.
+            RefusedError: The invitation is not known, has expired, or was used with another token; an identity is
+                missing or not wanted, or that of another site.
         """
         name, token_hash, now = token.partition(".")[0], hash_secret(token), self._state.clock()
         with self._lock:
@@ -190,6 +198,12 @@ class Members:
                 )
             if record.token_hash is not None:
                 if record.token_hash == token_hash and member.token_hash == token_hash:
+                    if member.identity != identity:
+                        raise RefusedError(
+                            f"site {name} has joined with another identity",
+                            "Ask the coordinating site for a new invitation.",
+                            code="identity_changed",
+                        )
                     return Member(name, member.role), False
                 raise RefusedError(
                     f"the invitation of {member.role} {name} has been used already",
@@ -208,12 +222,62 @@ class Members:
                     "Join with --replace.",
                     code="token_reused",
                 )
+            self._check_identity(member, identity)
+            told = {} if identity is None else {"identity": identity}
+            if identity is not None and member.identity not in (None, identity):
+                told["identity_before"] = str(member.identity)
             self._state.save_members(
-                [replace(member, state="active", token_hash=token_hash, since=now)],
+                [replace(member, state="active", token_hash=token_hash, since=now, identity=identity)],
                 [replace(record, secret=None, token_hash=token_hash)],
-                event=self._state.event("join", name, None, {"role": member.role}),
+                event=self._state.event("join", name, None, {"role": member.role, **told}),
             )
             return Member(name, member.role), True
+
+    def needs_identity(self, name: str) -> bool:
+        """Return whether a member is a site of a federation that aggregates securely."""
+        return self._state.settings.secure is not None and self.role_of(name) == "site"
+
+    def identities(self) -> dict[str, str]:
+        """Return the identities of the sites that take part, by name."""
+        with self._lock:
+            return {
+                record.name: record.identity
+                for record in sorted(self._state.member_records.values(), key=lambda one: one.name)
+                if record.state == "active" and record.identity is not None
+            }
+
+    def identity_of(self, name: str) -> str | None:
+        """Return the last known identity of a member, also of one that was revoked."""
+        record = self._state.member_records.get(name)
+        return None if record is None else record.identity
+
+    def _check_identity(self, member: MemberRecord, identity: str | None) -> None:
+        """Raise RefusedError unless a member brings the identity that it needs, and nobody else's."""
+        if not self.needs_identity(member.name):
+            if identity is not None:
+                raise RefusedError(
+                    f"{member.role} {member.name} brings an identity, which nobody here asks for",
+                    "Ask the coordinating site for a new invitation.",
+                    code="invalid",
+                )
+            return
+        if identity is None:
+            raise RefusedError(
+                "this federation aggregates securely, for which each site brings an identity when it joins",
+                "Use matching versions of the software, and the invitation as it was sent.",
+                code="identity_missing",
+            )
+        others = [
+            one
+            for one in self._state.member_records.values()
+            if one.identity == identity and one.name != member.name and one.state != "revoked"
+        ]
+        if others:
+            raise RefusedError(
+                f"the identity of site {member.name} is that of site {others[0].name} already",
+                "Each site joins from a machine of its own, or with a file of its own in nnUNet_fed_site.",
+                code="identity_taken",
+            )
 
     def authenticate(self, token: str) -> Member:
         """Return the member that a bearer token belongs to.

@@ -3,6 +3,7 @@
 pause    contributions are taken, no round is closed      resume   rounds are closed again
 stop     the run is over with its last closed round       proceed  close an exchange with what there is
 reset    forget a run in which no round has been closed
+abandon  close the open round with the average before, where updates are masked and too few sites can unmask them
 leave    rounds do not wait for the site any more         return   they do again
 """
 
@@ -18,10 +19,18 @@ from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.coordinator.token_bucket import TokenBucket
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.exchange import is_enough
-from nnunetv2.federated.exchanges.steps import parse_key
+from nnunetv2.federated.exchanges.exchange import Closed, is_enough
+from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
-from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RegistrationKey, RoundKey, RunKey
+from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
+    InitialKey,
+    RegistrationKey,
+    RoundKey,
+    RunKey,
+    SurvivorsKey,
+    UploadKey,
+)
 from nnunetv2.utilities.plain_text import excerpt
 
 STATE_OF_ACTION: dict[str, Literal["paused", "running", "stopped"]] = {
@@ -48,6 +57,8 @@ def act(state: FederationState, run: str, action: api.RunAction, member: Member)
             _reset(state, run, name)
         elif action.action == "proceed":
             _proceed(state, run, action.gathering, name)
+        elif action.action == "abandon":
+            _abandon(state, run, name)
         else:
             _change(state, run, action.action, name)
         state.log(f"run {run}: {action.action} by {name}")
@@ -126,7 +137,7 @@ def _proceed(state: FederationState, run: str, exchange: str | None, name: str) 
         least = waiting[0].floor
         raise RefusedError(
             f"{key} cannot be closed with {', '.join(counted) or 'nobody'}: it needs at least {least} "
-            f"contribution{'' if least == 1 else 's (--min-sites)'}, and that of "
+            f"contribution{'' if least == 1 else f's ({_reason(state)})'}, and that of "
             f"{', '.join(sorted(waiting[0].required)) or 'nobody in particular'}",
             "Sites that have left or were revoked can come back: nnUNetv2_train ... --c, or invite them "
             "again. Else stop the run.",
@@ -138,11 +149,40 @@ def _proceed(state: FederationState, run: str, exchange: str | None, name: str) 
     state.set_control(run, control, _event(state, str(key), "proceed", name))
 
 
+def _reason(state: FederationState) -> str:
+    """Name the options from which the least number of contributions follows."""
+    return "--min-sites" if state.settings.secure is None else "--secure: so many unmask a sum, or are asked for"
+
+
 def _reset(state: FederationState, run: str, name: str) -> None:
     """Forget a run that has not begun, so that the sites can register anew."""
     if state.registry.latest_round(run) is not None:
         raise RefusedError(f"run {run} has closed rounds: it can be stopped, not forgotten", code="has_rounds")
     state.forget_run(run, _event(state, run, "reset", name))
+
+
+def _abandon(state: FederationState, run: str, name: str) -> None:
+    """Close the open round of a run without any update: sites go on from the average before."""
+    number = state.registry.run_state(run).open_round
+    if state.settings.secure is None or number is None:
+        raise RefusedError(
+            f"run {run} has no round with masked updates that could be abandoned",
+            "Close what it waits for with what there is (proceed), or stop it.",
+            code="not_open",
+        )
+    members = tuple(sorted(state.registry.cohort(run, number)))
+    cohort = state.registry.next_cohort(run, number, ())
+    for key in (UploadKey(run, number), SurvivorsKey(run, number), RoundKey(run, number)):
+        exchange = state.registry.begin(key)  # closed also where nobody has come, for whoever comes later
+        if exchange.is_closed:
+            continue
+        outcome = Closed(state.clock(), contributors=(), missing=members)
+        done = replace(exchange, outcome=replace(outcome, cohort=cohort) if isinstance(key, RoundKey) else outcome)
+        state.store.result_folder(key)
+        with state.closing(key):
+            computed = step_of(key).abandon(done, state.settings, state.documents)
+            state.close(done, computed.digest, record=computed.record)
+    state.store.add_event(_event(state, str(RoundKey(run, number)), "abandon", name))
 
 
 @contextmanager
@@ -156,6 +196,7 @@ def _between_closings(state: FederationState, run: str) -> Iterator[None]:
         begun = state.registry.run_state(run).rounds_closed
         # The round that is open, begun or not, and what there may be before the first one.
         keys: set[str] = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
+        keys |= {UploadKey(run, begun), SurvivorsKey(run, begun)}
         keys |= {AdmissionKey(run, site) for site in state.settings.sites}
         with ExitStack() as held:
             for name in (*sorted(keys), run):  # the run's lock last, as everywhere

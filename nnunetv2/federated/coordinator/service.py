@@ -31,10 +31,11 @@ from nnunetv2.federated.coordinator.storage.quotas import check_room
 from nnunetv2.federated.coordinator.storage.store import Role, Store, Traffic, flush
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, Verdict, judge
+from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
 from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
-from nnunetv2.federated.protocol.keys import Key, RunKey, run_with_plans
+from nnunetv2.federated.protocol.keys import Key, RunKey, UploadKey, run_with_plans
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -107,12 +108,22 @@ class Coordinator:
 
     def join(self, request: api.JoinRequest) -> api.JoinAnswer:
         """Let a member join; see `Members.join`."""
-        member, is_new = self.members.join(request.invitation, request.token)
+        before = self.members.identity_of(request.token.partition(".")[0])
+        member, is_new = self.members.join(request.invitation, request.token, request.identity)
         if is_new:
             self.state.log(f"{member.role} {member.name} has joined")
+        if is_new and request.identity is not None and before not in (None, request.identity):
+            self.state.log(
+                f"site {member.name} has another identity than before: the other sites refuse it until their people "
+                "have compared the new number of the roster (nnUNetv2_fed_roster --verified)"
+            )
         return api.JoinAnswer(
             federation=self.settings.federation, site=member.name, role=member.role, settings=self.settings
         )
+
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites that take part."""
+        return api.Roster(sites=self.members.identities())
 
     def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
         """Invite a member and return the secret of its invitation; see `Members.invite`."""
@@ -156,13 +167,17 @@ class Coordinator:
     def act(self, run: str, action: api.RunAction, member: Member) -> api.RunState:
         """Apply a member's action to a run; see `run_control.act`."""
         state = run_control.act(self.state, run, action, member)
-        if action.action == "stop":
+        if action.action in ("stop", "abandon"):
             self.worker.tidy_up(run)
         return state
 
     def report_failure(self, site: str, report: api.FailureReport) -> None:
         """Remember that a site cannot go on; see `run_control.report_failure`."""
         run_control.report_failure(self.state, self._failure_budget, site, report)
+
+    def note_rehearsal(self, site: str, size: int) -> None:
+        """Note in the audit log that a site has rehearsed an upload."""
+        self.state.record("rehearsal", site, None, {"bytes": size})
 
     def outlooks(self) -> api.Outlooks:
         """Foresee the averages of every run, as far as they are known."""
@@ -260,7 +275,8 @@ class Coordinator:
     def _note_late(self, exchange: Exchange, site: str) -> None:
         """Log, once, that a site's update came when its round was closed already."""
         outcome = exchange.outcome
-        if not exchange.policy.recurs or not isinstance(outcome, Closed) or site not in outcome.missing:
+        is_of_round = exchange.policy.recurs or isinstance(exchange.key, UploadKey)
+        if not is_of_round or not isinstance(outcome, Closed) or site not in outcome.missing:
             return
         key = str(exchange.key)
         with self.state.locks[key]:
@@ -284,6 +300,8 @@ class Coordinator:
         exchange = self._begin(parse_key(key))
         if not self.state.registry.may_read(exchange, site):
             raise RefusedError(f"site {site} does not take part in {key}", code="not_expected")
+        if isinstance(exchange.key, RunKey) and exchange.policy.carries_weights and self.settings.secure is not None:
+            self.state.registry.ask(exchange.key.run, site)
         if isinstance(exchange.outcome, Refused):
             raise exchange.outcome.as_error()
         if isinstance(exchange.outcome, Closed):
@@ -313,9 +331,10 @@ class Coordinator:
         """Return the result of a closed exchange, or a newer one for latecomers."""
         key, step = exchange.key, step_of(exchange.key)
         is_gone = self.state.store.load_result_digest(key) is None
-        if is_gone or (isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing):
+        is_missing = isinstance(exchange.outcome, Closed) and site in exchange.outcome.missing
+        if is_gone or is_missing or step.is_used_up(key, self.state.registry):
             key = step.newest(key, self.state.registry)
-        names = step.tensors_for(key, site, self.state.documents)
+        names = step_of(key).tensors_for(key, site, self.state.documents)
         if names is None:
             return Result(str(key), self.state.store.result_path(key), self.state.store.load_result_digest(key) or "")
         return self._subset(key, names, whole=not changes or key != exchange.key)
@@ -465,6 +484,8 @@ def _changed(settings: api.FederationSettings, change: api.SettingsChange) -> ap
         api.check_floor(changed)
     if "late_updates" in change.model_fields_set:
         api.check_late_updates(changed)
+    if change.model_fields_set & {"quorum", "late_updates"}:
+        check_secure_settings(changed)
     return changed
 
 

@@ -51,6 +51,9 @@ class SiteService(Protocol):
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
         """Count the bytes of a member's request and its response, per exchange."""
 
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites that take part."""
+
     def status(self, viewer: Member | None = None) -> api.Status:
         """Return the state of the federation, as much as this member may see."""
 
@@ -74,6 +77,9 @@ class SiteService(Protocol):
 
     def report_failure(self, site: str, report: api.FailureReport) -> None:
         """Remember that a site cannot go on."""
+
+    def note_rehearsal(self, site: str, size: int) -> None:
+        """Note in the audit log that a site has rehearsed an upload."""
 
     def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
         """Return the receipt for a document already held; None if it is wanted."""

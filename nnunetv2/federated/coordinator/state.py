@@ -94,6 +94,7 @@ class FederationState:
             self.registry.get,
             self.registry.admitted,
             store.load_last_validation,
+            lambda: self.registry.settings,
         )
         self.locks = Locks()
         """One per exchange or run, for whoever changes it. The lock of a run is taken last."""

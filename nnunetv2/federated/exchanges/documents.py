@@ -6,17 +6,34 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nnunetv2.federated.aggregation import late_join
 from nnunetv2.federated.aggregation.codecs import codec_of
 from nnunetv2.federated.aggregation.codecs.base import UpdateCodec
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange
+from nnunetv2.federated.exchanges.secure_sums import RoundPlan, SecureSum, num_classes_of, plan_round, plan_validation
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document
-from nnunetv2.federated.protocol.keys import AdmissionKey, ExchangeKey, FineKey, Key, Q, R, RegistrationKey
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import DTYPES, Document, TensorSpec, open_document
+from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
+    ExchangeKey,
+    FineKey,
+    FingerprintSumKey,
+    InitialKey,
+    Key,
+    Q,
+    R,
+    RegistrationKey,
+    RoundKey,
+    ValidationKey,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class Agreement:
     """What each site counts in an average. The sites do not know it of each other."""
     plans_names: Mapping[str, str]
     """Site -> the name of its plans."""
+    trust: Mapping[str, str | None] = field(default_factory=dict)
+    """Site -> how it knows the identities of the others, where updates are masked."""
 
     @property
     def codec(self) -> UpdateCodec:
@@ -54,6 +73,7 @@ class DocumentReader:
         find: Key -> its exchange, or None.
         admitted: Run -> the sites that joined it after it had begun.
         last_validation: Run -> the record of its newest pooled validation, or None.
+        settings: Returns what holds for the federation; needed where sums are masked.
     """
 
     def __init__(
@@ -63,12 +83,16 @@ class DocumentReader:
         find: Callable[[Key], Exchange | None],
         admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
         last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None,
+        settings: Callable[[], FederationSettings] | None = None,
     ) -> None:
         self._contribution_path = contribution_path
         self.result_path = result_path
         self._find = find
         self._admitted = admitted
         self._last_validation = last_validation
+        self._settings = settings
+        self._plans: dict[RoundKey, RoundPlan] = {}
+        """Of the round that was asked for last in each run."""
         self._lock = threading.Lock()
         self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
 
@@ -76,6 +100,10 @@ class DocumentReader:
         """Tell whether an exchange has its result."""
         exchange = self._find(key)
         return exchange is not None and exchange.is_closed
+
+    def exchange(self, key: Key) -> Exchange:
+        """Return an exchange that has begun."""
+        return self._begun(key)
 
     def has_contributed(self, key: Key, site: str) -> bool:
         """Tell whether there is something that a site has contributed to an exchange."""
@@ -106,12 +134,14 @@ class DocumentReader:
 
     def pooled_fingerprint(self) -> dict[str, Any] | None:
         """Return the fingerprint that the sites have pooled, or None."""
-        number = 0
-        while self.is_closed(FineKey(number)):
-            with self.result(FineKey(number)) as document:
-                if isinstance(document.message, messages.PooledFingerprint):
-                    return document.message.fingerprint
-            number += 1
+        kinds: tuple[Callable[[int], Key], ...] = (FineKey, FingerprintSumKey)  # in clear, or masked
+        for key_of in kinds:
+            number = 0
+            while self.is_closed(key_of(number)):
+                with self.result(key_of(number)) as document:
+                    if isinstance(document.message, messages.PooledFingerprint):
+                        return document.message.fingerprint
+                number += 1
         return None
 
     def messages_of(self, key: ExchangeKey[Q, Any]) -> dict[str, Q]:
@@ -138,7 +168,7 @@ class DocumentReader:
             with self.result(AdmissionKey(run, site)) as document:
                 match = late_join.with_site(match, document.message, site)
         specs: dict[str, TensorSpec] = {}
-        weights, plans_names = {}, {}
+        weights, plans_names, trust = {}, {}, {}
         for site, message in self.each_registration(run):
             canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
             for entry in message.tensors:
@@ -146,7 +176,8 @@ class DocumentReader:
                     specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
             weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
             plans_names[site] = str(message.plans.get("plans_name"))
-        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names)
+            trust[site] = message.trust
+        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names, trust)
 
     def _begun(self, key: Key) -> Exchange:
         exchange = self._find(key)
@@ -207,8 +238,93 @@ class DocumentReader:
     def forget(self, run: str) -> None:
         """Forget what was agreed on for a run that begins anew."""
         self._agreements.pop(run, None)
+        self._forget_plans(run)
+
+    # ------------------------------------------------------------------------------------------------- masked sums
+    @property
+    def settings(self) -> FederationSettings:
+        """The settings of the federation."""
+        assert self._settings is not None, "this reader was made without settings"
+        return self._settings()
+
+    @property
+    def is_masked(self) -> bool:
+        """Tell whether this federation masks updates and statistics."""
+        return self._settings is not None and self._settings().secure is not None
+
+    def round_plan(self, key: RoundKey) -> RoundPlan:
+        """Return what is added up in a masked round. What it starts from is there."""
+        with self._lock:
+            known = self._plans.get(key)
+        if known is None:
+            known = self._read_plan(key)
+            with self._lock:
+                self._forget_plans(key.run)
+                self._plans[key] = known
+        return known
+
+    def _forget_plans(self, run: str) -> None:
+        for key in [key for key in self._plans if key.run == run]:
+            del self._plans[key]
+
+    def _read_plan(self, key: RoundKey) -> RoundPlan:
+        agreement = self.agreement(key.run)
+        with ExitStack() as stack:
+            start = stack.enter_context(self.result(start_of(key)))
+            begin = start.message.next_round
+            assert begin is not None, f"{start_of(key)} names no cohort"
+            read_before = None
+            if key.number:
+                before = stack.enter_context(self.result(start_of(RoundKey(key.run, key.number - 1))))
+                read_before = partial(_handed_out, before, agreement.codec)
+            return plan_round(
+                key,
+                federation=self.settings.federation,
+                match=agreement.match,
+                specs=agreement.specs,
+                begin=begin,
+                least=self.least,
+                read=partial(_handed_out, start, agreement.codec),
+                read_before=read_before,
+                weights={site: round(agreement.weights[site]) for site in begin.cohort},
+            )
+
+    @property
+    def least(self) -> int:
+        """Sites that every masked sum is to have."""
+        secure = self.settings.secure
+        assert secure is not None
+        return secure.k
+
+    def validation_sum(self, key: ValidationKey) -> SecureSum:
+        """Return what is added up in a masked validation. The round is closed."""
+        agreement = self.agreement(key.run)
+        sites = _contributors(self._begun(RoundKey(key.run, key.number)))
+        return plan_validation(
+            key,
+            federation=self.settings.federation,
+            match=agreement.match,
+            sites=sites,
+            num_classes=num_classes_of(self.registration(key.run, sites[0]).dataset_json.labels),
+            least=self.least,
+            weights={site: round(agreement.weights[site]) for site in sites},
+        )
 
 
 def _contributors(exchange: Exchange) -> tuple[str, ...]:
     assert isinstance(exchange.outcome, Closed)
     return exchange.outcome.contributors
+
+
+def start_of(key: RoundKey) -> ExchangeKey[Any, messages.Aggregate]:
+    """Return the exchange with whose result the sites of a round begin."""
+    return RoundKey(key.run, key.number - 1) if key.number else InitialKey(key.run)
+
+
+def _handed_out(document: Document[messages.Aggregate], codec: UpdateCodec, name: str) -> np.ndarray:
+    """Return a tensor of an aggregate as sites download it."""
+    spec = document.spec(name)
+    values = np.empty(spec.size, DTYPES[spec.dtype])
+    if values.size:
+        document.read_into(name, 0, values)
+    return codec.handed_out(values)

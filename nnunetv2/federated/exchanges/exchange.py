@@ -81,6 +81,8 @@ class Closed:
     contributors: tuple[str, ...]
     missing: tuple[str, ...] = ()
     """Sites that were expected and are not in the result."""
+    cohort: tuple[str, ...] = ()
+    """Sites that mask with each other in the round that follows, where updates are masked."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Exchange:
     """Contributions that suffice at the deadline. None: all."""
     floor: int = 1
     """Contributions without which nothing closes it: no deadline, no failure, no operator, nobody's leaving."""
+    closes_at: int | None = None
+    """Contributions that suffice at any time: nobody else is waited for. None: there is no such number."""
     deadline_s: float | None = None
     """Seconds from `opened` to the deadline. None: there is none."""
     opened: float = 0.0
@@ -249,6 +253,8 @@ def may_close(exchange: Exchange, now: float) -> bool:
     """Tell whether the exchange can be closed: it is complete, due, or overtaken."""
     if exchange.outcome is not None or exchange.is_paused or not exchange.counted or exchange.lacks:
         return False
+    if exchange.closes_at is not None and len(exchange.counted) >= exchange.closes_at:
+        return True
     due = due_at(exchange)
     return not exchange.waiting_for or (exchange.is_hurried and is_enough(exchange)) or (due is not None and now >= due)
 

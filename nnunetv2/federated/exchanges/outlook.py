@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nnunetv2.federated.exchanges.consistency import comparable_plans, find_difference
+from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.protocol.messages import Match, Registration
 
 NETWORK_TRAINER = "nnUNetTrainer"
@@ -44,12 +45,22 @@ def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) 
     """
     registrations = iter(registered)
     first, model = next(registrations)
-    obstacle = missing_tensor(first, model, match)
+    obstacle = _withheld(model) or missing_tensor(first, model, match)
     for site, other in registrations:
         obstacle = _difference(first, model, site, other) or obstacle
         if obstacle:
             break
     return Outlook(obstacle=obstacle) if obstacle else Outlook(trainer=network_trainer(model))
+
+
+def _withheld(registration: Registration) -> str:
+    """Say that a site keeps to itself what a model needs; empty if it does not."""
+    if WITHHELD not in registration.plans:
+        return ""
+    return (
+        "the sites have planned alone, and keep the statistics in their plans to themselves, as this federation wants. "
+        "Plan with --federated"
+    )
 
 
 def network_trainer(registration: Registration) -> str:

@@ -52,6 +52,8 @@ class ExchangeRegistry:
         self._runs: dict[str, None] = {}
         self._latest: dict[str, int] = {}
         self._admitted: dict[str, set[str]] = {}
+        self._asking: dict[str, set[str]] = {}
+        """Run -> sites that want to mask with the others from the next round on. They ask again after a restart."""
         for exchange in exchanges:
             self.put(exchange)
 
@@ -80,6 +82,7 @@ class ExchangeRegistry:
         if isinstance(key, RunKey):
             if isinstance(key, NumberedKey) and exchange.policy.recurs:
                 self._latest[key.run] = max(key.number, self._latest.get(key.run, 0))
+                self._asking.pop(key.run, None)
             if (newcomer := step_of(key).newcomer(key)) is not None:
                 self._admitted.setdefault(key.run, set()).add(newcomer)
 
@@ -90,6 +93,7 @@ class ExchangeRegistry:
             self._open.discard(key)
         self._runs.pop(run, None)
         self._admitted.pop(run, None)
+        self._asking.pop(run, None)
         self.controls.pop(run, None)
 
     def begin(self, key: Key, *, required: Iterable[str] = ()) -> Exchange:
@@ -160,6 +164,34 @@ class ExchangeRegistry:
         outcome = None if exchange is None else exchange.outcome
         return frozenset(outcome.contributors) if isinstance(outcome, Closed) else frozenset()
 
+    # ------------------------------------------------------------------------------------- who masks with each other
+    def cohort(self, run: str, number: int) -> frozenset[str]:
+        """Name the sites that mask with each other in a round, once they are known."""
+        before = self._exchanges.get(RoundKey(run, number - 1) if number else InitialKey(run))
+        outcome = None if before is None else before.outcome
+        return frozenset(outcome.cohort) if isinstance(outcome, Closed) else frozenset()
+
+    def ask(self, run: str, site: str) -> None:
+        """Note that a site outside the open round's cohort wants to be in the next."""
+        cohort = self.cohort(run, self._latest.get(run, -1) + 1)
+        if cohort and site not in cohort:
+            self._asking.setdefault(run, set()).add(site)
+
+    def next_cohort(self, run: str, number: int, missing: Iterable[str]) -> tuple[str, ...]:
+        """Name the sites that mask in the round after one that closes now.
+
+        Number -1 stands for the initial weights.
+
+        Those are the members of the run that were in it, and those that have asked since. With too few of them, those
+        that were missing are waited for.
+        """
+        members, before = self.members(run), self.cohort(run, number) if number >= 0 else self.members(run)
+        least = max(3, self.settings.min_sites)
+        cohort = ((before - frozenset(missing)) | self._asking.get(run, set())) & members
+        for larger in (members, before):
+            cohort = cohort if len(cohort) >= least else larger
+        return tuple(sorted(cohort))
+
     def _present(self, exchange: Exchange) -> Exchange:
         """Return an exchange with what holds at this moment. Of a closed one, nothing changes any more."""
         key = exchange.key
@@ -167,18 +199,20 @@ class ExchangeRegistry:
             outcome = exchange.outcome
             return replace(exchange, expected=frozenset(outcome.contributors) | frozenset(outcome.missing))
         control = self.control(key.run) if isinstance(key, RunKey) else RunControl()
+        step = step_of(key)
         now = fresh_exchange(key, self.settings, expected=self.expected(key))
         return replace(
             exchange,
             expected=now.expected,
             quorum=now.quorum,
-            floor=now.floor,
+            floor=step.floor(key, self),
+            closes_at=step.closes_at(key, self),
             deadline_s=now.deadline_s,
             dropped_out=frozenset(
                 site for site, number in control.failed.items() if isinstance(key, NumberedKey) and number <= key.number
             ),
             is_paused=control.state != "running" and exchange.policy.pauses_with_run,
-            is_overtaken=step_of(key).is_overtaken(key, self),
+            is_overtaken=step.is_overtaken(key, self),
             is_forced=str(key) in control.forced,
         )
 

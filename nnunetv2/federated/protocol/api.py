@@ -16,6 +16,7 @@ from nnunetv2.federated.protocol.messages import (
     LongText,
     Part,
     Positive,
+    PublicKey,
     SiteName,
     SiteNames,
     Text,
@@ -33,10 +34,19 @@ LEAST_SITES = 2
 MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 
 
+class Secure(Part):
+    """The settings of a federation that masks updates and statistics."""
+
+    k: Annotated[int, Field(ge=3, le=64)] = 3
+    """No sum has fewer sites."""
+    geometry: Literal["list", "quantiles"] = "list"
+    """What is told of shapes and spacings: those of all cases, of nobody in particular, or order statistics only."""
+
+
 class FederationSettings(WithPrecision):
     """Settings that hold for every site, fixed when the federation was created."""
 
-    ADDED = ("precision", "exchange_every", "min_sites")
+    ADDED = ("precision", "exchange_every", "min_sites", "secure")
 
     federation: Text
     sites: SiteNames
@@ -55,6 +65,8 @@ class FederationSettings(WithPrecision):
     """The aggregates of every so many rounds, and of the last one, are validated at the sites. 0: never."""
     min_sites: MinSites = LEAST_SITES
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
+    secure: Secure | None = None
+    """Set where updates and statistics are masked, so that only their sums can be seen."""
 
     @property
     def num_rounds(self) -> int | None:
@@ -140,11 +152,15 @@ class InviteAnswer(Part):
     expires: Finite
 
 
-class JoinRequest(Part):
+class JoinRequest(WithAdditions):
+    ADDED = ("identity",)
+
     protocol: Literal[1] = PROTOCOL
     invitation: Annotated[str, Field(min_length=1, max_length=500)]
     token: Annotated[str, Field(min_length=16, max_length=500)]
     """The secret that the site has made for itself and stored before asking."""
+    identity: PublicKey | None = None
+    """Public part of the key that the site signs with, where the federation aggregates securely."""
 
 
 class JoinAnswer(Part):
@@ -154,6 +170,12 @@ class JoinAnswer(Part):
     """Name of the member, which may be an observer or an operator too."""
     role: Literal["site", "observer", "operator"] = "site"
     settings: FederationSettings
+
+
+class Roster(Part):
+    """The identities of the sites that have joined, as the coordinator tells them."""
+
+    sites: Annotated[dict[SiteName, PublicKey], Field(max_length=MAX_SITES)]
 
 
 class Offer(Part):
@@ -172,6 +194,18 @@ class Wanted(Part):
 
     offset: Count = 0
     """How many bytes of it have arrived already."""
+
+
+LARGEST_REHEARSAL = 512 << 20
+"""Bytes that a rehearsal may have. Weights of nnU-Net have about 120 MB, of its largest presets 400."""
+
+
+class Rehearsed(Part):
+    """A rehearsal has arrived, and nothing of it was kept."""
+
+    digest: Digest
+    size: Count
+    """Bytes."""
 
 
 class Receipt(Part):
@@ -254,7 +288,7 @@ class FailureReport(Part):
 class RunAction(Part):
     """A wish of an operator for a run, or of a site for itself."""
 
-    action: Literal["pause", "resume", "stop", "reset", "proceed", "leave", "return"]
+    action: Literal["pause", "resume", "stop", "reset", "proceed", "abandon", "leave", "return"]
     gathering: Text | None = None
     """The exchange to close with what there is, for `proceed`."""
 

@@ -47,6 +47,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "I64": np.dtype("<i8"),
     "I8": np.dtype("i1"),
+    "U8": np.dtype("<u1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
 }
 """What may travel: safetensors' name -> numpy dtype."""
 MAX_DIMENSIONS = 8
@@ -459,7 +463,7 @@ def check_finite(document: Document[Message]) -> None:
     elements = _PIECE_BYTES // 4
     verdicts = np.empty(elements, bool)
     for name, spec in document.specs.items():
-        if DTYPES[spec.dtype].kind == "i":
+        if DTYPES[spec.dtype].kind != "f":
             continue
         values = np.empty(min(elements, spec.size), DTYPES[spec.dtype])
         for begin in range(0, spec.size, elements):

@@ -1,6 +1,9 @@
 """Encode and decode invitations, and check the addresses and names in them.
 
 nnunet-fed:<base64url of JSON {v, url, federation, site, secret, authority}>, used once
+
+Version 3 has `secure` too: the federation aggregates securely, so the site is to make an identity before it joins. A
+site of an older version does not read it, and says to use matching versions.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from nnunetv2.utilities.loopback import is_on_this_machine
 
 INVITATION_PREFIX = "nnunet-fed:"
 INVITATION_VERSION = 2
+SECURE_INVITATION_VERSION = 3
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -30,12 +34,19 @@ class Invitation:
     secret: str
     authority: str | None = None
     """SHA-256 of the private authority that vouches for the coordinator; None where a public one does."""
+    secure: bool = False
+    """Whether the federation aggregates securely, for which each site has an identity."""
 
 
 def encode_invitation(invitation: Invitation) -> str:
     """Return the invitation as one word that survives a mail."""
-    content = json.dumps({"v": INVITATION_VERSION, **asdict(invitation)}, separators=(",", ":"))
-    return INVITATION_PREFIX + base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
+    content = {"v": INVITATION_VERSION, **asdict(invitation)}
+    if invitation.secure:
+        content["v"] = SECURE_INVITATION_VERSION
+    else:
+        del content["secure"]  # as versions that do not know it read and write it
+    word = json.dumps(content, separators=(",", ":"))
+    return INVITATION_PREFIX + base64.urlsafe_b64encode(word.encode()).decode().rstrip("=")
 
 
 def decode_invitation(text: str) -> Invitation:
@@ -53,19 +64,24 @@ def decode_invitation(text: str) -> Invitation:
     except (ValueError, binascii.Error) as error:
         raise WireError("the invitation is damaged or cut off: copy the whole word again") from error
     version = content.pop("v", None) if isinstance(content, dict) else None
-    if version not in (1, INVITATION_VERSION):
-        raise WireError(f"the invitation is not of version {INVITATION_VERSION}: use matching versions of the software")
+    if version not in (1, INVITATION_VERSION, SECURE_INVITATION_VERSION):
+        raise WireError(
+            f"the invitation is of version {str(version)[:20]}, this program knows those up to "
+            f"{SECURE_INVITATION_VERSION}: use matching versions of the software"
+        )
     authority = content.pop("authority", None)
+    secure = content.pop("secure", False) if version == SECURE_INVITATION_VERSION else False
     is_text = all(isinstance(value, str) for value in content.values())
     if (
         content.keys() != {"url", "federation", "site", "secret"}
         or not is_text
         or not (authority is None or re.fullmatch("[0-9a-f]{64}", str(authority)))
+        or secure is not (version == SECURE_INVITATION_VERSION)
     ):
         raise WireError("the invitation is incomplete: ask the coordinating site for a new one")
     check_site_name(content["site"])
     check_url(content["url"])
-    return Invitation(**content, authority=authority)
+    return Invitation(**content, authority=authority, secure=secure)
 
 
 def check_site_name(name: str) -> str:

@@ -31,6 +31,14 @@ from nnunetv2.federated.protocol.messages import (
     Validation,
     WantedBins,
 )
+from nnunetv2.federated.protocol.secure_fingerprint_messages import NextSum, ResampledShape
+from nnunetv2.federated.protocol.secure_messages import (
+    Confirmation,
+    Confirmed,
+    MaskedUpdate,
+    Survivors,
+    UnmaskingShares,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -166,6 +174,71 @@ class LatePlansKey(ExchangeKey[PlansReport, PlansAgreement]):
         return cls._named(f"plans/{segment(plans)}/admissions/{segment(site)}", plans=plans, site=site)
 
 
+# ------------------------------------------------------------------------- the same, where statistics are masked
+class FingerprintSumUploadKey(ExchangeKey[MaskedUpdate, Survivors]):
+    """The sites send masked statistics for one sum, and learn whose have arrived."""
+
+    kind, pattern = "fingerprint_upload", "fingerprint/sums/{number}/uploads"
+    number: int
+
+    def __new__(cls, number: int) -> Self:
+        return cls._named(f"fingerprint/sums/{number:d}/uploads", number=number)
+
+
+class FingerprintSumSurvivorsKey(ExchangeKey[Confirmation, Confirmed]):
+    """The sites confirm to each other whose masked statistics are there."""
+
+    kind, pattern = "fingerprint_survivors", "fingerprint/sums/{number}/survivors"
+    number: int
+
+    def __new__(cls, number: int) -> Self:
+        return cls._named(f"fingerprint/sums/{number:d}/survivors", number=number)
+
+
+class FingerprintSumKey(ExchangeKey[UnmaskingShares, NextSum | PooledFingerprint]):
+    """The sites help to unmask a sum of statistics, and learn the next one."""
+
+    kind, pattern = "fingerprint_sum", "fingerprint/sums/{number}"
+    number: int
+    """How many sums there were before."""
+
+    def __new__(cls, number: int) -> Self:
+        return cls._named(f"fingerprint/sums/{number:d}", number=number)
+
+
+class ShapeSumUploadKey(ExchangeKey[MaskedUpdate, Survivors]):
+    """The sites send masked counts of shapes at the target spacing of some plans."""
+
+    kind, pattern = "shape_upload", "plans/{plans}/sums/{number}/uploads"
+    plans: str
+    number: int
+
+    def __new__(cls, plans: str, number: int) -> Self:
+        return cls._named(f"plans/{segment(plans)}/sums/{number:d}/uploads", plans=plans, number=number)
+
+
+class ShapeSumSurvivorsKey(ExchangeKey[Confirmation, Confirmed]):
+    """The sites confirm to each other whose masked counts of shapes are there."""
+
+    kind, pattern = "shape_survivors", "plans/{plans}/sums/{number}/survivors"
+    plans: str
+    number: int
+
+    def __new__(cls, plans: str, number: int) -> Self:
+        return cls._named(f"plans/{segment(plans)}/sums/{number:d}/survivors", plans=plans, number=number)
+
+
+class ShapeSumKey(ExchangeKey[UnmaskingShares, NextSum | ResampledShape]):
+    """The sites help to unmask a sum of counts, and learn the next one."""
+
+    kind, pattern = "shape_sum", "plans/{plans}/sums/{number}"
+    plans: str
+    number: int
+
+    def __new__(cls, plans: str, number: int) -> Self:
+        return cls._named(f"plans/{segment(plans)}/sums/{number:d}", plans=plans, number=number)
+
+
 # ------------------------------------------------------------------------------------------------- training runs
 class RunKey(ExchangeKey[Q, R]):
     """Base of the keys of a training run."""
@@ -208,13 +281,37 @@ class InitialKey(RunKey[Update, Aggregate]):
     kind, pattern = "initial", "runs/{run}/initial"
 
 
-class RoundKey(NumberedKey[Update, Aggregate]):
-    """The sites average their weights."""
+class UploadKey(NumberedKey[MaskedUpdate, Survivors | Aggregate]):
+    """The sites send masked weights of a round, and learn whose have arrived."""
+
+    kind, pattern = "upload", "runs/{run}/uploads/{number}"
+
+
+class SurvivorsKey(NumberedKey[Confirmation, Confirmed | Aggregate]):
+    """The sites of a round confirm to each other whose masked weights are there."""
+
+    kind, pattern = "survivors", "runs/{run}/survivors/{number}"
+
+
+class RoundKey(NumberedKey[Update | UnmaskingShares, Aggregate]):
+    """The sites average their weights; where these are masked, they help to unmask the sum."""
 
     kind, pattern = "round", "runs/{run}/rounds/{number}"
 
 
-class ValidationKey(NumberedKey[Validation, PooledValidation]):
+class ValidationUploadKey(NumberedKey[MaskedUpdate, Survivors | PooledValidation]):
+    """The sites send masked counts of a validation."""
+
+    kind, pattern = "validation_upload", "runs/{run}/validations/{number}/uploads"
+
+
+class ValidationSurvivorsKey(NumberedKey[Confirmation, Confirmed]):
+    """The sites of a validation confirm to each other whose masked counts are there."""
+
+    kind, pattern = "validation_survivors", "runs/{run}/validations/{number}/survivors"
+
+
+class ValidationKey(NumberedKey[Validation | UnmaskingShares, PooledValidation]):
     """The sites add up their validations of the aggregate of a round."""
 
     kind, pattern = "validation", "runs/{run}/validations/{number}"

@@ -109,6 +109,10 @@ LocalName = Annotated[str, Field(pattern=LOCAL_NAME_PATTERN)]
 TensorName = Annotated[str, Field(pattern=TENSOR_NAME_PATTERN)]
 Segment = Annotated[str, Field(pattern=SEGMENT_PATTERN)]
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+PublicKey = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+"""32 bytes in hexadecimal: of Ed25519 or X25519."""
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+"""Of Ed25519, in hexadecimal."""
 Text = Annotated[str, Field(max_length=500)]
 LongText = Annotated[str, Field(max_length=8000)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -178,6 +182,17 @@ def document_messages() -> tuple[type[Message], ...]:
     return tuple(_MESSAGES.values())
 
 
+class SignedKey(Part):
+    """A site's key for agreeing on masks, signed by its identity."""
+
+    identity: PublicKey
+    """Ed25519."""
+    exchange_key: PublicKey
+    """X25519, made for one run or one pooling of fingerprints."""
+    signature: Signature
+    """Over federation, gathering and key; see `privacy/identities.py`."""
+
+
 class WithAdditions(Part):
     """Base of what has got fields since protocol 1 began.
 
@@ -209,11 +224,13 @@ class WithPrecision(WithAdditions):
 
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
-class Census(Message):
+class Census(WithAdditions, Message):
     """The parts of a dataset that must agree between sites before pooling.
 
     And how many cases one of them has.
     """
+
+    ADDED = ("keys",)
 
     kind: Literal["census"] = "census"
     num_cases: Annotated[int, Field(ge=1, le=MAX_CASES)]
@@ -221,16 +238,22 @@ class Census(Message):
     labels: Labels
     regions_class_order: LabelList | None = None
     share_extrema: bool = False
+    keys: SignedKey | None = None
+    """With which this site masks, where the federation adds up masked statistics."""
 
 
-class PooledCensus(Message):
+class PooledCensus(WithAdditions, Message):
     """The number of cases of all sites together.
 
     The number of sampled voxels per case follows from it.
     """
 
+    ADDED = ("keys",)
+
     kind: Literal["pooled_census"] = "pooled_census"
     num_cases: Annotated[int, Field(ge=1, le=MAX_CASES * MAX_SITES)]
+    keys: Annotated[dict[SiteName, SignedKey], Field(max_length=MAX_SITES)] = {}
+    """Of all sites, where their statistics are masked."""
 
 
 class ChannelMoments(Part):
@@ -330,7 +353,7 @@ class TrainingData(Part):
     file_ending: Annotated[str, Field(max_length=32)]
 
 
-NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights")
+NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights", "keys", "trust")
 """Fields that versions before 2.8.1+fed.4 do not know. They travel only where there is something to say."""
 
 
@@ -359,6 +382,10 @@ class Registration(Message):
     """Digest of the kinds of modules in the network; tensors do not tell one activation from another."""
     pretrained_weights: Digest | None = None
     """SHA-256 of the checkpoint that this site starts from."""
+    keys: SignedKey | None = None
+    """With which this site masks, where the federation adds up masked updates."""
+    trust: Literal["first_use", "verified"] | None = None
+    """How this site knows the identities of the others, in such a federation."""
 
     @model_serializer(mode="wrap")
     def _leave_what_is_not_said_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -385,6 +412,8 @@ class Match(WithPrecision, Message):
     Decided once, when all have registered.
     """
 
+    ADDED = ("precision", "keys", "kept_local")
+
     kind: Literal["match"] = "match"
     rule: Literal["name", "resolution"]
     weighting: Literal["cases", "uniform"]
@@ -399,6 +428,10 @@ class Match(WithPrecision, Message):
     """Canonical name -> the site whose initial values all start from."""
     coverage: Annotated[dict[SiteName, tuple[Count, Count]], Field(max_length=MAX_SITES)]
     """Site -> (parameters it shares, parameters it has)."""
+    keys: Annotated[dict[SiteName, SignedKey], Field(max_length=MAX_SITES)] = {}
+    """Of the sites, where their updates are masked."""
+    kept_local: Annotated[tuple[TensorName, ...], Field(max_length=MAX_TENSORS)] = ()
+    """Tensors that several sites have, and too few for a sum that hides each of them."""
 
     @model_validator(mode="after")
     def _owners_share(self) -> Match:
@@ -469,11 +502,25 @@ class PooledValidation(Message):
     loss_of_site: Annotated[dict[SiteName, Finite | None], Field(max_length=MAX_SITES)]
 
 
-class Aggregate(Message):
+class NextRound(Part):
+    """The cohort of the round that follows, and the range of its integers."""
+
+    cohort: SiteNames
+    weight_bits: Annotated[int, Field(ge=1, le=40)]
+    """Bits of the sum of what these sites count; of the number itself, more need not be known."""
+    typical_change: Annotated[Finite, Field(ge=0)] | None = None
+    """Root mean square of the changes of the round before, over its sites."""
+
+
+class Aggregate(WithAdditions, Message):
     """The aggregate of the updates; tensors travel under canonical names."""
+
+    ADDED = ("next_round",)
 
     kind: Literal["aggregate"] = "aggregate"
     round: Annotated[int, Field(ge=0, le=10**7)] | None
     """None for the initial weights."""
     contributors: OneOfSite
     missing: SiteNames = ()
+    next_round: NextRound | None = None
+    """Where updates are masked."""

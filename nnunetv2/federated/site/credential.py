@@ -2,6 +2,8 @@
 
 credential   ~/.config/nnunet/federated_site.json, or the file in nnUNet_fed_site; only its owner can read it
 authority    the same with .ca.pem at its end: who vouches for the coordinator, where no public authority does
+
+Where sites aggregate securely, `identity.py` and `roster.py` keep further files beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
 from nnunetv2.federated.protocol.certificates import only_certificate
-from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.federated.site.private_files import write_private
 
 if TYPE_CHECKING:
     from nnunetv2.federated.protocol.messages import Precision
@@ -47,6 +49,8 @@ class SiteCredential:
     """SHA-256 of the invitation's secret: a new invitation asks for a new token."""
     precision: Precision | None = None
     """How weights travel in this federation, where that is not float32."""
+    secure: int | None = None
+    """From how many sites on this federation sums behind masks, as it was when this site joined; None: in clear."""
 
     def __repr__(self) -> str:
         return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"
@@ -114,11 +118,8 @@ def save_credential(credential: SiteCredential, path: Path | None = None) -> Pat
     """Write the credential atomically, readable by its owner only, and return its path."""
     path = path or credential_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            known = {name: value for name, value in asdict(credential).items() if value is not None}
-            json.dump({"version": CREDENTIAL_VERSION, **known}, file, indent=4)
+    known = {name: value for name, value in asdict(credential).items() if value is not None}
+    write_private(path, json.dumps({"version": CREDENTIAL_VERSION, **known}, indent=4).encode())
     return path
 
 

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from nnunetv2.federated.errors import FederationError, RefusedError
+from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.privacy.identities import public_of
+from nnunetv2.federated.privacy.require_secure import check_settings
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.certificates import check_chain, fingerprint_of, only_certificate
 from nnunetv2.federated.protocol.invitation import Invitation, check_transport_is_safe, check_url
@@ -20,6 +22,7 @@ from nnunetv2.federated.site.credential import (
     new_token,
     save_credential,
 )
+from nnunetv2.federated.site.identity import make_identity
 from nnunetv2.federated.site.transports.http_requests import (
     CONNECT_TIMEOUT_S,
     check_status,
@@ -41,7 +44,8 @@ def join(
 ) -> str:
     """Accept an invitation, save the credential, and return a line about it.
 
-    The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated.
+    The token is on the disk before the coordinator hears of it, so a join that is interrupted can be repeated. So is
+    the site's identity, where the federation aggregates securely; it stays the same when the site joins again.
 
     Args:
         replace: Give up the credential of another federation, or of another name in this one.
@@ -52,6 +56,7 @@ def join(
 
     Raises:
         RefusedError: The coordinator does not accept the invitation.
+        NotAllowedError: The federation protects less than `nnUNet_fed_require_secure` asks for.
         FederationError: The credential of another federation is in the way, the coordinator is not the one that the
             invitation speaks of, or the client certificate cannot be used.
     """
@@ -75,8 +80,9 @@ def join(
         _hash(invitation.secret),
     )
     save_credential(credential, pending)
+    identity = public_of(make_identity(path)) if invitation.secure else None
     try:
-        answer = request_to_join(credential, invitation.secret)
+        answer = request_to_join(credential, invitation.secret, identity)
     except RefusedError:
         pending.unlink()
         if authority is not None:
@@ -84,10 +90,30 @@ def join(
         raise
     if answer.settings.precision != "float32":
         credential = dataclasses.replace(credential, precision=answer.settings.precision)
+    if answer.role == "site":  # others only look on
+        _check_protection(invitation, answer.settings)
+    if answer.settings.secure is not None:
+        credential = dataclasses.replace(credential, secure=answer.settings.secure.k)
     _settle(credential, pending, path)
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
-    return f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+    joined = f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+    if credential.secure is None:
+        return joined
+    return (
+        f"{joined}. Its sites mask what they send, {credential.secure} or more together: when all have joined, compare "
+        "the number of the roster with them (nnUNetv2_fed_roster)"
+    )
+
+
+def _check_protection(invitation: Invitation, settings: api.FederationSettings) -> None:
+    """Raise NotAllowedError if a federation protects less than it promised, or than this site requires."""
+    if invitation.secure and settings.secure is None:
+        raise NotAllowedError(
+            f"{settings.federation} does not aggregate securely, although the invitation says so: this site has not "
+            "joined. Tell the coordinating site"
+        )
+    check_settings(settings, None)
 
 
 def _fetch_authority(invitation: Invitation, pending: Path, certificate: str | None, key: str | None) -> Path:
@@ -167,9 +193,9 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def request_to_join(credential: SiteCredential, invitation: str) -> api.JoinAnswer:
-    """Send the secret of an invitation and the site's new token, once."""
-    request = api.JoinRequest(invitation=invitation, token=credential.token)
+def request_to_join(credential: SiteCredential, invitation: str, identity: str | None = None) -> api.JoinAnswer:
+    """Send the secret of an invitation, the new token and the public identity, once."""
+    request = api.JoinRequest(invitation=invitation, token=credential.token, identity=identity)
     with (
         open_session(credential, with_token=False) as session,
         translated_errors(),

@@ -5,9 +5,10 @@ Knows weights as named arrays and the coordinator as a `Transport`; knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,16 +19,23 @@ from nnunetv2.federated.aggregation.matching import SHAREABLE
 from nnunetv2.federated.errors import FederationError, MatchingError, NonFiniteError, RefusedError, WireError
 from nnunetv2.federated.exchanges.outlook import Outlook
 from nnunetv2.federated.exchanges.steps.weights import check_round
+from nnunetv2.federated.privacy import require_secure
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.document import Document, TensorSpec
 from nnunetv2.federated.protocol.rounds import Rounds
+from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
+
+if TYPE_CHECKING:
+    from nnunetv2.federated.site.masked_run import MaskedRun
 
 Weights = Mapping[str, np.ndarray]
 """Local name -> array: float32, or as they came from the coordinator, which may be float16."""
 EVERY_EPOCH = Rounds()
 VALIDATION_PATIENCE_S = 120.0
 """How long to try to deliver what nobody waits for."""
+FINISHING_PATIENCE_S = 20.0
+"""How long to wait for other sites with what nobody waits for; as a rule, all have sent it."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,21 @@ class Participant:
         transport: The way to the coordinator.
         site: Name of this site.
         run: Name of the run, see `keys.run_name`.
+        credential: Who this site is; needed where updates are masked.
+        credential_file: Where that is; None: the one of this machine.
+        report: Told in a line what people at this site should know.
     """
 
-    def __init__(self, transport: Transport, *, site: str, run: str) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        site: str,
+        run: str,
+        credential: SiteCredential | None = None,
+        credential_file: Path | None = None,
+        report: Callable[[str], object] = lambda line: None,
+    ) -> None:
         self.transport = transport
         self.site = site
         self.run = run
@@ -61,6 +81,11 @@ class Participant:
         self._tensors: dict[str, messages.TensorEntry] = {}
         """Local name -> what this site has registered."""
         self._codec: UpdateCodec = Float32()
+        self._credential = credential
+        self._credential_file = credential_file
+        self._report = report
+        self._masked: MaskedRun | None = None
+        """This site's part in a run whose updates are masked."""
 
     def register(self, registration: messages.Registration) -> messages.Match:
         """Register this site's training, wait for the others, and return the match.
@@ -68,15 +93,23 @@ class Participant:
         A run that has begun without this site admits it; one that it has left takes it back.
 
         Raises:
+            NotAllowedError: The federation masks less than this site requires.
             RefusedError: The networks, labels or channels of the sites do not go together.
             WireError: The tensors that the coordinator takes for shared are not those of this site.
         """
         plans_name = registration.plans.get("plans_name")
         state = self.transport.run_state(self.run, plans=None if plans_name is None else str(plans_name))
+        if state.run not in (self.run, f"{self.run}.{plans_name}"):  # two runs under one name would share their masks
+            raise WireError(f"the coordinator takes this training, {self.run}, for {state.run}: use matching versions")
         self.run = state.run  # another one where the sites have trained with other plans before
         has_begun = bool(state.members or state.left)
         is_late = has_begun and self.site not in state.registered
         key = keys.AdmissionKey(self.run, self.site) if is_late else keys.RegistrationKey(self.run)
+        masked = self._masked_run()
+        self._masked = None if state.closed else masked  # of a run that is over, only the last average is wanted
+        if self._masked is not None:
+            is_known = self.site in state.registered or self.site in state.members
+            registration = self._masked.sign_registration(registration, key, is_known=is_known)
         answer = self.transport.exchange(key, registration).message
         if self.site in state.left:
             self.transport.act(self.run, "return")
@@ -86,7 +119,29 @@ class Participant:
         check_match(answer, self.site, self._tensors)
         self.match = answer
         self._codec = codec_of(answer.precision)
+        if self._masked is not None:
+            registered = state.registered if is_late else tuple(answer.coverage)
+            self._masked.begin(answer, registration, registered)
         return answer
+
+    def _masked_run(self) -> MaskedRun | None:
+        """Return this site's part in a run whose updates are masked; None where they travel in clear."""
+        if self._credential is None:
+            return None
+        settings = self.transport.settings()
+        require_secure.check_settings(settings, self._credential.secure)
+        if settings.secure is None:
+            return None
+        from nnunetv2.federated.site.masked_run import MaskedRun
+
+        return MaskedRun(
+            self.transport,
+            self._credential,
+            settings.secure,
+            run=self.run,
+            report=self._report,
+            credential_file=self._credential_file,
+        )
 
     def describe_outlook(self) -> str:
         """Describe the common model that the coordinator expects of this run."""
@@ -176,16 +231,21 @@ class Participant:
         """
         shared = self._under_canonical_names(weights, self.local_names)
         check_finite(weights)
-        sent = self._codec.encode(shared)
         try:
-            key = keys.RoundKey(self.run, number)
-            form: dict[str, Any] = {"changes": True} if self._codec.is_relative else {}
-            document = self.transport.exchange(key, update, sent, **form)
+            if self._masked is not None:
+                document = self._masked.exchange(number, shared, update)
+            else:
+                form: dict[str, Any] = {"changes": True} if self._codec.is_relative else {}
+                sent = self._codec.encode(shared)
+                document = self.transport.exchange(keys.RoundKey(self.run, number), update, sent, **form)
         except RefusedError as error:
             raise self._explained(error) from error
-        if self.site in document.message.contributors:
+        if self._masked is None and self.site in document.message.contributors:
             self._codec.settle()
-        return self._read(document), document.message
+        answer = self._read(document), document.message
+        if self._masked is not None:
+            self._masked.finish_validations(wait_s=FINISHING_PATIENCE_S)
+        return answer
 
     def wants_validation(self, aggregate: messages.Aggregate, *, is_last: bool) -> bool:
         """Tell whether this site is to validate an aggregate, by the present settings."""
@@ -197,11 +257,17 @@ class Participant:
             return False  # a coordinator that is away is the next exchange's affair
         return every > 0 and (is_last or (aggregate.round + 1) % every == 0)
 
-    def send_validation(self, number: int, found: messages.Validation) -> str | None:
-        """Send the validation of a round's aggregate; return the reason of a failure.
+    def send_validation(
+        self, aggregate: messages.Aggregate, found: messages.Validation, *, is_last: bool = False
+    ) -> str | None:
+        """Send the validation of an aggregate; return the reason of a failure.
 
         Nobody waits for it, and no training ends because of it.
         """
+        number = aggregate.round
+        assert number is not None  # the initial weights are not validated
+        if self._masked is not None:
+            return self._masked.send_validation(aggregate, found, is_last=is_last)
         try:
             self.transport.contribute(keys.ValidationKey(self.run, number), found, patience_s=VALIDATION_PATIENCE_S)
         except FederationError as error:
@@ -230,7 +296,7 @@ class Participant:
             )
         return error
 
-    def _fetch(self, key: keys.ExchangeKey[messages.Update, messages.Aggregate]) -> Weights:
+    def _fetch(self, key: keys.ExchangeKey[Any, messages.Aggregate]) -> Weights:
         return self._read(self.transport.result(key))
 
     @staticmethod
@@ -257,6 +323,8 @@ class Participant:
         for name, local in names.items():
             self._check_tensor(name, came[name], self._tensors.get(local))
         received = self._codec.receive(came)
+        if self._masked is not None:
+            self._masked.note_aggregate(document.message, received)
         return {local: received[name] for name, local in names.items()}
 
     def _check_tensor(self, name: str, values: np.ndarray, registered: messages.TensorEntry | None) -> None:
@@ -284,6 +352,11 @@ class Participant:
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
         """Go on with the rests of a checkpoint, after `register`."""
         self._codec.take_over({name: values for name, values in rests.items() if name in self.local_names})
+
+    def finish(self) -> None:
+        """Forget the keys of a run that is over."""
+        if self._masked is not None and self.transport.run_state(self.run).closed:
+            self._masked.forget()
 
     def report_failure(self, number: int | None, reason: str) -> None:
         """Report a failure, so that the others know whom they wait for."""

@@ -14,6 +14,7 @@ from nnunetv2.federated.privacy.disclosure import Disclosure
 from nnunetv2.federated.protocol import api, keys, messages
 from nnunetv2.federated.protocol.document import TensorSpec
 from nnunetv2.federated.protocol.messages import Precision, Registration
+from nnunetv2.federated.site.planned_sums import a_signed_key, planning_sums, round_sums, validation_sums
 
 MEASURED = -0.123456789012345678
 """Stands for a number that is not known yet: as long as numbers get."""
@@ -26,29 +27,48 @@ def planning_documents(
     *,
     plans: Mapping[str, Any] | None = None,
     share_extrema: bool = False,
+    is_masked: bool = False,
 ) -> list[Disclosure]:
     """Return the documents that `nnUNetv2_plan_and_preprocess --federated` sends.
 
     Args:
         plans: Plans of about the size of those that will be compared; None leaves them out.
+        is_masked: Whether the federation adds up statistics behind masks.
     """
     channels = dataset_json.get("channel_names") or dataset_json["modality"]
+    census = Disclosure(
+        when="planning, first exchange",
+        passed_on="the sum of the cases of all sites" + ("; and the key" if is_masked else ""),
+        message=messages.Census(
+            num_cases=num_cases,
+            channel_names=channels,
+            labels=dataset_json["labels"],
+            regions_class_order=dataset_json.get("regions_class_order"),
+            share_extrema=share_extrema,
+            keys=a_signed_key() if is_masked else None,
+        ),
+    )
+    statistics = planning_sums(len(channels)) if is_masked else _statistics(channels, num_cases, share_extrema)
+    documents = [census, *statistics]
+    if plans is not None:
+        documents.append(
+            Disclosure(
+                when="planning, to compare the plans",
+                message=messages.PlansReport(plans=dict(plans)),
+                known=False,
+                passed_on="the digest; if plans differ, the first field that does",
+            )
+        )
+    return documents
+
+
+def _statistics(channels: Mapping[str, str], num_cases: int, share_extrema: bool) -> list[Disclosure]:
+    """Return the documents with statistics that the coordinator can read."""
     moments = messages.ChannelMoments(count=10**9, mean=MEASURED, m2=-MEASURED)
     triple = (-MEASURED,) * 3
     bins = (tuple(range(65_530, 65_530 + MAX_BINS)),) * len(channels)
     fine = {f"fine.{c}": TensorSpec("I64", (MAX_BINS, fingerprint_statistics.NUM_BINS)) for c in range(len(channels))}
     documents = [
-        Disclosure(
-            when="planning, first exchange",
-            passed_on="the sum of the cases of all sites",
-            message=messages.Census(
-                num_cases=num_cases,
-                channel_names=channels,
-                labels=dataset_json["labels"],
-                regions_class_order=dataset_json.get("regions_class_order"),
-                share_extrema=share_extrema,
-            ),
-        ),
         Disclosure(
             when="planning, second exchange",
             known=False,
@@ -89,15 +109,6 @@ def planning_documents(
                 | {f"coarse.{c}": TensorSpec("I64", (fingerprint_statistics.NUM_BINS,)) for c in range(len(channels))},
             )
         )
-    if plans is not None:
-        documents.append(
-            Disclosure(
-                when="planning, to compare the plans",
-                message=messages.PlansReport(plans=dict(plans)),
-                known=False,
-                passed_on="the digest; if plans differ, the first field that does",
-            )
-        )
     return documents
 
 
@@ -108,6 +119,7 @@ def training_documents(
     later_metrics: Sequence[str],
     num_classes: int,
     precision: Precision = "float32",
+    is_masked: bool = False,
 ) -> list[Disclosure]:
     """Return the documents that training sends, from its registration to its last round.
 
@@ -116,6 +128,7 @@ def training_documents(
         later_metrics: Names of those that travel with the next one.
         num_classes: Foreground classes or regions.
         precision: How the tensors of the rounds travel.
+        is_masked: Whether the federation masks updates; the registration is without a key.
     """
     run = keys.run_name(registration.configuration, registration.fold, registration.trainer)
     specs = {
@@ -127,8 +140,14 @@ def training_documents(
     def values(names: Sequence[str]) -> dict[str, Any]:
         return {name: [MEASURED] * num_classes if name.startswith("dice_per") else MEASURED for name in names}
 
-    earlier = messages.EarlierMetrics(round=10**7, metrics=values(later_metrics)) if later_metrics else None
-    counted = (float(2**53 - 1),) * num_classes
+    if is_masked:
+        registration = registration.model_copy(update={"keys": a_signed_key(), "trust": "first_use"})
+    when = f"training {registration.configuration}, every round"
+    rounds = (
+        [*round_sums(when, specs, precision), *validation_sums(f"{when} that is validated", num_classes)]
+        if is_masked
+        else _rounds(when, specs, values(metrics), values(later_metrics), num_classes, precision)
+    )
     return [
         Disclosure(
             when=f"training {registration.configuration}, before the first round",
@@ -142,24 +161,39 @@ def training_documents(
             known=False,
             passed_on="for each tensor, the values of the site with most cases that has it; at most all of these",
         ),
-        Disclosure(
-            when=f"training {registration.configuration}, every round: the tensors that another site has too, at "
-            "most these",
-            message=messages.Update(metrics=values(metrics), earlier=earlier),
-            known=False,
-            specs=codec_of(precision).specs(specs),
-            passed_on="the weighted average of the tensors",
-        ),
-        Disclosure(
-            when=f"training {registration.configuration}, every round that is validated",
-            known=False,
-            message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
-            passed_on="the Dice per class, of all sites together",
-        ),
+        *rounds,
         Disclosure(
             when=f"training {registration.configuration}, if it fails",
             known=False,
             message=api.FailureReport(run=run, round=10**7, reason="OutOfMemoryError"),
             passed_on="all of it; the reason is a kind of error, never its text",
+        ),
+    ]
+
+
+def _rounds(
+    when: str,
+    specs: Mapping[str, TensorSpec],
+    metrics: dict[str, Any],
+    later_metrics: dict[str, Any],
+    num_classes: int,
+    precision: Precision,
+) -> list[Disclosure]:
+    """Return the documents of a round that the coordinator can read."""
+    earlier = messages.EarlierMetrics(round=10**7, metrics=later_metrics) if later_metrics else None
+    counted = (float(2**53 - 1),) * num_classes
+    return [
+        Disclosure(
+            when=f"{when}: the tensors that another site has too, at most these",
+            message=messages.Update(metrics=metrics, earlier=earlier),
+            known=False,
+            specs=codec_of(precision).specs(specs),
+            passed_on="the weighted average of the tensors",
+        ),
+        Disclosure(
+            when=f"{when} that is validated",
+            known=False,
+            message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
+            passed_on="the Dice per class, of all sites together",
         ),
     ]

@@ -15,6 +15,7 @@ from nnunetv2.federated.errors import WireError
 from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R, RunKey
+from nnunetv2.federated.protocol.secure_fingerprint_messages import Geometry
 from nnunetv2.federated.protocol.strict_json import validated
 
 
@@ -44,15 +45,56 @@ class Fingerprint(messages.Part):
     foreground_intensity_properties_per_channel: dict[str, ChannelStatistics]
 
 
-def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> None:
-    """Raise WireError unless a pooled fingerprint is finite and its counts agree.
+class SpacingStatistics(messages.Part):
+    """Order statistics of the spacings of all cases, per axis."""
+
+    percentile_10: messages.Spacing
+    percentile_50: messages.Spacing
+    median: messages.Spacing
+
+
+class ShapeStatistics(messages.Part):
+    """Order statistics of the shapes of all cases, per axis."""
+
+    median: messages.Spacing
+
+
+class GeometryStatistics(messages.Part):
+    """The statistics in the place of the lists of cases."""
+
+    num_cases: Annotated[int, Field(ge=1)]
+    spacings: SpacingStatistics
+    shapes_after_crop: ShapeStatistics
+
+
+class FingerprintWithoutLists(messages.Part):
+    """The content of dataset_fingerprint.json in such a federation."""
+
+    geometry_statistics: GeometryStatistics
+    median_relative_size_after_cropping: messages.Positive
+    foreground_intensity_properties_per_channel: dict[str, ChannelStatistics]
+
+
+def check_fingerprint(
+    pooled: messages.PooledFingerprint, num_channels: int, *, geometry: Geometry = "list"
+) -> Fingerprint | FingerprintWithoutLists:
+    """Return a pooled fingerprint if it is finite and its counts agree.
 
     Args:
         num_channels: Channels of this site's images.
+        geometry: How the federation tells of spacings and shapes.
+
+    Raises:
+        WireError: It is not, or they do not.
     """
-    found = validated(lambda: Fingerprint.model_validate(pooled.fingerprint), "the pooled fingerprint")
-    counts = {len(found.spacings), len(found.shapes_after_crop), pooled.num_cases}
-    if len(counts) > 1:
+    model = Fingerprint if geometry == "list" else FingerprintWithoutLists
+    found = validated(lambda: model.model_validate(pooled.fingerprint), "the pooled fingerprint")
+    if isinstance(found, FingerprintWithoutLists):
+        if found.geometry_statistics.num_cases != pooled.num_cases:
+            raise WireError(
+                f"the pooled fingerprint describes {found.geometry_statistics.num_cases} of {pooled.num_cases} cases"
+            )
+    elif len({len(found.spacings), len(found.shapes_after_crop), pooled.num_cases}) > 1:
         raise WireError(
             f"the pooled fingerprint has {len(found.spacings)} spacings and {len(found.shapes_after_crop)} "
             f"shapes of {pooled.num_cases} cases"
@@ -64,6 +106,7 @@ def check_fingerprint(pooled: messages.PooledFingerprint, num_channels: int) -> 
             f"site has {num_channels}, counted from 0. Use matching versions at all sites and at the "
             "coordinator"
         )
+    return found
 
 
 def check_bins(wanted: messages.WantedBins, num_channels: int) -> None:

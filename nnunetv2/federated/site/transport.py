@@ -47,8 +47,15 @@ class Transport(Protocol):
         """
         ...
 
-    def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
-        """Wait until an exchange is closed and return its result, without contributing."""
+    def result(self, key: ExchangeKey[Any, R], *, wait_s: float | None = None) -> Document[R]:
+        """Wait until an exchange is closed and return its result, without contributing.
+
+        Args:
+            wait_s: How long to wait for other sites. None: as long as it takes.
+
+        Raises:
+            StillOpenError: It was not closed in that time.
+        """
         ...
 
     def run_state(self, run: str, *, plans: str | None = None) -> RunState:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -40,19 +40,29 @@ from nnunetv2.training.data_augmentation.default_transforms import (
 )
 from nnunetv2.training.data_pipeline import start_augmenters, stop_augmenters
 from nnunetv2.training.debug_information import describe_trainer
-from nnunetv2.training.distributed import device_of_process, distribute, gather, is_distributed, wait_for_all
+from nnunetv2.training.distributed import (
+    device_of_process,
+    distribute,
+    from_first_process,
+    gather,
+    is_distributed,
+    wait_for_all,
+)
 from nnunetv2.training.first_batch import draw_first_batch
 from nnunetv2.training.folder_lock import training_in
+from nnunetv2.training.freezing import freeze_, keep_frozen_statistics_
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper, deep_supervision_weights
 from nnunetv2.training.loss.default_loss import build_default_loss
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.reexports import ORIGINS
 from nnunetv2.training.optimization import build_grad_scaler, build_sgd
+from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.progress_line import Position, ProgressLine
 from nnunetv2.training.seeding import seed_epoch
 from nnunetv2.training.snapshot import SnapshotTaker, save_snapshot_file
 from nnunetv2.training.step_results import as_result, fetch, latest_loss
+from nnunetv2.training.stopping import StopConditions
 from nnunetv2.training.training_state import describe_state, restore_state_
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.collate_outputs import collate_outputs
@@ -104,8 +114,8 @@ class nnUNetTrainer:
     writing into it fails.
 
     Args:
-        plans: Content of the plans file, not changed. The key `continue_training`, if there, tells that an earlier
-            training goes on; it is no part of what is stored.
+        plans: Content of the plans file, not changed. The keys `continue_training` (an earlier training goes on) and
+            `results_name` (ending of the trainer's name in the output folder), if there, are no part of what is stored.
         configuration: Name of a configuration in the plans, such as 3d_fullres.
         fold: Number of the fold, or 'all'.
         dataset_json: Content of dataset.json.
@@ -119,6 +129,15 @@ class nnUNetTrainer:
 
     max_gradient_norm: float = steps.MAX_GRADIENT_NORM
     """What `train_step` clips the norm of the gradient at."""
+
+    training_options = TrainingOptions()
+    """What the user asked for; it was set after construction, over what the class says."""
+
+    refused_options: Mapping[str, str] = {}
+    """Fields of `TrainingOptions` that the trainer refuses, and `stop` if it is not to be stopped: name -> why."""
+
+    stopped = ""
+    """Why the training has ended before its last epoch; empty as long as it has not."""
 
     def __init__(
         self,
@@ -136,8 +155,8 @@ class nnUNetTrainer:
         self.device = device_of_process(device, self.local_rank)
         show(f"Training on {self.device}" + (f" (process {self.local_rank})" if self.is_ddp else ""))
 
-        continue_training = plans.get("continue_training", False)
-        plans = {key: value for key, value in plans.items() if key != "continue_training"}
+        continue_training, self.results_name = plans.get("continue_training", False), plans.get("results_name")
+        plans = {key: value for key, value in plans.items() if key not in ("continue_training", "results_name")}
         self.my_init_kwargs: dict[str, Any] = {
             "plans": plans,
             "configuration": configuration,
@@ -157,6 +176,7 @@ class nnUNetTrainer:
         self.initial_lr, self.weight_decay = 0.01, 3e-5
         self.enable_deep_supervision = True
         self.oversample_foreground_percent, self.probabilistic_oversampling = 0.33, False
+        self.freeze_patterns: tuple[str, ...] = ()  # patterns, see `training/freezing.py`
 
         # What initialize() and on_train_start() fill in.
         self.dataset_class: type[nnUNetBaseDataset] = _LATER
@@ -177,6 +197,7 @@ class nnUNetTrainer:
         self.save_every = 50
         self.disable_checkpointing = False
         self.was_initialized = False
+        self._stop_conditions: StopConditions = _LATER
 
         # What keeps files and the terminal out of the way of training.
         self._progress = ProgressLine(sys.stdout, is_enabled=self.local_rank == 0)
@@ -192,7 +213,7 @@ class nnUNetTrainer:
     def _set_folders(self) -> None:
         """Derive the folders of this training; those below a root that is not set are None."""
         folders = training_folders.locate_folders(
-            self.plans_manager, self.configuration_name, self.fold, type(self).__name__
+            self.plans_manager, self.configuration_name, self.fold, type(self).__name__, self.results_name
         )
         self.preprocessed_dataset_folder_base: Folder = folders.preprocessed_dataset_folder_base
         self.preprocessed_dataset_folder: Folder = folders.preprocessed_dataset_folder
@@ -236,6 +257,10 @@ class nnUNetTrainer:
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
         self.network = speed_up_on_cpu_(self._build_network().to(self.device), self.device)
+        if self.freeze_patterns:  # before DDP and torch.compile look at the network
+            if "freeze" in self.refused_options:
+                raise OptionError(f"{type(self).__name__} freezes nothing: {self.refused_options['freeze']}")
+            self.print_to_log_file(freeze_(self.network, self.freeze_patterns))
         if self._do_i_compile():
             self.print_to_log_file("Compiling the network with torch.compile; the first iterations take longer")
             self.network = cast(nn.Module, torch.compile(self.network))
@@ -461,21 +486,44 @@ class nnUNetTrainer:
     # ---------------------------------------------------------------- training
 
     def run_training(self) -> None:
-        """Train from the current epoch to the last one.
+        """Train from the current epoch to the last one, or until a stop.
 
         Raises:
             RuntimeError: Another process trains this fold.
         """
-        with self._hold_output_folder():
+        started = monotonic()
+        with self._hold_output_folder() as holder:
+            self._stop_conditions = StopConditions(
+                Path(self._require(self.output_folder)),
+                holder=holder,
+                started=started,
+                stop_after_s=self.training_options.stop_after_s,
+                patience=self.training_options.early_stopping or 0,
+            )
             try:
                 self.on_train_start()
-                while self.current_epoch < self.num_epochs:  # on_epoch_end moves on, and may skip epochs
+                # on_epoch_end moves on, and may skip epochs
+                while self.current_epoch < self.num_epochs and not self._has_to_stop():
                     self._run_epoch()
                 self.on_train_end()
             finally:
                 self._progress.clear()
                 self._shut_down_dataloaders()
                 self._writer.wait()
+                if self.local_rank == 0:
+                    self._stop_conditions.forget_request()
+
+    def _has_to_stop(self) -> bool:
+        """Tell whether no further epoch shall begin, and log why; asked between two epochs, in all processes."""
+        curve = self.logger.get_value("ema_fg_dice", step=None)
+        reason = from_first_process(lambda: self._stop_conditions.reason(curve, now=monotonic()))
+        self.stopped = reason or "" if self.current_epoch > 0 else ""  # one epoch, at least, makes a model
+        if self.stopped:
+            self.print_to_log_file(
+                f"Ending after {self.current_epoch} of {self.num_epochs} epochs ({self.stopped}). The model is "
+                "complete; --c goes on with the next epoch, on the same schedule of the learning rate"
+            )
+        return bool(self.stopped)
 
     def _run_epoch(self) -> None:
         seed_epoch(self.current_epoch, self.local_rank)
@@ -545,6 +593,7 @@ class nnUNetTrainer:
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
         self.network.train()
+        keep_frozen_statistics_(self.network)
         self.lr_scheduler.step(self.current_epoch)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.print_to_log_file("")
@@ -701,11 +750,11 @@ class nnUNetTrainer:
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, given as its content or as a file."""
-        if not self.was_initialized:
-            self.initialize()
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = checkpoint_files.load_checkpoint_file(checkpoint, map_location=self.device)
+        if not self.was_initialized:
+            self.initialize()
         restore_state_(self, checkpoint)
 
     # ---------------------------------------------------------------- final validation
@@ -781,8 +830,11 @@ class nnUNetTrainer:
                 self.do_split()
         wait_for_all()
 
-    def _hold_output_folder(self) -> contextlib.AbstractContextManager[None]:
-        return training_in(self._require(self.output_folder)) if self.local_rank == 0 else contextlib.nullcontext()
+    def _hold_output_folder(self) -> contextlib.AbstractContextManager[str]:
+        """Hold the folder in the first process; the value is the name of the holder."""
+        if self.local_rank != 0:
+            return contextlib.nullcontext("")
+        return training_in(self._require(self.output_folder), refuses_to_stop=self.refused_options.get("stop", ""))
 
     def _shut_down_dataloaders(self) -> None:
         stop_augmenters(self.dataloader_train, self.dataloader_val)

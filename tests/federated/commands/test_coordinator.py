@@ -75,6 +75,18 @@ def test_defaults_are_those_of_nnunet(tmp_path):
     assert (settings.matching, settings.weighting, settings.precision) == ("name", "cases", "float32")
 
 
+def test_geometry_is_a_part_of_what_masks_say(tmp_path):
+    sites = ("--sites", "A", "B", "C")
+    settings = open_folder(tmp_path / "f", *sites, "--secure", "--geometry", "quantiles")
+    assert (settings.secure.k, settings.secure.geometry) == (3, "quantiles")
+    assert open_folder(tmp_path / "f", "--secure") == open_folder(tmp_path / "f") == settings
+    with pytest.raises(FederationError, match="--secure 3 --geometry quantiles, not 3 --geometry list"):
+        open_folder(tmp_path / "f", "--secure", "3", "--geometry", "list")
+    assert open_folder(tmp_path / "g", *sites, "--secure").secure.geometry == "list"
+    with pytest.raises(FederationError, match="--geometry list needs --secure: in clear, the coordinator sees"):
+        open_folder(tmp_path / "h", *sites, "--geometry", "list")
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

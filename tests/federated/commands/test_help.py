@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("admin", "coordinator", "fetch_model", "join", "leave", "manifest", "simulate", "status")
+COMMANDS = ("admin", "coordinator", "fetch_model", "join", "leave", "manifest", "roster", "simulate", "status")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

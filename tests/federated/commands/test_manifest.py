@@ -12,16 +12,14 @@ from planned_documents import make_documents
 from nnunetv2.federated.commands import manifest
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy import allow_list
-from nnunetv2.federated.protocol.document import write_document
+from nnunetv2.federated.protocol.document import DTYPES, write_document
 
 
-def test_sizes_are_those_of_the_documents(tmp_path):
-    for document in make_documents():
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_sizes_are_those_of_the_documents(tmp_path, is_masked):
+    for document in make_documents(is_masked=is_masked):
         if document.kind != "failure_report":
-            tensors = (
-                np.zeros(spec.shape, {"F32": np.float32, "I64": np.int64}[spec.dtype])
-                for spec in document.specs.values()
-            )
+            tensors = (np.zeros(spec.shape, DTYPES[spec.dtype]) for spec in document.specs.values())
             write_document(tmp_path / "file", document.message, document.specs, tensors)
             assert document.size == (tmp_path / "file").stat().st_size
 
@@ -55,6 +53,22 @@ def test_extrema_are_listed_where_they_are_asked_for():
 def test_every_kind_of_document_that_a_site_sends_is_in_the_manifest():
     sent = {"census", "coarse_summary", "fine_summary", "plans_report", "registration", "update", "validation"}
     assert {document.kind for document in make_documents()} == sent | {"failure_report"}
+    masked = {"census", "masked_update", "confirmation", "unmasking_shares", "plans_report", "registration", "update"}
+    assert {document.kind for document in make_documents(is_masked=True)} == masked | {"failure_report"}
+
+
+def test_what_is_masked_is_said_to_be(capsys):
+    text = "\n".join(manifest.describe(make_documents(is_masked=True), None))
+    for line in (
+        "the other sites see: nothing but the sum of all sites",
+        "tensor masked.sum  U64[",
+        "with --geometry quantiles: masked numbers",
+        "exactly at the wanted ranks",
+        "tensor masked.weights  U32[",
+        "message unmasking_shares",
+    ):
+        assert line in text, line
+    assert "moments" not in text and "spacings:" not in text
 
 
 def test_the_command_reads_the_site_s_own_files_and_sends_nothing(roots, tmp_path, monkeypatch, capsys):

@@ -25,12 +25,18 @@ from nnunetv2.federated.protocol.keys import (
     CensusKey,
     CoarseKey,
     FineKey,
+    FingerprintSumKey,
+    FingerprintSumSurvivorsKey,
+    FingerprintSumUploadKey,
     InitialKey,
     LateCensusKey,
     LatePlansKey,
     PlansKey,
     RegistrationKey,
     RoundKey,
+    ShapeSumKey,
+    ShapeSumSurvivorsKey,
+    ShapeSumUploadKey,
     ValidationKey,
 )
 
@@ -60,6 +66,12 @@ def add(state: Exchange, site: str, digest=D1, now=0.0) -> Exchange:
         ("runs/r/admissions/C", AdmissionKey("r", "C"), "admission", {"run": "r", "site": "C"}),
         ("fingerprint/admissions/C", LateCensusKey("C"), "late_census", {"site": "C"}),
         ("plans/p/admissions/C", LatePlansKey("p", "C"), "late_plans", {"plans": "p", "site": "C"}),
+        ("fingerprint/sums/2/uploads", FingerprintSumUploadKey(2), "fingerprint_upload", {"number": 2}),
+        ("fingerprint/sums/2/survivors", FingerprintSumSurvivorsKey(2), "fingerprint_survivors", {"number": 2}),
+        ("fingerprint/sums/2", FingerprintSumKey(2), "fingerprint_sum", {"number": 2}),
+        ("plans/p/sums/0/uploads", ShapeSumUploadKey("p", 0), "shape_upload", {"plans": "p", "number": 0}),
+        ("plans/p/sums/0/survivors", ShapeSumSurvivorsKey("p", 0), "shape_survivors", {"plans": "p", "number": 0}),
+        ("plans/p/sums/0", ShapeSumKey("p", 0), "shape_sum", {"plans": "p", "number": 0}),
     ],
 )
 def test_keys_are_taken_apart(text, key, kind, parts):
@@ -72,21 +84,23 @@ def test_keys_are_taken_apart(text, key, kind, parts):
 def test_every_step_has_a_key_and_follows_its_policy():
     assert len({step.key for step in STEPS}) == len({step.key.pattern for step in STEPS}) == len(STEPS)
     names = {name: {step.key.kind for step in STEPS if getattr(step.policy, name)} for name in Policy.__annotations__}
-    weights = {"initial", "round"}
+    weights = {"initial", "round", "upload"}
+    masked = {"survivors", "validation_upload", "validation_survivors"}
     planning = {"census", "coarse", "fine"}
+    of_planning = {f"{what}_{step}" for what in ("fingerprint", "shape") for step in ("upload", "survivors", "sum")}
     assert names == {
-        "pooled": planning | weights | {"registration"},
-        "by_quorum": weights | {"validation"},
-        "first_stays": weights | {"validation"},
+        "pooled": planning | weights | {"registration", "fingerprint_upload", "shape_upload"},
+        "by_quorum": weights | {"validation", "validation_upload"},
+        "first_stays": weights | masked | {"validation"} | of_planning,
         "compared": {"census", "plans", "registration", "admission"},
         "repeatable": {"late_census", "late_plans"},
-        "missable": planning | {"plans", "registration"},
+        "missable": planning | {"plans", "registration"} | of_planning,
         "carries_weights": weights,
         "settles_members": {"registration", "admission"},
         "pauses_with_run": weights,
-        "stops_with_run": weights | {"registration"},
+        "stops_with_run": weights | {"registration", "survivors"},
         "recurs": {"round"},
-        "closes_first": {"validation"},
+        "closes_first": {"validation", "validation_upload", "validation_survivors"},
     }
 
 

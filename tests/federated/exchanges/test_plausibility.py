@@ -18,7 +18,7 @@ from fake_federation import (
     wait_until,
 )
 
-from nnunetv2.experiment_planning import federated_planning
+from nnunetv2.experiment_planning import site_cases
 from nnunetv2.federated.aggregation import fingerprint_statistics
 from nnunetv2.federated.aggregation.outermost import Channel
 from nnunetv2.federated.errors import FederationError, RefusedError, StatisticsError
@@ -285,13 +285,13 @@ def pooled_with(own: messages.CoarseSummary, spacing) -> messages.PooledFingerpr
 
 def test_a_site_hears_of_other_units_before_it_preprocesses(capsys):
     own = summary_of(draw("few"), (0.1, 0.1, 0.1))
-    federated_planning._compare_geometry(own, pooled_with(own, (1.0, 1.0, 1.0)))
+    site_cases.compare_geometry(own.spacings, own.shapes, pooled_with(own, (1.0, 1.0, 1.0)))
     assert (
         "The scans of this site are about 10 times smaller than those of the others: median spacing 0.1 x 0.1 x "
         "0.1 mm here, 1 x 1 x 1 mm there" in capsys.readouterr().out
     )
     with pytest.raises(FederationError, match="cannot all have spacings in millimetres"):
-        federated_planning._compare_geometry(own, pooled_with(own, (100.0, 100.0, 100.0)))
+        site_cases.compare_geometry(own.spacings, own.shapes, pooled_with(own, (100.0, 100.0, 100.0)))
     for others in (pooled_with(own, (0.12, 0.1, 0.1)), pooled_with(own, (0.1, 0.1, 0.1))):
-        federated_planning._compare_geometry(own, others)
+        site_cases.compare_geometry(own.spacings, own.shapes, others)
     assert capsys.readouterr().out == ""

@@ -9,9 +9,11 @@ from fake_federation import RUN, in_threads, make_plans, make_registration, make
 
 from nnunetv2.federated.commands.manifest import describe
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.exchanges.outlook import foresee_model
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
+from nnunetv2.federated.exchanges.steps.registration import match_registrations
 from nnunetv2.federated.privacy.disclosure import Disclosure
-from nnunetv2.federated.privacy.plans_redaction import without_extrema
+from nnunetv2.federated.privacy.plans_redaction import without_extrema, without_own_statistics
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.keys import AdmissionKey, PlansKey, RegistrationKey
 
@@ -152,3 +154,44 @@ def test_a_model_has_the_plans_as_they_are_at_the_sites(tmp_path, is_common):
         wait_until(lambda: federation.state.store.load_events("model"))
         (path,) = (federation.state.store.folder / "models").glob("*/plans.json")
     assert path.read_text() == json.dumps(plans if is_common else without_extrema(plans), indent=4)
+
+
+# ------------------------------------------------------------------------------- where a federation masks statistics
+def planned_alone() -> dict:
+    plans = with_intensities() | {
+        "original_median_spacing_after_transp": [3.1, 0.7, 0.7],
+        "original_median_shape_after_transp": [40, 512, 512],
+    }
+    configuration = {"spacing": [3.1, 0.7, 0.7], "median_image_size_in_voxels": [40.0, 500.0, 501.0]}
+    return plans | {"configurations": {"3d_fullres": configuration}}
+
+
+def test_plans_made_alone_lose_what_tells_of_the_data():
+    plans = planned_alone()
+    kept = without_own_statistics(plans, None)
+    assert kept["configurations"] == {"3d_fullres": {"spacing": [3.1, 0.7, 0.7]}}
+    assert kept["statistics_withheld"] is True
+    assert plans.keys() - kept.keys() == {
+        "foreground_intensity_properties_per_channel",
+        "original_median_spacing_after_transp",
+        "original_median_shape_after_transp",
+    }
+    assert plans == planned_alone()
+
+
+def test_pooled_statistics_stay_and_others_do_not():
+    plans = planned_alone()
+    field = "foreground_intensity_properties_per_channel"
+    assert without_own_statistics(plans, {field: plans[field]}) == plans
+    other = json.loads(json.dumps(plans[field]))
+    other["0"]["mean"] += 1
+    assert without_own_statistics(plans, {field: other}) == without_own_statistics(plans, None)
+    del plans[field]  # by hand
+    assert "original_median_shape_after_transp" not in without_own_statistics(plans, {field: other})
+
+
+def test_there_is_no_common_model_without_statistics():
+    plans = without_own_statistics(planned_alone(), None)
+    registered = {site: make_registration(plans=plans) for site in "AB"}
+    match = match_registrations(registered, make_settings())
+    assert "keep the statistics in their plans to themselves" in str(foresee_model(registered.items(), match))

@@ -1,5 +1,9 @@
 """Invitations, and the addresses in them."""
 
+import base64
+import json
+from dataclasses import replace
+
 import pytest
 
 from nnunetv2.federated.errors import FederationError, WireError
@@ -18,6 +22,43 @@ def test_an_invitation_survives_a_mail():
     word = encode_invitation(INVITATION)
     assert word.startswith("nnunet-fed:") and " " not in word and "=" not in word
     assert decode_invitation(f"  {word}\n") == INVITATION
+
+
+def test_an_invitation_in_clear_has_the_bytes_that_it_always_had():
+    word = encode_invitation(INVITATION).removeprefix("nnunet-fed:")
+    assert base64.urlsafe_b64decode(word + "=" * (-len(word) % 4)) == (
+        b'{"v":2,"url":"http://127.0.0.1:8750","federation":"federation-1","site":"clinic-a",'
+        b'"secret":"secret-of-32-bytes","authority":null}'
+    )
+
+
+def test_a_secure_invitation_is_of_a_version_that_older_sites_refuse():
+    secure = replace(INVITATION, secure=True)
+    word = encode_invitation(secure)
+    assert decode_invitation(word) == secure
+    assert content_of(word)["v"] == 3
+
+
+def content_of(word: str) -> dict:
+    word = word.removeprefix("nnunet-fed:")
+    return json.loads(base64.urlsafe_b64decode(word + "=" * (-len(word) % 4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": 4}, "is of version 4.*up to 3: use matching versions"),
+        ({"v": 2}, "incomplete"),
+        ({"secure": False}, "incomplete"),
+        ({"secure": 1}, "incomplete"),
+        ({"secure": "true"}, "incomplete"),
+    ],
+)
+def test_a_secure_invitation_says_so_in_one_way_only(change, message):
+    content = {**content_of(encode_invitation(replace(INVITATION, secure=True))), **change}
+    word = "nnunet-fed:" + base64.urlsafe_b64encode(json.dumps(content).encode()).decode()
+    with pytest.raises(WireError, match=message):
+        decode_invitation(word)
 
 
 @pytest.mark.parametrize(

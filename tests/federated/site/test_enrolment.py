@@ -6,13 +6,15 @@ import pytest
 from certificate_texts import BESIDE, GENUINE, block
 from fake_federation import make_settings, served
 
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, RefusedError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotAllowedError, RefusedError
+from nnunetv2.federated.privacy.identities import public_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.certificates import fingerprint_of
 from nnunetv2.federated.protocol.invitation import Invitation
 from nnunetv2.federated.site import enrolment
 from nnunetv2.federated.site.credential import SiteCredential, load_credential, save_credential
 from nnunetv2.federated.site.enrolment import join
+from nnunetv2.federated.site.identity import load_identity
 
 CREDENTIAL = SiteCredential("https://c.example:8750", "federation-1", "A", "A.token")
 
@@ -55,8 +57,8 @@ def test_an_invitation_that_was_never_made_is_refused(federation, tmp_path, chan
 def test_an_interrupted_join_goes_on_with_the_token_that_was_sent(federation, tmp_path, monkeypatch):
     path, invitation = tmp_path / "site.json", invitation_for(federation, "D")
 
-    def answer_gets_lost(credential, secret):
-        request_to_join(credential, secret)
+    def answer_gets_lost(*request):
+        request_to_join(*request)
         raise CoordinatorUnreachable("the connection broke")
 
     request_to_join = enrolment.request_to_join
@@ -95,7 +97,7 @@ def test_a_refused_join_leaves_the_authority_of_the_credential_that_it_would_rep
     assert sorted(file.name for file in tmp_path.iterdir()) == ["site.json", "site.json.ca.pem"]
 
     answer = api.JoinAnswer(federation="test", site="E", role="site", settings=make_settings())
-    monkeypatch.setattr(enrolment, "request_to_join", lambda credential, secret: answer)
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: answer)
     join(invitation, path=path, replace=True)
     monkeypatch.chdir("/")
     after = load_credential(tmp_path / path)
@@ -121,7 +123,7 @@ def test_the_pinned_authority_is_written_anew(tmp_path, monkeypatch):
     told = "\r\n" + GENUINE.replace("\n", "\r\n") + "  \n"
     monkeypatch.setattr(enrolment, "fetch_authority", lambda url, **others: told)
     answer = api.JoinAnswer(federation="test", site="A", role="site", settings=make_settings())
-    monkeypatch.setattr(enrolment, "request_to_join", lambda credential, secret: answer)
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: answer)
     join(Invitation("https://c.example:8750", "test", "A", "s", fingerprint_of(GENUINE)), path=tmp_path / "site.json")
     assert (tmp_path / "site.json.ca.pem").read_text() == GENUINE
 
@@ -137,3 +139,84 @@ def test_a_client_certificate_that_cannot_be_shown_is_refused_before_anything_is
                 client_certificate=tmp_path / certificate,
                 client_key=None if key is None else tmp_path / key,
             )
+
+
+# ---------------------------------------------------------------------------------------------------------- protection
+@pytest.fixture(scope="module")
+def secure_federation(tmp_path_factory):
+    settings = make_settings(sites=("A", "B", "C", "D", "E", "F"), secure={"k": 4})
+    with served(tmp_path_factory.mktemp("secure") / "federation", settings) as served_:
+        yield served_
+
+
+@pytest.fixture
+def required(monkeypatch):
+    """Return a function that sets from how many sites on this site lets itself be summed."""
+    return lambda k: monkeypatch.setenv("nnUNet_fed_require_secure", str(k))
+
+
+def invited_anew(federation, name: str, role: str = "site") -> Invitation:
+    return Invitation(federation.url, "test", name, federation.coordinator.invite(name, role, by="boss"))
+
+
+def test_a_site_that_requires_secure_sums_does_not_join_a_federation_in_clear(federation, tmp_path, required):
+    required(3)
+    path, invitation = tmp_path / "site.json", invited_anew(federation, "F")
+    with pytest.raises(NotAllowedError, match=r"in clear, and this site requires .* \(nnUNet_fed_require_secure=3"):
+        join(invitation, path=path)
+    assert not path.exists()
+
+
+def test_who_only_looks_on_requires_nothing(federation, tmp_path, required):
+    required(3)
+    said = join(invited_anew(federation, "eve", "observer"), path=tmp_path / "eve.json")
+    assert said.startswith("Observer eve has joined")
+
+
+def test_a_site_that_requires_larger_sums_has_not_joined_but_may_later(secure_federation, tmp_path, required):
+    path, invitation = tmp_path / "site.json", secure_federation.invitation("A")
+    required(5)
+    with pytest.raises(NotAllowedError, match="sums from 4 sites on, and this site requires secure sums of 5"):
+        join(invitation, path=path)
+    assert not path.exists()
+    required(4)
+    join(invitation, path=path)
+    assert load_credential(path).secure == 4
+
+
+def test_a_coordinator_that_forgets_what_its_invitation_promised_is_refused(tmp_path, monkeypatch):
+    answer = api.JoinAnswer(federation="test", site="A", role="site", settings=make_settings())
+    monkeypatch.setattr(enrolment, "request_to_join", lambda *_: answer)
+    with pytest.raises(NotAllowedError, match="although the invitation says so: this site has not joined"):
+        join(Invitation("https://c.example:8750", "test", "A", "s", secure=True), path=tmp_path / "site.json")
+    assert not (tmp_path / "site.json").exists()
+
+
+def test_an_interrupted_secure_join_goes_on_with_the_identity_that_was_sent(secure_federation, tmp_path, monkeypatch):
+    path, invitation = tmp_path / "site.json", secure_federation.invitation("B")
+    request_to_join = enrolment.request_to_join
+
+    def answer_gets_lost(*request):
+        request_to_join(*request)
+        raise CoordinatorUnreachable("the connection broke")
+
+    monkeypatch.setattr(enrolment, "request_to_join", answer_gets_lost)
+    with pytest.raises(CoordinatorUnreachable):
+        join(invitation, path=path)
+    monkeypatch.undo()
+    join(invitation, path=path)
+    assert secure_federation.coordinator.roster().sites["B"] == public_of(load_identity(path))
+
+
+def test_without_the_library_a_site_cannot_join_and_says_what_to_install(secure_federation, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunetv2.federated.privacy.cryptography_library.find_spec", lambda name: None)
+    invitation = secure_federation.invitation("C")
+    with pytest.raises(FederationError, match="pip install cryptography"):
+        join(invitation, path=tmp_path / "site.json")
+    monkeypatch.undo()
+    join(invitation, path=tmp_path / "site.json")
+
+
+def test_a_join_in_clear_makes_no_identity(federation, tmp_path):
+    join(invited_anew(federation, "G"), path=tmp_path / "site.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["site.json"]

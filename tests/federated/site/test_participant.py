@@ -176,7 +176,8 @@ def test_no_training_ends_because_a_validation_is_not_taken():
     session = make_session({}, {})
     session.transport.settings = session.transport.contribute = refuse
     assert not session.wants_validation(aggregate(0, "a", "b"), is_last=True)
-    assert session.send_validation(0, messages.Validation(tp=(1,), fp=(1,), fn=(1,))) == "nobody there"
+    found = messages.Validation(tp=(1,), fp=(1,), fn=(1,))
+    assert session.send_validation(aggregate(0, "a", "b"), found) == "nobody there"
 
 
 def test_a_site_that_has_left_is_told_how_to_return():

@@ -1,5 +1,7 @@
 """Kill the coordinator at every record of its journal and at random moments, and every site: the result stays the same.
 
+With updates in clear and with masked ones.
+
 NNUNET_FED_MATRIX=full runs the whole matrix (`make federation-matrix`); without it, a part that takes seconds.
 """
 
@@ -14,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ from fake_federation import (
     train,
     wait_until,
 )
+from masked_sites import MaskedSite, masked_settings
 from nursery import Nursery
 from patience import PATIENCE_S
 
@@ -67,8 +71,25 @@ def nursery():
     nursery.close()
 
 
-def take_part(client, number: int, *, num_rounds: int = NUM_ROUNDS, shapes=SHAPES) -> str:
-    """Train as a fake site, validating every aggregate."""
+KINDS = ["clear", pytest.param("masked", marks=pytest.mark.slow)]
+"""Whether updates travel in clear, or masked. A round of the latter takes three exchanges, as its validation does."""
+
+
+def settings_of(kind: str, num_rounds: int):
+    """Return the settings of a federation of this kind."""
+    if kind == "masked":
+        return masked_settings(SITES, num_epochs=num_rounds)
+    return make_settings(sites=SITES, num_epochs=num_rounds)
+
+
+def take_part(client, number: int, *, num_rounds: int = NUM_ROUNDS, shapes=SHAPES, file: Path | None = None) -> str:
+    """Train as a fake site, validating every aggregate.
+
+    Args:
+        file: The credential, beside which a site keeps what it must not lose.
+    """
+    if client.credential.secure is not None:
+        return MaskedSite(client, client.credential, file, seed=number, shapes=shapes).train(num_rounds)
 
     def validate(next_round: int) -> None:
         tp = float(10 * next_round + number)
@@ -77,34 +98,51 @@ def take_part(client, number: int, *, num_rounds: int = NUM_ROUNDS, shapes=SHAPE
     return train(client, seed=number, num_rounds=num_rounds, num_cases=number + 1, shapes=shapes, on_round=validate)
 
 
-def run_undisturbed(folder: Path, num_rounds: int, shapes=SHAPES) -> str:
-    with served(folder, make_settings(sites=SITES, num_epochs=num_rounds)) as federation:
+@dataclass(frozen=True)
+class Run:
+    """A run in which nothing goes wrong."""
+
+    kind: str
+    num_rounds: int
+    digest: str
+    """What each site ends with,"""
+    aggregate: str
+    """and the SHA-256 of the last aggregate."""
+
+
+def run_undisturbed(folder: Path, num_rounds: int, shapes=SHAPES, kind: str = "clear") -> Run:
+    with served(folder, settings_of(kind, num_rounds)) as federation:
         clients = [federation.client(site) for site in SITES]
         digests = in_threads(
             *(
-                lambda c=client, n=number: take_part(c, n, num_rounds=num_rounds, shapes=shapes)
+                lambda c=client, n=number, f=folder / f"credential.{client.credential.site}.json": take_part(
+                    c, n, num_rounds=num_rounds, shapes=shapes, file=f
+                )
                 for number, client in enumerate(clients)
             )
         )
         for client in clients:
             client.close()
-    assert len(set(digests)) == 1
-    return digests[0]
+        aggregate = federation.state.store.load_result_digest(RoundKey(RUN, num_rounds - 1))
+    assert len(set(digests)) == 1, digests
+    return Run(kind, num_rounds, digests[0], aggregate)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> str:
-    """The digest of the last aggregate of a run in which nothing goes wrong."""
-    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "federation", NUM_ROUNDS)
+@pytest.fixture(scope="module", params=KINDS)
+def undisturbed(request, tmp_path_factory) -> Run:
+    """A run in which nothing goes wrong."""
+    num_rounds = NUM_ROUNDS if FULL or request.param == "clear" else 2
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "federation", num_rounds, kind=request.param)
 
 
 class MortalCoordinator:
     """A coordinator that is born again whenever it has died, and may be doomed anew each time."""
 
-    def __init__(self, nursery: Nursery, folder: Path, num_rounds: int = NUM_ROUNDS) -> None:
+    def __init__(self, nursery: Nursery, folder: Path, num_rounds: int = NUM_ROUNDS, kind: str = "clear") -> None:
         self.folder = folder
         self.log = folder.parent / "coordinator.log"
         self.num_rounds = num_rounds
+        self.options = ["--secure", "--validate-every", "1"] if kind == "masked" else []
         self.deaths = 0
         self._nursery = nursery
         self._port = 0
@@ -127,6 +165,7 @@ class MortalCoordinator:
                 *SITES,
                 "--epochs",
                 str(self.num_rounds),
+                *self.options,
             ],
         )
         wait_until(lambda: state.exists() or not self.is_alive)
@@ -184,7 +223,13 @@ class SitesInThreads:
         clients = [make_client(credential, give_up_after_s=PATIENCE_S) for credential in coordinator.credentials()]
         self.digests = in_threads(
             *(
-                lambda c=client, n=number: take_part(c, n, num_rounds=coordinator.num_rounds, **options)
+                lambda c=client, n=number: take_part(
+                    c,
+                    n,
+                    num_rounds=coordinator.num_rounds,
+                    file=coordinator.folder.parent / f"{c.credential.site}.json",
+                    **options,
+                )
                 for number, client in enumerate(clients)
             ),
             timeout_s=600.0,
@@ -201,8 +246,9 @@ class SitesInThreads:
         assert self.are_done, "the sites hang"
 
 
-def check_journal(folder: Path, num_rounds: int, digest: str) -> None:
+def check_journal(folder: Path, run: Run) -> None:
     """Nothing was lost, nothing counted twice, and the log of events is whole."""
+    num_rounds, digest = run.num_rounds, run.aggregate
     with Store(folder) as store:
         assert store.load_result_digest(RoundKey(RUN, num_rounds - 1)) == digest
         closings = Counter(event.key for event in store.load_events("closing"))
@@ -219,7 +265,7 @@ def check_journal(folder: Path, num_rounds: int, digest: str) -> None:
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_a_coordinator_that_dies_at_every_record_in_turn(nursery, tmp_path, undisturbed, side):
     """Every life writes one record more than the one before, and ends just before or after the commit of the next."""
-    coordinator = MortalCoordinator(nursery, tmp_path / "federation")
+    coordinator = MortalCoordinator(nursery, tmp_path / "federation", undisturbed.num_rounds, undisturbed.kind)
     lives_on = {"die_at": 2 if side == "before" else 1, "side": side, "skip_start": True}
     coordinator.live(**lives_on)
     sites = SitesInThreads(coordinator)
@@ -232,17 +278,17 @@ def test_a_coordinator_that_dies_at_every_record_in_turn(nursery, tmp_path, undi
         time.sleep(0.002)
     sites.join()
     coordinator.stop()
-    assert sites.digests == [undisturbed] * len(SITES)
-    check_journal(coordinator.folder, NUM_ROUNDS, undisturbed)
+    assert sites.digests == [undisturbed.digest] * len(SITES)
+    check_journal(coordinator.folder, undisturbed)
     print(f"{coordinator.deaths} deaths {side} the commit of a record")
     # About 30, fewer where the machine is busy: then other threads commit their records before the signal arrives.
-    assert coordinator.deaths > 2 * NUM_ROUNDS
+    assert coordinator.deaths > 2 * undisturbed.num_rounds
 
 
-def die_once(nursery: Nursery, folder: Path, record: int, side: str, undisturbed: str) -> bool:
+def die_once(nursery: Nursery, folder: Path, record: int, side: str, undisturbed: Run) -> bool:
     """Run from the creation of a federation to the end, with one death at a record; False if there are fewer."""
     folder.mkdir()
-    coordinator = MortalCoordinator(nursery, folder / "federation")
+    coordinator = MortalCoordinator(nursery, folder / "federation", undisturbed.num_rounds, undisturbed.kind)
     coordinator.live(die_at=record, side=side, skip_start=False)
     if not coordinator.is_alive:
         coordinator.deaths += 1
@@ -257,14 +303,14 @@ def die_once(nursery: Nursery, folder: Path, record: int, side: str, undisturbed
         time.sleep(0.002)
     sites.join()
     coordinator.stop()
-    assert sites.digests == [undisturbed] * len(SITES), (record, side)
-    check_journal(coordinator.folder, NUM_ROUNDS, undisturbed)
+    assert sites.digests == [undisturbed.digest] * len(SITES), (record, side)
+    check_journal(coordinator.folder, undisturbed)
     return coordinator.deaths > 0
 
 
 def test_a_coordinator_that_dies_once_at_one_record(nursery, tmp_path, undisturbed):
     """The whole matrix takes every record, those of the start too, on both sides of its commit; else a few."""
-    records = range(1, 200) if FULL else (1, 2, 4)
+    records = range(1, 400) if FULL else (1, 2, 4) if undisturbed.kind == "clear" else (25,)
     for side in ("before", "after"):
         for record in records:
             if not die_once(nursery, tmp_path / f"{record}{side}", record, side, undisturbed):
@@ -312,14 +358,17 @@ def test_what_an_operator_has_said_outlasts_a_death_at_its_record(nursery, tmp_p
 
 
 # ------------------------------------------------------------------------------------------------------ random moments
-def test_a_coordinator_that_is_killed_at_random_moments_of_uploads_and_aggregation(nursery, tmp_path):
+@pytest.mark.parametrize(
+    "kind", ["clear", pytest.param("masked", marks=pytest.mark.skipif(not FULL, reason="of the whole matrix"))]
+)
+def test_a_coordinator_that_is_killed_at_random_moments_of_uploads_and_aggregation(nursery, tmp_path, kind):
     """Every second death is aimed at an upload that has begun, or at a round that is complete."""
     num_rounds = 6
-    expected = run_undisturbed(tmp_path / "undisturbed", num_rounds, shapes=LARGE)
+    expected = run_undisturbed(tmp_path / "undisturbed", num_rounds, shapes=LARGE, kind=kind)
     rng, hits, deaths = random.Random(20), Counter(), 0
     for number in range(100):
         (tmp_path / str(number)).mkdir()
-        coordinator = MortalCoordinator(nursery, tmp_path / str(number) / "federation", num_rounds)
+        coordinator = MortalCoordinator(nursery, tmp_path / str(number) / "federation", num_rounds, kind)
         coordinator.live()
         sites = SitesInThreads(coordinator, shapes=LARGE)
         while not (sites.are_done or is_enough(deaths, hits)):
@@ -330,8 +379,8 @@ def test_a_coordinator_that_is_killed_at_random_moments_of_uploads_and_aggregati
         sites.join(PATIENCE_S)
         wait_until(lambda: coordinator.is_over)  # noqa: B023 - called at once
         coordinator.stop()
-        assert sites.digests == [expected] * len(SITES)
-        check_journal(coordinator.folder, num_rounds, expected)
+        assert sites.digests == [expected.digest] * len(SITES)
+        check_journal(coordinator.folder, expected)
         if is_enough(deaths, hits):
             break
     print(f"{deaths} deaths at random moments, aimed at {dict(hits)}, {number + 1} runs")
@@ -366,10 +415,11 @@ def is_moment(folder: Path, aim: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- sites
-def test_sites_that_are_killed_come_back(nursery, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_sites_that_are_killed_come_back(nursery, tmp_path, kind):
     num_rounds = 10 * KILLS_PER_SITE + 4  # enough that the run does not end before the last kill
-    expected = run_undisturbed(tmp_path / "undisturbed", num_rounds)
-    coordinator = MortalCoordinator(nursery, tmp_path / "federation", num_rounds)
+    expected = run_undisturbed(tmp_path / "undisturbed", num_rounds, kind=kind)
+    coordinator = MortalCoordinator(nursery, tmp_path / "federation", num_rounds, kind)
     coordinator.live()
     coordinator.credentials()
     digests = {site: tmp_path / f"{site}.digest" for site in SITES}
@@ -403,6 +453,6 @@ def test_sites_that_are_killed_come_back(nursery, tmp_path):
                 pids[site] = start(site)
     coordinator.stop()
     print(f"sites killed {dict(kills)}")
-    assert [path.read_text() for path in digests.values()] == [expected] * len(SITES)
+    assert [path.read_text() for path in digests.values()] == [expected.digest] * len(SITES)
     assert min(kills[site] for site in SITES) >= (KILLS_PER_SITE if FULL else 1), kills
-    check_journal(coordinator.folder, num_rounds, expected)
+    check_journal(coordinator.folder, expected)

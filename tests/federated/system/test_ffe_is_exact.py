@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,9 @@ def write_dataset(folder: Path, labels: dict, cases: list[tuple[Path, Path]]) ->
     )
 
 
-def federate(roots: dict, folder: Path, labels: dict, split: dict[str, list], rng) -> list[tuple[dict, dict]]:
+def federate(
+    roots: dict, folder: Path, labels: dict, split: dict[str, list], rng, options: Sequence[str] = ()
+) -> list[tuple[dict, dict]]:
     """Plan every part of the split as a site; return (fingerprint, plans) of each. Sites arrive in random order."""
     sites = []
     for number, (name, cases) in enumerate(split.items()):
@@ -75,7 +78,7 @@ def federate(roots: dict, folder: Path, labels: dict, split: dict[str, list], rn
         except Exception as error:  # noqa: BLE001  handed to the main thread
             errors.append(error)
 
-    with running_coordinator(folder / "coordinator", sites, show=lambda line: None):
+    with running_coordinator(folder / "coordinator", sites, options, show=lambda line: None):
         threads = [threading.Thread(target=run, args=(site,)) for site in rng.permutation(np.array(sites, object))]
         for thread in threads:
             thread.start()
@@ -126,7 +129,45 @@ def test_pooled_equals_centralised(make, shuffle, shared_data, roots, tmp_path):
         assert {**plans, "dataset_name": ""} == {**results[0][1], "dataset_name": ""}
 
 
+@pytest.mark.parametrize(
+    ("make", "shuffle", "geometry"),
+    [
+        (hippocampus, None, "list"),
+        (hippocampus, 1, "quantiles"),
+        (spinalcord, None, "quantiles"),
+        (spinalcord, 2, "list"),
+    ],
+)
+def test_masked_sums_equal_centralised(make, shuffle, geometry, shared_data, roots, tmp_path):
+    rng = np.random.default_rng(shuffle)
+    labels, split = make(shared_data)
+    if shuffle is not None:
+        split = shuffled_split(split, rng)
+    expected_fingerprint, expected_plans = centralise(roots, labels, split)
+    options = ("--secure", "--geometry", geometry)
+    results = federate(roots, tmp_path / "federation", labels, split, rng, options)
+    for fingerprint, plans in results:
+        assert fingerprint == results[0][0]
+        if geometry == "list":
+            compare_fingerprints(fingerprint, expected_fingerprint)
+        else:
+            compare_intensities(fingerprint, expected_fingerprint)
+            assert not {"spacings", "shapes_after_crop"} & fingerprint.keys()
+        compare_plans(plans, expected_plans)
+        assert {**plans, "dataset_name": ""} == {**results[0][1], "dataset_name": ""}
+
+
 def compare_fingerprints(pooled: dict, expected: dict) -> None:
+    compare_intensities(pooled, expected)
+
+    def cases(fingerprint):
+        return sorted(zip(map(tuple, fingerprint["spacings"]), map(tuple, fingerprint["shapes_after_crop"])))
+
+    assert cases(pooled) == cases(expected)
+    assert pooled["median_relative_size_after_cropping"] == expected["median_relative_size_after_cropping"]
+
+
+def compare_intensities(pooled: dict, expected: dict) -> None:
     for channel, properties in expected["foreground_intensity_properties_per_channel"].items():
         found = pooled["foreground_intensity_properties_per_channel"][channel]
         for name in EXACT:
@@ -134,12 +175,6 @@ def compare_fingerprints(pooled: dict, expected: dict) -> None:
         for name in ("mean", "std"):
             assert math.isclose(found[name], properties[name], rel_tol=1e-6), name
         assert found["min"] <= properties["min"] and found["max"] >= properties["max"]
-
-    def cases(fingerprint):
-        return sorted(zip(map(tuple, fingerprint["spacings"]), map(tuple, fingerprint["shapes_after_crop"])))
-
-    assert cases(pooled) == cases(expected)
-    assert pooled["median_relative_size_after_cropping"] == expected["median_relative_size_after_cropping"]
 
 
 def compare_plans(plans: dict, expected: dict) -> None:

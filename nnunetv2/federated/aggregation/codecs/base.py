@@ -70,6 +70,10 @@ class UpdateCodec(Protocol):
         """Average updates and write the aggregate; see `weighted_mean.aggregate_documents`."""
         ...
 
+    def handed_out(self, values: np.ndarray) -> np.ndarray:
+        """Return values of an aggregate as sites get them."""
+        ...
+
     def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str], *, whole: bool) -> str:
         """Write these tensors of an aggregate as they travel, and return the SHA-256.
 

@@ -34,6 +34,8 @@ ROUNDS_AT_ONCE = 200
 CHARACTERS_AT_ONCE = 4 << 20
 """Of their records, as JSON; with more, an answer has fewer rounds, but two."""
 
+ALL_SITES = ""
+"""In the place of a site: no site has an empty name."""
 Scalars = Annotated[dict[Text, Finite | None], Field(max_length=2_000_000)]
 """What came with an update and after it; pooled, under the names that any site has."""
 
@@ -59,6 +61,8 @@ class CurveRound(Part):
     failed: SiteNames = ()
     outliers: SiteNames = ()
     """Sites whose updates moved conspicuously far."""
+    conspicuous: Count = 0
+    """How many did, where updates are masked and nobody knows which."""
     pooled: Scalars = {}
     """Mean of the sites' metrics, each counted by its weight."""
 
@@ -107,7 +111,7 @@ def build_curves(state: FederationState, run: str, *, since: int = 0, since_vali
     store = state.store
     rounds = store.load_rounds(run, since, ROUNDS_AT_ONCE + 1, characters=CHARACTERS_AT_ONCE)
     validations = store.load_validations(run, since_validation, ROUNDS_AT_ONCE, characters=CHARACTERS_AT_ONCE)
-    later, rounds = metrics_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
+    later, rounds = metrics_that_followed(rounds) | pooled_that_followed(rounds), rounds[:ROUNDS_AT_ONCE]
     latest, last_validation = state.registry.latest_number(run), store.load_last_validation(run)
     last_validated = None if last_validation is None else last_validation["round"]
     return Curves(
@@ -134,14 +138,24 @@ def metrics_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[in
     }
 
 
+def pooled_that_followed(records: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
+    """Return pooled metrics that came with later masked updates: (round, ALL_SITES) -> metrics."""
+    return {
+        (earlier["round"], ALL_SITES): earlier["metrics"]
+        for record in records
+        if (earlier := (record.get("pooled") or {}).get("earlier"))
+    }
+
+
 def _round(record: Mapping[str, Any], later: Mapping[tuple[int, str], Mapping[str, Any]]) -> CurveRound:
     def point(site: str, held: Mapping[str, Any]) -> CurvePoint:
-        metrics = {**later.get((record["round"], site), {}), **held["metrics"]}
+        metrics = {**later.get((record["round"], site), {}), **held.get("metrics", {})}
         return CurvePoint(
             weight=held["weight"], bytes=held["bytes"], received=held["received"], metrics=scalars(metrics)
         )
 
     sites = {site: point(site, held) for site, held in record["sites"].items()}
+    masked = record.get("pooled") or {}  # where updates are masked, metrics are known of all sites together only
     return CurveRound(
         round=record["round"],
         opened=record["opened"],
@@ -150,7 +164,10 @@ def _round(record: Mapping[str, Any], later: Mapping[tuple[int, str], Mapping[st
         missing=record["missing"],
         failed=record["failed"],
         outliers=record.get("outliers", ()),
-        pooled=pooled((point.weight, point.metrics) for point in sites.values()),
+        conspicuous=masked.get("conspicuous", 0),
+        pooled=scalars({**later.get((record["round"], ALL_SITES), {}), **masked["metrics"]})
+        if masked
+        else pooled((point.weight, point.metrics) for point in sites.values()),
     )
 
 

@@ -26,7 +26,7 @@ from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
 from nnunetv2.federated.exchanges.steps import prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus
-from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey, RunKey
+from nnunetv2.federated.protocol.keys import InitialKey, Key, RegistrationKey, RoundKey, RunKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
     Count,
@@ -272,11 +272,13 @@ class OverviewBuilder:
     def _open_exchange(self, run: str) -> Exchange:
         """Return what a run waits for, begun or not."""
         registry = self._state.registry
-        for key in (RegistrationKey(run), InitialKey(run)):
-            if not registry.is_closed(key):
-                return registry.begin(key)
         latest = registry.latest_number(run)
-        return registry.begin(RoundKey(run, 0 if latest is None else latest + 1))
+        number = 0 if latest is None else latest + 1
+        keys: list[Key] = [RegistrationKey(run), InitialKey(run)]
+        if self._state.settings.secure is not None:
+            keys += [UploadKey(run, number), SurvivorsKey(run, number)]
+        keys.append(RoundKey(run, number))  # of a run that is not over, it is open
+        return registry.begin(next(key for key in keys if not registry.is_closed(key)))
 
     def _exchange_view(self, exchange: Exchange) -> ExchangeView:
         return ExchangeView(

@@ -17,7 +17,11 @@ class Endpoint:
     authority: str | None = None
     """Its private certificate authority, in PEM, if it has one."""
 
-    def invitation(self, federation: str, name: str, secret: str) -> str:
-        """Return the word that a member types to join."""
+    def invitation(self, federation: str, name: str, secret: str, *, with_identity: bool = False) -> str:
+        """Return the word that a member types to join.
+
+        Args:
+            with_identity: Whether the member is a site of a federation that aggregates securely.
+        """
         fingerprint = None if self.authority is None else fingerprint_of(self.authority)
-        return encode_invitation(Invitation(self.url, federation, name, secret, fingerprint))
+        return encode_invitation(Invitation(self.url, federation, name, secret, fingerprint, with_identity))

@@ -1,7 +1,7 @@
 """Serve the requests of operators: members and settings.
 
 GET    /v1/authority             the private certificate authority, in PEM; sites know its fingerprint
-POST   /v1/join                  {invitation, token} -> {federation, site, settings}; all else needs the token
+POST   /v1/join                  {invitation, token, identity} -> {federation, site, settings}; all else needs the token
 POST   /v1/members               {name, role, lifetime_s} -> {name, role, invitation, expires}
 DELETE /v1/members/<name>        revoke a credential
 PATCH  /v1/settings              change what may be changed while the federation is at work
@@ -68,7 +68,12 @@ class MemberRoutes:
                 name=wanted.name,
                 role=wanted.role,
                 expires=coordinator.state.clock() + wanted.lifetime_s,
-                invitation=self._endpoint.invitation(coordinator.settings.federation, wanted.name, secret),
+                invitation=self._endpoint.invitation(
+                    coordinator.settings.federation,
+                    wanted.name,
+                    secret,
+                    with_identity=coordinator.members.needs_identity(wanted.name),
+                ),
             )
         )
 

@@ -8,14 +8,13 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from nnunetv2.federated.coordinator.http.large_bodies import BufferPool, Connection, connection_of
 from nnunetv2.federated.coordinator.http.traffic_meter import traffic_of
-from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUpload
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol.strict_json import decode_json
 
@@ -107,7 +106,25 @@ class Reception:
         return await asyncio.get_running_loop().run_in_executor(self._finishing, function, *arguments)
 
 
-async def receive(request: Request, upload: PartialUpload, headers: UploadHeaders, reception: Reception) -> None:
+class IncomingBody(Protocol):
+    """A file that grows by what arrives, such as `PartialUpload`."""
+
+    size: int
+
+    def read_beginning(self) -> None:
+        """Take what is here already into the digest."""
+
+    def append(self, *pieces: bytes) -> None:
+        """Take the next pieces."""
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of everything up to here."""
+
+    def discard(self) -> None:
+        """Forget all of it: it is of no use."""
+
+
+async def receive(request: Request, upload: IncomingBody, headers: UploadHeaders, reception: Reception) -> None:
     """Stream the body of a request to the end of an upload.
 
     Raises:

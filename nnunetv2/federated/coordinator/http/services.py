@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 
+from nnunetv2.federated.coordinator.http.rehearsal_budget import Rehearsals
 from nnunetv2.federated.coordinator.http.request_bodies import Reception
 from nnunetv2.federated.coordinator.site_service import SiteService
 
@@ -18,6 +19,7 @@ class Services:
 
     site: SiteService
     reception: Reception = field(default_factory=Reception)
+    rehearsals: Rehearsals = field(default_factory=Rehearsals)
     refusals: Counter[str] = field(default_factory=Counter)
     """Requests that were refused since the start, by code."""
 

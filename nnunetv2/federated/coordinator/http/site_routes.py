@@ -1,6 +1,7 @@
 """Serve the requests of a site: settings, state of a run, documents, models.
 
     GET  /v1/settings                the settings that hold for all sites
+    GET  /v1/roster                  the identities of the sites, where they aggregate securely
     GET  /v1/status                  the state of the federation
     GET  /v1/runs/<run>?plans=       how far a run of training is, or the one that a training with plans belongs to
     GET  /v1/outlooks                which runs will have a common model, and why others will not
@@ -10,6 +11,7 @@
     POST /v1/offers/<key>            {digest, size} -> 200 receipt: need not be sent, 202 {offset}: send it from there
     PUT  /v1/gatherings/<key>        contribute a document, or the rest of it (Content-Range) -> receipt
     GET  /v1/gatherings/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
+    PUT, GET /v1/rehearsal           bytes without content, to and fro; see `rehearsal.py`
 
 An offer spares a site the upload of what is held already or would be refused. Who answers is a `SiteService`: the
 handlers know HTTP only.
@@ -33,6 +35,7 @@ from starlette.types import Receive, Scope, Send
 
 from nnunetv2.federated.coordinator.http.authentication import member_of, site_of
 from nnunetv2.federated.coordinator.http.error_responses import HANDLERS, json_response
+from nnunetv2.federated.coordinator.http.rehearsal import REHEARSAL_ROUTES
 from nnunetv2.federated.coordinator.http.request_bodies import drain, read_json, read_upload_headers, receive
 from nnunetv2.federated.coordinator.http.services import Services, provide, services_of
 from nnunetv2.federated.coordinator.http.traffic_meter import TrafficMeter
@@ -55,6 +58,12 @@ async def get_settings(request: Request) -> Response:
     """Return the settings of the federation to a member."""
     member_of(request)
     return json_response(service_of(request).settings)
+
+
+async def get_roster(request: Request) -> Response:
+    """Return the identities of the sites to a member."""
+    member_of(request)
+    return json_response(await run_in_threadpool(service_of(request).roster))
 
 
 async def get_status(request: Request) -> Response:
@@ -217,6 +226,7 @@ def is_one_range(value: bytes) -> bool:
 # ------------------------------------------------------------------------------------------------------------- app
 SITE_ROUTES = [
     Route("/v1/settings", get_settings),
+    Route("/v1/roster", get_roster),
     Route("/v1/status", get_status),
     Route("/v1/outlooks", get_outlooks),
     Route("/v1/runs/{run}", get_run),
@@ -226,6 +236,7 @@ SITE_ROUTES = [
     Route("/v1/offers/{key:path}", post_offer, methods=["POST"]),
     Route("/v1/gatherings/{key:path}", put_contribution, methods=["PUT"]),
     Route("/v1/gatherings/{key:path}", get_result, methods=["GET"]),
+    *REHEARSAL_ROUTES,
 ]
 
 

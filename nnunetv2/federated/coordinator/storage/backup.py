@@ -111,12 +111,15 @@ def _documents(database: sqlite3.Connection) -> Iterator[tuple[str, str]]:
     from nnunetv2.federated.exchanges.steps import parse_key, step_of
 
     closed = {
-        key
+        parse_key(key)
         for key, outcome in database.execute("SELECT key, outcome FROM gatherings")
-        if outcome is not None and json.loads(outcome)["closed"] and step_of(parse_key(key)).policy.first_stays
+        if outcome is not None and json.loads(outcome)["closed"]
+    }
+    gone = {
+        str(key) for key in closed if step_of(key).policy.first_stays and (step_of(key).used_by(key) or key) in closed
     }
     for key, site, digest in database.execute("SELECT key, site, digest FROM contributions ORDER BY key, site"):
-        if key not in closed:
+        if key not in gone:
             yield f"gatherings/{key}/{contribution_name(site, digest)}", digest
     for key, subset, digest in database.execute("SELECT key, subset, digest FROM results ORDER BY key, subset"):
         yield f"gatherings/{key}/{result_name(subset)}", digest

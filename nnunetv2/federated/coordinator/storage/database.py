@@ -68,10 +68,11 @@ _EVENTS_GUARD = """
 CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
 CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
 """
-_INDICES = """
+_ADDITIONS = """
 CREATE INDEX IF NOT EXISTS events_of_kind ON events (kind);
+CREATE TABLE IF NOT EXISTS identities (member TEXT PRIMARY KEY, identity TEXT NOT NULL) WITHOUT ROWID;
 """
-"""They make queries quick and change nothing that these find: versions that do not know them go on as before."""
+"""They change nothing of what was there: versions that do not know them go on as before."""
 _SCHEMA = _TABLES_1 + _EVENTS_1 + _TABLES_2 + _EVENTS_2 + _EVENTS_GUARD
 
 FOREVER = 4_000_000_000.0
@@ -159,7 +160,7 @@ class Database:
                 f"{self._path.parent} was written by another version of the coordinator (schema "
                 f"{version}, not {SCHEMA_VERSION}): go on with that version, or use another folder"
             )
-        self._connection.executescript(_INDICES)
+        self._connection.executescript(_ADDITIONS)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.registry import ExchangeRegistry
 from nnunetv2.federated.exchanges.steps import step_of
-from nnunetv2.federated.protocol.keys import Key
+from nnunetv2.federated.protocol.keys import Key, ShapeSumKey, ShapeSumSurvivorsKey, ShapeSumUploadKey
 
 MAX_OPEN = 200
 """Exchanges with names of their own (runs that are not registered for by all, plans) that one site may have open."""
@@ -22,13 +22,19 @@ RESERVED_BYTES = 256 << 20
 """What uploads leave free on the disk: for aggregates, the database and its journal."""
 
 
+def has_name_of_its_own(key: Key) -> bool:
+    """Tell whether sites choose how many exchanges of this kind there are."""
+    names_plans = isinstance(key, ShapeSumKey | ShapeSumSurvivorsKey | ShapeSumUploadKey)
+    return names_plans or not step_of(key).policy.first_stays
+
+
 def check_room(key: Key, site: str, size: int, *, registry: ExchangeRegistry, folder: Path) -> None:
     """Raise RefusedError if a site's quota or the disk has no room left."""
-    if not step_of(key).policy.first_stays:
+    if has_name_of_its_own(key):
         others = [
             one.contributions[site].size
             for one in registry.open_exchanges()
-            if one.key != key and not one.policy.first_stays and site in one.contributions
+            if one.key != key and has_name_of_its_own(one.key) and site in one.contributions
         ]
         if len(others) >= MAX_OPEN:
             raise RefusedError(

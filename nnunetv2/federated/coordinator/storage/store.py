@@ -55,6 +55,8 @@ class MemberRecord:
     token_hash: str | None
     since: float
     """Seconds since 1970 at which the state began."""
+    identity: str | None = None
+    """Public part of the key with which a site signs, in hexadecimal; None where nothing is masked."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ class Store:
 
     def load_members(self) -> dict[str, MemberRecord]:
         """Return everybody by name."""
-        rows = self._database.rows("SELECT name, role, state, token_hash, since FROM members ORDER BY name")
+        rows = self._database.rows(
+            "SELECT name, role, state, token_hash, since, identity FROM members "
+            "LEFT JOIN identities ON member = name ORDER BY name"
+        )
         return {row[0]: MemberRecord(*row) for row in rows}
 
     def load_invitations(self) -> dict[str, InvitationRecord]:
@@ -173,7 +178,10 @@ class Store:
     ) -> None:
         """Write members and invitations that have changed, and the settings if they have, together."""
         with self._database.transaction() as connection:
-            connection.executemany("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", map(astuple, members))
+            for name, *rest, identity in map(astuple, members):
+                connection.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", (name, *rest))
+                if identity is not None:
+                    connection.execute("INSERT OR REPLACE INTO identities VALUES (?, ?)", (name, identity))
             connection.executemany(
                 "INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)", map(astuple, invitations)
             )
@@ -335,7 +343,9 @@ class Store:
                     {
                         "digest": digest,
                         "contributions": {
-                            site: exchange.contributions[site].digest for site in exchange.outcome.contributors
+                            site: exchange.contributions[site].digest
+                            for site in exchange.outcome.contributors
+                            if site in exchange.contributions  # else it counts by what it has sent masked
                         },
                         "missing": list(exchange.outcome.missing),
                     },
@@ -588,7 +598,8 @@ def _decode_outcome(text: str | None) -> Closed | Refused | None:
         return None
     content = json.loads(text)
     if content.pop("closed"):
-        return Closed(content["time"], *(tuple(map(intern, content[name])) for name in ("contributors", "missing")))
+        names = ("contributors", "missing", "cohort")
+        return Closed(content["time"], *(tuple(map(intern, content.get(name, ()))) for name in names))
     return Refused(**content)
 
 

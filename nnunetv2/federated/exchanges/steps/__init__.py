@@ -11,8 +11,18 @@ from nnunetv2.federated.exchanges.steps.base import K, Step
 from nnunetv2.federated.exchanges.steps.census import CensusStep
 from nnunetv2.federated.exchanges.steps.coarse_histogram import CoarseHistogramStep
 from nnunetv2.federated.exchanges.steps.fine_histogram import FineHistogramStep
+from nnunetv2.federated.exchanges.steps.fingerprint_sums import (
+    FingerprintSumStep,
+    FingerprintSurvivorsStep,
+    FingerprintUploadStep,
+    ShapeSumStep,
+    ShapeSurvivorsStep,
+    ShapeUploadStep,
+)
 from nnunetv2.federated.exchanges.steps.initial_weights import InitialWeightsStep
 from nnunetv2.federated.exchanges.steps.late_join import AdmissionStep, LateCensusStep, LatePlansStep
+from nnunetv2.federated.exchanges.steps.masked_round import RoundSurvivorsStep, RoundUploadStep
+from nnunetv2.federated.exchanges.steps.masked_validation import ValidationSurvivorsStep, ValidationUploadStep
 from nnunetv2.federated.exchanges.steps.plans import PlansStep
 from nnunetv2.federated.exchanges.steps.registration import RegistrationStep
 from nnunetv2.federated.exchanges.steps.training_round import TrainingRoundStep
@@ -25,13 +35,23 @@ STEPS: tuple[AnyStep, ...] = (
     CensusStep(),
     CoarseHistogramStep(),
     FineHistogramStep(),
+    FingerprintUploadStep(),
+    FingerprintSurvivorsStep(),
+    FingerprintSumStep(),
     LateCensusStep(),
+    ShapeUploadStep(),
+    ShapeSurvivorsStep(),
+    ShapeSumStep(),
     PlansStep(),
     LatePlansStep(),
     RegistrationStep(),
     AdmissionStep(),
     InitialWeightsStep(),
+    RoundUploadStep(),
+    RoundSurvivorsStep(),
     TrainingRoundStep(),
+    ValidationUploadStep(),
+    ValidationSurvivorsStep(),
     ValidationStep(),
 )
 _STEP_OF_KEY: dict[type[Key], AnyStep] = {step.key: step for step in STEPS}

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from nnunetv2.federated.errors import StatisticsError, WireError
+from nnunetv2.federated.errors import RefusedError, StatisticsError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.consistency import first_change
 from nnunetv2.federated.exchanges.documents import DocumentReader
-from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy, changed_since
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy, changed_since, close_with
 from nnunetv2.federated.privacy.plans_redaction import without_extrema
 from nnunetv2.federated.protocol.api import FederationSettings, RunState
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec, check_tensors, write_document
@@ -65,6 +65,14 @@ class State(Protocol):
         """Return the number of the last round of a run that is closed, or None."""
         ...
 
+    def cohort(self, run: str, number: int) -> frozenset[str]:
+        """Name the sites that mask with each other in a round, once they are known."""
+        ...
+
+    def next_cohort(self, run: str, number: int, missing: Iterable[str]) -> tuple[str, ...]:
+        """Name the sites that mask in the round after one that closes now."""
+        ...
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -89,6 +97,8 @@ class Step(Generic[K, Q, R]):
     """Said of the contribution in the documentation of the protocol: tensors, and what is special."""
     result_note: ClassVar[str] = ""
     """The same of the result."""
+    closing_note: ClassVar[str] = ""
+    """With how many contributions it closes, where its policy does not tell."""
 
     # ------------------------------------------------------------------------------------------- who, and when
     def prerequisite(self, key: K) -> Key | None:
@@ -105,6 +115,14 @@ class Step(Generic[K, Q, R]):
     def required(self, key: K, reader: DocumentReader) -> Iterable[str]:
         """Return the sites without which no deadline closes it. What comes before is closed."""
         return ()
+
+    def floor(self, key: K, state: State) -> int:
+        """Return how many contributions there must be, whatever happens."""
+        return state.settings.min_sites if self.policy.pooled else 1
+
+    def closes_at(self, key: K, state: State) -> int | None:
+        """Return how many contributions close it at any time, or None."""
+        return None
 
     def may_read(self, key: K, site: str, state: State) -> bool:
         """Tell whether a site that is not expected may have the result.
@@ -127,6 +145,15 @@ class Step(Generic[K, Q, R]):
     def newest(self, key: K, state: State) -> Key:
         """Return the exchange whose result a site gets that has missed this one."""
         return key
+
+    def used_by(self, key: K) -> Key | None:
+        """Return the exchange whose result is made of these contributions, where it is another one."""
+        return None
+
+    def is_used_up(self, key: K, state: State) -> bool:
+        """Tell whether the exchange for which a closed one was made is closed, too."""
+        used_by = self.used_by(key)
+        return used_by is not None and state.is_closed(used_by)
 
     def newcomer(self, key: K) -> str | None:
         """Return the site that the closing lets into a run that has begun."""
@@ -192,6 +219,10 @@ class Step(Generic[K, Q, R]):
         return comparable(before), comparable(now)
 
     # -------------------------------------------------------------------------------------------------- closing
+    def outcome(self, exchange: Exchange, now: float, state: State) -> Closed:
+        """Return whose contributions count in an exchange that closes now, and who is missing."""
+        return closed_outcome(close_with(exchange, now))
+
     def close(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
         """Compute the result of an exchange and write it to its place.
 
@@ -203,6 +234,10 @@ class Step(Generic[K, Q, R]):
         """
         with reader.contributions(exchange) as documents:
             return self.combine(exchange, documents, settings, reader)
+
+    def abandon(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+        """Write the result of an exchange that the operator has closed without any contribution."""
+        raise RefusedError(f"{exchange.key} cannot be closed without contributions", code="not_open")
 
     def combine(
         self,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import first_difference
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
-from nnunetv2.federated.exchanges.steps.base import Step, messages_of
+from nnunetv2.federated.exchanges.steps.base import Step, comparable, messages_of
+from nnunetv2.federated.privacy.identities import check_run_keys
+from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document
 from nnunetv2.federated.protocol.keys import CensusKey, LateCensusKey
@@ -22,6 +25,25 @@ class CensusStep(Step[CensusKey, Census, PooledCensus]):
     contribution, results = Census, (PooledCensus,)
     policy = Policy(pooled=True, missable=True, compared=True)
 
+    def check(
+        self,
+        key: CensusKey,
+        site: str,
+        document: Document[Census],
+        reader: DocumentReader,
+        settings: FederationSettings,
+    ) -> None:
+        """Raise RefusedError unless a site can mask its statistics, where it is to."""
+        if settings.secure is not None:
+            check_can_be_masked(site, document.message)
+
+    def compared(
+        self, key: CensusKey, before: Census, now: Census, reader: DocumentReader
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Compare all but keys: a site forgets its own when the fingerprint is there."""
+        without_keys = {"keys": None}
+        return comparable(before.model_copy(update=without_keys)), comparable(now.model_copy(update=without_keys))
+
     def pool(
         self,
         key: CensusKey,
@@ -29,14 +51,38 @@ class CensusStep(Step[CensusKey, Census, PooledCensus]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> PooledCensus:
-        """Add up the cases, if the datasets go together."""
-        return pool_census(messages_of(documents))
+        """Add up the cases, and hand out the sites' keys where they mask."""
+        contributed = messages_of(documents)
+        pooled = pool_census(contributed)
+        if settings.secure is None:
+            return pooled
+        check_size(len(contributed))
+        signed = {site: census.keys for site, census in contributed.items() if census.keys is not None}
+        check_run_keys(signed, federation=settings.federation, gathering=str(key))
+        return pooled.model_copy(update={"keys": signed})
 
 
 def pool_census(contributed: Mapping[str, Census]) -> PooledCensus:
     """Add up the cases, if channels and labels agree."""
     check_same_dataset(contributed)
     return PooledCensus(num_cases=sum(census.num_cases for census in contributed.values()))
+
+
+def check_can_be_masked(site: str, census: Census) -> None:
+    """Raise RefusedError if a site shares extrema, or has no key."""
+    if census.share_extrema:
+        raise RefusedError(
+            f"site {site} wants to share its smallest and largest voxels, and this federation adds up masked "
+            "statistics: a smallest voxel is no sum",
+            "Plan again without --share_extrema.",
+            code="extrema_not_masked",
+        )
+    if census.keys is None:
+        raise RefusedError(
+            f"site {site} has no key with which to mask its statistics, as this federation wants",
+            "Use matching versions of the software at all sites.",
+            code="run_key_missing",
+        )
 
 
 def check_same_dataset(described: Mapping[str, Census | TrainingData]) -> None:

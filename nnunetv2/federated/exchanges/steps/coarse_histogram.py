@@ -14,7 +14,7 @@ from nnunetv2.federated.exchanges.exchange import Policy
 from nnunetv2.federated.exchanges.steps.base import State, Step
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec
-from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, LateCensusKey
+from nnunetv2.federated.protocol.keys import CensusKey, CoarseKey, Key, LateCensusKey
 from nnunetv2.federated.protocol.messages import CoarseSummary, WantedBins
 
 HISTOGRAM_BYTES = 8 * NUM_BINS
@@ -31,6 +31,10 @@ class CoarseHistogramStep(Step[CoarseKey, CoarseSummary, WantedBins]):
     def prerequisite(self, key: CoarseKey) -> CensusKey:
         """Return the census."""
         return CensusKey()
+
+    def check_may_begin(self, key: CoarseKey, settings: FederationSettings) -> None:
+        """Raise RefusedError where no site is to show its statistics."""
+        check_in_clear(key, settings)
 
     def expected(self, key: CoarseKey, state: State) -> frozenset[str]:
         """Return the sites of the census."""
@@ -94,6 +98,16 @@ class CoarseHistogramStep(Step[CoarseKey, CoarseSummary, WantedBins]):
     ) -> Iterator[str]:
         """Yield a line for each site whose scans are of an odd size."""
         return _remarks_on_geometry({site: _geometry_of(document.message) for site, document in documents.items()})
+
+
+def check_in_clear(key: Key, settings: FederationSettings) -> None:
+    """Raise RefusedError if a federation adds up masked statistics, and takes none in clear."""
+    if settings.secure is not None:
+        raise RefusedError(
+            f"{key}: this federation adds up masked statistics (fingerprint/sums/...), and takes none that it can read",
+            "Use matching versions of the software at all sites.",
+            code="masked_only",
+        )
 
 
 def coarse_specs(channels: Iterable[int]) -> dict[str, TensorSpec]:

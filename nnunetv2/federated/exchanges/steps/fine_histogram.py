@@ -15,6 +15,7 @@ from nnunetv2.federated.exchanges.exchange import Policy
 from nnunetv2.federated.exchanges.steps.base import LARGEST_MESSAGE, State, Step
 from nnunetv2.federated.exchanges.steps.coarse_histogram import (
     HISTOGRAM_BYTES,
+    check_in_clear,
     coarse_specs,
     pool_channels,
     wanted_bins,
@@ -41,6 +42,10 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
     def prerequisite(self, key: FineKey) -> CoarseKey | FineKey:
         """Return the exchange that has asked for the bins."""
         return FineKey(key.again - 1) if key.again else CoarseKey()
+
+    def check_may_begin(self, key: FineKey, settings: FederationSettings) -> None:
+        """Raise RefusedError where no site is to show its statistics."""
+        check_in_clear(key, settings)
 
     def expected(self, key: FineKey, state: State) -> frozenset[str]:
         """Return the sites that have contributed to the exchange before."""

@@ -6,11 +6,14 @@ Each tensor is that of the site that owns it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from nnunetv2.federated.aggregation import weighted_mean
 from nnunetv2.federated.exchanges.documents import DocumentReader
-from nnunetv2.federated.exchanges.exchange import Exchange, Policy
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
+from nnunetv2.federated.exchanges.steps.masked_round import next_round
+from nnunetv2.federated.exchanges.steps.secure_sum import is_masked
 from nnunetv2.federated.exchanges.steps.weights import WeightStep
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
@@ -36,6 +39,14 @@ class InitialWeightsStep(WeightStep[InitialKey]):
         """Return the sites that have registered and not left."""
         return (frozenset(state.settings.sites) & state.contributors(RegistrationKey(key.run))) - state.left(key.run)
 
+    def outcome(self, exchange: Exchange, now: float, state: State) -> Closed:
+        """Name the sites that mask in the first round, too, where they do."""
+        outcome = super().outcome(exchange, now, state)
+        if not is_masked(state):
+            return outcome
+        assert isinstance(exchange.key, InitialKey)
+        return replace(outcome, cohort=state.next_cohort(exchange.key.run, -1, outcome.missing))
+
     def required(self, key: InitialKey, reader: DocumentReader) -> set[str]:
         """Return the sites that own a tensor."""
         return set(reader.agreement(key.run).match.initial_owner.values())
@@ -56,12 +67,14 @@ class InitialWeightsStep(WeightStep[InitialKey]):
     ) -> Computed:
         """Write the tensors of their owners."""
         assert isinstance(exchange.key, InitialKey)
-        owner_of = reader.agreement(exchange.key.run).match.initial_owner
+        agreement, outcome = reader.agreement(exchange.key.run), closed_outcome(exchange)
+        owner_of = agreement.match.initial_owner
         owners = set(owner_of.values())
         message = Aggregate(
             round=None,
-            missing=closed_outcome(exchange).missing,
+            missing=outcome.missing,
             contributors={site: 1.0 for site in documents if site in owners},
+            next_round=next_round(outcome.cohort, agreement.weights) if outcome.cohort else None,
         )
         out_path = reader.result_path(exchange.key)
         return Computed(weighted_mean.collect_from_owners(documents, owner_of, message=message, out_path=out_path))

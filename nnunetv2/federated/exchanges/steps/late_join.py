@@ -15,6 +15,7 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
+from nnunetv2.federated.exchanges.secure_sums import check_groups
 from nnunetv2.federated.exchanges.steps.base import State, Step, messages_of
 from nnunetv2.federated.exchanges.steps.census import check_same_dataset, pool_census
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
@@ -136,7 +137,10 @@ class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], Membershi
         if key.site in registered:
             raise RefusedError(f"site {key.site} takes part in run {key.run} already", code="already_closed")
         check_compatible({**registered, key.site: registration})
-        return late_join.admit(key.site, registration, reader.agreement(key.run).match, registered)
+        admitted = late_join.admit(key.site, registration, reader.agreement(key.run).match, registered)
+        if settings.secure is not None:
+            check_groups(admitted.shared)
+        return admitted
 
     def remarks(
         self, key: AdmissionKey, documents: Mapping[str, Document[Registration]], result: Match

@@ -11,9 +11,12 @@ from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
+from nnunetv2.federated.exchanges.secure_sums import check_groups
 from nnunetv2.federated.exchanges.steps.base import LARGEST_MESSAGE, Step, comparable, messages_of
 from nnunetv2.federated.exchanges.steps.census import check_same_dataset, planned_cases
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
+from nnunetv2.federated.privacy.identities import check_run_keys
+from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, Limits
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RunKey, run_name
@@ -33,6 +36,8 @@ class MembershipStep(Step[K, Registration, Match]):
     ) -> None:
         """Raise WireError unless a registration belongs to this run and its data."""
         check_registration(key, site, document.message, reader)
+        if not reader.has_contributed(key, site):  # what is registered once more is compared
+            check_run_key(key, site, document.message, settings)
 
     def compared(
         self, key: K, before: Registration, now: Registration, reader: DocumentReader
@@ -46,7 +51,7 @@ class MembershipStep(Step[K, Registration, Match]):
         for name in NEW_IN_REGISTRATION:
             is_settled = name == "pretrained_weights" and reader.is_closed(InitialKey(key.run))
             is_unknown = name != "pretrained_weights" and not (name in earlier and name in later)
-            if is_settled or is_unknown:
+            if is_settled or is_unknown or name == "trust":  # which a site may change at any time
                 earlier.pop(name, None), later.pop(name, None)
         return earlier, later
 
@@ -86,6 +91,8 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
     """Decide what the sites of a run share."""
     check_compatible(contributed)
     check_pretrained_weights({site: message.pretrained_weights for site, message in contributed.items()})
+    if settings.secure is not None:
+        check_size(len(contributed))
     cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
     try:
         matched = matching.match_tensors(
@@ -95,6 +102,8 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
         )
     except MatchingError as error:
         raise RefusedError(str(error), code="nothing_shared") from error
+    if settings.secure is not None:
+        check_groups(matched.shared)
     return Match(
         rule=settings.matching,
         weighting=settings.weighting,
@@ -107,7 +116,34 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
         shared=matched.shared,
         initial_owner=matching.choose_owners(matched.shared, cases),
         coverage=matched.coverage,
+        keys={site: message.keys for site, message in contributed.items() if message.keys is not None},
+        kept_local=() if settings.secure is None else _kept_local(contributed, settings),
     )
+
+
+def _kept_local(contributed: Mapping[str, Registration], settings: FederationSettings) -> tuple[str, ...]:
+    """Name the tensors that two sites or more have, and too few for a masked sum."""
+    manifests = {site: message.tensors for site, message in contributed.items()}
+    rule = {"name": matching.match_by_name, "resolution": matching.match_by_resolution}[settings.matching]
+    return tuple(sorted(name for name, sites in rule(manifests).shared.items() if len(sites) < settings.min_sites))
+
+
+def check_run_key(
+    key: RunKey[Registration, Match], site: str, message: Registration, settings: FederationSettings
+) -> None:
+    """Raise RefusedError unless a site hands in a key that it has signed.
+
+    Only federations that mask ask for one.
+    """
+    if settings.secure is None:
+        return
+    if message.keys is None:
+        raise RefusedError(
+            f"site {site} has registered without a key, and this federation masks updates",
+            "Use the version of the software that the coordinator has.",
+            code="run_key_missing",
+        )
+    check_run_keys({site: message.keys}, federation=settings.federation, gathering=str(key))
 
 
 def check_registration(

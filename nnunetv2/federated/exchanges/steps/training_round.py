@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from nnunetv2.federated.aggregation import weighted_mean
@@ -11,16 +12,22 @@ from nnunetv2.federated.aggregation.codecs import int8
 from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
+from nnunetv2.federated.exchanges.secure_sums import SecureSum
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
+from nnunetv2.federated.exchanges.steps.masked_round import abandon_round, combine_round
+from nnunetv2.federated.exchanges.steps.secure_sum import Opened, UnmaskingStep, is_masked
 from nnunetv2.federated.exchanges.steps.weights import WeightStep
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
-from nnunetv2.federated.protocol.keys import ExchangeKey, InitialKey, RoundKey
+from nnunetv2.federated.protocol.keys import ExchangeKey, InitialKey, RoundKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.protocol.messages import Aggregate, Update
 
 
-class TrainingRoundStep(WeightStep[RoundKey]):
-    """The sites of a run send what they have trained, and receive the average."""
+class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[RoundKey]):
+    """The sites of a run send what they have trained, and receive the average.
+
+    Where updates are masked (`masked_round.py`), they send the shares that unmask the sum.
+    """
 
     key = RoundKey
     policy = Policy(
@@ -32,10 +39,12 @@ class TrainingRoundStep(WeightStep[RoundKey]):
         stops_with_run=True,
         recurs=True,
     )
-    contribution_note = "; the shared tensors of the site, F32, F16 or I8"
+    contribution_note = (
+        "; the shared tensors of the site, F32, F16 or I8. With `--secure`: `unmasking_shares`; `shares` U8"
+    )
     result_note = "; the same, averaged"
 
-    def prerequisite(self, key: RoundKey) -> ExchangeKey[Update, Aggregate]:
+    def prerequisite(self, key: RoundKey) -> ExchangeKey[Any, Aggregate]:
         """Return the round before, or what the first one begins with."""
         return RoundKey(key.run, key.number - 1) if key.number else InitialKey(key.run)
 
@@ -47,8 +56,43 @@ class TrainingRoundStep(WeightStep[RoundKey]):
             )
 
     def expected(self, key: RoundKey, state: State) -> frozenset[str]:
-        """Return the members of the run."""
-        return state.members(key.run)
+        """Return the members of the run; those whose masked updates are there, if known."""
+        members = state.members(key.run)
+        return super().expected(key, state) & members if is_masked(state) else members
+
+    def upload_key(self, key: RoundKey) -> UploadKey:
+        """Return the exchange of the masked weights."""
+        return UploadKey(key.run, key.number)
+
+    def survivors_key(self, key: RoundKey) -> SurvivorsKey:
+        """Return the exchange of the confirmations."""
+        return SurvivorsKey(key.run, key.number)
+
+    def sum_of(self, key: RoundKey, reader: DocumentReader) -> SecureSum:
+        """Return what is added up."""
+        return reader.round_plan(key).sum
+
+    def cohort(self, key: RoundKey, state: State) -> frozenset[str]:
+        """Name the sites that mask with each other."""
+        return state.cohort(key.run, key.number)
+
+    def outcome(self, exchange: Exchange, now: float, state: State) -> Closed:
+        """Name the sites that mask in the next round, too, where they do."""
+        outcome = super().outcome(exchange, now, state)
+        if not is_masked(state):
+            return outcome
+        assert isinstance(exchange.key, RoundKey)
+        return replace(outcome, cohort=state.next_cohort(exchange.key.run, exchange.key.number, outcome.missing))
+
+    def combine_opened(
+        self, exchange: Exchange, opened: Opened, settings: FederationSettings, reader: DocumentReader
+    ) -> Computed:
+        """Average the updates whose sum could be unmasked."""
+        return combine_round(exchange, opened, settings, reader)
+
+    def abandon(self, exchange: Exchange, settings: FederationSettings, reader: DocumentReader) -> Computed:
+        """Write the average before once more."""
+        return abandon_round(exchange, settings, reader)
 
     def place(self, key: RoundKey, site: str, digest: str, state: State) -> RoundKey:
         """Return where an update counts.

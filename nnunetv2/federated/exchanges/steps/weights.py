@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nnunetv2.federated.errors import WireError
 from nnunetv2.federated.exchanges import document_limits
@@ -17,7 +17,7 @@ from nnunetv2.federated.protocol.document import Limits, TensorSpec
 from nnunetv2.federated.protocol.keys import RunKey
 from nnunetv2.federated.protocol.messages import Aggregate, Message, Update
 
-K = TypeVar("K", bound=RunKey[Update, Aggregate])
+K = TypeVar("K", bound=RunKey[Any, Aggregate])
 MAX_ROUNDS = 100_000
 """No run has more. A site keeps curves with a value per round."""
 

@@ -12,20 +12,21 @@ import random
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, WireError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, StillOpenError, WireError
 from nnunetv2.federated.exchanges.steps import step_of
-from nnunetv2.federated.privacy import allow_list
+from nnunetv2.federated.privacy import allow_list, require_secure
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.federated.protocol.invitation import check_transport_is_safe
@@ -87,6 +88,18 @@ def patience_from_environment() -> float:
     if not 0 <= hours < float("inf"):
         raise ValueError(f"{GIVE_UP_VARIABLE} is {text!r}: set it to a number of hours, such as 48")
     return hours * 3600
+
+
+class Body(Protocol):
+    """A body of known length that is read piece by piece."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def tell(self) -> int: ...
+
+    def read(self, size: int = -1, /) -> bytes: ...
 
 
 class HttpTransport:
@@ -194,12 +207,14 @@ class HttpTransport:
             patience_s: How long the coordinator may be away, where that differs from `give_up_after_s`.
 
         Raises:
-            NotAllowedError: The allow-list of this site does not name a field or tensor; nothing was sent.
+            NotAllowedError: The allow-list of this site does not name a field or tensor, or the message is in clear
+                and this site requires secure sums; nothing was sent.
         """
         if isinstance(message, messages.Registration) and isinstance(key, RunKey):
             self._weights_bytes[key.run] = results.weights_bytes(message)
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
+        require_secure.check_message(key, message, self.credential.secure)
         allow_list.check_document(message, specs, url=self.credential.url)
         document = OutgoingDocument(message, specs, tensors)
         offer = api.Offer(digest=document.digest, size=document.size)
@@ -224,9 +239,10 @@ class HttpTransport:
             self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
         return receipt
 
-    def result(self, key: ExchangeKey[Any, R], *, changes: bool = False) -> Document[R]:
-        """Wait until an exchange is closed and return its result; see `exchange`."""
+    def result(self, key: ExchangeKey[Any, R], *, wait_s: float | None = None, changes: bool = False) -> Document[R]:
+        """Wait until an exchange is closed and return its result; see `exchange`, and `Transport.result`."""
         self._forget_document()
+        deadline = None if wait_s is None else time.monotonic() + wait_s
         step = step_of(key)
         largest = step.largest_result(self._weights_bytes.get(key.run, 0) if isinstance(key, RunKey) else 0)
         download = PartialDownload(self._new_path(), largest=largest)
@@ -242,7 +258,10 @@ class HttpTransport:
                     f"{key}: too few sites take part at the moment, waiting for {waiting.lacks} more "
                     "(--min-sites or --quorum of the coordinator)"
                 )
-            waiting = self._persist(lambda: self._poll(key, download, wait_s=POLL_S, changes=changes))
+            left_s = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
+            if left_s <= 0:
+                raise StillOpenError(f"{key} was not closed within {wait_s:g} s")
+            waiting = self._persist(lambda: self._poll(key, download, wait_s=left_s, changes=changes))  # noqa: B023 - called at once
         limits = replace(step.result_limits(self._num_cases), file_bytes=largest)
         self._document = document = open_document(download.path, limits=limits)
         try:
@@ -258,6 +277,10 @@ class HttpTransport:
     def settings(self, *, patience_s: float | None = None) -> api.FederationSettings:
         """Return the settings of the federation."""
         return self._persist(lambda: self._ask("GET", "settings", api.FederationSettings), patience_s)
+
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites, as the coordinator tells them."""
+        return self._persist(lambda: self._ask("GET", "roster", api.Roster))
 
     def run_state(self, run: str, *, plans: str | None = None) -> api.RunState:
         """Return the state of a run; with `plans`, of the one with these plans."""
@@ -315,6 +338,34 @@ class HttpTransport:
                     raise foreign_answer(response)
         except (FederationError, ValueError) as error:
             logger.warning("the coordinator could not be told of the failure: %s", error)
+
+    # ------------------------------------------------------------------------------------------------- rehearsals
+    def rehearse_upload(self, body: Body, digest: str) -> api.Rehearsed:
+        """Send bytes without content on the way of a document, once; the coordinator keeps none.
+
+        Args:
+            body: Whatever its `read` raises ends the request.
+            digest: SHA-256 of all of it.
+
+        Raises:
+            NoAnswerError: It did not arrive, or something on the way refused it.
+            RefusedError: The coordinator does not take it; one that is older has the code `unknown_path`.
+        """
+        with self._request("PUT", "rehearsal", data=body, headers={"X-Content-SHA256": digest}) as response:
+            return read_answer(api.Rehearsed, response)
+
+    @contextmanager
+    def rehearse_download(self, size: int) -> Iterator[requests.Response]:
+        """Ask once for bytes without content, as for a result, and yield the answer.
+
+        Raises:
+            NoAnswerError: No answer came from the coordinator, or it broke off.
+            RefusedError: The coordinator does not send them.
+        """
+        with self._request("GET", f"rehearsal?size={size}") as response:
+            if not re.fullmatch("[0-9a-f]{64}", response.headers.get("X-Content-SHA256", "")):
+                raise foreign_answer(response)
+            yield response
 
     # -------------------------------------------------------------------------------------------------- requests
     def _ask(

@@ -120,7 +120,7 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except requests.exceptions.SSLError as error:
-        refused = _verification_error(error)
+        refused = find_verification_error(error)
         if refused is not None:
             url = "" if error.request is None else str(error.request.url)
             untrusted = explain_untrusted(refused, url.partition("/v1/")[0])
@@ -137,7 +137,7 @@ def translated_errors() -> Iterator[None]:
         raise NoAnswerError(f"the coordinator cannot be reached ({_cause_of(error)})") from error
 
 
-def _verification_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
+def find_verification_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
     """Return the error of a certificate's verification from inside its layers."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):

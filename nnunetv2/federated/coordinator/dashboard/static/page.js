@@ -302,6 +302,9 @@
   }
   const STAGE = { census: "Comparison of the datasets", coarse: "Statistics of the intensities, first part",
     fine: "Statistics of the intensities, second part", plans: "Comparison of the plans",
+    fingerprint_upload: "Masked statistics", fingerprint_survivors: "Masked statistics, who takes part",
+    fingerprint_sum: "Masked statistics, opening of the sum", shape_upload: "Masked shapes",
+    shape_survivors: "Masked shapes, who takes part", shape_sum: "Masked shapes, opening of the sum",
     late_census: "Comparison of a latecomer's dataset", late_plans: "Comparison of a latecomer's plans" };
   function drawMeetings(meetings) {
     byId("meetings-section").hidden = !meetings.length;
@@ -415,8 +418,9 @@
       const open = run.meeting;
       this.waiting.hidden = !open;
       if (!open) return;
-      const what = { registration: "Registration", initial: "Common initial weights" }[open.kind]
-        || `Round ${open.key.split("/").pop()}`;
+      const round = `Round ${open.key.split("/").pop()}`;
+      const what = { registration: "Registration", initial: "Common initial weights", upload: `${round}, masked updates`,
+        survivors: `${round}, confirmations` }[open.kind] || round;
       const parts = [h("strong", {}, `${what}: `)];
       if (open.refusal) parts.push(open.refusal);
       else if (run.state === "paused") parts.push("paused by the operator; the sites' work is taken and kept.");
@@ -455,10 +459,11 @@
 
     drawCurves() {
       const last = this.rounds[this.rounds.length - 1];
-      this.outliers.hidden = !last || !last.outliers.length;
-      if (last) this.outliers.textContent = `Round ${last.round}: what ${names(last.outliers)} sent moves the network `
-        + "conspicuously far; it was counted.";
-      const sites = [...new Set([...this.rounds.flatMap((one) => Object.keys(one.sites)),
+      this.outliers.hidden = !last || !(last.outliers.length || last.conspicuous);
+      if (last) this.outliers.textContent = `Round ${last.round}: what ${last.outliers.length ? names(last.outliers)
+        : `${last.conspicuous} of the sites`} sent moves the network conspicuously far; it was counted.`;
+      const hasMetrics = (one) => Object.keys(one.sites).filter((site) => Object.keys(one.sites[site].metrics).length);
+      const sites = [...new Set([...this.rounds.flatMap(hasMetrics),
         ...this.validations.flatMap((one) => Object.keys(one.dice_of_site))])].sort();
       this.drawLegend(sites, this.validations.length > 0);
       const kind = (site) => `s${sites.indexOf(site) % 8} d${Math.floor(sites.indexOf(site) / 8) % 4}`;

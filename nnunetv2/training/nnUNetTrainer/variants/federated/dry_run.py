@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.messages import Registration
 from nnunetv2.models.networks import build_network
 from nnunetv2.plans.plans_manager import PlansManager, determine_num_input_channels
+from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.data_augmentation.default_transforms import rotation_and_patch_size
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
     METRICS,
@@ -43,12 +45,14 @@ def dry_run(
     trainer_name: str,
     num_cases: int,
     pretrained_weights: Path | None = None,
+    masked_in: Path | None = None,
 ) -> PlannedTraining:
     """Build the network of a training, and return its registration and metrics.
 
     Args:
         num_cases: All cases of the site; a fold registers those that it trains with.
         pretrained_weights: Checkpoint that it would start from.
+        masked_in: The preprocessed folder of the dataset, where the federation masks statistics; else None.
 
     Raises:
         FederationError: The trainer is none for federations.
@@ -69,7 +73,7 @@ def dry_run(
     )
     registration = describe_training(
         network,
-        plans=plans,
+        plans=plans if masked_in is None else without_own_statistics(plans, pooled_fingerprint(masked_in)),
         dataset_json=dataset_json,
         configuration=configuration,
         fold=0,

@@ -57,6 +57,7 @@ import torch
 
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
 from nnunetv2.federated.protocol.document import file_digest
@@ -65,6 +66,7 @@ from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
 from nnunetv2.models.checkpoint_file import load_checkpoint_file
+from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
@@ -80,7 +82,10 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
+from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import check_against_settings
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
+from nnunetv2.training.options import OptionError, TrainingOptions
+from nnunetv2.training.stopping import was_signalled
 
 RESTS = "federated_rests"
 """Key of a checkpoint."""
@@ -126,6 +131,17 @@ class FederatedTraining(RenamedHooks):
 
     leaves_checkpoint_files_alone = True
 
+    training_options = TrainingOptions()
+
+    refused_options: Mapping[str, str] = {
+        "early_stopping": "a run ends for all its sites at once, by nnUNetv2_fed_coordinator --epochs or when the "
+        "operator stops it with nnUNetv2_fed_admin",
+        "stop_after_s": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
+        "stop": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
+        "results_name": "a run is known by configuration, fold and trainer, and takes part in it once at each site",
+        "freeze": "all sites train the tensors that they share: what one froze, the others would change",
+    }
+
     pretrained_weights: str | None = None
     """Checkpoint that the network of this site starts from. All sites of a run give the same, or none."""
 
@@ -150,8 +166,13 @@ class FederatedTraining(RenamedHooks):
     pending: PendingExchange | None = None
     """The exchange under way."""
 
+    _has_answered_signal = False
+
     min_sites = LEAST_SITES
     """Over so many sites, at least, everything is averaged, as the coordinator has promised."""
+
+    is_masked = False
+    """Whether this federation masks updates and statistics."""
 
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
@@ -165,7 +186,9 @@ class FederatedTraining(RenamedHooks):
         run = keys.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
-            self.participant = Participant(transport, site=credential.site, run=run)
+            self.participant = Participant(
+                transport, site=credential.site, run=run, credential=credential, report=self.print_to_log_file
+            )
             # What ends one of several processes may be the failure of another one, which has reported that.
             speaks_last = (
                 nullcontext()
@@ -175,8 +198,10 @@ class FederatedTraining(RenamedHooks):
             try:
                 with speaks_last:
                     super().run_training()
-            except (FirstProcessError, FolderInUseError):
-                raise  # which has been reported, or is no failure of the training that goes on there
+                if self.local_rank == 0:
+                    self.participant.finish()
+            except (FirstProcessError, FolderInUseError, OptionError):
+                raise  # which has been reported, or is no failure of the training
             except BaseException as error:
                 # The text of an error may quote paths or case names; only its kind leaves the site.
                 self.participant.report_failure(self.round_in_training, kind_of(error))
@@ -197,6 +222,13 @@ class FederatedTraining(RenamedHooks):
             rounds = self.rounds.count(self.current_epoch)
             self.log_line(f"Run {self.participant.run} is over after {rounds} rounds: ending with its aggregate")
             self.finish_run()
+
+    def _has_to_stop(self) -> bool:
+        """Tell that a site does not stop alone, and answer a signal that asks for it."""
+        if was_signalled() and not self._has_answered_signal:
+            self._has_answered_signal = True
+            self.log_line(f"SIGUSR1 does not stop this training: {self.refused_options['stop']}")
+        return False
 
     def on_train_epoch_start(self) -> None:
         """Note the round in training."""
@@ -251,6 +283,8 @@ class FederatedTraining(RenamedHooks):
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         if self.rounds.epochs > 1:
             self.log_line(f"Weights are exchanged after every {self.rounds.epochs} epochs, which are a round")
+        self.is_masked = settings.secure is not None
+        check_against_settings(self.training_options, settings)
         epochs_before = self.num_epochs
         self.num_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
@@ -265,7 +299,7 @@ class FederatedTraining(RenamedHooks):
         """Return the registration of this site."""
         return describe_training(
             self.network,
-            plans=self.plans_manager.plans,
+            plans=self._plans_to_register(),
             dataset_json=self.dataset_json,
             fold=self.fold,
             configuration=self.configuration_name,
@@ -275,6 +309,14 @@ class FederatedTraining(RenamedHooks):
             requires_equal_plans=self.requires_equal_plans,
             pretrained_weights=None if self.pretrained_weights is None else file_digest(Path(self.pretrained_weights)),
         )
+
+    def _plans_to_register(self) -> Mapping[str, Any]:
+        """Return the plans, without statistics of this site alone where the federation masks such."""
+        plans: Mapping[str, Any] = self.plans_manager.plans
+        if not self.is_masked:
+            return plans
+        folder = self.preprocessed_dataset_folder_base
+        return without_own_statistics(plans, None if folder is None else pooled_fingerprint(Path(folder)))
 
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
@@ -297,7 +339,7 @@ class FederatedTraining(RenamedHooks):
         if weights is None:
             return "All sites start from the initial weights"
         return (
-            f"All sites start from the same pretrained weights, {weights}; the layers that output classes are "
+            f"All sites start from the same pretrained weights, {weights}; tensors that start anew are "
             "those of the site named above"
         )
 
@@ -366,7 +408,7 @@ class FederatedTraining(RenamedHooks):
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
-        problem = ask_first_process(lambda: self.participant.send_validation(number, found))
+        problem = ask_first_process(lambda: self.participant.send_validation(aggregate, found, is_last=is_last))
         self.log_line(describe_validation(number, found) + (f" (not sent: {problem})" if problem else ""))
 
     def resume_at(self, epoch: int) -> None:
@@ -429,7 +471,9 @@ class FederatedTraining(RenamedHooks):
             f"Round {aggregate.round}: {megabytes:.1f} MB each way, waited {waited_s:.1f} s; "
             f"sites: {', '.join(sorted(aggregate.contributors))}{missing}"
         )
-        if len(aggregate.contributors) < self.min_sites:
+        if not aggregate.contributors:
+            self.log_line("The operator has closed this round without any update: going on from the average before")
+        elif len(aggregate.contributors) < self.min_sites:
             self.log_line(
                 f"These are fewer than {self.min_sites} sites: the coordinator's version does not know "
                 "--min-sites, or it does not keep to it. Show this line to the coordinating site"

@@ -22,6 +22,11 @@ class nnUNetTrainerFedAvg(FederatedTraining, nnUNetTrainer):
 
     requires_equal_plans = True
 
+    refused_options = {
+        **FederatedTraining.refused_options,
+        "batch_size": "all sites of FedAvg train with the batch size of the same plans",
+    }
+
 
 class nnUNetTrainerAsymFedAvgOverlapped(OverlappedTraining, nnUNetTrainer):
     """AsymFedAvg that trains the next epoch while a round is exchanged.

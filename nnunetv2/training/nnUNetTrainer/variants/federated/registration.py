@@ -105,6 +105,8 @@ def describe_match(match: messages.Match, site: str) -> list[str]:
         f"{' only: each of the two can compute what the other has sent' if len(names) == 2 else ''}"
         for names, count in sorted(partners.items(), key=lambda item: -item[1])
     ]
+    if match.kept_local:
+        lines.append(f"  {len(match.kept_local)} tensors of several sites stay local: too few have them for a sum")
     owners = Counter(owner for name, owner in match.initial_owner.items() if site in match.shared[name])
     lines.append(
         "Initial weights: those of "

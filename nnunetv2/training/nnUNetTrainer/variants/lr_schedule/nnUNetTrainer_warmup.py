@@ -59,11 +59,11 @@ class nnUNetTrainer_warmup(nnUNetTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, in the stage of its epoch."""
-        if not self.was_initialized:
-            self.initialize()
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
+        if not self.was_initialized:
+            self.initialize()
         self._enter_stage_of(checkpoint["current_epoch"])  # before its optimizer receives its state
         super().load_checkpoint(checkpoint)
 

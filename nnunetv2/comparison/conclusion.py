@@ -1,0 +1,65 @@
+"""Say in words what may be concluded from a comparison, and what not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nnunetv2.comparison.scores import PLACES, Place
+from nnunetv2.comparison.significance import Comparison
+from nnunetv2.comparison.study import Study
+
+FEW_CASES = 20
+FEW_SEEDS = 3
+
+
+def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) -> str:
+    """Return a few sentences for readers.
+
+    They say which federated arms differ from which others beyond chance, where, and the reservations.
+    """
+    federated = {arm.name for arm in study.arms if arm.is_federated}
+    told = []
+    for place, several in comparisons.items():
+        ours = [one for one in several if one.arm in federated]
+        better = [_name(one) for one in ours if one.is_shown and one.difference > 0]
+        worse = [_name(one) for one in ours if one.is_shown and one.difference < 0]
+        open_ = [f"{one.arm} and {one.reference}" for one in ours if not one.is_shown]
+        parts = [
+            *([f"better {_list(better)}"] if better else []),
+            *([f"worse {_list(worse)}"] if worse else []),
+            *([f"no difference is shown between {_list(open_)}"] if open_ else []),
+        ]
+        if parts:
+            told.append(f"{PLACES[place].capitalize()}, training together is: {'; '.join(parts)}.")
+    if not told:
+        return "There is no federated arm beside one without a federation: nothing is compared."
+    return " ".join([*told, *_reservations(study, comparisons)])
+
+
+def _name(one: Comparison) -> str:
+    return f"{one.arm} than {one.reference} ({one.difference:+.3f} Dice)"
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _reservations(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) -> list[str]:
+    reservations = []
+    num_cases = max((one.num_cases for several in comparisons.values() for one in several), default=0)
+    if num_cases < FEW_CASES:
+        reservations.append(
+            f"With {num_cases} test cases only large differences can be shown: none shown does not mean none."
+        )
+    if study.seeds < FEW_SEEDS:
+        reservations.append(
+            f"With {study.seeds} training{'s' if study.seeds > 1 else ''} of each kind, chance of the training "
+            "itself is "
+            f"hardly averaged out: take --seeds {FEW_SEEDS} or more before you decide."
+        )
+    reservations.append(
+        "All this holds for networks of this size and length, for these scans and scanners; a longer training may "
+        "bring the "
+        "arms closer together."
+    )
+    return reservations

@@ -1,0 +1,310 @@
+"""Run the steps of a comparison with the commands that people type.
+
+A step that is whole is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.comparison.arms import FEDERATED_TRAINER, Arm
+from nnunetv2.comparison.plans_patch import patch_plans
+from nnunetv2.comparison.scores import POOLED, Score, read_scores
+from nnunetv2.comparison.study import Study
+from nnunetv2.comparison.study_folder import (
+    UNFINISHED,
+    StudyFolder,
+    link_datasets,
+    link_tests,
+    pooled_dataset,
+    whole_or_nothing,
+)
+from nnunetv2.federated.commands.simulate import LocalSite, find_command, run_everywhere, running_coordinator
+from nnunetv2.training.seeding import SEED_VARIABLE
+from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.file_lock import lock_file
+from nnunetv2.utilities.json_files import read_json
+from nnunetv2.utilities.plain_text import show
+
+COST_FILE = "cost.json"
+SURFACE_TOLERANCE_MM = 1.0
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a second command out of a comparison's folder.
+
+    Raises:
+        ValueError: One is at work there.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            lock_file(file.fileno())
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another nnUNetv2_fed_compare: wait until it ends") from None
+        yield
+
+
+class Runner:
+    """The steps of one comparison, in the order in which they need each other."""
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        self.study, self.folder = study, StudyFolder(folder)
+        self._total = len(study.arms) * study.seeds
+
+    def run(self) -> list[Score]:
+        """Run all steps that are not whole yet, and return all scores.
+
+        Seed by seed, so that early results hold for all arms.
+        """
+        link_datasets(self.study, self.folder)
+        link_tests(self.study, self.folder)
+        scores: list[Score] = []
+        for seed in range(self.study.seeds):
+            for number, arm in enumerate(self.study.arms):
+                show(
+                    f"--- arm {arm.name}, seed {seed} ({seed * len(self.study.arms) + number + 1} of {self._total}) ---"
+                )
+                self._plan(arm)
+                self._train(arm, seed)
+                scores += self._test(arm, seed)
+        return scores
+
+    # -------------------------------------------------------------------------------------------------- planning
+    def _plan(self, arm: Arm) -> None:
+        with whole_or_nothing(self.folder.planned(arm.plan_group)) as preprocessed:
+            if preprocessed is None:
+                return
+            sites = self._sites(arm, preprocessed, preprocessed.with_suffix(".results"), seed=0, work=preprocessed)
+            step = f"plan.{arm.plan_group}"
+            options = [*self._plans_options(), *arm.planning_options]
+            if arm.is_federated:
+                with running_coordinator(preprocessed / "federation", sites, show=show_commands):
+                    self._everywhere(
+                        step, sites, lambda site: [*_planning(site), *options, "--federated", arm.planning]
+                    )
+            else:
+                self._everywhere(step, sites, lambda site: [*_planning(site), *options])
+            for site in sites:
+                patch_plans(preprocessed / site.dataset / f"{self.study.plans_name}.json", self.study.plans_patch)
+            self._everywhere(
+                f"preprocess.{arm.plan_group}",
+                sites,
+                lambda site: [
+                    "nnUNetv2_preprocess",
+                    *("-d", site.dataset, "-c", self.study.configuration, "-np", "1"),
+                    *("-plans_name", self.study.plans_name, "--no_pbar"),
+                ],
+            )
+
+    def _plans_options(self) -> list[str]:
+        return ["-overwrite_plans_name", self.study.plans_name] if self.study.plans_name != "nnUNetPlans" else []
+
+    # -------------------------------------------------------------------------------------------------- training
+    def _train(self, arm: Arm, seed: int) -> None:
+        with whole_or_nothing(self.folder.trained(arm.name, seed)) as results:
+            if results is None:
+                return
+            sites = self._sites(arm, self.folder.planned(arm.plan_group), results, seed=seed, work=results)
+            step = f"train.{arm.name}.seed_{seed}"
+            begun = time.monotonic()
+            cost: dict[str, Any] = {}
+            if arm.is_federated:
+                length = ("--epochs", self.study.epochs, "--iterations", self.study.iterations)
+                settings = [
+                    *map(str, (*length, "--val-iterations", self.study.val_iterations)),
+                    *arm.coordinator_options,
+                ]
+                with running_coordinator(results / "federation", sites, settings, show=show_commands):
+                    self._everywhere(step, sites, lambda site: self._training(arm, site))
+                    cost["bytes"] = read_traffic(results / "federation")
+            else:
+                self._everywhere(step, sites, lambda site: [*self._training(arm, site), *self._length(arm)])
+            cost["seconds"] = time.monotonic() - begun
+            save_json_atomically(cost, results / COST_FILE)
+
+    def _training(self, arm: Arm, site: LocalSite) -> list[str]:
+        study = self.study
+        return [
+            *("nnUNetv2_train", site.dataset, study.configuration, study.fold, "-tr", trainer_of(arm)),
+            *("-p", study.plans_name, "-device", study.device, *arm.training_options),
+        ]
+
+    def _length(self, arm: Arm) -> list[str]:
+        """Return the options that give a network without a coordinator the length of all others."""
+        factor = len(self.study.sites) if arm.budget == "all" else 1
+        epochs, iterations = self.study.epochs, self.study.iterations * factor
+        return [
+            *map(str, ("--epochs", epochs, "--iterations", iterations, "--val_iterations", self.study.val_iterations))
+        ]
+
+    # --------------------------------------------------------------------------------------------------- testing
+    def _test(self, arm: Arm, seed: int) -> list[Score]:
+        """Predict all test cases with every model of an arm, and score them."""
+        scores: list[Score] = []
+        tested: dict[str, Path] = {}
+        for model, folder in self._models(arm, seed).items():
+            predicted = self.folder.predicted(arm.name, seed, model)
+            with whole_or_nothing(predicted) as output:
+                if output is not None:
+                    digest = digest_model(folder, self.study.fold, arm.checkpoint)
+                    if digest in tested:  # all sites of a federation may end with the same network
+                        shutil.copytree(tested[digest], output, dirs_exist_ok=True)
+                    else:
+                        self._predict(arm, seed, model, folder, output)
+                    save_json_atomically({"digest": digest}, output / "model.json")
+            tested[str(read_json(predicted / "model.json")["digest"])] = predicted
+            scores += read_scores(predicted / "summary.json", arm=arm.name, seed=seed, model=model)
+        return scores
+
+    def _models(self, arm: Arm, seed: int) -> dict[str, Path]:
+        """Return the model folders of an arm: name of the site, or `POOLED` -> folder."""
+        results = self.folder.trained(arm.name, seed)
+        name = f"{trainer_of(arm)}__{self.study.plans_name}__{self.study.configuration}"
+        if arm.training == "pooled":
+            return {POOLED: results / pooled_dataset(self.study) / name}
+        return {site.name: results / site.name / name for site in self.study.sites}
+
+    def _predict(self, arm: Arm, seed: int, model: str, folder: Path, output: Path) -> None:
+        study, tests = self.study, self.folder.tests
+        [whose] = self._one_site(model, seed)
+        label = f"{arm.name}.seed_{seed}.{model}"
+        self._everywhere(
+            f"predict.{label}",
+            [whose],
+            lambda site: [
+                *("nnUNetv2_predict_from_modelfolder", "-i", str(tests / "images"), "-o", str(output)),
+                *("-m", str(folder), "-f", study.fold, "-chk", arm.checkpoint, "-device", study.device),
+                *("-npp", "1", "-nps", "1", "--disable_progress_bar"),
+            ],
+        )
+        self._everywhere(
+            f"evaluate.{label}",
+            [whose],
+            lambda site: [
+                *("nnUNetv2_evaluate_folder", str(tests / "labels"), str(output), "--surface"),
+                *("-tolerance", str(SURFACE_TOLERANCE_MM), "-np", str(os.cpu_count() or 1)),
+                *("-djfile", str(folder / "dataset.json"), "-pfile", str(folder / "plans.json")),
+            ],
+        )
+
+    # ---------------------------------------------------------------------------------------------------- helpers
+    def _sites(self, arm: Arm, preprocessed: Path, results: Path, *, seed: int, work: Path) -> list[LocalSite]:
+        names = [pooled_dataset(self.study)] if arm.training == "pooled" else [one.name for one in self.study.sites]
+        roots = self._environment(preprocessed, results, seed)
+        return [
+            LocalSite(name=name, dataset=name, credential=work / "credentials" / f"{name}.json", environment=roots)
+            for name in names
+        ]
+
+    def _one_site(self, model: str, seed: int) -> list[LocalSite]:
+        unused = self.folder.path / "none"
+        environment = self._environment(unused, unused, seed)
+        return [LocalSite(name=model, dataset=model, credential=unused / "credential.json", environment=environment)]
+
+    def _environment(self, preprocessed: Path, results: Path, seed: int) -> Mapping[str, str]:
+        return {
+            "nnUNet_raw": str(self.folder.raw),
+            "nnUNet_preprocessed": str(preprocessed),
+            "nnUNet_results": str(results),
+            SEED_VARIABLE: str(seed),
+        }
+
+    def _everywhere(
+        self, step: str, sites: Sequence[LocalSite], command_of: Callable[[LocalSite], Sequence[str]]
+    ) -> None:
+        run_everywhere(sites, command_of, step=step, log_folder=self.folder.logs, show=show_commands)
+
+
+def show_commands(line: str) -> None:
+    """Show which commands run; what they print is in the logs."""
+    if "] $ " in line:
+        show(line)
+
+
+def trainer_of(arm: Arm) -> str:
+    """Return the class of an arm's trainer."""
+    return arm.trainer or (FEDERATED_TRAINER if arm.is_federated else "nnUNetTrainer")
+
+
+def _planning(site: LocalSite) -> list[str]:
+    return ["nnUNetv2_plan_and_preprocess", "-d", site.dataset, "--no_pp", "-npfp", "1", "--no_pbar"]
+
+
+def read_traffic(federation: Path) -> int:
+    """Return the bytes between sites and coordinator, which must be running."""
+    command = [find_command("nnUNetv2_fed_status"), "--json", "--folder", str(federation)]
+    status = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return sum(site["bytes_received"] + site["bytes_sent"] for site in status["sites"])
+
+
+def digest_model(folder: Path, fold: str, checkpoint: str) -> str:
+    """Return the SHA-256 of all that decides a model's predictions."""
+    import torch
+
+    plans = {key: value for key, value in read_json(folder / "plans.json").items() if key != "dataset_name"}
+    description = read_json(folder / "dataset.json")
+    description = {
+        key: description.get(key) for key in ("labels", "regions_class_order", "channel_names", "file_ending")
+    }
+    digest = hashlib.sha256(json.dumps([plans, description], sort_keys=True).encode())
+    weights = torch.load(folder / f"fold_{fold}" / checkpoint, map_location="cpu", weights_only=False)[
+        "network_weights"
+    ]
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_costs(study: Study, folder: StudyFolder) -> dict[str, list[dict[str, Any]]]:
+    """Return the costs of every arm's trainings.
+
+    Arm -> per seed, `seconds` and, in a federation, `bytes`.
+    """
+    return {
+        arm.name: [read_json(folder.trained(arm.name, seed) / COST_FILE) for seed in range(study.seeds)]
+        for arm in study.arms
+    }
+
+
+def remove_unfinished(folder: StudyFolder) -> None:
+    """Remove the folders of interrupted steps, and end their processes."""
+    for name in ("planned", "trained", "predicted"):
+        for old in (folder.path / name).rglob(f"*{UNFINISHED}"):
+            stop_processes_of(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def stop_processes_of(folder: Path, within_s: float = 10.0) -> None:
+    """End the processes whose command or environment names a folder.
+
+    Only Linux tells which these are.
+    """
+    deadline = time.monotonic() + within_s
+    while found := _processes_of(folder):
+        is_late = time.monotonic() > deadline
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if is_late else signal.SIGTERM)
+        time.sleep(0.2)
+
+
+def _processes_of(folder: Path) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            if os.fsencode(folder) in told and int(process.name) != os.getpid():
+                found.append(int(process.name))
+    return found

@@ -1,0 +1,130 @@
+"""Say how sure a difference is: bootstrap intervals, paired Wilcoxon signed-rank tests, Holm's correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nnunetv2.comparison.scores import CaseValues
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+LEAST_CASES = 6
+"""Of fewer pairs no two-sided signed-rank test can be below 0.05, whatever they show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_cases: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """An arm against another one on the same test cases."""
+
+    arm: str
+    reference: str
+    difference: float
+    """Mean over cases of arm minus reference."""
+    num_cases: int
+    p: float
+    """Of the two-sided Wilcoxon signed-rank test; NaN with too few cases."""
+    p_holm: float = math.nan
+    """The same, corrected for all comparisons of the place."""
+
+    @property
+    def is_shown(self) -> bool:
+        """Tell whether the difference is beyond chance at the level of 0.05."""
+        return self.p_holm < 0.05
+
+
+def estimate_mean(datasets: Mapping[int, Mapping[str, float]], seed: int = 0) -> Estimate:
+    """Estimate the mean over datasets of their mean over cases.
+
+    Cases are drawn anew within each dataset.
+
+    Seeds of trainings are inside the values. With one case in a dataset there is no interval.
+    """
+    from scipy.stats import bootstrap
+
+    samples = [np.array(list(cases.values())) for cases in datasets.values()]
+    num_cases = sum(map(len, samples))
+    mean = float(np.mean([sample.mean() for sample in samples])) if samples else math.nan
+    if not samples or min(map(len, samples)) < 2:
+        return Estimate(mean=mean, low=math.nan, high=math.nan, num_cases=num_cases)
+    if all(np.ptp(sample) == 0 for sample in samples):
+        return Estimate(mean=mean, low=mean, high=mean, num_cases=num_cases)
+
+    def mean_of_means(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean([one.mean(axis=axis) for one in drawn], axis=0)
+
+    interval = bootstrap(
+        samples,
+        mean_of_means,
+        vectorized=True,
+        paired=False,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(mean=mean, low=float(interval.low), high=float(interval.high), num_cases=num_cases)
+
+
+def compare_arms(values: CaseValues, references: Sequence[str]) -> list[Comparison]:
+    """Compare every arm with every reference arm, and correct for the number of comparisons.
+
+    Each case counts once, with the mean of its seeds, so that trainings are not counted as patients.
+    """
+    present = [reference for reference in references if reference in values]
+    comparisons = [
+        _compare(values, arm, reference)
+        for number, reference in enumerate(present)
+        for arm in values
+        if arm != reference and arm not in present[:number]
+    ]
+    corrected = holm([one.p for one in comparisons])
+    return [replace(one, p_holm=p) for one, p in zip(comparisons, corrected)]
+
+
+def _compare(values: CaseValues, arm: str, reference: str) -> Comparison:
+    from scipy.stats import wilcoxon
+
+    ours, theirs = (
+        {(dataset, case): value for dataset, cases in values[one].items() for case, value in cases.items()}
+        for one in (arm, reference)
+    )
+    shared = sorted(ours.keys() & theirs.keys())
+    differences = np.array([ours[key] - theirs[key] for key in shared])
+    if len(shared) < LEAST_CASES:
+        p = math.nan
+    elif not differences.any():
+        p = 1.0
+    else:
+        p = float(wilcoxon(differences, zero_method="pratt").pvalue)
+    difference = float(differences.mean()) if len(shared) else math.nan
+    return Comparison(arm=arm, reference=reference, difference=difference, num_cases=len(shared), p=p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for their number (Holm, Scand J Stat 6:65, 1979).
+
+    NaN stays and does not count.
+
+    The smallest is multiplied by their number, the next by one less, and so on; none gets below the one before.
+    """
+    tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    corrected = [math.nan] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        corrected[index] = largest
+    return corrected

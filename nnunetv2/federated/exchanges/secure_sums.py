@@ -1,0 +1,301 @@
+"""Plan the masked sums of a run: groups of tensors, figures, counts of a validation.
+
+Sites and coordinator compute this each for itself, from what they have in common: the match of the run, the aggregate
+that a round starts from, and the cohort that its message names. What they do not have in common, masks do not cancel.
+
+Tensors are summed in groups, each of those that exactly the same sites of the cohort hold. Groups of fewer sites than k
+are not sent: their tensors keep their values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+
+from nnunetv2.federated.errors import RefusedError, WireError
+from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
+from nnunetv2.federated.privacy.secure_aggregation.key_agreement import digest_of
+from nnunetv2.federated.privacy.secure_aggregation.protocol import Cohort, Lane, check_size, threshold_of
+from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import TensorSpec
+from nnunetv2.federated.protocol.keys import RoundKey, ValidationKey
+from nnunetv2.federated.protocol.messages import Match, NextRound, SignedKey
+from nnunetv2.federated.protocol.secure_messages import MAX_GROUPS
+
+CHANGES = "changes"
+"""Lane of every update: how far a site has moved, and 1 if that is conspicuous."""
+TRAINING, VALIDATED, EARLIER = "training", "validated", "earlier"
+"""Lanes of figures that may come with an update: of its own round, and of the validation of the one before."""
+FIGURES = {
+    TRAINING: ("train_losses",),
+    VALIDATED: ("val_losses", "mean_fg_dice"),
+    EARLIER: ("val_losses", "mean_fg_dice"),
+}
+"""Lane -> metrics whose means over the training cases the coordinator learns."""
+COUNTS, LOSS = "counts", "loss"
+"""Lanes of a validation: TP, FP and FN per class, and the loss."""
+OPTIONAL = frozenset({*FIGURES, LOSS})
+"""A site that has no such figure does not send the lane; all others it sends."""
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """Masked sums, as sites and coordinator know them before anything is sent."""
+
+    cohort: Cohort
+    lanes: tuple[Lane, ...]
+    least: int
+    """Sites that every sum is to have."""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """Site -> what it counts. Sites know only their own."""
+    starts: tuple[tuple[tuple[str, ...], bytes], ...] = ()
+    """Sites, and the digest of the weights that they alone have in common and start from, as far as it is known."""
+
+    def common(self, site: str) -> dict[str, bytes]:
+        """Return, per other site, the digest of all weights that both were sent."""
+        return {
+            other: digest_of(*(digest for holders, digest in self.starts if {site, other} <= {*holders}))
+            for other in self.cohort.sites
+        }
+
+    def lane(self, name: str) -> Lane:
+        """Return a lane by its name."""
+        return next(lane for lane in self.lanes if lane.name == name)
+
+    def held_by(self, site: str) -> tuple[Lane, ...]:
+        """Return the lanes that a site may send."""
+        return tuple(lane for lane in self.lanes if site in lane.holders)
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+def check_secure_settings(settings: FederationSettings) -> None:
+    """Raise RefusedError if settings do not go with masked updates, where these are wanted."""
+    if settings.secure is None:
+        return
+    check_size(len(settings.sites))
+    if settings.min_sites < settings.secure.k:
+        raise RefusedError(
+            f"--min-sites {settings.min_sites} is less than --secure {settings.secure.k}: nothing is added up over "
+            "fewer sites",
+            "Leave --min-sites out.",
+            code="min_sites_below_k",
+        )
+    threshold = threshold_of(len(settings.sites))
+    if settings.quorum is not None and settings.quorum < threshold:
+        raise RefusedError(
+            f"--quorum {settings.quorum} is less than the {threshold} of {len(settings.sites)} sites that it takes to "
+            "unmask a sum",
+            f"Choose a quorum of {threshold} or more.",
+            code="quorum_below_threshold",
+        )
+    if settings.precision == "int8":
+        raise RefusedError(
+            "--precision int8 does not go with --secure: a sum of masked updates needs the 16 bits that they have",
+            "Choose float32 or float16.",
+            code="precision_masked",
+        )
+    if settings.late_updates == "carry":
+        raise RefusedError(
+            "--late-updates carry does not go with --secure: what a site has masked belongs to its round",
+            "Leave it out: late updates are dropped.",
+            code="late_updates_masked",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- groups
+@dataclass(frozen=True)
+class Group:
+    """Tensors that exactly the same sites hold."""
+
+    name: str
+    """16 digits of the SHA-256 of these sites' names."""
+    holders: tuple[str, ...]
+    tensors: tuple[str, ...]
+    """Their canonical names, sorted."""
+
+
+def groups_of(shared: Mapping[str, Mapping[str, str]], cohort: Iterable[str], *, least: int) -> tuple[Group, ...]:
+    """Group shared tensors by the sites of a cohort that hold them.
+
+    Args:
+        shared: Canonical name -> site -> its own name, as in a match.
+        least: Groups of fewer sites are left out.
+    """
+    present = frozenset(cohort)
+    tensors: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted(shared):
+        holders = tuple(sorted(present & shared[name].keys()))
+        if len(holders) >= least:
+            tensors.setdefault(holders, []).append(name)
+    named = {digest_of(*(site.encode() for site in holders)).hex()[:16]: holders for holders in tensors}
+    return tuple(Group(name, holders, tuple(tensors[holders])) for name, holders in sorted(named.items()))
+
+
+def check_groups(shared: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise RefusedError if more sets of sites share tensors than can be summed apart."""
+    found = len({tuple(sorted(sites)) for sites in shared.values()})
+    if found > MAX_GROUPS:
+        raise RefusedError(
+            f"{found} different sets of sites share tensors; masked updates are summed for {MAX_GROUPS} at most",
+            "Plan with --federated at all sites, so that their networks are the same.",
+            code="too_many_groups",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- rounds
+@dataclass(frozen=True)
+class RoundPlan:
+    """The sums of one round of a run."""
+
+    sum: SecureSum
+    groups: tuple[Group, ...]
+    exponents: Mapping[str, int]
+    """Tensor -> what bounds it; see `MaskedCodec`."""
+    weight_bits: int
+    typical_change: float | None
+
+    def group(self, name: str) -> Group:
+        """Return a group by its name."""
+        return next(group for group in self.groups if group.name == name)
+
+
+def plan_round(
+    key: RoundKey,
+    *,
+    federation: str,
+    match: Match,
+    specs: Mapping[str, TensorSpec],
+    begin: NextRound,
+    least: int,
+    read: Callable[[str], np.ndarray],
+    read_before: Callable[[str], np.ndarray] | None,
+    weights: Mapping[str, int],
+) -> RoundPlan:
+    """Return what is added up in a round.
+
+    Args:
+        match: Of the run, with the sites that were admitted.
+        specs: Canonical name -> dtype and shape, of the tensors that the caller knows. Lanes of others have no size.
+        begin: From the aggregate that the round starts from.
+        least: Sites that every sum is to have.
+        read: Canonical name -> values of that aggregate, as sites download them.
+        read_before: The same of the aggregate before it; None if there is none.
+        weights: Site -> what it counts, as far as it is known.
+    """
+    codec, cohort = masked_codec_of(match.precision), cohort_of(federation, str(key), match.keys, begin.cohort)
+    exponents: dict[str, int] = {}
+    lanes = [
+        Lane(CHANGES, cohort.sites, "U64", 2, str(begin.typical_change).encode()),
+        *(Lane(name, cohort.sites, "U64", len(metrics)) for name, metrics in FIGURES.items()),
+    ]
+    groups, starts = [], []
+    for group in groups_of(match.shared, begin.cohort, least=2):
+        known = [name for name in group.tensors if name in specs]
+        reference = b""
+        if known:
+            reference = _reference(known, codec, read, read_before, exponents, begin.weight_bits)
+            starts.append((group.holders, reference))
+        if len(group.holders) >= least:
+            groups.append(group)
+            size = sum(specs[name].size for name in known)
+            lanes.append(Lane(group.name, group.holders, codec.dtype, size, reference))
+    secure_sum = SecureSum(cohort, tuple(lanes), least, dict(weights), tuple(starts))
+    return RoundPlan(secure_sum, tuple(groups), exponents, begin.weight_bits, begin.typical_change)
+
+
+def _reference(
+    names: Iterable[str],
+    codec: MaskedCodec,
+    read: Callable[[str], np.ndarray],
+    read_before: Callable[[str], np.ndarray] | None,
+    exponents: dict[str, int],
+    weight_bits: int,
+) -> bytes:
+    """Return the digest of what a group starts from; note the exponents of its tensors."""
+    digest = hashlib.sha256(weight_bits.to_bytes(8, "little"))
+    for name in names:
+        values = np.ascontiguousarray(read(name))
+        exponents[name] = codec.exponent(values, None if read_before is None else read_before(name))
+        about = digest_of(name.encode(), values.dtype.str.encode(), str(exponents[name]).encode())
+        digest.update(about)
+        digest.update(values.reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+def cohort_of(federation: str, exchange: str, keys: Mapping[str, SignedKey], sites: Iterable[str]) -> Cohort:
+    """Return the cohort of these sites, with the keys that they have handed in.
+
+    Raises:
+        WireError: One of them has none.
+    """
+    names = sorted(sites)
+    if missing := [site for site in names if site not in keys]:
+        raise WireError(f"site {missing[0]} is to mask in {exchange}, and has handed in no key")
+    return Cohort(
+        federation,
+        exchange,
+        {site: bytes.fromhex(keys[site].exchange_key) for site in names},
+        {site: bytes.fromhex(keys[site].identity) for site in names},
+    )
+
+
+def bits_of(weights: Iterable[float]) -> int:
+    """Return the number of bits of the sum of what sites count."""
+    return max(1, round(sum(weights)).bit_length())
+
+
+# ------------------------------------------------------------------------------------------------------ validations
+def plan_validation(
+    key: ValidationKey,
+    *,
+    federation: str,
+    match: Match,
+    sites: Iterable[str],
+    num_classes: int,
+    least: int,
+    weights: Mapping[str, int],
+    validated: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> SecureSum:
+    """Return what is added up when the aggregate of a round was validated.
+
+    Args:
+        sites: The contributors of the round.
+        num_classes: Classes or regions that are counted; see `num_classes_of`.
+        validated: Canonical name -> values of the aggregate, as a site has downloaded them; sites only.
+    """
+    cohort = cohort_of(federation, str(key), match.keys, sites)
+    lanes = (Lane(COUNTS, cohort.sites, "U64", 3 * num_classes), Lane(LOSS, cohort.sites, "U64", 1))
+    starts = tuple(
+        (group.holders, _digest_of(known, validated))
+        for group in groups_of(match.shared, cohort.sites, least=2)
+        if (known := [name for name in group.tensors if name in validated])
+    )
+    return SecureSum(cohort, lanes, least, dict(weights), starts)
+
+
+def _digest_of(names: Iterable[str], values: Mapping[str, np.ndarray]) -> bytes:
+    """Return the digest of tensors by their names."""
+    digest = hashlib.sha256()
+    for name in names:
+        one = np.ascontiguousarray(values[name])
+        digest.update(digest_of(name.encode(), one.dtype.str.encode()))
+        digest.update(one.reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+def num_classes_of(labels: Mapping[str, int | tuple[int, ...]]) -> int:
+    """Return the number of classes or regions that a validation counts.
+
+    Those are all but background and what is ignored.
+
+    Args:
+        labels: As in dataset.json.
+    """
+    values = [one if isinstance(one, tuple) else (one,) for name, one in labels.items() if name != "ignore"]
+    if any(len(value) > 1 for value in values):
+        return sum(value != (0,) for value in values)
+    return len({value[0] for value in values} - {0})

@@ -1,0 +1,51 @@
+"""Arms by name and from a file."""
+
+import json
+
+import pytest
+
+from nnunetv2.comparison.arms import ARMS, Arm, choose_arms, read_arms
+from nnunetv2.utilities.json_files import JsonFileError
+
+
+def test_arms_are_chosen_by_name_in_their_order():
+    mine = Arm(name="mine", training="alone")
+    assert choose_arms(["ffe", "mine", "alone"], {"mine": mine}) == (ARMS["ffe"], mine, ARMS["alone"])
+    for names, message in ((["fee"], "no arm 'fee'. Arms: alone"), (["ffe", "ffe"], "named twice")):
+        with pytest.raises(ValueError, match=message):
+            choose_arms(names, {})
+
+
+def test_arms_that_plan_alike_share_their_preprocessed_data():
+    assert ARMS["ffe"].plan_group == ARMS["ffe-uniform"].plan_group != ARMS["asym"].plan_group
+    assert ARMS["asym"].plan_group == ARMS["asym-resolution"].plan_group != ARMS["alone"].plan_group
+    assert ARMS["pooled"].plan_group == ARMS["pooled-all"].plan_group
+
+
+def test_a_file_defines_further_arms(tmp_path):
+    file = tmp_path / "arms.json"
+    file.write_text(json.dumps({"half": {"training": "federated", "coordinator_options": ["--precision", "float16"]}}))
+    assert read_arms(file) == {
+        "half": Arm(name="half", training="federated", coordinator_options=("--precision", "float16"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("ffe", {"training": "alone"}, "'ffe' cannot name an arm"),
+        ("../x", {"training": "alone"}, "cannot name an arm"),
+        ("a", {}, "needs the field 'training'"),
+        ("a", {"training": "together"}, "training is 'together', not alone or pooled or federated"),
+        ("a", {"training": "alone", "lr": 1}, "no field 'lr'. Fields: budget"),
+        ("a", {"training": "alone", "training_options": "--epochs 3"}, "training_options must be a list of texts"),
+        ("a", {"training": "alone", "trainer": 3}, "trainer must be a text, it is 3"),
+        ("a", ["alone"], "must be given in braces"),
+    ],
+)
+def test_a_wrong_arm_is_named_with_its_field(tmp_path, name, content, message):
+    file = tmp_path / "arms.json"
+    file.write_text(json.dumps({name: content}))
+    with pytest.raises(JsonFileError, match=message) as caught:
+        read_arms(file)
+    assert str(file) in str(caught.value)

@@ -1,0 +1,344 @@
+"""Sites that drop out of masked rounds at any place, come late, or come again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
+from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site
+
+from nnunetv2.federated.coordinator.storage.backup import backup, restore
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.protocol import api
+from nnunetv2.federated.protocol.keys import RoundKey, SurvivorsKey, UploadKey
+from nnunetv2.federated.site.credential import load_credential
+
+QUORUM = {"quorum": 4, "deadline_s": 3600.0}
+
+
+def mean_of(sites, start, number):
+    total = sum(site.registration.num_training_cases for site in sites)
+    trained = [(site.registration.num_training_cases, site.epoch(number, start)) for site in sites]
+    return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}
+
+
+def all_join(sites):
+    starts = in_threads(*(site.join for site in sites))
+    assert all(isinstance(start, dict) for start in starts), starts
+    return starts[0]
+
+
+def all_exchange(sites, number, weights):
+    """Return the weights after a round of these sites."""
+    results = in_threads(*(lambda site=site: site.round(number, weights) for site in sites))
+    assert all(isinstance(one, tuple) for one in results), results
+    assert len({digest_of(weights) for weights, _ in results}) == 1
+    return results[0]
+
+
+def assert_close(weights, expected):
+    for name, values in expected.items():
+        np.testing.assert_allclose(weights[name], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def five(tmp_path):
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0, **QUORUM)) as federation:
+        yield federation, [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+
+
+def operator(federation):
+    return federation.coordinator.authenticate(federation.operator_token())
+
+
+def test_a_site_that_fails_before_its_upload_is_not_waited_for_and_comes_back(five):
+    _federation, sites = five
+    start = all_join(sites)
+    *others, last = sites
+    last.participant.report_failure(0, "OutOfMemoryError")
+    weights, aggregate = all_exchange(others, 0, start)
+    assert aggregate.missing == ("E",) and aggregate.next_round.cohort == FIVE[:4]
+    assert_close(weights, mean_of(others, start, 0))
+    assert last.start().epoch == 1  # it asks to be let in, and is from the next round on
+    weights, aggregate = all_exchange(others, 1, weights)
+    assert aggregate.next_round.cohort == FIVE
+    assert last.start().epoch == 2
+    again, aggregate = all_exchange(sites, 2, weights)
+    assert sorted(aggregate.contributors) == list(FIVE)
+    assert_close(again, mean_of(sites, weights, 2))
+
+
+def test_a_site_that_is_gone_after_its_upload_counts(five):
+    _, sites = five
+    start = all_join(sites)
+    sites[4].upload(0, start)
+    weights, aggregate = all_exchange(sites[:4], 0, start)
+    assert sorted(aggregate.contributors) == list(FIVE)
+    assert_close(weights, mean_of(sites, start, 0))
+
+
+def test_with_too_few_answers_a_round_waits_until_it_is_abandoned(five):
+    federation, sites = five
+    start = all_join(sites)
+    for site in sites:
+        site.upload(0, start)
+    results = []
+
+    def exchange_and_note(site):
+        results.append(site.round(0, start))
+
+    threads = [lambda site=site: exchange_and_note(site) for site in sites[:3]]
+
+    def abandon():
+        wait_until(lambda: federation.state.registry.has_begun(str(SurvivorsKey(RUN, 0))))
+        wait_until(lambda: len(federation.state.registry.get(SurvivorsKey(RUN, 0)).contributions) == 3)
+        assert not federation.state.registry.is_closed(SurvivorsKey(RUN, 0))
+        act(federation, "abandon")
+
+    outcomes = in_threads(*threads, abandon)
+    assert len(results) == 3, outcomes
+    for weights, aggregate in results:
+        assert aggregate.round == 0 and aggregate.contributors == {}
+        assert_close(weights, start)
+    weights, aggregate = all_exchange(sites, 1, results[0][0]) if restart(sites[3:]) else None
+    assert sorted(aggregate.contributors) == list(FIVE)
+    assert [bool(record.get("abandoned")) for record in federation.state.store.load_rounds(RUN)] == [True, False]
+
+
+def restart(sites):
+    return all(site.start().epoch == 1 for site in sites)
+
+
+def act(federation, action):
+    from nnunetv2.federated.coordinator.members import Member
+
+    federation.coordinator.act(RUN, api.RunAction(action=action), Member("boss", "operator"))
+
+
+def test_neither_proceeding_nor_leaving_gets_below_what_unmasks(five):
+    federation, sites = five
+    start = all_join(sites)
+    for site in sites[:3]:
+        site.upload(0, start)
+    with pytest.raises(RefusedError, match="at least 4"):
+        act(federation, "proceed")
+    for site in sites[3:]:
+        site.participant.transport.act(RUN, "leave")
+    assert not federation.state.registry.is_closed(UploadKey(RUN, 0))
+
+
+def test_a_tensor_of_two_sites_stays_local_and_one_whose_sites_drop_out_keeps_its_values(tmp_path):
+    shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
+    of_three = {**shapes, "decoder.weight": (5, 5)}
+    of_two = {**of_three, "extra.weight": (3, 3)}
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0, **QUORUM)) as federation:
+        sites = [
+            masked_site(federation, name, seed=seed, shapes=one, num_cases=10 + seed)
+            for seed, (name, one) in enumerate(zip(FIVE, (of_two, of_two, of_three, shapes, shapes), strict=True))
+        ]
+        in_threads(*(site.join for site in sites))
+        match = sites[0].participant.match
+        assert match.kept_local == ("extra.weight",)
+        assert "extra.weight" not in match.shared and "decoder.weight" in match.shared
+        starts = {site.seed: dict(site.start().weights) for site in sites}
+        sites[2].participant.report_failure(0, "OutOfMemoryError")
+        others = [site for site in sites if site.seed != 2]
+        results = in_threads(*(lambda site=site: site.round(0, starts[site.seed]) for site in others))
+        weights, _ = results[0]
+        np.testing.assert_array_equal(weights["decoder.weight"], starts[0]["decoder.weight"])
+        expected = mean_of(others, {name: starts[0][name] for name in shapes}, 0)
+        assert_close(weights, expected)
+        assert any("sums stay sealed" in line for line in federation.lines)
+
+
+def test_a_latecomer_is_in_the_round_after_the_one_that_is_open(tmp_path):
+    with served(tmp_path / "federation", masked_settings((*THREE, "D"), validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate((*THREE, "D"))]
+        *first, late = sites
+        keys = in_threads(*(site.register for site in first), lambda: proceed_when_three(federation))
+        assert not any(isinstance(one, BaseException) for one in keys), keys
+        start = in_threads(*(site.start for site in first))[0].weights
+        late.register()
+        assert late.start().epoch == 0
+        weights, aggregate = all_exchange(first, 0, start)
+        assert aggregate.next_round.cohort == ("A", "B", "C", "D")
+        late.start()
+        again, aggregate = all_exchange(sites, 1, weights)
+        assert sorted(aggregate.contributors) == ["A", "B", "C", "D"]
+        assert_close(again, mean_of(sites, weights, 1))
+
+
+def proceed_when_three(federation):
+    key = f"runs/{RUN}/registration"
+    from nnunetv2.federated.exchanges.steps import parse_key
+
+    wait_until(lambda: federation.state.registry.has_begun(key))
+    wait_until(lambda: len(federation.state.registry.get(parse_key(key)).contributions) == 3)
+    act(federation, "proceed")
+
+
+# ------------------------------------------------------------------------------------------------- coming a second time
+def test_a_site_that_trains_again_sends_what_it_has_masked_first(five, tmp_path):
+    federation, sites = five
+    start = all_join(sites)
+    sites[0].upload(0, start)
+    held = federation.state.registry.get(UploadKey(RUN, 0)).contributions["A"].digest
+    again = masked_site(
+        federation, "A", seed=0, trained=lambda number: 7.0
+    )  # an unseeded training finds something else
+    begin = again.join()
+    again.upload(0, begin)
+    assert federation.state.registry.get(UploadKey(RUN, 0)).contributions["A"].digest == held
+    weights, aggregate = all_exchange([again, *sites[1:]], 0, start)
+    assert sorted(aggregate.contributors) == list(FIVE)
+    assert_close(weights, mean_of(sites, start, 0))
+
+
+def test_a_site_whose_outbox_is_lost_sits_the_round_out(five):
+    federation, sites = five
+    start = all_join(sites)
+    masked = sites[0].participant._masked
+    masked._masking.transport = Silent(masked.transport)
+    with pytest.raises(ConnectionError):
+        sites[0].upload(0, start)
+    (outbox,) = federation.state.store.folder.glob("credential.A.json.secure/*/runs/*/outbox")
+    for path in outbox.iterdir():
+        path.unlink()
+    again = masked_site(federation, "A", seed=0)
+    again.join()
+    weights, aggregate = all_exchange([again, *sites[1:]], 0, start)
+    assert aggregate.missing == ("A",)
+    assert any("does not answer a second time" in line for line in again.lines)
+    assert_close(weights, mean_of(sites[1:], start, 0))
+    again.start()
+    weights, aggregate = all_exchange(sites[1:], 1, weights)
+    assert aggregate.next_round.cohort == FIVE
+
+
+class Silent:
+    """A transport that loses every contribution before it leaves."""
+
+    def __init__(self, transport):
+        self._transport = transport
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+    def contribute(self, *_, **__):
+        raise ConnectionError("lost")
+
+
+def test_a_late_update_is_not_taken_and_its_site_gets_the_average(five):
+    federation, sites = five
+    start = all_join(sites)
+    *others, last = sites
+    last.participant.report_failure(0, "OutOfMemoryError")
+    weights, _ = all_exchange(others, 0, start)
+    received, aggregate = last.round(0, start)
+    assert aggregate.round == 0 and aggregate.missing == ("E",)
+    assert digest_of(received) == digest_of(weights)
+    assert "E" not in federation.state.registry.get(UploadKey(RUN, 0)).contributions
+
+
+# ---------------------------------------------------------------------------------------------------- half precision
+def test_half_precision_comes_as_close_to_the_mean_as_its_steps_allow(tmp_path):
+    settings = masked_settings(THREE, validate_every=0, precision="float16", num_epochs=None)
+    with served(tmp_path / "federation", settings) as federation:
+        sites = [masked_site(federation, name, seed=seed, num_cases=20 + seed) for seed, name in enumerate(THREE)]
+        all_join(sites)
+        weights = sites[0].start().weights
+        exact = {name: values.astype(np.float64) for name, values in weights.items()}
+        for number in range(8):
+            weights, _ = all_exchange(sites, number, weights)
+            exact = mean_of(sites, {name: values.astype(np.float32) for name, values in exact.items()}, number)
+        for name, values in exact.items():
+            # Changes are cut to four times the last one, so the first rounds catch up by error feedback.
+            assert np.abs(weights[name].astype(np.float64) - values).max() < 0.05, name
+        with federation.state.documents.result(RoundKey(RUN, 7)) as document:
+            assert {spec.dtype for spec in document.specs.values()} == {"F32"}
+        assert weights["encoder.weight"].dtype == np.float16
+        assert make_weights(0)["encoder.weight"].dtype == np.float32
+
+
+# ------------------------------------------------------------------------------------------------------------- backups
+def reconnected(federation, site):
+    """Return a site of a federation as a new process, at the coordinator's present address."""
+    credential = replace(load_credential(site), url=federation.url)
+    name = site.name.split(".")[1]
+    return MaskedSite(make_client(credential), credential, site, seed=THREE.index(name))
+
+
+def test_rounds_that_were_closed_before_a_backup_was_restored_are_not_answered_again(tmp_path):
+    settings = masked_settings(THREE, validate_every=0, num_epochs=6)
+    with served(tmp_path / "federation", settings) as federation:
+        files = {name: tmp_path / "federation" / f"credential.{name}.json" for name in THREE}
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        weights = all_join(sites)
+        for number in range(2):
+            weights, _ = all_exchange(sites, number, weights)
+        backup(tmp_path / "federation", tmp_path / "backup.tar")
+        for number in range(2, 4):
+            weights, _ = all_exchange(sites, number, weights)
+    restore(tmp_path / "backup.tar", tmp_path / "restored")
+    with served(tmp_path / "restored", settings) as federation:
+        sites = [reconnected(federation, file) for file in files.values()]
+        begin = all_join(sites)
+        in_threads(*(lambda site=site: site.round(2, begin) for site in sites), lambda: abandon_each(federation, sites))
+        assert not federation.state.registry.get(UploadKey(RUN, 2)).contributions
+        starts = in_threads(*(site.start for site in sites))
+        assert [start.epoch for start in starts] == [4, 4, 4], starts
+        weights, aggregate = all_exchange(sites, 4, starts[0].weights)
+        assert aggregate.round == 4 and sorted(aggregate.contributors) == list(THREE)
+
+
+def abandon_each(federation, sites):
+    """Close the rounds that the sites know already, as soon as all have said so."""
+    wait_until(lambda: all(any("is over" in line for line in site.lines) for site in sites))
+    act(federation, "abandon")
+    act(federation, "abandon")
+
+
+def test_a_backup_between_two_steps_of_a_round_has_what_was_masked(tmp_path):
+    settings = masked_settings(THREE, validate_every=0)
+    with served(tmp_path / "federation", settings) as federation:
+        files = [tmp_path / "federation" / f"credential.{name}.json" for name in THREE]
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        start = all_join(sites)
+        for site in sites:
+            site.upload(0, start)
+        wait_until(lambda: federation.state.registry.is_closed(UploadKey(RUN, 0)))
+        backup(tmp_path / "federation", tmp_path / "backup.tar")
+    restore(tmp_path / "backup.tar", tmp_path / "restored")
+    with served(tmp_path / "restored", settings) as federation:
+        again = [reconnected(federation, file) for file in files]
+        weights, aggregate = all_exchange(again, 0, all_join(again))
+        assert sorted(aggregate.contributors) == list(THREE)
+        assert_close(weights, mean_of(sites, start, 0))
+
+
+def test_whoever_comes_to_a_round_that_was_abandoned_before_anybody_came_gets_the_average(five):
+    federation, sites = five
+    start = all_join(sites)
+    act(federation, "abandon")
+    weights, aggregate = all_exchange(sites, 0, start)
+    assert aggregate.round == 0 and aggregate.contributors == {}
+    assert_close(weights, start)
+    _, aggregate = all_exchange(sites, 1, weights)
+    assert sorted(aggregate.contributors) == list(FIVE)
+
+
+def test_a_survivor_that_asks_when_the_round_is_over_gets_the_average(five):
+    federation, sites = five
+    start = all_join(sites)
+    sites[4].upload(0, start)
+    weights, _ = all_exchange(sites[:4], 0, start)
+    wait_until(lambda: not any_masked_file(federation))
+    received, aggregate = sites[4].round(0, start)
+    assert aggregate.round == 0 and digest_of(received) == digest_of(weights)
+
+
+def any_masked_file(federation):
+    folder = federation.state.store.folder / "gatherings" / "runs" / RUN / "uploads" / "0"
+    return [path for path in folder.glob("*.safetensors") if not path.name.startswith("result")]
