@@ -412,7 +412,7 @@ class Match(WithPrecision, Message):
     Decided once, when all have registered.
     """
 
-    ADDED = ("precision", "keys", "kept_local")
+    ADDED = ("precision", "exchange_every", "keys", "kept_local")
 
     kind: Literal["match"] = "match"
     rule: Literal["name", "resolution"]

@@ -346,7 +346,7 @@ class Participant:
             )
 
     def rests(self) -> dict[str, np.ndarray]:
-        """Return what the next update has to bring, for a checkpoint; nothing where it need not be kept."""
+        """Return what the next update has to bring, for a checkpoint."""
         return self._codec.rests()
 
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:

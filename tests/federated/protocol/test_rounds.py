@@ -1,8 +1,10 @@
 """Epochs and rounds."""
 
 import pytest
+from fake_federation import make_registration
 
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.exchanges.steps.registration import match_registrations
 from nnunetv2.federated.protocol.api import FederationSettings, check_rounds
 from nnunetv2.federated.protocol.rounds import Rounds
 
@@ -38,5 +40,7 @@ def test_a_round_is_no_longer_than_the_training():
 
 def test_the_default_is_not_said_for_versions_that_do_not_know_it():
     assert "exchange_every" not in settings().model_dump_json()
+    match = match_registrations({site: make_registration() for site in "AB"}, settings())
+    assert not {"exchange_every", "precision"} & match.model_dump().keys()
     said = settings(exchange_every=3).model_dump_json()
     assert FederationSettings.model_validate_json(said).exchange_every == 3

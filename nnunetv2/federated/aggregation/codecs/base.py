@@ -49,7 +49,10 @@ class UpdateCodec(Protocol):
         ...
 
     def rests(self) -> dict[str, np.ndarray]:
-        """Return what the next update has to bring, by tensor, for a checkpoint; nothing where it need not be kept."""
+        """Return what the next update has to bring, by tensor.
+
+        It is for a checkpoint, and empty where it need not be kept.
+        """
         ...
 
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:

@@ -345,7 +345,7 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:
-        """Begin the exchange of a round, unless it is the last, when its last epoch is trained."""
+        """Begin the exchange of a trained round, unless it is the last."""
         is_last_of_round = self.rounds.is_last_of_round(epoch, self.num_epochs)
         if self.sends_before_validation and is_last_of_round and epoch + 1 < self.num_epochs:
             self.begin_exchange(self.rounds.of(epoch), self.make_update(epoch, METRICS_OF_TRAINING))
