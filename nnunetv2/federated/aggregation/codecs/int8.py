@@ -1,4 +1,6 @@
-"""Let weights travel as changes in eight bits, and send what rounding takes from them with the next round.
+"""Let weights travel as changes in eight bits.
+
+What rounding takes from them is sent with the next round.
 
     site          sent_r = q(w_r - b_r-1 + e_r-1)             e_r = (w_r - b_r-1 + e_r-1) - sent_r
     coordinator   u_r = b_r-1 + mean_r + c_r-1                b_r = b_r-1 + q(u_r - b_r-1),  c_r = u_r - b_r
@@ -181,7 +183,7 @@ class Int8WithErrorFeedback:
         previous: Document[Aggregate],
         min_sites: int,
     ) -> Aggregated:
-        """Average changes, add what rounding took before, and write the average, the rest and the rounded change."""
+        """Average changes, add what rounding took before, and write the results."""
         sites = sorted(documents)
         names = sorted(name for name in previous.specs if not name.endswith((REST, CHANGE)))
         holders = {name: [site for site in sites if name in documents[site].specs] for name in names}
@@ -247,7 +249,7 @@ class Int8WithErrorFeedback:
 
 
 def check_packed_tensors(document: Document[Any]) -> None:
-    """Raise WireError, naming the tensor, unless the steps of all that travels in eight bits can be used."""
+    """Raise WireError, naming the tensor, unless all steps in a document can be used."""
     for name, spec in document.specs.items():
         if spec.dtype == "I8":
             check_packed(name, _read(document, name))
