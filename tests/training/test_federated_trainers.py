@@ -314,6 +314,64 @@ def test_an_overlapped_training_resumes(make_sites):
     assert_equal_weights(*again)
 
 
+# ------------------------------------------------------------------------------------------- rounds of several epochs
+def interrupted_at(epoch: int, trainer_class) -> type:
+    """Return a trainer of the same name that is interrupted before an epoch."""
+
+    class Interrupted(trainer_class):
+        def on_train_epoch_start(self):
+            if self.current_epoch == epoch:
+                raise KeyboardInterrupt
+            super().on_train_epoch_start()
+
+    Interrupted.__name__ = trainer_class.__name__
+    return Interrupted
+
+
+def test_a_training_goes_on_within_a_round(make_sites):
+    sites = make_sites(num_epochs=5, exchange_every=2, validate_every=1)
+    stopped, other = sites.trainer("A", interrupted_at(3, nnUNetTrainerAsymFedAvg)), sites.trainer("B")
+    waiting = threading.Thread(target=other.run_training, daemon=True)
+    waiting.start()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run_training()
+    again = sites.trainer("A", go_on=True)
+    assert again.current_epoch == 3
+    again.run_training()
+    waiting.join(PATIENCE_S)
+    assert any("Going on within round 1 from this site's own weights, at epoch 3" in line for line in again.lines)
+    assert_equal_weights(again, other)
+    rounds = sites.federation.state.store.load_rounds(run_of(again))
+    assert [set(record["sites"]) for record in rounds] == [{"A", "B"}] * 3
+    assert {record["settings"]["exchange_every"] for record in rounds} == {2}
+    found = sites.federation.state.store.load_validations(run_of(again))
+    assert [record["round"] for record in found] == [0, 1, 2]
+
+
+def test_an_overlapped_training_exchanges_after_several_epochs_and_resumes(make_sites):
+    sites = make_sites(num_epochs=5, exchange_every=2)
+    stopped = [sites.trainer(site, interrupted_at(3, nnUNetTrainerAsymFedAvgOverlapped)) for site in "AB"]
+    assert all(isinstance(error, KeyboardInterrupt) for error in sites.run(*stopped))
+    again = [sites.trainer(site, nnUNetTrainerAsymFedAvgOverlapped, go_on=True) for site in "AB"]
+    assert sites.run(*again) == [None, None]
+    assert_equal_weights(*again)
+    assert len(sites.federation.state.store.load_rounds(run_of(again[0]))) == 3
+
+
+def test_the_coordinators_model_counts_epochs_and_is_that_of_the_sites_in_eight_bits_too(make_sites):
+    sites = make_sites(num_epochs=3, exchange_every=2, precision="int8")
+    trainers = [sites.trainer(site) for site in "AB"]
+    assert sites.run(*trainers) == [None, None]
+    assert_equal_weights(*trainers)
+    models = sites.folder / "federation" / "models"
+    wait_until(lambda: any(models.glob("*/fold_0/checkpoint_final.pth")))
+    (path,) = models.glob("*/fold_0/checkpoint_final.pth")
+    model = torch.load(path, weights_only=False)
+    assert model["current_epoch"] == 3
+    for name, values in weights_of(trainers[0]).items():
+        np.testing.assert_array_equal(model["network_weights"][name].numpy(), values, err_msg=name)
+
+
 # ------------------------------------------------------------------------------------- what sites are told at the start
 def test_a_second_start_in_the_same_folder_is_no_failure_of_the_site(make_sites):
     sites = make_sites()

@@ -60,6 +60,7 @@ SETTINGS_OF_OPTIONS = {
     "matching": "matching",
     "weighting": "weighting",
     "precision": "precision",
+    "exchange_every": "exchange_every",
     "quorum": "quorum",
     "deadline": "deadline_s",
     "late_updates": "late_updates",
@@ -123,12 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
     what.add_argument("--sites", nargs="+", metavar="NAME", help="names of the sites (asked for at a terminal)")
-    what.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})",
-    )
+    what.add_argument("--epochs", type=int, metavar="N", help=f"number of epochs (default: {DEFAULT_EPOCHS})")
     what.add_argument(
         "--iterations", type=int, metavar="N", help="training iterations per epoch (default: the trainer's)"
     )
@@ -146,10 +142,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="sites count by their training cases, or all the same (default: cases)",
     )
     what.add_argument(
+        "--exchange-every",
+        type=int,
+        metavar="K",
+        help="epochs between exchanges of weights, a round; fewer exchanges need less of the line and bring the sites "
+        "together more rarely (default: 1)",
+    )
+    what.add_argument(
         "--precision",
-        choices=("float32", "float16"),
-        help="how weights travel; float16 halves the traffic, and what rounding takes from a round comes "
-        "with the next one (default: float32)",
+        choices=("float32", "float16", "int8"),
+        help="how weights travel; float16 halves the traffic, int8 (changes since the last average) quarters it, and "
+        "what rounding takes from a round comes with the next one (default: float32)",
     )
     what.add_argument(
         "--quorum", type=int, metavar="N", help="sites that suffice to close a round at its deadline (default: all)"
@@ -339,7 +342,13 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
     from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
-    from nnunetv2.federated.protocol.api import check_finetuning, check_floor, check_late_updates, check_quorum
+    from nnunetv2.federated.protocol.api import (
+        check_finetuning,
+        check_floor,
+        check_late_updates,
+        check_quorum,
+        check_rounds,
+    )
 
     num_sites = len(settings.sites)
     if num_sites < 2:
@@ -349,6 +358,7 @@ def check_settings(settings: FederationSettings) -> None:
     check_quorum(settings)
     check_floor(settings)
     check_late_updates(settings)
+    check_rounds(settings)
     check_secure_settings(settings)
     check_finetuning(settings)
 

@@ -24,6 +24,7 @@ from nnunetv2.federated.protocol.messages import (
     WithAdditions,
     WithPrecision,
 )
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.utilities.plain_text import printable
 
 ShownText = Annotated[LongText, AfterValidator(lambda text: printable(text, most=8000))]
@@ -46,7 +47,16 @@ class Secure(Part):
 class FederationSettings(WithPrecision):
     """Settings that hold for every site, fixed when the federation was created."""
 
-    ADDED = ("precision", "min_sites", "secure", "proximal", "keep_local", "finetune_epochs", "initial_weights")
+    ADDED = (
+        "precision",
+        "exchange_every",
+        "min_sites",
+        "secure",
+        "proximal",
+        "keep_local",
+        "finetune_epochs",
+        "initial_weights",
+    )
 
     federation: Text
     sites: SiteNames
@@ -76,6 +86,11 @@ class FederationSettings(WithPrecision):
     initial_weights: Digest | None = None
     """SHA-256 of the checkpoint from which all sites start. None: from random weights, or those that sites give."""
 
+    @property
+    def num_rounds(self) -> int | None:
+        """Return the number of rounds of every run; None where the trainers decide."""
+        return None if self.num_epochs is None else Rounds(self.exchange_every).count(self.num_epochs)
+
 
 def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
     """Describe what sites do beside plain averaging, a line each."""
@@ -89,6 +104,15 @@ def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
     if settings.initial_weights is not None:
         lines.append(f"All sites start from weights of the operator, SHA-256 {settings.initial_weights[:12]}...")
     return tuple(lines)
+
+
+def check_rounds(settings: FederationSettings) -> None:
+    """Raise FederationError if a round is longer than the training."""
+    if settings.num_epochs is not None and settings.exchange_every > settings.num_epochs:
+        raise FederationError(
+            f"--exchange-every {settings.exchange_every} is more than the {settings.num_epochs} epochs: choose "
+            f"{settings.num_epochs} or less, or more --epochs"
+        )
 
 
 def check_floor(settings: FederationSettings) -> None:

@@ -124,6 +124,7 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
         rule=settings.matching,
         weighting=settings.weighting,
         precision=settings.precision,
+        exchange_every=settings.exchange_every,
         weights=dict.fromkeys(contributed, 1.0),
         num_epochs=settings.num_epochs,
         num_iterations_per_epoch=settings.num_iterations_per_epoch,

@@ -1,5 +1,7 @@
 """Exchange weights at the end of every round: a mixin for trainers.
 
+A round is an epoch, or as many as the federation has agreed on.
+
     this thread     train e | validate own_e            | load, save | validate aggregate_e | train e + 1
     another one             | send own_e .. aggregate_e |              (every so many rounds)
 
@@ -22,6 +24,9 @@ What the weights are at each moment of epoch e:
 Optimizer state, learning rate and augmentation stay at the site. The last epoch ends with an exchange too, so
 checkpoint_final holds the aggregate. What may follow at the site alone is in `finetuning.py`.
 
+Within a round of several epochs (`--exchange-every`) nothing is sent: the site trains on with its own weights, which
+are in checkpoint_latest after each epoch, and --c goes on from them.
+
 How a training ends:
 
     all rounds are closed, or the operator    in order, with checkpoint_final
@@ -39,6 +44,7 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -47,15 +53,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
+
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings, check_finetuning, describe_methods
 from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.models.networks import bare_network
 from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
@@ -84,6 +95,8 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.termination import befor
 from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.stopping import was_signalled
 
+RESTS = "federated_rests"
+"""Key of a checkpoint."""
 METRICS_OF_TRAINING = ("train_losses",)
 METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
 METRICS = (*METRICS_OF_TRAINING, *METRICS_OF_VALIDATION)
@@ -151,6 +164,15 @@ class FederatedTraining(RenamedHooks):
 
     make_transport: Callable[..., Transport] = staticmethod(open_transport)
     """Opens the way to the coordinator; a test or another engine puts its own here."""
+
+    participant: Any = None
+    """The membership of this site; None before the training begins."""
+
+    rests: Mapping[str, np.ndarray] = {}
+    """What a checkpoint says that rounding has taken from this site's updates."""
+
+    rounds = Rounds()
+    """The epochs of a round."""
 
     round_in_training: int | None = None
     """The round whose update is being made; None before it is known."""
@@ -250,12 +272,11 @@ class FederatedTraining(RenamedHooks):
         position = self.receive_weights(
             lambda: self._start(own), keeps_local=lambda position: goes_on and position["epoch"] > 0
         )
-        self.log_line(self._describe_start(begins=position["begins"]))
-        self.resume_at(position["epoch"])
+        self.log_line(self._describe_start(position["epoch"], begins=position["begins"]))
+        self.resume_at(min(position["epoch"], self.num_epochs))
         if position["is_over"]:
-            self.log_line(
-                f"Run {self.participant.run} is over after {self.current_epoch} rounds: ending with its aggregate"
-            )
+            rounds = self.rounds.count(self.current_epoch)
+            self.log_line(f"Run {self.participant.run} is over after {rounds} rounds: ending with its aggregate")
             self.finish_run()
 
     def _has_to_stop(self) -> bool:
@@ -268,7 +289,7 @@ class FederatedTraining(RenamedHooks):
     def on_train_epoch_start(self) -> None:
         """Note the round in training."""
         if not self.is_finetuning:
-            self.round_in_training = self.current_epoch
+            self.round_in_training = self.rounds.of(self.current_epoch)
         super().on_train_epoch_start()
         if self.proximal_term is not None:
             self.proximal_term.attach_(self.optimizer)  # some trainers build another one between epochs
@@ -294,6 +315,20 @@ class FederatedTraining(RenamedHooks):
                 self.log_line("The training is saved in checkpoint_latest: --c goes on with it")
             raise
 
+    def _describe_state(self) -> dict[str, Any]:
+        """Add what rounding has taken from this site's updates, while it is due."""
+        rests = self.participant.rests() if self.participant and self.current_epoch + 1 < self.num_epochs else {}
+        state: dict[str, Any] = super()._describe_state()
+        return {**state, RESTS: {name: torch.from_numpy(values) for name, values in rests.items()}} if rests else state
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint, with what its updates have not brought yet."""
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
+        self.rests = {name: values.cpu().numpy() for name, values in checkpoint.get(RESTS, {}).items()}
+        super().load_checkpoint(checkpoint)
+
     def save_while_training(self) -> None:
         """Save checkpoint_latest while the training goes on."""
         with self._writing_in_background():
@@ -318,9 +353,11 @@ class FederatedTraining(RenamedHooks):
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
         """Use the epochs, iterations and methods that the federation has fixed for all its sites."""
-        self.min_sites = settings.min_sites
-        self.is_masked = settings.secure is not None
+        self.min_sites, self.rounds = settings.min_sites, Rounds(settings.exchange_every)
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
+        if self.rounds.epochs > 1:
+            self.log_line(f"Weights are exchanged after every {self.rounds.epochs} epochs, which are a round")
+        self.is_masked = settings.secure is not None
         check_against_settings(self.training_options, settings)
         check_finetuning(settings)
         for line in describe_methods(settings):
@@ -369,20 +406,23 @@ class FederatedTraining(RenamedHooks):
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
         match = self.participant.register(self.describe_training())
+        self.participant.take_over(self.rests)
         return match, self.participant.run, self.participant.describe_outlook()
 
     def _start(self, own: Weights) -> tuple[Weights, dict]:
-        position = self.participant.start(self.current_epoch, own, staleness=self.staleness)
+        position = self.participant.start(self.current_epoch, own, staleness=self.staleness, rounds=self.rounds)
         return position.weights, {"epoch": position.epoch, "is_over": position.is_over, "begins": position.begins}
 
-    def _describe_start(self, *, begins: bool) -> str:
+    def _describe_start(self, epoch: int, *, begins: bool) -> str:
         """Describe the initial weights, and whether pretrained ones are used."""
-        weights = self.pretrained_weights
+        weights, number = self.pretrained_weights, self.rounds.of(epoch)
         if begins and self.initial_weights is not None:
             return (
                 f"All sites start from the weights of the operator, SHA-256 {self.initial_weights}; the layers that "
                 "output classes are those of the site named above"
             )
+        if epoch > self.rounds.first_epoch(number):
+            return f"Going on within round {number} from this site's own weights, at epoch {epoch}"
         if not begins:
             unused = f"; -pretrained_weights {weights} are not used" if weights else ""
             return f"The run has begun: going on from its weights{unused}"
@@ -395,14 +435,21 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:
-        """Begin the exchange of a trained epoch, unless it is the last."""
-        if self.sends_before_validation and epoch + 1 < self.num_epochs:
-            self.begin_exchange(epoch, self.make_update(epoch, METRICS_OF_TRAINING))
+        """Begin the exchange of a trained round, unless it is the last."""
+        is_last_of_round = self.rounds.is_last_of_round(epoch, self.num_epochs)
+        if self.sends_before_validation and is_last_of_round and epoch + 1 < self.num_epochs:
+            self.begin_exchange(self.rounds.of(epoch), self.make_update(epoch, METRICS_OF_TRAINING))
 
     def exchange_weights(self, epoch: int) -> None:
-        """Finish the exchange of an epoch: load the aggregate, save it, validate it."""
+        """Finish the exchange of a round: load the aggregate, save it, validate it.
+
+        Within a round, only save.
+        """
+        if not self.rounds.is_last_of_round(epoch, self.num_epochs):
+            self.save_while_training()
+            return
         if self.pending is None:
-            self.begin_exchange(epoch, self.make_update(epoch, METRICS))
+            self.begin_exchange(self.rounds.of(epoch), self.make_update(epoch, METRICS))
         aggregate = self.finish_exchange()
         self.resume_after(aggregate, epoch)
         if self.current_epoch < self.num_epochs:
@@ -430,7 +477,7 @@ class FederatedTraining(RenamedHooks):
     def resume_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
         """Move to the epoch after an aggregate, or finish a stopped run."""
         assert aggregate.round is not None
-        if aggregate.round < epoch:
+        if aggregate.round < self.rounds.of(epoch):
             self.log_line(
                 f"The operator has stopped run {self.participant.run} after round {aggregate.round}: ending with "
                 "its aggregate"
@@ -438,7 +485,8 @@ class FederatedTraining(RenamedHooks):
             self.finish_run()
         else:
             # A site that was so late that the run went on without it gets a later aggregate.
-            self.resume_at(max(self.current_epoch, aggregate.round + 1))
+            next_epoch = self.rounds.first_epoch(aggregate.round + 1)
+            self.resume_at(max(self.current_epoch, min(next_epoch, self.num_epochs)))
 
     def validate_aggregate(self, aggregate: messages.Aggregate, *, is_last: bool) -> None:
         """Validate the aggregate on this site's data; log and send the counts."""
@@ -460,7 +508,8 @@ class FederatedTraining(RenamedHooks):
         """Move to the epoch of the run; the curves show missed epochs as gaps."""
         if epoch == self.current_epoch:
             return
-        self.log_line(f"The run is at round {epoch}, this site at epoch {self.current_epoch}: going on there")
+        number = self.rounds.of(epoch)
+        self.log_line(f"The run is at round {number}, this site at epoch {self.current_epoch}: going on there")
         now = time.time()
         for name, values in self.logger.local_logger.my_fantastic_logging.items():
             gap = now if name.endswith("timestamps") else float("nan")
@@ -529,11 +578,10 @@ class FederatedTraining(RenamedHooks):
         """Return the metrics of an update, and those that the last lacked."""
         if not self.sends_figures:
             return messages.Update()
-        earlier = None
-        if self.sends_before_validation and epoch > 0:
-            earlier = messages.EarlierMetrics(
-                round=epoch - 1, metrics=self.metrics_of(epoch - 1, METRICS_OF_VALIDATION)
-            )
+        earlier, number = None, self.rounds.of(epoch)
+        if self.sends_before_validation and number > 0:
+            before = self.rounds.first_epoch(number) - 1
+            earlier = messages.EarlierMetrics(round=number - 1, metrics=self.metrics_of(before, METRICS_OF_VALIDATION))
         return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
     def metrics_of(self, epoch: int, names: Sequence[str]) -> dict[str, messages.Metric]:
