@@ -20,11 +20,12 @@ from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import digest_of
 from nnunetv2.federated.privacy.secure_aggregation.protocol import Cohort, Lane, check_size, threshold_of
-from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.api import FederationSettings, SettingsChange
 from nnunetv2.federated.protocol.document import TensorSpec
 from nnunetv2.federated.protocol.keys import RoundKey, ValidationKey
 from nnunetv2.federated.protocol.messages import Match, NextRound, SignedKey
 from nnunetv2.federated.protocol.secure_messages import MAX_GROUPS
+from nnunetv2.federated.protocol.strict_json import canonical_json
 
 CHANGES = "changes"
 """Lane of every update: how far a site has moved, and 1 if that is conspicuous."""
@@ -38,8 +39,6 @@ FIGURES = {
 """Lane -> metrics whose means over the training cases the coordinator learns."""
 COUNTS, LOSS = "counts", "loss"
 """Lanes of a validation: TP, FP and FN per class, and the loss."""
-DECISIVE = ("weighting", "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
-"""Fields of a match; see `training_digest`."""
 OPTIONAL = frozenset({*FIGURES, LOSS})
 """A site that has no such figure does not send the lane; all others it sends."""
 
@@ -182,6 +181,7 @@ def plan_round(
     read: Callable[[str], np.ndarray],
     read_before: Callable[[str], np.ndarray] | None,
     weights: Mapping[str, int],
+    training: bytes = b"",
 ) -> RoundPlan:
     """Return what is added up in a round.
 
@@ -193,6 +193,7 @@ def plan_round(
         read: Canonical name -> values of that aggregate, as sites download them.
         read_before: The same of the aggregate before it; None if there is none.
         weights: Site -> what it counts, as far as it is known.
+        training: See `training_digest`; sites only.
     """
     codec, cohort = masked_codec_of(match.precision), cohort_of(federation, str(key), match.keys, begin.cohort)
     exponents: dict[str, int] = {}
@@ -200,7 +201,7 @@ def plan_round(
         Lane(CHANGES, cohort.sites, "U64", 2, str(begin.typical_change).encode()),
         *(Lane(name, cohort.sites, "U64", len(metrics)) for name, metrics in FIGURES.items()),
     ]
-    groups, starts = [], [(cohort.sites, training_digest(match))]
+    groups, starts = [], [(cohort.sites, training)]
     for group in groups_of(match.shared, begin.cohort, least=2):
         known = [name for name in group.tensors if name in specs]
         reference = b""
@@ -267,6 +268,7 @@ def plan_validation(
     least: int,
     weights: Mapping[str, int],
     validated: Mapping[str, np.ndarray] = MappingProxyType({}),
+    training: bytes = b"",
 ) -> SecureSum:
     """Return what is added up when the aggregate of a round was validated.
 
@@ -274,6 +276,7 @@ def plan_validation(
         sites: The contributors of the round.
         num_classes: Classes or regions that are counted; see `num_classes_of`.
         validated: Canonical name -> values of the aggregate, as a site has downloaded them; sites only.
+        training: See `training_digest`; sites only.
     """
     cohort = cohort_of(federation, str(key), match.keys, sites)
     lanes = (Lane(COUNTS, cohort.sites, "U64", 3 * num_classes), Lane(LOSS, cohort.sites, "U64", 1))
@@ -282,15 +285,17 @@ def plan_validation(
         for group in groups_of(match.shared, cohort.sites, least=2)
         if (known := [name for name in group.tensors if name in validated])
     )
-    return SecureSum(cohort, lanes, least, dict(weights), ((cohort.sites, training_digest(match)), *starts))
+    return SecureSum(cohort, lanes, least, dict(weights), ((cohort.sites, training), *starts))
 
 
-def training_digest(match: Match) -> bytes:
-    """Return the digest of what decides how much a site trains, validates and counts.
+def training_digest(settings: FederationSettings) -> bytes:
+    """Return the digest of all settings that a federation has fixed for its sites.
 
-    Where the others were told to do next to nothing, or to count next to nothing, a sum would be that of one site.
+    They decide how much a site trains, validates and counts: where the others were told to move next to nothing, a sum
+    would be that of one site.
     """
-    return digest_of(*(f"{name}={getattr(match, name)}".encode() for name in DECISIVE))
+    fixed = settings.model_dump(mode="json", exclude={"sites", *SettingsChange.model_fields})
+    return digest_of(canonical_json(fixed))
 
 
 def _digest_of(names: Iterable[str], values: Mapping[str, np.ndarray]) -> bytes:

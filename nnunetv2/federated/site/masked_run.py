@@ -31,12 +31,13 @@ from nnunetv2.federated.exchanges.secure_sums import (
     num_classes_of,
     plan_round,
     plan_validation,
+    training_digest,
 )
 from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import CHANGE_BITS, encode_figure
 from nnunetv2.federated.privacy.trust import trust_mode
 from nnunetv2.federated.protocol import keys, messages
-from nnunetv2.federated.protocol.api import Secure
+from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.identity import forget_run_keys, load_identity, run_key, secure_folder
@@ -62,7 +63,7 @@ class MaskedRun:
     Args:
         transport: The way to the coordinator.
         credential: Who this site is.
-        secure: How the federation masks.
+        settings: Those that the training obeys, and to which its masks are bound.
         run: Name of the run.
         report: Told in a line what people at this site should know.
         credential_file: Beside which this site keeps its identity, keys and outbox. None: that of this machine.
@@ -72,7 +73,7 @@ class MaskedRun:
         self,
         transport: Transport,
         credential: SiteCredential,
-        secure: Secure,
+        settings: FederationSettings,
         *,
         run: str,
         report: Callable[[str], object],
@@ -85,7 +86,10 @@ class MaskedRun:
         self._report = report
         self._credential = credential
         self._credential_file = credential_file
-        self._least = secure.k
+        assert settings.secure is not None, "updates are masked"
+        self._least = settings.secure.k
+        self._weighting = settings.weighting
+        self._training = training_digest(settings)
         self._outbox = Outbox(secure_folder(credential.federation, f"runs/{run}", credential_file))
         self._registered: frozenset[str] = frozenset()
         self._trusted: Mapping[str, messages.SignedKey] = {}
@@ -150,7 +154,7 @@ class MaskedRun:
         self._registered = frozenset(registered)
         self._registration = registration
         self._codec: MaskedCodec = masked_codec_of(match.precision)
-        self._weight = registration.num_training_cases if match.weighting == "cases" else 1
+        self._weight = registration.num_training_cases if self._weighting == "cases" else 1
         entries = {entry.name: entry for entry in registration.tensors}
         self._specs = {
             name: TensorSpec(entries[sites[self.site]].dtype, entries[sites[self.site]].shape)
@@ -249,6 +253,7 @@ class MaskedRun:
         self._meet(start.next_round.cohort)
         return plan_round(
             key,
+            training=self._training,
             federation=self._credential.federation,
             match=self.match,
             specs=self._specs,
@@ -343,6 +348,7 @@ class MaskedRun:
         try:
             plan = plan_validation(
                 key,
+                training=self._training,
                 federation=self._credential.federation,
                 match=self.match,
                 sites=aggregate.contributors,

@@ -27,6 +27,7 @@ from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
 
 if TYPE_CHECKING:
+    from nnunetv2.federated.protocol.api import FederationSettings
     from nnunetv2.federated.site.masked_run import MaskedRun
 
 Weights = Mapping[str, np.ndarray]
@@ -84,6 +85,8 @@ class Participant:
         self._credential = credential
         self._credential_file = credential_file
         self._report = report
+        self.settings: FederationSettings | None = None
+        """Those that the training obeys. None: they are asked for."""
         self._masked: MaskedRun | None = None
         """This site's part in a run whose updates are masked."""
 
@@ -128,7 +131,7 @@ class Participant:
         """Return this site's part in a run whose updates are masked; None where they travel in clear."""
         if self._credential is None:
             return None
-        settings = self.transport.settings()
+        settings = self.settings or self.transport.settings()
         require_secure.check_settings(settings, self._credential.secure)
         if settings.secure is None:
             return None
@@ -137,7 +140,7 @@ class Participant:
         return MaskedRun(
             self.transport,
             self._credential,
-            settings.secure,
+            settings,
             run=self.run,
             report=self._report,
             credential_file=self._credential_file,

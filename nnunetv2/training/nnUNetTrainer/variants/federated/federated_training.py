@@ -87,10 +87,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.proximal import Proximal
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
-from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import (
-    check_against_match,
-    check_against_settings,
-)
+from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import check_against_settings
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.stopping import was_signalled
@@ -254,11 +251,10 @@ class FederatedTraining(RenamedHooks):
     def on_train_start(self) -> None:
         """Apply the settings of the run, register, and load the common weights."""
         settings = ask_first_process(lambda: self.participant.transport.settings())
+        self.participant.settings = settings
         self.apply_settings(settings)
         super().on_train_start()
         match, self.participant.run, outlook = ask_first_process(self._register)
-        if self.is_masked:
-            check_against_match(match, settings)
         self.shared_tensors = frozenset(
             sites[self.participant.site] for sites in match.shared.values() if self.participant.site in sites
         )
