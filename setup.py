@@ -36,6 +36,7 @@ COMMANDS = {
     "nnUNetv2_fed_roster": "federated.commands.roster:roster_entry",
     "nnUNetv2_fed_status": "federated.commands.status:status_entry",
     "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
+    "nnUNetv2_fed_privacy": "federated.commands.privacy:privacy_entry",
     "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
     "nnUNetv2_fed_check": "site_check.command:check_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
@@ -110,9 +111,12 @@ setup(
             "mypy>=1.16",
             "types-requests",
             "types-tqdm",
+            "dp-accounting>=0.6",
         ],
         # for a coordinator, which is installed without the requirements above, where sites aggregate securely
         "secure": ["cryptography>=42"],
+        # trainings with differential privacy; its versions of attrs and numpy are bounded above
+        "dp": ["dp-accounting>=0.6"],
         # loggers and an optimizer that trainers use on request
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],

@@ -159,6 +159,7 @@ def test_the_log_says_what_is_shared_with_whom():
         weights={"b": 1.0, "a": 1.0},
         shared=shared,
         initial_owner={"w": "a", "v": "b", "u": "b"},
+        kept_local=(),
     )
     lines = describe_match(match, "a")
     assert "75 of 100 parameters (75.0%)" in lines[0]
