@@ -28,6 +28,7 @@ COMMANDS = {
     "nnUNetv2_download_pretrained_model_by_url": "model_sharing.entry_points:download_by_url",
     "nnUNetv2_install_pretrained_model_from_zip": "model_sharing.entry_points:install_from_zip_entry_point",
     "nnUNetv2_export_model_to_zip": "model_sharing.entry_points:export_pretrained_model_entry",
+    "nnUNetv2_export_onnx": "model_sharing.entry_points:export_onnx_entry",
     "nnUNetv2_evaluate_simple": "evaluation.evaluate_predictions:evaluate_simple_entry_point",
     "nnUNetv2_fed_coordinator": "federated.commands.coordinator:coordinator_entry",
     "nnUNetv2_fed_admin": "federated.commands.admin:admin_entry",
@@ -109,10 +110,14 @@ setup(
             "ruff",
             "import-linter>=2.1",
             "mypy>=1.16",
+            "onnx>=1.16",
+            "onnxruntime>=1.19",
             "types-requests",
             "types-tqdm",
             "dp-accounting>=0.6",
         ],
+        # export to ONNX; deploy/onnx-requirements.txt lists what prediction with the files needs, without torch
+        "onnx": ["onnx>=1.16", "onnxruntime>=1.19"],
         # for a coordinator, which is installed without the requirements above, where sites aggregate securely
         "secure": ["cryptography>=42"],
         # trainings with differential privacy; its versions of attrs and numpy are bounded above

@@ -1,6 +1,6 @@
 """Measure what a round costs on the wire: bytes per site, each way, against the distinct tensors of the network.
 
-    python -m benchmarks.federated_traffic [--sites 3] [--rounds 3] [--stages 6] [--precision float16]
+    python -m benchmarks.federated_traffic [--sites 3] [--rounds 3] [--stages 6] [--precision int8 --exchange-every 3]
 
 A real coordinator process serves sites that send the weights of the default 3d_fullres network. Each site reaches it
 through a relay that counts every byte of its connection, headers of HTTP included. Also prints the time of an exchange
@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sites", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", type=int, default=6)
-    parser.add_argument("--precision", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--precision", choices=("float32", "float16", "int8"), default="float32")
+    parser.add_argument("--exchange-every", type=int, default=1, metavar="K", help="epochs of a round")
     arguments = parser.parse_args(argv)
     network = build_network(arguments.stages)
     weights, registration = export_weights(network), describe(network)
@@ -141,7 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sites = [
             LocalSite(name=f"site{n}", dataset="0", credential=folder / f"site{n}.json") for n in range(arguments.sites)
         ]
-        options = ("--epochs", str(arguments.rounds), "--precision", arguments.precision)
+        every = arguments.exchange_every
+        options = (
+            *("--epochs", str(arguments.rounds * every), "--precision", arguments.precision),
+            *(("--exchange-every", str(every)) if every > 1 else ()),
+        )
         with running_coordinator(folder / "coordinator", sites, options, show=lambda line: None):
             threads = [MeasuredSite(site, registration, weights, arguments.rounds) for site in sites]
             for thread in threads:
@@ -160,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         up, down = max(thread.sent) / unique, max(thread.received) / unique
         print(
             f"{thread.name}: sent {max(thread.sent):,} B ({up:.4f} x), received {max(thread.received):,} B "
-            f"({down:.4f} x), median exchange {statistics.median(thread.seconds):.2f} s"
+            f"({down:.4f} x), median exchange {statistics.median(thread.seconds):.2f} s; per epoch of 250 iterations "
+            f"{max(thread.sent) / every / 2**20:.2f} MiB and {max(thread.received) / every / 2**20:.2f} MiB"
         )
     print(f"coordinator's peak memory: {memory:.0f} MiB with {arguments.sites} sites")
     return 0

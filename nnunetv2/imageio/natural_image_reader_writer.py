@@ -48,17 +48,37 @@ class NaturalImage2DIO(BaseReaderWriter):
 
     def write_seg(self, seg: np.ndarray, output_fname: FilePath, properties: dict) -> None:
         """Write a label map `(1, x, y)` as gray values."""
-        from skimage import io
-
         with replacing(output_fname) as file:
-            io.imsave(str(file), as_labels(seg[0]), check_contrast=False)
+            _write(str(file), as_labels(seg[0]))
 
 
 def _read(file: str) -> np.ndarray:
-    from skimage import io
-
     with naming(file):
-        return io.imread(file)
+        if not _is_tif(file):
+            import imageio.v3
+
+            return np.asarray(imageio.v3.imread(file))
+        import tifffile
+
+        image = tifffile.imread(file)
+    has_channels_first = image.ndim > 2 and image.shape[-1] not in (3, 4) and image.shape[-3] in (3, 4)
+    return np.moveaxis(image, -3, -1) if has_channels_first else image
+
+
+def _write(file: str, labels: np.ndarray) -> None:
+    if not _is_tif(file):
+        import imageio.v3
+
+        imageio.v3.imwrite(file, labels)
+        return
+    import tifffile
+
+    # without a photometric, three or four rows would be taken for colours
+    tifffile.imwrite(file, labels, photometric="minisblack")
+
+
+def _is_tif(file: str) -> bool:
+    return file.lower().endswith((".tif", ".tiff"))
 
 
 def _read_palette_numbers(file: FilePath) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
+
+logger = logging.getLogger(__name__)
 
 PathOrText = str | os.PathLike
 Inputs = PathOrText | Sequence[Sequence[PathOrText]]
@@ -34,6 +37,45 @@ class CaseLists:
 def is_path(value: object) -> TypeIs[PathOrText]:
     """Tell one path from a list of paths."""
     return isinstance(value, (str, os.PathLike))
+
+
+def find_cases(
+    images: Inputs,
+    outputs: Outputs,
+    dataset_json: Mapping[str, Any],
+    reader: type,
+    create_lists: Callable[[str, str], list[list[str]]],
+    *,
+    previous_stage_folder: PathOrText | None,
+    overwrite: bool,
+    save_probabilities: bool,
+    part_id: int = 0,
+    num_parts: int = 1,
+) -> CaseLists:
+    """Return the cases that are to be predicted.
+
+    Those are this part's share of a folder's or of listed ones, without the finished. See `list_folder` and
+    `list_cases` for arguments and errors.
+
+    Args:
+        overwrite: Whether cases whose results are all there are predicted again.
+    """
+    ending = dataset_json["file_ending"]
+    cases = list_cases(
+        list_folder(images, dataset_json, create_lists) if is_path(images) else images,
+        outputs,
+        ending,
+        reader=reader,
+        previous_stage_folder=previous_stage_folder,
+        part_id=part_id,
+        num_parts=num_parts,
+    )
+    if not overwrite and cases.outputs is not None:
+        total = len(cases.images)
+        cases = without_finished(cases, ending, reader, save_probabilities)
+        logger.info("%d of %d cases are there already", total - len(cases.images), total)
+    require_previous_stage(cases)
+    return cases
 
 
 def list_folder(

@@ -22,7 +22,7 @@ from nnunetv2.inference.logit_resampling import (
     write_labels_and_probabilities,
 )
 from nnunetv2.utilities.atomic_write import replacing
-from nnunetv2.utilities.device import usable_cpu_count
+from nnunetv2.utilities.device import has_torch, usable_cpu_count
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.restricted_pickle import save_pickle
 
@@ -261,7 +261,10 @@ def write_segmentation(
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads for a while."""
+    """Let torch, where it is installed, use `count` threads for a while."""
+    if not has_torch():
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()

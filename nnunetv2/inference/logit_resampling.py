@@ -10,6 +10,7 @@ interest. Here a slab of planes is interpolated for one class after the other, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,8 +70,6 @@ def find_grid_change(
 
 def _anisotropy_options(resampling_fn: Callable) -> dict | None:
     """Return what decides on separate z in a partial function that interpolates linearly, else None."""
-    from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
-
     if not isinstance(resampling_fn, partial) or resampling_fn.args:
         return None
     given = resampling_fn.keywords
@@ -81,11 +80,17 @@ def _anisotropy_options(resampling_fn: Callable) -> dict | None:
         if given.get("order", 3) != 1 or given.get("order_z", 0) != 0:
             return None
         return {"force_separate_z": given.get("force_separate_z", False), **threshold}
-    if resampling_fn.func is resample_torch_fornnunet:
+    if _is_resampling_on_torch(resampling_fn.func):
         if given.get("mode", "linear") != "linear" or given.get("aniso_axis_mode", "nearest-exact") != "nearest-exact":
             return None
         return {"force_separate_z": given.get("force_separate_z"), **threshold}
     return None
+
+
+def _is_resampling_on_torch(function: Callable) -> bool:
+    """Recognize the function by its module, which is loaded if plans name it; importing it would load torch."""
+    module = sys.modules.get("nnunetv2.preprocessing.resampling.resample_torch")
+    return module is not None and function is module.resample_torch_fornnunet
 
 
 def follows_default_rules(label_manager: LabelManager) -> bool:
@@ -131,7 +136,7 @@ def write_labels_and_probabilities(
     """Resample logits and write labels `(*new)` and float32 probabilities `(c, *new)`."""
 
     def write(band: Band) -> None:
-        slab = label_manager.apply_inference_nonlin(_resample_classes(logits, band, change)).numpy()
+        slab = np.asarray(label_manager.apply_inference_nonlin(_resample_classes(logits, band, change)))
         _put(label_manager.convert_probabilities_to_segmentation(slab), band, change, labels)
         for class_slab, class_probabilities in zip(slab, probabilities):
             _put(class_slab, band, change, class_probabilities)

@@ -18,8 +18,9 @@ from math import prod
 
 import torch
 
+from nnunetv2.inference.errors import NonFiniteLogitsError
 from nnunetv2.inference.forward_budget import free_bytes
-from nnunetv2.inference.sliding_window_prediction import Slicer
+from nnunetv2.inference.tile_geometry import Slicer, extent, shifted
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,6 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_FREE_MEMORY = 0.6
 # The smallest weight in float16, as a fraction of the largest: a logit of 0.1 times this keeps eight bits.
 _SMALLEST_HALF_WEIGHT = 2.0**-10
-
-
-class NonFiniteLogitsError(RuntimeError):
-    """The network answered with NaN, infinity, or more than float16 holds."""
 
 
 class WindowedSums:
@@ -65,7 +62,7 @@ class WindowedSums:
         """Add the logits `(classes, *tile)` of one tile; `weight` has the tile's spatial shape."""
         first, _ = extent(slicer[1], self._logits.shape[1])
         self._finish_before(first)
-        place = _shifted(slicer[1:], self._first)
+        place = shifted(slicer[1:], self._first)
         tile = tile.to(self.device)
         if isinstance(weight, torch.Tensor):
             weight = weight.to(self.device)
@@ -151,21 +148,6 @@ def allocate_sums(classes: int, spatial: Sequence[int], window: int, device: tor
     return HalfSums(classes, spatial, device)
 
 
-def extent(index: slice | int, length: int) -> tuple[int, int]:
-    """Return the half-open range that an index selects of an axis."""
-    if isinstance(index, slice):
-        first, last, _ = index.indices(length)
-        return first, last
-    return int(index), int(index) + 1
-
-
-def _shifted(place: Slicer, first: int) -> Slicer:
-    """Return the place of a tile within sums that begin at plane `first`."""
-    along, *across = place
-    along = slice(along.start - first, along.stop - first) if isinstance(along, slice) else along - first
-    return (along, *across)
-
-
 def _never_zero(weights: torch.Tensor) -> torch.Tensor:
     """Make weights safe to divide by; voxels that no tile covered have sum 0."""
     return weights.clamp(min=torch.finfo(torch.float32).tiny)
@@ -173,8 +155,4 @@ def _never_zero(weights: torch.Tensor) -> torch.Tensor:
 
 def _require_finite(logits: torch.Tensor) -> None:
     if not torch.isfinite(logits).all():
-        raise NonFiniteLogitsError(
-            "the network's logits are not finite, or beyond the range of float16 (65504). Check "
-            "the image for NaN and extreme values, and the checkpoint for a training that "
-            "diverged"
-        )
+        raise NonFiniteLogitsError

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from typing import Any
 
 import torch
 
-
-def mirror_combinations(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return all subsets of axes, smallest first.
-
-    For axes (0, 1): (), (0,), (1,), (0, 1).
-    """
-    return [subset for size in range(len(axes) + 1) for subset in combinations(axes, size)]
+from nnunetv2.inference.tile_geometry import mirror_combinations
 
 
 def mirrored_mean(

@@ -19,14 +19,14 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference import case_lists
 from nnunetv2.inference import predict_from_raw_data as public
 from nnunetv2.inference.case_lists import Inputs, Outputs, PathOrText
+from nnunetv2.inference.errors import NonFiniteLogitsError
 from nnunetv2.inference.export_prediction import estimate_export_bytes
 from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.forward_budget import ForwardBudget, budget_for, is_out_of_memory
-from nnunetv2.inference.logit_sums import NonFiniteLogitsError
 from nnunetv2.inference.mirroring import mirrored_mean
 from nnunetv2.inference.preprocessing_jobs import PreprocessedCases, without_unprepared
-from nnunetv2.inference.sliding_window_prediction import Slicer, compute_tile_slicers
 from nnunetv2.inference.tile_accumulation import predict_tiles
+from nnunetv2.inference.tile_geometry import Slicer, compute_tile_slicers
 from nnunetv2.models import model_folder
 from nnunetv2.models.networks import speed_up_on_cpu_
 from nnunetv2.utilities.atomic_write import remove_leftovers, save_json_atomically
@@ -555,24 +555,18 @@ class nnUNetPredictor:
         save_probabilities: bool = False,
     ) -> tuple[list[list[str]], list[str] | None, list[str | None]]:
         """Return (image files per case, output per case or None, previous stage per case) of what is to be done."""
-        ending, reader = self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class
-        images = list_of_lists_or_source_folder
-        if case_lists.is_path(images):
-            images = case_lists.list_folder(images, self.dataset_json, public.create_lists_from_splitted_dataset_folder)
-        cases = case_lists.list_cases(
-            images,
+        cases = case_lists.find_cases(
+            list_of_lists_or_source_folder,
             output_folder_or_list_of_truncated_output_files,
-            ending,
-            reader=reader,
+            self.dataset_json,
+            self.plans_manager.image_reader_writer_class,
+            public.create_lists_from_splitted_dataset_folder,
             previous_stage_folder=folder_with_segs_from_prev_stage,
+            overwrite=overwrite,
+            save_probabilities=save_probabilities,
             part_id=part_id,
             num_parts=num_parts,
         )
-        if not overwrite and cases.outputs is not None:
-            total = len(cases.images)
-            cases = case_lists.without_finished(cases, ending, reader, save_probabilities)
-            logger.info("%d of %d cases are there already", total - len(cases.images), total)
-        case_lists.require_previous_stage(cases)
         return cases.images, cases.outputs, cases.previous_stage
 
     def _internal_get_data_iterator_from_lists_of_filenames(

@@ -1,61 +1,18 @@
-"""Place tiles on an image and weigh their voxels: the geometry of sliding window prediction."""
+"""Weigh the voxels of a tile on torch's devices.
+
+The rest of the geometry, without torch, is in `tile_geometry`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
-from math import ceil
-from typing import Any
 
-import numpy as np
 import torch
 
-Slicer = tuple[slice | int, ...]
-"""Selects a tile of an image `(c, *spatial)`; an integer picks one slice of a volume."""
-
-
-def compute_steps_for_sliding_window(
-    image_size: Sequence[int], tile_size: Sequence[int], tile_step_size: float
-) -> list[list[int]]:
-    """Return the starts of tiles along each axis, evenly spread.
-
-    They reach from the first voxel to the last.
-
-    Neighbouring tiles start at most `tile_step_size * tile_size` voxels apart: an image of 110 and tiles of 64 voxels
-    with step 0.5 give [0, 23, 46].
-
-    Raises:
-        ValueError: The image is smaller than a tile.
-        AssertionError: The step is not above 0 and at most 1.
-    """
-    assert 0 < tile_step_size <= 1, f"tile_step_size must be above 0 and at most 1, got {tile_step_size}"
-    if any(image < tile for image, tile in zip(image_size, tile_size)):
-        raise ValueError(f"an image of {tuple(image_size)} voxels is smaller than a tile of {tuple(tile_size)}; pad it")
-    return [_starts(image, tile, tile_step_size) for image, tile in zip(image_size, tile_size)]
-
-
-def _starts(image: int, tile: int, tile_step_size: float) -> list[int]:
-    room = image - tile
-    count = ceil(room / (tile * tile_step_size)) + 1
-    distance = room / (count - 1) if count > 1 else 0
-    return [int(np.round(distance * i)) for i in range(count)]
-
-
-def compute_tile_slicers(image_size: Sequence[int], tile_size: Sequence[int], tile_step_size: float) -> list[Slicer]:
-    """Return the slicers of all tiles, last axis fastest.
-
-    Tiles of two axes cover a volume slice by slice.
-
-    Raises:
-        AssertionError: The tile has neither as many axes as the image nor one fewer.
-    """
-    missing = len(image_size) - len(tile_size)
-    assert missing in (0, 1), f"tiles of size {tuple(tile_size)} do not fit an image of size {tuple(image_size)}"
-    steps = compute_steps_for_sliding_window(image_size[missing:], tile_size, tile_step_size)
-    slices: list[Any] = [[slice(start, start + size) for start in starts] for starts, size in zip(steps, tile_size)]
-    planes = [range(image_size[0])] if missing else []
-    return [(slice(None), *tile) for tile in product(*planes, *slices)]
+from nnunetv2.inference.tile_geometry import Slicer as Slicer
+from nnunetv2.inference.tile_geometry import compute_steps_for_sliding_window as compute_steps_for_sliding_window
+from nnunetv2.inference.tile_geometry import compute_tile_slicers as compute_tile_slicers
+from nnunetv2.inference.tile_geometry import gaussian_bump
 
 
 @lru_cache(maxsize=2)
@@ -72,12 +29,8 @@ def compute_gaussian(
         sigma_scale: Standard deviation as a fraction of the tile's side.
         value_scaling_factor: The largest weight.
     """
-    from scipy.ndimage import gaussian_filter
-
-    peak = np.zeros(tile_size)
-    peak[tuple(side // 2 for side in tile_size)] = 1
-    weights = gaussian_filter(peak, [side * sigma_scale for side in tile_size], 0, mode="constant", cval=0)
-    weights = torch.from_numpy(weights / (weights.max() / value_scaling_factor)).to(device=device, dtype=dtype)
+    bump = gaussian_bump(tile_size, sigma_scale, value_scaling_factor)
+    weights = torch.from_numpy(bump).to(device=device, dtype=dtype)
     # A voxel that only the rim of one tile covers is divided by its weight in the end.
     weights[weights == 0] = weights[weights > 0].min()
     return weights

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nnunetv2.inference.forward_budget import ForwardBudget, is_out_of_memory
-from nnunetv2.inference.logit_sums import HalfSums, WindowedSums, allocate_sums, extent
-from nnunetv2.inference.sliding_window_prediction import Slicer
+from nnunetv2.inference.logit_sums import HalfSums, WindowedSums, allocate_sums
+from nnunetv2.inference.tile_geometry import Slicer, extent
 from nnunetv2.utilities.device import to_fast_memory_format_
 from nnunetv2.utilities.helpers import empty_cache
 

@@ -61,6 +61,23 @@ def export_pretrained_model_entry() -> None:
     run_command(export)
 
 
+def export_onnx_entry() -> None:
+    """Run `nnUNetv2_export_onnx`."""
+
+    def export() -> None:
+        args = build_onnx_parser().parse_args()
+        if (args.m is None) == (args.d is None or args.c is None):
+            raise ValueError("name the model by -d and -c, or by its folder with -m")
+
+        from nnunetv2.model_sharing.onnx_export import export_to_onnx
+        from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+        folder = get_output_folder(args.d, args.tr, args.p, args.c) if args.m is None else args.m
+        show(*map(str, export_to_onnx(folder, args.o, folds=args.f, checkpoint_name=args.chk, opset=args.opset)))
+
+    run_command(export)
+
+
 def build_download_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_download_pretrained_model_by_url`."""
     parser = argparse.ArgumentParser(description="Download a zip file of models and install it in nnUNet_results.")
@@ -105,4 +122,28 @@ def build_export_parser() -> argparse.ArgumentParser:
         "--not_strict", action="store_true", help="Leave configurations out that were not trained, instead of stopping."
     )
     parser.add_argument("--exp_cv_preds", action="store_true", help="Also pack the validation predictions.")
+    return parser
+
+
+def build_onnx_parser() -> argparse.ArgumentParser:
+    """Build the parser of `nnUNetv2_export_onnx`."""
+    parser = argparse.ArgumentParser(
+        description="Write the networks of a trained model into ONNX files, with which "
+        "`python -m nnunetv2.inference.onnx` predicts without torch."
+    )
+    parser.add_argument("-o", required=True, help="Folder for the files, one per fold; created if it does not exist.")
+    parser.add_argument("-d", help="Dataset name or id.")
+    parser.add_argument("-c", help="Configuration, for example 2d or 3d_fullres; stages of a cascade one by one.")
+    parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer. Default: nnUNetTrainer")
+    parser.add_argument("-p", default="nnUNetPlans", help="Plans. Default: nnUNetPlans")
+    parser.add_argument("-m", help="Model folder in any place, instead of -d and -c: it holds plans.json and fold_X.")
+    parser.add_argument(
+        "-f", nargs="+", help="Folds: numbers, or all for fold_all. Default: all numbered ones with the checkpoint"
+    )
+    parser.add_argument(
+        "-chk", default="checkpoint_final.pth", help="File name of the checkpoint. Default: checkpoint_final.pth"
+    )
+    parser.add_argument(
+        "-opset", type=int, default=17, help="Version of ONNX's operators, which onnxruntime must know. Default: 17"
+    )
     return parser

@@ -39,6 +39,7 @@ class TrainedModel:
     dataset_json: dict[str, Any]
     trainer_name: str
     mirroring_axes: tuple[int, ...] | None
+    configuration_name: str
 
 
 def find_folds(folder: str | os.PathLike[str], checkpoint_name: str) -> list[int]:
@@ -81,7 +82,8 @@ def load_model_folder(
     )
     checkpoints = [load_checkpoint_file(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)]
     plans_manager = PlansManager(plans)
-    configuration_manager = plans_manager.get_configuration(checkpoints[0]["init_args"]["configuration"])
+    configuration_name = checkpoints[0]["init_args"]["configuration"]
+    configuration_manager = plans_manager.get_configuration(configuration_name)
     trainer_name = checkpoints[0]["trainer_name"]
     trainer_class = _find_trainer(
         find_trainer, trainer_name, fallback, builds_network="network_trainer" in checkpoints[0]
@@ -107,6 +109,7 @@ def load_model_folder(
         dataset_json,
         trainer_name,
         checkpoints[0].get("inference_allowed_mirroring_axes"),
+        configuration_name,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nnunetv2.utilities.device import has_torch
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.trusted_names import find_class
 
@@ -174,8 +175,16 @@ class LabelManager:
         """Return the entries without 0 and without collections of nothing but 0."""
         return [entry for entry in classes_or_regions if not _is_background(entry)]
 
-    def apply_inference_nonlin(self, logits: ArrayOrTensor) -> torch.Tensor:
-        """Turn logits `(c, ...)` into float32 probabilities of the same shape."""
+    def apply_inference_nonlin(self, logits: ArrayOrTensor) -> ArrayOrTensor:
+        """Turn logits `(c, ...)` into float32 probabilities of the same shape.
+
+        They are a tensor, or an array where torch is not installed.
+
+        Raises:
+            RuntimeError: Torch is not installed, and the function is another one than softmax and logistic.
+        """
+        if not has_torch():
+            return self._apply_without_torch(logits)
         import torch
 
         if isinstance(logits, np.ndarray):
@@ -183,6 +192,18 @@ class LabelManager:
         with torch.no_grad():
             # half precision would round probabilities near 1 to 1
             return self.inference_nonlin(logits.float())
+
+    def _apply_without_torch(self, logits: np.ndarray) -> np.ndarray:
+        from scipy.special import expit, softmax
+
+        logits = logits.astype(np.float32, copy=False)
+        if self.inference_nonlin is sigmoid:
+            return expit(logits)
+        if self.inference_nonlin is softmax_helper_dim0:
+            return softmax(logits, axis=0)
+        raise RuntimeError(
+            f"{self.inference_nonlin} turns logits into probabilities with torch, which is not installed"
+        )
 
     def convert_probabilities_to_segmentation(self, predicted_probabilities: ArrayOrTensor) -> ArrayOrTensor:
         """Turn probabilities `(c, *spatial)` into a label map `(*spatial)`.
@@ -222,7 +243,7 @@ class LabelManager:
             # the largest logit is the largest probability
             return self.convert_probabilities_to_segmentation(predicted_logits)
         probabilities = self.apply_inference_nonlin(predicted_logits)
-        if isinstance(predicted_logits, np.ndarray):
+        if isinstance(predicted_logits, np.ndarray) and not isinstance(probabilities, np.ndarray):
             probabilities = probabilities.cpu().numpy()
         return self.convert_probabilities_to_segmentation(probabilities)
 

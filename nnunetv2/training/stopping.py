@@ -38,13 +38,16 @@ def listening() -> Iterator[None]:
     if SIGNAL is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _signalled.clear()
+    if signal.getsignal(SIGNAL) is _note:  # the caller listens already
+        yield
+        return
     previous = signal.signal(SIGNAL, _note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})  # whoever started this process may have held it back
     try:
         yield
     finally:
         signal.signal(SIGNAL, previous)
+        _signalled.clear()  # what was asked for was meant for this training, and not for the next one of a program
 
 
 @contextmanager

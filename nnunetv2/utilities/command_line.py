@@ -121,7 +121,11 @@ def _wants_traceback() -> bool:
 
 
 def _program() -> str:
-    return Path(sys.argv[0]).name or "nnunetv2"
+    name = Path(sys.argv[0]).name
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if name == "__main__.py" and spec is not None:
+        return f"python -m {spec.parent}"
+    return name or "nnunetv2"
 
 
 def _set_up_logging() -> None:

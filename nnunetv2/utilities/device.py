@@ -13,6 +13,7 @@ import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,12 @@ CPU_AUTOCAST_VARIABLE = "nnUNet_cpu_autocast"
 MPS_AUTOCAST_VARIABLE = "nnUNet_mps_autocast"
 _NO = ("0", "false", "f", "no", "off")
 _YES = ("1", "true", "t", "yes", "on")
+
+
+@lru_cache(maxsize=1)
+def has_torch() -> bool:
+    """Tell whether torch is installed, without importing it. Prediction with ONNX files does without."""
+    return find_spec("torch") is not None
 
 
 def resolve_device(name: str) -> torch.device:

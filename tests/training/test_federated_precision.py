@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_federated_trainers import (
-    assert_equal_weights,
-    make_sites,  # noqa: F401 - a fixture
-    run_of,
-    weights_of,
-)
+from federated_sites import assert_equal_weights, run_of, weights_of
 
 from nnunetv2.federated.protocol.keys import RoundKey
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
@@ -21,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerAsymFedAvg, nnUNetTrainerAsymFedAvgOverlapped])
-def test_sites_end_with_the_rounding_of_what_the_coordinator_keeps(make_sites, trainer_class):  # noqa: F811
+def test_sites_end_with_the_rounding_of_what_the_coordinator_keeps(make_sites, trainer_class):
     sites = make_sites(precision="float16")
     trainers = [sites.trainer("A", trainer_class), sites.trainer("B", trainer_class)]
     assert sites.run(*trainers) == [None, None]

@@ -91,8 +91,28 @@ def federation(tmp_path):
         yield federation
 
 
-def start(federation, folder: Path, site: str, configuration: str, fold: str, *options: str) -> subprocess.Popen:
-    """Start the training of a fold at a site, as people do."""
+# Ends a process within a round of two epochs, when nothing of the third is saved or sent.
+KILLED_AT_3 = f"""
+import os, signal
+from nnunetv2.run.run_training import run_training_entry
+from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import {TRAINER}
+
+go_on = {TRAINER}.on_train_epoch_end
+
+def end_here(trainer, outputs):
+    if trainer.current_epoch == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    go_on(trainer, outputs)
+
+{TRAINER}.on_train_epoch_end = end_here
+run_training_entry()
+"""
+
+
+def start(
+    federation, folder: Path, site: str, configuration: str, fold: str, *options: str, code: str | None = None
+) -> subprocess.Popen:
+    """Start the training of a fold at a site, as people do, or with other code."""
     federation.credential(site)
     environment = {
         **os.environ,
@@ -104,8 +124,7 @@ def start(federation, folder: Path, site: str, configuration: str, fold: str, *o
     }
     command = [
         sys.executable,
-        "-m",
-        "nnunetv2.run.run_training",
+        *(("-m", "nnunetv2.run.run_training") if code is None else ("-c", code)),
         "998",
         configuration,
         fold,
@@ -155,6 +174,67 @@ def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_pat
     assert [set(record["dice_of_site"]) for record in federation.state.store.load_validations(run)] == [{"A", "B"}] * 2
     (log,) = fold_folder(tmp_path, "A", "3d_fullres", 0).glob("training_log_*.txt")
     assert log.read_text().count("Round 1:") == 1
+
+
+def test_a_site_with_two_processes_follows_its_federation_and_its_own_options(tmp_path):
+    methods = {"proximal": 0.1, "keep_local": "head", "finetune_epochs": 1}
+    settings = make_settings(num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, **methods)
+    with served(tmp_path / "federation", settings) as federation:
+        for site in "AB":
+            make_tiny_dataset(tmp_path / site / "nnUNet_preprocessed", cases=5)
+        wrong = start(federation, tmp_path, "B", "3d_fullres", "0", "--epochs", "5")
+        assert "--epochs 5 contradicts federation test" in wrong.communicate(timeout=PATIENCE_S)[0].splitlines()[-1]
+        assert wrong.returncode == 1 and not federation.state.store.load_events("failure")
+        finish(
+            start(federation, tmp_path, "A", "3d_fullres", "0", "-num_gpus", "2", "--seed", "1", "--epochs", "2"),
+            start(federation, tmp_path, "B", "3d_fullres", "0", "--class_weights", "core=2"),
+        )
+    first, second = (
+        torch.load(fold_folder(tmp_path, site, "3d_fullres", 0) / "checkpoint_final.pth", weights_only=False)
+        for site in "AB"
+    )
+    assert first["training_options"] == {"epochs": 2, "seed": 1}
+    for name, values in first["network_weights"].items():
+        assert torch.equal(values, second["network_weights"][name]) == (".seg_layers." not in name), name
+    for site in "AB":
+        tuned = torch.load(
+            fold_folder(tmp_path, site, "3d_fullres", 0) / "checkpoint_finetuned.pth", weights_only=False
+        )
+        assert tuned["current_epoch"] == 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_site_that_is_killed_within_a_round_ends_with_the_bits_of_an_undisturbed_run(
+    tmp_path, monkeypatch, precision
+):
+    monkeypatch.setenv("nnUNet_seed", "7")
+    monkeypatch.setenv("nnUNet_cpu_autocast", "0")
+    settings = make_settings(
+        num_epochs=5,
+        exchange_every=2,
+        precision=precision,
+        num_iterations_per_epoch=2,
+        num_val_iterations_per_epoch=1,
+        validate_every=0,
+    )
+    ends = []
+    for is_disturbed in (False, True):
+        folder = tmp_path / str(is_disturbed)
+        for site in "AB":
+            make_tiny_dataset(folder / site / "nnUNet_preprocessed", cases=5)
+        with served(folder / "federation", settings) as federation:
+            others = [start(federation, folder, "B", "3d_fullres", "0")]
+            if is_disturbed:
+                killed = start(federation, folder, "A", "3d_fullres", "0", code=KILLED_AT_3)
+                assert killed.wait(PATIENCE_S) == -signal.SIGKILL, killed.stdout.read()[-3000:]
+                others.append(start(federation, folder, "A", "3d_fullres", "0", "--c"))
+            else:
+                others.append(start(federation, folder, "A", "3d_fullres", "0"))
+            finish(*others)
+        assert_one_network(folder, "3d_fullres", 0)
+        path = fold_folder(folder, "A", "3d_fullres", 0) / "checkpoint_final.pth"
+        ends.append(torch.load(path, weights_only=False)["network_weights"])
+    assert all(torch.equal(values, ends[1][name]) for name, values in ends[0].items())
 
 
 def test_a_site_that_a_scheduler_ends_says_so(federation, tmp_path):

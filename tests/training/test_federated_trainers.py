@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from concurrent.futures import wait
 from pathlib import Path
@@ -11,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fake_federation import in_threads, make_settings, served, wait_until
+from fake_federation import in_threads, wait_until
+from federated_sites import assert_equal_weights, run_of, weights_of
 from patience import PATIENCE_S
-from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
+from tiny_dataset import NAME
 
 from nnunetv2.federated.commands import manifest
 from nnunetv2.federated.coordinator.dashboard import curves
-from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import (
     CoordinatorUnreachable,
     FederationError,
@@ -26,9 +25,7 @@ from nnunetv2.federated.errors import (
     ShortEpochError,
 )
 from nnunetv2.federated.privacy.disclosure import allow_list_of
-from nnunetv2.federated.protocol import keys, messages
-from nnunetv2.federated.protocol.api import RunAction
-from nnunetv2.federated.site.transports.http import HttpTransport
+from nnunetv2.federated.protocol import messages
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import METRICS, FederatedTraining
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
@@ -37,81 +34,6 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg impo
 )
 
 pytestmark = pytest.mark.slow
-
-OPERATOR = Member("boss", "operator")
-
-
-class Sites:
-    """Trainers of the sites of one federation."""
-
-    def __init__(self, federation, folder: Path, monkeypatch) -> None:
-        self.federation, self.folder, self.monkeypatch = federation, folder, monkeypatch
-
-    def trainer(self, site: str, trainer_class=nnUNetTrainerAsymFedAvg, *, go_on=False, **client_options):
-        """Construct the trainer of a site, with folders of its own."""
-        for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            self.monkeypatch.setenv(root, str(self.folder / site / root))
-        preprocessed = self.folder / site / "nnUNet_preprocessed"
-        if not preprocessed.exists():
-            make_tiny_dataset(preprocessed, cases=3)
-            splits = [{"train": ["case_00", "case_01"], "val": ["case_02"]}]
-            (preprocessed / NAME / "splits_final.json").write_text(json.dumps(splits))
-        trainer = trainer_class(
-            {**make_plans(), "continue_training": go_on}, "3d_fullres", 0, make_dataset_json(), torch.device("cpu")
-        )
-        trainer.credential = self.federation.credential(site)
-        trainer.lines = []
-        log = trainer.print_to_log_file
-        trainer.print_to_log_file = lambda *words, **options: (
-            trainer.lines.append(" ".join(map(str, words))),
-            log(*words, **options),
-        )
-        options = {"pause_s": 0.05, "give_up_after_s": PATIENCE_S, **client_options}
-        trainer.make_transport = lambda credential, report: HttpTransport(credential, report=report, **options)
-        trainer.initialize()  # before the environment is another site's
-        if go_on:
-            maybe_load_checkpoint(trainer, True, False)
-        return trainer
-
-    def run(self, *trainers) -> list:
-        return in_threads(*(trainer.run_training for trainer in trainers))
-
-    def act(self, action: str, run: str) -> None:
-        self.federation.coordinator.act(run, RunAction(action=action), OPERATOR)
-
-
-@pytest.fixture
-def make_sites(tmp_path, monkeypatch):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("nnUNet_cpu_autocast", "0")
-    stack = []
-
-    def make(**settings) -> Sites:
-        settings = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, **settings}
-        context = served(tmp_path / "federation", make_settings(**settings))
-        stack.append(context)
-        return Sites(context.__enter__(), tmp_path, monkeypatch)
-
-    yield make
-    for context in stack:
-        context.__exit__(None, None, None)
-
-
-def weights_of(trainer) -> dict[str, np.ndarray]:
-    path = Path(trainer.output_folder, "checkpoint_final.pth")
-    content = torch.load(path, weights_only=False)
-    return {name: tensor.numpy() for name, tensor in content["network_weights"].items()}
-
-
-def assert_equal_weights(*trainers) -> None:
-    first, *others = map(weights_of, trainers)
-    for other in others:
-        for name, values in first.items():
-            np.testing.assert_array_equal(values, other[name], err_msg=name)
-
-
-def run_of(trainer) -> str:
-    return keys.run_name("3d_fullres", 0, type(trainer).__name__)
 
 
 def test_every_aggregate_is_validated_by_all(make_sites, tmp_path, monkeypatch):
@@ -390,6 +312,64 @@ def test_an_overlapped_training_resumes(make_sites):
     assert [one.current_epoch for one in again] == [2, 2]
     assert sites.run(*again) == [None, None]
     assert_equal_weights(*again)
+
+
+# ------------------------------------------------------------------------------------------- rounds of several epochs
+def interrupted_at(epoch: int, trainer_class) -> type:
+    """Return a trainer of the same name that is interrupted before an epoch."""
+
+    class Interrupted(trainer_class):
+        def on_train_epoch_start(self):
+            if self.current_epoch == epoch:
+                raise KeyboardInterrupt
+            super().on_train_epoch_start()
+
+    Interrupted.__name__ = trainer_class.__name__
+    return Interrupted
+
+
+def test_a_training_goes_on_within_a_round(make_sites):
+    sites = make_sites(num_epochs=5, exchange_every=2, validate_every=1)
+    stopped, other = sites.trainer("A", interrupted_at(3, nnUNetTrainerAsymFedAvg)), sites.trainer("B")
+    waiting = threading.Thread(target=other.run_training, daemon=True)
+    waiting.start()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run_training()
+    again = sites.trainer("A", go_on=True)
+    assert again.current_epoch == 3
+    again.run_training()
+    waiting.join(PATIENCE_S)
+    assert any("Going on within round 1 from this site's own weights, at epoch 3" in line for line in again.lines)
+    assert_equal_weights(again, other)
+    rounds = sites.federation.state.store.load_rounds(run_of(again))
+    assert [set(record["sites"]) for record in rounds] == [{"A", "B"}] * 3
+    assert {record["settings"]["exchange_every"] for record in rounds} == {2}
+    found = sites.federation.state.store.load_validations(run_of(again))
+    assert [record["round"] for record in found] == [0, 1, 2]
+
+
+def test_an_overlapped_training_exchanges_after_several_epochs_and_resumes(make_sites):
+    sites = make_sites(num_epochs=5, exchange_every=2)
+    stopped = [sites.trainer(site, interrupted_at(3, nnUNetTrainerAsymFedAvgOverlapped)) for site in "AB"]
+    assert all(isinstance(error, KeyboardInterrupt) for error in sites.run(*stopped))
+    again = [sites.trainer(site, nnUNetTrainerAsymFedAvgOverlapped, go_on=True) for site in "AB"]
+    assert sites.run(*again) == [None, None]
+    assert_equal_weights(*again)
+    assert len(sites.federation.state.store.load_rounds(run_of(again[0]))) == 3
+
+
+def test_the_coordinators_model_counts_epochs_and_is_that_of_the_sites_in_eight_bits_too(make_sites):
+    sites = make_sites(num_epochs=3, exchange_every=2, precision="int8")
+    trainers = [sites.trainer(site) for site in "AB"]
+    assert sites.run(*trainers) == [None, None]
+    assert_equal_weights(*trainers)
+    models = sites.folder / "federation" / "models"
+    wait_until(lambda: any(models.glob("*/fold_0/checkpoint_final.pth")))
+    (path,) = models.glob("*/fold_0/checkpoint_final.pth")
+    model = torch.load(path, weights_only=False)
+    assert model["current_epoch"] == 3
+    for name, values in weights_of(trainers[0]).items():
+        np.testing.assert_array_equal(model["network_weights"][name].numpy(), values, err_msg=name)
 
 
 # ------------------------------------------------------------------------------------- what sites are told at the start

@@ -18,6 +18,7 @@ from nnunetv2.federated.errors import NonFiniteError, RefusedError, ShortEpochEr
 from nnunetv2.federated.privacy.min_cases import DEFAULT
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import (
@@ -159,6 +160,7 @@ def test_the_log_says_what_is_shared_with_whom():
         weights={"b": 1.0, "a": 1.0},
         shared=shared,
         initial_owner={"w": "a", "v": "b", "u": "b"},
+        kept_local=(),
     )
     lines = describe_match(match, "a")
     assert "75 of 100 parameters (75.0%)" in lines[0]
@@ -325,6 +327,54 @@ def test_an_update_brings_the_validation_of_the_one_before():
     )
     assert last.metrics.keys() == set(METRICS) and last.metrics["val_losses"] == 2.25
     assert last.earlier.round == 1 and last.earlier.metrics["val_losses"] == 1.25
+
+
+class Patient(Meeting):
+    """Exchanges after every second of five epochs."""
+
+    num_epochs, rounds = 5, Rounds(2)
+
+
+def test_within_a_round_of_several_epochs_nothing_travels_and_all_is_saved():
+    trainer = Patient()
+    for _ in range(trainer.num_epochs):
+        trainer.run_epoch()
+    assert [(number, weight) for number, weight, _ in trainer.sent] == [(0, 2), (1, 3), (2, 2.5)]
+    assert trainer.saved == [(1, 1), (2, 1), (3, 2), (4, 1.5)]
+    assert trainer.current_epoch == 5 and trainer.weight == 1.25
+
+
+def test_an_update_of_several_epochs_says_what_the_last_of_them_measured():
+    trainer = Patient()
+    for _ in range(trainer.num_epochs):
+        trainer.run_epoch()
+    first, second, last = (update for _, _, update in trainer.sent)
+    assert (first.metrics, first.earlier) == ({"train_losses": 1.5}, None)
+    assert second.metrics == {"train_losses": 3.5}
+    assert second.earlier.round == 0 and second.earlier.metrics["val_losses"] == 1.25
+    assert last.metrics["train_losses"] == 4.5 and last.metrics["val_losses"] == 4.25
+    assert last.earlier.round == 1 and last.earlier.metrics["val_losses"] == 3.25
+
+
+def test_a_failure_within_a_round_is_reported_for_that_round():
+    trainer = Patient()
+    rounds = []
+    for _ in range(3):
+        trainer.run_epoch()
+        rounds.append(trainer.round_in_training)
+    assert rounds == [0, 0, 1]
+
+
+def test_a_late_site_goes_on_at_the_round_of_the_aggregate():
+    trainer = Patient()
+    for brought, expected in ((0, 2), (1, 4), (2, 5)):
+        trainer.num_epochs, trainer.current_epoch = 5, 2
+        trainer.resume_at = lambda epoch: setattr(trainer, "current_epoch", epoch)
+        trainer.resume_after(messages.Aggregate(round=brought, contributors={}), 1)
+        assert trainer.current_epoch == expected
+    trainer.current_epoch = 4
+    trainer.resume_after(messages.Aggregate(round=0, contributors={}), 3)  # the operator has stopped the run
+    assert trainer.num_epochs == 4
 
 
 def test_a_trainer_without_validation_sends_what_it_has():

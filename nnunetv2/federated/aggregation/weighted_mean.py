@@ -174,13 +174,19 @@ def outliers(changes: Mapping[str, Change]) -> list[str]:
 
 
 def collect_from_owners(
-    documents: Mapping[str, Document[Any]], owners: Mapping[str, str], *, out_path: Path, message: Message
+    documents: Mapping[str, Document[Any]],
+    owners: Mapping[str, str],
+    *,
+    out_path: Path,
+    message: Message,
+    given: Callable[[str], np.ndarray | None] = lambda name: None,
 ) -> str:
     """Take every tensor from the site that owns it; write a document.
 
     Args:
         documents: Site -> its contribution.
         owners: Tensor -> site.
+        given: Tensor -> values of the same dtype and shape to take in place of those of its owner, or None.
 
     Returns:
         The SHA-256 of the result, which does not depend on the order of the mappings.
@@ -192,7 +198,12 @@ def collect_from_owners(
         if site not in documents or name not in documents[site].specs:
             raise AggregationError(f"site {site} has not contributed tensor {name}, which it owns")
     specs = {name: documents[site].specs[name] for name, site in owners.items()}
-    return write_computed(out_path, message, specs, lambda name: documents[owners[name]].read(name))
+
+    def value_of(name: str) -> np.ndarray:
+        values = given(name)
+        return documents[owners[name]].read(name) if values is None else values
+
+    return write_computed(out_path, message, specs, value_of)
 
 
 def _mean(

@@ -49,6 +49,9 @@ FIRST_SETTINGS = "first_settings"
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
 
+METHODS = ("proximal", "keep_local", "finetune_epochs", "initial_weights")
+"""Options that say how sites train that differ; the settings have the same names."""
+
 SETTINGS_OF_OPTIONS = {
     "sites": "sites",
     "epochs": "num_epochs",
@@ -57,6 +60,7 @@ SETTINGS_OF_OPTIONS = {
     "matching": "matching",
     "weighting": "weighting",
     "precision": "precision",
+    "exchange_every": "exchange_every",
     "quorum": "quorum",
     "deadline": "deadline_s",
     "late_updates": "late_updates",
@@ -64,6 +68,7 @@ SETTINGS_OF_OPTIONS = {
     "min_sites": "min_sites",
     "secure": "secure",
     "geometry": "geometry",
+    **{name: name for name in METHODS},
 }
 
 
@@ -119,12 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
     what.add_argument("--sites", nargs="+", metavar="NAME", help="names of the sites (asked for at a terminal)")
-    what.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help=f"number of epochs, with one exchange after each (default: {DEFAULT_EPOCHS})",
-    )
+    what.add_argument("--epochs", type=int, metavar="N", help=f"number of epochs (default: {DEFAULT_EPOCHS})")
     what.add_argument(
         "--iterations", type=int, metavar="N", help="training iterations per epoch (default: the trainer's)"
     )
@@ -142,10 +142,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="sites count by their training cases, or all the same (default: cases)",
     )
     what.add_argument(
+        "--exchange-every",
+        type=int,
+        metavar="K",
+        help="epochs between exchanges of weights, a round; fewer exchanges need less of the line and bring the sites "
+        "together more rarely (default: 1)",
+    )
+    what.add_argument(
         "--precision",
-        choices=("float32", "float16"),
-        help="how weights travel; float16 halves the traffic, and what rounding takes from a round comes "
-        "with the next one (default: float32)",
+        choices=("float32", "float16", "int8"),
+        help="how weights travel; float16 halves the traffic, int8 (changes since the last average) quarters it, and "
+        "what rounding takes from a round comes with the next one (default: float32)",
     )
     what.add_argument(
         "--quorum", type=int, metavar="N", help="sites that suffice to close a round at its deadline (default: all)"
@@ -192,7 +199,51 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --secure, what is told of spacings and shapes when sites plan: those of all cases, of nobody in "
         "particular, or order statistics only, which planners of other packages may not read (default: list)",
     )
+    add_method_options(parser)
     return parser
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Add what sites may do beside plain averaging."""
+    how = parser.add_argument_group("how sites train that differ", "Fixed by the first start.")
+    how.add_argument(
+        "--proximal",
+        type=float,
+        metavar="MU",
+        help="keep the weights of a site near those that its round began with: FedProx; 0.001 to 0.1 are usual "
+        "(default: none)",
+    )
+    how.add_argument(
+        "--keep-local",
+        metavar="WHAT",
+        help="tensors of which each site goes on with its own, although their average is part of the common model: "
+        "norm, head, decoder, or names of modules and tensors with wildcards (default: none)",
+    )
+    how.add_argument(
+        "--finetune-epochs",
+        type=int,
+        metavar="N",
+        help="after the last round each site trains on alone, with the last N learning rates, into "
+        "checkpoint_finetuned.pth (default: 0)",
+    )
+    how.add_argument(
+        "--initial-weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint whose weights all sites start from, except for the layers that output classes (default: "
+        "random weights, or those that all sites give)",
+    )
+
+
+def method_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options of `add_method_options` that were given, as they are typed."""
+    values = {name: getattr(arguments, name) for name in METHODS}
+    return [
+        word
+        for name, value in values.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- settings
@@ -205,6 +256,8 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
     }
     if "secure" in given:
         given["secure"] = secure_settings(arguments)
+    if "initial_weights" in given:
+        given["initial_weights"] = digest_of_weights(arguments.initial_weights)
     if "sites" in given:
         given["sites"] = tuple(sorted(check_site_name(name) for name in given["sites"]))
     return given
@@ -238,6 +291,17 @@ def with_geometry(given: dict[str, object], stored: Secure | None) -> dict[str, 
     secure = cast("Secure", given["secure"])
     told = geometry or ("list" if stored is None else stored.geometry)
     return {**given, "secure": secure.model_copy(update={"geometry": told})}
+
+
+def digest_of_weights(path: Path) -> str:
+    """Return the SHA-256 of a checkpoint that is to be handed to all sites."""
+    from nnunetv2.federated.protocol.document import file_digest
+
+    if not path.is_file():
+        raise FederationError(
+            f"there are no initial weights {path}. A federation that exists keeps a copy: leave the option out there"
+        )
+    return file_digest(path)
 
 
 def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
@@ -278,7 +342,13 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
 def check_settings(settings: FederationSettings) -> None:
     """Raise FederationError if the settings contradict each other."""
     from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
-    from nnunetv2.federated.protocol.api import check_floor, check_late_updates, check_quorum
+    from nnunetv2.federated.protocol.api import (
+        check_finetuning,
+        check_floor,
+        check_late_updates,
+        check_quorum,
+        check_rounds,
+    )
 
     num_sites = len(settings.sites)
     if num_sites < 2:
@@ -288,7 +358,9 @@ def check_settings(settings: FederationSettings) -> None:
     check_quorum(settings)
     check_floor(settings)
     check_late_updates(settings)
+    check_rounds(settings)
     check_secure_settings(settings)
+    check_finetuning(settings)
 
 
 def check_unchanged(
@@ -333,10 +405,15 @@ def _in_words(value: object) -> object:
     return f"{value.k} --geometry {value.geometry}" if isinstance(value, Secure) else value
 
 
-def open_federation(store: Store, given: dict[str, object]) -> FederationSettings:
+def open_federation(
+    store: Store, given: dict[str, object], *, initial_weights: Path | None = None
+) -> FederationSettings:
     """Return the settings of the federation in a folder.
 
     It is created if there is none.
+
+    Args:
+        initial_weights: The checkpoint whose digest is in `given`.
     """
     from nnunetv2.federated.coordinator.members import create_federation
     from nnunetv2.federated.protocol.api import FederationSettings
@@ -345,6 +422,12 @@ def open_federation(store: Store, given: dict[str, object]) -> FederationSetting
     given = with_geometry(given, None if settings is None else settings.secure)
     if settings is None:
         settings = new_settings(given, store.folder)
+        if initial_weights is not None and settings.initial_weights is not None:
+            from nnunetv2.federated.coordinator.models.checkpoint_reader import write_weights
+
+            target = store.given_path(settings.initial_weights)
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            write_weights(initial_weights, target)
         create_federation(store, settings, now=time.time())
         store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
     first = store.load_meta(FIRST_SETTINGS)
@@ -505,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = Store(folder)
     with store:
         with trouble_names(folder):
-            open_federation(store, given_settings(arguments))
+            open_federation(store, given_settings(arguments), initial_weights=arguments.initial_weights)
         address = settle_address(store.load_meta("address") or {}, arguments)
         with open_socket(address.host, address.port) as listener:
             address = replace(address, port=listener.getsockname()[1])

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from nnunetv2.federated.commands.coordinator import add_method_options, method_options
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.min_cases import VARIABLE as MIN_CASES_VARIABLE
 from nnunetv2.utilities.plain_text import printable, show
@@ -423,6 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("list", "quantiles"),
         help="with --secure, what is told of spacings and shapes: those of all cases, or order statistics (list)",
     )
+    add_method_options(parser)
     parser.add_argument("--c", dest="continue_training", action="store_true", help="go on where an earlier run stopped")
     return parser
 
@@ -447,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         planning_options=shlex.split(arguments.planning_options),
         training_options=shlex.split(arguments.training_options),
         coordinator_options=[
+            *method_options(arguments),
             *shlex.split(arguments.coordinator_options),
             *([] if arguments.secure is None else ["--secure", str(arguments.secure)]),
             *([] if arguments.geometry is None else ["--geometry", arguments.geometry]),

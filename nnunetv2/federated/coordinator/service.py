@@ -304,8 +304,11 @@ class Coordinator:
         self.state.notifier.notify_progress(key)
 
     # --------------------------------------------------------------------------------------------------- results
-    def result(self, key: str, site: str) -> Result | api.Waiting:
+    def result(self, key: str, site: str, *, changes: bool = False) -> Result | api.Waiting:
         """Return the result of an exchange, or the sites that it waits for.
+
+        Args:
+            changes: Whether the changes since the result before suffice, where weights travel as such.
 
         Raises:
             RefusedError: The contributions do not go together, the exchange cannot begin yet, or its run was stopped.
@@ -318,7 +321,7 @@ class Coordinator:
         if isinstance(exchange.outcome, Refused):
             raise exchange.outcome.as_error()
         if isinstance(exchange.outcome, Closed):
-            return self._result_of_closed(exchange, site)
+            return self._result_of_closed(exchange, site, changes=changes)
         run = exchange.key.run if isinstance(exchange.key, RunKey) and exchange.policy.stops_with_run else None
         if run is not None and self.state.registry.control(run).state == "stopped":
             return self._result_of_stopped(run, site)
@@ -340,7 +343,7 @@ class Coordinator:
             )
         return self._result_of_closed(latest, site)
 
-    def _result_of_closed(self, exchange: Exchange, site: str) -> Result:
+    def _result_of_closed(self, exchange: Exchange, site: str, *, changes: bool = False) -> Result:
         """Return the result of a closed exchange, or a newer one for latecomers."""
         key, step = exchange.key, step_of(exchange.key)
         is_gone = self.state.store.load_result_digest(key) is None
@@ -350,16 +353,16 @@ class Coordinator:
         names = step_of(key).tensors_for(key, site, self.state.documents)
         if names is None:
             return Result(str(key), self.state.store.result_path(key), self.state.store.load_result_digest(key) or "")
-        return self._subset(key, names)
+        return self._subset(key, names, whole=not changes or key != exchange.key)
 
-    def _subset(self, key: Key, names: tuple[str, ...]) -> Result:
+    def _subset(self, key: Key, names: tuple[str, ...], *, whole: bool) -> Result:
         """Return these tensors of a result as they travel, written when they are first asked for."""
-        subset = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        subset = hashlib.sha256("\n".join((*names, *(() if whole else ("changes of these",)))).encode()).hexdigest()
         path = self.state.store.result_path(key, subset)
         with self.state.locks[str(key)]:
             digest = self.state.store.load_result_digest(key, subset)
             if digest is None:
-                digest = step_of(key).write_for_sites(key, names, path, self.state.documents)
+                digest = step_of(key).write_for_sites(key, names, path, self.state.documents, whole=whole)
                 self.state.store.save_subset(key, subset, digest)
         return Result(str(key), path, digest)
 

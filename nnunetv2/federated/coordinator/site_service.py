@@ -90,5 +90,9 @@ class SiteService(Protocol):
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
         """Take over a document that has been received completely; it is durable on return."""
 
-    def result(self, key: str, site: str) -> Result | api.Waiting:
-        """Return the result of an exchange, or the sites that it waits for."""
+    def result(self, key: str, site: str, *, changes: bool = False) -> Result | api.Waiting:
+        """Return the result of an exchange, or the sites that it waits for.
+
+        Args:
+            changes: Whether the changes since the result before suffice, where weights travel as such.
+        """

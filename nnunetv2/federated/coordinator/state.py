@@ -95,6 +95,7 @@ class FederationState:
             self.registry.admitted,
             store.load_last_validation,
             lambda: self.registry.settings,
+            store.given_path,
         )
         self.locks = Locks()
         """One per exchange or run, for whoever changes it. The lock of a run is taken last."""

@@ -76,6 +76,7 @@ class DocumentReader:
         admitted: Run -> the sites that joined it after it had begun.
         last_validation: Run -> the record of its newest pooled validation, or None.
         settings: Returns what holds for the federation; needed where sums are masked.
+        given_path: SHA-256 of a checkpoint that the operator has given -> document with its weights.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class DocumentReader:
         admitted: Callable[[str], tuple[str, ...]] = lambda run: (),
         last_validation: Callable[[str], Mapping[str, Any] | None] = lambda run: None,
         settings: Callable[[], FederationSettings] | None = None,
+        given_path: Callable[[str], Path] = Path,
     ) -> None:
         self._contribution_path = contribution_path
         self.result_path = result_path
@@ -95,6 +97,7 @@ class DocumentReader:
         self._settings = settings
         self._plans: dict[RoundKey, RoundPlan] = {}
         """Of the round that was asked for last in each run."""
+        self._given_path = given_path
         self._lock = threading.Lock()
         self._agreements: dict[str, tuple[tuple[str, ...], Agreement]] = {}
 
@@ -119,6 +122,10 @@ class DocumentReader:
     def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
         """Open the result of a closed exchange."""
         return open_document(self.result_path(key))
+
+    def given_weights(self, digest: str) -> Document[messages.Aggregate]:
+        """Open the weights of a checkpoint that the operator has given to all sites."""
+        return open_document(self._given_path(digest))
 
     @contextmanager
     def contributions(self, exchange: Exchange) -> Iterator[dict[str, Document[Any]]]:

@@ -247,7 +247,7 @@ class ExchangeRegistry:
 
         None where the trainers decide, so that a run never counts as complete.
         """
-        return self.settings.num_epochs
+        return self.settings.num_rounds
 
     def runs(self) -> list[str]:
         """Name the runs that some site has registered for."""

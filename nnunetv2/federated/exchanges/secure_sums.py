@@ -94,6 +94,12 @@ def check_secure_settings(settings: FederationSettings) -> None:
             f"Choose a quorum of {threshold} or more.",
             code="quorum_below_threshold",
         )
+    if settings.precision == "int8":
+        raise RefusedError(
+            "--precision int8 does not go with --secure: a sum of masked updates needs the 16 bits that they have",
+            "Choose float32 or float16.",
+            code="precision_masked",
+        )
     if settings.late_updates == "carry":
         raise RefusedError(
             "--late-updates carry does not go with --secure: what a site has masked belongs to its round",

@@ -24,6 +24,7 @@ from nnunetv2.federated.protocol.messages import (
     WithAdditions,
     WithPrecision,
 )
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.utilities.plain_text import printable
 
 ShownText = Annotated[LongText, AfterValidator(lambda text: printable(text, most=8000))]
@@ -46,7 +47,16 @@ class Secure(Part):
 class FederationSettings(WithPrecision):
     """Settings that hold for every site, fixed when the federation was created."""
 
-    ADDED = ("precision", "min_sites", "secure")
+    ADDED = (
+        "precision",
+        "exchange_every",
+        "min_sites",
+        "secure",
+        "proximal",
+        "keep_local",
+        "finetune_epochs",
+        "initial_weights",
+    )
 
     federation: Text
     sites: SiteNames
@@ -67,6 +77,42 @@ class FederationSettings(WithPrecision):
     """Nothing is pooled or averaged over fewer sites: no statistics, no round, no tensor, no validation."""
     secure: Secure | None = None
     """Set where updates and statistics are masked, so that only their sums can be seen."""
+    proximal: Positive | None = None
+    """Strength of the proximal term that keeps a site's weights near those of its round. None: there is none."""
+    keep_local: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?\[\]!-]{1,200}$")] | None = None
+    """Tensors that sites send but keep their own of: norm, head, decoder, or names with wildcards. None: none."""
+    finetune_epochs: Annotated[int, Field(ge=0, le=10**7)] = 0
+    """Epochs for which each site trains on alone, after the last round."""
+    initial_weights: Digest | None = None
+    """SHA-256 of the checkpoint from which all sites start. None: from random weights, or those that sites give."""
+
+    @property
+    def num_rounds(self) -> int | None:
+        """Return the number of rounds of every run; None where the trainers decide."""
+        return None if self.num_epochs is None else Rounds(self.exchange_every).count(self.num_epochs)
+
+
+def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
+    """Describe what sites do beside plain averaging, a line each."""
+    lines = []
+    if settings.proximal is not None:
+        lines.append(f"Proximal term of strength {settings.proximal:g} towards the weights of the round")
+    if settings.keep_local is not None:
+        lines.append(f"Sites keep their own tensors of {settings.keep_local}, whose average is for the common model")
+    if settings.finetune_epochs:
+        lines.append(f"After the last round, each site trains on alone for {settings.finetune_epochs} epochs")
+    if settings.initial_weights is not None:
+        lines.append(f"All sites start from weights of the operator, SHA-256 {settings.initial_weights[:12]}...")
+    return tuple(lines)
+
+
+def check_rounds(settings: FederationSettings) -> None:
+    """Raise FederationError if a round is longer than the training."""
+    if settings.num_epochs is not None and settings.exchange_every > settings.num_epochs:
+        raise FederationError(
+            f"--exchange-every {settings.exchange_every} is more than the {settings.num_epochs} epochs: choose "
+            f"{settings.num_epochs} or less, or more --epochs"
+        )
 
 
 def check_floor(settings: FederationSettings) -> None:
@@ -104,6 +150,15 @@ def check_late_updates(settings: FederationSettings) -> None:
         raise FederationError(
             "--late-updates carry needs --quorum and --deadline: without them no update is late, "
             "since every round waits for all sites"
+        )
+
+
+def check_finetuning(settings: FederationSettings) -> None:
+    """Raise FederationError if sites are to train on longer than their schedule is."""
+    if settings.num_epochs is not None and settings.finetune_epochs > settings.num_epochs:
+        raise FederationError(
+            f"--finetune-epochs {settings.finetune_epochs} is more than the {settings.num_epochs} epochs of a run, "
+            "whose last learning rates they have once more"
         )
 
 

@@ -145,7 +145,7 @@ VoxelCounts = Annotated[
 OneOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
 """The sites that take part, each with a 1. Before 2.8.1+fed.3, it was what each counts: so every site knew how many
 cases the others have, which the coordinator now keeps to itself."""
-Precision = Literal["float32", "float16"]
+Precision = Literal["float32", "float16", "int8"]
 """How weights travel in the rounds of a run."""
 BinList = Annotated[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], Field(max_length=6)]
 
@@ -213,12 +213,14 @@ class WithAdditions(Part):
 
 
 class WithPrecision(WithAdditions):
-    """Base of what says how weights travel."""
+    """Base of what says how weights travel, and how often."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("precision",)
+    ADDED: ClassVar[tuple[str, ...]] = ("precision", "exchange_every")
 
     precision: Precision = "float32"
-    """float16 is sent with error feedback, see `aggregation/codecs/float16.py`."""
+    """float16 and int8 are sent with error feedback, see `aggregation/codecs`."""
+    exchange_every: Annotated[int, Field(ge=1, le=10**7)] = 1
+    """Epochs of a round, after which weights travel; the last round may have fewer."""
 
 
 # ---------------------------------------------------------------------------------------- fingerprint and plans
@@ -437,7 +439,7 @@ class Match(WithPrecision, Message):
     Decided once, when all have registered.
     """
 
-    ADDED = ("precision", "keys", "kept_local")
+    ADDED = ("precision", "exchange_every", "keys", "kept_local")
 
     kind: Literal["match"] = "match"
     rule: Literal["name", "resolution"]

@@ -22,6 +22,7 @@ from nnunetv2.federated.exchanges.steps.weights import check_round
 from nnunetv2.federated.privacy import require_secure
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Weights = Mapping[str, np.ndarray]
 """Local name -> array: float32, or as they came from the coordinator, which may be float16."""
+EVERY_EPOCH = Rounds()
 VALIDATION_PATIENCE_S = 120.0
 """How long to try to deliver what nobody waits for."""
 FINISHING_PATIENCE_S = 20.0
@@ -41,7 +43,7 @@ class Position:
     """Where a site that starts or returns has to go on."""
 
     epoch: int
-    """The next epoch to train; the number of rounds that were closed if the run is over."""
+    """The next epoch to train; the one behind the rounds that were closed if the run is over."""
     weights: Weights
     """The shared weights to go on with, under the site's own names."""
     begins: bool = False
@@ -167,14 +169,18 @@ class Participant:
             raise FederationError("register first: what is shared is not known yet")
         return self.match
 
-    def start(self, epoch: int, weights: Weights, *, staleness: int = 0) -> Position:
+    def start(self, epoch: int, weights: Weights, *, staleness: int = 0, rounds: Rounds = EVERY_EPOCH) -> Position:
         """Find out where to go on, and with which weights.
 
+        Within the round that is open, a site goes on from its own weights.
+
         Args:
-            epoch: The epoch that the site would train next on its own. It may be one ahead of the run: a site that
-                saved its weights before an exchange that did not come about trains that epoch again.
+            epoch: The epoch that the site would train next on its own. It may be a round ahead of the run: a site that
+                saved its weights before an exchange that did not come about trains that round again.
             weights: Its present weights. Where the run has not begun, those that this site owns become everybody's.
-            staleness: By how many more epochs a site may be ahead, because it trains on while a round is exchanged.
+            staleness: By how many more rounds a site may be ahead, because it trains on while a round is exchanged.
+                What such a site has sent it does not know any more, so it begins the open round again.
+            rounds: The epochs of a round.
 
         Raises:
             FederationError: The site's checkpoint is ahead of the run, so it belongs to another federation; or the
@@ -195,14 +201,19 @@ class Participant:
             is_registered = self.site in state.registered
             return Position(0, self._begin(weights, is_registered=is_registered), begins=is_registered)
         check_round(next_round)
-        if epoch > next_round + 1 + staleness:
+        first_epoch = rounds.first_epoch(next_round)
+        if epoch > rounds.first_epoch(next_round + 1 + staleness):
             raise FederationError(
                 f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
                 "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
                 "this run, or use the credential of the other federation."
             )
         key = keys.RoundKey(self.run, next_round - 1) if next_round else keys.InitialKey(self.run)
-        return Position(next_round, self._fetch(key), is_over=state.closed)
+        if not state.closed and not staleness and first_epoch < epoch and rounds.of(epoch) == next_round:
+            if self._codec.is_relative:
+                self._fetch(key)  # what is sent is a change of it
+            return Position(epoch, {local: weights[local] for local in self.local_names.values()})
+        return Position(first_epoch, self._fetch(key), is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
         """Exchange the shared weights of a round; return the aggregate under local names.
@@ -224,7 +235,9 @@ class Participant:
             if self._masked is not None:
                 document = self._masked.exchange(number, shared, update)
             else:
-                document = self.transport.exchange(keys.RoundKey(self.run, number), update, self._codec.encode(shared))
+                form: dict[str, Any] = {"changes": True} if self._codec.is_relative else {}
+                sent = self._codec.encode(shared)
+                document = self.transport.exchange(keys.RoundKey(self.run, number), update, sent, **form)
         except RefusedError as error:
             raise self._explained(error) from error
         if self._masked is None and self.site in document.message.contributors:
@@ -270,7 +283,8 @@ class Participant:
         owned = {name: local for name, local in self.local_names.items() if owners[name] == self.site}
         update = self._under_canonical_names(weights, owned)
         check_finite(update)
-        self._codec.encode(update)  # raises for what could not come back
+        if not self._codec.is_relative:
+            self._codec.encode(update)  # raises for what could not come back
         return self._read(self.transport.exchange(key, messages.Update(), update))
 
     def _explained(self, error: RefusedError) -> FederationError:
@@ -305,21 +319,24 @@ class Participant:
                 f"the coordinator's aggregate holds tensor {min(unexpected)}, which is not shared "
                 f"({len(unexpected)} in all)"
             )
-        weights = {local: document.read(name) for name, local in names.items()}
+        came = {name: document.read(name) for name in names}
         for name, local in names.items():
-            self._check_tensor(name, weights[local], self._tensors.get(local))
+            self._check_tensor(name, came[name], self._tensors.get(local))
+        received = self._codec.receive(came)
         if self._masked is not None:
-            self._masked.note_aggregate(document.message, {name: weights[local] for name, local in names.items()})
-        return weights
+            self._masked.note_aggregate(document.message, received)
+        return {local: received[name] for name, local in names.items()}
 
     def _check_tensor(self, name: str, values: np.ndarray, registered: messages.TensorEntry | None) -> None:
         """Raise WireError unless a tensor is finite and of the expected dtype and shape."""
         problem = None
-        if values.dtype.kind != "f":
+        is_change = self._codec.is_relative and values.dtype == np.int8
+        if values.dtype.kind != "f" and not is_change:
             problem = f"is of {values.dtype}"
         elif registered is not None:
-            expected = self._codec.specs({name: TensorSpec("F32", registered.shape)})[name]
-            found = TensorSpec.of(values)
+            kept, found = TensorSpec("F32", registered.shape), TensorSpec.of(values)
+            is_whole = self._codec.is_relative and not is_change
+            expected = kept if is_whole else self._codec.specs({name: kept})[name]
             problem = f"is {found}, expected {expected}" if found != expected else None
         if problem is None and not np.isfinite(values).all():
             problem = "holds NaN or infinity"
@@ -327,6 +344,14 @@ class Participant:
             raise WireError(
                 f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the coordinating site"
             )
+
+    def rests(self) -> dict[str, np.ndarray]:
+        """Return what the next update has to bring, for a checkpoint."""
+        return self._codec.rests()
+
+    def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
+        """Go on with the rests of a checkpoint, after `register`."""
+        self._codec.take_over({name: values for name, values in rests.items() if name in self.local_names})
 
     def finish(self) -> None:
         """Forget the keys of a run that is over."""

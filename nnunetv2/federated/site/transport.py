@@ -32,10 +32,14 @@ class Transport(Protocol):
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
+        changes: bool = False,
     ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
 
         Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
+
+        Args:
+            changes: This site has got the result before: the changes since suffice, where weights travel as such.
 
         Raises:
             RefusedError: The contribution is not accepted, or the contributions do not go together.

@@ -726,11 +726,14 @@ class nnUNetTrainer:
         if self.disable_checkpointing:
             self.print_to_log_file(f"Checkpointing is disabled: {Path(filename).name} is not written")
             return
-        state = self._snapshots.take(describe_state(self))
+        state = self._snapshots.take(self._describe_state())
         self._writer.submit(filename, save_snapshot_file, state, filename)
         if not self._is_writing_in_background:
             self._writer.wait()
             self._writer.raise_failure()
+
+    def _describe_state(self) -> dict[str, Any]:
+        return describe_state(self)
 
     @contextlib.contextmanager
     def _writing_in_background(self) -> Iterator[None]:

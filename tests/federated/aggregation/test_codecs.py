@@ -16,7 +16,11 @@ def write(path, message, weights):
     return open_document(path)
 
 
-@pytest.mark.parametrize("precision", CODECS)
+# Changes of eight bits have tests of their own.
+VALUES = [name for name, codec in CODECS.items() if not codec.is_relative]
+
+
+@pytest.mark.parametrize("precision", VALUES)
 def test_what_a_site_encodes_is_what_the_coordinator_expects(precision):
     codec = codec_of(precision)
     sent = codec.encode(WEIGHTS)
@@ -25,7 +29,7 @@ def test_what_a_site_encodes_is_what_the_coordinator_expects(precision):
     assert {name: values.tolist() for name, values in sent.items()} == {n: v.tolist() for n, v in WEIGHTS.items()}
 
 
-@pytest.mark.parametrize("precision", CODECS)
+@pytest.mark.parametrize("precision", VALUES)
 def test_an_aggregate_is_kept_in_float32_and_travels_as_updates_do(precision, tmp_path):
     codec = codec_of(precision)
     begun = Aggregate(round=None, contributors={"A": 1.0, "B": 1.0})
@@ -45,7 +49,7 @@ def test_an_aggregate_is_kept_in_float32_and_travels_as_updates_do(precision, tm
     with open_document(tmp_path / "after") as after:
         assert after.specs == SPECS and done.kept == ()
         assert after.read("w").tolist() == [2.5, 5.0, 10.0]
-        digest = codec.write_for_site(after, tmp_path / "for site", ["w"])
+        digest = codec.write_for_site(after, tmp_path / "for site", ["w"], whole=False)
     with open_document(tmp_path / "for site") as received:
         assert received.specs == codec.specs({"w": SPECS["w"]}) and received.message.round == 0
         assert received.read("w").tolist() == [2.5, 5.0, 10.0] and len(digest) == 64

@@ -17,9 +17,11 @@ from nnunetv2.federated.commands.api_client import ask, operator_credential
 from nnunetv2.federated.coordinator.http import listen_address
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.audit_log import Event
+from nnunetv2.federated.coordinator.storage.backup import backup, restore
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol.api import InviteRequest
+from nnunetv2.federated.protocol.document import open_document
 from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.keys import CensusKey
 from nnunetv2.federated.site.enrolment import join
@@ -31,7 +33,9 @@ def open_folder(folder, *options):
     """Do what a start does before it listens."""
     arguments = coordinator.build_parser().parse_args(["--folder", str(folder), *options])
     with Store(arguments.folder) as store:
-        return coordinator.open_federation(store, coordinator.given_settings(arguments))
+        return coordinator.open_federation(
+            store, coordinator.given_settings(arguments), initial_weights=arguments.initial_weights
+        )
 
 
 def test_the_first_start_fixes_the_settings(tmp_path):
@@ -67,6 +71,56 @@ def test_the_first_start_fixes_the_settings(tmp_path):
     )
     assert open_folder(tmp_path / "f") == settings
     assert open_folder(tmp_path / "f", "--epochs", "20", "--sites", "north", "south") == settings
+
+
+METHODS = ("--proximal", "0.01", "--keep-local", "norm", "--finetune-epochs", "3")
+
+
+def test_what_sites_do_beside_averaging_is_fixed_by_the_first_start(tmp_path):
+    settings = open_folder(tmp_path / "f", "--sites", "A", "B", *METHODS)
+    assert (settings.proximal, settings.keep_local, settings.finetune_epochs) == (0.01, "norm", 3)
+    assert open_folder(tmp_path / "f", *METHODS) == settings == open_folder(tmp_path / "f")
+    with pytest.raises(FederationError, match="with --proximal 0.01, not 0.5"):
+        open_folder(tmp_path / "f", "--proximal", "0.5")
+    plain = open_folder(tmp_path / "plain", "--sites", "A", "B")
+    assert not {"proximal", "keep_local", "finetune_epochs", "initial_weights"} & plain.model_dump(mode="json").keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--proximal", "0"), "proximal"),
+        (("--proximal", "nan"), "proximal"),
+        (("--keep-local", "two words"), "keep_local"),
+        (("--finetune-epochs", "-1"), "finetune_epochs"),
+        (("--epochs", "5", "--finetune-epochs", "6"), "--finetune-epochs 6 is more than the 5 epochs"),
+        (("--initial-weights", "missing.pth"), "no initial weights missing.pth"),
+        (("--initial-weights", __file__), "is no checkpoint to start from"),
+    ],
+)
+def test_methods_that_make_no_sense_found_no_federation(tmp_path, options, complaint):
+    with pytest.raises(FederationError, match=complaint) as refused:
+        open_folder(tmp_path / "f", "--sites", "A", "B", *options)
+    assert "\n" not in str(refused.value)
+    with Store(tmp_path / "f") as store:
+        assert store.load_settings() is None
+
+
+def test_initial_weights_are_copied_and_known_by_their_digest(tmp_path):
+    torch = pytest.importorskip("torch")
+    for number in (1, 2):
+        torch.save({"network_weights": {"w": torch.full((2,), float(number))}}, tmp_path / f"{number}.pth")
+    options = ("--initial-weights", str(tmp_path / "1.pth"))
+    settings = open_folder(tmp_path / "f", "--sites", "A", "B", *options)
+    assert open_folder(tmp_path / "f", *options) == settings
+    with pytest.raises(FederationError, match="with --initial-weights"):
+        open_folder(tmp_path / "f", "--initial-weights", str(tmp_path / "2.pth"))
+    (tmp_path / "1.pth").unlink()
+    with Store(tmp_path / "f") as store, open_document(store.given_path(settings.initial_weights)) as weights:
+        assert weights.read("w").tolist() == [1, 1]
+    backup(tmp_path / "f", tmp_path / "backup.tar")
+    restore(tmp_path / "backup.tar", tmp_path / "restored")
+    assert list((tmp_path / "restored" / "given").iterdir())
 
 
 def test_defaults_are_those_of_nnunet(tmp_path):

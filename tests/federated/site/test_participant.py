@@ -12,6 +12,7 @@ from fake_federation import RUN, in_threads, make_registration, make_settings, m
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NonFiniteError, RefusedError
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import SettingsChange
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.participant import Participant
 
 SHARED = {"w": {"a": "w.local", "b": "w"}, "v": {"a": "v", "b": "v"}, "x": {"b": "x", "c": "x"}}
@@ -91,6 +92,37 @@ def test_weights_travel_under_canonical_names_and_return_under_local_ones():
 def test_a_returning_site_goes_on_where_the_others_are(epoch, state, expected):
     results = {expected[1]: document(w=np.ones(2), v=np.ones(3))}
     assert make_session(state, results).start(epoch, {}).epoch == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "state", "expected"),
+    [
+        (4, {"open_round": 1}, (4, None)),  # within the open round: on from its own weights
+        (5, {"open_round": 1}, (5, None)),
+        (3, {"open_round": 1}, (3, "runs/run/rounds/0")),
+        (1, {"open_round": 1}, (3, "runs/run/rounds/0")),  # late
+        (6, {"open_round": 1}, (3, "runs/run/rounds/0")),  # saved before an exchange that did not come about
+        (1, {"open_round": 0}, (1, None)),
+        (4, {"open_round": None, "closed": True, "rounds_closed": 1}, (3, "runs/run/rounds/0")),
+    ],
+)
+def test_a_site_goes_on_within_a_round_of_several_epochs(epoch, state, expected):
+    own = {"w.local": np.full(2, 7.0), "v": np.full(3, 7.0), "own": np.ones(1)}
+    results = {expected[1]: document(w=np.ones(2), v=np.ones(3))}
+    position = make_session(state, results).start(epoch, own, rounds=Rounds(3))
+    assert position.epoch == expected[0]
+    assert position.weights.keys() == {"w.local", "v"}
+    np.testing.assert_array_equal(position.weights["w.local"], 7 if expected[1] is None else 1)
+
+
+def test_a_site_that_trains_on_during_an_exchange_begins_the_open_round_again():
+    session = make_session({"open_round": 1}, {"runs/run/rounds/0": document(w=np.ones(2), v=np.ones(3))})
+    assert session.start(7, {}, staleness=1, rounds=Rounds(3)).epoch == 3
+
+
+def test_a_checkpoint_that_is_two_rounds_ahead_is_of_another_federation():
+    with pytest.raises(FederationError, match="at round 1, this site's checkpoint at epoch 7"):
+        make_session({"open_round": 1}, {}).start(7, {}, rounds=Rounds(3))
 
 
 def test_a_stopped_run_ends_with_its_last_round():

@@ -22,6 +22,8 @@ class UpdateCodec(Protocol):
 
     is_verbatim: bool
     """Whether aggregates travel as they are kept."""
+    is_relative: bool
+    """Whether what travels in a round is a change of the average before, which a site can also download whole."""
 
     def specs(self, registered: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Return tensors as they travel in a round."""
@@ -42,6 +44,21 @@ class UpdateCodec(Protocol):
         """Note that the weights that were encoded last have counted."""
         ...
 
+    def receive(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the weights to go on from, of tensors that came."""
+        ...
+
+    def rests(self) -> dict[str, np.ndarray]:
+        """Return what the next update has to bring, by tensor.
+
+        It is for a checkpoint, and empty where it need not be kept.
+        """
+        ...
+
+    def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
+        """Go on with the rests of a checkpoint."""
+        ...
+
     # ---------------------------------------------------------------------------------------- at the coordinator
     def combine(
         self,
@@ -60,6 +77,10 @@ class UpdateCodec(Protocol):
         """Return values of an aggregate as sites get them."""
         ...
 
-    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str]) -> str:
-        """Write these tensors of an aggregate as they travel, and return the SHA-256."""
+    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str], *, whole: bool) -> str:
+        """Write these tensors of an aggregate as they travel, and return the SHA-256.
+
+        Args:
+            whole: For a site that has not got the average before; of a codec that is relative.
+        """
         ...

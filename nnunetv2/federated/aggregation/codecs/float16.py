@@ -102,6 +102,7 @@ class Float16WithErrorFeedback:
     """The codec of half precision; see `UpdateCodec`. It is also the `Handout` of its aggregates."""
 
     is_verbatim = False
+    is_relative = False
 
     def __init__(self) -> None:
         self._rests: dict[str, np.ndarray] = {}
@@ -136,6 +137,17 @@ class Float16WithErrorFeedback:
         """
         self._rests = self._next_rests
 
+    def receive(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the weights, in half precision."""
+        return dict(tensors)
+
+    def rests(self) -> dict[str, np.ndarray]:
+        """Return nothing: the rests are those of a process."""
+        return {}
+
+    def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
+        """Keep nothing."""
+
     def combine(
         self,
         documents: Mapping[str, Document[Update]],
@@ -154,7 +166,7 @@ class Float16WithErrorFeedback:
             documents, weights, out_path=out_path, message=message, previous=previous, min_sites=min_sites, handout=self
         )
 
-    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str]) -> str:
+    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str], *, whole: bool) -> str:
         """Write these tensors in half precision, and return the SHA-256."""
         return write_rounded(source, path, names)
 

@@ -16,6 +16,7 @@ class Float32:
     """The codec of single precision; see `UpdateCodec`."""
 
     is_verbatim = True
+    is_relative = False
 
     def specs(self, registered: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Return the tensors."""
@@ -26,6 +27,17 @@ class Float32:
         return dict(update)
 
     def settle(self) -> None:
+        """Keep nothing."""
+
+    def receive(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the weights."""
+        return dict(tensors)
+
+    def rests(self) -> dict[str, np.ndarray]:
+        """Return nothing."""
+        return {}
+
+    def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
         """Keep nothing."""
 
     def combine(
@@ -47,6 +59,6 @@ class Float32:
         """Return the values."""
         return values
 
-    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str]) -> str:
+    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str], *, whole: bool) -> str:
         """Write these tensors, byte for byte, and return the SHA-256."""
         return write_subset(source, path, names)

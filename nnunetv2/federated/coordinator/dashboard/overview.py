@@ -26,7 +26,7 @@ from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.exchanges.declared_privacy import describe_privacy
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
 from nnunetv2.federated.exchanges.steps import prerequisite
-from nnunetv2.federated.protocol.api import SiteStatus
+from nnunetv2.federated.protocol.api import SiteStatus, describe_methods
 from nnunetv2.federated.protocol.keys import InitialKey, Key, RegistrationKey, RoundKey, RunKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.protocol.messages import (
     MAX_SITES,
@@ -160,6 +160,8 @@ class Overview(Part):
     min_sites: Count
     """Nothing is averaged over fewer sites."""
     deadline_s: Finite | None
+    methods: Annotated[tuple[LongText, ...], Field(max_length=10)] = ()
+    """What sites do beside plain averaging, a line each."""
     sites: Annotated[tuple[SiteView, ...], Field(max_length=10 * MAX_SITES)]
     runs: Annotated[tuple[RunView, ...], Field(max_length=10_000)]
     meetings: Annotated[tuple[ExchangeView, ...], Field(max_length=10_000)]
@@ -195,6 +197,7 @@ class OverviewBuilder:
             quorum=settings.quorum,
             min_sites=settings.min_sites,
             deadline_s=settings.deadline_s,
+            methods=describe_methods(settings),
             runs=runs,
             sites=self._sites(sites, runs),
             meetings=tuple(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ async def get_result(request: Request) -> Response:
     service, notifier = service_of(request), service_of(request).notifier
     site, key = site_of(request), request.path_params["key"]
     with notifier.waiting(key) as change:  # from before the first look, so that no change is missed
-        outcome = await run_in_threadpool(service.result, key, site)
+        find = partial(service.result, key, site, **({"changes": True} if wants_changes(request) else {}))
+        outcome = await run_in_threadpool(find)
         wait_s = wanted_wait(request)
         if not isinstance(outcome, Result) and wait_s > 0 and not notifier.stopping:
             try:
@@ -174,13 +176,21 @@ async def get_result(request: Request) -> Response:
                 pass
             else:
                 site_of(request)  # it may have been revoked meanwhile
-                outcome = await run_in_threadpool(service.result, key, site)
+                outcome = await run_in_threadpool(find)
     if isinstance(outcome, Result):
         return DigestedFile(outcome.path, outcome.digest, {"X-Gathering": outcome.key})
     answer = json_response(outcome, 202)
     if outcome.lacks:
         answer.headers[api.LACKS_HEADER] = str(outcome.lacks)
     return answer
+
+
+def wants_changes(request: Request) -> bool:
+    """Tell whether a site has got the result before, so that the changes since suffice."""
+    text = request.query_params.get("changes", "0")
+    if text not in ("0", "1"):
+        raise RefusedError(f"changes must be 0 or 1, not {text[:40]!r}", code="incomplete_request")
+    return text == "1"
 
 
 def wanted_wait(request: Request) -> float:

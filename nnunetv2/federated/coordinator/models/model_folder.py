@@ -25,7 +25,8 @@ from nnunetv2.federated.exchanges.declared_privacy import privacy_record
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.outlook import counters_of, foresee_model
 from nnunetv2.federated.protocol.keys import PlansKey, RoundKey
-from nnunetv2.federated.protocol.messages import Registration
+from nnunetv2.federated.protocol.messages import Match, Registration
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 FALLBACK_DATASET = "Dataset999_Federated"
@@ -126,11 +127,17 @@ def _write_checkpoint(
         dataset_json=dataset_json,
         fold=registration.fold if registration.fold == "all" else int(registration.fold),
         mirroring_axes=common_mirroring_axes(registrations),
-        current_epoch=number + 1,
+        current_epoch=_epochs_until(number, archive.agreement(run).match),
         trainer_name=trainer,
     )
     with archive.result(RoundKey(run, number)) as aggregate:
         write_checkpoint(path, aggregate, names, content, counters=counters_of(registration))
+
+
+def _epochs_until(number: int, match: Match) -> int:
+    """Return how many epochs the sites have trained when a round is over."""
+    epochs = Rounds(match.exchange_every).first_epoch(number + 1)
+    return epochs if match.num_epochs is None else min(epochs, match.num_epochs)
 
 
 def _write_zip(model: Path, registration: Registration) -> Path:

@@ -32,7 +32,7 @@ from nnunetv2.federated.errors import FederationError
 VERSION = 1
 CONTENTS_FILE = "backup.json"
 LARGEST_CONTENTS = 256 << 20
-FURTHER_FOLDERS = ("models", "tls")
+FURTHER_FOLDERS = ("models", "tls", "given")
 """What is kept beside the database and the documents."""
 ATTEMPTS = 10
 """A document may be deleted, because its round has been closed, between the copy of the database and its link."""

@@ -257,6 +257,10 @@ class Store:
         """Return where a result is kept; `subset` names a part of its tensors."""
         return self._key_folder(key) / result_name(subset)
 
+    def given_path(self, digest: str) -> Path:
+        """Return the document with the weights of a checkpoint that the operator has given."""
+        return self.folder / "given" / f"{digest}.safetensors"
+
     def result_folder(self, key: Key | str) -> Path:
         """Return the folder for the results of an exchange; it exists."""
         folder = self._key_folder(key)

@@ -284,8 +284,14 @@ class Step(Generic[K, Q, R]):
         """
         return None
 
-    def write_for_sites(self, key: K, names: Sequence[str], path: Path, reader: DocumentReader) -> str:
-        """Write these tensors of a result as they travel, and return the SHA-256."""
+    def write_for_sites(
+        self, key: K, names: Sequence[str], path: Path, reader: DocumentReader, *, whole: bool = True
+    ) -> str:
+        """Write these tensors of a result as they travel, and return the SHA-256.
+
+        Args:
+            whole: For a site that has not got the result before; else the changes since that suffice.
+        """
         raise NotImplementedError
 
     def result_limits(self, num_cases: int | None) -> Limits:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from nnunetv2.federated.aggregation import weighted_mean
+from nnunetv2.federated.aggregation.given_weights import given_names
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
@@ -65,7 +66,7 @@ class InitialWeightsStep(WeightStep[InitialKey]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> Computed:
-        """Write the tensors of their owners."""
+        """Write the tensors of their owners, or what the operator has given in their place."""
         assert isinstance(exchange.key, InitialKey)
         agreement, outcome = reader.agreement(exchange.key.run), closed_outcome(exchange)
         owner_of = agreement.match.initial_owner
@@ -77,4 +78,16 @@ class InitialWeightsStep(WeightStep[InitialKey]):
             next_round=next_round(outcome.cohort, agreement.weights) if outcome.cohort else None,
         )
         out_path = reader.result_path(exchange.key)
-        return Computed(weighted_mean.collect_from_owners(documents, owner_of, message=message, out_path=out_path))
+        if settings.initial_weights is None:
+            return Computed(weighted_mean.collect_from_owners(documents, owner_of, message=message, out_path=out_path))
+        with reader.given_weights(settings.initial_weights) as weights:
+            names = given_names(agreement.match, agreement.specs, weights.specs)
+            return Computed(
+                weighted_mean.collect_from_owners(
+                    documents,
+                    owner_of,
+                    message=message,
+                    out_path=out_path,
+                    given=lambda name: weights.read(names[name]) if name in names else None,
+                )
+            )

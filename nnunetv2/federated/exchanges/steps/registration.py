@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from nnunetv2.federated.aggregation import matching
+from nnunetv2.federated.aggregation.given_weights import given_names
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
@@ -18,7 +19,7 @@ from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
 from nnunetv2.federated.privacy.identities import check_run_keys
 from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
 from nnunetv2.federated.protocol.api import FederationSettings
-from nnunetv2.federated.protocol.document import Document, Limits
+from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RunKey, run_name
 from nnunetv2.federated.protocol.messages import NEW_IN_REGISTRATION, SEGMENT_PATTERN, Match, Registration
 
@@ -84,7 +85,12 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
         reader: DocumentReader,
     ) -> Match:
         """Decide what the sites share."""
-        return match_registrations(messages_of(documents), settings)
+        contributed = messages_of(documents)
+        match = match_registrations(contributed, settings)
+        if settings.initial_weights is not None:
+            with reader.given_weights(settings.initial_weights) as weights:
+                check_given_weights(match, contributed, weights.specs)
+        return match
 
     def remarks(
         self, key: RegistrationKey, documents: Mapping[str, Document[Registration]], result: Match
@@ -96,7 +102,11 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
 def match_registrations(contributed: Mapping[str, Registration], settings: FederationSettings) -> Match:
     """Decide what the sites of a run share."""
     check_compatible(contributed)
-    check_pretrained_weights({site: message.pretrained_weights for site, message in contributed.items()})
+    pretrained = {site: message.pretrained_weights for site, message in contributed.items()}
+    if settings.initial_weights is None:
+        check_pretrained_weights(pretrained)
+    else:
+        check_no_other_weights(pretrained, settings.initial_weights)
     if settings.secure is not None:
         check_size(len(contributed))
     cases = {site: float(message.num_training_cases) for site, message in contributed.items()}
@@ -114,6 +124,7 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
         rule=settings.matching,
         weighting=settings.weighting,
         precision=settings.precision,
+        exchange_every=settings.exchange_every,
         weights=dict.fromkeys(contributed, 1.0),
         num_epochs=settings.num_epochs,
         num_iterations_per_epoch=settings.num_iterations_per_epoch,
@@ -176,6 +187,33 @@ def check_compatible(registered: Mapping[str, Registration]) -> None:
     check_same_dataset({site: message.dataset_json for site, message in registered.items()})
     if any(message.requires_equal_plans for message in registered.values()):
         agree_on_plans({site: message.plans for site, message in registered.items()})
+
+
+def check_given_weights(match: Match, registered: Mapping[str, Registration], given: Mapping[str, TensorSpec]) -> None:
+    """Raise RefusedError unless the weights that the operator has given fit the shared tensors."""
+    entries = {(site, entry.name): entry for site, message in registered.items() for entry in message.tensors}
+    shared = {
+        name: TensorSpec("F32", entries[owner, match.shared[name][owner]].shape)
+        for name, owner in match.initial_owner.items()
+    }
+    try:
+        given_names(match, shared, given)
+    except MatchingError as error:
+        raise RefusedError(
+            str(error), "Train with the plans of these weights, or found a federation without.", code="weights_differ"
+        ) from error
+
+
+def check_no_other_weights(digests: Mapping[str, str | None], given: str) -> None:
+    """Raise RefusedError if sites bring other weights than those that the operator has given."""
+    others = sorted(site for site, digest in digests.items() if digest not in (None, given))
+    if others:
+        raise RefusedError(
+            f"the operator hands the weights to start from to all sites (SHA-256 {given[:12]}...), and "
+            f"{', '.join(others)} brought others",
+            "Leave -pretrained_weights out.",
+            code="weights_differ",
+        )
 
 
 def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:

@@ -139,7 +139,9 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
             return ()
         return tuple(f"{ENVELOPE}{sender}.{site}" for sender in protocol.sites_among(survivors_of(key, reader)))
 
-    def write_for_sites(self, key: U, names: Sequence[str], path: Path, reader: DocumentReader) -> str:
+    def write_for_sites(
+        self, key: U, names: Sequence[str], path: Path, reader: DocumentReader, *, whole: bool = True
+    ) -> str:
         """Write these envelopes from what the survivors have sent, and return the SHA-256."""
         envelopes = {}
         for name in names:

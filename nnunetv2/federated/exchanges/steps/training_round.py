@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nnunetv2.federated.aggregation import weighted_mean
+from nnunetv2.federated.aggregation.codecs import int8
 from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.exchanges.declared_privacy import entry_of_site
 from nnunetv2.federated.exchanges.documents import DocumentReader
@@ -39,7 +40,9 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
         stops_with_run=True,
         recurs=True,
     )
-    contribution_note = "; the shared tensors of the site, F32 or F16. With `--secure`: `unmasking_shares`; `shares` U8"
+    contribution_note = (
+        "; the shared tensors of the site, F32, F16 or I8. With `--secure`: `unmasking_shares`; `shares` U8"
+    )
     result_note = "; the same, averaged"
 
     def prerequisite(self, key: RoundKey) -> ExchangeKey[Any, Aggregate]:
@@ -48,9 +51,9 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
 
     def check_may_begin(self, key: RoundKey, settings: FederationSettings) -> None:
         """Raise RefusedError if runs have fewer rounds."""
-        if settings.num_epochs is not None and key.number >= settings.num_epochs:
+        if settings.num_rounds is not None and key.number >= settings.num_rounds:
             raise RefusedError(
-                f"{key}: the run has {settings.num_epochs} rounds, counted from 0", code="unknown_gathering"
+                f"{key}: the run has {settings.num_rounds} rounds, counted from 0", code="unknown_gathering"
             )
 
     def expected(self, key: RoundKey, state: State) -> frozenset[str]:
@@ -135,6 +138,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
                     "this site needs the version of the software that the coordinator has"
                 )
         super().check_tensors(document, expected)
+        int8.check_packed_tensors(document)
 
     def describe(self, key: RoundKey) -> str:
         """Return run and number."""

@@ -51,10 +51,12 @@ class WeightStep(Step[K, Update, Aggregate]):
         names = tuple(sorted(agreement.specs_for(site)))
         return None if len(names) == len(agreement.specs) and agreement.codec.is_verbatim else names
 
-    def write_for_sites(self, key: K, names: Sequence[str], path: Path, reader: DocumentReader) -> str:
+    def write_for_sites(
+        self, key: K, names: Sequence[str], path: Path, reader: DocumentReader, *, whole: bool = True
+    ) -> str:
         """Write these tensors as they travel, and return the SHA-256."""
-        with reader.result(key) as whole:
-            return reader.agreement(key.run).codec.write_for_site(whole, path, names)
+        with reader.result(key) as result:
+            return reader.agreement(key.run).codec.write_for_site(result, path, names, whole=whole)
 
     def result_limits(self, num_cases: int | None) -> Limits:
         """Return what names and shapes of tensors may take."""

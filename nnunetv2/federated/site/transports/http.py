@@ -164,12 +164,14 @@ class HttpTransport:
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
+        changes: bool = False,
     ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
 
         Args:
             tensors: Name -> array of a dtype that travels.
             specs: Dtype and shape of the tensors, where they are not to be taken from the arrays.
+            changes: This site has got the result before: the changes since suffice, where weights travel as such.
 
         Returns:
             The result. It stays open until the next call of `exchange` or `result`. A round that took place without
@@ -182,7 +184,8 @@ class HttpTransport:
             WireError: What it sends is not the result of such an exchange, or larger than it can be.
         """
         receipt = self.contribute(key, message, tensors, specs=specs)
-        document = self.result(results.check_receipt(key, receipt.key))
+        counted_in = results.check_receipt(key, receipt.key)
+        document = self.result(counted_in, changes=changes and counted_in == key)
         if receipt.already and is_late(self.credential.site, key, document.message):
             self._say(f"{key}: this site's update came when the round was closed already: it did not count")
         return document
@@ -236,7 +239,7 @@ class HttpTransport:
             self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
         return receipt
 
-    def result(self, key: ExchangeKey[Any, R], *, wait_s: float | None = None) -> Document[R]:
+    def result(self, key: ExchangeKey[Any, R], *, wait_s: float | None = None, changes: bool = False) -> Document[R]:
         """Wait until an exchange is closed and return its result; see `exchange`, and `Transport.result`."""
         self._forget_document()
         deadline = None if wait_s is None else time.monotonic() + wait_s
@@ -244,7 +247,7 @@ class HttpTransport:
         largest = step.largest_result(self._weights_bytes.get(key.run, 0) if isinstance(key, RunKey) else 0)
         download = PartialDownload(self._new_path(), largest=largest)
         # The first answer comes at once, so that people see whom they wait for.
-        waiting = self._persist(lambda: self._poll(key, download, wait_s=0))
+        waiting = self._persist(lambda: self._poll(key, download, wait_s=0, changes=changes))
         while waiting is not None:
             if waiting.paused:
                 self._say(f"{key}: the operator has paused the run")
@@ -258,7 +261,7 @@ class HttpTransport:
             left_s = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
             if left_s <= 0:
                 raise StillOpenError(f"{key} was not closed within {wait_s:g} s")
-            waiting = self._persist(lambda: self._poll(key, download, wait_s=left_s))  # noqa: B023 - called at once
+            waiting = self._persist(lambda: self._poll(key, download, wait_s=left_s, changes=changes))  # noqa: B023 - called at once
         limits = replace(step.result_limits(self._num_cases), file_bytes=largest)
         self._document = document = open_document(download.path, limits=limits)
         try:
@@ -395,9 +398,10 @@ class HttpTransport:
         with self._request("PUT", f"gatherings/{quote(key)}", data=document, headers=headers) as response:
             return read_answer(api.Receipt, response)
 
-    def _poll(self, key: str, download: PartialDownload, *, wait_s: float) -> api.Waiting | None:
+    def _poll(self, key: str, download: PartialDownload, *, wait_s: float, changes: bool) -> api.Waiting | None:
         """Ask once for a result, resuming its download; None once it is complete."""
-        return self._download(f"gatherings/{quote(key)}?wait={wait_s:g}", download)
+        form = "&changes=1" if changes else ""
+        return self._download(f"gatherings/{quote(key)}?wait={wait_s:g}{form}", download)
 
     def _download(self, path: str, download: PartialDownload) -> api.Waiting | None:
         """Ask once for the rest of a file; return None once it is complete."""

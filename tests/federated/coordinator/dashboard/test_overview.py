@@ -94,6 +94,15 @@ def test_before_anything_happens_sites_are_idle(make_federation):
     ]
 
 
+def test_the_page_tells_what_sites_do_beside_averaging(tmp_path):
+    assert Federation(tmp_path / "plain").builder.build().methods == ()
+    settings = {"proximal": 0.01, "keep_local": "norm", "finetune_epochs": 2, "initial_weights": "ab" * 32}
+    lines = Federation(tmp_path / "all", **settings).builder.build().methods
+    for line, part in zip(lines, ("strength 0.01", "own tensors of norm", "for 2 epochs", "SHA-256 abababababab")):
+        assert part in line
+    assert len(lines) == 4
+
+
 def test_invited_and_revoked_sites_are_told_apart(make_federation):
     federation = make_federation("A", "B")
     federation.coordinator.invite("C", "site", by="boss", lifetime_s=100.0)

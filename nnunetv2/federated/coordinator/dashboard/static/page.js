@@ -259,7 +259,7 @@
   }
   function rules(overview) {
     const active = overview.sites.filter((site) => site.state !== "revoked").length;
-    const floor = ` Nothing is averaged over fewer than ${overview.min_sites}.`;
+    const floor = [` Nothing is averaged over fewer than ${overview.min_sites}`, ...overview.methods].join(". ") + ".";
     if (overview.quorum && overview.deadline_s) {
       return `${active} sites; after ${duration(overview.deadline_s)}, a round goes on with ${overview.quorum} of them.${floor}`;
     }

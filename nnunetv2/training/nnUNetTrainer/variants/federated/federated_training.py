@@ -1,5 +1,7 @@
 """Exchange weights at the end of every round: a mixin for trainers.
 
+A round is an epoch, or as many as the federation has agreed on.
+
     this thread     train e | validate own_e            | load, save | validate aggregate_e | train e + 1
     another one             | send own_e .. aggregate_e |              (every so many rounds)
 
@@ -12,14 +14,18 @@ What the weights are at each moment of epoch e:
     sent                                  the site's own weights, as the trainer's `on_train_epoch_end` leaves them, of
                                           the tensors that the sites share
     validated, logged, checkpoint_best    the same, of all tensors
-    checkpoint_latest, checkpoint_final,  the aggregate of round e where tensors are shared, the site's own elsewhere
-    trained in epoch e + 1
-    validated for the federation          the same; the voxels that were counted are sent, and a line of the log tells
-                                          of them. The curves and checkpoint_best stay the site's own; the best
-                                          aggregate, by the data of all sites, is chosen and kept by the coordinator
+    checkpoint_latest, checkpoint_final,  the aggregate of round e where tensors are shared, the site's own elsewhere,
+    trained in epoch e + 1                and where the operator wants it so (`--keep-local`)
+    validated for the federation          the aggregate wherever tensors are shared; the voxels that were counted are
+                                          sent, and a line of the log tells of them. The curves and checkpoint_best
+                                          stay the site's own; the best aggregate, by the data of all sites, is chosen
+                                          and kept by the coordinator
 
 Optimizer state, learning rate and augmentation stay at the site. The last epoch ends with an exchange too, so
-checkpoint_final holds the aggregate.
+checkpoint_final holds the aggregate. What may follow at the site alone is in `finetuning.py`.
+
+Within a round of several epochs (`--exchange-every`) nothing is sent: the site trains on with its own weights, which
+are in checkpoint_latest after each epoch, and --c goes on from them.
 
 How a training ends:
 
@@ -38,23 +44,30 @@ Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighte
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+import torch
 
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol import keys, messages
-from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings
+from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings, check_finetuning, describe_methods
 from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
+from nnunetv2.models.checkpoint_file import load_checkpoint_file
+from nnunetv2.models.networks import bare_network
 from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
@@ -62,12 +75,15 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation imp
     describe_validation,
     validate_network,
 )
+from nnunetv2.training.nnUNetTrainer.variants.federated.finetuning import finetune_
 from nnunetv2.training.nnUNetTrainer.variants.federated.health import check_epoch, kind_of
+from nnunetv2.training.nnUNetTrainer.variants.federated.local_tensors import find_local_tensors
 from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     copy_from_first_process_,
     export_weights,
     import_weights_,
 )
+from nnunetv2.training.nnUNetTrainer.variants.federated.proximal import ProximalTerm
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
@@ -79,6 +95,8 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.termination import befor
 from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.stopping import was_signalled
 
+RESTS = "federated_rests"
+"""Key of a checkpoint."""
 METRICS_OF_TRAINING = ("train_losses",)
 METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
 METRICS = (*METRICS_OF_TRAINING, *METRICS_OF_VALIDATION)
@@ -134,7 +152,7 @@ class FederatedTraining(RenamedHooks):
         "operator stops it with nnUNetv2_fed_admin",
         "stop_after_s": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
         "stop": "the others would wait for this site; nnUNetv2_fed_leave takes it out of the run",
-        "results_name": "a run is known by configuration, fold and trainer, and takes part in it once at each site",
+        "results_name": "a site takes part in a run once, and knows it by configuration, fold and trainer",
         "freeze": "all sites train the tensors that they share: what one froze, the others would change",
     }
 
@@ -147,11 +165,47 @@ class FederatedTraining(RenamedHooks):
     make_transport: Callable[..., Transport] = staticmethod(open_transport)
     """Opens the way to the coordinator; a test or another engine puts its own here."""
 
+    participant: Any = None
+    """The membership of this site; None before the training begins."""
+
+    rests: Mapping[str, np.ndarray] = {}
+    """What a checkpoint says that rounding has taken from this site's updates."""
+
+    rounds = Rounds()
+    """The epochs of a round."""
+
     round_in_training: int | None = None
     """The round whose update is being made; None before it is known."""
 
     pending: PendingExchange | None = None
     """The exchange under way."""
+
+    proximal_term: ProximalTerm | None = None
+    """Keeps the weights near those of the round, where the operator wants that."""
+
+    shared_tensors: frozenset[str] = frozenset()
+    """Names in the network's state dict of what this site shares."""
+
+    keep_local: str | None = None
+    """The tensors that sites keep their own of, as the operator has described them."""
+
+    local_tensors: frozenset[str] = frozenset()
+    """Those of them that this site shares: they are sent, and their averages are not taken over."""
+
+    initial_weights: str | None = None
+    """SHA-256 of the checkpoint that the operator lets all sites start from."""
+
+    finetune_epochs = 0
+    """How long this site trains on alone after the last round."""
+
+    planned_epochs = 0
+    """Length of the run's schedule, also where the operator has ended the run earlier."""
+
+    is_finetuning = False
+    """Whether the rounds are over, and what is trained stays here."""
+
+    local_averages: Weights = {}
+    """The latest averages of these, in the first process only."""
 
     _has_answered_signal = False
 
@@ -193,6 +247,9 @@ class FederatedTraining(RenamedHooks):
                 # The text of an error may quote paths or case names; only its kind leaves the site.
                 self.participant.report_failure(self.round_in_training, kind_of(error))
                 raise
+        if self.finetune_epochs:  # which concerns nobody else any more
+            with self._hold_output_folder(), self._alone():
+                finetune_(self, self.finetune_epochs, planned_epochs=self.planned_epochs, log_line=self.log_line)
 
     def on_train_start(self) -> None:
         """Apply the settings of the run, register, and load the common weights."""
@@ -202,16 +259,24 @@ class FederatedTraining(RenamedHooks):
         match, self.participant.run, outlook = ask_first_process(self._register)
         if self.is_masked:
             check_against_match(match, settings)
+        self.shared_tensors = frozenset(
+            sites[self.participant.site] for sites in match.shared.values() if self.participant.site in sites
+        )
         for line in (*describe_match(match, self.participant.site), outlook):
             self.log_line(line, add_timestamp=False)
-        own = self.local_weights()
-        position = self.receive_weights(lambda: self._start(own))
-        self.log_line(self._describe_start(begins=position["begins"]))
-        self.resume_at(position["epoch"])
+        if self.keep_local is not None:
+            self.local_tensors = find_local_tensors(self.network, self.keep_local, self.shared_tensors)
+            self.log_line(f"This site keeps its own values of {len(self.local_tensors)} shared tensors")
+        own, goes_on = self.local_weights(), self.current_epoch > 0
+        # Who begins, or comes without a checkpoint, has nothing of its own to keep yet.
+        position = self.receive_weights(
+            lambda: self._start(own), keeps_local=lambda position: goes_on and position["epoch"] > 0
+        )
+        self.log_line(self._describe_start(position["epoch"], begins=position["begins"]))
+        self.resume_at(min(position["epoch"], self.num_epochs))
         if position["is_over"]:
-            self.log_line(
-                f"Run {self.participant.run} is over after {self.current_epoch} rounds: ending with its aggregate"
-            )
+            rounds = self.rounds.count(self.current_epoch)
+            self.log_line(f"Run {self.participant.run} is over after {rounds} rounds: ending with its aggregate")
             self.finish_run()
 
     def _has_to_stop(self) -> bool:
@@ -223,19 +288,25 @@ class FederatedTraining(RenamedHooks):
 
     def on_train_epoch_start(self) -> None:
         """Note the round in training."""
-        self.round_in_training = self.current_epoch
+        if not self.is_finetuning:
+            self.round_in_training = self.rounds.of(self.current_epoch)
         super().on_train_epoch_start()
+        if self.proximal_term is not None:
+            self.proximal_term.attach_(self.optimizer)  # some trainers build another one between epochs
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Let only whole epochs with finite losses become updates, and send them."""
         check_epoch(train_outputs, epoch=self.current_epoch, num_iterations=self.num_iterations_per_epoch)
         super().on_train_epoch_end(train_outputs)
-        self.send_before_validation(self.current_epoch)
+        if not self.is_finetuning:
+            self.send_before_validation(self.current_epoch)
 
     def on_epoch_end(self) -> None:
         """Let the trainer end its epoch, then finish its exchange."""
         epoch = self.current_epoch  # super() moves on to the next one
         super().on_epoch_end()
+        if self.is_finetuning:
+            return
         try:
             self.exchange_weights(epoch)
         except FederationError as error:
@@ -244,6 +315,20 @@ class FederatedTraining(RenamedHooks):
                 self.log_line("The training is saved in checkpoint_latest: --c goes on with it")
             raise
 
+    def _describe_state(self) -> dict[str, Any]:
+        """Add what rounding has taken from this site's updates, while it is due."""
+        rests = self.participant.rests() if self.participant and self.current_epoch + 1 < self.num_epochs else {}
+        state: dict[str, Any] = super()._describe_state()
+        return {**state, RESTS: {name: torch.from_numpy(values) for name, values in rests.items()}} if rests else state
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint, with what its updates have not brought yet."""
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
+        self.rests = {name: values.cpu().numpy() for name, values in checkpoint.get(RESTS, {}).items()}
+        super().load_checkpoint(checkpoint)
+
     def save_while_training(self) -> None:
         """Save checkpoint_latest while the training goes on."""
         with self._writing_in_background():
@@ -251,17 +336,37 @@ class FederatedTraining(RenamedHooks):
 
     def _save_epoch_checkpoints(self, epoch: int) -> None:
         """Save checkpoint_best only: checkpoint_latest waits for the aggregate."""
-        self._save_checkpoint_if_best()
+        if not self.is_finetuning:
+            self._save_checkpoint_if_best()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let epochs be this site's own affair for the block."""
+        self.is_finetuning = True
+        if self.proximal_term is not None:
+            self.proximal_term.release()
+        try:
+            yield
+        finally:
+            self.is_finetuning = False
 
     # ---------------------------------------------------------------- before the first round
     def apply_settings(self, settings: FederationSettings) -> None:
-        """Use the epochs and iterations that the federation has fixed for all its sites."""
-        self.min_sites = settings.min_sites
-        self.is_masked = settings.secure is not None
+        """Use the epochs, iterations and methods that the federation has fixed for all its sites."""
+        self.min_sites, self.rounds = settings.min_sites, Rounds(settings.exchange_every)
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
+        if self.rounds.epochs > 1:
+            self.log_line(f"Weights are exchanged after every {self.rounds.epochs} epochs, which are a round")
+        self.is_masked = settings.secure is not None
         check_against_settings(self.training_options, settings)
+        check_finetuning(settings)
+        for line in describe_methods(settings):
+            self.log_line(line)
+        self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
+        self.keep_local, self.finetune_epochs = settings.keep_local, settings.finetune_epochs
+        self.initial_weights = settings.initial_weights
         epochs_before = self.num_epochs
-        self.num_epochs = settings.num_epochs or self.num_epochs
+        self.num_epochs = self.planned_epochs = settings.num_epochs or self.num_epochs
         self.num_iterations_per_epoch = settings.num_iterations_per_epoch or self.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = settings.num_val_iterations_per_epoch or self.num_val_iterations_per_epoch
         if self.was_initialized and self.num_epochs != epochs_before:
@@ -301,15 +406,23 @@ class FederatedTraining(RenamedHooks):
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
         match = self.participant.register(self.describe_training())
+        self.participant.take_over(self.rests)
         return match, self.participant.run, self.participant.describe_outlook()
 
     def _start(self, own: Weights) -> tuple[Weights, dict]:
-        position = self.participant.start(self.current_epoch, own, staleness=self.staleness)
+        position = self.participant.start(self.current_epoch, own, staleness=self.staleness, rounds=self.rounds)
         return position.weights, {"epoch": position.epoch, "is_over": position.is_over, "begins": position.begins}
 
-    def _describe_start(self, *, begins: bool) -> str:
+    def _describe_start(self, epoch: int, *, begins: bool) -> str:
         """Describe the initial weights, and whether pretrained ones are used."""
-        weights = self.pretrained_weights
+        weights, number = self.pretrained_weights, self.rounds.of(epoch)
+        if begins and self.initial_weights is not None:
+            return (
+                f"All sites start from the weights of the operator, SHA-256 {self.initial_weights}; the layers that "
+                "output classes are those of the site named above"
+            )
+        if epoch > self.rounds.first_epoch(number):
+            return f"Going on within round {number} from this site's own weights, at epoch {epoch}"
         if not begins:
             unused = f"; -pretrained_weights {weights} are not used" if weights else ""
             return f"The run has begun: going on from its weights{unused}"
@@ -322,14 +435,21 @@ class FederatedTraining(RenamedHooks):
 
     # ---------------------------------------------------------------- rounds
     def send_before_validation(self, epoch: int) -> None:
-        """Begin the exchange of a trained epoch, unless it is the last."""
-        if self.sends_before_validation and epoch + 1 < self.num_epochs:
-            self.begin_exchange(epoch, self.make_update(epoch, METRICS_OF_TRAINING))
+        """Begin the exchange of a trained round, unless it is the last."""
+        is_last_of_round = self.rounds.is_last_of_round(epoch, self.num_epochs)
+        if self.sends_before_validation and is_last_of_round and epoch + 1 < self.num_epochs:
+            self.begin_exchange(self.rounds.of(epoch), self.make_update(epoch, METRICS_OF_TRAINING))
 
     def exchange_weights(self, epoch: int) -> None:
-        """Finish the exchange of an epoch: load the aggregate, save it, validate it."""
+        """Finish the exchange of a round: load the aggregate, save it, validate it.
+
+        Within a round, only save.
+        """
+        if not self.rounds.is_last_of_round(epoch, self.num_epochs):
+            self.save_while_training()
+            return
         if self.pending is None:
-            self.begin_exchange(epoch, self.make_update(epoch, METRICS))
+            self.begin_exchange(self.rounds.of(epoch), self.make_update(epoch, METRICS))
         aggregate = self.finish_exchange()
         self.resume_after(aggregate, epoch)
         if self.current_epoch < self.num_epochs:
@@ -349,7 +469,7 @@ class FederatedTraining(RenamedHooks):
         """Wait for the pending exchange, load the aggregate, and return its message."""
         start, pending = time.monotonic(), self.pending
         assert pending is not None
-        aggregate = self.receive_weights(pending.result)
+        aggregate = self.receive_weights(pending.result, keeps_local=lambda _: True)
         self.report_round(aggregate, megabytes=pending.megabytes, waited_s=time.monotonic() - start)
         self.pending = None
         return aggregate
@@ -357,7 +477,7 @@ class FederatedTraining(RenamedHooks):
     def resume_after(self, aggregate: messages.Aggregate, epoch: int) -> None:
         """Move to the epoch after an aggregate, or finish a stopped run."""
         assert aggregate.round is not None
-        if aggregate.round < epoch:
+        if aggregate.round < self.rounds.of(epoch):
             self.log_line(
                 f"The operator has stopped run {self.participant.run} after round {aggregate.round}: ending with "
                 "its aggregate"
@@ -365,7 +485,8 @@ class FederatedTraining(RenamedHooks):
             self.finish_run()
         else:
             # A site that was so late that the run went on without it gets a later aggregate.
-            self.resume_at(max(self.current_epoch, aggregate.round + 1))
+            next_epoch = self.rounds.first_epoch(aggregate.round + 1)
+            self.resume_at(max(self.current_epoch, min(next_epoch, self.num_epochs)))
 
     def validate_aggregate(self, aggregate: messages.Aggregate, *, is_last: bool) -> None:
         """Validate the aggregate on this site's data; log and send the counts."""
@@ -375,7 +496,8 @@ class FederatedTraining(RenamedHooks):
             return
         number = aggregate.round
         assert number is not None  # the initial weights are not wanted
-        found = validate_network(self)
+        with self.common_model():
+            found = validate_network(self)
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
@@ -386,7 +508,8 @@ class FederatedTraining(RenamedHooks):
         """Move to the epoch of the run; the curves show missed epochs as gaps."""
         if epoch == self.current_epoch:
             return
-        self.log_line(f"The run is at round {epoch}, this site at epoch {self.current_epoch}: going on there")
+        number = self.rounds.of(epoch)
+        self.log_line(f"The run is at round {number}, this site at epoch {self.current_epoch}: going on there")
         now = time.time()
         for name, values in self.logger.local_logger.my_fantastic_logging.items():
             gap = now if name.endswith("timestamps") else float("nan")
@@ -402,8 +525,14 @@ class FederatedTraining(RenamedHooks):
         """Return a copy of the network's weights, in the first process only."""
         return export_weights(self.network) if self.local_rank == 0 else {}
 
-    def receive_weights(self, question: Callable[[], tuple[Weights, Rest]]) -> Rest:
-        """Receive weights in the first process, load them in all, and return their message."""
+    def receive_weights(
+        self, question: Callable[[], tuple[Weights, Rest]], *, keeps_local: Callable[[Rest], bool]
+    ) -> Rest:
+        """Receive weights in the first process, load them in all, and return their message.
+
+        Args:
+            keeps_local: Tells by the message whether the site goes on with its own values of its local tensors.
+        """
         received: Weights = {}
 
         def ask() -> Rest:
@@ -412,8 +541,32 @@ class FederatedTraining(RenamedHooks):
             return rest
 
         rest = ask_first_process(ask)
-        self.load_weights(received)
+        self.local_averages = {name: received[name] for name in self.local_tensors & received.keys()}
+        self.load_weights(self.without_local(received) if keeps_local(rest) else received)
+        if self.proximal_term is not None:
+            self.proximal_term.anchor(
+                parameter
+                for name, parameter in bare_network(self.network).named_parameters()
+                if name in self.shared_tensors - self.local_tensors
+            )
         return rest
+
+    def without_local(self, weights: Weights) -> Weights:
+        """Return weights without those that this site keeps its own of."""
+        return {name: values for name, values in weights.items() if name not in self.local_tensors}
+
+    @contextmanager
+    def common_model(self) -> Iterator[None]:
+        """Make the network the common model for the block, local tensors included."""
+        if not self.local_tensors:
+            yield
+            return
+        own = {name: values for name, values in self.local_weights().items() if name in self.local_tensors}
+        self.load_weights(self.local_averages)
+        try:
+            yield
+        finally:
+            self.load_weights(own)
 
     def load_weights(self, weights: Weights) -> None:
         """Load weights that the first process has into the networks of all processes."""
@@ -425,11 +578,10 @@ class FederatedTraining(RenamedHooks):
         """Return the metrics of an update, and those that the last lacked."""
         if not self.sends_figures:
             return messages.Update()
-        earlier = None
-        if self.sends_before_validation and epoch > 0:
-            earlier = messages.EarlierMetrics(
-                round=epoch - 1, metrics=self.metrics_of(epoch - 1, METRICS_OF_VALIDATION)
-            )
+        earlier, number = None, self.rounds.of(epoch)
+        if self.sends_before_validation and number > 0:
+            before = self.rounds.first_epoch(number) - 1
+            earlier = messages.EarlierMetrics(round=number - 1, metrics=self.metrics_of(before, METRICS_OF_VALIDATION))
         return messages.Update(metrics=self.metrics_of(epoch, known), earlier=earlier)
 
     def metrics_of(self, epoch: int, names: Sequence[str]) -> dict[str, messages.Metric]:

@@ -1,0 +1,286 @@
+"""Let weights travel as changes in eight bits.
+
+What rounding takes from them is sent with the next round.
+
+    site          sent_r = q(w_r - b_r-1 + e_r-1)             e_r = (w_r - b_r-1 + e_r-1) - sent_r
+    coordinator   u_r = b_r-1 + mean_r + c_r-1                b_r = b_r-1 + q(u_r - b_r-1),  c_r = u_r - b_r
+    all sites     add q(u_r - b_r-1) to b_r-1, and go on from b_r
+
+b is the average as all sites have it, in float32 and to the same bit; b_-1 are the initial weights. q rounds to the
+nearest of 255 steps of one size for each block of 4,096 values; the largest value of a block is 127 steps. What is lost
+on the way up (e) or down (c) comes with the next round (error feedback), so small steps add up. Method: Seide et al.,
+1-bit SGD (Interspeech 2014); Karimireddy et al., Error Feedback Fixes SignSGD (ICML 2019); Tang et al., DoubleSqueeze
+(ICML 2019), for both ways.
+
+A tensor travels as int8 values in one axis: for each block four bytes, its step as a little-endian float32, then its
+steps. Results of rounds hold b, c and what leads from the b before to it, so a crash loses nothing. A site that has
+not got the b before, since it was started again or is late, downloads b itself.
+
+e is in the memory of a site's process, and in its checkpoints: a training that goes on ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2.federated.aggregation.weighted_mean import Aggregated, Change
+from nnunetv2.federated.errors import AggregationError, PrecisionError, WireError
+from nnunetv2.federated.protocol.document import DTYPES, Document, TensorSpec, write_document
+from nnunetv2.federated.protocol.messages import Aggregate, Update
+
+BLOCK = 4096
+_CHUNK = 64 * BLOCK
+"""Values that are averaged at a time."""
+_STEPS = 127
+_LARGEST = float(np.finfo(np.float32).max) * (1 + 2**-20)
+"""Of a block, with a step that was rounded up."""
+_HEAD = 4
+"""Bytes of a block's step."""
+REST, CHANGE = "#rest", "#change"
+"""Behind the name of a tensor: c, and what leads from the b before to b, in the result of a round."""
+
+
+# ------------------------------------------------------------------------------------------------------- the packing
+def packed_size(size: int) -> int:
+    """Return how many bytes so many values take."""
+    return size + _HEAD * -(-size // BLOCK)
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+    """Round float values to steps and return them as they travel, int8.
+
+    Raises:
+        PrecisionError: A value is too large for float32 steps.
+    """
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    packed = np.empty(packed_size(flat.size), np.int8)
+    for begin, block in _blocks(packed, flat.size):
+        part = flat[begin : begin + BLOCK]
+        largest = np.float32(np.abs(part).max())
+        if not np.isfinite(largest):
+            raise PrecisionError("a change of infinite size does not fit into eight bits")
+        step = largest / np.float32(_STEPS)
+        if step == 0:  # nothing has changed, or by less than float32 can divide
+            block[:] = 0
+            continue
+        block[:_HEAD] = np.array(step, "<f4").reshape(1).view(np.int8)
+        np.copyto(block[_HEAD:], np.clip(np.rint(part / step), -_STEPS, _STEPS), casting="unsafe")
+    return packed
+
+
+def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the values, float32."""
+    values = np.empty(math.prod(shape), np.float32)
+    for begin, block in _blocks(packed, values.size):
+        np.multiply(block[_HEAD:], _step(block), out=values[begin : begin + BLOCK], dtype=np.float32)
+    return values.reshape(shape)
+
+
+def check_packed(name: str, packed: np.ndarray) -> None:
+    """Raise WireError unless the steps of a tensor are finite and not negative."""
+    for _, block in _blocks(packed, packed.size - _HEAD * -(-packed.size // (BLOCK + _HEAD))):
+        if not 0 <= (step := float(_step(block))) * _STEPS <= _LARGEST:  # neither is NaN
+            raise WireError(f"tensor {name} has a step of {step} in a block: expected a finite one from 0 on")
+
+
+def _step(block: np.ndarray) -> np.float32:
+    return np.float32(np.ascontiguousarray(block[:_HEAD]).view("<f4")[0])
+
+
+def _blocks(packed: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first value and the bytes of every block."""
+    for number, begin in enumerate(range(0, size, BLOCK)):
+        start = begin + number * _HEAD
+        yield begin, packed[start : start + _HEAD + min(BLOCK, size - begin)]
+
+
+def as_packed(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the tensors as they travel in eight bits."""
+    return {name: TensorSpec("I8", (packed_size(spec.size),)) for name, spec in specs.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- the codec
+class Int8WithErrorFeedback:
+    """The codec of changes in eight bits; see `UpdateCodec`."""
+
+    is_verbatim = False
+    is_relative = True
+
+    def __init__(self) -> None:
+        self._average: dict[str, np.ndarray] = {}
+        """b, of the tensors that this site shares."""
+        self._rests: dict[str, np.ndarray] = {}
+        self._next_rests: dict[str, np.ndarray] = {}
+
+    def specs(self, registered: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """Return the tensors in eight bits."""
+        return as_packed(registered)
+
+    # ------------------------------------------------------------------------------------------------- at a site
+    def encode(self, update: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the changes of weights since the last average, packed.
+
+        Raises:
+            PrecisionError: A change is not finite; its tensor is named.
+        """
+        sent: dict[str, np.ndarray] = {}
+        self._next_rests = {}
+        for name, values in update.items():
+            change = values - self._average[name]
+            if name in self._rests:
+                change += self._rests[name]
+            try:
+                sent[name] = pack(change)
+            except PrecisionError as error:
+                raise PrecisionError(f"tensor {name}: {error}") from error
+            self._next_rests[name] = change - unpack(sent[name], change.shape)
+        return sent
+
+    def settle(self) -> None:
+        """Keep the rests of what was encoded last, which counts."""
+        self._rests = self._next_rests
+
+    def receive(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the average that came, whole or as what it has changed by.
+
+        Raises:
+            WireError: It is a change of an average that this site has not got.
+        """
+        for name, values in tensors.items():
+            if values.dtype != np.int8:
+                self._average[name] = np.array(values, np.float32)
+                continue
+            if name not in self._average:
+                raise WireError(f"the coordinator sends what tensor {name} has changed by, which this site has not got")
+            before = self._average[name]
+            if values.shape != (packed_size(before.size),):
+                raise WireError(f"tensor {name} of the coordinator's aggregate has {values.size} bytes")
+            check_packed(name, values)
+            self._average[name] = before + unpack(values, before.shape)
+        return {name: self._average[name].copy() for name in tensors}
+
+    def rests(self) -> dict[str, np.ndarray]:
+        """Return what is still due, for a checkpoint."""
+        return dict(self._rests)
+
+    def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
+        """Go on with what is still due."""
+        self._rests = dict(rests)
+
+    # ---------------------------------------------------------------------------------------- at the coordinator
+    def combine(
+        self,
+        documents: Mapping[str, Document[Update]],
+        weights: Mapping[str, float],
+        *,
+        out_path: Path,
+        message: Aggregate,
+        previous: Document[Aggregate],
+        min_sites: int,
+    ) -> Aggregated:
+        """Average changes, add what rounding took before, and write the results."""
+        sites = sorted(documents)
+        names = sorted(name for name in previous.specs if not name.endswith((REST, CHANGE)))
+        holders = {name: [site for site in sites if name in documents[site].specs] for name in names}
+        kept = tuple(name for name in names if 0 < len(holders[name]) < min_sites)
+        squares: dict[str, list[float]] = {site: [] for site in sites}
+        sizes = dict.fromkeys(sites, 0)
+
+        def tensors() -> Iterator[np.ndarray]:
+            for name in names:
+                spec, counted = previous.specs[name], holders[name]
+                after, change, rest = (
+                    np.empty(size, dtype)
+                    for size, dtype in (
+                        (spec.size, np.float32),
+                        (packed_size(spec.size), np.int8),
+                        (spec.size, np.float32),
+                    )
+                )
+                for part, packed in _chunks(spec.size):
+                    before = _read(previous, name, part)
+                    due = _rest_of(previous, name, part).astype(np.float64)
+                    mean = np.zeros(before.size)
+                    for site in counted:
+                        moved = unpack(_read(documents[site], name, packed), before.shape).astype(np.float64)
+                        squares[site].append(float(moved @ moved))
+                        mean += moved * (_weight_of(weights, site) / total_of(counted))
+                    is_kept = name in kept or not counted  # then what is due stays due
+                    change[packed] = pack(np.zeros(before.size) if is_kept else due + mean)
+                    after[part] = before + unpack(change[packed], before.shape)
+                    rest[part] = due + (0 if is_kept else mean) - (after[part].astype(np.float64) - before)
+                for site in counted:
+                    sizes[site] += spec.size
+                if not np.isfinite(after).all():
+                    raise AggregationError(f"tensor {name}: the mean is not finite")
+                yield after.reshape(spec.shape)
+                yield change
+                yield rest.reshape(spec.shape)
+
+        def total_of(counted: Iterable[str]) -> float:
+            return math.fsum(_weight_of(weights, site) for site in counted)
+
+        specs: dict[str, TensorSpec] = {}
+        for name in names:
+            spec = previous.specs[name]
+            specs |= {name: spec, f"{name}{CHANGE}": as_packed({"": spec})[""], f"{name}{REST}": spec}
+        digest = write_document(out_path, message, specs, tensors())
+        changes = {site: Change(math.sqrt(math.fsum(squares[site])), sizes[site]) for site in sites}
+        return Aggregated(digest, changes, kept)
+
+    def handed_out(self, values: np.ndarray) -> np.ndarray:
+        """Return the values, which sites have as they are kept."""
+        return values
+
+    def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str], *, whole: bool) -> str:
+        """Write these tensors, whole or as what they have changed by, and return the SHA-256."""
+        ordered = sorted(names)
+        behind = "" if whole else CHANGE
+        if any(f"{name}{behind}" not in source.specs for name in ordered):
+            behind = ""  # the initial weights, which are no change of anything
+        specs = {name: source.spec(f"{name}{behind}") for name in ordered}
+        tensors = (_read(source, f"{name}{behind}").reshape(specs[name].shape) for name in ordered)
+        return write_document(path, source.message, specs, tensors)
+
+
+def check_packed_tensors(document: Document[Any]) -> None:
+    """Raise WireError, naming the tensor, unless all steps in a document can be used."""
+    for name, spec in document.specs.items():
+        if spec.dtype == "I8":
+            check_packed(name, _read(document, name))
+
+
+def _chunks(size: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the same part of a tensor's values and of its bytes, a few hundred thousand at a time."""
+    for begin in range(0, size, _CHUNK):
+        end = min(begin + _CHUNK, size)
+        first = packed_size(begin)
+        yield slice(begin, end), slice(first, first + packed_size(end - begin))
+
+
+def _read(document: Document[Any], name: str, part: slice | None = None) -> np.ndarray:
+    """Return values of a tensor in one axis, read without mapping the file into memory."""
+    spec = document.spec(name)
+    part = slice(0, spec.size) if part is None else part
+    values = np.empty(part.stop - part.start, DTYPES[spec.dtype])
+    if values.size:
+        document.read_into(name, part.start, values)
+    return values
+
+
+def _rest_of(previous: Document[Any], name: str, part: slice) -> np.ndarray:
+    """Return c of the round before; initial weights leave none."""
+    rest = f"{name}{REST}"
+    return _read(previous, rest, part) if rest in previous.specs else np.zeros(part.stop - part.start, np.float32)
+
+
+def _weight_of(weights: Mapping[str, float], site: str) -> float:
+    weight = float(weights[site])
+    if not 0 < weight < math.inf:
+        raise AggregationError(f"a weight must be positive and finite, got {weight}")
+    return weight
