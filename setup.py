@@ -37,6 +37,7 @@ COMMANDS = {
     "nnUNetv2_fed_roster": "federated.commands.roster:roster_entry",
     "nnUNetv2_fed_status": "federated.commands.status:status_entry",
     "nnUNetv2_fed_manifest": "federated.commands.manifest:manifest_entry",
+    "nnUNetv2_fed_privacy": "federated.commands.privacy:privacy_entry",
     "nnUNetv2_fed_fetch_model": "federated.commands.fetch_model:fetch_model_entry",
     "nnUNetv2_fed_check": "site_check.command:check_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
@@ -113,11 +114,14 @@ setup(
             "onnxruntime>=1.19",
             "types-requests",
             "types-tqdm",
+            "dp-accounting>=0.6",
         ],
         # export to ONNX; deploy/onnx-requirements.txt lists what prediction with the files needs, without torch
         "onnx": ["onnx>=1.16", "onnxruntime>=1.19"],
         # for a coordinator, which is installed without the requirements above, where sites aggregate securely
         "secure": ["cryptography>=42"],
+        # trainings with differential privacy; its versions of attrs and numpy are bounded above
+        "dp": ["dp-accounting>=0.6"],
         # loggers and an optimizer that trainers use on request
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],

@@ -140,6 +140,13 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             answers={200: api.Outlooks},
         )
     },
+    "/v1/privacy": {
+        "get": Operation(
+            summary="What sites have declared of the differential privacy of their trainings, of runs where any has.",
+            who="member",
+            answers={200: api.DeclaredPrivacy},
+        )
+    },
     "/v1/runs/{run}": {
         "get": Operation(
             summary="How far a run is; with the name of a site's plans, how far the run is that they belong to.",

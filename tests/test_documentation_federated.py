@@ -21,7 +21,9 @@ SHORTEST_FRAGMENT = 5
 def texts_of_source() -> str:
     """Return every text in the package's federation, with a line each, in which a value is written as a NUL."""
     package = PROJECT / "nnunetv2"
-    folders = [package / "federated", package / "training" / "nnUNetTrainer" / "variants" / "federated"]
+    training = package / "training"
+    variants = training / "nnUNetTrainer" / "variants"
+    folders = [package / "federated", training / "differential_privacy", variants / "federated", variants / "privacy"]
     found = []
     for path in [
         package / "experiment_planning" / "federated_planning.py",

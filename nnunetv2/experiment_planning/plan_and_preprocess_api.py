@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -311,6 +312,7 @@ def preprocess_dataset(
             num_processes=count_for(preprocessor, configuration) if count is None else count,
         )
     copy_labels(dataset_name, plans_manager.image_reader_writer_class())
+    copy_patients(dataset_name)
 
 
 def preprocess(
@@ -341,6 +343,17 @@ def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> No
     dataset_json = read_json(raw / "dataset.json")
     labels = {case: files["label"] for case, files in list_training_cases(raw, preprocessed, dataset_json).items()}
     copy_references(labels, preprocessed / "gt_segmentations", dataset_json["file_ending"], reader)
+
+
+def copy_patients(dataset_name: str) -> None:
+    """Copy the file that names the patient of each case, if the dataset has one."""
+    from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE
+    from nnunetv2.utilities.atomic_write import replacing
+
+    source = Path(nnUNet_raw) / dataset_name / DECLARED_PATIENTS_FILE
+    if source.is_file():
+        with replacing(Path(nnUNet_preprocessed) / dataset_name / DECLARED_PATIENTS_FILE) as written:
+            shutil.copyfile(source, written)
 
 
 def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequence[str]) -> list[int | None]:

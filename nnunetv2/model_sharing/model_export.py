@@ -19,6 +19,8 @@ from nnunetv2.utilities.json_files import PLANS, read_json
 
 logger = logging.getLogger(__name__)
 
+PRIVACY_FILE = "privacy.json"
+"""In the folder of a fold that was trained with differential privacy, and of a model of several sites that were."""
 _SCORES = ("summary.json", "postprocessing.pkl", "postprocessing.json")
 _PROBABILITIES = (".npz", ".pkl")
 # Weights, images and label maps do not get smaller by compression.
@@ -103,17 +105,24 @@ def _files_of_model(
 ) -> Iterator[Path]:
     missing = [fold for fold in folds if not (model / f"fold_{fold}").is_dir()]
     assert not missing, f"{model} lacks the folds {', '.join(map(str, missing))}; name those to export (-f)"
+    is_private = any((model / f"fold_{fold}" / PRIVACY_FILE).is_file() for fold in folds)
+    if is_private:
+        logger.warning("%s was trained with differential privacy: figures that it does not cover stay here", model.name)
     for fold in folds:
         folder = model / f"fold_{fold}"
-        yield from _existing(folder, ("debug.json",))
+        yield from _existing(folder, (PRIVACY_FILE,) if is_private else ("debug.json",))
         for name in checkpoints:
             yield _require(folder / name)
+        if is_private:
+            continue
         # Neither is needed for prediction, so that a fold whose validation is to come can be shared.
         yield from _existing(folder, ("progress.png", "network_architecture.pdf"))
         yield from _scores(folder / "validation", with_predictions)
-    yield from _scores(Path(default_merged_folder(str(model), folds)), with_predictions)
-    for name in ("plans.json", "dataset_fingerprint.json", "dataset.json"):
+    if not is_private:
+        yield from _scores(Path(default_merged_folder(str(model), folds)), with_predictions)
+    for name in ("plans.json", *(() if is_private else ("dataset_fingerprint.json",)), "dataset.json"):
         yield _require(model / name)
+    yield from _existing(model, (PRIVACY_FILE,))
 
 
 def _files_of_ensembles(dataset: Path, models: set[str], with_predictions: bool) -> list[Path]:

@@ -11,6 +11,8 @@ from nnunetv2.utilities.json_files import JsonFileError, read_json
 
 PATIENTS_FILE = "splits_patients.json"
 """In the preprocessed dataset, beside the splits. Written by `nnUNetv2_make_splits`."""
+DECLARED_PATIENTS_FILE = "patients.json"
+"""In the raw dataset, and copied with the preprocessing: the same, as trainings with differential privacy want it."""
 
 _SHOWN = 3
 

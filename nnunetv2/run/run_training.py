@@ -19,6 +19,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run import applied_options, processes, training_options
 from nnunetv2.run.fine_tuning import start_from_pretrained_weights
 from nnunetv2.training import stopping
+from nnunetv2.training.differential_privacy.options import PrivacyOptions, add_privacy_options, options_of
 from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, check_class_names, class_names, split_results_name
 from nnunetv2.training.seeding import seed_everything, seed_from_environment, seed_restored, use_seed
 from nnunetv2.utilities.command_line import add_device_option, run_command
@@ -130,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
     add_device_option(parser)
     training_options.add_training_options(parser)
+    add_privacy_options(parser)
     return parser
 
 
@@ -148,6 +150,7 @@ def run_training(
     val_with_best: bool = False,
     device: torch.device | None = None,
     options: TrainingOptions = NO_OPTIONS,
+    privacy: PrivacyOptions | None = None,
 ) -> None:
     """Train a fold, unless only its validation is asked for, and predict its validation cases.
 
@@ -160,6 +163,7 @@ def run_training(
         val_with_best: Validate with checkpoint_best.
         device: Where to train. Default: CUDA.
         options: What to change of the trainer.
+        privacy: Options of a trainer with differential privacy.
 
     Raises:
         AssertionError: Two options exclude each other.
@@ -173,6 +177,7 @@ def run_training(
     device = torch.device("cuda") if device is None else device
     fold = parse_fold(fold)
     trainer_class_name, options = split_results_name(trainer_class_name, options)
+    _check_privacy(trainer_class_name, privacy, num_gpus=num_gpus, only_run_validation=only_run_validation)
     _check_options(
         continue_training=continue_training,
         only_run_validation=only_run_validation,
@@ -219,6 +224,8 @@ def run_training(
             device,
             options=options,
         )
+        if privacy is not None:
+            setattr(trainer, "privacy_options", privacy)  # noqa: B010  trainers without have been refused
         _run(
             trainer,
             options,
@@ -411,6 +418,7 @@ def cleanup_ddp() -> None:
 def _train(args: argparse.Namespace, options: TrainingOptions) -> None:
     from nnunetv2.utilities.device import resolve_device, set_torch_threads
 
+    privacy = options_of(args)
     with _without_garbage_collection():
         import nnunetv2.training.nnUNetTrainer.nnUNetTrainer  # noqa: F401  every trainer needs it, and torch
     device = resolve_device(args.device)
@@ -430,6 +438,7 @@ def _train(args: argparse.Namespace, options: TrainingOptions) -> None:
         args.val_best,
         device=device,
         options=options,
+        privacy=privacy,
     )
 
 
@@ -486,6 +495,28 @@ def _build_trainer(*what: Any, options: TrainingOptions) -> nnUNetTrainer:
         check_class_names(options.class_weights, class_names(labels))
     named: dict[str, Any] = {"results_name": options.results_name} if options.results_name else {}
     return get_trainer_from_args(*what, **named)
+
+
+def _check_privacy(
+    trainer_name: str, privacy: PrivacyOptions | None, *, num_gpus: int, only_run_validation: bool
+) -> None:
+    """Refuse options of differential privacy without effect, and private trainers with several processes."""
+    is_ddp = num_gpus > 1 or processes.are_launched_by_torchrun()
+    if privacy is None and not is_ddp:
+        return
+    from nnunetv2.run import run_training as public
+    from nnunetv2.training.differential_privacy.refusals import check_process
+
+    is_private = hasattr(public.recursive_find_trainer_class_by_name(trainer_name), "privacy_options")
+    if privacy is not None and not is_private:
+        raise ValueError(
+            f"{trainer_name} trains without differential privacy, so the options --dp... cannot be used: choose "
+            "-tr nnUNetTrainerDP, or nnUNetTrainerDPAsymFedAvg in a federation"
+        )
+    if privacy is not None and only_run_validation:
+        raise ValueError("--val only validates: leave out the options --dp...")
+    if is_private:
+        check_process(is_ddp=is_ddp, has_grad_scaler=False)
 
 
 def _run(

@@ -83,11 +83,13 @@ def load_planned_training(
     trainer: str,
     share_extrema: bool,
     precision: Precision,
+    is_masked: bool = False,
 ) -> PlannedTraining:
     """Read dataset.json and the plans, and build the documents that will be sent.
 
     Args:
         configuration: None takes 3d_fullres if the plans have it, else their first one.
+        is_masked: Whether the federation masks updates and statistics.
 
     Raises:
         ValueError: A file makes no sense, or the plans have no such configuration.
@@ -103,6 +105,7 @@ def load_planned_training(
         plans_name=plans_name,
         share_extrema=share_extrema,
         precision=precision,
+        is_masked=is_masked,
     )
     return PlannedTraining(folders, read_json(folders.raw / "dataset.json"), plans, chosen, documents)
 

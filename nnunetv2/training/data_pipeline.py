@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
-def start_augmenters(
-    trainer: nnUNetTrainer, *, loader_class: type[nnUNetDataLoader], num_processes: int
-) -> tuple[Iterator[dict], Iterator[dict]]:
-    """Return endless training and validation batches, whose workers are running already.
+Loader = TypeVar("Loader", bound="nnUNetDataLoader")
 
-    Nobody waits for their first batches: until the first step there is more to do.
-    """
+
+def build_loaders(
+    trainer: nnUNetTrainer, *, training_class: type[Loader], validation_class: type[nnUNetDataLoader]
+) -> tuple[Loader, nnUNetDataLoader]:
+    """Return the loaders of training and of validation data, with the transforms of a trainer."""
     patch_size = trainer.configuration_manager.patch_size
     scales = trainer._get_deep_supervision_scales()
     rotation, dummy_2d, initial_patch_size, mirror_axes = (
@@ -48,7 +48,7 @@ def start_augmenters(
     )
     val_transforms = trainer.get_validation_transforms(scales, **shared)
     train_set, val_set = trainer.get_tr_and_val_datasets()
-    loaders = [
+    training, validation = (
         loader_class(
             dataset,
             trainer.batch_size,
@@ -61,11 +61,22 @@ def start_augmenters(
             transforms=transforms,
             probabilistic_oversampling=trainer.probabilistic_oversampling,
         )
-        for dataset, size, transforms in (
-            (train_set, initial_patch_size, train_transforms),
-            (val_set, patch_size, val_transforms),
+        for loader_class, dataset, size, transforms in (
+            (training_class, train_set, initial_patch_size, train_transforms),
+            (validation_class, val_set, patch_size, val_transforms),
         )
-    ]
+    )
+    return cast("Loader", training), validation
+
+
+def start_augmenters(
+    trainer: nnUNetTrainer, *, loader_class: type[nnUNetDataLoader], num_processes: int
+) -> tuple[Iterator[dict], Iterator[dict]]:
+    """Return endless training and validation batches, whose workers are running already.
+
+    Nobody waits for their first batches: until the first step there is more to do.
+    """
+    loaders = build_loaders(trainer, training_class=loader_class, validation_class=loader_class)
     seed, epoch = seed_from_environment(), trainer.current_epoch
     augmenters = build_augmenters(
         *loaders,

@@ -28,14 +28,16 @@ class EagerSGD(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-def build_sgd(network: nn.Module, *, initial_lr: float, weight_decay: float, device: torch.device) -> torch.optim.SGD:
+def build_sgd(
+    network: nn.Module, *, initial_lr: float, weight_decay: float, device: torch.device, momentum: float = MOMENTUM
+) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum, which updates all weights in one pass where torch can.
 
     On CUDA it decides on the GPU whether to skip a step, without waiting.
     """
     options = {"fused": True} if can_be_fused(device) else {}
     sgd = torch.optim.SGD if device.type == "cuda" else EagerSGD  # on CUDA the network is compiled, so it is loaded
-    return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True, **options)
+    return sgd(network.parameters(), initial_lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, **options)
 
 
 def build_adamw(

@@ -308,3 +308,12 @@ def test_commands_install_and_say_what_is_wrong(exported, tmp_path, monkeypatch,
     assert "https only" in capsys.readouterr().err
     entry_points.print_license_warning()
     assert "terms" in capsys.readouterr().out
+
+
+def test_of_a_private_model_only_what_its_privacy_covers_is_exported(models, tmp_path):
+    for fold in (0, 1):
+        (models.parent / MODEL / f"fold_{fold}" / "privacy.json").write_text("{}")
+    export_pretrained_model(NAME, str(tmp_path / "m.zip"), ["2d"], folds=(0, 1))
+    left = {name.removeprefix(f"{MODEL}/") for name in names_in(tmp_path / "m.zip")}
+    files = {f"fold_{fold}/{name}" for fold in (0, 1) for name in ("privacy.json", "checkpoint_final.pth")}
+    assert left == {"plans.json", "dataset.json", *files}

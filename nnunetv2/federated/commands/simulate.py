@@ -310,6 +310,7 @@ def simulate(
     device: str,
     federated_planning: str | None,
     planning_options: Sequence[str] = (),
+    training_options: Sequence[str] = (),
     coordinator_options: Sequence[str] = (),
     continue_training: bool = False,
     show: Callable[[str], None] = show,
@@ -357,6 +358,7 @@ def simulate(
                 "-device",
                 device,
                 *(["--c"] if continue_training else []),
+                *training_options,
             ],
             step="train",
             log_folder=logs,
@@ -392,6 +394,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="TEXT",
         help="more options of nnUNetv2_plan_and_preprocess, in one text",
+    )
+    parser.add_argument(
+        "--training_options", default="", metavar="TEXT", help="more options of nnUNetv2_train, in one text"
     )
     parser.add_argument(
         "--coordinator_options",
@@ -440,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=arguments.device,
         federated_planning=None if arguments.skip_planning else arguments.federated,
         planning_options=shlex.split(arguments.planning_options),
+        training_options=shlex.split(arguments.training_options),
         coordinator_options=[
             *shlex.split(arguments.coordinator_options),
             *([] if arguments.secure is None else ["--secure", str(arguments.secure)]),

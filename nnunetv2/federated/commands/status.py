@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nnunetv2.federated.commands.api_client import add_folder_option, ask, operator_credential
 from nnunetv2.federated.errors import RefusedError
@@ -15,7 +15,10 @@ from nnunetv2.utilities.durations import format_duration, format_moment
 from nnunetv2.utilities.plain_text import printable, printable_json, show
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from nnunetv2.federated.protocol.api import (
+        DeclaredPrivacy,
         GatheringStatus,
         Outlooks,
         RunOutlook,
@@ -27,29 +30,37 @@ if TYPE_CHECKING:
     from nnunetv2.federated.site.credential import SiteCredential
 
 SHOWN_FAILURES = 10
+Answer = TypeVar("Answer", bound="BaseModel")
 
 
 # ----------------------------------------------------------------------------------------------------- describing
-def describe(status: Status, *, url: str, outlooks: Outlooks | None = None) -> Iterator[str]:
+def describe(
+    status: Status, *, url: str, outlooks: Outlooks | None = None, privacy: DeclaredPrivacy | None = None
+) -> Iterator[str]:
     """Yield the lines that people read, all of them printable.
 
     Args:
         outlooks: What will become of the averages of the runs; None where the coordinator does not say.
+        privacy: What sites have declared of the privacy of their trainings; None likewise.
     """
-    yield from map(printable, _describe(status, url=url, outlooks=outlooks))
+    yield from map(printable, _describe(status, url=url, outlooks=outlooks, privacy=privacy))
 
 
-def _describe(status: Status, *, url: str, outlooks: Outlooks | None) -> Iterator[str]:
+def _describe(status: Status, *, url: str, outlooks: Outlooks | None, privacy: DeclaredPrivacy | None) -> Iterator[str]:
+    from nnunetv2.federated.exchanges.declared_privacy import describe_privacy
     from nnunetv2.federated.protocol.api import RunProgress
 
     yield f"Federation {status.federation} at {url}, {format_moment(status.time)}"
     progress = {one.run: one for one in status.progress}
     outlook_of = {one.run: one for one in outlooks.runs} if outlooks else {}
+    privacy_of = {one.run: describe_privacy(one.sites) for one in privacy.runs} if privacy else {}
     for state in status.runs:
         yield ""
         yield from _describe_run(state, progress.get(state.run, RunProgress(run=state.run)), status)
         if state.run in outlook_of:
             yield f"  {_describe_outlook(outlook_of[state.run])}"
+        if privacy_of.get(state.run):
+            yield f"  {privacy_of[state.run]}"
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
     if elsewhere:
         yield ""
@@ -172,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = (
         printable_json(status.model_dump(mode="json"), indent=4).split("\n")
         if arguments.json
-        else describe(status, url=credential.url, outlooks=_ask_for_outlooks(credential))
+        else describe(
+            status, url=credential.url, outlooks=_ask_for_outlooks(credential), privacy=_ask_for_privacy(credential)
+        )
     )
     show(*lines)
     return 0
@@ -182,8 +195,19 @@ def _ask_for_outlooks(credential: SiteCredential) -> Outlooks | None:
     """Ask for the outlooks of the runs; None from an old coordinator."""
     from nnunetv2.federated.protocol.api import Outlooks
 
+    return _ask_if_known(credential, "outlooks", Outlooks)
+
+
+def _ask_for_privacy(credential: SiteCredential) -> DeclaredPrivacy | None:
+    """Ask what sites have declared of their privacy; None from an old coordinator."""
+    from nnunetv2.federated.protocol.api import DeclaredPrivacy
+
+    return _ask_if_known(credential, "privacy", DeclaredPrivacy)
+
+
+def _ask_if_known(credential: SiteCredential, path: str, kind: type[Answer]) -> Answer | None:
     try:
-        return ask(credential, "GET", "outlooks", Outlooks)
+        return ask(credential, "GET", path, kind)
     except RefusedError as error:
         if error.code != "unknown_path":
             raise

@@ -35,7 +35,7 @@ from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
 from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
-from nnunetv2.federated.protocol.keys import Key, RunKey, UploadKey, run_with_plans
+from nnunetv2.federated.protocol.keys import Key, RegistrationKey, RunKey, UploadKey, run_with_plans
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -182,6 +182,22 @@ class Coordinator:
     def outlooks(self) -> api.Outlooks:
         """Foresee the averages of every run, as far as they are known."""
         return self.models.outlooks(self.state.registry.runs()[:SHOWN_EXCHANGES])
+
+    def declared_privacy(self) -> api.DeclaredPrivacy:
+        """Return the privacy that sites have declared, of the runs where any has."""
+        registry, documents = self.state.registry, self.state.documents
+        found = {
+            run: documents.agreement(run).privacy
+            for run in registry.runs()[:SHOWN_EXCHANGES]
+            if registry.is_closed(RegistrationKey(run))
+        }
+        return api.DeclaredPrivacy(
+            runs=tuple(
+                api.RunPrivacy(run=run, sites=dict(declared))
+                for run, declared in found.items()
+                if any(declared.values())
+            )
+        )
 
     def find_model(self, run: str) -> Path:
         """Return where the model of a run is; see `ModelStore.find`."""

@@ -66,6 +66,9 @@ class SiteService(Protocol):
     def outlooks(self) -> api.Outlooks:
         """Foresee the averages of every run, as far as they are known."""
 
+    def declared_privacy(self) -> api.DeclaredPrivacy:
+        """Return the privacy that sites have declared, of the runs where any has."""
+
     def find_model(self, run: str) -> Path:
         """Return where the model of a run is."""
 

@@ -49,6 +49,8 @@ class Agreement:
     """Site -> the name of its plans."""
     trust: Mapping[str, str | None] = field(default_factory=dict)
     """Site -> how it knows the identities of the others, where updates are masked."""
+    privacy: Mapping[str, messages.PrivacyDeclaration | None] = field(default_factory=dict)
+    """Site -> what it has declared of its training's differential privacy."""
 
     @property
     def codec(self) -> UpdateCodec:
@@ -168,7 +170,7 @@ class DocumentReader:
             with self.result(AdmissionKey(run, site)) as document:
                 match = late_join.with_site(match, document.message, site)
         specs: dict[str, TensorSpec] = {}
-        weights, plans_names, trust = {}, {}, {}
+        weights, plans_names, trust, privacy = {}, {}, {}, {}
         for site, message in self.each_registration(run):
             canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
             for entry in message.tensors:
@@ -176,8 +178,9 @@ class DocumentReader:
                     specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
             weights[site] = float(message.num_training_cases) if match.weighting == "cases" else 1.0
             plans_names[site] = str(message.plans.get("plans_name"))
-            trust[site] = message.trust
-        return Agreement(match, {name: specs[name] for name in match.shared}, weights, plans_names, trust)
+            trust[site], privacy[site] = message.trust, message.privacy
+        specs = {name: specs[name] for name in match.shared}
+        return Agreement(match, specs, weights, plans_names, trust, privacy)
 
     def _begun(self, key: Key) -> Exchange:
         exchange = self._find(key)

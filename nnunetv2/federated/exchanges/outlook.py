@@ -13,7 +13,9 @@ from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.protocol.messages import Match, Registration
 
 NETWORK_TRAINER = "nnUNetTrainer"
-OWN_TRAINERS = frozenset({"nnUNetTrainerFedAvg", "nnUNetTrainerAsymFedAvg", "nnUNetTrainerAsymFedAvgOverlapped"})
+OWN_TRAINERS = frozenset(
+    {"nnUNetTrainerFedAvg", "nnUNetTrainerAsymFedAvg", "nnUNetTrainerAsymFedAvgOverlapped", "nnUNetTrainerDPAsymFedAvg"}
+)
 """Federated trainers of this package. Their network is that of `NETWORK_TRAINER`, which every nnU-Net has."""
 COUNTERS = ("num_batches_tracked",)
 """Buffers of batch normalization that count training steps: sites do not share them, and no prediction reads them."""

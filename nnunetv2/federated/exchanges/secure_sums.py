@@ -38,6 +38,8 @@ FIGURES = {
 """Lane -> metrics whose means over the training cases the coordinator learns."""
 COUNTS, LOSS = "counts", "loss"
 """Lanes of a validation: TP, FP and FN per class, and the loss."""
+DECISIVE = ("weighting", "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+"""Fields of a match; see `training_digest`."""
 OPTIONAL = frozenset({*FIGURES, LOSS})
 """A site that has no such figure does not send the lane; all others it sends."""
 
@@ -53,10 +55,10 @@ class SecureSum:
     weights: Mapping[str, int] = field(default_factory=dict)
     """Site -> what it counts. Sites know only their own."""
     starts: tuple[tuple[tuple[str, ...], bytes], ...] = ()
-    """Sites, and the digest of the weights that they alone have in common and start from, as far as it is known."""
+    """Sites, and the digest of what they alone have in common and start from, as far as it is known."""
 
     def common(self, site: str) -> dict[str, bytes]:
-        """Return, per other site, the digest of all weights that both were sent."""
+        """Return, per other site, the digest of what both have been sent."""
         return {
             other: digest_of(*(digest for holders, digest in self.starts if {site, other} <= {*holders}))
             for other in self.cohort.sites
@@ -192,7 +194,7 @@ def plan_round(
         Lane(CHANGES, cohort.sites, "U64", 2, str(begin.typical_change).encode()),
         *(Lane(name, cohort.sites, "U64", len(metrics)) for name, metrics in FIGURES.items()),
     ]
-    groups, starts = [], []
+    groups, starts = [], [(cohort.sites, training_digest(match))]
     for group in groups_of(match.shared, begin.cohort, least=2):
         known = [name for name in group.tensors if name in specs]
         reference = b""
@@ -269,12 +271,20 @@ def plan_validation(
     """
     cohort = cohort_of(federation, str(key), match.keys, sites)
     lanes = (Lane(COUNTS, cohort.sites, "U64", 3 * num_classes), Lane(LOSS, cohort.sites, "U64", 1))
-    starts = tuple(
+    starts = (
         (group.holders, _digest_of(known, validated))
         for group in groups_of(match.shared, cohort.sites, least=2)
         if (known := [name for name in group.tensors if name in validated])
     )
-    return SecureSum(cohort, lanes, least, dict(weights), starts)
+    return SecureSum(cohort, lanes, least, dict(weights), ((cohort.sites, training_digest(match)), *starts))
+
+
+def training_digest(match: Match) -> bytes:
+    """Return the digest of what decides how much a site trains, validates and counts.
+
+    Where the others were told to do next to nothing, or to count next to nothing, a sum would be that of one site.
+    """
+    return digest_of(*(f"{name}={getattr(match, name)}".encode() for name in DECISIVE))
 
 
 def _digest_of(names: Iterable[str], values: Mapping[str, np.ndarray]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2.federated.privacy.allow_list import AllowedDocument, AllowList
 from nnunetv2.federated.protocol.document import TensorSpec, document_size
-from nnunetv2.federated.protocol.messages import Message, Part
+from nnunetv2.federated.protocol.messages import Message, Part, PrivacyDeclaration
 from nnunetv2.federated.protocol.strict_json import encode_json
 
 UNKNOWN = "known only later"
@@ -52,7 +52,7 @@ def describe_fields(message: Part, prefix: str = "", *, known: bool = True) -> I
     for name in type(message).model_fields:
         value, path = getattr(message, name), f"{prefix}{name}"
         if isinstance(value, Part):
-            yield from describe_fields(value, f"{path}.", known=known)
+            yield from describe_fields(value, f"{path}.", known=known and not isinstance(value, PrivacyDeclaration))
         elif name == "plans" and known:  # some of its fields tell of the data: whoever decides wants to see which
             yield from (f"{path}.{key}: {_shortened(_as_json(one))}" for key, one in value.items())
         elif value not in (None, (), {}):

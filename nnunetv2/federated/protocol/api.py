@@ -16,6 +16,7 @@ from nnunetv2.federated.protocol.messages import (
     LongText,
     Part,
     Positive,
+    PrivacyDeclaration,
     PublicKey,
     SiteName,
     SiteNames,
@@ -275,6 +276,23 @@ class Outlooks(Part):
     """
 
     runs: Annotated[tuple[RunOutlook, ...], Field(max_length=10_000)] = ()
+
+
+class RunPrivacy(Part):
+    """The differential privacy that the sites of a run have declared."""
+
+    run: Text
+    sites: Annotated[dict[SiteName, PrivacyDeclaration | None], Field(max_length=MAX_SITES)]
+    """None: without differential privacy."""
+
+
+class DeclaredPrivacy(Part):
+    """The runs in which some site has declared differential privacy.
+
+    An answer of its own, for the same reason as `Outlooks`.
+    """
+
+    runs: Annotated[tuple[RunPrivacy, ...], Field(max_length=10_000)] = ()
 
 
 class FailureReport(Part):

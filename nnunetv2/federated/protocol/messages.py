@@ -353,7 +353,32 @@ class TrainingData(Part):
     file_ending: Annotated[str, Field(max_length=32)]
 
 
-NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights", "keys", "trust")
+class PrivacyDeclaration(Part):
+    """A site's account of its training's differential privacy.
+
+    It is declared: nobody else can check it.
+    """
+
+    unit: Literal["patient", "scan"]
+    """Whose adding or removing epsilon and delta are about. A scan, where the site does not say whose it is."""
+    epsilon: Positive
+    """To which everything that the site has trained with these patients will bring them, at most."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    sigma: Positive
+    """Noise multiplier, as planned when the training began."""
+    lot: Annotated[int, Field(ge=1, le=MAX_CASES)]
+    """Patients per step, on average."""
+    clip: Positive
+    """Largest norm of one patient's gradient."""
+    steps: Annotated[int, Field(ge=1, le=2**62)]
+    """Of the whole training."""
+    accountant: Text
+    """What epsilon was computed with, and its version."""
+    uncovered: Annotated[tuple[Text, ...], Field(max_length=16)] = ()
+    """What was made from the same patients and is not covered by epsilon, such as plans."""
+
+
+NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights", "keys", "trust", "privacy")
 """Fields that versions before 2.8.1+fed.4 do not know. They travel only where there is something to say."""
 
 
@@ -386,6 +411,8 @@ class Registration(Message):
     """With which this site masks, where the federation adds up masked updates."""
     trust: Literal["first_use", "verified"] | None = None
     """How this site knows the identities of the others, in such a federation."""
+    privacy: PrivacyDeclaration | None = None
+    """Differential privacy of the training; None: it has none."""
 
     @model_serializer(mode="wrap")
     def _leave_what_is_not_said_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

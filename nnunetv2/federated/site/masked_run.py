@@ -91,6 +91,8 @@ class MaskedRun:
         self._trusted: Mapping[str, messages.SignedKey] = {}
         self._aggregates: list[tuple[messages.Aggregate, Weights]] = []
         """The last two that were downloaded, the newest one last."""
+        self.is_over = False
+        """Whether the last round of the run is known to be closed."""
         self._unfinished: list[tuple[int, SecureSum]] = []
         """Validations whose counts were sent, and not unmasked yet."""
 
@@ -189,6 +191,8 @@ class MaskedRun:
             weights: As downloaded, under canonical names.
         """
         self._aggregates = [*self._aggregates, (message, weights)][-2:]
+        if message.round is not None and self.match.num_epochs is not None:
+            self.is_over |= message.round + 1 >= self.match.num_epochs
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> Document[messages.Aggregate]:
         """Mask the weights of a round, help to unmask the sum, and return the aggregate.
@@ -213,8 +217,9 @@ class MaskedRun:
             self.transport.report_failure(self.run, number, error.code)  # with a quorum, the others go on
             return self.transport.result(key)
         message = document.message
-        assert isinstance(message, messages.Aggregate)
-        if message.round is not None and message.round >= number:
+        assert isinstance(message, messages.Aggregate) and message.round is not None
+        self.is_over |= message.round < number  # the operator has stopped it
+        if message.round >= number:
             if self.site in message.contributors:
                 self._codec.settle()
             self._outbox.drop(str(upload_key))

@@ -7,7 +7,7 @@ twice, also after a crash, is in `outbox.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class SiteKeys:
     """The secrets of this site in one run, or in one pooling."""
 
     identity: Ed25519PrivateKey
-    private_key: bytes
+    private_key: bytes = field(repr=False)
     """Of its run key."""
 
 

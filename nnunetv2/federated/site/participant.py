@@ -355,7 +355,7 @@ class Participant:
 
     def finish(self) -> None:
         """Forget the keys of a run that is over."""
-        if self._masked is not None and self.transport.run_state(self.run).closed:
+        if self._masked is not None and self._masked.is_over:
             self._masked.forget()
 
     def report_failure(self, number: int | None, reason: str) -> None:

@@ -117,7 +117,7 @@ def training_documents(
     *,
     metrics: Sequence[str],
     later_metrics: Sequence[str],
-    num_classes: int,
+    num_classes: int | None,
     precision: Precision = "float32",
     is_masked: bool = False,
 ) -> list[Disclosure]:
@@ -126,7 +126,7 @@ def training_documents(
     Args:
         metrics: Names of the figures of an epoch that travel with its update.
         later_metrics: Names of those that travel with the next one.
-        num_classes: Foreground classes or regions.
+        num_classes: Foreground classes or regions; None if no figures of validation are sent.
         precision: How the tensors of the rounds travel.
         is_masked: Whether the federation masks updates; the registration is without a key.
     """
@@ -138,16 +138,18 @@ def training_documents(
     }
 
     def values(names: Sequence[str]) -> dict[str, Any]:
-        return {name: [MEASURED] * num_classes if name.startswith("dice_per") else MEASURED for name in names}
+        return {name: [MEASURED] * (num_classes or 0) if name.startswith("dice_per") else MEASURED for name in names}
 
     if is_masked:
         registration = registration.model_copy(update={"keys": a_signed_key(), "trust": "first_use"})
     when = f"training {registration.configuration}, every round"
-    rounds = (
-        [*round_sums(when, specs, precision), *validation_sums(f"{when} that is validated", num_classes)]
-        if is_masked
-        else _rounds(when, specs, values(metrics), values(later_metrics), num_classes, precision)
-    )
+    validated = f"{when} that is validated"
+    if is_masked:
+        rounds = round_sums(when, specs, precision)
+        validations = [] if num_classes is None else validation_sums(validated, num_classes)
+    else:
+        rounds = [_round_in_clear(when, specs, values(metrics), values(later_metrics), precision)]
+        validations = [] if num_classes is None else [_validation_in_clear(validated, num_classes)]
     return [
         Disclosure(
             when=f"training {registration.configuration}, before the first round",
@@ -162,6 +164,7 @@ def training_documents(
             passed_on="for each tensor, the values of the site with most cases that has it; at most all of these",
         ),
         *rounds,
+        *validations,
         Disclosure(
             when=f"training {registration.configuration}, if it fails",
             known=False,
@@ -171,29 +174,30 @@ def training_documents(
     ]
 
 
-def _rounds(
+def _round_in_clear(
     when: str,
     specs: Mapping[str, TensorSpec],
     metrics: dict[str, Any],
     later_metrics: dict[str, Any],
-    num_classes: int,
     precision: Precision,
-) -> list[Disclosure]:
-    """Return the documents of a round that the coordinator can read."""
+) -> Disclosure:
+    """Return the update of a round that the coordinator can read."""
     earlier = messages.EarlierMetrics(round=10**7, metrics=later_metrics) if later_metrics else None
+    return Disclosure(
+        when=f"{when}: the tensors that another site has too, at most these",
+        message=messages.Update(metrics=metrics, earlier=earlier),
+        known=False,
+        specs=codec_of(precision).specs(specs),
+        passed_on="the weighted average of the tensors",
+    )
+
+
+def _validation_in_clear(when: str, num_classes: int) -> Disclosure:
+    """Return the validation of an aggregate that the coordinator can read."""
     counted = (float(2**53 - 1),) * num_classes
-    return [
-        Disclosure(
-            when=f"{when}: the tensors that another site has too, at most these",
-            message=messages.Update(metrics=metrics, earlier=earlier),
-            known=False,
-            specs=codec_of(precision).specs(specs),
-            passed_on="the weighted average of the tensors",
-        ),
-        Disclosure(
-            when=f"{when} that is validated",
-            known=False,
-            message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
-            passed_on="the Dice per class, of all sites together",
-        ),
-    ]
+    return Disclosure(
+        when=when,
+        known=False,
+        message=messages.Validation(tp=counted, fp=counted, fn=counted, loss=MEASURED),
+        passed_on="the Dice per class, of all sites together",
+    )

@@ -440,6 +440,25 @@ def test_what_is_told_of_other_sites_to_one_alone_leaves_no_sum_of_how_far_they_
     assert cancels(seeds.sums(three, UploadKey(RUN, 0))["changes"]) is not is_lie
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"weighting": "uniform"}, {"num_iterations_per_epoch": 1}, {"num_epochs": 1}],
+    ids=lambda one: next(iter(one)),
+)
+def test_sites_that_are_told_to_do_or_count_next_to_nothing_leave_no_sum_of_the_other_one(
+    three, monkeypatch, takes_anything, change
+):
+    seeds, sites = Seeds(monkeypatch), sites_of(three, "ABC")
+
+    def lie(site, match, tensors):
+        return (match.model_copy(update=change), tensors) if site != "A" else None
+
+    three.about(REGISTRATION, lie)
+    begin(sites)
+    stop_when_all_have_sent(three, sites, UploadKey(RUN, 0), play)
+    assert not any(cancels(words) for words in seeds.sums(three, UploadKey(RUN, 0)).values())
+
+
 @pytest.mark.parametrize("is_lie", [False, True])
 def test_different_averages_to_validate_leave_no_sum_of_counts(tmp_path, monkeypatch, takes_anything, is_lie):
     with lying(tmp_path, validate_every=1) as liar:

@@ -23,6 +23,7 @@ from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
 from nnunetv2.federated.coordinator.models.model_folder import without_values
 from nnunetv2.federated.coordinator.notifier import ANYTHING, Notifier
 from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.exchanges.declared_privacy import describe_privacy
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
 from nnunetv2.federated.exchanges.steps import prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus
@@ -120,6 +121,8 @@ class RunView(Part):
     best_ema_dice: Finite | None = None
     model: LongText = ""
     """Where the finished model is, or why there is none; before, whether there will be one."""
+    privacy: LongText = ""
+    """Differential privacy, as the sites have declared it; empty if none has."""
 
 
 class TroubleView(Part):
@@ -258,6 +261,7 @@ class OverviewBuilder:
             last_missing=latest.missing if latest else (),
             validated_round=validation.get("round"),
             model=self._model(run)[:8000],
+            privacy=self._privacy(run)[:8000],
             **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")},
         )
 
@@ -268,6 +272,11 @@ class OverviewBuilder:
 
     def _model(self, run: str) -> str:
         return self.tail.models.get(run, "") or str(self._coordinator.models.outlook(run) or "")
+
+    def _privacy(self, run: str) -> str:
+        if not self._state.registry.is_closed(RegistrationKey(run)):
+            return ""
+        return describe_privacy(self._state.documents.agreement(run).privacy)
 
     def _open_exchange(self, run: str) -> Exchange:
         """Return what a run waits for, begun or not."""

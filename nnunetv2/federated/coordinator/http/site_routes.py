@@ -5,6 +5,7 @@
     GET  /v1/status                  the state of the federation
     GET  /v1/runs/<run>?plans=       how far a run of training is, or the one that a training with plans belongs to
     GET  /v1/outlooks                which runs will have a common model, and why others will not
+    GET  /v1/privacy                 what sites have declared of the differential privacy of their trainings
     GET  /v1/runs/<run>/model        the model of a run that is over, in a zip file (ranges allowed); operators too
     POST /v1/runs/<run>/actions      {action, gathering}: an operator steers a run, a site leaves it or returns
     POST /v1/failures                {run, round, reason}: a site cannot go on
@@ -86,6 +87,12 @@ async def get_outlooks(request: Request) -> Response:
     """Return which runs will have a common model."""
     member_of(request)
     return json_response(await run_in_threadpool(service_of(request).outlooks))
+
+
+async def get_privacy(request: Request) -> Response:
+    """Return what sites have declared of the privacy of their trainings."""
+    member_of(request)
+    return json_response(await run_in_threadpool(service_of(request).declared_privacy))
 
 
 async def get_model(request: Request) -> Response:
@@ -229,6 +236,7 @@ SITE_ROUTES = [
     Route("/v1/roster", get_roster),
     Route("/v1/status", get_status),
     Route("/v1/outlooks", get_outlooks),
+    Route("/v1/privacy", get_privacy),
     Route("/v1/runs/{run}", get_run),
     Route("/v1/runs/{run}/model", get_model),
     Route("/v1/runs/{run}/actions", post_action, methods=["POST"]),

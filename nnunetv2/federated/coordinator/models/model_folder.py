@@ -2,6 +2,7 @@
 
     <folder>/<trainer>__<plans>__<configuration>/
         plans.json  dataset.json  dataset_fingerprint.json (if the sites pooled one)
+        privacy.json (if sites have declared differential privacy of their trainings)
         fold_<fold>/checkpoint_final.pth  checkpoint_best.pth (if aggregates were validated)
     <folder>/<trainer>__<plans>__<configuration>.zip        the same, to be installed elsewhere
 
@@ -20,6 +21,7 @@ from typing import Any
 from nnunetv2.federated.coordinator.models.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import PLANS_OF_A_SITE, comparable_plans
+from nnunetv2.federated.exchanges.declared_privacy import privacy_record
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.outlook import counters_of, foresee_model
 from nnunetv2.federated.protocol.keys import PlansKey, RoundKey
@@ -96,6 +98,9 @@ def _write_description(folder: Path, registrations: Mapping[str, Registration], 
     save_json_atomically(registration.plans, model / "plans.json", sort_keys=False)
     save_json_atomically(describe_dataset(registrations), model / "dataset.json", sort_keys=False)
     save_fingerprint(model / "dataset_fingerprint.json", archive)
+    declared = privacy_record({site: message.privacy for site, message in registrations.items()})
+    if declared is not None:
+        save_json_atomically(declared, model / "privacy.json", sort_keys=False)
     return model
 
 

@@ -1,21 +1,20 @@
 """Append to and verify the audit log, whose lines are chained by hashes.
 
-The hash of a line is the SHA-256 of the hash before it and of the line's content. Whoever changes, removes or inserts a
-line in the middle breaks the chain; whoever cuts off its end is found out by a hash that was noted elsewhere, such as
-on paper or in a mail to the sites.
+See `utilities/hash_chain.py`. A hash may be noted on paper, say, or in a mail to the sites.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-START = "0" * 64
-"""What stands in for the hash before the first line."""
+from nnunetv2.utilities.hash_chain import START, Broken, chained_hash, first_break
+
+__all__ = ["START", "Broken", "Event", "add_event", "chain_all", "chained_hash", "first_break"]
+
 LOGGED_CHARACTERS = 1000
 """Of a text that a site is the cause of, written as JSON: why it failed, or why it was refused. Lines stay for good."""
 LINES = "SELECT number, time, kind, site, key, detail, hash FROM events"
@@ -39,14 +38,6 @@ class Event:
     detail: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Broken:
-    """The first line at which a chain does not hold."""
-
-    number: int
-    reason: str
-
-
 def add_event(connection: sqlite3.Connection, event: Event) -> None:
     """Append a line, inside the caller's transaction."""
     last = connection.execute("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1").fetchone() or (0, START)
@@ -55,26 +46,6 @@ def add_event(connection: sqlite3.Connection, event: Event) -> None:
         "INSERT INTO events (number, time, kind, site, key, detail, hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (*row, chained_hash(last[1], row)),
     )
-
-
-def chained_hash(before: str, row: tuple[object, ...]) -> str:
-    """Return the hash of a line, given the one before.
-
-    A line is number, time, kind, site, key, detail.
-    """
-    return hashlib.sha256(f"{before}\n{json.dumps(row)}".encode()).hexdigest()
-
-
-def first_break(rows: Iterable[Row]) -> Broken | None:
-    """Return where the chain of a log's lines is broken, or None."""
-    before, expected = START, 1
-    for *row, digest in rows:
-        if row[0] != expected:
-            return Broken(expected, f"line {expected} is missing")
-        if chained_hash(before, tuple(row)) != digest:
-            return Broken(expected, f"line {expected} has been changed, or the line before it")
-        before, expected = digest, expected + 1
-    return None
 
 
 def chain_all(connection: sqlite3.Connection) -> None:

@@ -22,6 +22,8 @@ from nnunetv2.federated.protocol.document import Document, Limits
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RunKey, run_name
 from nnunetv2.federated.protocol.messages import NEW_IN_REGISTRATION, SEGMENT_PATTERN, Match, Registration
 
+PROMISED = ("unit", "epsilon", "delta", "uncovered")
+"""What a site cannot declare otherwise later: others have taken part trusting in it."""
 K = TypeVar("K", bound=RunKey[Registration, Match])
 
 
@@ -45,14 +47,18 @@ class MembershipStep(Step[K, Registration, Match]):
         """Return what must be the same in two registrations of a site.
 
         Versions of the software may word one differently: extrema of voxels, and what only one of them says, do not
-        count. Nor do the weights that a training starts from, once the initial ones are settled.
+        count. Nor do the weights that a training starts from, once the initial ones are settled, nor the noise by
+        which a site keeps to the privacy that it has declared.
         """
         earlier, later = comparable(before), comparable(now)
         for name in NEW_IN_REGISTRATION:
             is_settled = name == "pretrained_weights" and reader.is_closed(InitialKey(key.run))
-            is_unknown = name != "pretrained_weights" and not (name in earlier and name in later)
+            is_unknown = name not in ("pretrained_weights", "privacy") and not (name in earlier and name in later)
             if is_settled or is_unknown or name == "trust":  # which a site may change at any time
                 earlier.pop(name, None), later.pop(name, None)
+        for content in (earlier, later):
+            if content.get("privacy"):
+                content["privacy"] = {name: content["privacy"][name] for name in PROMISED}
         return earlier, later
 
     def result_limits(self, num_cases: int | None) -> Limits:

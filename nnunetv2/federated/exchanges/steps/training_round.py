@@ -20,7 +20,7 @@ from nnunetv2.federated.exchanges.steps.weights import WeightStep
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
 from nnunetv2.federated.protocol.keys import ExchangeKey, InitialKey, RoundKey, SurvivorsKey, UploadKey
-from nnunetv2.federated.protocol.messages import Aggregate, Update
+from nnunetv2.federated.protocol.messages import Aggregate, PrivacyDeclaration, Update
 
 
 class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[RoundKey]):
@@ -159,7 +159,10 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
             round=key.number, missing=closed_outcome(exchange).missing, contributors=dict.fromkeys(documents, 1.0)
         )
         measured = {
-            site: document.message.model_dump(mode="json", include={"metrics", "earlier"})
+            site: {
+                **document.message.model_dump(mode="json", include={"metrics", "earlier"}),
+                **_declared_privacy(agreement.privacy.get(site)),
+            }
             for site, document in documents.items()
         }
         with reader.result(self.prerequisite(key)) as previous:
@@ -176,6 +179,11 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
         return Computed(done.digest, record, remarks)
 
 
+def _declared_privacy(declared: PrivacyDeclaration | None) -> dict[str, Any]:
+    """Return what a round's record says of a site's privacy; nothing where it has declared none."""
+    return {} if declared is None else {"declared_privacy": declared.model_dump(mode="json")}
+
+
 def record_of_round(
     exchange: Exchange,
     weights: Mapping[str, float],
@@ -188,8 +196,8 @@ def record_of_round(
     Who contributed what, when, with which weight, how far, and the settings.
 
     Args:
-        measured: Site -> the metrics of its update, and those of an earlier round that came with it. They stay here:
-            the other sites do not see them.
+        measured: Site -> the metrics of its update, those of an earlier round that came with it, and the privacy that
+            it has declared. Metrics stay here: the other sites do not see them.
     """
     outcome = closed_outcome(exchange)
     assert isinstance(exchange.key, RoundKey)

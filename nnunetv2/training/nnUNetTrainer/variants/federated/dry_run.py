@@ -33,8 +33,8 @@ class PlannedTraining:
     """Names of the figures of an epoch that travel with its update."""
     later_metrics: tuple[str, ...]
     """Names of those that travel with the update of the next epoch."""
-    num_classes: int
-    """Foreground classes or regions, whose voxels are counted in a validation."""
+    num_classes: int | None
+    """Foreground classes or regions, whose voxels are counted in a validation; None if that is not sent."""
 
 
 def dry_run(
@@ -82,7 +82,10 @@ def dry_run(
         mirroring_axes=rotation_and_patch_size(description.patch_size)[3],
         requires_equal_plans=trainer.requires_equal_plans,
         pretrained_weights=None if pretrained_weights is None else file_digest(pretrained_weights),
+        privacy=trainer.example_of_privacy,
     )
+    if not trainer.sends_figures:
+        return PlannedTraining(registration, (), (), None)
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
     return PlannedTraining(
         registration, METRICS, METRICS_OF_VALIDATION if trainer.sends_before_validation else (), len(classes)

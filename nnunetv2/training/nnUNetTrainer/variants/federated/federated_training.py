@@ -82,7 +82,10 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
 from nnunetv2.training.nnUNetTrainer.variants.federated.registration import describe_match, describe_training
 from nnunetv2.training.nnUNetTrainer.variants.federated.renamed_hooks import RenamedHooks
-from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import check_against_settings
+from nnunetv2.training.nnUNetTrainer.variants.federated.settings_of_run import (
+    check_against_match,
+    check_against_settings,
+)
 from nnunetv2.training.nnUNetTrainer.variants.federated.termination import before_termination
 from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.stopping import was_signalled
@@ -123,11 +126,17 @@ class FederatedTraining(RenamedHooks):
     requires_equal_plans = False
     """Whether a site with other plans is refused, or shares what matches."""
 
+    example_of_privacy: messages.PrivacyDeclaration | None = None
+    """A declaration as this trainer makes them, for those who look at what leaves before it does."""
+
     staleness = 0
     """How many epochs the site trains on while a round is exchanged."""
 
     sends_before_validation = True
     """Whether an update leaves before its weights are validated, and the metrics of that with the next one."""
+
+    sends_figures = True
+    """Whether losses and Dice of epochs, and counts of validated voxels, leave the site."""
 
     leaves_checkpoint_files_alone = True
 
@@ -209,9 +218,12 @@ class FederatedTraining(RenamedHooks):
 
     def on_train_start(self) -> None:
         """Apply the settings of the run, register, and load the common weights."""
-        self.apply_settings(ask_first_process(lambda: self.participant.transport.settings()))
+        settings = ask_first_process(lambda: self.participant.transport.settings())
+        self.apply_settings(settings)
         super().on_train_start()
         match, self.participant.run, outlook = ask_first_process(self._register)
+        if self.is_masked:
+            check_against_match(match, settings)
         for line in (*describe_match(match, self.participant.site), outlook):
             self.log_line(line, add_timestamp=False)
         own = self.local_weights()
@@ -295,6 +307,10 @@ class FederatedTraining(RenamedHooks):
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
             self.optimizer.load_state_dict(state)
 
+    def declare_privacy(self) -> messages.PrivacyDeclaration | None:
+        """Return what this training promises to its patients; None for nothing."""
+        return None
+
     def describe_training(self) -> messages.Registration:
         """Return the registration of this site."""
         return describe_training(
@@ -308,6 +324,7 @@ class FederatedTraining(RenamedHooks):
             mirroring_axes=self.inference_allowed_mirroring_axes,
             requires_equal_plans=self.requires_equal_plans,
             pretrained_weights=None if self.pretrained_weights is None else file_digest(Path(self.pretrained_weights)),
+            privacy=self.declare_privacy(),
         )
 
     def _plans_to_register(self) -> Mapping[str, Any]:
@@ -400,6 +417,8 @@ class FederatedTraining(RenamedHooks):
 
     def validate_aggregate(self, aggregate: messages.Aggregate, *, is_last: bool) -> None:
         """Validate the aggregate on this site's data; log and send the counts."""
+        if not self.sends_figures:
+            return
         if not ask_first_process(lambda: self.participant.wants_validation(aggregate, is_last=is_last)):
             return
         number = aggregate.round
@@ -453,6 +472,8 @@ class FederatedTraining(RenamedHooks):
     # ---------------------------------------------------------------- reports
     def make_update(self, epoch: int, known: Sequence[str]) -> messages.Update:
         """Return the metrics of an update, and those that the last lacked."""
+        if not self.sends_figures:
+            return messages.Update()
         earlier, number = None, self.rounds.of(epoch)
         if self.sends_before_validation and number > 0:
             before = self.rounds.first_epoch(number) - 1

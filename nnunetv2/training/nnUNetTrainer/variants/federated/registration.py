@@ -30,6 +30,7 @@ def describe_training(
     mirroring_axes: Sequence[int] | None,
     requires_equal_plans: bool,
     pretrained_weights: str | None = None,
+    privacy: messages.PrivacyDeclaration | None = None,
 ) -> messages.Registration:
     """Return the registration of a network: plans, labels, cases, tensors without values.
 
@@ -38,6 +39,7 @@ def describe_training(
     Args:
         trainer: Class of the trainer.
         pretrained_weights: SHA-256 of the checkpoint that the network starts from.
+        privacy: Differential privacy of the training, if it has any.
     """
     distinct, aliases = matching.distinct_tensors(bare_network(network).state_dict())
     description = {key: value for key, value in dataset_json.items() if key in messages.TrainingData.model_fields}
@@ -54,6 +56,7 @@ def describe_training(
         tensors=tuple(matching.describe_tensors(distinct)),
         aliases=aliases,
         pretrained_weights=pretrained_weights,
+        privacy=privacy,
         **_describe_network(trainer, network),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from nnunetv2.federated.errors import WireError
 from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.messages import Match
 from nnunetv2.training.options import OptionError, TrainingOptions, option_of
 
 FIXED = {
@@ -21,4 +23,15 @@ def check_against_settings(options: TrainingOptions, settings: FederationSetting
             raise OptionError(
                 f"{option_of(name)} {asked} contradicts federation {settings.federation}, whose sites all train with "
                 f"{fixed}: leave it out"
+            )
+
+
+def check_against_match(match: Match, settings: FederationSettings) -> None:
+    """Raise WireError if a site trains by other settings than its masks are bound to."""
+    for setting in FIXED.values():
+        trained, bound = getattr(settings, setting), getattr(match, setting)
+        if trained != bound:
+            raise WireError(
+                f"the coordinator says {setting} {trained} in its settings and {bound} for this run: nothing was sent. "
+                "Ask the coordinating site"
             )
