@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from fake_federation import RUN, in_threads, make_client, make_weights, served, 
 from hostile_coordinator import hostile, send
 from lying_coordinator import Liar, Seeds, cancels, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
+from patience import PATIENCE_S
 
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError, WireError
@@ -532,10 +534,15 @@ def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites
         kept = tmp_path / "kept.safetensors"
         honest = liar.federation.coordinator.contribute
 
+        is_kept = threading.Event()
+
         def hold_back(key, site, incoming, digest, size):
-            if (key, site) == (str(UploadKey(RUN, 0)), "E"):
-                shutil.copy(incoming, kept)
-                raise OSError("lost on the way")
+            if key == str(UploadKey(RUN, 0)):
+                if site == "E":
+                    shutil.copy(incoming, kept)
+                    is_kept.set()
+                    raise OSError("lost on the way")
+                assert is_kept.wait(PATIENCE_S)  # the upload has come before the round closes without it
             return honest(key, site, incoming, digest, size)
 
         liar.federation.coordinator.contribute = hold_back
