@@ -51,6 +51,11 @@ def privacy_record(declared: Declared) -> dict[str, Any] | None:
     }
 
 
+def entry_of_site(declared: PrivacyDeclaration | None) -> dict[str, Any]:
+    """Return the entry of a site's privacy in the record of a round; empty without any."""
+    return {} if declared is None else {"declared_privacy": declared.model_dump(mode="json")}
+
+
 def _describe(one: PrivacyDeclaration) -> str:
     uncovered = f", {', '.join(one.uncovered)} not covered" if one.uncovered else ""
     return f"epsilon {one.epsilon:g} per {one.unit} (delta {one.delta:g}{uncovered})"

@@ -103,7 +103,6 @@ def check_secure_settings(settings: FederationSettings) -> None:
         raise RefusedError(
             "--precision int8 does not go with --secure: a sum of masked updates needs the 16 bits that they have",
             "Choose float32 or float16.",
-            code="precision_masked",
         )
     if settings.late_updates == "carry":
         raise RefusedError(

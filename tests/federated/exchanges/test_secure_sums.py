@@ -132,7 +132,7 @@ def test_thirty_rounds_behind_masks_stay_as_close_as_float32_does():
         ({"min_sites": 2}, "min_sites_below_k"),
         ({"quorum": 3, "deadline_s": 1.0}, "quorum_below_threshold"),
         ({"quorum": 4, "deadline_s": 1.0, "late_updates": "carry"}, "late_updates_masked"),
-        ({"precision": "int8"}, "precision_masked"),
+        ({"precision": "int8"}, "refused"),
     ],
 )
 def test_settings_that_do_not_go_with_masks_are_refused(settings, code):

@@ -76,7 +76,6 @@ STATUS_OF_CODE = {
     "min_sites_below_k": 409,
     "quorum_below_threshold": 409,
     "late_updates_masked": 409,
-    "precision_masked": 409,
     "run_key_missing": 409,
     "shares_do_not_fit": 409,
     "masked_only": 409,

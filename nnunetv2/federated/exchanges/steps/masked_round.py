@@ -13,6 +13,7 @@ import numpy as np
 
 from nnunetv2.federated.aggregation.weighted_mean import write_computed
 from nnunetv2.federated.errors import AggregationError, RefusedError
+from nnunetv2.federated.exchanges.declared_privacy import Declared, entry_of_site
 from nnunetv2.federated.exchanges.documents import DocumentReader, start_of
 from nnunetv2.federated.exchanges.exchange import Contribution, Exchange, Policy
 from nnunetv2.federated.exchanges.masked_codecs import masked_codec_of
@@ -163,6 +164,7 @@ def combine_round(exchange: Exchange, opened: Opened, settings: FederationSettin
         kept=kept,
         uploads=reader.exchange(UploadKey(key.run, key.number)),
         trust=agreement.trust,
+        privacy=agreement.privacy,
     )
     return Computed(digest, record, tuple(_remarks(key, kept, figures.conspicuous)))
 
@@ -259,6 +261,7 @@ def _record_of_round(
     kept: int,
     uploads: Exchange,
     trust: Mapping[str, str | None],
+    privacy: Declared,
 ) -> dict[str, Any]:
     """Return what is remembered of a masked round: who took part, and what all of them have in common."""
     outcome = closed_outcome(exchange)
@@ -273,6 +276,7 @@ def _record_of_round(
             site: {
                 "weight": float(opened.found.weights[site]),
                 "trust": trust[site],
+                **entry_of_site(privacy.get(site)),
                 **_about(uploads.contributions[site]),
             }
             for site in outcome.contributors

@@ -10,6 +10,7 @@ from typing import Any
 from nnunetv2.federated.aggregation import weighted_mean
 from nnunetv2.federated.aggregation.codecs import int8
 from nnunetv2.federated.errors import RefusedError, WireError
+from nnunetv2.federated.exchanges.declared_privacy import entry_of_site
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
 from nnunetv2.federated.exchanges.secure_sums import SecureSum
@@ -20,7 +21,7 @@ from nnunetv2.federated.exchanges.steps.weights import WeightStep
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
 from nnunetv2.federated.protocol.keys import ExchangeKey, InitialKey, RoundKey, SurvivorsKey, UploadKey
-from nnunetv2.federated.protocol.messages import Aggregate, PrivacyDeclaration, Update
+from nnunetv2.federated.protocol.messages import Aggregate, Update
 
 
 class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[RoundKey]):
@@ -161,7 +162,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
         measured = {
             site: {
                 **document.message.model_dump(mode="json", include={"metrics", "earlier"}),
-                **_declared_privacy(agreement.privacy.get(site)),
+                **entry_of_site(agreement.privacy.get(site)),
             }
             for site, document in documents.items()
         }
@@ -177,11 +178,6 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
         record = record_of_round(exchange, weights, measured, settings, done)
         remarks = (*_remarks_on_kept(key, done.kept, settings), *_remarks_on_outliers(key, record))
         return Computed(done.digest, record, remarks)
-
-
-def _declared_privacy(declared: PrivacyDeclaration | None) -> dict[str, Any]:
-    """Return what a round's record says of a site's privacy; nothing where it has declared none."""
-    return {} if declared is None else {"declared_privacy": declared.model_dump(mode="json")}
 
 
 def record_of_round(
