@@ -101,7 +101,7 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             who="operator",
             body=api.SettingsChange,
             answers={200: api.FederationSettings},
-            codes=("min_sites_below_k", "quorum_below_threshold", "late_updates_masked", "precision_masked"),
+            codes=("min_sites_below_k", "quorum_below_threshold", "late_updates_masked"),
         ),
     },
     "/v1/roster": {
