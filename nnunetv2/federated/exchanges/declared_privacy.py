@@ -52,7 +52,7 @@ def privacy_record(declared: Declared) -> dict[str, Any] | None:
 
 
 def entry_of_site(declared: PrivacyDeclaration | None) -> dict[str, Any]:
-    """Return the privacy of a site in the record of a round; empty without any."""
+    """Return the entry of a site's privacy in a round's record; empty without any."""
     return {} if declared is None else {"declared_privacy": declared.model_dump(mode="json")}
 
 
