@@ -18,14 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from nnunetv2.federated.commands.api_client import OPERATOR_FILE
-from nnunetv2.federated.coordinator.http.listen_address import (
-    DEFAULT_HOST,
-    DEFAULT_PORT,
-    ListenAddress,
-    open_socket,
-    settle_address,
-    tls_options,
-)
+from nnunetv2.federated.commands.coordinator_options import DEFAULT_EPOCHS, METHODS, build_parser
+from nnunetv2.federated.coordinator.http.listen_address import ListenAddress, open_socket, settle_address, tls_options
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.protocol.invitation import check_site_name
@@ -41,16 +35,12 @@ if TYPE_CHECKING:
     from nnunetv2.federated.coordinator.storage.store import Store
     from nnunetv2.federated.protocol.api import FederationSettings, Secure
 
-DEFAULT_EPOCHS = 1000
 DEFAULT_SITES = ("site1", "site2", "site3")
 STATE_FILE = "coordinator.json"
 FIRST_SETTINGS = "first_settings"
 """Under this name, the store keeps the settings that a federation was created with."""
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
-
-METHODS = ("proximal", "keep_local", "finetune_epochs", "initial_weights")
-"""Options that say how sites train that differ; the settings have the same names."""
 
 SETTINGS_OF_OPTIONS = {
     "sites": "sites",
@@ -70,180 +60,6 @@ SETTINGS_OF_OPTIONS = {
     "geometry": "geometry",
     **{name: name for name in METHODS},
 }
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of `nnUNetv2_fed_coordinator`."""
-    parser = argparse.ArgumentParser(
-        description="Coordinate a federation. The first start creates it and prints one "
-        "invitation per site; later starts go on where the federation was."
-    )
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("nnUNet_federation"),
-        metavar="F",
-        help="folder of the federation (default: ./%(default)s)",
-    )
-    where.add_argument("--host", help=f"address to listen on (default: as before, at first {DEFAULT_HOST})")
-    where.add_argument(
-        "--port", type=int, help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})"
-    )
-    where.add_argument(
-        "--url",
-        metavar="PUBLIC_URL",
-        help="address at which sites reach this coordinator, if it is "
-        "not http://HOST:PORT, for example that of a proxy that adds TLS (default: as before)",
-    )
-    secure = parser.add_argument_group(
-        "TLS",
-        "Beyond this machine, the coordinator speaks TLS, with a private "
-        "certificate authority that it makes on its first start and that invitations "
-        "carry the fingerprint of. Behind a proxy with TLS, keep to 127.0.0.1.",
-    )
-    secure.add_argument("--tls", action="store_true", default=None, help="speak TLS on this machine too")
-    secure.add_argument(
-        "--tls-certificate",
-        type=Path,
-        metavar="FILE",
-        help="a certificate of your own (PEM, with those between it and its authority)",
-    )
-    secure.add_argument("--tls-key", type=Path, metavar="FILE", help="its key (PEM, without a password)")
-    secure.add_argument(
-        "--client-authority",
-        type=Path,
-        metavar="FILE",
-        help="only sites that show a certificate of this authority may connect (PEM)",
-    )
-    secure.add_argument(
-        "--insecure",
-        action="store_true",
-        default=None,
-        help="listen beyond this machine without TLS; only where the network itself is protected",
-    )
-    what = parser.add_argument_group("what holds for all sites", "Fixed by the first start.")
-    what.add_argument("--sites", nargs="+", metavar="NAME", help="names of the sites (asked for at a terminal)")
-    what.add_argument("--epochs", type=int, metavar="N", help=f"number of epochs (default: {DEFAULT_EPOCHS})")
-    what.add_argument(
-        "--iterations", type=int, metavar="N", help="training iterations per epoch (default: the trainer's)"
-    )
-    what.add_argument(
-        "--val-iterations", type=int, metavar="N", help="validation iterations per epoch (default: the trainer's)"
-    )
-    what.add_argument(
-        "--matching",
-        choices=("name", "resolution"),
-        help="how tensors of different networks are recognised as the same (default: name)",
-    )
-    what.add_argument(
-        "--weighting",
-        choices=("cases", "uniform"),
-        help="sites count by their training cases, or all the same (default: cases)",
-    )
-    what.add_argument(
-        "--exchange-every",
-        type=int,
-        metavar="K",
-        help="epochs between exchanges of weights, a round; fewer exchanges need less of the line and bring the sites "
-        "together more rarely (default: 1)",
-    )
-    what.add_argument(
-        "--precision",
-        choices=("float32", "float16", "int8"),
-        help="how weights travel; float16 halves the traffic, int8 (changes since the last average) quarters it, and "
-        "what rounding takes from a round comes with the next one (default: float32)",
-    )
-    what.add_argument(
-        "--quorum", type=int, metavar="N", help="sites that suffice to close a round at its deadline (default: all)"
-    )
-    what.add_argument(
-        "--deadline",
-        type=float,
-        metavar="S",
-        help="seconds after its first update at which a round closes with its quorum (default: none)",
-    )
-    what.add_argument(
-        "--late-updates",
-        choices=("drop", "carry"),
-        help="an update that comes after its round was "
-        "closed is dropped, or counts in the round that is open then (default: drop)",
-    )
-    what.add_argument(
-        "--validate-every",
-        type=int,
-        metavar="N",
-        help="every how many rounds the sites validate the "
-        "aggregate, so that the best one can be kept; 0: never (default: 5)",
-    )
-    what.add_argument(
-        "--min-sites",
-        type=int,
-        metavar="N",
-        help="no statistics, round or tensor is ever averaged over "
-        "fewer sites, whoever leaves or fails; can be raised later, never lowered. With 2, two sites can "
-        "compute each other's part of what only they have: take 3 where you can (default: 2; --secure: K)",
-    )
-    what.add_argument(
-        "--secure",
-        type=int,
-        nargs="?",
-        const=3,
-        metavar="K",
-        help="mask updates and statistics, so that this coordinator learns sums of K sites or more only, and no single "
-        "contribution; for 3 to 64 sites, needs the library cryptography (default: in clear; K is 3)",
-    )
-    what.add_argument(
-        "--geometry",
-        choices=("list", "quantiles"),
-        help="with --secure, what is told of spacings and shapes when sites plan: those of all cases, of nobody in "
-        "particular, or order statistics only, which planners of other packages may not read (default: list)",
-    )
-    add_method_options(parser)
-    return parser
-
-
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Add what sites may do beside plain averaging."""
-    how = parser.add_argument_group("how sites train that differ", "Fixed by the first start.")
-    how.add_argument(
-        "--proximal",
-        type=float,
-        metavar="MU",
-        help="keep the weights of a site near those that its round began with: FedProx; 0.001 to 0.1 are usual "
-        "(default: none)",
-    )
-    how.add_argument(
-        "--keep-local",
-        metavar="WHAT",
-        help="tensors of which each site goes on with its own, although their average is part of the common model: "
-        "norm, head, decoder, or names of modules and tensors with wildcards (default: none)",
-    )
-    how.add_argument(
-        "--finetune-epochs",
-        type=int,
-        metavar="N",
-        help="after the last round each site trains on alone, with the last N learning rates, into "
-        "checkpoint_finetuned.pth (default: 0)",
-    )
-    how.add_argument(
-        "--initial-weights",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint whose weights all sites start from, except for the layers that output classes (default: "
-        "random weights, or those that all sites give)",
-    )
-
-
-def method_options(arguments: argparse.Namespace) -> list[str]:
-    """Return the options of `add_method_options` that were given, as they are typed."""
-    values = {name: getattr(arguments, name) for name in METHODS}
-    return [
-        word
-        for name, value in values.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
 
 
 # -------------------------------------------------------------------------------------------------------- settings

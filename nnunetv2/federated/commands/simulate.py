@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nnunetv2.federated.commands.coordinator import add_method_options, method_options
+from nnunetv2.federated.commands.coordinator_options import add_method_options, method_options
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.min_cases import VARIABLE as MIN_CASES_VARIABLE
 from nnunetv2.utilities.plain_text import printable, show
