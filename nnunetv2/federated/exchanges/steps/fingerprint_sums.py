@@ -170,15 +170,27 @@ class _UploadOfAllStep(UploadStep[K]):
         """Return how many sites there are: nothing is made of fewer."""
         return max(len(self.cohort(key, state)), state.settings.min_sites)
 
+    def newest(self, key: K, state: State) -> Key:
+        """Return the sum, for sites that come when it is there."""
+        return self.used_by(key) if state.is_closed(self.used_by(key)) else key
+
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what survivors take."""
-        return document_limits.SMALL
+        """Return what the sum may take."""
+        return document_limits.fingerprint_limits(num_cases)
+
+    def largest_result(self, weights: int) -> int:
+        """Return how many bytes the sum may have."""
+        return LARGEST_MESSAGE
 
 
 class FingerprintUploadStep(_OfFingerprint[FingerprintSumUploadKey], _UploadOfAllStep[FingerprintSumUploadKey]):
     """The sites send masked statistics."""
 
-    key, results = FingerprintSumUploadKey, (Survivors,)
+    key, results = FingerprintSumUploadKey, (Survivors, NextSum, PooledFingerprint)
+
+    def used_by(self, key: FingerprintSumUploadKey) -> FingerprintSumKey:
+        """Return the sum."""
+        return FingerprintSumKey(key.number)
 
     def prerequisite(self, key: FingerprintSumUploadKey) -> Key:
         """Return the sum before, or the census."""
@@ -188,7 +200,11 @@ class FingerprintUploadStep(_OfFingerprint[FingerprintSumUploadKey], _UploadOfAl
 class ShapeUploadStep(_OfShapes[ShapeSumUploadKey], _UploadOfAllStep[ShapeSumUploadKey]):
     """The sites send masked counts of their shapes at a target spacing."""
 
-    key, results = ShapeSumUploadKey, (Survivors,)
+    key, results = ShapeSumUploadKey, (Survivors, NextSum, ResampledShape)
+
+    def used_by(self, key: ShapeSumUploadKey) -> ShapeSumKey:
+        """Return the sum."""
+        return ShapeSumKey(key.plans, key.number)
 
     def prerequisite(self, key: ShapeSumUploadKey) -> Key:
         """Return the sum before, or the census."""
