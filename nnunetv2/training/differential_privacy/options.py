@@ -106,7 +106,6 @@ def add_privacy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dp_uncovered",
         action="append",
-        default=[],
         choices=UNCOVERED,
         help="Train with plans that were made from the same patients, which epsilon does not cover; every record says "
         "so.",
@@ -123,6 +122,6 @@ def options_of(arguments: argparse.Namespace) -> PrivacyOptions | None:
         raise ValueError(WHY_NOT[arguments.dp_level])
     options = PrivacyOptions(
         **{name: getattr(arguments, f"dp_{name}") for name in ("epsilon", "sigma", "lot", "clip", "patches")},
-        uncovered=tuple(dict.fromkeys(arguments.dp_uncovered)),
+        uncovered=tuple(dict.fromkeys(arguments.dp_uncovered or ())),
     )
     return None if options == PrivacyOptions() and arguments.dp_level is None else options

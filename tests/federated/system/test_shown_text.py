@@ -221,10 +221,11 @@ STATUS = {
     ids=lambda value: value if isinstance(value, list) else "",
 )
 def test_no_good_answer_commands_the_terminal_of_a_command(function, arguments, body, hostile_text, shown):
-    outlooks = {"runs": [{"run": ESCAPES, "obstacle": ESCAPES}]}
-    hostile_text(
-        lambda handler: send(handler, json.dumps(outlooks if handler.path.endswith("/outlooks") else body).encode())
-    )
+    beside = {
+        "outlooks": {"runs": [{"run": ESCAPES, "obstacle": ESCAPES}]},
+        "privacy": {"runs": [{"run": ESCAPES, "sites": {}}]},
+    }
+    hostile_text(lambda handler: send(handler, json.dumps(beside.get(handler.path.rpartition("/")[2], body)).encode()))
     text = shown(function, *arguments)
     assert r"\x1b" in text or r"\u001b" in text
 
