@@ -5,6 +5,7 @@ An arm says which data train a network, with which options of the project's own 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -50,7 +51,9 @@ class Arm:
     def plan_group(self) -> str:
         """Name of the plans and preprocessed data that arms share which plan alike."""
         base = self.planning if self.is_federated else self.training
-        return "_".join([base, *(re.sub(r"\W+", "", option) for option in self.planning_options)])
+        if not self.planning_options:
+            return base
+        return f"{base}_{hashlib.sha256(chr(0).join(self.planning_options).encode()).hexdigest()[:8]}"
 
     def describe(self, num_sites: int) -> str:
         """Say in words how an arm trains."""

@@ -85,9 +85,10 @@ class Runner:
         with whole_or_nothing(self.folder.planned(arm.plan_group)) as preprocessed:
             if preprocessed is None:
                 return
-            sites = self._sites(arm, preprocessed, preprocessed.with_suffix(".results"), seed=0, work=preprocessed)
+            sites = self._sites(arm, preprocessed, preprocessed / "no_results", seed=0, work=preprocessed)
             step = f"plan.{arm.plan_group}"
-            options = [*self._plans_options(), *arm.planning_options]
+            # Planners have names of their own for plans; here the folder tells the plans of arms apart.
+            options = ["-overwrite_plans_name", self.study.plans_name, *arm.planning_options]
             if arm.is_federated:
                 with running_coordinator(preprocessed / "federation", sites, show=show_commands):
                     self._everywhere(
@@ -106,9 +107,6 @@ class Runner:
                     *("-plans_name", self.study.plans_name, "--no_pbar"),
                 ],
             )
-
-    def _plans_options(self) -> list[str]:
-        return ["-overwrite_plans_name", self.study.plans_name] if self.study.plans_name != "nnUNetPlans" else []
 
     # -------------------------------------------------------------------------------------------------- training
     def _train(self, arm: Arm, seed: int) -> None:
@@ -177,7 +175,9 @@ class Runner:
 
     def _predict(self, arm: Arm, seed: int, model: str, folder: Path, output: Path) -> None:
         study, tests = self.study, self.folder.tests
-        [whose] = self._one_site(model, seed)
+        unused = self.folder.path / "none"
+        environment = self._environment(unused, unused, seed)
+        whose = LocalSite(name=model, dataset=model, credential=unused / "credential.json", environment=environment)
         label = f"{arm.name}.seed_{seed}.{model}"
         self._everywhere(
             f"predict.{label}",
@@ -206,11 +206,6 @@ class Runner:
             LocalSite(name=name, dataset=name, credential=work / "credentials" / f"{name}.json", environment=roots)
             for name in names
         ]
-
-    def _one_site(self, model: str, seed: int) -> list[LocalSite]:
-        unused = self.folder.path / "none"
-        environment = self._environment(unused, unused, seed)
-        return [LocalSite(name=model, dataset=model, credential=unused / "credential.json", environment=environment)]
 
     def _environment(self, preprocessed: Path, results: Path, seed: int) -> Mapping[str, str]:
         return {
@@ -250,7 +245,7 @@ def read_traffic(federation: Path) -> int:
 
 def digest_model(folder: Path, fold: str, checkpoint: str) -> str:
     """Return the SHA-256 of all that decides a model's predictions."""
-    import torch
+    from nnunetv2.models.checkpoint_file import load_checkpoint_file
 
     plans = {key: value for key, value in read_json(folder / "plans.json").items() if key != "dataset_name"}
     description = read_json(folder / "dataset.json")
@@ -258,9 +253,7 @@ def digest_model(folder: Path, fold: str, checkpoint: str) -> str:
         key: description.get(key) for key in ("labels", "regions_class_order", "channel_names", "file_ending")
     }
     digest = hashlib.sha256(json.dumps([plans, description], sort_keys=True).encode())
-    weights = torch.load(folder / f"fold_{fold}" / checkpoint, map_location="cpu", weights_only=False)[
-        "network_weights"
-    ]
+    weights = load_checkpoint_file(folder / f"fold_{fold}" / checkpoint)["network_weights"]
     for name in sorted(weights):
         digest.update(name.encode())
         digest.update(weights[name].contiguous().cpu().numpy().tobytes())
@@ -289,10 +282,10 @@ def remove_unfinished(folder: StudyFolder) -> None:
 def stop_processes_of(folder: Path, within_s: float = 10.0) -> None:
     """End the processes whose command or environment names a folder.
 
-    Only Linux tells which these are.
+    Only Linux tells which these are. What cannot be killed either is left: every attempt has a folder of its own.
     """
     deadline = time.monotonic() + within_s
-    while found := _processes_of(folder):
+    while (found := _processes_of(folder)) and time.monotonic() < deadline + within_s:
         is_late = time.monotonic() > deadline
         for pid in found:
             with suppress(ProcessLookupError):
@@ -304,7 +297,8 @@ def _processes_of(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
-            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-            if os.fsencode(folder) in told and int(process.name) != os.getpid():
+            command, environment = ((process / name).read_bytes() for name in ("cmdline", "environ"))
+            named = environment + (command if b"nnUNetv2_" in command else b"")  # who looks at a file is left alone
+            if os.fsencode(folder) in named and int(process.name) != os.getpid():
                 found.append(int(process.name))
     return found

@@ -49,3 +49,8 @@ def test_a_wrong_arm_is_named_with_its_field(tmp_path, name, content, message):
     with pytest.raises(JsonFileError, match=message) as caught:
         read_arms(file)
     assert str(file) in str(caught.value)
+
+
+def test_arms_whose_planning_options_differ_in_a_dot_share_nothing():
+    arms = [Arm(name=n, training="alone", planning_options=("-gpu_memory_target", n)) for n in ("2.5", "25")]
+    assert len({arm.plan_group for arm in (*arms, ARMS["alone"])}) == 3
