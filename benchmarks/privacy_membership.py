@@ -62,8 +62,7 @@ def train(patients: dict, *, sigma: float) -> float:
     network = make_network()
     optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=0.9)
     total = ClippedSum(network.parameters(), clip_norm=CLIP)
-    present = [name for name in patients if name != CANARY or patients[CANARY] is not None]
-    sampler = PoissonSampler(present, rate=LOT / NUM_PATIENTS, generator=secret_generator())
+    sampler = PoissonSampler(list(patients), rate=LOT / NUM_PATIENTS, generator=secret_generator())
     generator = secret_generator()
     for _ in range(STEPS):
         for name in sampler.draw():

@@ -330,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"default: all of {', '.join(repr(arm.name) for arm in ARMS)}",
     )
     arguments = parser.parse_args(argv)
+    from nnunetv2.utilities.atomic_write import replacing
+
     folder = arguments.folder.resolve()
     for root in ("nnUNet_raw", "nnUNet_preprocessed"):
         (folder / root).mkdir(parents=True, exist_ok=True)
@@ -349,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arm in ARMS:
         if arm.name in arguments.arms and arm.name not in result:
             result[arm.name] = {**comparison.run(arm, checkpoint), "settings": vars(arguments) | {"features": FEATURES}}
-            result_file.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
+            with replacing(result_file) as written:
+                written.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
             print_table(result)
     print_table(result)
     return 0

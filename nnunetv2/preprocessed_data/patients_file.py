@@ -50,16 +50,20 @@ def load_patients(folder: Path) -> dict[str, str]:
         JsonFileError: The file holds something else.
     """
     file = folder / PATIENTS_FILE
-    if not file.is_file():
-        return {}
-    patients = read_json(file, refuse_duplicates=True)
-    odd = [case for case, patient in patients.items() if not isinstance(patient, str)]
-    if odd:
-        raise JsonFileError(
-            f"{file} must hold the name of a patient in quotes for each case, case {odd[0]} has none. "
-            "Write it anew with nnUNetv2_make_splits"
-        )
-    return patients
+    return read_patients_file(file) if file.is_file() else {}
+
+
+def read_patients_file(file: Path) -> dict[str, str]:
+    """Read case -> patient from either of the two files.
+
+    Raises:
+        JsonFileError: The file holds something else.
+    """
+    content = read_json(file, refuse_duplicates=True)
+    odd = next((case for case, patient in content.items() if not isinstance(patient, str) or not patient), None)
+    if odd is not None:
+        raise JsonFileError(f'{file}: the patient of case {odd!r} must be a text, as in {{"case_001": "P17"}}')
+    return content
 
 
 def find_separated(folds: Sequence[Mapping[str, Sequence[str]]], patients: Mapping[str, str]) -> list[SeparatedPatient]:

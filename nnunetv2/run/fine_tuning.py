@@ -51,7 +51,7 @@ def start_from_pretrained_weights(trainer: nnUNetTrainer, file: str, *, heads: s
             "what both networks have must be alike: train with the plans that the weights were trained with"
         ) from error
     if fits and not by_name:
-        strict.load_pretrained_weights(trainer.network, file)
+        strict.copy_pretrained_weights_(network, weights, file)
     else:
         apply_transfer_(network, transfer)
     if trainer.local_rank == 0:

@@ -26,9 +26,16 @@ def load_pretrained_weights(network: nn.Module, fname: str | os.PathLike[str], v
         AssertionError: A tensor is missing in the checkpoint, or has another shape.
         CheckpointError: The file holds no weights of a network.
     """
+    copy_pretrained_weights_(network, read_pretrained_checkpoint(fname)["network_weights"], fname, verbose=verbose)
+
+
+def copy_pretrained_weights_(
+    network: nn.Module, weights: Mapping[str, Any], fname: str | os.PathLike[str], *, verbose: bool = False
+) -> None:
+    """Do the same with weights that were read from the file already."""
     network = bare_network(network)
     current = network.state_dict()
-    pretrained = adapt_weight_names(read_pretrained_checkpoint(fname)["network_weights"], current)
+    pretrained = adapt_weight_names(weights, current)
     wanted = [name for name in current if SEGMENTATION_LAYERS not in name]
     for name in wanted:
         assert name in pretrained, (

@@ -130,7 +130,10 @@ class StopConditions:
                 )
         waited = epochs_without_best(ema_dice)
         if 0 < self._patience <= waited:
-            return f"--early_stopping: {waited} epochs without a better EMA pseudo Dice"
+            return (
+                f"--early_stopping: {waited} epochs without a better EMA pseudo Dice; --c needs a larger number, or 0, "
+                "to go on"
+            )
         return None
 
     def forget_request(self) -> None:

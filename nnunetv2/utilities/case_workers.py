@@ -140,7 +140,7 @@ def _serve(function: Callable[..., object], connection: Connection) -> None:
 
     log_plainly()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with threadpool_limits(1):  # as many processes as wanted work already
         while True:
             try:
@@ -158,7 +158,7 @@ def _serve(function: Callable[..., object], connection: Connection) -> None:
                 sys.exit(0)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process as soon as its parent is gone, also in the middle of a case: another run may follow at once."""
     parent = multiprocessing.parent_process()
     if parent is not None:

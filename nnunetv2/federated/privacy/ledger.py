@@ -233,17 +233,18 @@ def _append(
         row = (len(ledger.lines) + 1, time.time(), kind, by, json.dumps(detail))
         digest = chained_hash(ledger.head, row)
         line = {**dict(zip(("number", "time", "kind", "by"), row)), "detail": detail, "hash": digest}
+        written = json.dumps(line).encode() + b"\n"
         if len(content) > end:
             os.ftruncate(descriptor, end)  # the rest of a line that a crash has cut off
         try:
-            _write_all(descriptor, json.dumps(line).encode() + b"\n")
+            _write_all(descriptor, written)
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, end)
             raise
         if not end:
             _sync_folder(path.parent)
-        return read_ledger(path)
+        return _parse(path, content[:end] + written)[0]
 
 
 @contextmanager

@@ -12,7 +12,6 @@ anything that was learned.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import secrets
 import threading
 import warnings
@@ -20,13 +19,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 
 import numpy as np
 
 from nnunetv2.training.data_augmentation.augmenters import FAILURE_HINT, choose_start_method, prepare_worker
 from nnunetv2.training.data_augmentation.numbered_batches import seed_everything
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.case_workers import end_with_parent
 from nnunetv2.utilities.plain_text import log_plainly
 
 READY_PER_WORKER = 2
@@ -159,7 +158,7 @@ _loader_of_worker: PatientLoader | None = None
 def _become_worker(loader: PatientLoader) -> None:
     """Prepare a process that loads patients."""
     global _loader_of_worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     log_plainly()
     prepare_worker()
     seed_everything(secrets.randbits(128))
@@ -169,10 +168,3 @@ def _become_worker(loader: PatientLoader) -> None:
 def _load_patient(patient: str) -> dict:
     assert _loader_of_worker is not None
     return _loader_of_worker.load_patient(patient)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

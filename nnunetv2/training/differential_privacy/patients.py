@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE, PATIENTS_FILE, load_patients
-from nnunetv2.utilities.json_files import JsonFileError, read_json
+from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE, PATIENTS_FILE, read_patients_file
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,7 @@ def read_patients(preprocessed: Path, raw: Path | None) -> dict[str, str] | None
         ValueError: There are several files, and they differ.
     """
     files = [folder / DECLARED_PATIENTS_FILE for folder in (preprocessed, raw) if folder is not None]
-    found = {file: _read(file) for file in files if file.is_file()}
-    if by_splits := load_patients(preprocessed):
-        found[preprocessed / PATIENTS_FILE] = by_splits
+    found = {file: read_patients_file(file) for file in (*files, preprocessed / PATIENTS_FILE) if file.is_file()}
     for file, patient_of in found.items():
         first, others = next(iter(found.items()))
         odd = next((case for case in patient_of if others.get(case, patient_of[case]) != patient_of[case]), None)
@@ -72,21 +69,13 @@ def group_by_patient(cases: Sequence[str], patient_of: dict[str, str] | None) ->
     missing = sorted(set(cases) - patient_of.keys())
     if missing:
         raise ValueError(
-            f"{DECLARED_PATIENTS_FILE} names no patient for case {missing[0]} ({len(missing)} of {len(cases)} training "
-            "cases): add them"
+            f"{DECLARED_PATIENTS_FILE} or {PATIENTS_FILE} names no patient for case {missing[0]} ({len(missing)} of "
+            f"{len(cases)} training cases): add them, or run nnUNetv2_make_splits --patients again"
         )
     grouped: dict[str, list[str]] = {}
     for case in sorted(cases):
         grouped.setdefault(patient_of[case], []).append(case)
     return Patients(dict(sorted(grouped.items())), "patient")
-
-
-def _read(file: Path) -> dict[str, str]:
-    content = read_json(file, refuse_duplicates=True)
-    odd = next((case for case, patient in content.items() if not isinstance(patient, str) or not patient), None)
-    if odd is not None:
-        raise JsonFileError(f'{file}: the patient of case {odd!r} must be a text, as in {{"case_001": "P17"}}')
-    return content
 
 
 def datasets_with_the_same_cases(ledger_file: Path) -> list[str]:

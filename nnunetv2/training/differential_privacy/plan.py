@@ -108,12 +108,14 @@ def make_plan(
     rate = lot / num_patients
     spent = ledger.spent
     now = accounting.epsilon_of(spent, budget.delta)
-    sigma: float | None = accounting.LARGEST_SIGMA  # of a training that is over: it may have spent everything
-    if options.sigma is not None:
+    sigma: float | None
+    if not epochs:  # the training is over: it may have spent everything, and its record keeps the noise that it had
+        sigma = sigma_before or options.sigma or accounting.LARGEST_SIGMA
+    elif options.sigma is not None:
         sigma = options.sigma
-    elif epochs and sigma_before is None and limit - now < LEAST_LEFT * limit:
+    elif sigma_before is None and limit - now < LEAST_LEFT * limit:
         sigma = None
-    elif epochs:
+    else:
         count = (epochs + spare_epochs(epochs)) * steps
         sigma = accounting.find_sigma(spent, rate=rate, count=count, epsilon=limit, delta=budget.delta)
         if sigma is not None and sigma_before is not None and sigma > RUINOUS * sigma_before:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nnunetv2.federated.privacy.plans_redaction import STATISTICS
+
 LEAST_PATIENTS = 20
 RECORD_FILE = "privacy.json"
 """In the folder of a fold that was trained with differential privacy."""
-INTENSITIES = "foreground_intensity_properties_per_channel"
 FINGERPRINTS = ("dataset_fingerprint.json", "dataset_fingerprint_local.json")
 
 
@@ -73,15 +74,23 @@ def check_previous_stage(segmentations: Path | None) -> None:
 
 
 def are_plans_from(plans: Mapping[str, Any], fingerprints: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the fingerprint that plans were made from; None for those of other patients.
+    """Return the fingerprint that plans have intensities of; None for those of other patients.
+
+    One channel is enough: plans that were moved to a dataset with further channels have those measured there.
 
     Args:
         fingerprints: File name -> content, of the dataset.
     """
+    used = _intensities(plans)
     for name, fingerprint in fingerprints.items():
-        if plans.get(INTENSITIES) == fingerprint.get(INTENSITIES):
+        measured = _intensities(fingerprint)
+        if used == measured or any(used.get(channel) == statistics for channel, statistics in measured.items()):
             return name
     return None
+
+
+def _intensities(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next((content[field] for field in STATISTICS if field in content), {})
 
 
 def check_plans(plans: Mapping[str, Any], fingerprints: Mapping[str, Mapping[str, Any]], *, may_leak: bool) -> bool:

@@ -51,9 +51,10 @@ def test_files_that_contradict_each_other_are_refused(folders):
         read_patients(*folders)
 
 
+@pytest.mark.parametrize("name", [DECLARED_PATIENTS_FILE, PATIENTS_FILE])
 @pytest.mark.parametrize("patient", [3, "", None, ["P1"]])
-def test_a_patient_is_a_text(folders, patient):
-    write(folders[0], {"c1": patient})
+def test_a_patient_is_a_text(folders, patient, name):
+    write(folders[0], {"c1": patient}, name)
     with pytest.raises(ValueError, match="the patient of case 'c1' must be a text"):
         read_patients(*folders)
 
@@ -71,7 +72,7 @@ def test_without_patients_each_scan_is_one():
 
 
 def test_a_case_without_a_patient_is_named():
-    with pytest.raises(ValueError, match=r"names no patient for case c9 \(1 of 2 training cases\): add them"):
+    with pytest.raises(ValueError, match=r"names no patient for case c9 \(1 of 2 training cases\): add them, or run"):
         group_by_patient(["c1", "c9"], PATIENT_OF)
 
 

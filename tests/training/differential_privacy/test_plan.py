@@ -111,7 +111,8 @@ def test_a_training_that_is_over_needs_nothing_more(path):
     spend(path)
     spent = epsilon_of(read_ledger(path).spent, DELTA)
     set_budget(path, Budget(epsilon=spent, delta=DELTA), by="A. Weiss")
-    assert plan(path, epochs=0).epsilon == spent
+    over = plan(path, epochs=0, sigma_before=10.0)
+    assert (over.epsilon, over.sigma) == (spent, 10.0)
 
 
 @pytest.mark.parametrize(

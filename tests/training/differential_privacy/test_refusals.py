@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nnunetv2.experiment_planning.plans_for_pretraining.other_channels import adapt_channels
 from nnunetv2.training.differential_privacy import refusals
 from nnunetv2.training.differential_privacy.refusals import PrivacyRefusedError
 
+FIELD = "foreground_intensity_properties_per_channel"
 INTENSITIES = {"0": {"mean": 0.5, "std": 0.2}}
 
 
@@ -50,22 +52,34 @@ def test_a_second_stage_needs_a_private_first_one(tmp_path):
 
 
 def test_plans_of_the_same_patients_stay_uncovered_only_if_the_site_says_so():
-    plans, own = {refusals.INTENSITIES: INTENSITIES}, {"dataset_fingerprint.json": {refusals.INTENSITIES: INTENSITIES}}
+    plans, own = {FIELD: INTENSITIES}, {"dataset_fingerprint.json": {FIELD: INTENSITIES}}
     with pytest.raises(PrivacyRefusedError, match=r"these very patients \(dataset_fingerprint.json\).*--dp_uncovered"):
         refusals.check_plans(plans, own, may_leak=False)
     assert refusals.check_plans(plans, own, may_leak=True)
 
 
 def test_plans_of_other_patients_are_covered():
-    other = {"dataset_fingerprint.json": {refusals.INTENSITIES: {"0": {"mean": 0.7, "std": 0.2}}}}
-    assert not refusals.check_plans({refusals.INTENSITIES: INTENSITIES}, other, may_leak=False)
+    other = {"dataset_fingerprint.json": {FIELD: {"0": {"mean": 0.7, "std": 0.2}}}}
+    assert not refusals.check_plans({FIELD: INTENSITIES}, other, may_leak=False)
 
 
 def test_pooled_plans_count_as_those_of_the_same_patients():
     """The fingerprint beside them is the pooled one, to which these patients have contributed."""
-    plans = {refusals.INTENSITIES: INTENSITIES}
+    plans = {FIELD: INTENSITIES}
     fingerprints = {
-        "dataset_fingerprint_local.json": {refusals.INTENSITIES: {"0": {"mean": 0.1}}},
-        "dataset_fingerprint.json": {refusals.INTENSITIES: INTENSITIES},
+        "dataset_fingerprint_local.json": {FIELD: {"0": {"mean": 0.1}}},
+        "dataset_fingerprint.json": {FIELD: INTENSITIES},
     }
     assert refusals.are_plans_from(plans, fingerprints) == "dataset_fingerprint.json"
+
+
+def test_one_channel_that_was_measured_here_is_enough():
+    own = {FIELD: {"0": {"mean": 0.1}, "1": {"mean": 0.2}}, "median_relative_size_after_cropping": 1.0}
+    moved = adapt_channels({FIELD: INTENSITIES, "configurations": {}}, old=["T1"], new=["T1", "T2"], fingerprint=own)
+    assert moved[FIELD] == {"0": INTENSITIES["0"], "1": {"mean": 0.2}}
+    assert refusals.are_plans_from(moved, {"dataset_fingerprint.json": own}) == "dataset_fingerprint.json"
+
+
+def test_old_plans_name_their_intensities_otherwise():
+    plans = {"foreground_intensity_properties_by_modality": INTENSITIES}
+    assert refusals.are_plans_from(plans, {"dataset_fingerprint.json": {FIELD: INTENSITIES}})

@@ -14,10 +14,11 @@ from nnunetv2.federated.privacy.accounting import epsilon_of
 from nnunetv2.federated.privacy.ledger import LEDGER_FILE, Budget, BudgetError, LedgerError, read_ledger, set_budget
 from nnunetv2.run.run_training import maybe_load_checkpoint, run_training
 from nnunetv2.training.differential_privacy.options import PrivacyOptions
-from nnunetv2.training.differential_privacy.refusals import INTENSITIES, PrivacyRefusedError
+from nnunetv2.training.differential_privacy.refusals import PrivacyRefusedError
 from nnunetv2.training.nnUNetTrainer.variants.privacy.nnUNetTrainerDP import nnUNetTrainerDP
 
 CASES = 30
+INTENSITIES = "foreground_intensity_properties_per_channel"
 GENEROUS = Budget(epsilon=1000.0, delta=1e-3)
 NOISE = {"sigma": 30.0, "uncovered": ("plans",)}
 """So much that to account for it is quick."""

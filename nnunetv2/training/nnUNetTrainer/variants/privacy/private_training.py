@@ -13,7 +13,6 @@ be chosen by them.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -382,4 +381,4 @@ def _without_values(outputs: list[dict]) -> list[dict]:
 
 def _fingerprints(folder: Path) -> dict[str, dict]:
     found = {name: folder / name for name in refusals.FINGERPRINTS}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in found.items() if file.is_file()}
+    return {name: read_json(file) for name, file in found.items() if file.is_file()}
