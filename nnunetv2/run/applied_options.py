@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from nnunetv2.training.options import (
     TrainingOptions,
     as_typed,
     check_class_names,
-    class_names,
     option_of,
     options_in,
 )
@@ -40,6 +40,12 @@ def refuse_options(trainer_class: type[nnUNetTrainer], options: TrainingOptions)
             raise OptionError(
                 f"{option_of(name)} does not go with {trainer_class.__name__}: {trainer_class.refused_options[name]}"
             )
+
+
+def refuse_unknown_classes(options: TrainingOptions, dataset_json: Mapping[str, Any]) -> None:
+    """Raise OptionError if a class is weighed that the network does not tell apart."""
+    if options.class_weights is not None:
+        check_class_names(options.class_weights, _class_names(dataset_json))
 
 
 def refuse_for_validation(options: TrainingOptions, *, only_run_validation: bool) -> None:
@@ -93,8 +99,7 @@ def apply_options_(trainer: nnUNetTrainer, options: TrainingOptions) -> None:
             setattr(trainer, ATTRIBUTES[name], value)
     if options.batch_size is not None:
         trainer.configuration_manager.configuration["batch_size"] = options.batch_size
-    if options.class_weights is not None:
-        check_class_names(options.class_weights, class_names(trainer.dataset_json["labels"]))
+    refuse_unknown_classes(options, trainer.dataset_json)
     if options.results_name is not None and options.results_name not in str(trainer.output_folder):
         raise OptionError(
             f"--results_name {options.results_name} has no effect: {type(trainer).__name__} chooses its folder itself, "
@@ -170,6 +175,12 @@ def _take_over_(trainer: nnUNetTrainer, options: TrainingOptions) -> TrainingOpt
     return continue_options(trainer, options, kept, epochs_done=int(checkpoint["current_epoch"]))
 
 
+def _class_names(dataset_json: Mapping[str, Any]) -> tuple[str, ...]:
+    from nnunetv2.models.weight_transfer import name_channels_and_classes  # needs torch
+
+    return name_channels_and_classes(dataset_json, is_cascaded=False).classes
+
+
 def _ensure_frozen_(trainer: nnUNetTrainer) -> None:
     from nnunetv2.training.freezing import ensure_frozen_  # needs torch
 
@@ -180,7 +191,7 @@ def _weigh_classes_(trainer: nnUNetTrainer) -> None:
     """Give the classes of an initialized trainer their weights in its loss."""
     from nnunetv2.training.loss.class_weights import weigh_classes_
 
-    names, wanted = class_names(trainer.dataset_json["labels"]), trainer.training_options.class_weights or {}
+    names, wanted = _class_names(trainer.dataset_json), trainer.training_options.class_weights or {}
     if len(names) != trainer.label_manager.num_segmentation_heads:
         raise OptionError(
             f"--class_weights: the network tells {trainer.label_manager.num_segmentation_heads} classes apart, "

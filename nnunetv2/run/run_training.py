@@ -20,7 +20,7 @@ from nnunetv2.run import applied_options, processes, training_options
 from nnunetv2.run.fine_tuning import start_from_pretrained_weights
 from nnunetv2.training import stopping
 from nnunetv2.training.differential_privacy.options import PrivacyOptions, add_privacy_options, options_of
-from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, check_class_names, class_names, split_results_name
+from nnunetv2.training.options import NO_OPTIONS, TrainingOptions, split_results_name
 from nnunetv2.training.seeding import seed_everything, seed_from_environment, seed_restored, use_seed
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -491,8 +491,8 @@ def _build_trainer(*what: Any, options: TrainingOptions) -> nnUNetTrainer:
     if options.given():
         applied_options.refuse_options(public.recursive_find_trainer_class_by_name(what[3]), options)
     if options.class_weights is not None:
-        labels = _read_json(_preprocessed_folder(what[0]) / "dataset.json", DATASET)["labels"]
-        check_class_names(options.class_weights, class_names(labels))
+        dataset_json = _read_json(_preprocessed_folder(what[0]) / "dataset.json", DATASET)
+        applied_options.refuse_unknown_classes(options, dataset_json)
     named: dict[str, Any] = {"results_name": options.results_name} if options.results_name else {}
     return get_trainer_from_args(*what, **named)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -165,26 +165,11 @@ def options_in(checkpoint: Mapping[str, Any], source: object) -> TrainingOptions
         raise OptionError(f"{source}: {error}") from error
 
 
-def class_names(labels: Mapping[str, Any]) -> list[str]:
-    """Return the names of a network's outputs, in their order, from labels of dataset.json.
-
-    With regions these are the regions; otherwise the labels, background included.
-    """
-    foreground = [name for name in labels if name not in ("background", "ignore")]
-    if any(isinstance(labels[name], (list, tuple)) and len(labels[name]) > 1 for name in foreground):
-        return foreground
-    return sorted((name for name in labels if name != "ignore"), key=lambda name: _number_of(labels[name]))
-
-
-def check_class_names(weights: Mapping[str, float], names: list[str]) -> None:
+def check_class_names(weights: Mapping[str, float], names: Sequence[str]) -> None:
     """Raise OptionError if a weight is for something that the network does not tell apart."""
     unknown = [name for name in weights if name not in names]
     if unknown:
         raise OptionError(f"--class_weights: there is no class {', '.join(unknown)}; there are {', '.join(names)}")
-
-
-def _number_of(label: Any) -> int:
-    return int(label[0] if isinstance(label, (list, tuple)) else label)
 
 
 def _check_class_weights(weights: Any) -> None:

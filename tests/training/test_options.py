@@ -2,14 +2,7 @@ import math
 
 import pytest
 
-from nnunetv2.training.options import (
-    OptionError,
-    TrainingOptions,
-    check_class_names,
-    class_names,
-    options_in,
-    split_results_name,
-)
+from nnunetv2.training.options import OptionError, TrainingOptions, check_class_names, options_in, split_results_name
 
 
 @pytest.mark.parametrize(
@@ -87,9 +80,6 @@ def test_the_name_of_a_folder_names_class_and_results():
         split_results_name("T-low", TrainingOptions(results_name="high"))
 
 
-def test_classes_are_named_in_the_order_of_the_outputs():
-    assert class_names({"background": 0, "b": 2, "a": 1, "ignore": 3}) == ["background", "a", "b"]
-    assert class_names({"background": 0, "whole": [1, 2], "core": 2}) == ["whole", "core"]
-    assert class_names({"background": 0, "only": [1]}) == ["background", "only"]
+def test_a_class_that_there_is_not_has_no_weight():
     with pytest.raises(OptionError, match="no class tumour; there are background, tumor"):
         check_class_names({"tumour": 2}, ["background", "tumor"])
