@@ -159,7 +159,10 @@ def _serve(function: Callable[..., object], connection: Connection) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process as soon as its parent is gone, also in the middle of a case: another run may follow at once."""
+    """End this process as soon as its parent is gone.
+
+    Also in the middle of a case: another run may follow at once.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
