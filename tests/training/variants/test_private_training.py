@@ -183,6 +183,9 @@ def test_what_a_crash_has_spent_is_made_up_for_by_noise(site):
     charges = ledger_of(site).charges
     assert charges[-1].sigma > charges[0].sigma
     assert epsilon_of(ledger_of(site).spent, 1e-3) <= 1.0
+    make_trainer(go_on=True, **options).run_training()  # it is over already
+    assert ledger_of(site).charges == charges
+    assert record_of(trainer)["sigma"] == charges[-1].sigma
 
 
 @pytest.mark.slow
