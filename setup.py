@@ -118,7 +118,8 @@ setup(
         ],
         # export to ONNX; deploy/onnx-requirements.txt lists what prediction with the files needs, without torch
         "onnx": ["onnx>=1.16", "onnxruntime>=1.19"],
-        # for a coordinator, which is installed without the requirements above, where sites aggregate securely
+        # of the requirements above, what --secure needs; a coordinator without torch takes it from
+        # deploy/coordinator-secure-requirements.txt
         "secure": ["cryptography>=42"],
         # trainings with differential privacy; its versions of attrs and numpy are bounded above
         "dp": ["dp-accounting>=0.6"],

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_ARMS,
         metavar="NAME",
         help="what is compared: alone, pooled (iterations of one site), pooled-all (of all sites together), ffe, "
-        "ffe-uniform, asym, asym-resolution, and those of --arms_file (default: %(default)s)",
+        "ffe-uniform, asym, asym-resolution, and those of --arms_file (default: " + " ".join(DEFAULT_ARMS) + ")",
     )
     parser.add_argument("--arms_file", type=Path, metavar="FILE", help="JSON with further arms: name -> fields")
     parser.add_argument(

@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from patience import PATIENCE_S
+
 HOP_BY_HOP = ("connection", "transfer-encoding", "content-length", "host")
 Answer = tuple[int, Mapping[str, str], bytes]
 
@@ -61,7 +63,7 @@ def forward(url: str, request: BaseHTTPRequestHandler) -> Answer:
     """Ask the coordinator in the name of a client."""
     upstream = urlsplit(url)
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0)) or None
-    connection = http.client.HTTPConnection(upstream.hostname, upstream.port, timeout=60)
+    connection = http.client.HTTPConnection(upstream.hostname, upstream.port, timeout=PATIENCE_S)
     headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
     connection.request(request.command, request.path, body, headers)
     answer = connection.getresponse()
@@ -127,7 +129,7 @@ class SlowLine:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         started = asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 14)
-        self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result(20)
+        self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result(PATIENCE_S)
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def __enter__(self) -> SlowLine:
@@ -141,9 +143,9 @@ class SlowLine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(20)
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(PATIENCE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(20)
+        self._thread.join(PATIENCE_S)
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

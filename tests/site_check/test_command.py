@@ -50,6 +50,7 @@ def dataset(roots, monkeypatch) -> Path:
     (raw / "dataset.json").write_text(json.dumps(make_dataset_json(numTraining=12)))
     (preprocessed / "nnUNetPlans.json").write_text(json.dumps(make_plans()))
     monkeypatch.setenv("nnUNet_fed_min_cases", "10")
+    monkeypatch.setattr("nnunetv2.site_check.checks.DATA_S", PATIENCE_S)
     monkeypatch.setattr("nnunetv2.site_check.checks.try_steps", lambda *_, **__: Trial(device="cpu", step_s=0.25))
     return raw
 

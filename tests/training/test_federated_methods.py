@@ -166,21 +166,27 @@ def test_a_site_that_joins_late_begins_with_the_average_and_keeps_its_own_from_t
     sites = make_sites(sites=("A", "B", "C"), quorum=2, deadline_s=1e6, keep_local="head", num_epochs=4)
     first, second = sites.trainer("A", Seeded), sites.trainer("B", Seeded)
     coordinator, run = sites.federation.coordinator, run_of(first)
+    lines = []
 
     def join_late():
-        wait_until(lambda: coordinator.state.registry.run_state(run).members, timeout_s=60)
+        wait_until(lambda: coordinator.state.registry.run_state(run).members)
         sites.act("pause", run)
         coordinator.invite("D", "site", by="boss")
         late = sites.trainer("D", Seeded)
+        late.lines = lines
         loaded, load = [], late.load_weights
         late.load_weights = lambda weights: (loaded.append(set(weights)), load(weights))
-        sites.act("resume", run)
         late.run_training()
         return late, loaded
 
+    def resume():
+        """Let the others go on when the newcomer is among them, so that they do not end before."""
+        wait_until(lambda: any("operator has paused" in line for line in lines))
+        sites.act("resume", run)
+
     third = sites.trainer("C", Seeded)
-    *others, joined = in_threads(first.run_training, second.run_training, third.run_training, join_late)
-    assert others == [None] * 3 and not isinstance(joined, BaseException), joined
+    *others, joined = in_threads(first.run_training, second.run_training, third.run_training, resume, join_late)
+    assert others == [None] * 4 and not isinstance(joined, BaseException), joined
     late, loaded = joined
     assert late.local_tensors and late.local_tensors <= loaded[0]
     assert any(not late.local_tensors & names for names in loaded[1:])

@@ -1,4 +1,4 @@
-"""Ask for the library `cryptography`: sites have it always, coordinators with the extra `secure`."""
+"""Ask for the library `cryptography`: sites have it always, coordinators without torch need not."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fake_federation import in_threads
+from patience import PATIENCE_S
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
 from nnunetv2.federated.privacy.identities import check_run_keys, public_of
@@ -135,9 +136,9 @@ def test_two_processes_that_begin_together_have_one_key(site):
     processes = [context.Process(target=take_key, args=(site, answers)) for _ in range(2)]
     for process in processes:
         process.start()
-    keys = {answers.get() for _ in processes}
+    keys = {answers.get(timeout=PATIENCE_S) for _ in processes}
     for process in processes:
-        process.join()
+        process.join(PATIENCE_S)
     assert len(keys) == 1
 
 

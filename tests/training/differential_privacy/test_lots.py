@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ class GivenLots:
 
 
 def test_each_patient_is_drawn_with_its_chance_independent_of_the_others():
-    """Over 10^5 lots: counts within four standard errors, and so are the counts of pairs and of lots in a row."""
+    """Over 10^5 lots: counts within five standard errors, and so are the counts of pairs and of lots in a row."""
     rate, number = 0.15, 100_000
     sampler = PoissonSampler(NAMES, rate=rate, generator=secret_generator())
     drawn = np.zeros((number, len(NAMES)), bool)
@@ -144,10 +145,9 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 
     def has_ended() -> bool:
         try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
+            stat = Path(f"/proc/{worker}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
             return True
-        state = open(f"/proc/{worker}/stat").read().rpartition(")")[2].split()[0]  # noqa: PTH123, SIM115
-        return state == "Z"
+        return stat.rpartition(")")[2].split()[0] == "Z"
 
     wait_until(has_ended)
