@@ -201,10 +201,9 @@ def test_an_operator_stops_a_run_in_order(make_sites):
 
 
 def test_a_site_joins_late_leaves_and_returns(make_sites):
-    sites = make_sites(num_epochs=6, sites=("A", "B"))
+    sites = make_sites(num_epochs=12, sites=("A", "B"))
     first, second = sites.trainer("A"), sites.trainer("B")
     coordinator, run = sites.federation.coordinator, run_of(first)
-    begun = threading.Event()
 
     class Newcomer(nnUNetTrainerAsymFedAvg):
         leaves_at = 3
@@ -216,21 +215,27 @@ def test_a_site_joins_late_leaves_and_returns(make_sites):
 
     Newcomer.__name__ = "nnUNetTrainerAsymFedAvg"
 
+    def run_and_resume(newcomer):
+        """Let the others go on when the newcomer is among them, so that they do not end before."""
+
+        def resume():
+            wait_until(lambda: any("operator has paused" in line for line in newcomer.lines))
+            sites.act("resume", run)
+
+        return in_threads(newcomer.run_training, resume)[0]
+
     def join_late():
-        wait_until(lambda: coordinator.state.registry.run_state(run).rounds_closed >= 1, timeout_s=60)
-        sites.act("pause", run)  # so that the others do not finish before it is there
+        wait_until(lambda: coordinator.state.registry.run_state(run).rounds_closed >= 1)
+        sites.act("pause", run)
         coordinator.invite("C", "site", by="boss")
         newcomer = sites.trainer("C", Newcomer)
-        sites.act("resume", run)
-        begun.set()
         with pytest.raises(FederationError, match="has left run"):
-            newcomer.run_training()
+            raise run_and_resume(newcomer)
         assert newcomer.participant.match.coverage.keys() == {"A", "B", "C"}
         sites.act("pause", run)
         newcomer = sites.trainer("C", Newcomer, go_on=True)
         newcomer.leaves_at = None
-        sites.act("resume", run)
-        newcomer.run_training()
+        assert run_and_resume(newcomer) is None
         return newcomer
 
     *others, third = in_threads(first.run_training, second.run_training, join_late)

@@ -182,7 +182,7 @@ def test_a_site_that_joins_a_running_federation_types_the_same_commands(tmp_path
     folder, logs = tmp_path / "coordinator", tmp_path / "logs"
     lines: list[str] = []
     training: list[RunningProcess] = []
-    options = ("--epochs", "16", "--iterations", "1", "--val-iterations", "1")
+    options = ("--epochs", "40", "--iterations", "1", "--val-iterations", "1")
     with running_coordinator(folder, sites, options, show=lines.append):
         plan(sites, logs)
         training += [start_training(site, logs, lines) for site in sites]
@@ -203,7 +203,7 @@ def test_a_site_that_joins_a_running_federation_types_the_same_commands(tmp_path
                 process.stop()
     shown = "\n".join(lines)
     assert "site west plans late" in shown and "site west has planned late" in shown
-    first, *others = (final_weights(site, num_epochs=(16,)) for site in (*sites, late))
+    first, *others = (final_weights(site, num_epochs=(40,)) for site in (*sites, late))
     for other in others:
         assert first.keys() == other.keys()
         for name, values in first.items():
