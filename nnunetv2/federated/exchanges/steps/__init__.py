@@ -3,57 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import Exchange
 from nnunetv2.federated.exchanges.steps.base import K, Step
-from nnunetv2.federated.exchanges.steps.census import CensusStep
-from nnunetv2.federated.exchanges.steps.coarse_histogram import CoarseHistogramStep
-from nnunetv2.federated.exchanges.steps.fine_histogram import FineHistogramStep
-from nnunetv2.federated.exchanges.steps.fingerprint_sums import (
-    FingerprintSumStep,
-    FingerprintSurvivorsStep,
-    FingerprintUploadStep,
-    ShapeSumStep,
-    ShapeSurvivorsStep,
-    ShapeUploadStep,
-)
-from nnunetv2.federated.exchanges.steps.initial_weights import InitialWeightsStep
-from nnunetv2.federated.exchanges.steps.late_join import AdmissionStep, LateCensusStep, LatePlansStep
-from nnunetv2.federated.exchanges.steps.masked_round import RoundSurvivorsStep, RoundUploadStep
-from nnunetv2.federated.exchanges.steps.masked_validation import ValidationSurvivorsStep, ValidationUploadStep
-from nnunetv2.federated.exchanges.steps.plans import PlansStep
-from nnunetv2.federated.exchanges.steps.registration import RegistrationStep
-from nnunetv2.federated.exchanges.steps.training_round import TrainingRoundStep
-from nnunetv2.federated.exchanges.steps.validation import ValidationStep
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.keys import ExchangeKey, Key
 
 AnyStep = Step[Any, Any, Any]
-STEPS: tuple[AnyStep, ...] = (
-    CensusStep(),
-    CoarseHistogramStep(),
-    FineHistogramStep(),
-    FingerprintUploadStep(),
-    FingerprintSurvivorsStep(),
-    FingerprintSumStep(),
-    LateCensusStep(),
-    ShapeUploadStep(),
-    ShapeSurvivorsStep(),
-    ShapeSumStep(),
-    PlansStep(),
-    LatePlansStep(),
-    RegistrationStep(),
-    AdmissionStep(),
-    InitialWeightsStep(),
-    RoundUploadStep(),
-    RoundSurvivorsStep(),
-    TrainingRoundStep(),
-    ValidationUploadStep(),
-    ValidationSurvivorsStep(),
-    ValidationStep(),
+# A new kind of exchange is a file of its own and a line here.
+_FILES = (
+    "census",
+    "coarse_histogram",
+    "fine_histogram",
+    "fingerprint_sums",
+    "plans",
+    "registration",
+    "late_join",
+    "initial_weights",
+    "masked_round",
+    "training_round",
+    "masked_validation",
+    "validation",
 )
+STEPS: tuple[AnyStep, ...] = tuple(step for file in _FILES for step in import_module(f"{__name__}.{file}").STEPS)
 _STEP_OF_KEY: dict[type[Key], AnyStep] = {step.key: step for step in STEPS}
 
 

@@ -111,3 +111,6 @@ def planned_cases(site: str, reader: DocumentReader) -> int | None:
             with reader.contribution(key, site) as document:
                 return document.message.num_cases
     return None
+
+
+STEPS = (CensusStep(),)

@@ -167,3 +167,6 @@ def _remarks_on_geometry(geometries: Mapping[str, plausibility.Geometry]) -> Ite
                 f"median spacing {spacing}, extent {extent}. Ask whether its units are right before anybody "
                 "preprocesses"
             )
+
+
+STEPS = (CoarseHistogramStep(),)

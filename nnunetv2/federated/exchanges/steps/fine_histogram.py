@@ -138,3 +138,6 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
                     return document.read(f"coarse.{channel}")
         with reader.contribution(CoarseKey(), site) as summary:
             return summary.read(f"coarse.{channel}")
+
+
+STEPS = (FineHistogramStep(),)

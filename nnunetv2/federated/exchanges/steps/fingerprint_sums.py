@@ -329,3 +329,13 @@ class ShapeSumStep(_OfShapes[ShapeSumKey], UnmaskingStep[ShapeSumKey, UnmaskingS
                 self.asked(exchange.key, reader), _total(opened), num_cases=_num_cases(reader)
             )
         return Computed(write_document(reader.result_path(exchange.key), result, {}, []))
+
+
+STEPS = (
+    FingerprintUploadStep(),
+    FingerprintSurvivorsStep(),
+    FingerprintSumStep(),
+    ShapeUploadStep(),
+    ShapeSurvivorsStep(),
+    ShapeSumStep(),
+)

@@ -91,3 +91,6 @@ class InitialWeightsStep(WeightStep[InitialKey]):
                     given=lambda name: weights.read(names[name]) if name in names else None,
                 )
             )
+
+
+STEPS = (InitialWeightsStep(),)

@@ -147,3 +147,6 @@ class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], Membershi
     ) -> Iterator[str]:
         """Return a line on the weight of the site."""
         return remarks_on_match(key, messages_of(documents), result, with_shares=False)
+
+
+STEPS = (LateCensusStep(), LatePlansStep(), AdmissionStep())

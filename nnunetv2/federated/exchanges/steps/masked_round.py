@@ -308,3 +308,6 @@ def _remarks(key: RoundKey, kept: int, number: int) -> Iterator[str]:
             f"{key}: {number} site{'' if number == 1 else 's'} moved more than three times as far as the sites did in "
             "the round before; which, only the sites themselves know. They were counted"
         )
+
+
+STEPS = (RoundUploadStep(), RoundSurvivorsStep())

@@ -96,3 +96,6 @@ def pool_opened(key: ValidationKey, opened: Opened, reader: DocumentReader) -> P
         key.number, {"all": Validation(tp=tp, fp=fp, fn=fn, loss=mean_loss)}, before=reader.last_validation(key.run)
     )
     return pooled.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})
+
+
+STEPS = (ValidationUploadStep(), ValidationSurvivorsStep())

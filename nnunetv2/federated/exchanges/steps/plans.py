@@ -53,3 +53,6 @@ def agree_on_plans(plans: Mapping[str, Mapping[str, Any]]) -> PlansAgreement:
             code="plans_differ",
         )
     return PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
+
+
+STEPS = (PlansStep(),)

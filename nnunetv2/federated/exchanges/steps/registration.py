@@ -264,3 +264,6 @@ def remarks_on_match(
 
 def _cases(number: int) -> str:
     return f"{number} training case{'' if number == 1 else 's'}"
+
+
+STEPS = (RegistrationStep(),)

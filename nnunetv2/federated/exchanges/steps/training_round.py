@@ -244,3 +244,6 @@ def _remarks_on_outliers(key: RoundKey, record: Mapping[str, Any]) -> Iterator[s
 
 def _times(value: float, reference: float) -> str:
     return f"{value / reference:.3g} times" if reference else "infinitely"
+
+
+STEPS = (TrainingRoundStep(),)

@@ -118,3 +118,6 @@ def _written(key: ValidationKey, pooled: PooledValidation, reader: DocumentReade
     for_sites = pooled.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})
     digest = write_document(reader.result_path(key), for_sites, {}, [])
     return Computed(digest, pooled.model_dump(mode="json"))
+
+
+STEPS = (ValidationStep(),)
