@@ -31,7 +31,7 @@ demo: $(VENV)/.installed  ## three sites train one model on phantom scans; SECUR
 test: $(VENV)/.installed $(REFERENCE)/.installed lint  ## lint, and all tests: a quarter of an hour
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
-quick: $(VENV)/.installed  ## the tests that a change should pass while it is being made
+quick: $(VENV)/.installed  ## the tests that a change should pass while it is being made: two minutes
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity"
 
 # A target of its own, since tracing costs half of the time again.

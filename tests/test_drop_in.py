@@ -81,6 +81,7 @@ def test_names_mean_what_they_mean_in_the_release():
         trainers.nonsense  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_trainer_written_with_a_star_import_trains(tmp_path, roots, monkeypatch):
     make_tiny_dataset(roots["nnUNet_preprocessed"], stages=3, cases=5)
     (tmp_path / "star_trainer.py").write_text(
@@ -190,6 +191,7 @@ def test_the_training_command_uses_what_is_put_in_the_place_of_its_names(roots, 
     assert loaded == [(None, "weights.pth")]
 
 
+@pytest.mark.slow
 def test_the_trainer_uses_what_is_put_in_the_place_of_its_names(roots, monkeypatch):
     make_tiny_dataset(roots["nnUNet_preprocessed"], stages=3, cases=5)
     monkeypatch.setenv("nnUNet_n_proc_DA", "3")

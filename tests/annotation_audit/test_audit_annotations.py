@@ -89,6 +89,7 @@ def test_tables_and_page_say_the_same(model):
     assert "default-src 'none'" in page and "color-scheme:light dark" in page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_page_fits_a_phone_and_loads_nothing(model, tmp_path, dark):
@@ -207,6 +208,7 @@ def elsewhere(roots, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unseen", [False, True])
 def test_missing_predictions_are_made(elsewhere, tmp_path, unseen):
     (elsewhere / "fold_0" / "validation").mkdir()

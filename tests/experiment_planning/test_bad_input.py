@@ -556,6 +556,7 @@ JSON = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES | VOXELS | JSON)
 def test_fault_is_refused(name, dataset, refuse):
     spoiled = (FILES | VOXELS | JSON)[name]
@@ -565,6 +566,7 @@ def test_fault_is_refused(name, dataset, refuse):
         assert part in outcome.message, outcome.message
 
 
+@pytest.mark.slow
 def test_sound_dataset_is_not_refused(dataset, roots, monkeypatch):
     """The datasets above are refused for their one fault, not for another."""
     monkeypatch.setattr(
@@ -911,6 +913,7 @@ def test_quota_is_noticed_at_the_start(dataset, roots):
     assert snapshot(roots) == before
 
 
+@pytest.mark.slow
 @needs_limits
 def test_disk_that_fills_up_leaves_no_half_written_case(make_scans, make_case, roots):
     make_scans({f"case_{i}": make_case(i, shape=(10, 60, 64)) for i in range(2)})
@@ -962,6 +965,7 @@ UNCHECKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNCHECKED)
 def test_fault_is_refused_without_the_check_too(name, dataset, roots, refuse):
     UNCHECKED[name].spoil(dataset)
@@ -973,6 +977,7 @@ def test_fault_is_refused_without_the_check_too(name, dataset, roots, refuse):
 # -------------------------------------------------------------------------------------------------- what is accepted
 
 
+@pytest.mark.slow
 def test_listed_files_may_lie_anywhere(dataset, roots, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(dataset / "imagesTr", elsewhere)
@@ -999,6 +1004,7 @@ def test_listed_files_may_lie_anywhere(dataset, roots, tmp_path, monkeypatch):
     assert (roots["nnUNet_preprocessed"] / dataset.name / "dataset_fingerprint.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("labels", "order"),
     [
@@ -1016,6 +1022,7 @@ def test_kinds_of_labels(labels, order, dataset, roots, monkeypatch):
     entrypoints.extract_fingerprint_entry()
 
 
+@pytest.mark.slow
 def test_preprocessed_folder_is_created(dataset, roots, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "new"))
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_extract_fingerprint", "-d", "2", "-np", "1", "--no_pbar"])

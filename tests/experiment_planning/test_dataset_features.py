@@ -94,6 +94,7 @@ def test_files_listed_in_the_description(make_case, plan_and_preprocess, roots, 
     assert sorted(file.name for file in copies.iterdir()) == ["first.nii.gz", "second.nii.gz"]
 
 
+@pytest.mark.slow
 def test_photographs_are_2d_only(plan_and_preprocess, roots):
     from skimage import io
 

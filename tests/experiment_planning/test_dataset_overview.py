@@ -57,6 +57,7 @@ def test_dataset_is_looked_at(make_scans, make_case, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

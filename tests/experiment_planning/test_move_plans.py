@@ -80,6 +80,7 @@ def test_other_channels_are_pointed_out(make_scans, make_case, target, caplog):
     assert "dataset_fingerprint.json to adapt their normalization by" in caplog.text
 
 
+@pytest.mark.slow
 def test_channels_that_are_known_keep_their_normalization(make_scans, make_case, target, roots, caplog):
     caplog.set_level(logging.INFO)
     raw = make_scans({"a": make_case(num_channels=2)}, number=3)

@@ -38,6 +38,7 @@ def _with_few_voxels(constructor):
     return construct
 
 
+@pytest.mark.slow
 def test_command_goes_from_raw_to_preprocessed_data(folder, roots, capsys):
     entrypoints.plan_and_preprocess_main(
         ["-d", "2", "-npfp", "1", "-np", "1", "--verify_dataset_integrity", "--no_pbar"]

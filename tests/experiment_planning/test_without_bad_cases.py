@@ -80,6 +80,7 @@ def test_a_run_without_the_option_uses_all_cases_again(folder, preprocessed, cap
     assert not (preprocessed / "bad_cases.json").exists()
 
 
+@pytest.mark.slow
 def test_a_repaired_case_comes_back(folder, preprocessed, make_case):
     plan("--without_bad_cases", "--no_pp")
     write_nifti(make_case(5, shape=(10, 20, 24))[1], folder / "labelsTr" / "case_5.nii.gz")

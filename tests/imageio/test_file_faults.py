@@ -150,6 +150,7 @@ except (OSError, RuntimeError) as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
 @pytest.mark.parametrize(
     ("module", "writer", "name"),

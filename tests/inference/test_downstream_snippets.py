@@ -314,6 +314,7 @@ def test_attributes_are_assigned_by_hand_instead_of_initialising(model):
     assert ret.shape == (16, 20, 24)
 
 
+@pytest.mark.slow
 def test_a_viewer_runs_the_executable_on_one_volume(images, tmp_path, model):
     executable = Path(sys.executable).parent / "nnUNetv2_predict_from_modelfolder"
     if not executable.exists():

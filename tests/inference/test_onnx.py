@@ -96,6 +96,7 @@ def share_of_equal_voxels(folder: Path, other: Path, ending: str = ".nii.gz") ->
 
 
 # ------------------------------------------------------------------------------------------------------- predictions
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -149,6 +150,7 @@ def test_a_cascade_continues_the_previous_stage(make_model, scans, tmp_path):
         predictor.predict_from_files(scans, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_arrays_are_predicted_as_files_are(model, scans, tmp_path):
     predictor = OnnxPredictor(model[1])
     (from_files,) = predictor.predict_from_files([[str(scans / "liver_1_0000.nii.gz")]], None)
@@ -166,6 +168,7 @@ def test_folds_are_averaged(model, scans):
     np.testing.assert_allclose(logits[0], (logits[1].astype(np.float32) + logits[2]) / 2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regions", [False, True])
 def test_prediction_needs_neither_torch_nor_most_libraries(make_model, scans, tmp_path, regions):
     changes = {"labels": REGIONS, "regions_class_order": (1, 2, 3)} if regions else {}

@@ -4,6 +4,7 @@ import pytest
 from docstrings import MOST_WORDS, PROJECT, Docstring, describe_fault, read_docstrings, whats_per_thousand_words
 
 
+@pytest.mark.slow
 def test_first_lines_are_in_form():
     faults = [
         f"{one.file}: {one.name}: {fault}: {one.first_line}"

@@ -128,6 +128,7 @@ def test_decisions_equal_those_of_evaluating_written_files(folders, tmp_path):
     assert final["mean"] == score(accepted)["mean"]
 
 
+@pytest.mark.slow
 def test_several_processes_decide_alike(folders, monkeypatch):
     predictions, references = folders(draw(island_of=1), draw(island_of=2), draw())
     alone = module.determine_postprocessing(predictions, references, None, None, 1)

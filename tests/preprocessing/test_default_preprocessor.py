@@ -121,6 +121,7 @@ def test_unknown_normalizations_and_missing_statistics_are_explained():
         preprocess(data, seg[:, :-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_dataset_is_preprocessed_completely(roots, num_processes):
     folder = write_raw_dataset(roots)
@@ -137,6 +138,7 @@ def test_a_dataset_is_preprocessed_completely(roots, num_processes):
     assert list(properties["class_locations"]) == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_bad_case_is_named_and_leaves_nothing_half_written(roots, num_processes):
     folder = write_raw_dataset(roots)

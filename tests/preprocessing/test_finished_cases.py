@@ -243,6 +243,7 @@ class Dying(DefaultPreprocessor):
         super().run_case_save(output_filename_truncated, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
 def test_a_dead_worker_costs_its_case_only(roots):
     folder = write_raw_dataset(roots, cases=4)

@@ -44,6 +44,7 @@ def cpu_seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_comes_at_once_and_without_heavy_libraries(name):
     module, function = COMMANDS[name].split(":")

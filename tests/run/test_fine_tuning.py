@@ -139,6 +139,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("back", [False, True], ids=["to", "from"])
 @pytest.mark.parametrize(("dims", "residual"), [(2, False), (3, False), (3, True), (2, True)])
@@ -406,6 +407,7 @@ def resume(name, **options):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ShortTrainer", "ShortWarmup", "OwnInitialize"])
 def test_what_is_frozen_is_kept_and_taken_over(results, trainer):
     patterns = ("encoder.stages.0", "regex:norm")

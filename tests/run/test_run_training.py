@@ -357,6 +357,7 @@ run_training.main(["998", "3d_fullres", "0", "-tr", "ShortTrainer", "-device", "
 """
 
 
+@pytest.mark.slow
 def test_a_training_starts_without_the_slow_libraries_it_does_not_need(dataset):
     finished = subprocess.run(
         [sys.executable, "-c", FIRST_STEP], check=False, timeout=PATIENCE_S, text=True, capture_output=True

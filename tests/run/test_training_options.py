@@ -126,6 +126,7 @@ def test_without_options_a_checkpoint_has_what_it_always_had(fold, without_valid
     }
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bits_with_and_without_workers(fold, without_validation, monkeypatch):
     monkeypatch.setenv("nnUNet_seed", "8")  # the option wins
     train(**SHORT, seed=5)
@@ -194,6 +195,7 @@ def test_what_the_federation_has_fixed_is_not_changed_at_a_site(name):
 # ---------------------------------------------------------------------------------------------------- going on
 
 
+@pytest.mark.slow
 def test_a_stopped_training_is_a_whole_model_and_goes_on_to_the_same_bits(fold, monkeypatch):
     train(**SHORT, seed=5)
     undisturbed = final(fold)
@@ -266,6 +268,7 @@ def test_time_that_is_over_ends_a_training_after_an_epoch(fold, without_validati
 # ------------------------------------------------------------------------------------------------- side by side
 
 
+@pytest.mark.slow
 def test_results_of_several_settings_live_side_by_side(model, fold):
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 

@@ -126,6 +126,7 @@ def test_without_a_dataset_the_line_alone_is_checked(check):
     assert check(dataset=None) == (0, {})
 
 
+@pytest.mark.slow
 def test_steps_are_tried_on_this_machine(check, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(memory, "START_S", PATIENCE_S)
@@ -390,6 +391,7 @@ def test_cases_that_the_time_does_not_suffice_for_are_told(check, monkeypatch, c
 
 
 # --------------------------------------------------------------------------------------------------------- odd input
+@pytest.mark.slow
 def test_a_dataset_that_does_not_exist_and_one_without_plans(check, roots):
     assert "not_checked" in check(dataset="999")[1] or "dataset" in check(dataset="999")[1]
     assert "trains without a federation" in check("-tr", "nnUNetTrainer")[1]["not_checked"]["sentence"]

@@ -63,6 +63,7 @@ def documented(preprocessed, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_documented_trainer_trains(documented, name):
     trainer = documented(name)

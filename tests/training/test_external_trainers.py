@@ -60,6 +60,7 @@ def test_there_are_enough_styles():
     assert len(NAMES) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_validation")
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")

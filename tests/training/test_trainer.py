@@ -163,6 +163,7 @@ def test_the_log_file_appears_with_the_first_line_and_begins_with_the_citation(d
     assert "Nature Methods" in text and 71 * "#" in text and text.endswith("\nfirst 1 \n")
 
 
+@pytest.mark.slow
 def test_names_that_third_parties_import_from_the_trainer_module_exist():
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module
 
@@ -270,6 +271,7 @@ def test_hooks_are_called_in_the_order_of_the_reference(dataset):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_pictures")
 def test_three_epochs_leave_the_files_and_figures_of_the_reference(dataset):
     trainer = make_trainer(dataset, epochs=3, save_every=1)
@@ -334,6 +336,7 @@ def test_aliases_of_a_weight_are_all_saved(dataset):
     assert len({weights[name].data_ptr() for name in names}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(
     "trainer_class",
@@ -376,6 +379,7 @@ def test_regions_and_ignored_voxels_are_trained(dataset, labels):
     )
 
 
+@pytest.mark.slow
 def test_a_network_learns(dataset, monkeypatch):
     torch.manual_seed(0)
     np.random.seed(0)
@@ -649,6 +653,7 @@ def test_the_final_validation_writes_segmentations_and_scores_and_restores_the_n
     assert "Mean Validation Dice:  " in Path(trainer.log_file).read_text()
 
 
+@pytest.mark.slow
 def test_the_next_stage_of_a_cascade_receives_segmentations_and_trains_on_them(dataset, roots):
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 

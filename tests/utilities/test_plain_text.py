@@ -33,6 +33,7 @@ def is_harmless(text, *, allowed=""):
 
 
 # ------------------------------------------------------------------------------------------------------- printable
+@pytest.mark.slow
 def test_no_character_of_unicode_stays_unseen():
     assert is_harmless(printable(EVERYTHING))
     assert is_harmless(printable(EVERYTHING, lines=True), allowed="\n")
@@ -122,6 +123,7 @@ def test_what_a_terminal_cannot_write_is_escaped():
     assert file.buffer.getvalue() == "für \\u809d\n".encode("latin-1")
 
 
+@pytest.mark.slow
 def test_the_package_prints_through_one_function():
     """`print` writes what it is given: names of others would reach the terminal as they are."""
     folder = Path(nnunetv2.__file__).parent

@@ -125,6 +125,7 @@ def test_what_does_not_exist_is_said_to_be_missing(path):
         get_network_from_plans(UNET, {**KWARGS, "nonlin": path}, IMPORTED, 1, 2)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_to_refuse_a_name():
     """Importing these would open a browser, print a poem, or run a program of the user's."""
     code = textwrap.dedent("""
@@ -358,6 +359,7 @@ def test_names_that_mean_something_else_are_refused(field, name):
         pytest.fail(str(error))
 
 
+@pytest.mark.slow
 def test_a_trainer_is_checked_even_where_assertions_are_off():
     code = (
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"

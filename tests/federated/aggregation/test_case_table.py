@@ -44,6 +44,7 @@ def read_growing(sites):
     raise AssertionError("no table was large enough")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(kinds=st.lists(CASES, min_size=12, max_size=12), dealt=SITES)
 def test_the_sum_of_tables_is_the_multiset_of_all_cases(kinds, dealt):

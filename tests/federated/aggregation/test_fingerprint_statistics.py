@@ -81,6 +81,7 @@ def test_at_most_six_bins_are_wanted():
 
 
 # ----------------------------------------------------------------------------------------------------- percentiles
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(values=VALUES, promotes=st.booleans(), data=st.data())
 def test_percentiles_equal_numpy_to_the_bit_for_any_split(values, promotes, data):

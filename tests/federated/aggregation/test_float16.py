@@ -230,6 +230,7 @@ def test_a_late_site_downloads_the_same_document(make_federation):
     assert published(federation, RoundKey(RUN, 0), "C") == published(federation, RoundKey(RUN, 0), "A")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["save_contribution", "save_closing", "save_subset", "delete_results"])
 def test_a_crash_changes_no_byte(make_federation, monkeypatch, step):
     undisturbed, federation = make_federation("undisturbed"), make_federation("mortal")
@@ -295,6 +296,7 @@ def take_part(credential, *, seed: int, num_rounds: int, shapes=LARGE) -> tuple[
         return {name: np.array(values) for name, values in weights.items()}, bytes_of_round
 
 
+@pytest.mark.slow
 def test_two_sites_train_with_half_the_bytes_to_the_same_end(tmp_path):
     num_rounds, ends = 5, {}
     for precision in ("float32", "float16"):

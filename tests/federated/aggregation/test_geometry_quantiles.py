@@ -40,6 +40,7 @@ def bits(value):
     return np.float64(value + 0.0).tobytes()  # numpy leaves open which of -0.0 and 0.0 comes first
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(values=VALUES, data=st.data())
 def test_percentiles_and_medians_equal_numpy_to_the_bit(values, data):

@@ -295,6 +295,7 @@ def take_part(credential, *, seed: int, num_rounds: int, is_mortal=False) -> tup
         return {name: np.array(values) for name, values in weights.items()}, bytes_of_round
 
 
+@pytest.mark.slow
 def test_two_sites_train_with_a_quarter_of_the_bytes_to_the_same_end(tmp_path):
     num_rounds, ends = 5, {}
     for name, precision, is_mortal in (("one", "float32", False), ("two", "int8", False), ("three", "int8", True)):

@@ -164,6 +164,7 @@ SPREAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", SPREAD.values(), ids=SPREAD)
 @pytest.mark.parametrize("numbers", [(4000, 4000, 4000), (5000, 25, 7001), (39, 8001, 200)])
 def test_percentiles_are_exact_whatever_has_to_be_shown(tmp_path, spread, numbers):

@@ -93,6 +93,7 @@ def test_any_order_of_arrival_gives_identical_bytes(tmp_path):
     assert aggregate(tmp_path, reordered, dict(reversed(weights.items())))[1] in digests
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([np.float32, np.float16]), number=st.integers(1, 5))
 def test_mean_lies_between_the_extremes(data, dtype, number):
@@ -168,6 +169,7 @@ def test_an_owner_that_does_not_deliver_is_named(tmp_path, owners):
         collect_from_owners(documents, owners, out_path=tmp_path / "result", message=MESSAGE)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_sites_or_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(weighted_mean, "_THREADS", 2)
     size, tensors = 500_000, 8

@@ -290,6 +290,7 @@ def test_errors_are_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and "a federation has at least two sites, got A" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_disk_that_takes_nothing_is_one_line_that_names_the_folder(tmp_path, exists):
@@ -338,6 +339,7 @@ def without_torch(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(PROJECT)]))
 
 
+@pytest.mark.slow
 def test_serves_without_torch_and_stops_cleanly(tmp_path, without_torch):
     folder = tmp_path / "federation"
     with coordinator_process(folder, "--sites", "A", "B") as process:
@@ -355,6 +357,7 @@ def test_serves_without_torch_and_stops_cleanly(tmp_path, without_torch):
         assert "GET" not in process.text()  # no line per request
 
 
+@pytest.mark.slow
 def test_later_starts_go_on_at_the_same_port_and_invite_who_has_not_joined(tmp_path):
     folder = tmp_path / "federation"
     with coordinator_process(folder, "--sites", "A", "B") as first:
@@ -383,6 +386,7 @@ def test_later_starts_go_on_at_the_same_port_and_invite_who_has_not_joined(tmp_p
             again.stop()
 
 
+@pytest.mark.slow
 def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
     with coordinator_process(tmp_path / "federation", "--sites", "A", "B", grace_s=MUCH_LONGER_S) as process:
         credential = process.credentials()["A"]
@@ -403,6 +407,7 @@ def test_stopping_does_not_wait_for_sites_that_wait(tmp_path):
         assert errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_a_log_that_is_full_or_narrow_stops_nobody(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")

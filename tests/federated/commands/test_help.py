@@ -8,6 +8,7 @@ import pytest
 COMMANDS = ("admin", "coordinator", "fetch_model", "join", "leave", "manifest", "roster", "simulate", "status")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_answers_at_once_without_torch(name):
     code = (

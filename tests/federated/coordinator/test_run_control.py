@@ -659,6 +659,7 @@ def fail(federation: Federation, site: str) -> None:
     federation.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"min_sites": 3}, {"min_sites": 3, "quorum": 3, "deadline_s": 10.0}, {"quorum": 3, "deadline_s": 10.0}]
 )

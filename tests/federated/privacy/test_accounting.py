@@ -38,6 +38,7 @@ def lower_bound(steps: NoisySteps, delta: float, *, samples: int = 1_000_000) ->
     return low
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "delta"),
     [(NoisySteps(0.2, 1.0, 10), 1e-2), (NoisySteps(0.1, 0.8, 20), 1e-3), (NoisySteps(1, 4, 8), 1e-3)],
@@ -71,6 +72,7 @@ def test_steps_of_one_kind_add_up():
     assert epsilon_of([one, one], 1e-5) == epsilon_of([two], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spent", [[], [NoisySteps(0.2, 10.0, 50)]])
 def test_the_noise_that_is_found_keeps_to_epsilon_and_hardly_exceeds_what_is_needed(spent):
     sigma = find_sigma(spent, rate=0.2, count=100, epsilon=2.0, delta=1e-3)

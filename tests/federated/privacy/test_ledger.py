@@ -102,6 +102,7 @@ print("charged", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "counted"), [("0", 0), ("1", 0), ("200", 0), ("before the sync", 1), ("after the sync", 1)]
 )

@@ -411,6 +411,7 @@ def stop_when_all_have_sent(liar: Liar, sites: dict[str, MaskedSite], key, actio
     in_threads(*(lambda site=site: action(site) for site in sites.values()), stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_lie", [False, True])
 def test_different_weights_to_two_sites_leave_no_sum_of_anything(three, monkeypatch, takes_anything, is_lie):
     """Neither of weights nor of losses, Dice and distances: from these, too, it shows how one site reacts."""
@@ -442,6 +443,7 @@ def test_what_is_told_of_other_sites_to_one_alone_leaves_no_sum_of_how_far_they_
     assert cancels(seeds.sums(three, UploadKey(RUN, 0))["changes"]) is not is_lie
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"weighting": "uniform"}, {"num_iterations_per_epoch": 1}, {"proximal": 1e9}, {"keep_local": "*"}],
@@ -458,6 +460,7 @@ def test_sites_that_are_told_to_do_or_count_next_to_nothing_leave_no_sum_of_the_
     assert not any(cancels(words) for words in seeds.sums(three, UploadKey(RUN, 0)).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_lie", [False, True])
 def test_different_averages_to_validate_leave_no_sum_of_counts(tmp_path, monkeypatch, takes_anything, is_lie):
     with lying(tmp_path, validate_every=1) as liar:

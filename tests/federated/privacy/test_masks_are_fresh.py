@@ -94,6 +94,7 @@ class World:
         assert ends == [None] * len(ends), ends
 
 
+@pytest.mark.slow
 def test_two_folds_and_sites_that_come_back_make_other_masks(tmp_path, log):
     world = World(tmp_path, num_epochs=4)
     with world.serve() as federation:
@@ -132,6 +133,7 @@ def held(federation) -> dict:
     return {} if exchange is None else dict(exchange.contributions)
 
 
+@pytest.mark.slow
 def test_a_restored_coordinator_whose_run_is_reset_gets_other_masks(tmp_path, log):
     world = World(tmp_path)
     with world.serve() as federation:
@@ -148,6 +150,7 @@ def test_a_restored_coordinator_whose_run_is_reset_gets_other_masks(tmp_path, lo
     log.check(at_least=before)
 
 
+@pytest.mark.slow
 def test_a_site_that_was_admitted_late_makes_other_masks_when_it_comes_back(tmp_path, log):
     world = World(tmp_path, names=("A", "B", "C", "D"), num_epochs=6)
     with world.serve() as federation:
@@ -167,6 +170,7 @@ def last(federation) -> messages.Aggregate:
         return document.message
 
 
+@pytest.mark.slow
 def test_a_site_that_was_revoked_and_invited_again_goes_on_with_other_masks(tmp_path, log):
     world = World(tmp_path, names=("A", "B", "C", "D"), num_epochs=6)
     with world.serve() as federation:

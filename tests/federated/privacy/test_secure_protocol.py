@@ -91,6 +91,7 @@ def rounds(draw):
     return names, lanes, dropped, silent, draw(st.integers(0, 2**32))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(rounds())
 def test_every_sum_of_enough_sites_is_exact_and_others_give_out_no_share(drawn):

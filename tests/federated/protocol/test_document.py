@@ -194,6 +194,7 @@ def test_size_is_known_before_writing(tmp_path):
     assert document_size(document.message, document.specs) == (tmp_path / "d").stat().st_size
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     specs=st.dictionaries(
@@ -371,6 +372,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     header=st.dictionaries(st.sampled_from(["w", "v", "__metadata__", "x y"]), JSON_VALUES),

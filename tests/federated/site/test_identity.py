@@ -130,6 +130,7 @@ def take_key(path: Path, answers) -> None:
     answers.put(run_key("f", GATHERING, path)[1].exchange_key)
 
 
+@pytest.mark.slow
 def test_two_processes_that_begin_together_have_one_key(site):
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()

@@ -21,6 +21,7 @@ def expected_mean(sites, start, number):
     return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [THREE, FIVE])
 def test_masked_rounds_give_the_weighted_mean(tmp_path, names):
     with served(tmp_path / "federation", masked_settings(names)) as federation:
@@ -40,6 +41,7 @@ def test_masked_rounds_give_the_weighted_mean(tmp_path, names):
         assert federation.state.store.load_last_validation(RUN)["round"] == 2
 
 
+@pytest.mark.slow
 def test_people_see_what_all_sites_have_in_common_and_of_no_site(tmp_path):
     """The pooled figures are those of the plain run; of one site, nobody learns loss, Dice or distance."""
     with served(tmp_path / "federation", masked_settings(THREE)) as federation:
@@ -97,6 +99,7 @@ def run_of_three(folder, shapes=SHAPES):
         return federation.state.store.load_result_digest(RoundKey(RUN, 2))
 
 
+@pytest.mark.slow
 def test_the_average_is_that_of_masks_that_are_all_zero(tmp_path, monkeypatch):
     """To the bit, and whoever has answered first: masks leave nothing behind."""
     with_masks = run_of_three(tmp_path / "masked")

@@ -221,6 +221,7 @@ def written(extractors) -> set[str]:
     return {(Path(one.output_folder) / "dataset_fingerprint.json").read_text() for one in extractors.values()}
 
 
+@pytest.mark.slow
 def test_no_histogram_and_no_moment_of_a_site_is_stored(tmp_path):
     with federation_of(tmp_path / "federation", "list") as federation:
         extractors = make_extractors(tmp_path)
@@ -468,6 +469,7 @@ def test_other_plans_add_up_shapes_at_their_own_spacing(datasets, roots, tmp_pat
             assert "no spacings" in str(error) and "--geometry list" in str(error)
 
 
+@pytest.mark.slow
 def test_an_allow_list_of_the_manifest_lets_planning_through(tmp_path, monkeypatch):
     documents = planning_documents(
         {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}}, 4, is_masked=True

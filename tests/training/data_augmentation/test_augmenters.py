@@ -145,6 +145,7 @@ def take(augmenter, number: int) -> list[torch.Tensor]:
     return [next(augmenter)["draws"] for _ in range(number)]
 
 
+@pytest.mark.slow
 def test_with_a_seed_any_number_of_workers_gives_the_same_batches_in_the_same_order():
     expected = None
     for number in (0, 1, 2, 3):
@@ -197,6 +198,7 @@ def test_full_shared_memory_is_explained(start, monkeypatch):
         next(start(Draws()))
 
 
+@pytest.mark.slow
 def test_workers_can_be_spawned(start, monkeypatch):
     """As on Windows and macOS: the loader travels as a pickle."""
     monkeypatch.setattr(augmenters, "choose_start_method", lambda: "spawn")

@@ -30,6 +30,7 @@ def make_batch(spatial=(6, 20, 18), channels=2, regions=False, deep_supervision=
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spatial", [(6, 20, 18), (20, 18)])
 @pytest.mark.parametrize("regions", [False, True])
 def test_a_picture_is_written(tmp_path, spatial, regions):

@@ -54,6 +54,7 @@ def test_without_a_budget_somebody_is_told_how_to_allow_one(path):
         plan(path)
 
 
+@pytest.mark.slow
 def test_the_plan_uses_the_budget_up_and_no_more(path):
     set_budget(path, Budget(epsilon=3.0, delta=DELTA), by="A. Weiss")
     found = plan(path)
@@ -62,6 +63,7 @@ def test_the_plan_uses_the_budget_up_and_no_more(path):
     assert 2.9 < epsilon_of([NoisySteps(0.25, found.sigma, 55)], DELTA) <= 3.0  # one epoch may be trained again
 
 
+@pytest.mark.slow
 def test_what_was_spent_before_counts(path):
     set_budget(path, Budget(epsilon=3.0, delta=DELTA), by="A. Weiss")
     before = plan(path).sigma
@@ -70,6 +72,7 @@ def test_what_was_spent_before_counts(path):
     assert found.sigma > before and found.epsilon <= 3.0
 
 
+@pytest.mark.slow
 def test_a_plan_over_the_budget_is_refused_with_plans_that_fit(path):
     set_budget(path, Budget(epsilon=2.0, delta=DELTA), by="A. Weiss")
     with pytest.raises(BudgetError) as refusal:
@@ -94,6 +97,7 @@ def test_nothing_is_left_after_everything_was_spent(path):
         plan(path)
 
 
+@pytest.mark.slow
 def test_a_training_does_not_go_on_with_noise_that_would_ruin_it(path):
     set_budget(path, Budget(epsilon=50.0, delta=DELTA), by="A. Weiss")
     spend(path)

@@ -110,6 +110,7 @@ def test_a_primus_network_is_built_as_specified(name, monkeypatch):
     assert asked == [(NETWORKS[name], expected)]
 
 
+@pytest.mark.slow
 def test_the_smallest_primus_has_its_full_size():
     make_torchvision_importable()
     trainer = make("nnUNet_Primus_S_Trainer")
@@ -117,6 +118,7 @@ def test_the_smallest_primus_has_its_full_size():
     assert sum(weights.numel() for weights in network.parameters()) == 23_221_407
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny", "small_primus")
 @pytest.mark.parametrize("name", [*NETWORKS, "nnUNet_Primus_M_Trainer_BS8", "_Primus_L_48_BS1"])
 def test_a_primus_trainer_trains_goes_on_and_predicts(name):

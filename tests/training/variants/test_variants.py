@@ -37,6 +37,7 @@ def make(name: str, plans: dict, **labels) -> nnUNetTrainer:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cuda_on_paper", "adan")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_variant_is_found_by_name_and_differs_in_what_it_says(name):
@@ -67,6 +68,7 @@ def test_a_variant_is_found_by_name_and_differs_in_what_it_says(name):
     assert all(getattr(trainer, key) == value for key, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cuda_on_paper", "adan")
 @pytest.mark.parametrize(
     "name",
@@ -84,6 +86,7 @@ def test_a_variant_trains(plans, name):
     assert trainer.current_epoch == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -166,6 +166,7 @@ def test_without_openssl_the_way_out_is_named(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- stop
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_idle_connections(tmp_path):
     """A client that keeps a connection for its next request does not take part in closing it, as TLS wants it."""
     with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls", grace_s=MUCH_LONGER_S) as process:
@@ -179,6 +180,7 @@ def test_a_stop_does_not_wait_for_idle_connections(tmp_path):
             session.close()
 
 
+@pytest.mark.slow
 def test_a_stop_lets_an_upload_end(tmp_path):
     with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls", grace_s=MUCH_LONGER_S) as process:
         token = process.credentials()["A"].token
@@ -205,6 +207,7 @@ def test_a_stop_lets_an_upload_end(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- this machine
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="addresses of the loopback interface")
 @pytest.mark.parametrize("options", [[], ["--tls"]], ids=["plain", "tls"])
 def test_nobody_asks_a_proxy_for_a_coordinator_on_any_address_of_this_machine(tmp_path, monkeypatch, options):

@@ -31,6 +31,7 @@ def run_on(url: str, credentials: dict, on_round=lambda number: None) -> set[str
     return set(results)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_saved_at_work_goes_on_elsewhere_to_the_same_digest(tmp_path, capsys):
     file, elsewhere = tmp_path / "backup.tar", tmp_path / "new" / "federation"
     middle = threading.Event()

@@ -40,6 +40,7 @@ PAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_every_call_of_a_training_outlasts_a_foreign_answer(tmp_path, monkeypatch, page):
     monkeypatch.setattr(
