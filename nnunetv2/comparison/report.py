@@ -233,7 +233,9 @@ def _overview(findings: Findings) -> str:
         rows.append(f"<tr><th scope='row'>{escape(arm)}</th>{cells}</tr>")
     return (
         f"<h2>Mean Dice</h2><div class='wide'><table><thead><tr><th>model</th>{head}</tr></thead><tbody>{''.join(rows)}"
-        "</tbody></table></div>"
+        "</tbody></table></div><p class='quiet'>In this table and those below: mean over cases, with its 95 % interval "
+        "(bootstrap over cases; each case with the mean of its seeds). The best of a column is underlined. A dash "
+        "stands where a metric is not defined, as a distance is without a prediction.</p>"
     )
 
 
@@ -253,9 +255,7 @@ def _table(findings: Findings, place: Place, metric: str) -> str:
     return (
         f"<h2>{metric}{UNITS[metric]} {PLACES[place]}</h2><div class='wide'><table><thead><tr><th>arm</th>{head}"
         f"<th>mean of these</th></tr></thead><tbody>{''.join(rows)}<tr class='quiet'><th scope='row'>cases</th>{counts}"
-        "</tr></tbody></table></div><p class='quiet'>Mean over cases, with its 95 % interval (bootstrap over cases; "
-        "each "
-        "case with the mean of its seeds). The best of a column is underlined.</p>"
+        "</tr></tbody></table></div>"
     )
 
 
@@ -315,7 +315,7 @@ def _matrices(findings: Findings) -> str:
         )
     return (
         "<h2>Every model at every site</h2><p class='quiet'>Mean Dice. A row is a model, a column the test cases of a "
-        f"dataset; darker is better.</p>{''.join(parts)}"
+        f"dataset; the bluer, the better.</p>{''.join(parts)}"
     )
 
 
@@ -333,7 +333,8 @@ def _boxes(findings: Findings) -> str:
             for arm, datasets in arms.items()
         }
         upper = None if metric in LOWER_IS_BETTER else 1.0
-        parts.append(f"<h3>{metric}{UNITS[metric]} {PLACES[place]}</h3>{draw_box_plots(rows, upper)}")
+        plots = draw_box_plots(rows, upper)
+        parts.append(f"<h3>{metric}{UNITS[metric]} {PLACES[place]}</h3><div class='wide'>{plots}</div>")
     return f"<h2>All cases</h2>{''.join(parts)}"
 
 

@@ -145,7 +145,7 @@ def test_the_conclusion_names_what_is_shown_and_what_is_not(tmp_path):
     study = make_study(tmp_path, seeds=1)
     several = [one("pooled", "alone", 0.3, 0.001), one("ffe", "alone", 0.2, 0.001), one("ffe", "pooled", -0.1, 0.3)]
     text = conclude(study, {"own": several})
-    assert "At its own site, training together is: better ffe than alone (+0.200 Dice)" in text
+    assert "At its own site: ffe is better than alone (+0.200 Dice); no difference" in text
     assert "no difference is shown between ffe and pooled" in text
     assert "With 12 test cases" in text and "With 1 training of each kind" in text and "--seeds 3" in text
     assert "nothing is compared" in conclude(make_study(tmp_path, arms=("alone",)), {"own": []})
