@@ -133,10 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RuntimeError(f"the command had ended before kill {number}: run it in a new --folder")
         print(f"kill {number}, {count_steps(killed)} steps whole: {find_last_step(log)}", flush=True)
     run([*command, "--c"], environment, log, lambda: False)
-    is_same = without_costs(whole / RESULT) == without_costs(killed / RESULT)
+    first, second = without_costs(whole / RESULT), without_costs(killed / RESULT)
+    different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     left = [str(path) for path in killed.rglob("*.unfinished")]
-    print(f"numbers {'are the same' if is_same else 'DIFFER'}; unfinished folders: {', '.join(left) or 'none'}")
-    return int(not is_same or bool(left))
+    print(f"different: {', '.join(different) or 'nothing'}; unfinished folders: {', '.join(left) or 'none'}")
+    return int(bool(different or left))
 
 
 if __name__ == "__main__":
