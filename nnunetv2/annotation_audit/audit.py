@@ -44,6 +44,19 @@ class RankedCase:
     prediction_file: str
     image_files: Sequence[str]
 
+    @property
+    def reason(self) -> str:
+        """Return why it stands out, in words.
+
+        That is its first region. A label exactly as predicted has none, and stands out where others are too small.
+        """
+        if self.regions:
+            region = self.regions[0].region
+            return f"{region.kind}, {region.description}"
+        if self.class_name is None:
+            return "nothing labelled or predicted"
+        return f"{self.class_name}, {describe_offset(self.figures[self.class_name].offset_mm)}"
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -145,7 +158,7 @@ def rank(
                 case=case,
                 score=score,
                 class_name=class_name,
-                is_doubtful=score > cut,
+                is_doubtful=class_name is not None and score > cut,
                 is_seen=origin.is_seen,
                 figures=found.figures,
                 regions=sorted(regions, key=lambda one: -one.score),
@@ -157,6 +170,11 @@ def rank(
     ranked.sort(key=lambda one: (-one.score, one.case))
     failed = {case: found for case, found in compared.items() if isinstance(found, str)}
     return Audit(dataset, model, classes, cut, false_alarms, usual, ranked, failed)
+
+
+def describe_offset(offset_mm: float) -> str:
+    """Return in words how much too small or too large a label is."""
+    return f"the label {abs(offset_mm):.2f} mm too {'small' if offset_mm > 0 else 'large'}"
 
 
 def _whole_numbers(labels: np.ndarray) -> np.ndarray:

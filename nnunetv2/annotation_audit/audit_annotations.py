@@ -157,6 +157,9 @@ def audit_annotations(
     cases = _labelled_cases(raw, dataset_json)
     if not cases:
         raise InvalidInputError(f"{raw} has no labelled cases")
+    without = [case for case, entry in cases.items() if not entry["images"]]
+    if without:
+        raise InvalidInputError(f"{raw / 'dataset.json'}: case {without[0]} has no image: list one per channel")
     target = folder / "annotation_audit" if output is None else Path(output)
     (target / PREDICTIONS).mkdir(parents=True, exist_ok=True)
 
@@ -198,8 +201,7 @@ def audit_annotations(
     write_page(audit, target, reader, num_pictures=num_pictures)
     show(f"{len(audit.doubtful)} of {len(audit.cases)} cases are doubtful (score above {audit.cut:.2f})")
     for case in audit.doubtful[:_SHOWN]:
-        region = case.regions[0].region
-        show(f"  {case.score:6.1f}  {case.case}: {region.kind}, {region.description}")
+        show(f"  {case.score:6.1f}  {case.case}: {case.reason}")
     if len(audit.doubtful) > _SHOWN:
         show(f"  and {len(audit.doubtful) - _SHOWN} more")
     for name, reason in audit.failed.items():

@@ -77,9 +77,10 @@ def find_model_folder(
 
 def find_folds(folder: Path, checkpoint: str) -> list[Fold]:
     """Return the folds that have a checkpoint: numbers in their order, then 'all'."""
-    names = [path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")]
-    numbers: list[Fold] = sorted(int(name) for name in names if name.isdigit())
-    return [*numbers, "all"] if "all" in names else numbers
+    from nnunetv2.models import model_folder
+
+    numbers: list[Fold] = sorted(model_folder.find_folds(folder, checkpoint)) if folder.is_dir() else []
+    return [*numbers, "all"] if (folder / "fold_all" / checkpoint).is_file() else numbers
 
 
 def plan_predictions(

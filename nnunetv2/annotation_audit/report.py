@@ -10,10 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2.annotation_audit.audit import Audit, RankedCase, RankedRegion
+from nnunetv2.annotation_audit.audit import Audit, RankedCase, RankedRegion, describe_offset
 from nnunetv2.annotation_audit.disagreement import Figures
 from nnunetv2.annotation_audit.doubtful import FEWEST_CASES
 from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.command_line import describe_error
 from nnunetv2.utilities.plain_text import printable
 
 if TYPE_CHECKING:
@@ -193,11 +194,13 @@ def _article(
         for one, figure in zip(regions, figures)
     )
     distances = "; ".join(
-        f"{_text(name)} {figures.distance_mm:.2f} mm apart, {_describe_offset(figures.offset_mm)}"
+        f"{_text(name)} {figures.distance_mm:.2f} mm apart, {describe_offset(figures.offset_mm)}"
         for name, figures in case.figures.items()
     )
     seen = " <span class='tag'>seen in training</span>" if case.is_seen else ""
     more = f"<p class='soft'>{rest} more in {REGIONS_FILE}</p>" if rest else ""
+    if not regions:
+        items = f"<li>{_text(case.reason)}: no region of it differs from the prediction</li>"
     return (
         f"<article id='case-{number}'><h3>{number}. {_text(case.case)}{seen}</h3>"
         f"<p class='soft'>Score {case.score:.1f}; {distances}</p><ol>{items}</ol>{more}</article>"
@@ -209,7 +212,11 @@ def _figures(
 ) -> list[str]:
     from nnunetv2.annotation_audit.pictures import CasePainter
 
-    painter = CasePainter(case.label_file, case.prediction_file, case.image_files[0], reader)
+    try:
+        painter = CasePainter(case.label_file, case.prediction_file, case.image_files[0], reader)
+    except Exception as error:  # noqa: BLE001  readers raise whatever their library raises; the page says it
+        reason = f"<p class='soft'>No picture: {_text(describe_error(error))}</p>"
+        return [reason, *[""] * (len(regions) - 1)]
     drawn = []
     for one in regions:
         panels, place = painter.draw(one.region.centre, labels)
@@ -269,10 +276,6 @@ def _cell(value: object) -> object:
 
 def _cells_of_figures(figures: Figures | None) -> tuple[str, str]:
     return ("", "") if figures is None else (f"{figures.distance_mm:.3f}", f"{figures.offset_mm:.3f}")
-
-
-def _describe_offset(offset_mm: float) -> str:
-    return f"the label {abs(offset_mm):.2f} mm too {'small' if offset_mm > 0 else 'large'}"
 
 
 def _is_number(text: str) -> bool:

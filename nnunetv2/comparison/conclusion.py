@@ -21,23 +21,21 @@ def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) ->
     told = []
     for place, several in comparisons.items():
         ours = [one for one in several if one.arm in federated]
-        better = [_name(one) for one in ours if one.is_shown and one.difference > 0]
-        worse = [_name(one) for one in ours if one.is_shown and one.difference < 0]
         open_ = [f"{one.arm} and {one.reference}" for one in ours if not one.is_shown]
         parts = [
-            *([f"better {_list(better)}"] if better else []),
-            *([f"worse {_list(worse)}"] if worse else []),
+            *(_sentence(one) for one in ours if one.is_shown),
             *([f"no difference is shown between {_list(open_)}"] if open_ else []),
         ]
         if parts:
-            told.append(f"{PLACES[place].capitalize()}, training together is: {'; '.join(parts)}.")
+            told.append(f"{PLACES[place].capitalize()}: {'; '.join(parts)}.")
     if not told:
         return "There is no federated arm beside one without a federation: nothing is compared."
     return " ".join([*told, *_reservations(study, comparisons)])
 
 
-def _name(one: Comparison) -> str:
-    return f"{one.arm} than {one.reference} ({one.difference:+.3f} Dice)"
+def _sentence(one: Comparison) -> str:
+    word = "better" if one.difference > 0 else "worse"
+    return f"{one.arm} is {word} than {one.reference} ({one.difference:+.3f} Dice)"
 
 
 def _list(names: Sequence[str]) -> str:

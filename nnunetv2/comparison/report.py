@@ -71,22 +71,31 @@ def find(study: Study, scores: Sequence[Score], costs: Mapping[str, Sequence[Map
         study=study,
         scores=scores,
         values=values,
-        estimates={
-            key: {
-                arm: {
-                    **{dataset: estimate_mean({dataset: cases}) for dataset, cases in datasets.items()},
-                    None: estimate_mean(datasets),
-                }
-                for arm, datasets in arms.items()
-            }
-            for key, arms in values.items()
-        },
+        estimates={key: _estimate(arms) for key, arms in values.items()},
         comparisons={
             place: compare_arms(arms, references) for (place, metric), arms in values.items() if metric == "Dice"
         },
         seeds={place: means_per_seed(scores, sites, place, "Dice") for place in PLACES},
         costs=costs,
     )
+
+
+def _estimate(arms: CaseValues) -> dict[str, dict[int | None, Estimate]]:
+    """Estimate the means of every arm per dataset, and of all datasets where it has a value in each of them.
+
+    A distance is not defined where nothing is predicted, so an arm may lack a dataset that others have.
+    """
+    estimates: dict[str, dict[int | None, Estimate]] = {}
+    for arm, datasets in arms.items():
+        estimates[arm] = {dataset: estimate_mean({dataset: cases}) for dataset, cases in datasets.items()}
+        if all(datasets.keys() >= others.keys() for others in arms.values()):
+            estimates[arm][None] = estimate_mean(datasets)
+    return estimates
+
+
+def _columns(arms: Mapping[str, Mapping[int | None, Estimate]]) -> list[int | None]:
+    """Return the columns of a table: the datasets in their order, and None for the mean of all."""
+    return [*sorted({one for estimates in arms.values() for one in estimates if one is not None}), None]
 
 
 def write_report(findings: Findings, folder: StudyFolder) -> None:
@@ -135,10 +144,10 @@ def as_markdown(findings: Findings) -> str:
     """Return the tables as Markdown."""
     parts = [conclude(findings.study, findings.comparisons)]
     for (place, metric), arms in findings.estimates.items():
-        datasets = [one for one in next(iter(arms.values())) if one is not None]
-        head = ["arm", *(_name(findings.study, number) for number in datasets), "mean"]
+        columns = _columns(arms)
+        head = ["arm", *("mean" if number is None else _name(findings.study, number) for number in columns)]
         rows = [
-            [arm, *(_with_interval(estimates[number], metric) for number in [*datasets, None])]
+            [arm, *(_with_interval(estimates.get(number), metric) for number in columns)]
             for arm, estimates in arms.items()
         ]
         parts.append(f"{metric}{UNITS[metric]} {PLACES[place]}\n\n{_markdown_table(head, rows)}")
@@ -162,7 +171,9 @@ def _p(value: float) -> str:
     return "too few cases" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
-def _with_interval(estimate: Estimate, metric: str) -> str:
+def _with_interval(estimate: Estimate | None, metric: str) -> str:
+    if estimate is None:
+        return "-"
     digits = 2 if metric in LOWER_IS_BETTER else 3
     interval = "" if math.isnan(estimate.low) else f" ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
     return f"{estimate.mean:.{digits}f}{interval}"
@@ -212,51 +223,51 @@ def _summary(findings: Findings) -> str:
 def _overview(findings: Findings) -> str:
     """Show one line per arm: the mean Dice of all sites, wherever models were tested."""
     places = {place: arms for (place, metric), arms in findings.estimates.items() if metric == "Dice"}
-    best = {place: max(estimates[None].mean for estimates in arms.values()) for place, arms in places.items()}
+    best = {place: _best(arms, None, "Dice") for place, arms in places.items()}
     head = "".join(f"<th>{PLACES[place]}</th>" for place in places)
     rows = []
     for arm in (one.name for one in findings.study.arms):
         cells = "".join(
-            _estimate_cell(arms[arm][None], "Dice", is_best=arms[arm][None].mean == best[place])
-            if arm in arms
-            else "<td>-</td>"
-            for place, arms in places.items()
+            _estimate_cell(arms.get(arm, {}).get(None), "Dice", best[place]) for place, arms in places.items()
         )
         rows.append(f"<tr><th scope='row'>{escape(arm)}</th>{cells}</tr>")
     return (
         f"<h2>Mean Dice</h2><div class='wide'><table><thead><tr><th>model</th>{head}</tr></thead><tbody>{''.join(rows)}"
-        "</tbody></table></div>"
+        "</tbody></table></div><p class='quiet'>In this table and those below: mean over cases, with its 95 % interval "
+        "(bootstrap over cases; each case with the mean of its seeds). The best of a column is underlined. A dash "
+        "stands where a metric is not defined, as a distance is without a prediction.</p>"
     )
 
 
 def _table(findings: Findings, place: Place, metric: str) -> str:
     arms = findings.estimates[place, metric]
-    datasets = [one for one in next(iter(arms.values())) if one is not None]
-    best = {
-        number: (min if metric in LOWER_IS_BETTER else max)(arms[arm][number].mean for arm in arms)
-        for number in [*datasets, None]
-    }
-    head = "".join(f"<th>{escape(_name(findings.study, number))}</th>" for number in datasets)
+    columns = _columns(arms)
+    best = {number: _best(arms, number, metric) for number in columns}
+    head = "".join(f"<th>{escape(_name(findings.study, number))}</th>" for number in columns if number is not None)
     rows = []
     for arm, estimates in arms.items():
-        cells = "".join(
-            _estimate_cell(estimates[number], metric, is_best=estimates[number].mean == best[number])
-            for number in [*datasets, None]
-        )
+        cells = "".join(_estimate_cell(estimates.get(number), metric, best[number]) for number in columns)
         rows.append(f"<tr><th scope='row'>{escape(arm)}</th>{cells}</tr>")
-    counts = "".join(f"<td>{next(iter(arms.values()))[number].num_cases}</td>" for number in [*datasets, None])
+    counts = "".join(
+        f"<td>{max((one[number].num_cases for one in arms.values() if number in one), default='-')}</td>"
+        for number in columns
+    )
     return (
         f"<h2>{metric}{UNITS[metric]} {PLACES[place]}</h2><div class='wide'><table><thead><tr><th>arm</th>{head}"
         f"<th>mean of these</th></tr></thead><tbody>{''.join(rows)}<tr class='quiet'><th scope='row'>cases</th>{counts}"
-        "</tr></tbody></table></div><p class='quiet'>Mean over cases, with its 95 % interval (bootstrap over cases; "
-        "each "
-        "case with the mean of its seeds). The best of a column is underlined.</p>"
+        "</tr></tbody></table></div>"
     )
 
 
-def _estimate_cell(estimate: Estimate, metric: str, *, is_best: bool) -> str:
+def _best(arms: Mapping[str, Mapping[int | None, Estimate]], number: int | None, metric: str) -> float | None:
+    """Return the best mean of a column; None where it has none."""
+    means = [estimates[number].mean for estimates in arms.values() if number in estimates]
+    return (min if metric in LOWER_IS_BETTER else max)(means, default=None)
+
+
+def _estimate_cell(estimate: Estimate | None, metric: str, best: float | None) -> str:
     text, _, interval = _with_interval(estimate, metric).partition(" ")
-    mean = f"<u>{text}</u>" if is_best else text
+    mean = f"<u>{text}</u>" if estimate is not None and estimate.mean == best else text
     return f"<td>{mean}<small>{escape(interval)}</small></td>"
 
 
@@ -304,7 +315,7 @@ def _matrices(findings: Findings) -> str:
         )
     return (
         "<h2>Every model at every site</h2><p class='quiet'>Mean Dice. A row is a model, a column the test cases of a "
-        f"dataset; darker is better.</p>{''.join(parts)}"
+        f"dataset; the bluer, the better.</p>{''.join(parts)}"
     )
 
 
@@ -322,7 +333,8 @@ def _boxes(findings: Findings) -> str:
             for arm, datasets in arms.items()
         }
         upper = None if metric in LOWER_IS_BETTER else 1.0
-        parts.append(f"<h3>{metric}{UNITS[metric]} {PLACES[place]}</h3>{draw_box_plots(rows, upper)}")
+        plots = draw_box_plots(rows, upper)
+        parts.append(f"<h3>{metric}{UNITS[metric]} {PLACES[place]}</h3><div class='wide'>{plots}</div>")
     return f"<h2>All cases</h2>{''.join(parts)}"
 
 
@@ -338,9 +350,9 @@ def _worst_cases(findings: Findings, folder: StudyFolder) -> str:
     for value, number, case in ranked[:NUM_WORST]:
         model = POOLED if arm.training == "pooled" else next(one.name for one in study.sites if one.number == number)
         summary = load_summary_json(folder.predicted(arm.name, 0, model) / "summary.json")
-        [entry] = [one for one in summary["metric_per_case"] if Path(one["prediction_file"]).name.split(".")[0] == case]
         content = study.sites[0].description()
         ending = content["file_ending"]
+        [entry] = [one for one in summary["metric_per_case"] if Path(one["prediction_file"]).name == f"{case}{ending}"]
         reader = determine_reader_writer_from_dataset_json(content, entry["reference_file"], verbose=False)()
         files = {
             "prediction_file": str(folder.predicted(arm.name, 0, model) / f"{case}{ending}"),

@@ -15,14 +15,15 @@ h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px soli
 .conclusion{font-size:1.05rem;border-left:.3rem solid var(--deep);padding:.4rem 0 .4rem .8rem}
 .quiet{opacity:.75;font-size:.9rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{border:1px solid var(--line);padding:.25rem .6rem;text-align:right}
-th[scope=row],thead th:first-child{text-align:left;overflow-wrap:normal}thead th{background:var(--soft)}
-td small{display:block;opacity:.75;white-space:nowrap}u{text-decoration-thickness:2px;text-underline-offset:3px}
+th,td{border:1px solid var(--line);padding:.25rem .6rem;text-align:right;overflow-wrap:normal}
+th[scope=row],thead th:first-child{text-align:left}thead th{background:var(--soft)}td{white-space:nowrap}
+td small{display:block;opacity:.75}u{text-decoration-thickness:2px;text-underline-offset:3px}
 .matrix td{background:color-mix(in srgb,var(--deep) calc(var(--share,0%)*.55),transparent)}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr));gap:1rem}
 figure{margin:0;break-inside:avoid}
 figure img{width:100%;image-rendering:pixelated;border:1px solid var(--line);background:#000}
 svg{width:100%;max-width:1000px;height:auto;font-size:12px}svg text{fill:currentColor}
+@media(max-width:600px){svg{min-width:460px;font-size:18px}}details{margin-top:2rem}
 pre{overflow:auto;font-size:.8rem}
 @media print{body{max-width:none;padding:0;font-size:10pt;color-scheme:light}.wide{overflow:visible}
  h2,h3{break-after:avoid}tr,svg{break-inside:avoid}td small{white-space:normal}

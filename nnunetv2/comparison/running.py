@@ -162,7 +162,8 @@ class Runner:
                         self._predict(arm, seed, model, folder, output)
                     save_json_atomically({"digest": digest}, output / "model.json")
             tested[str(read_json(predicted / "model.json")["digest"])] = predicted
-            scores += read_scores(predicted / "summary.json", arm=arm.name, seed=seed, model=model)
+            ending = self.study.sites[0].description()["file_ending"]
+            scores += read_scores(predicted / "summary.json", ending=ending, arm=arm.name, seed=seed, model=model)
         return scores
 
     def _models(self, arm: Arm, seed: int) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from nnunetv2.evaluation.summary import load_summary_json
+from nnunetv2.utilities.file_endings import strip_ending
 
 METRICS = ("Dice", "HD95", "SurfaceDice")
 LOWER_IS_BETTER = frozenset({"HD95"})
@@ -44,11 +45,11 @@ class Score:
     """Metric -> value; NaN where the metric is not defined."""
 
 
-def read_scores(file: Path, *, arm: str, seed: int, model: str) -> list[Score]:
-    """Read the summary.json of a model's predictions."""
+def read_scores(file: Path, *, ending: str, arm: str, seed: int, model: str) -> list[Score]:
+    """Read the summary.json of a model's predictions, files with this ending."""
     scores = []
     for case in load_summary_json(file)["metric_per_case"]:
-        name = Path(case["prediction_file"]).name.split(".")[0]
+        name = strip_ending(Path(case["prediction_file"]).name, ending)
         for which, values in case["metrics"].items():
             scores.append(
                 Score(

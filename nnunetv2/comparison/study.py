@@ -111,17 +111,20 @@ def check_study(study: Study) -> None:
 def list_test_cases(dataset: Dataset) -> dict[str, tuple[list[Path], Path]]:
     """Return the test cases of a dataset: case -> (a file per channel, label).
 
+    One file may hold all channels (colour photographs), if it does so for every case, as everywhere in nnU-Net.
+
     Raises:
         ValueError: A label is missing, or an image has another number of channels than the dataset.
     """
     content = dataset.description()
-    ending, num_channels = content["file_ending"], len(content["channel_names"])
-    folder = Path(dataset.folder)
+    ending, folder = content["file_ending"], Path(dataset.folder)
+    has_colours = not any((folder / "imagesTs").glob(f"*_0001{ending}"))
+    num_files = 1 if has_colours else len(content["channel_names"])
     cases: dict[str, tuple[list[Path], Path]] = {}
     firsts = sorted((folder / "imagesTs").glob(f"*_0000{ending}")) if (folder / "imagesTs").is_dir() else []
     for file in firsts:
         case = file.name[: -len(f"_0000{ending}")]
-        images = [folder / "imagesTs" / f"{case}_{channel:04d}{ending}" for channel in range(num_channels)]
+        images = [folder / "imagesTs" / f"{case}_{channel:04d}{ending}" for channel in range(num_files)]
         label = folder / "labelsTs" / f"{case}{ending}"
         if missing := [str(one) for one in (*images, label) if not one.is_file()]:
             raise ValueError(f"{dataset.name}: test case {case} lacks {missing[0]}")

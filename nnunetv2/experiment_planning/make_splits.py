@@ -17,7 +17,7 @@ class SplitRequest:
     """The rules by which a dataset is split."""
 
     patients: str | None = None
-    """Regular expression or table; None: every case is a patient of its own."""
+    """Regular expression or table; None: as patients.json says, or else every case is a patient of its own."""
     groups: Path | None = None
     """Table of the hospital, scanner or the like of each case or patient."""
     num_folds: int = DEFAULT_FOLDS
@@ -37,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--leave_one_group_out needs --group, the table of groups")
     if arguments.leave_one_group_out and arguments.folds is not None:
         parser.error("--leave_one_group_out makes a fold per group: leave out --folds")
-    if arguments.check and arguments.patients is None:
-        parser.error("--check needs --patients, by which the splits are to be checked")
     request = SplitRequest(
         patients=arguments.patients,
         groups=arguments.group,
@@ -61,42 +59,43 @@ def make_splits(dataset: int | str, request: SplitRequest) -> None:
     """
     from nnunetv2.experiment_planning.patient_names import read_table
     from nnunetv2.experiment_planning.patient_splits import describe_folds
-    from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE, forget_patients, save_patients
+    from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE, save_patients
     from nnunetv2.utilities.atomic_write import save_json_atomically
     from nnunetv2.utilities.plain_text import show
 
     found = _find_dataset(dataset)
-    patients = _assign(found.cases, request.patients)
+    named = _name_patients(found, request.patients)
+    patients = named or dict(zip(found.cases, found.cases))
     groups = (
         None if request.groups is None else read_table(request.groups, found.cases, what="group", patients=patients)
     )
-    folds = _split(patients, groups, request)
+    folds = _split(patients, groups, request, are_cases=not named)
     _require_free(found, folds, patients, overwrite=request.overwrite)
     found.preprocessed.mkdir(parents=True, exist_ok=True)
     # the patients first: a run that is killed in between leaves splits that training refuses, not ones it believes
-    if request.patients is None:
-        forget_patients(found.preprocessed)
-    else:
-        save_patients(patients, found.preprocessed)
+    if named:
+        save_patients({**found.declared_patients, **patients}, found.preprocessed)
     save_json_atomically(folds, found.splits)
-    owners = f"{len(set(patients.values()))} patients" + ("" if request.patients else " (each case taken for one)")
+    owners = f"{len(set(patients.values()))} patients" + ("" if named else " (each case taken for one)")
     counts = f"{len(found.cases)} cases of {owners} in {len(folds)} folds"
     show(f"{counts}, written to {found.splits}")
     show(*(f"  {line}" for line in describe_folds(folds, patients, groups)))
-    if request.patients is not None:
+    if named:
         show(f"Training refuses splits that separate one of these patients ({found.preprocessed / PATIENTS_FILE}).")
     if len(folds) != DEFAULT_FOLDS:
         numbers = " ".join(map(str, range(len(folds))))
         show(f"Train the folds {numbers}, and name them to nnUNetv2_find_best_configuration: -f {numbers}")
 
 
-def _split(patients: Mapping[str, str], groups: Mapping[str, str] | None, request: SplitRequest) -> list[dict]:
+def _split(
+    patients: Mapping[str, str], groups: Mapping[str, str] | None, request: SplitRequest, *, are_cases: bool
+) -> list[dict]:
     from nnunetv2.experiment_planning.patient_splits import leave_one_group_out, split_patients
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     if groups is not None and request.leave_one_group_out:
         return leave_one_group_out(patients, groups)
-    if request.patients is None and groups is None:  # as training does on its own
+    if are_cases and groups is None:  # as training does on its own
         folds = generate_crossval_split(sorted(patients), seed=request.seed, n_splits=request.num_folds)
         return [{part: [str(case) for case in cases] for part, cases in fold.items()} for fold in folds]
     return split_patients(patients, request.num_folds, groups, seed=request.seed)
@@ -130,14 +129,19 @@ def check_splits(dataset: int | str, request: SplitRequest) -> None:
 
     Raises:
         FileNotFoundError: There are no splits.
-        ValueError: A patient is on both sides of a fold.
+        ValueError: A patient is on both sides of a fold, or nobody has said which case shows whom.
     """
-    from nnunetv2.preprocessed_data.patients_file import find_separated
+    from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE, find_separated
     from nnunetv2.utilities.crossval_split import read_splits
     from nnunetv2.utilities.plain_text import show
 
     found = _find_dataset(dataset)
-    patients = _assign(found.cases, request.patients)
+    patients = _name_patients(found, request.patients)
+    if not patients:
+        raise ValueError(
+            f"--check needs --patients, or the file {found.preprocessed / PATIENTS_FILE}: nobody has said which case "
+            "shows whom"
+        )
     file = found.splits if found.splits.is_file() else found.raw_splits or found.splits
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file} to check; without --check it is written")
@@ -177,6 +181,13 @@ class _Dataset:
         file = None if self.raw is None else self.raw / self.splits.name
         return file if file is not None and file.is_file() else None
 
+    @property
+    def declared_patients(self) -> dict[str, str]:
+        """Case -> patient, as the raw dataset says; empty if it does not."""
+        from nnunetv2.preprocessed_data.patients_file import load_patients
+
+        return {} if self.raw is None else load_patients(self.raw)
+
 
 def _find_dataset(name_or_id: int | str) -> _Dataset:
     """Find the training cases of a raw dataset, or else of a preprocessed one."""
@@ -208,10 +219,24 @@ def _find_dataset(name_or_id: int | str) -> _Dataset:
     return _Dataset(cases, preprocessed, raw)
 
 
-def _assign(cases: Sequence[str], rule: str | None) -> Mapping[str, str]:
-    from nnunetv2.experiment_planning.patient_names import assign_patients
+def _name_patients(found: _Dataset, rule: str | None) -> dict[str, str]:
+    """Return the patient of each case by a rule, or by patients.json; empty where nobody has said.
 
-    return dict(zip(cases, cases)) if rule is None else assign_patients(cases, rule)
+    A case that the file leaves out is a patient of its own.
+
+    Raises:
+        ValueError: The rule and the raw dataset's file name different patients.
+    """
+    from nnunetv2.experiment_planning.patient_names import assign_patients
+    from nnunetv2.preprocessed_data.patients_file import load_patients, require_same_patients
+
+    declared = found.declared_patients
+    if rule is None:
+        known = {**load_patients(found.preprocessed), **declared}
+        return {case: known.get(case, case) for case in found.cases} if known else {}
+    patients = assign_patients(found.cases, rule)
+    require_same_patients(patients, declared, f"--patients {rule!r}", found.raw)
+    return patients
 
 
 def build_parser() -> ArgumentParser:
@@ -230,8 +255,8 @@ def build_parser() -> ArgumentParser:
         "--patients",
         metavar="REGEX|CSV",
         help="Which patient a case shows: a regular expression whose first group (or whole match) is the patient's "
-        "part of the name, such as '^(P[0-9]+)_', or a table with the columns case and patient. Default: each case "
-        "is a patient of its own.",
+        "part of the name, such as '^(P[0-9]+)_', or a table with the columns case and patient. Default: as "
+        "patients.json says; without it, each case is a patient of its own.",
     )
     parser.add_argument("--folds", type=_at_least_two, metavar="N", help=f"Number of folds. Default: {DEFAULT_FOLDS}")
     parser.add_argument(

@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 _SHOWN = 5
@@ -37,9 +38,16 @@ def assign_patients(cases: Sequence[str], rule: str) -> dict[str, str]:
         ValueError: The rule makes no sense, or some cases have no patient by it.
         FileNotFoundError: There is no such table.
     """
-    if Path(rule).is_file() or rule.lower().endswith((".csv", ".tsv")):
+    if _is_table(rule):
         return read_table(Path(rule), cases, what="patient")
     return match_patients(cases, rule)
+
+
+def _is_table(rule: str) -> bool:
+    try:
+        return rule.lower().endswith((".csv", ".tsv")) or Path(rule).is_file()
+    except OSError:  # an expression longer than file names may be
+        return False
 
 
 def match_patients(cases: Sequence[str], pattern: str) -> dict[str, str]:
@@ -87,7 +95,10 @@ def read_table(
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not encoded in UTF-8: {error}. Save it as CSV in UTF-8") from error
-    headings, *rows = list(csv.reader(text.splitlines(), delimiter=_delimiter(text))) or [[]]
+    try:
+        headings, *rows = list(csv.reader(StringIO(text, newline=""), delimiter=_delimiter(text))) or [[]]
+    except csv.Error as error:
+        raise ValueError(f"{file} is no table in CSV: {error}. Save it as CSV in UTF-8") from error
     names = [heading.strip().lower() for heading in headings]
     key, value = _find_columns(file, names, what, may_be_patients=patients is not None)
     said: dict[str, str] = {}

@@ -347,12 +347,12 @@ def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> No
 
 def copy_patients(dataset_name: str) -> None:
     """Copy the file that names the patient of each case, if the dataset has one."""
-    from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE
+    from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE
     from nnunetv2.utilities.atomic_write import replacing
 
-    source = Path(nnUNet_raw) / dataset_name / DECLARED_PATIENTS_FILE
+    source = Path(nnUNet_raw) / dataset_name / PATIENTS_FILE
     if source.is_file():
-        with replacing(Path(nnUNet_preprocessed) / dataset_name / DECLARED_PATIENTS_FILE) as written:
+        with replacing(Path(nnUNet_preprocessed) / dataset_name / PATIENTS_FILE) as written:
             shutil.copyfile(source, written)
 
 

@@ -177,12 +177,16 @@ def list_cases(
         reader: The model's class that reads and writes images.
 
     Raises:
-        ValueError: The part does not exist, there is no output for each case, or two cases share one.
+        ValueError: The part does not exist, a case has no image, there is no output for each case, or two cases share
+            one.
     """
     if not 0 <= part_id < num_parts:
         raise ValueError(f"part_id must be 0 to num_parts - 1, got part {part_id} of {num_parts}")
     if outputs is not None and not is_path(outputs) and len(outputs) != len(images):
         raise ValueError(f"there are {len(images)} cases, but {len(outputs)} output file names")
+    without = [str(number) for number, files in enumerate(images) if len(files) == 0]
+    if without:
+        raise ValueError(f"case number {', '.join(without[:10])} (counted from 0) has no image: list one per channel")
     chosen = [[os.fspath(file) for file in files] for files in images[part_id::num_parts]]
     names = [case_id(files[0], ending) for files in chosen]
     places = None

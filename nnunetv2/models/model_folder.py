@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -45,14 +46,10 @@ class TrainedModel:
 def find_folds(folder: str | os.PathLike[str], checkpoint_name: str) -> list[int]:
     """Return the numbers of the folds that have this checkpoint, ordered by folder name.
 
-    `fold_all` does not count.
+    `fold_all` does not count, nor do copies such as `fold_0_before`.
     """
-    names = sorted(entry.name for entry in Path(folder).iterdir() if entry.name.startswith("fold_"))
-    return [
-        int(name.split("_")[-1])
-        for name in names
-        if name != "fold_all" and (Path(folder) / name / checkpoint_name).is_file()
-    ]
+    names = sorted(entry.name for entry in Path(folder).iterdir() if re.fullmatch("fold_[0-9]+", entry.name))
+    return [int(name.removeprefix("fold_")) for name in names if (Path(folder) / name / checkpoint_name).is_file()]
 
 
 def load_model_folder(
@@ -188,6 +185,8 @@ def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | Non
         folds = [folds]
     paths = [folder / f"fold_{fold if fold == 'all' else int(fold)}" / checkpoint_name for fold in folds]
     if not paths:
+        if (folder / "fold_all" / checkpoint_name).is_file():
+            raise FileNotFoundError(f"{folder} has no {checkpoint_name} but that of fold all: name it (-f all)")
         raise FileNotFoundError(f"no fold in {folder} has a checkpoint named {checkpoint_name}")
     missing = [path for path in paths if not path.is_file()]
     if missing:

@@ -9,10 +9,9 @@ from pathlib import Path
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.json_files import JsonFileError, read_json
 
-PATIENTS_FILE = "splits_patients.json"
-"""In the preprocessed dataset, beside the splits. Written by `nnUNetv2_make_splits`."""
-DECLARED_PATIENTS_FILE = "patients.json"
-"""In the raw dataset, and copied with the preprocessing: the same, as trainings with differential privacy want it."""
+PATIENTS_FILE = "patients.json"
+"""In the raw dataset, from which preprocessing copies it to the preprocessed one, where also `nnUNetv2_make_splits`
+writes it."""
 
 _SHOWN = 3
 
@@ -38,32 +37,40 @@ def save_patients(patients: Mapping[str, str], folder: Path) -> None:
     save_json_atomically(dict(patients), folder / PATIENTS_FILE)
 
 
-def forget_patients(folder: Path) -> None:
-    """Note that nobody has said which case shows whom."""
-    (folder / PATIENTS_FILE).unlink(missing_ok=True)
-
-
 def load_patients(folder: Path) -> dict[str, str]:
-    """Return case -> patient of a preprocessed dataset; empty where nobody has said.
+    """Return case -> patient of a raw or preprocessed dataset; empty where nobody has said.
 
     Raises:
         JsonFileError: The file holds something else.
     """
     file = folder / PATIENTS_FILE
-    return read_patients_file(file) if file.is_file() else {}
-
-
-def read_patients_file(file: Path) -> dict[str, str]:
-    """Read case -> patient from either of the two files.
-
-    Raises:
-        JsonFileError: The file holds something else.
-    """
+    if not file.is_file():
+        return {}
     content = read_json(file, refuse_duplicates=True)
     odd = next((case for case, patient in content.items() if not isinstance(patient, str) or not patient), None)
     if odd is not None:
         raise JsonFileError(f'{file}: the patient of case {odd!r} must be a text, as in {{"case_001": "P17"}}')
     return content
+
+
+def require_same_patients(
+    patients: Mapping[str, str], declared: Mapping[str, str], source: object, raw: object
+) -> None:
+    """Check that patients are those that a raw dataset declares.
+
+    Args:
+        source: Where `patients` come from, for messages.
+        raw: Folder of the raw dataset.
+
+    Raises:
+        ValueError: A case has another patient there.
+    """
+    odd = next((case for case in patients if declared.get(case, patients[case]) != patients[case]), None)
+    if odd is not None:
+        raise ValueError(
+            f"{source} names patient {patients[odd]} for case {odd}, {raw}/{PATIENTS_FILE} names {declared[odd]}: "
+            "correct one of them"
+        )
 
 
 def find_separated(folds: Sequence[Mapping[str, Sequence[str]]], patients: Mapping[str, str]) -> list[SeparatedPatient]:

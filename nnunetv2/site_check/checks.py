@@ -37,7 +37,6 @@ DEFAULT_EPOCHS, DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS = 1000, 250, 50
 CHECKPOINT_COPIES = 6
 """Weights and momentum, of the best, the latest and the final network."""
 AREAS = ("machine", "line", "data", "permission", "training")
-_EXPECTED = (FederationError, ValueError, OSError, RuntimeError, ImportError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +76,13 @@ class Results:
         """Return the result of a function, or None with a finding if it fails."""
         try:
             return function()
-        except _EXPECTED as error:
+        except Exception as error:  # noqa: BLE001  the other checks are to be told, whatever fails here
             self.by_area[area].append(
                 Finding(
                     area=area,
                     name="not_checked",
                     state="problem",
-                    sentence=f"This could not be checked: {describe_error(error)}",
+                    sentence=f"This could not be checked: {_in_words(error)}",
                     remedy="Mend what the line names; if it names nothing, show it to the coordinating site.",
                 )
             )
@@ -113,6 +112,12 @@ def run_checks(request: Request) -> Results:
         results.forecast = _forecast(line, update_bytes, step_s)
         results.add("line", lambda: check_speed(results.forecast))
     return results
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error with its type, without which the message of a lookup is a mere name."""
+    text = describe_error(error)
+    return f"{type(error).__name__}: {text}" if isinstance(error, (LookupError, TypeError, AttributeError)) else text
 
 
 def _load_credential(results: Results) -> SiteCredential | None:

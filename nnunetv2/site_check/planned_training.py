@@ -11,6 +11,7 @@ from nnunetv2.federated.commands.manifest import collect
 from nnunetv2.federated.privacy.disclosure import Disclosure
 from nnunetv2.federated.protocol.messages import Precision
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.plans.plans_manager import PlansManager
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import PLANS, read_json
 
@@ -60,7 +61,7 @@ class PlannedTraining:
     def _finished_cases(self) -> set[str]:
         if self.plans is None or self.configuration is None:
             return set()
-        name = self.plans["configurations"][self.configuration].get("data_identifier", "")
+        name = PlansManager(dict(self.plans)).get_configuration(self.configuration).data_identifier
         return {file.stem for file in (self.folders.preprocessed / name).glob("*.pkl")}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunetv2.experiment_planning.patient_splits import split_patients
 from nnunetv2.preprocessed_data.bad_cases import describe_bad_cases, load_bad_cases
 from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE, find_separated, load_patients
 from nnunetv2.utilities.atomic_write import save_json_atomically
@@ -70,6 +71,8 @@ def load_or_create_splits(
 ) -> list[dict]:
     """Read the splits of a dataset, or write a five-fold cross-validation.
 
+    Patients with several cases are kept whole, where patients.json names them.
+
     Args:
         path: The file splits_final.json.
         identifiers: Gives all preprocessed cases; called only if the file is missing.
@@ -77,14 +80,21 @@ def load_or_create_splits(
         generate: Splits sorted cases, as `generate_crossval_split` does.
 
     Raises:
-        ValueError: There are fewer than five cases to split, or the file is not a list of train and val lists.
+        ValueError: There are fewer than five cases or patients to split, or the file is not a list of train and val
+            lists.
     """
     if path.is_file():
         splits = read_splits(path)
         report(f"Splits: {len(splits)}, read from {path}")
         return splits
-    report(f"Splits: five folds, written to {path}")
-    splits = generate(sorted(identifiers()), seed=SEED, n_splits=5)
+    cases, known = sorted(identifiers()), load_patients(path.parent)
+    patients = {case: known.get(case, case) for case in cases}
+    if len(set(patients.values())) < len(cases):
+        report(f"Splits: five folds that keep patients whole ({path.parent / PATIENTS_FILE}), written to {path}")
+        splits = split_patients(patients, 5, seed=SEED)
+    else:
+        report(f"Splits: five folds, written to {path}")
+        splits = generate(cases, seed=SEED, n_splits=5)
     splits = [{part: [str(key) for key in keys] for part, keys in split.items()} for split in splits]
     save_json_atomically(splits, path)
     return splits
@@ -140,13 +150,13 @@ def _require_cases(train: Sequence[str], val: Sequence[str], fold: str) -> None:
 
 
 def _require_whole_patients(split: Split, fold: int, path: Path) -> None:
-    """Check that no patient is on both sides, where `nnUNetv2_make_splits` was told who is who."""
+    """Check that no patient is on both sides, where patients.json says who is who."""
     separated = find_separated([dict(zip(("train", "val"), split))], load_patients(path.parent))
     if separated:
         of_all = f" and {len(separated) - 1} more patients" if len(separated) > 1 else ""
         raise ValueError(
-            f"{path}: {replace(separated[0], fold=fold)}{of_all}. Write the splits anew with nnUNetv2_make_splits, or "
-            f"remove {path.parent / PATIENTS_FILE} if these are not the same patient"
+            f"{path}: {replace(separated[0], fold=fold)}{of_all}. Write the splits anew with nnUNetv2_make_splits "
+            f"--overwrite, or correct {path.parent / PATIENTS_FILE} if these are not the same patient"
         )
 
 

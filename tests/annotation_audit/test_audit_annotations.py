@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from chromium import Page, chromium, find_chromium
+from scipy.ndimage import binary_erosion
 from tiny_models import TinyModel, write_model
 from trained_models import NAME, SHAPE, draw_reference, make_trained_models, write_label_map
 
@@ -140,6 +141,44 @@ def test_more_false_alarms_make_a_longer_list(model):
     assert len(listed) > 1 and page.count("<article") == len(listed)
     cut = read_json(model / "annotation_audit")["cut"]
     assert page.count("data:image") == 3 * min(3, sum(one["score"] > cut for one in listed[0]["regions"]))
+
+
+def test_a_label_that_is_exactly_as_predicted_stands_out_among_smaller_ones(model, roots, capsys):
+    labels = roots["nnUNet_raw"] / NAME / "labelsTr"
+    for fold in range(3):
+        for file in (model / f"fold_{fold}" / "validation").glob("*.nii.gz"):
+            if file.name == "case_00.nii.gz":
+                shutil.copy(file, labels)
+            else:
+                predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+                write_label_map(labels / file.name, np.where(binary_erosion(predicted > 0), predicted, 0))
+    audit()
+    found = read_json(model / "annotation_audit")["cases"]
+    (exact,) = (case for case in found if case["case"] == "case_00")
+    assert exact["doubtful"] and exact["regions"] == []
+    assert re.search(r"case_00: (organ|lesion|vessel), the label 0\.00 mm too large", capsys.readouterr().out)
+    assert "no region of it differs" in (model / "annotation_audit" / "audit.html").read_text()
+
+
+def test_a_doubtful_case_whose_image_is_damaged_is_told_without_pictures(model, roots):
+    (roots["nnUNet_raw"] / NAME / "imagesTr" / f"{WRONG}_0000.nii.gz").write_bytes(b"no image")
+    audit()
+    page = (model / "annotation_audit" / "audit.html").read_text()
+    assert "No picture:" in page and "data:image/png" not in page
+
+
+def test_a_listed_case_without_images_is_named(model, roots):
+    file = roots["nnUNet_raw"] / NAME / "dataset.json"
+    listed = {"case_00": {"images": [], "label": "labelsTr/case_00.nii.gz"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dataset": listed}))
+    with pytest.raises(InvalidInputError, match="case_00 has no image"):
+        audit()
+
+
+def test_a_copy_of_a_fold_is_no_fold(model):
+    shutil.copytree(model / "fold_0", model / "fold_0_before")
+    audit()
+    assert len(read_json(model / "annotation_audit")["cases"]) == 12
 
 
 @pytest.mark.parametrize(

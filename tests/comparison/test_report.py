@@ -1,7 +1,9 @@
 """Report, tables and conclusion from invented scores, with real label maps for the pictures."""
 
 import json
+import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def make_study(folder, *, arms=("alone", "pooled", "ffe"), seeds=2):
     )
 
 
-def make_scores(study):
+def make_scores(study, *, case_name="c{}"):
     scores = []
     for arm in study.arms:
         models = [POOLED] if arm.training == "pooled" else [site.name for site in study.sites]
@@ -52,7 +54,7 @@ def make_scores(study):
                     for case in range(CASES):
                         dice = LEVELS[arm.name] + case / 100 + seed / 1000
                         values = {"Dice": dice, "HD95": 10 - 5 * dice, "SurfaceDice": dice}
-                        name = f"{dataset.number:03d}_c{case}"
+                        name = f"{dataset.number:03d}_{case_name.format(case)}"
                         scores.append(
                             Score(
                                 arm=arm.name,
@@ -67,7 +69,7 @@ def make_scores(study):
     return scores
 
 
-def write_predictions(study, folder):
+def write_predictions(study, folder, *, case_name="c{}"):
     """Write what the worst cases are drawn from: those of the federated arm at their own sites."""
     labels = np.zeros((4, 6, 8), np.uint8)
     labels[1:3, 2:4, 2:6] = 1
@@ -78,7 +80,7 @@ def write_predictions(study, folder):
         output.mkdir(parents=True)
         cases = []
         for case in range(CASES):
-            name = f"{site.number:03d}_c{case}"
+            name = f"{site.number:03d}_{case_name.format(case)}"
             for path in (folder.tests / "labels" / f"{name}{ENDING}", output / f"{name}{ENDING}"):
                 sitk.WriteImage(sitk.GetImageFromArray(labels), str(path))
             metrics = {"1": {"Dice": 0.7}}
@@ -113,6 +115,29 @@ def test_a_report_holds_every_number_and_no_external_asset(tmp_path):
     assert "| ffe | pooled | -0.1000 | 16 |" in table
 
 
+def test_an_arm_without_a_distance_at_a_site_has_a_gap_there(tmp_path):
+    study = make_study(tmp_path)
+    folder = StudyFolder(tmp_path / "study")
+    write_predictions(study, folder)
+    scores = [
+        replace(one, values={**one.values, "HD95": math.nan}) if (one.arm, one.dataset) == ("alone", 2) else one
+        for one in make_scores(study)
+    ]
+    write_report(find(study, scores, {}), folder)
+    table = (folder.path / TABLE).read_text().partition("HD95 (mm) at its own site")[2]
+    row = next(line for line in table.splitlines() if line.startswith("| alone |"))
+    assert [cell.strip() == "-" for cell in row.strip("| ").split(" | ")] == [False, False, True, True]
+    assert "<td>-<small>" in (folder.path / REPORT).read_text()
+
+
+def test_the_worst_case_may_have_dots_in_its_name(tmp_path):
+    study = make_study(tmp_path)
+    folder = StudyFolder(tmp_path / "study")
+    write_predictions(study, folder, case_name="c.{}")
+    write_report(find(study, make_scores(study, case_name="c.{}"), {}), folder)
+    assert (folder.path / REPORT).read_text().count("<figure>") == 10
+
+
 def test_the_conclusion_names_what_is_shown_and_what_is_not(tmp_path):
     def one(arm, reference, difference, p):
         return Comparison(arm=arm, reference=reference, difference=difference, num_cases=12, p=p, p_holm=p)
@@ -120,7 +145,7 @@ def test_the_conclusion_names_what_is_shown_and_what_is_not(tmp_path):
     study = make_study(tmp_path, seeds=1)
     several = [one("pooled", "alone", 0.3, 0.001), one("ffe", "alone", 0.2, 0.001), one("ffe", "pooled", -0.1, 0.3)]
     text = conclude(study, {"own": several})
-    assert "At its own site, training together is: better ffe than alone (+0.200 Dice)" in text
+    assert "At its own site: ffe is better than alone (+0.200 Dice); no difference" in text
     assert "no difference is shown between ffe and pooled" in text
     assert "With 12 test cases" in text and "With 1 training of each kind" in text and "--seeds 3" in text
     assert "nothing is compared" in conclude(make_study(tmp_path, arms=("alone",)), {"own": []})

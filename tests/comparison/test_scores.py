@@ -1,10 +1,11 @@
 """One value per case from the scores of many models, classes and seeds."""
 
+import json
 import math
 
 import pytest
 
-from nnunetv2.comparison.scores import POOLED, Score, matrix, means_per_seed, values_per_case
+from nnunetv2.comparison.scores import POOLED, Score, matrix, means_per_seed, read_scores, values_per_case
 
 SITES = {1: "north", 2: "south"}
 
@@ -22,6 +23,17 @@ def test_a_case_has_the_mean_of_its_classes_then_of_models_then_of_seeds():
         score("north", 2, math.nan, which="2", seed=1),
     ]
     assert values_per_case(scores, SITES, "other", "Dice") == {"ffe": {2: {"2_case": pytest.approx(0.6)}}}
+
+
+def test_cases_with_dots_in_their_names_are_told_apart(tmp_path):
+    cases = [
+        {"metrics": {"1": {"Dice": dice}}, "reference_file": "", "prediction_file": f"/there/001_scan.{number}.nii.gz"}
+        for number, dice in ((1, 0.2), (2, 0.6))
+    ]
+    summary = {"metric_per_case": cases, "mean": {"1": {"Dice": 0.4}}, "foreground_mean": {"Dice": 0.4}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    scores = read_scores(tmp_path / "summary.json", ending=".nii.gz", arm="ffe", seed=0, model="north")
+    assert values_per_case(scores, SITES, "own", "Dice") == {"ffe": {1: {"001_scan.1": 0.2, "001_scan.2": 0.6}}}
 
 
 def test_places_are_told_apart():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nnunetv2.comparison.arms import ARMS, Arm
-from nnunetv2.comparison.study import Dataset, Study, check_study, open_study
+from nnunetv2.comparison.study import Dataset, Study, check_study, list_test_cases, open_study
 from nnunetv2.comparison.study_folder import StudyFolder, link_datasets, link_tests, whole_or_nothing
 
 LABELS = {"background": 0, "a": 1}
@@ -60,6 +60,16 @@ def test_datasets_that_do_not_go_together_are_named(tmp_path, capsys):
         check_study(make_study(first))
     with pytest.raises(ValueError, match="--seeds must be 1 or more, it is 0"):
         check_study(make_study(first, make_dataset(tmp_path, 5), seeds=0))
+
+
+def test_one_file_may_hold_all_channels(tmp_path):
+    dataset = make_dataset(tmp_path, 1, tests=("t.1", "t 2"))
+    file = tmp_path / dataset.name / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "channel_names": {"0": "R", "1": "G", "2": "B"}}))
+    assert {case: len(images) for case, (images, _) in list_test_cases(dataset).items()} == {"t.1": 1, "t 2": 1}
+    (tmp_path / dataset.name / "imagesTs" / "t.1_0001.nii.gz").touch()
+    with pytest.raises(ValueError, match="test case t 2 lacks .*t 2_0001"):
+        list_test_cases(dataset)
 
 
 def test_a_study_goes_on_with_the_same_options_and_may_get_arms_and_seeds(tmp_path):

@@ -45,7 +45,7 @@ def test_without_options_the_split_is_that_of_training(preprocessed, tmp_path):
     main(["-d", NAME])
     written = read(preprocessed / "splits_final.json")
     assert written == splits.load_or_create_splits(tmp_path / "own.json", lambda: CASES, print)
-    assert not (preprocessed / "splits_patients.json").exists()
+    assert not (preprocessed / "patients.json").exists()
 
 
 def test_a_hospital_is_left_out_in_each_fold(preprocessed, tmp_path):
@@ -61,7 +61,6 @@ def test_a_hospital_is_left_out_in_each_fold(preprocessed, tmp_path):
     [
         ["--leave_one_group_out"],
         ["--group", "x.csv", "--leave_one_group_out", "--folds", "3"],
-        ["--check"],
         ["--folds", "1"],
         ["--seed", "-1"],
     ],
@@ -89,6 +88,8 @@ def test_splits_of_the_raw_dataset_stay(preprocessed, roots):
 
 
 def test_splits_in_place_are_checked(preprocessed, capsys):
+    with pytest.raises(ValueError, match="--check needs --patients, or the file .*patients.json"):
+        main(["-d", "7", "--check"])
     with pytest.raises(FileNotFoundError, match="to check"):
         main(["-d", "7", "--patients", RULE, "--check"])
     main(["-d", "7"])
@@ -98,6 +99,34 @@ def test_splits_in_place_are_checked(preprocessed, capsys):
     main(["-d", "7", "--patients", RULE, "--overwrite"])
     main(["-d", "7", "--patients", RULE, "--check"])
     assert "none on both sides" in capsys.readouterr().out
+    main(["-d", "7", "--check"])  # by the patients that the command has noted
+    assert "6 patients, none on both sides" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_patients_that_the_dataset_names_stay_whole(preprocessed, roots, where):
+    preprocessed.mkdir(parents=True, exist_ok=True)
+    file = roots[where] / NAME / "patients.json"
+    file.write_text(json.dumps({case: case[:2] for case in CASES[2:]}))  # the others are patients of their own
+    main(["-d", "7", "--folds", "3"])
+    for fold in read(preprocessed / "splits_final.json"):
+        assert {case[:2] for case in fold["train"]} & {case[:2] for case in fold["val"]} <= {"P0"}
+    assert json.loads((preprocessed / "patients.json").read_text())["P3_1"] == "P3"
+
+
+def test_patients_that_contradict_the_dataset_are_refused(preprocessed, roots):
+    (roots["nnUNet_raw"] / NAME / "patients.json").write_text('{"P3_1": "somebody"}')
+    with pytest.raises(ValueError, match=r"--patients .* names patient P3 for case P3_1, .*names somebody"):
+        main(["-d", "7", "--patients", RULE])
+    assert not (preprocessed / "splits_final.json").exists()
+
+
+def test_training_splits_by_patient_where_they_are_known(tmp_path):
+    (tmp_path / "patients.json").write_text(json.dumps({case: case[:2] for case in CASES}))
+    lines = []
+    folds = splits.load_or_create_splits(tmp_path / "splits_final.json", lambda: CASES, lines.append)
+    assert len(folds) == 5 and "keep patients whole" in lines[0]
+    assert not any({case[:2] for case in fold["train"]} & {case[:2] for case in fold["val"]} for fold in folds)
 
 
 def test_training_refuses_splits_that_separate_a_known_patient(preprocessed):

@@ -97,3 +97,21 @@ def test_an_expression_is_suggested_only_if_it_serves_all_cases():
     rule = suggest_rule(guess_siblings(FRAMES), FRAMES)
     assert assign_patients(FRAMES, rule) == {case: case.split("_")[0] for case in FRAMES}
     assert suggest_rule(guess_siblings(FRAMES), [*FRAMES, "other"]) is None
+
+
+def test_an_expression_may_be_longer_than_names_of_files():
+    rule = "^(" + "|".join(f"P{number:04}" for number in range(1000)) + ")"
+    assert assign_patients(["P0001_1", "P0999_2"], rule) == {"P0001_1": "P0001", "P0999_2": "P0999"}
+
+
+def test_cells_of_a_table_may_hold_breaks_of_lines(tmp_path):
+    table = tmp_path / "patients.csv"
+    table.write_text('case,patient,note\na,P\x85 1,"two\nlines"\nb,Q,\n', encoding="utf-8")
+    assert read_table(table, ["a", "b"], what="patient") == {"a": "P\x85 1", "b": "Q"}
+
+
+def test_a_cell_beyond_all_measure_is_told(tmp_path):
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\na," + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"patients\.csv is no table in CSV: field larger"):
+        read_table(table, ["a"], what="patient")

@@ -100,6 +100,12 @@ def test_two_cases_with_one_output_are_refused():
         list_all([["/monday/scan.nii.gz"], ["/tuesday/scan.nii.gz"]], "/out")
 
 
+@pytest.mark.parametrize("outputs", [None, "folder", ["a", "b"]])
+def test_a_case_without_an_image_is_named(outputs):
+    with pytest.raises(ValueError, match=r"case number 1 \(counted from 0\) has no image"):
+        list_all([["a_0000.nii.gz"], []], outputs)
+
+
 def test_each_case_needs_an_output():
     with pytest.raises(ValueError, match="1 cases, but 2 output"):
         list_all([["a_0000.nii.gz"]], ["a", "b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -155,7 +156,16 @@ def test_a_model_without_the_fold_is_refused(tmp_path):
         export_to_onnx(folder, tmp_path / "onnx", checkpoint_name="checkpoint_best.pth")
     with pytest.raises(FileNotFoundError, match="is not a trained model"):
         export_to_onnx(tmp_path / "nowhere", tmp_path / "onnx")
+    (folder / "fold_0").rename(folder / "fold_all")
+    with pytest.raises(FileNotFoundError, match=r"but that of fold all: name it \(-f all\)"):
+        export_to_onnx(folder, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_copy_of_a_fold_is_no_fold(tmp_path):
+    folder = write_model(tmp_path / "model")
+    shutil.copytree(folder / "fold_0", folder / "fold_0_before")
+    assert [file.name for file in export_to_onnx(folder, tmp_path / "onnx")] == ["fold_0.onnx"]
 
 
 @pytest.mark.parametrize("opset", [9, 99])

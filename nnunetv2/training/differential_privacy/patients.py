@@ -4,8 +4,8 @@
 
     {"case_001": "P17", "case_002": "P17", "case_003": "P18"}
 
-or the patients that `nnUNetv2_make_splits --patients` was told of. Without either each scan
-counts as a patient of its own, and all that is promised is promised per scan.
+`nnUNetv2_make_splits --patients` writes it, too. Without it each scan counts as a patient of its own, and all that is
+promised is promised per scan.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE, PATIENTS_FILE, read_patients_file
+from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE, load_patients, require_same_patients
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,12 @@ def read_patients(preprocessed: Path, raw: Path | None) -> dict[str, str] | None
 
     Raises:
         JsonFileError: A file is no mapping of texts to texts.
-        ValueError: There are several files, and they differ.
+        ValueError: There are two files, and they differ.
     """
-    files = [folder / DECLARED_PATIENTS_FILE for folder in (preprocessed, raw) if folder is not None]
-    found = {file: read_patients_file(file) for file in (*files, preprocessed / PATIENTS_FILE) if file.is_file()}
-    for file, patient_of in found.items():
-        first, others = next(iter(found.items()))
-        odd = next((case for case in patient_of if others.get(case, patient_of[case]) != patient_of[case]), None)
-        if odd is not None:
-            raise ValueError(f"{first} and {file} name different patients for case {odd}: correct one of them")
-    return next(iter(found.values()), None)
+    patient_of = load_patients(preprocessed)
+    declared = {} if raw is None else load_patients(raw)
+    require_same_patients(patient_of, declared, preprocessed / PATIENTS_FILE, raw)
+    return patient_of or declared or None
 
 
 def group_by_patient(cases: Sequence[str], patient_of: dict[str, str] | None) -> Patients:
@@ -69,8 +65,8 @@ def group_by_patient(cases: Sequence[str], patient_of: dict[str, str] | None) ->
     missing = sorted(set(cases) - patient_of.keys())
     if missing:
         raise ValueError(
-            f"{DECLARED_PATIENTS_FILE} or {PATIENTS_FILE} names no patient for case {missing[0]} ({len(missing)} of "
-            f"{len(cases)} training cases): add them, or run nnUNetv2_make_splits --patients again"
+            f"{PATIENTS_FILE} names no patient for case {missing[0]} ({len(missing)} of {len(cases)} training cases): "
+            "add them, or run nnUNetv2_make_splits --patients again"
         )
     grouped: dict[str, list[str]] = {}
     for case in sorted(cases):

@@ -24,7 +24,7 @@ import torch
 from nnunetv2.federated.privacy.accounting import accountant_name, epsilon_of
 from nnunetv2.federated.privacy.ledger import LEDGER_FILE, Charge, Ledger, LedgerError, charge, read_ledger
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.preprocessed_data.patients_file import DECLARED_PATIENTS_FILE, find_separated
+from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE, find_separated
 from nnunetv2.training import steps
 from nnunetv2.training.data_augmentation.augmenters import build_augmenters
 from nnunetv2.training.data_pipeline import build_loaders
@@ -330,9 +330,9 @@ class PrivateTraining(_Trainer):
                 f"{ledger.path} has charged per {earlier.pop()}, and this training would per {self.patients.unit}, "
                 "which do not add up: "
                 + (
-                    f"put {DECLARED_PATIENTS_FILE} back"
+                    f"put {PATIENTS_FILE} back"
                     if self.patients.unit == "scan"
-                    else f"train without {DECLARED_PATIENTS_FILE}, and all records say that the unit is a scan"
+                    else f"train without {PATIENTS_FILE}, and all records say that the unit is a scan"
                 )
             )
 
@@ -350,7 +350,7 @@ class PrivateTraining(_Trainer):
     def _report_privacy(self, patient_of: dict[str, str] | None, training: list[str], validation: list[str]) -> None:
         if patient_of is None:
             self.print_to_log_file(
-                f"There is no {DECLARED_PATIENTS_FILE}: each scan counts as a patient of its own. A patient with "
+                f"There is no {PATIENTS_FILE}: each scan counts as a patient of its own. A patient with "
                 "several scans is protected less than epsilon says, and all records say that the unit is a scan"
             )
         elif self.fold != "all" and (both := find_separated([{"train": training, "val": validation}], patient_of)):
