@@ -381,7 +381,7 @@ class Participant:
 
     @property
     def megabytes(self) -> float:
-        """Return the size of an update of this site, and of the aggregate that it gets, as they travel."""
+        """Return the size of this site's updates, and of their aggregates, as they travel."""
         specs = {name: TensorSpec("F32", self._tensors[local].shape) for name, local in self.local_names.items()}
         return sum(spec.nbytes for spec in self._codec.specs(specs).values()) / 1e6
 

@@ -38,7 +38,7 @@ class PrivateFederatedTraining(FederatedTraining, PrivateTraining):
         super().run_training()
 
     def apply_settings(self, settings: FederationSettings) -> None:
-        """Use the settings of the federation, unless they ask for epochs that no budget is for.
+        """Use the settings of the federation; refuse epochs that no budget is for.
 
         Raises:
             FederationError: The sites are to train on after the last round.
