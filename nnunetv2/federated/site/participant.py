@@ -263,9 +263,7 @@ class Participant:
             if self._masked is not None:
                 document = self._masked.exchange(number, shared, update)
             else:
-                form: dict[str, Any] = {}
-                if not self._codec.is_verbatim:
-                    form = {"changes": self._codec.is_relative, "told": note}
+                form: dict[str, Any] = {"changes": True, "told": note} if self._codec.is_relative else {}
                 sent = self._codec.encode(shared)
                 document = self.transport.exchange(keys.RoundKey(self.run, number), update, sent, **form)
         except RefusedError as error:
