@@ -1,11 +1,12 @@
 """Measure a coordinator under load: real processes on the loopback interface, a network of 31.2 million parameters.
 
-    python -m benchmarks.federation [--sites 64] [--few 4] [--idle 500] [--only round idle line start] [--folder F]
+    python -m benchmarks.federation [--sites 64] [--few 4] [--idle 500] [--only round idle line slow start] [--folder F]
 
     round   all sites upload at once, the round is closed, all download: rates, beside what disk and loopback can do
             at the same time, and the coordinator's memory; with few sites and with many
     idle    sites that wait for a result: the coordinator's share of a core
     line    what an epoch of 30 s takes longer in a federation, on a line of 1 Gbit/s
+    slow    what three epochs of 60 s take longer on a line of 4 Mbit/s, in eight bits; not among the default
     start   from the start of the process to the first answer: new, after kill -9, and with a thousand rounds behind it
 
 Needs about 130 MB of disk per site in --folder (default: a temporary folder), which is removed again. Linux.
@@ -306,6 +307,13 @@ def measure_line(folder: Path) -> None:
     measure(folder)
 
 
+def measure_slow_line(folder: Path) -> None:
+    """Print what a federation in eight bits costs a training on a line of 4 Mbit/s."""
+    from benchmarks.federation_line import measure_slow
+
+    measure_slow(folder)
+
+
 def measure_start(folder: Path, num_sites: int) -> None:
     """Start a coordinator, kill it with a round open, start it again; and one with a thousand rounds behind it."""
     specs = network_specs()
@@ -370,7 +378,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--few", type=int, default=4)
     parser.add_argument("--idle", type=int, default=500)
     parser.add_argument(
-        "--only", nargs="+", choices=("round", "idle", "line", "start"), default=("round", "idle", "line", "start")
+        "--only",
+        nargs="+",
+        choices=("round", "idle", "line", "slow", "start"),
+        default=("round", "idle", "line", "start"),
     )
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args(argv)
@@ -378,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "round": (arguments.few, arguments.sites),
         "idle": (arguments.idle,),
         "line": (0,),
+        "slow": (0,),
         "start": (arguments.sites,),
     }
     measurements = {
@@ -385,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "idle": measure_idle,
         "start": measure_start,
         "line": lambda folder, _: measure_line(folder),
+        "slow": lambda folder, _: measure_slow_line(folder),
     }
     for name in arguments.only:
         for number in numbers[name]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
@@ -23,14 +24,16 @@ from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.site.credential import new_token
 
 
-def make_federation(folder: Path, num_sites: int, num_epochs: int = 3, validate_every: int = 0) -> dict[str, str]:
+def make_federation(
+    folder: Path, num_sites: int, num_epochs: int = 3, validate_every: int = 0, **settings: Any
+) -> dict[str, str]:
     """Create a federation whose sites have all joined; return site -> token."""
     sites = tuple(f"site{index:03d}" for index in range(num_sites))
     with Store(folder) as store:
         create_federation(
             store,
             FederationSettings(
-                federation="benchmark", sites=sites, num_epochs=num_epochs, validate_every=validate_every
+                federation="benchmark", sites=sites, num_epochs=num_epochs, validate_every=validate_every, **settings
             ),
             now=time.time(),
         )

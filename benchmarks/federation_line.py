@@ -1,4 +1,4 @@
-"""Measure what a federation costs a training on a line of 1 Gbit/s: real trainers whose iterations only wait.
+"""Measure what a federation costs a training on its line: real trainers whose iterations only wait.
 
 Two sites, each a process with the real trainer, client and network of 31.2 million parameters, reach a real coordinator
 over lines that the kernel shapes (`shaped_lines.py`), or through relays where that cannot be had. Iterations are
@@ -9,6 +9,9 @@ to the next.
 How long the validation takes matters, since it hides the exchange. An epoch has 250 iterations of training and 50 of
 validation, which only go forward; backward takes about twice as long as forward, so the validation takes
 50 / (3 * 250 + 50) of an epoch, 1.9 s.
+
+On a line of 4 Mbit/s (`measure_slow`), epochs take 60 s, and weights travel in eight bits after every third one. Lines
+are that slow from the first epoch on: the initial weights, which come once and in float32, would take minutes.
 """
 
 from __future__ import annotations
@@ -27,19 +30,36 @@ from pathlib import Path
 
 from benchmarks.federation_coordinator import address, make_federation, running
 from benchmarks.federation_load import SlowLine
-from benchmarks.shaped_lines import HOST, can_be_shaped, enter, shaped_lines
+from benchmarks.shaped_lines import HOST, can_be_shaped, change_rate, enter, shaped_lines
+from nnunetv2.federated.privacy.min_cases import VARIABLE as MIN_CASES_VARIABLE
 from nnunetv2.federated.site.credential import SiteCredential
 
-EPOCH_S = 30.0
-GIGABIT = 125e6
+GIGABIT, FOUR_MEGABIT = 125e6, 5e5
 """Bytes per second."""
-NUM_EPOCHS = 3
-"""Measured in each training; it ends before its last epoch, whose validation hides nothing."""
-VALIDATION_S = EPOCH_S * 50 / (3 * 250 + 50)
 FEATURES = (32, 64, 128, 256, 320, 320)
-WANTED = 0.05
+WANTED, WANTED_ON_SLOW_LINE = 0.05, 0.1
 DEFAULT_EVERY = 5
 PLAIN = "nnUNetTrainer"
+BEGUN = "begun"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long epochs take, and how many are measured."""
+
+    epoch_s: float = 30.0
+    num_epochs: int = 3
+    """The training ends before its last epoch, whose validation hides nothing."""
+
+    @property
+    def validation_s(self) -> float:
+        """Return the part of an epoch that the validation takes."""
+        return self.epoch_s * 50 / (3 * 250 + 50)
+
+
+FAST = Pace()
+SLOW_EVERY = 3
+SLOW = Pace(epoch_s=60.0, num_epochs=3 * SLOW_EVERY)
 
 
 @dataclass(frozen=True)
@@ -55,21 +75,27 @@ class EnoughError(Exception):
     """All epochs that are measured are over."""
 
 
-def train(folder: Path, trainer_name: str, credential: SiteCredential | None, namespace: str | None = None) -> Epochs:
+def train(
+    folder: Path, trainer_name: str, credential: SiteCredential | None, namespace: str | None = None, pace: Pace = FAST
+) -> Epochs:
     """Train in this process, and return what the epochs took.
 
     Args:
+        folder: Of this site; a file BEGUN appears there with the first epoch.
         namespace: The network namespace to train in.
     """
     if namespace is not None:
         enter(namespace)
     os.environ.update({root: str(folder / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")})
+    os.environ[MIN_CASES_VARIABLE] = "1"  # the dataset is tiny
     import torch
 
     torch.set_num_threads(1)
     plans, dataset_json = make_dataset(folder / "nnUNet_preprocessed")
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = make_trainer_class(trainer_name)(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+        trainer = make_trainer_class(trainer_name, pace, folder / BEGUN)(
+            plans, "3d_fullres", 0, dataset_json, torch.device("cpu")
+        )
         trainer.credential = credential
         with contextlib.suppress(EnoughError):
             trainer.run_training()
@@ -88,8 +114,8 @@ def make_dataset(preprocessed: Path) -> tuple[dict, dict]:
     return plans, json.loads((preprocessed / NAME / "dataset.json").read_text())
 
 
-def make_trainer_class(name: str) -> type:
-    """Return a trainer of that name whose iterations wait."""
+def make_trainer_class(name: str, pace: Pace, begun: Path) -> type:
+    """Return a trainer of that name whose iterations wait; it makes the file `begun` when the first epoch begins."""
     import numpy as np
     import torch
 
@@ -110,12 +136,13 @@ def make_trainer_class(name: str) -> type:
 
         def on_epoch_start(self):
             self.begun.append(time.monotonic())
-            if self.current_epoch == NUM_EPOCHS:
+            begun.touch()
+            if self.current_epoch == pace.num_epochs:
                 raise EnoughError
             super().on_epoch_start()
 
         def _run_steps(self, phase, step, batches, number):
-            end = time.monotonic() + (EPOCH_S - VALIDATION_S if phase == "training" else VALIDATION_S)
+            end = time.monotonic() + (pace.epoch_s - pace.validation_s if phase == "training" else pace.validation_s)
             while (left := end - time.monotonic()) > 0:
                 for parameter in self.network.parameters():  # what is trained stays in memory and caches
                     parameter.detach().add_(self.optimizer.state[parameter]["momentum_buffer"])  # zeros
@@ -123,9 +150,9 @@ def make_trainer_class(name: str) -> type:
             counts = {name: np.ones(2) for name in ("tp_hard", "fp_hard", "fn_hard")}
             return [{"loss": np.float32(0.5), **counts}] * number
 
-        def report_round(self, aggregate, *, waited_s):
+        def report_round(self, aggregate, *, waited_s, **others):
             self.waited.append(waited_s)
-            super().report_round(aggregate, waited_s=waited_s)
+            super().report_round(aggregate, waited_s=waited_s, **others)
 
     Waiting.__name__ = name
     return Waiting
@@ -138,7 +165,7 @@ def measure(folder: Path) -> None:
         alone = pool.submit(train, folder / "alone", PLAIN, None)
         is_shaped = can_be_shaped()
         print(
-            f"\nepochs of {EPOCH_S:.0f} s, {VALIDATION_S:.1f} s of it validation, two sites at 1 Gbit/s "
+            f"\nepochs of {FAST.epoch_s:.0f} s, {FAST.validation_s:.1f} s of it validation, two sites at 1 Gbit/s "
             f"({'shaped by the kernel' if is_shaped else 'relays'}), load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
@@ -186,7 +213,7 @@ def measure_federation(
     folder: Path, pool: ProcessPoolExecutor, trainer_name: str, *, validate_every: int, is_shaped: bool
 ) -> Cost:
     """Let two sites train with a coordinator of their own."""
-    tokens = make_federation(folder / "federation", 2, num_epochs=NUM_EPOCHS + 2, validate_every=validate_every)
+    tokens = make_federation(folder / "federation", 2, num_epochs=FAST.num_epochs + 2, validate_every=validate_every)
     with contextlib.ExitStack() as stack:
         lines = open_lines(stack, folder / "federation", len(tokens), is_shaped=is_shaped)
         trainings: list[Future[Epochs]] = []
@@ -211,3 +238,91 @@ def open_lines(
     coordinator = stack.enter_context(running(federation))
     relays = [stack.enter_context(SlowLine(address(coordinator.url), GIGABIT)) for _ in range(number)]
     return [(f"http://127.0.0.1:{relay.port}", None) for relay in relays]
+
+
+# -------------------------------------------------------------------------------------------------------- a slow line
+def measure_slow(folder: Path) -> None:
+    """Print what rounds of three epochs in eight bits take alone and in a federation, at 4 Mbit/s."""
+    if not can_be_shaped():
+        print("\nlines of 4 Mbit/s cannot be shaped here: that takes Linux, root, and the commands ip and tc")
+        return
+    trainers = ("nnUNetTrainerAsymFedAvg", "nnUNetTrainerAsymFedAvgOverlapped")
+    with (
+        shaped_lines(2 * len(trainers), GIGABIT) as namespaces,
+        ProcessPoolExecutor(2 * len(trainers) + 1, multiprocessing.get_context("spawn")) as pool,
+        contextlib.ExitStack() as stack,
+    ):
+        load = os.getloadavg()[0]
+        begun = {
+            name: begin_on_slow_lines(folder / name, name, namespaces[2 * index : 2 * index + 2], pool, stack)
+            for index, name in enumerate(trainers)
+        }
+        trainings = [one for of_trainer in begun.values() for one in of_trainer]
+        slow_down_when_begun(dict(zip(namespaces, sites_of(folder, trainers))), trainings)
+        alone = pool.submit(train, folder / "alone", PLAIN, None, None, SLOW)
+        rounds = {
+            name: [seconds for one in trainings for seconds in rounds_of(one.result())]
+            for name, trainings in begun.items()
+        }
+        plain = statistics.mean(rounds_of(alone.result()))
+    print(
+        f"\nrounds of {SLOW_EVERY} epochs of {SLOW.epoch_s:.0f} s, {SLOW.validation_s:.1f} s of it validation, "
+        f"in int8, two sites at 4 Mbit/s; load {load:.1f} and {os.getloadavg()[0]:.1f}\n  {PLAIN}: {plain:.1f} s"
+    )
+    for name, seconds in rounds.items():
+        print(
+            f"  {name}: {statistics.mean(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), "
+            f"{statistics.mean(seconds) / plain - 1:.1%} more (wanted: at most {WANTED_ON_SLOW_LINE:.0%})",
+            flush=True,
+        )
+
+
+def begin_on_slow_lines(
+    folder: Path, trainer_name: str, namespaces: list[str], pool: ProcessPoolExecutor, stack: contextlib.ExitStack
+) -> list[Future[Epochs]]:
+    """Let a site per namespace train with a coordinator of their own, which runs as long as the stack is open."""
+    tokens = make_federation(
+        folder / "federation",
+        len(namespaces),
+        num_epochs=SLOW.num_epochs + 2,
+        precision="int8",
+        exchange_every=SLOW_EVERY,
+    )
+    coordinator = stack.enter_context(running(folder / "federation", "--host", HOST, "--insecure"))
+    return [
+        pool.submit(
+            train,
+            folder / site,
+            trainer_name,
+            SiteCredential(coordinator.url, "benchmark", site, token, insecure=True),
+            namespace,
+            SLOW,
+        )
+        for (site, token), namespace in zip(tokens.items(), namespaces)
+    ]
+
+
+def sites_of(folder: Path, trainers: tuple[str, ...]) -> list[Path]:
+    """Return the folders of the sites, in the order of their namespaces."""
+    return [folder / name / site for name in trainers for site in ("site000", "site001")]
+
+
+def slow_down_when_begun(sites: dict[str, Path], trainings: list[Future[Epochs]]) -> None:
+    """Give each line its rate when its site has begun the first epoch; raise what a training raises before."""
+    deadline = time.monotonic() + 600
+    while sites:
+        for training in trainings:
+            if training.done():
+                training.result()
+        begun = [namespace for namespace, site in sites.items() if (site / BEGUN).exists()]
+        change_rate(begun, FOUR_MEGABIT)
+        sites = {namespace: site for namespace, site in sites.items() if namespace not in begun}
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{min(map(str, sites.values()))} has not begun within 10 minutes")
+        time.sleep(0.2)
+
+
+def rounds_of(epochs: Epochs) -> list[float]:
+    """Return what rounds took, without the first one, in which nothing of an earlier one is exchanged."""
+    seconds = epochs.seconds
+    return [sum(seconds[begin : begin + SLOW_EVERY]) for begin in range(SLOW_EVERY, len(seconds), SLOW_EVERY)]

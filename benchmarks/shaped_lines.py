@@ -11,11 +11,13 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 HOST = "10.213.0.1"
+SLOW = 1.25e6
+"""Bytes per second up to which a bucket is small, so that no burst passes for a part of the line."""
 _PREFIX = "nnfedline"
 _CLONE_NEWNET = 0x40000000
 
@@ -43,7 +45,6 @@ def shaped_lines(number: int, bytes_per_s: float) -> Iterator[list[str]]:
 @contextmanager
 def _shaped_line(index: int, bytes_per_s: float) -> Iterator[str]:
     name, here, there = f"{_PREFIX}{index}", f"10.213.{index}.1", f"10.213.{index}.2"
-    shape = ("root", "tbf", "rate", f"{round(bytes_per_s * 8)}bit", "burst", "512kb", "latency", "20ms")
     _run("ip", "netns", "add", name)
     try:
         _run("ip", "link", "add", name, "type", "veth", "peer", "name", "line", "netns", name)
@@ -56,12 +57,24 @@ def _shaped_line(index: int, bytes_per_s: float) -> Iterator[str]:
             ("route", "add", "default", "via", here),
         ):
             _run("ip", "-n", name, *command)
-        _run("tc", "qdisc", "add", "dev", name, *shape)
-        _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "line", *shape)
+        _shape("add", name, bytes_per_s)
         yield name
     finally:  # the namespace itself lasts as long as a process is in it; its line does not
         subprocess.run(("ip", "link", "del", name), check=False, capture_output=True)
         _run("ip", "netns", "del", name)
+
+
+def change_rate(namespaces: Iterable[str], bytes_per_s: float) -> None:
+    """Give these lines another rate in each direction; what travels on them goes on with it."""
+    for name in namespaces:
+        _shape("change", name, bytes_per_s)
+
+
+def _shape(action: str, name: str, bytes_per_s: float) -> None:
+    burst, latency = ("512kb", "20ms") if bytes_per_s > SLOW else ("32kb", "200ms")
+    shape = ("root", "tbf", "rate", f"{round(bytes_per_s * 8)}bit", "burst", burst, "latency", latency)
+    _run("tc", "qdisc", action, "dev", name, *shape)
+    _run("ip", "netns", "exec", name, "tc", "qdisc", action, "dev", "line", *shape)
 
 
 def enter(namespace: str) -> None:

@@ -119,6 +119,12 @@ def test_proximal_trainings_are_the_same_after_a_kill_and_stay_near(make_sites, 
     assert any("Proximal term of strength 5" in line for line in undisturbed["B"].lines)
 
 
+def test_a_site_that_is_killed_within_a_round_is_pulled_to_what_the_round_began_with(make_sites):
+    settings = {"proximal": 5.0, "exchange_every": 3, "num_epochs": 4}
+    undisturbed = train(make_sites, "undisturbed", **settings)
+    assert_same(undisturbed, train(make_sites, "killed", dies_in_epoch=2, **settings))
+
+
 HEADS = ".seg_layers."
 
 
@@ -249,6 +255,28 @@ def test_a_finished_fine_tuning_is_not_repeated_and_an_older_one_is(make_sites):
     assert sites.run(anew) == [None]
     assert not any("is there already" in line for line in anew.lines)
     assert any(not np.array_equal(before[name], weights_of(anew, FINETUNED)[name]) for name in before)
+
+
+def test_a_site_that_has_fine_tuned_after_a_stop_does_not_do_so_again(make_sites):
+    sites = make_sites(finetune_epochs=1, num_epochs=9, exchange_every=2)
+    trainers = [sites.trainer(site, Seeded) for site in "AB"]
+    run = run_of(trainers[0])
+
+    def stop_in_the_second_round():
+        wait_until(lambda: sites.federation.state.store.load_rounds(run))
+        sites.act("stop", run)
+
+    assert in_threads(*(trainer.run_training for trainer in trainers), stop_in_the_second_round) == [None] * 3
+    before = weights_of(trainers[0], FINETUNED)
+    again = sites.trainer("A", Seeded, go_on=True)
+    assert sites.run(again) == [None]
+    assert any("is there already" in line for line in again.lines)
+    assert again.current_epoch == trainers[0].current_epoch
+    Path(again.output_folder, FINETUNED).unlink()  # as one that was interrupted
+    once_more = sites.trainer("A", Seeded, go_on=True)
+    assert sites.run(once_more) == [None]
+    for name, values in before.items():
+        np.testing.assert_array_equal(weights_of(once_more, FINETUNED)[name], values, err_msg=name)
 
 
 def found_with_weights(folder: Path, source) -> dict:

@@ -110,7 +110,14 @@ run_training_entry()
 
 
 def start(
-    federation, folder: Path, site: str, configuration: str, fold: str, *options: str, code: str | None = None
+    federation,
+    folder: Path,
+    site: str,
+    configuration: str,
+    fold: str,
+    *options: str,
+    code: str | None = None,
+    trainer: str = TRAINER,
 ) -> subprocess.Popen:
     """Start the training of a fold at a site, as people do, or with other code."""
     federation.credential(site)
@@ -129,7 +136,7 @@ def start(
         configuration,
         fold,
         "-tr",
-        TRAINER,
+        trainer,
         "-device",
         "cpu",
         *options,
@@ -140,13 +147,17 @@ def start(
 
 
 def finish(*processes: subprocess.Popen) -> None:
-    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=2 * PATIENCE_S)[0] for process in processes]  # of a whole training
+    finally:
+        for process in processes:
+            process.kill()  # if it hangs, or another one does
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, output[-3000:]
 
 
-def fold_folder(folder: Path, site: str, configuration: str, fold: int) -> Path:
-    return folder / site / "nnUNet_results" / NAME / f"{TRAINER}__nnUNetPlans__{configuration}" / f"fold_{fold}"
+def fold_folder(folder: Path, site: str, configuration: str, fold: int, trainer: str = TRAINER) -> Path:
+    return folder / site / "nnUNet_results" / NAME / f"{trainer}__nnUNetPlans__{configuration}" / f"fold_{fold}"
 
 
 def assert_one_network(folder: Path, configuration: str, fold: int) -> None:

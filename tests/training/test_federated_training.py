@@ -265,7 +265,7 @@ class Meeting(FederatedTraining, Counting):
     _writing_in_background = nullcontext
 
     def __init__(self, exchange=None):
-        self.participant = SimpleNamespace(run="run", exchange=exchange or self.exchange)
+        self.participant = SimpleNamespace(run="run", exchange=exchange or self.exchange, megabytes=0.0)
         self.logger, self.sent, self.saved = MetaLogger(None, resume=False), [], []
 
     def exchange(self, number, weights, update):
@@ -428,7 +428,7 @@ class Overlapped(OverlappedTraining):
         self.current_epoch, self.weights, self.done = epoch + 1, {"w": np.array([2.0])}, []
         self.pending = PendingExchange(epoch - 1, {"w": np.array([1.0])}, Future())
         self.pending.answer.set_result(({"w": np.array([7.0])}, self.aggregate(brought)))
-        self.participant = SimpleNamespace(run="run", exchange=self.exchange)
+        self.participant = SimpleNamespace(run="run", exchange=self.exchange, megabytes=0.0)
         self.logger = MetaLogger(None, resume=False)
 
     @staticmethod

@@ -243,7 +243,7 @@ def open_federation(
 
             target = store.given_path(settings.initial_weights)
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            write_weights(initial_weights, target)
+            write_weights(initial_weights, target, settings.precision)
         create_federation(store, settings, now=time.time())
         store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
     first = store.load_meta(FIRST_SETTINGS)

@@ -104,6 +104,12 @@ def check_secure_settings(settings: FederationSettings) -> None:
             "--precision int8 does not go with --secure: a sum of masked updates needs the 16 bits that they have",
             "Choose float32 or float16.",
         )
+    if settings.precision == "float16" and settings.keep_local is not None:
+        raise RefusedError(
+            f"--keep-local {settings.keep_local} does not go with --secure and --precision float16: masked changes of "
+            "16 bits are cut, and tensors that a site keeps may be farther from their average than that",
+            "Leave --precision out.",
+        )
     if settings.late_updates == "carry":
         raise RefusedError(
             "--late-updates carry does not go with --secure: what a site has masked belongs to its round",

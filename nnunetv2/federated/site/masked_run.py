@@ -39,6 +39,7 @@ from nnunetv2.federated.privacy.trust import trust_mode
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.identity import forget_run_keys, load_identity, run_key, secure_folder
 from nnunetv2.federated.site.masking import Fill, Masking, SiteKeys
@@ -196,7 +197,7 @@ class MaskedRun:
         """
         self._aggregates = [*self._aggregates, (message, weights)][-2:]
         if message.round is not None and self.match.num_epochs is not None:
-            self.is_over |= message.round + 1 >= self.match.num_epochs
+            self.is_over |= message.round + 1 >= Rounds(self.match.exchange_every).count(self.match.num_epochs)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> Document[messages.Aggregate]:
         """Mask the weights of a round, help to unmask the sum, and return the aggregate.

@@ -46,7 +46,9 @@ class Position:
     epoch: int
     """The next epoch to train; the one behind the rounds that were closed if the run is over."""
     weights: Weights
-    """The shared weights to go on with, under the site's own names."""
+    """The shared weights that the open round began with, under the site's own names; if the run is over, the last."""
+    is_within: bool = False
+    """Whether the site goes on within that round, from its own weights."""
     begins: bool = False
     """Whether the run begins now, with the initial weights of the sites that take part in it."""
     is_over: bool = False
@@ -82,6 +84,8 @@ class Participant:
         self._tensors: dict[str, messages.TensorEntry] = {}
         """Local name -> what this site has registered."""
         self._codec: UpdateCodec = Float32()
+        self._rests_due: int | None = None
+        """The round whose update is to bring what rounding has taken; None where that is not known."""
         self._credential = credential
         self._credential_file = credential_file
         self._report = report
@@ -172,7 +176,15 @@ class Participant:
             raise FederationError("register first: what is shared is not known yet")
         return self.match
 
-    def start(self, epoch: int, weights: Weights, *, staleness: int = 0, rounds: Rounds = EVERY_EPOCH) -> Position:
+    def start(
+        self,
+        epoch: int,
+        weights: Weights,
+        *,
+        staleness: int = 0,
+        rounds: Rounds = EVERY_EPOCH,
+        num_epochs: int | None = None,
+    ) -> Position:
         """Find out where to go on, and with which weights.
 
         Within the round that is open, a site goes on from its own weights.
@@ -184,6 +196,7 @@ class Participant:
             staleness: By how many more rounds a site may be ahead, because it trains on while a round is exchanged.
                 What such a site has sent it does not know any more, so it begins the open round again.
             rounds: The epochs of a round.
+            num_epochs: The epochs of the run, after the last of which its last round ends, however short it is.
 
         Raises:
             FederationError: The site's checkpoint is ahead of the run, so it belongs to another federation; or the
@@ -212,11 +225,17 @@ class Participant:
                 "this run, or use the credential of the other federation."
             )
         key = keys.RoundKey(self.run, next_round - 1) if next_round else keys.InitialKey(self.run)
-        if not state.closed and not staleness and first_epoch < epoch and rounds.of(epoch) == next_round:
-            if self._codec.is_relative:
-                self._fetch(key)  # what is sent is a change of it
-            return Position(epoch, {local: weights[local] for local in self.local_names.values()})
-        return Position(first_epoch, self._fetch(key), is_over=state.closed)
+        document = self.transport.result(key)
+        average = self._read(document)
+        self._drop_rests_that_came(document.message)
+        is_within = (
+            not state.closed
+            and not staleness
+            and first_epoch < epoch
+            and rounds.of(epoch) == next_round
+            and epoch != num_epochs
+        )
+        return Position(epoch if is_within else first_epoch, average, is_within=is_within, is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
         """Exchange the shared weights of a round; return the aggregate under local names.
@@ -234,17 +253,27 @@ class Participant:
         """
         shared = self._under_canonical_names(weights, self.local_names)
         check_finite(weights)
+        is_counted = True
+
+        def note(counts: bool) -> None:
+            nonlocal is_counted
+            is_counted = counts
+
         try:
             if self._masked is not None:
                 document = self._masked.exchange(number, shared, update)
             else:
-                form: dict[str, Any] = {"changes": True} if self._codec.is_relative else {}
+                form: dict[str, Any] = {"changes": True, "told": note} if self._codec.is_relative else {}
                 sent = self._codec.encode(shared)
                 document = self.transport.exchange(keys.RoundKey(self.run, number), update, sent, **form)
         except RefusedError as error:
             raise self._explained(error) from error
         if self._masked is None and self.site in document.message.contributors:
-            self._codec.settle()
+            if is_counted:
+                self._codec.settle()
+            else:  # another update has brought the rests before, and what rounding took from it nobody knows any more
+                self._codec.take_over({})
+        self._rests_due = None if document.message.round is None else document.message.round + 1
         answer = self._read(document), document.message
         if self._masked is not None:
             self._masked.finish_validations(wait_s=FINISHING_PATIENCE_S)
@@ -348,13 +377,28 @@ class Participant:
                 f"tensor {name} of the coordinator's aggregate {problem}: nothing was loaded. Ask the coordinating site"
             )
 
-    def rests(self) -> dict[str, np.ndarray]:
-        """Return what the next update has to bring, for a checkpoint."""
-        return self._codec.rests()
+    @property
+    def megabytes(self) -> float:
+        """Return the size of this site's updates, and of their aggregates, as they travel."""
+        specs = {name: TensorSpec("F32", self._tensors[local].shape) for name, local in self.local_names.items()}
+        return sum(spec.nbytes for spec in self._codec.specs(specs).values()) / 1e6
 
-    def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
-        """Go on with the rests of a checkpoint, after `register`."""
+    def rests(self) -> tuple[dict[str, np.ndarray], int | None]:
+        """Return what an update has to bring yet, and of which round, for a checkpoint."""
+        return self._codec.rests(), self._rests_due
+
+    def take_over(self, rests: Mapping[str, np.ndarray], due: int | None) -> None:
+        """Go on with the rests of a checkpoint, after `register` and before `start`."""
         self._codec.take_over({name: values for name, values in rests.items() if name in self.local_names})
+        self._rests_due = due
+
+    def _drop_rests_that_came(self, last: messages.Aggregate) -> None:
+        """Forget the rests of a checkpoint if the update that brought them has counted.
+
+        Its site was ended before it knew, and what rounding took from that update is lost.
+        """
+        if last.round is not None and last.round == self._rests_due and self.site in last.contributors:
+            self._codec.take_over({})
 
     def finish(self) -> None:
         """Forget the keys of a run that is over."""

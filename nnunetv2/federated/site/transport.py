@@ -33,6 +33,7 @@ class Transport(Protocol):
         *,
         specs: Mapping[str, TensorSpec] | None = None,
         changes: bool = False,
+        told: Callable[[bool], object] = ...,
     ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
 
@@ -40,6 +41,7 @@ class Transport(Protocol):
 
         Args:
             changes: This site has got the result before: the changes since suffice, where weights travel as such.
+            told: Told whether this contribution counts, or another one of this site that the coordinator holds.
 
         Raises:
             RefusedError: The contribution is not accepted, or the contributions do not go together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from frozen_federation import Federation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from patience import PATIENCE_S
 
 from benchmarks.byte_counter import ByteCounter
 from nnunetv2.federated.aggregation.codecs.int8 import (
@@ -278,10 +280,10 @@ def take_part(credential, *, seed: int, num_rounds: int, is_mortal=False) -> tup
         make_client(replace(credential, url=f"http://127.0.0.1:{counter.port}")) as client,
     ):
 
-        def begin(epoch: int, rests=()):
+        def begin(epoch: int, rests=({}, None)):
             session = Participant(client, site=credential.site, run=RUN)
             session.register(make_registration(seed + 1, LARGE, aliases={}))
-            session.take_over(dict(rests))
+            session.take_over(*rests)
             return session, session.start(epoch, make_weights(0, LARGE)).weights
 
         session, weights = begin(0)
@@ -317,6 +319,19 @@ def test_two_sites_train_with_a_quarter_of_the_bytes_to_the_same_end(tmp_path):
         np.testing.assert_array_equal(ends["three"][0][0][name], packed_end[name])  # with the rests of a checkpoint
 
 
+def test_the_log_says_what_travels(tmp_path):
+    for precision, bytes_per_value in (("float32", 4), ("float16", 2), ("int8", 1)):
+        with (
+            served(tmp_path / precision, make_settings(sites=("A", "B"), precision=precision)) as federation,
+            make_client(federation.credential("A")) as one,
+            make_client(federation.credential("B")) as two,
+        ):
+            sessions = [Participant(client, site=client.credential.site, run=RUN) for client in (one, two)]
+            in_threads(*(lambda s=session: s.register(make_registration(3, LARGE, aliases={})) for session in sessions))
+            values = sum(np.prod(shape) for shape in LARGE.values())
+            assert sessions[0].megabytes == pytest.approx(values * bytes_per_value / 1e6, rel=0.002)
+
+
 def test_a_site_that_goes_on_within_a_round_sends_the_change_of_the_average_before(tmp_path):
     settings = make_settings(num_epochs=4, precision="int8", exchange_every=2)
     with served(tmp_path / "federation", settings) as federation:
@@ -330,8 +345,8 @@ def test_a_site_that_goes_on_within_a_round_sends_the_change_of_the_average_befo
                 again = Participant(client, site=name, run=RUN)
                 again.register(make_registration(seed, LARGE, aliases={}))
                 position = again.start(1, own, rounds=Rounds(2))
-                assert position.epoch == 1
-                np.testing.assert_array_equal(position.weights["encoder.bias"], own["encoder.bias"])
+                assert position.epoch == 1 and position.is_within
+                np.testing.assert_array_equal(position.weights["encoder.bias"], start["encoder.bias"])
                 return start, again.exchange(0, own, NO_METRICS)[0]
 
         (start, end), (_, other) = in_threads(lambda: site("A", 1), lambda: site("B", 2))
@@ -339,6 +354,64 @@ def test_a_site_that_goes_on_within_a_round_sends_the_change_of_the_average_befo
             np.testing.assert_array_equal(end[name], other[name])
             largest = np.abs(values - start[name]).max()
             np.testing.assert_allclose(end[name], values, rtol=0, atol=largest / 127)
+
+
+def test_what_rounding_took_is_brought_once_whenever_a_site_was_ended(tmp_path):
+    """Its checkpoint is from before the round; the update of the round counted, or another one of an earlier life."""
+    settings = make_settings(num_epochs=4, precision="int8")
+    with served(tmp_path / "federation", settings) as federation:
+        learned = [make_weights(seed, LARGE) for seed in (7, 8, 9)]
+        has_died = threading.Event()
+
+        def begin(client, seed: int, epoch: int, rests=({}, None)):
+            session = Participant(client, site=client.credential.site, run=RUN)
+            session.register(make_registration(seed, LARGE, aliases={}))
+            session.take_over(*rests)
+            session.start(epoch, make_weights(0, LARGE))
+            return session
+
+        def mortal():
+            with make_client(federation.credential("A")) as client:
+                session = begin(client, 1, 0)
+                session.exchange(0, learned[0], NO_METRICS)
+                saved = session.rests()
+                assert any(values.any() for values in saved[0].values())
+                session.exchange(1, learned[1], NO_METRICS)
+                after_the_round = begin(client, 1, 1, saved).rests()
+                # The next update leaves, and the site does not live to see that it counts.
+                saved = session.rests()
+                sent = session._codec.encode(session._under_canonical_names(learned[2], session.local_names))
+                client.contribute(RoundKey(RUN, 2), NO_METRICS, sent)
+                again = begin(client, 1, 2, saved)
+                kept = again.rests()
+                has_died.set()
+                again.exchange(2, learned[0], NO_METRICS)  # which is dropped
+                return after_the_round, saved, kept, again.rests()
+
+        def other():
+            with make_client(federation.credential("B")) as client:
+                session = begin(client, 2, 0)
+                for number in (0, 1):
+                    session.exchange(number, learned[0], NO_METRICS)
+                assert has_died.wait(PATIENCE_S)
+                session.exchange(2, learned[0], NO_METRICS)
+
+        (after_the_round, saved, kept, end), _ = in_threads(mortal, other)
+    assert after_the_round == ({}, 1)  # the update of round 1 has brought them
+    assert saved[1] == kept[1] == 2 and kept[0].keys() == saved[0].keys()  # nobody knows yet whether it counts
+    assert end == ({}, 3)
+
+
+def test_a_tensor_without_an_axis_travels(tmp_path):
+    codec, value = Int8WithErrorFeedback(), np.array(0.5, np.float32)
+    codec.receive({"w": value})
+    for _ in range(2):
+        sent = codec.encode({"w": value + np.float32(0.25)})
+        codec.settle()
+        assert codec.rests()["w"].shape == () and isinstance(codec.rests()["w"], np.ndarray)
+        (received,) = codec.receive(sent).values()
+        assert isinstance(received, np.ndarray) and received.shape == ()
+        value = received
 
 
 def test_the_manifest_lists_what_travels():

@@ -46,7 +46,7 @@ class FakeTransport:
         )
 
 
-def document(message=None, **tensors):
+def document(message=messages.Aggregate(round=None, contributors={}), **tensors):  # noqa: B008
     return SimpleNamespace(message=message, specs=tensors, read=tensors.__getitem__)
 
 
@@ -97,22 +97,24 @@ def test_a_returning_site_goes_on_where_the_others_are(epoch, state, expected):
 @pytest.mark.parametrize(
     ("epoch", "state", "expected"),
     [
-        (4, {"open_round": 1}, (4, None)),  # within the open round: on from its own weights
-        (5, {"open_round": 1}, (5, None)),
+        (4, {"open_round": 1}, (4, "runs/run/rounds/0")),  # within the open round: on from its own weights
+        (5, {"open_round": 1}, (5, "runs/run/rounds/0")),
         (3, {"open_round": 1}, (3, "runs/run/rounds/0")),
         (1, {"open_round": 1}, (3, "runs/run/rounds/0")),  # late
         (6, {"open_round": 1}, (3, "runs/run/rounds/0")),  # saved before an exchange that did not come about
-        (1, {"open_round": 0}, (1, None)),
+        (1, {"open_round": 0}, (1, "runs/run/initial")),
+        (10, {"open_round": 3}, (9, "runs/run/rounds/2")),  # the last round has one epoch: it is sent once more
         (4, {"open_round": None, "closed": True, "rounds_closed": 1}, (3, "runs/run/rounds/0")),
     ],
 )
 def test_a_site_goes_on_within_a_round_of_several_epochs(epoch, state, expected):
     own = {"w.local": np.full(2, 7.0), "v": np.full(3, 7.0), "own": np.ones(1)}
     results = {expected[1]: document(w=np.ones(2), v=np.ones(3))}
-    position = make_session(state, results).start(epoch, own, rounds=Rounds(3))
+    position = make_session(state, results).start(epoch, own, rounds=Rounds(3), num_epochs=10)
     assert position.epoch == expected[0]
+    assert position.is_within == (expected[0] % 3 != 0)
     assert position.weights.keys() == {"w.local", "v"}
-    np.testing.assert_array_equal(position.weights["w.local"], 7 if expected[1] is None else 1)
+    np.testing.assert_array_equal(position.weights["w.local"], 1)
 
 
 def test_a_site_that_trains_on_during_an_exchange_begins_the_open_round_again():

@@ -12,6 +12,7 @@ from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
 from nnunetv2.federated.privacy.secure_aggregation import masking, protocol
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.keys import RoundKey, UploadKey
+from nnunetv2.federated.protocol.rounds import Rounds
 
 
 def expected_mean(sites, start, number):
@@ -39,6 +40,33 @@ def test_masked_rounds_give_the_weighted_mean(tmp_path, names):
         records = federation.state.store.load_rounds(RUN)
         assert [record["pooled"]["conspicuous"] for record in records] == [0, 0, 0]
         assert federation.state.store.load_last_validation(RUN)["round"] == 2
+
+
+def test_rounds_of_several_epochs_are_masked_and_leave_no_keys(tmp_path):
+    """A site that goes on within a round knows what it has masked from, and when the run is over."""
+    with served(tmp_path / "federation", masked_settings(THREE, num_epochs=4, exchange_every=2)) as federation:
+
+        def take_part(name: str, seed: int) -> str:
+            weights = masked_site(federation, name, seed=seed).join()
+            again = masked_site(federation, name, seed=seed)
+            again.register()
+            position = again.participant.start(1, weights, rounds=Rounds(2), num_epochs=4)
+            assert (position.epoch, position.is_within) == (1, True)
+            weights, _ = again.round(0, weights)
+            again.participant.finish()
+            has_keys = bool(run_keys(federation, name))
+            weights, _ = again.round(1, weights)
+            again.participant.finish()
+            assert has_keys and not run_keys(federation, name)
+            return digest_of(weights)
+
+        digests = in_threads(*(lambda n=name, s=seed: take_part(n, s) for seed, name in enumerate(THREE)))
+        assert len(set(digests)) == 1, digests
+
+
+def run_keys(federation, site: str) -> list:
+    folder = federation.credential_file(site)
+    return list(folder.with_name(f"{folder.name}.secure").glob("*/runs/**/*.pem"))
 
 
 @pytest.mark.slow

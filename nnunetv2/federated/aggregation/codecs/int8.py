@@ -16,7 +16,9 @@ A tensor travels as int8 values in one axis: for each block four bytes, its step
 steps. Results of rounds hold b, c and what leads from the b before to it, so a crash loses nothing. A site that has
 not got the b before, since it was started again or is late, downloads b itself.
 
-e is in the memory of a site's process, and in its checkpoints: a training that goes on ends with the same bits.
+e is in the memory of a site's process, and in its checkpoints: a training that goes on ends with the same bits. Only of
+an update that has counted when its site was ended before the next checkpoint, e is lost; what the checkpoint holds was
+brought by that update and is forgotten, so nothing is brought twice.
 """
 
 from __future__ import annotations
@@ -131,14 +133,14 @@ class Int8WithErrorFeedback:
         sent: dict[str, np.ndarray] = {}
         self._next_rests = {}
         for name, values in update.items():
-            change = values - self._average[name]
+            change = np.asarray(values - self._average[name])  # which numpy makes a number where there is no axis
             if name in self._rests:
                 change += self._rests[name]
             try:
                 sent[name] = pack(change)
             except PrecisionError as error:
                 raise PrecisionError(f"tensor {name}: {error}") from error
-            self._next_rests[name] = change - unpack(sent[name], change.shape)
+            self._next_rests[name] = np.asarray(change - unpack(sent[name], change.shape))
         return sent
 
     def settle(self) -> None:
@@ -161,7 +163,7 @@ class Int8WithErrorFeedback:
             if values.shape != (packed_size(before.size),):
                 raise WireError(f"tensor {name} of the coordinator's aggregate has {values.size} bytes")
             check_packed(name, values)
-            self._average[name] = before + unpack(values, before.shape)
+            self._average[name] = np.asarray(before + unpack(values, before.shape))
         return {name: self._average[name].copy() for name in tensors}
 
     def rests(self) -> dict[str, np.ndarray]:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2.federated.aggregation.codecs import codec_of
 from nnunetv2.federated.aggregation.matching import normalise_name
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.document import TensorSpec, write_document
-from nnunetv2.federated.protocol.messages import MAX_TENSORS, Aggregate
+from nnunetv2.federated.protocol.messages import MAX_TENSORS, Aggregate, Precision
 
 LARGEST_PICKLE = 256 << 20
 """Bytes of what a checkpoint holds beside tensors: curves, plans, names."""
@@ -123,18 +124,26 @@ class CheckpointReader:
         return FederationError(f"{self.path} is no checkpoint to start from: {problem}")
 
 
-def write_weights(checkpoint: Path, target: Path) -> None:
+def write_weights(checkpoint: Path, target: Path, precision: Precision = "float32") -> None:
     """Write the weights of a checkpoint as a document, float32 under their own names.
+
+    Args:
+        precision: How they are to travel.
 
     Raises:
         FederationError: The file is no checkpoint.
+        PrecisionError: A weight is too large to travel.
     """
+    codec = codec_of(precision)
     with CheckpointReader(checkpoint) as reader:
         specs = {name: TensorSpec("F32", tensor.shape) for name, tensor in sorted(reader.tensors.items())}
 
         def values() -> Iterator[np.ndarray]:
             for name in specs:
-                yield reader.read(name)
+                tensor = reader.read(name)
+                if not codec.is_relative:  # of what is relative, the first weights travel in float32
+                    codec.encode({name: tensor})
+                yield tensor
 
         write_document(target, Aggregate(round=None, contributors={}), specs, values())
 

@@ -61,9 +61,9 @@ class RoundUploadStep(UploadStep[UploadKey]):
     def check_may_begin(self, key: UploadKey, settings: FederationSettings) -> None:
         """Raise RefusedError if this federation does not mask, or runs have fewer rounds."""
         super().check_may_begin(key, settings)
-        if settings.num_epochs is not None and key.number >= settings.num_epochs:
+        if settings.num_rounds is not None and key.number >= settings.num_rounds:
             raise RefusedError(
-                f"{key}: the run has {settings.num_epochs} rounds, counted from 0", code="unknown_gathering"
+                f"{key}: the run has {settings.num_rounds} rounds, counted from 0", code="unknown_gathering"
             )
 
     def sum_of(self, key: UploadKey, reader: DocumentReader) -> SecureSum:

@@ -165,6 +165,7 @@ class HttpTransport:
         *,
         specs: Mapping[str, TensorSpec] | None = None,
         changes: bool = False,
+        told: Callable[[bool], object] = lambda counts: None,
     ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
 
@@ -172,6 +173,7 @@ class HttpTransport:
             tensors: Name -> array of a dtype that travels.
             specs: Dtype and shape of the tensors, where they are not to be taken from the arrays.
             changes: This site has got the result before: the changes since suffice, where weights travel as such.
+            told: Told whether this contribution counts, or another one of this site that the coordinator holds.
 
         Returns:
             The result. It stays open until the next call of `exchange` or `result`. A round that took place without
@@ -183,7 +185,7 @@ class HttpTransport:
             CoordinatorUnreachable: It did not answer for `give_up_after_s`.
             WireError: What it sends is not the result of such an exchange, or larger than it can be.
         """
-        receipt = self.contribute(key, message, tensors, specs=specs)
+        receipt = self.contribute(key, message, tensors, specs=specs, told=told)
         counted_in = results.check_receipt(key, receipt.key)
         document = self.result(counted_in, changes=changes and counted_in == key)
         if receipt.already and is_late(self.credential.site, key, document.message):
@@ -198,6 +200,7 @@ class HttpTransport:
         *,
         specs: Mapping[str, TensorSpec] | None = None,
         patience_s: float | None = None,
+        told: Callable[[bool], object] = lambda counts: None,
     ) -> api.Receipt:
         """Send this site's part of an exchange. Doing so again changes nothing.
 
@@ -205,6 +208,7 @@ class HttpTransport:
 
         Args:
             patience_s: How long the coordinator may be away, where that differs from `give_up_after_s`.
+            told: See `exchange`.
 
         Raises:
             NotAllowedError: The allow-list of this site does not name a field or tensor, or the message is in clear
@@ -230,7 +234,9 @@ class HttpTransport:
             return answer if isinstance(answer, api.Receipt) else self._upload(key, document, answer.offset)
 
         receipt = self._persist(send, patience_s)
-        if receipt.already and receipt.digest != document.digest:
+        is_another = receipt.already and receipt.digest != document.digest
+        told(not is_another)
+        if is_another:
             self._say(
                 f"{key}: the coordinator holds another contribution of this site, which counts; what was sent "
                 "now is dropped. A second training with this site's credential, or one that was started again"

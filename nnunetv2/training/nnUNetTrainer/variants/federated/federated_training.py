@@ -92,8 +92,8 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.termination import befor
 from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.stopping import was_signalled
 
-RESTS = "federated_rests"
-"""Key of a checkpoint."""
+RESTS, RESTS_DUE = "federated_rests", "federated_rests_due"
+"""Keys of a checkpoint: what rounding has taken, and the round whose update is to bring it."""
 METRICS_OF_TRAINING = ("train_losses",)
 METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
 METRICS = (*METRICS_OF_TRAINING, *METRICS_OF_VALIDATION)
@@ -109,12 +109,6 @@ class PendingExchange:
     sent: Weights = field(default_factory=dict)
     answer: Future[tuple[Weights, messages.Aggregate]] | None = None
     """In the first process only, as is what was sent."""
-
-    @property
-    def megabytes(self) -> float:
-        """Return the size of the weights that came; it waits for them."""
-        weights = {} if self.answer is None else self.answer.result()[0]
-        return sum(values.nbytes for values in weights.values()) / 1e6
 
     def result(self) -> tuple[Weights, messages.Aggregate]:
         """Wait for the aggregate, in the first process."""
@@ -167,6 +161,9 @@ class FederatedTraining(RenamedHooks):
 
     rests: Mapping[str, np.ndarray] = {}
     """What a checkpoint says that rounding has taken from this site's updates."""
+
+    rests_due: int | None = None
+    """The round whose update is to bring that."""
 
     rounds = Rounds()
     """The epochs of a round."""
@@ -268,10 +265,14 @@ class FederatedTraining(RenamedHooks):
         position = self.receive_weights(
             lambda: self._start(own), keeps_local=lambda position: goes_on and position["epoch"] > 0
         )
+        if position["is_within"]:  # a round, which the average is known of now
+            self.load_weights(own)
         self.log_line(self._describe_start(position["epoch"], begins=position["begins"]))
-        self.resume_at(min(position["epoch"], self.num_epochs))
+        epoch = min(position["epoch"], self.num_epochs)
+        # Epochs of a round that the operator has stopped stay behind a site that has trained them.
+        self.resume_at(max(epoch, self.current_epoch) if position["is_over"] else epoch)
         if position["is_over"]:
-            rounds = self.rounds.count(self.current_epoch)
+            rounds = self.rounds.count(epoch)
             self.log_line(f"Run {self.participant.run} is over after {rounds} rounds: ending with its aggregate")
             self.finish_run()
 
@@ -313,9 +314,13 @@ class FederatedTraining(RenamedHooks):
 
     def _describe_state(self) -> dict[str, Any]:
         """Add what rounding has taken from this site's updates, while it is due."""
-        rests = self.participant.rests() if self.participant and self.current_epoch + 1 < self.num_epochs else {}
+        is_due = self.participant is not None and self.current_epoch + 1 < self.num_epochs
+        rests, due = self.participant.rests() if is_due else ({}, None)
         state: dict[str, Any] = super()._describe_state()
-        return {**state, RESTS: {name: torch.from_numpy(values) for name, values in rests.items()}} if rests else state
+        if rests:
+            state[RESTS] = {name: torch.from_numpy(values) for name, values in rests.items()}
+            state[RESTS_DUE] = due
+        return state
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, with what its updates have not brought yet."""
@@ -323,6 +328,7 @@ class FederatedTraining(RenamedHooks):
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
         self.rests = {name: values.cpu().numpy() for name, values in checkpoint.get(RESTS, {}).items()}
+        self.rests_due = checkpoint.get(RESTS_DUE)
         super().load_checkpoint(checkpoint)
 
     def save_while_training(self) -> None:
@@ -355,7 +361,7 @@ class FederatedTraining(RenamedHooks):
             self.log_line(f"Weights are exchanged after every {self.rounds.epochs} epochs, which are a round")
         self.is_masked = settings.secure is not None
         check_against_settings(self.training_options, settings)
-        check_finetuning(settings)
+        check_finetuning(settings.model_copy(update={"num_epochs": settings.num_epochs or self.num_epochs}))
         for line in describe_methods(settings):
             self.log_line(line)
         self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
@@ -402,12 +408,19 @@ class FederatedTraining(RenamedHooks):
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
         match = self.participant.register(self.describe_training())
-        self.participant.take_over(self.rests)
+        self.participant.take_over(self.rests, self.rests_due)
         return match, self.participant.run, self.participant.describe_outlook()
 
     def _start(self, own: Weights) -> tuple[Weights, dict]:
-        position = self.participant.start(self.current_epoch, own, staleness=self.staleness, rounds=self.rounds)
-        return position.weights, {"epoch": position.epoch, "is_over": position.is_over, "begins": position.begins}
+        position = self.participant.start(
+            self.current_epoch, own, staleness=self.staleness, rounds=self.rounds, num_epochs=self.num_epochs
+        )
+        return position.weights, {
+            "epoch": position.epoch,
+            "is_within": position.is_within,
+            "is_over": position.is_over,
+            "begins": position.begins,
+        }
 
     def _describe_start(self, epoch: int, *, begins: bool) -> str:
         """Describe the initial weights, and whether pretrained ones are used."""
@@ -466,7 +479,8 @@ class FederatedTraining(RenamedHooks):
         start, pending = time.monotonic(), self.pending
         assert pending is not None
         aggregate = self.receive_weights(pending.result, keeps_local=lambda _: True)
-        self.report_round(aggregate, megabytes=pending.megabytes, waited_s=time.monotonic() - start)
+        megabytes = self.participant.megabytes if self.local_rank == 0 else 0.0
+        self.report_round(aggregate, megabytes=megabytes, waited_s=time.monotonic() - start)
         self.pending = None
         return aggregate
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.messages import PrivacyDeclaration
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.federated.federated_training import FederatedTraining
@@ -34,6 +36,19 @@ class PrivateFederatedTraining(FederatedTraining, PrivateTraining):
         """Train as a member of the federation, if the training can be private."""
         self.check_privacy()
         super().run_training()
+
+    def apply_settings(self, settings: FederationSettings) -> None:
+        """Use the settings of the federation; refuse epochs that no budget is for.
+
+        Raises:
+            FederationError: The sites are to train on after the last round.
+        """
+        if settings.finetune_epochs:
+            raise FederationError(
+                f"--finetune-epochs {settings.finetune_epochs} does not go with {type(self).__name__}: the privacy "
+                "budget is spent when the last round is over. Found a federation without it"
+            )
+        super().apply_settings(settings)
 
     def declare_privacy(self) -> PrivacyDeclaration:
         """Return what this training promises to its patients."""
