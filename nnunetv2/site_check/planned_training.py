@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2.federated.commands.manifest import collect
 from nnunetv2.federated.privacy.disclosure import Disclosure
-from nnunetv2.federated.protocol.messages import Precision
+from nnunetv2.federated.protocol.messages import Networks, Precision
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import PLANS, read_json
@@ -84,12 +84,14 @@ def load_planned_training(
     share_extrema: bool,
     precision: Precision,
     is_masked: bool = False,
+    networks: Networks = "equal",
 ) -> PlannedTraining:
     """Read dataset.json and the plans, and build the documents that will be sent.
 
     Args:
         configuration: None takes 3d_fullres if the plans have it, else their first one.
         is_masked: Whether the federation masks updates and statistics.
+        networks: Whether all sites plan the same network, or each its own.
 
     Raises:
         ValueError: A file makes no sense, or the plans have no such configuration.
@@ -106,6 +108,7 @@ def load_planned_training(
         share_extrema=share_extrema,
         precision=precision,
         is_masked=is_masked,
+        networks=networks,
     )
     return PlannedTraining(folders, read_json(folders.raw / "dataset.json"), plans, chosen, documents)
 

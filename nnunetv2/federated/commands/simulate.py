@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.commands.coordinator_options import add_method_options, method_options
@@ -52,6 +53,17 @@ class LocalSite:
     """File that `nnUNetv2_fed_join` writes and the training reads (environment variable nnUNet_fed_site)."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that differ from those of this process, such as nnUNet_raw."""
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """Options of one site's commands that the others do not have."""
+
+    planning: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+
+
+NO_OPTIONS = SiteOptions()
 
 
 def find_command(name: str) -> str:
@@ -313,6 +325,7 @@ def simulate(
     planning_options: Sequence[str] = (),
     training_options: Sequence[str] = (),
     coordinator_options: Sequence[str] = (),
+    options_of: Mapping[str, SiteOptions] = MappingProxyType({}),
     continue_training: bool = False,
     show: Callable[[str], None] = show,
 ) -> None:
@@ -321,6 +334,7 @@ def simulate(
     Args:
         folder: Where the federation, the sites' credentials and all logs are kept.
         federated_planning: "ffe", "asym", or None if every site is planned and preprocessed already.
+        options_of: Dataset -> further options of that site alone; they come last, and so overrule the others.
     """
     logs = folder / "logs"
     with running_coordinator(folder / "coordinator", sites, coordinator_options, show=show):
@@ -340,6 +354,7 @@ def simulate(
                     "-npfp",
                     "1",
                     *planning_options,
+                    *options_of.get(site.dataset, NO_OPTIONS).planning,
                 ],
                 step="plan",
                 log_folder=logs,
@@ -360,6 +375,7 @@ def simulate(
                 device,
                 *(["--c"] if continue_training else []),
                 *training_options,
+                *options_of.get(site.dataset, NO_OPTIONS).training,
             ],
             step="train",
             log_folder=logs,
@@ -399,6 +415,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--training_options", default="", metavar="TEXT", help="more options of nnUNetv2_train, in one text"
     )
+    for step, command in (("planning", "nnUNetv2_plan_and_preprocess"), ("training", "nnUNetv2_train")):
+        parser.add_argument(
+            f"--{step}_options_of",
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("ID", "TEXT"),
+            help=f"more options of {command} at one site, in one text: 502 "
+            + ('"-gpu_memory_target 2"' if step == "planning" else '"-p nnUNetResEncUNetMPlans"')
+            + "; may be given once per site",
+        )
     parser.add_argument(
         "--coordinator_options",
         default="",
@@ -429,9 +456,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_site_options(
+    datasets: Sequence[str], planning: Sequence[Sequence[str]], training: Sequence[Sequence[str]]
+) -> dict[str, SiteOptions]:
+    """Return the options of single sites, from pairs of dataset and text.
+
+    Raises:
+        SimulationError: A pair names a dataset that is none of the simulation's, or one twice.
+    """
+    words: dict[str, dict[str, tuple[str, ...]]] = {}
+    for option, pairs in (("planning", planning), ("training", training)):
+        for dataset, text in pairs:
+            if dataset not in datasets or option in words.setdefault(dataset, {}):
+                problem = "twice" if dataset in datasets else f"which is none of -d {' '.join(datasets)}"
+                raise SimulationError(f"--{option}_options_of names dataset {dataset} {problem}")
+            words[dataset][option] = tuple(shlex.split(text))
+    return {dataset: SiteOptions(**given) for dataset, given in words.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_simulate`."""
     arguments = build_parser().parse_args(argv)
+    options_of = read_site_options(arguments.datasets, arguments.planning_options_of, arguments.training_options_of)
     folder = arguments.folder.resolve()
     sites = [
         LocalSite(name=f"site{dataset}", dataset=dataset, credential=folder / "sites" / f"site{dataset}.json")
@@ -454,6 +500,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *([] if arguments.secure is None else ["--secure", str(arguments.secure)]),
             *([] if arguments.geometry is None else ["--geometry", arguments.geometry]),
         ],
+        options_of=options_of,
         continue_training=arguments.continue_training,
     )
     show(f"All sites are done. Aggregates and models: {folder / 'coordinator'}. Logs: {folder / 'logs'}.")

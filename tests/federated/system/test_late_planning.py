@@ -80,7 +80,9 @@ def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
         "dataset_name": "",
     }
     assert any("site C plans late" in line for line in federation.lines)
-    assert any("site C has planned late, and holds the same plans" in line for line in federation.lines)
+    assert any(
+        "site C has planned late, and its plans go with those of the others" in line for line in federation.lines
+    )
     recorded = {(event.kind, event.site, event.key) for event in federation.state.store.load_events()}
     assert ("contribution", "C", LateCensusKey("C")) in recorded
     assert ("closing", None, LatePlansKey("nnUNetPlans", "C")) in recorded
