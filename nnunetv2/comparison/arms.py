@@ -32,7 +32,7 @@ class Arm:
     planning: Literal["ffe", "asym"] = "ffe"
     """How the sites of a federation plan."""
     networks: Literal["equal", "own"] = "equal"
-    """Whether the sites of a federation that plan from the pooled fingerprint have the same network, or each its own."""
+    """Whether the sites of a federation that plan together have the same network, or each its own."""
     planning_options: tuple[str, ...] = ()
     """Further options of `nnUNetv2_plan_and_preprocess`."""
     planning_options_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Arm:
     @property
     def plan_group(self) -> str:
         """Name of the plans and preprocessed data that arms share which plan alike."""
-        base = self.planning if self.is_federated else self.training
+        base: str = self.planning if self.is_federated else self.training
         base = base if self.networks == "equal" else self.networks
         words = [
             *self.planning_options,

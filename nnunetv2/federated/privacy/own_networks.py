@@ -87,7 +87,8 @@ def plans_to_register(plans: Mapping[str, Any], configuration: str) -> dict[str,
 
 def resolve(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """Return a configuration with what it inherits; anybody may have written the plans."""
-    described, merged, seen = _configurations(plans), {}, set()
+    described, seen = _configurations(plans), set()
+    merged: dict[str, Any] = {}
     name: Any = configuration
     while isinstance(name, str) and name not in seen and isinstance(described.get(name), Mapping):
         seen.add(name)

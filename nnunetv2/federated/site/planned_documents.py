@@ -22,8 +22,8 @@ MEASURED = -0.123456789012345678
 MAX_BINS = 6
 OWN_NETWORK_PASSED_ON = (
     "; kind, stages and size of this site's network. Its patch is in the common model of this network, if there will "
-    "be one and no site with more training cases has it too. Memory target, planner, batch size, names of plans and the "
-    "networks of other configurations stay here"
+    "be one and no site with more training cases has it too. Memory target, planner, batch size, names of plans and "
+    "the networks of other configurations stay here"
 )
 """Of a registration, where sites have networks of their own."""
 
