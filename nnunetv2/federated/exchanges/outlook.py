@@ -60,7 +60,11 @@ def _count_models(networks: Sequence[NetworkOutlook]) -> str:
 
 
 def _describe_network(network: NetworkOutlook) -> str:
-    outcome = f"no common model, {network.obstacle}" if network.obstacle else "there will be a common model of it"
+    outcome = (
+        f"there will be no common model of it: {network.obstacle}"
+        if network.obstacle
+        else "there will be a common model of it"
+    )
     return f"network {network.name} ({network.description}) at {', '.join(network.sites)}: {outcome}"
 
 
