@@ -418,12 +418,11 @@ def build_parser() -> argparse.ArgumentParser:
     for step, command in (("planning", "nnUNetv2_plan_and_preprocess"), ("training", "nnUNetv2_train")):
         parser.add_argument(
             f"--{step}_options_of",
-            nargs=2,
             action="append",
             default=[],
-            metavar=("ID", "TEXT"),
-            help=f"more options of {command} at one site, in one text: 502 "
-            + ('"-gpu_memory_target 2"' if step == "planning" else '"-p nnUNetResEncUNetMPlans"')
+            metavar="ID=TEXT",
+            help=f"more options of {command} at one site, such as "
+            + ('502="-gpu_memory_target 2"' if step == "planning" else '502="-p nnUNetPlans_2GB"')
             + "; may be given once per site",
         )
     parser.add_argument(
@@ -457,27 +456,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_site_options(
-    datasets: Sequence[str], planning: Sequence[Sequence[str]], training: Sequence[Sequence[str]]
+    datasets: Sequence[str], *, planning: Sequence[str], training: Sequence[str]
 ) -> dict[str, SiteOptions]:
-    """Return the options of single sites, from pairs of dataset and text.
+    """Return the options of single sites, from words such as `502=-gpu_memory_target 2`.
 
     Raises:
-        SimulationError: A pair names a dataset that is none of the simulation's, or one twice.
+        SimulationError: A word has another form, or names a dataset that is none of the simulation's, or one twice.
     """
-    words: dict[str, dict[str, tuple[str, ...]]] = {}
-    for option, pairs in (("planning", planning), ("training", training)):
-        for dataset, text in pairs:
-            if dataset not in datasets or option in words.setdefault(dataset, {}):
-                problem = "twice" if dataset in datasets else f"which is none of -d {' '.join(datasets)}"
-                raise SimulationError(f"--{option}_options_of names dataset {dataset} {problem}")
-            words[dataset][option] = tuple(shlex.split(text))
-    return {dataset: SiteOptions(**given) for dataset, given in words.items()}
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for step, words in (("planning", planning), ("training", training)):
+        for word in words:
+            dataset, _, text = word.partition("=")
+            if dataset not in datasets or not text:
+                raise SimulationError(
+                    f"--{step}_options_of {word}: expected ID=TEXT with one of the datasets {' '.join(datasets)}"
+                )
+            if step in found.setdefault(dataset, {}):
+                raise SimulationError(f"--{step}_options_of is given twice for {dataset}: give one text")
+            found[dataset][step] = tuple(shlex.split(text))
+    return {dataset: SiteOptions(**given) for dataset, given in found.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_simulate`."""
     arguments = build_parser().parse_args(argv)
-    options_of = read_site_options(arguments.datasets, arguments.planning_options_of, arguments.training_options_of)
+    options_of = read_site_options(
+        arguments.datasets, planning=arguments.planning_options_of, training=arguments.training_options_of
+    )
     folder = arguments.folder.resolve()
     sites = [
         LocalSite(name=f"site{dataset}", dataset=dataset, credential=folder / "sites" / f"site{dataset}.json")

@@ -102,7 +102,12 @@ def test_everybody_is_told_of_shares_and_networks_before_the_first_epoch(tmp_pat
         told = in_threads(*(lambda site=site: take_part(site) for site in registered))
         assert told[0] == told[1]
         assert told[0].startswith("The sites have 2 networks; there will be 1 common model\n  site A shares")
-        wait_until(lambda: any("at B: there will be no common model of it: tensor encoder.stages.9" in line for line in federation.lines))
+        wait_until(
+            lambda: any(
+                "at B: there will be no common model of it: tensor encoder.stages.9" in line
+                for line in federation.lines
+            )
+        )
         overview = OverviewBuilder(federation.coordinator).build()
         assert overview.methods == ("Each site has a network of its own; what matches by resolution is averaged",)
         assert overview.runs[0].model == "the sites have 2 networks; there will be 1 common model"
