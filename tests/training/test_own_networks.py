@@ -120,6 +120,7 @@ def predict_with(model) -> None:
 def test_what_leaves_is_what_the_manifest_lists(make_sites, tmp_path, monkeypatch):
     sites = make_sites(num_epochs=1, **OWN)
     trainers = {site: sites.trainer(site, plans=plans_of(site)) for site in "AB"}
+    assert trainers["B"].credential.networks == "own"  # by which the manifest knows
     folder = tmp_path / "B" / "nnUNet_preprocessed" / "Dataset998_Tiny"
     (folder / "nnUNetPlans_B.json").write_text(json.dumps(plans_of("B")))
     documents = manifest.collect(

@@ -15,14 +15,14 @@ from nnunetv2.federated.commands.simulate import LocalSite, run_everywhere, runn
 
 pytestmark = pytest.mark.slow
 
-PLANS = {"north": "nnUNetPlans", "south": "nnUNetPlans_4GB"}
-PLANNING = {"north": [], "south": ["-gpu_memory_target", "4", "-overwrite_plans_name", PLANS["south"]]}
-STAGES = {"north": 2, "south": 3}
+PLANS = {"north": "nnUNetPlans", "south": "nnUNetPlans_4GB", "west": "nnUNetPlans"}
+PLANNING = {"south": ["-gpu_memory_target", "4", "-overwrite_plans_name", PLANS["south"]]}
+STAGES = {"north": 2, "south": 3, "west": 3}
 LENGTH = ("--epochs", "2", "--iterations", "2", "--val-iterations", "1")
 
 
 def plan(site: LocalSite) -> list[str]:
-    return [*plan_command(site), *PLANNING[site.name]]
+    return [*plan_command(site), *PLANNING.get(site.name, [])]
 
 
 def give_own_network(site: LocalSite) -> None:
@@ -77,3 +77,20 @@ def test_sites_plan_for_their_own_gpus_train_and_get_a_model_of_every_shared_net
     predict = [*words, "-device", "cpu", "--disable_tta", "-npp", "1", "-nps", "1"]
     run_everywhere([south], lambda site: predict, step="predict", log_folder=logs)
     assert list((tmp_path / "predicted").glob("*.nii.gz"))
+
+
+def test_behind_masks_only_what_enough_sites_have_is_shared(tmp_path):
+    sites, logs = make_sites(tmp_path, num_sites=3), tmp_path / "logs"
+    with running_coordinator(tmp_path / "coordinator", sites, ("--networks", "own", "--secure", *LENGTH)):
+        run_everywhere(sites, plan, step="plan", log_folder=logs)
+        for site in sites:
+            give_own_network(site)
+        run_everywhere(sites, lambda site: train_command(site, "-p", PLANS[site.name]), step="train", log_folder=logs)
+    shown = (logs / "south.train.log").read_text()
+    assert "The sites have 2 networks; there will be 1 common model" in shown
+    assert "tensors of several sites stay local: too few have them for a sum" in shown
+    north, south, west = map(final_weights, sites)
+    at_full_resolution, deepest = "decoder.seg_layers.{}.weight", "encoder.stages.2.0.convs.0.conv.weight"
+    for other in (south, west):
+        np.testing.assert_array_equal(north[at_full_resolution.format(0)], other[at_full_resolution.format(1)])
+    assert not np.array_equal(south[deepest], west[deepest])
