@@ -59,6 +59,8 @@ def train(make_sites, folder: str, *, dies_in_epoch=None, sites="AB", **settings
 def test_a_killed_site_ends_with_the_network_of_an_undisturbed_one(make_sites, settings):
     undisturbed = train(make_sites, "undisturbed", **settings)
     assert_same(undisturbed, train(make_sites, "killed", dies_in_epoch=1, **settings))
+    (first, *_) = undisturbed["federation"].state.store.load_rounds(RUN)
+    assert first["settings"]["networks"] == "own"
     shallow, deep = (weights_of(undisturbed[site]) for site in "AB")
     first = "encoder.stages.0.0.convs.0.conv.weight"
     at_full_resolution = ("decoder.seg_layers.0.weight", "decoder.seg_layers.1.weight")

@@ -158,7 +158,10 @@ def _datasets_that_agree(plans: Mapping[str, Any]) -> set[str]:
     agreed, found = comparable_plans(plans, "own"), set()
     files = sorted(Path(str(nnUNet_preprocessed)).glob("*/*.json")) if nnUNet_preprocessed.is_set() else ()
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # whatever it is, it is no plans
         if isinstance(content, dict) and "plans_name" in content:
             own = comparable_plans(content, "own")
             if data_part(own, agreed["configurations"]) == agreed:
