@@ -1,4 +1,4 @@
-"""Tell which networks the sites of a run have, and which of them the averages make whole.
+"""Find the networks of a run, and those of them that averages make whole.
 
 Where sites have networks of their own, there is a common model of every network all of whose tensors are shared, also
 of one that a single site has: a network is often a part of a deeper one.
@@ -23,7 +23,7 @@ _MOST_CHARACTERS = 100
 
 
 def foresee_networks(registered: Iterable[tuple[str, Registration]], match: Match) -> Outlook:
-    """Tell which networks a run has and what will become of each; see `find_networks`."""
+    """Return the outlook of a run whose sites have networks of their own."""
     networks = find_networks(registered, match)
     trainer = next((network.trainer for network in networks if network.trainer), "")
     return Outlook(
@@ -35,7 +35,7 @@ def foresee_networks(registered: Iterable[tuple[str, Registration]], match: Matc
 
 
 def find_networks(registered: Iterable[tuple[str, Registration]], match: Match) -> tuple[NetworkOutlook, ...]:
-    """Return the networks of a run, the largest first, each with its sites and what will become of it.
+    """Return the networks of a run, the largest first, each with its sites and outlook.
 
     Args:
         registered: Each site and what it registered, in the order of their names; they are looked at one by one.
@@ -62,7 +62,7 @@ def find_networks(registered: Iterable[tuple[str, Registration]], match: Match) 
 
 
 def network_digest(registration: Registration) -> str:
-    """Return a digest of all that decides what a network computes: tensors, architecture, trainer that builds it."""
+    """Return a digest of tensors, architecture and trainer, which decide a network's output."""
     return json_digest(
         {
             "tensors": sorted([entry.name, entry.dtype, list(entry.shape)] for entry in registration.tensors),

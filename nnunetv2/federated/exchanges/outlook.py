@@ -86,7 +86,7 @@ def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) 
 
 
 def withheld(registration: Registration) -> str:
-    """Say that a site keeps to itself what a model needs; empty if it does not."""
+    """Say that a site withholds what a model needs; empty if it does not."""
     if WITHHELD not in registration.plans:
         return ""
     return (

@@ -45,7 +45,7 @@ _OF_A_SITE = ("dataset_name", "image_reader_writer")
 
 
 def plans_to_compare(plans: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
-    """Return what a site reports of its plans when it has planned."""
+    """Return the part of a site's plans that all compare when they have planned."""
     return dict(plans) if networks == "equal" else data_part(plans, OF_ALL_SITES)
 
 
@@ -55,7 +55,7 @@ def name_to_compare(plans_name: str, networks: Networks) -> str:
 
 
 def data_part(plans: Mapping[str, Any], configurations: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return what the data decide in plans.
+    """Return the part of plans that the data decide.
 
     Args:
         configurations: Of those that the plans have; None: all of them.
@@ -71,7 +71,7 @@ def data_part(plans: Mapping[str, Any], configurations: Iterable[str] | None = N
 
 
 def plans_to_register(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """Return plans for the registration of a training: what the data decide, and the network and patch it trains."""
+    """Return what a site registers of its plans: agreed part, and trained network and patch."""
     trained = resolve(plans, configuration)
     before = trained.get("previous_stage")
     agreed = data_part(plans, {*OF_ALL_SITES, configuration, *([before] if isinstance(before, str) else [])})

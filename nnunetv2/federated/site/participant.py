@@ -147,7 +147,7 @@ class Participant:
         )
 
     def describe_outlook(self) -> str:
-        """Describe the common model that the coordinator expects of this run; several, with shares, in lines."""
+        """Describe the common models that the coordinator expects of this run, in lines."""
         try:
             outlooks = self.transport.outlooks().runs
         except RefusedError as error:

@@ -67,7 +67,7 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
 
 
 def keep_models_of_networks(run: str, folder: Path, *, final: int, best: int | None, archive: DocumentReader) -> str:
-    """Write a model folder for every network of a run that is shared whole; see `keep_models`."""
+    """Write a model folder for every network that is shared whole; see `keep_models`."""
     registrations = archive.registrations(run)
     match = archive.agreement(run).match
     first = next(iter(registrations.values()))
@@ -105,7 +105,7 @@ def keep_models_of_networks(run: str, folder: Path, *, final: int, best: int | N
 
 
 def names_of_site(site: str, registration: Registration, match: Match) -> dict[str, str]:
-    """Return the parameters of a site's network that are shared: each of their names -> canonical name."""
+    """Return the shared parameters of a site's network: each of their names -> canonical name."""
     canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
     return parameter_names(
         [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
