@@ -1,4 +1,4 @@
-"""Plans of common models where sites have networks of their own: nnU-Net reads them, and they tell no site's affairs."""
+"""Plans of common models of networks of their own: nnU-Net reads them, and they tell no site's affairs."""
 
 from __future__ import annotations
 
