@@ -100,8 +100,8 @@ def join(
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
     joined = f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
-    if credential.networks == "own":
-        joined += ". Each site has a network of its own: plan with --federated, and with -gpu_memory_target or -pl for your GPU"
+    if credential.networks == "own" and answer.role == "site":
+        joined += ". Each site has a network of its own: plan with --federated and your own -gpu_memory_target or -pl"
     if credential.secure is None:
         return joined
     return (
