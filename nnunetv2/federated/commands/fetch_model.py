@@ -129,7 +129,7 @@ def _datasets_with_plans(path: Path) -> set[str]:
 
     model = checkpoints_in(path)[0].parent.parent
     plans = _plans_in(path, model)
-    if str(plans["plans_name"]).startswith(f"{OWN_PLANS}_"):
+    if re.fullmatch(rf"{OWN_PLANS}_[0-9a-f]{{8}}", plans["plans_name"]):  # the name of a network, no site's own
         return _datasets_that_agree(plans)
     for root, place in (
         (nnUNet_preprocessed, f"*/{plans['plans_name']}.json"),
