@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -31,8 +31,12 @@ class Arm:
     """Iterations of a pooled network: those of one site, or those of all sites together."""
     planning: Literal["ffe", "asym"] = "ffe"
     """How the sites of a federation plan."""
+    networks: Literal["equal", "own"] = "equal"
+    """Whether the sites of a federation that plan together have the same network, or each its own."""
     planning_options: tuple[str, ...] = ()
     """Further options of `nnUNetv2_plan_and_preprocess`."""
+    planning_options_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The same at single sites: name of the dataset -> options."""
     coordinator_options: tuple[str, ...] = ()
     """Further options of `nnUNetv2_fed_coordinator`."""
     training_options: tuple[str, ...] = ()
@@ -50,10 +54,22 @@ class Arm:
     @property
     def plan_group(self) -> str:
         """Name of the plans and preprocessed data that arms share which plan alike."""
-        base = self.planning if self.is_federated else self.training
-        if not self.planning_options:
-            return base
-        return f"{base}_{hashlib.sha256(chr(0).join(self.planning_options).encode()).hexdigest()[:8]}"
+        base: str = self.planning if self.is_federated else self.training
+        base = base if self.networks == "equal" else self.networks
+        words = [
+            *self.planning_options,
+            *(f"{site} {word}" for site, options in sorted(self.planning_options_of.items()) for word in options),
+        ]
+        return f"{base}_{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:8]}" if words else base
+
+    @property
+    def networks_options(self) -> tuple[str, ...]:
+        """Return the options of every coordinator of this arm, also while its sites plan."""
+        return () if self.networks == "equal" else ("--networks", self.networks)
+
+    def planning_options_at(self, dataset: str) -> tuple[str, ...]:
+        """Return the further options with which a site plans."""
+        return (*self.planning_options, *self.planning_options_of.get(dataset, ()))
 
     def describe(self, num_sites: int) -> str:
         """Say in words how an arm trains."""
@@ -64,9 +80,12 @@ class Arm:
             text = f"one network trains with the cases of all sites, for as many iterations as {budget}"
         else:
             plans = {"ffe": "plans from the pooled fingerprint", "asym": "each site's own plans"}[self.planning]
-            text = f"the sites train together over a coordinator, with {plans}"
-        options = " ".join((*self.planning_options, *self.coordinator_options, *self.training_options))
-        return f"{text} ({options})" if options else text
+            own = "" if self.networks == "equal" else ", and networks of their own"
+            text = f"the sites train together over a coordinator, with {plans}{own}"
+        options = [" ".join((*self.planning_options, *self.coordinator_options, *self.training_options))]
+        options += [f"{site}: {' '.join(words)}" for site, words in sorted(self.planning_options_of.items())]
+        told = "; ".join(filter(None, options))
+        return f"{text} ({told})" if told else text
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -108,17 +127,28 @@ def _arm_of(file: Path, name: str, content: Any) -> Arm:
         )
     if not isinstance(content, dict):
         raise JsonFileError(f"{file}: arm {name} must be given in braces, {{...}}")
-    known = {field.name for field in fields(Arm)} - {"name"}
+    known = {one.name for one in fields(Arm)} - {"name"}
     if unknown := sorted(content.keys() - known):
         raise JsonFileError(f"{file}: arm {name} has no field {unknown[0]!r}. Fields: {', '.join(sorted(known))}")
-    choices = {"training": ("alone", "pooled", "federated"), "budget": ("site", "all"), "planning": ("ffe", "asym")}
+    choices = {
+        "training": ("alone", "pooled", "federated"),
+        "budget": ("site", "all"),
+        "planning": ("ffe", "asym"),
+        "networks": ("equal", "own"),
+    }
     values: dict[str, Any] = {}
     for field_name, value in content.items():
         if field_name in choices and value not in choices[field_name]:
             raise JsonFileError(
                 f"{file}: arm {name}: {field_name} is {value!r}, not {' or '.join(choices[field_name])}"
             )
-        if field_name.endswith("_options"):
+        if field_name == "planning_options_of":
+            if not isinstance(value, dict):
+                raise JsonFileError(f"{file}: arm {name}: {field_name} must be in braces: dataset -> list of texts")
+            values[field_name] = {
+                site: _words(file, name, f"{field_name}.{site}", words) for site, words in value.items()
+            }
+        elif field_name.endswith("_options"):
             values[field_name] = _words(file, name, field_name, value)
         elif isinstance(value, str):
             values[field_name] = value
@@ -126,7 +156,13 @@ def _arm_of(file: Path, name: str, content: Any) -> Arm:
             raise JsonFileError(f"{file}: arm {name}: {field_name} must be a text, it is {value!r}")
     if "training" not in values:
         raise JsonFileError(f"{file}: arm {name} needs the field 'training': alone, pooled or federated")
-    return Arm(name=name, **values)
+    arm = Arm(name=name, **values)
+    if arm.networks == "own" and (not arm.is_federated or arm.planning != "ffe"):
+        raise JsonFileError(
+            f"{file}: arm {name}: networks of their own need training federated, and planning ffe: all plan from the "
+            "one pooled fingerprint"
+        )
+    return arm
 
 
 def _words(file: Path, name: str, field_name: str, value: object) -> tuple[str, ...]:

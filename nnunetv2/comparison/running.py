@@ -88,14 +88,16 @@ class Runner:
             sites = self._sites(arm, preprocessed, preprocessed / "no_results", seed=0, work=preprocessed)
             step = f"plan.{arm.plan_group}"
             # Planners have names of their own for plans; here the folder tells the plans of arms apart.
-            options = ["-overwrite_plans_name", self.study.plans_name, *arm.planning_options]
+            named = ["-overwrite_plans_name", self.study.plans_name]
+
+            def plan(site: LocalSite) -> list[str]:
+                return [*_planning(site), *named, *arm.planning_options_at(site.dataset)]
+
             if arm.is_federated:
-                with running_coordinator(preprocessed / "federation", sites, show=show_commands):
-                    self._everywhere(
-                        step, sites, lambda site: [*_planning(site), *options, "--federated", arm.planning]
-                    )
+                with running_coordinator(preprocessed / "federation", sites, arm.networks_options, show=show_commands):
+                    self._everywhere(step, sites, lambda site: [*plan(site), "--federated", arm.planning])
             else:
-                self._everywhere(step, sites, lambda site: [*_planning(site), *options])
+                self._everywhere(step, sites, plan)
             for site in sites:
                 patch_plans(preprocessed / site.dataset / f"{self.study.plans_name}.json", self.study.plans_patch)
             self._everywhere(
@@ -121,6 +123,7 @@ class Runner:
                 length = ("--epochs", self.study.epochs, "--iterations", self.study.iterations)
                 settings = [
                     *map(str, (*length, "--val-iterations", self.study.val_iterations)),
+                    *arm.networks_options,
                     *arm.coordinator_options,
                 ]
                 with running_coordinator(results / "federation", sites, settings, show=show_commands):

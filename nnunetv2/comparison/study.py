@@ -98,6 +98,13 @@ def check_study(study: Study) -> None:
                     "all "
                     "datasets of a comparison the same, names and values alike"
                 )
+    names = {dataset.name for dataset in study.sites}
+    for arm in study.arms:
+        if unknown := sorted(arm.planning_options_of.keys() - names):
+            raise ValueError(
+                f"arm {arm.name} gives planning options of {unknown[0]}, which is no site of this comparison: "
+                f"{', '.join(sorted(names))}"
+            )
     without = [dataset.name for dataset in study.tested if not list_test_cases(dataset)]
     for name in without if len(without) < len(study.tested) else ():
         show(f"{name} has no test cases in imagesTs and labelsTs: its models are tested elsewhere only")
@@ -159,8 +166,11 @@ def open_study(folder: Path, study: Study, *, go_on: bool) -> None:
 
 
 def _check_arms(file: Path, held: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse an arm that has changed; arms and seeds may be added later."""
-    before = {arm["name"]: arm for arm in held}
+    """Refuse an arm that has changed; arms and seeds may be added later.
+
+    A comparison that an earlier version began does not say of its arms that all sites plan alike.
+    """
+    before = {arm["name"]: {"networks": "equal", "planning_options_of": {}, **arm} for arm in held}
     for arm in now:
         if before.get(arm["name"], arm) != arm:
             raise ValueError(

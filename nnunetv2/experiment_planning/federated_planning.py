@@ -39,6 +39,7 @@ from nnunetv2.experiment_planning.site_cases import (
 from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.privacy.own_networks import name_to_compare, plans_to_compare
 from nnunetv2.federated.privacy.require_secure import check_settings
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.site import results
@@ -62,8 +63,8 @@ class PlanningOptions:
     """The options of planning as a member of a federation."""
 
     mode: Literal["ffe", "asym"]
-    """"ffe" plans from the pooled fingerprint, so that all sites hold the same plans; "asym" plans from the local one,
-    so that the sites' networks may differ."""
+    """"ffe" plans from the pooled fingerprint, so that all sites hold the same plans, or, where the federation wants
+    it, agree on what the data decide; "asym" plans from the local one, so that the sites' networks may differ."""
     extractor_class: type = DatasetFingerprintExtractor
     num_processes: int | None = 8
     """That extract the fingerprint; None: as many as the machine has cores and memory for."""
@@ -110,15 +111,21 @@ def plan_federated(dataset_id: int | str, options: PlanningOptions, *, credentia
         if settings.secure is None:
             num_cases = pool_fingerprint(transport, extractor, census, site=credential.site)
         else:
-            pooling = SecurePooling(transport, settings.secure, credential, credential_file)
+            pooling = SecurePooling(transport, settings.secure, credential, credential_file, networks=settings.networks)
             num_cases = pool_secure_fingerprint(pooling, extractor, census, options.planner)
         plans, plans_name = plan_experiment_dataset(dataset_id, **options.planner)
-        report = messages.PlansReport(plans=json.loads(json.dumps(plans)))  # as in the file: lists, no tuples
+        compared = plans_to_compare(json.loads(json.dumps(plans)), settings.networks)  # as in the file: no tuples
+        report, name = messages.PlansReport(plans=compared), name_to_compare(plans_name, settings.networks)
         _or_late(
-            lambda: transport.exchange(keys.PlansKey(plans_name), report),
-            lambda: transport.exchange(keys.LatePlansKey(plans_name, credential.site), report),
+            lambda: transport.exchange(keys.PlansKey(name), report),
+            lambda: transport.exchange(keys.LatePlansKey(name, credential.site), report),
         )
-        show(f"All sites hold the same plans, {plans_name}, made from {num_cases} cases.")
+        show(
+            f"All sites hold the same plans, {plans_name}, made from {num_cases} cases."
+            if settings.networks == "equal"
+            else f"Axes, spacings, normalization and resampling in {plans_name} are those of all sites, made from "
+            f"{num_cases} cases; network, patch and batch are this site's own."
+        )
     return plans_name
 
 

@@ -156,7 +156,8 @@ def build_plan_and_preprocess_parser() -> ArgumentParser:
         const="ffe",
         default=None,
         help="Plan as a member of the federation joined with nnUNetv2_fed_join. ffe (the default): all "
-        "sites plan alike, from the pooled fingerprint of their data; no image leaves the site. "
+        "sites plan from the pooled fingerprint of their data, alike or, where the federation has --networks own, "
+        "each for its own GPU; no image leaves the site. "
         "asym: this site plans for itself, networks may differ.",
     )
     parser.add_argument(

@@ -29,6 +29,7 @@ from nnunetv2.experiment_planning.site_cases import (
 from nnunetv2.federated.aggregation import fingerprint_sums, geometry_quantiles
 from nnunetv2.federated.errors import FederationError, RefusedError, StillOpenError, WireError
 from nnunetv2.federated.exchanges.secure_fingerprint import SUM, plan_fingerprint_sum, plan_shape_sum
+from nnunetv2.federated.privacy.own_networks import name_to_compare
 from nnunetv2.federated.privacy.require_secure import required_k
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.secure_fingerprint_messages import DigitCounts, Geometry, NextSum, ResampledShape
@@ -76,13 +77,21 @@ class SecurePooling:
         secure: What the federation says of its masks.
         credential: Of this site.
         credential_file: Where it is; the usual place if None.
+        networks: Whether the sites plan the same network, or each its own.
     """
 
     def __init__(
-        self, transport: Transport, secure: Secure, credential: SiteCredential, credential_file: Path | None
+        self,
+        transport: Transport,
+        secure: Secure,
+        credential: SiteCredential,
+        credential_file: Path | None,
+        *,
+        networks: messages.Networks = "equal",
     ) -> None:
         self._transport = transport
         self._secure = secure
+        self._networks = networks
         self._credential = credential
         self._credential_file = credential_file
         self._private_key, self._signed = run_key(credential.federation, str(keys.CensusKey()), credential_file)
@@ -302,7 +311,8 @@ class SecurePooling:
         save_json_atomically(fingerprint, file)  # from which the planner finds the spacing
         the_planner = make_planner(extractor.dataset_name, **planner)
         target = np.asarray(the_planner.determine_fullres_target_spacing(), float)
-        median = _find_shape(lambda number, asked: add(the_planner.plans_identifier, target, number, asked))
+        name = name_to_compare(the_planner.plans_identifier, self._networks)
+        median = _find_shape(lambda number, asked: add(name, target, number, asked))
         save_json_atomically(geometry_quantiles.with_resampled_shape(fingerprint, target.tolist(), median), file)
 
 

@@ -155,6 +155,7 @@ def _check_dataset(results: Results, request: Request, credential: SiteCredentia
             share_extrema=request.share_extrema,
             precision=(credential.precision if credential else None) or "float32",
             is_masked=credential is not None and credential.secure is not None,
+            networks=(credential.networks if credential else None) or "equal",
         ),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2.federated.commands.manifest import collect
 from nnunetv2.federated.privacy.disclosure import Disclosure
-from nnunetv2.federated.protocol.messages import Precision
+from nnunetv2.federated.protocol.messages import Networks, Precision
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.plans.plans_manager import PlansManager
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -85,12 +85,14 @@ def load_planned_training(
     share_extrema: bool,
     precision: Precision,
     is_masked: bool = False,
+    networks: Networks = "equal",
 ) -> PlannedTraining:
     """Read dataset.json and the plans, and build the documents that will be sent.
 
     Args:
         configuration: None takes 3d_fullres if the plans have it, else their first one.
         is_masked: Whether the federation masks updates and statistics.
+        networks: Whether all sites plan the same network, or each its own.
 
     Raises:
         ValueError: A file makes no sense, or the plans have no such configuration.
@@ -107,6 +109,7 @@ def load_planned_training(
         share_extrema=share_extrema,
         precision=precision,
         is_masked=is_masked,
+        networks=networks,
     )
     return PlannedTraining(folders, read_json(folders.raw / "dataset.json"), plans, chosen, documents)
 

@@ -129,6 +129,8 @@ def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
         given = {**given, "sites": ask_for_sites(folder)}
     if (k := getattr(given.get("secure"), "k", None)) is not None:
         given = {"min_sites": k, **given}
+    if given.get("networks") == "own":
+        given = {"matching": "resolution", **given}
     values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
     settings = validated(lambda: FederationSettings.model_validate(values), "the command line")
     check_settings(settings)

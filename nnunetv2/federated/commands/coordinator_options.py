@@ -9,7 +9,7 @@ from nnunetv2.federated.coordinator.http.listen_address import DEFAULT_HOST, DEF
 
 DEFAULT_EPOCHS = 1000
 
-METHODS = ("proximal", "keep_local", "finetune_epochs", "initial_weights")
+METHODS = ("networks", "proximal", "keep_local", "finetune_epochs", "initial_weights")
 """Options that say how sites train that differ; the settings have the same names."""
 
 
@@ -94,7 +94,7 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--matching",
         choices=("name", "resolution"),
-        help="how tensors of different networks are recognised as the same (default: name)",
+        help="how tensors of different networks are recognised as the same (default: name; --networks own: resolution)",
     )
     group.add_argument(
         "--weighting",
@@ -172,6 +172,13 @@ def add_protection_options(group: argparse._ArgumentGroup) -> None:
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """Add what sites may do beside plain averaging."""
     how = parser.add_argument_group("how sites train that differ", "Fixed by the first start.")
+    how.add_argument(
+        "--networks",
+        choices=("equal", "own"),
+        help="equal: sites that plan with --federated hold the same plans. own: from the one pooled fingerprint, each "
+        "plans network, patch and batch for itself, with its own -gpu_memory_target or planner; what matches is "
+        "averaged (default: equal)",
+    )
     how.add_argument(
         "--proximal",
         type=float,

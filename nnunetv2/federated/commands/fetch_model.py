@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +124,13 @@ def local_dataset(path: Path) -> str:
 def _datasets_with_plans(path: Path) -> set[str]:
     """Return this site's datasets that were planned or trained with a model's plans."""
     from nnunetv2.federated.exchanges.consistency import comparable_plans
+    from nnunetv2.federated.privacy.own_networks import OWN_PLANS
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
     model = checkpoints_in(path)[0].parent.parent
     plans = _plans_in(path, model)
+    if re.fullmatch(rf"{OWN_PLANS}_[0-9a-f]{{8}}", plans["plans_name"]):  # the name of a network, no site's own
+        return _datasets_that_agree(plans)
     for root, place in (
         (nnUNet_preprocessed, f"*/{plans['plans_name']}.json"),
         (nnUNet_results, f"*/{glob.escape(model.name)}/plans.json"),
@@ -141,6 +144,29 @@ def _datasets_with_plans(path: Path) -> set[str]:
         if found:
             return found
     return set()
+
+
+def _datasets_that_agree(plans: Mapping[str, Any]) -> set[str]:
+    """Return this site's datasets whose plans agree with a model's in all that the data decide.
+
+    Where sites have networks of their own, their plans are not those of a common model.
+    """
+    from nnunetv2.federated.exchanges.consistency import comparable_plans
+    from nnunetv2.federated.privacy.own_networks import data_part
+    from nnunetv2.paths import nnUNet_preprocessed
+
+    agreed, found = comparable_plans(plans, "own"), set()
+    files = sorted(Path(str(nnUNet_preprocessed)).glob("*/*.json")) if nnUNet_preprocessed.is_set() else ()
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # whatever it is, it is no plans
+        if isinstance(content, dict) and "plans_name" in content:
+            own = comparable_plans(content, "own")
+            if data_part(own, agreed["configurations"]) == agreed:
+                found.add(file.parent.name)
+    return found
 
 
 def _plans_in(path: Path, model: PurePosixPath) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from nnunetv2.utilities.plain_text import shell_command, show
 if TYPE_CHECKING:
     from nnunetv2.federated.privacy.disclosure import Disclosure
     from nnunetv2.federated.protocol.document import TensorSpec
-    from nnunetv2.federated.protocol.messages import Precision
+    from nnunetv2.federated.protocol.messages import Networks, Precision
     from nnunetv2.federated.site.credential import SiteCredential
 
 
@@ -79,6 +79,7 @@ def collect(
     is_masked: bool = False,
     precision: Precision = "float32",
     pretrained_weights: Path | None = None,
+    networks: Networks = "equal",
 ) -> list[Disclosure]:
     """Return the disclosures of a dataset, from its raw and preprocessed folders.
 
@@ -86,6 +87,7 @@ def collect(
         configurations: Those to be trained. None given: all that the plans have, if there are plans.
         is_masked: Whether the federation masks updates and statistics.
         pretrained_weights: Checkpoint that training is to start from.
+        networks: Whether all sites plan the same network, or each its own.
 
     Raises:
         FederationError: The dataset is not there, or the trainer is none for federations.
@@ -109,14 +111,14 @@ def collect(
             "leave out the configurations"
         )
     documents = planning_documents(
-        dataset_json, num_cases, plans=plans, share_extrema=share_extrema, is_masked=is_masked
+        dataset_json, num_cases, plans=plans, share_extrema=share_extrema, is_masked=is_masked, networks=networks
     )
     if plans is None:
         return documents
     masked_in = roots[-1] if is_masked else None
     for configuration in configurations or plans["configurations"]:
         documents += _training_documents(
-            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights, masked_in
+            plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights, masked_in, networks
         )
     return documents
 
@@ -130,11 +132,13 @@ def _training_documents(
     precision: Precision,
     pretrained_weights: Path | None,
     masked_in: Path | None,
+    networks: Networks,
 ) -> list[Disclosure]:
     """Return the disclosures of one training.
 
     Args:
         masked_in: The preprocessed folder of the dataset, where the federation masks updates; else None.
+        networks: Whether all sites plan the same network, or each its own.
     """
     from nnunetv2.federated.site.planned_documents import training_documents
     from nnunetv2.training.nnUNetTrainer.variants.federated.dry_run import dry_run
@@ -147,6 +151,7 @@ def _training_documents(
         num_cases=num_cases,
         pretrained_weights=pretrained_weights,
         masked_in=masked_in,
+        networks=networks,
     )
     return training_documents(
         planned.registration,
@@ -155,6 +160,7 @@ def _training_documents(
         num_classes=planned.num_classes,
         precision=precision,
         is_masked=masked_in is not None,
+        networks=networks,
     )
 
 
@@ -224,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_masked=credential is not None and credential.secure is not None,
         pretrained_weights=arguments.pretrained_weights,
         precision="float32" if credential is None else credential.precision or "float32",
+        networks="equal" if credential is None else credential.networks or "equal",
     )
     show(*describe(documents, credential))
     if not any(isinstance(document.message, PlansReport) for document in documents):

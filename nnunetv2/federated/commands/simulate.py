@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from nnunetv2.federated.commands.coordinator_options import add_method_options, method_options
@@ -52,6 +53,17 @@ class LocalSite:
     """File that `nnUNetv2_fed_join` writes and the training reads (environment variable nnUNet_fed_site)."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that differ from those of this process, such as nnUNet_raw."""
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """Options of one site's commands that the others do not have."""
+
+    planning: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+
+
+NO_OPTIONS = SiteOptions()
 
 
 def find_command(name: str) -> str:
@@ -313,6 +325,7 @@ def simulate(
     planning_options: Sequence[str] = (),
     training_options: Sequence[str] = (),
     coordinator_options: Sequence[str] = (),
+    options_of: Mapping[str, SiteOptions] = MappingProxyType({}),
     continue_training: bool = False,
     show: Callable[[str], None] = show,
 ) -> None:
@@ -321,6 +334,7 @@ def simulate(
     Args:
         folder: Where the federation, the sites' credentials and all logs are kept.
         federated_planning: "ffe", "asym", or None if every site is planned and preprocessed already.
+        options_of: Dataset -> further options of that site alone; they come last, and so overrule the others.
     """
     logs = folder / "logs"
     with running_coordinator(folder / "coordinator", sites, coordinator_options, show=show):
@@ -340,6 +354,7 @@ def simulate(
                     "-npfp",
                     "1",
                     *planning_options,
+                    *options_of.get(site.dataset, NO_OPTIONS).planning,
                 ],
                 step="plan",
                 log_folder=logs,
@@ -360,6 +375,7 @@ def simulate(
                 device,
                 *(["--c"] if continue_training else []),
                 *training_options,
+                *options_of.get(site.dataset, NO_OPTIONS).training,
             ],
             step="train",
             log_folder=logs,
@@ -399,6 +415,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--training_options", default="", metavar="TEXT", help="more options of nnUNetv2_train, in one text"
     )
+    for step, command in (("planning", "nnUNetv2_plan_and_preprocess"), ("training", "nnUNetv2_train")):
+        parser.add_argument(
+            f"--{step}_options_of",
+            action="append",
+            default=[],
+            metavar="ID=TEXT",
+            help=f"more options of {command} at one site, such as "
+            + ('502="-gpu_memory_target 2"' if step == "planning" else '502="-p nnUNetPlans_2GB"')
+            + "; may be given once per site",
+        )
     parser.add_argument(
         "--coordinator_options",
         default="",
@@ -429,9 +455,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_site_options(
+    datasets: Sequence[str], *, planning: Sequence[str], training: Sequence[str]
+) -> dict[str, SiteOptions]:
+    """Return the options of single sites, from words such as `502=-gpu_memory_target 2`.
+
+    Raises:
+        SimulationError: A word has another form, or names a dataset that is none of the simulation's, or one twice.
+    """
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for step, words in (("planning", planning), ("training", training)):
+        for word in words:
+            dataset, _, text = word.partition("=")
+            if dataset not in datasets or not text:
+                raise SimulationError(
+                    f"--{step}_options_of {word}: expected ID=TEXT with one of the datasets {' '.join(datasets)}"
+                )
+            if step in found.setdefault(dataset, {}):
+                raise SimulationError(f"--{step}_options_of is given twice for {dataset}: give one text")
+            found[dataset][step] = tuple(shlex.split(text))
+    return {dataset: SiteOptions(**given) for dataset, given in found.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_simulate`."""
     arguments = build_parser().parse_args(argv)
+    options_of = read_site_options(
+        arguments.datasets, planning=arguments.planning_options_of, training=arguments.training_options_of
+    )
     folder = arguments.folder.resolve()
     sites = [
         LocalSite(name=f"site{dataset}", dataset=dataset, credential=folder / "sites" / f"site{dataset}.json")
@@ -454,6 +505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *([] if arguments.secure is None else ["--secure", str(arguments.secure)]),
             *([] if arguments.geometry is None else ["--geometry", arguments.geometry]),
         ],
+        options_of=options_of,
         continue_training=arguments.continue_training,
     )
     show(f"All sites are done. Aggregates and models: {folder / 'coordinator'}. Logs: {folder / 'logs'}.")

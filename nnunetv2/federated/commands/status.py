@@ -58,7 +58,7 @@ def _describe(status: Status, *, url: str, outlooks: Outlooks | None, privacy: D
         yield ""
         yield from _describe_run(state, progress.get(state.run, RunProgress(run=state.run)), status)
         if state.run in outlook_of:
-            yield f"  {_describe_outlook(outlook_of[state.run])}"
+            yield from (f"  {line}" for line in _describe_outlook(outlook_of[state.run]))
         if privacy_of.get(state.run):
             yield f"  {privacy_of[state.run]}"
     elsewhere = [one for one in status.waiting if not one.key.startswith("runs/")]
@@ -103,12 +103,16 @@ def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Ite
         )
 
 
-def _describe_outlook(outlook: RunOutlook) -> str:
-    return (
-        f"no common model: {outlook.obstacle}"
-        if outlook.obstacle
-        else f"common model: with the network of {outlook.trainer}"
-    )
+def _describe_outlook(outlook: RunOutlook) -> Iterator[str]:
+    from nnunetv2.federated.exchanges.outlook import Outlook
+
+    if outlook.networks:
+        found = Outlook(outlook.trainer, outlook.obstacle, outlook.networks, outlook.coverage)
+        yield from (str(found), *found.details())
+    elif outlook.obstacle:
+        yield f"no common model: {outlook.obstacle}"
+    else:
+        yield f"common model: with the network of {outlook.trainer}"
 
 
 def _describe_pace(state: RunState, progress: RunProgress) -> str:

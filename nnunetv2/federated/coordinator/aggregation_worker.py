@@ -197,7 +197,9 @@ class AggregationWorker:
         """Log whether there will be a common model, once all networks are known."""
         if exchange.is_closed and exchange.policy.settles_members and isinstance(exchange.key, RunKey):
             run = exchange.key.run
-            self._state.log(f"run {run}: {self._models.outlook(run)}")
+            outlook = self._models.outlook(run)
+            for line in (outlook, *(outlook.details() if outlook is not None else ())):
+                self._state.log(f"run {run}: {line}")
 
     def _forget_masked(self, run: str, number: int, *, results: bool) -> None:
         """Delete what was masked for a round that is closed, and for validations that are."""

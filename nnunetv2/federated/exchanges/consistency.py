@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nnunetv2.federated.privacy.own_networks import data_part
 from nnunetv2.federated.privacy.plans_redaction import without_extrema
+from nnunetv2.federated.protocol.messages import Networks
 from nnunetv2.utilities.plain_text import printable
 
 PLANS_OF_A_SITE = ("dataset_name", "image_reader_writer")
@@ -95,9 +97,16 @@ def find_difference(values: Mapping[str, Any], place: str) -> Difference | None:
     return Difference(place, groups)
 
 
-def comparable_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plans without what may differ between sites that train the same network."""
-    return {name: value for name, value in without_extrema(plans).items() if name not in PLANS_OF_A_SITE}
+def comparable_plans(plans: Mapping[str, Any], networks: Networks = "equal") -> dict[str, Any]:
+    """Return plans without what may differ between sites.
+
+    Args:
+        networks: "equal": all train the same network; "own": only what the data decide is left.
+    """
+    plans = without_extrema(plans)
+    if networks == "own":
+        return data_part(plans)
+    return {name: value for name, value in plans.items() if name not in PLANS_OF_A_SITE}
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, list[str]]:

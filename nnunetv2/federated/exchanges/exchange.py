@@ -227,8 +227,8 @@ def changed_since(key: Key, site: str, change: str = "") -> RefusedError:
     return RefusedError(
         f"{key} is closed, and what site {site} sends now differs from what it sent before{change and f': {change}'}",
         "Its data, plans or network have changed since: undo the change, or start a new federation "
-        "(nnUNetv2_fed_coordinator --folder NEW). Changed plans can also go by another name "
-        "(-overwrite_plans_name).",
+        "(nnUNetv2_fed_coordinator --folder NEW). Where all sites plan the same network, "
+        "changed plans can also go by another name (-overwrite_plans_name).",
         code="already_closed",
     )
 

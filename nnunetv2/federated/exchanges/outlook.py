@@ -5,11 +5,12 @@ Plans that a site has made alone tell of its data: what is said here names field
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from nnunetv2.federated.exchanges.consistency import comparable_plans, find_difference
 from nnunetv2.federated.privacy.plans_redaction import WITHHELD
+from nnunetv2.federated.protocol.api import NetworkOutlook
 from nnunetv2.federated.protocol.messages import Match, Registration
 
 NETWORK_TRAINER = "nnUNetTrainer"
@@ -29,13 +30,42 @@ class Outlook:
     """Class that builds the network of the common model; empty if there will be none."""
     obstacle: str = ""
     """Why there will be none."""
+    networks: tuple[NetworkOutlook, ...] = ()
+    """All of the run, where sites have networks of their own; see `network_groups`."""
+    coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """There, too: site -> (parameters it shares, parameters it has)."""
 
     def __str__(self) -> str:
+        if self.networks:
+            return _count_models(self.networks)
         return (
             f"there will be no common model: {self.obstacle}"
             if self.obstacle
             else f"there will be a common model, with the network of {self.trainer}"
         )
+
+    def details(self) -> list[str]:
+        """Describe shares and networks, a line each; nothing where all sites plan the same network."""
+        shares = [
+            f"site {site} shares {shared:,} of its {total:,} parameters ({shared / max(total, 1):.1%})"
+            for site, (shared, total) in sorted(self.coverage.items())
+        ]
+        return [*shares, *map(_describe_network, self.networks)]
+
+
+def _count_models(networks: Sequence[NetworkOutlook]) -> str:
+    whole, total = sum(not network.obstacle for network in networks), len(networks)
+    there = f"the sites have {total} network{'' if total == 1 else 's'}"
+    return f"{there}; there will be {whole or 'no'} common model{'' if whole == 1 else 's'}"
+
+
+def _describe_network(network: NetworkOutlook) -> str:
+    outcome = (
+        f"there will be no common model of it: {network.obstacle}"
+        if network.obstacle
+        else "there will be a common model of it"
+    )
+    return f"network {network.name} ({network.description}) at {', '.join(network.sites)}: {outcome}"
 
 
 def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) -> Outlook:
@@ -47,7 +77,7 @@ def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) 
     """
     registrations = iter(registered)
     first, model = next(registrations)
-    obstacle = _withheld(model) or missing_tensor(first, model, match)
+    obstacle = withheld(model) or missing_tensor(first, model, match)
     for site, other in registrations:
         obstacle = _difference(first, model, site, other) or obstacle
         if obstacle:
@@ -55,8 +85,8 @@ def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) 
     return Outlook(obstacle=obstacle) if obstacle else Outlook(trainer=network_trainer(model))
 
 
-def _withheld(registration: Registration) -> str:
-    """Say that a site keeps to itself what a model needs; empty if it does not."""
+def withheld(registration: Registration) -> str:
+    """Say that a site withholds what a model needs; empty if it does not."""
     if WITHHELD not in registration.plans:
         return ""
     return (

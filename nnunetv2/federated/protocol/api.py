@@ -14,10 +14,12 @@ from nnunetv2.federated.protocol.messages import (
     Digest,
     Finite,
     LongText,
+    Networks,
     Part,
     Positive,
     PrivacyDeclaration,
     PublicKey,
+    Segment,
     SiteName,
     SiteNames,
     Text,
@@ -56,6 +58,7 @@ class FederationSettings(WithPrecision):
         "keep_local",
         "finetune_epochs",
         "initial_weights",
+        "networks",
     )
 
     federation: Text
@@ -85,6 +88,8 @@ class FederationSettings(WithPrecision):
     """Epochs for which each site trains on alone, after the last round."""
     initial_weights: Digest | None = None
     """SHA-256 of the checkpoint from which all sites start. None: from random weights, or those that sites give."""
+    networks: Networks = "equal"
+    """Whether all sites plan the same network, or each its own from the pooled fingerprint."""
 
     @property
     def num_rounds(self) -> int | None:
@@ -95,6 +100,8 @@ class FederationSettings(WithPrecision):
 def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
     """Describe what sites do beside plain averaging, a line each."""
     lines = []
+    if settings.networks == "own":
+        lines.append(f"Each site has a network of its own; what matches by {settings.matching} is averaged")
     if settings.proximal is not None:
         lines.append(f"Proximal term of strength {settings.proximal:g} towards the weights of the round")
     if settings.keep_local is not None:
@@ -299,14 +306,34 @@ class RunState(Part):
     left: SiteNames = ()
 
 
-class RunOutlook(Part):
+class NetworkOutlook(Part):
+    """One of the networks of a run whose sites have their own."""
+
+    name: Segment
+    """The name that the plans of its common model have."""
+    description: Text
+    """Its kind and size."""
+    sites: SiteNames
+    trainer: Text = ""
+    """Class that builds it; empty where there will be no common model of it."""
+    obstacle: LongText = ""
+    """Why there will be none."""
+
+
+class RunOutlook(WithAdditions):
     """The foreseen averages of a run, known once its sites have registered."""
+
+    ADDED = ("networks", "coverage")
 
     run: Text
     trainer: Text = ""
     """Class that builds the network of the common model; empty where there will be none."""
     obstacle: LongText = ""
     """Why there will be no common model."""
+    networks: Annotated[tuple[NetworkOutlook, ...], Field(max_length=MAX_SITES)] = ()
+    """All of them, where sites have networks of their own: there is a common model of each that is shared whole."""
+    coverage: Annotated[dict[SiteName, tuple[Count, Count]], Field(max_length=MAX_SITES)] = {}
+    """There, too: site -> (parameters it shares, parameters it has)."""
 
 
 class Outlooks(Part):

@@ -147,6 +147,8 @@ OneOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
 cases the others have, which the coordinator now keeps to itself."""
 Precision = Literal["float32", "float16", "int8"]
 """How weights travel in the rounds of a run."""
+Networks = Literal["equal", "own"]
+"""Whether all sites plan the same network, or each its own."""
 BinList = Annotated[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], Field(max_length=6)]
 
 

@@ -20,7 +20,7 @@ from nnunetv2.federated.protocol.certificates import only_certificate
 from nnunetv2.federated.site.private_files import write_private
 
 if TYPE_CHECKING:
-    from nnunetv2.federated.protocol.messages import Precision
+    from nnunetv2.federated.protocol.messages import Networks, Precision
 
 CREDENTIAL_VERSION = 2
 CREDENTIAL_VARIABLE = "nnUNet_fed_site"
@@ -51,6 +51,8 @@ class SiteCredential:
     """How weights travel in this federation, where that is not float32."""
     secure: int | None = None
     """From how many sites on this federation sums behind masks, as it was when this site joined; None: in clear."""
+    networks: Networks | None = None
+    """Whether sites have networks of their own in this federation, where they have."""
 
     def __repr__(self) -> str:
         return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"

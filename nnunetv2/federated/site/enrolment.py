@@ -90,6 +90,8 @@ def join(
         raise
     if answer.settings.precision != "float32":
         credential = dataclasses.replace(credential, precision=answer.settings.precision)
+    if answer.settings.networks != "equal":
+        credential = dataclasses.replace(credential, networks=answer.settings.networks)
     if answer.role == "site":  # others only look on
         _check_protection(invitation, answer.settings)
     if answer.settings.secure is not None:
@@ -98,6 +100,8 @@ def join(
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
     joined = f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+    if credential.networks == "own" and answer.role == "site":
+        joined += ". Each site has a network of its own: plan with --federated and your own -gpu_memory_target or -pl"
     if credential.secure is None:
         return joined
     return (

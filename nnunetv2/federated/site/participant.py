@@ -151,7 +151,7 @@ class Participant:
         )
 
     def describe_outlook(self) -> str:
-        """Describe the common model that the coordinator expects of this run."""
+        """Describe the common models that the coordinator expects of this run, in lines."""
         try:
             outlooks = self.transport.outlooks().runs
         except RefusedError as error:
@@ -159,12 +159,11 @@ class Participant:
                 raise
             return "Whether there will be a common model, this coordinator (an older version) says when the run is over"
         found = next((one for one in outlooks if one.run == self.run), None)
-        text = (
-            "it is not known whether there will be a common model"
-            if found is None
-            else str(Outlook(found.trainer, found.obstacle))
-        )
-        return text[0].upper() + text[1:]
+        if found is None:
+            return "It is not known whether there will be a common model"
+        outlook = Outlook(found.trainer, found.obstacle, found.networks, found.coverage)
+        text = str(outlook)
+        return "\n".join((text[0].upper() + text[1:], *(f"  {line}" for line in outlook.details())))
 
     @property
     def local_names(self) -> dict[str, str]:

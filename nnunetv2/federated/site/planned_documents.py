@@ -11,14 +11,21 @@ from typing import Any
 from nnunetv2.federated.aggregation import fingerprint_statistics, matching
 from nnunetv2.federated.aggregation.codecs import codec_of
 from nnunetv2.federated.privacy.disclosure import Disclosure
+from nnunetv2.federated.privacy.own_networks import plans_to_compare
 from nnunetv2.federated.protocol import api, keys, messages
 from nnunetv2.federated.protocol.document import TensorSpec
-from nnunetv2.federated.protocol.messages import Precision, Registration
+from nnunetv2.federated.protocol.messages import Networks, Precision, Registration
 from nnunetv2.federated.site.planned_sums import a_signed_key, planning_sums, round_sums, validation_sums
 
 MEASURED = -0.123456789012345678
 """Stands for a number that is not known yet: as long as numbers get."""
 MAX_BINS = 6
+OWN_NETWORK_PASSED_ON = (
+    "; kind, stages and size of this site's network. Its patch is in the common model of this network, if there will "
+    "be one and no site with more training cases has it too. Memory target, planner, batch size, names of plans and "
+    "the networks of other configurations stay here"
+)
+"""Of a registration, where sites have networks of their own."""
 
 
 def planning_documents(
@@ -28,12 +35,14 @@ def planning_documents(
     plans: Mapping[str, Any] | None = None,
     share_extrema: bool = False,
     is_masked: bool = False,
+    networks: Networks = "equal",
 ) -> list[Disclosure]:
     """Return the documents that `nnUNetv2_plan_and_preprocess --federated` sends.
 
     Args:
         plans: Plans of about the size of those that will be compared; None leaves them out.
         is_masked: Whether the federation adds up statistics behind masks.
+        networks: Whether all sites plan the same network, or each its own.
     """
     channels = dataset_json.get("channel_names") or dataset_json["modality"]
     census = Disclosure(
@@ -54,9 +63,10 @@ def planning_documents(
         documents.append(
             Disclosure(
                 when="planning, to compare the plans",
-                message=messages.PlansReport(plans=dict(plans)),
+                message=messages.PlansReport(plans=plans_to_compare(plans, networks)),
                 known=False,
-                passed_on="the digest; if plans differ, the first field that does",
+                passed_on="the digest; if plans differ, the first field that does"
+                + ("" if networks == "equal" else ". Network, patch, batch and names of plans stay here"),
             )
         )
     return documents
@@ -120,6 +130,7 @@ def training_documents(
     num_classes: int | None,
     precision: Precision = "float32",
     is_masked: bool = False,
+    networks: Networks = "equal",
 ) -> list[Disclosure]:
     """Return the documents that training sends, from its registration to its last round.
 
@@ -129,6 +140,7 @@ def training_documents(
         num_classes: Foreground classes or regions; None if no figures of validation are sent.
         precision: How the tensors of the rounds travel.
         is_masked: Whether the federation masks updates; the registration is without a key.
+        networks: Whether all sites plan the same network, or each its own.
     """
     run = keys.run_name(registration.configuration, registration.fold, registration.trainer)
     specs = {
@@ -154,7 +166,8 @@ def training_documents(
         Disclosure(
             when=f"training {registration.configuration}, before the first round",
             message=registration,
-            passed_on="which site has most training cases, the names of the tensors, and how many are shared",
+            passed_on="which site has most training cases, the names of the tensors, and how many are shared"
+            + ("" if networks == "equal" else OWN_NETWORK_PASSED_ON),
         ),
         Disclosure(
             when=f"training {registration.configuration}, before the first round: initial values",

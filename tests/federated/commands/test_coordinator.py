@@ -86,6 +86,18 @@ def test_what_sites_do_beside_averaging_is_fixed_by_the_first_start(tmp_path):
     assert not {"proximal", "keep_local", "finetune_epochs", "initial_weights"} & plain.model_dump(mode="json").keys()
 
 
+def test_networks_of_their_own_are_matched_by_resolution_unless_the_operator_wants_it_otherwise(tmp_path):
+    own = open_folder(tmp_path / "own", "--sites", "A", "B", "--networks", "own")
+    assert (own.networks, own.matching) == ("own", "resolution")
+    assert open_folder(tmp_path / "own", "--networks", "own") == own == open_folder(tmp_path / "own")
+    by_name = open_folder(tmp_path / "name", "--sites", "A", "B", "--networks", "own", "--matching", "name")
+    assert (by_name.networks, by_name.matching) == ("own", "name")
+    equal = open_folder(tmp_path / "equal", "--sites", "A", "B", "--networks", "equal")
+    assert equal.matching == "name" and "networks" not in equal.model_dump(mode="json")
+    with pytest.raises(FederationError, match="with --networks equal, not own"):
+        open_folder(tmp_path / "equal", "--networks", "own")
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from nnunetv2.federated.commands import coordinator, simulate
@@ -24,3 +26,37 @@ def test_methods_for_sites_that_differ_reach_the_coordinator(monkeypatch, tmp_pa
     assert simulate.main(["-d", "501", "502", "--folder", str(tmp_path), *words.split()]) == 0
     assert asked["coordinator_options"] == expected
     coordinator.build_parser().parse_args(asked["coordinator_options"])
+
+
+def test_single_sites_have_options_of_their_own(monkeypatch, tmp_path):
+    asked, commands = {}, {}
+
+    def run_everywhere(sites, command_of, *, step, **_):
+        commands[step] = {site.name: command_of(site) for site in sites}
+
+    monkeypatch.setattr(simulate, "run_everywhere", run_everywhere)
+    monkeypatch.setattr(
+        simulate,
+        "running_coordinator",
+        lambda folder, sites, options, **_: asked.update(options=list(options)) or contextlib.nullcontext("url"),
+    )
+    own = ["--planning_options_of", "502=-gpu_memory_target 2", "--training_options_of", "502=-p Large"]
+    words = ["-d", "501", "502", "--folder", str(tmp_path), "--networks", "own", "--planning_options=--verbose"]
+    assert simulate.main([*words, *own]) == 0
+    assert asked["options"] == ["--networks", "own"]
+    of_501, of_502 = commands["plan"]["site501"], commands["plan"]["site502"]
+    assert of_502 == [*of_501[:2], "502", *of_501[3:], "-gpu_memory_target", "2"] and of_501[-1] == "--verbose"
+    assert commands["train"]["site502"][-2:] == ["-p", "Large"] and "Large" not in commands["train"]["site501"]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--planning_options_of", "503=-pl X"], "503=-pl X: expected ID=TEXT with one of the datasets 501 502"),
+        (["--planning_options_of", "502"], "502: expected ID=TEXT"),
+        (["--training_options_of", "502=-p X", "--training_options_of", "502=-p Y"], "is given twice for 502"),
+    ],
+)
+def test_options_of_sites_that_there_are_not_are_named(tmp_path, words, problem):
+    with pytest.raises(simulate.SimulationError, match=problem):
+        simulate.main(["-d", "501", "502", "--folder", str(tmp_path), *words])

@@ -39,6 +39,13 @@ def test_joining_again_with_the_same_token_is_fine(federation, tmp_path):
     assert load_credential(tmp_path / "site.json") == before
 
 
+def test_who_joins_a_federation_of_networks_that_differ_is_told_to_plan_for_its_own_gpu(tmp_path):
+    with served(tmp_path / "federation", make_settings(networks="own")) as own:
+        told = join(invitation_for(own, "A"), path=tmp_path / "site.json")
+    assert "Each site has a network of its own" in told and "-gpu_memory_target" in told
+    assert load_credential(tmp_path / "site.json").networks == "own"
+
+
 def test_an_invitation_is_good_for_one_site_only(federation, tmp_path):
     invitation = invitation_for(federation, "C")
     join(invitation, path=tmp_path / "first.json")

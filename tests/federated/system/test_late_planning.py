@@ -81,7 +81,9 @@ def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
         "dataset_name": "",
     }
     assert any("site C plans late" in line for line in federation.lines)
-    assert any("site C has planned late, and holds the same plans" in line for line in federation.lines)
+    assert any(
+        "site C has planned late, and its plans go with those of the others" in line for line in federation.lines
+    )
     recorded = {(event.kind, event.site, event.key) for event in federation.state.store.load_events()}
     assert ("contribution", "C", LateCensusKey("C")) in recorded
     assert ("closing", None, LatePlansKey("nnUNetPlans", "C")) in recorded
@@ -205,6 +207,23 @@ def test_plans_cannot_be_compared_before_the_others_have(tmp_path):
         pytest.raises(RefusedError, match="cannot begin before plans/p is closed"),
     ):
         a.contribute(LatePlansKey("p", "A"), PlansReport(plans=make_plans()))
+
+
+def test_a_late_site_has_a_network_of_its_own_where_all_have(tmp_path):
+    def report(patch: int, spacing: float = 1.0) -> PlansReport:
+        described = {"spacing": [spacing] * 3, "patch_size": [patch] * 3}
+        return PlansReport(plans=make_plans(configurations={"3d_fullres": described}))
+
+    settings = make_settings(networks="own")
+    with served(tmp_path / "f", settings) as federation, federation.client("A") as a, federation.client("B") as b:
+        for client, patch in ((a, 16), (b, 32)):
+            client.contribute(PlansKey("own"), report(patch))
+        agreed = a.result(PlansKey("own")).message
+        federation.coordinator.invite("C", "site", by="boss")
+        with federation.client("C") as late:
+            assert late.exchange(LatePlansKey("own", "C"), report(64)).message == agreed
+            with pytest.raises(RefusedError, match=r"3d_fullres.spacing\[0\] is not the same at A, B and at C"):
+                late.exchange(LatePlansKey("own", "C"), report(64, 2.0))
 
 
 def test_late_planning_outlasts_a_restart(tmp_path):

@@ -112,6 +112,33 @@ def test_plans_are_those_of_a_federation_in_clear(datasets, roots, tmp_path):
                 assert found[name] == fingerprint[name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", [None, "list", "quantiles"])
+def test_sites_plan_networks_of_their_own_under_names_of_their_own(datasets, roots, tmp_path, geometry):
+    secure = None if geometry is None else Secure(k=3, geometry=geometry)
+    with served(tmp_path / "federation", make_settings(sites=SITES, secure=secure, networks="own")) as federation:
+        names = {site: f"nnUNetPlans_{site}" for site in SITES}
+        done = in_threads(
+            *(lambda site=site: plan(federation, site, overwrite_plans_name=names[site]) for site in SITES)
+        )
+        assert done == list(names.values())
+        closed = {str(event.key) for event in federation.state.store.load_events("closing")}
+        meetings = {key for key in closed if key.startswith("plans/")}
+        assert meetings and all(key == "plans/own" or key.startswith("plans/own/sums/") for key in meetings)
+        # What a site planned for stays there, and is the same again if it plans anew for another GPU.
+        assert not [path for path, content in kept_by(federation).items() if b"patch_size" in content]
+        assert plan(federation, "A", gpu_memory_target_in_gb=2.0, overwrite_plans_name="small") == "small"
+        late = plan_with_other_spacing(federation, geometry)
+        assert isinstance(late, RefusedError) and late.code in ("already_closed", "plans_differ"), late
+
+
+def plan_with_other_spacing(federation: LocalFederation, geometry: str | None) -> object:
+    """Return the refusal of plans that disagree where the data decide."""
+    with pytest.raises((RefusedError, FederationError)) as info:
+        plan(federation, "B", overwrite_target_spacing=[9.0, 3.0, 3.0], overwrite_plans_name="other")
+    return info.value
+
+
 def kept_by(federation: LocalFederation) -> dict[str, bytes]:
     """Return every file of the coordinator, without what the sites keep in the same folder for this test."""
     folder = federation.state.store.folder

@@ -121,6 +121,9 @@ class RunView(Part):
     best_ema_dice: Finite | None = None
     model: LongText = ""
     """Where the finished model is, or why there is none; before, whether there will be one."""
+    networks: Annotated[tuple[LongText, ...], Field(max_length=2 * MAX_SITES)] = ()
+    """Where sites have networks of their own: what each shares, which networks there are, and of which there will be a
+    common model, a line each."""
     privacy: LongText = ""
     """Differential privacy, as the sites have declared it; empty if none has."""
 
@@ -264,6 +267,7 @@ class OverviewBuilder:
             last_missing=latest.missing if latest else (),
             validated_round=validation.get("round"),
             model=self._model(run)[:8000],
+            networks=self._networks(run),
             privacy=self._privacy(run)[:8000],
             **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")},
         )
@@ -275,6 +279,10 @@ class OverviewBuilder:
 
     def _model(self, run: str) -> str:
         return self.tail.models.get(run, "") or str(self._coordinator.models.outlook(run) or "")
+
+    def _networks(self, run: str) -> tuple[str, ...]:
+        outlook = self._coordinator.models.outlook(run)
+        return () if outlook is None else tuple(line[:8000] for line in outlook.details())
 
     def _privacy(self, run: str) -> str:
         if not self._state.registry.is_closed(RegistrationKey(run)):

@@ -8,13 +8,16 @@
 
 That needs the same plans and networks at all sites, and every tensor of the network shared; else the aggregate stays
 what it is. Which of the two it will be is known, and told, when the sites have registered: see `outlook`.
+
+Where sites have networks of their own, there is such a folder for every network that is shared whole, and one zip file
+with all of them. Their plans are called after the network (`own_<digest>`), not as any site calls its own.
 """
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,16 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import PLANS_OF_A_SITE, comparable_plans
 from nnunetv2.federated.exchanges.declared_privacy import privacy_record
 from nnunetv2.federated.exchanges.documents import DocumentReader
+from nnunetv2.federated.exchanges.network_groups import find_networks
 from nnunetv2.federated.exchanges.outlook import counters_of, foresee_model
+from nnunetv2.federated.privacy.own_networks import OWN_PLANS, resolve
 from nnunetv2.federated.protocol.keys import PlansKey, RoundKey
 from nnunetv2.federated.protocol.messages import Match, Registration
 from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
+SMALLEST_BATCH = 2
+"""Batch size in plans of which nobody says with how large a batch to train on."""
 FALLBACK_DATASET = "Dataset999_Federated"
 """Folder in the zip where the plans name no proper dataset."""
 
@@ -50,25 +57,81 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
             f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
             f"{outlook.obstacle}"
         )
-    canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
-    names = parameter_names(
-        [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
-    )
+    names = names_of_site(site, registration, match)
     registration = registration.model_copy(update={"plans": plans_of_sites(registrations, archive)})
     registrations[site] = registration
+    model = _write_model(
+        run, folder, registrations, names, final=final, best=best, archive=archive, trainer=outlook.trainer
+    )
+    return f"model written to {model} and {_write_zip(model.with_name(f'{model.name}.zip'), [model], registration)}"
+
+
+def keep_models_of_networks(run: str, folder: Path, *, final: int, best: int | None, archive: DocumentReader) -> str:
+    """Write a model folder for every network that is shared whole; see `keep_models`."""
+    registrations = archive.registrations(run)
+    match = archive.agreement(run).match
+    first = next(iter(registrations.values()))
+    networks = [one for one in find_networks(registrations.items(), match) if not one.obstacle]
+    if not networks:
+        return (
+            f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
+            "no network of any site is shared whole"
+        )
+    models = []
+    for network in networks:
+        # Of its sites, the one whose initial weights all have started from says how large a patch is.
+        site = min(network.sites, key=lambda one: (-registrations[one].num_training_cases, one))
+        registration = registrations[site].model_copy(
+            update={"plans": plans_of_network(registrations[site], registrations, network.name)}
+        )
+        models.append(
+            _write_model(
+                run,
+                folder,
+                {site: registration, **{other: one for other, one in registrations.items() if other != site}},
+                names_of_site(site, registration, match),
+                final=final,
+                best=best,
+                archive=archive,
+                trainer=network.trainer,
+            )
+        )
+    together = folder / f"{first.trainer}__{OWN_PLANS}__{first.configuration}.zip"
+    # With those of other folds, whose networks may be others.
+    packed = sorted(
+        path for path in folder.glob(f"{first.trainer}__{OWN_PLANS}_*__{first.configuration}") if path.is_dir()
+    )
+    return f"model written to {', '.join(map(str, models))} and {_write_zip(together, packed, first)}"
+
+
+def names_of_site(site: str, registration: Registration, match: Match) -> dict[str, str]:
+    """Return the shared parameters of a site's network: each of their names -> canonical name."""
+    canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
+    return parameter_names(
+        [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
+    )
+
+
+def _write_model(
+    run: str,
+    folder: Path,
+    registrations: Mapping[str, Registration],
+    names: Mapping[str, str],
+    *,
+    final: int,
+    best: int | None,
+    archive: DocumentReader,
+    trainer: str,
+) -> Path:
+    """Write one model folder, of the network of the first registration, and return it."""
     model = _write_description(folder, registrations, archive)
+    fold = next(iter(registrations.values())).fold
     for name, number in (("checkpoint_final.pth", final), ("checkpoint_best.pth", best)):
         if number is not None:
             _write_checkpoint(
-                model / f"fold_{registration.fold}" / name,
-                run,
-                number,
-                registrations,
-                names,
-                archive,
-                trainer=outlook.trainer,
+                model / f"fold_{fold}" / name, run, number, registrations, names, archive, trainer=trainer
             )
-    return f"model written to {model} and {_write_zip(model, registration)}"
+    return model
 
 
 def name_of_zip(outcome: str) -> str:
@@ -140,14 +203,14 @@ def _epochs_until(number: int, match: Match) -> int:
     return epochs if match.num_epochs is None else min(epochs, match.num_epochs)
 
 
-def _write_zip(model: Path, registration: Registration) -> Path:
-    """Pack a model folder, with all its folds, for nnUNetv2_install_pretrained_model_from_zip."""
+def _write_zip(path: Path, models: Sequence[Path], registration: Registration) -> Path:
+    """Pack model folders, with all their folds, for nnUNetv2_install_pretrained_model_from_zip."""
     dataset = str(registration.plans.get("dataset_name", ""))
     place = dataset if re.fullmatch(r"Dataset[0-9]{3,}_[A-Za-z0-9_-]{1,100}", dataset) else FALLBACK_DATASET
-    path = model.with_name(f"{model.name}.zip")
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for file in sorted(file for file in model.rglob("*") if file.suffix in (".json", ".pth")):
-            archive.write(file, f"{place}/{model.name}/{file.relative_to(model).as_posix()}")
+        for model in models:
+            for file in sorted(file for file in model.rglob("*") if file.suffix in (".json", ".pth")):
+                archive.write(file, f"{place}/{model.name}/{file.relative_to(model).as_posix()}")
     return path
 
 
@@ -178,11 +241,45 @@ def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentR
     compared = archive.messages_of(key).values() if archive.is_closed(key) else ()
     agreed = comparable_plans(plans)
     made_together = next((one.plans for one in compared if comparable_plans(one.plans) == agreed), plans)
+    return {**made_together, **_as_at_most_sites(registrations)}
+
+
+def plans_of_network(
+    registration: Registration, registrations: Mapping[str, Registration], name: str
+) -> dict[str, Any]:
+    """Return the plans of a common model where sites have networks of their own.
+
+    They hold the configuration that was trained, and of a cascade the stage before. What is each site's own affair, and
+    nobody predicts with, is the least that nnU-Net takes.
+
+    Args:
+        registration: Of a site that has the network.
+        name: Of the plans.
+    """
+    trained = resolve(registration.plans, registration.configuration)
+    before = trained.get("previous_stage")
+    described = {registration.configuration: trained}
+    if isinstance(before, str):
+        described[before] = resolve(registration.plans, before)
+    configurations = {
+        configuration: {"data_identifier": f"{name}_{configuration}", "batch_size": SMALLEST_BATCH, **content}
+        for configuration, content in described.items()
+    }
+    return {
+        **registration.plans,
+        **_as_at_most_sites(registrations),
+        "plans_name": name,
+        "configurations": configurations,
+    }
+
+
+def _as_at_most_sites(registrations: Mapping[str, Registration]) -> dict[str, Any]:
+    """Return what may differ between the sites' plans, and says how files are read and called, as most have it."""
     held = {
         field: [message.plans[field] for message in registrations.values() if field in message.plans]
         for field in PLANS_OF_A_SITE
     }
-    return {**made_together, **{field: of_most_sites(values) for field, values in held.items() if values}}
+    return {field: of_most_sites(values) for field, values in held.items() if values}
 
 
 def of_most_sites(values: Iterable[Any]) -> Any:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from nnunetv2.federated.coordinator.models.model_folder import keep_models, name_of_zip
+from nnunetv2.federated.coordinator.models.model_folder import keep_models, keep_models_of_networks, name_of_zip
 from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.documents import Agreement
+from nnunetv2.federated.exchanges.network_groups import foresee_networks
 from nnunetv2.federated.exchanges.outlook import Outlook, foresee_model
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import file_digest
@@ -45,7 +46,8 @@ class ModelStore:
         assert final is not None, run  # a run of no closed round has no model
         folder = state.store.folder / FOLDER
         folder.mkdir(mode=0o700, exist_ok=True)
-        text = keep_models(run, folder, final=final, best=rounds["best"], archive=state.documents)
+        keep = keep_models if state.settings.networks == "equal" else keep_models_of_networks
+        text = keep(run, folder, final=final, best=rounds["best"], archive=state.documents)
         state.record("model", None, run, {"outcome": text, "rounds": rounds})
         state.log(f"run {run} is over: {text}")
 
@@ -60,7 +62,8 @@ class ModelStore:
         agreement = documents.agreement(run)  # another one when a site is admitted, or the run begins anew
         known = self._outlooks.get(run)
         if known is None or known[0] is not agreement:
-            known = agreement, foresee_model(documents.each_registration(run), agreement.match)
+            foresee = foresee_model if self._state.settings.networks == "equal" else foresee_networks
+            known = agreement, foresee(documents.each_registration(run), agreement.match)
             self._outlooks[run] = known
         return known[1]
 
@@ -69,7 +72,13 @@ class ModelStore:
         found = {run: self.outlook(run) for run in runs}
         return api.Outlooks(
             runs=tuple(
-                api.RunOutlook(run=run, trainer=one.trainer, obstacle=one.obstacle[:8000])
+                api.RunOutlook(
+                    run=run,
+                    trainer=one.trainer,
+                    obstacle=one.obstacle[:8000],
+                    networks=one.networks,
+                    coverage=dict(one.coverage),
+                )
                 for run, one in found.items()
                 if one is not None
             )

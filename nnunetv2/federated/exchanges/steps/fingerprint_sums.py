@@ -242,8 +242,12 @@ class ShapeUploadStep(_OfShapes[ShapeSumUploadKey], _UploadOfAllStep[ShapeSumUpl
         if odd := sorted(site for site, digest in bound_to.items() if digest != usual):
             raise RefusedError(
                 f"the sites plan for different target spacings: {', '.join(odd)} for others than most of them",
-                "Plan again at all sites, with the same options and the same version, and under another name "
-                "(-overwrite_plans_name): nothing is masked twice for the same one.",
+                "Plan again at all sites, with the same options and the same version, "
+                + (
+                    "and under another name (-overwrite_plans_name): nothing is masked twice for the same one."
+                    if settings.networks == "equal"
+                    else "in a new federation: nothing is masked twice for the same spacing."
+                ),
                 code="plans_differ",
             )
         return super().combine(exchange, documents, settings, reader)

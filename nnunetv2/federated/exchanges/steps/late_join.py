@@ -103,11 +103,11 @@ class LatePlansStep(_StepOfOneSite[LatePlansKey, PlansReport, PlansAgreement]):
     ) -> PlansAgreement:
         """Return the digest of the plans, if they are those of the others."""
         reported = {**reader.messages_of(self.prerequisite(key)), **messages_of(documents)}
-        return agree_on_plans({site: message.plans for site, message in reported.items()})
+        return agree_on_plans({site: message.plans for site, message in reported.items()}, settings.networks)
 
     def describe_closing(self, key: LatePlansKey) -> str:
-        """Say that the site has the plans of the others."""
-        return f"site {key.site} has planned late, and holds the same plans as the others"
+        """Say that the plans of the site agree."""
+        return f"site {key.site} has planned late, and its plans go with those of the others"
 
 
 class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], MembershipStep[AdmissionKey]):
@@ -136,7 +136,7 @@ class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], Membershi
         registration, registered = documents[key.site].message, reader.registrations(key.run)
         if key.site in registered:
             raise RefusedError(f"site {key.site} takes part in run {key.run} already", code="already_closed")
-        check_compatible({**registered, key.site: registration})
+        check_compatible({**registered, key.site: registration}, settings.networks)
         admitted = late_join.admit(key.site, registration, reader.agreement(key.run).match, registered)
         if settings.secure is not None:
             check_groups(admitted.shared)

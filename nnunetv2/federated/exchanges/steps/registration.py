@@ -21,7 +21,7 @@ from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RunKey, run_name
-from nnunetv2.federated.protocol.messages import NEW_IN_REGISTRATION, SEGMENT_PATTERN, Match, Registration
+from nnunetv2.federated.protocol.messages import NEW_IN_REGISTRATION, SEGMENT_PATTERN, Match, Networks, Registration
 
 PROMISED = ("unit", "epsilon", "delta", "uncovered")
 """What a site cannot declare otherwise later: others have taken part trusting in it."""
@@ -39,6 +39,7 @@ class MembershipStep(Step[K, Registration, Match]):
     ) -> None:
         """Raise WireError unless a registration belongs to this run and its data."""
         check_registration(key, site, document.message, reader)
+        check_has_own_network(site, document.message, settings)
         if not reader.has_contributed(key, site):  # what is registered once more is compared
             check_run_key(key, site, document.message, settings)
 
@@ -101,7 +102,7 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
 
 def match_registrations(contributed: Mapping[str, Registration], settings: FederationSettings) -> Match:
     """Decide what the sites of a run share."""
-    check_compatible(contributed)
+    check_compatible(contributed, settings.networks)
     pretrained = {site: message.pretrained_weights for site, message in contributed.items()}
     if settings.initial_weights is None:
         check_pretrained_weights(pretrained)
@@ -182,11 +183,25 @@ def check_registration(
         )
 
 
-def check_compatible(registered: Mapping[str, Registration]) -> None:
-    """Raise RefusedError unless datasets go together, and plans where a trainer wants them equal."""
+def check_has_own_network(site: str, message: Registration, settings: FederationSettings) -> None:
+    """Raise RefusedError if a trainer wants equal plans where sites have networks of their own."""
+    if settings.networks == "own" and message.requires_equal_plans:
+        raise RefusedError(
+            f"site {site} trains with {message.trainer}, which wants the same plans at all sites, and in this "
+            "federation each has its own (--networks own)",
+            "Train with -tr nnUNetTrainerAsymFedAvg at all sites.",
+            code="plans_differ",
+        )
+
+
+def check_compatible(registered: Mapping[str, Registration], networks: Networks = "equal") -> None:
+    """Raise RefusedError unless datasets go together, and plans.
+
+    Plans are to be equal where a trainer wants it; where sites have networks of their own, what the data decide is.
+    """
     check_same_dataset({site: message.dataset_json for site, message in registered.items()})
-    if any(message.requires_equal_plans for message in registered.values()):
-        agree_on_plans({site: message.plans for site, message in registered.items()})
+    if networks == "own" or any(message.requires_equal_plans for message in registered.values()):
+        agree_on_plans({site: message.plans for site, message in registered.items()}, networks)
 
 
 def check_given_weights(match: Match, registered: Mapping[str, Registration], given: Mapping[str, TensorSpec]) -> None:

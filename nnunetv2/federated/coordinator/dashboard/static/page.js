@@ -366,6 +366,7 @@
       this.members = h("ul", { class: "members", "aria-label": "What the sites are doing" });
       this.outliers = h("p", { class: "waiting wrong", hidden: true });
       this.model = h("p", { class: "model quiet" });
+      this.networks = h("ul", { class: "model quiet", "aria-label": "Networks of the sites" });
       this.privacy = h("p", { class: "model quiet" });
       this.legend = h("div", { class: "legend", hidden: true, role: "group", "aria-label": "Show one line only" });
       this.grid = h("div", { class: "charts" });
@@ -378,7 +379,7 @@
         h("div", { class: "run-head" }, h("div", {},
           h("h3", {}, fold ? `${configuration}, fold ${fold}` : configuration),
           h("p", { class: "quiet" }, trainer)), this.state),
-        this.bar, this.facts, this.waiting, this.members, this.outliers, this.model, this.privacy, this.legend, this.grid, this.table, this.classTable);
+        this.bar, this.facts, this.waiting, this.members, this.outliers, this.model, this.networks, this.privacy, this.legend, this.grid, this.table, this.classTable);
     }
 
     async draw(run) {
@@ -391,6 +392,8 @@
         one.note ? h("span", { class: one.activity === "failed" ? "note" : "quiet" }, one.note) : null)));
       this.model.hidden = !run.model;
       this.model.textContent = run.model && run.model[0].toUpperCase() + run.model.slice(1);
+      this.networks.hidden = !run.networks.length;
+      this.networks.replaceChildren(...run.networks.map((line) => h("li", {}, line)));
       this.privacy.hidden = !run.privacy;
       this.privacy.textContent = run.privacy && run.privacy[0].toUpperCase() + run.privacy.slice(1);
       if (await this.fetch(run)) this.drawCurves();

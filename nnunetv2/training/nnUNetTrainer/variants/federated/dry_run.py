@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.privacy.own_networks import plans_to_register
 from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol.document import file_digest
-from nnunetv2.federated.protocol.messages import Registration
+from nnunetv2.federated.protocol.messages import Networks, Registration
 from nnunetv2.models.networks import build_network
 from nnunetv2.plans.plans_manager import PlansManager, determine_num_input_channels
 from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
@@ -46,6 +47,7 @@ def dry_run(
     num_cases: int,
     pretrained_weights: Path | None = None,
     masked_in: Path | None = None,
+    networks: Networks = "equal",
 ) -> PlannedTraining:
     """Build the network of a training, and return its registration and metrics.
 
@@ -53,6 +55,7 @@ def dry_run(
         num_cases: All cases of the site; a fold registers those that it trains with.
         pretrained_weights: Checkpoint that it would start from.
         masked_in: The preprocessed folder of the dataset, where the federation masks statistics; else None.
+        networks: Whether all sites plan the same network, or each its own.
 
     Raises:
         FederationError: The trainer is none for federations.
@@ -71,9 +74,10 @@ def dry_run(
         enable_deep_supervision=True,
         num_input_channels=determine_num_input_channels(manager, description, dataset_json),
     )
+    registered = plans if masked_in is None else without_own_statistics(plans, pooled_fingerprint(masked_in))
     registration = describe_training(
         network,
-        plans=plans if masked_in is None else without_own_statistics(plans, pooled_fingerprint(masked_in)),
+        plans=registered if networks == "equal" else plans_to_register(registered, configuration),
         dataset_json=dataset_json,
         configuration=configuration,
         fold=0,

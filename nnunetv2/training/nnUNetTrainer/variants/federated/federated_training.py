@@ -58,6 +58,7 @@ import torch
 
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
+from nnunetv2.federated.privacy.own_networks import plans_to_register
 from nnunetv2.federated.privacy.plans_redaction import without_own_statistics
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import LEAST_SITES, FederationSettings, check_finetuning, describe_methods
@@ -209,6 +210,9 @@ class FederatedTraining(RenamedHooks):
     is_masked = False
     """Whether this federation masks updates and statistics."""
 
+    networks: messages.Networks = "equal"
+    """Whether all sites of this federation plan the same network, or each its own."""
+
     # ---------------------------------------------------------------- the frame
     def run_training(self) -> None:
         """Train as a member of the federation; report a failure.
@@ -359,7 +363,7 @@ class FederatedTraining(RenamedHooks):
         self.log_line(f"Nothing is averaged over fewer than {self.min_sites} sites")
         if self.rounds.epochs > 1:
             self.log_line(f"Weights are exchanged after every {self.rounds.epochs} epochs, which are a round")
-        self.is_masked = settings.secure is not None
+        self.is_masked, self.networks = settings.secure is not None, settings.networks
         check_against_settings(self.training_options, settings)
         check_finetuning(settings.model_copy(update={"num_epochs": settings.num_epochs or self.num_epochs}))
         for line in describe_methods(settings):
@@ -398,12 +402,16 @@ class FederatedTraining(RenamedHooks):
         )
 
     def _plans_to_register(self) -> Mapping[str, Any]:
-        """Return the plans, without statistics of this site alone where the federation masks such."""
+        """Return the plans as far as the federation needs them.
+
+        Without statistics of this site alone where it masks such; without what else tells of this site's GPU where
+        sites have networks of their own.
+        """
         plans: Mapping[str, Any] = self.plans_manager.plans
-        if not self.is_masked:
-            return plans
-        folder = self.preprocessed_dataset_folder_base
-        return without_own_statistics(plans, None if folder is None else pooled_fingerprint(Path(folder)))
+        if self.is_masked:
+            folder = self.preprocessed_dataset_folder_base
+            plans = without_own_statistics(plans, None if folder is None else pooled_fingerprint(Path(folder)))
+        return plans if self.networks == "equal" else plans_to_register(plans, self.configuration_name)
 
     def _register(self) -> tuple[messages.Match, str, str]:
         """Register; return the match, the run's name and its outlook."""
