@@ -213,8 +213,8 @@ class Participant:
             )
         key = keys.RoundKey(self.run, next_round - 1) if next_round else keys.InitialKey(self.run)
         if not state.closed and not staleness and first_epoch < epoch and rounds.of(epoch) == next_round:
-            if self._codec.is_relative:
-                self._fetch(key)  # what is sent is a change of it
+            if self._codec.is_relative or self._masked is not None:
+                self._fetch(key)  # what is sent is a change of it, or behind masks that are bound to it
             return Position(epoch, {local: weights[local] for local in self.local_names.values()})
         return Position(first_epoch, self._fetch(key), is_over=state.closed)
 
