@@ -40,7 +40,7 @@ from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
 from nnunetv2.federated.site.credential import SiteCredential
-from nnunetv2.federated.site.identity import forget_run_keys, load_identity, run_key, secure_folder
+from nnunetv2.federated.site.identity import forget_run_keys, has_run_key, load_identity, run_key, secure_folder
 from nnunetv2.federated.site.masking import Fill, Masking, SiteKeys
 from nnunetv2.federated.site.outbox import Outbox
 from nnunetv2.federated.site.roster import trusted_keys
@@ -88,7 +88,7 @@ class MaskedRun:
         self._credential_file = credential_file
         assert settings.secure is not None, "updates are masked"
         self._least = settings.secure.k
-        self._weighting = settings.weighting
+        self._weighting, self._num_rounds = settings.weighting, settings.num_rounds
         self._training = training_digest(settings)
         self._outbox = Outbox(secure_folder(credential.federation, f"runs/{run}", credential_file))
         self._registered: frozenset[str] = frozenset()
@@ -112,11 +112,19 @@ class MaskedRun:
 
         Raises:
             RefusedError: `run_began_anew`: the coordinator knows nothing of this site, which has masked for this run,
-                and nobody here has said that this is right.
+                and nobody here has said that this is right. `run_key_lost`: it does, and the key is no longer here.
         """
+        self._gathering = str(key)
+        if is_known and not has_run_key(self._credential.federation, self._gathering, self._credential_file):
+            raise RefusedError(
+                f"the key with which this site masks in run {self.run} is no longer here, and the others know no other "
+                "one: nothing was sent",
+                f"Bring back {secure_folder(self._credential.federation, self._gathering, self._credential_file)} from "
+                "a backup. Else this run goes on without this site; it takes part in the next federation.",
+                code="run_key_lost",
+            )
         if not is_known and self._outbox.has_promises:
             self._begin_anew()
-        self._gathering = str(key)
         _, signed = run_key(self._credential.federation, self._gathering, self._credential_file)
         return registration.model_copy(update={"keys": signed, "trust": trust_mode()})
 
@@ -195,8 +203,8 @@ class MaskedRun:
             weights: As downloaded, under canonical names.
         """
         self._aggregates = [*self._aggregates, (message, weights)][-2:]
-        if message.round is not None and self.match.num_epochs is not None:
-            self.is_over |= message.round + 1 >= self.match.num_epochs
+        if message.round is not None and self._num_rounds is not None:
+            self.is_over |= message.round + 1 >= self._num_rounds
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> Document[messages.Aggregate]:
         """Mask the weights of a round, help to unmask the sum, and return the aggregate.
