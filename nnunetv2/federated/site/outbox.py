@@ -24,6 +24,7 @@ from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.messages import Message
 from nnunetv2.federated.site.private_files import locked
+from nnunetv2.utilities.atomic_write import flush_to_disk
 
 SPENT_FILE = "spent.jsonl"
 LOCK_FILE = "lock"
@@ -82,7 +83,7 @@ class Outbox:
                 return document
             self.check_unspent(exchange, context)
             write_document(self._path(exchange), message, specs, tensors)
-            _flush_folder(self._documents)
+            flush_to_disk(self._documents)
             self._append(_Line("masked", exchange, context))
             return open_document(self._path(exchange))
 
@@ -195,7 +196,7 @@ class Outbox:
         finally:
             os.close(descriptor)
         if is_new:
-            _flush_folder(self._folder)
+            flush_to_disk(self._folder)
         self._lines.append(line)
 
     def _load(self) -> list[_Line]:
@@ -220,13 +221,3 @@ class Outbox:
 def file_stem(exchange: str) -> str:
     """Return the name of an exchange's file, without its ending."""
     return exchange.replace("/", "~")
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name == "nt":  # which keeps folders durable on its own, and does not open them
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,10 @@ import pytest
 from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
 from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site
 
+from nnunetv2.federated.coordinator import aggregation_worker
 from nnunetv2.federated.coordinator.storage.backup import backup, restore
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.keys import RoundKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.site.credential import load_credential
@@ -342,3 +344,45 @@ def test_a_survivor_that_asks_when_the_round_is_over_gets_the_average(five):
 def any_masked_file(federation):
     folder = federation.state.store.folder / "gatherings" / "runs" / RUN / "uploads" / "0"
     return [path for path in folder.glob("*.safetensors") if not path.name.startswith("result")]
+
+
+# --------------------------------------------------------------------------------------------------------- false shares
+def test_a_site_that_answers_with_false_shares_is_named_and_the_round_goes_on(tmp_path, monkeypatch):
+    reveal = protocol.reveal_shares
+
+    def revealing(cohort, site, *arguments, **options):
+        return reveal(cohort, site, *arguments, **options) ^ np.uint8(site == "B")
+
+    monkeypatch.setattr(protocol, "reveal_shares", revealing)
+    monkeypatch.setattr(aggregation_worker, "RETRY_CLOSING_S", 0.1)
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(sites)
+        weights, aggregate = all_exchange(sites, 0, start)
+        assert sorted(aggregate.contributors) == list(FIVE)  # the weights of B are good
+        assert_close(weights, mean_of(sites, start, 0))
+        wait_until(lambda: any("the shares of site B are false" in line for line in federation.lines))
+
+
+def test_a_site_that_deals_false_shares_is_named_and_its_round_can_be_abandoned(tmp_path, monkeypatch):
+    share = protocol.share_keys
+
+    def sharing(cohort, site, *arguments):
+        shared = share(cohort, site, *arguments)
+        return replace(shared, commitments=shared.commitments ^ np.uint8(site == "B"))
+
+    monkeypatch.setattr(aggregation_worker, "RETRY_CLOSING_S", 0.1)
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(sites)
+        with monkeypatch.context() as false:
+            false.setattr(protocol, "share_keys", sharing)
+            outcomes = in_threads(*(lambda site=site: site.round(0, start) for site in sites))
+        assert {one.code for one in outcomes} == {"shares_do_not_fit"}, outcomes
+        assert "do not rebuild the seeds of B:" in str(outcomes[0])
+        act(federation, "abandon")
+        again = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(again)
+        weights, aggregate = all_exchange(again, 1, start)
+        assert sorted(aggregate.contributors) == list(FIVE)
+        assert_close(weights, mean_of(again, start, 1))
