@@ -227,7 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--folder", type=Path, required=True, help="a new folder; the report lies in FOLDER/study")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="instead of the study's number")
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--arms_file", type=Path)
     parser.add_argument("--c", dest="go_on", action="store_true")
@@ -243,14 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(find_command("nnUNetv2_fed_compare"), "-d", *(dataset_name(task, site) for site in task.sites)),
         *(["--external", *external] if external else []),
         *("-c", task.configuration, "--arms", *(arguments.arms or task.arms), "--seeds", str(arguments.seeds)),
-        *(
-            "--epochs",
-            str(arguments.epochs or task.epochs),
-            "--iterations",
-            str(task.iterations),
-            "--val_iterations",
-            "2",
-        ),
+        *("--epochs", str(task.epochs), "--iterations", str(task.iterations), "--val_iterations", "2"),
         *("--plans_patch", str(patch), "--folder", str(folder / "study"), "-device", "cpu"),
         *(["--arms_file", str(arguments.arms_file)] if arguments.arms_file else []),
         *(["--c"] if arguments.go_on else []),
