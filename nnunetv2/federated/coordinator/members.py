@@ -109,8 +109,8 @@ class Members:
             The secret of the invitation.
 
         Raises:
-            RefusedError: The name is taken by another role, or by a member that differs in upper and lower case only; or
-                there are as many sites as can be.
+            RefusedError: The name is taken by another role, or by a member that differs in upper and lower case only;
+                or there are as many sites as can be.
         """
         with self._lock:
             now, settings = self._state.clock(), self._state.settings

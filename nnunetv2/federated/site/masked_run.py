@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +233,7 @@ class MaskedRun:
         self.is_over |= message.round < number  # the operator has stopped it
         if message.round >= number:
             if self.site in message.contributors:
-                self._codec.settle()
+                self._codec.settle(unsealed(plan, message.contributors))
             self._outbox.drop(str(upload_key))
         return document
 
@@ -395,6 +395,16 @@ class MaskedRun:
             except FederationError as error:
                 return f"validation of round {number}: {error}"
         return None
+
+
+def unsealed(plan: RoundPlan, contributors: Collection[str]) -> list[str]:
+    """Name the tensors whose sums these sites have opened: of those with fewer holders among them, none is."""
+    return [
+        name
+        for group in plan.groups
+        if len({*group.holders} & {*contributors}) >= plan.sum.least
+        for name in group.tensors
+    ]
 
 
 def rms_change(weights: Weights, start: Weights) -> float:

@@ -264,6 +264,30 @@ def test_half_precision_comes_as_close_to_the_mean_as_its_steps_allow(tmp_path):
         assert make_weights(0)["encoder.weight"].dtype == np.float32
 
 
+def test_what_rounding_took_from_a_sum_that_stays_sealed_is_still_due(tmp_path):
+    shapes, of_three = {"encoder.weight": (20, 30)}, {"encoder.weight": (20, 30), "decoder.weight": (5, 5)}
+    settings = masked_settings(FIVE, validate_every=0, precision="float16", **QUORUM)
+    with served(tmp_path / "federation", settings) as federation:
+        sites = [
+            masked_site(federation, name, seed=seed, shapes=of_three if seed < 3 else shapes, num_cases=10 + seed)
+            for seed, name in enumerate(FIVE)
+        ]
+        in_threads(*(site.join for site in sites))
+        starts = [dict(site.position.weights) for site in sites]
+        results = in_threads(
+            *(lambda s=site, w=start: s.round(0, w) for site, start in zip(sites, starts, strict=True))
+        )
+        codec = sites[0].participant._masked._codec
+        due = {name: rest.copy() for name, rest in codec._rests.items()}
+        assert due.keys() == of_three.keys() and all(rest.any() for rest in due.values())
+        sites[2].participant.report_failure(1, "OutOfMemoryError")
+        others = [0, 1, 3, 4]
+        in_threads(*(lambda n=number: sites[n].round(1, results[n][0]) for number in others))
+        assert any("sums stay sealed" in line for line in federation.lines)
+        np.testing.assert_array_equal(codec._rests["decoder.weight"], due["decoder.weight"])
+        assert not np.array_equal(codec._rests["encoder.weight"], due["encoder.weight"])
+
+
 # ------------------------------------------------------------------------------------------------------------- backups
 def reconnected(federation, site):
     """Return a site of a federation as a new process, at the coordinator's present address."""
