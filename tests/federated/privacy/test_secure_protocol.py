@@ -291,3 +291,13 @@ def test_a_lane_that_sites_may_leave_out_lets_nobody_in_who_makes_up_the_number(
     check(meeting.cohort, lanes, whole, site="s0", least=K, optional=["loss"])
     with pytest.raises(RefusedError, match="cannot be"):
         check(meeting.cohort, lanes, {**whole, "another": ("s0", "s1", "s2")}, site="s0", least=K, optional=["loss"])
+
+
+def test_where_more_sites_are_asked_for_than_unmask_fewer_are_refused():
+    """Four of five unmask; a federation that sums from five sites on gives nothing for four."""
+    meeting = Meeting([f"s{number}" for number in range(5)])
+    lanes, four = [Lane("w", meeting.cohort.sites, "U32", 4)], meeting.cohort.sites[:4]
+    protocol.check_survivors(meeting.cohort, lanes, {"w": four}, site="s0", least=4)
+    with pytest.raises(RefusedError, match="it takes 5 of"):
+        protocol.check_survivors(meeting.cohort, lanes, {"w": four}, site="s0", least=5)
+    assert protocol.count_revealed(lanes, {"w": four}, 5) == 0
