@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fake_federation import RUN, in_threads, make_weights, served
-from masked_sites import THREE, masked_settings, masked_site
+from fake_federation import RUN, in_threads, make_client, make_weights, served
+from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import RefusedError
@@ -12,6 +12,9 @@ from nnunetv2.federated.exchanges.steps import step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.keys import RoundKey, UploadKey
 from nnunetv2.federated.protocol.rounds import Rounds
+from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.enrolment import join
+from nnunetv2.federated.site.identity import identity_path
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -70,6 +73,21 @@ def test_a_site_whose_run_key_was_lost_says_so_before_it_masks_anything(tmp_path
             again.register()
         assert info.value.code == "run_key_lost"
         assert not key_files(federation, "A")
+
+
+def test_a_site_that_has_joined_anew_cannot_come_back_to_a_run_that_masks_for_its_old_identity(tmp_path):
+    with served(tmp_path / "federation", masked_settings((*THREE, "D"), validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate((*THREE, "D"))]
+        in_threads(*(site.join for site in sites))
+        file = federation.credential_file("A")
+        identity_path(file).unlink()
+        federation.coordinator.invite("A", "site", by="boss")
+        join(federation.invitation("A"), path=file, replace=True)
+        credential = load_credential(file)
+        again = MaskedSite(make_client(credential), credential, file, seed=0)
+        with pytest.raises(RefusedError, match="with another identity than it has registered with") as info:
+            again.register()
+        assert "Bring back" in str(info.value)
 
 
 def test_a_stopped_run_whose_keys_are_gone_is_not_resumed(tmp_path):
