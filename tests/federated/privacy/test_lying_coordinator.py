@@ -442,6 +442,21 @@ def test_what_is_told_of_other_sites_to_one_alone_leaves_no_sum_of_how_far_they_
     assert cancels(seeds.sums(three, UploadKey(RUN, 0))["changes"]) is not is_lie
 
 
+def test_another_scale_that_is_told_to_one_site_alone_leaves_no_sum_of_anything(three, monkeypatch, takes_anything):
+    """Else its weights could be made so small that the sum would be that of the others."""
+    seeds, sites = Seeds(monkeypatch), sites_of(three, "ABC")
+
+    def lie(site, message, tensors):
+        begin = message.next_round.model_copy(update={"weight_bits": 20})
+        return (message.model_copy(update={"next_round": begin}), tensors) if site == "A" else None
+
+    three.about(InitialKey(RUN), lie)
+    begin(sites)
+    stop_when_all_have_sent(three, sites, UploadKey(RUN, 0), play)
+    sums = seeds.sums(three, UploadKey(RUN, 0))
+    assert len(sums) >= 3 and not any(cancels(words) for words in sums.values())
+
+
 @pytest.mark.parametrize(
     "change",
     [{"weighting": "uniform"}, {"num_iterations_per_epoch": 1}, {"proximal": 1e9}, {"keep_local": "*"}],
