@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2.federated.aggregation import late_join
+from nnunetv2.federated.aggregation.matching import check_names
 from nnunetv2.federated.aggregation.weighted_mean import OUTLIER_FACTOR
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
@@ -157,18 +158,17 @@ class MaskedRun:
 
         Raises:
             RefusedError: A key is not that of its site; see `roster.trusted_keys`.
+            MatchingError: A tensor goes by another one's name, so that its site would learn nothing, or next to it.
         """
+        names = {name: sites[self.site] for name, sites in match.shared.items() if self.site in sites}
+        check_names(names, registration.tensors, rule=match.rule)
         self.match = match
         self._registered = frozenset(registered)
         self._registration = registration
         self._codec: MaskedCodec = masked_codec_of(match.precision)
         self._weight = registration.num_training_cases if self._weighting == "cases" else 1
         entries = {entry.name: entry for entry in registration.tensors}
-        self._specs = {
-            name: TensorSpec(entries[sites[self.site]].dtype, entries[sites[self.site]].shape)
-            for name, sites in match.shared.items()
-            if self.site in sites
-        }
+        self._specs = {name: TensorSpec(entries[local].dtype, entries[local].shape) for name, local in names.items()}
         private, _ = run_key(self._credential.federation, self._gathering, self._credential_file)
         secrets = SiteKeys(load_identity(self._credential_file), private.private_bytes_raw())
         self._masking = Masking(self.transport, site=self.site, keys=secrets, outbox=self._outbox)

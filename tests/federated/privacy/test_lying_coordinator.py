@@ -18,7 +18,7 @@ from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 from patience import PATIENCE_S
 
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError, WireError
+from nnunetv2.federated.errors import FederationError, MatchingError, NotAllowedError, RefusedError, WireError
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
 from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
 from nnunetv2.federated.privacy.secure_aggregation import protocol
@@ -198,6 +198,27 @@ def test_a_key_of_another_run_is_refused(three):
     sites = sites_of(three, "ABC")
     three.about(REGISTRATION, told_keys(B=elsewhere))
     assert code_of(outcomes(sites, lambda site: site.register())["A"]) == "run_key_forged"
+
+
+# ---------------------------------------------------------------------------------------------------- names of tensors
+@pytest.mark.parametrize("told", ["ABC", "BC"], ids=["everybody", "them alone"])
+def test_sites_that_are_to_take_one_tensor_for_another_refuse(three, told):
+    """A factor of 0 in the place of a summand lets networks learn nothing: a sum would be that of the one site left."""
+    shapes = {"encoder.weight": (4, 3), "norm.weight": (4,), "norm.bias": (4,)}
+    sites = {name: masked_site(three.federation, name, seed=seed, shapes=shapes) for seed, name in enumerate("ABC")}
+
+    def lie(site, match, tensors):
+        shared = {name: dict(of) for name, of in match.shared.items()}
+        for victim in "BC":
+            shared["norm.weight"][victim], shared["norm.bias"][victim] = "norm.bias", "norm.weight"
+        return (match.model_copy(update={"shared": shared}), tensors) if site in told else None
+
+    three.about(REGISTRATION, lie)
+    found = outcomes(sites, lambda site: site.register())
+    for name in "BC":
+        assert isinstance(found[name], MatchingError), found
+        assert "takes tensor norm.bias for norm.weight of this site" in str(found[name])
+    assert all(nothing_masked_was_sent(three, name) for name in "ABC")
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
