@@ -168,7 +168,7 @@ def choose_owners(shared: Mapping[str, Mapping[str, str]], weights: Mapping[str,
 
 
 def check_names(shared: Mapping[str, str], manifest: Manifest, *, rule: Rule) -> None:
-    """Raise MatchingError if a site's tensors are to go by names that the rule does not give them.
+    """Raise MatchingError unless a site's tensors go by the names that the rule gives them.
 
     Args:
         shared: Canonical name -> the site's own name.

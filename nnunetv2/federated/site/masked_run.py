@@ -398,7 +398,7 @@ class MaskedRun:
 
 
 def unsealed(plan: RoundPlan, contributors: Collection[str]) -> list[str]:
-    """Name the tensors whose sums these sites have opened: of those with fewer holders among them, none is."""
+    """Return the tensors whose sums were opened: those that enough contributors hold."""
     return [
         name
         for group in plan.groups

@@ -27,6 +27,7 @@ from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import TensorSpec, open_document
 from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
     InitialKey,
     RegistrationKey,
     RoundKey,
@@ -198,6 +199,33 @@ def test_a_key_of_another_run_is_refused(three):
     sites = sites_of(three, "ABC")
     three.about(REGISTRATION, told_keys(B=elsewhere))
     assert code_of(outcomes(sites, lambda site: site.register())["A"]) == "run_key_forged"
+
+
+def test_a_swapped_run_key_of_a_site_that_comes_late_is_refused(tmp_path):
+    with lying(tmp_path, sites="ABCD") as liar:
+        sites = sites_of(liar, "ABC")
+        operator, registry = Member("boss", "operator"), liar.federation.state.registry
+
+        def proceed() -> None:
+            wait_until(lambda: len(liar.received(REGISTRATION)) == 3)
+            liar.federation.coordinator.act(RUN, api.RunAction(action="proceed"), operator)
+
+        in_threads(*(lambda site=site: site.register() for site in sites.values()), proceed)
+        outcomes(sites, lambda site: site.start())
+        late = masked_site(liar.federation, "D", seed=3)
+        late.join()
+        outcomes(sites, play)
+        assert registry.cohort(RUN, 1) == frozenset("ABCD")
+        late.start()
+
+        def lie(site, admitted, tensors):
+            swapped = admitted.keys["D"].model_copy(update={"exchange_key": public_of(X25519PrivateKey.generate())})
+            return admitted.model_copy(update={"keys": {**admitted.keys, "D": swapped}}), tensors
+
+        liar.about(AdmissionKey(RUN, "D"), lie)
+        found = outcomes({"A": sites["A"]}, lambda site: play(site, 1))
+        assert code_of(found["A"]) == "run_key_forged" and "for site D" in str(found["A"])
+        assert nothing_masked_was_sent(liar, "A", 1)
 
 
 # ---------------------------------------------------------------------------------------------------- names of tensors
