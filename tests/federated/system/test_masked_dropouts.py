@@ -219,6 +219,20 @@ def test_a_site_whose_outbox_is_lost_sits_the_round_out(five):
     assert aggregate.next_round.cohort == FIVE
 
 
+def test_what_was_masked_for_a_round_that_went_on_without_its_site_does_not_stay_on_its_disk(five):
+    federation, sites = five
+    start = all_join(sites)
+    sites[4].upload(0, start)
+    weights, _ = all_exchange(sites[:4], 0, start)
+    again = masked_site(federation, "E", seed=4)
+    again.join()
+    (outbox,) = federation.state.store.folder.glob("credential.E.json.secure/*/runs/*/outbox")
+    assert [path.name for path in outbox.iterdir()] == [f"runs~{RUN}~uploads~0.safetensors"]
+    again.upload(1, weights)
+    all_exchange([*sites[:4], again], 1, weights)
+    assert not list(outbox.iterdir())
+
+
 class Silent:
     """A transport that loses every contribution before it leaves."""
 

@@ -48,6 +48,25 @@ def assert_keys_are_gone(sites):
 
 
 @pytest.mark.slow
+def test_rounds_of_several_epochs_half_precision_and_the_methods_for_sites_that_differ_go_along_with_masks(tmp_path):
+    sites = make_sites(tmp_path, num_sites=3)
+    logs = tmp_path / "logs"
+    options = ["--epochs", "3", "--iterations", "1", "--val-iterations", "1", "--validate-every", "1", "--secure"]
+    options += ["--exchange-every", "2", "--precision", "float16", "--proximal", "0.1", "--keep-local", "norm"]
+    with running_coordinator(tmp_path / "coordinator", sites, [*options, "--finetune-epochs", "1"]):
+        run_everywhere(sites, plan_command, step="plan", log_folder=logs)
+        for site in sites:
+            shrink_plans(site)
+        run_everywhere(sites, train_command, step="train", log_folder=logs)
+    weights = [final_weights(site, num_epochs=(3, 4)) for site in sites]
+    assert all(np.isfinite(values).all() for one in weights for values in one.values())
+    with Store(tmp_path / "coordinator") as store:
+        assert [len(record["sites"]) for record in store.load_rounds(RUN)] == [3, 3]
+        assert [one["round"] for one in store.load_validations(RUN)] == [0, 1]
+    assert_keys_are_gone(sites)
+
+
+@pytest.mark.slow
 def test_three_sites_train_with_differential_privacy_behind_masks(tmp_path):
     """Masks hide the update of a site, noise the patients: losses, Dice and counts leave in no form."""
     sites = make_sites(tmp_path, num_sites=3, num_train=25, num_test=0)  # 20 are trained on: the fewest
