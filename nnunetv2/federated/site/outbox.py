@@ -54,7 +54,9 @@ class Outbox:
         self._folder = folder
         self._documents = folder / "outbox"
         self._documents.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lines = self._load()
+        self._lines: list[_Line] = []
+        with self._alone():  # which reads them, while nobody appends one
+            pass
 
     # ------------------------------------------------------------------------------------------------ documents
     def held(self, exchange: str) -> Document[Any] | None:
@@ -79,7 +81,7 @@ class Outbox:
         """
         with self._alone():
             if (document := self.held(exchange)) is not None:
-                self.check_context(exchange, context)
+                self._check_context(exchange, context)
                 return document
             self.check_unspent(exchange, context)
             write_document(self._path(exchange), message, specs, tensors)
@@ -123,6 +125,10 @@ class Outbox:
 
     def check_context(self, exchange: str, context: str) -> None:
         """Raise RefusedError, `round_spent`, if what is held was masked in another context."""
+        with self._alone():
+            self._check_context(exchange, context)
+
+    def _check_context(self, exchange: str, context: str) -> None:
         found = self._of("masked", exchange)
         if not found:  # the machine went down when the document was there and the promise was not
             self._append(_Line("masked", exchange, context))
