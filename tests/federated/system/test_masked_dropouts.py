@@ -131,6 +131,34 @@ def test_neither_proceeding_nor_leaving_gets_below_what_unmasks(five):
     assert not federation.state.registry.is_closed(UploadKey(RUN, 0))
 
 
+def test_proceeding_does_not_get_below_k_where_that_is_more_than_unmask(tmp_path):
+    with served(tmp_path / "federation", masked_settings(FIVE, k=5, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(sites)
+        for site in sites[:4]:
+            site.upload(0, start)
+        with pytest.raises(RefusedError, match="at least 5"):
+            act(federation, "proceed")
+        assert not federation.state.registry.is_closed(UploadKey(RUN, 0))
+
+
+def test_masks_that_do_not_cancel_out_give_no_average(tmp_path):
+    """As where two sites were told other settings: sites alone know, so the coordinator sees it by the sum."""
+    settings = masked_settings(THREE, validate_every=0)
+    with served(tmp_path / "federation", settings) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        sites[2].participant.settings = settings.model_copy(update={"num_iterations_per_epoch": 1})
+        start = all_join(sites)
+        outcomes = in_threads(*(lambda site=site: site.round(0, start) for site in sites))
+        assert all(isinstance(one, RefusedError) and "do not cancel out" in str(one) for one in outcomes), outcomes
+        assert not federation.state.registry.is_closed(RoundKey(RUN, 0))
+        assert federation.state.store.load_rounds(RUN) == []
+        act(federation, "abandon")
+        again = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        _, aggregate = all_exchange(again, 1, all_join(again))
+        assert sorted(aggregate.contributors) == list(THREE)
+
+
 def test_a_tensor_of_two_sites_stays_local_and_one_whose_sites_drop_out_keeps_its_values(tmp_path):
     shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
     of_three = {**shapes, "decoder.weight": (5, 5)}
